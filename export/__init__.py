@@ -1,0 +1,11 @@
+"""From a Graph to a directory that ONNX Runtime serves: translated, written, verified, then published."""
+
+if __name__ != "peftfx.export":
+    raise ImportError("import this package as peftfx.export: a second copy under another name would not know the first")
+
+from peftfx.export.deploy import Report, export_onnx
+from peftfx.export.onnx import to_onnx
+from peftfx.export.runtime import OnnxModel
+from peftfx.export.verify import Comparison, VerificationError, verify
+
+__all__ = ["Comparison", "OnnxModel", "Report", "VerificationError", "export_onnx", "to_onnx", "verify"]

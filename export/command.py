@@ -1,0 +1,103 @@
+"""What the command line does: directories in, a directory out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from peftfx.adapted import AdaptedModel
+from peftfx.api import bare
+from peftfx.checkpoint import CONFIG, Weights, method_from_config, read_config
+from peftfx.errors import PeftfxError
+from peftfx.export.deploy import Progress, Report, copy_assets, export_onnx
+from peftfx.rules import saved_modules
+from peftfx.sites import Sites
+from peftfx.tasks import load_base, read_base_config, resolve_task
+
+
+def export_directory(
+    base: str | Path,
+    output: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    merge: bool = True,
+    task: str | None = None,
+    opset: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Export a base model's directory, with a HF PEFT adapter's or without, to a directory that ONNX Runtime serves.
+
+    Raises:
+        PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
+    """
+    base, output = Path(base), Path(output)
+    _refuse_output(base, output, adapter, force)
+    say = progress or (lambda line: None)
+    say("load")
+    adapted = load_directories(base, None if adapter is None else Path(adapter), task=task)
+
+    def assets(directory: Path) -> None:
+        for source in (base, *(() if adapter is None else (Path(adapter),))):
+            copy_assets(source, directory)
+        config = getattr(adapted.base, "config", None)
+        if hasattr(config, "to_json_file"):  # the labels of a head that came with the adapter
+            config.to_json_file(directory / "config.json")
+
+    return export_onnx(adapted, output, merge=merge, opset=opset, force=force, assets=assets, progress=progress)
+
+
+def load_directories(base: Path, adapter: Path | None, *, task: str | None = None) -> AdaptedModel:
+    """A base model with an adapter on it, both from directories.
+
+    A head that the adapter holds sets the number of labels, whatever the base's config says.
+    """
+    config = read_base_config(base)
+    peft_config = None if adapter is None else read_config(adapter)
+    if adapter is None or peft_config is None:
+        return bare(load_base(base, task=task))
+    weights = Weights(adapter)
+    kind = peft_config.get("task_type")
+    if task is None and kind is not None:
+        task = resolve_task(None, peft_task_type=str(kind), config=config)
+    method = method_from_config(peft_config, str(adapter / CONFIG))
+    labels = _labels(load_base(base, task=task, weights=False), weights, method) if method.modules_to_save else None
+    model = load_base(base, task=task, num_labels=labels)
+    adapted = bare(model)
+    adapted.load_adapter(adapter, "default")
+    return adapted
+
+
+def inspect_directory(directory: str | Path, *, task: str | None = None, target: str | None = None) -> Sites:
+    """The sites of a model in a directory; its weights are not read."""
+    sites = bare(load_base(Path(directory), task=task, weights=False)).sites
+    return sites if target is None else Sites(tuple(match.site for match in sites.select(target)))
+
+
+def _labels(model: nn.Module, weights: Weights, method: object) -> int | None:
+    """The number of labels of the head in an adapter, where it is not the model's."""
+    own = getattr(getattr(model, "config", None), "num_labels", None)
+    for path in saved_modules(model, method):  # type: ignore[arg-type]
+        for name, tensor in model.get_submodule(path).state_dict().items():
+            shape = weights.shapes.get(f"{path}.{name}")
+            if shape and tensor.shape[:1] == (own,) and shape[1:] == tuple(tensor.shape[1:]) and shape[0] != own:
+                return int(shape[0])
+    return None
+
+
+def _refuse_output(base: Path, output: Path, adapter: str | Path | None, force: bool) -> None:
+    """Refuse at once what would be refused after minutes of work."""
+    if output.exists() and not force:
+        raise PeftfxError("the output exists already", str(output), "pass --force (force=True) to replace it")
+    inputs = [base.resolve(), *([] if adapter is None else [Path(adapter).resolve()])]
+    target = output.resolve()
+    if any(target == i or target in i.parents for i in inputs):
+        raise PeftfxError("the output would replace an input", str(output), "choose another output directory")
+    free = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free
+    needed = sum(p.stat().st_size for p in base.glob("*.safetensors")) if base.is_dir() else 0
+    if needed > free:
+        raise PeftfxError(
+            f"{free:,} bytes are free, {needed:,} are needed", str(output), "free space, or choose another disk"
+        )

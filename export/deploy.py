@@ -1,0 +1,206 @@
+"""export_onnx: a model, adapted or not, becomes a directory that ONNX Runtime serves, checked before it appears."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from peftfx.adapted import AdaptedModel
+from peftfx.api import bare
+from peftfx.capture import evaluating
+from peftfx.export.atomic import publish
+from peftfx.export.onnx import to_onnx
+from peftfx.export.probes import probes
+from peftfx.export.verify import Comparison, reference_of, verify
+from peftfx.export.weights import save
+from peftfx.graph import Graph
+from peftfx.passes import Merge, PassManager
+
+REPORT = "peftfx_report.json"
+Progress = Callable[[str], object]
+
+
+@dataclass
+class Report:
+    """What an export did, as it is written to `peftfx_report.json` in its directory.
+
+    Attributes:
+        model: the class of the base model.
+        adapters: what was exported with it: name, method, and the number of its parameters.
+        merged: the module paths whose weights the adapters were merged into; empty where they were left apart.
+        inputs, outputs: of the ONNX model, with their shapes.
+        opset: version of the ONNX operators.
+        nodes: in the ONNX graph.
+        bytes: size of each file.
+        seconds: wall time of each stage.
+        comparisons: the verification, output by output at each shape.
+        versions: of the libraries that made it.
+    """
+
+    model: str
+    adapters: list[dict[str, object]] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
+    inputs: dict[str, list[int | str]] = field(default_factory=dict)
+    outputs: list[str] = field(default_factory=list)
+    opset: int = 0
+    nodes: int = 0
+    bytes: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    comparisons: list[dict[str, object]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def max_abs(self) -> float:
+        """The largest difference between ONNX Runtime and torch that verification saw."""
+        return max((float(str(c["max_abs"])) for c in self.comparisons), default=0.0)
+
+
+def export_onnx(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    merge: bool = True,
+    inputs: Mapping[str, object] | None = None,
+    opset: int | None = None,
+    force: bool = False,
+    atol: float = 1e-4,
+    rtol: float = 1e-4,
+    assets: Callable[[Path], object] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Write `directory/model.onnx` (and `model.onnx.data`) for the model's forward in eval mode.
+
+    Inputs and outputs have the names of the model's keyword arguments and output fields; batch and sequence are free.
+    The result is run in ONNX Runtime at three sizes that the export never saw, against the graph and against the
+    base module with its adapters in torch, and moved into place only if they agree.
+
+    Args:
+        model: an AdaptedModel with its active adapters, or any module.
+        directory: where to; it appears when it is complete.
+        merge: fold the adapters into the weights; otherwise they stay apart, as initializers under their own names.
+        inputs: keyword arguments of a call, for a model that example inputs cannot be made for.
+        opset: version of the ONNX operators; by default torch's choice.
+        force: replace the directory if it exists.
+        atol, rtol: what may differ: `atol + rtol * largest magnitude` of an output.
+        assets: called with the new directory, to put files beside the model.
+        progress: called with a line when a stage begins.
+
+    Raises:
+        PeftfxError: the model cannot be captured or translated, or the directory cannot be written.
+        VerificationError: ONNX Runtime and torch disagree; nothing is left.
+    """
+    adapted = model if isinstance(model, AdaptedModel) else bare(model, inputs)
+    example = adapted.example if inputs is None else inputs
+    report = Report(type(adapted.base).__name__, _adapters(adapted), versions=_versions())
+    stages = _Stages(report.seconds, progress or (lambda line: None))
+    with publish(Path(directory), force) as temporary, evaluating(adapted.base), _in_eval(adapted):
+        with stages("capture"):
+            graph = exported = adapted.graph(example)
+        if merge and adapted.active:
+            with stages("merge"):
+                exported = PassManager([Merge()])(graph)
+                report.merged = sorted({d.folding.site.path for d in exported.derived.values()})
+        with stages("convert"):
+            program = to_onnx(exported, opset=opset)
+        with stages("write"):
+            save(program, temporary)
+        with stages("verify"):
+            cases = probes(adapted, graph, example)
+            found = verify(temporary, reference_of(graph), cases, atol=atol, rtol=rtol, graph=graph)
+        _describe(report, exported, program, found, temporary)
+        if assets is not None:
+            assets(temporary)
+        _write_report(report, temporary)
+    return report
+
+
+class _Stages:
+    """Times the stages of an export, and says when each begins."""
+
+    def __init__(self, seconds: dict[str, float], progress: Progress) -> None:
+        self.seconds, self.progress = seconds, progress
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.progress(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+@contextmanager
+def _in_eval(adapted: AdaptedModel) -> Iterator[None]:
+    """The adapted model's own flag, which picks its graphs; `evaluating` sees to its base."""
+    before, adapted.training = adapted.training, False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        adapted.training = before
+
+
+def _adapters(adapted: AdaptedModel) -> list[dict[str, object]]:
+    return [
+        {
+            "name": name,
+            "methods": [type(rule).__name__ for rule in adapted.adapter(name).rules],
+            "parameters": sum(p.numel() for p in adapted.adapter(name).parameters()),
+        }
+        for name in adapted.active
+    ]
+
+
+def _versions() -> dict[str, str]:
+    import onnxruntime
+    import transformers
+
+    from peftfx.version import __version__
+
+    return {
+        "peftfx": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _describe(report: Report, graph: Graph, program: ir.Model, found: list[Comparison], directory: Path) -> None:
+    report.inputs = {spec.name: list(spec.shape) for spec in graph.inputs}
+    report.outputs = [str(value.name) for value in program.graph.outputs]
+    report.opset = program.opset_imports[""]
+    report.nodes = sum(1 for _ in program.graph)
+    report.bytes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+    report.comparisons = [
+        {
+            "output": c.output,
+            "shapes": {name: list(shape) for name, shape in c.shapes.items()},
+            "max_abs": c.max_abs,
+            "max_rel": c.max_rel,
+        }
+        for c in found
+    ]
+
+
+def _write_report(report: Report, directory: Path) -> None:
+    text = json.dumps(asdict(report), indent=2) + "\n"
+    (directory / REPORT).write_text(text, encoding="utf-8")
+
+
+def copy_assets(source: Path, target: Path) -> None:
+    """Copy what a server needs beside the weights: config, tokenizer and processor files, not weights or adapters."""
+    for path in sorted(source.iterdir()):
+        named = path.name.startswith((".", "adapter_", "README", REPORT)) or path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in _ASSETS and not named:
+            shutil.copyfile(path, target / path.name)
+
+
+_ASSETS = frozenset({".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".tiktoken", ".vocab"})

@@ -1,0 +1,139 @@
+"""to_onnx: a Graph becomes an ONNX model whose weights are read when the model is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import onnx_ir as ir
+import torch
+from onnx_ir import tensor_adapters
+from torch._subclasses.fake_tensor import FakeTensor
+
+from peftfx.capture import isolated
+from peftfx.errors import PeftfxError
+from peftfx.export.program import Program, trace
+from peftfx.export.tidy import name_apart, store_transposed, tidy
+from peftfx.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
+
+Weights = Callable[[str], torch.Tensor]
+
+
+def to_onnx(graph: Graph, *, opset: int | None = None, weights: Weights | None = None) -> ir.Model:
+    """Translate `graph` by torch's own exporter, without touching a weight.
+
+    Inputs, outputs and free sizes have the graph's own names. Initializers have the names of the module's parameters
+    (`transformer.wte.weight`), adapters' tensors keep their `adapters.` prefix, and a derived weight takes the name of
+    the parameter it replaces, or that name and `.merged` where both are used. A weight that the graph only uses
+    transposed is stored that way, as `store_transposed` tells.
+
+    Args:
+        graph: what to translate, captured in eval mode.
+        opset: the version of the ONNX operators; by default the one torch's exporter prefers.
+        weights: reads the tensor behind a `get_attr` target of the graph, at write time; by default the graph's own.
+            With it, a graph captured on fake tensors can be written.
+
+    Raises:
+        PeftfxError: the graph cannot be served, or has an operator without a translation.
+    """
+    try:
+        program, model = _translate(graph, opset, local=True)
+    except PeftfxError:  # an operator that only the whole program's decomposition takes apart
+        program, model = _translate(graph, opset, local=False)
+    tidy(model)
+    _bind(model, program, graph, _reader(graph, weights or graph.get))
+    store_transposed(model)
+    _name_interface(model, graph, program)
+    name_apart(model)
+    return model
+
+
+def _translate(graph: Graph, opset: int | None, *, local: bool) -> tuple[Program, ir.Model]:
+    program = trace(graph, local=local)
+    try:
+        with isolated(graph.base):
+            result = torch.onnx.export(program.exported, optimize=False, verbose=False, opset_version=opset)
+    except Exception as error:
+        lines = [line for line in str(error.__cause__ or error).strip().splitlines() if line.strip()]
+        what = f"no translation to ONNX: {lines[0] if lines else type(error).__name__}"
+        raise PeftfxError(what, type(graph.base).__name__, "see `__cause__` for the exporter's own report") from error
+    assert result is not None
+    return program, result.model
+
+
+def _bind(model: ir.Model, program: Program, graph: Graph, weights: Weights) -> None:
+    """Give each initializer its final name and a tensor that is read when it is written."""
+    taken = {spec.name for spec in graph.inputs} | set(program.outputs)
+    found = {name: value for name, value in model.graph.initializers.items() if name in program.targets}
+    # Base weights first: a derived weight takes a base weight's name only if that is free.
+    order = sorted(found, key=lambda name: program.targets[name].startswith(f"{DERIVED}."))
+    for buffer in order:
+        target, value = program.targets[buffer], found[buffer]
+        del model.graph.initializers[buffer]
+        value.name = _initializer_name(target, taken)
+        taken.add(value.name)
+        value.const_value = _lazy(value, target, weights)
+        model.graph.initializers[value.name] = value
+
+
+def _initializer_name(target: str, taken: Iterable[str]) -> str:
+    root, _, name = target.partition(".")
+    plain = target if root == ADAPTERS else name
+    if plain not in taken:
+        return plain
+    suffix = {DERIVED: "merged", CONSTANTS: "constant", BASE: "weight"}.get(root, "tensor")
+    name, count = f"{plain}.{suffix}", 2
+    while name in taken:
+        name, count = f"{plain}.{suffix}{count}", count + 1
+    return name
+
+
+def _lazy(like: ir.Value, target: str, weights: Weights) -> ir.LazyTensor:
+    assert like.shape is not None and like.dtype is not None
+    name, dtype, shape = like.name, like.dtype, ir.Shape(list(like.shape))
+
+    def read() -> ir.TensorProtocol:
+        value = weights(target).detach()
+        if isinstance(value, FakeTensor) or value.device.type == "meta":
+            raise PeftfxError("this weight was captured without a value", target, "pass to_onnx(weights=...)")
+        tensor = tensor_adapters.TorchTensor(value.contiguous(), name=name)
+        if tensor.shape != shape or tensor.dtype != dtype:
+            have, want = f"{tensor.dtype.name}{list(tensor.shape)}", f"{dtype.name}{list(shape)}"
+            raise PeftfxError(f"the graph was captured with {want} here, not {have}", target, "capture it again")
+        return tensor
+
+    return ir.LazyTensor(read, dtype=dtype, shape=shape, name=name)
+
+
+def _reader(graph: Graph, weights: Weights) -> Weights:
+    """Reads base and adapter tensors by `weights`, and evaluates derived weights over them."""
+
+    def read(target: str) -> torch.Tensor:
+        recipe = graph.derived.get(target.removeprefix(f"{DERIVED}.")) if target.startswith(f"{DERIVED}.") else None
+        return weights(target) if recipe is None else recipe.evaluate(weights)
+
+    return read
+
+
+def _name_interface(model: ir.Model, graph: Graph, program: Program) -> None:
+    """Put the graph's names on inputs, outputs and sizes; an output of its own for each name."""
+    for value in _values(model.graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([d if isinstance(d, int) else program.size(str(d.value)) for d in value.shape])
+    for value, spec in zip(model.graph.inputs, graph.inputs, strict=True):
+        value.name = spec.name
+        value.shape = ir.Shape(list(spec.shape))
+    seen: set[ir.Value] = set()
+    for index, (value, name) in enumerate(zip(list(model.graph.outputs), program.outputs, strict=True)):
+        if value in seen or value.is_graph_input() or value.is_initializer():
+            node = ir.node("Identity", [value])
+            model.graph.append(node)
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            value = model.graph.outputs[index] = node.outputs[0]
+        seen.add(value)
+        value.name = name
+
+
+def _values(graph: ir.Graph) -> Iterable[ir.Value]:
+    yield from graph.inputs
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        yield from node.outputs

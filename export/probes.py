@@ -1,0 +1,102 @@
+"""probes: calls of sizes that no capture saw, on which an export is compared; each is first held against the eager model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from peftfx.adapted import AdaptedModel
+from peftfx.errors import PeftfxError
+from peftfx.export.verify import VerificationError
+from peftfx.graph import Graph, path_name
+from peftfx.inputs import example_inputs, without_cache
+
+SIZES: Sequence[Mapping[str, int]] = (
+    {"batch": 1, "sequence": 9, "decoder_sequence": 4},
+    {"batch": 3, "sequence": 5, "decoder_sequence": 8},
+    {"batch": 4, "sequence": 12, "decoder_sequence": 6},
+    {"batch": 5, "sequence": 8, "decoder_sequence": 3},
+    {"batch": 2, "sequence": 16, "decoder_sequence": 7},
+)
+COUNT = 3  #: how many are compared; the others stand in for sizes that the model itself refuses
+TOLERANCE = 1e-4  #: of the captured base against the eager one, relative to the largest output
+
+
+def probes(adapted: AdaptedModel, graph: Graph, example: Mapping[str, object]) -> list[dict[str, Tensor]]:
+    """Inputs by name, at three sizes, that the eager model takes and the captured base answers as it does.
+
+    Raises:
+        PeftfxError: the model takes no size but the example's.
+        VerificationError: the capture is not what the model computes.
+    """
+    found: list[dict[str, Tensor]] = []
+    refusal: Exception | None = None
+    for seed, sizes in enumerate(SIZES):
+        case = _case(adapted, graph, example, sizes, seed)
+        try:
+            with without_cache(adapted.base):
+                want = adapted.base(**_nested(case, example))
+        except Exception as error:  # whatever the model's code raises for a size it does not take
+            refusal = error
+            continue
+        _compare(adapted, graph, case, example, want)
+        found.append(case)
+        if len(found) == COUNT:
+            return found
+    if not found:
+        what = f"the model takes none of the sizes tried: {str(refusal).strip().splitlines()[0]}"
+        raise PeftfxError(what, type(adapted.base).__name__, "pass inputs=... of a call that it takes") from refusal
+    return found
+
+
+def _case(
+    adapted: AdaptedModel, graph: Graph, example: Mapping[str, object], sizes: Mapping[str, int], seed: int
+) -> dict[str, Tensor]:
+    """Fresh inputs of these sizes; where they cannot be made from the config, the example's own, repeated and cut."""
+    names = [spec.name for spec in graph.inputs]
+    try:
+        made = example_inputs(adapted.base, sizes=sizes, seed=seed + 1)
+    except PeftfxError:
+        made = {}
+    if set(made) == set(names):
+        return {spec.name: made[spec.name].to(spec.dtype) for spec in graph.inputs}
+    leaves, _ = pytree.tree_flatten_with_path(dict(example))
+    given = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
+    rng = torch.Generator().manual_seed(seed)
+    return {spec.name: _resized(given[spec.name], spec.shape, sizes, rng) for spec in graph.inputs}
+
+
+def _resized(value: Tensor, axes: Sequence[int | str], sizes: Mapping[str, int], rng: torch.Generator) -> Tensor:
+    for dim, axis in enumerate(axes):
+        if isinstance(axis, str) and axis in sizes:
+            value = value.index_select(dim, torch.randint(value.shape[dim], (sizes[axis],), generator=rng))
+    if value.is_floating_point():
+        return value + 0.1 * torch.randn(value.shape, generator=rng, dtype=torch.float32).to(value.dtype)
+    return value
+
+
+def _nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[str, object]:
+    """The call as the model takes it: nested inputs in their places, constants as in the example."""
+    leaves, spec = pytree.tree_flatten_with_path(dict(example))
+    named = {path_name(path) for path, _ in leaves}
+    if set(case) - named:
+        return dict(case)
+    values = [case.get(path_name(path), leaf) for path, leaf in leaves]
+    return dict(pytree.tree_unflatten(values, spec))
+
+
+def _compare(
+    adapted: AdaptedModel, graph: Graph, case: Mapping[str, Tensor], example: Mapping[str, object], want: object
+) -> None:
+    base = adapted.graph(_nested(case, example), adapted=False)
+    got = base.run(*(case[spec.name] for spec in base.inputs))
+    leaves = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]
+    for name, a, b in zip(base.outputs, leaves, got, strict=True):
+        error = float((a.float() - b.float()).abs().max()) if a.numel() else 0.0
+        if a.shape != b.shape or error > TOLERANCE * max(1.0, float(a.float().abs().max())):
+            raise VerificationError(
+                f"the captured model differs from the model by {error:.2e}", name, "report this model"
+            )

@@ -1,0 +1,113 @@
+"""OnnxModel: a saved model in ONNX Runtime that takes and returns torch tensors by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from peftfx.errors import PeftfxError, nearest
+
+_VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # dtypes that numpy does not have, and their stand-ins
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+
+
+class OnnxModel:
+    """A directory that holds `model.onnx`, opened in ONNX Runtime on the CPU.
+
+    Args:
+        directory: where `save` wrote the model; a path to an `.onnx` file works too.
+        threads: how many threads one operator may use; 0 leaves it to ONNX Runtime.
+    """
+
+    def __init__(self, directory: str | Path, *, threads: int = 0) -> None:
+        self.path = find(Path(directory))
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors only: warnings of its graph optimiser tell a user nothing
+        try:
+            self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            hint = (
+                "a type without a CPU kernel (bfloat16?) needs a model in float32" if "NOT_IMPL" in str(error) else ""
+            )
+            raise PeftfxError(f"ONNX Runtime cannot open the model: {_first(error)}", str(self.path), hint) from error
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that have to be given, in the model's order."""
+        return tuple(i.name for i in self._session.get_inputs())
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs, in the model's order."""
+        return tuple(o.name for o in self._session.get_outputs())
+
+    @property
+    def axes(self) -> dict[str, tuple[int | str, ...]]:
+        """The shape of each input and output, with a string for each axis whose size is free."""
+        return {v.name: tuple(v.shape) for v in (*self._session.get_inputs(), *self._session.get_outputs())}
+
+    def __call__(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run on inputs by name; returns every output by name.
+
+        Raises:
+            PeftfxError: an input is missing or unknown, or ONNX Runtime refuses its shape or dtype.
+        """
+        self._check(tensors)
+        feed = {name: _to_ort(value) for name, value in tensors.items()}
+        try:
+            values = self._session.run_with_ort_values(list(self.outputs), feed)
+        except Exception as error:
+            shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in tensors.items())
+            raise PeftfxError(f"ONNX Runtime refuses these inputs: {_first(error)}", str(self.path), shapes) from error
+        return {name: _to_torch(value) for name, value in zip(self.outputs, values, strict=True)}
+
+    def _check(self, tensors: dict[str, torch.Tensor]) -> None:
+        unknown = [n for n in tensors if n not in self.inputs]
+        if unknown:
+            hint = nearest(unknown[0], self.inputs) or f"its inputs are {', '.join(self.inputs)}"
+            raise PeftfxError(f"the model has no input {', '.join(map(repr, unknown))}", str(self.path), hint)
+        missing = [n for n in self.inputs if n not in tensors]
+        if missing:
+            raise PeftfxError(
+                f"the model also needs {', '.join(map(repr, missing))}", str(self.path), "pass it by name"
+            )
+
+
+def find(directory: Path) -> Path:
+    """The `.onnx` file in `directory` (or `directory` itself, where it is one).
+
+    Raises:
+        PeftfxError: there is none.
+    """
+    if directory.is_file():
+        return directory
+    path = directory / "model.onnx"
+    if path.is_file():
+        return path
+    models = ", ".join(sorted(p.name for p in directory.glob("*.onnx"))) if directory.is_dir() else ""
+    hint = f"name one of its models: {models}" if models else "peftfx's export writes one"
+    raise PeftfxError("there is no ONNX model here" if directory.is_dir() else "no such directory", str(path), hint)
+
+
+def _to_ort(value: torch.Tensor) -> ort.OrtValue:
+    value = value.detach().cpu().contiguous()
+    if value.dtype in _VIEWS:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            value.view(torch.int16).numpy().view(np.uint16), _BFLOAT16
+        )
+    return ort.OrtValue.ortvalue_from_numpy(value.numpy())
+
+
+def _to_torch(value: ort.OrtValue) -> torch.Tensor:
+    if value.element_type() == _BFLOAT16:
+        return torch.utils.dlpack.from_dlpack(value._get_c_value().to_dlpack())
+    return torch.from_numpy(np.array(value.numpy()))
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

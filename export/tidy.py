@@ -1,0 +1,135 @@
+"""tidy: an ONNX model without what nothing uses, and with each weight laid out as its operators read it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import torch
+from onnx_ir import tensor_adapters
+from onnx_ir.passes import common
+from onnxscript.optimizer._constant_folding import FoldConstantsPass
+
+SMALL = 256  #: how many elements a folded constant may have
+PERM = "peftfx.perm"  #: metadata key of a weight that is stored permuted: how, as `1 0`
+
+
+def tidy(model: ir.Model) -> None:
+    """Inline functions; fold small constants; drop dead code, identities, repeats and the exporter's notes.
+
+    Weights have no value here, so nothing that depends on one is folded: that would rename it, and copy it.
+    """
+    for weight in model.graph.initializers.values():
+        weight.const_value = None
+    ir.passes.Sequential(
+        common.InlinePass(),
+        common.ClearMetadataAndDocStringPass(),
+        FoldConstantsPass(shape_inference=False, input_size_limit=SMALL, output_size_limit=SMALL),
+        common.RemoveUnusedNodesPass(),
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+    )(model)
+
+
+def store_transposed(model: ir.Model) -> None:
+    """Leave no transpose of a weight to ONNX Runtime, which would fold it into a second copy when it loads the model.
+
+    A weight that is only ever read through one permutation is stored permuted, under its own name, with the
+    permutation in its metadata: its MatMul stays the MatMul that ONNX Runtime's fusions look for. One that is also
+    read as it is (an embedding tied to the head) stays one tensor, and its MatMul becomes a Gemm with `transB`.
+    """
+    for weight in list(model.graph.initializers.values()):
+        readers = [use.node for use in weight.uses()]
+        transposes = [node for node in readers if node.op_type == "Transpose" and not node.outputs[0].is_graph_output()]
+        perms = {tuple(node.attributes.get_ints("perm", ())) for node in transposes}
+        if not transposes or weight.is_graph_input():
+            continue
+        if len(transposes) == len(readers) and len(perms) == 1 and not weight.is_graph_output():
+            _permute(weight, perms.pop() or tuple(reversed(range(len(weight.shape or ())))), transposes)
+        else:
+            for node in transposes:
+                _use_gemm(model.graph, weight, node)
+
+
+def _permute(weight: ir.Value, perm: tuple[int, ...], transposes: Sequence[ir.Node]) -> None:
+    before = weight.const_value
+    assert before is not None
+
+    def read() -> ir.TensorProtocol:
+        source = before.raw() if isinstance(before, ir.LazyTensor) else before
+        value = source.raw if isinstance(source, tensor_adapters.TorchTensor) else torch.from_numpy(source.numpy())
+        return tensor_adapters.TorchTensor(value.permute(perm).contiguous(), name=before.name)
+
+    shape = ir.Shape([int(str(before.shape[axis])) for axis in perm])
+    weight.const_value = ir.LazyTensor(read, dtype=before.dtype, shape=shape, name=before.name)
+    weight.shape = shape
+    weight.metadata_props[PERM] = " ".join(map(str, perm))
+    for node in transposes:
+        ir.convenience.replace_all_uses_with(node.outputs[0], weight)
+        _remove(node)
+
+
+def _use_gemm(graph: ir.Graph, weight: ir.Value, transpose: ir.Node) -> None:
+    """MatMul(x, Transpose(w)) becomes Gemm(x, w, transB=1), with the leading axes of x folded into one around it."""
+    shape = weight.shape
+    if shape is None or len(shape) != 2:
+        return
+    for use in list(transpose.outputs[0].uses()):
+        matmul, x = use.node, use.node.inputs[0]
+        if matmul.op_type != "MatMul" or use.idx != 1 or x is None or x.shape is None or len(x.shape) < 2:
+            continue
+        nodes = _gemm(x, weight, len(x.shape))
+        graph.insert_before(matmul, nodes)
+        old, new = matmul.outputs[0], nodes[-1].outputs[0]
+        new.type, new.shape, new.name = old.type, old.shape, old.name
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        _remove(matmul)
+    if not transpose.outputs[0].uses():
+        _remove(transpose)
+
+
+def _gemm(x: ir.Value, weight: ir.Value, rank: int) -> list[ir.Node]:
+    assert weight.shape is not None
+    columns, rows = weight.shape[0], weight.shape[1]
+    if rank == 2:
+        return [ir.node("Gemm", [x, weight], {"transB": 1})]
+    flat = _constant([-1, int(str(rows))])
+    folded = ir.node("Reshape", [x, flat.outputs[0]])
+    gemm = ir.node("Gemm", [folded.outputs[0], weight], {"transB": 1})
+    leading = ir.node("Shape", [x], {"start": 0, "end": rank - 1})
+    width = _constant([int(str(columns))])
+    full = ir.node("Concat", [leading.outputs[0], width.outputs[0]], {"axis": 0})
+    unfolded = ir.node("Reshape", [gemm.outputs[0], full.outputs[0]])
+    return [flat, folded, gemm, leading, width, full, unfolded]
+
+
+def _constant(values: list[int]) -> ir.Node:
+    return ir.node("Constant", [], {"value_ints": values})
+
+
+def _remove(node: ir.Node) -> None:
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)
+
+
+def name_apart(model: ir.Model) -> None:
+    """Rename nodes and inner values so that no two have one name; inputs, outputs and weights keep theirs."""
+    graph = model.graph
+    fixed = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
+    taken = {value.name for value in fixed}
+    nodes: set[str | None] = set()
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        for value in node.outputs:
+            if value not in fixed:
+                value.name = _unused(value.name or node.op_type.lower(), taken)
+        node.name = _unused(node.name or f"node_{node.op_type}", nodes)
+
+
+def _unused(name: str, taken: set[str | None]) -> str:
+    free = name if name not in taken else next(n for i in itertools.count(1) if (n := f"{name}_{i}") not in taken)
+    taken.add(free)
+    return free

@@ -1,0 +1,143 @@
+"""verify: what ONNX Runtime computes is what the reference computes, or a VerificationError says where it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from peftfx.errors import PeftfxError
+from peftfx.export.program import onnx_outputs
+from peftfx.export.runtime import OnnxModel
+from peftfx.graph import Graph
+
+Tensors = dict[str, torch.Tensor]
+
+
+class VerificationError(PeftfxError):
+    """The saved model and its reference disagree."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output at one set of inputs: how far ONNX Runtime is from the reference.
+
+    Attributes:
+        output: the output's name.
+        shapes: the shapes of the inputs.
+        max_abs: the largest absolute difference; infinite where shapes differ or only one side is NaN.
+        max_rel: `max_abs` over the largest magnitude in the reference.
+        ok: whether `max_abs <= atol + rtol * largest magnitude`.
+    """
+
+    output: str
+    shapes: Mapping[str, tuple[int, ...]]
+    max_abs: float
+    max_rel: float
+    ok: bool
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes.items())
+        return f"{self.output}: {self.max_abs:.3g} absolute, {self.max_rel:.3g} relative, at {shapes}"
+
+
+def verify(
+    directory: Path,
+    reference: Callable[[Tensors], Tensors],
+    inputs: Sequence[Tensors],
+    *,
+    atol: float = 1e-4,
+    rtol: float = 1e-4,
+    graph: Graph | None = None,
+) -> list[Comparison]:
+    """Run the model saved in `directory` and `reference` on each set of inputs and compare every output.
+
+    Outputs that are not floating have to be equal. Where `attention_mask` is 0, outputs whose first two axes are the
+    mask's are not compared: what a model computes for padding is nobody's business.
+
+    Args:
+        directory: where `save` wrote the model.
+        reference: takes inputs by name and returns outputs by name.
+        inputs: the calls to compare; sizes that the export never saw tell the most.
+        atol: the absolute tolerance.
+        rtol: the tolerance relative to the largest magnitude of an output.
+        graph: where given, the model also has to have the inputs and axes of this graph.
+
+    Raises:
+        VerificationError: an output is missing, or differs by more than `atol + rtol * its largest magnitude`.
+    """
+    model = OnnxModel(directory)
+    if graph is not None:
+        _same_interface(model, graph)
+    axes, comparisons = model.axes, []
+    for feed in inputs:
+        want, got = reference(feed), model(**feed)
+        missing = sorted(set(want) - set(got))
+        if missing:
+            raise VerificationError(f"the model has no output {', '.join(missing)}", str(model.path), "export it again")
+        shapes = {name: tuple(value.shape) for name, value in feed.items()}
+        padding = _padding(feed)
+        for name, value in want.items():
+            padded = padding is not None and axes[name][:2] == axes["attention_mask"]
+            comparison = _compare(name, value.detach(), got[name], padding if padded else None, atol, rtol)
+            comparisons.append(dataclasses.replace(comparison, shapes=shapes))
+    wrong = [c for c in comparisons if not c.ok]
+    if wrong:
+        what = f"ONNX Runtime disagrees with the reference in {len(wrong)} of {len(comparisons)} comparisons"
+        lines = "".join(f"\n  {c}" for c in wrong[:8])
+        hint = f"the tolerance is {atol:g} + {rtol:g} * the largest magnitude"
+        raise VerificationError(f"{what}:{lines}", str(model.path), hint)
+    return comparisons
+
+
+def reference_of(graph: Graph) -> Callable[[Tensors], Tensors]:
+    """The reference that a graph is for its own export."""
+
+    def run(feed: Tensors) -> Tensors:
+        with torch.no_grad():
+            flat = graph.run(*(feed[spec.name] for spec in graph.inputs))
+        named = zip(onnx_outputs(graph), flat, strict=True)
+        return {name: value for name, value in named if isinstance(value, torch.Tensor)}
+
+    return run
+
+
+def _same_interface(model: OnnxModel, graph: Graph) -> None:
+    axes = model.axes
+    wrong = [f"{spec} is {list(axes.get(spec.name, ()))}" for spec in graph.inputs if axes.get(spec.name) != spec.shape]
+    if wrong:
+        raise VerificationError(f"the model's inputs are not the graph's: {'; '.join(wrong)}", str(model.path))
+
+
+def _padding(feed: Tensors) -> torch.Tensor | None:
+    mask = feed.get("attention_mask")
+    return mask == 0 if mask is not None and mask.ndim == 2 and not bool(mask.all()) else None
+
+
+def _compare(
+    name: str,
+    want: torch.Tensor,
+    got: torch.Tensor,
+    padding: torch.Tensor | None,
+    atol: float,
+    rtol: float,
+) -> Comparison:
+    if want.shape != got.shape:
+        return Comparison(f"{name} (shape {list(got.shape)}, not {list(want.shape)})", {}, _INF, _INF, False)
+    exact = not want.dtype.is_floating_point
+    want, got = want.cpu().to(torch.float64), got.to(torch.float64)
+    if padding is not None:
+        want, got = want[~padding], got[~padding]
+    same = (want == got) | (want.isnan() & got.isnan())
+    error = torch.where(same, 0.0, (want - got).abs()).nan_to_num(nan=_INF, posinf=_INF)
+    finite = want[want.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    max_abs = float(error.max()) if error.numel() else 0.0
+    max_rel = max_abs / largest if largest else max_abs
+    return Comparison(name, {}, max_abs, max_rel, max_abs <= (0.0 if exact else atol + rtol * largest))
+
+
+_INF = float("inf")

@@ -1,0 +1,95 @@
+"""Merge: rewrite adapted sites to plain operations on derived weights. Nothing is computed: the weights are recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from peftfx.derived import Derived, Folding, Step
+from peftfx.graph import DERIVED, Graph
+from peftfx.passes.base import REGION, Pass, PassResult, Region, attribute, attributes_of, fake_like, results
+from peftfx.passes.site_op import operands, rewire
+from peftfx.sites import Site
+
+
+@dataclass(frozen=True)
+class Merge(Pass):
+    """Fold every insertion into the weights it acts on. Sites that share a tensor get a weight of their own."""
+
+    preserves = True
+
+    def __call__(self, graph: Graph) -> PassResult:
+        steps = _steps(graph)
+        if not steps:
+            return PassResult(graph, 0)
+        merged = _without_regions(graph)
+        nodes, attributes = {n.name: n for n in merged.nodes()}, attributes_of(merged)
+        for path, regions in steps.items():
+            site = merged.sites.by_path(path)
+            assert site is not None, path
+            _fold_site(merged, site, regions, nodes, attributes)
+        for node in attributes.values():
+            if not node.users:
+                merged.module.graph.erase_node(node)
+        merged.module.recompile()
+        return PassResult(merged, len(steps))
+
+
+def _steps(graph: Graph) -> dict[str, list[Region]]:
+    """The insertions at each site, in order, once each however often the site is called."""
+    steps: dict[str, list[Region]] = {}
+    for result in results(graph):
+        region = result.meta[REGION]
+        regions = steps.setdefault(region.placement.site.path, [])
+        if all((r.adapter, r.placement) != (region.adapter, region.placement) for r in regions):
+            regions.append(region)
+    return steps
+
+
+def _without_regions(graph: Graph) -> Graph:
+    """The graph without inserted nodes; overrides stay."""
+    merged = graph.clone()
+    nodes = {n.name: n for n in merged.nodes()}
+    for result in results(merged):
+        result.replace_all_uses_with(nodes[result.meta[REGION].y])
+    for node in reversed(list(merged.nodes())):
+        if REGION in node.meta:
+            merged.module.graph.erase_node(node)
+    return merged
+
+
+def _fold_site(
+    graph: Graph, site: Site, regions: list[Region], nodes: dict[str, fx.Node], attributes: dict[str, fx.Node]
+) -> None:
+    weight, bias = operands(site, site.calls[0], nodes)
+    steps = tuple(Step(r.placement.method, r.placement.view, r.placement.block, dict(r.params)) for r in regions)
+    folding = Folding(site, str(weight.target), None if bias is None else str(bias.target), steps)
+    new_weight, new_bias = _meta(folding, graph, weight, bias)
+    graph.derived[f"{site.path}.weight"] = Derived(folding, "weight")
+    derived = attribute(graph.module.graph, f"{DERIVED}.{site.path}.weight", new_weight, attributes)
+    if new_bias is not None:
+        graph.derived[f"{site.path}.bias"] = Derived(folding, "bias")
+        bias = attribute(graph.module.graph, f"{DERIVED}.{site.path}.bias", new_bias, attributes)
+    for call in site.calls:
+        rewire(site, call, nodes, derived, bias, dense=new_weight.shape != weight.meta["val"].shape)
+
+
+def _meta(folding: Folding, graph: Graph, weight: fx.Node, bias: fx.Node | None) -> tuple[Tensor, Tensor | None]:
+    """Shapes and dtypes of the derived weight, and of the bias where it changes: folded on the meta device."""
+    own = {folding.weight: weight.meta["val"]}
+    if bias is not None:
+        own[str(bias.target)] = bias.meta["val"]
+    memo: dict[str, Tensor] = {}
+
+    def get(target: str) -> Tensor:
+        if target not in memo:
+            like = own[target] if target in own else graph.get(target)
+            memo[target] = torch.empty(tuple(like.shape), dtype=like.dtype, device="meta")
+        return memo[target]
+
+    new = folding.evaluate(get)
+    unchanged = folding.bias is not None and new.bias is get(folding.bias)
+    anchor = weight.meta["val"]
+    return fake_like(anchor, new.weight), None if unchanged or new.bias is None else fake_like(anchor, new.bias)

@@ -1,0 +1,54 @@
+"""Remove: take adapters out of a graph again; what is left is the graph they were inserted into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftfx.graph import ADAPTERS, Graph
+from peftfx.passes.base import OVERRIDES, REGION, REPLACES, Pass, PassResult, attributes_of, results
+
+
+@dataclass(frozen=True)
+class Remove(Pass):
+    """Undo the insertions and overrides of one adapter, or of all.
+
+    Attributes:
+        name: the adapter; all of them where it is None.
+    """
+
+    name: str | None = None
+
+    def __call__(self, graph: Graph) -> PassResult:
+        graph = graph.clone()
+        nodes = {n.name: n for n in graph.nodes()}
+        stands_for: dict[str, str] = {}
+        changed = 0
+        for result in results(graph):
+            replaced = stands_for.get(result.meta[REPLACES], result.meta[REPLACES])
+            result.meta[REPLACES] = replaced
+            if self._mine(result.meta[REGION].adapter):
+                result.replace_all_uses_with(nodes[replaced])
+                stands_for[result.name] = replaced
+                changed += 1
+        for node in reversed(list(graph.nodes())):
+            if REGION in node.meta and self._mine(node.meta[REGION].adapter):
+                graph.module.graph.erase_node(node)
+        changed += self._restore(graph)
+        graph.module.recompile()
+        return PassResult(graph, changed)
+
+    def _mine(self, adapter: str) -> bool:
+        return self.name in (None, adapter)
+
+    def _restore(self, graph: Graph) -> int:
+        """Read the base's tensors again where the adapter's stood, and drop the adapter's."""
+        attributes = attributes_of(graph)
+        changed = 0
+        for target, node in attributes.items():
+            if not target.startswith(f"{ADAPTERS}.") or not self._mine(target.split(".")[1]):
+                continue
+            if OVERRIDES in node.meta:
+                node.replace_all_uses_with(attributes[node.meta[OVERRIDES]])
+                changed += 1
+            graph.module.graph.erase_node(node)
+        return changed

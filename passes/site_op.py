@@ -1,0 +1,105 @@
+"""A site's own operation, read off its nodes: bound for a method to call, and rewired to other weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from peftfx.method import Op
+from peftfx.sites import Call, Site
+
+_ADDMM = torch.ops.aten.addmm.default
+_GROUPS = 6  #: where a conv's groups are among its arguments
+
+
+def operands(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node | None]:
+    """The nodes that read the weight and the bias at one call."""
+    op, y = nodes[call.op], nodes[call.y]
+    weight = _argument(op, _weight_index(op, site))
+    if weight.op != "get_attr":  # x @ W.T
+        weight = _argument(weight, 0)
+    return weight, _bias(op, y)
+
+
+def bind(op: fx.Node, site: Site) -> Op:
+    """The operation as a function of input, weight ([out, in, ...]) and bias, everything else bound."""
+    target, rest = op.target, list(op.args)
+    assert callable(target)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def embedding(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return target(weight, x, *rest[2:])  # type: ignore[no-any-return]
+
+    def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        channels = x.shape[1 - weight.ndim]
+        return target(x, weight, bias, *_filled(op)[3:_GROUPS], channels // weight.shape[1])  # type: ignore[no-any-return]
+
+    return {"linear": linear, "embedding": embedding, "conv": conv}[site.kind]
+
+
+def rewire(site: Site, call: Call, nodes: dict[str, fx.Node], weight: fx.Node, bias: fx.Node | None, dense: bool) -> None:
+    """Point one call at another weight and bias; `dense` makes a grouped conv one of a single group."""
+    op, y = nodes[call.op], nodes[call.y]
+    index = _weight_index(op, site)
+    old = _argument(op, index)
+    if old.op != "get_attr":
+        with op.graph.inserting_before(op):
+            turned = op.graph.node_copy(old, lambda n: weight if n is _argument(old, 0) else n)
+        op.update_arg(index, turned)
+    else:
+        op.update_arg(index, weight)
+    if bias is not None and bias is not _bias(op, y):
+        _set_bias(op, y, bias)
+    if dense:
+        op.args = (*_filled(op)[:_GROUPS], 1)
+
+
+def _weight_index(op: fx.Node, site: Site) -> int:
+    if site.kind == "embedding":
+        return 0
+    return 2 if op.target is _ADDMM else 1
+
+
+def _bias(op: fx.Node, y: fx.Node) -> fx.Node | None:
+    if op.target is _ADDMM:
+        return _argument(op, 0)
+    if _takes_bias(op):
+        bias = op.args[2] if len(op.args) > 2 else op.kwargs.get("bias")
+        return bias if isinstance(bias, fx.Node) else None
+    added = y is not op and "add" in str(y.target)  # x @ W.T + b
+    return _argument(y, 1) if added else None
+
+
+def _set_bias(op: fx.Node, y: fx.Node, bias: fx.Node) -> None:
+    if op.target is _ADDMM:
+        op.update_arg(0, bias)
+    elif _takes_bias(op):
+        op.kwargs = {k: v for k, v in op.kwargs.items() if k != "bias"}
+        op.args = (*op.args[:2], bias, *op.args[3:])
+    elif _bias(op, y) is not None:
+        y.update_arg(1, bias)
+    else:
+        with op.graph.inserting_after(op):
+            total = op.graph.call_function(torch.ops.aten.add.Tensor, (op, bias))
+        total.meta = dict(op.meta)
+        op.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+
+def _takes_bias(op: fx.Node) -> bool:
+    return any(name in str(op.target) for name in ("linear", "conv"))
+
+
+def _argument(node: fx.Node, index: int) -> fx.Node:
+    value = node.args[index]
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def _filled(op: fx.Node) -> list[object]:
+    """A conv's arguments up to its groups, defaults filled in."""
+    ones = [1] * (int(str(op.target).partition("conv")[2][0]))
+    padding = "valid" if str(op.target).endswith(".padding") else [0] * len(ones)
+    return [*op.args, *(None, None, None, ones, padding, ones, 1)[len(op.args) :]]

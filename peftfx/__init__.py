@@ -1,0 +1,46 @@
+"""peftfx: one file per method, sites read from the graph, every adapter down to one ONNX model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from peftfx.version import __version__
+
+if TYPE_CHECKING:
+    from peftfx.adapted import AdaptedModel
+    from peftfx.capture import capture
+    from peftfx.errors import PeftfxError
+    from peftfx.export import export_onnx
+    from peftfx.graph import Graph
+    from peftfx.methods.lora import LoRA
+    from peftfx.sites import Site, Sites
+    from peftfx.api import inspect, load, transform
+
+
+
+# Names are imported when first used: torch and transformers take seconds, and `peftfx --help` needs neither.
+_HOME = {
+    "AdaptedModel": "peftfx.adapted",
+    "Graph": "peftfx.graph",
+    "LoRA": "peftfx.methods.lora",
+    "PeftfxError": "peftfx.errors",
+    "Site": "peftfx.sites",
+    "Sites": "peftfx.sites",
+    "capture": "peftfx.capture",
+    "export_onnx": "peftfx.export",
+    "inspect": "peftfx.api",
+    "load": "peftfx.api",
+    "transform": "peftfx.api",
+}
+
+__all__ = ["AdaptedModel", "Graph", "LoRA", "PeftfxError", "Site", "Sites", "__version__", "capture", "export_onnx", "inspect", "load", "transform"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'peftfx' has no attribute {name!r}")
+    # Bound here for good: importing the submodule of the same name would put the module in its function's place.
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

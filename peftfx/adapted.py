@@ -1,0 +1,279 @@
+"""AdaptedModel: a base module, the adapters on it, and the graphs derived from them, each made when first needed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftfx.adapter import Adapter, check_name
+from peftfx.capture import capture, evaluating, fake_mode_of
+from peftfx.errors import PeftfxError, nearest
+from peftfx.graph import ADAPTERS, BASE, Graph, path_name
+from peftfx.merging import MergeReport, merge_into
+from peftfx.method import Method
+from peftfx.passes import Insert, Merge, PassManager
+from peftfx.rules import place
+from peftfx.sites import Sites
+
+Rules = object
+"""What `transform` takes as rules: a Method, a `peft` config object, or a sequence of them."""
+
+
+class AdaptedModel(nn.Module):
+    """What `peftfx.transform` returns. Called as the base is, with the same arguments and the same output.
+
+    It holds the base (shared, frozen), the adapters' parameters, and a cache of graphs by the call's signature, mode and
+    active adapters. Weights are never edited to switch an adapter or a mode: another graph is picked or derived.
+    `state_dict` is that of the adapters alone, so that whatever saves a module (`transformers.Trainer` too) saves them.
+    """
+
+    @classmethod
+    def on(cls, base: nn.Module, sites: Sites, example: Mapping[str, object]) -> AdaptedModel:
+        """A model without adapters yet, whose `forward` has the base's signature: `Trainer` reads it."""
+        return _subclass(type(base))(base, sites, example)
+
+    def __init__(self, base: nn.Module, sites: Sites, example: Mapping[str, object]) -> None:
+        super().__init__()
+        self.base, self.sites, self.example = base, sites, dict(example)
+        self.adapters = nn.Module()
+        self.active: tuple[str, ...] = ()
+        self._grads = {name: p.requires_grad for name, p in base.named_parameters()}
+        self._captured: dict[object, list[Graph]] = {}
+        self._derived: dict[object, Graph] = {}
+        self.training = base.training
+        base.requires_grad_(False)
+
+    def add_adapter(self, name: str, rules: Rules, *, seed: int | None = None) -> None:
+        """Add an adapter and make it the active one. Two adapters may act at one site; their effects add up in order.
+
+        Args:
+            name: letters, digits, underscores; not the name of another adapter.
+            rules: see `transform`.
+            seed: of the random initial values; by default they come from torch's global generator.
+        """
+        self._new_name(name)
+        methods, placements, overrides = place(self.base, self.sites, rules)
+        adapter = Adapter(methods, placements, overrides)
+        rng = None if seed is None else torch.Generator().manual_seed(seed)
+        with fake_mode_of(self.base):
+            adapter.create(self.base, rng)
+        self._install(name, adapter)
+
+    def _new_name(self, name: str) -> None:
+        check_name(name)
+        if name in self.names():
+            raise PeftfxError(f"there is already an adapter named {name!r}", name, "give it another name, or remove it first")
+
+    def _install(self, name: str, adapter: Adapter) -> None:
+        self.adapters.add_module(name, adapter)
+        self.set_adapter(name)
+
+    def load_adapter(self, path: str | Path, name: str) -> None:
+        """Add an adapter from a HF PEFT directory, and make it the active one."""
+        from peftfx.checkpoint import read_adapter
+
+        self._new_name(name)
+        with fake_mode_of(self.base):
+            adapter = read_adapter(Path(path), self.base, self.sites)
+        self._install(name, adapter)
+
+    def names(self) -> tuple[str, ...]:
+        """The names of all adapters."""
+        return tuple(name for name, _ in self.adapters.named_children())
+
+    def adapter(self, name: str) -> Adapter:
+        """One adapter's state."""
+        if name not in self.names():
+            hint = nearest(name, self.names()) or f"adapters here: {', '.join(self.names()) or 'none'}"
+            raise PeftfxError(f"there is no adapter named {name!r}", name, hint)
+        found = self.adapters.get_submodule(name)
+        assert isinstance(found, Adapter)
+        return found
+
+    def set_adapter(self, names: str | Sequence[str]) -> None:
+        """Make these adapters the active ones, in this order; only they are trained."""
+        chosen = (names,) if isinstance(names, str) else tuple(names)
+        for name in chosen:
+            self.adapter(name)
+        self.active = chosen
+        for name in self.names():
+            self.adapter(name).requires_grad_(name in chosen)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model is the base."""
+        before, self.active = self.active, ()
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def remove(self, name: str | None = None) -> nn.Module:
+        """Remove an adapter, or all of them; returns the base, which is as it was before when all are gone."""
+        for gone in self.names() if name is None else (name,):
+            self.adapter(gone)
+            delattr(self.adapters, gone)
+            self.active = tuple(a for a in self.active if a != gone)
+        self._derived.clear()
+        if not self.names():
+            for key, p in self.base.named_parameters():
+                p.requires_grad_(self._grads.get(key, False))
+        return self.base
+
+    def merge(self) -> MergeReport:
+        """Fold the active adapters into the base's own weights, in place, one site at a time, and remove them.
+
+        Weights shared with a module that is not adapted (a tied head, say) are untied first. `remove()` then gives the
+        merged module. Nothing is changed if an active adapter cannot be merged.
+        """
+        with evaluating(self.base):
+            merged = Merge()(self.graph()).graph
+        report = merge_into(self.base, merged, [self.adapter(name) for name in self.active])
+        for name in self.active:
+            self.remove(name)
+        self._captured.clear()
+        return report
+
+    def export(self, directory: str | Path, *, merge: bool = True, force: bool = False, **options: object) -> object:
+        """Write an ONNX model to a new directory and verify it; see `peftfx.export.export_onnx`."""
+        from peftfx.export import export_onnx
+
+        return export_onnx(self, directory, merge=merge, force=force, **options)  # type: ignore[arg-type]
+
+    def save_pretrained(self, directory: str | Path, adapter_name: str | None = None, **_: object) -> None:
+        """Write HF PEFT directories: the first adapter in `directory`, others in folders of their own names below it."""
+        from peftfx.checkpoint import save_adapters
+
+        save_adapters(self, Path(directory), None if adapter_name is None else (adapter_name,))
+
+    def num_parameters(self) -> tuple[int, int]:
+        """The number of trainable parameters, and of all."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return trained, sum(p.numel() for p in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, in HF PEFT's words."""
+        trained, total = self.num_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def print_readable(self) -> str:
+        """Print the adapted graph as Python code; returns the text."""
+        return str(self.graph().module.print_readable())
+
+    def gradient_checkpointing_enable(self, **_: object) -> None:
+        """Refused: a captured graph keeps its activations."""
+        raise PeftfxError("gradient checkpointing does not reach a captured graph", "", "train with a smaller batch")
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
+        """The adapters' tensors, as `adapters.<name>.<path>.<parameter>`; the base's are not the adapter's to save."""
+        prefix = f"{kwargs.get('prefix', '')}{ADAPTERS}."
+        own = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        for key in [k for k in own if not k.startswith(prefix)]:
+            del own[key]
+        return own
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
+        """Load what `state_dict` gave. With `strict`, every key must fit an adapter's tensor and none may be missing."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [k for k in result.missing_keys if k.startswith(f"{ADAPTERS}.")]
+        if strict and (missing or result.unexpected_keys):
+            where = f"missing: {missing[:5]}, unexpected: {result.unexpected_keys[:5]}"
+            raise PeftfxError("this state is not of these adapters", where, "make the adapters as they were when it was saved")
+        result.missing_keys[:] = missing
+        return result
+
+    def graph(self, inputs: Mapping[str, object] | None = None, *, adapted: bool = True) -> Graph:
+        """The graph for a call with these keyword arguments (or with example inputs), in the current mode.
+
+        Args:
+            inputs: as for a call; values do not matter, sizes only where the model fixes them.
+            adapted: with the active adapters; otherwise the base's own graph.
+        """
+        inputs = self.example if inputs is None else _named(self.base, (), inputs)
+        captured = self._capture(inputs)
+        if not adapted or not self.active:
+            return captured
+        key = (id(captured), self.active)
+        if key not in self._derived:
+            linked = captured.clone()
+            linked.module.add_module(ADAPTERS, self.adapters)
+            passes = [Insert(name, self.adapter(name)) for name in self.active]
+            self._derived[key] = PassManager(passes, check="none")(linked)
+        return self._derived[key]
+
+    def keep(self, graph: Graph, inputs: Mapping[str, object]) -> None:
+        """Keep a graph that was captured from the base with these inputs."""
+        self._known(inputs, graph.training).append(graph)
+
+    def _known(self, inputs: Mapping[str, object], training: bool) -> list[Graph]:
+        """The graphs captured for calls like this one; they differ in the sizes of axes that the model fixes."""
+        leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
+        kinds = [(path_name(p), v.dtype, v.ndim) if isinstance(v, Tensor) else (path_name(p), repr(v)) for p, v in leaves]
+        return self._captured.setdefault((tuple(kinds), training), [])
+
+    def _capture(self, inputs: Mapping[str, object]) -> Graph:
+        leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
+        tensors = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
+        known = self._known(inputs, self.training)
+        for graph in known:
+            if all(s.accepts(tensors[s.name]) for s in graph.inputs):
+                return graph
+        known.append(capture(self.base, inputs))
+        return known[-1]
+
+    def __getattr__(self, name: str) -> object:
+        """Attributes of the base (`config`, `device`, ...); not its methods, which know nothing of adapters."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(super().__getattr__(BASE), name)
+            if inspect.ismethod(value):
+                raise AttributeError(f"{name}() of the base would run without the adapters") from None
+            return value
+
+    def _apply(self, fn: object, recurse: bool = True) -> AdaptedModel:
+        """Moved or cast: graphs made for the old device and dtype are dropped."""
+        self._captured.clear()
+        self._derived.clear()
+        return super()._apply(fn, recurse)  # type: ignore[arg-type, return-value]
+
+    def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        named = _named(self.base, args, kwargs)
+        graph = self.graph(named)
+        leaves, _ = pytree.tree_flatten_with_path(named)
+        flat = graph.run(*(v for _, v in leaves if isinstance(v, Tensor)))
+        return pytree.tree_unflatten(flat, graph.out_spec)
+
+
+@functools.cache
+def _subclass(base_class: type[nn.Module]) -> type[AdaptedModel]:
+    def forward(self: AdaptedModel, *args: object, **kwargs: object) -> object:
+        return self._call(args, kwargs)
+
+    forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
+    members = {"forward": forward, "__doc__": AdaptedModel.__doc__, "__module__": __name__}
+    return type("AdaptedModel", (AdaptedModel,), members)
+
+
+def _named(base: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+    """A call's arguments by name, absent ones left out; numbers that fall into `**kwargs` become tensors.
+
+    Such a number changes from call to call (`num_items_in_batch`), and would be burned into the graph.
+    """
+    parameters = inspect.signature(type(base).forward).parameters
+    plain = [n for n, p in list(parameters.items())[1:] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(args) > len(plain):
+        raise TypeError(f"forward takes {len(plain)} positional arguments, {len(args)} were given")
+    named = {**dict(zip(plain, args, strict=False)), **kwargs}
+    values = {name: v for name, v in named.items() if v is not None}
+    for name, value in values.items():
+        if name not in parameters and isinstance(value, (int, float)) and not isinstance(value, bool):
+            values[name] = torch.tensor(value)
+    return values

@@ -1,0 +1,146 @@
+"""Adapter: the named, trainable state of one transform: site path -> parameter name -> tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.derived import Block, part_site
+from peftfx.errors import PeftfxError
+from peftfx.method import Base, Method, WeightMethod
+from peftfx.sites import Part, Site
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A method at a site, or at one part of a fused site."""
+
+    method: WeightMethod
+    site: Site
+    part: Part | None = None
+
+    @property
+    def key(self) -> str:
+        """Where its parameters are in the adapter: the site's path, and the part's role in short."""
+        return self.site.path if self.part is None else f"{self.site.path}.{self.part.role.rpartition('.')[2]}"
+
+    @property
+    def block(self) -> Block | None:
+        """The rows of the part."""
+        if self.part is None:
+            return None
+        return Block.of(self.part, self.site.shape[1 if self.site.transposed else 0])
+
+    @property
+    def view(self) -> Site:
+        """The site as the method sees it."""
+        return self.site if self.part is None else part_site(self.site, self.part, self.block)  # type: ignore[arg-type]
+
+    def base(self, weight: Tensor, bias: Tensor | None) -> Base:
+        """The site's tensors as the method sees them: [out, in], and the part's rows alone."""
+        weight = weight.T if self.site.transposed else weight
+        if self.block is None:
+            return Base(weight, bias)
+        return Base(self.block.take(weight, 0), None if bias is None else self.block.take(bias, 0))
+
+
+@dataclass(frozen=True)
+class Override:
+    """A tensor of the base that an adapter replaces by one of its own, within one module.
+
+    Attributes:
+        key: where the adapter keeps its tensor, a dotted name.
+        module: the module path within which uses of the base's tensor are replaced.
+        name: the tensor's name, relative to the module.
+    """
+
+    key: str
+    module: str
+    name: str
+
+
+class Adapter(nn.Module):
+    """The state of one adapter. Parameters live in modules that mirror the base's paths.
+
+    Attributes:
+        rules: the methods it was made from.
+        placements: where they act.
+        records: what a loaded config said of the base and the task; saved again with it.
+        overrides: the base's tensors it trains copies of (`modules_to_save`, `bias`).
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[Method],
+        placements: Sequence[Placement],
+        overrides: Sequence[Override],
+        config: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__()
+        kept = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
+        self.records = {k: v for k, v in (config or {}).items() if k in kept}
+        self.rules, self.placements, self.overrides = tuple(rules), tuple(placements), tuple(overrides)
+
+    def create(self, base: nn.Module, rng: torch.Generator | None) -> None:
+        """Make every parameter, at its method's initial values; overrides start as copies of the base's tensors."""
+        for placement in self.placements:
+            weight, bias = site_tensors(base, placement.site)
+            with torch.no_grad():
+                params = placement.method.init(placement.view, placement.base(weight, bias), rng)
+            for name, value in params.items():
+                self.put(f"{placement.key}.{name}", value, trained=name not in placement.method.frozen())
+        for override in self.overrides:
+            owner, leaf = owner_of(base.get_submodule(override.module), override.name)
+            tensor = getattr(owner, leaf)
+            self.put(override.key, tensor.detach().clone(), trained=leaf in owner._parameters)
+
+    def params(self, placement: Placement) -> dict[str, Tensor]:
+        """The parameters of one placement by name, constants included."""
+        holder = self.get_submodule(placement.key)
+        return {**dict(holder.named_parameters(recurse=False)), **dict(holder.named_buffers(recurse=False))}
+
+    def put(self, key: str, value: Tensor, *, trained: bool = True) -> None:
+        """Keep a tensor under a dotted name."""
+        path, _, name = key.rpartition(".")
+        holder: nn.Module = self
+        for part in path.split(".") if path else ():
+            if part not in holder._modules:
+                holder.add_module(part, nn.Module())
+            holder = holder.get_submodule(part)
+        if trained:
+            holder.register_parameter(name, nn.Parameter(value))
+        else:
+            holder.register_buffer(name, value)
+
+    def get(self, key: str) -> Tensor:
+        """The tensor kept under a dotted name."""
+        value = getattr(*owner_of(self, key))
+        assert isinstance(value, Tensor)
+        return value
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its dotted name."""
+        yield from self.named_parameters()
+        yield from self.named_buffers()
+
+
+def site_tensors(base: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
+    """The weight, as it is stored, and the bias of a site in the base module."""
+    weight = getattr(*owner_of(base, site.weight.partition(".")[2]))
+    bias = None if site.bias is None else getattr(*owner_of(base, site.bias.partition(".")[2]))
+    return weight, bias
+
+
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The submodule that holds a tensor of this dotted name, and the name's last part."""
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def check_name(name: str) -> None:
+    """An adapter's name is a folder's and an attribute's."""
+    if not name.isidentifier():
+        raise PeftfxError(f"not a name for an adapter: {name!r}", "adapter_name", "use letters, digits and underscores")

@@ -1,0 +1,69 @@
+"""transform, load, inspect: a model and rules, or a model and a HF PEFT directory, become an AdaptedModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from peftfx.adapted import AdaptedModel
+from peftfx.capture import capture, evaluating
+from peftfx.inputs import example_inputs
+from peftfx.sites import Sites
+
+
+def transform(
+    model: nn.Module,
+    rules: object,
+    adapter_name: str = "default",
+    *,
+    inputs: Mapping[str, object] | None = None,
+    seed: int | None = None,
+) -> AdaptedModel:
+    """Adapt a model by rules. Its parameters are shared and frozen, never copied; only the adapter's are trained.
+
+        adapted = peftfx.transform(model, peftfx.LoRA(r=8, target="attention.query | attention.value"))
+
+    Args:
+        model: any module. A transformers model needs no inputs: they are made from its config and task.
+        rules: a method, a `peft` config object, or a sequence of them; each says where it applies.
+        adapter_name: letters, digits, underscores.
+        inputs: keyword arguments of a call, for a model that example inputs cannot be made for.
+        seed: of the adapter's random initial values; by default they come from torch's global generator.
+
+    Raises:
+        PeftfxError: the model cannot be captured, or a rule matches nothing.
+    """
+    adapted = bare(model, inputs)
+    adapted.add_adapter(adapter_name, rules, seed=seed)
+    return adapted
+
+
+def load(
+    model: nn.Module, path: str | Path, adapter_name: str = "default", *, inputs: Mapping[str, object] | None = None
+) -> AdaptedModel:
+    """Adapt a model by a HF PEFT directory: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        PeftfxError: there is no such adapter, or it is not for this model: every key that is missing, unexpected or of
+            another shape is listed.
+    """
+    adapted = bare(model, inputs)
+    adapted.load_adapter(path, adapter_name)
+    return adapted
+
+
+def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> Sites:
+    """The sites of a model: where adapters can act, with the role that the dataflow gives each."""
+    return bare(model, inputs).sites
+
+
+def bare(model: nn.Module, inputs: Mapping[str, object] | None = None) -> AdaptedModel:
+    """A model captured, its sites found, without adapters yet."""
+    example = example_inputs(model) if inputs is None else inputs
+    with evaluating(model):
+        graph = capture(model, example)
+    adapted = AdaptedModel.on(model, graph.sites, example)
+    adapted.keep(graph, example)
+    return adapted

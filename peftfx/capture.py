@@ -1,0 +1,214 @@
+"""capture: a module and example inputs become a Graph, one view of the model at a time.
+
+A view is one signature (the keyword arguments that are tensors, the values of those that are not) in one mode, train
+or eval. Capture is `torch.export` in non-strict mode: it runs the module on fake tensors, so neither the example's
+values nor the size of the model cost anything, and a module built under `FakeTensorMode` is captured without memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import fx, nn
+from torch._guards import detect_fake_mode
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from peftfx.errors import PeftfxError
+from peftfx.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
+from peftfx.inputs import name_axes, without_cache
+from peftfx.roles import find_sites
+
+Axes = Mapping[str, tuple[str | None, ...]]
+
+
+def capture(model: nn.Module, inputs: Mapping[str, object], *, axes: Axes | None = None) -> Graph:
+    """Capture `model` in its current mode (train or eval), as called with `inputs`.
+
+    Args:
+        model: any module; its parameters are shared with the graph, never copied.
+        inputs: keyword arguments of its forward. Tensors (nested ones too) become inputs of the graph; everything
+            else is a constant of this view. Only dtypes and sizes of the tensors matter; sizes of 1 stay fixed.
+        axes: a name for each axis of each tensor; by default `peftfx.inputs.name_axes`. Axes of one name have one
+            size. A named axis is left free unless the model's own code fixes it; one named `None` keeps its size, and
+            the axes of a tensor that is not mentioned are all free.
+
+    Raises:
+        PeftfxError: the model's code cannot be captured (it branches on values, or returns no tensors).
+    """
+    leaves, in_spec = pytree.tree_flatten_with_path(dict(inputs))
+    tensors = {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
+    axes = name_axes(tensors) if axes is None else axes
+    _refuse_checkpointing(model)
+    wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves]).train(model.training)
+    with isolated(model), without_cache(model):
+        examples = tuple(_fresh(model, t) for t in tensors.values())
+        free = tuple(_dims(t, axes.get(name)) for name, t in zip(tensors, examples, strict=True))
+        try:
+            program = torch.export.export(wrapper, examples, dynamic_shapes={"flat": free}, strict=False)
+            module = program.module(check_guards=False)
+        except Exception as error:
+            raise _explain(model, error) from error
+    return _as_graph(model, module, program.call_spec.out_spec, tensors, axes)
+
+
+class _Flat(nn.Module):
+    """`base` behind a flat positional signature; arguments that are not tensors are bound."""
+
+    def __init__(self, base: nn.Module, spec: pytree.TreeSpec, leaves: list[object]) -> None:
+        super().__init__()
+        self._modules[BASE] = base
+        self.spec, self.leaves = spec, leaves
+
+    def train(self, mode: bool = True) -> _Flat:
+        """Set this module's own flag alone: the modes inside `base` are the caller's."""
+        self.training = mode
+        return self
+
+    def forward(self, *flat: torch.Tensor) -> object:
+        tensors = iter(flat)
+        leaves = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        return self._modules[BASE](**pytree.tree_unflatten(leaves, self.spec))
+
+
+@contextlib.contextmanager
+def isolated(model: nn.Module) -> Iterator[None]:
+    """The context captures and traces run in, whatever the caller's: gradients on, no inference mode, no autocast.
+
+    A module whose parameters are fake is captured inside its own `FakeTensorMode`.
+    """
+    kinds = ["cpu", *({p.device.type for p in model.parameters()} - {"cpu", "meta"})]
+    before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
+    with torch.inference_mode(False), torch.enable_grad(), _quiet(), fake_mode_of(model):
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, False)
+        try:
+            yield
+        finally:
+            for kind, enabled in before.items():
+                torch.set_autocast_enabled(kind, enabled)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every module of `model` is in eval mode; afterwards each is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def fake_mode_of(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """The `FakeTensorMode` that the model was built under, or nothing."""
+    return detect_fake_mode(list(model.parameters())) or contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.export's warnings about its own choices out of the user's terminal."""
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _fresh(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
+    """A distinct tensor like `example`: one tensor passed twice would make the graph read the wrong input."""
+    device = next((p.device for p in model.parameters()), example.device)
+    return torch.zeros(example.shape, dtype=example.dtype, device=example.device if example.ndim == 0 else device)
+
+
+def _dims(example: torch.Tensor, axes: tuple[str | None, ...] | None) -> dict[int, object]:
+    """Which axes torch.export leaves free. A free axis nobody asked for can cost minutes: Swin's windows do."""
+    names = axes or ("free",) * example.ndim
+    return {i: Dim.STATIC if name is None else Dim.AUTO for i, name in enumerate(names)}
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    active = next((n for n, m in model.named_modules() if getattr(m, "gradient_checkpointing", False)), None)
+    if model.training and active is not None:
+        raise PeftfxError(
+            "gradient checkpointing would be lost: a captured graph keeps its activations",
+            active or type(model).__name__,
+            "call model.gradient_checkpointing_disable() first",
+        )
+
+
+def _explain(model: nn.Module, error: Exception) -> PeftfxError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = "see `__cause__` for torch.export's own report"
+    if "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
+        hint = "its forward branches on the values of a tensor; pass arguments or a config that avoid the branch"
+    return PeftfxError(f"cannot capture this model: {first}", type(model).__name__, hint)
+
+
+def _as_graph(
+    model: nn.Module, module: fx.GraphModule, out_spec: pytree.TreeSpec, tensors: Mapping[str, torch.Tensor], axes: Axes
+) -> Graph:
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    constants = nn.Module()
+    module.add_module(CONSTANTS, constants)  # where fx's own checks look for them
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not _owns(model, str(node.target)):
+            name = str(node.target).replace(".", "_")
+            value = _attribute(module, str(node.target))
+            if not hasattr(constants, name):
+                if isinstance(value, torch.Tensor):
+                    constants.register_buffer(name, value)
+                else:
+                    constants.add_module(name, value)
+            node.target = f"{CONSTANTS}.{name}"
+        if node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    specs, sizes = [], {}
+    for node, (name, tensor) in zip(placeholders, tensors.items(), strict=True):
+        shape: list[int | str] = []
+        for i, size in enumerate(node.meta["val"].shape):
+            axis = (axes.get(name) or (None,) * tensor.ndim)[i] or f"{name}.{i}"
+            fixed = _constant(size)
+            shape.append(axis if fixed is None else fixed)
+            if fixed is None:
+                sizes[axis] = int(tensor.shape[i])
+        specs.append(TensorSpec(name, tensor.dtype, tuple(shape)))
+        _rename(node, name.replace(".", "_"))
+    linked = link(graph, {BASE: model, CONSTANTS: constants})
+    result = Graph(linked, tuple(specs), out_spec, sizes, model.training, sites=None)  # type: ignore[arg-type]
+    result.sites = find_sites(result)
+    return result
+
+
+def _constant(size: int | torch.SymInt) -> int | None:
+    """The size of an axis that is fixed, by the example or by the model's code; a symbol may stand for one number."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def _owns(model: nn.Module, target: str) -> bool:
+    """Whether a captured attribute is the model's own; a tensor made in its code is put beside it by torch.export."""
+    path = target.removeprefix(f"{BASE}.")
+    try:
+        return path != target and _attribute(model, path) is not None
+    except AttributeError:
+        return False
+
+
+def _attribute(module: nn.Module, target: str) -> object:
+    owner, _, name = target.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def _rename(node: fx.Node, name: str) -> None:
+    node._rename(name)
+    node.target = node.name

@@ -1,0 +1,266 @@
+"""HF PEFT directories, both ways: `adapter_config.json` and `adapter_model.safetensors`. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peftfx.adapter import Adapter, Override, Placement, site_tensors
+from peftfx.errors import PeftfxError, nearest
+from peftfx.files import write_file, writing
+from peftfx.method import Method, WeightMethod
+from peftfx.methods import method_named
+from peftfx.rules import SAVED, overrides_of, placements_of, saved_modules, within
+from peftfx.sites import Sites
+
+if TYPE_CHECKING:
+    from peftfx.adapted import AdaptedModel
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+RECORDS = frozenset(
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config".split()
+)
+"""Fields of a HF PEFT config that describe it and change no number."""
+INERT = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}, "ensure_weight_tying": False}
+"""Fields that do nothing at these values; every other field that peftfx does not know must be empty."""
+
+
+def read_config(directory: Path) -> dict[str, object]:
+    """The adapter config of a HF PEFT directory."""
+    if not directory.is_dir():
+        raise PeftfxError("there is no such directory", str(directory), "give the folder that holds adapter_config.json")
+    path = directory / CONFIG
+    if not path.is_file():
+        below = [p.parent.name for p in directory.glob(f"*/{CONFIG}")]
+        hint = f"adapters below it: {', '.join(sorted(below))}" if below else "give the folder that save_pretrained wrote"
+        raise PeftfxError(f"there is no {CONFIG}", str(directory), hint)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PeftfxError(f"cannot be read as JSON: {error}", str(path), "save the adapter again") from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise PeftfxError("it names no peft_type", str(path), "is this a HF PEFT adapter's config?")
+    return config
+
+
+def method_from_config(config: Mapping[str, object], where: str) -> Method:
+    """The method of a HF PEFT config. An option that changes numbers and that peftfx does not know is refused."""
+    cls = method_named(str(getattr(config["peft_type"], "value", config["peft_type"])))
+    options = {k: v for k, v in config.items() if k in cls.options() and v is not None}
+    unknown = {k: v for k, v in config.items() if k not in cls.options() and k not in RECORDS}
+    active = {k: v for k, v in unknown.items() if v not in (None, False, 0, "", [], {}, ()) and INERT.get(k) != v}
+    if active:
+        names = ", ".join(f"{k}={v!r}" for k, v in active.items())
+        raise PeftfxError(f"{cls.__name__} does not support {names}", where, "train the adapter without, or merge it with peft")
+    return cls.from_options(options)
+
+
+class Weights:
+    """The tensors of an adapter file, read one at a time; keys are module paths and suffixes without HF PEFT's prefix."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / WEIGHTS
+        if not self.path.is_file():
+            if (directory / PICKLE).is_file():
+                hint = "load it once with peft and save it again: save_pretrained writes safetensors"
+                raise PeftfxError(f"only a pickle, {PICKLE}: peftfx does not unpickle", str(directory), hint)
+            raise PeftfxError(f"there is no {WEIGHTS}", str(directory), "give the folder that save_pretrained wrote")
+        try:
+            self._file = safe_open(self.path, framework="pt")
+            self.names = {self._strip(k): k for k in self._file.keys()}  # noqa: SIM118
+            self.shapes = {n: tuple(self._file.get_slice(k).get_shape()) for n, k in self.names.items()}
+        except (SafetensorError, OSError) as error:
+            hint = "the file is truncated or damaged; copy or save it again"
+            raise PeftfxError(f"cannot be read as safetensors: {error}", str(self.path), hint) from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self._file.get_tensor(self.names[name])  # type: ignore[no-any-return]
+        except (SafetensorError, OSError) as error:
+            raise PeftfxError(f"cannot be read: {error}", f"{self.path}: {self.names[name]}", "save it again") from error
+
+    @staticmethod
+    def _strip(key: str) -> str:
+        return key.removeprefix(PREFIX)
+
+
+def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
+    """The adapter in a HF PEFT directory, for this base. Which sites it has is read from its keys.
+
+    Raises:
+        PeftfxError: a file is missing or damaged, or keys are missing, unexpected or of another shape: all are listed.
+    """
+    config = read_config(directory)
+    method = method_from_config(config, str(directory / CONFIG))
+    weights = Weights(directory)
+    placements = _placements(method, weights, sites)
+    saved = saved_modules(base, method)
+    overrides = overrides_of(base, method, saved, [p.site for p in placements])
+    overrides += _replaced_weights(placements, weights, base)
+    adapter = Adapter([method], placements, overrides, config)
+    adapter.create(base, None)
+    wanted = _wanted(placements, overrides)
+    expected = {path for path in _targeted(method, sites) if not within(path, saved)}
+    _refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, expected, base, directory)
+    with torch.no_grad():
+        for name, key in wanted.items():
+            adapter.get(key).copy_(weights[name])
+    return adapter
+
+
+def _placements(method: Method, weights: Weights, sites: Sites) -> list[Placement]:
+    """A placement for each site that has keys in the file."""
+    placements = []
+    for site in sites:
+        if site.kind in method.kinds and isinstance(own := method.at(site), WeightMethod):
+            if any(f"{site.path}.{suffix}" in weights.names for suffix in own.keys(site).values()):
+                placements.append(Placement(own, site))
+    return placements
+
+
+def _replaced_weights(placements: list[Placement], weights: Weights, base: nn.Module) -> list[Override]:
+    """HF PEFT saves the whole weight of an adapted embedding: it counts where it is not the base's own."""
+    found = []
+    for site in (p.site for p in placements):
+        name, tensor = f"{site.path}.base_layer.weight", site_tensors(base, site)[0]
+        if name in weights.names and not (weights.shapes[name] == tuple(tensor.shape) and torch.equal(weights[name], tensor)):
+            found.append(Override(f"{SAVED}.{site.path}.weight", "", site.weight.partition(".")[2]))
+    return found
+
+
+def _wanted(placements: list[Placement], overrides: list[Override]) -> dict[str, str]:
+    """For each name the file must have, where the adapter keeps its value."""
+    wanted = {
+        f"{p.site.path}.{suffix}": f"{p.key}.{name}" for p in placements for name, suffix in p.method.keys(p.site).items()
+    }
+    adapted = {p.site.path for p in placements}
+    return wanted | {_override_name(override, adapted): override.key for override in overrides}
+
+
+def _override_name(override: Override, adapted: set[str]) -> str:
+    """The name HF PEFT gives a trained tensor of the base: one of an adapted module is its `base_layer`'s."""
+    name = override.key.removeprefix(f"{SAVED}.")
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.base_layer.{leaf}" if path in adapted else name
+
+
+def _targeted(method: Method, sites: Sites) -> set[str]:
+    """The sites that the config's own targets match; they may name none that this model runs."""
+    try:
+        return {p.site.path for p in placements_of(method, sites)} if method.target_modules else set()
+    except PeftfxError:
+        return set()
+
+
+def _refuse_mismatch(
+    weights: Weights, wanted: Mapping[str, Tensor], expected: set[str], base: nn.Module, where: Path
+) -> None:
+    """Compare the file with what this base needs, and list all that does not fit at once."""
+    modules = {name for name, _ in base.named_modules()}
+    have = {n for n in weights.names if n in wanted or not _inert(n, modules)}
+    absent = [f"every key of {path}" for path in sorted(expected) if not any(n.startswith(f"{path}.") for n in have)]
+    missing, unexpected = sorted(wanted.keys() - have) + absent, sorted(have - wanted.keys())
+    misshapen = [
+        f"{n}: {list(weights.shapes[n])} in the file, {list(t.shape)} in this model"
+        for n, t in wanted.items()
+        if n in have and weights.shapes[n] != tuple(t.shape)
+    ]
+    lists = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if not any(lists.values()):
+        return
+    lines = [f"{len(items)} {what}: " + _listed(items) for what, items in lists.items() if items]
+    near = nearest(_module_of(unexpected[0]), modules) if unexpected else ""
+    hint = near or "load it on the model that it was trained on (the same size, the same number of labels)"
+    raise PeftfxError("this adapter does not fit the model:\n  " + "\n  ".join(lines), str(where), hint)
+
+
+def _listed(items: list[str], most: int = 12) -> str:
+    more = f"\n    ... and {len(items) - most} more" if len(items) > most else ""
+    return "".join(f"\n    {item}" for item in items[:most]) + more
+
+
+def _module_of(name: str) -> str:
+    """The module path in a name of a checkpoint."""
+    return re.split(r"\.(?:lora_|ia3_|base_layer)", name)[0]
+
+
+def _inert(name: str, modules: set[str]) -> bool:
+    """Whether a key is of a module that this model has and never runs (T5's `shared`), or a weight peftfx does not need."""
+    return name.endswith(".base_layer.weight") or (_module_of(name) != name and _module_of(name) in modules)
+
+
+def save_adapters(adapted: AdaptedModel, directory: Path, names: tuple[str, ...] | None) -> None:
+    """Write adapters as HF PEFT does: the one named "default", or the only one, in `directory`, others below it."""
+    chosen = adapted.names() if names is None else names
+    if not chosen:
+        raise PeftfxError("there is no adapter to save", str(directory), "add one with add_adapter, or save before merge()")
+    contents = {name: _contents(adapted, name) for name in chosen}
+    for name, (config, tensors) in contents.items():
+        target = directory if name == "default" or len(chosen) == 1 else directory / name
+        with writing(target):
+            target.mkdir(parents=True, exist_ok=True)
+            write_file(target / WEIGHTS, lambda path, t=tensors: save_file(t, path, metadata={"format": "pt"}))
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            write_file(target / CONFIG, lambda path, t=text: path.write_text(t, encoding="utf-8"))
+
+
+def _contents(adapted: AdaptedModel, name: str) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The config and tensors of one adapter."""
+    adapter = adapted.adapter(name)
+    if len(adapter.rules) > 1:
+        hint = "make an adapter of each rule (add_adapter), or export it merged"
+        raise PeftfxError("a HF PEFT directory holds one method, this adapter has several rules", name, hint)
+    tensors: dict[str, Tensor] = {}
+    methods: dict[str, Method] = {}
+    for path, group in _by_site(adapter.placements).items():
+        site, method = group[0].site, group[0].method
+        params = adapter.params(group[0])
+        if group[0].part is not None:
+            weight, bias = site_tensors(adapted.base, site)
+            parts = {p.part.rows: adapter.params(p) for p in group if p.part is not None}
+            method, params = method.whole(site, replace(group[0], part=None).base(weight, bias), parts)
+        tensors |= {f"{path}.{suffix}": params[key] for key, suffix in method.keys(site).items()}
+        methods[path] = method
+    paths = {p.site.path for p in adapter.placements}
+    tensors |= {_override_name(override, paths): adapter.get(override.key) for override in adapter.overrides}
+    config = _config(adapted.base, adapter, adapter.rules[0].gather(methods))
+    return config, {f"{PREFIX}{k}": v.detach().contiguous() for k, v in tensors.items()}
+
+
+def _by_site(placements: Iterable[Placement]) -> dict[str, list[Placement]]:
+    groups: dict[str, list[Placement]] = {}
+    for placement in placements:
+        groups.setdefault(placement.site.path, []).append(placement)
+    return groups
+
+
+def _config(base: nn.Module, adapter: Adapter, method: Method) -> dict[str, object]:
+    """HF PEFT's config of an adapter: its records are kept from the one it was loaded with, if any."""
+    options: dict[str, object] = {f: getattr(method, f) for f in method.options()}
+    target = options.pop("target")
+    if target is not None or not method.target_modules:
+        paths = sorted({p.site.path for p in adapter.placements})
+        options |= {"target_modules": _suffixes(paths, base)}
+        options |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    if any(p.site.transposed for p in adapter.placements) and "fan_in_fan_out" in options:
+        options["fan_in_fan_out"] = True
+    name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
+    records = {"task_type": None, "base_model_name_or_path": name, **adapter.records}
+    return {**records, **options, "peft_type": method.peft_type, "inference_mode": True}
+
+
+def _suffixes(paths: list[str], base: nn.Module) -> list[str]:
+    """The shortest `target_modules` that name these modules and no others: last components, or else whole paths."""
+    chosen, ends = set(paths), {p.rpartition(".")[2] for p in paths}
+    others = {n.rpartition(".")[2] for n, _ in base.named_modules() if n not in chosen}
+    return sorted(ends if not ends & others else chosen)

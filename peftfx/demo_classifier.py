@@ -1,0 +1,97 @@
+"""A sentence classifier as the demo needs it: trained in a plain loop, asked in torch and in ONNX Runtime, timed."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from peftfx.adapted import AdaptedModel
+from peftfx.export import OnnxModel
+from peftfx.topics import Example, Split, batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH, LEARNING_RATE, MAX_TOKENS, WARMUP = 16, 3e-3, 64, 10
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model in torch or in ONNX Runtime, as a function from sentences to logits."""
+
+    tokenizer: PreTrainedTokenizerBase
+    run: Callable[[dict[str, Tensor]], Tensor]
+
+    def logits(self, examples: Sequence[str]) -> Tensor:
+        """Logits [sentences, topics], a batch at a time."""
+        chunks = [examples[i : i + 2 * BATCH] for i in range(0, len(examples), 2 * BATCH)]
+        return torch.cat([self.run(encode(self.tokenizer, chunk)) for chunk in chunks])
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Token tensors [sentences, longest of them]: every batch has its own length, and no graph is captured again."""
+    return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"))
+
+
+def train(
+    adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, split: Split, epochs: int, seed: int
+) -> tuple[int, float]:
+    """A plain loop: AdamW on what requires a gradient, warm-up, linear decay. Returns steps and seconds for one."""
+    rng = random.Random(seed)
+    total = epochs * len(batches(split.train, BATCH))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / WARMUP, 1 - s / total))
+    times: list[float] = []
+    adapted.train()
+    with _bar() as bar:
+        task = bar.add_task("training", total=total, loss=float("nan"))
+        for batch in (b for _ in range(epochs) for b in batches(split.train, BATCH, rng)):
+            begun = time.perf_counter()
+            loss = adapted(**encode(tokenizer, [e.text for e in batch]), labels=_labels(batch)).loss
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            times.append(time.perf_counter() - begun)
+            bar.update(task, advance=1, loss=loss.item())
+    return total, median(times)  # the first step also captures the training graph
+
+
+def _labels(batch: Sequence[Example]) -> Tensor:
+    return torch.tensor([e.label for e in batch])
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=Console(stderr=True))
+
+
+def evaluate(adapted: AdaptedModel, classifier: Classifier, texts: Sequence[str]) -> Tensor:
+    adapted.eval()
+    with torch.no_grad():
+        return classifier.logits(texts)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(-1) == labels).float().mean())
+
+
+def latency(models: Sequence[OnnxModel], tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[float]:
+    """Milliseconds for a sentence, the median over 60; the models take turns, so that what else runs slows both."""
+    feeds = [encode(tokenizer, [text]) for text in texts[:: max(1, len(texts) // 20)]]
+    times: list[list[float]] = [[] for _ in models]
+    for feed in feeds[:20] * 3:
+        for model, own in zip(models, times, strict=True):
+            start = time.perf_counter()
+            model(**feed)
+            own.append(1000 * (time.perf_counter() - start))
+    return [median(own) for own in times]

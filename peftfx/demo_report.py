@@ -1,0 +1,99 @@
+"""DemoResult: what a demo measured, and the tables that show it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+APART = "onnx-apart"  #: where the last of the commands to try next writes, in the demo's directory
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a demo measured.
+
+    Attributes:
+        output: the directory it made.
+        topics: the names of the classes.
+        sentences: how many were trained on, and how many held out.
+        parameters: how many were trained, and how many there are.
+        steps, seconds_per_step: of training; the median step.
+        accuracy_before, accuracy_torch, accuracy_onnx: on the held-out sentences: untrained, trained in torch, and
+            merged in ONNX Runtime.
+        max_abs: the largest difference of a logit between torch and ONNX Runtime.
+        bytes: of weights and graph, by part of the output.
+        latency_ms: of one sentence in ONNX Runtime, the median, by part of the output.
+        examples: sentence, topic that ONNX Runtime gives it, probability, right topic where known.
+        seconds: of everything.
+    """
+
+    output: Path
+    topics: tuple[str, ...]
+    sentences: tuple[int, int]
+    parameters: tuple[int, int]
+    steps: int
+    seconds_per_step: float
+    accuracy_before: float
+    accuracy_torch: float
+    accuracy_onnx: float
+    max_abs: float
+    bytes: dict[str, int]
+    latency_ms: dict[str, float]
+    examples: list[tuple[str, str, float, str]]
+    seconds: float
+
+
+def print_report(result: DemoResult, console: Console) -> None:
+    """Print what ONNX Runtime answers, what was measured, and the commands to try next."""
+    console.print(_examples(result))
+    console.print(_numbers(result))
+    console.print("\nTry next:")
+    for command in next_commands(result.output):
+        console.print(f"  {escape(command)}", soft_wrap=True, highlight=False)
+
+
+def next_commands(output: Path) -> tuple[str, ...]:
+    """Commands that work on what the demo left behind: where adapters can act, and the adapter kept apart."""
+    base, adapter, apart = (shlex.quote(str(output / part)) for part in ("base", "adapter", APART))
+    return (
+        f"peftfx inspect {base}",
+        f"peftfx export --base {base} --adapter {adapter} --no-merge --output {apart}",
+    )
+
+
+def _examples(result: DemoResult) -> Table:
+    table = Table(title="What ONNX Runtime answers", title_justify="left")
+    for column in ("sentence", "topic", "sure", "right"):
+        table.add_column(column, no_wrap=column != "sentence")
+    for text, topic, probability, right in result.examples:
+        table.add_row(escape(text), topic, f"{probability:.0%}", right or "(not from the text)")
+    return table
+
+
+def _numbers(result: DemoResult) -> Table:
+    trained, total = result.parameters
+    size, latency = result.bytes, result.latency_ms
+    table = Table(title=f"peftfx demo: {result.seconds:.0f} s in all", title_justify="left", show_header=False)
+    train, held_out = result.sentences
+    table.add_row("data", f"{train} sentences to train on, {held_out} held out, {len(result.topics)} topics")
+    table.add_row("trained", f"{trained:,} of {total:,} parameters ({trained / total:.2%})")
+    table.add_row("steps", f"{result.steps}, {1000 * result.seconds_per_step:.0f} ms each")
+    table.add_section()
+    table.add_row("held-out accuracy before", f"{result.accuracy_before:.1%} (chance: {1 / len(result.topics):.1%})")
+    table.add_row("after, in torch", f"{result.accuracy_torch:.1%}")
+    agreement = f"logits differ by {result.max_abs:.1e}"
+    table.add_row("after, merged, in ONNX Runtime", f"{result.accuracy_onnx:.1%} ({agreement})")
+    table.add_section()
+    table.add_row("adapter", _megabytes(size["adapter"]))
+    table.add_row("ONNX model, base | merged", f"{_megabytes(size['onnx-base'])} | {_megabytes(size['onnx'])}")
+    table.add_row("one sentence, base | merged", f"{latency['onnx-base']:.1f} ms | {latency['onnx']:.1f} ms")
+    return table
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

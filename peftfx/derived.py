@@ -1,0 +1,121 @@
+"""Derived weights: expressions over base and adapter tensors, evaluated at once in memory or one by one as they are written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from peftfx.errors import PeftfxError
+from peftfx.method import Base, WeightMethod
+from peftfx.sites import Part, Site
+
+Get = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a fused weight that repeat: `count` blocks of `stride` rows, of which `length` from `start` on."""
+
+    count: int
+    stride: int
+    start: int
+    length: int
+
+    @staticmethod
+    def of(part: Part, out: int) -> Block:
+        """The block of a part of a weight of `out` rows."""
+        (first, end), count = part.rows[0], len(part.rows)
+        block = Block(count, out // count, first, end - first)
+        expected = tuple((first + i * block.stride, end + i * block.stride) for i in range(count))
+        if part.rows != expected or out % count:
+            raise PeftfxError("its rows are spread irregularly, and cannot be adapted apart", part.role, "target the whole site")
+        return block
+
+    def take(self, t: Tensor, dim: int) -> Tensor:
+        """These rows of `t` along `dim`."""
+        dim %= t.ndim
+        return t.unflatten(dim, (self.count, self.stride)).narrow(dim + 1, self.start, self.length).flatten(dim, dim + 1)
+
+    def put(self, t: Tensor, rows: Tensor, dim: int) -> Tensor:
+        """A copy of `t` with these rows along `dim` replaced."""
+        dim %= t.ndim
+        blocks = t.unflatten(dim, (self.count, self.stride))
+        new, after = rows.unflatten(dim, (self.count, self.length)), self.start + self.length
+        pieces = [blocks.narrow(dim + 1, 0, self.start), new, blocks.narrow(dim + 1, after, self.stride - after)]
+        return torch.cat([p for p in pieces if p.shape[dim + 1] != 0], dim + 1).flatten(dim, dim + 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method applied at a site, or at a part of a fused one, with the names of its parameters in the graph."""
+
+    method: WeightMethod
+    site: Site
+    block: Block | None
+    params: Mapping[str, str]
+
+    def fold(self, base: Base, get: Get) -> Base:
+        """The weight and bias after this step."""
+        p = {name: get(target).float() for name, target in self.params.items()}
+        if self.block is None:
+            return self.method.fold(self.site, base, p)
+        bias = None if base.bias is None else self.block.take(base.bias, 0)
+        new = self.method.fold(self.site, Base(self.block.take(base.weight, 0), bias), p)
+        whole = base.bias
+        if new.bias is not bias and new.bias is not None:
+            whole = self.block.put(base.weight.new_zeros(base.weight.shape[0]) if whole is None else whole, new.bias, 0)
+        return Base(self.block.put(base.weight, new.weight, 0), whole)
+
+
+@dataclass(frozen=True)
+class Folding:
+    """The weight-space form of an adapted site: the tensors of its base and the steps over them."""
+
+    site: Site
+    weight: str
+    bias: str | None
+    steps: tuple[Step, ...]
+
+    @torch.no_grad()
+    def evaluate(self, get: Get) -> Base:
+        """The new weight, stored as the base's is, and bias: computed in fp32, rounded once to the base's dtype."""
+        weight, bias = get(self.weight), None if self.bias is None else get(self.bias)
+        base = Base((weight.T if self.site.transposed else weight).float(), None if bias is None else bias.float())
+        start = base
+        for step in self.steps:
+            base = step.fold(base, get)
+        new = (base.weight.T if self.site.transposed else base.weight).to(weight.dtype).contiguous()
+        if base.bias is None or base.bias is start.bias:
+            return Base(new, bias)  # the very tensor: this is how callers see that it did not change
+        return Base(new, base.bias.to(weight.dtype if bias is None else bias.dtype))
+
+    def targets(self) -> list[str]:
+        """The names of all tensors it reads."""
+        own = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return own + [target for step in self.steps for target in step.params.values()]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """One tensor of a folding: a recipe that a graph keeps in place of a weight."""
+
+    folding: Folding
+    output: Literal["weight", "bias"]
+
+    def evaluate(self, get: Get) -> Tensor:
+        """Its value now, given how to read the graph's tensors."""
+        value = getattr(self.folding.evaluate(get), self.output)
+        assert value is not None
+        return value
+
+
+def part_site(site: Site, part: Part, block: Block) -> Site:
+    """A part of a fused site, seen as a site of its own."""
+    rows = block.count * block.length
+    shape = (site.shape[0], rows) if site.transposed else (rows, *site.shape[1:])
+    return dataclasses.replace(site, role=part.role, shape=shape, parts=())

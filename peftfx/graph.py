@@ -1,0 +1,178 @@
+"""Graph: a captured program. Passes never change their input: structure is copied, tensors are shared."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from peftfx.errors import PeftfxError
+
+if TYPE_CHECKING:
+    from peftfx.derived import Derived
+    from peftfx.sites import Sites
+
+BASE = "base"  #: where a graph's `get_attr` nodes find the captured module
+ADAPTERS = "adapters"  #: where they find adapter tensors, as `adapters.<adapter>.<site path>.<parameter>`
+CONSTANTS = "constants"  #: where they find tensors that capture lifted out of the code
+DERIVED = "derived"  #: where they find weights that are computed from the others
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input of a graph: its name, dtype, and shape with a string for each axis whose size is free."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+    def accepts(self, value: torch.Tensor) -> bool:
+        """Whether `value` has this dtype and rank, and this size on every fixed axis."""
+        return (
+            value.dtype == self.dtype
+            and value.ndim == len(self.shape)
+            and all(isinstance(want, str) or want == got for want, got in zip(self.shape, value.shape, strict=True))
+        )
+
+    def __str__(self) -> str:
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass
+class Graph:
+    """A program in pre-dispatch ATen: positional tensors in, a flat tuple of tensors out.
+
+    Attributes:
+        module: the `fx.GraphModule`; its `get_attr` nodes resolve, when it runs, to the captured module's own
+            parameters (under `base.`), to adapters' (under `adapters.`), to lifted constants and to derived weights.
+        inputs: one spec for each placeholder, in order.
+        out_spec: rebuilds the model's own output (a `ModelOutput`, tuple, ...) from the flat tuple.
+        sizes: the size that each named axis had in the example the graph was captured with.
+        training: whether dropout and the like are active.
+        sites: the adaptable places, found on the base graph and carried through every rewrite.
+        derived: recipes of the weights under `derived.`, by name.
+    """
+
+    module: fx.GraphModule = field(repr=False)
+    inputs: tuple[TensorSpec, ...]
+    out_spec: pytree.TreeSpec = field(repr=False)
+    sizes: Mapping[str, int]
+    training: bool
+    sites: Sites = field(repr=False)
+    derived: dict[str, Derived] = field(default_factory=dict, repr=False)
+
+    @property
+    def base(self) -> nn.Module:
+        """The captured module; its tensors are shared, never copied."""
+        return self.module.get_submodule(BASE)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the flat outputs: the fields of the model's output, nested ones joined by dots."""
+        return leaf_names(pytree.tree_unflatten([0] * self.out_spec.num_leaves, self.out_spec))
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """The graph's nodes in topological order."""
+        return iter(self.module.graph.nodes)
+
+    def clone(self) -> Graph:
+        """A copy whose structure can be rewritten; tensors, sites and node values are shared."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.module.graph, val_map := {}))
+        for old, new in val_map.items():
+            new.meta = dict(old.meta)
+        holders = dict(self.module.named_children())
+        return dataclasses.replace(self, module=link(graph, holders), derived=dict(self.derived))
+
+    def run(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Run on positional inputs; returns the flat outputs in the order of `outputs`."""
+        for spec, value in zip(self.inputs, tensors, strict=True):
+            if not spec.accepts(value):
+                got = TensorSpec(spec.name, value.dtype, tuple(value.shape))
+                raise PeftfxError(f"the graph takes {spec}, not {got}", spec.name, "capture it again with such an input")
+        return list(self.module(*tensors))
+
+    def __call__(self, **kwargs: torch.Tensor) -> object:
+        """Run on keyword arguments and rebuild the model's own output."""
+        missing = [s.name for s in self.inputs if s.name not in kwargs]
+        if missing or len(kwargs) != len(self.inputs):
+            names = ", ".join(s.name for s in self.inputs)
+            raise PeftfxError(f"the graph takes exactly the inputs {names}", ", ".join(kwargs), "pass those, by name")
+        flat = self.run(*(kwargs[s.name] for s in self.inputs))
+        return pytree.tree_unflatten(flat, self.out_spec)
+
+    def get(self, target: str) -> torch.Tensor:
+        """The tensor that a `get_attr` node with this target reads now; a derived weight is computed."""
+        name = target.removeprefix(f"{DERIVED}.")
+        if name != target and name in self.derived and DERIVED not in self.module._modules:
+            return self.derived[name].evaluate(self.get)
+        value = operator.attrgetter(target)(self.module)
+        assert isinstance(value, torch.Tensor), target
+        return value
+
+    def text(self) -> str:
+        """The program as text, in a form that does not depend on how its nodes happen to be named."""
+        names: dict[fx.Node, str] = {}
+        lines = []
+        for node in self.nodes():
+            names[node] = f"%{len(names)}"
+            args = fx.node.map_arg((node.args, tuple(node.kwargs.items())), lambda n: _Name(names[n]))
+            lines.append(f"{names[node]} = {node.op} {node.target if node.op != 'output' else ''} {args[0]} {args[1]}")
+        return "\n".join(re.sub(r"\bcpu\b|device\(type='cpu'\)", "cpu", line) for line in lines)
+
+    def lint(self) -> None:
+        """Check structure: values are made before they are used, names are unique, and every tensor is there.
+
+        A derived weight need not be: it may not be computed yet.
+        """
+        seen: set[fx.Node] = set()
+        names: set[str] = set()
+        for node in self.nodes():
+            early = next((n for n in node.all_input_nodes if n not in seen), None)
+            if early is not None:
+                raise PeftfxError(f"%{node.name} uses %{early.name} before it is made", node.format_node() or "")
+            if node.name in names:
+                raise PeftfxError("two nodes have one name", node.name)
+            if node.op == "get_attr" and str(node.target).removeprefix(f"{DERIVED}.") not in self.derived:
+                self.get(str(node.target))
+            seen.add(node)
+            names.add(node.name)
+
+
+class _Name(str):
+    """A string that prints without quotes inside argument tuples."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def link(graph: fx.Graph, holders: Mapping[str, nn.Module]) -> fx.GraphModule:
+    """A GraphModule over `graph` whose attributes live in `holders`, looked up when it runs, not copied."""
+    module = fx.GraphModule(nn.Module(), fx.Graph())
+    for name, holder in holders.items():
+        module.add_module(name, holder)
+    module.graph = graph
+    return module
+
+
+def path_name(path: pytree.KeyPath) -> str:
+    """A pytree path as a dotted name: `added_cond_kwargs.text_embeds`, `hidden_states.0`."""
+    return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+
+
+def leaf_names(value: object, at: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Dotted names of the leaves of a model's output: fields of a `ModelOutput`, items of a tuple; one leaf is `output`."""
+    if isinstance(value, Mapping):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, (tuple, list)):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return (".".join(at) or "output",)
+    return tuple(name for key, item in items for name in leaf_names(item, (*at, key)))

@@ -1,0 +1,40 @@
+"""Heads: values that a graph puts out as they are, found by one walk back from its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from peftfx.dataflow import ACTIVATIONS, ELEMENTWISE, MOVEMENT, PRODUCTS, Flow, op_name
+from peftfx.graph import Graph
+
+
+def reaches_output(graph: Graph, flows: Mapping[fx.Node, Flow]) -> set[fx.Node]:
+    """The nodes whose values reach an output, moved, scaled, shifted or masked by constants and otherwise unchanged."""
+    reached: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes())):
+        if node.op == "output" or (node in reached and _keeps(node, flows)):
+            reached.update(_data(node, flows))
+    return reached
+
+
+def _keeps(node: fx.Node, flows: Mapping[fx.Node, Flow]) -> bool:
+    name = op_name(node)
+    if name in ACTIVATIONS:
+        return name == "tanh" and _is_soft_cap(node)
+    return name in MOVEMENT or (name in ELEMENTWISE and len(_data(node, flows)) == 1) or name.startswith("upsample")
+
+
+def _is_soft_cap(tanh: fx.Node) -> bool:
+    """`c * tanh(x / c)` bounds logits; a bare tanh is an activation, and what is before it a hidden layer."""
+    after = list(tanh.users)
+    return len(after) == 1 and _scales(tanh.args[0]) and _scales(after[0])
+
+
+def _scales(node: object) -> bool:
+    return isinstance(node, fx.Node) and op_name(node) in PRODUCTS and len(node.all_input_nodes) == 1
+
+
+def _data(node: fx.Node, flows: Mapping[fx.Node, Flow]) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if flows[n].origins]

@@ -1,0 +1,82 @@
+"""Indices: what an embedding embeds, judged by where its integer indices come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from peftfx.dataflow import names, op_name
+from peftfx.graph import Graph
+
+_COUNTING = names("arange cumsum bucketize searchsorted")
+_CREATION = names("zeros ones full empty new_zeros new_ones new_full new_empty zeros_like ones_like full_like")
+_POSITION, _TYPE, _TOKEN = "embedding.position", "embedding.type", "embedding.token"
+
+
+def embedding_role(graph: Graph, indices: fx.Node) -> str:
+    """The role of an embedding that is looked up at `indices`.
+
+    Counted indices (arange, a cumulated mask, a buffer that counts) are positions; the graph's own input is tokens,
+    unless the argument of the model's forward is called position or token type; constants are types.
+    """
+    found = set(_evidence(graph, indices))
+    for role in (_POSITION, _TOKEN, _TYPE):
+        if role in found:
+            return role
+    return _TOKEN
+
+
+def _evidence(graph: Graph, indices: fx.Node) -> Iterator[str]:
+    seen, todo = {indices}, [indices]
+    while todo:
+        node = todo.pop()
+        name = op_name(node)
+        if node.op == "placeholder":
+            yield _of_input(node.name)
+        elif node.op == "get_attr":
+            yield _of_buffer(graph.get(str(node.target)))
+        elif name in _COUNTING:
+            yield _POSITION
+        else:
+            values = _values(node, name)
+            if name in _CREATION and not values:
+                yield _TYPE
+            todo += [n for n in values if n not in seen]
+            seen.update(values)
+
+
+def _values(node: fx.Node, name: str) -> list[fx.Node]:
+    """The operands that the node's values come from: not conditions, indices or sizes."""
+    if name in _CREATION:
+        return list(_written_into(node))
+    first = node.args[:1] if name in ("gather", "index", "index_select", "masked_fill") else node.args
+    args = node.args[1:] if name == "where" else first
+    found: list[fx.Node] = []
+    fx.node.map_arg(args, lambda n: found.append(n) if isinstance(n.meta.get("val"), torch.Tensor) else None)
+    return found
+
+
+def _written_into(node: fx.Node) -> Iterator[fx.Node]:
+    """What is copied into a fresh tensor or a slice of it (shifted labels are made so)."""
+    for user in node.users:
+        if op_name(user) == "copy" and user.args[0] is node and isinstance(user.args[1], fx.Node):
+            yield user.args[1]
+        elif op_name(user) in ("slice", "select"):
+            yield from _written_into(user)
+
+
+def _of_input(name: str) -> str:
+    if "position" in name:
+        return _POSITION
+    return _TYPE if "token_type" in name else _TOKEN
+
+
+def _of_buffer(values: torch.Tensor) -> str:
+    if values.is_floating_point() or isinstance(values, FakeTensor) or values.is_meta or values.numel() < 2:
+        return _TYPE
+    last = values.reshape(-1, values.shape[-1])
+    counts = values.shape[-1] > 1 and bool((last.diff(dim=-1) == 1).all())
+    return _POSITION if counts else _TYPE

@@ -1,0 +1,342 @@
+"""Example inputs for a model, made from its config and task, and the names of their axes."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from peftfx.errors import PeftfxError, nearest
+from peftfx.tasks import resolve_task, task_of
+
+#: Sizes of an example. All differ and none is 1, so that a capture confuses no two axes and fixes none. `sequence`
+#: counts text tokens: a model whose prompt holds its image gets that many more.
+SIZES: Mapping[str, int] = {"batch": 2, "sequence": 7, "decoder_sequence": 5}
+
+_TEXT = ("batch", "sequence")
+_DECODER = ("batch", "decoder_sequence")
+_AXES: Mapping[str, tuple[str | None, ...]] = {
+    **dict.fromkeys(("input_ids", "attention_mask", "token_type_ids", "position_ids", "input_values"), _TEXT),
+    **dict.fromkeys(("decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"), _DECODER),
+    "inputs_embeds": (*_TEXT, None),
+    "encoder_hidden_states": (*_TEXT, None),
+    "decoder_inputs_embeds": (*_DECODER, None),
+    "pixel_values": ("batch", None, None, None),
+    "pixel_values_videos": ("batch", None, None, None, None),
+}
+
+
+def name_axes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str | None, ...]]:
+    """A name for each axis of each input, by the input's name; `None` where its size is the model's, not the call's.
+
+    Axes of one name have one size: one that differs from the first of its name is named after its place, `input.1`.
+    So are the axes of an unknown input, but for a first axis as long as the batch. The size of an image is the
+    model's; give `capture` other names to leave it free.
+    """
+    ranked = sorted(tensors, key=lambda name: name not in _AXES)  # inputs of known meaning say how long an axis is
+    first = next((tensors[name] for name in ranked if tensors[name].ndim), None)
+    lengths = {} if first is None else {"batch": first.shape[0]}
+    named: dict[str, tuple[str | None, ...]] = {}
+    for name in ranked:
+        axes = _axes_of(name, tensors)
+        sizes = tensors[name].shape
+        for axis, size in zip(axes, sizes, strict=True):
+            if axis is not None:
+                lengths.setdefault(axis, size)
+        pairs = enumerate(zip(axes, sizes, strict=True))
+        named[name] = tuple(a if a is None or lengths[a] == n else f"{name}.{i}" for i, (a, n) in pairs)
+    return {name: named[name] for name in tensors}
+
+
+def _axes_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str | None, ...]:
+    tensor = tensors[name]
+    known: tuple[str | None, ...] = _AXES.get(name, ())
+    if name == "labels" and tensor.ndim == 2 and not tensor.is_floating_point():
+        known = _labels_axes(tensor, tensors)
+    if name == "position_ids" and tensor.ndim == 3:  # one row of positions for each of the rotary sections
+        known = (None, *_TEXT)
+    if len(known) != tensor.ndim:
+        known = ("batch", *(f"{name}.{i}" for i in range(1, tensor.ndim))) if tensor.ndim else ()
+    return known
+
+
+def _labels_axes(labels: Tensor, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Labels run along what the model predicts: the decoder's tokens if it has a decoder, else the text."""
+    if any(name.startswith("decoder_") for name in tensors):
+        return _DECODER
+    text = next((tensors[name] for name in ("input_ids", "inputs_embeds") if name in tensors), None)
+    return _DECODER if text is None or text.shape[1] != labels.shape[1] else _TEXT
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Inside, no config of the model or of its parts asks for a key/value cache; afterwards each is as it was.
+
+    A forward view has no cache. An argument `use_cache` would reach few models: some take it through `**kwargs` and
+    some not at all, and each part of a composed model reads its own config.
+    """
+    seen: dict[int, object] = {}
+    for module in model.modules():
+        _collect(getattr(module, "config", None), seen)
+    active = [config for config in seen.values() if getattr(config, "use_cache", None) is True]
+    for config in active:
+        config.use_cache = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for config in active:
+            config.use_cache = True  # type: ignore[attr-defined]
+
+
+def _collect(config: object, seen: dict[int, object]) -> None:
+    if config is None or id(config) in seen:
+        return
+    seen[id(config)] = config
+    for name in getattr(config, "sub_configs", None) or ():
+        _collect(getattr(config, name, None), seen)
+
+
+def example_inputs(
+    model: nn.Module,
+    task: str | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    labels: bool = False,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Valid keyword arguments for a transformers model, on the CPU; equal arguments give equal values.
+
+    Args:
+        model: its config, its class and the signature of its forward say what it takes; its weights are not read.
+        task: by default what its class is for.
+        sizes: of `batch`, `sequence`, `decoder_sequence`, `height` and `width`, where they differ from `SIZES` and the
+            config. With a batch and room for it, the last row of the text is padded on the right.
+        labels: add what makes the model compute a loss.
+        seed: of the random values.
+
+    Raises:
+        PeftfxError: it is not a transformers model, takes something unknown, or has no labels.
+    """
+    unknown = set(sizes or ()) - {*SIZES, "height", "width"}
+    if unknown:
+        name = min(unknown)
+        raise PeftfxError(f"unknown size {name!r}", "sizes", nearest(name, SIZES) or f"there are {', '.join(SIZES)}")
+    config = getattr(model, "config", None)
+    if denoises(model):
+        return _denoiser_inputs(model, {**SIZES, **(sizes or {})}, torch.Generator().manual_seed(seed))
+    if not hasattr(model, "main_input_name") or not hasattr(config, "get_text_config"):
+        raise PeftfxError("inputs can be made for transformers models only", type(model).__name__, _PASS_INPUTS)
+    task = task_of(model) if task is None else resolve_task(task)
+    with unset_fake_temporarily(), torch.device("cpu"):
+        maker = _Maker(model, task, {**SIZES, **(sizes or {})}, torch.Generator().manual_seed(seed))
+        made = maker.inputs()
+        if labels:
+            made |= maker.labels(made)
+    required = [n for n, p in maker.accepted.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    missing = [name for name in required if name not in made]
+    if missing or not made:
+        what = f"no example is known for {', '.join(missing) or 'its inputs'}"
+        raise PeftfxError(what, type(model).__name__, _PASS_INPUTS)
+    return made
+
+
+def denoises(model: nn.Module) -> bool:
+    """Whether this is a conditional denoiser, a diffusion pipeline's UNet, by what its forward and config have."""
+    accepted, config = inspect.signature(model.forward).parameters, getattr(model, "config", None)
+    named = {"sample", "timestep", "encoder_hidden_states"} <= set(accepted)
+    return named and _first(config, "cross_attention_dim") is not None and _first(config, "addition_embed_type") is None
+
+
+def _denoiser_inputs(model: nn.Module, sizes: Mapping[str, int], random: torch.Generator) -> dict[str, Tensor]:
+    config, batch = model.config, sizes["batch"]
+    side = _first(config, "sample_size") or 64
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    width_of_text = _first(config, "cross_attention_dim")
+    text = max(width_of_text) if isinstance(width_of_text, list | tuple) else width_of_text
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    shape = (batch, int(str(_first(config, "in_channels"))), int(str(height)), int(str(width)))
+    with unset_fake_temporarily(), torch.device("cpu"):
+        return {
+            "sample": torch.randn(shape, generator=random).to(kind),
+            "timestep": torch.randint(1000, (batch,), generator=random),
+            "encoder_hidden_states": torch.randn(batch, sizes["sequence"], int(str(text)), generator=random).to(kind),
+        }
+
+
+_PASS_INPUTS = "pass `inputs`, the keyword arguments of one call"
+
+
+@dataclass
+class _Maker:
+    """What one example needs to know."""
+
+    model: nn.Module
+    task: str
+    sizes: Mapping[str, int]
+    random: torch.Generator
+    accepted: Mapping[str, inspect.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.accepted = inspect.signature(self.model.forward).parameters
+        self.config = self.model.config
+        self.text = self.config.get_text_config()  # type: ignore[union-attr, operator]
+        self.decodes = "decoder_input_ids" in self.accepted and bool(
+            _first(self.config, "is_encoder_decoder") or _first(self.text, "is_encoder_decoder")
+        )
+
+    def inputs(self) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        if "pixel_values" in self.accepted:
+            channels = self._image("num_channels", 3)
+            made["pixel_values"] = self._floats(self.sizes["batch"], channels, *self._resolution())
+        if "input_ids" in self.accepted:
+            made |= self._prompt()
+        for name in ("input_features", "input_values"):
+            if name in self.accepted and self.model.main_input_name == name:
+                made[name] = self._floats(self.sizes["batch"], *self._audio(name))
+        if self.decodes and not self._pools_eos():
+            made["decoder_input_ids"] = self._decoder_ids()
+        return made
+
+    def labels(self, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        batch = self.sizes["batch"]
+        classes = _number(self.config, "num_labels", 2)
+        if self.task == "question-answering" and "start_positions" in self.accepted:
+            return {name: torch.full((batch,), i) for i, name in enumerate(("start_positions", "end_positions"))}
+        if "labels" not in self.accepted or self.task == "feature-extraction":
+            raise PeftfxError("the model takes no labels for this task", self.task, "name another task")
+        if self.task in ("text-classification", "image-classification", "audio-classification"):
+            return {"labels": self._class_labels(batch, classes)}
+        if self.task == "image-segmentation":
+            return {"labels": self._integers((batch, *self._resolution()), classes)}
+        if self.task == "token-classification":
+            return {"labels": self._visible(self._integers(made["input_ids"].shape, classes), made)}
+        if "decoder_input_ids" in made:
+            return {"labels": self._ids(made["decoder_input_ids"].shape)}
+        if "input_ids" in made:
+            return {"labels": self._visible(made["input_ids"].clone(), made)}
+        raise PeftfxError("no labels are known for this task", self.task, _PASS_INPUTS)
+
+    def _prompt(self) -> dict[str, Tensor]:
+        """The text: image tokens first where the prompt holds the image, and padding last."""
+        batch, length = self.sizes["batch"], self.sizes["sequence"]
+        image, images = self._image_tokens() if "pixel_values" in self.accepted else (None, 0)
+        ids = torch.cat([torch.full((batch, images), image or 0), self._ids((batch, length))], dim=1)
+        mask = torch.ones_like(ids)
+        if batch > 1 and length > 3 and "attention_mask" in self.accepted:
+            mask[-1, -2:] = 0
+            pad = _first(self.text, "pad_token_id")
+            if isinstance(pad, int) and pad >= 0:
+                ids[-1, -2:] = pad
+        eos = _first(self.text, "eos_token_id")
+        if self._pools_eos() and isinstance(eos, int):
+            ids[torch.arange(batch), mask.sum(1) - 1] = eos
+        made = {"input_ids": ids, "attention_mask": mask} if "attention_mask" in self.accepted else {"input_ids": ids}
+        if "token_type_ids" in self.accepted and _number(self.text, "type_vocab_size", 0) > 1:
+            made["token_type_ids"] = (torch.arange(ids.shape[1]) > ids.shape[1] // 2).long().repeat(batch, 1)
+        return made
+
+    def _pools_eos(self) -> bool:
+        """Whether the model reads its text's features at the end-of-text token: classifiers with a decoder, CLIP's."""
+        two_towers = "pixel_values" in self.accepted and self._image_tokens()[0] is None
+        return two_towers or (self.decodes and self.task == "text-classification")
+
+    def _image_tokens(self) -> tuple[int | None, int]:
+        """The token that stands for a piece of the image, and how many there are to an image."""
+        token = _first(self.config, "image_token_id", "image_token_index")
+        if not isinstance(token, int):
+            return None, 0
+        count = _first(self.config, "num_query_tokens", "image_seq_length", "mm_tokens_per_image")
+        if isinstance(count, int):
+            return token, count
+        return token, math.prod(n // self._image("patch_size", 1) for n in self._resolution())
+
+    def _decoder_ids(self) -> Tensor:
+        ids = self._ids((self.sizes["batch"], self.sizes["decoder_sequence"]))
+        start = _first(self.config, "decoder_start_token_id", "bos_token_id", "pad_token_id")
+        if isinstance(start, int):
+            ids[:, 0] = start
+        return ids
+
+    def _ids(self, shape: Sequence[int]) -> Tensor:
+        """Random tokens of the vocabulary, none of which has a meaning of its own."""
+        vocabulary = _first(self.config.get_text_config(decoder=True), "vocab_size")  # type: ignore[union-attr, operator]
+        vocabulary = min(v for v in (vocabulary, _first(self.text, "vocab_size")) if isinstance(v, int))
+        special = set(_special_tokens(self.config))
+        plain = torch.tensor([i for i in range(min(vocabulary, 4096)) if i not in special] or [0])
+        return plain[self._integers(shape, len(plain))]
+
+    def _integers(self, shape: Sequence[int], below: int) -> Tensor:
+        return torch.randint(below, tuple(shape), generator=self.random)
+
+    def _floats(self, *shape: int) -> Tensor:
+        kinds = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return torch.randn(shape, generator=self.random).to(next(kinds, torch.float32))
+
+    def _class_labels(self, batch: int, classes: int) -> Tensor:
+        problem = _first(self.config, "problem_type")
+        if problem == "multi_label_classification":
+            return self._integers((batch, classes), 2).float()
+        if problem == "regression" or (problem is None and classes == 1):
+            return torch.randn((batch, classes) if classes > 1 else (batch,), generator=self.random)
+        return self._integers((batch,), classes)
+
+    def _visible(self, labels: Tensor, made: Mapping[str, Tensor]) -> Tensor:
+        """Labels without those at padding and at pieces of an image."""
+        if "attention_mask" in made:
+            labels = labels.masked_fill(made["attention_mask"] == 0, -100)
+        image = self._image_tokens()[0] if "pixel_values" in made else None
+        return labels if image is None else labels.masked_fill(made["input_ids"] == image, -100)
+
+    def _image(self, name: str, default: int) -> int:
+        value = _first(_first(self.config, "vision_config") or self.config, name)
+        value = value[0] if isinstance(value, list | tuple) and value else value
+        return value if isinstance(value, int) else default
+
+    def _resolution(self) -> tuple[int, int]:
+        size = _first(_first(self.config, "vision_config") or self.config, "image_size")
+        if isinstance(size, dict):
+            size = (size.get("height"), size.get("width"))
+        height, width = size if isinstance(size, list | tuple) else (size or 64, size or 64)
+        return self.sizes.get("height", height), self.sizes.get("width", width)
+
+    def _audio(self, name: str) -> tuple[int, ...]:
+        """A recording: mel bins by frames, frames by features, or raw samples, as the config's fields tell."""
+        mels, frames = _first(self.config, "num_mel_bins"), _first(self.config, "max_source_positions", "max_length")
+        if name == "input_features" and isinstance(mels, int) and isinstance(frames, int):
+            return mels, 2 * frames
+        features = _first(self.config, "input_feat_per_channel", "feature_projection_input_dim")
+        if name == "input_features" and isinstance(features, int):
+            return 8 * self.sizes["sequence"], features
+        strides = _first(self.config, "conv_stride")
+        if isinstance(strides, list | tuple):
+            return (math.prod(strides) * (self.sizes["sequence"] + 9),)
+        if isinstance(mels, int) and isinstance(frames, int):
+            return frames, mels
+        raise PeftfxError(f"no example is known for {name}", type(self.model).__name__, _PASS_INPUTS)
+
+
+def _first(config: object, *names: str) -> object:
+    """The first of these fields that the config has a value for."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def _number(config: object, name: str, default: int) -> int:
+    value = _first(config, name)
+    return value if isinstance(value, int) else default
+
+
+def _special_tokens(config: object) -> Iterator[int]:
+    seen: dict[int, object] = {}
+    _collect(config, seen)
+    for part in seen.values():
+        for name in dir(part):
+            if name.endswith(("_token_id", "_token_index")):
+                value = getattr(part, name, None)
+                yield from [i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int)]

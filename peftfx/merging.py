@@ -1,0 +1,99 @@
+"""merge_into: the in-memory evaluator of derived weights that writes them into the base module itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.adapter import Adapter, owner_of, site_tensors
+from peftfx.derived import Folding
+from peftfx.graph import Graph
+from peftfx.method import Base
+from peftfx.sites import Site
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did: the module paths whose weights changed, and the bytes written."""
+
+    sites: tuple[str, ...]
+    bytes: int
+
+
+@torch.no_grad()
+def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> MergeReport:
+    """Write the derived weights of a merged graph, and the adapters' overrides, into the base's parameters.
+
+    One site at a time; sites that share a tensor are computed together before any is written. A tensor that a module
+    outside the merge uses too is untied: the merged site gets a parameter of its own.
+    """
+    foldings = {d.folding.site.path: d.folding for d in merged.derived.values()}
+    sharing = _names_by_tensor(base)
+    groups: dict[str, list[Folding]] = {}
+    for folding in foldings.values():
+        groups.setdefault(folding.weight, []).append(folding)
+    written = 0
+    for group in groups.values():
+        values = [folding.evaluate(merged.get) for folding in group]
+        for folding, value in zip(group, values, strict=True):
+            weight, _ = site_tensors(base, folding.site)
+            written += _write(base, folding.site, value, untie=len(sharing[id(weight)]) > 1)
+    folded = {name for f in foldings.values() for name in own_names(base, f.site)}
+    for adapter in adapters:
+        for override in adapter.overrides:
+            name = f"{override.module}.{override.name}" if override.module else override.name
+            if name not in folded:  # a trained bias at a merged site went into its folding
+                written += _assign(base, name, adapter.get(override.key), untie=True)
+    return MergeReport(tuple(foldings), written)
+
+
+def _names_by_tensor(base: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, p in base.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return names
+
+
+def _write(base: nn.Module, site: Site, value: Base, *, untie: bool) -> int:
+    weight, bias = own_names(base, site)
+    module = base.get_submodule(site.path) if site.kind == "conv" else None
+    if module is not None and value.weight.shape != getattr(module, "weight").shape:  # noqa: B009
+        module.groups = 1  # type: ignore[assignment]
+    written = _assign(base, weight, value.weight, untie=untie)
+    if untie and hasattr(getattr(base, "config", None), "tie_word_embeddings"):
+        base.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    return written + (0 if value.bias is None else _assign(base, bias, value.bias, untie=False))
+
+
+def own_names(base: nn.Module, site: Site) -> tuple[str, str]:
+    """The names of a site's weight and bias as its own module has them; a tied weight's graph name may be another's."""
+    own = f"{site.path}.weight"
+    holder, leaf = owner_of(base, own) if _has(base, site.path) else (None, "")
+    weight = own if holder is not None and leaf in holder._parameters else site.weight.partition(".")[2]
+    bias = f"{site.path}.bias" if site.bias is None else site.bias.partition(".")[2]
+    return weight, bias
+
+
+def _has(base: nn.Module, path: str) -> bool:
+    try:
+        base.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _assign(base: nn.Module, name: str, value: Tensor, *, untie: bool) -> int:
+    module, leaf = owner_of(base, name)
+    old = getattr(module, leaf, None)
+    if isinstance(old, Tensor) and not untie and old.shape == value.shape:
+        if old.data_ptr() != value.data_ptr():
+            old.copy_(value)
+    elif leaf in module._buffers:
+        module._buffers[leaf] = value.detach().clone()
+    else:
+        grad = bool(isinstance(old, Tensor) and old.requires_grad)
+        module.register_parameter(leaf, nn.Parameter(value.detach().clone(), requires_grad=grad))
+    return value.numel() * value.element_size()

@@ -1,0 +1,132 @@
+"""Method: what a rule does at a site. A method is plain torch; it knows no model architecture and edits no graph.
+
+A weight method acts at linear, conv and embedding sites and says the same thing twice, once on activations and once on
+weights. The compiler traces `forward` and splices it into the graph; `merge` replaces it by `fold`. With dropout off,
+
+    forward(site, op, x, op(x, *base), base, p, training=False) == op(x, *fold(site, base, p))
+
+for every `base` and every `p`: the fold law, which `tests/test_laws.py` holds every method to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from peftfx.errors import PeftfxError, nearest
+from peftfx.sites import Site
+
+Params = Mapping[str, Tensor]
+Rows = tuple[tuple[int, int], ...]
+
+
+class Base(NamedTuple):
+    """The frozen tensors of a site. `weight` is [out, in, *kernel] ([num, dim] for an embedding), however stored."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Op(Protocol):
+    """A site's own operation, with stride, padding, dilation, padding index and the like bound.
+
+    A conv's groups follow from its weight: a [out, in, *kernel] weight at a site of several groups is a dense conv.
+    """
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A method's options and where it applies; together, a rule.
+
+    Args:
+        target: an expression over roles, module-path suffixes, `/regular expressions/` and `all-linear`, combined by
+            `|`, `&`, `~` and parentheses: `"attention.query | attention.value"`. See `peftfx.target`.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern: as in HF PEFT.
+        modules_to_save: modules (path suffixes) trained and saved whole beside the adapter, a fresh head say.
+    """
+
+    target: str | Sequence[str] | re.Pattern[str] | None = None
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+
+    peft_type: ClassVar[str]
+    default_target: ClassVar[str]
+    kinds: ClassVar[frozenset[str]]
+
+    def __post_init__(self) -> None:
+        """Sequences become tuples, so that a method can be hashed and compared."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (list, set)):
+                object.__setattr__(self, field.name, tuple(sorted(value) if isinstance(value, set) else value))
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def at(self, site: Site) -> Self:
+        """This method as configured for one site: options that depend on its path are resolved here, and here alone."""
+        return self
+
+    def gather(self, methods: Mapping[str, Method]) -> Self:
+        """The rule that gives each module path the method that it has: the inverse of `at`."""
+        return self
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """The names of this method's fields."""
+        return tuple(f.name for f in dataclasses.fields(cls))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object]) -> Method:
+        """Build from keyword options; an unknown one is an error that names the nearest."""
+        for name in options:
+            if name not in cls.options():
+                raise PeftfxError(f"{cls.__name__} has no option {name!r}", name, nearest(name, cls.options()))
+        return cls(**options)
+
+
+class WeightMethod(Method):
+    """A method that acts where a weight does: see the fold law at the top of this file."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
+    composes: bool = True
+    """Whether other adapters may act at the same site."""
+
+    @abstractmethod
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        """New parameters, by HF PEFT's names; with them `forward` is the identity on `y`, unless options say not."""
+
+    @abstractmethod
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        """The adapted output, given the input `x` and the output `y = op(x, *base)`; shape and dtype of `y`."""
+
+    @abstractmethod
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        """The adapted weight and bias. Called with fp32 tensors; the caller rounds once."""
+
+    def frozen(self) -> frozenset[str]:
+        """Names of parameters that are constants: kept beside the adapter, not trained, not saved."""
+        return frozenset()
+
+    @abstractmethod
+    def keys(self, site: Site) -> dict[str, str]:
+        """For each parameter that is saved, its suffix in a HF PEFT checkpoint."""
+
+    @abstractmethod
+    def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[Self, dict[str, Tensor]]:
+        """A method and parameters for a fused site that do what the given ones do at its parts, by the parts' rows.
+
+        HF PEFT knows no parts: this is how they are saved.
+        """

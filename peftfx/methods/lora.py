@@ -1,0 +1,302 @@
+"""LoRA: a low-rank update of a weight, `W + s B A` (Hu et al. 2021, arXiv:2106.09685), and DoRA (arXiv:2402.09353).
+
+With `x` the site's input and `y` its output, `forward` is `y + s B(A(dropout(x)))`, `s = lora_alpha / r`, or
+`lora_alpha / sqrt(r)` with rsLoRA (arXiv:2312.03732). DoRA scales each output row of the updated weight to a learned
+magnitude: `g (W + s B A) x + b` with `g = m / ||W + s B A||`, the norm held constant in the gradient.
+
+PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from factors of `W` itself. HF PEFT moves these factors out
+of the base weight when it loads; here the base stays as it is, and the update is `s (B A - B0 A0)` with `A0`, `B0` the
+factors at the start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfx.errors import PeftfxError
+from peftfx.method import Base, Method, Op, Params, Rows, WeightMethod
+from peftfx.sites import Site
+
+A, B, MAGNITUDE, B_BIAS = "lora_A", "lora_B", "lora_magnitude_vector", "lora_B_bias"
+A0, B0 = "lora_A0", "lora_B0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(WeightMethod):
+    """Low-rank adaptation of linear, conv and embedding weights.
+
+    Args:
+        r: rank.
+        lora_alpha: numerator of the scale.
+        lora_dropout: dropout on the adapter's input in training; embeddings have none, as in HF PEFT.
+        use_rslora: scale by `lora_alpha / sqrt(r)`.
+        use_dora: learn the magnitude of each output row apart from its direction.
+        rank_pattern, alpha_pattern: other `r` and `lora_alpha` for module paths that match a key.
+        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        bias: which of the base's own biases are trained: none, all, or those of the adapted modules (lora_only).
+        lora_bias: give B a bias.
+        init_lora_weights: True (Kaiming A, zero B), False (both random), "gaussian", "pissa", "pissa_niter_[n]",
+            "olora".
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    init_lora_weights: bool | str = True
+
+    peft_type: ClassVar[str] = "LORA"
+    default_target: ClassVar[str] = "attention.query | attention.value"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
+            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "LoRA(r=8)")
+        if not 0 <= self.lora_dropout < 1:
+            raise PeftfxError(f"a probability below 1, not {self.lora_dropout}", "lora_dropout", "LoRA(lora_dropout=0.05)")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'lora_only'")
+        known = self.init_lora_weights in (True, False, "gaussian", "pissa", "olora")
+        if not known and not re.fullmatch(r"pissa_niter_\d+", str(self.init_lora_weights)):
+            hint = "one of True, False, 'gaussian', 'pissa', 'pissa_niter_16', 'olora'"
+            raise PeftfxError(f"unknown initialisation {self.init_lora_weights!r}", "init_lora_weights", hint)
+
+    __hash__ = WeightMethod.__hash__
+
+    @property
+    def composes(self) -> bool:  # type: ignore[override]
+        """DoRA's norm is of the whole adapted weight: it leaves no room for another adapter at its site."""
+        return not self.use_dora
+
+    def at(self, site: Site) -> LoRA:
+        """With the rank and alpha that the patterns give this site."""
+        r, alpha = _pattern(self.rank_pattern, site.path, self.r), _pattern(self.alpha_pattern, site.path, self.lora_alpha)
+        return dataclasses.replace(self, r=int(r), lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    @property
+    def scaling(self) -> float:
+        """The factor `s`."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def frozen(self) -> frozenset[str]:
+        return frozenset({A0, B0})
+
+    def keys(self, site: Site) -> dict[str, str]:
+        if site.kind == "embedding":
+            names = {A: "lora_embedding_A", B: "lora_embedding_B"}
+        else:
+            names = {A: "lora_A.weight", B: "lora_B.weight"}
+        if self.lora_bias:
+            names[B_BIAS] = "lora_B.bias"
+        if self.use_dora:
+            names[MAGNITUDE] = "lora_magnitude_vector"
+        return names
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        r, weight = self.r, base.weight
+        if site.groups > 1 and r % site.groups:
+            hint = f"take a multiple of {site.groups}, in rank_pattern for this module alone"
+            raise PeftfxError(f"a conv of {site.groups} groups cannot have rank {r}", site.path, hint)
+        if self.lora_bias and site.kind == "embedding":
+            raise PeftfxError("an embedding has no place for lora_bias", site.path, "leave embeddings out of this rule")
+        out, inner = weight.shape[0], weight.shape[1] * site.groups
+        kernel = tuple(weight.shape[2:])
+        new = {"dtype": _precise(weight.dtype), "device": weight.device}
+        if site.kind == "embedding":
+            p = {A: torch.zeros(r, out, **new), B: torch.zeros(inner, r, **new)}
+        else:
+            ones = (1,) * len(kernel)
+            p = {A: torch.zeros(r, inner, *kernel, **new), B: torch.zeros(out, r // site.groups, *ones, **new)}
+        self._fill(site, base, p, rng)
+        if self.lora_bias:
+            p[B_BIAS] = torch.zeros(out, **new)
+        if self.use_dora:
+            p[MAGNITUDE] = self._norm(site, weight.to(**new))
+        return p
+
+    def _fill(self, site: Site, base: Base, p: dict[str, Tensor], rng: torch.Generator | None) -> None:
+        """HF PEFT's initialisations, in place."""
+        how = self.init_lora_weights
+        if isinstance(how, str) and how != "gaussian":
+            if site.kind != "linear":
+                hint = "leave convs and embeddings out of this rule"
+                raise PeftfxError(f"{how} starts from a linear weight, not from a {site.kind}", site.path, hint)
+            p[A], p[B] = (t.to(p[A].dtype) for t in self._factors(site, base.weight.float()))
+            p[A0], p[B0] = p[A].clone(), p[B].clone()
+        elif site.kind == "embedding":
+            p[B].normal_(generator=rng)
+            if how is False:
+                p[A].normal_(generator=rng)
+        elif how == "gaussian":
+            p[A].normal_(std=1 / self.r, generator=rng)
+        else:
+            torch.nn.init.kaiming_uniform_(p[A], a=math.sqrt(5), generator=rng)
+            if how is False:
+                torch.nn.init.kaiming_uniform_(p[B], a=math.sqrt(5), generator=rng)
+
+    def _factors(self, site: Site, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B with `s B A` (PiSSA) or `B A` (OLoRA) the best or the orthogonal low-rank part of `weight`."""
+        r = self.r
+        if self.init_lora_weights == "olora":
+            q, upper = torch.linalg.qr(weight)
+            return upper[:r].contiguous(), q[:, :r].contiguous()
+        if self.init_lora_weights == "pissa":
+            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        else:
+            niter = int(str(self.init_lora_weights).rpartition("_")[2])
+            u, s, v = torch.svd_lowrank(weight, r, niter=niter)
+            vh = v.T
+        root = torch.sqrt(s[:r] / self.scaling)
+        return root[:, None] * vh[:r], u[:, :r] * root
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        drops = training and self.lora_dropout > 0 and site.kind != "embedding"
+        dropped = F.dropout(x, self.lora_dropout, training=True) if drops else x
+        delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS))
+        start = self._delta(site, op, x, p[A0], p[B0], None) if A0 in p else None
+        if not self.use_dora:
+            return (y + delta if start is None else y + (delta - start)).to(y.dtype)
+        gain = self._gain(site, base, p, y)
+        bare = y if base.bias is None else y - _rows(base.bias, y, site)
+        if drops:
+            bare = op(dropped, base.weight)
+        if start is not None:
+            begun = self._delta(site, op, dropped, p[A0], p[B0], None) if drops else start
+            moved, delta = y + (begun - start), delta - begun
+        else:
+            moved = y
+        return (moved + (gain - 1) * bare + gain * delta).to(y.dtype)
+
+    def _delta(self, site: Site, op: Op, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        """`s B(A(x))`, in the adapter's own precision."""
+        if site.kind == "embedding":
+            return F.linear(op(x, a.T), b) * self.scaling
+        low = op(x.to(a.dtype), a)
+        if site.kind == "linear":
+            return F.linear(low, b, bias) * self.scaling
+        conv = (F.conv1d, F.conv2d, F.conv3d)[b.ndim - 3]
+        return conv(low, b, bias, groups=site.groups) * self.scaling
+
+    def _gain(self, site: Site, base: Base, p: Params, y: Tensor) -> Tensor:
+        weight = self._updated(site, base.weight, p)
+        gain = p[MAGNITUDE].flatten() / self._norm(site, weight).detach().flatten()
+        return gain if site.kind == "embedding" else _rows(gain, y, site)
+
+    def _norm(self, site: Site, weight: Tensor) -> Tensor:
+        """The norm of each output row, in the shape in which HF PEFT stores the magnitude."""
+        if site.kind == "embedding":
+            return torch.linalg.vector_norm(weight, dim=0)
+        if site.kind == "linear":
+            return torch.linalg.vector_norm(weight, dim=1)
+        return torch.linalg.vector_norm(weight.flatten(1), dim=1).view(1, -1, *(1,) * (weight.ndim - 2))
+
+    def _updated(self, site: Site, weight: Tensor, p: Params) -> Tensor:
+        """`W + s (B A - B0 A0)`; dense where the site is a conv of several groups."""
+        product = _product(site, p[A], p[B])
+        if A0 in p:
+            product = product - _product(site, p[A0], p[B0])
+        return _dense(weight, site.groups) + self.scaling * product
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        weight, bias = self._updated(site, base.weight, p), base.bias
+        if self.use_dora:
+            gain = p[MAGNITUDE].flatten() / self._norm(site, weight).flatten()
+            weight = weight * (gain if site.kind == "embedding" else gain.view(-1, *(1,) * (weight.ndim - 1)))
+        if B_BIAS in p:
+            added = self.scaling * p[B_BIAS] * (gain if self.use_dora else 1)
+            bias = added if bias is None else bias + added
+        return Base(weight, bias)
+
+    def gather(self, methods: Mapping[str, Method]) -> LoRA:
+        own = {path: m for path, m in methods.items() if isinstance(m, LoRA)}
+        ranks = {re.escape(path): m.r for path, m in own.items() if m.r != self.r}
+        alphas = {re.escape(path): m.lora_alpha for path, m in own.items() if m.lora_alpha != self.lora_alpha}
+        return dataclasses.replace(self, rank_pattern=ranks, alpha_pattern=alphas)
+
+    @torch.no_grad()
+    def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[LoRA, dict[str, Tensor]]:
+        """A stacked, B block-structured; alpha grows with the rank so that the scale stays what it is."""
+        if any(A0 in q for q in parts.values()):
+            return self._plain(parts).whole(site, base, {rows: _joined(q) for rows, q in parts.items()})
+        count = len(parts)
+        grown = self.lora_alpha * (math.sqrt(count) if self.use_rslora else count)
+        method = dataclasses.replace(self, r=self.r * count, lora_alpha=grown)
+        first = next(iter(parts.values()))
+        r = first[A].shape[0]
+        p = {A: torch.cat([q[A] for q in parts.values()]), B: first[B].new_zeros(base.weight.shape[0], r * len(parts))}
+        if self.lora_bias:
+            p[B_BIAS] = first[B_BIAS].new_zeros(base.weight.shape[0])
+        if self.use_dora:
+            p[MAGNITUDE] = self._norm(site, base.weight).clone()
+        for i, (rows, q) in enumerate(parts.items()):
+            index = torch.cat([torch.arange(a, b) for a, b in rows])
+            p[B][index, i * r : (i + 1) * r] = q[B]
+            for name in {B_BIAS, MAGNITUDE} & p.keys():
+                p[name][index] = q[name].to(p[name].dtype)
+        return method, p
+
+    def _plain(self, parts: Mapping[Rows, Params]) -> LoRA:
+        """LoRA of twice the rank: where a part starts from factors of its own rows, the whole has no such start."""
+        r = 2 * next(iter(parts.values()))[A].shape[0]
+        alpha = self.scaling * (math.sqrt(r) if self.use_rslora else r)
+        return dataclasses.replace(self, r=r, lora_alpha=alpha, init_lora_weights=True)
+
+
+
+def _joined(p: Params) -> dict[str, Tensor]:
+    """Factors whose product is `B A - B0 A0`."""
+    joined = {A: torch.cat([p[A], p[A0]]), B: torch.cat([p[B], -p[B0]], 1)}
+    return {name: joined.get(name, t) for name, t in p.items() if name not in (A0, B0)}
+
+
+def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
+    """HF PEFT's lookup: the first key that the path ends with, a regular expression."""
+    return next((v for key, v in patterns.items() if re.match(rf"^(.*\.)?({key})$", path)), default)
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    """HF PEFT keeps adapters of a half-precision base in fp32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _rows(vector: Tensor, y: Tensor, site: Site) -> Tensor:
+    """A vector of output rows, shaped to broadcast against the site's output."""
+    return vector.view(-1, *(1,) * (len(site.shape) - 2)) if site.kind == "conv" else vector
+
+
+def _dense(weight: Tensor, groups: int) -> Tensor:
+    """A grouped conv's [out, in / groups, *kernel] weight as the [out, in, *kernel] weight of the same conv in one group."""
+    if groups == 1:
+        return weight
+    out, inner = weight.shape[0] // groups, weight.shape[1]
+    dense = weight.new_zeros(weight.shape[0], inner * groups, *weight.shape[2:])
+    for g in range(groups):
+        dense[g * out : (g + 1) * out, g * inner : (g + 1) * inner] = weight[g * out : (g + 1) * out]
+    return dense
+
+
+def _product(site: Site, a: Tensor, b: Tensor) -> Tensor:
+    """`B A` in the shape of the site's weight."""
+    if site.kind == "linear":
+        return b @ a
+    if site.kind == "embedding":
+        return (b @ a).T
+    r, out = a.shape[0], b.shape[0]
+    left = b.view(site.groups, out // site.groups, r // site.groups)
+    right = a.reshape(site.groups, r // site.groups, -1)
+    return torch.bmm(left, right).reshape(out, *a.shape[1:])

@@ -1,0 +1,159 @@
+"""Occurrences: the ops of a graph that apply a weight of the base module, and the module each belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from peftfx.dataflow import is_depthwise, names, op_name
+from peftfx.graph import BASE, Graph
+
+_TRANSPOSES = names("t numpy_T mT transpose permute adjoint")
+_VIEWS = names("view reshape _unsafe_view flatten")
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """`y = op(x, weight, bias)` in a graph; `x` and `y` are outside the reshapes that some layers put around the op."""
+
+    path: str
+    kind: str
+    op: fx.Node
+    x: fx.Node
+    y: fx.Node
+    weight: str
+    bias: str | None
+    shape: tuple[int, ...]
+    transposed: bool
+
+    @property
+    def mixes_features(self) -> bool:
+        """Whether outputs depend on other features than their own: false for depthwise convolutions."""
+        return self.kind != "conv" or not is_depthwise(self.op)
+
+    @property
+    def groups(self) -> int:
+        """Into how many groups a convolution splits its channels."""
+        if self.kind != "conv":
+            return 1
+        return int(self.x.meta["val"].shape[1 - len(self.shape)]) // self.shape[1]
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """The axis of the op's output that runs over the weight's output rows, and its size."""
+        if self.kind == "conv":
+            return 1, self.shape[0]
+        return -1, self.shape[-1 if self.transposed or self.kind == "embedding" else 0]
+
+
+def find_occurrences(graph: Graph) -> Iterator[Occurrence]:
+    """The weight ops of a graph, in order."""
+    paths = _Paths(graph)
+    for node in graph.nodes():
+        if node.op != "call_function":
+            continue
+        name = op_name(node)
+        if name == "linear":
+            yield from _weighted(paths, "linear", node, node.args[0], node.args[1], _arg(node, 2))
+        elif name in ("conv1d", "conv2d", "conv3d"):
+            yield from _weighted(paths, "conv", node, node.args[0], node.args[1], _arg(node, 2))
+        elif name == "embedding":
+            yield from _weighted(paths, "embedding", node, node.args[1], node.args[0], None)
+        elif name == "addmm" and len(node.kwargs) == 0:
+            yield from _product(paths, node, node.args[1], node.args[2], node.args[0])
+        elif name in ("mm", "matmul"):
+            yield from _product(paths, node, node.args[0], node.args[1], None)
+
+
+def _weighted(
+    paths: _Paths, kind: str, op: fx.Node, x: object, weight: object, bias: object, transposed: bool = False
+) -> Iterator[Occurrence]:
+    if not isinstance(x, fx.Node) or not _is_parameter(weight) or not (bias is None or _is_parameter(bias)):
+        return
+    assert isinstance(weight, fx.Node)
+    x, y = (x, op) if kind != "linear" else _outside_views(op, x)
+    shape = tuple(int(size) for size in paths.graph.get(str(weight.target)).shape)
+    target = str(bias.target) if isinstance(bias, fx.Node) else None
+    yield Occurrence(paths.of(op, weight), kind, op, x, y, str(weight.target), target, shape, transposed)
+
+
+def _product(paths: _Paths, op: fx.Node, x: object, weight: object, bias: object) -> Iterator[Occurrence]:
+    """A linear layer written as a product: `x @ W` (W stored [in, out]) or `x @ W.T`."""
+    turned = isinstance(weight, fx.Node) and op_name(weight) in _TRANSPOSES
+    stored = weight.args[0] if isinstance(weight, fx.Node) and turned else weight
+    if not _is_parameter(stored):
+        return
+    assert isinstance(stored, fx.Node)
+    if paths.graph.get(str(stored.target)).ndim != 2:
+        return
+    for found in _weighted(paths, "linear", op, x, stored, bias, transposed=not turned):
+        yield _with_added_bias(paths.graph, found) if found.bias is None else found
+
+
+def _with_added_bias(graph: Graph, found: Occurrence) -> Occurrence:
+    """The bias of `x @ W.T + b`, where that sum is all the product is used for."""
+    user = next(iter(found.y.users), None)
+    if user is None or len(found.y.users) != 1 or op_name(user) != "add" or user.args[0] is not found.y:
+        return found
+    bias = user.args[1]
+    _, size = found.features
+    if not _is_parameter(bias) or not isinstance(bias, fx.Node) or tuple(graph.get(str(bias.target)).shape) != (size,):
+        return found
+    return Occurrence(
+        *(found.path, found.kind, found.op, found.x, user, found.weight, str(bias.target), found.shape),
+        transposed=found.transposed,
+    )
+
+
+def _outside_views(op: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The values outside `view(-1, in) -> op -> view(..., out)`, else the op's own."""
+    after = next(iter(op.users), None)
+    wrapped = op_name(op) in ("addmm", "mm") and op_name(x) in _VIEWS and len(op.users) == 1
+    if not wrapped or after is None or op_name(after) not in _VIEWS or not isinstance(x.args[0], fx.Node):
+        return x, op
+    outer = x.args[0]
+    same_axes = outer.meta["val"].shape[:-1] == after.meta["val"].shape[:-1]
+    return (outer, after) if same_axes else (x, op)
+
+
+def _is_parameter(value: object) -> bool:
+    return isinstance(value, fx.Node) and value.op == "get_attr" and str(value.target).startswith(f"{BASE}.")
+
+
+def _arg(node: fx.Node, index: int) -> object:
+    return node.args[index] if len(node.args) > index else None
+
+
+def module_path(node: fx.Node) -> str:
+    """The innermost module that ran this node, relative to the base module."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(list(stack.values())), ("",))[0].partition("@")[0]
+    return path.removeprefix(BASE).removeprefix(".") if path.partition(".")[0] == BASE else ""
+
+
+class _Paths:
+    """Module paths of weights: the module that ran the op if it owns the tensor, else the tensor's own name.
+
+    A tied weight has one name in the graph and several owners, so its name cannot tell them apart.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def of(self, op: fx.Node, weight: fx.Node) -> str:
+        path = module_path(op)
+        name = _own_name(self.graph.base, path, self.graph.get(str(weight.target)))
+        if name is None:
+            return str(weight.target).removeprefix(f"{BASE}.").removesuffix(".weight")
+        return path if name == "weight" else f"{path}.{name}".removeprefix(".")
+
+
+def _own_name(base: nn.Module, path: str, tensor: torch.Tensor) -> str | None:
+    try:
+        owner = base.get_submodule(path)
+    except AttributeError:
+        return None
+    return next((name for name, own in owner._parameters.items() if own is tensor), None)

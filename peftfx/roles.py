@@ -1,0 +1,212 @@
+"""Roles: what each weight of a graph is for, decided by where its output goes and where its input comes from.
+
+Nothing here knows an architecture or the name of a module. In order, and first come, first served:
+
+1. attention: the weights that queries, keys and values come from, and the first weight that reads the result;
+2. heads: weights whose output is an output of the graph;
+3. embeddings, by where their indices come from;
+4. MLPs: a linear layer whose input is another linear layer's output behind an activation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from peftfx.attentions import Attention, find_attentions
+from peftfx.dataflow import ACTIVATED, GATED, NORMED, SPLIT, Flow, trace_flow
+from peftfx.graph import Graph
+from peftfx.heads import reaches_output
+from peftfx.indices import embedding_role
+from peftfx.occurrences import Occurrence, find_occurrences, module_path
+from peftfx.rows import RowTracer, as_ranges
+from peftfx.sites import Call, Part, Site, Sites
+
+_FUSED = {
+    frozenset({"query", "key", "value"}): "attention.qkv",
+    frozenset({"key", "value"}): "attention.kv",
+    frozenset({"query", "key"}): "attention.qk",
+    frozenset({"query", "value"}): "attention.qv",
+}
+
+
+@dataclass
+class _Weight:
+    """A site in the making: every occurrence of one module's weight."""
+
+    occurrences: list[Occurrence]
+    role: str = ""
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass
+class _Analysis:
+    graph: Graph
+    weights: dict[tuple[str, str], _Weight]
+    owner: dict[fx.Node, _Weight]
+    flows: Mapping[fx.Node, Flow]
+    attentions: list[Attention]
+    readers: dict[fx.Node, list[tuple[Occurrence, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    def occurrences(self) -> Iterator[Occurrence]:
+        return itertools.chain.from_iterable(weight.occurrences for weight in self.weights.values())
+
+    def tracer(self, op: fx.Node) -> RowTracer:
+        found = next(o for o in self.owner[op].occurrences if o.op is op)
+        return RowTracer(self.graph, self.flows, op, *found.features)
+
+
+def find_sites(graph: Graph) -> Sites:
+    """The sites of a base graph, in the order in which they first run. Linear in the size of the graph."""
+    analysis = _analyse(graph)
+    _assign_attention(analysis)
+    _assign_heads(analysis)
+    for weight in analysis.weights.values():
+        first = weight.occurrences[0]
+        if first.kind == "embedding":
+            weight.role = embedding_role(graph, first.x)
+    _assign_mlps(analysis)
+    order = {node: i for i, node in enumerate(graph.nodes())}
+    sites = [_site(weight) for weight in analysis.weights.values()] + list(_attention_sites(analysis.attentions))
+    nodes = {node.name: order[node] for node in order}
+    return Sites(tuple(sorted(sites, key=lambda site: nodes[site.calls[0].op])))
+
+
+def _analyse(graph: Graph) -> _Analysis:
+    weights: dict[tuple[str, str], _Weight] = {}
+    for found in find_occurrences(graph):
+        weights.setdefault((found.path, found.kind), _Weight([])).occurrences.append(found)
+    owner = {found.op: weight for weight in weights.values() for found in weight.occurrences}
+    sources = {found.op for weight in weights.values() for found in weight.occurrences if found.mixes_features}
+    flows = trace_flow(graph.nodes(), sources)
+    analysis = _Analysis(graph, weights, owner, flows, list(find_attentions(graph, flows)))
+    for found in analysis.occurrences():
+        if found.op in sources:
+            for origin, marks in flows[found.x].origins.items():
+                analysis.readers[origin].append((found, marks))
+    return analysis
+
+
+def _assign_attention(analysis: _Analysis) -> None:
+    uses: dict[int, dict[str, list[tuple[fx.Node, fx.Node, int]]]] = defaultdict(lambda: defaultdict(list))
+    projections: dict[int, _Weight] = {}
+    for attention in analysis.attentions:
+        for role, node in attention.inputs():
+            for origin, marks in analysis.flows[node].origins.items():
+                if _projects(analysis, origin, marks):
+                    weight = analysis.owner[origin]
+                    projections[id(weight)] = weight
+                    uses[id(weight)][role].append((origin, node, marks))
+    for key, weight in projections.items():
+        weight.role = _FUSED.get(frozenset(uses[key])) or f"attention.{next(iter(uses[key]))}"
+        weight.parts = _attention_parts(analysis, weight, uses[key])
+    for attention in analysis.attentions:
+        readers = (analysis.owner[found.op] for found, _ in analysis.readers[attention.op])
+        output = next((w for w in readers if w.occurrences[0].kind != "embedding"), None)
+        if output and not output.role:
+            output.role = "attention.output"
+
+
+def _projects(analysis: _Analysis, origin: fx.Node, marks: int) -> bool:
+    """Whether this origin of a query, key or value is its projection.
+
+    A norm in between is allowed (queries and keys are often normed), but not if other weights read the normed value
+    too: that is the layer's own input, and the attention takes it as it is.
+    """
+    weight = analysis.owner.get(origin)
+    if weight is None or weight.occurrences[0].kind == "embedding":
+        return False
+    return not (marks & NORMED and any(reader & NORMED for _, reader in analysis.readers[origin]))
+
+
+def _attention_parts(
+    analysis: _Analysis, weight: _Weight, uses: Mapping[str, list[tuple[fx.Node, fx.Node, int]]]
+) -> tuple[Part, ...]:
+    is_split = any(marks & SPLIT for places in uses.values() for _, _, marks in places)
+    if len(uses) == 1 and not is_split:
+        return ()
+    first = {role: places[0] for role, places in uses.items()}
+    tracers = {op: analysis.tracer(op) for op, _, _ in first.values()}
+    rows = {role: tracers[op].rows_at(node) for role, (op, node, _) in first.items()}
+    everything = len(uses) == 1 and len(next(iter(rows.values()))) == weight.occurrences[0].features[1]
+    if everything or not all(rows.values()):
+        return ()
+    names = (name for name in ("query", "key", "value") if name in rows)
+    return tuple(Part(f"attention.{name}", as_ranges(rows[name])) for name in names)
+
+
+def _assign_heads(analysis: _Analysis) -> None:
+    reached = reaches_output(analysis.graph, analysis.flows)
+    for found in analysis.occurrences():
+        weight = analysis.owner[found.op]
+        if found.op in reached and not weight.role and found.kind != "embedding":
+            weight.role = "head"
+
+
+def _assign_mlps(analysis: _Analysis) -> None:
+    for found in analysis.occurrences():
+        weight = analysis.owner[found.op]
+        if found.kind != "linear" or weight.role:
+            continue
+        origins = {o: marks for o, marks in analysis.flows[found.x].origins.items() if o.op != "placeholder"}
+        if all(_feeds_only(analysis, origin, weight) for origin in origins):
+            _assign_mlp(analysis, found, origins)
+
+
+def _feeds_only(analysis: _Analysis, origin: fx.Node, down: _Weight) -> bool:
+    """Whether this is an unassigned linear layer that no other layer than `down` reads."""
+    up = analysis.owner.get(origin)
+    if up is None or up is down or up.role or up.occurrences[0].kind != "linear":
+        return False
+    return all(analysis.owner[reader.op] is down for reader, _ in analysis.readers[origin])
+
+
+def _assign_mlp(analysis: _Analysis, down: Occurrence, origins: Mapping[fx.Node, int]) -> None:
+    ordered = sorted(origins.items(), key=lambda item: not item[1] & ACTIVATED)
+    active = [bool(marks & ACTIVATED) for _, marks in ordered]
+    ups = [analysis.owner[origin] for origin, _ in ordered]
+    if active == [True]:
+        _assign_up(analysis, ups[0], *ordered[0], down)
+    elif active == [True, False] and all(marks & GATED for _, marks in ordered):
+        ups[0].role, ups[1].role = "mlp.gate", "mlp.up"
+    else:
+        return
+    analysis.owner[down.op].role = "mlp.down"
+
+
+def _assign_up(analysis: _Analysis, up: _Weight, op: fx.Node, marks: int, down: Occurrence) -> None:
+    up.role = "mlp.up"
+    # Both halves of a fused gate and up have one origin; `glu` splits and multiplies at once.
+    halves = analysis.tracer(op).gate_and_up(down.x) if marks else None
+    if halves:
+        up.role = "mlp.gate_up"
+        up.parts = (Part("mlp.gate", as_ranges(halves[0])), Part("mlp.up", as_ranges(halves[1])))
+
+
+def _site(weight: _Weight) -> Site:
+    first = weight.occurrences[0]
+    calls = tuple(Call(found.x.name, found.op.name, found.y.name) for found in weight.occurrences)
+    role = weight.role or ("conv" if first.kind == "conv" else "linear")
+    return Site(
+        *(first.path, first.kind, role, _layer(first.path), first.weight, first.bias, first.shape, first.transposed),
+        parts=weight.parts,
+        calls=calls,
+        groups=first.groups,
+    )
+
+
+def _attention_sites(attentions: list[Attention]) -> Iterator[Site]:
+    calls: dict[str, list[Call]] = defaultdict(list)
+    for found in attentions:
+        op = found.op.name
+        calls[module_path(found.op)].append(Call(found.query.name, op, op, found.key.name, found.value.name))
+    for path, own in calls.items():
+        yield Site(path, "attention", "attention", _layer(path), "", None, (), False, (), tuple(own))
+
+
+def _layer(path: str) -> int | None:
+    return next((int(component) for component in path.split(".") if component.isdigit()), None)

@@ -1,0 +1,117 @@
+"""Rules: what a user asks for, resolved against a model's sites into placements and overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from peftfx.adapter import Override, Placement
+from peftfx.errors import PeftfxError, nearest
+from peftfx.method import Method, WeightMethod
+from peftfx.sites import Site, Sites
+from peftfx.target import select
+
+SAVED = "saved"  #: the folder of an adapter in which it keeps copies of the base's own tensors
+
+
+def place(
+    base: nn.Module, sites: Sites, rules: object
+) -> tuple[tuple[Method, ...], tuple[Placement, ...], tuple[Override, ...]]:
+    """The methods, where each acts, and the base's tensors that are trained with them."""
+    methods = as_methods(rules)
+    placements: list[Placement] = []
+    overrides: dict[str, Override] = {}
+    for method in methods:
+        saved = saved_modules(base, method)
+        own = [p for p in placements_of(method, sites) if not within(p.site.path, saved)]
+        if not own:
+            hint = "leave them out of modules_to_save, or target others"
+            raise PeftfxError("every targeted module is in modules_to_save", ", ".join(saved), hint)
+        placements += own
+        overrides |= {o.key: o for o in overrides_of(base, method, saved, [p.site for p in own])}
+    _refuse_crowding(placements)
+    return methods, tuple(placements), tuple(overrides.values())
+
+
+def as_methods(rules: object) -> tuple[Method, ...]:
+    """Rules as methods: a Method, a `peft` config object, or a sequence of either."""
+    from peftfx.checkpoint import method_from_config
+
+    items = rules if isinstance(rules, Sequence) and not isinstance(rules, str) else (rules,)
+    methods = []
+    for item in items:
+        if isinstance(item, Method):
+            methods.append(item)
+        elif hasattr(item, "peft_type") and hasattr(item, "to_dict"):
+            methods.append(method_from_config(item.to_dict(), f"{type(item).__name__}"))
+        else:
+            raise PeftfxError(f"not a rule: {item!r}", "rules", "pass a method, as in LoRA(r=8), or a peft config object")
+    if not methods:
+        raise PeftfxError("there are no rules", "rules", "pass at least one method, as in LoRA(r=8)")
+    return tuple(methods)
+
+
+def placements_of(method: Method, sites: Sites) -> list[Placement]:
+    """Where a method acts: one placement a site, or one a part where only parts of a fused site are targeted."""
+    if not isinstance(method, WeightMethod):
+        raise PeftfxError(f"{type(method).__name__} does not act on weights", "rules", "use a weight method, as LoRA")
+    matches = select(
+        sites,
+        target=method.target,
+        target_modules=method.target_modules,
+        exclude_modules=method.exclude_modules,
+        layers_to_transform=method.layers_to_transform,
+        layers_pattern=method.layers_pattern,
+        default=method.default_target,
+    )
+    placements = []
+    for match in matches:
+        if match.site.kind not in method.kinds:
+            what = f"{type(method).__name__} does not act on a site of kind {match.site.kind}"
+            raise PeftfxError(what, match.site.path, f"target sites of kind {', '.join(sorted(method.kinds))}")
+        parts = [p for p in match.site.parts if p.role in match.parts] or [None]
+        placements += [Placement(method.at(match.site), match.site, part) for part in parts]
+    return placements
+
+
+def saved_modules(base: nn.Module, method: Method) -> tuple[str, ...]:
+    """The module paths that `modules_to_save` names."""
+    names = tuple(method.modules_to_save or ())
+    paths = [path for path, _ in base.named_modules() if path]
+    found = tuple(p for p in paths if any(p == n or p.endswith(f".{n}") for n in names))
+    if names and not found:
+        ends = sorted({p.rpartition(".")[2] for p in paths})
+        raise PeftfxError(f"no module is named {' or '.join(names)}", "modules_to_save", nearest(names[0], ends))
+    return tuple(p for p in found if not any(p.startswith(f"{q}.") for q in found))
+
+
+def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: Iterable[Site]) -> list[Override]:
+    """The tensors of the base that are trained: whole modules, and biases."""
+    found = []
+    for path in saved:
+        names = base.get_submodule(path).state_dict(keep_vars=True).keys()
+        found += [Override(f"{SAVED}.{path}.{name}", path, name) for name in names]
+    which = getattr(method, "bias", "none")
+    if which == "all":
+        names = [n for n, _ in base.named_parameters() if n.rpartition(".")[2] == "bias" and not within(n, saved)]
+        found += [Override(f"{SAVED}.{name}", "", name) for name in names]
+    elif which == "lora_only":
+        names = [site.bias.partition(".")[2] for site in sites if site.bias is not None]
+        found += [Override(f"{SAVED}.{name}", "", name) for name in names]
+    return found
+
+
+def within(path: str, modules: Iterable[str]) -> bool:
+    """Whether a path is one of these modules or inside one."""
+    return any(path == m or path.startswith(f"{m}.") for m in modules)
+
+
+def _refuse_crowding(placements: Sequence[Placement]) -> None:
+    """Two rules of one adapter may not act at the same place: their parameters would have one name."""
+    seen: set[str] = set()
+    for placement in placements:
+        if placement.key in seen:
+            hint = "narrow one rule's target, or give the second rule an adapter of its own (add_adapter)"
+            raise PeftfxError("two rules act here", placement.key, hint)
+        seen.add(placement.key)

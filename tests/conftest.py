@@ -1,0 +1,26 @@
+"""What all tests share: one thread a worker, and each model of the zoo built and captured once in a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+from peftfx.capture import capture
+from zoo import ZOO, Captured
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def captured() -> Callable[[str], Captured]:
+    """`captured(name)`: a model of the zoo in eval mode and its graph."""
+
+    @cache
+    def make(name: str) -> Captured:
+        model = ZOO[name].build()
+        return Captured(ZOO[name], model, capture(model, ZOO[name].inputs(model=model)))
+
+    return make

@@ -1,0 +1,148 @@
+"""Deliberately wrong methods, one for each law: plausible mistakes, and the proof that a law sees what it is for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from peftfx.graph import Graph
+from peftfx.method import Base, Op, Params, Rows, WeightMethod
+from peftfx.roles import find_sites
+from peftfx.sites import Site, Sites
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale(WeightMethod):
+    """A right method, small enough to break: `y * (1 + l)`, one number for each output row of a linear layer."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    default_target: ClassVar[str] = "all-linear"
+    peft_type: ClassVar[str] = "SCALE"
+
+    __hash__ = WeightMethod.__hash__
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        return {"l": torch.zeros(base.weight.shape[0]), "seen": torch.rand(1, generator=rng)}
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        return (y * (1 + p["l"])).to(y.dtype)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        gain = 1 + p["l"]
+        return Base(base.weight * gain[:, None], None if base.bias is None else base.bias * gain)
+
+    def frozen(self) -> frozenset[str]:
+        return frozenset({"seen"})
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {"l": "scale_l"}
+
+    def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[Scale, dict[str, Tensor]]:
+        gain = torch.zeros(base.weight.shape[0])
+        for rows, p in parts.items():
+            for start, stop in rows:
+                gain[start:stop], p = p["l"][: stop - start], {**p, "l": p["l"][stop - start :]}
+        return self, {"l": gain}
+
+
+class StartsAtRandom(Scale):
+    """Forgets that a new adapter changes nothing."""
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        return {"l": torch.randn(base.weight.shape[0], generator=rng)}
+
+
+class ForgetsTheBias(Scale):
+    """Scales the output, and only the weight."""
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        return Base(super().fold(site, base, p).weight, base.bias)
+
+
+class FoldsInPlace(Scale):
+    """Merges into the base's own tensor, which the adapted graph still reads."""
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        new = super().fold(site, base, p)
+        return Base(base.weight.copy_(new.weight), new.bias)
+
+
+class MovesTheBase(Scale):
+    """Takes something out of the base when it starts, as HF PEFT's PiSSA does."""
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        base.weight.mul_(0.5)
+        return {"l": torch.ones(base.weight.shape[0])}
+
+
+class IgnoresTheSeed(Scale):
+    """Draws from a generator of its own."""
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        return {"l": torch.rand(base.weight.shape[0], generator=self._generator)}
+
+    _generator: ClassVar[torch.Generator] = torch.Generator()
+
+
+class CountsSites(Scale):
+    """Acts by how many sites came before."""
+
+    _count: ClassVar[itertools.count[int]] = itertools.count(1)
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        return y * (1 + p["l"] * next(self._count))
+
+
+class RewritesItsInput(Scale):
+    """Writes to its input, which other layers read too."""
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        base.weight.mul_(0.9)
+        return super().forward(site, op, x, y, base, p, training)
+
+
+class TrainsAConstant(Scale):
+    """Updates in the forward what it says is frozen."""
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        p["seen"].add_(1)
+        return super().forward(site, op, x, y, base, p, training)
+
+
+class SavesHalf(Scale):
+    """Leaves a parameter out of the file."""
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        return {"l": torch.zeros(base.weight.shape[0]), "m": torch.zeros(base.weight.shape[0])}
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        return y * (1 + p["l"] + p["m"])
+
+    def frozen(self) -> frozenset[str]:
+        return frozenset()
+
+
+class LooksAtTheBatch(Scale):
+    """Divides by the size of the batch."""
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        return y * (1 + p["l"] / x.shape[0])
+
+
+class IsNoisyInEval(Scale):
+    """Drops out whether or not it trains."""
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        return y * (1 + p["l"] * torch.rand_like(y))
+
+
+def sites_by_name(graph: Graph) -> Sites:
+    """A finder that takes the role of a layer from what it is called."""
+    named = {"q": "attention.query", "up": "mlp.up"}
+    sites = (dataclasses.replace(s, role=named.get(s.path.rpartition(".")[2], "linear")) for s in find_sites(graph))
+    return Sites(tuple(sites))

@@ -1,0 +1,99 @@
+"""A LoRA adapter that `peft` wrote, merged and exported: ONNX Runtime computes what `peft`'s own model does."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers.pytorch_utils import Conv1D
+from zoo import ZOO, Entry
+
+import peftfx
+from peftfx.export import OnnxModel
+from peftfx.export.command import export_directory
+from peftfx.graph import leaf_names
+from peftfx.inputs import without_cache
+
+ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, Conv1D)
+UNSEEN = ((3, 11), (1, 6))  # batch, sequence
+
+
+def adapt(model: nn.Module, directory: Path, **options: object) -> nn.Module:
+    """`peft` puts LoRA with random values on every linear, conv and embedding that it can; saved to `directory`."""
+    sites = peftfx.inspect(model, inputs=options.pop("inputs", None))
+    grouped = {n for n, m in model.named_modules() if getattr(m, "groups", 1) > 1}
+    chosen = [s.path for s in sites if s.kind in ("linear", "conv", "embedding") and s.role != "head"]
+    # An embedding that computes its own indices (OPT's positions) gets its module's input for indices in peft: wrong there.
+    chosen = [p for p in chosen if p not in grouped and type(model.get_submodule(p)) in ADAPTABLE]
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": chosen, **options})
+    adapted = peft.get_peft_model(model, config)
+    randomise(adapted)
+    adapted.save_pretrained(str(directory))
+    return adapted.eval()
+
+
+def randomise(model: nn.Module) -> None:
+    """Adapters at their initial values hide every bug."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the eager model returns, by the names that its export has."""
+    with torch.no_grad(), without_cache(model):
+        result = model(**inputs)
+    return dict(zip(leaf_names(result), pytree.tree_leaves(result), strict=True))
+
+
+def check(entry: Entry, want: nn.Module, got: OnnxModel, model: nn.Module, base: nn.Module) -> None:
+    """Equal to 1e-4 of the largest value at two unseen shapes, where there is no padding; and not the base's."""
+    for seed, (batch, sequence) in enumerate(UNSEEN):
+        inputs = entry.inputs(batch, sequence, seed + 3, model=model)
+        expected, plain, found = outputs(want, inputs), outputs(base, inputs), got(**inputs)
+        changed = 0.0
+        for name in got.outputs:
+            a, b = expected[name], found[name]
+            assert a.shape == b.shape
+            mask = inputs.get("attention_mask")
+            if mask is not None and a.shape[:2] == mask.shape:
+                a, b = a[mask.bool()], b[mask.bool()]
+            scale = max(1.0, float(a.abs().max()))
+            assert float((a - b).abs().max()) <= 1e-4 * scale, name
+            changed = max(changed, float((expected[name] - plain[name]).abs().max()) / scale)
+        assert changed > 1e-3, "the adapter changes nothing: the test would pass without it"
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO if n != "custom"])
+def test_a_lora_of_peft_is_served_as_peft_computes_it(name: str, tmp_path: Path) -> None:
+    entry = ZOO[name]
+    model = entry.build()
+    model.save_pretrained(tmp_path / "base")
+    base = copy.deepcopy(model)
+    want = adapt(model, tmp_path / "adapter")
+    report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=entry.task)
+    assert report.merged
+    written = json.loads((tmp_path / "out" / "peftfx_report.json").read_text())
+    assert written["merged"] == report.merged
+    assert all(shape[0] == "batch" for shape in report.inputs.values())
+    assert all(isinstance(shape[1], str) for n, shape in report.inputs.items() if n.endswith("_ids"))
+    check(entry, want, OnnxModel(tmp_path / "out"), base, base)
+
+
+def test_a_custom_module_goes_the_same_way(tmp_path: Path) -> None:
+    entry = ZOO["custom"]
+    model = entry.build()
+    base = copy.deepcopy(model)
+    example = entry.inputs()
+    want = adapt(model, tmp_path / "adapter", inputs=example)
+    adapted = peftfx.load(copy.deepcopy(base), tmp_path / "adapter", inputs=example)
+    adapted.export(tmp_path / "out")
+    check(entry, want, OnnxModel(tmp_path / "out"), base, base)

@@ -1,0 +1,93 @@
+"""Every law catches the wrong method made for it, and holds for the right method that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import law_breakers as wrong
+import law_frame
+import laws
+import pytest
+from law_cases import Case
+from law_models import Attention, Dense, Text
+
+from peftfx.adapter import Adapter
+from peftfx.method import Method, WeightMethod
+from peftfx.passes import Insert, PassResult, Remove
+from peftfx.passes.base import REGION
+
+CASE = Case(Text((Dense(), Dense())), batch=3, sequence=4)
+TARGET = ("blocks.0", "blocks.1")
+
+BROKEN: tuple[tuple[Callable[[Case, Method], None], type[WeightMethod]], ...] = (
+    (laws.identity, wrong.StartsAtRandom),
+    (laws.fold, wrong.ForgetsTheBias),
+    (laws.merge, wrong.FoldsInPlace),
+    (laws.merge_in_place, wrong.ForgetsTheBias),
+    (laws.remove, wrong.MovesTheBase),
+    (laws.idempotence, wrong.IgnoresTheSeed),
+    (laws.commute, wrong.CountsSites),
+    (law_frame.gradients, wrong.RewritesItsInput),
+    (law_frame.gradients, wrong.TrainsAConstant),
+    (laws.save_and_load, wrong.SavesHalf),
+    (laws.sizes, wrong.LooksAtTheBatch),
+    (laws.onnx, wrong.IsNoisyInEval),
+)
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading finds the methods of these tests by their type, too."""
+    monkeypatch.setattr("peftfx.checkpoint.method_named", lambda _: Loaded.cls)
+
+
+class Loaded:
+    """The class that a checkpoint of these tests is of."""
+
+    cls: type[WeightMethod] = wrong.Scale
+
+
+@pytest.mark.parametrize(("law", "cls"), BROKEN, ids=[f"{law.__name__}-{cls.__name__}" for law, cls in BROKEN])
+def test_the_law_catches_its_breaker_and_no_right_method(law: Callable[..., None], cls: type[WeightMethod]) -> None:
+    Loaded.cls = wrong.Scale
+    law(CASE, wrong.Scale(target=TARGET))
+    Loaded.cls = cls
+    with pytest.raises(AssertionError):
+        law(CASE, cls(target=TARGET))
+
+
+def test_sites_found_by_name_are_caught() -> None:
+    case = Case(Text((Attention("softmax"),)))
+    laws.roles(case)
+    with pytest.raises(AssertionError):
+        laws.roles(case, wrong.sites_by_name)
+
+
+def test_an_insertion_that_changes_its_surroundings_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Careless(Insert):
+        def __call__(self, graph: object) -> PassResult:
+            result = super().__call__(graph)
+            for node in result.graph.nodes():
+                if "linear" in str(node.target) and REGION not in node.meta:
+                    node.args = node.args[:2]
+            return result
+
+    method = wrong.Scale(target=TARGET)
+    law_frame.frame(CASE, method)
+    monkeypatch.setattr("peftfx.adapted.Insert", Careless)
+    with pytest.raises(AssertionError):
+        law_frame.frame(CASE, method)
+
+
+def test_a_removal_that_leaves_something_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    laws.remove_one(CASE, wrong.Scale(target=TARGET))
+    monkeypatch.setattr(Remove, "_mine", lambda self, adapter: True)
+    with pytest.raises(AssertionError):
+        laws.remove_one(CASE, wrong.Scale(target=TARGET))
+
+
+def test_a_merge_that_is_done_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Adapter, "__len__", lambda self: 1, raising=False)
+    monkeypatch.setattr("laws.Merge", lambda: lambda graph: PassResult(graph, 1))
+    with pytest.raises(AssertionError):
+        laws.idempotence(CASE, wrong.Scale(target=TARGET))

@@ -1,0 +1,136 @@
+"""Roles of layers in modules made for the purpose: what follows from the dataflow, and what must not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.capture import capture
+from peftfx.sites import Site
+
+
+class Attend(nn.Module):
+    """A residual block of attention and MLP; subclasses say how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.k, self.v = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.q, self.o = nn.Linear(8, 16), nn.Linear(8, 8)
+        self.a, self.b, self.out = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def attend(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.b(torch.relu(self.a(self.norm(x))))
+        return self.out(self.norm(x + self.attend(self.norm(x))))
+
+
+class Unprojected(Attend):
+    def attend(self, x: Tensor) -> Tensor:
+        return self.o(nn.functional.scaled_dot_product_attention(x, self.k(x), self.v(x)))
+
+
+class GatedQuery(Attend):
+    def attend(self, x: Tensor) -> Tensor:
+        query, gate = self.q(x).chunk(2, -1)
+        return self.o(nn.functional.scaled_dot_product_attention(query, self.k(x), self.v(x)) * gate.sigmoid())
+
+
+class Router(Attend):
+    """Softmax and a product behind it, and no attention: the weights of a mixture."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.o(self.k(x).softmax(-1) @ self.v(x).transpose(-1, -2) @ x)
+
+
+class Glu(Attend):
+    def attend(self, x: Tensor) -> Tensor:
+        return self.o(nn.functional.glu(self.q(x), -1))
+
+
+class Bilinear(Attend):
+    """Two layers multiplied and no activation: neither gates the other."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.o(self.k(x) * self.v(x))
+
+
+def parts_of(site: Site) -> str:
+    return " ".join(f"{part.role}={','.join(f'{a}:{b}' for a, b in part.rows)}" for part in site.parts)
+
+
+def roles_of(model: nn.Module) -> dict[str, str]:
+    sites = capture(model.eval(), {"x": torch.randn(2, 5, 8)}).sites
+    return {site.path: f"{site.role} {parts_of(site)}".strip() for site in sites}
+
+
+def test_a_query_without_projection_claims_no_layer_before_it() -> None:
+    roles = roles_of(Unprojected())
+    assert (roles["k"], roles["v"], roles["o"]) == ("attention.key", "attention.value", "attention.output")
+    assert (roles["a"], roles["b"], roles["out"]) == ("mlp.up", "mlp.down", "head")
+
+
+def test_only_the_rows_of_a_gated_query_that_are_the_query_are_its_part() -> None:
+    roles = roles_of(GatedQuery())
+    assert roles["q"] == "attention.query attention.query=0:8"
+    assert roles["o"] == "attention.output"
+
+
+def test_a_softmax_without_scores_is_no_attention() -> None:
+    roles = roles_of(Router())
+    assert "attention" not in " ".join(roles.values())
+
+
+def test_glu_gates_with_its_second_half() -> None:
+    roles = roles_of(Glu())
+    assert roles["q"] == "mlp.gate_up mlp.gate=8:16 mlp.up=0:8"
+    assert roles["o"] == "mlp.down"
+
+
+def test_a_product_without_activation_is_no_mlp() -> None:
+    roles = roles_of(Bilinear())
+    assert (roles["k"], roles["v"], roles["o"]) == ("linear", "linear", "linear")
+
+
+def test_torch_multihead_attention_is_fused() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    sites = capture(model.eval(), {"src": torch.randn(2, 5, 8)}).sites
+    fused = sites.by_path("self_attn.in_proj_weight")
+    assert (fused.role, [part.rows for part in fused.parts]) == ("attention.qkv", [((0, 8),), ((8, 16),), ((16, 24),)])
+    assert sites.by_path("self_attn.out_proj").role == "attention.output"
+
+
+class SoftCapped(nn.Module):
+    """Logits bounded by a scaled tanh, as in Gemma, and a pooled output behind a bare one, as in BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits, self.pooled = nn.Linear(8, 3), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(self.logits(x) / 30) * 30, torch.tanh(self.pooled(x))
+
+
+def test_a_soft_cap_hides_no_head_and_an_activation_does() -> None:
+    assert roles_of(SoftCapped()) == {"logits": "head", "pooled": "linear"}
+
+
+class OneHead(nn.Module):
+    """A query split off a shared projection of keys and values, shared by all heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.o = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.q(x).unflatten(-1, (4, 2)).transpose(1, 2)
+        key, value = (t[:, None].expand(-1, 4, -1, -1) for t in self.kv(x).split(2, -1))
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        return x + self.o(attended.transpose(1, 2).flatten(2))
+
+
+def test_keys_and_values_of_one_layer_are_its_parts() -> None:
+    roles = roles_of(OneHead())
+    assert roles["kv"] == "attention.kv attention.key=0:2 attention.value=2:4"
+    assert (roles["q"], roles["o"]) == ("attention.query", "attention.output")
