@@ -42,9 +42,9 @@ def export_directory(
     def assets(directory: Path) -> None:
         for source in (base, *(() if adapter is None else (Path(adapter),))):
             copy_assets(source, directory)
-        config = getattr(adapted.base, "config", None)
-        if hasattr(config, "to_json_file"):  # the labels of a head that came with the adapter
-            config.to_json_file(directory / "config.json")
+        write = getattr(getattr(adapted.base, "config", None), "to_json_file", None)
+        if write is not None:  # not the base's own: a head that came with the adapter has labels of its own
+            write(directory / "config.json")
 
     return export_onnx(adapted, output, merge=merge, opset=opset, force=force, assets=assets, progress=progress)
 

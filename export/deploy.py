@@ -16,7 +16,7 @@ from torch import nn
 
 from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
-from peftfx.capture import evaluating
+from peftfx.capturing import evaluating
 from peftfx.export.atomic import publish
 from peftfx.export.onnx import to_onnx
 from peftfx.export.probes import probes

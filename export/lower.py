@@ -121,7 +121,8 @@ def _functional_form(target: object) -> OpOverload | None:
 
 def _make_functional(graph: fx.Graph, write: fx.Node) -> None:
     before, write.target = write.args[0], _functional_form(write.target)
-    assert isinstance(before, fx.Node) and write.target is not None
+    assert isinstance(before, fx.Node)
+    assert write.target is not None
     order = {node: i for i, node in enumerate(graph.nodes)}
     before.replace_all_uses_with(write, delete_user_cb=lambda user: order[user] > order[write])
 

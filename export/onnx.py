@@ -9,7 +9,7 @@ import torch
 from onnx_ir import tensor_adapters
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftfx.capture import isolated
+from peftfx.capturing import isolated
 from peftfx.errors import PeftfxError
 from peftfx.export.program import Program, trace
 from peftfx.export.tidy import name_apart, store_transposed, tidy
@@ -88,7 +88,8 @@ def _initializer_name(target: str, taken: Iterable[str]) -> str:
 
 
 def _lazy(like: ir.Value, target: str, weights: Weights) -> ir.LazyTensor:
-    assert like.shape is not None and like.dtype is not None
+    assert like.shape is not None
+    assert like.dtype is not None
     name, dtype, shape = like.name, like.dtype, ir.Shape(list(like.shape))
 
     def read() -> ir.TensorProtocol:

@@ -1,4 +1,4 @@
-"""probes: calls of sizes that no capture saw, on which an export is compared; each is first held against the eager model."""
+"""probes: calls of sizes that no capture saw, for comparing an export; each is first held against the eager model."""
 
 from __future__ import annotations
 

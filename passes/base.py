@@ -85,7 +85,9 @@ class PassManager:
     def __call__(self, graph: Graph) -> Graph:
         """Run every pass; an error inside one names it."""
         if self.check == "numeric" and len(self.inputs) != len(graph.inputs):
-            raise PeftfxError("the numeric check needs a tensor for each input", "inputs", "pass PassManager(inputs=...)")
+            raise PeftfxError(
+                "the numeric check needs a tensor for each input", "inputs", "pass PassManager(inputs=...)"
+            )
         for step in self.passes:
             before, start = graph, time.perf_counter()
             try:
@@ -105,7 +107,8 @@ class PassManager:
             for name, old, new in zip(before.outputs, output_nodes(before), output_nodes(after), strict=True):
                 want, got = old.meta["val"], new.meta["val"]
                 if (want.dtype, str(want.shape)) != (got.dtype, str(got.shape)):
-                    what = f"{step} changed an output from {want.dtype} {list(want.shape)} to {got.dtype} {list(got.shape)}"
+                    kinds = f"{want.dtype} {list(want.shape)} to {got.dtype} {list(got.shape)}"
+                    what = f"{step} changed an output from {kinds}"
                     raise PeftfxError(what, name, "this is a fault of the pass")
         if self.check == "numeric" and step.preserves:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Evaluate: compute derived weights now, in memory. The export has the other evaluator: one tensor at a time, as it writes."""
+"""Evaluate: compute derived weights now, in memory; the export evaluates them one by one, as it writes."""
 
 from __future__ import annotations
 

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import traceback
 from dataclasses import dataclass
-from pathlib import Path
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeGuard
 
 from peftfx.adapter import Adapter, Placement
-from peftfx.capture import isolated
+from peftfx.capturing import isolated
 from peftfx.errors import PeftfxError
 from peftfx.graph import ADAPTERS, BASE, Graph
 from peftfx.occurrences import module_path
-from peftfx.passes.base import OVERRIDES, REGION, REPLACES, Pass, PassResult, Region, attribute, attributes_of, fake_like, results
+from peftfx.passes.base import (
+    OVERRIDES,
+    REGION,
+    REPLACES,
+    Pass,
+    PassResult,
+    Region,
+    attribute,
+    attributes_of,
+    fake_like,
+    results,
+)
 from peftfx.passes.site_op import bind, operands
 from peftfx.sites import Call, Site
-
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -49,7 +56,7 @@ class Insert(Pass):
 
 
 class _Splicer:
-    """One insertion in progress: the graph's nodes by name, what stands for each call's output, and traces made so far."""
+    """One insertion in progress: the graph's nodes, what stands for each call's output, and the traces made."""
 
     def __init__(self, graph: Graph, name: str, adapter: Adapter) -> None:
         self.graph, self.name, self.adapter = graph, name, adapter
@@ -159,7 +166,9 @@ class _Splicer:
         return attribute(self.fx, target, value, self.attributes)
 
 
-def trace(placement: Placement, op: fx.Node, names: list[str], values: list[object], *, training: bool) -> fx.GraphModule:
+def trace(
+    placement: Placement, op: fx.Node, names: list[str], values: list[object], *, training: bool
+) -> fx.GraphModule:
     """A method's forward at one call as a graph of (x, y, weight, bias, *params)."""
     bound, block = bind(op, placement.site), placement.block
     site = dataclasses.replace(placement.view, path="")  # one trace serves every site of this signature
@@ -178,17 +187,11 @@ def trace(placement: Placement, op: fx.Node, names: list[str], values: list[obje
     for guard in guards[before:]:
         # torch's own operators guard too, to pick a kernel: that binds nothing.
         place = guard.sloc.framework_loc
-        if place is None or not place.filename.startswith(_TORCH):
+        if not str(getattr(place, "filename", place)).startswith(_TORCH):
             what = f"{type(placement.method).__name__} branches on a shape: {guard.expr}"
             raise PeftfxError(what, placement.site.path, "write it without the branch: one trace serves all sizes")
     traced.graph.eliminate_dead_code()
     return traced
-
-
-def _of_conv(guard: ShapeGuard) -> bool:
-    """Whether it is PyTorch that asks for a size here, to choose the memory format of a convolution it runs on fakes."""
-    frame = guard.sloc.framework_loc
-    return isinstance(frame, traceback.FrameSummary) and (Path(frame.filename).name, frame.name) == ("fake_impls.py", "conv")
 
 
 def _row_dim(site: Site) -> int:
@@ -198,5 +201,3 @@ def _row_dim(site: Site) -> int:
 
 def _anchor() -> None:
     """Marks a place while nodes are inserted before it; never runs."""
-
-

@@ -40,7 +40,9 @@ def bind(op: fx.Node, site: Site) -> Op:
     return {"linear": linear, "embedding": embedding, "conv": conv}[site.kind]
 
 
-def rewire(site: Site, call: Call, nodes: dict[str, fx.Node], weight: fx.Node, bias: fx.Node | None, dense: bool) -> None:
+def rewire(
+    site: Site, call: Call, nodes: dict[str, fx.Node], weight: fx.Node, bias: fx.Node | None, dense: bool
+) -> None:
     """Point one call at another weight and bias; `dense` makes a grouped conv one of a single group."""
     op, y = nodes[call.op], nodes[call.y]
     index = _weight_index(op, site)
@@ -54,7 +56,7 @@ def rewire(site: Site, call: Call, nodes: dict[str, fx.Node], weight: fx.Node, b
     if bias is not None and bias is not _bias(op, y):
         _set_bias(op, y, bias)
     if dense:
-        op.args = (*_filled(op)[:_GROUPS], 1)
+        op.args = (*_filled(op)[:_GROUPS], 1)  # type: ignore[arg-type]
 
 
 def _weight_index(op: fx.Node, site: Site) -> int:

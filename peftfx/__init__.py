@@ -9,14 +9,13 @@ from peftfx.version import __version__
 
 if TYPE_CHECKING:
     from peftfx.adapted import AdaptedModel
-    from peftfx.capture import capture
+    from peftfx.api import inspect, load, transform
+    from peftfx.capturing import capture
     from peftfx.errors import PeftfxError
     from peftfx.export import export_onnx
     from peftfx.graph import Graph
     from peftfx.methods.lora import LoRA
     from peftfx.sites import Site, Sites
-    from peftfx.api import inspect, load, transform
-
 
 
 # Names are imported when first used: torch and transformers take seconds, and `peftfx --help` needs neither.
@@ -27,14 +26,27 @@ _HOME = {
     "PeftfxError": "peftfx.errors",
     "Site": "peftfx.sites",
     "Sites": "peftfx.sites",
-    "capture": "peftfx.capture",
+    "capture": "peftfx.capturing",
     "export_onnx": "peftfx.export",
     "inspect": "peftfx.api",
     "load": "peftfx.api",
     "transform": "peftfx.api",
 }
 
-__all__ = ["AdaptedModel", "Graph", "LoRA", "PeftfxError", "Site", "Sites", "__version__", "capture", "export_onnx", "inspect", "load", "transform"]
+__all__ = [
+    "AdaptedModel",
+    "Graph",
+    "LoRA",
+    "PeftfxError",
+    "Site",
+    "Sites",
+    "__version__",
+    "capture",
+    "export_onnx",
+    "inspect",
+    "load",
+    "transform",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.adapter import Adapter, check_name
-from peftfx.capture import capture, evaluating, fake_mode_of
+from peftfx.capturing import capture, evaluating, fake_mode_of
 from peftfx.errors import PeftfxError, nearest
 from peftfx.graph import ADAPTERS, BASE, Graph, path_name
 from peftfx.merging import MergeReport, merge_into
-from peftfx.method import Method
 from peftfx.passes import Insert, Merge, PassManager
 from peftfx.rules import place
 from peftfx.sites import Sites
@@ -29,15 +28,15 @@ Rules = object
 class AdaptedModel(nn.Module):
     """What `peftfx.transform` returns. Called as the base is, with the same arguments and the same output.
 
-    It holds the base (shared, frozen), the adapters' parameters, and a cache of graphs by the call's signature, mode and
-    active adapters. Weights are never edited to switch an adapter or a mode: another graph is picked or derived.
-    `state_dict` is that of the adapters alone, so that whatever saves a module (`transformers.Trainer` too) saves them.
+    It holds the base (shared, frozen), the adapters' parameters, and a cache of graphs by the call's signature, the mode
+    and the active adapters. Weights are never edited to switch an adapter or a mode: another graph is picked or
+    derived. `state_dict` is that of the adapters alone: whatever saves a module (`transformers.Trainer` too) saves them.
     """
 
     @classmethod
     def on(cls, base: nn.Module, sites: Sites, example: Mapping[str, object]) -> AdaptedModel:
         """A model without adapters yet, whose `forward` has the base's signature: `Trainer` reads it."""
-        return _subclass(type(base))(base, sites, example)
+        return _subclass(type(base))(base, sites, example)  # type: ignore[arg-type]
 
     def __init__(self, base: nn.Module, sites: Sites, example: Mapping[str, object]) -> None:
         super().__init__()
@@ -69,7 +68,9 @@ class AdaptedModel(nn.Module):
     def _new_name(self, name: str) -> None:
         check_name(name)
         if name in self.names():
-            raise PeftfxError(f"there is already an adapter named {name!r}", name, "give it another name, or remove it first")
+            raise PeftfxError(
+                f"there is already an adapter named {name!r}", name, "give it another name, or remove it first"
+            )
 
     def _install(self, name: str, adapter: Adapter) -> None:
         self.adapters.add_module(name, adapter)
@@ -148,7 +149,7 @@ class AdaptedModel(nn.Module):
         return export_onnx(self, directory, merge=merge, force=force, **options)  # type: ignore[arg-type]
 
     def save_pretrained(self, directory: str | Path, adapter_name: str | None = None, **_: object) -> None:
-        """Write HF PEFT directories: the first adapter in `directory`, others in folders of their own names below it."""
+        """Write HF PEFT directories: one adapter in `directory`, others in folders of their names below it."""
         from peftfx.checkpoint import save_adapters
 
         save_adapters(self, Path(directory), None if adapter_name is None else (adapter_name,))
@@ -174,18 +175,20 @@ class AdaptedModel(nn.Module):
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
         """The adapters' tensors, as `adapters.<name>.<path>.<parameter>`; the base's are not the adapter's to save."""
         prefix = f"{kwargs.get('prefix', '')}{ADAPTERS}."
-        own = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        own: dict[str, Tensor] = super().state_dict(*args, **kwargs)  # type: ignore[call-overload]
         for key in [k for k in own if not k.startswith(prefix)]:
             del own[key]
         return own
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
-        """Load what `state_dict` gave. With `strict`, every key must fit an adapter's tensor and none may be missing."""
+        """Load what `state_dict` gave. With `strict`, every key must fit and none may be missing."""
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = [k for k in result.missing_keys if k.startswith(f"{ADAPTERS}.")]
         if strict and (missing or result.unexpected_keys):
             where = f"missing: {missing[:5]}, unexpected: {result.unexpected_keys[:5]}"
-            raise PeftfxError("this state is not of these adapters", where, "make the adapters as they were when it was saved")
+            raise PeftfxError(
+                "this state is not of these adapters", where, "make the adapters as they were when it was saved"
+            )
         result.missing_keys[:] = missing
         return result
 
@@ -215,7 +218,9 @@ class AdaptedModel(nn.Module):
     def _known(self, inputs: Mapping[str, object], training: bool) -> list[Graph]:
         """The graphs captured for calls like this one; they differ in the sizes of axes that the model fixes."""
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
-        kinds = [(path_name(p), v.dtype, v.ndim) if isinstance(v, Tensor) else (path_name(p), repr(v)) for p, v in leaves]
+        kinds = [
+            (path_name(p), v.dtype, v.ndim) if isinstance(v, Tensor) else (path_name(p), repr(v)) for p, v in leaves
+        ]
         return self._captured.setdefault((tuple(kinds), training), [])
 
     def _capture(self, inputs: Mapping[str, object]) -> Graph:
@@ -228,7 +233,7 @@ class AdaptedModel(nn.Module):
         known.append(capture(self.base, inputs))
         return known[-1]
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> object:  # type: ignore[override]
         """Attributes of the base (`config`, `device`, ...); not its methods, which know nothing of adapters."""
         try:
             return super().__getattr__(name)
@@ -253,7 +258,7 @@ class AdaptedModel(nn.Module):
 
 
 @functools.cache
-def _subclass(base_class: type[nn.Module]) -> type[AdaptedModel]:
+def _subclass(base_class: Hashable) -> type[AdaptedModel]:
     def forward(self: AdaptedModel, *args: object, **kwargs: object) -> object:
         return self._call(args, kwargs)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from peftfx.adapted import AdaptedModel
-from peftfx.capture import capture, evaluating
+from peftfx.capturing import capture, evaluating
 from peftfx.inputs import example_inputs
 from peftfx.sites import Sites
 

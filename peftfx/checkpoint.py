@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 RECORDS = frozenset(
-    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config".split()
+    ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
+    + ("inference_mode", "runtime_config")
 )
 """Fields of a HF PEFT config that describe it and change no number."""
 INERT = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}, "ensure_weight_tying": False}
@@ -38,11 +40,15 @@ INERT = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_confi
 def read_config(directory: Path) -> dict[str, object]:
     """The adapter config of a HF PEFT directory."""
     if not directory.is_dir():
-        raise PeftfxError("there is no such directory", str(directory), "give the folder that holds adapter_config.json")
+        raise PeftfxError(
+            "there is no such directory", str(directory), "give the folder that holds adapter_config.json"
+        )
     path = directory / CONFIG
     if not path.is_file():
         below = [p.parent.name for p in directory.glob(f"*/{CONFIG}")]
-        hint = f"adapters below it: {', '.join(sorted(below))}" if below else "give the folder that save_pretrained wrote"
+        hint = (
+            f"adapters below it: {', '.join(sorted(below))}" if below else "give the folder that save_pretrained wrote"
+        )
         raise PeftfxError(f"there is no {CONFIG}", str(directory), hint)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -61,12 +67,14 @@ def method_from_config(config: Mapping[str, object], where: str) -> Method:
     active = {k: v for k, v in unknown.items() if v not in (None, False, 0, "", [], {}, ()) and INERT.get(k) != v}
     if active:
         names = ", ".join(f"{k}={v!r}" for k, v in active.items())
-        raise PeftfxError(f"{cls.__name__} does not support {names}", where, "train the adapter without, or merge it with peft")
+        raise PeftfxError(
+            f"{cls.__name__} does not support {names}", where, "train the adapter without, or merge it with peft"
+        )
     return cls.from_options(options)
 
 
 class Weights:
-    """The tensors of an adapter file, read one at a time; keys are module paths and suffixes without HF PEFT's prefix."""
+    """The tensors of an adapter file, read one at a time, by module path and suffix, without HF PEFT's prefix."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / WEIGHTS
@@ -87,7 +95,9 @@ class Weights:
         try:
             return self._file.get_tensor(self.names[name])  # type: ignore[no-any-return]
         except (SafetensorError, OSError) as error:
-            raise PeftfxError(f"cannot be read: {error}", f"{self.path}: {self.names[name]}", "save it again") from error
+            raise PeftfxError(
+                f"cannot be read: {error}", f"{self.path}: {self.names[name]}", "save it again"
+            ) from error
 
     @staticmethod
     def _strip(key: str) -> str:
@@ -122,9 +132,11 @@ def _placements(method: Method, weights: Weights, sites: Sites) -> list[Placemen
     """A placement for each site that has keys in the file."""
     placements = []
     for site in sites:
-        if site.kind in method.kinds and isinstance(own := method.at(site), WeightMethod):
-            if any(f"{site.path}.{suffix}" in weights.names for suffix in own.keys(site).values()):
-                placements.append(Placement(own, site))
+        own = method.at(site)
+        if site.kind not in method.kinds or not isinstance(own, WeightMethod):
+            continue
+        if any(f"{site.path}.{suffix}" in weights.names for suffix in own.keys(site).values()):
+            placements.append(Placement(own, site))
     return placements
 
 
@@ -133,7 +145,9 @@ def _replaced_weights(placements: list[Placement], weights: Weights, base: nn.Mo
     found = []
     for site in (p.site for p in placements):
         name, tensor = f"{site.path}.base_layer.weight", site_tensors(base, site)[0]
-        if name in weights.names and not (weights.shapes[name] == tuple(tensor.shape) and torch.equal(weights[name], tensor)):
+        if name in weights.names and not (
+            weights.shapes[name] == tuple(tensor.shape) and torch.equal(weights[name], tensor)
+        ):
             found.append(Override(f"{SAVED}.{site.path}.weight", "", site.weight.partition(".")[2]))
     return found
 
@@ -141,7 +155,9 @@ def _replaced_weights(placements: list[Placement], weights: Weights, base: nn.Mo
 def _wanted(placements: list[Placement], overrides: list[Override]) -> dict[str, str]:
     """For each name the file must have, where the adapter keeps its value."""
     wanted = {
-        f"{p.site.path}.{suffix}": f"{p.key}.{name}" for p in placements for name, suffix in p.method.keys(p.site).items()
+        f"{p.site.path}.{suffix}": f"{p.key}.{name}"
+        for p in placements
+        for name, suffix in p.method.keys(p.site).items()
     }
     adapted = {p.site.path for p in placements}
     return wanted | {_override_name(override, adapted): override.key for override in overrides}
@@ -195,7 +211,7 @@ def _module_of(name: str) -> str:
 
 
 def _inert(name: str, modules: set[str]) -> bool:
-    """Whether a key is of a module that this model has and never runs (T5's `shared`), or a weight peftfx does not need."""
+    """Whether a key is of a module that this model has and never runs (T5's `shared`), or a copy of a base weight."""
     return name.endswith(".base_layer.weight") or (_module_of(name) != name and _module_of(name) in modules)
 
 
@@ -203,15 +219,24 @@ def save_adapters(adapted: AdaptedModel, directory: Path, names: tuple[str, ...]
     """Write adapters as HF PEFT does: the one named "default", or the only one, in `directory`, others below it."""
     chosen = adapted.names() if names is None else names
     if not chosen:
-        raise PeftfxError("there is no adapter to save", str(directory), "add one with add_adapter, or save before merge()")
+        raise PeftfxError(
+            "there is no adapter to save", str(directory), "add one with add_adapter, or save before merge()"
+        )
     contents = {name: _contents(adapted, name) for name in chosen}
     for name, (config, tensors) in contents.items():
         target = directory if name == "default" or len(chosen) == 1 else directory / name
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
-            write_file(target / WEIGHTS, lambda path, t=tensors: save_file(t, path, metadata={"format": "pt"}))
-            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-            write_file(target / CONFIG, lambda path, t=text: path.write_text(t, encoding="utf-8"))
+            write_file(target / WEIGHTS, functools.partial(_save_tensors, tensors))
+            write_file(target / CONFIG, functools.partial(_save_config, config))
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _save_config(config: dict[str, object], path: Path) -> None:
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _contents(adapted: AdaptedModel, name: str) -> tuple[dict[str, object], dict[str, Tensor]]:

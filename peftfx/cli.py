@@ -46,7 +46,9 @@ def export(
     base: Annotated[Path, typer.Option(help="Directory of the base model (transformers, or a diffusers model).")],
     output: Annotated[Path, typer.Option(help="Directory to make; it appears when it is complete and verified.")],
     adapter: Annotated[Path | None, typer.Option(help="HF PEFT directory; without one the base is exported.")] = None,
-    merge: Annotated[bool, typer.Option(help="Fold the adapter into the weights, or leave it apart in the graph.")] = True,
+    merge: Annotated[
+        bool, typer.Option(help="Fold the adapter into the weights, or leave it apart in the graph.")
+    ] = True,
     task: Annotated[
         str | None, typer.Option(help="Pipeline name, as text-classification; by default the adapter's or the model's.")
     ] = None,
@@ -61,7 +63,9 @@ def export(
     from peftfx.export.command import export_directory
 
     with _progress() as stage:
-        report = export_directory(base, output, adapter=adapter, merge=merge, task=task, opset=opset, force=force, progress=stage)
+        report = export_directory(
+            base, output, adapter=adapter, merge=merge, task=task, opset=opset, force=force, progress=stage
+        )
     _print_report(report, output)
 
 
@@ -69,7 +73,9 @@ def export(
 def inspect(
     model: Annotated[Path, typer.Argument(help="Directory of a model; its config is enough.")],
     task: Annotated[str | None, typer.Option(help="Pipeline name; by default the model's own.")] = None,
-    target: Annotated[str | None, typer.Option(help="Show only what this target picks, as 'attention.query | mlp'.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Show only what this target picks, as 'attention.query | mlp'.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print where adapters can act: each site's module path, kind, role, layer and shape."""
@@ -92,7 +98,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Directory to make.")] = Path("peftfx-demo"),
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
 ) -> None:
-    """Fine-tune a real encoder on real text, export it merged, and serve it in ONNX Runtime; offline, in two minutes."""
+    """Fine-tune a real encoder on real text, export it merged, serve it in ONNX Runtime; offline, in minutes."""
     from peftfx.demo import run_demo
 
     run_demo(output, force=force)
@@ -144,7 +150,9 @@ def _print_report(report: object, output: Path) -> None:
     table = Table(title=f"{report.model} -> {output}", show_header=False, title_justify="left")
     adapters = ", ".join(f"{'+'.join(a['methods'])} ({a['parameters']:,} parameters)" for a in report.adapters)  # type: ignore
     table.add_row("adapter", adapters or "none")
-    table.add_row("merged sites", str(len(report.merged)) if report.merged else "none: the adapter is apart" if adapters else "")
+    table.add_row(
+        "merged sites", str(len(report.merged)) if report.merged else "none: the adapter is apart" if adapters else ""
+    )
     table.add_row("inputs", escape(", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in report.inputs.items())))
     table.add_row("outputs", ", ".join(report.outputs))
     table.add_row("files", ", ".join(f"{n} {b:,} B" for n, b in report.bytes.items()))

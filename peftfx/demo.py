@@ -76,7 +76,7 @@ def run_demo(
         PeftfxError: the encoder's package is not installed, or the output exists.
         VerificationError: ONNX Runtime and torch disagree on a held-out sentence.
     """
-    source, start = findencoder(), time.perf_counter()
+    source, start = find_encoder(), time.perf_counter()
     _refuse_foreign(output)
 
     def say(stage: str) -> None:
@@ -131,7 +131,7 @@ def run_demo(
     return result
 
 
-def findencoder() -> Path:
+def find_encoder() -> Path:
     """The directory of all-MiniLM-L6-v2's weights and tokenizer; the package that ships them is not imported."""
     spec = importlib.util.find_spec(PACKAGE)
     places = [Path(p) / "model" for p in (spec.submodule_search_locations if spec else None) or ()]

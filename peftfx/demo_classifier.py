@@ -21,7 +21,7 @@ from peftfx.topics import Example, Split, batches
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH, LEARNING_RATE, MAX_TOKENS, WARMUP = 16, 3e-3, 64, 10
+BATCH, LEARNING_RATE, MAX_TOKENS, WARMUP = 16, 1e-3, 64, 10
 
 
 @dataclass(frozen=True)

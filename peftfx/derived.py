@@ -1,4 +1,4 @@
-"""Derived weights: expressions over base and adapter tensors, evaluated at once in memory or one by one as they are written."""
+"""Derived weights: expressions over base and adapter tensors, evaluated now or one by one as they are written."""
 
 from __future__ import annotations
 
@@ -33,13 +33,17 @@ class Block:
         block = Block(count, out // count, first, end - first)
         expected = tuple((first + i * block.stride, end + i * block.stride) for i in range(count))
         if part.rows != expected or out % count:
-            raise PeftfxError("its rows are spread irregularly, and cannot be adapted apart", part.role, "target the whole site")
+            raise PeftfxError(
+                "its rows are spread irregularly, and cannot be adapted apart", part.role, "target the whole site"
+            )
         return block
 
     def take(self, t: Tensor, dim: int) -> Tensor:
         """These rows of `t` along `dim`."""
         dim %= t.ndim
-        return t.unflatten(dim, (self.count, self.stride)).narrow(dim + 1, self.start, self.length).flatten(dim, dim + 1)
+        return (
+            t.unflatten(dim, (self.count, self.stride)).narrow(dim + 1, self.start, self.length).flatten(dim, dim + 1)
+        )
 
     def put(self, t: Tensor, rows: Tensor, dim: int) -> Tensor:
         """A copy of `t` with these rows along `dim` replaced."""

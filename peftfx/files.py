@@ -24,7 +24,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise PeftfxError(f"cannot write: {reason}", str(error.filename or path), _ADVICE.get(error.errno or 0, "")) from error
+        raise PeftfxError(
+            f"cannot write: {reason}", str(error.filename or path), _ADVICE.get(error.errno or 0, "")
+        ) from error
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -85,7 +85,8 @@ class Graph:
     def clone(self) -> Graph:
         """A copy whose structure can be rewritten; tensors, sites and node values are shared."""
         graph = fx.Graph()
-        graph.output(graph.graph_copy(self.module.graph, val_map := {}))
+        val_map: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.module.graph, val_map))
         for old, new in val_map.items():
             new.meta = dict(old.meta)
         holders = dict(self.module.named_children())
@@ -96,7 +97,9 @@ class Graph:
         for spec, value in zip(self.inputs, tensors, strict=True):
             if not spec.accepts(value):
                 got = TensorSpec(spec.name, value.dtype, tuple(value.shape))
-                raise PeftfxError(f"the graph takes {spec}, not {got}", spec.name, "capture it again with such an input")
+                raise PeftfxError(
+                    f"the graph takes {spec}, not {got}", spec.name, "capture it again with such an input"
+                )
         return list(self.module(*tensors))
 
     def __call__(self, **kwargs: torch.Tensor) -> object:
@@ -168,7 +171,7 @@ def path_name(path: pytree.KeyPath) -> str:
 
 
 def leaf_names(value: object, at: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Dotted names of the leaves of a model's output: fields of a `ModelOutput`, items of a tuple; one leaf is `output`."""
+    """Dotted names of an output's leaves: fields of a `ModelOutput`, items of a tuple; a lone one is `output`."""
     if isinstance(value, Mapping):
         items = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, (tuple, list)):

@@ -94,7 +94,7 @@ class Method(ABC):
         for name in options:
             if name not in cls.options():
                 raise PeftfxError(f"{cls.__name__} has no option {name!r}", name, nearest(name, cls.options()))
-        return cls(**options)
+        return cls(**options)  # type: ignore[arg-type]
 
 
 class WeightMethod(Method):

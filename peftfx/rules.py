@@ -9,7 +9,7 @@ from torch import nn
 from peftfx.adapter import Override, Placement
 from peftfx.errors import PeftfxError, nearest
 from peftfx.method import Method, WeightMethod
-from peftfx.sites import Site, Sites
+from peftfx.sites import Part, Site, Sites
 from peftfx.target import select
 
 SAVED = "saved"  #: the folder of an adapter in which it keeps copies of the base's own tensors
@@ -46,7 +46,9 @@ def as_methods(rules: object) -> tuple[Method, ...]:
         elif hasattr(item, "peft_type") and hasattr(item, "to_dict"):
             methods.append(method_from_config(item.to_dict(), f"{type(item).__name__}"))
         else:
-            raise PeftfxError(f"not a rule: {item!r}", "rules", "pass a method, as in LoRA(r=8), or a peft config object")
+            raise PeftfxError(
+                f"not a rule: {item!r}", "rules", "pass a method, as in LoRA(r=8), or a peft config object"
+            )
     if not methods:
         raise PeftfxError("there are no rules", "rules", "pass at least one method, as in LoRA(r=8)")
     return tuple(methods)
@@ -70,8 +72,8 @@ def placements_of(method: Method, sites: Sites) -> list[Placement]:
         if match.site.kind not in method.kinds:
             what = f"{type(method).__name__} does not act on a site of kind {match.site.kind}"
             raise PeftfxError(what, match.site.path, f"target sites of kind {', '.join(sorted(method.kinds))}")
-        parts = [p for p in match.site.parts if p.role in match.parts] or [None]
-        placements += [Placement(method.at(match.site), match.site, part) for part in parts]
+        parts: list[Part | None] = [p for p in match.site.parts if p.role in match.parts]
+        placements += [Placement(method.at(match.site), match.site, part) for part in parts or [None]]
     return placements
 
 
@@ -90,7 +92,7 @@ def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: I
     """The tensors of the base that are trained: whole modules, and biases."""
     found = []
     for path in saved:
-        names = base.get_submodule(path).state_dict(keep_vars=True).keys()
+        names = list(base.get_submodule(path).state_dict(keep_vars=True))
         found += [Override(f"{SAVED}.{path}.{name}", path, name) for name in names]
     which = getattr(method, "bias", "none")
     if which == "all":

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from peftfx.capture import capture
+from peftfx.capturing import capture
 from zoo import ZOO, Captured
 
 torch.set_num_threads(1)

@@ -98,11 +98,11 @@ class CountsSites(Scale):
         return y * (1 + p["l"] * next(self._count))
 
 
-class RewritesItsInput(Scale):
-    """Writes to its input, which other layers read too."""
+class DecaysTheBase(Scale):
+    """Writes to the base's weight in passing."""
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
-        base.weight.mul_(0.9)
+        base.weight.detach().mul_(0.9)
         return super().forward(site, op, x, y, base, p, training)
 
 

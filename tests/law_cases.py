@@ -25,10 +25,18 @@ from peftfx.sites import Site
 METHODS = {name: cls for name, cls in methods().items() if issubclass(cls, WeightMethod)}
 
 
+settings.register_profile(
+    "laws",
+    deadline=None,
+    derandomize=True,  # the same examples in every run: a law that fails fails for everybody
+    database=None,
+    suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large),
+)
+
+
 def examples(count: int) -> settings:
-    """So many examples a test. Hypothesis's own `ci` profile makes them the same ones in every run."""
-    slow = (HealthCheck.too_slow, HealthCheck.data_too_large)
-    return settings(max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=slow)
+    """So many examples a test."""
+    return settings(settings.get_profile("laws"), max_examples=count)
 
 
 @dataclass(frozen=True)

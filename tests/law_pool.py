@@ -10,7 +10,7 @@ from random import Random
 from law_models import Attention, Block, Branch, Conv, Dense, Image, Mix, Mlp, Product, Residual, Spec, Text, Twice
 from torch import nn
 
-from peftfx.capture import capture
+from peftfx.capturing import capture
 from peftfx.graph import BASE, Graph, link
 
 #: One of each kind of block on its own: what a failing example shrinks to.
@@ -77,7 +77,9 @@ def random_spec(seed: int) -> Spec:
     return Text(blocks, tied=random.random() < 0.5, positions=random.random() < 0.5, dtype=dtype)
 
 
-POOL: tuple[Spec, ...] = tuple(sorted({*SMALL, *map(random_spec, range(8))}, key=lambda spec: (len(repr(spec)), repr(spec))))
+POOL: tuple[Spec, ...] = tuple(
+    sorted({*SMALL, *map(random_spec, range(8))}, key=lambda spec: (len(repr(spec)), repr(spec)))
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from peftfx.capture import capture
+from peftfx.capturing import capture
 from peftfx.errors import PeftfxError
 from peftfx.graph import Graph
 from peftfx.inputs import example_inputs, name_axes, without_cache

@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from zoo import ZOO, Entry
 
-from peftfx.capture import capture
+from peftfx.capturing import capture
 from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
 from peftfx.export.onnx import to_onnx

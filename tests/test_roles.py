@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftfx.capture import capture
+from peftfx.capturing import capture
 from peftfx.sites import Site
 
 

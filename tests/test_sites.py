@@ -20,7 +20,7 @@ from conftest import Captured
 from torch import fx, nn
 from zoo import ZOO
 
-from peftfx.capture import capture
+from peftfx.capturing import capture
 from peftfx.errors import PeftfxError
 from peftfx.graph import BASE, Graph, link
 from peftfx.roles import find_sites

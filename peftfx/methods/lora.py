@@ -12,6 +12,7 @@ factors at the start.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -68,7 +69,9 @@ class LoRA(WeightMethod):
         if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "LoRA(r=8)")
         if not 0 <= self.lora_dropout < 1:
-            raise PeftfxError(f"a probability below 1, not {self.lora_dropout}", "lora_dropout", "LoRA(lora_dropout=0.05)")
+            raise PeftfxError(
+                f"a probability below 1, not {self.lora_dropout}", "lora_dropout", "LoRA(lora_dropout=0.05)"
+            )
         if self.bias not in ("none", "all", "lora_only"):
             raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'lora_only'")
         known = self.init_lora_weights in (True, False, "gaussian", "pissa", "olora")
@@ -85,7 +88,10 @@ class LoRA(WeightMethod):
 
     def at(self, site: Site) -> LoRA:
         """With the rank and alpha that the patterns give this site."""
-        r, alpha = _pattern(self.rank_pattern, site.path, self.r), _pattern(self.alpha_pattern, site.path, self.lora_alpha)
+        r, alpha = (
+            _pattern(self.rank_pattern, site.path, self.r),
+            _pattern(self.alpha_pattern, site.path, self.lora_alpha),
+        )
         return dataclasses.replace(self, r=int(r), lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     @property
@@ -116,17 +122,17 @@ class LoRA(WeightMethod):
             raise PeftfxError("an embedding has no place for lora_bias", site.path, "leave embeddings out of this rule")
         out, inner = weight.shape[0], weight.shape[1] * site.groups
         kernel = tuple(weight.shape[2:])
-        new = {"dtype": _precise(weight.dtype), "device": weight.device}
+        new = functools.partial(torch.zeros, dtype=_precise(weight.dtype), device=weight.device)
         if site.kind == "embedding":
-            p = {A: torch.zeros(r, out, **new), B: torch.zeros(inner, r, **new)}
+            p = {A: new(r, out), B: new(inner, r)}
         else:
             ones = (1,) * len(kernel)
-            p = {A: torch.zeros(r, inner, *kernel, **new), B: torch.zeros(out, r // site.groups, *ones, **new)}
+            p = {A: new(r, inner, *kernel), B: new(out, r // site.groups, *ones)}
         self._fill(site, base, p, rng)
         if self.lora_bias:
-            p[B_BIAS] = torch.zeros(out, **new)
+            p[B_BIAS] = new(out)
         if self.use_dora:
-            p[MAGNITUDE] = self._norm(site, weight.to(**new))
+            p[MAGNITUDE] = self._norm(site, weight.to(p[A].dtype))
         return p
 
     def _fill(self, site: Site, base: Base, p: dict[str, Tensor], rng: torch.Generator | None) -> None:
@@ -159,7 +165,9 @@ class LoRA(WeightMethod):
             u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         else:
             niter = int(str(self.init_lora_weights).rpartition("_")[2])
-            u, s, v = torch.svd_lowrank(weight, r, niter=niter)
+            with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+                torch.manual_seed(0)  # the factors are computed again when the adapter is loaded: they must be the same
+                u, s, v = torch.svd_lowrank(weight, r, niter=niter)
             vh = v.T
         root = torch.sqrt(s[:r] / self.scaling)
         return root[:, None] * vh[:r], u[:, :r] * root
@@ -224,9 +232,15 @@ class LoRA(WeightMethod):
 
     def gather(self, methods: Mapping[str, Method]) -> LoRA:
         own = {path: m for path, m in methods.items() if isinstance(m, LoRA)}
+        starts = {m.init_lora_weights for m in own.values()} or {self.init_lora_weights}
+        if len(starts) > 1:
+            what = (
+                f"{self.init_lora_weights} at whole modules and at parts of fused ones cannot be saved in one directory"
+            )
+            raise PeftfxError(what, "init_lora_weights", "make an adapter of each (add_adapter), or export it merged")
         ranks = {re.escape(path): m.r for path, m in own.items() if m.r != self.r}
         alphas = {re.escape(path): m.lora_alpha for path, m in own.items() if m.lora_alpha != self.lora_alpha}
-        return dataclasses.replace(self, rank_pattern=ranks, alpha_pattern=alphas)
+        return dataclasses.replace(self, rank_pattern=ranks, alpha_pattern=alphas, init_lora_weights=starts.pop())
 
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[LoRA, dict[str, Tensor]]:
@@ -257,7 +271,6 @@ class LoRA(WeightMethod):
         return dataclasses.replace(self, r=r, lora_alpha=alpha, init_lora_weights=True)
 
 
-
 def _joined(p: Params) -> dict[str, Tensor]:
     """Factors whose product is `B A - B0 A0`."""
     joined = {A: torch.cat([p[A], p[A0]]), B: torch.cat([p[B], -p[B0]], 1)}
@@ -280,7 +293,7 @@ def _rows(vector: Tensor, y: Tensor, site: Site) -> Tensor:
 
 
 def _dense(weight: Tensor, groups: int) -> Tensor:
-    """A grouped conv's [out, in / groups, *kernel] weight as the [out, in, *kernel] weight of the same conv in one group."""
+    """A grouped conv's [out, in / groups, *kernel] weight as that of the same conv in one group."""
     if groups == 1:
         return weight
     out, inner = weight.shape[0] // groups, weight.shape[1]

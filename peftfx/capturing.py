@@ -19,40 +19,43 @@ from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError
 from peftfx.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
-from peftfx.inputs import name_axes, without_cache
+from peftfx.inputs import example_inputs, name_axes, without_cache
 from peftfx.roles import find_sites
 
 Axes = Mapping[str, tuple[str | None, ...]]
 
 
-def capture(model: nn.Module, inputs: Mapping[str, object], *, axes: Axes | None = None) -> Graph:
+def capture(model: nn.Module, inputs: Mapping[str, object] | None = None, *, axes: Axes | None = None) -> Graph:
     """Capture `model` in its current mode (train or eval), as called with `inputs`.
 
     Args:
         model: any module; its parameters are shared with the graph, never copied.
         inputs: keyword arguments of its forward. Tensors (nested ones too) become inputs of the graph; everything
-            else is a constant of this view. Only dtypes and sizes of the tensors matter; sizes of 1 stay fixed.
+            else is a constant of this view. Only dtypes and sizes of the tensors matter. By default examples made
+            from a transformers model's config.
         axes: a name for each axis of each tensor; by default `peftfx.inputs.name_axes`. Axes of one name have one
-            size. A named axis is left free unless the model's own code fixes it; one named `None` keeps its size, and
-            the axes of a tensor that is not mentioned are all free.
+            size. A named axis is left free, also where its size is 1, unless the model's own code fixes it; one named
+            `None` keeps its size, and the axes of a tensor that is not mentioned are all free.
 
     Raises:
         PeftfxError: the model's code cannot be captured (it branches on values, or returns no tensors).
     """
-    leaves, in_spec = pytree.tree_flatten_with_path(dict(inputs))
+    leaves, in_spec = pytree.tree_flatten_with_path(dict(example_inputs(model) if inputs is None else inputs))
     tensors = {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
     axes = name_axes(tensors) if axes is None else axes
     _refuse_checkpointing(model)
     wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves]).train(model.training)
     with isolated(model), without_cache(model):
-        examples = tuple(_fresh(model, t) for t in tensors.values())
-        free = tuple(_dims(t, axes.get(name)) for name, t in zip(tensors, examples, strict=True))
+        examples = {name: _fresh(model, t, axes.get(name)) for name, t in tensors.items()}
+        free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
         try:
-            program = torch.export.export(wrapper, examples, dynamic_shapes={"flat": free}, strict=False)
+            program = torch.export.export(
+                wrapper, tuple(examples.values()), dynamic_shapes={"flat": free}, strict=False
+            )
             module = program.module(check_guards=False)
         except Exception as error:
             raise _explain(model, error) from error
-    return _as_graph(model, module, program.call_spec.out_spec, tensors, axes)
+    return _as_graph(model, module, program.call_spec.out_spec, examples, axes)
 
 
 class _Flat(nn.Module):
@@ -71,7 +74,7 @@ class _Flat(nn.Module):
     def forward(self, *flat: torch.Tensor) -> object:
         tensors = iter(flat)
         leaves = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
-        return self._modules[BASE](**pytree.tree_unflatten(leaves, self.spec))
+        return self.get_submodule(BASE)(**pytree.tree_unflatten(leaves, self.spec))
 
 
 @contextlib.contextmanager
@@ -122,10 +125,20 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _fresh(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
-    """A distinct tensor like `example`: one tensor passed twice would make the graph read the wrong input."""
+def _fresh(model: nn.Module, example: torch.Tensor, axes: tuple[str | None, ...] | None) -> torch.Tensor:
+    """A distinct tensor like `example`: one tensor passed twice would make the graph read the wrong input.
+
+    A named axis of size 1 gets another: a capture would take the 1 for a property of the model.
+    """
+    names = axes or (None,) * example.ndim
+    shape = [
+        size if size != 1 or name is None else _MORE_THAN_1.get(name, 3) for size, name in zip(example.shape, names)
+    ]
     device = next((p.device for p in model.parameters()), example.device)
-    return torch.zeros(example.shape, dtype=example.dtype, device=example.device if example.ndim == 0 else device)
+    return torch.zeros(shape, dtype=example.dtype, device=example.device if example.ndim == 0 else device)
+
+
+_MORE_THAN_1 = {"batch": 2}
 
 
 def _dims(example: torch.Tensor, axes: tuple[str | None, ...] | None) -> dict[int, object]:
@@ -167,6 +180,7 @@ def _as_graph(
                 if isinstance(value, torch.Tensor):
                     constants.register_buffer(name, value)
                 else:
+                    assert isinstance(value, nn.Module)
                     constants.add_module(name, value)
             node.target = f"{CONSTANTS}.{name}"
         if node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
