@@ -64,7 +64,8 @@ def load_directories(base: Path, adapter: Path | None, *, task: str | None = Non
         task = resolve_task(None, peft_task_type=str(kind), config=config)
     method = method_from_config(peft_config, str(adapter / CONFIG))
     labels = _labels(load_base(base, task=task, weights=False), weights, method) if method.modules_to_save else None
-    model = load_base(base, task=task, num_labels=labels)
+    given = {name.replace(".base_layer.", ".") for name in weights.names}
+    model = load_base(base, task=task, num_labels=labels, given=given)
     adapted = bare(model)
     adapted.load_adapter(adapter, "default")
     return adapted
@@ -95,6 +96,8 @@ def _refuse_output(base: Path, output: Path, adapter: str | Path | None, force: 
     target = output.resolve()
     if any(target == i or target in i.parents for i in inputs):
         raise PeftfxError("the output would replace an input", str(output), "choose another output directory")
+    if any(i in target.parents for i in inputs):
+        raise PeftfxError("the output would be inside an input", str(output), "choose another output directory")
     free = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free
     needed = sum(p.stat().st_size for p in base.glob("*.safetensors")) if base.is_dir() else 0
     if needed > free:

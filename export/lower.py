@@ -90,6 +90,7 @@ def _is_local(write: fx.Node) -> bool:
         return False
     if target.op != "call_function" or not isinstance(target.target, OpOverload) or _is_view(target):
         return False
+    assert isinstance(write.target, OpOverload)
     changed = [a for a in write.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     dtypes = {n.meta["val"].dtype for n in write.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)}
     floating = {dtype for dtype in dtypes if dtype.is_floating_point}
@@ -120,11 +121,11 @@ def _functional_form(target: object) -> OpOverload | None:
 
 
 def _make_functional(graph: fx.Graph, write: fx.Node) -> None:
-    before, write.target = write.args[0], _functional_form(write.target)
+    before, functional = write.args[0], _functional_form(write.target)
     assert isinstance(before, fx.Node)
-    assert write.target is not None
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    before.replace_all_uses_with(write, delete_user_cb=lambda user: order[user] > order[write])
+    assert functional is not None
+    write.target = functional
+    before.replace_all_uses_with(write, delete_user_cb=lambda user: user > write)
 
 
 def _decompose(graph: fx.Graph, node: fx.Node, table: Table) -> None:
@@ -147,6 +148,6 @@ def _decompose(graph: fx.Graph, node: fx.Node, table: Table) -> None:
         node.replace_all_uses_with(result)
     else:
         for user in list(node.users):  # several results: each user is a getitem
-            user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index]
+            user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index, arg-type]
             graph.erase_node(user)
     graph.erase_node(node)

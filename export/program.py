@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental import _config  # type: ignore[attr-defined]
+from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from peftfx.capturing import isolated
@@ -63,7 +63,7 @@ def trace(graph: Graph, *, local: bool = True) -> Program:
     outputs = _flatten_outputs(ready)
     mode = detect_fake_mode(list(graph.base.parameters())) or FakeTensorMode(shape_env=ShapeEnv())
     targets = _fake_weights(ready, mode)
-    with isolated(graph.base), mode, _config.patch(backed_size_oblivious=True):
+    with isolated(graph.base), mode, _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         exported = _export(ready, next((p.device for p in graph.base.parameters()), torch.device("cpu")))
     return Program(LoweredProgram(exported) if local else exported, targets, _name_axes(graph, exported), outputs)
 

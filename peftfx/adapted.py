@@ -28,9 +28,9 @@ Rules = object
 class AdaptedModel(nn.Module):
     """What `peftfx.transform` returns. Called as the base is, with the same arguments and the same output.
 
-    It holds the base (shared, frozen), the adapters' parameters, and a cache of graphs by the call's signature, the mode
-    and the active adapters. Weights are never edited to switch an adapter or a mode: another graph is picked or
-    derived. `state_dict` is that of the adapters alone: whatever saves a module (`transformers.Trainer` too) saves them.
+    It holds the base (shared, frozen), the adapters' parameters, and a cache of graphs by the call's signature, mode
+    and active adapters. Weights are never edited to switch an adapter or a mode: another graph is picked or
+    derived. `state_dict` is that of the adapters alone: whatever saves a module (`Trainer` too) saves them.
     """
 
     @classmethod
@@ -40,14 +40,23 @@ class AdaptedModel(nn.Module):
 
     def __init__(self, base: nn.Module, sites: Sites, example: Mapping[str, object]) -> None:
         super().__init__()
-        self.base, self.sites, self.example = base, sites, dict(example)
+        self.base, self.example = base, dict(example)
         self.adapters = nn.Module()
+        self._sites: Sites | None = sites
         self.active: tuple[str, ...] = ()
         self._grads = {name: p.requires_grad for name, p in base.named_parameters()}
         self._captured: dict[object, list[Graph]] = {}
         self._derived: dict[object, Graph] = {}
         self.training = base.training
         base.requires_grad_(False)
+
+    @property
+    def sites(self) -> Sites:
+        """The adaptable places of the base as it is now; a merge can change a shape, or untie a weight."""
+        if self._sites is None:
+            with evaluating(self.base):
+                self._sites = self.graph(adapted=False).sites
+        return self._sites
 
     def add_adapter(self, name: str, rules: Rules, *, seed: int | None = None) -> None:
         """Add an adapter and make it the active one. Two adapters may act at one site; their effects add up in order.
@@ -103,6 +112,8 @@ class AdaptedModel(nn.Module):
         chosen = (names,) if isinstance(names, str) else tuple(names)
         for name in chosen:
             self.adapter(name)
+            if chosen.count(name) > 1:
+                raise PeftfxError("an adapter acts once", name, "name each adapter once")
         self.active = chosen
         for name in self.names():
             self.adapter(name).requires_grad_(name in chosen)
@@ -139,7 +150,8 @@ class AdaptedModel(nn.Module):
         report = merge_into(self.base, merged, [self.adapter(name) for name in self.active])
         for name in self.active:
             self.remove(name)
-        self._captured.clear()
+        self._forget()
+        self._sites = None
         return report
 
     def export(self, directory: str | Path, *, merge: bool = True, force: bool = False, **options: object) -> object:
@@ -155,9 +167,10 @@ class AdaptedModel(nn.Module):
         save_adapters(self, Path(directory), None if adapter_name is None else (adapter_name,))
 
     def num_parameters(self) -> tuple[int, int]:
-        """The number of trainable parameters, and of all."""
+        """The number of trainable parameters, and of all; a trained bias stands for the base's own, as in HF PEFT."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return trained, sum(p.numel() for p in self.parameters())
+        own = {o.key: self.adapter(n).get(o.key) for n in self.names() for o in self.adapter(n).overrides if not o.module}
+        return trained, sum(p.numel() for p in self.parameters()) - sum(t.numel() for t in own.values())
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, in HF PEFT's words."""
@@ -174,9 +187,9 @@ class AdaptedModel(nn.Module):
 
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
         """The adapters' tensors, as `adapters.<name>.<path>.<parameter>`; the base's are not the adapter's to save."""
-        prefix = f"{kwargs.get('prefix', '')}{ADAPTERS}."
+        prefix = f"{kwargs.get('prefix', '')}{BASE}."
         own: dict[str, Tensor] = super().state_dict(*args, **kwargs)  # type: ignore[call-overload]
-        for key in [k for k in own if not k.startswith(prefix)]:
+        for key in [k for k in own if k.startswith(prefix)]:
             del own[key]
         return own
 
@@ -212,21 +225,22 @@ class AdaptedModel(nn.Module):
         return self._derived[key]
 
     def keep(self, graph: Graph, inputs: Mapping[str, object]) -> None:
-        """Keep a graph that was captured from the base with these inputs."""
-        self._known(inputs, graph.training).append(graph)
+        """Keep a graph that was captured from the base, as it is now, with these inputs."""
+        self._known(inputs).append(graph)
 
-    def _known(self, inputs: Mapping[str, object], training: bool) -> list[Graph]:
+    def _known(self, inputs: Mapping[str, object]) -> list[Graph]:
         """The graphs captured for calls like this one; they differ in the sizes of axes that the model fixes."""
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
         kinds = [
             (path_name(p), v.dtype, v.ndim) if isinstance(v, Tensor) else (path_name(p), repr(v)) for p, v in leaves
         ]
-        return self._captured.setdefault((tuple(kinds), training), [])
+        modes = tuple(module.training for module in self.base.modules())
+        return self._captured.setdefault((tuple(kinds), modes), [])
 
     def _capture(self, inputs: Mapping[str, object]) -> Graph:
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
         tensors = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
-        known = self._known(inputs, self.training)
+        known = self._known(inputs)
         for graph in known:
             if all(s.accepts(tensors[s.name]) for s in graph.inputs):
                 return graph
@@ -244,10 +258,21 @@ class AdaptedModel(nn.Module):
             return value
 
     def _apply(self, fn: object, recurse: bool = True) -> AdaptedModel:
-        """Moved or cast: graphs made for the old device and dtype are dropped."""
+        """Moved or cast: graphs made for the old device and dtype are dropped, and examples follow the dtype."""
+        self._forget()
+        self.example = pytree.tree_map_only(Tensor, lambda t: t.to(fn(t).dtype), self.example)  # type: ignore[operator]
+        return super()._apply(fn, recurse)  # type: ignore[arg-type, return-value]
+
+    def _forget(self) -> None:
         self._captured.clear()
         self._derived.clear()
-        return super()._apply(fn, recurse)  # type: ignore[arg-type, return-value]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles leave the graphs behind: they are made again, over the copy's own tensors."""
+        return {**self.__dict__, "_captured": {}, "_derived": {}}
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _blank, (type(self.base),), self.__getstate__()
 
     def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         named = _named(self.base, args, kwargs)
@@ -264,7 +289,14 @@ def _subclass(base_class: Hashable) -> type[AdaptedModel]:
 
     forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
     members = {"forward": forward, "__doc__": AdaptedModel.__doc__, "__module__": __name__}
-    return type("AdaptedModel", (AdaptedModel,), members)
+    # `Trainer` finds a model's labels by the signature of its class and by "QuestionAnswering" in the class's name.
+    return type(f"Adapted{base_class.__name__}", (AdaptedModel,), members)
+
+
+def _blank(base_class: type[nn.Module]) -> AdaptedModel:
+    """An AdaptedModel without state yet, for `copy` and `pickle`: its class has no name they could look up."""
+    cls = _subclass(base_class)
+    return cls.__new__(cls)
 
 
 def _named(base: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:

@@ -65,5 +65,6 @@ def bare(model: nn.Module, inputs: Mapping[str, object] | None = None) -> Adapte
     with evaluating(model):
         graph = capture(model, example)
     adapted = AdaptedModel.on(model, graph.sites, example)
-    adapted.keep(graph, example)
+    with evaluating(model):
+        adapted.keep(graph, example)
     return adapted

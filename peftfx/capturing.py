@@ -45,7 +45,7 @@ def capture(model: nn.Module, inputs: Mapping[str, object] | None = None, *, axe
     axes = name_axes(tensors) if axes is None else axes
     _refuse_checkpointing(model)
     wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves]).train(model.training)
-    with isolated(model), without_cache(model):
+    with isolated(model), fake_mode_of(model), without_cache(model):
         examples = {name: _fresh(model, t, axes.get(name)) for name, t in tensors.items()}
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
         try:
@@ -79,13 +79,10 @@ class _Flat(nn.Module):
 
 @contextlib.contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """The context captures and traces run in, whatever the caller's: gradients on, no inference mode, no autocast.
-
-    A module whose parameters are fake is captured inside its own `FakeTensorMode`.
-    """
+    """The context captures and traces run in, whatever the caller's: gradients on, no inference mode, no autocast."""
     kinds = ["cpu", *({p.device.type for p in model.parameters()} - {"cpu", "meta"})]
     before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
-    with torch.inference_mode(False), torch.enable_grad(), _quiet(), fake_mode_of(model):
+    with torch.inference_mode(False), torch.enable_grad(), _quiet():
         for kind in kinds:
             torch.set_autocast_enabled(kind, False)
         try:

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 RECORDS = frozenset(
-    ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
-    + ("inference_mode", "runtime_config")
+    {
+        *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode"),
+        *("base_model_name_or_path", "revision", "runtime_config"),
+    }
 )
 """Fields of a HF PEFT config that describe it and change no number."""
 INERT = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}, "ensure_weight_tying": False}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftfx.adapter import Adapter, owner_of, site_tensors
 from peftfx.derived import Folding
+from peftfx.errors import PeftfxError
 from peftfx.graph import Graph
 from peftfx.method import Base
 from peftfx.sites import Site
@@ -29,8 +30,13 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
 
     One site at a time; sites that share a tensor are computed together before any is written. A tensor that a module
     outside the merge uses too is untied: the merged site gets a parameter of its own.
+
+    Raises:
+        PeftfxError: a merged weight would not be finite; nothing is written.
     """
     foldings = {d.folding.site.path: d.folding for d in merged.derived.values()}
+    for folding in foldings.values():  # computed twice: a merge that fails halfway could not be undone
+        _refuse_infinite(folding.site, folding.evaluate(merged.get))
     sharing = _names_by_tensor(base)
     groups: dict[str, list[Folding]] = {}
     for folding in foldings.values():
@@ -63,9 +69,16 @@ def _write(base: nn.Module, site: Site, value: Base, *, untie: bool) -> int:
     if module is not None and value.weight.shape != getattr(module, "weight").shape:  # noqa: B009
         module.groups = 1  # type: ignore[assignment]
     written = _assign(base, weight, value.weight, untie=untie)
-    if untie and hasattr(getattr(base, "config", None), "tie_word_embeddings"):
-        base.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    for owner in base.modules() if untie else ():
+        if hasattr(config := getattr(owner, "config", None), "tie_word_embeddings"):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
     return written + (0 if value.bias is None else _assign(base, bias, value.bias, untie=False))
+
+
+def _refuse_infinite(site: Site, value: Base) -> None:
+    if not all(bool(t.isfinite().all()) for t in value if t is not None):
+        hint = "the adapter or the base has inf or NaN, or their sum is too large for the base's dtype: merge in fp32"
+        raise PeftfxError(f"the merged weight is not finite in {value.weight.dtype}", site.path, hint)
 
 
 def own_names(base: nn.Module, site: Site) -> tuple[str, str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -125,6 +125,7 @@ def load_base(
     num_labels: int | None = None,
     weights: bool = True,
     dtype: torch.dtype | None = None,
+    given: Collection[str] = (),
 ) -> nn.Module:
     """A base model from a local directory in eval mode: transformers', or one of diffusers' (not a whole pipeline).
 
@@ -134,9 +135,10 @@ def load_base(
         num_labels: of a classification head, where the config does not say it.
         weights: read them; otherwise parameters stay uninitialised (buffers do not), for a capture alone.
         dtype: of the parameters; by default the config's.
+        given: names of tensors that an adapter brings; these alone may be missing from the weights.
 
     Raises:
-        PeftfxError: there is no such model here, its files are broken, or it cannot do the task.
+        PeftfxError: there is no such model here, its files are broken or lack a weight, or it cannot do the task.
     """
     directory = Path(directory)
     config = read_base_config(directory)
@@ -148,7 +150,7 @@ def load_base(
     try:
         if "_class_name" in config:
             return _load_diffusers(directory, str(config["_class_name"]), weights, dtype).eval()
-        return _load_transformers(directory, config, task, num_labels, weights, dtype).eval()
+        return _load_transformers(directory, config, task, num_labels, weights, dtype, given).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise PeftfxError(f"cannot load the base model: {first}", str(directory), "see `__cause__`") from error
@@ -220,6 +222,7 @@ def _load_transformers(
     num_labels: int | None,
     weights: bool,
     dtype: torch.dtype | None,
+    given: Collection[str],
 ) -> nn.Module:
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.initialization import no_init_weights
@@ -235,15 +238,33 @@ def _load_transformers(
     maker = _maker(config, resolve_task(task, config=config), directory)
     if weights:
         keep = {} if dtype is None else {"dtype": dtype}
-        model = maker.from_pretrained(  # type: ignore[attr-defined]
-            directory, config=config, local_files_only=True, use_safetensors=True, **keep
+        model, info = maker.from_pretrained(  # type: ignore[attr-defined]
+            directory,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **keep,
         )
         assert isinstance(model, nn.Module)
+        _refuse_random(model, info, given, directory)
         return model
     with no_init_weights():
         model = maker._from_config(config, dtype=dtype or config.dtype or torch.float32)  # type: ignore[attr-defined]
     assert isinstance(model, nn.Module)
     return model
+
+
+def _refuse_random(model: nn.Module, info: Mapping[str, Any], given: Collection[str], directory: Path) -> None:
+    """Refuse a model with weights that transformers made up because the files lack them, or have another shape."""
+    other = {name: f"{name} ({list(have)} in the file, {list(want)} in the model)" for name, have, want in info["mismatched_keys"]}
+    shown = {**{name: name for name in info["missing_keys"]}, **other}
+    random = sorted(shown[name] for name in shown.keys() - set(given))
+    if random:
+        listed = ", ".join(random[:8]) + (f" and {len(random) - 8} more" if len(random) > 8 else "")
+        hint = f"name the task it was trained for, or give an adapter that holds them (this is a {type(model).__name__})"
+        raise PeftfxError(f"neither the base nor an adapter has the weights of {listed}", str(directory), hint)
 
 
 def _maker(config: PreTrainedConfig, task: str, directory: Path) -> type:

@@ -7,7 +7,8 @@ import functools
 from dataclasses import dataclass
 from random import Random
 
-from law_models import Attention, Block, Branch, Conv, Dense, Image, Mix, Mlp, Product, Residual, Spec, Text, Twice
+from law_blocks import WIDTH, Attention, Block, Branch, Conv, Dense, Mix, Mlp, Product, Residual, Twice
+from law_models import Image, Spec, Text
 from torch import nn
 
 from peftfx.capturing import capture
@@ -42,7 +43,7 @@ def random_block(random: Random, depth: int = 1) -> Block:
         case "product":
             return Product(turned=flag(), bias=flag())
         case "mix":
-            return Mix(groups=random.choice((1, 2, WHOLE)))
+            return Mix(groups=random.choice((1, 2, WIDTH)))
         case "mlp":
             return Mlp(random.choice(("none", "beside", "fused")), transposed=flag())
         case "attention":
@@ -54,9 +55,6 @@ def random_block(random: Random, depth: int = 1) -> Block:
             return Branch(random_block(random, depth - 1), random_block(random, depth - 1))
         case _:
             return Twice(random_block(random, depth - 1))
-
-
-WHOLE = 8  #: as many groups as a text model has channels: a depthwise convolution
 
 
 def random_conv(random: Random) -> Block:

@@ -30,63 +30,59 @@ def _installed() -> bool:
 needs_encoder = pytest.mark.skipif(not _installed(), reason="the extra `demo` is not installed")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, str]:
-    """One short demo and what it printed."""
-    output = tmp_path_factory.mktemp("demo") / "out"
-    text = io.StringIO()
-    result = demo.run_demo(output, epochs=EPOCHS, per_topic=PER_TOPIC, console=Console(file=text, width=120))
-    return result, text.getvalue()
-
-
 @needs_encoder
-class TestShortDemo:
-    """What one short run leaves behind."""
+def test_a_short_demo(tmp_path: Path) -> None:
+    """One test, not one for each statement: workers would each make their own run."""
+    output, text = tmp_path / "out", io.StringIO()
+    result = demo.run_demo(output, epochs=EPOCHS, per_topic=PER_TOPIC, console=Console(file=text, width=200))
+    onnx_runtime_is_as_accurate_as_torch(result)
+    training_helped(result)
+    every_part_is_there_and_nothing_else(output)
+    peft_and_onnx_runtime_agree(output)
+    the_report_ends_with_what_to_try_next(result, text.getvalue())
+    with pytest.raises(PeftfxError, match="exists already"):
+        demo.run_demo(output)
 
-    def test_onnx_runtime_is_as_accurate_as_torch(self, run: tuple[DemoResult, str]) -> None:
-        result, _ = run
-        assert result.accuracy_onnx == result.accuracy_torch
-        assert result.max_abs < 1e-4
 
-    def test_training_helps(self, run: tuple[DemoResult, str]) -> None:
-        result, _ = run
-        assert result.accuracy_before < 0.35
-        assert result.accuracy_torch > result.accuracy_before + 0.1
-        assert result.steps == EPOCHS * len(batches(load_split(per_topic=PER_TOPIC).train, BATCH))
+def onnx_runtime_is_as_accurate_as_torch(result: DemoResult) -> None:
+    assert result.accuracy_onnx == result.accuracy_torch
+    assert result.max_abs < 1e-4
 
-    def test_every_part_is_there_and_nothing_else(self, run: tuple[DemoResult, str]) -> None:
-        output = run[0].output
-        assert {p.name for p in output.parent.iterdir()} == {output.name}
-        assert {p.name for p in output.iterdir()} == set(demo.PARTS)
-        assert {p.name for p in (output / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-        for part in ("onnx-base", "onnx"):
-            names = {p.name for p in (output / part).iterdir()}
-            assert names >= {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json"}
 
-    def test_peft_and_onnx_runtime_agree_on_what_was_saved(self, run: tuple[DemoResult, str]) -> None:
-        peft = pytest.importorskip("peft")
-        transformers = pytest.importorskip("transformers")
-        output = run[0].output
-        with demo.quiet():
-            base = transformers.AutoModelForSequenceClassification.from_pretrained(output / "base")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(output / "onnx")
-            eager = peft.PeftModel.from_pretrained(base, output / "adapter").eval()
-        feed = dict(tokenizer(SENTENCES, padding=True, return_tensors="pt"))
-        with torch.no_grad():
-            want = eager(**feed).logits
-        torch.testing.assert_close(OnnxModel(output / "onnx")(**feed)["logits"], want, atol=1e-4, rtol=0)
-        assert base.config.id2label == dict(enumerate(TOPICS))
-        assert eager.peft_config["default"].base_model_name_or_path == str(output / "base")
+def training_helped(result: DemoResult) -> None:
+    assert result.accuracy_before < 0.35
+    assert result.accuracy_torch > result.accuracy_before + 0.1
+    assert result.steps == EPOCHS * len(batches(load_split(per_topic=PER_TOPIC).train, BATCH))
 
-    def test_the_report_ends_with_what_to_try_next(self, run: tuple[DemoResult, str]) -> None:
-        result, printed = run
-        assert f"{result.accuracy_torch:.1%}" in printed
-        lines = [line.strip() for line in printed.splitlines() if line.strip()]
-        assert lines[-2:] == list(next_commands(result.output))
 
-    def test_a_second_demo_asks_before_it_replaces_the_first(self, run: tuple[DemoResult, str]) -> None:
-        with pytest.raises(PeftfxError, match="exists already"):
-            demo.run_demo(run[0].output)
+def every_part_is_there_and_nothing_else(output: Path) -> None:
+    assert {p.name for p in output.parent.iterdir()} == {output.name}
+    assert {p.name for p in output.iterdir()} == set(demo.PARTS)
+    assert {p.name for p in (output / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    for part in ("onnx-base", "onnx"):
+        names = {p.name for p in (output / part).iterdir()}
+        assert names >= {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json"}
+
+
+def peft_and_onnx_runtime_agree(output: Path) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    with demo.quiet():
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(output / "base")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(output / "onnx")
+        eager = peft.PeftModel.from_pretrained(base, output / "adapter").eval()
+    feed = dict(tokenizer(SENTENCES, padding=True, return_tensors="pt"))
+    with torch.no_grad():
+        want = eager(**feed).logits
+    torch.testing.assert_close(OnnxModel(output / "onnx")(**feed)["logits"], want, atol=1e-4, rtol=0)
+    assert base.config.id2label == dict(enumerate(TOPICS))
+    assert eager.peft_config["default"].base_model_name_or_path == str(output / "base")
+
+
+def the_report_ends_with_what_to_try_next(result: DemoResult, printed: str) -> None:
+    assert f"{result.accuracy_torch:.1%}" in printed
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    assert lines[-2:] == list(next_commands(result.output))
 
 
 @needs_encoder

@@ -29,7 +29,7 @@ def adapt(model: nn.Module, directory: Path, **options: object) -> nn.Module:
     sites = peftfx.inspect(model, inputs=options.pop("inputs", None))
     grouped = {n for n, m in model.named_modules() if getattr(m, "groups", 1) > 1}
     chosen = [s.path for s in sites if s.kind in ("linear", "conv", "embedding") and s.role != "head"]
-    # An embedding that computes its own indices (OPT's positions) gets its module's input for indices in peft: wrong there.
+    # peft takes a module's input for its indices, which is wrong for OPT's positions: it computes them itself.
     chosen = [p for p in chosen if p not in grouped and type(model.get_submodule(p)) in ADAPTABLE]
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": chosen, **options})
     adapted = peft.get_peft_model(model, config)

@@ -8,8 +8,9 @@ import law_breakers as wrong
 import law_frame
 import laws
 import pytest
+from law_blocks import Attention, Dense
 from law_cases import Case
-from law_models import Attention, Dense, Text
+from law_models import Text
 
 from peftfx.method import Method, WeightMethod
 from peftfx.passes import Insert, PassResult, Remove
