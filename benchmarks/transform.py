@@ -45,7 +45,7 @@ def run_peftfx(layers: int) -> dict[str, float]:
     clock("adapted graph")
     Merge()(graph)
     clock("merged graph")
-    rows["parameters of the adapter"] = adapted.num_parameters()[0]
+    rows["parameters of the adapter"] = adapted.get_nb_trainable_parameters()[0]
     rows["peak MB"] = peak() - start
     return rows
 

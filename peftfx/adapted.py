@@ -44,11 +44,10 @@ class AdaptedModel(nn.Module):
         self.adapters = nn.Module()
         self._sites: Sites | None = sites
         self.active: tuple[str, ...] = ()
-        self._grads = {name: p.requires_grad for name, p in base.named_parameters()}
+        self._grads: dict[str, bool] = {}
         self._captured: dict[object, list[Graph]] = {}
         self._derived: dict[object, Graph] = {}
         self.training = base.training
-        base.requires_grad_(False)
 
     @property
     def sites(self) -> Sites:
@@ -82,6 +81,10 @@ class AdaptedModel(nn.Module):
             )
 
     def _install(self, name: str, adapter: Adapter) -> None:
+        if not self.names():
+            named = self.base.named_parameters(remove_duplicate=False)
+            self._grads = {key: p.requires_grad for key, p in named}
+            self.base.requires_grad_(False)
         self.adapters.add_module(name, adapter)
         self.set_adapter(name)
 
@@ -135,8 +138,8 @@ class AdaptedModel(nn.Module):
             self.active = tuple(a for a in self.active if a != gone)
         self._derived.clear()
         if not self.names():
-            for key, p in self.base.named_parameters():
-                p.requires_grad_(self._grads.get(key, False))
+            for key, p in self.base.named_parameters(remove_duplicate=False):
+                p.requires_grad_(self._grads.get(key, p.requires_grad))
         return self.base
 
     def merge(self) -> MergeReport:
@@ -166,7 +169,7 @@ class AdaptedModel(nn.Module):
 
         save_adapters(self, Path(directory), None if adapter_name is None else (adapter_name,))
 
-    def num_parameters(self) -> tuple[int, int]:
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable parameters, and of all; a trained bias stands for the base's own, as in HF PEFT."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         own = {o.key: self.adapter(n).get(o.key) for n in self.names() for o in self.adapter(n).overrides if not o.module}
@@ -174,7 +177,7 @@ class AdaptedModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, in HF PEFT's words."""
-        trained, total = self.num_parameters()
+        trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
     def print_readable(self) -> str:

@@ -115,7 +115,7 @@ def run_demo(
             output=output,
             topics=tuple(TOPICS),
             sentences=(len(split.train), len(texts)),
-            parameters=adapted.num_parameters(),
+            parameters=adapted.get_nb_trainable_parameters(),
             steps=steps,
             seconds_per_step=seconds_per_step,
             accuracy_before=before,

@@ -164,7 +164,14 @@ def _call(node: fx.Node, concrete: Callable[[fx.Node], Any]) -> Any:
 
 
 def _rows(numbers: Iterable[torch.Tensor]) -> set[int]:
-    return {row - 1 for n in numbers for row in torch.unique(n).tolist() if row}
+    return {row - 1 for n in numbers for row in _present(n) if row}
+
+
+def _present(numbers: torch.Tensor) -> list[int]:
+    """The distinct numbers, by marking them: sorting them would take longer than the capture."""
+    marks = torch.zeros(int(numbers.max()) + 1, dtype=torch.bool) if numbers.numel() else torch.zeros(0)
+    marks[numbers.reshape(-1)] = True
+    return [int(i) for i in marks.nonzero().flatten()]
 
 
 def _fit(numbers: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:

@@ -384,6 +384,20 @@ class TestSeveralAdapters:
         assert (adapted.names(), adapted.active) == (("first", "second"), ("second",))
 
 
+def test_a_model_is_frozen_when_it_gets_its_first_adapter_and_not_before() -> None:
+    base = ZOO["custom"].build()
+    peftfx.inspect(base, inputs=ZOO["custom"].inputs())
+    assert all(p.requires_grad for p in base.parameters())
+    adapted = bare(base, ZOO["custom"].inputs())
+    assert adapted.remove() is base
+    assert all(p.requires_grad for p in base.parameters())
+    for _ in range(2):
+        adapted.add_adapter("default", LoRA())
+        assert not any(p.requires_grad for p in base.parameters())
+        adapted.remove()
+        assert all(p.requires_grad for p in base.parameters())
+
+
 def test_remove_gives_the_base_back_as_it_was() -> None:
     base = ZOO["bert"].build()
     base.classifier.requires_grad_(False)
@@ -472,10 +486,10 @@ class TestState:
         assert adapted.config is base.config
         assert (adapted.device, adapted.dtype) == (base.device, base.dtype)
         with pytest.raises(AttributeError, match=r"generate\(\) of the base would run without the adapters"):
-            adapted.generate
+            _ = adapted.generate
         assert not hasattr(adapted, "generate")
         with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-            adapted.nonsense
+            _ = adapted.nonsense
 
     def test_the_graph_can_be_read(self, capsys: pytest.CaptureFixture[str]) -> None:
         adapted = adapt("custom", LoRA(target="attention.query"))
@@ -703,7 +717,7 @@ class TestFake:
     def test_seven_billion_parameters_take_seconds_and_no_memory(self) -> None:
         config = hf.LlamaConfig(**{**TOKENS, "vocab_size": 32000})
         adapted, seconds, grown = self.check(config)
-        _, total = adapted.num_parameters()
+        _, total = adapted.get_nb_trainable_parameters()
         print(f"7B: {total:,} parameters, {seconds:.1f} s, {grown / 2**20:.0f} MiB")
         assert total > 6.7e9
         assert grown < 2**30
