@@ -117,9 +117,20 @@ class AdaptedModel(nn.Module):
             self.adapter(name)
             if chosen.count(name) > 1:
                 raise PeftfxError("an adapter acts once", name, "name each adapter once")
+        self._refuse_rivals(chosen)
         self.active = chosen
         for name in self.names():
             self.adapter(name).requires_grad_(name in chosen)
+
+    def _refuse_rivals(self, names: Sequence[str]) -> None:
+        """Effects of adapters add up, but two copies of one of the base's tensors cannot both be in its place."""
+        owners: dict[str, str] = {}
+        for name in names:
+            for override in self.adapter(name).overrides:
+                if override.key in owners:
+                    what = f"the adapters {owners[override.key]!r} and {name!r} both train their own copy of this"
+                    raise PeftfxError(what, override.key.partition(".")[2], "make one of them active at a time")
+                owners[override.key] = name
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -224,7 +235,11 @@ class AdaptedModel(nn.Module):
             linked = captured.clone()
             linked.module.add_module(ADAPTERS, self.adapters)
             passes = [Insert(name, self.adapter(name)) for name in self.active]
-            self._derived[key] = PassManager(passes, check="none")(linked)
+            try:
+                self._derived[key] = PassManager(passes, check="none")(linked)
+            except PeftfxError:
+                self._captured.clear()  # a method that asked for a size has bound it, for all graphs of this capture
+                raise
         return self._derived[key]
 
     def keep(self, graph: Graph, inputs: Mapping[str, object]) -> None:

@@ -112,14 +112,23 @@ def fake_mode_of(model: nn.Module) -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch.export's warnings about its own choices out of the user's terminal."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep the warnings of torch's exporters about their own choices out of the user's terminal."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+_TALKATIVE = (
+    "torch.export",
+    "torch._export.non_strict_utils",
+    "torch.onnx._internal.exporter._registration",
+)
 
 
 def _fresh(model: nn.Module, example: torch.Tensor, axes: tuple[str | None, ...] | None) -> torch.Tensor:

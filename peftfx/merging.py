@@ -35,6 +35,7 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
         PeftfxError: a merged weight would not be finite; nothing is written.
     """
     foldings = {d.folding.site.path: d.folding for d in merged.derived.values()}
+    _refuse_new_biases(base, merged)
     for folding in foldings.values():  # computed twice: a merge that fails halfway could not be undone
         _refuse_infinite(folding.site, folding.evaluate(merged.get))
     sharing = _names_by_tensor(base)
@@ -44,9 +45,9 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
     written = 0
     for group in groups.values():
         values = [folding.evaluate(merged.get) for folding in group]
+        shared = len(sharing.get(id(site_tensors(base, group[0].site)[0]), ())) > 1
         for folding, value in zip(group, values, strict=True):
-            weight, _ = site_tensors(base, folding.site)
-            written += _write(base, folding.site, value, untie=len(sharing[id(weight)]) > 1)
+            written += _write(base, folding.site, value, untie=shared)
     folded = {name for f in foldings.values() for name in own_names(base, f.site)}
     for adapter in adapters:
         for override in adapter.overrides:
@@ -54,6 +55,15 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
             if name not in folded:  # a trained bias at a merged site went into its folding
                 written += _assign(base, name, adapter.get(override.key), untie=True)
     return MergeReport(tuple(foldings), written)
+
+
+def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:
+    """A module that was written without a bias does not read one: a fold that makes one would be lost."""
+    for derived in merged.derived.values():
+        module, leaf = owner_of(base, own_names(base, derived.folding.site)[1])
+        if derived.output == "bias" and leaf not in module._parameters:
+            hint = "leave it out of the rule, set lora_bias=False, or export: the graph can hold the bias"
+            raise PeftfxError("this module has no place for the merged bias", derived.folding.site.path, hint)
 
 
 def _names_by_tensor(base: nn.Module) -> dict[int, list[str]]:

@@ -43,7 +43,9 @@ def classifier(dropout: float = 0.0) -> nn.Module:
 
 def adapted(dropout: float = 0.0) -> AdaptedModel:
     """Of an untrained adapter and a fresh head; equal calls give equal weights."""
-    return peftfx.transform(classifier(dropout), LoRA(r=4, lora_dropout=dropout, modules_to_save=["classifier"]), seed=1)
+    return peftfx.transform(
+        classifier(dropout), LoRA(r=4, lora_dropout=dropout, modules_to_save=["classifier"]), seed=1
+    )
 
 
 @pytest.fixture(scope="module")
