@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peftfx.errors import PeftfxError
+from peftfx.files import writing
 
 _NEW, _OLD = "new", "old"
 
@@ -38,24 +39,6 @@ def publish(directory: Path, force: bool = False) -> Iterator[Path]:
             _replace(temporary, target)
     finally:
         _remove(temporary)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into PeftfxErrors about `path`."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        place = str(error.filename or path)
-        raise PeftfxError(f"cannot write the output: {reason}", place, _ADVICE.get(error.errno or 0, "")) from error
-
-
-_ADVICE = {
-    13: "choose a directory that you may write to",
-    28: "free some space, or choose a directory on another disk",
-    30: "the file system is read-only: choose another directory",
-}
 
 
 def _beside(target: Path, kind: str) -> Path:

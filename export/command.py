@@ -16,6 +16,8 @@ from peftfx.rules import saved_modules
 from peftfx.sites import Sites
 from peftfx.tasks import load_base, read_base_config, resolve_task
 
+FIRST_OPSET, LAST_OPSET = 18, 25
+
 
 def export_directory(
     base: str | Path,
@@ -35,6 +37,7 @@ def export_directory(
     """
     base, output = Path(base), Path(output)
     _refuse_output(base, output, adapter, force)
+    _refuse_opset(opset)
     say = progress or (lambda line: None)
     say("load")
     adapted = load_directories(base, None if adapter is None else Path(adapter), task=task)
@@ -86,6 +89,12 @@ def _labels(model: nn.Module, weights: Weights, method: object) -> int | None:
             if shape and tensor.shape[:1] == (own,) and shape[1:] == tuple(tensor.shape[1:]) and shape[0] != own:
                 return int(shape[0])
     return None
+
+
+def _refuse_opset(opset: int | None) -> None:
+    """Refuse versions that torch's exporter has no operators for, or that onnxscript cannot convert to."""
+    if opset is not None and not FIRST_OPSET <= opset <= LAST_OPSET:
+        raise PeftfxError(f"cannot write opset {opset}", "opset", f"one of {FIRST_OPSET} to {LAST_OPSET}")
 
 
 def _refuse_output(base: Path, output: Path, adapter: str | Path | None, force: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import onnx_ir as ir
 import torch
@@ -51,13 +51,26 @@ def _translate(graph: Graph, opset: int | None, *, local: bool) -> tuple[Program
     program = trace(graph, local=local)
     try:
         with isolated(graph.base):
-            result = torch.onnx.export(program.exported, optimize=False, verbose=False, opset_version=opset)
+            result = torch.onnx.export(
+                program.exported,
+                optimize=False,
+                verbose=False,
+                opset_version=opset,
+                custom_translation_table=dict(_translations()),
+            )
     except Exception as error:
         lines = [line for line in str(error.__cause__ or error).strip().splitlines() if line.strip()]
         what = f"no translation to ONNX: {lines[0] if lines else type(error).__name__}"
         raise PeftfxError(what, type(graph.base).__name__, "see `__cause__` for the exporter's own report") from error
     assert result is not None
     return program, result.model
+
+
+def _translations() -> Mapping[Callable[..., object], Callable[..., object]]:
+    """transformers' own translations, of operators that torch has none for or wrong ones: experts' grouped products."""
+    from transformers.exporters import exporter_onnx
+
+    return getattr(exporter_onnx, "_ONNX_TRANSLATION_TABLE", {})
 
 
 def _bind(model: ir.Model, program: Program, graph: Graph, weights: Weights) -> None:

@@ -12,7 +12,8 @@ from peftfx.adapted import AdaptedModel
 from peftfx.errors import PeftfxError
 from peftfx.export.verify import VerificationError
 from peftfx.graph import Graph, path_name
-from peftfx.inputs import example_inputs, without_cache
+from peftfx.inputs import example_inputs
+from peftfx.views import without_cache
 
 SIZES: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 9, "decoder_sequence": 4},

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from peftfx.errors import PeftfxError
-from peftfx.export.atomic import writing
+from peftfx.files import writing
 
 INLINE = 1024  #: bytes up to which an initializer is kept inside `model.onnx`
 PAGE = 4096  #: what files are memory-mapped in; large tensors start on a multiple of it

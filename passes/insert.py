@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -30,6 +29,7 @@ from peftfx.passes.base import (
 )
 from peftfx.passes.site_op import bind, operands
 from peftfx.sites import Call, Site
+
 
 @dataclass(frozen=True, eq=False)
 class Insert(Pass):
@@ -190,7 +190,7 @@ def trace(
 
 
 def _picks_a_kernel(place: object) -> bool:
-    """Whether torch itself asked for a size here, to choose a convolution's memory format on fakes: that binds nothing."""
+    """Whether torch itself asked for a size, to choose a conv's memory format on fakes: that binds nothing."""
     return (Path(str(getattr(place, "filename", ""))).name, getattr(place, "name", "")) == ("fake_impls.py", "conv")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -183,7 +183,9 @@ class AdaptedModel(nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable parameters, and of all; a trained bias stands for the base's own, as in HF PEFT."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        own = {o.key: self.adapter(n).get(o.key) for n in self.names() for o in self.adapter(n).overrides if not o.module}
+        own = {
+            o.key: self.adapter(n).get(o.key) for n in self.names() for o in self.adapter(n).overrides if not o.module
+        }
         return trained, sum(p.numel() for p in self.parameters()) - sum(t.numel() for t in own.values())
 
     def print_trainable_parameters(self) -> None:
@@ -301,7 +303,7 @@ class AdaptedModel(nn.Module):
 
 
 @functools.cache
-def _subclass(base_class: Hashable) -> type[AdaptedModel]:
+def _subclass(base_class: type[nn.Module]) -> type[AdaptedModel]:
     def forward(self: AdaptedModel, *args: object, **kwargs: object) -> object:
         return self._call(args, kwargs)
 
@@ -313,7 +315,7 @@ def _subclass(base_class: Hashable) -> type[AdaptedModel]:
 
 def _blank(base_class: type[nn.Module]) -> AdaptedModel:
     """An AdaptedModel without state yet, for `copy` and `pickle`: its class has no name they could look up."""
-    cls = _subclass(base_class)
+    cls = _subclass(base_class)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 

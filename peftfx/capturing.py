@@ -19,8 +19,9 @@ from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError
 from peftfx.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
-from peftfx.inputs import example_inputs, name_axes, without_cache
+from peftfx.inputs import example_inputs
 from peftfx.roles import find_sites
+from peftfx.views import name_axes, without_cache
 
 Axes = Mapping[str, tuple[str | None, ...]]
 
@@ -33,7 +34,7 @@ def capture(model: nn.Module, inputs: Mapping[str, object] | None = None, *, axe
         inputs: keyword arguments of its forward. Tensors (nested ones too) become inputs of the graph; everything
             else is a constant of this view. Only dtypes and sizes of the tensors matter. By default examples made
             from a transformers model's config.
-        axes: a name for each axis of each tensor; by default `peftfx.inputs.name_axes`. Axes of one name have one
+        axes: a name for each axis of each tensor; by default `peftfx.views.name_axes`. Axes of one name have one
             size. A named axis is left free, also where its size is 1, unless the model's own code fixes it; one named
             `None` keeps its size, and the axes of a tensor that is not mentioned are all free.
 

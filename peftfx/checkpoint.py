@@ -6,7 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +72,11 @@ def method_from_config(config: Mapping[str, object], where: str) -> Method:
         raise PeftfxError(
             f"{cls.__name__} does not support {names}", where, "train the adapter without, or merge it with peft"
         )
+    numbers = [f.name for f in fields(cls) if type(f.default) in (int, float) and f.name in options]
+    wrong = [n for n in numbers if isinstance(options[n], bool) or not isinstance(options[n], (int, float))]
+    if wrong:
+        listed = ", ".join(f"{n}={options[n]!r}" for n in wrong)
+        raise PeftfxError(f"not a number: {listed}", where, "mend it, or save the adapter again")
     return cls.from_options(options)
 
 
@@ -213,7 +218,12 @@ def _module_of(name: str) -> str:
 
 
 def _inert(name: str, modules: set[str]) -> bool:
-    """Whether a key is of a module that this model has and never runs (T5's `shared`), or a copy of a base weight."""
+    """Whether a key is of a module that this model has and never runs (T5's `shared`), or a copy of a base weight.
+
+    With `bias="all"` PEFT writes the bias of a module to save three times.
+    """
+    if ".modules_to_save." in name or ".original_module." in name:
+        return True
     return name.endswith(".base_layer.weight") or (_module_of(name) != name and _module_of(name) in modules)
 
 

@@ -1,8 +1,7 @@
-"""Example inputs for a model, made from its config and task, and the names of their axes."""
+"""Example inputs for a model, made from its config and task."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,92 +13,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.tasks import resolve_task, task_of
+from peftfx.views import collect_configs
 
 #: Sizes of an example. All differ and none is 1, so that a capture confuses no two axes and fixes none. `sequence`
 #: counts text tokens: a model whose prompt holds its image gets that many more.
 SIZES: Mapping[str, int] = {"batch": 2, "sequence": 7, "decoder_sequence": 5}
-
-_TEXT = ("batch", "sequence")
-_DECODER = ("batch", "decoder_sequence")
-_AXES: Mapping[str, tuple[str | None, ...]] = {
-    **dict.fromkeys(("input_ids", "attention_mask", "token_type_ids", "position_ids", "input_values"), _TEXT),
-    **dict.fromkeys(("decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"), _DECODER),
-    "inputs_embeds": (*_TEXT, None),
-    "encoder_hidden_states": (*_TEXT, None),
-    "decoder_inputs_embeds": (*_DECODER, None),
-    "pixel_values": ("batch", None, None, None),
-    "pixel_values_videos": ("batch", None, None, None, None),
-}
-
-
-def name_axes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str | None, ...]]:
-    """A name for each axis of each input, by the input's name; `None` where its size is the model's, not the call's.
-
-    Axes of one name have one size: one that differs from the first of its name is named after its place, `input.1`.
-    So are the axes of an unknown input, but for a first axis as long as the batch. The size of an image is the
-    model's; give `capture` other names to leave it free.
-    """
-    ranked = sorted(tensors, key=lambda name: name not in _AXES)  # inputs of known meaning say how long an axis is
-    first = next((tensors[name] for name in ranked if tensors[name].ndim), None)
-    lengths = {} if first is None else {"batch": first.shape[0]}
-    named: dict[str, tuple[str | None, ...]] = {}
-    for name in ranked:
-        axes = _axes_of(name, tensors)
-        sizes = tensors[name].shape
-        for axis, size in zip(axes, sizes, strict=True):
-            if axis is not None:
-                lengths.setdefault(axis, size)
-        pairs = enumerate(zip(axes, sizes, strict=True))
-        named[name] = tuple(a if a is None or lengths[a] == n else f"{name}.{i}" for i, (a, n) in pairs)
-    return {name: named[name] for name in tensors}
-
-
-def _axes_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str | None, ...]:
-    tensor = tensors[name]
-    known: tuple[str | None, ...] = _AXES.get(name, ())
-    if name == "labels" and tensor.ndim == 2 and not tensor.is_floating_point():
-        known = _labels_axes(tensor, tensors)
-    if name == "position_ids" and tensor.ndim == 3:  # one row of positions for each of the rotary sections
-        known = (None, *_TEXT)
-    if len(known) != tensor.ndim:
-        known = ("batch", *(f"{name}.{i}" for i in range(1, tensor.ndim))) if tensor.ndim else ()
-    return known
-
-
-def _labels_axes(labels: Tensor, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """Labels run along what the model predicts: the decoder's tokens if it has a decoder, else the text."""
-    if any(name.startswith("decoder_") for name in tensors):
-        return _DECODER
-    text = next((tensors[name] for name in ("input_ids", "inputs_embeds") if name in tensors), None)
-    return _DECODER if text is None or text.shape[1] != labels.shape[1] else _TEXT
-
-
-@contextlib.contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Inside, no config of the model or of its parts asks for a key/value cache; afterwards each is as it was.
-
-    A forward view has no cache. An argument `use_cache` would reach few models: some take it through `**kwargs` and
-    some not at all, and each part of a composed model reads its own config.
-    """
-    seen: dict[int, object] = {}
-    for module in model.modules():
-        _collect(getattr(module, "config", None), seen)
-    active = [config for config in seen.values() if getattr(config, "use_cache", None) is True]
-    for config in active:
-        config.use_cache = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for config in active:
-            config.use_cache = True  # type: ignore[attr-defined]
-
-
-def _collect(config: object, seen: dict[int, object]) -> None:
-    if config is None or id(config) in seen:
-        return
-    seen[id(config)] = config
-    for name in getattr(config, "sub_configs", None) or ():
-        _collect(getattr(config, name, None), seen)
 
 
 def example_inputs(
@@ -334,7 +252,7 @@ def _number(config: object, name: str, default: int) -> int:
 
 def _special_tokens(config: object) -> Iterator[int]:
     seen: dict[int, object] = {}
-    _collect(config, seen)
+    collect_configs(config, seen)
     for part in seen.values():
         for name in dir(part):
             if name.endswith(("_token_id", "_token_index")):

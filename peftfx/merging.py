@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.adapter import Adapter, owner_of, site_tensors
 from peftfx.derived import Folding
@@ -86,7 +87,8 @@ def _write(base: nn.Module, site: Site, value: Base, *, untie: bool) -> int:
 
 
 def _refuse_infinite(site: Site, value: Base) -> None:
-    if not all(bool(t.isfinite().all()) for t in value if t is not None):
+    real = [t for t in value if t is not None and not isinstance(t, FakeTensor)]
+    if not all(bool(t.isfinite().all()) for t in real):
         hint = "the adapter or the base has inf or NaN, or their sum is too large for the base's dtype: merge in fp32"
         raise PeftfxError(f"the merged weight is not finite in {value.weight.dtype}", site.path, hint)
 

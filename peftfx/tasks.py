@@ -258,12 +258,17 @@ def _load_transformers(
 
 def _refuse_random(model: nn.Module, info: Mapping[str, Any], given: Collection[str], directory: Path) -> None:
     """Refuse a model with weights that transformers made up because the files lack them, or have another shape."""
-    other = {name: f"{name} ({list(have)} in the file, {list(want)} in the model)" for name, have, want in info["mismatched_keys"]}
+    other = {
+        name: f"{name} ({list(have)} in the file, {list(want)} in the model)"
+        for name, have, want in info["mismatched_keys"]
+    }
     shown = {**{name: name for name in info["missing_keys"]}, **other}
     random = sorted(shown[name] for name in shown.keys() - set(given))
     if random:
         listed = ", ".join(random[:8]) + (f" and {len(random) - 8} more" if len(random) > 8 else "")
-        hint = f"name the task it was trained for, or give an adapter that holds them (this is a {type(model).__name__})"
+        hint = (
+            f"name the task it was trained for, or give an adapter that holds them (this is a {type(model).__name__})"
+        )
         raise PeftfxError(f"neither the base nor an adapter has the weights of {listed}", str(directory), hint)
 
 

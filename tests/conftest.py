@@ -7,9 +7,9 @@ from functools import cache
 
 import pytest
 import torch
+from zoo import ZOO, Captured
 
 from peftfx.capturing import capture
-from zoo import ZOO, Captured
 
 torch.set_num_threads(1)
 

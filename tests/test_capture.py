@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from zoo import ZOO, Captured
 
 from peftfx.capturing import capture
 from peftfx.errors import PeftfxError
 from peftfx.graph import Graph
-from peftfx.inputs import example_inputs, name_axes, without_cache
-from zoo import ZOO, Captured
+from peftfx.inputs import example_inputs
+from peftfx.views import name_axes, without_cache
 
 Get = Callable[[str], Captured]
 

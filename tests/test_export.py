@@ -18,9 +18,10 @@ import peftfx
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
 from peftfx.graph import leaf_names
-from peftfx.inputs import without_cache
+from peftfx.views import without_cache
 
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, Conv1D)
+LEFT_OUT = {"whisper": ["conv1", "conv2"]}  # its code reads their stride, which peft's wrapper does not have
 UNSEEN = ((3, 11), (1, 6))  # batch, sequence
 
 
@@ -80,7 +81,7 @@ def test_a_lora_of_peft_is_served_as_peft_computes_it(name: str, tmp_path: Path)
     model = entry.build()
     model.save_pretrained(tmp_path / "base")
     base = copy.deepcopy(model)
-    want = adapt(model, tmp_path / "adapter")
+    want = adapt(model, tmp_path / "adapter", exclude_modules=LEFT_OUT.get(name))
     report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=entry.task)
     assert report.merged
     written = json.loads((tmp_path / "out" / "peftfx_report.json").read_text())

@@ -76,7 +76,8 @@ def test_onnx_runtime_computes_what_the_graph_computes_at_sizes_it_never_saw(exp
     e = exported
     feeds = [e.entry.inputs(*sizes, seed=1, model=e.base) for sizes in ((1, 5), (3, 9))]
     comparisons = verify(e.directory, reference_of(e.graph), feeds, atol=1e-6, rtol=1e-4, graph=e.graph)
-    assert all(c.ok for c in comparisons) and len(comparisons) == 2 * len(e.graph.outputs)
+    assert all(c.ok for c in comparisons)
+    assert len(comparisons) == 2 * len(e.graph.outputs)
 
 
 def test_inputs_outputs_sizes_and_weights_have_the_users_names(exported: Exported) -> None:
@@ -158,9 +159,12 @@ def test_outputs_may_be_inputs_weights_constants_scalars_and_one_another(tmp_pat
     save(model, tmp_path)
     verify(tmp_path, reference_of(graph), [inputs, {"x": torch.randn(1, 9), "unused": torch.randn(1, 9)}])
     runtime = OnnxModel(tmp_path)
-    assert runtime.inputs == ("x", "unused") and runtime.outputs == onnx_outputs(graph)
+    assert runtime.inputs == ("x", "unused")
+    assert runtime.outputs == onnx_outputs(graph)
     shapes = {o.name: tuple(getattr(d, "value", d) for d in o.shape) for o in model.graph.outputs}
-    assert shapes["y"] == ("batch", "width") and shapes["joined"] == ("batch", "2*width") and shapes["loss"] == ()
+    assert shapes["y"] == ("batch", "width")
+    assert shapes["joined"] == ("batch", "2*width")
+    assert shapes["loss"] == ()
 
 
 def test_a_disagreement_names_the_output_the_error_and_the_tolerance(export: Export) -> None:
@@ -214,20 +218,22 @@ def test_publish_replaces_only_with_force_and_only_after_success(tmp_path: Path)
         (directory / "a").write_text("first")
     with pytest.raises(PeftfxError, match="--force"), publish(target):
         pass
-    with pytest.raises(KeyboardInterrupt), publish(target, force=True) as directory:
+    with pytest.raises(KeyboardInterrupt), publish(target, force=True) as directory:  # noqa: PT012
         (directory / "a").write_text("half")
         raise KeyboardInterrupt
     assert (target / "a").read_text() == "first"
     with publish(target, force=True) as directory:
         (directory / "b").write_text("second")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and [p.name for p in target.iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in target.iterdir()] == ["b"]
 
 
 def test_publish_cleans_up_after_a_run_that_was_killed(tmp_path: Path) -> None:
     code = "import os, sys, pathlib; from peftfx.export.atomic import publish\n"
     code += "with publish(pathlib.Path(sys.argv[1])) as d: (d / 'x').write_text('half'); os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
-    assert done.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 1
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
     with publish(tmp_path / "out") as directory:
         (directory / "x").write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -244,4 +250,5 @@ def test_a_full_disk_is_the_users_to_mend_and_leaves_nothing(
     monkeypatch.setattr(ir.LazyTensor, "tofile", full)
     with pytest.raises(PeftfxError, match="No space left") as raised, publish(tmp_path / "out") as directory:
         save(model, directory)
-    assert "free some space" in raised.value.hint and not list(tmp_path.iterdir())
+    assert "free some space" in raised.value.hint
+    assert not list(tmp_path.iterdir())

@@ -13,11 +13,11 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils.generic import find_labels
+from zoo import TOKENS, ZOO
 
 import peftfx
 from peftfx.adapted import AdaptedModel
 from peftfx.methods.lora import LoRA
-from zoo import TOKENS, ZOO
 
 Row = dict[str, object]
 RATE, STEPS, BATCH = 0.02, 10, 4
@@ -111,7 +111,7 @@ class TestRun:
     @staticmethod
     def run(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> hf.Trainer:
         directory = tmp_path_factory.mktemp("run")
-        options = arguments(directory, save_strategy="steps", save_steps=STEPS // 2)
+        options = arguments(directory, learning_rate=0.1, save_strategy="steps", save_steps=STEPS // 2)
         trainer = hf.Trainer(adapted(dropout=0.2), options, train_dataset=rows, eval_dataset=rows)
         trainer.train()
         return trainer
@@ -119,7 +119,7 @@ class TestRun:
     def test_the_loss_falls(self, run: hf.Trainer) -> None:
         seen = losses(run)
         assert len(seen) == STEPS
-        assert min(seen[-2:]) < 0.9 * seen[0]
+        assert sum(seen[-3:]) < 0.9 * sum(seen[:3])
 
     def test_save_model_writes_the_adapter_alone(self, run: hf.Trainer, tmp_path: Path) -> None:
         run.save_model(str(tmp_path))
@@ -196,15 +196,22 @@ def test_columns_that_are_no_input_are_dropped_by_the_signature(rows: list[Row],
     assert set(rows[0]) - set.union(*seen) == {"text"}
 
 
-def test_steps_that_accumulate_are_one_large_step(rows: list[Row], tmp_path: Path) -> None:
-    large = hf.Trainer(adapted(), arguments(tmp_path, max_steps=2), train_dataset=rows)
-    small = hf.Trainer(
-        adapted(),
-        arguments(tmp_path, max_steps=2, per_device_train_batch_size=BATCH // 2, gradient_accumulation_steps=2),
-        train_dataset=rows,
-    )
-    large.train()
-    small.train()
+def test_small_steps_that_accumulate_are_one_large_step(rows: list[Row], tmp_path: Path) -> None:
+    """`Trainer` passes `num_items_in_batch`, by which a language model divides its loss."""
+    texts = [{**row, "labels": row["input_ids"]} for row in rows]
+    trainers = []
+    for accumulated in (1, 2):
+        options = arguments(
+            tmp_path,
+            max_steps=2,
+            per_device_train_batch_size=BATCH // accumulated,
+            gradient_accumulation_steps=accumulated,
+        )
+        model = peftfx.transform(ZOO["llama"].build(), LoRA(), seed=1)
+        trainers.append(hf.Trainer(model, options, train_dataset=texts))
+        trainers[-1].train()
+    large, small = trainers
+    assert losses(small) == pytest.approx(losses(large), abs=1e-4)
     for name, tensor in large.model.state_dict().items():
         torch.testing.assert_close(small.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
 
@@ -226,6 +233,6 @@ def test_ten_steps_are_those_of_peft(rows: list[Row], tmp_path: Path) -> None:
         if tensor.requires_grad:
             path = name.removeprefix("base_model.model.").replace(".default.weight", "")
             got = ours.adapter("default").get(path)
-            torch.testing.assert_close(got, tensor, rtol=1e-5, atol=1e-5 * float(tensor.abs().max()))
+            torch.testing.assert_close(got, tensor, rtol=1e-5, atol=1e-5 * float(tensor.detach().abs().max()))
             compared += 1
     assert compared == len(list(ours.adapters.parameters())) > 8
