@@ -114,7 +114,7 @@ def _assign(base: nn.Module, name: str, value: Tensor, *, untie: bool) -> int:
     module, leaf = owner_of(base, name)
     old = getattr(module, leaf, None)
     if isinstance(old, Tensor) and not untie and old.shape == value.shape:
-        if old.data_ptr() != value.data_ptr():
+        if old is not value:
             old.copy_(value)
     elif leaf in module._buffers:
         module._buffers[leaf] = value.detach().clone()
