@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from peftfx.adapted import AdaptedModel
@@ -12,11 +13,12 @@ from peftfx.api import bare
 from peftfx.checkpoint import CONFIG, Weights, method_from_config, read_config
 from peftfx.errors import PeftfxError
 from peftfx.export.deploy import Progress, Report, copy_assets, export_onnx
+from peftfx.export.onnx import check_opset
 from peftfx.rules import saved_modules
 from peftfx.sites import Sites
 from peftfx.tasks import load_base, read_base_config, resolve_task
 
-FIRST_OPSET, LAST_OPSET = 18, 25
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def export_directory(
@@ -27,20 +29,25 @@ def export_directory(
     merge: bool = True,
     task: str | None = None,
     opset: int | None = None,
+    dtype: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Export a base model's directory, with a HF PEFT adapter's or without, to a directory that ONNX Runtime serves.
+
+    `dtype` (`fp32`, `fp16`) is that of the weights; by default the base's own, but fp32 for a bfloat16 base: ONNX
+    Runtime's CPU provider has no kernels for it.
 
     Raises:
         PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
     """
     base, output = Path(base), Path(output)
     _refuse_output(base, output, adapter, force)
-    _refuse_opset(opset)
+    check_opset(opset)
     say = progress or (lambda line: None)
-    say("load")
-    adapted = load_directories(base, None if adapter is None else Path(adapter), task=task)
+    kept = _served_dtype(base, dtype)
+    say("load" if kept is None else f"load in {str(kept).removeprefix('torch.')}")
+    adapted = load_directories(base, None if adapter is None else Path(adapter), task=task, dtype=kept)
 
     def assets(directory: Path) -> None:
         for source in (base, *(() if adapter is None else (Path(adapter),))):
@@ -52,7 +59,22 @@ def export_directory(
     return export_onnx(adapted, output, merge=merge, opset=opset, force=force, assets=assets, progress=progress)
 
 
-def load_directories(base: Path, adapter: Path | None, *, task: str | None = None) -> AdaptedModel:
+def _served_dtype(base: Path, wanted: str | None) -> torch.dtype | None:
+    """What to load the base in; None is its own."""
+    if wanted is None:
+        config = read_base_config(base)
+        own = config.get("dtype", config.get("torch_dtype"))
+        return torch.float32 if own == "bfloat16" else None
+    if wanted == "bf16":
+        raise PeftfxError("ONNX Runtime's CPU provider has no bfloat16 kernels", "dtype", "use fp32 or fp16")
+    if wanted not in DTYPES:
+        raise PeftfxError(f"unknown dtype {wanted!r}", "dtype", f"one of {', '.join(DTYPES)}")
+    return DTYPES[wanted]
+
+
+def load_directories(
+    base: Path, adapter: Path | None, *, task: str | None = None, dtype: torch.dtype | None = None
+) -> AdaptedModel:
     """A base model with an adapter on it, both from directories.
 
     A head that the adapter holds sets the number of labels, whatever the base's config says.
@@ -60,7 +82,7 @@ def load_directories(base: Path, adapter: Path | None, *, task: str | None = Non
     config = read_base_config(base)
     peft_config = None if adapter is None else read_config(adapter)
     if adapter is None or peft_config is None:
-        return bare(load_base(base, task=task))
+        return bare(load_base(base, task=task, dtype=dtype))
     weights = Weights(adapter)
     kind = peft_config.get("task_type")
     if task is None and kind is not None:
@@ -68,7 +90,7 @@ def load_directories(base: Path, adapter: Path | None, *, task: str | None = Non
     method = method_from_config(peft_config, str(adapter / CONFIG))
     labels = _labels(load_base(base, task=task, weights=False), weights, method) if method.modules_to_save else None
     given = {name.replace(".base_layer.", ".") for name in weights.names}
-    model = load_base(base, task=task, num_labels=labels, given=given)
+    model = load_base(base, task=task, num_labels=labels, given=given, dtype=dtype)
     adapted = bare(model)
     adapted.load_adapter(adapter, "default")
     return adapted
@@ -91,12 +113,6 @@ def _labels(model: nn.Module, weights: Weights, method: object) -> int | None:
     return None
 
 
-def _refuse_opset(opset: int | None) -> None:
-    """Refuse versions that torch's exporter has no operators for, or that onnxscript cannot convert to."""
-    if opset is not None and not FIRST_OPSET <= opset <= LAST_OPSET:
-        raise PeftfxError(f"cannot write opset {opset}", "opset", f"one of {FIRST_OPSET} to {LAST_OPSET}")
-
-
 def _refuse_output(base: Path, output: Path, adapter: str | Path | None, force: bool) -> None:
     """Refuse at once what would be refused after minutes of work."""
     if output.exists() and not force:
@@ -105,8 +121,6 @@ def _refuse_output(base: Path, output: Path, adapter: str | Path | None, force: 
     target = output.resolve()
     if any(target == i or target in i.parents for i in inputs):
         raise PeftfxError("the output would replace an input", str(output), "choose another output directory")
-    if any(i in target.parents for i in inputs):
-        raise PeftfxError("the output would be inside an input", str(output), "choose another output directory")
     free = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free
     needed = sum(p.stat().st_size for p in base.glob("*.safetensors")) if base.is_dir() else 0
     if needed > free:

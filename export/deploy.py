@@ -17,6 +17,7 @@ from torch import nn
 from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
 from peftfx.capturing import evaluating
+from peftfx.derived import foldings
 from peftfx.export.atomic import publish
 from peftfx.export.onnx import to_onnx
 from peftfx.export.probes import probes
@@ -72,8 +73,8 @@ def export_onnx(
     inputs: Mapping[str, object] | None = None,
     opset: int | None = None,
     force: bool = False,
-    atol: float = 1e-4,
-    rtol: float = 1e-4,
+    atol: float | None = None,
+    rtol: float | None = None,
     assets: Callable[[Path], object] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -90,7 +91,8 @@ def export_onnx(
         inputs: keyword arguments of a call, for a model that example inputs cannot be made for.
         opset: version of the ONNX operators; by default torch's choice.
         force: replace the directory if it exists.
-        atol, rtol: what may differ: `atol + rtol * largest magnitude` of an output.
+        atol, rtol: what may differ: `atol + rtol * largest magnitude` of an output; by default 1e-4 each, and 2e-2
+            for a base in half precision, whose own rounding is of that size.
         assets: called with the new directory, to put files beside the model.
         progress: called with a line when a stage begins.
 
@@ -108,14 +110,16 @@ def export_onnx(
         if merge and adapted.active:
             with stages("merge"):
                 exported = PassManager([Merge()])(graph)
-                report.merged = sorted({d.folding.site.path for d in exported.derived.values()})
+                report.merged = sorted(foldings(exported.derived.values()))
         with stages("convert"):
             program = to_onnx(exported, opset=opset)
         with stages("write"):
             save(program, temporary)
         with stages("verify"):
             cases = probes(adapted, graph, example)
-            found = verify(temporary, reference_of(graph), cases, atol=atol, rtol=rtol, graph=graph)
+            usual = _tolerance(adapted.base)
+            tolerances = (usual if atol is None else atol, usual if rtol is None else rtol)
+            found = verify(temporary, reference_of(graph), cases, atol=tolerances[0], rtol=tolerances[1], graph=graph)
         _describe(report, exported, program, found, temporary)
         if assets is not None:
             assets(temporary)
@@ -135,6 +139,11 @@ class _Stages:
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+def _tolerance(base: nn.Module) -> float:
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in base.parameters())
+    return 2e-2 if half else 1e-4
 
 
 @contextmanager

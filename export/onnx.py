@@ -16,6 +16,7 @@ from peftfx.export.tidy import name_apart, store_transposed, tidy
 from peftfx.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
 
 Weights = Callable[[str], torch.Tensor]
+FIRST_OPSET, LAST_OPSET = 18, 25
 
 
 def to_onnx(graph: Graph, *, opset: int | None = None, weights: Weights | None = None) -> ir.Model:
@@ -35,6 +36,7 @@ def to_onnx(graph: Graph, *, opset: int | None = None, weights: Weights | None =
     Raises:
         PeftfxError: the graph cannot be served, or has an operator without a translation.
     """
+    check_opset(opset)
     try:
         program, model = _translate(graph, opset, local=True)
     except PeftfxError:  # an operator that only the whole program's decomposition takes apart
@@ -45,6 +47,12 @@ def to_onnx(graph: Graph, *, opset: int | None = None, weights: Weights | None =
     _name_interface(model, graph, program)
     name_apart(model)
     return model
+
+
+def check_opset(opset: int | None) -> None:
+    """Refuse versions that torch's exporter has no operators for, or that onnxscript cannot convert to."""
+    if opset is not None and not FIRST_OPSET <= opset <= LAST_OPSET:
+        raise PeftfxError(f"cannot write opset {opset}", "opset", f"one of {FIRST_OPSET} to {LAST_OPSET}")
 
 
 def _translate(graph: Graph, opset: int | None, *, local: bool) -> tuple[Program, ir.Model]:

@@ -4,9 +4,10 @@ if __name__ != "peftfx.passes":
     raise ImportError("import this package as peftfx.passes: a second copy under another name would not know the first")
 
 from peftfx.passes.base import Pass, PassManager, PassResult, Region
+from peftfx.passes.cleanup import Cleanup
 from peftfx.passes.fold import Evaluate
 from peftfx.passes.insert import Insert
 from peftfx.passes.merge import Merge
 from peftfx.passes.remove import Remove
 
-__all__ = ["Evaluate", "Insert", "Merge", "Pass", "PassManager", "PassResult", "Region", "Remove"]
+__all__ = ["Cleanup", "Evaluate", "Insert", "Merge", "Pass", "PassManager", "PassResult", "Region", "Remove"]

@@ -59,6 +59,7 @@ class _Splicer:
         self.graph, self.name, self.adapter = graph, name, adapter
         self.fx = graph.module.graph
         self.nodes = {n.name: n for n in graph.nodes()}
+        self.sites = {site.path: site for site in graph.sites if site.weight}
         self.attributes = attributes_of(graph)
         self.latest: dict[str, fx.Node] = {}
         self.placed: dict[str, list[Placement]] = {}
@@ -100,7 +101,7 @@ class _Splicer:
 
     def insert(self, placement: Placement) -> int:
         """Splice a placement in at each call of its site in this view; returns how many there were."""
-        site = self.graph.sites.by_path(placement.site.path)
+        site = self.sites.get(placement.site.path)  # a view may not run it: `inputs_embeds` passes an embedding by
         if site is None:
             return 0
         placed = self.placed.setdefault(site.path, [])

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from peftfx.derived import Derived, Folding, Step
+from peftfx.derived import Derived, Folding, Own, Step
 from peftfx.graph import DERIVED, Graph
-from peftfx.passes.base import REGION, Pass, PassResult, Region, attribute, attributes_of, fake_like, results
+from peftfx.passes.base import OVERRIDES, REGION, Pass, PassResult, Region, attribute, attributes_of, fake_like, results
 from peftfx.passes.site_op import operands, rewire
 from peftfx.sites import Site
 
@@ -26,15 +26,24 @@ class Merge(Pass):
             return PassResult(graph, 0)
         merged = _without_regions(graph)
         nodes, attributes = {n.name: n for n in merged.nodes()}, attributes_of(merged)
+        sites = {site.path: site for site in merged.sites if site.weight}
         for path, regions in steps.items():
-            site = merged.sites.by_path(path)
-            assert site is not None, path
-            _fold_site(merged, site, regions, nodes, attributes)
+            _fold_site(merged, sites[path], regions, nodes, attributes)
         for node in attributes.values():
             if not node.users:
                 merged.module.graph.erase_node(node)
+            elif OVERRIDES in node.meta:
+                _rename_override(merged, node)
         merged.module.recompile()
         return PassResult(merged, len(steps))
+
+
+def _rename_override(graph: Graph, node: fx.Node) -> None:
+    """A tensor that the adapter trained in the base's place goes by the base's name for it."""
+    target = str(node.target)
+    name = target.split(".", 3)[3]  # adapters.<adapter>.saved.<name>
+    graph.derived[name] = Own(target)
+    node.target = f"{DERIVED}.{name}"
 
 
 def _steps(graph: Graph) -> dict[str, list[Region]]:

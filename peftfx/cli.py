@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import os
 import sys
 from collections.abc import Callable
@@ -26,14 +25,6 @@ app = typer.Typer(
 FAILED, USAGE = 1, 2
 
 
-class Dtype(enum.StrEnum):
-    """Dtypes that a base model can be loaded in."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-
-
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
@@ -53,6 +44,9 @@ def export(
         str | None, typer.Option(help="Pipeline name, as text-classification; by default the adapter's or the model's.")
     ] = None,
     opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32 or fp16; by default the base's own, but fp32 for a bfloat16 base.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
 ) -> None:
     """Export a model, with or without an adapter, to ONNX, and check it in ONNX Runtime.
@@ -64,7 +58,14 @@ def export(
 
     with _progress() as stage:
         report = export_directory(
-            base, output, adapter=adapter, merge=merge, task=task, opset=opset, force=force, progress=stage
+            *(base, output),
+            adapter=adapter,
+            merge=merge,
+            task=task,
+            opset=opset,
+            dtype=dtype,
+            force=force,
+            progress=stage,
         )
     _print_report(report, output)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -104,9 +104,27 @@ class Folding:
         return own + [target for step in self.steps for target in step.params.values()]
 
 
+class Recipe(Protocol):
+    """What a graph keeps in place of a weight that is made from others."""
+
+    def evaluate(self, get: Get) -> Tensor:
+        """Its value now, given how to read the graph's tensors."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """An adapter's own tensor in the place of the base's: the recipe that copies."""
+
+    target: str
+
+    def evaluate(self, get: Get) -> Tensor:
+        """The adapter's tensor."""
+        return get(self.target).detach()
+
+
 @dataclass(frozen=True)
 class Derived:
-    """One tensor of a folding: a recipe that a graph keeps in place of a weight."""
+    """One tensor of a folding."""
 
     folding: Folding
     output: Literal["weight", "bias"]
@@ -123,3 +141,8 @@ def part_site(site: Site, part: Part, block: Block) -> Site:
     rows = block.count * block.length
     shape = (site.shape[0], rows) if site.transposed else (rows, *site.shape[1:])
     return dataclasses.replace(site, role=part.role, shape=shape, parts=())
+
+
+def foldings(recipes: Iterable[Recipe]) -> dict[str, Folding]:
+    """The foldings among recipes, by the path of their site."""
+    return {r.folding.site.path: r.folding for r in recipes if isinstance(r, Derived)}

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from peftfx.errors import PeftfxError
 
 if TYPE_CHECKING:
-    from peftfx.derived import Derived
+    from peftfx.derived import Recipe
     from peftfx.sites import Sites
 
 BASE = "base"  #: where a graph's `get_attr` nodes find the captured module
@@ -66,7 +66,7 @@ class Graph:
     sizes: Mapping[str, int]
     training: bool
     sites: Sites = field(repr=False)
-    derived: dict[str, Derived] = field(default_factory=dict, repr=False)
+    derived: dict[str, Recipe] = field(default_factory=dict, repr=False)
 
     @property
     def base(self) -> nn.Module:

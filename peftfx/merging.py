@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.adapter import Adapter, owner_of, site_tensors
-from peftfx.derived import Folding
+from peftfx.derived import Derived, Folding, foldings
 from peftfx.errors import PeftfxError
 from peftfx.graph import Graph
 from peftfx.method import Base
@@ -35,13 +35,13 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
     Raises:
         PeftfxError: a merged weight would not be finite; nothing is written.
     """
-    foldings = {d.folding.site.path: d.folding for d in merged.derived.values()}
+    folded = foldings(merged.derived.values())
     _refuse_new_biases(base, merged)
-    for folding in foldings.values():  # computed twice: a merge that fails halfway could not be undone
+    for folding in folded.values():  # computed twice: a merge that fails halfway could not be undone
         _refuse_infinite(folding.site, folding.evaluate(merged.get))
     sharing = _names_by_tensor(base)
     groups: dict[str, list[Folding]] = {}
-    for folding in foldings.values():
+    for folding in folded.values():
         groups.setdefault(folding.weight, []).append(folding)
     written = 0
     for group in groups.values():
@@ -49,20 +49,22 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
         shared = len(sharing.get(id(site_tensors(base, group[0].site)[0]), ())) > 1
         for folding, value in zip(group, values, strict=True):
             written += _write(base, folding.site, value, untie=shared)
-    folded = {name for f in foldings.values() for name in own_names(base, f.site)}
+    written_names = {name for f in folded.values() for name in own_names(base, f.site)}
     for adapter in adapters:
         for override in adapter.overrides:
             name = f"{override.module}.{override.name}" if override.module else override.name
-            if name not in folded:  # a trained bias at a merged site went into its folding
+            if name not in written_names:  # a trained bias at a merged site went into its folding
                 written += _assign(base, name, adapter.get(override.key), untie=True)
-    return MergeReport(tuple(foldings), written)
+    return MergeReport(tuple(folded), written)
 
 
 def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:
     """A module that was written without a bias does not read one: a fold that makes one would be lost."""
     for derived in merged.derived.values():
+        if not isinstance(derived, Derived) or derived.output != "bias":
+            continue
         module, leaf = owner_of(base, own_names(base, derived.folding.site)[1])
-        if derived.output == "bias" and leaf not in module._parameters:
+        if leaf not in module._parameters:
             hint = "leave it out of the rule, set lora_bias=False, or export: the graph can hold the bias"
             raise PeftfxError("this module has no place for the merged bias", derived.folding.site.path, hint)
 

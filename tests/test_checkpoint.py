@@ -41,7 +41,12 @@ OPTIONS: Mapping[str, dict[str, object]] = {
     "a regular expression": {"target_modules": r".*(q_proj|c_attn|query|\.q|pwconv1)"},
     "a head of its own": {"modules_to_save": ["lm_head", "classifier"]},
 }
-NAMED = [(model, option) for model in ("gpt2", "llama", "roberta") for option in OPTIONS]
+NAMED = [
+    (model, option)
+    for model in ("gpt2", "llama", "roberta")
+    for option in OPTIONS
+    if (model, option) != ("gpt2", "olora")  # peft does not know that Conv1D is stored transposed, and cannot run it
+]
 REST = [("t5", "plain"), ("t5", "dora"), ("convnext", "plain"), ("convnext", "dora"), ("convnext", "rslora")]
 
 
@@ -59,8 +64,6 @@ def same(a: Tensor, b: Tensor) -> None:
 
 @pytest.mark.parametrize(("name", "option"), NAMED + REST)
 def test_an_adapter_crosses_in_both_directions(name: str, option: str, tmp_path: Path) -> None:
-    if (name, option) in {("gpt2", "olora")}:
-        pytest.skip("peft's OLoRA does not know that Conv1D is stored transposed, and cannot run")
     base = ZOO[name].build()
     config = {"target_modules": TARGETS[name], "r": 4, "lora_alpha": 6, **OPTIONS[option]}
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config))

@@ -21,7 +21,8 @@ from peftfx.graph import leaf_names
 from peftfx.views import without_cache
 
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, Conv1D)
-LEFT_OUT = {"whisper": ["conv1", "conv2"]}  # its code reads their stride, which peft's wrapper does not have
+# Whisper's code reads fields of these modules that peft's wrappers do not have.
+LEFT_OUT = {"whisper": ["conv1", "conv2", "embed_positions"]}
 UNSEEN = ((3, 11), (1, 6))  # batch, sequence
 
 

@@ -1,0 +1,66 @@
+"""Cleanup: drop what costs time and does nothing: casts to the same type, whole slices, values that nobody uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from peftfx.graph import Graph
+from peftfx.passes.base import Pass, PassResult
+
+aten = torch.ops.aten
+CASTS = {aten.to.dtype: 3, aten.to.device: 4, aten.to.dtype_layout: 6, aten.to.other: 3}  #: and where `copy` stands
+_WHOLE = (None, 2**63 - 1, 1)  # the start, end and step of a slice that takes everything
+_WHOLES = ((0, None, 1), (0, 2**63 - 1, 1), (None, None, 1), _WHOLE)
+
+
+@dataclass(frozen=True)
+class Cleanup(Pass):
+    """Drop operators that do nothing in inference.
+
+    Under autocast a cast to the type a value was captured in may do something: leave it out there.
+    """
+
+    preserves = True
+
+    def __call__(self, graph: Graph) -> PassResult:
+        result = graph.clone()
+        before = len(result.module.graph.nodes)
+        for node in list(result.nodes()):
+            if _does_nothing(node):
+                node.replace_all_uses_with(source(node))
+                result.module.graph.erase_node(node)
+        for node in reversed(list(result.nodes())):  # fx's own pass would insist that derived weights exist by now
+            if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure():
+                result.module.graph.erase_node(node)
+        result.module.recompile()
+        return PassResult(result, before - len(result.module.graph.nodes))
+
+
+def source(node: fx.Node) -> fx.Node:
+    """The value that a node of one operand works on."""
+    value = node.args[0]
+    assert isinstance(value, fx.Node), node
+    return value
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.target in CASTS:
+        return _is_same_type(node)
+    if node.target is aten.slice.Tensor:
+        bounds = (*node.args[2:], *_WHOLE[len(node.args) - 2 :])
+        return not node.kwargs and bounds in _WHOLES
+    return node.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
+
+
+def _is_same_type(node: fx.Node) -> bool:
+    position = CASTS[node.target]  # type: ignore[index]
+    copies = node.kwargs.get("copy", node.args[position] if len(node.args) > position else False)
+    before, after = source(node).meta.get("val"), node.meta.get("val")
+    if copies or not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    return bool(before.dtype == after.dtype and before.device == after.device)
