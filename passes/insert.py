@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,7 @@ class _Splicer:
             module = self.graph.base.get_submodule(override.module)
             owner, _, leaf = override.name.rpartition(".")
             tensor = getattr(module.get_submodule(owner), leaf)
-            for target in self._targets_of(tensor):
+            for target in self._targets_by_tensor.get(id(tensor), ()):
                 wanted.setdefault(target, []).append((override.module, override.key))
         changed = 0
         for target, choices in wanted.items():
@@ -91,13 +92,14 @@ class _Splicer:
                     changed += 1
         return changed
 
-    def _targets_of(self, tensor: Tensor) -> list[str]:
-        if not hasattr(self, "_by_id"):
-            base = [t for t in self.attributes if t.startswith(f"{BASE}.")]
-            self._by_id: dict[int, list[str]] = {}
-            for target in base:
-                self._by_id.setdefault(id(self.graph.get(target)), []).append(target)
-        return self._by_id.get(id(tensor), [])
+    @functools.cached_property
+    def _targets_by_tensor(self) -> dict[int, list[str]]:
+        """The names under which the graph reads each of the base's tensors, by identity: a tied one has several."""
+        found: dict[int, list[str]] = {}
+        for target in self.attributes:
+            if target.startswith(f"{BASE}."):
+                found.setdefault(id(self.graph.get(target)), []).append(target)
+        return found
 
     def insert(self, placement: Placement) -> int:
         """Splice a placement in at each call of its site in this view; returns how many there were."""

@@ -68,7 +68,8 @@ class AdaptedModel(nn.Module):
         self._new_name(name)
         methods, placements, overrides = place(self.base, self.sites, rules)
         adapter = Adapter(methods, placements, overrides)
-        rng = None if seed is None else torch.Generator().manual_seed(seed)
+        device = next((p.device for p in self.base.parameters()), torch.device("cpu"))
+        rng = None if seed is None else torch.Generator(device).manual_seed(seed)
         with fake_mode_of(self.base):
             adapter.create(self.base, rng)
         self._install(name, adapter)

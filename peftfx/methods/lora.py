@@ -88,11 +88,9 @@ class LoRA(WeightMethod):
 
     def at(self, site: Site) -> LoRA:
         """With the rank and alpha that the patterns give this site."""
-        r, alpha = (
-            _pattern(self.rank_pattern, site.path, self.r),
-            _pattern(self.alpha_pattern, site.path, self.lora_alpha),
-        )
-        return dataclasses.replace(self, r=int(r), lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
+        r = int(_pattern(self.rank_pattern, site.path, self.r))
+        alpha = _pattern(self.alpha_pattern, site.path, self.lora_alpha)
+        return dataclasses.replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     @property
     def scaling(self) -> float:
@@ -183,11 +181,10 @@ class LoRA(WeightMethod):
         bare = y if base.bias is None else y - _rows(base.bias, y, site)
         if drops:
             bare = op(dropped, base.weight)
-        if start is not None:
+        moved = y
+        if start is not None:  # HF PEFT's base has lost s B0 A0, which dropout then passes by
             begun = self._delta(site, op, dropped, p[A0], p[B0], None) if drops else start
             moved, delta = y + (begun - start), delta - begun
-        else:
-            moved = y
         return (moved + (gain - 1) * bare + gain * delta).to(y.dtype)
 
     def _delta(self, site: Site, op: Op, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -234,9 +231,7 @@ class LoRA(WeightMethod):
         own = {path: m for path, m in methods.items() if isinstance(m, LoRA)}
         starts = {m.init_lora_weights for m in own.values()} or {self.init_lora_weights}
         if len(starts) > 1:
-            what = (
-                f"{self.init_lora_weights} at whole modules and at parts of fused ones cannot be saved in one directory"
-            )
+            what = f"{self.init_lora_weights} at whole modules and at parts of others cannot be saved in one directory"
             raise PeftfxError(what, "init_lora_weights", "make an adapter of each (add_adapter), or export it merged")
         ranks = {re.escape(path): m.r for path, m in own.items() if m.r != self.r}
         alphas = {re.escape(path): m.lora_alpha for path, m in own.items() if m.lora_alpha != self.lora_alpha}
