@@ -18,6 +18,7 @@ from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
 from peftfx.capturing import evaluating
 from peftfx.derived import foldings
+from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
 from peftfx.export.onnx import to_onnx
 from peftfx.export.probes import probes
@@ -25,8 +26,10 @@ from peftfx.export.verify import Comparison, reference_of, verify
 from peftfx.export.weights import save
 from peftfx.graph import Graph
 from peftfx.passes import Merge, PassManager
+from peftfx.views import name_axes
 
 REPORT = "peftfx_report.json"
+FREE = frozenset({"batch", "sequence", "decoder_sequence"})  #: axes that have to be free where nobody gave a size
 Progress = Callable[[str], object]
 
 
@@ -107,6 +110,8 @@ def export_onnx(
     with publish(Path(directory), force) as temporary, evaluating(adapted.base), _in_eval(adapted):
         with stages("capture"):
             graph = exported = adapted.graph(example)
+            if inputs is None:
+                _refuse_fixed(graph, example)
         if merge and adapted.active:
             with stages("merge"):
                 exported = PassManager([Merge()])(graph)
@@ -144,6 +149,16 @@ class _Stages:
 def _tolerance(base: nn.Module) -> float:
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in base.parameters())
     return 2e-2 if half else 1e-4
+
+
+def _refuse_fixed(graph: Graph, example: Mapping[str, object]) -> None:
+    """A batch or sequence of the example's size, which nobody chose, would serve nobody."""
+    axes = name_axes({spec.name: example[spec.name] for spec in graph.inputs if spec.name in example})  # type: ignore[misc]
+    for spec in graph.inputs:
+        for wanted, got in zip(axes.get(spec.name, ()), spec.shape, strict=False):
+            if wanted in FREE and isinstance(got, int):
+                hint = "pass inputs=... of the size you will serve: the model will take that one alone"
+                raise PeftfxError(f"the model's code fixes the {wanted}, here at {got}", spec.name, hint)
 
 
 @contextmanager

@@ -63,7 +63,9 @@ def _case(
     except PeftfxError:
         made = {}
     if set(made) == set(names):
-        return {spec.name: made[spec.name].to(spec.dtype) for spec in graph.inputs}
+        case = {spec.name: made[spec.name].to(spec.dtype) for spec in graph.inputs}
+        if all(spec.accepts(case[spec.name]) for spec in graph.inputs):
+            return case
     leaves, _ = pytree.tree_flatten_with_path(dict(example))
     given = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
     rng = torch.Generator().manual_seed(seed)

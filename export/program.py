@@ -11,8 +11,9 @@ import sympy
 import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -65,6 +66,7 @@ def trace(graph: Graph, *, local: bool = True) -> Program:
     targets = _fake_weights(ready, mode)
     with isolated(graph.base), mode, _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         exported = _export(ready, next((p.device for p in graph.base.parameters()), torch.device("cpu")))
+    _use_one_mode(exported)
     return Program(LoweredProgram(exported) if local else exported, targets, _name_axes(graph, exported), outputs)
 
 
@@ -81,6 +83,29 @@ def _export(graph: Graph, device: torch.device) -> ExportedProgram:
         examples.append(torch.zeros(shape, dtype=spec.dtype, device=device if shape else "cpu"))
     free = tuple({i: Dim.AUTO for i, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in graph.inputs)
     return torch.export.export(_Plain(graph.module), tuple(examples), dynamic_shapes=(free,), strict=False)
+
+
+def _use_one_mode(program: ExportedProgram) -> None:
+    """Give weights the fake mode of the rest of the program: torch.export makes a mode of its own for its inputs.
+
+    torch's own decompositions trace the program again, and do not take tensors of two modes.
+    """
+    places = [n for n in program.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), FakeTensor)]
+    used = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
+    mode = next((n.meta["val"].fake_mode for n in places if n.name in used), None)
+    if mode is None:
+        return
+    with mode:
+        for node in places:
+            if node.meta["val"].fake_mode is not mode:
+                node.meta["val"] = _empty_like(node.meta["val"])
+        for name, tensor in program.state_dict.items():
+            if isinstance(tensor, FakeTensor) and tensor.fake_mode is not mode:
+                program.state_dict[name] = _empty_like(tensor)
+
+
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 class _Plain(nn.Module):

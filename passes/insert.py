@@ -7,9 +7,12 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+import sympy
+import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeGuard  # type: ignore[attr-defined]
 
 from peftfx.adapter import Adapter, Placement
 from peftfx.capturing import isolated
@@ -30,6 +33,8 @@ from peftfx.passes.base import (
 )
 from peftfx.passes.site_op import bind, operands
 from peftfx.sites import Call, Site
+
+_TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,16 +190,22 @@ def trace(
     before = len(guards)
     traced = make_fx(forward, tracing_mode="symbolic", pre_dispatch=True)(*values)
     for guard in guards[before:]:
-        if not _picks_a_kernel(guard.sloc.framework_loc):
+        if _binds(guard):
             what = f"{type(placement.method).__name__} branches on a shape: {guard.expr}"
             raise PeftfxError(what, placement.site.path, "write it without the branch: one trace serves all sizes")
     traced.graph.eliminate_dead_code()
     return traced
 
 
-def _picks_a_kernel(place: object) -> bool:
-    """Whether torch itself asked for a size, to choose a conv's memory format on fakes: that binds nothing."""
-    return (Path(str(getattr(place, "filename", ""))).name, getattr(place, "name", "")) == ("fake_impls.py", "conv")
+def _binds(guard: ShapeGuard) -> bool:
+    """Whether a guard makes the trace one of some sizes alone.
+
+    torch's own operators compare sizes too, to pick a kernel or a memory format: their inequalities bind nothing, an
+    equality of theirs does (a broadcast against a fixed size).
+    """
+    place = guard.sloc.framework_loc
+    inside = str(getattr(place, "filename", place)).startswith(_TORCH)
+    return not inside or isinstance(guard.expr, sympy.Eq)
 
 
 def _row_dim(site: Site) -> int:

@@ -172,6 +172,18 @@ def _explain(model: nn.Module, error: Exception) -> PeftfxError:
     return PeftfxError(f"cannot capture this model: {first}", type(model).__name__, hint)
 
 
+#: What torch.export adds to hold a program to the example's types and sizes. Autocast crashes on the first, and the
+#: others are stricter than the code: they refuse sizes that it takes.
+_ASSERTIONS = frozenset(
+    {
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten._assert_scalar.default,
+        torch.ops.aten.sym_constrain_range.default,
+        torch.ops.aten.sym_constrain_range_for_size.default,
+    }
+)
+
+
 def _as_graph(
     model: nn.Module, module: fx.GraphModule, out_spec: pytree.TreeSpec, tensors: Mapping[str, torch.Tensor], axes: Axes
 ) -> Graph:
@@ -190,7 +202,7 @@ def _as_graph(
                     assert isinstance(value, nn.Module)
                     constants.add_module(name, value)
             node.target = f"{CONSTANTS}.{name}"
-        if node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
+        if node.target in _ASSERTIONS:
             graph.erase_node(node)
     graph.eliminate_dead_code()
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]

@@ -144,7 +144,7 @@ class Graph:
             if node.name in names:
                 raise PeftfxError("two nodes have one name", node.name)
             if node.op == "get_attr" and str(node.target).removeprefix(f"{DERIVED}.") not in self.derived:
-                self.get(str(node.target))
+                operator.attrgetter(str(node.target))(self.module)  # a tensor, or the body of a higher-order operator
             seen.add(node)
             names.add(node.name)
 

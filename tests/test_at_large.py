@@ -101,7 +101,12 @@ def test_a_lora_of_peft_is_served_as_peft_computes_it(task: str, kind: str, tmp_
         if "target_parameters" in str(error):
             pytest.skip("peft adapts its experts, which are parameters of no module of their own: refused")
         raise
-    adapted.export(tmp_path / "out")
+    try:
+        adapted.export(tmp_path / "out")
+    except PeftfxError as error:
+        if "code fixes the" in str(error):
+            pytest.skip(f"refused: {error.what}")
+        raise
     served = OnnxModel(tmp_path / "out")
     for case, expected in zip(inputs, want, strict=True):
         for name, value in served(**{k: v for k, v in case.items() if k in served.inputs}).items():

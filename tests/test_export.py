@@ -101,3 +101,24 @@ def test_a_custom_module_goes_the_same_way(tmp_path: Path) -> None:
     adapted = peftfx.load(copy.deepcopy(base), tmp_path / "adapter", inputs=example)
     adapted.export(tmp_path / "out")
     check(entry, want, OnnxModel(tmp_path / "out"), base, base)
+
+
+class Seven(nn.Module):
+    """A model whose code fixes the length of its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix = nn.Embedding(99, 8), nn.Linear(7 * 8, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.mix(self.words(input_ids).reshape(input_ids.shape[0], 7 * 8))
+
+
+def test_a_size_that_the_code_fixes_is_kept_where_it_was_chosen(tmp_path: Path) -> None:
+    given = {"input_ids": torch.randint(99, (2, 7))}
+    adapted = peftfx.transform(Seven().eval(), peftfx.LoRA(r=2, target="mix"), inputs=given)
+    with pytest.raises(peftfx.PeftfxError, match="code fixes the sequence, here at 7"):
+        adapted.export(tmp_path / "out")
+    report = adapted.export(tmp_path / "out", inputs=given)
+    assert report.inputs == {"input_ids": ["batch", 7]}
+    assert {tuple(c["shapes"]["input_ids"]) for c in report.comparisons} == {(1, 7), (3, 7), (4, 7)}
