@@ -10,13 +10,14 @@ from torch import nn
 
 from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
-from peftfx.checkpoint import CONFIG, Weights, method_from_config, read_config
+from peftfx.bases import load_base, read_base_config
 from peftfx.errors import PeftfxError
 from peftfx.export.deploy import Progress, Report, copy_assets, export_onnx
 from peftfx.export.onnx import check_opset
+from peftfx.peft_files import CONFIG, Weights, method_from_config, read_config
 from peftfx.rules import saved_modules
 from peftfx.sites import Sites
-from peftfx.tasks import load_base, read_base_config, resolve_task
+from peftfx.tasks import resolve_task
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 

@@ -1,4 +1,4 @@
-"""HF PEFT directories, both ways: `adapter_config.json` and `adapter_model.safetensors`. Nothing is ever unpickled."""
+"""HF PEFT directories, both ways: an adapter is read for a base model, and written."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,96 +18,12 @@ from peftfx.adapter import Adapter, Override, Placement, site_tensors
 from peftfx.errors import PeftfxError, nearest
 from peftfx.files import write_file, writing
 from peftfx.method import Method, WeightMethod
-from peftfx.methods import method_named
+from peftfx.peft_files import CONFIG, PREFIX, WEIGHTS, Weights, method_from_config, read_config
 from peftfx.rules import SAVED, overrides_of, placements_of, saved_modules, within
 from peftfx.sites import Sites
 
 if TYPE_CHECKING:
     from peftfx.adapted import AdaptedModel
-
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
-RECORDS = frozenset(
-    {
-        *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode"),
-        *("base_model_name_or_path", "revision", "runtime_config"),
-    }
-)
-"""Fields of a HF PEFT config that describe it and change no number."""
-INERT = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}, "ensure_weight_tying": False}
-"""Fields that do nothing at these values; every other field that peftfx does not know must be empty."""
-
-
-def read_config(directory: Path) -> dict[str, object]:
-    """The adapter config of a HF PEFT directory."""
-    if not directory.is_dir():
-        raise PeftfxError(
-            "there is no such directory", str(directory), "give the folder that holds adapter_config.json"
-        )
-    path = directory / CONFIG
-    if not path.is_file():
-        below = [p.parent.name for p in directory.glob(f"*/{CONFIG}")]
-        hint = (
-            f"adapters below it: {', '.join(sorted(below))}" if below else "give the folder that save_pretrained wrote"
-        )
-        raise PeftfxError(f"there is no {CONFIG}", str(directory), hint)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PeftfxError(f"cannot be read as JSON: {error}", str(path), "save the adapter again") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise PeftfxError("it names no peft_type", str(path), "is this a HF PEFT adapter's config?")
-    return config
-
-
-def method_from_config(config: Mapping[str, object], where: str) -> Method:
-    """The method of a HF PEFT config. An option that changes numbers and that peftfx does not know is refused."""
-    cls = method_named(str(getattr(config["peft_type"], "value", config["peft_type"])))
-    options = {k: v for k, v in config.items() if k in cls.options() and v is not None}
-    unknown = {k: v for k, v in config.items() if k not in cls.options() and k not in RECORDS}
-    active = {k: v for k, v in unknown.items() if v not in (None, False, 0, "", [], {}, ()) and INERT.get(k) != v}
-    if active:
-        names = ", ".join(f"{k}={v!r}" for k, v in active.items())
-        raise PeftfxError(
-            f"{cls.__name__} does not support {names}", where, "train the adapter without, or merge it with peft"
-        )
-    numbers = [f.name for f in fields(cls) if type(f.default) in (int, float) and f.name in options]
-    wrong = [n for n in numbers if isinstance(options[n], bool) or not isinstance(options[n], (int, float))]
-    if wrong:
-        listed = ", ".join(f"{n}={options[n]!r}" for n in wrong)
-        raise PeftfxError(f"not a number: {listed}", where, "mend it, or save the adapter again")
-    return cls.from_options(options)
-
-
-class Weights:
-    """The tensors of an adapter file, read one at a time, by module path and suffix, without HF PEFT's prefix."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / WEIGHTS
-        if not self.path.is_file():
-            if (directory / PICKLE).is_file():
-                hint = "load it once with peft and save it again: save_pretrained writes safetensors"
-                raise PeftfxError(f"only a pickle, {PICKLE}: peftfx does not unpickle", str(directory), hint)
-            raise PeftfxError(f"there is no {WEIGHTS}", str(directory), "give the folder that save_pretrained wrote")
-        try:
-            self._file = safe_open(self.path, framework="pt")
-            self.names = {self._strip(k): k for k in self._file.keys()}  # noqa: SIM118
-            self.shapes = {n: tuple(self._file.get_slice(k).get_shape()) for n, k in self.names.items()}
-        except (SafetensorError, OSError) as error:
-            hint = "the file is truncated or damaged; copy or save it again"
-            raise PeftfxError(f"cannot be read as safetensors: {error}", str(self.path), hint) from error
-
-    def __getitem__(self, name: str) -> Tensor:
-        try:
-            return self._file.get_tensor(self.names[name])  # type: ignore[no-any-return]
-        except (SafetensorError, OSError) as error:
-            raise PeftfxError(
-                f"cannot be read: {error}", f"{self.path}: {self.names[name]}", "save it again"
-            ) from error
-
-    @staticmethod
-    def _strip(key: str) -> str:
-        return key.removeprefix(PREFIX)
 
 
 def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:

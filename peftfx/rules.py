@@ -9,6 +9,7 @@ from torch import nn
 from peftfx.adapter import Override, Placement
 from peftfx.errors import PeftfxError, nearest
 from peftfx.method import Method, WeightMethod
+from peftfx.peft_files import method_from_config
 from peftfx.sites import Part, Site, Sites
 from peftfx.target import select
 
@@ -36,8 +37,6 @@ def place(
 
 def as_methods(rules: object) -> tuple[Method, ...]:
     """Rules as methods: a Method, a `peft` config object, or a sequence of either."""
-    from peftfx.checkpoint import method_from_config
-
     items = rules if isinstance(rules, Sequence) and not isinstance(rules, str) else (rules,)
     methods = []
     for item in items:

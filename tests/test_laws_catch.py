@@ -38,7 +38,7 @@ BROKEN: tuple[tuple[Callable[[Case, Method], None], type[WeightMethod]], ...] = 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading finds the methods of these tests by their type, too."""
-    monkeypatch.setattr("peftfx.checkpoint.method_named", lambda _: Loaded.cls)
+    monkeypatch.setattr("peftfx.peft_files.method_named", lambda _: Loaded.cls)
 
 
 class Loaded:
