@@ -185,7 +185,12 @@ class _Maker:
     def _ids(self, shape: Sequence[int]) -> Tensor:
         """Random tokens of the vocabulary, none of which has a meaning of its own."""
         vocabulary = _first(self.config.get_text_config(decoder=True), "vocab_size")  # type: ignore[union-attr, operator]
-        vocabulary = min(v for v in (vocabulary, _first(self.text, "vocab_size")) if isinstance(v, int))
+        known = [v for v in (vocabulary, _first(self.text, "vocab_size")) if isinstance(v, int)]
+        if not known:  # a model of characters, say: which ids it takes its config does not tell
+            raise PeftfxError(
+                "its config has no vocab_size to draw tokens from", type(self.model).__name__, _PASS_INPUTS
+            )
+        vocabulary = min(known)
         special = set(_special_tokens(self.config))
         plain = torch.tensor([i for i in range(min(vocabulary, 4096)) if i not in special] or [0])
         return plain[self._integers(shape, len(plain))]

@@ -19,6 +19,7 @@ import tokenizers
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from test_export import randomise
 from torch import nn
 from zoo import TOKENS
 
@@ -62,14 +63,6 @@ class Inputs:
     adapter: Path
     lora: Path
     eager: nn.Module
-
-
-def randomise(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.fixture(scope="module")
