@@ -13,7 +13,7 @@ from peftfx.api import bare
 from peftfx.bases import load_base, read_base_config
 from peftfx.errors import PeftfxError
 from peftfx.export.deploy import Progress, Report, copy_assets, export_onnx
-from peftfx.export.onnx import check_opset
+from peftfx.export.onnx import FAST, check_engine, check_opset
 from peftfx.peft_files import CONFIG, Weights, method_from_config, read_config
 from peftfx.rules import saved_modules
 from peftfx.sites import Sites
@@ -31,6 +31,7 @@ def export_directory(
     task: str | None = None,
     opset: int | None = None,
     dtype: str | None = None,
+    engine: str = FAST,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -45,6 +46,7 @@ def export_directory(
     base, output = Path(base), Path(output)
     _refuse_output(base, output, adapter, force)
     check_opset(opset)
+    check_engine(engine)
     say = progress or (lambda line: None)
     kept = _served_dtype(base, dtype)
     say("load" if kept is None else f"load in {str(kept).removeprefix('torch.')}")
@@ -57,7 +59,9 @@ def export_directory(
         if write is not None:  # not the base's own: a head that came with the adapter has labels of its own
             write(directory / "config.json")
 
-    return export_onnx(adapted, output, merge=merge, opset=opset, force=force, assets=assets, progress=progress)
+    return export_onnx(
+        *(adapted, output), merge=merge, opset=opset, engine=engine, force=force, assets=assets, progress=progress
+    )
 
 
 def _served_dtype(base: Path, wanted: str | None) -> torch.dtype | None:

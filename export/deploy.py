@@ -20,7 +20,7 @@ from peftfx.capturing import evaluating
 from peftfx.derived import foldings
 from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
-from peftfx.export.onnx import to_onnx
+from peftfx.export.onnx import ENGINE, FAST, to_onnx
 from peftfx.export.probes import probes
 from peftfx.export.verify import Comparison, reference_of, verify
 from peftfx.export.weights import save
@@ -43,6 +43,7 @@ class Report:
         merged: the module paths whose weights the adapters were merged into; empty where they were left apart.
         inputs, outputs: of the ONNX model, with their shapes.
         opset: version of the ONNX operators.
+        engine: the road to ONNX that was taken; where it is not the one asked for, why.
         nodes: in the ONNX graph.
         bytes: size of each file.
         seconds: wall time of each stage.
@@ -56,6 +57,7 @@ class Report:
     inputs: dict[str, list[int | str]] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
     opset: int = 0
+    engine: str = FAST
     nodes: int = 0
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -75,6 +77,7 @@ def export_onnx(
     merge: bool = True,
     inputs: Mapping[str, object] | None = None,
     opset: int | None = None,
+    engine: str = FAST,
     force: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
@@ -93,6 +96,7 @@ def export_onnx(
         merge: fold the adapters into the weights; otherwise they stay apart, as initializers under their own names.
         inputs: keyword arguments of a call, for a model that example inputs cannot be made for.
         opset: version of the ONNX operators; by default torch's choice.
+        engine: `fast`, or `torch` for torch.onnx's own road; see `to_onnx`.
         force: replace the directory if it exists.
         atol, rtol: what may differ: `atol + rtol * largest magnitude` of an output; by default 1e-4 each, and 2e-2
             for a base in half precision, whose own rounding is of that size.
@@ -117,7 +121,7 @@ def export_onnx(
                 exported = PassManager([Merge()])(graph)
                 report.merged = sorted(foldings(exported.derived.values()))
         with stages("convert"):
-            program = to_onnx(exported, opset=opset)
+            program = to_onnx(exported, opset=opset, engine=engine)
         with stages("write"):
             save(program, temporary)
         with stages("verify"):
@@ -201,6 +205,7 @@ def _describe(report: Report, graph: Graph, program: ir.Model, found: list[Compa
     report.inputs = {spec.name: list(spec.shape) for spec in graph.inputs}
     report.outputs = [str(value.name) for value in program.graph.outputs]
     report.opset = program.opset_imports[""]
+    report.engine = program.metadata_props[ENGINE]
     report.nodes = sum(1 for _ in program.graph)
     report.bytes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     report.comparisons = [

@@ -1,55 +1,83 @@
-"""LoweredProgram: an ExportedProgram that decomposes only the operators that need it, where they stand.
+"""lower: operators that torch's exporter has no translation for are taken apart one by one, where they stand.
 
-torch.onnx decomposes a program by tracing all of it again, 60% of a conversion's time, for a handful of operators
-without a translation of their own. Here each of those is traced alone. A program that writes into tensors in a way
-that cannot be undone locally goes torch's way.
+torch.onnx decomposes a program by tracing all of it again. A `LoweredProgram` traces each operator that needs it alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    SymBoolArgument,
+    SymFloatArgument,
+    SymIntArgument,
+    TensorArgument,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 Table = Mapping[OpOverload, Callable[..., object]]
 
 
-class LoweredProgram(ExportedProgram):
-    """`program`, with a `run_decompositions` that is local where it can be."""
+class Uncovered(Exception):
+    """The fast road does not take this graph; the text says what is in its way."""
 
-    def __init__(self, program: ExportedProgram) -> None:
-        super().__init__(
-            root=program.graph_module,
-            graph=program.graph,
-            graph_signature=program.graph_signature,
-            state_dict=program.state_dict,
-            range_constraints=program.range_constraints,
-            module_call_graph=program.module_call_graph,
-            example_inputs=program.example_inputs,
-            constants=program.constants,
-            verifiers=program.verifiers,
-        )
+
+class LoweredProgram(ExportedProgram):
+    """A program whose `run_decompositions` takes operators apart where they stand."""
 
     def run_decompositions(
         self, decomp_table: Table | None = None, decompose_custom_triton_ops: bool = False
     ) -> ExportedProgram:
-        """This program without the operators in `decomp_table`, and without writes into tensors."""
-        writes = [n for n in self.graph.nodes if isinstance(n.target, OpOverload) and n.target._schema.is_mutable]
-        if decomp_table is None or not all(map(_is_local, writes)):
-            return super().run_decompositions(decomp_table, decompose_custom_triton_ops)
-        for node in writes:
-            _make_functional(self.graph, node)
+        """This program without the operators in `decomp_table`."""
+        table = decomp_table or {}
         for node in list(self.graph.nodes):
-            if node.op == "call_function" and (node.target in decomp_table or _is_composite(node.target)):
-                _decompose(self.graph, node, decomp_table)
+            if node.op == "call_function" and (node.target in table or _is_composite(node.target)):
+                _decompose(self.graph, node, table)
         self.graph.eliminate_dead_code()
         self.graph_module.recompile()
+        (output,) = self.graph.find_nodes(op="output")
+        self.graph_signature.output_specs[:] = _results(output.args[0])  # type: ignore[arg-type]
         return self
+
+
+def lowered_program(graph: fx.Graph, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> LoweredProgram:
+    """A program of a graph that reads nothing but its inputs and writes into none of them."""
+    places = [InputSpec(InputKind.USER_INPUT, _argument(node), None) for node in inputs]
+    _, in_spec = pytree.tree_flatten(((0,) * len(inputs), {}))
+    _, out_spec = pytree.tree_flatten((0,) * len(outputs))
+    return LoweredProgram(
+        root=nn.Module(),
+        graph=graph,
+        graph_signature=ExportGraphSignature(places, _results(outputs)),
+        state_dict={},
+        range_constraints={},
+        module_call_graph=[ModuleCallEntry("", ModuleCallSignature([], [], in_spec, out_spec))],
+        constants={},
+    )
+
+
+def _results(outputs: Sequence[fx.Node]) -> list[OutputSpec]:
+    return [OutputSpec(OutputKind.USER_OUTPUT, _argument(node), None) for node in outputs]
+
+
+def _argument(node: fx.Node) -> TensorArgument | SymIntArgument | SymFloatArgument | SymBoolArgument:
+    value = node.meta["val"]
+    if isinstance(value, torch.SymInt):
+        return SymIntArgument(node.name)
+    if isinstance(value, torch.SymFloat):
+        return SymFloatArgument(node.name)
+    return SymBoolArgument(node.name) if isinstance(value, torch.SymBool) else TensorArgument(node.name)
 
 
 #: Composite operators that torch always takes apart, so that its tables name them nowhere.
@@ -84,17 +112,32 @@ def _is_composite(target: object) -> bool:
 
 
 def _is_local(write: fx.Node) -> bool:
-    """Whether `write` changes one fresh tensor that has no other name yet, and has a form that returns the result."""
+    """Whether `write` has a form that returns the result, and nobody sees the memory later under another name."""
     target, kwargs = write.args[0] if write.args else None, write.kwargs
     if _functional_form(write.target) is None or "out" in kwargs or not isinstance(target, fx.Node):
-        return False
-    if target.op != "call_function" or not isinstance(target.target, OpOverload) or _is_view(target):
         return False
     assert isinstance(write.target, OpOverload)
     changed = [a for a in write.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     dtypes = {n.meta["val"].dtype for n in write.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)}
     floating = {dtype for dtype in dtypes if dtype.is_floating_point}
-    return len(changed) == 1 and len(floating) <= 1 and not any(map(_is_view, target.users))
+    others = _names_of_memory(target) - {target}
+    seen_later = any(user > write for name in others for user in name.users)
+    owned = all(n.op == "call_function" and isinstance(n.target, OpOverload) for n in {target, *others})
+    return len(changed) == 1 and len(floating) <= 1 and owned and not seen_later
+
+
+def _names_of_memory(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose values may share memory with this one's."""
+    root = node
+    while _is_view(root) and root.args and isinstance(root.args[0], fx.Node):
+        root = root.args[0]
+    found, waiting = set(), [root]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += [user for user in name.users if _is_view(user)]
+    return found
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -120,12 +163,21 @@ def _functional_form(target: object) -> OpOverload | None:
     return getattr(packet, target._overloadname, None)
 
 
-def _make_functional(graph: fx.Graph, write: fx.Node) -> None:
-    before, functional = write.args[0], _functional_form(write.target)
-    assert isinstance(before, fx.Node)
-    assert functional is not None
-    write.target = functional
-    before.replace_all_uses_with(write, delete_user_cb=lambda user: user > write)
+def make_functional(graph: fx.Graph) -> None:
+    """Replace writes into fresh tensors by operators that return the result.
+
+    Raises:
+        Uncovered: a tensor is written that is seen under another name too.
+    """
+    writes = [n for n in graph.nodes if isinstance(n.target, OpOverload) and n.target._schema.is_mutable]
+    for node in writes:
+        if not _is_local(node):
+            raise Uncovered(f"a write into a tensor that others see ({node.target})")
+        before, functional = node.args[0], _functional_form(node.target)
+        assert isinstance(before, fx.Node)
+        assert functional is not None
+        node.target = functional
+        before.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)  # type: ignore[misc]
 
 
 def _decompose(graph: fx.Graph, node: fx.Node, table: Table) -> None:

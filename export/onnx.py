@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftfx.capturing import isolated
 from peftfx.errors import PeftfxError
-from peftfx.export.program import Program, trace
+from peftfx.export.program import Translation
+from peftfx.export.retrace import retrace
 from peftfx.export.tidy import name_apart, store_transposed, tidy
+from peftfx.export.translate import translate
 from peftfx.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
 
 Weights = Callable[[str], torch.Tensor]
 FIRST_OPSET, LAST_OPSET = 18, 25
+FAST, TORCH = "fast", "torch"
+ENGINE = "peftfx.engine"  #: metadata key: the road a model came by, and why not the fast one
 
 
-def to_onnx(graph: Graph, *, opset: int | None = None, weights: Weights | None = None) -> ir.Model:
-    """Translate `graph` by torch's own exporter, without touching a weight.
+def to_onnx(graph: Graph, *, opset: int | None = None, weights: Weights | None = None, engine: str = FAST) -> ir.Model:
+    """Translate `graph`, without touching a weight.
 
     Inputs, outputs and free sizes have the graph's own names. Initializers have the names of the module's parameters
     (`transformer.wte.weight`), adapters' tensors keep their `adapters.` prefix, and a derived weight takes the name of
@@ -32,20 +35,26 @@ def to_onnx(graph: Graph, *, opset: int | None = None, weights: Weights | None =
         opset: the version of the ONNX operators; by default the one torch's exporter prefers.
         weights: reads the tensor behind a `get_attr` target of the graph, at write time; by default the graph's own.
             With it, a graph captured on fake tensors can be written.
+        engine: `fast` translates each distinct operation once; `torch` traces and decomposes the whole graph, as
+            torch.onnx does. What the fast one does not take goes torch's way; the model's metadata say which way it
+            went, and why.
 
     Raises:
         PeftfxError: the graph cannot be served, or has an operator without a translation.
     """
     check_opset(opset)
-    try:
-        program, model = _translate(graph, opset, local=True)
-    except PeftfxError:  # an operator that only the whole program's decomposition takes apart
-        program, model = _translate(graph, opset, local=False)
+    check_engine(engine)
+    if graph.training:
+        hint = "call model.eval() and capture again"
+        raise PeftfxError("a graph captured in training mode cannot be served", "", hint)
+    translation, went = _translate(graph, opset, engine)
+    model = translation.model
     tidy(model)
-    _bind(model, program, graph, _reader(graph, weights or graph.get))
+    _bind(model, translation, graph, _reader(graph, weights or graph.get))
     store_transposed(model)
-    _name_interface(model, graph, program)
+    _name_interface(model, graph, translation)
     name_apart(model)
+    model.metadata_props[ENGINE] = went
     return model
 
 
@@ -55,40 +64,43 @@ def check_opset(opset: int | None) -> None:
         raise PeftfxError(f"cannot write opset {opset}", "opset", f"one of {FIRST_OPSET} to {LAST_OPSET}")
 
 
-def _translate(graph: Graph, opset: int | None, *, local: bool) -> tuple[Program, ir.Model]:
-    program = trace(graph, local=local)
+def check_engine(engine: str) -> None:
+    """Refuse an unknown road."""
+    if engine not in (FAST, TORCH):
+        raise PeftfxError(f"unknown engine {engine!r}", "engine", f"one of {FAST}, {TORCH}")
+
+
+def _translate(graph: Graph, opset: int | None, engine: str) -> tuple[Translation, str]:
+    went = engine
+    if engine == FAST:
+        try:
+            return translate(graph, opset), FAST
+        except PeftfxError:
+            raise
+        except Exception as error:  # whatever the exporter's many parts raise: its own road has the last word
+            went = f"{TORCH} (the fast one does not take {_first(error)})"
     try:
-        with isolated(graph.base):
-            result = torch.onnx.export(
-                program.exported,
-                optimize=False,
-                verbose=False,
-                opset_version=opset,
-                custom_translation_table=dict(_translations()),
-            )
+        return retrace(graph, opset), went
+    except PeftfxError:
+        raise
     except Exception as error:
-        lines = [line for line in str(error.__cause__ or error).strip().splitlines() if line.strip()]
-        what = f"no translation to ONNX: {lines[0] if lines else type(error).__name__}"
+        what = f"no translation to ONNX: {_first(error)}"
         raise PeftfxError(what, type(graph.base).__name__, "see `__cause__` for the exporter's own report") from error
-    assert result is not None
-    return program, result.model
 
 
-def _translations() -> Mapping[Callable[..., object], Callable[..., object]]:
-    """transformers' own translations, of operators that torch has none for or wrong ones: experts' grouped products."""
-    from transformers.exporters import exporter_onnx
-
-    return getattr(exporter_onnx, "_ONNX_TRANSLATION_TABLE", {})
+def _first(error: Exception) -> str:
+    lines = [line for line in str(error.__cause__ or error).strip().splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
-def _bind(model: ir.Model, program: Program, graph: Graph, weights: Weights) -> None:
+def _bind(model: ir.Model, translation: Translation, graph: Graph, weights: Weights) -> None:
     """Give each initializer its final name and a tensor that is read when it is written."""
-    taken = {spec.name for spec in graph.inputs} | set(program.outputs)
-    found = {name: value for name, value in model.graph.initializers.items() if name in program.targets}
+    taken = {spec.name for spec in graph.inputs} | set(translation.outputs)
+    found = {name: value for name, value in model.graph.initializers.items() if name in translation.targets}
     # Base weights first: a derived weight takes a base weight's name only if that is free.
-    order = sorted(found, key=lambda name: program.targets[name].startswith(f"{DERIVED}."))
+    order = sorted(found, key=lambda name: translation.targets[name].startswith(f"{DERIVED}."))
     for buffer in order:
-        target, value = program.targets[buffer], found[buffer]
+        target, value = translation.targets[buffer], found[buffer]
         del model.graph.initializers[buffer]
         value.name = _initializer_name(target, taken)
         taken.add(value.name)
@@ -136,16 +148,16 @@ def _reader(graph: Graph, weights: Weights) -> Weights:
     return read
 
 
-def _name_interface(model: ir.Model, graph: Graph, program: Program) -> None:
+def _name_interface(model: ir.Model, graph: Graph, translation: Translation) -> None:
     """Put the graph's names on inputs, outputs and sizes; an output of its own for each name."""
     for value in _values(model.graph):
         if value.shape is not None:
-            value.shape = ir.Shape([d if isinstance(d, int) else program.size(str(d.value)) for d in value.shape])
+            value.shape = ir.Shape([d if isinstance(d, int) else translation.size(str(d.value)) for d in value.shape])
     for value, spec in zip(model.graph.inputs, graph.inputs, strict=True):
         value.name = spec.name
         value.shape = ir.Shape(list(spec.shape))
     seen: set[ir.Value] = set()
-    for index, (value, name) in enumerate(zip(list(model.graph.outputs), program.outputs, strict=True)):
+    for index, (value, name) in enumerate(zip(list(model.graph.outputs), translation.outputs, strict=True)):
         if value in seen or value.is_graph_input() or value.is_initializer():
             node = ir.node("Identity", [value])
             model.graph.append(node)

@@ -12,6 +12,7 @@ from peftfx.passes.base import Pass, PassResult
 
 aten = torch.ops.aten
 CASTS = {aten.to.dtype: 3, aten.to.device: 4, aten.to.dtype_layout: 6, aten.to.other: 3}  #: and where `copy` stands
+_SAME = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}
 _WHOLE = (None, 2**63 - 1, 1)  # the start, end and step of a slice that takes everything
 _WHOLES = ((0, None, 1), (0, 2**63 - 1, 1), (None, None, 1), _WHOLE)
 
@@ -54,7 +55,7 @@ def _does_nothing(node: fx.Node) -> bool:
     if node.target is aten.slice.Tensor:
         bounds = (*node.args[2:], *_WHOLE[len(node.args) - 2 :])
         return not node.kwargs and bounds in _WHOLES
-    return node.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
+    return node.target in _SAME
 
 
 def _is_same_type(node: fx.Node) -> bool:

@@ -47,6 +47,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="fp32 or fp16; by default the base's own, but fp32 for a bfloat16 base.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="fast translates each distinct operation once; torch is torch.onnx's own road.")
+    ] = "fast",
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
 ) -> None:
     """Export a model, with or without an adapter, to ONNX, and check it in ONNX Runtime.
@@ -64,6 +67,7 @@ def export(
             task=task,
             opset=opset,
             dtype=dtype,
+            engine=engine,
             force=force,
             progress=stage,
         )
@@ -157,7 +161,7 @@ def _print_report(report: object, output: Path) -> None:
     table.add_row("inputs", escape(", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in report.inputs.items())))
     table.add_row("outputs", ", ".join(report.outputs))
     table.add_row("files", ", ".join(f"{n} {b:,} B" for n, b in report.bytes.items()))
-    table.add_row("ONNX", f"opset {report.opset}, {report.nodes:,} nodes")
+    table.add_row("ONNX", f"opset {report.opset}, {report.nodes:,} nodes, engine {report.engine}")
     shapes = len({str(c["shapes"]) for c in report.comparisons})
     table.add_row("ONNX Runtime = torch", f"to {report.max_abs:.1e} at {shapes} unseen shapes")
     table.add_row("seconds", ", ".join(f"{n} {s:.1f}" for n, s in report.seconds.items()))

@@ -21,7 +21,7 @@ from zoo import ZOO, Entry
 from peftfx.capturing import capture
 from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
-from peftfx.export.onnx import to_onnx
+from peftfx.export.onnx import ENGINE, FAST, TORCH, to_onnx
 from peftfx.export.program import onnx_outputs
 from peftfx.export.runtime import OnnxModel
 from peftfx.export.verify import VerificationError, reference_of, verify
@@ -78,6 +78,45 @@ def test_onnx_runtime_computes_what_the_graph_computes_at_sizes_it_never_saw(exp
     comparisons = verify(e.directory, reference_of(e.graph), feeds, atol=1e-6, rtol=1e-4, graph=e.graph)
     assert all(c.ok for c in comparisons)
     assert len(comparisons) == 2 * len(e.graph.outputs)
+
+
+def test_the_fast_road_and_torchs_own_road_compute_the_same(exported: Exported, tmp_path: Path) -> None:
+    e = exported
+    assert e.model.metadata_props[ENGINE] == FAST
+    save(to_onnx(e.graph, engine=TORCH), tmp_path)
+    feed = e.entry.inputs(3, 9, seed=1, model=e.base)
+    fast, torchs = OnnxModel(e.directory)(**feed), OnnxModel(tmp_path)(**feed)
+    assert fast.keys() == torchs.keys()
+    for name, value in torchs.items():
+        torch.testing.assert_close(fast[name], value, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("write", "want"),
+    [
+        (lambda x: (x * 1).view(-1).add_(1), FAST),
+        (lambda x: torch.stack([y := x * 1, y.view(-1).add_(1).view_as(y)]), TORCH),
+    ],
+    ids=["seen under one name", "seen under two"],
+)
+def test_a_write_that_others_see_goes_torchs_road_and_the_model_says_so(
+    write: Callable[[torch.Tensor], torch.Tensor], want: str, tmp_path: Path
+) -> None:
+    class Writes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return write(x)
+
+    graph = capture(Writes().eval(), {"x": torch.randn(2, 3)})
+    model = to_onnx(graph)
+    assert model.metadata_props[ENGINE].startswith(want)
+    save(model, tmp_path)
+    x = torch.randn(5, 4)
+    assert torch.equal(OnnxModel(tmp_path)(x=x)["output"], write(x))
+
+
+def test_an_unknown_engine_is_refused(export: Export) -> None:
+    with pytest.raises(PeftfxError, match="engine"):
+        to_onnx(export("gpt2").graph, engine="slow")
 
 
 def test_inputs_outputs_sizes_and_weights_have_the_users_names(exported: Exported) -> None:
