@@ -19,7 +19,7 @@ from peftfx.rules import saved_modules
 from peftfx.sites import Sites
 from peftfx.tasks import resolve_task
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export_directory(

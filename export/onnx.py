@@ -15,6 +15,7 @@ from peftfx.export.retrace import retrace
 from peftfx.export.tidy import name_apart, store_transposed, tidy
 from peftfx.export.translate import translate
 from peftfx.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
+from peftfx.stored import load
 
 Weights = Callable[[str], torch.Tensor]
 FIRST_OPSET, LAST_OPSET = 18, 25
@@ -126,7 +127,7 @@ def _lazy(like: ir.Value, target: str, weights: Weights) -> ir.LazyTensor:
     name, dtype, shape = like.name, like.dtype, ir.Shape(list(like.shape))
 
     def read() -> ir.TensorProtocol:
-        value = weights(target).detach()
+        value = load(weights(target).detach())
         if isinstance(value, FakeTensor) or value.device.type == "meta":
             raise PeftfxError("this weight was captured without a value", target, "pass to_onnx(weights=...)")
         tensor = tensor_adapters.TorchTensor(value.contiguous(), name=name)

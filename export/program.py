@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from peftfx.errors import PeftfxError
 from peftfx.graph import DERIVED, Graph, TensorSpec
+from peftfx.stored import exact
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 
@@ -100,7 +101,7 @@ def _identity(graph: Graph, target: str) -> object:
     """Equal for two targets that read one tensor: tied weights are stored once."""
     if target.startswith(f"{DERIVED}."):
         return target
-    tensor = graph.get(target)
+    tensor = exact(graph.get(target))
     if tensor.device.type == "meta" or not tensor.numel():
         return id(tensor)
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype

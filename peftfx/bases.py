@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peftfx.errors import PeftfxError, nearest
+from peftfx.stored import store
 from peftfx.tasks import TASKS, resolve_task, task_of_class
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def load_base(
         task: makes the head; by default the class named in the config.
         num_labels: of a classification head, where the config does not say it.
         weights: read them; otherwise parameters stay uninitialised (buffers do not), for a capture alone.
-        dtype: of the parameters; by default the config's.
+        dtype: of the parameters; by default the config's. Those that are stored in another stay in their files, and
+            are cast by each operation that reads them (`peftfx.stored`): a loaded model is memory-mapped.
         given: names of tensors that an adapter brings; these alone may be missing from the weights.
 
     Raises:
@@ -44,15 +46,15 @@ def load_base(
     """
     directory = Path(directory)
     config = read_base_config(directory)
-    if weights:
-        _check_weights(directory)
+    files = _check_weights(directory) if weights else []
     if "quantization_config" in config:
         method = dict(config["quantization_config"] or {}).get("quant_method", "unknown")  # type: ignore[call-overload]
         raise PeftfxError(f"the base model is quantised ({method})", str(directory), "use the unquantised model")
     try:
+        on_disk = _dtype_of(files)
         if "_class_name" in config:
-            return _load_diffusers(directory, str(config["_class_name"]), weights, dtype).eval()
-        return _load_transformers(directory, config, task, num_labels, weights, dtype, given).eval()
+            return _load_diffusers(directory, str(config["_class_name"]), on_disk, dtype).eval()
+        return _load_transformers(directory, config, task, num_labels, on_disk, dtype, given).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise PeftfxError(f"cannot load the base model: {first}", str(directory), "see `__cause__`") from error
@@ -76,8 +78,8 @@ def read_base_config(directory: Path) -> dict[str, object]:
     return config
 
 
-def _check_weights(directory: Path) -> None:
-    """Refuse missing, pickled, incomplete and truncated weights before any time is spent on them."""
+def _check_weights(directory: Path) -> list[Path]:
+    """The files of the weights. Missing, pickled, incomplete and truncated ones are refused before time is spent."""
     from safetensors import SafetensorError, safe_open
 
     files = [directory / name for name in _WEIGHTS if (directory / name).is_file()]
@@ -100,6 +102,22 @@ def _check_weights(directory: Path) -> None:
                 opened.keys()
         except SafetensorError as error:
             raise PeftfxError(f"a broken safetensors file: {error}", str(file), "download it again") from error
+    return files
+
+
+def _dtype_of(files: Sequence[Path]) -> torch.dtype | None:
+    """The dtype of the first floating tensor in the files: what they can be mapped as, without a copy."""
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if (kind := opened.get_slice(name).get_dtype()) in _DTYPES:
+                    return _DTYPES[kind]
+    return None
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _load_transformers(
@@ -107,7 +125,7 @@ def _load_transformers(
     raw: Mapping[str, object],
     task: str | None,
     num_labels: int | None,
-    weights: bool,
+    on_disk: torch.dtype | None,
     dtype: torch.dtype | None,
     given: Collection[str],
 ) -> nn.Module:
@@ -123,24 +141,48 @@ def _load_transformers(
     extra = {} if num_labels is None else {"num_labels": num_labels}
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **extra)
     maker = _maker(config, resolve_task(task, config=config), directory)
-    if weights:
-        keep = {} if dtype is None else {"dtype": dtype}
-        model, info = maker.from_pretrained(  # type: ignore[attr-defined]
-            directory,
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **keep,
-        )
-        assert isinstance(model, nn.Module)
-        _refuse_random(model, info, given, directory)
-        return model
-    with no_init_weights():
-        model = maker._from_config(config, dtype=dtype or config.dtype or torch.float32)  # type: ignore[attr-defined]
+    wanted = dtype or config.dtype or on_disk or torch.float32
+
+    def blank() -> nn.Module:
+        with no_init_weights():
+            made = maker._from_config(config, dtype=wanted)  # type: ignore[attr-defined]
+        assert isinstance(made, nn.Module)
+        return made
+
+    if on_disk is None:
+        return blank()
+    model, info = maker.from_pretrained(  # type: ignore[attr-defined]
+        directory,
+        config=config,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        dtype=on_disk,
+    )
     assert isinstance(model, nn.Module)
+    _refuse_random(model, info, given, directory)
+    if wanted != on_disk:
+        plan = model._get_dtype_plan(wanted)  # type: ignore[operator]  # modules that stay in fp32
+        _present(model, blank(), lambda name: next((plan[k] for k in plan if k in name.split(".")), wanted))
+        model.config.dtype = wanted  # type: ignore[union-attr]
     return model
+
+
+def _present(model: nn.Module, blank: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:
+    """Show what was loaded in the dtypes of its files in those that are wanted.
+
+    Buffers that no file holds are those of a blank model of the wanted dtype: computed in it, as they would have been.
+    """
+    store(model, dtype)
+    kept = model.state_dict(keep_vars=True).keys()
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            full = f"{path}.{name}" if path else name
+            if buffer is not None and full not in kept:
+                module._buffers[name] = blank.get_buffer(full)
+            elif buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype(full))
 
 
 def _refuse_random(model: nn.Module, info: Mapping[str, Any], given: Collection[str], directory: Path) -> None:
@@ -179,7 +221,7 @@ def _maker(config: PreTrainedConfig, task: str, directory: Path) -> type:
     raise PeftfxError(f"this model does not do {task}", str(directory), f"it does {', '.join(able) or 'no known task'}")
 
 
-def _load_diffusers(directory: Path, name: str, weights: bool, dtype: torch.dtype | None) -> nn.Module:
+def _load_diffusers(directory: Path, name: str, on_disk: torch.dtype | None, dtype: torch.dtype | None) -> nn.Module:
     import diffusers
     from transformers.initialization import no_init_weights
 
@@ -187,12 +229,17 @@ def _load_diffusers(directory: Path, name: str, weights: bool, dtype: torch.dtyp
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         hint = nearest(name, (n for n in dir(diffusers) if "Model" in n)) or "update diffusers"
         raise PeftfxError(f"diffusers has no model class {name!r}", str(directory / "config.json"), hint)
-    if weights:
-        keep = {} if dtype is None else {"torch_dtype": dtype}
-        model = kind.from_pretrained(directory, local_files_only=True, use_safetensors=True, **keep)  # type: ignore[no-untyped-call]
-    else:
+    wanted = dtype or on_disk or torch.float32
+
+    def blank() -> nn.Module:
         with no_init_weights():
-            model = kind.from_config(kind.load_config(directory, local_files_only=True))  # type: ignore[no-untyped-call]
-        model = model if dtype is None else model.to(dtype)
+            made = kind.from_config(kind.load_config(directory, local_files_only=True))  # type: ignore[no-untyped-call]
+        return made.to(wanted)  # type: ignore[no-any-return]
+
+    if on_disk is None:
+        return blank()
+    model = kind.from_pretrained(directory, local_files_only=True, use_safetensors=True, torch_dtype=on_disk)  # type: ignore[no-untyped-call]
+    if wanted != on_disk:
+        _present(model, blank(), lambda _: wanted)
     assert isinstance(model, nn.Module)
     return model

@@ -21,6 +21,7 @@ from peftfx.errors import PeftfxError
 from peftfx.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.inputs import example_inputs
 from peftfx.roles import find_sites
+from peftfx.stored import faked
 from peftfx.views import name_axes, without_cache
 
 Axes = Mapping[str, tuple[str | None, ...]]
@@ -46,7 +47,7 @@ def capture(model: nn.Module, inputs: Mapping[str, object] | None = None, *, axe
     axes = name_axes(tensors) if axes is None else axes
     _refuse_checkpointing(model)
     wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves]).train(model.training)
-    with isolated(model), fake_mode_of(model), without_cache(model):
+    with isolated(model), faked(model), fake_mode_of(model), without_cache(model):
         examples = {name: _fresh(model, t, axes.get(name)) for name, t in tensors.items()}
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
         try:
@@ -128,6 +129,7 @@ def _quiet() -> Iterator[None]:
 _TALKATIVE = (
     "torch.export",
     "torch._export.non_strict_utils",
+    "torch.onnx._internal.exporter._core",
     "torch.onnx._internal.exporter._registration",
 )
 

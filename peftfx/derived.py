@@ -13,6 +13,7 @@ from torch import Tensor
 from peftfx.errors import PeftfxError
 from peftfx.method import Base, WeightMethod
 from peftfx.sites import Part, Site
+from peftfx.stored import exact
 
 Get = Callable[[str], Tensor]
 
@@ -89,7 +90,10 @@ class Folding:
     def evaluate(self, get: Get) -> Base:
         """The new weight, stored as the base's is, and bias: computed in fp32, rounded once to the base's dtype."""
         weight, bias = get(self.weight), None if self.bias is None else get(self.bias)
-        base = Base((weight.T if self.site.transposed else weight).float(), None if bias is None else bias.float())
+        stored = exact(weight)
+        base = Base(
+            (stored.T if self.site.transposed else stored).float(), None if bias is None else exact(bias).float()
+        )
         start = base
         for step in self.steps:
             base = step.fold(base, get)

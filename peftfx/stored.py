@@ -1,0 +1,110 @@
+"""Stored: a parameter that stays in its file, in the file's dtype, and is cast by whatever computes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from peftfx.errors import PeftfxError
+
+aten = torch.ops.aten
+#: Operators that move no data: they are done on the stored tensor, and the cast waits.
+_VIEWS = frozenset(
+    {
+        *(aten.detach.default, aten.alias.default, aten.t.default, aten.transpose.int, aten.permute.default),
+        *(aten.view.default, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor, aten.expand.default),
+    }
+)
+
+
+class Stored(Tensor):
+    """Looks like a tensor of `dtype`; each operator that needs its values casts `source` for itself, and lets go.
+
+    So a model of bfloat16 files can be run in float32 with one weight of it in memory. It is read-only.
+
+    Attributes:
+        source: the tensor as it is stored, memory-mapped.
+    """
+
+    source: Tensor
+
+    @staticmethod
+    def __new__(cls, source: Tensor, dtype: torch.dtype) -> Stored:
+        made: Stored = Tensor._make_wrapper_subclass(
+            cls, source.shape, source.stride(), source.storage_offset(), dtype=dtype, device=source.device
+        )
+        made.source = source
+        return made
+
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
+        return f"Stored({list(self.shape)}, {self.source.dtype} as {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: torch._ops.OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        first = args[0] if args else None
+        if func in _VIEWS and isinstance(first, Stored):
+            return Stored(func(first.source, *args[1:], **(kwargs or {})), first.dtype)
+        if func._schema.is_mutable and isinstance(first, Stored):
+            raise PeftfxError(
+                "this weight stays in its file: it cannot be written", repr(first), "load the model first"
+            )
+        args, kwargs = pytree.tree_map_only(Stored, load, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
+def load(tensor: Tensor) -> Tensor:
+    """The tensor in its dtype, in memory."""
+    return tensor.source.to(tensor.dtype) if isinstance(tensor, Stored) else tensor
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """The tensor's values as they are stored, unrounded."""
+    return tensor.source if isinstance(tensor, Stored) else tensor
+
+
+@contextmanager
+def faked(model: nn.Module) -> Iterator[None]:
+    """Inside, stored parameters are fake tensors of their dtypes: what captures a model need not know of storage."""
+    found = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
+    stored = [(module, name, p) for module, name, p in found if p is not None and isinstance(p, Stored)]
+    if not stored:
+        yield
+        return
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes: dict[int, nn.Parameter] = {}
+    for module, name, p in stored:
+        if id(p) not in fakes:
+            with mode:
+                fakes[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad)
+        module._parameters[name] = fakes[id(p)]
+    try:
+        yield
+    finally:
+        for module, name, p in stored:
+            module._parameters[name] = p  # type: ignore[assignment]
+
+
+def store(model: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:
+    """Present each floating parameter in the dtype that is wanted for its name, leaving it where it is stored."""
+    seen: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is None or not p.is_floating_point():
+                continue
+            wanted = dtype(f"{path}.{name}" if path else name)
+            if p.dtype != wanted:
+                if id(p) not in seen:
+                    seen[id(p)] = nn.Parameter(Stored(p.detach(), wanted), requires_grad=False)
+                module._parameters[name] = seen[id(p)]
