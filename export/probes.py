@@ -23,11 +23,16 @@ SIZES: Sequence[Mapping[str, int]] = (
     {"batch": 2, "sequence": 16, "decoder_sequence": 7},
 )
 COUNT = 3  #: how many are compared; the others stand in for sizes that the model itself refuses
+FEW: Sequence[Mapping[str, int]] = (
+    {"batch": 1, "sequence": 5, "decoder_sequence": 3},
+    {"batch": 3, "sequence": 3, "decoder_sequence": 4},
+)  #: for a model whose every token is a second's work
+LARGE = 1 << 30  #: bytes of weights from which a model is one
 TOLERANCE = 1e-4  #: of the captured base against the eager one, relative to the largest output
 
 
 def probes(adapted: AdaptedModel, graph: Graph, example: Mapping[str, object]) -> list[dict[str, Tensor]]:
-    """Inputs by name, at three sizes, that the eager model takes and the captured base answers as it does.
+    """Inputs by name, at two or three sizes, that the eager model takes and the captured base answers as it does.
 
     Raises:
         PeftfxError: the model takes no size but the example's.
@@ -35,7 +40,9 @@ def probes(adapted: AdaptedModel, graph: Graph, example: Mapping[str, object]) -
     """
     found: list[dict[str, Tensor]] = []
     refusal: Exception | None = None
-    for seed, sizes in enumerate(SIZES):
+    large = sum(p.numel() * p.element_size() for p in adapted.base.parameters()) > LARGE
+    count = len(FEW) if large else COUNT
+    for seed, sizes in enumerate((*FEW, *SIZES) if large else SIZES):
         case = _case(adapted, graph, example, sizes, seed)
         try:
             with without_cache(adapted.base):
@@ -45,7 +52,7 @@ def probes(adapted: AdaptedModel, graph: Graph, example: Mapping[str, object]) -
             continue
         _compare(adapted, graph, case, example, want)
         found.append(case)
-        if len(found) == COUNT:
+        if len(found) == count:
             return found
     if not found:
         what = f"the model takes none of the sizes tried: {str(refusal).strip().splitlines()[0]}"

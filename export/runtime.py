@@ -21,12 +21,17 @@ class OnnxModel:
     Args:
         directory: where `save` wrote the model; a path to an `.onnx` file works too.
         threads: how many threads one operator may use; 0 leaves it to ONNX Runtime.
+        mapped: leave the weights in their file, memory-mapped. By default ONNX Runtime copies matrices into the layout
+            of its kernels, which runs faster and takes as much memory again.
     """
 
-    def __init__(self, directory: str | Path, *, threads: int = 0) -> None:
+    def __init__(self, directory: str | Path, *, threads: int = 0, mapped: bool = False) -> None:
         self.path = find(Path(directory))
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
+        if mapped:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
         options.log_severity_level = 3  # errors only: warnings of its graph optimiser tell a user nothing
         try:
             self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])

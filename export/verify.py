@@ -15,6 +15,7 @@ from peftfx.export.runtime import OnnxModel
 from peftfx.graph import Graph
 
 Tensors = dict[str, torch.Tensor]
+MAPPED = 256 << 20  #: bytes of a model from which ONNX Runtime is not let copy its weights
 
 
 class VerificationError(PeftfxError):
@@ -69,7 +70,7 @@ def verify(
     Raises:
         VerificationError: an output is missing, or differs by more than `atol + rtol * its largest magnitude`.
     """
-    model = OnnxModel(directory)
+    model = OnnxModel(directory, mapped=_size(directory) > MAPPED)
     if graph is not None:
         _same_interface(model, graph)
     axes, comparisons = model.axes, []
@@ -91,6 +92,10 @@ def verify(
         hint = f"the tolerance is {atol:g} + {rtol:g} * the largest magnitude"
         raise VerificationError(f"{what}:{lines}", str(model.path), hint)
     return comparisons
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
 
 
 def reference_of(graph: Graph) -> Callable[[Tensors], Tensors]:

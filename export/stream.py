@@ -1,0 +1,92 @@
+"""Stream: a file written once, from front to back, past the page cache where the system lets it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+PAGE = 4096  #: what files are mapped in, and what direct writes are a multiple of
+_BUFFER = 4 << 20
+
+
+class Stream:
+    """A new file. With direct I/O the kernel neither copies nor keeps what is written: a model's weights are read by
+    others, later, and the copies cost more than all the arithmetic of a merge. Where a file system has none, writes
+    are ordinary ones.
+
+    Raises:
+        OSError: the disk refuses, or is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.position = 0
+        self._buffer = mmap.mmap(-1, _BUFFER)  # starts on a page
+        self._filled = 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        direct = getattr(os, "O_DIRECT", 0)
+        try:
+            self._file, self._direct = os.open(path, flags | direct, 0o666), bool(direct)
+        except OSError:
+            self._file, self._direct = os.open(path, flags, 0o666), False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            os.close(self._file)
+            self._buffer.close()
+
+    def pad(self, offset: int) -> None:
+        """Write zeros up to `offset`."""
+        self.write(memoryview(bytes(offset - self.position)))
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes."""
+        data = data.cast("B") if data.nbytes else data
+        self.position += data.nbytes
+        while data.nbytes:
+            if self._filled == 0 and (whole := self._direct_length(data)):
+                self._put(data[:whole])
+                data = data[whole:]
+                continue
+            part = min(data.nbytes, _BUFFER - self._filled)
+            self._buffer[self._filled : self._filled + part] = data[:part]
+            self._filled += part
+            data = data[part:]
+            if self._filled == _BUFFER or (self._filled % PAGE == 0 and data.nbytes == 0):
+                self._flush()
+
+    def _direct_length(self, data: memoryview) -> int:
+        """How many of these bytes can be written from where they are."""
+        if not self._direct:
+            return data.nbytes
+        aligned = not data.readonly and ctypes.addressof(ctypes.c_char.from_buffer(data)) % PAGE == 0
+        return data.nbytes - data.nbytes % PAGE if aligned else 0
+
+    def _flush(self) -> None:
+        with memoryview(self._buffer) as view, view[: self._filled] as filled:
+            self._put(filled)
+        self._filled = 0
+
+    def _put(self, data: memoryview) -> None:
+        while data.nbytes:
+            done = os.write(self._file, data)
+            data = data[done:]
+
+    def _finish(self) -> None:
+        """Write what is left: a direct write is of whole pages, so the file is cut to its size after."""
+        if self._filled:
+            self._filled += -self._filled % PAGE if self._direct else 0
+            self._flush()
+        os.ftruncate(self._file, self.position)
+        os.fsync(self._file)
