@@ -61,15 +61,15 @@ def save(
         if places:
             _write(places, path.with_name(f"{name}.data"), written or (lambda done, total: None))
         with _external(places, f"{name}.data", path.parent):
-            size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if _is_inline(v))  # type: ignore[union-attr]
-            if size > _LIMIT:
+            if _inline_size(model) > _LIMIT:
                 raise PeftfxError("the model's graph is over protobuf's 2 GB", str(path), "lower external_threshold")
             ir.save(model, path)
     return path
 
 
-def _is_inline(value: ir.Value) -> bool:
-    return value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor)
+def _inline_size(model: ir.Model) -> int:
+    tensors = [v.const_value for v in model.graph.initializers.values()]
+    return sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
 
 
 def _layout(model: ir.Model, threshold: int) -> Iterator[_Place]:
@@ -105,7 +105,7 @@ def _bytes(tensor: ir.TensorProtocol) -> memoryview:
     raw = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor
     if isinstance(raw, TorchTensor):
         value = raw.raw.detach().cpu().contiguous()
-        return memoryview(value.reshape(-1).view(torch.uint8).numpy())
+        return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it has a buffer
     return memoryview(raw.tobytes())
 
 

@@ -283,10 +283,10 @@ def test_a_full_disk_is_the_users_to_mend_and_leaves_nothing(
 ) -> None:
     model = export("gpt2").model
 
-    def full(*_: object) -> None:
+    def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ir.LazyTensor, "tofile", full)
+    monkeypatch.setattr("peftfx.export.stream.os.write", full)
     with pytest.raises(PeftfxError, match="No space left") as raised, publish(tmp_path / "out") as directory:
         save(model, directory)
     assert "free some space" in raised.value.hint
