@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from peftfx.errors import PeftfxError
     from peftfx.export import export_onnx
     from peftfx.graph import Graph
+    from peftfx.methods.ia3 import IA3
     from peftfx.methods.lora import LoRA
     from peftfx.sites import Site, Sites
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AdaptedModel": "peftfx.adapted",
     "Graph": "peftfx.graph",
+    "IA3": "peftfx.methods.ia3",
     "LoRA": "peftfx.methods.lora",
     "PeftfxError": "peftfx.errors",
     "Site": "peftfx.sites",
@@ -34,6 +36,7 @@ _HOME = {
 }
 
 __all__ = [
+    "IA3",
     "AdaptedModel",
     "Graph",
     "LoRA",

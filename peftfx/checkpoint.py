@@ -203,11 +203,12 @@ def _config(base: nn.Module, adapter: Adapter, method: Method) -> dict[str, obje
     if target is not None or not method.target_modules:
         paths = sorted({p.site.path for p in adapter.placements})
         options |= {"target_modules": _suffixes(paths, base)}
-        options |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        options |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
     if any(p.site.transposed for p in adapter.placements) and "fan_in_fan_out" in options:
         options["fan_in_fan_out"] = True
     name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
     records = {"task_type": None, "base_model_name_or_path": name, **adapter.records}
+    options = {f: v for f, v in options.items() if v is not None}  # not each method of HF PEFT has each field
     return {**records, **options, "peft_type": method.peft_type, "inference_mode": True}
 
 

@@ -83,6 +83,11 @@ class Method(ABC):
         """The rule that gives each module path the method that it has: the inverse of `at`."""
         return self
 
+    @property
+    def neutral(self) -> bool:
+        """Whether a new adapter changes no output."""
+        return True
+
     @classmethod
     def options(cls) -> tuple[str, ...]:
         """The names of this method's fields."""
@@ -106,7 +111,7 @@ class WeightMethod(Method):
 
     @abstractmethod
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
-        """New parameters, by HF PEFT's names; with them `forward` is the identity on `y`, unless options say not."""
+        """New parameters, by HF PEFT's names; with them `forward` is the identity on `y` if it is `neutral`."""
 
     @abstractmethod
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:

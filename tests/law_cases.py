@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +62,7 @@ CHOICES: Mapping[str, Mapping[str, st.SearchStrategy[object]]] = {
         "rank_pattern": st.sampled_from(({}, {"words": 4, "head": 4, r"blocks\.0\.\w+": 4})),
         "alpha_pattern": st.sampled_from(({}, {"0": 5.0, "o|up|conv": 3.0})),
     },
-}
-
-#: When a method as configured does not start as the identity.
-STARTS_ELSEWHERE: Mapping[str, Callable[[typing.Any], bool]] = {
-    "LORA": lambda method: method.init_lora_weights is False,
+    "IA3": {"feedforward_modules": st.sampled_from((None, (), ".*", ("o", "0", "head")))},
 }
 
 

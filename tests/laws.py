@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from law_cases import STARTS_ELSEWHERE, Case
+from law_cases import Case
 from law_pool import captured
 from law_setup import LOOSE, adapt, assert_close, assert_untouched, bare, snapshot, stir
 from torch import Tensor
@@ -30,7 +30,7 @@ from peftfx.sites import Site, Sites
 @torch.no_grad()
 def identity(case: Case, method: Method) -> None:
     """An adapter that was just made changes no output, unless its method says so."""
-    if STARTS_ELSEWHERE.get(method.peft_type, lambda _: False)(method):
+    if not method.neutral:
         return
     adapted, inputs = adapt(case, method, stirred=False), case.inputs()
     with adapted.disable_adapter():
@@ -120,13 +120,15 @@ def remove(case: Case, method: Method) -> None:
 def remove_one(case: Case, method: WeightMethod) -> None:
     """Of two adapters inserted, removing one leaves what inserting the other alone gives."""
     method = dataclasses.replace(method, modules_to_save=None)
-    if not method.composes or getattr(method, "bias", "none") != "none":
+    if getattr(method, "bias", "none") != "none":
         return  # two adapters cannot both stand for one tensor of the base
     adapted = bare(case)
     inserts = {}
     for name in ("first", "second"):
         adapted.add_adapter(name, method, seed=case.seed)
         inserts[name] = Insert(name, adapted.adapter(name))
+    if not all(p.method.composes for p in adapted.adapter("first").placements):
+        return
     linked = adapted.graph(adapted=False).clone()
     linked.module.add_module(ADAPTERS, adapted.adapters)
     both = inserts["second"](inserts["first"](linked).graph).graph

@@ -26,6 +26,7 @@ from torch import Tensor
 from peftfx.errors import PeftfxError
 from peftfx.method import Base, Method, Op, Params, Rows, WeightMethod
 from peftfx.sites import Site
+from peftfx.vectors import adapter_dtype, along_channels, along_rows
 
 A, B, MAGNITUDE, B_BIAS = "lora_A", "lora_B", "lora_magnitude_vector", "lora_B_bias"
 A0, B0 = "lora_A0", "lora_B0"
@@ -86,6 +87,10 @@ class LoRA(WeightMethod):
         """DoRA's norm is of the whole adapted weight: it leaves no room for another adapter at its site."""
         return not self.use_dora
 
+    @property
+    def neutral(self) -> bool:
+        return self.init_lora_weights is not False
+
     def at(self, site: Site) -> LoRA:
         """With the rank and alpha that the patterns give this site."""
         r = int(_pattern(self.rank_pattern, site.path, self.r))
@@ -120,7 +125,7 @@ class LoRA(WeightMethod):
             raise PeftfxError("an embedding has no place for lora_bias", site.path, "leave embeddings out of this rule")
         out, inner = weight.shape[0], weight.shape[1] * site.groups
         kernel = tuple(weight.shape[2:])
-        new = functools.partial(torch.zeros, dtype=_precise(weight.dtype), device=weight.device)
+        new = functools.partial(torch.zeros, dtype=adapter_dtype(weight.dtype), device=weight.device)
         if site.kind == "embedding":
             p = {A: new(r, out), B: new(inner, r)}
         else:
@@ -177,8 +182,8 @@ class LoRA(WeightMethod):
         start = self._delta(site, op, x, p[A0], p[B0], None) if A0 in p else None
         if not self.use_dora:
             return (y + delta if start is None else y + (delta - start)).to(y.dtype)
-        gain = self._gain(site, base, p, y)
-        bare = y if base.bias is None else y - _rows(base.bias, y, site)
+        gain = self._gain(site, base, p)
+        bare = y if base.bias is None else y - along_channels(base.bias, site)
         if drops:
             bare = op(dropped, base.weight)
         moved = y
@@ -197,10 +202,10 @@ class LoRA(WeightMethod):
         conv = (F.conv1d, F.conv2d, F.conv3d)[b.ndim - 3]
         return conv(low, b, bias, groups=site.groups) * self.scaling
 
-    def _gain(self, site: Site, base: Base, p: Params, y: Tensor) -> Tensor:
+    def _gain(self, site: Site, base: Base, p: Params) -> Tensor:
         weight = self._updated(site, base.weight, p)
         gain = p[MAGNITUDE].flatten() / self._norm(site, weight).detach().flatten()
-        return gain if site.kind == "embedding" else _rows(gain, y, site)
+        return along_channels(gain, site)
 
     def _norm(self, site: Site, weight: Tensor) -> Tensor:
         """The norm of each output row, in the shape in which HF PEFT stores the magnitude."""
@@ -221,7 +226,7 @@ class LoRA(WeightMethod):
         weight, bias = self._updated(site, base.weight, p), base.bias
         if self.use_dora:
             gain = p[MAGNITUDE].flatten() / self._norm(site, weight).flatten()
-            weight = weight * (gain if site.kind == "embedding" else gain.view(-1, *(1,) * (weight.ndim - 1)))
+            weight = weight * (gain if site.kind == "embedding" else along_rows(gain, weight))
         if B_BIAS in p:
             added = self.scaling * p[B_BIAS] * (gain if self.use_dora else 1)
             bias = added if bias is None else bias + added
@@ -275,16 +280,6 @@ def _joined(p: Params) -> dict[str, Tensor]:
 def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
     """HF PEFT's lookup: the first key that the path ends with, a regular expression."""
     return next((v for key, v in patterns.items() if re.match(rf"^(.*\.)?({key})$", path)), default)
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    """HF PEFT keeps adapters of a half-precision base in fp32."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _rows(vector: Tensor, y: Tensor, site: Site) -> Tensor:
-    """A vector of output rows, shaped to broadcast against the site's output."""
-    return vector.view(-1, *(1,) * (len(site.shape) - 2)) if site.kind == "conv" else vector
 
 
 def _dense(weight: Tensor, groups: int) -> Tensor:

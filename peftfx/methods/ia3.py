@@ -1,0 +1,126 @@
+"""(IA)^3: learned vectors that scale what passes a layer (Liu et al. 2022, arXiv:2205.05638).
+
+With `x` the site's input and `y = op(x, W, b)` its output, `forward` is `y * l`, bias included; at a feed-forward
+module it is `op(x * l, W, b)`. The paper scales keys, values, and the hidden activations of the feed-forward, which is
+the default here, by roles; HF PEFT has a table of module names for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from peftfx.errors import PeftfxError
+from peftfx.method import Base, Method, Op, Params, Rows, WeightMethod
+from peftfx.sites import Site
+from peftfx.vectors import adapter_dtype, along_channels, along_columns, along_rows
+
+L = "ia3_l"
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(WeightMethod):
+    """Scales the output, or the input, of linear and conv layers by a learned vector.
+
+    Args:
+        feedforward_modules: the modules whose input is scaled, among those targeted: a regular expression that matches
+            the whole path, or a sequence of ends of paths, as in HF PEFT. By default those of role `mlp.down`.
+        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        init_ia3_weights: start at 1, the identity; otherwise at random.
+    """
+
+    feedforward_modules: str | Sequence[str] | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+
+    peft_type: ClassVar[str] = "IA3"
+    default_target: ClassVar[str] = "attention.key | attention.value | mlp.down"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+
+    __hash__ = WeightMethod.__hash__
+
+    @property
+    def feedforward(self) -> bool:
+        """Whether this method, as it is `at` a site, scales the input."""
+        return bool(self.feedforward_modules)
+
+    @property
+    def composes(self) -> bool:  # type: ignore[override]
+        """Where the input is scaled, the base's output is computed anew: what another adapter added would be lost."""
+        return not self.feedforward
+
+    @property
+    def neutral(self) -> bool:
+        return self.init_ia3_weights
+
+    def at(self, site: Site) -> IA3:
+        """With `feedforward_modules` that match every path or none."""
+        return dataclasses.replace(self, feedforward_modules=".*" if self._is_feedforward(site) else ())
+
+    def _is_feedforward(self, site: Site) -> bool:
+        if self.feedforward_modules is None:
+            return site.role == "mlp.down"
+        if isinstance(self.feedforward_modules, str):
+            return re.fullmatch(self.feedforward_modules, site.path) is not None
+        return any(site.path.endswith(name) for name in self.feedforward_modules)
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {L: L}
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        out, inner = base.weight.shape[0], base.weight.shape[1] * site.groups
+        if site.kind == "conv":
+            shape = (1, inner if self.feedforward else out, *(1,) * (base.weight.ndim - 2))
+        else:
+            shape = (1, inner) if self.feedforward else (out, 1)
+        scale = torch.ones(shape, dtype=adapter_dtype(base.weight.dtype), device=base.weight.device)
+        return {L: scale if self.init_ia3_weights else scale.normal_(generator=rng)}
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        scale = along_channels(p[L].flatten(), site)
+        if self.feedforward:
+            return op((x * scale).to(x.dtype), base.weight, base.bias).to(y.dtype)
+        return (y * scale).to(y.dtype)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        scale = p[L].flatten()
+        if self.feedforward:
+            return Base(base.weight * along_columns(scale, base.weight, site.groups), base.bias)
+        bias = None if base.bias is None else base.bias * scale
+        return Base(base.weight * along_rows(scale, base.weight), bias)
+
+    def gather(self, methods: Mapping[str, Method]) -> IA3:
+        """Which modules are feed-forward, as an expression: HF PEFT wants a list to repeat `target_modules`.
+
+        HF PEFT's IA3 has no `layers_to_transform`: the modules that it leaves are named.
+        """
+        if self.layers_to_transform is not None:
+            narrowed = dataclasses.replace(self, layers_to_transform=None, layers_pattern=None)
+            return dataclasses.replace(narrowed, target=None, target_modules=tuple(sorted(methods))).gather(methods)
+        if self.feedforward_modules is not None and self.target_modules is not None:
+            return self
+        inputs = {path for path, m in methods.items() if isinstance(m, IA3) and m.feedforward}
+        ends = {path.rpartition(".")[2] for path in inputs}
+        if ends & {path.rpartition(".")[2] for path in methods.keys() - inputs}:
+            found = "|".join(re.escape(path) for path in sorted(inputs))
+        else:
+            found = rf"(.*\.)?({'|'.join(re.escape(end) for end in sorted(ends))})"
+        return dataclasses.replace(self, feedforward_modules=found if inputs else ())
+
+    @torch.no_grad()
+    def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[IA3, dict[str, Tensor]]:
+        """One vector, 1 at the rows of no part."""
+        if self.feedforward:
+            what = "HF PEFT cannot scale the input of some rows of a weight alone"
+            raise PeftfxError(what, site.path, "target the whole module, or export the adapter merged")
+        scale = next(iter(parts.values()))[L].new_ones(base.weight.shape[0])
+        for rows, p in parts.items():
+            scale[torch.cat([torch.arange(a, b) for a, b in rows])] = p[L].flatten()
+        ones = (1,) * (base.weight.ndim - 2)
+        return self, {L: scale.view(1, -1, *ones) if site.kind == "conv" else scale.view(-1, 1)}
