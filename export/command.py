@@ -12,8 +12,11 @@ from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
 from peftfx.bases import load_base, read_base_config
 from peftfx.errors import PeftfxError
-from peftfx.export.deploy import Progress, Report, copy_assets, export_onnx
+from peftfx.export.deploy import Progress, copy_assets, export_onnx
 from peftfx.export.onnx import FAST, check_engine, check_opset
+from peftfx.export.report import Report
+from peftfx.export.weights import Written
+from peftfx.files import Snapshot
 from peftfx.peft_files import CONFIG, Weights, method_from_config, read_config
 from peftfx.rules import saved_modules
 from peftfx.sites import Sites
@@ -34,11 +37,15 @@ def export_directory(
     engine: str = FAST,
     force: bool = False,
     progress: Progress | None = None,
+    written: Written | None = None,
+    max_memory: int | None = None,
 ) -> Report:
     """Export a base model's directory, with a HF PEFT adapter's or without, to a directory that ONNX Runtime serves.
 
-    `dtype` (`fp32`, `fp16`) is that of the weights; by default the base's own, but fp32 for a bfloat16 base: ONNX
-    Runtime's CPU provider has no kernels for it.
+    `dtype` (`fp32`, `fp16`, `bf16`) is that of the weights, merged in fp32 and rounded once; by default the base's own,
+    but fp32 for a bfloat16 base: ONNX Runtime's CPU provider has no kernels for it.
+
+    The inputs are read where they are: one that changes meanwhile is an error.
 
     Raises:
         PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
@@ -48,6 +55,7 @@ def export_directory(
     check_opset(opset)
     check_engine(engine)
     say = progress or (lambda line: None)
+    inputs = Snapshot(base, *(() if adapter is None else (Path(adapter),)))
     kept = _served_dtype(base, dtype)
     say("load" if kept is None else f"load in {str(kept).removeprefix('torch.')}")
     adapted = load_directories(base, None if adapter is None else Path(adapter), task=task, dtype=kept)
@@ -58,9 +66,18 @@ def export_directory(
         write = getattr(getattr(adapted.base, "config", None), "to_json_file", None)
         if write is not None:  # not the base's own: a head that came with the adapter has labels of its own
             write(directory / "config.json")
+        inputs.check()
 
     return export_onnx(
-        *(adapted, output), merge=merge, opset=opset, engine=engine, force=force, assets=assets, progress=progress
+        *(adapted, output),
+        merge=merge,
+        opset=opset,
+        engine=engine,
+        force=force,
+        assets=assets,
+        progress=progress,
+        written=written,
+        max_memory=max_memory,
     )
 
 
@@ -70,8 +87,6 @@ def _served_dtype(base: Path, wanted: str | None) -> torch.dtype | None:
         config = read_base_config(base)
         own = config.get("dtype", config.get("torch_dtype"))
         return torch.float32 if own == "bfloat16" else None
-    if wanted == "bf16":
-        raise PeftfxError("ONNX Runtime's CPU provider has no bfloat16 kernels", "dtype", "use fp32 or fp16")
     if wanted not in DTYPES:
         raise PeftfxError(f"unknown dtype {wanted!r}", "dtype", f"one of {', '.join(DTYPES)}")
     return DTYPES[wanted]

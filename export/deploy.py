@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -20,54 +17,22 @@ from peftfx.capturing import evaluating
 from peftfx.derived import foldings
 from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
-from peftfx.export.onnx import ENGINE, FAST, to_onnx
+from peftfx.export.memory import refuse_memory
+from peftfx.export.onnx import FAST, to_onnx
 from peftfx.export.probes import probes
-from peftfx.export.verify import Comparison, reference_of, verify
-from peftfx.export.weights import save
+from peftfx.export.report import REPORT, Report
+from peftfx.export.verify import reference_of, verify
+from peftfx.export.weights import Written, save
 from peftfx.graph import Graph
 from peftfx.passes import Merge, PassManager
 from peftfx.views import name_axes
 
-REPORT = "peftfx_report.json"
 FREE = frozenset({"batch", "sequence", "decoder_sequence"})  #: axes that have to be free where nobody gave a size
 Progress = Callable[[str], object]
-
-
-@dataclass
-class Report:
-    """What an export did, as it is written to `peftfx_report.json` in its directory.
-
-    Attributes:
-        model: the class of the base model.
-        adapters: what was exported with it: name, method, and the number of its parameters.
-        merged: the module paths whose weights the adapters were merged into; empty where they were left apart.
-        inputs, outputs: of the ONNX model, with their shapes.
-        opset: version of the ONNX operators.
-        engine: the road to ONNX that was taken; where it is not the one asked for, why.
-        nodes: in the ONNX graph.
-        bytes: size of each file.
-        seconds: wall time of each stage.
-        comparisons: the verification, output by output at each shape.
-        versions: of the libraries that made it.
-    """
-
-    model: str
-    adapters: list[dict[str, object]] = field(default_factory=list)
-    merged: list[str] = field(default_factory=list)
-    inputs: dict[str, list[int | str]] = field(default_factory=dict)
-    outputs: list[str] = field(default_factory=list)
-    opset: int = 0
-    engine: str = FAST
-    nodes: int = 0
-    bytes: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    comparisons: list[dict[str, object]] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def max_abs(self) -> float:
-        """The largest difference between ONNX Runtime and torch that verification saw."""
-        return max((float(str(c["max_abs"])) for c in self.comparisons), default=0.0)
+_BFLOAT16 = (
+    "bfloat16: ONNX Runtime's CPU provider has no kernels for it; serve this model on another (CUDA). "
+    "It is verified here in float32, over the same weights"
+)
 
 
 def export_onnx(
@@ -83,6 +48,8 @@ def export_onnx(
     rtol: float | None = None,
     assets: Callable[[Path], object] | None = None,
     progress: Progress | None = None,
+    written: Written | None = None,
+    max_memory: int | None = None,
 ) -> Report:
     """Write `directory/model.onnx` (and `model.onnx.data`) for the model's forward in eval mode.
 
@@ -102,6 +69,8 @@ def export_onnx(
             for a base in half precision, whose own rounding is of that size.
         assets: called with the new directory, to put files beside the model.
         progress: called with a line when a stage begins.
+        written: called with the bytes of weights written so far, and those there will be.
+        max_memory: bytes that may be allocated beyond the model itself; refused where fewer than `memory_needed`.
 
     Raises:
         PeftfxError: the model cannot be captured or translated, or the directory cannot be written.
@@ -109,8 +78,12 @@ def export_onnx(
     """
     adapted = model if isinstance(model, AdaptedModel) else bare(model, inputs)
     example = adapted.example if inputs is None else inputs
-    report = Report(type(adapted.base).__name__, _adapters(adapted), versions=_versions())
-    stages = _Stages(report.seconds, progress or (lambda line: None))
+    refuse_memory(adapted, max_memory)
+    report = Report.of(adapted)
+    say = progress or (lambda line: None)
+    if any(p.dtype == torch.bfloat16 for p in adapted.base.parameters()):
+        say(_BFLOAT16)
+    stages = _Stages(report.seconds, say)
     with publish(Path(directory), force) as temporary, evaluating(adapted.base), _in_eval(adapted):
         with stages("capture"):
             graph = exported = adapted.graph(example)
@@ -123,16 +96,16 @@ def export_onnx(
         with stages("convert"):
             program = to_onnx(exported, opset=opset, engine=engine)
         with stages("write"):
-            save(program, temporary)
+            save(program, temporary, written=written)
         with stages("verify"):
             cases = probes(adapted, graph, example)
             usual = _tolerance(adapted.base)
             tolerances = (usual if atol is None else atol, usual if rtol is None else rtol)
             found = verify(temporary, reference_of(graph), cases, atol=tolerances[0], rtol=tolerances[1], graph=graph)
-        _describe(report, exported, program, found, temporary)
+        report.describe(exported, program, found, temporary)
         if assets is not None:
             assets(temporary)
-        _write_report(report, temporary)
+        report.write(temporary)
     return report
 
 
@@ -174,54 +147,6 @@ def _in_eval(adapted: AdaptedModel) -> Iterator[None]:
             yield
     finally:
         adapted.training = before
-
-
-def _adapters(adapted: AdaptedModel) -> list[dict[str, object]]:
-    return [
-        {
-            "name": name,
-            "methods": [type(rule).__name__ for rule in adapted.adapter(name).rules],
-            "parameters": sum(p.numel() for p in adapted.adapter(name).parameters()),
-        }
-        for name in adapted.active
-    ]
-
-
-def _versions() -> dict[str, str]:
-    import onnxruntime
-    import transformers
-
-    from peftfx.version import __version__
-
-    return {
-        "peftfx": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
-
-
-def _describe(report: Report, graph: Graph, program: ir.Model, found: list[Comparison], directory: Path) -> None:
-    report.inputs = {spec.name: list(spec.shape) for spec in graph.inputs}
-    report.outputs = [str(value.name) for value in program.graph.outputs]
-    report.opset = program.opset_imports[""]
-    report.engine = program.metadata_props[ENGINE]
-    report.nodes = sum(1 for _ in program.graph)
-    report.bytes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
-    report.comparisons = [
-        {
-            "output": c.output,
-            "shapes": {name: list(shape) for name, shape in c.shapes.items()},
-            "max_abs": c.max_abs,
-            "max_rel": c.max_rel,
-        }
-        for c in found
-    ]
-
-
-def _write_report(report: Report, directory: Path) -> None:
-    text = json.dumps(asdict(report), indent=2) + "\n"
-    (directory / REPORT).write_text(text, encoding="utf-8")
 
 
 def copy_assets(source: Path, target: Path) -> None:

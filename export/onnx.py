@@ -151,7 +151,7 @@ def _reader(graph: Graph, weights: Weights) -> Weights:
 
 def _name_interface(model: ir.Model, graph: Graph, translation: Translation) -> None:
     """Put the graph's names on inputs, outputs and sizes; an output of its own for each name."""
-    for value in _values(model.graph):
+    for value in every_value(model.graph):
         if value.shape is not None:
             value.shape = ir.Shape([d if isinstance(d, int) else translation.size(str(d.value)) for d in value.shape])
     for value, spec in zip(model.graph.inputs, graph.inputs, strict=True):
@@ -168,7 +168,8 @@ def _name_interface(model: ir.Model, graph: Graph, translation: Translation) -> 
         value.name = name
 
 
-def _values(graph: ir.Graph) -> Iterable[ir.Value]:
+def every_value(graph: ir.Graph) -> Iterable[ir.Value]:
+    """The inputs of a graph and what its nodes compute, inner graphs' too."""
     yield from graph.inputs
     for node in ir.traversal.RecursiveGraphIterator(graph):
         yield from node.outputs

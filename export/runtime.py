@@ -33,8 +33,9 @@ class OnnxModel:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
         options.log_severity_level = 3  # errors only: warnings of its graph optimiser tell a user nothing
+        kept = {"disabled_optimizers": ["ConstantFolding"]} if mapped else {}  # it would keep what a weight is cast to
         try:
-            self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"], **kept)
         except Exception as error:
             hint = (
                 "a type without a CPU kernel (bfloat16?) needs a model in float32" if "NOT_IMPL" in str(error) else ""

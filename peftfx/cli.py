@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -45,11 +44,15 @@ def export(
     ] = None,
     opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32 or fp16; by default the base's own, but fp32 for a bfloat16 base.")
+        str | None, typer.Option(help="fp32, fp16 or bf16; by default the base's own, but fp32 for a bfloat16 base.")
     ] = None,
     engine: Annotated[
         str, typer.Option(help="fast translates each distinct operation once; torch is torch.onnx's own road.")
     ] = "fast",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Refuse to start if the export needs more, as 4GB; mapped files are free."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
 ) -> None:
     """Export a model, with or without an adapter, to ONNX, and check it in ONNX Runtime.
@@ -58,8 +61,11 @@ def export(
     peftfx_report.json. Exit codes: 0 done; 1 ONNX Runtime and torch disagree, nothing is left; 2 bad input.
     """
     from peftfx.export.command import export_directory
+    from peftfx.export.memory import parse_size
+    from peftfx.progress import Progress
 
-    with _progress() as stage:
+    limit = None if max_memory is None else parse_size(max_memory)
+    with _quiet(), Progress() as progress:
         report = export_directory(
             *(base, output),
             adapter=adapter,
@@ -69,7 +75,9 @@ def export(
             dtype=dtype,
             engine=engine,
             force=force,
-            progress=stage,
+            progress=progress.stage,
+            written=progress.written,
+            max_memory=limit,
         )
     _print_report(report, output)
 
@@ -109,25 +117,6 @@ def demo(
     run_demo(output, force=force)
 
 
-class _progress:
-    """One line a stage on stderr, each with the time the stage before it took."""
-
-    def __enter__(self) -> Callable[[str], None]:
-        import time
-
-        self._quiet = _quiet()
-        self._quiet.__enter__()
-        start = time.perf_counter()
-
-        def stage(name: str) -> None:
-            print(f"[{time.perf_counter() - start:6.1f} s] {name}", file=sys.stderr, flush=True)
-
-        return stage
-
-    def __exit__(self, *details: object) -> None:
-        self._quiet.__exit__(*details)
-
-
 class _quiet:
     """Other libraries' warnings and bars do not belong in this program's output."""
 
@@ -149,7 +138,7 @@ def _print_report(report: object, output: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from peftfx.export.deploy import Report
+    from peftfx.export.report import Report
 
     assert isinstance(report, Report)
     table = Table(title=f"{report.model} -> {output}", show_header=False, title_justify="left")
@@ -163,7 +152,8 @@ def _print_report(report: object, output: Path) -> None:
     table.add_row("files", ", ".join(f"{n} {b:,} B" for n, b in report.bytes.items()))
     table.add_row("ONNX", f"opset {report.opset}, {report.nodes:,} nodes, engine {report.engine}")
     shapes = len({str(c["shapes"]) for c in report.comparisons})
-    table.add_row("ONNX Runtime = torch", f"to {report.max_abs:.1e} at {shapes} unseen shapes")
+    agree = f"to {report.max_abs:.1e} at {shapes} unseen shapes"
+    table.add_row("ONNX Runtime = torch", agree + (f" ({report.verified})" if "twin" in report.verified else ""))
     table.add_row("seconds", ", ".join(f"{n} {s:.1f}" for n, s in report.seconds.items()))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
@@ -171,6 +161,7 @@ def _print_report(report: object, output: Path) -> None:
 def main() -> None:
     """Run the command line; a PeftfxError is a message on stderr and exit code 2, or 1 for a failed verification."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages for large tensors, read when it is imported
     try:
         app()
     except PeftfxError as error:

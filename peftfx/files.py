@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written is left: beside the target first, then moved into place."""
+"""Files: written so that nothing half-written is left, and read so that a change underneath is noticed."""
 
 from __future__ import annotations
 
@@ -37,3 +37,25 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class Snapshot:
+    """What the files of some directories were like, to tell later whether any changed."""
+
+    def __init__(self, *directories: Path) -> None:
+        self._directories = directories
+        self._seen = self._look()
+
+    def _look(self) -> dict[Path, tuple[int, int, int]]:
+        found = {}
+        for path in sorted(p for d in self._directories if d.is_dir() for p in d.iterdir() if p.is_file()):
+            status = path.stat()
+            found[path] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        return found
+
+    def check(self) -> None:
+        """Raise if one of them changed or went away since."""
+        now = self._look()
+        changed = [str(path) for path, status in self._seen.items() if now.get(path) != status]
+        if changed:
+            raise PeftfxError("it changed while it was read", ", ".join(changed[:3]), "run the export again")

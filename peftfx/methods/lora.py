@@ -217,6 +217,8 @@ class LoRA(WeightMethod):
 
     def _updated(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         """`W + s (B A - B0 A0)`; dense where the site is a conv of several groups."""
+        if site.kind == "linear" and A0 not in p and weight.dtype == p[A].dtype:
+            return torch.addmm(weight, p[B], p[A], alpha=self.scaling)  # in one pass over the weight
         product = _product(site, p[A], p[B])
         if A0 in p:
             product = product - _product(site, p[A0], p[B0])

@@ -1,0 +1,61 @@
+"""runnable: a model that ONNX Runtime's CPU provider can run, over the weights of one that it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+
+from peftfx.export.onnx import every_value
+
+_NAME = ".float32-twin.onnx"
+_TYPED = ("to", "dtype")  #: attributes that name a type
+
+
+@contextmanager
+def runnable(path: Path) -> Iterator[tuple[Path, bool]]:
+    """The model itself, or its float32 twin if it computes in bfloat16, and whether it is the twin.
+
+    The CPU provider has no bfloat16 kernels for most operators. The twin reads the same data file, casts each weight
+    where it is used, and computes in float32: what it shows is that graph and weights are right. It goes away after.
+    """
+    model = ir.load(path)
+    if not in_bfloat16(model):
+        yield path, False
+        return
+    _widen(model)
+    twin = path.with_name(_NAME)
+    try:
+        ir.save(model, twin)
+        yield twin, True
+    finally:
+        twin.unlink(missing_ok=True)
+
+
+def in_bfloat16(model: ir.Model) -> bool:
+    """Whether the model computes in bfloat16."""
+    values = (*model.graph.initializers.values(), *every_value(model.graph))
+    return any(value.dtype == ir.DataType.BFLOAT16 for value in values)
+
+
+def _widen(model: ir.Model) -> None:
+    """Everything that was bfloat16 is float32, but for the initializers: they are cast."""
+    for value in every_value(model.graph):
+        if value.dtype == ir.DataType.BFLOAT16:
+            value.dtype = ir.DataType.FLOAT
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for attribute in list(node.attributes.values()):
+            if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == ir.DataType.BFLOAT16:
+                wide = ir.tensor(attribute.value.numpy().astype("float32"), name=attribute.value.name)
+                node.attributes[attribute.name] = ir.AttrTensor(attribute.name, wide)
+            elif attribute.name in _TYPED and attribute.value == ir.DataType.BFLOAT16:
+                node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(ir.DataType.FLOAT))
+    for value in list(model.graph.initializers.values()):
+        if value.dtype == ir.DataType.BFLOAT16:
+            cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+            value.replace_all_uses_with(cast.outputs[0])
+            cast.replace_input_with(0, value)
+            model.graph.insert_before(model.graph[0], cast)
