@@ -31,8 +31,10 @@ from peftfx.passes.base import (
     fake_like,
     results,
 )
+from peftfx.passes.fill import TARGET, first_operation, trace_virtual
 from peftfx.passes.site_op import bind, operands
 from peftfx.sites import Call, Site
+from peftfx.soft import SequenceMethod
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -108,6 +110,8 @@ class _Splicer:
 
     def insert(self, placement: Placement) -> int:
         """Splice a placement in at each call of its site in this view; returns how many there were."""
+        if isinstance(placement.method, SequenceMethod):
+            return self._fill(placement, placement.method)
         site = self.sites.get(placement.site.path)  # a view may not run it: `inputs_embeds` passes an embedding by
         if site is None:
             return 0
@@ -120,6 +124,27 @@ class _Splicer:
         for call in site.calls:
             self._insert_at(placement, call)
         return len(site.calls)
+
+    def _fill(self, placement: Placement, method: SequenceMethod) -> int:
+        """Put a soft prompt into the hole of the entry that this view was captured through."""
+        hole = self.attributes[TARGET]
+        params = self.adapter.params(placement)
+        prefix = f"{ADAPTERS}.{self.name}.{placement.key}"
+        fake = [fake_like(hole.meta["val"], t) for t in params.values()]
+        traced = trace_virtual(method, hole.meta["val"], list(params), fake, training=self.graph.training)
+        arguments: list[fx.Node | None] = [
+            self._attribute(f"{prefix}.{n}", v) for n, v in zip(params, fake, strict=True)
+        ]
+        region = Region(self.name, placement, hole.name, tuple((n, f"{prefix}.{n}") for n in params))
+        users = list(hole.users)
+        with self.fx.inserting_before(first_operation(self.fx)):
+            anchor = self.fx.create_node("call_function", _anchor)
+        result = self._splice(traced, arguments, anchor, hole, region)
+        for user in users:
+            user.replace_input_with(hole, result)
+        result.meta[REPLACES] = hole.name
+        self.latest[hole.name] = result
+        return 1
 
     def _insert_at(self, placement: Placement, call: Call) -> None:
         op = self.nodes[call.op]
@@ -134,7 +159,9 @@ class _Splicer:
         arguments += [self._attribute(f"{prefix}.{n}", v) for n, v in zip(params, fake, strict=True)]
         region = Region(self.name, placement, call.y, tuple((n, f"{prefix}.{n}") for n in params))
         users = list(y.users)
-        result = self._splice(traced, arguments, y, region)
+        with self.fx.inserting_after(y):
+            anchor = self.fx.create_node("call_function", _anchor)
+        result = self._splice(traced, arguments, anchor, y, region)
         for user in users:
             user.replace_input_with(y, result)
         result.meta[REPLACES] = y.name
@@ -149,11 +176,12 @@ class _Splicer:
             self.traces[key] = trace(placement, op, names, values, training=self.graph.training)
         return self.traces[key]
 
-    def _splice(self, traced: fx.GraphModule, arguments: list[fx.Node | None], y: fx.Node, region: Region) -> fx.Node:
+    def _splice(
+        self, traced: fx.GraphModule, arguments: list[fx.Node | None], anchor: fx.Node, y: fx.Node, region: Region
+    ) -> fx.Node:
+        """Copy a trace to where the anchor is, which goes; its result stands for `y`."""
         mapped = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), arguments, strict=True))
         stack = y.meta.get("nn_module_stack")
-        with self.fx.inserting_after(y):
-            anchor = self.fx.create_node("call_function", _anchor)
         for node in traced.graph.nodes:
             if node.op == "placeholder":
                 continue

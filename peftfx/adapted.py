@@ -14,12 +14,14 @@ from torch.utils import _pytree as pytree
 
 from peftfx.adapter import Adapter, check_name
 from peftfx.capturing import capture, evaluating, fake_mode_of
+from peftfx.entry import Entry
 from peftfx.errors import PeftfxError, nearest
 from peftfx.graph import ADAPTERS, BASE, Graph, path_name
 from peftfx.merging import MergeReport, merge_into
 from peftfx.passes import Insert, Merge, PassManager
 from peftfx.rules import place
 from peftfx.sites import Sites
+from peftfx.soft import SequenceMethod
 
 Rules = object
 """What `transform` takes as rules: a Method, a `peft` config object, or a sequence of them."""
@@ -126,6 +128,10 @@ class AdaptedModel(nn.Module):
     def _refuse_rivals(self, names: Sequence[str]) -> None:
         """Effects of adapters add up, but two copies of one of the base's tensors cannot both be in its place."""
         owners: dict[str, str] = {}
+        soft = [name for name in names if self._entries((name,))]
+        if len(soft) > 1:
+            what = f"the soft prompts of {soft[0]!r} and {soft[1]!r} cannot both be ahead of the text"
+            raise PeftfxError(what, soft[1], "make one of them active at a time")
         for name in names:
             for override in self.adapter(name).overrides:
                 if override.key in owners:
@@ -160,6 +166,9 @@ class AdaptedModel(nn.Module):
         Weights shared with a module that is not adapted (a tied head, say) are untied first. `remove()` then gives the
         merged module. Nothing is changed if an active adapter cannot be merged.
         """
+        if self.entry() is not None:
+            hint = "export it: there it becomes a constant of the graph; or make adapters of weights alone active"
+            raise PeftfxError("a soft prompt has no place in the base's weights", ", ".join(self.active), hint)
         with evaluating(self.base):
             merged = Merge()(self.graph()).graph
         report = merge_into(self.base, merged, [self.adapter(name) for name in self.active])
@@ -230,7 +239,7 @@ class AdaptedModel(nn.Module):
             adapted: with the active adapters; otherwise the base's own graph.
         """
         inputs = self.example if inputs is None else _named(self.base, (), inputs)
-        captured = self._capture(inputs)
+        captured = self.capture(inputs, self.entry() if adapted else None)
         if not adapted or not self.active:
             return captured
         key = (id(captured), self.active)
@@ -245,27 +254,36 @@ class AdaptedModel(nn.Module):
                 raise
         return self._derived[key]
 
+    def entry(self) -> Entry | None:
+        """The way into the base that an active soft prompt takes; None is the base's own forward."""
+        return next(iter(self._entries(self.active)), None)
+
+    def _entries(self, names: Sequence[str]) -> list[Entry]:
+        placements = (p for name in names for p in self.adapter(name).placements)
+        return [p.method.entry(self.base, p.site) for p in placements if isinstance(p.method, SequenceMethod)]
+
     def keep(self, graph: Graph, inputs: Mapping[str, object]) -> None:
         """Keep a graph that was captured from the base, as it is now, with these inputs."""
-        self._known(inputs).append(graph)
+        self._known(inputs, None).append(graph)
 
-    def _known(self, inputs: Mapping[str, object]) -> list[Graph]:
+    def _known(self, inputs: Mapping[str, object], entry: Entry | None) -> list[Graph]:
         """The graphs captured for calls like this one; they differ in the sizes of axes that the model fixes."""
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
         kinds = [
             (path_name(p), v.dtype, v.ndim) if isinstance(v, Tensor) else (path_name(p), repr(v)) for p, v in leaves
         ]
         modes = tuple(module.training for module in self.base.modules())
-        return self._captured.setdefault((tuple(kinds), modes), [])
+        return self._captured.setdefault((tuple(kinds), modes, entry), [])
 
-    def _capture(self, inputs: Mapping[str, object]) -> Graph:
+    def capture(self, inputs: Mapping[str, object], entry: Entry | None = None) -> Graph:
+        """The base's graph for such a call, by its own forward or by another way into it; an entry's hole is empty."""
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
         tensors = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
-        known = self._known(inputs)
+        known = self._known(inputs, entry)
         for graph in known:
             if all(s.accepts(tensors[s.name]) for s in graph.inputs):
                 return graph
-        known.append(capture(self.base, inputs))
+        known.append(capture(self.base, inputs, entry=entry))
         return known[-1]
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]

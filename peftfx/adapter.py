@@ -12,19 +12,22 @@ from peftfx.derived import Block, part_site
 from peftfx.errors import PeftfxError
 from peftfx.method import Base, Method, WeightMethod
 from peftfx.sites import Part, Site
+from peftfx.soft import SEQUENCE, SequenceMethod, embedding_path
 
 
 @dataclass(frozen=True)
 class Placement:
     """A method at a site, or at one part of a fused site."""
 
-    method: WeightMethod
+    method: WeightMethod | SequenceMethod
     site: Site
     part: Part | None = None
 
     @property
     def key(self) -> str:
         """Where its parameters are in the adapter: the site's path, and the part's role in short."""
+        if self.site.kind == SEQUENCE:
+            return SEQUENCE
         return self.site.path if self.part is None else f"{self.site.path}.{self.part.role.rpartition('.')[2]}"
 
     @property
@@ -38,6 +41,12 @@ class Placement:
     def view(self) -> Site:
         """The site as the method sees it."""
         return self.site if self.part is None else part_site(self.site, self.part, self.block)  # type: ignore[arg-type]
+
+    def init(self, base: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+        """New parameters for this place in the base module."""
+        if isinstance(self.method, SequenceMethod):
+            return self.method.init(self.site, base.get_submodule(embedding_path(self.site)), rng)
+        return self.method.init(self.view, self.base(*site_tensors(base, self.site)), rng)
 
     def base(self, weight: Tensor, bias: Tensor | None) -> Base:
         """The site's tensors as the method sees them: [out, in], and the part's rows alone."""
@@ -87,11 +96,14 @@ class Adapter(nn.Module):
     def create(self, base: nn.Module, rng: torch.Generator | None) -> None:
         """Make every parameter, at its method's initial values; overrides start as copies of the base's tensors."""
         for placement in self.placements:
-            weight, bias = site_tensors(base, placement.site)
             with torch.no_grad():
-                params = placement.method.init(placement.view, placement.base(weight, bias), rng)
+                params = placement.init(base, rng)
             for name, value in params.items():
                 self.put(f"{placement.key}.{name}", value, trained=name not in placement.method.frozen())
+        self.copy_overridden(base)
+
+    def copy_overridden(self, base: nn.Module) -> None:
+        """Start the overrides as copies of the base's tensors."""
         for override in self.overrides:
             owner, leaf = owner_of(base.get_submodule(override.module), override.name)
             tensor = getattr(owner, leaf)

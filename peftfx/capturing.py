@@ -17,6 +17,7 @@ from torch._guards import detect_fake_mode
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from peftfx.entry import HOLE, Entry
 from peftfx.errors import PeftfxError
 from peftfx.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.inputs import example_inputs
@@ -27,7 +28,13 @@ from peftfx.views import name_axes, without_cache
 Axes = Mapping[str, tuple[str | None, ...]]
 
 
-def capture(model: nn.Module, inputs: Mapping[str, object] | None = None, *, axes: Axes | None = None) -> Graph:
+def capture(
+    model: nn.Module,
+    inputs: Mapping[str, object] | None = None,
+    *,
+    axes: Axes | None = None,
+    entry: Entry | None = None,
+) -> Graph:
     """Capture `model` in its current mode (train or eval), as called with `inputs`.
 
     Args:
@@ -38,16 +45,20 @@ def capture(model: nn.Module, inputs: Mapping[str, object] | None = None, *, axe
         axes: a name for each axis of each tensor; by default `peftfx.views.name_axes`. Axes of one name have one
             size. A named axis is left free, also where its size is 1, unless the model's own code fixes it; one named
             `None` keeps its size, and the axes of a tensor that is not mentioned are all free.
+        entry: another way into the model than its own forward; see `peftfx.entry`.
 
     Raises:
         PeftfxError: the model's code cannot be captured (it branches on values, or returns no tensors).
     """
-    leaves, in_spec = pytree.tree_flatten_with_path(dict(example_inputs(model) if inputs is None else inputs))
+    inputs = example_inputs(model) if inputs is None else inputs
+    if entry is not None:
+        entry.check(inputs)
+    leaves, in_spec = pytree.tree_flatten_with_path(dict(inputs))
     tensors = {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
     axes = name_axes(tensors) if axes is None else axes
     _refuse_checkpointing(model)
-    wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves]).train(model.training)
     with isolated(model), faked(model), fake_mode_of(model), without_cache(model):
+        wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves], entry).train(model.training)
         examples = {name: _fresh(model, t, axes.get(name)) for name, t in tensors.items()}
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
         try:
@@ -55,18 +66,22 @@ def capture(model: nn.Module, inputs: Mapping[str, object] | None = None, *, axe
                 wrapper, tuple(examples.values()), dynamic_shapes={"flat": free}, strict=False
             )
             module = program.module(check_guards=False)
+        except PeftfxError:
+            raise
         except Exception as error:
-            raise _explain(model, error) from error
+            raise _explain(model, error, entry) from error
     return _as_graph(model, module, program.call_spec.out_spec, examples, axes)
 
 
 class _Flat(nn.Module):
     """`base` behind a flat positional signature; arguments that are not tensors are bound."""
 
-    def __init__(self, base: nn.Module, spec: pytree.TreeSpec, leaves: list[object]) -> None:
+    def __init__(self, base: nn.Module, spec: pytree.TreeSpec, leaves: list[object], entry: Entry | None) -> None:
         super().__init__()
         self._modules[BASE] = base
-        self.spec, self.leaves = spec, leaves
+        self.spec, self.leaves, self.entry = spec, leaves, entry
+        if entry is not None:
+            self.register_buffer(HOLE, entry.hole(base))
 
     def train(self, mode: bool = True) -> _Flat:
         """Set this module's own flag alone: the modes inside `base` are the caller's."""
@@ -76,7 +91,8 @@ class _Flat(nn.Module):
     def forward(self, *flat: torch.Tensor) -> object:
         tensors = iter(flat)
         leaves = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
-        return self.get_submodule(BASE)(**pytree.tree_unflatten(leaves, self.spec))
+        base, arguments = self.get_submodule(BASE), pytree.tree_unflatten(leaves, self.spec)
+        return base(**arguments) if self.entry is None else self.entry(base, self.get_buffer(HOLE), arguments)
 
 
 @contextlib.contextmanager
@@ -166,12 +182,13 @@ def _refuse_checkpointing(model: nn.Module) -> None:
         )
 
 
-def _explain(model: nn.Module, error: Exception) -> PeftfxError:
+def _explain(model: nn.Module, error: Exception, entry: Entry | None) -> PeftfxError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     hint = "see `__cause__` for torch.export's own report"
     if "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         hint = "its forward branches on the values of a tensor; pass arguments or a config that avoid the branch"
-    return PeftfxError(f"cannot capture this model: {first}", type(model).__name__, hint)
+    what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
+    return PeftfxError(f"{what}: {first}", type(model).__name__, hint)
 
 
 #: What torch.export adds to hold a program to the example's types and sizes. Autocast crashes on the first, and the

@@ -1,6 +1,6 @@
 """Method: what a rule does at a site. A method is plain torch; it knows no model architecture and edits no graph.
 
-A weight method acts at linear, conv and embedding sites and says the same thing twice, once on activations and once on
+There is a protocol for each kind of site. Methods of the token stream are in `peftfx/soft.py`. A weight method acts at linear, conv and embedding sites and says the same thing twice, once on activations and once on
 weights. The compiler traces `forward` and splices it into the graph; `merge` replaces it by `fold`. With dropout off,
 
     forward(site, op, x, op(x, *base), base, p, training=False) == op(x, *fold(site, base, p))
@@ -64,6 +64,10 @@ class Method(ABC):
     peft_type: ClassVar[str]
     default_target: ClassVar[str]
     kinds: ClassVar[frozenset[str]]
+    prefix: ClassVar[str] = "base_model.model."
+    """What HF PEFT puts before a module's path in the keys of this method's files."""
+    composes: ClassVar[bool] = True
+    """Whether other adapters may act at the same site."""
 
     def __post_init__(self) -> None:
         """Sequences become tuples, so that a method can be hashed and compared."""
@@ -88,6 +92,10 @@ class Method(ABC):
         """Whether a new adapter changes no output."""
         return True
 
+    def frozen(self) -> frozenset[str]:
+        """Names of parameters that are constants: kept beside the adapter, not trained, not saved."""
+        return frozenset()
+
     @classmethod
     def options(cls) -> tuple[str, ...]:
         """The names of this method's fields."""
@@ -106,8 +114,6 @@ class WeightMethod(Method):
     """A method that acts where a weight does: see the fold law at the top of this file."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
-    composes: bool = True
-    """Whether other adapters may act at the same site."""
 
     @abstractmethod
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
@@ -120,10 +126,6 @@ class WeightMethod(Method):
     @abstractmethod
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         """The adapted weight and bias. Called with fp32 tensors; the caller rounds once."""
-
-    def frozen(self) -> frozenset[str]:
-        """Names of parameters that are constants: kept beside the adapter, not trained, not saved."""
-        return frozenset()
 
     @abstractmethod
     def keys(self, site: Site) -> dict[str, str]:

@@ -11,6 +11,7 @@ from peftfx.errors import PeftfxError, nearest
 from peftfx.method import Method, WeightMethod
 from peftfx.peft_files import method_from_config
 from peftfx.sites import Part, Site, Sites
+from peftfx.soft import SequenceMethod, sequence_site
 from peftfx.target import select
 
 SAVED = "saved"  #: the folder of an adapter in which it keeps copies of the base's own tensors
@@ -25,7 +26,10 @@ def place(
     overrides: dict[str, Override] = {}
     for method in methods:
         saved = saved_modules(base, method)
-        own = [p for p in placements_of(method, sites) if not within(p.site.path, saved)]
+        if isinstance(method, SequenceMethod):
+            own = [ahead(method, base, sites)]
+        else:
+            own = [p for p in placements_of(method, sites) if not within(p.site.path, saved)]
         if not own:
             hint = "leave them out of modules_to_save, or target others"
             raise PeftfxError("every targeted module is in modules_to_save", ", ".join(saved), hint)
@@ -74,6 +78,12 @@ def placements_of(method: Method, sites: Sites) -> list[Placement]:
         parts: list[Part | None] = [p for p in match.site.parts if p.role in match.parts]
         placements += [Placement(method.at(match.site), match.site, part) for part in parts or [None]]
     return placements
+
+
+def ahead(method: SequenceMethod, base: nn.Module, sites: Sites) -> Placement:
+    """The one place that a sequence method has: ahead of the text."""
+    site = sequence_site(base, sites)
+    return Placement(method.sized(base, site), site)
 
 
 def saved_modules(base: nn.Module, method: Method) -> tuple[str, ...]:

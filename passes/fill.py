@@ -1,0 +1,38 @@
+"""fill: a sequence method's virtual tokens, traced as a graph of its parameters: what Insert puts into an entry's hole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from peftfx.entry import HOLE
+from peftfx.errors import PeftfxError
+from peftfx.graph import CONSTANTS
+from peftfx.soft import SequenceMethod
+
+TARGET = f"{CONSTANTS}.{HOLE}"  #: the `get_attr` target of the hole
+
+
+def trace_virtual(
+    method: SequenceMethod, hole: Tensor, names: Sequence[str], params: Sequence[Tensor], *, training: bool
+) -> fx.GraphModule:
+    """What fills the hole, as a graph of the parameters; it has the hole's shape and dtype."""
+
+    def fill(*values: Tensor) -> Tensor:
+        return method.virtual(dict(zip(names, values, strict=True)), training).to(hole.dtype)
+
+    traced = make_fx(fill, tracing_mode="symbolic", pre_dispatch=True)(*params)
+    traced.graph.eliminate_dead_code()
+    (output,) = traced.graph.find_nodes(op="output")
+    value = output.args[0].meta["val"]
+    if tuple(value.shape) != tuple(hole.shape):
+        what = f"{type(method).__name__} makes {list(value.shape)} where {list(hole.shape)} goes"
+        raise PeftfxError(what, "virtual", "mend the method: its entry has the shape")
+    return traced
+
+
+def first_operation(graph: fx.Graph) -> fx.Node:
+    """The first node that computes something: ahead of it there are inputs and weights alone."""
+    return next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))

@@ -1,0 +1,138 @@
+"""Entries: ways into a model. A soft prompt changes the call and no weight, so that it is captured as another call.
+
+A view that is captured through an entry has a hole: a constant that the entry's code reads, and that a soft prompt
+fills (`passes/insert.py`). Unfilled it is zero.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.errors import PeftfxError
+
+HOLE = "hole"  #: the constant's name in a graph's constants
+#: Arguments that run along the text, and what they are for a virtual token; positions go on counting.
+PER_TOKEN: Mapping[str, int] = {"attention_mask": 1, "token_type_ids": 0, "labels": -100}
+POSITIONS = "position_ids"
+
+
+@dataclass(frozen=True)
+class Entry(ABC):
+    """A way to call the base with the arguments of its own forward, and one tensor more.
+
+    Attributes:
+        shape: of the hole.
+        dtype: of the hole.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def hole(self, base: nn.Module) -> Tensor:
+        """What the hole holds until it is filled."""
+        device = next((p.device for p in base.parameters()), torch.device("cpu"))
+        return torch.zeros(self.shape, dtype=self.dtype, device=device)
+
+    def check(self, inputs: Mapping[str, object]) -> None:
+        """Refuse a call that cannot be made through this entry; sizes of `inputs` are those of the example."""
+
+    @abstractmethod
+    def __call__(self, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+        """The base's own output for these arguments, under what is in the hole."""
+
+
+@dataclass(frozen=True)
+class VirtualTokens(Entry):
+    """Rows of embeddings ahead of the text's: `[P; E(ids)]`, every argument that runs along the text grown to fit.
+
+    The model is called on its own ids behind as many of a token without a meaning, and the embedding's first rows are
+    replaced by the hole's. So the model's code still sees ids where it looks for padding in them (classifiers that pool
+    the last token, positions counted from ids), which `inputs_embeds` alone would hide from it.
+
+    Attributes:
+        embedding: path of the module that embeds the text.
+        tokens: name of the argument that holds the ids.
+        filler: an id that means nothing to the model's code: neither padding nor the end of a text, say.
+        dropped: arguments that HF PEFT does not pass on.
+        labelled: whether `labels` run along the text.
+    """
+
+    embedding: str
+    tokens: str = "input_ids"
+    filler: int = 0
+    dropped: frozenset[str] = frozenset()
+    labelled: bool = True
+
+    @property
+    def _grown(self) -> tuple[str, ...]:
+        own = (name for name in PER_TOKEN if name not in self.dropped and (name != "labels" or self.labelled))
+        return (*own, POSITIONS)
+
+    def check(self, inputs: Mapping[str, object]) -> None:
+        text = inputs.get(self.tokens, inputs.get("inputs_embeds"))
+        if not isinstance(text, Tensor):
+            hint = f"pass {self.tokens} or inputs_embeds"
+            raise PeftfxError("virtual tokens go ahead of a text, and the call has none", ", ".join(inputs), hint)
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor) or name in (self.tokens, "inputs_embeds", *self.dropped):
+                continue
+            if name in self._grown and name != "labels" and value.ndim != 2:
+                what = f"virtual tokens do not know how to widen a {name} of {value.ndim} axes"
+                raise PeftfxError(what, name, "pass it as [batch, sequence]")
+            along = value.ndim > 1 and value.shape[:2] == text.shape[:2] and not name.startswith("decoder_")
+            if along and name not in (*self._grown, "labels"):
+                what = f"{name} runs along the text, and virtual tokens have none of it"
+                raise PeftfxError(what, name, "leave it out, or use a method that acts on weights")
+
+    def __call__(self, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+        call = {name: value for name, value in arguments.items() if name not in self.dropped}
+        for name in self._grown:
+            value = call.get(name)
+            if isinstance(value, Tensor) and value.ndim > 1 and not value.is_floating_point():
+                call[name] = self._widened(name, value)
+        embeds, ids = call.get("inputs_embeds"), call.get(self.tokens)
+        if isinstance(embeds, Tensor):
+            call["inputs_embeds"] = self._ahead(hole, embeds)
+            return base(**call)
+        assert isinstance(ids, Tensor)
+        call[self.tokens] = _ahead(ids, ids.new_full((self.shape[0],), self.filler))
+        return self._called_on_ids(base, hole, call)
+
+    def _called_on_ids(self, base: nn.Module, hole: Tensor, call: Mapping[str, object]) -> object:
+        """Call the base with the first rows of what it embeds first, which is the text, replaced."""
+        calls = 0
+
+        def replace(module: nn.Module, args: tuple[object, ...], embedded: Tensor) -> Tensor | None:
+            nonlocal calls
+            calls += 1
+            return self._ahead(hole, embedded[:, self.shape[0] :]) if calls == 1 else None
+
+        handle = base.get_submodule(self.embedding).register_forward_hook(replace)
+        try:
+            output = base(**call)
+        finally:
+            handle.remove()
+        if not calls:
+            what = "the model's code does not call the module that embeds its text"
+            raise PeftfxError(what, self.embedding, "use a method that acts on weights")
+        return output
+
+    def _ahead(self, hole: Tensor, embeds: Tensor) -> Tensor:
+        return torch.cat([hole.to(embeds.dtype).expand(embeds.shape[0], -1, -1), embeds], dim=1)
+
+    def _widened(self, name: str, value: Tensor) -> Tensor:
+        count = self.shape[0]
+        if name != POSITIONS:
+            return _ahead(value, value.new_full((count,), PER_TOKEN[name]))
+        first = value.amin(dim=1, keepdim=True)  # a model's positions need not start at 0
+        return torch.cat([first + torch.arange(count, device=value.device), value + count], dim=1)
+
+
+def _ahead(value: Tensor, new: Tensor) -> Tensor:
+    """A row of `new` ahead of each row."""
+    return torch.cat([new.expand(value.shape[0], -1), value], dim=1)

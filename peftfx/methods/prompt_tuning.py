@@ -1,0 +1,96 @@
+"""Prompt tuning: trained embeddings of virtual tokens ahead of the text (Lester et al. 2021, arXiv:2104.08691).
+
+The model reads `[P; E(ids)]`, `P` being `[num_virtual_tokens, token_dim]`; in an encoder-decoder the encoder does. As in
+HF PEFT, what runs along the text in the output (a causal LM's logits) is longer by `num_virtual_tokens`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.entry import Entry
+from peftfx.errors import PeftfxError
+from peftfx.method import Method, Params
+from peftfx.sites import Site
+from peftfx.soft import PROMPT, SequenceMethod, precise, virtual_tokens, with_text_sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuning(SequenceMethod):
+    """Virtual tokens, each an embedding of its own.
+
+    Args:
+        prompt_tuning_init: RANDOM (normal), SAMPLE_VOCAB (embeddings of random tokens) or TEXT (of a text's tokens).
+        prompt_tuning_init_text: the text, repeated or cut to the number of virtual tokens.
+        tokenizer_name_or_path: reads the text; a local directory.
+        tokenizer_kwargs: for `AutoTokenizer.from_pretrained`.
+    """
+
+    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, object] | None = None
+
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        how = getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)
+        object.__setattr__(self, "prompt_tuning_init", how)
+        if how not in ("RANDOM", "SAMPLE_VOCAB", "TEXT"):
+            hint = "one of 'RANDOM', 'SAMPLE_VOCAB', 'TEXT'"
+            raise PeftfxError(f"unknown initialisation {how!r}", "prompt_tuning_init", hint)
+        for name in ("prompt_tuning_init_text", "tokenizer_name_or_path") if how == "TEXT" else ():
+            if not getattr(self, name):
+                raise PeftfxError(f"prompt_tuning_init='TEXT' needs {name}", name, "give it, or start at 'RANDOM'")
+
+    __hash__ = Method.__hash__
+
+    def sized(self, base: nn.Module, site: Site) -> PromptTuning:
+        return with_text_sizes(self, base, site)
+
+    def init(self, site: Site, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+        weight = embed.weight
+        assert isinstance(weight, Tensor)
+        kind = precise(weight.dtype)
+        if self.prompt_tuning_init == "RANDOM":
+            return {PROMPT: torch.empty(self.saved_shape(), dtype=kind, device=weight.device).normal_(generator=rng)}
+        ids = self._text_ids(site) if self.prompt_tuning_init == "TEXT" else self._random_ids(site, weight, rng)
+        return {PROMPT: embed(ids.to(weight.device)).detach().clone().to(kind)}
+
+    def _random_ids(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> Tensor:
+        return torch.randint(site.shape[0], self.saved_shape()[:1], generator=rng, device=weight.device)
+
+    def _text_ids(self, site: Site) -> Tensor:
+        """The text's tokens, repeated or cut to the number of virtual tokens."""
+        from transformers import AutoTokenizer
+
+        options = {k: v for k, v in (self.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
+        name, count = str(self.tokenizer_name_or_path), self.saved_shape()[0]
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise PeftfxError(f"cannot load the tokenizer: {first}", name, "give a directory that holds one") from error
+        ids = list(tokenizer(self.prompt_tuning_init_text)["input_ids"])
+        if not ids or max(ids) >= site.shape[0]:
+            what = "the text has no tokens" if not ids else f"token {max(ids)} is not in the model's vocabulary"
+            raise PeftfxError(what, "prompt_tuning_init_text", "give a text, and the model's own tokenizer")
+        return torch.tensor((ids * -(-count // len(ids)))[:count])
+
+    def saved(self, p: Params, training: bool = False) -> Tensor:
+        return p[PROMPT]
+
+    def saved_shape(self) -> tuple[int, ...]:
+        assert self.token_dim is not None
+        return self.num_virtual_tokens * self.submodules, self.token_dim
+
+    def virtual(self, p: Params, training: bool) -> Tensor:
+        return self.saved(p, training)[: self.num_virtual_tokens]
+
+    def entry(self, base: nn.Module, site: Site) -> Entry:
+        return virtual_tokens(self, base, site)

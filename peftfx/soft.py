@@ -1,0 +1,205 @@
+"""SequenceMethod: what a rule does ahead of the model's token stream, by virtual tokens or by their keys and values.
+
+A sequence method says what fills the hole of an entry (`peftfx/entry.py`); the compiler traces that once and splices it
+in. It depends on no input: merging makes a constant of it, whatever encoder it came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.entry import Entry, VirtualTokens
+from peftfx.errors import PeftfxError
+from peftfx.graph import BASE
+from peftfx.method import Method, Params
+from peftfx.sites import Call, Site, Sites
+from peftfx.tasks import task_of
+from peftfx.views import collect_configs
+
+SEQUENCE = "sequence"
+PROMPT = "prompt_embeddings"  #: HF PEFT's name for what is saved, and ours for a prompt without an encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceMethod(Method):
+    """Soft prompts. They have no target: there is one stream of tokens.
+
+    Args:
+        num_virtual_tokens: how many virtual tokens.
+        token_dim, num_layers, num_attention_heads, num_transformer_submodules: sizes of the model, by HF PEFT's names;
+            read off the model where they are not given.
+    """
+
+    num_virtual_tokens: int = 20
+    token_dim: int | None = None
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_transformer_submodules: int | None = None
+
+    default_target: ClassVar[str] = SEQUENCE
+    kinds: ClassVar[frozenset[str]] = frozenset({SEQUENCE})
+    prefix: ClassVar[str] = "base_model."
+    composes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        placed = ("target", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        given = [name for name in placed if getattr(self, name) is not None]
+        if given:
+            what = f"{type(self).__name__} acts on the stream of tokens, and has no {given[0]}"
+            raise PeftfxError(what, given[0], "leave it out")
+        if self.num_virtual_tokens < 1:
+            what = f"the number of virtual tokens must be 1 or more, not {self.num_virtual_tokens}"
+            raise PeftfxError(what, "num_virtual_tokens", f"{type(self).__name__}(num_virtual_tokens=20)")
+
+    __hash__ = Method.__hash__
+
+    @abstractmethod
+    def sized(self, base: nn.Module, site: Site) -> Self:
+        """This method with every size that it was not given read off the model.
+
+        Raises:
+            PeftfxError: the model has no place for it, or a size that was given is not the model's.
+        """
+
+    @abstractmethod
+    def init(self, site: Site, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+        """New parameters; `embed` is the module that embeds the text. Only a sized method has any."""
+
+    @abstractmethod
+    def saved(self, p: Params, training: bool = False) -> Tensor:
+        """What HF PEFT saves, computed from the parameters, or the parameter `PROMPT` itself where that is all."""
+
+    @abstractmethod
+    def saved_shape(self) -> tuple[int, ...]:
+        """The shape of what is saved."""
+
+    @abstractmethod
+    def virtual(self, p: Params, training: bool) -> Tensor:
+        """What fills the hole of this method's entry."""
+
+    @abstractmethod
+    def entry(self, base: nn.Module, site: Site) -> Entry:
+        """The way into the base that this method takes."""
+
+    @property
+    def submodules(self) -> int:
+        """HF PEFT counts virtual tokens twice where there are an encoder and a decoder."""
+        return self.num_transformer_submodules or 1
+
+
+M = TypeVar("M", bound=SequenceMethod)
+
+
+def sequence_site(base: nn.Module, sites: Sites) -> Site:
+    """The stream of tokens as a site: the argument that holds the ids, and the table that embeds them.
+
+    Raises:
+        PeftfxError: the model embeds no text.
+    """
+    found = [s for s in sites if s.role == "embedding.token" and s.calls and _owns_weight(base, s.path)]
+    if not found:
+        hint = "use a method that acts on weights, as LoRA"
+        raise PeftfxError("the model embeds no text: a soft prompt has no place", type(base).__name__, hint)
+    shared = _input_table(base)
+    site = next((s for s in found if base.get_submodule(s.path).weight is shared), found[0])
+    tokens = "input_ids" if hasattr(base, "main_input_name") else site.calls[0].x
+    call = Call(tokens, "", "")
+    return Site("", SEQUENCE, SEQUENCE, None, f"{BASE}.{site.path}.weight", None, site.shape, False, (), (call,))
+
+
+def embedding_path(site: Site) -> str:
+    """The path of the module that embeds the text."""
+    return site.weight.removeprefix(f"{BASE}.").removesuffix(".weight")
+
+
+def size_of(base: nn.Module, *names: str) -> int | None:
+    """The first of these fields that the config of the model's text has."""
+    config = getattr(base, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    values = (getattr(text, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def with_text_sizes(method: M, base: nn.Module, site: Site) -> M:
+    """A method of virtual tokens with the model's sizes; those that no virtual token needs are HF PEFT's to read."""
+    width = site.shape[1]
+    if method.token_dim not in (None, width):
+        what = f"the model's embeddings have {width} features, not {method.token_dim}"
+        raise PeftfxError(what, "token_dim", "leave token_dim out")
+    return dataclasses.replace(
+        method,
+        token_dim=width,
+        num_layers=method.num_layers or size_of(base, "num_hidden_layers", "num_layers", "n_layers"),
+        num_attention_heads=method.num_attention_heads or size_of(base, "num_attention_heads", "num_heads", "n_heads"),
+        num_transformer_submodules=method.num_transformer_submodules or (2 if task_of(base) == _SEQ_TO_SEQ else 1),
+    )
+
+
+def virtual_tokens(method: SequenceMethod, base: nn.Module, site: Site) -> VirtualTokens:
+    """The entry of a method of virtual tokens."""
+    task = task_of(base)
+    assert method.token_dim is not None
+    return VirtualTokens(
+        (method.num_virtual_tokens, method.token_dim),
+        base.get_submodule(embedding_path(site)).weight.dtype,  # type: ignore[union-attr, arg-type]
+        embedding_path(site),
+        tokens=site.calls[0].x,
+        filler=plain_token(base, site.shape[0]),
+        dropped=frozenset({"token_type_ids"} if task in _WITHOUT_TYPES else ()),
+        labelled=not encodes_and_decodes(base),
+    )
+
+
+_SEQ_TO_SEQ = "text2text-generation"
+_WITHOUT_TYPES = ("text-generation", "feature-extraction", _SEQ_TO_SEQ)  #: HF PEFT takes no token types there
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """HF PEFT keeps adapters of a half-precision base in fp32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def encodes_and_decodes(base: nn.Module) -> bool:
+    """Whether the model has an encoder and a decoder of text."""
+    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+
+
+def plain_token(base: nn.Module, vocabulary: int) -> int:
+    """The first id to which no config of the model gives a meaning of its own."""
+    special = set(_special_tokens(base))
+    return next((i for i in range(vocabulary) if i not in special), 0)
+
+
+def _special_tokens(base: nn.Module) -> Iterator[int]:
+    seen: dict[int, object] = {}
+    collect_configs(getattr(base, "config", None), seen)
+    for config in seen.values():
+        fields: Mapping[str, object] = config.to_dict() if hasattr(config, "to_dict") else {}
+        for name, value in fields.items():
+            if name.endswith(("_token_id", "_token_index")):
+                yield from (i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int))
+    padding = (getattr(module, "padding_idx", None) for module in base.modules())
+    yield from (i for i in padding if isinstance(i, int))
+
+
+def _owns_weight(base: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(base.get_submodule(path)._parameters.get("weight"), Tensor)
+    except AttributeError:
+        return False
+
+
+def _input_table(base: nn.Module) -> Tensor | None:
+    """The weight that transformers calls the model's input embeddings."""
+    try:
+        return getattr(base.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
