@@ -103,11 +103,11 @@ def load_directories(
     peft_config = None if adapter is None else read_config(adapter)
     if adapter is None or peft_config is None:
         return bare(load_base(base, task=task, dtype=dtype))
-    weights = Weights(adapter)
+    method = method_from_config(peft_config, str(adapter / CONFIG))
+    weights = Weights(adapter, method.prefix)
     kind = peft_config.get("task_type")
     if task is None and kind is not None:
         task = resolve_task(None, peft_task_type=str(kind), config=config)
-    method = method_from_config(peft_config, str(adapter / CONFIG))
     labels = _labels(load_base(base, task=task, weights=False), weights, method) if method.modules_to_save else None
     given = {name.replace(".base_layer.", ".") for name in weights.names}
     model = load_base(base, task=task, num_labels=labels, given=given, dtype=dtype)

@@ -25,6 +25,7 @@ from peftfx.export.verify import reference_of, verify
 from peftfx.export.weights import Written, save
 from peftfx.graph import Graph
 from peftfx.passes import Merge, PassManager
+from peftfx.passes.freeze import Computed
 from peftfx.views import name_axes
 
 FREE = frozenset({"batch", "sequence", "decoder_sequence"})  #: axes that have to be free where nobody gave a size
@@ -93,6 +94,7 @@ def export_onnx(
             with stages("merge"):
                 exported = PassManager([Merge()])(graph)
                 report.merged = sorted(foldings(exported.derived.values()))
+                report.folded = sorted(n for n, r in exported.derived.items() if isinstance(r, Computed))
         with stages("convert"):
             program = to_onnx(exported, opset=opset, engine=engine)
         with stages("write"):

@@ -144,7 +144,7 @@ def _reader(graph: Graph, weights: Weights) -> Weights:
 
     def read(target: str) -> torch.Tensor:
         recipe = graph.derived.get(target.removeprefix(f"{DERIVED}.")) if target.startswith(f"{DERIVED}.") else None
-        return weights(target) if recipe is None else recipe.evaluate(weights)
+        return weights(target) if recipe is None else recipe.evaluate(read)
 
     return read
 

@@ -46,7 +46,7 @@ def probes(adapted: AdaptedModel, graph: Graph, example: Mapping[str, object]) -
         case = _case(adapted, graph, example, sizes, seed)
         try:
             with without_cache(adapted.base):
-                want = adapted.base(**_nested(case, example))
+                want = _eager(adapted, _nested(case, example))
         except Exception as error:  # whatever the model's code raises for a size it does not take
             refusal = error
             continue
@@ -88,6 +88,12 @@ def _resized(value: Tensor, axes: Sequence[int | str], sizes: Mapping[str, int],
     return value
 
 
+def _eager(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
+    """What the model's own code answers, through the entry of an active soft prompt; the prompt itself is zero."""
+    entry = adapted.entry()
+    return adapted.base(**call) if entry is None else entry(adapted.base, entry.hole(adapted.base), call)
+
+
 def _nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[str, object]:
     """The call as the model takes it: nested inputs in their places, constants as in the example."""
     leaves, spec = pytree.tree_flatten_with_path(dict(example))
@@ -101,7 +107,7 @@ def _nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[s
 def _compare(
     adapted: AdaptedModel, graph: Graph, case: Mapping[str, Tensor], example: Mapping[str, object], want: object
 ) -> None:
-    base = adapted.graph(_nested(case, example), adapted=False)
+    base = adapted.capture(_nested(case, example), adapted.entry())
     got = base.run(*(case[spec.name] for spec in base.inputs))
     leaves = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]
     for name, a, b in zip(base.outputs, leaves, got, strict=True):

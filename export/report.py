@@ -26,6 +26,7 @@ class Report:
         model: the class of the base model.
         adapters: what was exported with it: name, method, and the number of its parameters.
         merged: the module paths whose weights the adapters were merged into; empty where they were left apart.
+        folded: what else became a constant of the graph: soft prompts, whatever they were computed from.
         inputs, outputs: of the ONNX model, with their shapes.
         opset: version of the ONNX operators.
         engine: the road to ONNX that was taken; where it is not the one asked for, why.
@@ -40,6 +41,7 @@ class Report:
     model: str
     adapters: list[dict[str, object]] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
+    folded: list[str] = field(default_factory=list)
     inputs: dict[str, list[int | str]] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
     opset: int = 0

@@ -1,4 +1,4 @@
-"""fill: a sequence method's virtual tokens, traced as a graph of its parameters: what Insert puts into an entry's hole."""
+"""fill: a sequence method's virtual tokens as a graph of its parameters: what Insert puts into an entry's hole."""
 
 from __future__ import annotations
 

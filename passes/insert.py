@@ -18,6 +18,7 @@ from peftfx.adapter import Adapter, Placement
 from peftfx.capturing import isolated
 from peftfx.errors import PeftfxError
 from peftfx.graph import ADAPTERS, BASE, Graph
+from peftfx.method import WeightMethod
 from peftfx.occurrences import module_path
 from peftfx.passes.base import (
     OVERRIDES,
@@ -203,14 +204,15 @@ def trace(
     placement: Placement, op: fx.Node, names: list[str], values: list[object], *, training: bool
 ) -> fx.GraphModule:
     """A method's forward at one call as a graph of (x, y, weight, bias, *params)."""
-    bound, block = bind(op, placement.site), placement.block
+    bound, block, method = bind(op, placement.site), placement.block, placement.method
+    assert isinstance(method, WeightMethod)
     site = dataclasses.replace(placement.view, path="")  # one trace serves every site of this signature
 
     def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:
         base, p = placement.base(weight, bias), dict(zip(names, params, strict=True))
         if block is None:
-            return placement.method.forward(site, bound, x, y, base, p, training)
-        rows = placement.method.forward(site, bound, x, block.take(y, _row_dim(site)), base, p, training)
+            return method.forward(site, bound, x, y, base, p, training)
+        rows = method.forward(site, bound, x, block.take(y, _row_dim(site)), base, p, training)
         return block.put(y, rows, _row_dim(site))
 
     mode = detect_fake_mode([v for v in values if isinstance(v, Tensor)])

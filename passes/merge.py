@@ -1,4 +1,7 @@
-"""Merge: rewrite adapted sites to plain operations on derived weights. Nothing is computed: the weights are recipes."""
+"""Merge: rewrite adapted sites to plain operations on derived weights. Nothing is computed: the weights are recipes.
+
+What is left of the adapters and depends on no input, as a soft prompt, becomes a recipe too.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +12,39 @@ from torch import Tensor, fx
 
 from peftfx.derived import Derived, Folding, Own, Step
 from peftfx.graph import DERIVED, Graph
+from peftfx.method import WeightMethod
 from peftfx.passes.base import OVERRIDES, REGION, Pass, PassResult, Region, attribute, attributes_of, fake_like, results
+from peftfx.passes.freeze import freeze
 from peftfx.passes.site_op import operands, rewire
 from peftfx.sites import Site
 
 
 @dataclass(frozen=True)
 class Merge(Pass):
-    """Fold every insertion into the weights it acts on. Sites that share a tensor get a weight of their own."""
+    """Fold every insertion into the weights it acts on; make constants of those that act on none.
+
+    Sites that share a tensor get a weight of their own.
+    """
 
     preserves = True
 
     def __call__(self, graph: Graph) -> PassResult:
         steps = _steps(graph)
-        if not steps:
+        if not results(graph):
             return PassResult(graph, 0)
         merged = _without_regions(graph)
         nodes, attributes = {n.name: n for n in merged.nodes()}, attributes_of(merged)
         sites = {site.path: site for site in merged.sites if site.weight}
         for path, regions in steps.items():
             _fold_site(merged, sites[path], regions, nodes, attributes)
-        for node in attributes.values():
+        frozen = freeze(merged)
+        for node in attributes_of(merged).values():
             if not node.users:
                 merged.module.graph.erase_node(node)
             elif OVERRIDES in node.meta:
                 _rename_override(merged, node)
         merged.module.recompile()
-        return PassResult(merged, len(steps))
+        return PassResult(merged, len(steps) + frozen)
 
 
 def _rename_override(graph: Graph, node: fx.Node) -> None:
@@ -49,8 +58,9 @@ def _rename_override(graph: Graph, node: fx.Node) -> None:
 def _steps(graph: Graph) -> dict[str, list[Region]]:
     """The insertions at each site, in order, once each however often the site is called."""
     steps: dict[str, list[Region]] = {}
-    for result in results(graph):
-        region = result.meta[REGION]
+    for region in (result.meta[REGION] for result in results(graph)):
+        if not isinstance(region.placement.method, WeightMethod):
+            continue
         regions = steps.setdefault(region.placement.site.path, [])
         if all((r.adapter, r.placement) != (region.adapter, region.placement) for r in regions):
             regions.append(region)
@@ -58,22 +68,31 @@ def _steps(graph: Graph) -> dict[str, list[Region]]:
 
 
 def _without_regions(graph: Graph) -> Graph:
-    """The graph without inserted nodes; overrides stay."""
+    """The graph without what was inserted at weights; overrides stay."""
     merged = graph.clone()
     nodes = {n.name: n for n in merged.nodes()}
     for result in results(merged):
-        result.replace_all_uses_with(nodes[result.meta[REGION].y])
+        if _acts_on_weights(result):
+            result.replace_all_uses_with(nodes[result.meta[REGION].y])
     for node in reversed(list(merged.nodes())):
-        if REGION in node.meta:
+        if _acts_on_weights(node):
             merged.module.graph.erase_node(node)
     return merged
+
+
+def _acts_on_weights(node: fx.Node) -> bool:
+    return REGION in node.meta and isinstance(node.meta[REGION].placement.method, WeightMethod)
 
 
 def _fold_site(
     graph: Graph, site: Site, regions: list[Region], nodes: dict[str, fx.Node], attributes: dict[str, fx.Node]
 ) -> None:
     weight, bias = operands(site, site.calls[0], nodes)
-    steps = tuple(Step(r.placement.method, r.placement.view, r.placement.block, dict(r.params)) for r in regions)
+    steps = tuple(
+        Step(r.placement.method, r.placement.view, r.placement.block, dict(r.params))
+        for r in regions
+        if isinstance(r.placement.method, WeightMethod)
+    )
     folding = Folding(site, str(weight.target), None if bias is None else str(bias.target), steps)
     new_weight, new_bias = _meta(folding, graph, weight, bias)
     graph.derived[f"{site.path}.weight"] = Derived(folding, "weight")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peftfx.graph import Graph
     from peftfx.methods.ia3 import IA3
     from peftfx.methods.lora import LoRA
+    from peftfx.methods.prompt_tuning import PromptTuning
     from peftfx.sites import Site, Sites
 
 
@@ -26,6 +27,7 @@ _HOME = {
     "IA3": "peftfx.methods.ia3",
     "LoRA": "peftfx.methods.lora",
     "PeftfxError": "peftfx.errors",
+    "PromptTuning": "peftfx.methods.prompt_tuning",
     "Site": "peftfx.sites",
     "Sites": "peftfx.sites",
     "capture": "peftfx.capturing",
@@ -41,6 +43,7 @@ __all__ = [
     "Graph",
     "LoRA",
     "PeftfxError",
+    "PromptTuning",
     "Site",
     "Sites",
     "__version__",

@@ -18,9 +18,11 @@ from peftfx.adapter import Adapter, Override, Placement, site_tensors
 from peftfx.errors import PeftfxError, nearest
 from peftfx.files import write_file, writing
 from peftfx.method import Method, WeightMethod
-from peftfx.peft_files import CONFIG, PREFIX, WEIGHTS, Weights, method_from_config, read_config
+from peftfx.peft_files import CONFIG, STATE, WEIGHTS, Weights, method_from_config, read_config
 from peftfx.rules import SAVED, overrides_of, placements_of, saved_modules, within
 from peftfx.sites import Sites
+from peftfx.soft import SequenceMethod
+from peftfx.soft_files import Contents, read_prompt, written_prompt
 
 if TYPE_CHECKING:
     from peftfx.adapted import AdaptedModel
@@ -34,7 +36,12 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     """
     config = read_config(directory)
     method = method_from_config(config, str(directory / CONFIG))
-    weights = Weights(directory)
+    weights = Weights(directory, method.prefix)
+    if isinstance(method, SequenceMethod):
+        adapter, wanted = read_prompt(directory, weights, method, base, sites, config)
+        _refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, set(), base, directory)
+        _copy(adapter, wanted, weights)
+        return adapter
     placements = _placements(method, weights, sites)
     saved = saved_modules(base, method)
     overrides = overrides_of(base, method, saved, [p.site for p in placements])
@@ -44,10 +51,14 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     wanted = _wanted(placements, overrides)
     expected = {path for path in _targeted(method, sites) if not within(path, saved)}
     _refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, expected, base, directory)
-    with torch.no_grad():
-        for name, key in wanted.items():
-            adapter.get(key).copy_(weights[name])
+    _copy(adapter, wanted, weights)
     return adapter
+
+
+@torch.no_grad()
+def _copy(adapter: Adapter, wanted: Mapping[str, str], weights: Weights) -> None:
+    for name, key in wanted.items():
+        adapter.get(key).copy_(weights[name])
 
 
 def _placements(method: Method, weights: Weights, sites: Sites) -> list[Placement]:
@@ -79,6 +90,7 @@ def _wanted(placements: list[Placement], overrides: list[Override]) -> dict[str,
     wanted = {
         f"{p.site.path}.{suffix}": f"{p.key}.{name}"
         for p in placements
+        if isinstance(p.method, WeightMethod)
         for name, suffix in p.method.keys(p.site).items()
     }
     adapted = {p.site.path for p in placements}
@@ -150,11 +162,14 @@ def save_adapters(adapted: AdaptedModel, directory: Path, names: tuple[str, ...]
             "there is no adapter to save", str(directory), "add one with add_adapter, or save before merge()"
         )
     contents = {name: _contents(adapted, name) for name in chosen}
-    for name, (config, tensors) in contents.items():
+    for name, (config, files) in contents.items():
         target = directory if name == "default" or len(chosen) == 1 else directory / name
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
-            write_file(target / WEIGHTS, functools.partial(_save_tensors, tensors))
+            for file, tensors in files.items():
+                write_file(target / file, functools.partial(_save_tensors, tensors))
+            if STATE not in files:
+                (target / STATE).unlink(missing_ok=True)  # another adapter's, that was here before
             write_file(target / CONFIG, functools.partial(_save_config, config))
 
 
@@ -166,16 +181,19 @@ def _save_config(config: dict[str, object], path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _contents(adapted: AdaptedModel, name: str) -> tuple[dict[str, object], dict[str, Tensor]]:
+def _contents(adapted: AdaptedModel, name: str) -> Contents:
     """The config and tensors of one adapter."""
     adapter = adapted.adapter(name)
     if len(adapter.rules) > 1:
         hint = "make an adapter of each rule (add_adapter), or export it merged"
         raise PeftfxError("a HF PEFT directory holds one method, this adapter has several rules", name, hint)
+    if isinstance(adapter.rules[0], SequenceMethod):
+        return written_prompt(adapted.base, adapter)
     tensors: dict[str, Tensor] = {}
     methods: dict[str, Method] = {}
     for path, group in _by_site(adapter.placements).items():
         site, method = group[0].site, group[0].method
+        assert isinstance(method, WeightMethod)
         params = adapter.params(group[0])
         if group[0].part is not None:
             weight, bias = site_tensors(adapted.base, site)
@@ -186,7 +204,8 @@ def _contents(adapted: AdaptedModel, name: str) -> tuple[dict[str, object], dict
     paths = {p.site.path for p in adapter.placements}
     tensors |= {_override_name(override, paths): adapter.get(override.key) for override in adapter.overrides}
     config = _config(adapted.base, adapter, adapter.rules[0].gather(methods))
-    return config, {f"{PREFIX}{k}": v.detach().contiguous() for k, v in tensors.items()}
+    prefix = adapter.rules[0].prefix
+    return config, {WEIGHTS: {f"{prefix}{k}": v.detach().contiguous() for k, v in tensors.items()}}
 
 
 def _by_site(placements: Iterable[Placement]) -> dict[str, list[Placement]]:

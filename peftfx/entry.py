@@ -38,6 +38,7 @@ class Entry(ABC):
         device = next((p.device for p in base.parameters()), torch.device("cpu"))
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
 
+    @abstractmethod
     def check(self, inputs: Mapping[str, object]) -> None:
         """Refuse a call that cannot be made through this entry; sizes of `inputs` are those of the example."""
 

@@ -1,7 +1,8 @@
 """Method: what a rule does at a site. A method is plain torch; it knows no model architecture and edits no graph.
 
-There is a protocol for each kind of site. Methods of the token stream are in `peftfx/soft.py`. A weight method acts at linear, conv and embedding sites and says the same thing twice, once on activations and once on
-weights. The compiler traces `forward` and splices it into the graph; `merge` replaces it by `fold`. With dropout off,
+There is a protocol for each kind of site; that of the token stream is in `peftfx/soft.py`. A weight method acts at
+linear, conv and embedding sites and says the same thing twice, once on activations and once on weights. The compiler
+traces `forward` and splices it into the graph; `merge` replaces it by `fold`. With dropout off,
 
     forward(site, op, x, op(x, *base), base, p, training=False) == op(x, *fold(site, base, p))
 

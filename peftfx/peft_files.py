@@ -15,7 +15,7 @@ from peftfx.method import Method
 from peftfx.methods import method_named
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
+STATE = "peftfx_state.safetensors"  #: ours: what a saved prompt was computed from, so that training can go on
 RECORDS = frozenset(
     {
         *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode"),
@@ -71,13 +71,15 @@ def method_from_config(config: Mapping[str, object], where: str) -> Method:
 class Weights:
     """The tensors of an adapter file, read one at a time, by module path and suffix, without HF PEFT's prefix."""
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / WEIGHTS
+    def __init__(self, directory: Path, prefix: str = Method.prefix, file: str = WEIGHTS) -> None:
+        self.path, self._prefix = directory / file, prefix
         if not self.path.is_file():
             if (directory / PICKLE).is_file():
                 hint = "load it once with peft and save it again: save_pretrained writes safetensors"
                 raise PeftfxError(f"only a pickle, {PICKLE}: peftfx does not unpickle", str(directory), hint)
-            raise PeftfxError(f"there is no {WEIGHTS}", str(directory), "give the folder that save_pretrained wrote")
+            raise PeftfxError(
+                f"there is no {self.path.name}", str(directory), "give the folder that save_pretrained wrote"
+            )
         try:
             self._file = safe_open(self.path, framework="pt")
             self.names = {self._strip(k): k for k in self._file.keys()}  # noqa: SIM118
@@ -94,6 +96,5 @@ class Weights:
                 f"cannot be read: {error}", f"{self.path}: {self.names[name]}", "save it again"
             ) from error
 
-    @staticmethod
-    def _strip(key: str) -> str:
-        return key.removeprefix(PREFIX)
+    def _strip(self, key: str) -> str:
+        return key.removeprefix(self._prefix)

@@ -123,7 +123,7 @@ def embedding_path(site: Site) -> str:
 def size_of(base: nn.Module, *names: str) -> int | None:
     """The first of these fields that the config of the model's text has."""
     config = getattr(base, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     values = (getattr(text, name, None) for name in names)
     return next((value for value in values if isinstance(value, int)), None)
 

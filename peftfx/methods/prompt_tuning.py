@@ -1,7 +1,7 @@
 """Prompt tuning: trained embeddings of virtual tokens ahead of the text (Lester et al. 2021, arXiv:2104.08691).
 
-The model reads `[P; E(ids)]`, `P` being `[num_virtual_tokens, token_dim]`; in an encoder-decoder the encoder does. As in
-HF PEFT, what runs along the text in the output (a causal LM's logits) is longer by `num_virtual_tokens`.
+The model reads `[P; E(ids)]`, `P` being `[num_virtual_tokens, token_dim]`; in an encoder-decoder the encoder does. As
+in HF PEFT, what runs along the text in the output (a causal LM's logits) is longer by `num_virtual_tokens`.
 """
 
 from __future__ import annotations

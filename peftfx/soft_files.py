@@ -1,0 +1,103 @@
+"""HF PEFT directories of soft prompts. PEFT saves the prompt that an encoder computed, and never the encoder.
+
+peftfx keeps the encoder's parameters beside it, in a file that PEFT does not read, so that training can go on. Without
+that file, or where the prompt is no longer the one it computes, the prompt itself is what is loaded and trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.adapter import Adapter, Override, Placement
+from peftfx.errors import PeftfxError
+from peftfx.peft_files import STATE, WEIGHTS, Weights
+from peftfx.rules import SAVED, ahead, overrides_of, saved_modules
+from peftfx.sites import Sites
+from peftfx.soft import PROMPT, SequenceMethod, precise
+from peftfx.tasks import PEFT_TASKS, task_of
+
+Contents = tuple[dict[str, object], dict[str, dict[str, Tensor]]]
+"""An adapter's config, and its tensors by file."""
+
+
+def read_prompt(
+    directory: Path,
+    weights: Weights,
+    method: SequenceMethod,
+    base: nn.Module,
+    sites: Sites,
+    config: Mapping[str, object],
+) -> tuple[Adapter, dict[str, str]]:
+    """The adapter in a directory, and for each name the file must have where the adapter keeps its value."""
+    placement = ahead(method, base, sites)
+    overrides = overrides_of(base, method, saved_modules(base, method), ())
+    adapter = Adapter([method], [placement], overrides, config)
+    adapter.copy_overridden(base)
+    wanted = {_override_name(override): override.key for override in overrides}
+    state = _state(directory, weights, placement, base)
+    if state is not None:
+        for name, value in state.items():
+            adapter.put(f"{placement.key}.{name}", value, trained=name not in method.frozen())
+        weights.names.pop(PROMPT)
+        return adapter, wanted
+    sized = placement.method
+    assert isinstance(sized, SequenceMethod)
+    like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
+    key = f"{placement.key}.{PROMPT}"
+    adapter.put(key, torch.empty(sized.saved_shape(), dtype=precise(like.dtype), device=like.device))
+    return adapter, {PROMPT: key, **wanted}
+
+
+def _override_name(override: Override) -> str:
+    return override.key.removeprefix(f"{SAVED}.")
+
+
+@torch.no_grad()
+def _state(directory: Path, weights: Weights, placement: Placement, base: nn.Module) -> dict[str, Tensor] | None:
+    """The parameters that the saved prompt was computed from, if they are there and do compute it."""
+    method = placement.method
+    if not (directory / STATE).is_file() or PROMPT not in weights.names:
+        return None
+    assert isinstance(method, SequenceMethod)
+    file = Weights(directory, "", STATE)
+    device = next((p.device for p in base.parameters()), torch.device("cpu"))
+    wanted = placement.init(base, torch.Generator(device).manual_seed(0))
+    if {name: tuple(t.shape) for name, t in wanted.items()} != file.shapes:
+        hint = f"delete {STATE} to load the prompt alone, or save the adapter again"
+        raise PeftfxError("this state is not that of the config's encoder", str(directory / STATE), hint)
+    state = {name: file[name].to(like) for name, like in wanted.items()}
+    saved, prompt = weights[PROMPT].float(), method.saved(state).cpu().float()
+    same = saved.shape == prompt.shape and torch.allclose(
+        prompt, saved, rtol=1e-4, atol=1e-5 * float(saved.abs().max())
+    )
+    return state if same else None
+
+
+@torch.no_grad()
+def written_prompt(base: nn.Module, adapter: Adapter) -> Contents:
+    """What `save_pretrained` writes for an adapter of one soft prompt."""
+    (placement,) = adapter.placements
+    method, params = placement.method, adapter.params(placement)
+    assert isinstance(method, SequenceMethod)
+    tensors = {PROMPT: method.saved(params)}
+    tensors |= {f"{method.prefix}{_override_name(o)}": adapter.get(o.key) for o in adapter.overrides}
+    files = {WEIGHTS: tensors}
+    if PROMPT not in params:
+        files[STATE] = dict(params)
+    plain = {file: {n: t.detach().cpu().contiguous() for n, t in own.items()} for file, own in files.items()}
+    return _config(base, adapter, method), plain
+
+
+def _config(base: nn.Module, adapter: Adapter, method: SequenceMethod) -> dict[str, object]:
+    """HF PEFT's config. Its task type tells PEFT how to call the model: it is written even where none was given."""
+    targets = ("target", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    options = {name: getattr(method, name) for name in method.options() if name not in targets}
+    kinds = {task: name for name, task in PEFT_TASKS.items()}
+    name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
+    records = {"base_model_name_or_path": name, **adapter.records}
+    records["task_type"] = records.get("task_type") or kinds.get(task_of(base))
+    return {**records, **options, "peft_type": method.peft_type, "inference_mode": True}

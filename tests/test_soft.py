@@ -1,0 +1,283 @@
+"""Soft prompts give `peft`'s numbers: forward, gradients, ten steps of training, files both ways, and ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from soft_cases import COUNT, PROMPT_TUNING, Soft, bare, heads, trained
+from test_export import outputs
+from torch import Tensor, nn
+from zoo import ZOO
+
+import peftfx
+from peftfx import PeftfxError, PromptTuning
+from peftfx.export import OnnxModel
+from peftfx.export.command import export_directory
+from peftfx.passes import Remove
+
+CAUSAL = (
+    *("gpt2", "bloom", "opt", "gpt_neo", "gpt_j", "gpt_neox", "llama", "glm", "qwen2", "mistral", "gemma", "phi"),
+    *("falcon", "mpt", "gemma2", "qwen3", "phi3"),
+)
+OTHERS = ("t5", "bart", "bert", "roberta", "deberta", "deberta_v2", "distilbert", "electra")
+KINDS = {"prompt": PROMPT_TUNING}
+EACH = pytest.mark.parametrize("soft", KINDS.values(), ids=KINDS)
+THREE = pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])  # a decoder, an encoder, one of both
+ABSOLUTE = 1e-5
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = ABSOLUTE) -> None:
+    assert got.shape == want.shape
+    error = float((got - want).detach().abs().max())
+    assert error <= tolerance * max(1.0, float(want.abs().max())), error
+
+
+def close_all(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = ABSOLUTE) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        close(got[name], want[name], tolerance)
+
+
+@pytest.mark.parametrize("name", CAUSAL + OTHERS)
+def test_prompt_tuning_is_pefts_forward(name: str) -> None:
+    theirs = PROMPT_TUNING.theirs(name)
+    ours = PROMPT_TUNING.ours(theirs)
+    for batch, sequence in ((3, 5), (1, 6)):
+        inputs = ZOO[name].inputs(batch, sequence, 4, model=bare(theirs))
+        close_all(outputs(ours, inputs), outputs(theirs, inputs))
+        with ours.disable_adapter():
+            plain = outputs(ours, inputs)
+        close_all(plain, outputs(bare(theirs), inputs))
+
+
+@EACH
+@THREE
+def test_ten_steps_are_those_of_peft(soft: Soft, name: str) -> None:
+    theirs = soft.theirs(name)
+    ours, want = soft.ours(theirs).train(), trained(theirs)
+    got = dict(ours.adapter("default").named_parameters())
+    assert got.keys() == want.keys()
+    ours.base.apply(_without_dropout)
+    theirs.train().apply(_without_dropout)
+    inputs = ZOO[name].inputs(3, 6, 4, model=bare(theirs), labels=True)
+    optimizers = [torch.optim.AdamW(list(p.values()), lr=1e-2) for p in (got, want)]
+    for step in range(10):
+        losses = [model(**inputs).loss for model in (ours, theirs)]
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+        if step == 0:
+            for key in want:
+                close(got[key].grad, want[key].grad)
+            assert any(p.grad is not None for p in got.values())
+            assert all(p.grad is None for p in ours.base.parameters())
+        for optimizer in optimizers:
+            optimizer.step()
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    close_all({k: p.detach() for k, p in got.items()}, {k: p.detach() for k, p in want.items()})
+
+
+def _without_dropout(module: nn.Module) -> None:
+    if isinstance(module, nn.Dropout):
+        module.p = 0.0
+    if isinstance(getattr(module, "dropout", None), float):
+        module.dropout = 0.0
+
+
+@EACH
+@THREE
+def test_files_cross_in_both_directions(soft: Soft, name: str, tmp_path: Path) -> None:
+    theirs = soft.theirs(name)
+    base = bare(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    inputs = ZOO[name].inputs(3, 5, 4, model=base)
+    want = outputs(theirs, inputs)
+    ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs")
+    close_all(outputs(ours, inputs), want)
+    for model, folder in ((ours, "again"), (soft.ours(theirs), "ours")):
+        model.save_pretrained(tmp_path / folder)
+        back = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / folder)).eval()
+        close_all(outputs(back, inputs), want)
+        close_all(outputs(peftfx.load(copy.deepcopy(base), tmp_path / folder), inputs), want)
+        mine, given = (load_file(tmp_path / d / "adapter_model.safetensors") for d in (folder, "theirs"))
+        assert mine.keys() == given.keys()
+        for key in given:
+            close(mine[key], given[key], 1e-6)
+
+
+@EACH
+@THREE
+def test_what_peft_wrote_is_exported_as_peft_computes_it(soft: Soft, name: str, tmp_path: Path) -> None:
+    theirs = soft.theirs(name)
+    base = bare(theirs)
+    base.save_pretrained(tmp_path / "base")
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=ZOO[name].task)
+    assert len(report.folded) == 1
+    served = OnnxModel(tmp_path / "out")
+    for batch, sequence in ((3, 11), (1, 6)):
+        inputs = ZOO[name].inputs(batch, sequence, 4, model=base)
+        got, want = served(**inputs), outputs(theirs, inputs)
+        for key in got:
+            close(got[key], want[key], 1e-4)
+
+
+@EACH
+def test_a_trained_prompt_and_lora_are_exported_apart_and_merged(soft: Soft, tmp_path: Path) -> None:
+    theirs = soft.theirs("llama")
+    rule = soft.method(num_virtual_tokens=COUNT, **soft.options)
+    ours = peftfx.transform(bare(theirs), [rule, peftfx.LoRA(r=3, target="attention.query | mlp")], seed=0)
+    with torch.no_grad():
+        for p in ours.adapters.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    inputs = ZOO["llama"].inputs(3, 9, 4, model=ours.base)
+    want = outputs(ours.eval(), inputs)
+    for merge in (True, False):
+        report = ours.export(tmp_path / str(merge), merge=merge)
+        assert bool(report.merged) is merge
+        assert bool(report.folded) is merge
+        close(OnnxModel(tmp_path / str(merge))(**inputs)["logits"], want["logits"], 1e-4)
+    with pytest.raises(PeftfxError, match="several rules"):
+        ours.save_pretrained(tmp_path / "saved")
+
+
+def test_a_prompt_with_lora_is_a_lora_of_the_base_under_the_prompt() -> None:
+    """peft cannot do both: its prompt on a base that its LoRA was merged into is the same."""
+    theirs = PROMPT_TUNING.theirs("gpt2")
+    rules = [PromptTuning(num_virtual_tokens=COUNT), peftfx.LoRA(r=3, target="attention | embedding.token")]
+    ours = peftfx.transform(bare(theirs), rules, seed=0)
+    with torch.no_grad():
+        for p in ours.adapters.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    lora = peftfx.transform(bare(theirs), rules[1], seed=0)
+    for key, value in lora.adapter("default").named_parameters():
+        value.data.copy_(ours.adapter("default").get(key))
+    lora.merge()
+    again = PROMPT_TUNING.theirs("gpt2", lora.remove())
+    with torch.no_grad():
+        again.prompt_encoder["default"].embedding.weight.copy_(
+            ours.adapter("default").get("sequence.prompt_embeddings")
+        )
+    inputs = ZOO["gpt2"].inputs(3, 5, 4, model=bare(theirs))
+    close_all(outputs(ours.eval(), inputs), outputs(again, inputs))
+
+
+@EACH
+def test_adapters_are_switched_and_removed(soft: Soft) -> None:
+    theirs = [soft.theirs("gpt2"), soft.theirs("gpt2")]
+    with torch.no_grad():
+        for p in theirs[1].prompt_encoder.parameters():
+            p.mul_(1.5)
+    inputs = ZOO["gpt2"].inputs(3, 5, 4, model=bare(theirs[0]))
+    ours = soft.ours(theirs[0])
+    base = outputs(bare(theirs[0]), inputs)
+    ours.add_adapter("second", soft.method(num_virtual_tokens=COUNT, **soft.options))
+    for key, value in soft.ours(theirs[1]).adapter("default").named_parameters():
+        ours.adapter("second").get(key).data.copy_(value)
+    close_all(outputs(ours, inputs), outputs(theirs[1], inputs))
+    ours.set_adapter("default")
+    close_all(outputs(ours, inputs), outputs(theirs[0], inputs))
+    with pytest.raises(PeftfxError, match="cannot both be ahead of the text"):
+        ours.set_adapter(["default", "second"])
+    with pytest.raises(PeftfxError, match="no place in the base's weights"):
+        ours.merge()
+    ours.add_adapter("lora", peftfx.LoRA(r=2))
+    ours.set_adapter(["second", "lora"])
+    close_all(outputs(ours, inputs), outputs(theirs[1], inputs))
+    with ours.disable_adapter():
+        close_all(outputs(ours, inputs), base)
+    close_all(outputs(ours.remove(), inputs), base)
+
+
+@EACH
+@THREE
+def test_removing_a_prompt_leaves_the_program_that_it_was_put_into(soft: Soft, name: str) -> None:
+    ours = soft.ours(soft.theirs(name))
+    inputs = ZOO[name].inputs(3, 5, 4, model=ours.base)
+    empty = ours.capture(inputs, ours.entry())
+    assert Remove()(ours.graph(inputs)).graph.text() == empty.text()
+
+
+def test_the_start_of_a_prompt_is_embeddings_of_the_vocabulary_or_of_a_text(tmp_path: Path) -> None:
+    base = ZOO["gpt2"].build()
+    table = base.get_input_embeddings().weight.detach()
+    made = peftfx.transform(base, PromptTuning(num_virtual_tokens=5, prompt_tuning_init="SAMPLE_VOCAB"), seed=3)
+    rows = made.adapter("default").get("sequence.prompt_embeddings").detach()
+    assert all(any(torch.equal(row, word) for word in table) for row in rows)
+    _tokenizer(tmp_path)
+    rule = PromptTuning(
+        num_virtual_tokens=5,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text="a b c",
+        tokenizer_name_or_path=str(tmp_path),
+    )
+    made = peftfx.transform(ZOO["gpt2"].build(), rule)
+    assert torch.equal(made.adapter("default").get("sequence.prompt_embeddings"), table[torch.tensor([4, 5, 6, 4, 5])])
+
+
+def _tokenizer(directory: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 4, "b": 5, "c": 6}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(directory)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_each_row_is_what_it_is_alone_where_a_classifier_pools_the_last_token(name: str) -> None:
+    """peft hides the ids from the model, whose classifier then pools padding: a row's answer depends on the batch."""
+    import transformers as hf
+
+    kind = {"gpt2": hf.GPT2ForSequenceClassification, "llama": hf.LlamaForSequenceClassification}[name]
+    torch.manual_seed(0)
+    config = copy.deepcopy(ZOO[name].build().config)
+    config.num_labels = 3
+    model = kind(config).eval()
+    ours = peftfx.transform(model, PromptTuning(num_virtual_tokens=COUNT), seed=0)
+    ids = torch.randint(10, 90, (2, 7))
+    ids[1, 4:] = config.pad_token_id
+    mask = (ids != config.pad_token_id).long()
+    both = ours(input_ids=ids, attention_mask=mask).logits
+    alone = ours(input_ids=ids[1:, :4], attention_mask=mask[1:, :4]).logits
+    close(both[1:], alone)
+    theirs = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=COUNT)).eval()
+    with torch.no_grad():
+        theirs.prompt_encoder["default"].embedding.weight.copy_(
+            ours.adapter("default").get("sequence.prompt_embeddings")
+        )
+        close(theirs(input_ids=ids[1:, :4], attention_mask=mask[1:, :4]).logits, alone)
+        assert float((theirs(input_ids=ids, attention_mask=mask).logits[1:] - alone).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "expected"),
+    [
+        ("vit", lambda: PromptTuning(), "embeds no text"),
+        ("gpt2", lambda: PromptTuning(num_virtual_tokens=0), "must be 1 or more"),
+        ("gpt2", lambda: PromptTuning(target="mlp"), "has no target"),
+        ("gpt2", lambda: PromptTuning(token_dim=31), "have 32 features, not 31"),
+        ("gpt2", lambda: PromptTuning(prompt_tuning_init="WORDS"), "unknown initialisation 'WORDS'"),
+        ("gpt2", lambda: PromptTuning(prompt_tuning_init="TEXT"), "needs prompt_tuning_init_text"),
+        ("gpt2", lambda: [PromptTuning(), PromptTuning()], "two rules act here"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(name: str, rule: object, expected: str) -> None:
+    with pytest.raises(PeftfxError, match=expected):
+        peftfx.transform(ZOO[name].build(), rule())
+
+
+def test_a_damaged_file_is_refused_with_all_that_is_wrong(tmp_path: Path) -> None:
+    theirs = PROMPT_TUNING.theirs("bert")
+    theirs.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_virtual_tokens": 5}))
+    with pytest.raises(PeftfxError, match=r"\[4, 32\] in the file, \[5, 32\] in this model"):
+        peftfx.load(bare(theirs), tmp_path)
+    assert heads(theirs) == ["classifier"]
