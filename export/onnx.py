@@ -76,13 +76,13 @@ def _translate(graph: Graph, opset: int | None, engine: str) -> tuple[Translatio
     if engine == FAST:
         try:
             return translate(graph, opset), FAST
-        except PeftfxError:
+        except (PeftfxError, MemoryError):
             raise
         except Exception as error:  # whatever the exporter's many parts raise: its own road has the last word
             went = f"{TORCH} (the fast one does not take {_first(error)})"
     try:
         return retrace(graph, opset), went
-    except PeftfxError:
+    except (PeftfxError, MemoryError):
         raise
     except Exception as error:
         what = f"no translation to ONNX: {_first(error)}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import mmap
 import os
 from pathlib import Path
@@ -44,7 +46,8 @@ class Stream:
                 self._finish()
         finally:
             os.close(self._file)
-            self._buffer.close()
+            with contextlib.suppress(BufferError):  # an error's traceback may still see it: it goes with that
+                self._buffer.close()
 
     def pad(self, offset: int) -> None:
         """Write zeros up to `offset`."""
@@ -80,8 +83,26 @@ class Stream:
 
     def _put(self, data: memoryview) -> None:
         while data.nbytes:
-            done = os.write(self._file, data)
+            try:
+                done = os.write(self._file, data)
+            except OSError as error:
+                if not self._direct or error.errno != errno.EINVAL:
+                    raise
+                self._go_ordinary()
+                continue
             data = data[done:]
+
+    def _go_ordinary(self) -> None:
+        """Write through the page cache from here on.
+
+        A direct write is invalid where the disk or a limit left off within a page, or where the disk's blocks are
+        larger than one: an ordinary one succeeds, or says what is wrong.
+        """
+        import fcntl
+
+        flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+        fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        self._direct = False
 
     def _finish(self) -> None:
         """Write what is left: a direct write is of whole pages, so the file is cut to its size after."""

@@ -168,6 +168,12 @@ def main() -> None:
         failed = type(error).__name__ == "VerificationError"
         print(f"peftfx: error: {error}", file=sys.stderr)
         sys.exit(FAILED if failed else USAGE)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):  # torch's words
+            raise
+        first = str(error).strip().partition("\n")[0] or "no more can be had"
+        print(f"peftfx: error: out of memory: {first}\n  hint: free some; nothing was written", file=sys.stderr)
+        sys.exit(USAGE)
     except KeyboardInterrupt:
         print("peftfx: interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)
