@@ -33,7 +33,7 @@ class Attempt:
     Attributes:
         code: the exit code; minus the signal where one ended it.
         err: what it wrote to stderr.
-        seconds: wall time.
+        seconds: CPU time of its first thread: what it did until it ended, however busy the machine is.
     """
 
     code: int
@@ -61,7 +61,13 @@ class Attempts:
         self._ask({"words": [str(w) for w in warm_up], "imports": True})
 
     def run(self, *words: object, kill_after: float | None = None, setup: str = "", option: object = None) -> Attempt:
-        """Run a command; kill it after `kill_after` seconds. The fork first calls this module's `setup(option)`."""
+        """Run a command in a fork.
+
+        Args:
+            words: of the command.
+            kill_after: seconds, as those of an Attempt, after which SIGKILL is sent.
+            setup: a function of this module that the fork first calls with `option`.
+        """
         return self._ask({"words": [str(w) for w in words], "kill_after": kill_after, "setup": setup, "option": option})
 
     def _ask(self, request: dict[str, object]) -> Attempt:
@@ -191,13 +197,12 @@ def _serve() -> None:
 
 def _attempt(request: dict[str, object]) -> dict[str, object]:
     with tempfile.TemporaryFile() as err, tempfile.TemporaryFile("w+") as names:
-        start = time.perf_counter()
         child = os.fork()
         if child == 0:
             _child(request, err.fileno(), names.fileno())
         limit = request.get("kill_after")
-        status = _wait(child, None if limit is None else start + float(str(limit)))
-        seconds = time.perf_counter() - start
+        seconds = _watch(child, float("inf") if limit is None else float(str(limit)))
+        status = os.waitpid(child, 0)[1]
         err.seek(0)
         names.seek(0)
         for name in names.read().split():
@@ -207,15 +212,15 @@ def _attempt(request: dict[str, object]) -> dict[str, object]:
         return {"code": code, "err": err.read().decode(errors="replace"), "seconds": seconds}
 
 
-def _wait(child: int, deadline: float | None) -> int:
-    while True:
-        done, status = os.waitpid(child, 0 if deadline is None else os.WNOHANG)
-        if done:
-            return status
-        if deadline is not None and time.perf_counter() >= deadline:
+def _watch(child: int, limit: float) -> float:
+    """Wait for the end of a child, without reaping it, and kill it at the limit; returns its CPU seconds."""
+    clock = Path(f"/proc/{child}/schedstat")
+    while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if int(clock.read_text().split()[0]) >= limit * 1e9:
             os.kill(child, signal.SIGKILL)
-            deadline = None
-        time.sleep(0.0005)
+            limit = float("inf")
+        time.sleep(0.001)
+    return int(clock.read_text().split()[0]) / 1e9
 
 
 def _child(request: dict[str, object], err: int, names: int) -> NoReturn:

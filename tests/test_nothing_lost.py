@@ -34,7 +34,7 @@ class Inputs:
         base, adapter: the directories.
         server: where commands run.
         merged, plain: the files of the whole exports, with the adapter and without.
-        seconds: that an export takes here.
+        seconds: CPU time of an export.
     """
 
     base: Path
