@@ -21,8 +21,8 @@ class OnnxModel:
     Args:
         directory: where `save` wrote the model; a path to an `.onnx` file works too.
         threads: how many threads one operator may use; 0 leaves it to ONNX Runtime.
-        mapped: leave the weights in their file, memory-mapped. By default ONNX Runtime copies matrices into the layout
-            of its kernels, which runs faster and takes as much memory again.
+        mapped: leave the weights in their file, memory-mapped, and the graph as it is. By default ONNX Runtime copies
+            matrices into the layout of its kernels, which runs faster and takes as much memory again.
     """
 
     def __init__(self, directory: str | Path, *, threads: int = 0, mapped: bool = False) -> None:
@@ -32,10 +32,13 @@ class OnnxModel:
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
+            # What a weight in half precision is cast to is kept by graph optimisations, and cast early by the usual
+            # order of nodes; in this one they run as they are written.
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         options.log_severity_level = 3  # errors only: warnings of its graph optimiser tell a user nothing
-        kept = {"disabled_optimizers": ["ConstantFolding"]} if mapped else {}  # it would keep what a weight is cast to
         try:
-            self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"], **kept)
+            self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             hint = (
                 "a type without a CPU kernel (bfloat16?) needs a model in float32" if "NOT_IMPL" in str(error) else ""

@@ -52,10 +52,13 @@ def _widen(model: ir.Model) -> None:
                 node.attributes[attribute.name] = ir.AttrTensor(attribute.name, wide)
             elif attribute.name in _TYPED and attribute.value == ir.DataType.BFLOAT16:
                 node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(ir.DataType.FLOAT))
+    place = {node: index for index, node in enumerate(model.graph)}
     for value in list(model.graph.initializers.values()):
         if value.dtype == ir.DataType.BFLOAT16:
+            users = [user for user in value.consumers() if user in place]
+            first = min(users, key=lambda user: place[user]) if users else model.graph[0]
             cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
             cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
             value.replace_all_uses_with(cast.outputs[0])
             cast.replace_input_with(0, value)
-            model.graph.insert_before(model.graph[0], cast)
+            model.graph.insert_before(first, cast)  # not before: what is cast early waits in memory
