@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peftfx.graph import Graph
     from peftfx.methods.ia3 import IA3
     from peftfx.methods.lora import LoRA
+    from peftfx.methods.p_tuning import PTuning
     from peftfx.methods.prompt_tuning import PromptTuning
     from peftfx.sites import Site, Sites
 
@@ -26,6 +27,7 @@ _HOME = {
     "Graph": "peftfx.graph",
     "IA3": "peftfx.methods.ia3",
     "LoRA": "peftfx.methods.lora",
+    "PTuning": "peftfx.methods.p_tuning",
     "PeftfxError": "peftfx.errors",
     "PromptTuning": "peftfx.methods.prompt_tuning",
     "Site": "peftfx.sites",
@@ -42,6 +44,7 @@ __all__ = [
     "AdaptedModel",
     "Graph",
     "LoRA",
+    "PTuning",
     "PeftfxError",
     "PromptTuning",
     "Site",

@@ -87,3 +87,7 @@ def trained(theirs: nn.Module) -> dict[str, Tensor]:
 
 
 PROMPT_TUNING = Soft(peft.PromptTuningConfig, peftfx.PromptTuning, {})
+MLP = Soft(peft.PromptEncoderConfig, peftfx.PTuning, {"encoder_hidden_size": 24})
+LSTM = Soft(
+    peft.PromptEncoderConfig, peftfx.PTuning, {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12}
+)

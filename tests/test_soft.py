@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from soft_cases import COUNT, PROMPT_TUNING, Soft, bare, heads, trained
+from soft_cases import COUNT, LSTM, MLP, PROMPT_TUNING, Soft, bare, heads, trained
 from test_export import outputs
 from torch import Tensor, nn
 from zoo import ZOO
@@ -26,7 +26,7 @@ CAUSAL = (
     *("falcon", "mpt", "gemma2", "qwen3", "phi3"),
 )
 OTHERS = ("t5", "bart", "bert", "roberta", "deberta", "deberta_v2", "distilbert", "electra")
-KINDS = {"prompt": PROMPT_TUNING}
+KINDS = {"prompt": PROMPT_TUNING, "mlp": MLP, "lstm": LSTM}
 EACH = pytest.mark.parametrize("soft", KINDS.values(), ids=KINDS)
 THREE = pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])  # a decoder, an encoder, one of both
 ABSOLUTE = 1e-5

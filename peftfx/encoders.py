@@ -1,0 +1,70 @@
+"""The small networks that soft prompts are trained through: parameters that start as HF PEFT's do, and plain torch.
+
+A layer `mlp_head.0` of HF PEFT's has the parameters `mlp_head_0_weight` and `mlp_head_0_bias` here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfx.method import Params
+
+EMBEDDING = "embedding_weight"  #: one row for each virtual token, the network's input
+_GATES = 4  #: of an LSTM
+
+
+def embedding(like: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
+    """Rows of an embedding as torch starts them, shaped like `like`."""
+    return {EMBEDDING: torch.empty_like(like).normal_(generator=rng)}
+
+
+def layer(name: str, inner: int, outer: int, like: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
+    """A linear layer as torch starts it."""
+    bound = 1 / math.sqrt(inner)
+    return {
+        f"{name}_weight": like.new_empty(outer, inner).uniform_(-bound, bound, generator=rng),
+        f"{name}_bias": like.new_empty(outer).uniform_(-bound, bound, generator=rng),
+    }
+
+
+def linear(name: str, p: Params, x: Tensor) -> Tensor:
+    """A linear layer."""
+    return F.linear(x, p[f"{name}_weight"], p[f"{name}_bias"])
+
+
+def perceptron(names: tuple[str, ...], p: Params, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Linear layers with an activation between them."""
+    for name in names[:-1]:
+        x = activation(linear(name, p, x))
+    return linear(names[-1], p, x)
+
+
+def lstm(
+    name: str, inner: int, hidden: int, layers: int, like: Tensor, rng: torch.Generator | None
+) -> dict[str, Tensor]:
+    """A bidirectional LSTM as torch starts it."""
+    bound, made = 1 / math.sqrt(hidden), {}
+    for key in _lstm_names(layers):
+        width = 2 * hidden if not key.endswith(("l0", "l0_reverse")) else inner
+        shapes = {"weight_ih": (_GATES * hidden, width), "weight_hh": (_GATES * hidden, hidden)}
+        shape = shapes.get(key[:9], (_GATES * hidden,))
+        made[f"{name}_{key}"] = like.new_empty(shape).uniform_(-bound, bound, generator=rng)
+    return made
+
+
+def run_lstm(name: str, layers: int, p: Params, x: Tensor, dropout: float, training: bool) -> Tensor:
+    """The bidirectional LSTM's outputs along the rows of `x`."""
+    weights = [p[f"{name}_{key}"] for key in _lstm_names(layers)]
+    start = x.new_zeros(2 * layers, 1, weights[1].shape[1])
+    return torch.lstm(x[None], (start, start), weights, True, layers, dropout, training, True, True)[0][0]
+
+
+def _lstm_names(layers: int) -> list[str]:
+    """torch's names of the parameters, in the order in which it takes them."""
+    ends = [f"l{i}{reverse}" for i in range(layers) for reverse in ("", "_reverse")]
+    return [f"{kind}_{end}" for end in ends for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]

@@ -1,0 +1,93 @@
+"""P-tuning: virtual tokens that a small network makes (Liu et al. 2021, arXiv:2103.10385).
+
+As prompt tuning, with `P = encoder(E)`: three linear layers with ReLU, or a bidirectional LSTM and two linear layers.
+The network is there for training. Files hold `P`; merging computes it once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.encoders import EMBEDDING, embedding, layer, lstm, perceptron, run_lstm
+from peftfx.entry import Entry
+from peftfx.errors import PeftfxError
+from peftfx.method import Method, Params
+from peftfx.sites import Site
+from peftfx.soft import PROMPT, SequenceMethod, precise, virtual_tokens, with_text_sizes
+
+_MLP, _LSTM = ("mlp_head_0", "mlp_head_2", "mlp_head_4"), "lstm_head"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTuning(SequenceMethod):
+    """Virtual tokens that an encoder makes.
+
+    Args:
+        encoder_reparameterization_type: MLP or LSTM.
+        encoder_hidden_size: width of the encoder; by default `token_dim`.
+        encoder_num_layers: of the LSTM; an MLP has three.
+        encoder_dropout: between the LSTM's layers.
+    """
+
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+    peft_type: ClassVar[str] = "P_TUNING"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        how = getattr(self.encoder_reparameterization_type, "value", self.encoder_reparameterization_type)
+        object.__setattr__(self, "encoder_reparameterization_type", how)
+        if how not in ("MLP", "LSTM"):
+            raise PeftfxError(f"unknown encoder {how!r}", "encoder_reparameterization_type", "one of 'MLP', 'LSTM'")
+        if self.encoder_num_layers < 1 or (self.encoder_hidden_size or 1) < 1 or not 0 <= self.encoder_dropout < 1:
+            hint = "PTuning(encoder_hidden_size=128, encoder_num_layers=2, encoder_dropout=0.1)"
+            raise PeftfxError("an encoder of this size cannot be made", "encoder_hidden_size", hint)
+
+    __hash__ = Method.__hash__
+
+    def sized(self, base: nn.Module, site: Site) -> PTuning:
+        sized = with_text_sizes(self, base, site)
+        return dataclasses.replace(sized, encoder_hidden_size=sized.encoder_hidden_size or sized.token_dim)
+
+    def init(self, site: Site, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+        weight = embed.weight
+        assert isinstance(weight, Tensor)
+        assert self.token_dim is not None
+        assert self.encoder_hidden_size is not None
+        width, hidden = self.token_dim, self.encoder_hidden_size
+        like = torch.empty(self.saved_shape(), dtype=precise(weight.dtype), device=weight.device)
+        p = embedding(like, rng)
+        if self.encoder_reparameterization_type == "MLP":
+            widths: tuple[int, ...] = (width, hidden, hidden, width)
+        else:
+            p |= lstm(_LSTM, width, hidden, self.encoder_num_layers, like, rng)
+            widths = (2 * hidden, 2 * hidden, width)
+        for name, inner, outer in zip(_MLP, widths, widths[1:], strict=False):
+            p |= layer(name, inner, outer, like, rng)
+        return p
+
+    def saved(self, p: Params, training: bool = False) -> Tensor:
+        if PROMPT in p:
+            return p[PROMPT]
+        if self.encoder_reparameterization_type == "MLP":
+            return perceptron(_MLP, p, p[EMBEDDING], torch.relu)
+        x = run_lstm(_LSTM, self.encoder_num_layers, p, p[EMBEDDING], self.encoder_dropout, training)
+        return perceptron(_MLP[:2], p, x, torch.relu)
+
+    def saved_shape(self) -> tuple[int, ...]:
+        assert self.token_dim is not None
+        return self.num_virtual_tokens * self.submodules, self.token_dim
+
+    def virtual(self, p: Params, training: bool) -> Tensor:
+        return self.saved(p, training)[: self.num_virtual_tokens]
+
+    def entry(self, base: nn.Module, site: Site) -> Entry:
+        return virtual_tokens(self, base, site)
