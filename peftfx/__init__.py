@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peftfx.methods.ia3 import IA3
     from peftfx.methods.lora import LoRA
     from peftfx.methods.p_tuning import PTuning
+    from peftfx.methods.prefix_tuning import PrefixTuning
     from peftfx.methods.prompt_tuning import PromptTuning
     from peftfx.sites import Site, Sites
 
@@ -29,6 +30,7 @@ _HOME = {
     "LoRA": "peftfx.methods.lora",
     "PTuning": "peftfx.methods.p_tuning",
     "PeftfxError": "peftfx.errors",
+    "PrefixTuning": "peftfx.methods.prefix_tuning",
     "PromptTuning": "peftfx.methods.prompt_tuning",
     "Site": "peftfx.sites",
     "Sites": "peftfx.sites",
@@ -46,6 +48,7 @@ __all__ = [
     "LoRA",
     "PTuning",
     "PeftfxError",
+    "PrefixTuning",
     "PromptTuning",
     "Site",
     "Sites",

@@ -139,27 +139,43 @@ def with_text_sizes(method: M, base: nn.Module, site: Site) -> M:
         token_dim=width,
         num_layers=method.num_layers or size_of(base, "num_hidden_layers", "num_layers", "n_layers"),
         num_attention_heads=method.num_attention_heads or size_of(base, "num_attention_heads", "num_heads", "n_heads"),
-        num_transformer_submodules=method.num_transformer_submodules or (2 if task_of(base) == _SEQ_TO_SEQ else 1),
+        num_transformer_submodules=method.num_transformer_submodules or submodules_of(base),
     )
 
 
 def virtual_tokens(method: SequenceMethod, base: nn.Module, site: Site) -> VirtualTokens:
     """The entry of a method of virtual tokens."""
-    task = task_of(base)
     assert method.token_dim is not None
     return VirtualTokens(
         (method.num_virtual_tokens, method.token_dim),
-        base.get_submodule(embedding_path(site)).weight.dtype,  # type: ignore[union-attr, arg-type]
+        stream_dtype(base, site),
         embedding_path(site),
         tokens=site.calls[0].x,
         filler=plain_token(base, site.shape[0]),
-        dropped=frozenset({"token_type_ids"} if task in _WITHOUT_TYPES else ()),
+        dropped=untyped(base),
         labelled=not encodes_and_decodes(base),
     )
 
 
 _SEQ_TO_SEQ = "text2text-generation"
 _WITHOUT_TYPES = ("text-generation", "feature-extraction", _SEQ_TO_SEQ)  #: HF PEFT takes no token types there
+
+
+def untyped(base: nn.Module) -> frozenset[str]:
+    """The arguments that HF PEFT does not pass on under a soft prompt, by what the model is for."""
+    return frozenset({"token_type_ids"} if task_of(base) in _WITHOUT_TYPES else ())
+
+
+def stream_dtype(base: nn.Module, site: Site) -> torch.dtype:
+    """The dtype of the embedded text."""
+    weight = base.get_submodule(embedding_path(site)).weight
+    assert isinstance(weight, Tensor)
+    return weight.dtype
+
+
+def submodules_of(base: nn.Module) -> int:
+    """How many parts HF PEFT counts in the model: an encoder and a decoder of text are two."""
+    return 2 if task_of(base) == _SEQ_TO_SEQ else 1
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:

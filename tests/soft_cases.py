@@ -14,6 +14,7 @@ from zoo import ZOO
 
 import peftfx
 from peftfx.adapted import AdaptedModel
+from peftfx.inputs import example_inputs
 from peftfx.soft import PROMPT
 from peftfx.tasks import PEFT_TASKS
 
@@ -25,6 +26,27 @@ SIZES: Mapping[str, Mapping[str, int]] = {
     "distilbert": {"token_dim": 32, "num_attention_heads": 4},
     "mpt": {"num_attention_heads": 4},
 }
+PREFIX_SIZES: Mapping[str, Mapping[str, int]] = {
+    "falcon": {"token_dim": 8, "num_attention_heads": 1},
+    "mpt": {"num_attention_heads": 4},
+}
+FEATURES = "features"  #: BERT without a head: peft 0.21.2 raises for every classifier under a prefix
+
+
+def build(name: str) -> nn.Module:
+    """A model of the zoo, or `FEATURES`."""
+    return ZOO["bert"].build().bert if name == FEATURES else ZOO[name].build()
+
+
+def task(name: str) -> str:
+    """What it is for."""
+    return "feature-extraction" if name == FEATURES else ZOO[name].task
+
+
+def inputs_of(name: str, batch: int, sequence: int, *, labels: bool = False) -> dict[str, Tensor]:
+    """Keyword arguments of a call."""
+    sizes = {"batch": batch, "sequence": sequence, "decoder_sequence": sequence - 2}
+    return example_inputs(build(name), task(name), sizes=sizes, seed=4, labels=labels and name != FEATURES)
 
 
 @dataclass(frozen=True)
@@ -37,9 +59,10 @@ class Soft:
 
     def theirs(self, name: str, model: nn.Module | None = None) -> nn.Module:
         """peft's model on a model of the zoo (or another like it), every trained value off its start, in eval mode."""
-        base = ZOO[name].build() if model is None else model
-        options = {"num_virtual_tokens": COUNT, **SIZES.get(name, {}), **self.options}
-        made = peft.get_peft_model(base, self.config(task_type=TASK_TYPES[ZOO[name].task], **options))
+        base = build(name) if model is None else model
+        sizes = PREFIX_SIZES if self.config is peft.PrefixTuningConfig else SIZES
+        options = {"num_virtual_tokens": COUNT, **sizes.get(name, {}), **self.options}
+        made = peft.get_peft_model(base, self.config(task_type=TASK_TYPES[task(name)], **options))
         randomise(made)
         return made.eval()
 
@@ -88,6 +111,8 @@ def trained(theirs: nn.Module) -> dict[str, Tensor]:
 
 PROMPT_TUNING = Soft(peft.PromptTuningConfig, peftfx.PromptTuning, {})
 MLP = Soft(peft.PromptEncoderConfig, peftfx.PTuning, {"encoder_hidden_size": 24})
+PREFIX = Soft(peft.PrefixTuningConfig, peftfx.PrefixTuning, {})
+PROJECTED = Soft(peft.PrefixTuningConfig, peftfx.PrefixTuning, {"prefix_projection": True, "encoder_hidden_size": 24})
 LSTM = Soft(
     peft.PromptEncoderConfig, peftfx.PTuning, {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12}
 )

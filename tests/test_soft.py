@@ -4,31 +4,63 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
-from soft_cases import COUNT, LSTM, MLP, PROMPT_TUNING, Soft, bare, heads, trained
+from safetensors.torch import load_file, save_file
+from soft_cases import (
+    COUNT,
+    FEATURES,
+    LSTM,
+    MLP,
+    PREFIX,
+    PROJECTED,
+    PROMPT_TUNING,
+    Soft,
+    bare,
+    heads,
+    inputs_of,
+    task,
+    trained,
+)
 from test_export import outputs
 from torch import Tensor, nn
 from zoo import ZOO
 
 import peftfx
-from peftfx import PeftfxError, PromptTuning
+from peftfx import PeftfxError, PrefixTuning, PromptTuning, PTuning
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
+from peftfx.inputs import example_inputs
 from peftfx.passes import Remove
+from peftfx.peft_files import STATE
+from peftfx.soft import PROMPT
 
 CAUSAL = (
     *("gpt2", "bloom", "opt", "gpt_neo", "gpt_j", "gpt_neox", "llama", "glm", "qwen2", "mistral", "gemma", "phi"),
     *("falcon", "mpt", "gemma2", "qwen3", "phi3"),
 )
-OTHERS = ("t5", "bart", "bert", "roberta", "deberta", "deberta_v2", "distilbert", "electra")
-KINDS = {"prompt": PROMPT_TUNING, "mlp": MLP, "lstm": LSTM}
+ENCODERS = ("bert", "roberta", "deberta", "deberta_v2", "distilbert", "electra")
+BOTH = ("t5", "bart")
+KINDS = {"prompt": PROMPT_TUNING, "mlp": MLP, "lstm": LSTM, "prefix": PREFIX, "projected": PROJECTED}
 EACH = pytest.mark.parametrize("soft", KINDS.values(), ids=KINDS)
-THREE = pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])  # a decoder, an encoder, one of both
+
+
+def on(*names: str, kinds: Iterable[str] = KINDS) -> pytest.MarkDecorator:
+    """Soft prompts on models; peft has no prefix for a classifier, and features stand in for it."""
+    pairs = [
+        (kind, FEATURES if name == "bert" and kind in ("prefix", "projected") else name)
+        for kind in kinds
+        for name in names
+    ]
+    ids = ["-".join(pair) for pair in pairs]
+    return pytest.mark.parametrize(("soft", "name"), [(KINDS[kind], name) for kind, name in pairs], ids=ids)
+
+
 ABSOLUTE = 1e-5
 
 
@@ -44,20 +76,23 @@ def close_all(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float 
         close(got[name], want[name], tolerance)
 
 
-@pytest.mark.parametrize("name", CAUSAL + OTHERS)
-def test_prompt_tuning_is_pefts_forward(name: str) -> None:
-    theirs = PROMPT_TUNING.theirs(name)
-    ours = PROMPT_TUNING.ours(theirs)
+@pytest.mark.parametrize(
+    ("soft", "name"),
+    [(PROMPT_TUNING, name) for name in CAUSAL + ENCODERS + BOTH] + [(PREFIX, n) for n in (*CAUSAL, FEATURES, *BOTH)],
+    ids=[f"prompt-{n}" for n in CAUSAL + ENCODERS + BOTH] + [f"prefix-{n}" for n in (*CAUSAL, FEATURES, *BOTH)],
+)
+def test_the_forward_is_pefts(soft: Soft, name: str) -> None:
+    theirs = soft.theirs(name)
+    ours = soft.ours(theirs)
     for batch, sequence in ((3, 5), (1, 6)):
-        inputs = ZOO[name].inputs(batch, sequence, 4, model=bare(theirs))
+        inputs = inputs_of(name, batch, sequence)
         close_all(outputs(ours, inputs), outputs(theirs, inputs))
         with ours.disable_adapter():
             plain = outputs(ours, inputs)
         close_all(plain, outputs(bare(theirs), inputs))
 
 
-@EACH
-@THREE
+@on("gpt2", "bert", "t5")
 def test_ten_steps_are_those_of_peft(soft: Soft, name: str) -> None:
     theirs = soft.theirs(name)
     ours, want = soft.ours(theirs).train(), trained(theirs)
@@ -65,10 +100,10 @@ def test_ten_steps_are_those_of_peft(soft: Soft, name: str) -> None:
     assert got.keys() == want.keys()
     ours.base.apply(_without_dropout)
     theirs.train().apply(_without_dropout)
-    inputs = ZOO[name].inputs(3, 6, 4, model=bare(theirs), labels=True)
+    inputs = inputs_of(name, 3, 6, labels=True)
     optimizers = [torch.optim.AdamW(list(p.values()), lr=1e-2) for p in (got, want)]
     for step in range(10):
-        losses = [model(**inputs).loss for model in (ours, theirs)]
+        losses = [_loss(model(**inputs)) for model in (ours, theirs)]
         for loss, optimizer in zip(losses, optimizers, strict=True):
             optimizer.zero_grad()
             loss.backward()
@@ -83,6 +118,10 @@ def test_ten_steps_are_those_of_peft(soft: Soft, name: str) -> None:
     close_all({k: p.detach() for k, p in got.items()}, {k: p.detach() for k, p in want.items()})
 
 
+def _loss(output: Any) -> Tensor:
+    return output.last_hidden_state.square().mean() if output.get("loss") is None else output.loss
+
+
 def _without_dropout(module: nn.Module) -> None:
     if isinstance(module, nn.Dropout):
         module.p = 0.0
@@ -90,39 +129,55 @@ def _without_dropout(module: nn.Module) -> None:
         module.dropout = 0.0
 
 
-@EACH
-@THREE
+@on("gpt2", "bert", "t5", kinds=("prompt", "prefix"))
 def test_files_cross_in_both_directions(soft: Soft, name: str, tmp_path: Path) -> None:
     theirs = soft.theirs(name)
     base = bare(theirs)
     theirs.save_pretrained(str(tmp_path / "theirs"))
-    inputs = ZOO[name].inputs(3, 5, 4, model=base)
+    inputs = inputs_of(name, 3, 5)
     want = outputs(theirs, inputs)
     ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs")
     close_all(outputs(ours, inputs), want)
-    for model, folder in ((ours, "again"), (soft.ours(theirs), "ours")):
-        model.save_pretrained(tmp_path / folder)
-        back = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / folder)).eval()
-        close_all(outputs(back, inputs), want)
-        close_all(outputs(peftfx.load(copy.deepcopy(base), tmp_path / folder), inputs), want)
-        mine, given = (load_file(tmp_path / d / "adapter_model.safetensors") for d in (folder, "theirs"))
-        assert mine.keys() == given.keys()
-        for key in given:
-            close(mine[key], given[key], 1e-6)
+    ours.save_pretrained(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    close_all(outputs(back, inputs), want)
+    mine, given = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("ours", "theirs"))
+    assert mine.keys() == given.keys()
+    assert all(torch.equal(mine[key], given[key]) for key in given)
 
 
-@EACH
-@THREE
+@on("gpt2", kinds=("mlp", "lstm", "projected"))
+def test_an_encoder_is_kept_beside_the_prompt_that_peft_reads(soft: Soft, name: str, tmp_path: Path) -> None:
+    theirs = soft.theirs(name)
+    base, inputs = bare(theirs), inputs_of(name, 3, 5)
+    want = outputs(theirs, inputs)
+    ours = soft.ours(theirs)
+    ours.save_pretrained(tmp_path)
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    close_all(outputs(back, inputs), want)
+    again = peftfx.load(copy.deepcopy(base), tmp_path)
+    assert dict(again.adapter("default").named_parameters()).keys() == trained(theirs).keys()
+    close_all(outputs(again, inputs), want)
+
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({k: 2 * t for k, t in tensors.items()}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    moved = peftfx.load(copy.deepcopy(base), tmp_path)  # the prompt is no longer the encoder's
+    assert list(dict(moved.adapter("default").named_parameters())) == [f"sequence.{PROMPT}"]
+    moved.save_pretrained(tmp_path)
+    assert not (tmp_path / STATE).exists()
+
+
+@on("gpt2", "bert", "t5", kinds=("prompt", "prefix"))
 def test_what_peft_wrote_is_exported_as_peft_computes_it(soft: Soft, name: str, tmp_path: Path) -> None:
     theirs = soft.theirs(name)
     base = bare(theirs)
     base.save_pretrained(tmp_path / "base")
     theirs.save_pretrained(str(tmp_path / "adapter"))
-    report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=ZOO[name].task)
+    report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=task(name))
     assert len(report.folded) == 1
     served = OnnxModel(tmp_path / "out")
     for batch, sequence in ((3, 11), (1, 6)):
-        inputs = ZOO[name].inputs(batch, sequence, 4, model=base)
+        inputs = inputs_of(name, batch, sequence)
         got, want = served(**inputs), outputs(theirs, inputs)
         for key in got:
             close(got[key], want[key], 1e-4)
@@ -195,11 +250,10 @@ def test_adapters_are_switched_and_removed(soft: Soft) -> None:
     close_all(outputs(ours.remove(), inputs), base)
 
 
-@EACH
-@THREE
+@on("gpt2", "t5", kinds=("prompt", "projected"))
 def test_removing_a_prompt_leaves_the_program_that_it_was_put_into(soft: Soft, name: str) -> None:
     ours = soft.ours(soft.theirs(name))
-    inputs = ZOO[name].inputs(3, 5, 4, model=ours.base)
+    inputs = inputs_of(name, 3, 5)
     empty = ours.capture(inputs, ours.entry())
     assert Remove()(ours.graph(inputs)).graph.text() == empty.text()
 
@@ -256,6 +310,47 @@ def test_each_row_is_what_it_is_alone_where_a_classifier_pools_the_last_token(na
         assert float((theirs(input_ids=ids, attention_mask=mask).logits[1:] - alone).abs().max()) > 1e-3
 
 
+CLASSIFIERS = {
+    "bert": ("BertForSequenceClassification", "BertModel"),
+    "electra": ("ElectraForTokenClassification", "ElectraModel"),
+    "gpt2": ("GPT2ForSequenceClassification", "GPT2Model"),
+    "questions": ("BertForQuestionAnswering", "BertModel"),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_prefix_of_a_classifier_is_the_backbones_behind_the_models_own_head(name: str) -> None:
+    """peft raises for every classifier; its prefix on the backbone is what the classifier's head then reads."""
+    import transformers as hf
+
+    kind = getattr(hf, CLASSIFIERS[name][0])
+    torch.manual_seed(0)
+    config = copy.deepcopy(ZOO["bert" if name == "questions" else name].build().config)
+    config.num_labels = 2 if name == "questions" else 3
+    model = kind(config).eval()
+    ours = peftfx.transform(model, PrefixTuning(num_virtual_tokens=COUNT), seed=0)
+    prefix = ours.adapter("default").get(f"sequence.{PROMPT}")
+    inputs = example_inputs(model, sizes={"batch": 3, "sequence": 5})
+    inputs.pop("token_type_ids", None)
+    got = next(iter(outputs(ours, inputs).values()))
+    config = peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=COUNT)
+    theirs = peft.get_peft_model(getattr(model, model.base_model_prefix), config).eval()
+    with torch.no_grad():
+        theirs.prompt_encoder["default"].embedding.weight.copy_(prefix)
+        hidden = theirs(**inputs)
+        last = inputs["attention_mask"].sum(1) - 1
+        want = {
+            "bert": lambda: model.classifier(hidden.pooler_output),
+            "electra": lambda: model.classifier(hidden[0]),
+            "gpt2": lambda: model.score(hidden[0][torch.arange(3), last]),
+            "questions": lambda: model.qa_outputs(hidden[0])[..., 0],
+        }[name]()
+    close(got, want)
+    alone = {key: value[2:, :3] for key, value in inputs.items()}  # the last row, without its padding
+    row = next(iter(outputs(ours, alone).values()))
+    close(row, got[2:] if got.shape[1:2] != (5,) else got[2:, :3])
+
+
 @pytest.mark.parametrize(
     ("name", "rule", "expected"),
     [
@@ -265,7 +360,11 @@ def test_each_row_is_what_it_is_alone_where_a_classifier_pools_the_last_token(na
         ("gpt2", lambda: PromptTuning(token_dim=31), "have 32 features, not 31"),
         ("gpt2", lambda: PromptTuning(prompt_tuning_init="WORDS"), "unknown initialisation 'WORDS'"),
         ("gpt2", lambda: PromptTuning(prompt_tuning_init="TEXT"), "needs prompt_tuning_init_text"),
-        ("gpt2", lambda: [PromptTuning(), PromptTuning()], "two rules act here"),
+        ("gpt2", lambda: [PromptTuning(), PrefixTuning()], "two rules act here"),
+        ("gpt2", lambda: PrefixTuning(num_layers=3), "num_layers 2, not 3"),
+        ("deberta", lambda: PrefixTuning(), "keeps no keys and values"),
+        ("gpt2", lambda: PrefixTuning(init_weights="one"), "unknown start 'one'"),
+        ("gpt2", lambda: PTuning(encoder_reparameterization_type="GRU"), "unknown encoder 'GRU'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(name: str, rule: object, expected: str) -> None:

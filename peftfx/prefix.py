@@ -1,0 +1,154 @@
+"""Prefixes: keys and values ahead of the text's, as an entry that hands the model a cache which holds them already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from peftfx.entry import POSITIONS, Entry
+from peftfx.errors import PeftfxError
+from peftfx.inputs import example_inputs
+from peftfx.stored import faked
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache, DynamicCache
+
+_CACHE = "cache"  #: transformers' name for the argument
+
+
+@dataclass(frozen=True)
+class Prefix(Entry):
+    """Keys and values of virtual tokens, one row of the hole for each layer's keys and one for its values.
+
+    The hole is [2 * layers, heads, tokens, head features]. Queries attend to the prefix as the model's code has them
+    attend to a cache; masks grow by ones, positions go on counting behind it, and no output is longer.
+
+    Attributes:
+        decodes: whether the cache is a decoder's, behind an encoder that has none.
+        dropped: arguments that HF PEFT does not pass on.
+    """
+
+    decodes: bool = False
+    dropped: frozenset[str] = frozenset()
+
+    @property
+    def _tokens(self) -> int:
+        return self.shape[2]
+
+    @property
+    def _masks(self) -> str:
+        return "decoder_attention_mask" if self.decodes else "attention_mask"
+
+    def check(self, inputs: Mapping[str, object]) -> None:
+        mask = inputs.get(self._masks)
+        if isinstance(mask, Tensor) and mask.ndim != 2:
+            what = f"a prefix does not know how to widen a mask of {mask.ndim} axes"
+            raise PeftfxError(what, self._masks, "pass it as [batch, sequence]")
+        given = next((name for name in (_CACHE, "past_key_values") if inputs.get(name) is not None), None)
+        if given is not None:
+            raise PeftfxError("the prefix is itself the cache of this call", given, "leave it out")
+
+    def __call__(self, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+        call = {name: value for name, value in arguments.items() if name not in self.dropped}
+        mask, positions = call.get(self._masks), call.get(_positions(self.decodes))
+        if isinstance(mask, Tensor):
+            call[self._masks] = torch.cat([mask.new_ones(mask.shape[0], self._tokens), mask], dim=1)
+        if isinstance(positions, Tensor):
+            call[_positions(self.decodes)] = positions + self._tokens
+        rows = hole.expand(_batch(arguments), *hole.shape).unbind(1)
+        cache = _filled(rows)
+        output = base(**call, **{_CACHE: _beside_encoder(cache) if self.decodes else cache})
+        if any(getattr(layer, "keys", None) is rows[2 * i] for i, layer in enumerate(cache.layers)):
+            raise _no_place(base)
+        return _without_cache(output)
+
+
+def cache_shape(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
+    """The layers, heads and features of a head that the model's code keeps keys and values of.
+
+    Measured: the model is run on fake tensors with an empty cache, which tells for any architecture.
+
+    Raises:
+        PeftfxError: the model keeps no cache, or one whose layers differ.
+    """
+    cache = _empty()
+    with faked(base), torch.no_grad():
+        mode = detect_fake_mode(list(base.parameters())) or FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            inputs = {name: mode.from_tensor(t) for name, t in example_inputs(base).items()}
+            try:
+                base(**inputs, **{_CACHE: _beside_encoder(cache) if decodes else cache})
+            except TypeError as error:  # no such argument
+                raise _no_place(base) from error
+    shapes = [tuple(_shape(getattr(layer, name, None)) for name in ("keys", "values")) for layer in cache.layers]
+    if not shapes or any(None in pair for pair in shapes):
+        raise _no_place(base)
+    if len({shape for pair in shapes for shape in pair}) != 1:
+        what = "the model's layers have keys and values of different shapes, and HF PEFT's files hold one shape"
+        raise PeftfxError(what, type(base).__name__, "use a method that acts on weights, as LoRA")
+    heads, features = shapes[0][0] or (0, 0)
+    return len(shapes), heads, features
+
+
+def _shape(keys: object) -> tuple[int, int] | None:
+    return (int(keys.shape[1]), int(keys.shape[3])) if isinstance(keys, Tensor) and keys.ndim == 4 else None
+
+
+def _no_place(base: nn.Module) -> PeftfxError:
+    hint = "use prompt tuning, or a method that acts on weights"
+    return PeftfxError("the model keeps no keys and values: a prefix has no place", type(base).__name__, hint)
+
+
+def _positions(decodes: bool) -> str:
+    return f"decoder_{POSITIONS}" if decodes else POSITIONS
+
+
+def _batch(arguments: Mapping[str, object]) -> int | torch.SymInt:
+    first = next((v for v in arguments.values() if isinstance(v, Tensor) and v.ndim > 1), None)
+    if first is None:
+        raise PeftfxError("the call has no batch", ", ".join(arguments), "pass input_ids")
+    return first.shape[0]
+
+
+def _empty() -> DynamicCache:
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache()
+
+
+def _filled(rows: tuple[Tensor, ...]) -> DynamicCache:
+    """A cache that holds these keys and values."""
+    from transformers.cache_utils import DynamicLayer
+
+    cache = _empty()
+    for keys, values in zip(rows[::2], rows[1::2], strict=True):
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def _beside_encoder(cache: DynamicCache) -> Cache:
+    """A decoder's cache; what it keeps of the encoder is empty."""
+    from transformers.cache_utils import EncoderDecoderCache
+
+    return EncoderDecoderCache(cache, _empty())
+
+
+def _without_cache(output: object) -> object:
+    """The model's output without the cache that it hands back: a forward view has none."""
+    from transformers.cache_utils import Cache
+    from transformers.utils.generic import ModelOutput
+
+    if isinstance(output, ModelOutput):
+        return type(output)(**{name: value for name, value in output.items() if not isinstance(value, Cache)})
+    if isinstance(output, tuple):
+        return tuple(value for value in output if not isinstance(value, Cache))
+    return output
