@@ -97,6 +97,8 @@ def main() -> None:
     args = parser.parse_args()
     run, needs = CONTENDERS[args.name]
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if args.name == "peftfx":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as its command does, before torch is imported
     for module in needs if args.modules is None else json.loads(args.modules.read_text()):
         with suppress(Exception):  # some modules can only be imported by those that they belong to
             importlib.import_module(module)

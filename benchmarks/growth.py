@@ -92,7 +92,7 @@ def plot(results: Mapping[int, Costs], path: Path) -> None:
     axis.set_xlabel("layers")
     axis.set_ylabel("CPU milliseconds a layer")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
