@@ -22,6 +22,7 @@ from peftfx.passes import Insert, Merge, PassManager
 from peftfx.rules import place
 from peftfx.sites import Sites
 from peftfx.soft import SequenceMethod
+from peftfx.views import View, find_view
 
 Rules = object
 """What `transform` takes as rules: a Method, a `peft` config object, or a sequence of them."""
@@ -49,6 +50,7 @@ class AdaptedModel(nn.Module):
         self._grads: dict[str, bool] = {}
         self._captured: dict[object, list[Graph]] = {}
         self._derived: dict[object, Graph] = {}
+        self._views: dict[str, View | None] = {}
         self.training = base.training
 
     @property
@@ -231,15 +233,22 @@ class AdaptedModel(nn.Module):
         result.missing_keys[:] = missing
         return result
 
-    def graph(self, inputs: Mapping[str, object] | None = None, *, adapted: bool = True) -> Graph:
+    def graph(
+        self, inputs: Mapping[str, object] | None = None, *, adapted: bool = True, view: str | View = "forward"
+    ) -> Graph:
         """The graph for a call with these keyword arguments (or with example inputs), in the current mode.
 
         Args:
             inputs: as for a call; values do not matter, sizes only where the model fixes them.
             adapted: with the active adapters; otherwise the base's own graph.
+            view: `forward`, or another view of the model: `decode` has the key/value cache in and out.
         """
-        inputs = self.example if inputs is None else _named(self.base, (), inputs)
-        captured = self.capture(inputs, self.entry() if adapted else None)
+        shown = self.view(view) if isinstance(view, str) else view
+        if shown is not None:
+            inputs = shown.inputs(self.base) if inputs is None else inputs
+        else:
+            inputs = self.example if inputs is None else _named(self.base, (), inputs)
+        captured = self.capture(inputs, self.entry() if adapted else None, shown)
         if not adapted or not self.active:
             return captured
         key = (id(captured), self.active)
@@ -266,24 +275,45 @@ class AdaptedModel(nn.Module):
         """Keep a graph that was captured from the base, as it is now, with these inputs."""
         self._known(inputs, None).append(graph)
 
-    def _known(self, inputs: Mapping[str, object], entry: Entry | None) -> list[Graph]:
+    def view(self, name: str) -> View | None:
+        """The view of this name; `None` for the forward."""
+        if name not in self._views:
+            self._views[name] = find_view(self.base, name)
+        return self._views[name]
+
+    def generate(self, *args: object, **kwargs: object) -> object:
+        """Generate tokens with the active adapters: transformers' own `generate`, over the graph of the decode view.
+
+        Arguments and result are those of the base's `generate`.
+
+        Raises:
+            PeftfxError: the model generates nothing, or is asked for what a graph cannot give.
+        """
+        from peftfx.generating import generator
+
+        return generator(self).generate(*args, **kwargs)
+
+    def _known(self, inputs: Mapping[str, object], entry: Entry | None, view: View | None = None) -> list[Graph]:
         """The graphs captured for calls like this one; they differ in the sizes of axes that the model fixes."""
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
         kinds = [
             (path_name(p), v.dtype, v.ndim) if isinstance(v, Tensor) else (path_name(p), repr(v)) for p, v in leaves
         ]
         modes = tuple(module.training for module in self.base.modules())
-        return self._captured.setdefault((tuple(kinds), modes, entry), [])
+        return self._captured.setdefault((view, tuple(kinds), modes, entry), [])
 
-    def capture(self, inputs: Mapping[str, object], entry: Entry | None = None) -> Graph:
+    def capture(
+        self, inputs: Mapping[str, object], entry: Entry | None = None, view: View | None = None
+    ) -> Graph:
         """The base's graph for such a call, by its own forward or by another way into it; an entry's hole is empty."""
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
         tensors = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
-        known = self._known(inputs, entry)
+        known = self._known(inputs, entry, view)
         for graph in known:
             if all(s.accepts(tensors[s.name]) for s in graph.inputs):
                 return graph
-        known.append(capture(self.base, inputs, entry=entry))
+        shown = {} if view is None else {"axes": view.axes, "call": view}
+        known.append(capture(self.base, inputs, entry=entry, **shown))  # type: ignore[arg-type]
         return known[-1]
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]
@@ -305,10 +335,11 @@ class AdaptedModel(nn.Module):
     def _forget(self) -> None:
         self._captured.clear()
         self._derived.clear()
+        self._views.clear()
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave the graphs behind: they are made again, over the copy's own tensors."""
-        return {**self.__dict__, "_captured": {}, "_derived": {}}
+        return {**self.__dict__, "_captured": {}, "_derived": {}, "_views": {}}
 
     def __reduce__(self) -> tuple[object, ...]:
         return _blank, (type(self.base),), self.__getstate__()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import fx, nn
@@ -23,9 +23,11 @@ from peftfx.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.inputs import example_inputs
 from peftfx.roles import find_sites
 from peftfx.stored import faked
-from peftfx.views import name_axes, without_cache
+from peftfx.views import Axes, name_axes, without_cache
 
-Axes = Mapping[str, tuple[str | None, ...]]
+
+Call = Callable[[nn.Module, Mapping[str, object]], object]
+"""How a view runs a module: given it and the keyword arguments of the view, it returns tensors."""
 
 
 def capture(
@@ -33,6 +35,7 @@ def capture(
     inputs: Mapping[str, object] | None = None,
     *,
     axes: Axes | None = None,
+    call: Call | None = None,
     entry: Entry | None = None,
 ) -> Graph:
     """Capture `model` in its current mode (train or eval), as called with `inputs`.
@@ -45,6 +48,7 @@ def capture(
         axes: a name for each axis of each tensor; by default `peftfx.views.name_axes`. Axes of one name have one
             size. A named axis is left free, also where its size is 1, unless the model's own code fixes it; one named
             `None` keeps its size, and the axes of a tensor that is not mentioned are all free.
+        call: how the model is run with `inputs`; by default its forward takes them.
         entry: another way into the model than its own forward; see `peftfx.entry`.
 
     Raises:
@@ -58,7 +62,8 @@ def capture(
     axes = name_axes(tensors) if axes is None else axes
     _refuse_checkpointing(model)
     with isolated(model), faked(model), fake_mode_of(model), without_cache(model):
-        wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves], entry).train(model.training)
+        wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves], call or _forward, entry)
+        wrapper.train(model.training)
         examples = {name: _fresh(model, t, axes.get(name)) for name, t in tensors.items()}
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
         try:
@@ -76,10 +81,12 @@ def capture(
 class _Flat(nn.Module):
     """`base` behind a flat positional signature; arguments that are not tensors are bound."""
 
-    def __init__(self, base: nn.Module, spec: pytree.TreeSpec, leaves: list[object], entry: Entry | None) -> None:
+    def __init__(
+        self, base: nn.Module, spec: pytree.TreeSpec, leaves: list[object], call: Call, entry: Entry | None
+    ) -> None:
         super().__init__()
         self._modules[BASE] = base
-        self.spec, self.leaves, self.entry = spec, leaves, entry
+        self.spec, self.leaves, self.call, self.entry = spec, leaves, call, entry
         if entry is not None:
             self.register_buffer(HOLE, entry.hole(base))
 
@@ -92,7 +99,13 @@ class _Flat(nn.Module):
         tensors = iter(flat)
         leaves = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         base, arguments = self.get_submodule(BASE), pytree.tree_unflatten(leaves, self.spec)
-        return base(**arguments) if self.entry is None else self.entry(base, self.get_buffer(HOLE), arguments)
+        if self.entry is None:
+            return self.call(base, arguments)
+        return self.entry(base, self.get_buffer(HOLE), arguments)
+
+
+def _forward(model: nn.Module, inputs: Mapping[str, object]) -> object:
+    return model(**inputs)
 
 
 @contextlib.contextmanager

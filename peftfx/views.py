@@ -4,8 +4,52 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 from torch import Tensor, nn
+
+from peftfx.errors import PeftfxError, nearest
+
+Axes = Mapping[str, tuple[str | None, ...]]
+"""The name of each axis of each input; `None` where its size is the model's."""
+
+
+class View(Protocol):
+    """A way of running a model that is not its forward as it stands: flat tensors in, named tensors out.
+
+    Hashable, and equal to one of the same model that runs it in the same way.
+    """
+
+    @property
+    def name(self) -> str:
+        """Its own word."""
+
+    @property
+    def axes(self) -> Axes:
+        """The names of its inputs' axes; the inputs' order is that of `inputs`."""
+
+    def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Valid inputs, of these sizes of named axes."""
+
+    def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
+        """Run the model."""
+
+
+def find_view(base: nn.Module, name: str) -> View | None:
+    """The view of this name of a model; `None` for its forward.
+
+    Raises:
+        PeftfxError: the name is unknown, or the model has no such view.
+    """
+    if name == "forward":
+        return None
+    if name == "decode":
+        from peftfx.decode import decode_view
+
+        return decode_view(base)
+    known = ("forward", "decode")
+    raise PeftfxError(f"there is no view {name!r}", "view", nearest(name, known) or f"one of {', '.join(known)}")
+
 
 _TEXT = ("batch", "sequence")
 _DECODER = ("batch", "decoder_sequence")

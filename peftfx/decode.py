@@ -1,0 +1,129 @@
+"""Decode: the view of a causal language model that generates, with its key/value cache as plain tensors.
+
+    input_ids, attention_mask, position_ids, past_key_values.N.key/value -> logits, present.N.key/value
+
+One graph serves prefill (a past of length 0), continuation and single tokens, at any batch, padded on either side:
+mask and positions are inputs. The names are those that ONNX Runtime's users know.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from peftfx.caches import Held, cache_of, held, refuse_unknown
+from peftfx.capturing import evaluating, fake_mode_of
+from peftfx.errors import PeftfxError
+from peftfx.inputs import example_inputs
+from peftfx.stored import faked
+from peftfx.views import Axes, without_cache
+
+PAST, PRESENT = "past_key_values", "present"
+SIZES: Mapping[str, int] = {"batch": 2, "sequence": 5, "past": 3}
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A causal model's decode view.
+
+    Attributes:
+        layers: what each layer of its cache holds.
+        positions: whether the model takes `position_ids`; one that does not finds them from the mask or the past.
+    """
+
+    layers: tuple[Held, ...]
+    positions: bool
+    name = "decode"
+
+    @property
+    def axes(self) -> Axes:
+        """The name of each input's axes."""
+        text: dict[str, tuple[str | None, ...]] = {
+            "input_ids": ("batch", "sequence"),
+            "attention_mask": ("batch", "total"),
+        }
+        if self.positions:
+            text["position_ids"] = ("batch", "sequence")
+        return {**text, **dict.fromkeys(cache_names(PAST, len(self.layers)), ("batch", None, "past", None))}
+
+    def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Valid inputs of this view; with room for it, the last row is padded on the left.
+
+        Args:
+            base: the model; its config alone is read.
+            sizes: of `batch`, `sequence` and `past`, where they differ from `SIZES`.
+            seed: of the random values.
+        """
+        batch, sequence, past = ({**SIZES, **(sizes or {})}[name] for name in SIZES)
+        with unset_fake_temporarily():
+            random = torch.Generator().manual_seed(seed)
+            text = example_inputs(base, sizes={"batch": batch, "sequence": sequence}, seed=seed)
+            mask = torch.ones(batch, past + sequence, dtype=torch.long)
+            if batch > 1 and past + sequence > 2:
+                mask[-1, :2] = 0
+            made = {"input_ids": text["input_ids"], "attention_mask": mask}
+            if self.positions:
+                made["position_ids"] = positions(mask)[:, past:]
+            return made | {
+                name: torch.randn(batch, held.heads, past, width, generator=random).to(held.dtype)
+                for i, held in enumerate(self.layers)
+                for name, width in zip(cache_names(PAST, 1, i), (held.key, held.value), strict=True)
+            }
+
+    def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
+        """Run the model on inputs of this view."""
+        given = dict(inputs)
+        past = [given.pop(name) for name in cache_names(PAST, len(self.layers))]
+        cache = cache_of(past)  # type: ignore[arg-type]
+        output = base(**given, cache=cache, use_cache=True)
+        return {"logits": output.logits, **dict(zip(cache_names(PRESENT, len(self.layers)), held(cache), strict=True))}
+
+
+def cache_names(kind: str, count: int, first: int = 0) -> list[str]:
+    """`past_key_values.0.key`, `past_key_values.0.value`, ... of `count` layers from `first` on."""
+    return [f"{kind}.{i}.{part}" for i in range(first, first + count) for part in ("key", "value")]
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Each token's position among those that the mask shows; 0 for padding, as transformers' `generate` has it."""
+    return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+
+
+def decode_view(base: nn.Module) -> Decode:
+    """The decode view of a causal language model.
+
+    Its layers are found by running the model on fake tensors, so its size costs nothing.
+
+    Raises:
+        PeftfxError: the model takes no cache, or one whose layers are not keys and values of every token.
+    """
+    accepted = inspect.signature(base.forward).parameters
+    if "cache" not in accepted:
+        what = "the model takes no key/value cache: it has no decode view"
+        raise PeftfxError(what, type(base).__name__, "use the forward view")
+    refuse_unknown(base)
+    found = fake_mode_of(base)
+    mode = found if isinstance(found, FakeTensorMode) else FakeTensorMode(allow_non_fake_inputs=True)
+    text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
+    cache = cache_of([])
+    with faked(base), evaluating(base), without_cache(base), torch.no_grad(), mode:
+        given = {name: mode.from_tensor(text[name]) for name in ("input_ids", "attention_mask")}
+        try:
+            base(**given, cache=cache, use_cache=True)
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0]
+            what = f"the model does not run with a plain key/value cache: {first}"
+            raise PeftfxError(what, type(base).__name__, "use the forward view") from error
+    pairs = held(cache)
+    if not pairs:
+        what = "the model leaves its key/value cache empty: it has no decode view"
+        raise PeftfxError(what, type(base).__name__, "use the forward view")
+    return Decode(
+        tuple(Held.of(key, value) for key, value in zip(pairs[::2], pairs[1::2], strict=True)),
+        "position_ids" in accepted,
+    )

@@ -1,0 +1,170 @@
+"""The decode view: one graph, cache in and out, gives in pieces what the forward gives at once, and `peft`'s tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from test_export import randomise
+from torch import Tensor, nn
+from zoo import TOKENS, ZOO
+
+import peftfx
+from peftfx.adapted import AdaptedModel
+from peftfx.decode import PAST, PRESENT, Decode, cache_names, positions
+from peftfx.views import find_view, without_cache
+
+CAUSAL = [name for name, entry in ZOO.items() if entry.task == "text-generation"]
+NEW = 32
+PIECES = {"one by one": [1] * 9, "prefill, a continuation, single tokens": [4, 3, 1, 1], "at once": [9]}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model with a random LoRA on all that is linear: as `peft` has it, and as peftfx loads it from its files."""
+
+    peft: nn.Module
+    ours: AdaptedModel
+
+
+def make_pair(name: str, directory: Path) -> Pair:
+    model = peft.get_peft_model(
+        ZOO[name].build(), peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).eval()
+    randomise(model)
+    model.save_pretrained(str(directory))
+    return Pair(model, peftfx.load(ZOO[name].build(), directory))
+
+
+@pytest.fixture(scope="session", params=CAUSAL)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Each causal model of the zoo in turn."""
+    return make_pair(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def adapted(pair: Pair) -> AdaptedModel:
+    return pair.ours
+
+
+def prompts(batch: int = 4, length: int = 7) -> dict[str, Tensor]:
+    """Random prompts of different lengths, padded on the left."""
+    ids = torch.randint(4, 99, (batch, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        mask[row, :row] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
+
+
+def margin(scores: tuple[Tensor, ...]) -> float:
+    """How far the best token is ahead of the next, at its closest: without one, equal tokens say nothing."""
+    best = [score.topk(2).values for score in scores]
+    return min(float((b[:, 0] - b[:, 1]).min()) for b in best)
+
+
+def test_greedy_tokens_are_pefts(pair: Pair) -> None:
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    expected = pair.peft.generate(**prompts(), **options, return_dict_in_generate=True, output_scores=True)
+    assert margin(expected.scores) > 1e-5
+    assert torch.equal(pair.ours.generate(**prompts(), **options), expected.sequences)
+    with pair.ours.disable_adapter():
+        assert not torch.equal(pair.ours.generate(**prompts(), **options), expected.sequences)
+
+
+def text(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Random tokens, and a mask that pads each row but the first on the left by another length."""
+    ids = torch.randint(4, 99, (batch, length), generator=torch.Generator().manual_seed(batch))
+    mask = torch.ones_like(ids)
+    for row in range(batch):
+        mask[row, : 2 * row] = 0
+    return ids, mask
+
+
+def in_pieces(adapted: AdaptedModel, ids: Tensor, mask: Tensor, lengths: list[int]) -> Iterator[Tensor]:
+    """Logits of the decode view, which is given these many tokens at a time and its own cache back."""
+    view, graph = adapted.view("decode"), adapted.graph(view="decode")
+    assert isinstance(view, Decode)
+    past = [torch.zeros(len(ids), h.heads, 0, width) for h in view.layers for width in (h.key, h.value)]
+    done, count = 0, len(view.layers)
+    for length in lengths:
+        end = done + length
+        given = {"input_ids": ids[:, done:end], "attention_mask": mask[:, :end]}
+        if view.positions:
+            given["position_ids"] = positions(mask[:, :end])[:, done:]
+        given |= dict(zip(cache_names(PAST, count), past, strict=True))
+        output = dict(zip(graph.outputs, graph.run(*(given[s.name] for s in graph.inputs)), strict=True))
+        past = [output[name] for name in cache_names(PRESENT, count)]
+        assert all(p.shape[2] == end for p in past)
+        yield output["logits"]
+        done = end
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", PIECES.values(), ids=PIECES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_in_pieces_it_computes_what_the_forward_computes_at_once(
+    adapted: AdaptedModel, batch: int, lengths: list[int]
+) -> None:
+    ids, mask = text(batch, sum(lengths))
+    whole = {"input_ids": ids, "attention_mask": mask}
+    if adapted.view("decode").positions:  # type: ignore[union-attr]
+        whole["position_ids"] = positions(mask)
+    with without_cache(adapted.base):
+        want = adapted(**whole).logits
+    got = torch.cat(list(in_pieces(adapted, ids, mask, lengths)), 1)
+    shown = mask.bool()
+    torch.testing.assert_close(got[shown], want[shown], atol=1e-5, rtol=1e-5)
+    with adapted.disable_adapter(), without_cache(adapted.base):
+        assert float((adapted(**whole).logits - want)[shown].abs().max()) > 1e-2
+
+
+def test_its_sites_are_those_of_the_forward(adapted: AdaptedModel) -> None:
+    forward, decode = (adapted.graph(adapted=False, view=view).sites for view in ("forward", "decode"))
+    assert {(s.path, s.kind, s.role) for s in forward} == {(s.path, s.kind, s.role) for s in decode}
+
+
+def test_its_names_and_axes_are_those_that_runtimes_know(adapted: AdaptedModel) -> None:
+    graph, count = adapted.graph(view="decode"), len(adapted.view("decode").layers)  # type: ignore[union-attr]
+    shapes = {spec.name: spec.shape for spec in graph.inputs}
+    assert shapes["input_ids"] == ("batch", "sequence")
+    assert shapes["attention_mask"] == ("batch", "total")
+    assert shapes.get("position_ids", ("batch", "sequence")) == ("batch", "sequence")
+    caches = [shapes[name] for name in cache_names(PAST, count)]
+    assert all((s[0], s[2]) == ("batch", "past") and isinstance(s[1], int) and isinstance(s[3], int) for s in caches)
+    assert graph.outputs == ("logits", *cache_names(PRESENT, count))
+
+
+def test_each_view_has_a_graph_of_its_own_and_both_follow_the_adapters() -> None:
+    model = peftfx.transform(ZOO["llama"].build(), peftfx.LoRA(r=2, target="attention.query"), seed=0)
+    assert model.graph(view="decode") is model.graph(view="decode")
+    assert model.graph(view="decode") is not model.graph()
+    with_adapter = model.graph(view="decode").text()
+    with model.disable_adapter():
+        assert model.graph(view="decode").text() != with_adapter
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: hf.MambaForCausalLM(hf.MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2)), "LinearAttention"),
+        (lambda: ZOO["bert"].build(), "no key/value cache"),
+    ],
+    ids=["state space", "encoder"],
+)
+def test_a_model_without_such_a_cache_is_refused_by_name(make: Callable[[], nn.Module], what: str) -> None:
+    model = make().eval()
+    with pytest.raises(peftfx.PeftfxError, match=what) as raised:
+        find_view(model, "decode")
+    assert "forward view" in raised.value.hint
+
+
+def test_an_unknown_view_is_refused_with_the_nearest() -> None:
+    adapted = peftfx.transform(ZOO["gpt2"].build(), peftfx.LoRA(r=2, target="attention.qkv"))
+    with pytest.raises(peftfx.PeftfxError, match="no view 'decoed'") as raised:
+        adapted.graph(view="decoed")
+    assert "decode" in raised.value.hint
