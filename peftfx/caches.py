@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def cache_of(tensors: Sequence[Tensor]) -> DynamicCache:
     for key, value in zip(tensors[::2], tensors[1::2], strict=True):
         layer = DynamicLayer()
         layer.keys, layer.values, layer.is_initialized = key, value, True
-        layer.dtype, layer.device = key.dtype, key.device
+        layer.device = key.device
         cache.layers.append(layer)
     return cache
 
@@ -49,16 +50,19 @@ def held(cache: Cache) -> list[Tensor]:
     Raises:
         PeftfxError: a layer does not hold the keys and values of every token.
     """
-    other = next((layer for layer in cache.layers if type(layer) is not DynamicLayer), None)
-    if other is not None:
-        refuse(type(other).__name__)
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    found: list[Tensor | None] = []
+    for layer in cache.layers:
+        if type(layer) is not DynamicLayer:
+            refuse(type(layer).__name__)
+        found += layer.keys, layer.values
+    return [tensor for tensor in found if tensor is not None]
 
 
 def refuse_unknown(base: nn.Module) -> None:
     """Refuse a model whose own cache is more than keys and values: state spaces, convolutions, indexers."""
     config = getattr(base, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    get = getattr(config, "get_text_config", None)
+    text = None if get is None else get(decoder=True)
     try:
         layers = DynamicCache(config=text).layers if text is not None else []
     except Exception as error:
@@ -70,7 +74,7 @@ def refuse_unknown(base: nn.Module) -> None:
         refuse(type(other).__name__)
 
 
-def refuse(kind: str) -> None:
+def refuse(kind: str) -> NoReturn:
     """Refuse a kind of cache layer, by its name."""
     what = f"a cache of {kind} is not the keys and values of every token, which is all that the decode view carries"
     raise PeftfxError(what, kind, "use transformers' DynamicCache, or the forward view")

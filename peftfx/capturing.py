@@ -25,7 +25,6 @@ from peftfx.roles import find_sites
 from peftfx.stored import faked
 from peftfx.views import Axes, name_axes, without_cache
 
-
 Call = Callable[[nn.Module, Mapping[str, object]], object]
 """How a view runs a module: given it and the keyword arguments of the view, it returns tensors."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +135,8 @@ def generator(adapted: AdaptedModel) -> Any:
         raise PeftfxError("this model does not generate", type(base).__name__, "only language models do")
     view = adapted.view("decode")
     assert isinstance(view, Decode)
-    made = _class(type(base)).__new__(_class(type(base)))
+    kind = _class(type(base))  # type: ignore[arg-type]
+    made = kind.__new__(kind)
     # Its own namespace over the base's own tables of modules and parameters: nothing is copied or registered.
     vars(made).update(vars(base))
     vars(made).update(view=view, step=functools.partial(_run, adapted.graph(view=view)))
@@ -148,7 +149,7 @@ def _run(graph: Graph, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @functools.cache
-def _class(base: type[nn.Module]) -> type[Any]:
+def _class(base: type[nn.Module]) -> Any:
     made = type(f"Generating{base.__name__}", (Generates, base), {"__module__": __name__})
 
     def forward(self: Generates, *args: object, **kwargs: object) -> object:
@@ -159,5 +160,5 @@ def _class(base: type[nn.Module]) -> type[Any]:
 
     # transformers reads there what the model takes: whether positions, and how many logits.
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    cast("Any", made).forward = forward
+    setattr(made, "forward", forward)  # noqa: B010
     return made

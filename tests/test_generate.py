@@ -15,6 +15,7 @@ from zoo import ZOO
 import peftfx
 from peftfx.adapted import AdaptedModel
 
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`pair(name)`: a model with a random LoRA of `peft`, and the same in peftfx."""
