@@ -19,7 +19,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
 from peftfx.export.memory import refuse_memory
 from peftfx.export.onnx import FAST, to_onnx
-from peftfx.export.probes import probes
+from peftfx.export.probes import probes, view_probes
 from peftfx.export.report import REPORT, Report
 from peftfx.export.verify import reference_of, verify
 from peftfx.export.weights import Written, save
@@ -27,8 +27,12 @@ from peftfx.graph import Graph
 from peftfx.passes import Merge, PassManager
 from peftfx.passes.freeze import Computed
 from peftfx.views import name_axes
+from peftfx.tasks import task_of
+from peftfx.views import Axes, name_axes
 
-FREE = frozenset({"batch", "sequence", "decoder_sequence"})  #: axes that have to be free where nobody gave a size
+FREE = frozenset(
+    {"batch", "sequence", "decoder_sequence", "past", "total"}
+)  #: axes that have to be free where nobody gave a size
 Progress = Callable[[str], object]
 _BFLOAT16 = (
     "bfloat16: ONNX Runtime's CPU provider has no kernels for it; serve this model on another (CUDA). "
@@ -41,6 +45,7 @@ def export_onnx(
     directory: str | Path,
     *,
     merge: bool = True,
+    view: str | None = None,
     inputs: Mapping[str, object] | None = None,
     opset: int | None = None,
     engine: str = FAST,
@@ -52,17 +57,19 @@ def export_onnx(
     written: Written | None = None,
     max_memory: int | None = None,
 ) -> Report:
-    """Write `directory/model.onnx` (and `model.onnx.data`) for the model's forward in eval mode.
+    """Write `directory/model.onnx` (and `model.onnx.data`) for the model in eval mode.
 
-    Inputs and outputs have the names of the model's keyword arguments and output fields; batch and sequence are free.
-    The result is run in ONNX Runtime at three sizes that the export never saw, against the graph and against the
-    base module with its adapters in torch, and moved into place only if they agree.
+    In the forward view, inputs and outputs have the names of the model's keyword arguments and output fields; batch and
+    sequence are free. In the decode view they are those that runtimes which generate know, cache in and out: see
+    `peftfx.decode`. The result is run in ONNX Runtime at sizes that the export never saw, against the graph and
+    against the base module with its adapters in torch, and moved into place only if they agree.
 
     Args:
         model: an AdaptedModel with its active adapters, or any module.
         directory: where to; it appears when it is complete.
         merge: fold the adapters into the weights; otherwise they stay apart, as initializers under their own names.
-        inputs: keyword arguments of a call, for a model that example inputs cannot be made for.
+        view: `forward` or `decode`; by default `decode` for a causal language model without `inputs`, else `forward`.
+        inputs: keyword arguments of a forward call, for a model that example inputs cannot be made for.
         opset: version of the ONNX operators; by default torch's choice.
         engine: `fast`, or `torch` for torch.onnx's own road; see `to_onnx`.
         force: replace the directory if it exists.
@@ -87,9 +94,10 @@ def export_onnx(
     stages = _Stages(report.seconds, say)
     with publish(Path(directory), force) as temporary, evaluating(adapted.base), _in_eval(adapted):
         with stages("capture"):
-            graph = exported = adapted.graph(example)
-            if inputs is None:
-                _refuse_fixed(graph, example)
+            seen = adapted.view(served_view(adapted.base, inputs) if view is None else view)
+            graph = exported = adapted.graph(example) if seen is None else adapted.graph(view=seen)
+            if seen is not None or inputs is None:
+                _refuse_fixed(graph, name_axes(_tensors(graph, example)) if seen is None else seen.axes)
         if merge and adapted.active:
             with stages("merge"):
                 exported = PassManager([Merge()])(graph)
@@ -100,10 +108,16 @@ def export_onnx(
         with stages("write"):
             save(program, temporary, written=written)
         with stages("verify"):
-            cases = probes(adapted, graph, example)
+            cases = probes(adapted, graph, example) if seen is None else view_probes(adapted, seen)
             usual = _tolerance(adapted.base)
             tolerances = (usual if atol is None else atol, usual if rtol is None else rtol)
-            found = verify(temporary, reference_of(graph), cases, atol=tolerances[0], rtol=tolerances[1], graph=graph)
+            found = verify(
+                *(temporary, reference_of(graph), cases),
+                atol=tolerances[0],
+                rtol=tolerances[1],
+                graph=graph,
+                shown=None if seen is None else seen.shown,
+            )
         report.describe(exported, program, found, temporary)
         if assets is not None:
             assets(temporary)
@@ -130,14 +144,23 @@ def _tolerance(base: nn.Module) -> float:
     return 2e-2 if half else 1e-4
 
 
-def _refuse_fixed(graph: Graph, example: Mapping[str, object]) -> None:
+def served_view(base: nn.Module, inputs: Mapping[str, object] | None = None) -> str:
+    """The view that a model is served in where nobody says: with a cache, if it generates text token by token."""
+    generates = inputs is None and task_of(base) == "text-generation" and hasattr(base, "generate")
+    return "decode" if generates else "forward"
+
+
+def _refuse_fixed(graph: Graph, axes: Axes) -> None:
     """A batch or sequence of the example's size, which nobody chose, would serve nobody."""
-    axes = name_axes({spec.name: example[spec.name] for spec in graph.inputs if spec.name in example})  # type: ignore[misc]
     for spec in graph.inputs:
         for wanted, got in zip(axes.get(spec.name, ()), spec.shape, strict=False):
             if wanted in FREE and isinstance(got, int):
                 hint = "pass inputs=... of the size you will serve: the model will take that one alone"
                 raise PeftfxError(f"the model's code fixes the {wanted}, here at {got}", spec.name, hint)
+
+
+def _tensors(graph: Graph, example: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    return {spec.name: example[spec.name] for spec in graph.inputs if spec.name in example}  # type: ignore[misc]
 
 
 @contextmanager

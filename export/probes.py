@@ -13,7 +13,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.verify import VerificationError
 from peftfx.graph import Graph, path_name
 from peftfx.inputs import example_inputs
-from peftfx.views import without_cache
+from peftfx.views import View, without_cache
 
 SIZES: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 9, "decoder_sequence": 4},
@@ -57,6 +57,30 @@ def probes(adapted: AdaptedModel, graph: Graph, example: Mapping[str, object]) -
     if not found:
         what = f"the model takes none of the sizes tried: {str(refusal).strip().splitlines()[0]}"
         raise PeftfxError(what, type(adapted.base).__name__, "pass inputs=... of a call that it takes") from refusal
+    return found
+
+
+def view_probes(adapted: AdaptedModel, view: View) -> list[dict[str, Tensor]]:
+    """Inputs of a view, one set for each of its ways of being served; the captured base answers each as the eager one.
+
+    Raises:
+        PeftfxError: the eager model refuses one.
+        VerificationError: the capture is not what the model computes.
+    """
+    captured = adapted.graph(adapted=False, view=view)
+    found = []
+    for seed, sizes in enumerate(view.trials):
+        case = view.inputs(adapted.base, sizes=sizes, seed=seed + 1)
+        try:
+            with without_cache(adapted.base):
+                want = view(adapted.base, case)
+        except Exception as error:
+            what = f"the model does not run in its {view.name} view: {str(error).strip().partition(chr(10))[0]}"
+            raise PeftfxError(what, type(adapted.base).__name__, "export its forward view") from error
+        got = captured.run(*(case[spec.name] for spec in captured.inputs))
+        for (name, a), b in zip(want.items(), got, strict=True):
+            _hold(name, view.shown(name, case, a), view.shown(name, case, b), same=a.shape == b.shape)
+        found.append(case)
     return found
 
 
@@ -111,8 +135,11 @@ def _compare(
     got = base.run(*(case[spec.name] for spec in base.inputs))
     leaves = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]
     for name, a, b in zip(base.outputs, leaves, got, strict=True):
-        error = float((a.float() - b.float()).abs().max()) if a.numel() else 0.0
-        if a.shape != b.shape or error > TOLERANCE * max(1.0, float(a.float().abs().max())):
-            raise VerificationError(
-                f"the captured model differs from the model by {error:.2e}", name, "report this model"
-            )
+        _hold(name, a, b, same=a.shape == b.shape)
+
+
+def _hold(name: str, want: Tensor, got: Tensor, *, same: bool) -> None:
+    """Hold the captured model's output against the model's own."""
+    error = float((want.float() - got.float()).abs().max()) if same and want.numel() else 0.0
+    if not same or error > TOLERANCE * max(1.0, float(want.float().abs().max()) if want.numel() else 0.0):
+        raise VerificationError(f"the captured model differs from the model by {error:.2e}", name, "report this model")

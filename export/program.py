@@ -38,7 +38,14 @@ class Translation:
 
     def size(self, text: str) -> str:
         """A size expression of the program in the words of the graph's axes."""
+        if (whole := _sorted_sum(text)) in self.axes:
+            return self.axes[whole]
         return _SYMBOL.sub(lambda match: self.axes.get(match[0], match[0]), text)
+
+
+def _sorted_sum(text: str) -> str:
+    """One spelling of a sum of sizes, whose terms are written in any order."""
+    return " + ".join(sorted(text.split(" + ")))
 
 
 def run_exporter(program: ExportedProgram, opset: int | None) -> ir.Model:
@@ -117,6 +124,8 @@ def name_axes(specs: Sequence[TensorSpec], values: Sequence[torch.Tensor]) -> di
             if isinstance(size, int):
                 raise PeftfxError(f"axis {axis!r} is fixed at {size} by the graph's own code", spec.name, "")
             symbols = size.node.expr.free_symbols
+            if len(symbols) > 1:  # an axis that has to be the sum of others: past and sequence
+                names.setdefault(_sorted_sum(str(size.node.expr)), axis)
             if len(symbols) == 1:
                 (symbol,) = symbols
                 (solution,) = sympy.solve(sympy.Symbol(axis, integer=True) - size.node.expr, symbol) or [symbol]

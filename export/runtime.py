@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -60,6 +61,11 @@ class OnnxModel:
         """The shape of each input and output, with a string for each axis whose size is free."""
         return {v.name: tuple(v.shape) for v in (*self._session.get_inputs(), *self._session.get_outputs())}
 
+    @property
+    def types(self) -> dict[str, str]:
+        """The type of each input and output, as ONNX Runtime writes it: `tensor(float)`."""
+        return {v.name: v.type for v in (*self._session.get_inputs(), *self._session.get_outputs())}
+
     def __call__(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run on inputs by name; returns every output by name.
 
@@ -74,6 +80,27 @@ class OnnxModel:
             shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in tensors.items())
             raise PeftfxError(f"ONNX Runtime refuses these inputs: {_first(error)}", str(self.path), shapes) from error
         return {name: _to_torch(value) for name, value in zip(self.outputs, values, strict=True)}
+
+    def run_into(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+        """Run on tensors where they are and write into others: nothing is copied.
+
+        Args:
+            inputs: contiguous, on the CPU, of the model's dtypes; every one by name.
+            outputs: likewise; of the shapes that the model gives for these inputs, sharing no memory with them.
+
+        Raises:
+            PeftfxError: ONNX Runtime refuses a shape or dtype.
+        """
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, _lent(value))
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, _lent(value))
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in inputs.items())
+            raise PeftfxError(f"ONNX Runtime refuses these inputs: {_first(error)}", str(self.path), shapes) from error
 
     def _check(self, tensors: dict[str, torch.Tensor]) -> None:
         unknown = [n for n in tensors if n not in self.inputs]
@@ -110,6 +137,11 @@ def _to_ort(value: torch.Tensor) -> ort.OrtValue:
             value.view(torch.int16).numpy().view(np.uint16), _BFLOAT16
         )
     return ort.OrtValue.ortvalue_from_numpy(value.numpy())
+
+
+def _lent(value: torch.Tensor) -> ort.OrtValue:
+    """The tensor's own memory, seen by ONNX Runtime."""
+    return ort.OrtValue.ortvalue_from_numpy(value.detach().numpy())
 
 
 def _to_torch(value: ort.OrtValue) -> torch.Tensor:

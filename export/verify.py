@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from peftfx.export.twin import runnable
 from peftfx.graph import Graph
 
 Tensors = dict[str, torch.Tensor]
+Shown = Callable[[str, Tensors, torch.Tensor], torch.Tensor]
+"""What to compare of an output: given its name, the inputs, and its value."""
 MAPPED = 256 << 20  #: bytes of a model from which ONNX Runtime is not let copy its weights
 
 
@@ -54,6 +57,7 @@ def verify(
     atol: float = 1e-4,
     rtol: float = 1e-4,
     graph: Graph | None = None,
+    shown: Shown | None = None,
 ) -> list[Comparison]:
     """Run the model saved in `directory` and `reference` on each set of inputs and compare every output.
 
@@ -62,19 +66,21 @@ def verify(
     two axes are the mask's are not compared: what a model computes for padding is nobody's business.
 
     Args:
-        directory: where `save` wrote the model.
+        directory: where `save` wrote the model, or its `.onnx` file.
         reference: takes inputs by name and returns outputs by name.
         inputs: the calls to compare; sizes that the export never saw tell the most.
         atol: the absolute tolerance.
         rtol: the tolerance relative to the largest magnitude of an output.
         graph: where given, the model also has to have the inputs and axes of this graph.
+        shown: what to compare of an output, where that is not as above.
 
     Raises:
         VerificationError: an output is missing, or differs by more than `atol + rtol * its largest magnitude`.
     """
     with runnable(find(directory)) as (path, widened):
-        model = OnnxModel(path, mapped=_size(directory) > MAPPED)
-        return _compare_all(model, reference, inputs, atol, rtol, graph, widened)
+        model = OnnxModel(path, mapped=_size(path.parent) > MAPPED)
+        choose = shown or functools.partial(_unpadded, model.axes)
+        return _compare_all(model, reference, inputs, atol, rtol, graph, widened, choose)
 
 
 def _compare_all(
@@ -85,10 +91,11 @@ def _compare_all(
     rtol: float,
     graph: Graph | None,
     widened: bool,
+    shown: Shown,
 ) -> list[Comparison]:
     if graph is not None:
         _same_interface(model, graph)
-    axes, comparisons = model.axes, []
+    comparisons = []
     for feed in inputs:
         want = reference(feed)
         got = model(**{n: t.float() if widened and t.dtype == torch.bfloat16 else t for n, t in feed.items()})
@@ -96,10 +103,9 @@ def _compare_all(
         if missing:
             raise VerificationError(f"the model has no output {', '.join(missing)}", str(model.path), "export it again")
         shapes = {name: tuple(value.shape) for name, value in feed.items()}
-        padding = _padding(feed)
         for name, value in want.items():
-            padded = padding is not None and axes[name][:2] == axes["attention_mask"]
-            comparison = _compare(name, value.detach(), got[name], padding if padded else None, atol, rtol)
+            select = functools.partial(shown, name, feed)
+            comparison = _compare(name, value.detach(), got[name], select, atol, rtol)
             comparisons.append(dataclasses.replace(comparison, shapes=shapes))
     wrong = [c for c in comparisons if not c.ok]
     if wrong:
@@ -133,25 +139,26 @@ def _same_interface(model: OnnxModel, graph: Graph) -> None:
         raise VerificationError(f"the model's inputs are not the graph's: {'; '.join(wrong)}", str(model.path))
 
 
-def _padding(feed: Tensors) -> torch.Tensor | None:
+def _unpadded(axes: Mapping[str, tuple[int | str, ...]], name: str, feed: Tensors, value: torch.Tensor) -> torch.Tensor:
+    """What an output has where the mask shows something; all of it where the output does not run along the mask."""
     mask = feed.get("attention_mask")
-    return mask == 0 if mask is not None and mask.ndim == 2 and not bool(mask.all()) else None
+    if mask is None or mask.ndim != 2 or bool(mask.all()) or axes[name][:2] != axes["attention_mask"]:
+        return value
+    return value[mask != 0]
 
 
 def _compare(
     name: str,
     want: torch.Tensor,
     got: torch.Tensor,
-    padding: torch.Tensor | None,
+    select: Callable[[torch.Tensor], torch.Tensor],
     atol: float,
     rtol: float,
 ) -> Comparison:
     if want.shape != got.shape:
         return Comparison(f"{name} (shape {list(got.shape)}, not {list(want.shape)})", {}, _INF, _INF, False)
     exact = not want.dtype.is_floating_point
-    want, got = want.cpu().to(torch.float64), got.to(torch.float64)
-    if padding is not None:
-        want, got = want[~padding], got[~padding]
+    want, got = select(want.cpu().to(torch.float64)), select(got.to(torch.float64))
     same = (want == got) | (want.isnan() & got.isnan())
     error = torch.where(same, 0.0, (want - got).abs()).nan_to_num(nan=_INF, posinf=_INF)
     finite = want[want.isfinite()]

@@ -42,6 +42,10 @@ def export(
     task: Annotated[
         str | None, typer.Option(help="Pipeline name, as text-classification; by default the adapter's or the model's.")
     ] = None,
+    view: Annotated[
+        str | None,
+        typer.Option(help="forward, or decode: cache in and out, the default for a model that generates text."),
+    ] = None,
     opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; by default the base's own, but fp32 for a bfloat16 base.")
@@ -57,7 +61,7 @@ def export(
 ) -> None:
     """Export a model, with or without an adapter, to ONNX, and check it in ONNX Runtime.
 
-    Writes OUTPUT/model.onnx (and model.onnx.data) for the forward pass, the config, tokenizer and processor files, and
+    Writes OUTPUT/model.onnx (and model.onnx.data), the config, tokenizer and processor files, and
     peftfx_report.json. Exit codes: 0 done; 1 ONNX Runtime and torch disagree, nothing is left; 2 bad input.
     """
     from peftfx.export.command import export_directory
@@ -71,6 +75,7 @@ def export(
             adapter=adapter,
             merge=merge,
             task=task,
+            view=view,
             opset=opset,
             dtype=dtype,
             engine=engine,

@@ -25,6 +25,13 @@ from peftfx.views import Axes, without_cache
 
 PAST, PRESENT = "past_key_values", "present"
 SIZES: Mapping[str, int] = {"batch": 2, "sequence": 5, "past": 3}
+TRIALS: tuple[Mapping[str, int], ...] = (
+    {"batch": 1, "sequence": 5, "past": 0},
+    {"batch": 3, "sequence": 4, "past": 0},
+    {"batch": 2, "sequence": 3, "past": 6},
+    {"batch": 4, "sequence": 1, "past": 7},
+    {"batch": 1, "sequence": 1, "past": 1},
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,18 @@ class Decode:
         cache = cache_of(past)  # type: ignore[arg-type]
         output = base(**given, cache=cache, use_cache=True)
         return {"logits": output.logits, **dict(zip(cache_names(PRESENT, len(self.layers)), held(cache), strict=True))}
+
+    def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
+        """Logits of the tokens that the mask shows, and the keys and values of these."""
+        mask = inputs["attention_mask"].cpu() != 0
+        if name == "logits":
+            return value[mask[:, mask.shape[1] - value.shape[1] :]]
+        return value.transpose(1, 2)[mask]
+
+    @property
+    def trials(self) -> tuple[Mapping[str, int], ...]:
+        """Prefill, a continuation, and single tokens, alone and in a batch padded on the left."""
+        return TRIALS
 
 
 def cache_names(kind: str, count: int, first: int = 0) -> list[str]:

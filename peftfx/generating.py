@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from peftfx.adapted import AdaptedModel
     from peftfx.graph import Graph
 
-Step = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
-"""Runs a view on its inputs, by name."""
+Step = Callable[[dict[str, Tensor], DynamicCache], Mapping[str, Tensor]]
+"""Runs a view on its inputs, by name; the cache is where it may keep memory for what it returns."""
 
 #: Arguments of a forward that say how to return what it computes, and change none of it.
 _HARMLESS = frozenset({"return_dict", "use_cache"})
@@ -62,7 +62,7 @@ class Generates:
         if others.get("use_cache") is False or cache is None:
             cache = self.new_cache()
         inputs = step_inputs(self.view, input_ids, attention_mask, position_ids, cache)
-        outputs = self.step(inputs)
+        outputs = self.step(inputs, cache)
         fill(cache, [outputs[name] for name in cache_names(PRESENT, len(self.view.layers))])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = outputs["logits"][:, kept]
@@ -143,7 +143,7 @@ def generator(adapted: AdaptedModel) -> Any:
     return made
 
 
-def _run(graph: Graph, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _run(graph: Graph, inputs: dict[str, Tensor], _: DynamicCache) -> dict[str, Tensor]:
     flat = graph.run(*(inputs[spec.name] for spec in graph.inputs))
     return dict(zip(graph.outputs, flat, strict=True))
 

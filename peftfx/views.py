@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -33,6 +33,13 @@ class View(Protocol):
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model."""
+
+    def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
+        """What an output of this name has where the mask shows something: what is computed for padding is nobody's."""
+
+    @property
+    def trials(self) -> Sequence[Mapping[str, int]]:
+        """Sizes to try an export at: every way it is served."""
 
 
 def find_view(base: nn.Module, name: str) -> View | None:
