@@ -1,4 +1,4 @@
-"""The command line: `peftfx export`, `peftfx inspect`, `peftfx demo`. Errors are one message and an exit code."""
+"""The command line: `peftfx export`, `run`, `inspect` and `demo`. Errors are one message and an exit code."""
 
 from __future__ import annotations
 
@@ -109,6 +109,40 @@ def inspect(
         print(json.dumps([site.to_dict() for site in sites], indent=2))
     else:
         Console(width=None if sys.stdout.isatty() else 160).print(sites.table())
+
+
+@app.command()
+def run(
+    model: Annotated[Path, typer.Argument(help="Directory that `peftfx export` wrote.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; it streams.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text for the model's task; may be given again.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image for the model's task; may be given again.")] = None,
+    task: Annotated[str | None, typer.Option(help="Pipeline name; by default what the model was made for.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Where generation stops at the latest.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    top: Annotated[int, typer.Option(help="How many labels to print.")] = 5,
+) -> None:
+    """Run an exported model in ONNX Runtime: continue a prompt, or classify texts and images.
+
+    Labels are printed as JSON, a line for each text or image.
+    """
+    import json
+
+    if (prompt is None) == (not text and not image):
+        raise PeftfxError("nothing to run on, or two things", "run", "pass --prompt, or --text, or --image")
+    missing = next((path for path in image or () if not path.is_file()), None)
+    if missing is not None:
+        raise PeftfxError("there is no such image", str(missing), "check the path")
+    from peftfx.serving import classify, stream
+
+    with _quiet():
+        if prompt is not None:
+            stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat)
+            return
+        for item in classify(model, [*(text or ()), *map(str, image or ())], task=task, top=top):
+            print(json.dumps(item, default=float))
 
 
 @app.command()

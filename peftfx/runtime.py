@@ -1,7 +1,7 @@
 """Runtime: an exported directory in ONNX Runtime, which answers, generates and classifies. No torch model is built.
 
-    model = peftfx.runtime.load("out")
-    model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
+model = peftfx.runtime.load("out")
+model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedConfig
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from peftfx.buffers import BufferedCache, Buffers
 from peftfx.caches import Held
@@ -46,6 +46,13 @@ def load(directory: str | Path, *, threads: int = 0) -> Served:
     return kind(directory, model)
 
 
+def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
+    """A transformers pipeline over an exported directory; see `peftfx.pipelines.pipeline`."""
+    from peftfx.pipelines import pipeline as make
+
+    return make(model, task)
+
+
 class Served:
     """A model in ONNX Runtime on the CPU, called as the torch model is.
 
@@ -55,7 +62,6 @@ class Served:
         config: transformers' config, or None for a model of another kind.
     """
 
-    main_input_name = "input_ids"
     base_model_prefix = ""
 
     def __init__(self, directory: Path, model: OnnxModel) -> None:
@@ -63,9 +69,19 @@ class Served:
         self.config = _config(directory)
 
     @property
+    def main_input_name(self) -> str:
+        """The input that says how many rows there are."""
+        return self.model.inputs[0]
+
+    @property
     def device(self) -> torch.device:
         """Where its tensors are."""
         return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what it computes: float16 for a model in half precision."""
+        return next((_DTYPES[kind] for kind in self.model.types.values() if kind in _DTYPES), torch.float32)
 
     def forward(self, **inputs: Tensor) -> ModelOutput:
         """Outputs by name, for inputs by name; a mask that is left out shows everything, arguments of None are dropped.
@@ -75,7 +91,7 @@ class Served:
         """
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         given = {name: value for name, value in given.items() if name in self.model.inputs or name not in _OPTIONAL}
-        first = given.get(self.main_input_name)
+        first = given.get("input_ids")
         for name in ("attention_mask", "token_type_ids"):
             if name in self.model.inputs and name not in given and first is not None:
                 given[name] = torch.ones_like(first) if name == "attention_mask" else torch.zeros_like(first)
@@ -94,11 +110,16 @@ class Served:
         """
         from transformers import AutoTokenizer
 
+        names = [path.name for path in self.directory.iterdir()]
+        if not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in names):
+            # transformers would make an empty one from the config
+            what, hint = "there is no tokenizer", "put the base model's tokenizer files there"
+            raise PeftfxError(what, str(self.directory), hint)
         try:
             found = AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            what = f"no tokenizer can be loaded: {str(error).strip().partition(chr(10))[0]}"
-            raise PeftfxError(what, str(self.directory), "put the base model's tokenizer files there") from error
+            what = f"the tokenizer cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
+            raise PeftfxError(what, str(self.directory), "copy the base model's tokenizer files again") from error
         if isinstance(self, ServedGenerator):
             found.padding_side = "left"
         if found.pad_token is None:
@@ -109,7 +130,7 @@ class Served:
 _OPTIONAL = frozenset({"token_type_ids", "attention_mask", "position_ids"})
 
 
-class ServedGenerator(Generates, Served, GenerationMixin):
+class ServedGenerator(Generates, Served, GenerationMixin):  # type: ignore[misc]
     """A causal language model in ONNX Runtime: transformers' `generate`, over a cache whose memory is used again."""
 
     _is_stateful = False
@@ -121,11 +142,6 @@ class ServedGenerator(Generates, Served, GenerationMixin):
         self.view = _view(model)
         self.generation_config = _generation_config(directory, self.config)
         self._logits = model.axes["logits"][-1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the logits and the cache."""
-        return self.view.layers[0].dtype
 
     def can_generate(self) -> bool:
         """It can."""
@@ -164,8 +180,8 @@ def _view(model: OnnxModel) -> Decode:
     layers = []
     for i in range(count):
         key, value = cache_names(PAST, 1, i)
-        heads, widths = int(model.axes[key][1]), [int(model.axes[name][3]) for name in (key, value)]
-        layers.append(Held(heads, *widths, _DTYPES[model.types[key]]))
+        (_, heads, _, width), (*_, other) = model.axes[key], model.axes[value]
+        layers.append(Held(int(heads), int(width), int(other), _DTYPES[model.types[key]]))
     return Decode(tuple(layers), "position_ids" in model.inputs)
 
 

@@ -485,9 +485,9 @@ class TestState:
         base = adapted.base
         assert adapted.config is base.config
         assert (adapted.device, adapted.dtype) == (base.device, base.dtype)
-        with pytest.raises(AttributeError, match=r"generate\(\) of the base would run without the adapters"):
-            _ = adapted.generate
-        assert not hasattr(adapted, "generate")
+        with pytest.raises(AttributeError, match=r"get_decoder\(\) of the base would run without the adapters"):
+            _ = adapted.get_decoder
+        assert not hasattr(adapted, "get_decoder")
         with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
             _ = adapted.nonsense
 
