@@ -49,6 +49,7 @@ class Pair:
 
 
 def make_pair(name: str, directory: Path) -> Pair:
+    torch.manual_seed(0)  # of the adapter's initial values
     model = peft.get_peft_model(
         ZOO[name].build(), peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
     ).eval()

@@ -94,7 +94,8 @@ class TestGeneration:
             for i in (0, 1):
                 logits = model(input_ids=texts[i][:, caches[i].get_seq_length() :], cache=caches[i]).logits
                 texts[i] = torch.cat([texts[i], logits[:, -1:].argmax(-1)], 1)
-        alone = [model.generate(prompts(1, seed=s)["input_ids"], max_new_tokens=3, do_sample=False) for s in (1, 2)]
+        options = {"max_new_tokens": 3, "eos_token_id": None, "do_sample": False}
+        alone = [model.generate(prompts(1, seed=seed)["input_ids"], **options) for seed in (1, 2)]
         assert all(map(torch.equal, texts, alone))
 
     def test_transformers_pipeline_takes_it(self, llama: tuple[Pair, Path]) -> None:
