@@ -40,12 +40,12 @@ class Translation:
         """A size expression of the program in the words of the graph's axes."""
         if (whole := _sorted_sum(text)) in self.axes:
             return self.axes[whole]
-        return _SYMBOL.sub(lambda match: self.axes.get(match[0], match[0]), text)
+        return _sorted_sum(_SYMBOL.sub(lambda match: self.axes.get(match[0], match[0]), text))
 
 
 def _sorted_sum(text: str) -> str:
     """One spelling of a sum of sizes, whose terms are written in any order."""
-    return " + ".join(sorted(text.split(" + ")))
+    return text if "(" in text else " + ".join(sorted(text.split(" + ")))
 
 
 def run_exporter(program: ExportedProgram, opset: int | None) -> ir.Model:

@@ -103,9 +103,13 @@ class Decode:
         return TRIALS
 
 
-def cache_names(kind: str, count: int, first: int = 0) -> list[str]:
-    """`past_key_values.0.key`, `past_key_values.0.value`, ... of `count` layers from `first` on."""
-    return [f"{kind}.{i}.{part}" for i in range(first, first + count) for part in ("key", "value")]
+def cache_names(kind: str, count: int, first: int = 0, part: str = "") -> list[str]:
+    """`past_key_values.0.key`, `past_key_values.0.value`, ... of `count` layers from `first` on.
+
+    With a part, one of a layer's two caches: `past_key_values.0.decoder.key`.
+    """
+    inner = f".{part}" if part else ""
+    return [f"{kind}.{i}{inner}.{what}" for i in range(first, first + count) for what in ("key", "value")]
 
 
 def positions(mask: Tensor) -> Tensor:

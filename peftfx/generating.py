@@ -1,125 +1,26 @@
-"""Generating: transformers' own `generate` over the graph of a view, in place of the model's forward.
+"""Generating: transformers' own `generate` on an AdaptedModel, over the graphs of its views.
 
-`GenerationMixin` asks its model for logits and hands it its cache, step by step. Here both go to a graph, as plain
-tensors: everything else (sampling, beams, stopping, streaming) stays transformers'.
+The model it runs on is of the base's own class, so that what the class has of its own for generation (inputs that it
+prepares, tokens that it suppresses) stays; its forward alone is another.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import Cache
 
-from peftfx.caches import cache_of, fill, held, refuse
-from peftfx.decode import PAST, PRESENT, Decode, cache_names
 from peftfx.errors import PeftfxError
+from peftfx.stepping import Generates, Step
+from peftfx.stepping_from_text import GeneratesFromText, TextEncoder
 
 if TYPE_CHECKING:
     from peftfx.adapted import AdaptedModel
     from peftfx.graph import Graph
-
-Step = Callable[[dict[str, Tensor], DynamicCache], Mapping[str, Tensor]]
-"""Runs a view on its inputs, by name; the cache is where it may keep memory for what it returns."""
-
-#: Arguments of a forward that say how to return what it computes, and change none of it.
-_HARMLESS = frozenset({"return_dict", "use_cache"})
-
-
-class Generates:
-    """What stands in front of `GenerationMixin` in a class that generates with a decode view.
-
-    Attributes:
-        view: of the model.
-        step: runs it.
-    """
-
-    view: Decode
-    step: Step
-
-    def new_cache(self) -> DynamicCache:
-        """An empty cache."""
-        return cache_of([])
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: DynamicCache | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **others: object,
-    ) -> CausalLMOutputWithPast:
-        """Logits, and the cache with these tokens in it."""
-        refuse_arguments(others)
-        if input_ids is None:
-            raise PeftfxError("the graph of the decode view reads tokens", "inputs_embeds", "pass input_ids")
-        if others.get("use_cache") is False or cache is None:
-            cache = self.new_cache()
-        inputs = step_inputs(self.view, input_ids, attention_mask, position_ids, cache)
-        outputs = self.step(inputs, cache)
-        fill(cache, [outputs[name] for name in cache_names(PRESENT, len(self.view.layers))])
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = outputs["logits"][:, kept]
-        return CausalLMOutputWithPast(logits=logits, cache=cache)  # type: ignore[call-arg, arg-type]
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: object
-    ) -> None:
-        """A cache of plain tensors; transformers' own choice for the model might be another kind."""
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic"):
-            refuse(f"the kind {kind!r}")
-        given = model_kwargs.get("cache")
-        if given is not None:
-            held(given)  # refuses what it does not know
-            given._is_user_defined = True  # what transformers' own method does with it
-        elif generation_config.use_cache is not False:
-            model_kwargs["cache"] = self.new_cache()
-
-
-def step_inputs(
-    view: Decode, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: DynamicCache
-) -> dict[str, Tensor]:
-    """The inputs of a decode view for these tokens, after what the cache holds.
-
-    Args:
-        view: says what they are.
-        tokens: int64[batch, sequence].
-        mask: [batch, past + sequence]; none shows everything.
-        positions: [batch or 1, sequence]; none counts on from the past.
-        cache: empty, or filled by the view.
-    """
-    batch, length = tokens.shape
-    past = held(cache)
-    if not past:
-        past = [
-            torch.zeros(batch, layer.heads, 0, width, dtype=layer.dtype, device=tokens.device)
-            for layer in view.layers
-            for width in (layer.key, layer.value)
-        ]
-    before = past[0].shape[-2]
-    if mask is None:
-        mask = torch.ones(batch, before + length, dtype=torch.long, device=tokens.device)
-    made = {"input_ids": tokens, "attention_mask": mask.long()}
-    if view.positions:
-        if positions is None:
-            positions = torch.arange(before, before + length, device=tokens.device)[None]
-        made["position_ids"] = positions.long().expand(batch, length)
-    return made | dict(zip(cache_names(PAST, len(view.layers)), past, strict=True))
-
-
-def refuse_arguments(others: Mapping[str, object]) -> None:
-    """Refuse what a graph of tokens and a cache cannot take into account, or give."""
-    for name, value in others.items():
-        if name not in _HARMLESS and value is not None and value is not False:
-            hint = "leave it out, or generate with the base model" if name.startswith("output_") else "leave it out"
-            raise PeftfxError("the graph of the decode view knows nothing of this argument", name, hint)
+    from peftfx.views import View
 
 
 def generator(adapted: AdaptedModel) -> Any:
@@ -133,30 +34,39 @@ def generator(adapted: AdaptedModel) -> Any:
     base = adapted.base
     if not getattr(base, "can_generate", lambda: False)():
         raise PeftfxError("this model does not generate", type(base).__name__, "only language models do")
-    view = adapted.view("decode")
-    assert isinstance(view, Decode)
-    kind = _class(type(base))  # type: ignore[arg-type]
+    encodes = bool(getattr(base.config, "is_encoder_decoder", False))
+    kind = _class(type(base), GeneratesFromText if encodes else Generates)  # type: ignore[arg-type]
     made = kind.__new__(kind)
     # Its own namespace over the base's own tables of modules and parameters: nothing is copied or registered.
     vars(made).update(vars(base))
-    vars(made).update(view=view, step=functools.partial(_run, adapted.graph(view=view)))
+    if encodes:
+        encoder, decoder = adapted.view("encoder"), adapted.view("decoder")
+        vars(made).update(view=decoder, step=_runner(adapted, decoder))
+        vars(made).update(text_encoder=TextEncoder(_runner(adapted, encoder)))
+    else:
+        vars(made).update(view=adapted.view("decode"), step=_runner(adapted, adapted.view("decode")))
     return made
 
 
-def _run(graph: Graph, inputs: dict[str, Tensor], _: DynamicCache) -> dict[str, Tensor]:
+def _runner(adapted: AdaptedModel, view: View | None) -> Step:
+    assert view is not None
+    return functools.partial(_run, adapted.graph(view=view))
+
+
+def _run(graph: Graph, inputs: dict[str, Tensor], _: Cache | None) -> dict[str, Tensor]:
     flat = graph.run(*(inputs[spec.name] for spec in graph.inputs))
     return dict(zip(graph.outputs, flat, strict=True))
 
 
 @functools.cache
-def _class(base: type[nn.Module]) -> Any:
-    made = type(f"Generating{base.__name__}", (Generates, base), {"__module__": __name__})
+def _class(base: type[nn.Module], way: type[Generates]) -> Any:
+    made = type(f"Generating{base.__name__}", (way, base), {"__module__": __name__})
 
     def forward(self: Generates, *args: object, **kwargs: object) -> object:
         named = inspect.signature(base.forward).bind(self, *args, **kwargs).arguments
         named.pop("self")
         named |= named.pop("kwargs", {})
-        return Generates.forward(self, **named)
+        return way.forward(self, **named)
 
     # transformers reads there what the model takes: whether positions, and how many logits.
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from peftfx.caches import Held
 from peftfx.decode import PAST, PRESENT, Decode, cache_names
 from peftfx.errors import PeftfxError
 from peftfx.export.runtime import OnnxModel
-from peftfx.generating import Generates
+from peftfx.stepping import Generates
 
 _DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 

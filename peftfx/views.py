@@ -54,7 +54,12 @@ def find_view(base: nn.Module, name: str) -> View | None:
         from peftfx.decode import decode_view
 
         return decode_view(base)
-    known = ("forward", "decode")
+    if name in ("encoder", "decoder"):
+        from peftfx.seq2seq import Decoder, Encoder, find_layers
+
+        layers = find_layers(base)
+        return Encoder(layers) if name == "encoder" else Decoder(layers)
+    known = ("forward", "decode", "encoder", "decoder")
     raise PeftfxError(f"there is no view {name!r}", "view", nearest(name, known) or f"one of {', '.join(known)}")
 
 

@@ -1,0 +1,195 @@
+"""Encoder and decoder: the two views that an encoder-decoder generates in, each run with its own graph.
+
+    encoder:  input_ids, attention_mask -> last_hidden_state, present.N.encoder.key/value
+    decoder:  input_ids, encoder_attention_mask, past_key_values.N.decoder.key/value,
+              past_key_values.N.encoder.key/value -> logits, present.N.decoder.key/value
+
+The keys and values that the decoder's layers attend to in the encoded text are computed once, in the encoder's graph:
+so the decoder's is one graph for the first token and for all others, and no weight is used by both, but a shared
+embedding. The names are those of optimum's and GenAI's users.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from transformers import EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from peftfx.caches import Held, cache_of, held
+from peftfx.capturing import evaluating, fake_mode_of
+from peftfx.decode import PAST, PRESENT, cache_names
+from peftfx.errors import PeftfxError
+from peftfx.inputs import example_inputs
+from peftfx.stored import faked
+from peftfx.views import Axes, without_cache
+
+SIZES: Mapping[str, int] = {"batch": 2, "encoder_sequence": 7, "sequence": 5, "past": 3}
+ENCODED, DECODED = "encoder", "decoder"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What both views know: the layers of the decoder's two caches, and the width of the encoded text."""
+
+    own: tuple[Held, ...]
+    cross: tuple[Held, ...]
+    width: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What happens once for a text: it is encoded, and its keys and values are computed for the decoder's layers."""
+
+    layers: Layers
+    name = ENCODED
+    trials: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"batch": 1, "encoder_sequence": 5},
+        {"batch": 3, "encoder_sequence": 9},
+        {"batch": 4, "encoder_sequence": 4},
+    )
+
+    @property
+    def axes(self) -> Axes:
+        """The name of each input's axes."""
+        return dict.fromkeys(("input_ids", "attention_mask"), ("batch", "encoder_sequence"))
+
+    def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Valid inputs of this view; with room for it, the last row is padded on the right."""
+        wanted = {**SIZES, **(sizes or {})}
+        made = example_inputs(base, sizes={"batch": wanted["batch"], "sequence": wanted["encoder_sequence"]}, seed=seed)
+        return {name: made[name] for name in ("input_ids", "attention_mask")}
+
+    def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
+        """Run the encoder, and what of the decoder reads its output alone."""
+        encoded, cross = _encode(base, inputs)
+        names = cache_names(PRESENT, len(self.layers.cross), part=ENCODED)
+        return {"last_hidden_state": encoded, **dict(zip(names, cross, strict=True))}
+
+    def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
+        """What is computed for the tokens that the mask shows."""
+        mask = inputs["attention_mask"].cpu() != 0
+        return value[mask] if name == "last_hidden_state" else value.transpose(1, 2)[mask]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """One step, or several, of a decoder over an encoded text."""
+
+    layers: Layers
+    name = DECODED
+    trials: ClassVar[tuple[Mapping[str, int], ...]] = (
+        {"batch": 1, "encoder_sequence": 5, "sequence": 1, "past": 0},
+        {"batch": 3, "encoder_sequence": 9, "sequence": 4, "past": 0},
+        {"batch": 2, "encoder_sequence": 4, "sequence": 3, "past": 6},
+        {"batch": 4, "encoder_sequence": 8, "sequence": 1, "past": 7},
+    )
+
+    @property
+    def axes(self) -> Axes:
+        """The name of each input's axes."""
+        count = len(self.layers.own)
+        return {
+            "input_ids": ("batch", "sequence"),
+            "encoder_attention_mask": ("batch", "encoder_sequence"),
+            **dict.fromkeys(cache_names(PAST, count, part=DECODED), ("batch", None, "past", None)),
+            **dict.fromkeys(cache_names(PAST, count, part=ENCODED), ("batch", None, "encoder_sequence", None)),
+        }
+
+    def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Valid inputs of this view; with room for it, the last row's text is padded on the right."""
+        batch, length, sequence, past = ({**SIZES, **(sizes or {})}[name] for name in SIZES)
+        text = example_inputs(base, sizes={"batch": batch, "sequence": length, "decoder_sequence": sequence}, seed=seed)
+        with unset_fake_temporarily():
+            random = torch.Generator().manual_seed(seed)
+            caches = {
+                name: torch.randn(batch, layer.heads, size, width, generator=random).to(layer.dtype)
+                for part, layers, size in ((DECODED, self.layers.own, past), (ENCODED, self.layers.cross, length))
+                for i, layer in enumerate(layers)
+                for name, width in zip(cache_names(PAST, 1, i, part), (layer.key, layer.value), strict=True)
+            }
+        return {
+            "input_ids": text["decoder_input_ids"],
+            "encoder_attention_mask": text["attention_mask"],
+            **caches,
+        }
+
+    def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
+        """Run the decoder on inputs of this view."""
+        given: dict[str, Any] = dict(inputs)
+        count = len(self.layers.own)
+        own = cache_of([given[name] for name in cache_names(PAST, count, part=DECODED)])
+        cross = cache_of([given[name] for name in cache_names(PAST, count, part=ENCODED)])
+        mask = given["encoder_attention_mask"]
+        # Of the encoded text itself only the shape is looked at: its keys and values are in the cache.
+        encoded = mask.new_zeros((*mask.shape, self.layers.width), dtype=self.layers.own[0].dtype)
+        output = base(
+            attention_mask=mask,
+            decoder_input_ids=given["input_ids"],
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded),  # type: ignore[call-arg]
+            cache=EncoderDecoderCache(own, cross),
+            use_cache=True,
+        )
+        names = cache_names(PRESENT, count, part=DECODED)
+        return {"logits": output.logits, **dict(zip(names, held(own), strict=True))}
+
+    def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
+        """All of it: nothing that is decoded is padding."""
+        return value
+
+
+def _encode(base: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, list[Tensor]]:
+    given: dict[str, Any] = dict(inputs)
+    encoded = base.get_encoder()(**given, return_dict=True)  # type: ignore[operator]
+    cache = EncoderDecoderCache(cache_of([]), cache_of([]))
+    first = given["input_ids"][:, :1]  # any token: what depends on it is not looked at
+    base(
+        attention_mask=given["attention_mask"],
+        decoder_input_ids=first,
+        encoder_outputs=encoded,
+        cache=cache,
+        use_cache=True,
+    )
+    return encoded.last_hidden_state, held(cache.cross_attention_cache)
+
+
+def find_layers(base: nn.Module) -> Layers:
+    """The layers of an encoder-decoder's caches, found by running it on fake tensors.
+
+    Raises:
+        PeftfxError: it is none, does not read text, or its caches are not keys and values.
+    """
+    accepted = inspect.signature(base.forward).parameters
+    needed = {"input_ids", "attention_mask", "decoder_input_ids", "encoder_outputs", "cache"}
+    if not needed <= set(accepted) or not hasattr(base, "get_encoder"):
+        missing = ", ".join(sorted(needed - set(accepted)))
+        what = f"the model is no encoder-decoder of text: its forward has no {missing}"
+        raise PeftfxError(what, type(base).__name__, "use the forward view")
+    found = fake_mode_of(base)
+    mode = found if isinstance(found, FakeTensorMode) else FakeTensorMode(allow_non_fake_inputs=True)
+    text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
+    cache = EncoderDecoderCache(cache_of([]), cache_of([]))
+    with faked(base), evaluating(base), without_cache(base), torch.no_grad(), mode:
+        given = {name: mode.from_tensor(t) for name, t in text.items() if name in needed}
+        try:
+            output = base(**given, cache=cache, use_cache=True)
+            own, cross = held(cache.self_attention_cache), held(cache.cross_attention_cache)
+            width = int(output.encoder_last_hidden_state.shape[-1])
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0]
+            what = f"the model does not run with plain key/value caches: {first}"
+            raise PeftfxError(what, type(base).__name__, "use the forward view") from error
+    if not own or len(own) != len(cross):
+        what = "the model's decoder has not one cache of its own and one of the encoded text for each layer"
+        raise PeftfxError(what, type(base).__name__, "use the forward view")
+    return Layers(_layers(own), _layers(cross), width)
+
+
+def _layers(tensors: list[Tensor]) -> tuple[Held, ...]:
+    return tuple(Held.of(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True))

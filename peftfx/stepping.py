@@ -1,0 +1,122 @@
+"""Stepping: what stands in front of `GenerationMixin` so that a graph, and no model, answers each of its steps.
+
+`GenerationMixin` asks its model for logits and hands it its cache, step by step. Here both go to a graph, as plain
+tensors: everything else (sampling, beams, stopping, streaming) stays transformers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, GenerationConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from peftfx.caches import cache_of, fill, held, refuse
+from peftfx.decode import PAST, PRESENT, Decode, cache_names
+from peftfx.errors import PeftfxError
+
+Step = Callable[[dict[str, Tensor], Cache | None], Mapping[str, Tensor]]
+"""Runs a view on its inputs, by name; the cache is where it may keep memory for what it returns."""
+
+#: Arguments of a forward that say how to return what it computes, and change none of it.
+_HARMLESS = frozenset({"return_dict", "use_cache"})
+
+
+class Generates:
+    """What stands in front of `GenerationMixin` in a class that generates with a decode view.
+
+    Attributes:
+        view: of the model.
+        step: runs it.
+    """
+
+    view: Decode
+    step: Step
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache."""
+        return cache_of([])
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: DynamicCache | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **others: object,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the cache with these tokens in it."""
+        refuse_arguments(others)
+        if input_ids is None:
+            raise PeftfxError("the graph of the decode view reads tokens", "inputs_embeds", "pass input_ids")
+        if others.get("use_cache") is False or cache is None:
+            cache = self.new_cache()
+        inputs = step_inputs(self.view, input_ids, attention_mask, position_ids, cache)
+        outputs = self.step(inputs, cache)
+        fill(cache, [outputs[name] for name in cache_names(PRESENT, len(self.view.layers))])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = outputs["logits"][:, kept]
+        return CausalLMOutputWithPast(logits=logits, cache=cache)  # type: ignore[call-arg, arg-type]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: object
+    ) -> None:
+        """A cache of plain tensors; transformers' own choice for the model might be another kind."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            refuse(f"the kind {kind!r}")
+        given = model_kwargs.get("cache")
+        if given is not None:
+            self._given_cache(given)
+            given._is_user_defined = True  # what transformers' own method does with it
+        elif generation_config.use_cache is not False:
+            model_kwargs["cache"] = self._new_generation_cache()
+
+    def _given_cache(self, given: Cache) -> None:
+        held(given)  # refuses what it does not know
+
+    def _new_generation_cache(self) -> Cache:
+        return self.new_cache()
+
+
+def step_inputs(
+    view: Decode, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: DynamicCache
+) -> dict[str, Tensor]:
+    """The inputs of a decode view for these tokens, after what the cache holds.
+
+    Args:
+        view: says what they are.
+        tokens: int64[batch, sequence].
+        mask: [batch, past + sequence]; none shows everything.
+        positions: [batch or 1, sequence]; none counts on from the past.
+        cache: empty, or filled by the view.
+    """
+    batch, length = tokens.shape
+    past = held(cache)
+    if not past:
+        past = [
+            torch.zeros(batch, layer.heads, 0, width, dtype=layer.dtype, device=tokens.device)
+            for layer in view.layers
+            for width in (layer.key, layer.value)
+        ]
+    before = past[0].shape[-2]
+    if mask is None:
+        mask = torch.ones(batch, before + length, dtype=torch.long, device=tokens.device)
+    made = {"input_ids": tokens, "attention_mask": mask.long()}
+    if view.positions:
+        if positions is None:
+            positions = torch.arange(before, before + length, device=tokens.device)[None]
+        made["position_ids"] = positions.long().expand(batch, length)
+    return made | dict(zip(cache_names(PAST, len(view.layers)), past, strict=True))
+
+
+def refuse_arguments(others: Mapping[str, object]) -> None:
+    """Refuse what a graph of tokens and a cache cannot take into account, or give."""
+    for name, value in others.items():
+        if name not in _HARMLESS and value is not None and value is not False:
+            hint = "leave it out, or generate with the base model" if name.startswith("output_") else "leave it out"
+            raise PeftfxError("the graph of the decode view knows nothing of this argument", name, hint)
