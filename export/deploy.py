@@ -14,25 +14,16 @@ from torch import nn
 from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
 from peftfx.capturing import evaluating
-from peftfx.derived import foldings
-from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
 from peftfx.export.memory import refuse_memory
 from peftfx.export.onnx import FAST, to_onnx
+from peftfx.export.parts import capture_parts
 from peftfx.export.probes import probes, view_probes
 from peftfx.export.report import REPORT, Report
 from peftfx.export.verify import reference_of, verify
-from peftfx.export.weights import Written, save
-from peftfx.graph import Graph
+from peftfx.export.weights import Written, save_together
 from peftfx.passes import Merge, PassManager
-from peftfx.passes.freeze import Computed
-from peftfx.views import name_axes
-from peftfx.tasks import task_of
-from peftfx.views import Axes, name_axes
 
-FREE = frozenset(
-    {"batch", "sequence", "decoder_sequence", "past", "total"}
-)  #: axes that have to be free where nobody gave a size
 Progress = Callable[[str], object]
 _BFLOAT16 = (
     "bfloat16: ONNX Runtime's CPU provider has no kernels for it; serve this model on another (CUDA). "
@@ -45,7 +36,7 @@ def export_onnx(
     directory: str | Path,
     *,
     merge: bool = True,
-    view: str | None = None,
+    view: str = "forward",
     inputs: Mapping[str, object] | None = None,
     opset: int | None = None,
     engine: str = FAST,
@@ -61,14 +52,15 @@ def export_onnx(
 
     In the forward view, inputs and outputs have the names of the model's keyword arguments and output fields; batch and
     sequence are free. In the decode view they are those that runtimes which generate know, cache in and out: see
-    `peftfx.decode`. The result is run in ONNX Runtime at sizes that the export never saw, against the graph and
+    `peftfx.decode`; an encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx` over one file of weights:
+    see `peftfx.seq2seq`. The result is run in ONNX Runtime at sizes that the export never saw, against the graph and
     against the base module with its adapters in torch, and moved into place only if they agree.
 
     Args:
         model: an AdaptedModel with its active adapters, or any module.
         directory: where to; it appears when it is complete.
         merge: fold the adapters into the weights; otherwise they stay apart, as initializers under their own names.
-        view: `forward` or `decode`; by default `decode` for a causal language model without `inputs`, else `forward`.
+        view: `forward`, `decode`, or `auto`: `decode` for a model that generates text.
         inputs: keyword arguments of a forward call, for a model that example inputs cannot be made for.
         opset: version of the ONNX operators; by default torch's choice.
         engine: `fast`, or `torch` for torch.onnx's own road; see `to_onnx`.
@@ -94,31 +86,29 @@ def export_onnx(
     stages = _Stages(report.seconds, say)
     with publish(Path(directory), force) as temporary, evaluating(adapted.base), _in_eval(adapted):
         with stages("capture"):
-            seen = adapted.view(served_view(adapted.base, inputs) if view is None else view)
-            graph = exported = adapted.graph(example) if seen is None else adapted.graph(view=seen)
-            if seen is not None or inputs is None:
-                _refuse_fixed(graph, name_axes(_tensors(graph, example)) if seen is None else seen.axes)
+            parts = capture_parts(adapted, view, inputs)
         if merge and adapted.active:
             with stages("merge"):
-                exported = PassManager([Merge()])(graph)
-                report.merged = sorted(foldings(exported.derived.values()))
-                report.folded = sorted(n for n, r in exported.derived.items() if isinstance(r, Computed))
+                for part in parts:
+                    part.exported = PassManager([Merge()])(part.graph)
+                    report.add_merged(part.exported)
         with stages("convert"):
-            program = to_onnx(exported, opset=opset, engine=engine)
+            programs = {part.file: to_onnx(part.exported, opset=opset, engine=engine) for part in parts}
         with stages("write"):
-            save(program, temporary, written=written)
+            save_together(programs, temporary, written=written)
         with stages("verify"):
-            cases = probes(adapted, graph, example) if seen is None else view_probes(adapted, seen)
             usual = _tolerance(adapted.base)
-            tolerances = (usual if atol is None else atol, usual if rtol is None else rtol)
-            found = verify(
-                *(temporary, reference_of(graph), cases),
-                atol=tolerances[0],
-                rtol=tolerances[1],
-                graph=graph,
-                shown=None if seen is None else seen.shown,
-            )
-        report.describe(exported, program, found, temporary)
+            for part in parts:
+                cases = probes(adapted, part.graph, example) if part.view is None else view_probes(adapted, part.view)
+                found = verify(
+                    *(temporary / part.file, reference_of(part.graph), cases),
+                    atol=usual if atol is None else atol,
+                    rtol=usual if rtol is None else rtol,
+                    graph=part.graph,
+                    shown=None if part.view is None else part.view.shown,
+                )
+                report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")
+        report.measure(temporary)
         if assets is not None:
             assets(temporary)
         report.write(temporary)
@@ -142,25 +132,6 @@ class _Stages:
 def _tolerance(base: nn.Module) -> float:
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in base.parameters())
     return 2e-2 if half else 1e-4
-
-
-def served_view(base: nn.Module, inputs: Mapping[str, object] | None = None) -> str:
-    """The view that a model is served in where nobody says: with a cache, if it generates text token by token."""
-    generates = inputs is None and task_of(base) == "text-generation" and hasattr(base, "generate")
-    return "decode" if generates else "forward"
-
-
-def _refuse_fixed(graph: Graph, axes: Axes) -> None:
-    """A batch or sequence of the example's size, which nobody chose, would serve nobody."""
-    for spec in graph.inputs:
-        for wanted, got in zip(axes.get(spec.name, ()), spec.shape, strict=False):
-            if wanted in FREE and isinstance(got, int):
-                hint = "pass inputs=... of the size you will serve: the model will take that one alone"
-                raise PeftfxError(f"the model's code fixes the {wanted}, here at {got}", spec.name, hint)
-
-
-def _tensors(graph: Graph, example: Mapping[str, object]) -> dict[str, torch.Tensor]:
-    return {spec.name: example[spec.name] for spec in graph.inputs if spec.name in example}  # type: ignore[misc]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from peftfx.export.program import Translation
 from peftfx.export.retrace import retrace
 from peftfx.export.tidy import name_apart, store_transposed, tidy
 from peftfx.export.translate import translate
+from peftfx.export.weights import SOURCE
 from peftfx.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
 from peftfx.stored import load
 
@@ -106,6 +107,8 @@ def _bind(model: ir.Model, translation: Translation, graph: Graph, weights: Weig
         value.name = _initializer_name(target, taken)
         taken.add(value.name)
         value.const_value = _lazy(value, target, weights)
+        if not target.startswith(f"{CONSTANTS}."):  # these are a graph's own
+            value.meta[SOURCE] = target
         model.graph.initializers[value.name] = value
 
 

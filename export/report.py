@@ -10,10 +10,12 @@ import onnx_ir as ir
 import torch
 
 from peftfx.adapted import AdaptedModel
+from peftfx.derived import foldings
 from peftfx.export.onnx import ENGINE, FAST
 from peftfx.export.twin import in_bfloat16
 from peftfx.export.verify import Comparison
 from peftfx.graph import Graph
+from peftfx.passes.freeze import Computed
 
 REPORT = "peftfx_report.json"
 
@@ -27,7 +29,7 @@ class Report:
         adapters: what was exported with it: name, method, and the number of its parameters.
         merged: the module paths whose weights the adapters were merged into; empty where they were left apart.
         folded: what else became a constant of the graph: soft prompts, whatever they were computed from.
-        inputs, outputs: of the ONNX model, with their shapes.
+        inputs, outputs: of the ONNX model, with their shapes; those of one of several as `decoder_model.logits`.
         opset: version of the ONNX operators.
         engine: the road to ONNX that was taken; where it is not the one asked for, why.
         nodes: in the ONNX graph.
@@ -66,24 +68,34 @@ class Report:
         ]
         return cls(type(adapted.base).__name__, adapters, versions=_versions())
 
-    def describe(self, graph: Graph, program: ir.Model, found: list[Comparison], directory: Path) -> None:
-        """Add what was written, and how it compared."""
-        self.inputs = {spec.name: list(spec.shape) for spec in graph.inputs}
-        self.outputs = [str(value.name) for value in program.graph.outputs]
+    def add_merged(self, graph: Graph) -> None:
+        """Add the sites that a graph reads merged weights at, and what else was folded."""
+        self.merged = sorted({*self.merged, *foldings(graph.derived.values())})
+        folded = (name for name, recipe in graph.derived.items() if isinstance(recipe, Computed))
+        self.folded = sorted({*self.folded, *folded})
+
+    def describe(self, graph: Graph, program: ir.Model, found: list[Comparison], prefix: str = "") -> None:
+        """Add a graph that was written, and how it compared; a prefix tells its names from those of another graph."""
+        self.inputs |= {prefix + spec.name: list(spec.shape) for spec in graph.inputs}
+        self.outputs += [prefix + str(value.name) for value in program.graph.outputs]
         self.opset = program.opset_imports[""]
-        self.engine = program.metadata_props[ENGINE]
-        self.nodes = sum(1 for _ in program.graph)
-        self.bytes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+        if self.engine in ("", FAST):  # what one graph could not have is worth more than what the other had
+            self.engine = program.metadata_props[ENGINE]
+        self.nodes += sum(1 for _ in program.graph)
         self.verified = "its float32 twin, over the same weights" if in_bfloat16(program) else "the model"
-        self.comparisons = [
+        self.comparisons += [
             {
-                "output": c.output,
+                "output": prefix + c.output,
                 "shapes": {name: list(shape) for name, shape in c.shapes.items()},
                 "max_abs": c.max_abs,
                 "max_rel": c.max_rel,
             }
             for c in found
         ]
+
+    def measure(self, directory: Path) -> None:
+        """Add the sizes of the files."""
+        self.bytes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
 
     def write(self, directory: Path) -> None:
         """Put `peftfx_report.json` into the directory."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,10 +15,12 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from peftfx.errors import PeftfxError
 from peftfx.export.stream import PAGE, Stream
+from peftfx.export.tidy import PERM
 from peftfx.files import writing
 
 INLINE = 1024  #: bytes up to which an initializer is kept inside `model.onnx`
 LARGE = 65536  #: bytes from which a tensor starts on a page of its own, so that it can be memory-mapped
+SOURCE = "peftfx.source"  #: in the `meta` of an initializer: what it is read from, equal for equal contents
 _LIMIT = 2**31 - 1  #: bytes, protobuf's
 
 Written = Callable[[int, int], object]
@@ -31,6 +34,7 @@ class _Place:
     value: ir.Value
     tensor: ir.TensorProtocol
     offset: int
+    shared: bool = False  #: its bytes are another model's too, and written with that one
 
     @property
     def end(self) -> int:
@@ -53,18 +57,34 @@ def save(
     Raises:
         PeftfxError: the disk refuses or has not the room, or the model is too large for its inline tensors (2 GB).
     """
-    path = Path(directory) / name
-    places = list(_layout(model, external_threshold))
+    save_together({name: model}, directory, f"{name}.data", external_threshold, written)
+    return Path(directory) / name
+
+
+def save_together(
+    models: Mapping[str, ir.Model],
+    directory: Path,
+    data: str = "model.onnx.data",
+    external_threshold: int = INLINE,
+    written: Written | None = None,
+) -> None:
+    """Write models, by the names of their files, over one file of weights: what two of them read is in it once.
+
+    Otherwise as `save`.
+    """
+    path = Path(directory) / data
+    places = list(_layout(models.values(), external_threshold))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _refuse_full_disk(places, path.parent)
         if places:
-            _write(places, path.with_name(f"{name}.data"), written or (lambda done, total: None))
-        with _external(places, f"{name}.data", path.parent):
-            if _inline_size(model) > _LIMIT:
-                raise PeftfxError("the model's graph is over protobuf's 2 GB", str(path), "lower external_threshold")
-            ir.save(model, path)
-    return path
+            _write(places, path, written or (lambda done, total: None))
+        with _external(places, data, path.parent):
+            for name, model in models.items():
+                if _inline_size(model) > _LIMIT:
+                    what, hint = "the model's graph is over protobuf's 2 GB", "lower external_threshold"
+                    raise PeftfxError(what, str(path.with_name(name)), hint)
+                ir.save(model, path.with_name(name))
 
 
 def _inline_size(model: ir.Model) -> int:
@@ -72,30 +92,41 @@ def _inline_size(model: ir.Model) -> int:
     return sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
 
 
-def _layout(model: ir.Model, threshold: int) -> Iterator[_Place]:
+def _layout(models: Iterable[ir.Model], threshold: int) -> Iterator[_Place]:
     offset = 0
-    for value in model.graph.initializers.values():
+    known: dict[object, _Place] = {}
+    for value in chain.from_iterable(model.graph.initializers.values() for model in models):
         tensor = value.const_value
         if tensor is None or tensor.nbytes <= threshold:
             continue
+        if (content := _content(value)) in known:
+            yield _Place(value, tensor, known[content].offset, shared=True)
+            continue
         if tensor.nbytes >= LARGE:
             offset += -offset % PAGE
-        place = _Place(value, tensor, offset)
+        place = known[content] = _Place(value, tensor, offset)
         offset = place.end
         yield place
 
 
+def _content(value: ir.Value) -> object:
+    """Equal for weights of one content: read from one place, and stored in one way."""
+    source = value.meta.get(SOURCE)
+    return value if source is None else (source, value.metadata_props.get(PERM), value.dtype, str(value.shape))
+
+
 def _refuse_full_disk(places: Sequence[_Place], directory: Path) -> None:
-    needed, free = places[-1].end if places else 0, shutil.disk_usage(directory).free
+    needed, free = max((place.end for place in places), default=0), shutil.disk_usage(directory).free
     if needed > free:
         what = f"{needed:,} bytes are needed, {free:,} are free"
         raise PeftfxError(what, str(directory), "free some space, or choose a directory on another disk")
 
 
 def _write(places: Sequence[_Place], path: Path, written: Written) -> None:
-    total = places[-1].end
+    own = [place for place in places if not place.shared]
+    total = own[-1].end
     with Stream(path) as stream:
-        for place in places:
+        for place in own:
             stream.pad(place.offset)
             stream.write(_bytes(place.tensor))
             written(place.end, total)

@@ -302,9 +302,7 @@ class AdaptedModel(nn.Module):
         modes = tuple(module.training for module in self.base.modules())
         return self._captured.setdefault((view, tuple(kinds), modes, entry), [])
 
-    def capture(
-        self, inputs: Mapping[str, object], entry: Entry | None = None, view: View | None = None
-    ) -> Graph:
+    def capture(self, inputs: Mapping[str, object], entry: Entry | None = None, view: View | None = None) -> Graph:
         """The base's graph for such a call, by its own forward or by another way into it; an entry's hole is empty."""
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
         tensors = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}

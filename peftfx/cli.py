@@ -43,9 +43,9 @@ def export(
         str | None, typer.Option(help="Pipeline name, as text-classification; by default the adapter's or the model's.")
     ] = None,
     view: Annotated[
-        str | None,
-        typer.Option(help="forward, or decode: cache in and out, the default for a model that generates text."),
-    ] = None,
+        str,
+        typer.Option(help="forward, decode (cache in and out), or auto: decode for a model that generates text."),
+    ] = "auto",
     opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; by default the base's own, but fp32 for a bfloat16 base.")

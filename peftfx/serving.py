@@ -11,7 +11,7 @@ import torch
 
 from peftfx.errors import PeftfxError
 from peftfx.pipelines import pipeline
-from peftfx.runtime import ServedGenerator, load
+from peftfx.runtime import load
 
 
 def stream(
@@ -38,10 +38,10 @@ def stream(
     Raises:
         PeftfxError: the model generates nothing, or its directory has no tokenizer or chat template.
     """
-    from transformers import TextStreamer
+    from transformers import GenerationMixin, TextStreamer
 
     model = load(directory)
-    if not isinstance(model, ServedGenerator):
+    if not isinstance(model, GenerationMixin):
         hint = "pass --text or --image to classify, or export it with --view decode"
         raise PeftfxError("this model has no cache to generate with", str(directory), hint)
 
@@ -58,7 +58,7 @@ def stream(
         torch.manual_seed(seed)
     writes = Writes(tokenizer, skip_prompt=True, skip_special_tokens=True)
     tokens = model.generate(**inputs, **options, streamer=writes, pad_token_id=tokenizer.pad_token_id)
-    new = tokens[0, inputs["input_ids"].shape[1] :]
+    new = tokens[0, inputs["input_ids"].shape[1] if model.pads_left else 1 :]  # a decoder has a start of its own
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
 

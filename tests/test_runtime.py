@@ -50,7 +50,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, Path]:
     """A LLaMA with an adapter, and the directory that it was exported to."""
     root = tmp_path_factory.mktemp("llama")
     pair = make_pair("llama", root / "adapter")
-    pair.ours.export(root / "out", assets=pair.ours.base.config.save_pretrained)
+    pair.ours.export(root / "out", view="decode", assets=pair.ours.base.config.save_pretrained)
     write_tokenizer(root / "out")
     return pair, root / "out"
 

@@ -1,0 +1,92 @@
+"""Parts: the graphs that a model is served by, each in an `.onnx` file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from peftfx.adapted import AdaptedModel
+from peftfx.errors import PeftfxError, nearest
+from peftfx.graph import Graph
+from peftfx.tasks import task_of
+from peftfx.views import View, name_axes
+
+FORWARD, DECODE, AUTO = "forward", "decode", "auto"
+#: Axes that have to be free where nobody gave a size.
+FREE = frozenset({"batch", "sequence", "decoder_sequence", "encoder_sequence", "past", "total"})
+
+
+@dataclass
+class Part:
+    """A graph on its way to a file.
+
+    Attributes:
+        file: its name.
+        view: what the graph is a view of; None is the forward.
+        graph: as captured, with the adapters in it.
+        exported: what is written: the same, or merged.
+    """
+
+    file: str
+    view: View | None
+    graph: Graph
+    exported: Graph
+
+    @property
+    def stem(self) -> str:
+        """The file's name without its ending."""
+        return self.file.removesuffix(".onnx")
+
+
+def capture_parts(adapted: AdaptedModel, view: str, inputs: Mapping[str, object] | None) -> list[Part]:
+    """Capture what a model is served by.
+
+    Args:
+        adapted: in eval mode.
+        view: `forward`, or `decode`, which is two graphs for an encoder-decoder, or `auto`: by the model's task.
+        inputs: of a forward call, where they were chosen: sizes may be fixed, and `auto` is `forward`.
+
+    Raises:
+        PeftfxError: the model has no such view, or fixes a size that nobody chose.
+    """
+    if view not in (known := (FORWARD, DECODE, AUTO)):
+        hint = nearest(view, known) or f"one of {', '.join(known)}"
+        raise PeftfxError(f"nothing is exported in a view {view!r}", "view", hint)
+    if view == FORWARD or (view == AUTO and (inputs is not None or not generates(adapted.base))):
+        example = adapted.example if inputs is None else inputs
+        graph = adapted.graph(example)
+        if inputs is None:
+            given = {spec.name: example[spec.name] for spec in graph.inputs if spec.name in example}
+            refuse_fixed(graph, name_axes(given))  # type: ignore[arg-type]
+        return [Part("model.onnx", None, graph, graph)]
+    parts = []
+    for file, name in files_of(adapted.base).items():
+        shown = adapted.view(name)
+        assert shown is not None
+        graph = adapted.graph(view=shown)
+        refuse_fixed(graph, shown.axes)
+        parts.append(Part(file, shown, graph, graph))
+    return parts
+
+
+def generates(base: nn.Module) -> bool:
+    """Whether the model is one that writes text token by token: such a one is served with its cache."""
+    return task_of(base) in ("text-generation", "text2text-generation") and hasattr(base, "generate")
+
+
+def files_of(base: nn.Module) -> dict[str, str]:
+    """The files that a model which generates is served by, and the view that each holds."""
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return {"encoder_model.onnx": "encoder", "decoder_model.onnx": "decoder"}
+    return {"model.onnx": DECODE}
+
+
+def refuse_fixed(graph: Graph, axes: Mapping[str, tuple[str | None, ...]]) -> None:
+    """A batch or sequence of the example's size, which nobody chose, would serve nobody."""
+    for spec in graph.inputs:
+        for wanted, got in zip(axes.get(spec.name, ()), spec.shape, strict=False):
+            if wanted in FREE and isinstance(got, int):
+                hint = "pass inputs=... of the size you will serve: the model will take that one alone"
+                raise PeftfxError(f"the model's code fixes the {wanted}, here at {got}", spec.name, hint)

@@ -1,0 +1,110 @@
+"""Served generators: exported models that generate in ONNX Runtime, by transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+
+from peftfx.buffers import BufferedCache, Buffers
+from peftfx.caches import Held
+from peftfx.decode import PAST, PRESENT, Decode, cache_names
+from peftfx.errors import PeftfxError
+from peftfx.export.runtime import OnnxModel
+from peftfx.runtime import DTYPES, Served
+from peftfx.seq2seq import DECODED, ENCODED, Decoder, Layers
+from peftfx.stepping import Generates
+from peftfx.stepping_from_text import GeneratesFromText, TextEncoder
+
+
+class _Serves(Served, GenerationMixin):
+    """What `GenerationMixin` asks of a model, and a step of it in ONNX Runtime."""
+
+    _is_stateful = False
+    main_input_name = "input_ids"
+    part = ""
+
+    def __init__(self, directory: Path, model: OnnxModel) -> None:
+        Served.__init__(self, directory, model)
+        if self.config is None:
+            raise PeftfxError("there is no config", str(directory / "config.json"), "put the base model's config there")
+        self.generation_config = _generation_config(directory, self.config)
+
+    def can_generate(self) -> bool:
+        """It can."""
+        return True
+
+    def is_remote_code(self) -> bool:
+        """Its code is transformers' and peftfx's."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """Fixed when the graph was made."""
+        return {}
+
+    def new_cache(self) -> BufferedCache:
+        """An empty cache with memory of its own."""
+        return BufferedCache()
+
+    def step(self, inputs: dict[str, Tensor], cache: Cache | None) -> Mapping[str, Tensor]:
+        """Run the graph: the past is read where it is, and what comes out is written into the cache's other memory."""
+        buffers = cache.buffers if isinstance(cache, BufferedCache) else Buffers()
+        given = {name: value.contiguous() for name, value in inputs.items()}
+        batch, length = given["input_ids"].shape
+        vocabulary = int(self.model.axes["logits"][-1])
+        outputs = {"logits": torch.empty(batch, length, vocabulary, dtype=self.dtype)}
+        count = count_layers(self.model, self.part)
+        names = (cache_names(kind, count, part=self.part) for kind in (PAST, PRESENT))
+        for past, present in zip(*names, strict=True):
+            before = given[past]
+            shape = (*before.shape[:2], before.shape[2] + length, before.shape[3])
+            outputs[present] = buffers.room(present, shape, before)
+        self.model.run_into(given, outputs)
+        return outputs
+
+
+class ServedGenerator(Generates, _Serves):  # type: ignore[misc]
+    """A causal language model in ONNX Runtime."""
+
+    pads_left = True
+
+    def __init__(self, directory: Path, model: OnnxModel) -> None:
+        super().__init__(directory, model)
+        self.view = Decode(layers_of(model), "position_ids" in model.inputs)
+
+
+class ServedSeq2Seq(GeneratesFromText, _Serves):  # type: ignore[misc]
+    """An encoder-decoder in ONNX Runtime, as two graphs over one file of weights."""
+
+    part = DECODED
+
+    def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel) -> None:
+        super().__init__(directory, model)
+        width = int(encoder.axes["last_hidden_state"][-1])
+        self.view = Decoder(Layers(layers_of(model, DECODED), layers_of(model, ENCODED), width))
+        self.text_encoder = TextEncoder(lambda inputs, _: encoder(**inputs))
+
+
+def count_layers(model: OnnxModel, part: str = "") -> int:
+    """How many layers the cache of a model has."""
+    end = f".{part}.key" if part else ".key"
+    return sum(name.startswith(f"{PAST}.") and name.endswith(end) for name in model.inputs)
+
+
+def layers_of(model: OnnxModel, part: str = "") -> tuple[Held, ...]:
+    """What the layers of a model's cache hold, told by its inputs."""
+    layers = []
+    for i in range(count_layers(model, part)):
+        key, value = cache_names(PAST, 1, i, part)
+        (_, heads, _, width), (*_, other) = model.axes[key], model.axes[value]
+        layers.append(Held(int(heads), int(width), int(other), DTYPES[model.types[key]]))
+    return tuple(layers)
+
+
+def _generation_config(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
+    if (directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return GenerationConfig.from_model_config(config)
