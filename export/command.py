@@ -46,7 +46,7 @@ def export_directory(
     `dtype` (`fp32`, `fp16`, `bf16`) is that of the weights, merged in fp32 and rounded once; by default the base's own,
     but fp32 for a bfloat16 base: ONNX Runtime's CPU provider has no kernels for it.
 
-    `view` is `forward`, `decode`, which has the key/value cache in and out, or `auto`: `decode` for what generates text.
+    `view` is `forward`, `decode`, with the key/value cache in and out, or `auto`: `decode` for what generates text.
 
     The inputs are read where they are: one that changes meanwhile is an error.
 

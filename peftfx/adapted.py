@@ -248,7 +248,11 @@ class AdaptedModel(nn.Module):
             inputs = shown.inputs(self.base) if inputs is None else inputs
         else:
             inputs = self.example if inputs is None else _named(self.base, (), inputs)
-        captured = self.capture(inputs, self.entry() if adapted else None, shown)
+        entry = self.entry() if adapted else None
+        if shown is not None and entry is not None:
+            hint = "use its forward, or a method that acts on weights"
+            raise PeftfxError(f"a soft prompt is not in the {shown.name} view yet", "", hint)
+        captured = self.capture(inputs, entry, shown)
         if not adapted or not self.active:
             return captured
         key = (id(captured), self.active)
