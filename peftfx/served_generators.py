@@ -20,6 +20,14 @@ from peftfx.stepping import Generates
 from peftfx.stepping_from_text import GeneratesFromText, TextEncoder
 
 
+class _Buffered:
+    """What gives a model caches with memory of their own; ahead of `Generates`, whose caches have none."""
+
+    def new_cache(self) -> BufferedCache:
+        """An empty cache."""
+        return BufferedCache()
+
+
 class _Serves(Served, GenerationMixin):
     """What `GenerationMixin` asks of a model, and a step of it in ONNX Runtime."""
 
@@ -45,10 +53,6 @@ class _Serves(Served, GenerationMixin):
         """Fixed when the graph was made."""
         return {}
 
-    def new_cache(self) -> BufferedCache:
-        """An empty cache with memory of its own."""
-        return BufferedCache()
-
     def step(self, inputs: dict[str, Tensor], cache: Cache | None) -> Mapping[str, Tensor]:
         """Run the graph: the past is read where it is, and what comes out is written into the cache's other memory."""
         buffers = cache.buffers if isinstance(cache, BufferedCache) else Buffers()
@@ -66,7 +70,7 @@ class _Serves(Served, GenerationMixin):
         return outputs
 
 
-class ServedGenerator(Generates, _Serves):  # type: ignore[misc]
+class ServedGenerator(_Buffered, Generates, _Serves):  # type: ignore[misc]
     """A causal language model in ONNX Runtime."""
 
     pads_left = True
@@ -76,7 +80,7 @@ class ServedGenerator(Generates, _Serves):  # type: ignore[misc]
         self.view = Decode(layers_of(model), "position_ids" in model.inputs)
 
 
-class ServedSeq2Seq(GeneratesFromText, _Serves):  # type: ignore[misc]
+class ServedSeq2Seq(_Buffered, GeneratesFromText, _Serves):  # type: ignore[misc]
     """An encoder-decoder in ONNX Runtime, as two graphs over one file of weights."""
 
     part = DECODED
