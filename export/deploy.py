@@ -14,7 +14,9 @@ from torch import nn
 from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
 from peftfx.capturing import evaluating
+from peftfx.decode import Decode
 from peftfx.export.atomic import publish
+from peftfx.export.genai import write_genai_config
 from peftfx.export.memory import refuse_memory
 from peftfx.export.onnx import FAST, to_onnx
 from peftfx.export.parts import capture_parts
@@ -108,6 +110,9 @@ def export_onnx(
                     shown=None if part.view is None else part.view.shown,
                 )
                 report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")
+        for part in parts:
+            if isinstance(part.view, Decode):
+                write_genai_config(temporary, adapted.base.config, part.view)
         report.measure(temporary)
         if assets is not None:
             assets(temporary)

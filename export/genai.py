@@ -1,0 +1,85 @@
+"""genai_config.json: what ONNX Runtime GenAI reads to run a model in its decode view."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peftfx.decode import PAST, PRESENT, Decode
+
+FILE = "genai_config.json"
+#: Fields of configs that say how many tokens a model can hold; one without any has no limit of its own.
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+_UNLIMITED = 2048
+
+
+def write_genai_config(directory: Path, config: Any, view: Decode) -> bool:
+    """Write `genai_config.json` into a directory, and say whether GenAI can run the model at all.
+
+    It cannot where layers differ in their heads, or keys in width from values: its config has one number for all.
+    GenAI pads a batch on the right, and finds padding by `pad_token_id`.
+
+    Args:
+        directory: has `model.onnx` in the decode view.
+        config: transformers', of the model.
+        view: that view.
+    """
+    layers = set(view.layers)
+    if len(layers) != 1 or any(layer.key != layer.value for layer in layers):
+        return False
+    (layer,) = layers
+    text = config.get_text_config(decoder=True)
+    made = {
+        "model": {
+            "type": "decoder",  # any: what a named type would add is in the graph
+            "vocab_size": text.vocab_size,
+            "context_length": context_length(text),
+            **_tokens(config, text),
+            "decoder": {
+                "session_options": {"provider_options": []},
+                "filename": "model.onnx",
+                "head_size": layer.key,
+                "hidden_size": text.hidden_size,
+                "num_attention_heads": text.num_attention_heads,
+                "num_key_value_heads": layer.heads,
+                "num_hidden_layers": len(view.layers),
+                "inputs": {
+                    **{name: name for name in view.axes if not name.startswith(f"{PAST}.")},
+                    "past_key_names": f"{PAST}.%d.key",
+                    "past_value_names": f"{PAST}.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": f"{PRESENT}.%d.key",
+                    "present_value_names": f"{PRESENT}.%d.value",
+                },
+            },
+        },
+        "search": {
+            "max_length": context_length(text),
+            "do_sample": False,
+            "num_beams": 1,
+            "past_present_share_buffer": False,
+        },
+    }
+    (directory / FILE).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    return True
+
+
+def context_length(config: Any) -> int:
+    """How many tokens a model can hold."""
+    lengths = (getattr(config, name, None) for name in _LENGTHS)
+    return next((length for length in lengths if isinstance(length, int)), _UNLIMITED)
+
+
+def _tokens(config: Any, text: Any) -> dict[str, object]:
+    """The ids of special tokens; where there is no padding, the end stands for it."""
+    found = {
+        name: next((v for c in (config, text) if (v := getattr(c, name, None)) is not None), None)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    end = found["eos_token_id"]
+    if found["pad_token_id"] is None:
+        found["pad_token_id"] = end[0] if isinstance(end, list) and end else end
+    return {name: value for name, value in found.items() if value is not None}
