@@ -74,9 +74,9 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     made: list[object] = []
     real = adapted_module.capture
 
-    def counting(model: nn.Module, inputs: Mapping[str, object]) -> object:
+    def counting(model: nn.Module, inputs: Mapping[str, object], **options: object) -> object:
         made.append(dict(inputs))
-        return real(model, inputs)
+        return real(model, inputs, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(adapted_module, "capture", counting)
