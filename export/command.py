@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftfx.adapted import AdaptedModel
-from peftfx.api import bare
+from peftfx.api import bare, plan
 from peftfx.bases import load_base, read_base_config
 from peftfx.errors import PeftfxError
 from peftfx.export.deploy import Progress, copy_assets, export_onnx
@@ -17,7 +17,8 @@ from peftfx.export.onnx import FAST, check_engine, check_opset
 from peftfx.export.report import Report
 from peftfx.export.weights import Written
 from peftfx.files import Snapshot
-from peftfx.peft_files import CONFIG, Weights, method_from_config, read_config
+from peftfx.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
+from peftfx.planning import Plan
 from peftfx.rules import saved_modules
 from peftfx.sites import Sites
 from peftfx.tasks import resolve_task
@@ -58,7 +59,7 @@ def export_directory(
     check_opset(opset)
     check_engine(engine)
     say = progress or (lambda line: None)
-    inputs = Snapshot(base, *(() if adapter is None else (Path(adapter),)))
+    inputs = Snapshot(base, *(() if adapter is None else (Path(adapter), *rule_folders(Path(adapter)))))
     kept = _served_dtype(base, dtype)
     say("load" if kept is None else f"load in {str(kept).removeprefix('torch.')}")
     adapted = load_directories(base, None if adapter is None else Path(adapter), task=task, dtype=kept)
@@ -104,16 +105,18 @@ def load_directories(
     A head that the adapter holds sets the number of labels, whatever the base's config says.
     """
     config = read_base_config(base)
-    peft_config = None if adapter is None else read_config(adapter)
-    if adapter is None or peft_config is None:
+    if adapter is None:
         return bare(load_base(base, task=task, dtype=dtype))
-    method = method_from_config(peft_config, str(adapter / CONFIG))
-    weights = Weights(adapter, method.prefix)
-    kind = peft_config.get("task_type")
-    if task is None and kind is not None:
-        task = resolve_task(None, peft_task_type=str(kind), config=config)
-    labels = _labels(load_base(base, task=task, weights=False), weights, method) if method.modules_to_save else None
-    given = {name.replace(".base_layer.", ".") for name in weights.names}
+    configs = {folder: read_config(folder) for folder in rule_folders(adapter)}
+    methods = {folder: method_from_config(own, str(folder / CONFIG)) for folder, own in configs.items()}
+    weights = {folder: Weights(folder, method.prefix) for folder, method in methods.items()}
+    kinds = [own["task_type"] for own in configs.values() if own.get("task_type") is not None]
+    if task is None and kinds:
+        task = resolve_task(None, peft_task_type=str(kinds[0]), config=config)
+    labels = None
+    for folder in (folder for folder, method in methods.items() if method.modules_to_save):
+        labels = labels or _labels(load_base(base, task=task, weights=False), weights[folder], methods[folder])
+    given = {name.replace(".base_layer.", ".") for own in weights.values() for name in own.names}
     model = load_base(base, task=task, num_labels=labels, given=given, dtype=dtype)
     adapted = bare(model)
     adapted.load_adapter(adapter, "default")
@@ -124,6 +127,11 @@ def inspect_directory(directory: str | Path, *, task: str | None = None, target:
     """The sites of a model in a directory; its weights are not read."""
     sites = bare(load_base(Path(directory), task=task, weights=False)).sites
     return sites if target is None else Sites(tuple(match.site for match in sites.select(target)))
+
+
+def plan_directory(directory: str | Path, rules: str, *, task: str | None = None) -> Plan:
+    """What rules would do to a model in a directory; its weights are not read."""
+    return plan(load_base(Path(directory), task=task, weights=False), rules)
 
 
 def _labels(model: nn.Module, weights: Weights, method: object) -> int | None:

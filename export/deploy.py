@@ -25,6 +25,7 @@ from peftfx.export.report import REPORT, Report
 from peftfx.export.verify import reference_of, verify
 from peftfx.export.weights import Written, save_together
 from peftfx.passes import Merge, PassManager
+from peftfx.peft_files import RULES
 
 Progress = Callable[[str], object]
 _BFLOAT16 = (
@@ -153,7 +154,7 @@ def _in_eval(adapted: AdaptedModel) -> Iterator[None]:
 def copy_assets(source: Path, target: Path) -> None:
     """Copy what a server needs beside the weights: config, tokenizer and processor files, not weights or adapters."""
     for path in sorted(source.iterdir()):
-        named = path.name.startswith((".", "adapter_", "README", REPORT)) or path.name.endswith(".index.json")
+        named = path.name.startswith((".", "adapter_", "README", REPORT, RULES)) or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in _ASSETS and not named:
             shutil.copyfile(path, target / path.name)
 

@@ -9,7 +9,7 @@ from peftfx.version import __version__
 
 if TYPE_CHECKING:
     from peftfx.adapted import AdaptedModel
-    from peftfx.api import inspect, load, transform
+    from peftfx.api import inspect, load, plan, transform
     from peftfx.capturing import capture
     from peftfx.errors import PeftfxError
     from peftfx.export import export_onnx
@@ -38,6 +38,7 @@ _HOME = {
     "export_onnx": "peftfx.export",
     "inspect": "peftfx.api",
     "load": "peftfx.api",
+    "plan": "peftfx.api",
     "transform": "peftfx.api",
 }
 
@@ -57,6 +58,7 @@ __all__ = [
     "export_onnx",
     "inspect",
     "load",
+    "plan",
     "transform",
 ]
 

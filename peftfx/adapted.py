@@ -25,7 +25,7 @@ from peftfx.soft import SequenceMethod
 from peftfx.views import View, find_view
 
 Rules = object
-"""What `transform` takes as rules: a Method, a `peft` config object, or a sequence of them."""
+"""What `transform` takes as rules: a Method, a text, a `peft` config object, or a sequence of them."""
 
 
 class AdaptedModel(nn.Module):
@@ -70,8 +70,7 @@ class AdaptedModel(nn.Module):
             seed: of the random initial values; by default they come from torch's global generator.
         """
         self._new_name(name)
-        methods, placements, overrides = place(self.base, self.sites, rules)
-        adapter = Adapter(methods, placements, overrides)
+        adapter = Adapter(place(self.base, self.sites, rules))
         device = next((p.device for p in self.base.parameters()), torch.device("cpu"))
         rng = None if seed is None else torch.Generator(device).manual_seed(seed)
         with fake_mode_of(self.base):

@@ -71,27 +71,49 @@ class Override:
     name: str
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A rule resolved against a model.
+
+    Attributes:
+        method: as the rule has it.
+        placements: where it acts.
+        overrides: the base's tensors it trains copies of (`modules_to_save`, `bias`).
+    """
+
+    method: Method
+    placements: tuple[Placement, ...]
+    overrides: tuple[Override, ...] = ()
+
+
 class Adapter(nn.Module):
     """The state of one adapter. Parameters live in modules that mirror the base's paths.
 
     Attributes:
-        rules: the methods it was made from.
-        placements: where they act.
+        placed: the rules it was made from, with where they act.
         records: what a loaded config said of the base and the task; saved again with it.
-        overrides: the base's tensors it trains copies of (`modules_to_save`, `bias`).
     """
 
-    def __init__(
-        self,
-        rules: Sequence[Method],
-        placements: Sequence[Placement],
-        overrides: Sequence[Override],
-        config: Mapping[str, object] | None = None,
-    ) -> None:
+    def __init__(self, placed: Sequence[Placed], config: Mapping[str, object] | None = None) -> None:
         super().__init__()
         kept = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
         self.records = {k: v for k, v in (config or {}).items() if k in kept}
-        self.rules, self.placements, self.overrides = tuple(rules), tuple(placements), tuple(overrides)
+        self.placed = tuple(placed)
+
+    @property
+    def rules(self) -> tuple[Method, ...]:
+        """The methods of its rules."""
+        return tuple(rule.method for rule in self.placed)
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Where its rules act."""
+        return tuple(p for rule in self.placed for p in rule.placements)
+
+    @property
+    def overrides(self) -> tuple[Override, ...]:
+        """The base's tensors it trains copies of, once each however many rules name one."""
+        return tuple({o.key: o for rule in self.placed for o in rule.overrides}.values())
 
     def create(self, base: nn.Module, rng: torch.Generator | None) -> None:
         """Make every parameter, at its method's initial values; overrides start as copies of the base's tensors."""
@@ -126,6 +148,14 @@ class Adapter(nn.Module):
             holder.register_parameter(name, nn.Parameter(value))
         else:
             holder.register_buffer(name, value)
+
+    def add(self, other: Adapter) -> None:
+        """Take another adapter's rules, behind this one's, with their tensors."""
+        self.placed += other.placed
+        self.records = {**other.records, **self.records}
+        trained = {name for name, _ in other.named_parameters()}
+        for name, value in other.tensors():
+            self.put(name, value.detach(), trained=name in trained)
 
     def get(self, key: str) -> Tensor:
         """The tensor kept under a dotted name."""

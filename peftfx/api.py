@@ -1,4 +1,4 @@
-"""transform, load, inspect: a model and rules, or a model and a HF PEFT directory, become an AdaptedModel."""
+"""transform, load, inspect, plan: a model and rules, or a model and a HF PEFT directory, become an AdaptedModel."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from peftfx.adapted import AdaptedModel
 from peftfx.capturing import capture, evaluating
 from peftfx.inputs import example_inputs
+from peftfx.planning import Plan, make_plan
 from peftfx.sites import Sites
 
 
@@ -27,7 +28,8 @@ def transform(
 
     Args:
         model: any module. A transformers model needs no inputs: they are made from its config and task.
-        rules: a method, a `peft` config object, or a sequence of them; each says where it applies.
+        rules: a method, a text as `"lora(r=8)@attention.query"` (see `peftfx.rule_text`), a `peft` config object, or
+            a sequence of them; each says where it applies.
         adapter_name: letters, digits, underscores.
         inputs: keyword arguments of a call, for a model that example inputs cannot be made for.
         seed: of the adapter's random initial values; by default they come from torch's global generator.
@@ -57,6 +59,11 @@ def load(
 def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> Sites:
     """The sites of a model: where adapters can act, with the role that the dataflow gives each."""
     return bare(model, inputs).sites
+
+
+def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None = None) -> Plan:
+    """What `transform` would do with these rules: where each acts, how many parameters, why a site is skipped."""
+    return make_plan(model, inspect(model, inputs=inputs), rules)
 
 
 def bare(model: nn.Module, inputs: Mapping[str, object] | None = None) -> AdaptedModel:

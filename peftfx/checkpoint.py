@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftfx.adapter import Adapter, Override, Placement, site_tensors
+from peftfx.adapter import Adapter, Override, Placed, Placement, site_tensors
 from peftfx.errors import PeftfxError, nearest
 from peftfx.files import write_file, writing
 from peftfx.method import Method, WeightMethod
-from peftfx.peft_files import CONFIG, STATE, WEIGHTS, Weights, method_from_config, read_config
-from peftfx.rules import SAVED, overrides_of, placements_of, saved_modules, within
+from peftfx.peft_files import CONFIG, RULES, STATE, WEIGHTS, Weights, method_from_config, read_config, rule_folders
+from peftfx.rules import SAVED, overrides_of, placements_of, refuse_crowding, saved_modules, within
 from peftfx.sites import Sites
 from peftfx.soft import SequenceMethod
 from peftfx.soft_files import Contents, read_prompt, written_prompt
@@ -29,11 +29,22 @@ if TYPE_CHECKING:
 
 
 def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
-    """The adapter in a HF PEFT directory, for this base. Which sites it has is read from its keys.
+    """The adapter in a HF PEFT directory, or in the directories of its rules, for this base.
+
+    Which sites it has is read from its keys.
 
     Raises:
         PeftfxError: a file is missing or damaged, or keys are missing, unexpected or of another shape: all are listed.
     """
+    adapter, *others = (_read_rule(folder, base, sites) for folder in rule_folders(directory))
+    for other in others:
+        adapter.add(other)
+    refuse_crowding(adapter.placed)
+    return adapter
+
+
+def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
+    """The adapter that one rule made."""
     config = read_config(directory)
     method = method_from_config(config, str(directory / CONFIG))
     weights = Weights(directory, method.prefix)
@@ -46,7 +57,7 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     saved = saved_modules(base, method)
     overrides = overrides_of(base, method, saved, [p.site for p in placements])
     overrides += _replaced_weights(placements, weights, base)
-    adapter = Adapter([method], placements, overrides, config)
+    adapter = Adapter([Placed(method, tuple(placements), tuple(overrides))], config)
     adapter.create(base, None)
     wanted = _wanted(placements, overrides)
     expected = {path for path in _targeted(method, sites) if not within(path, saved)}
@@ -161,50 +172,74 @@ def save_adapters(adapted: AdaptedModel, directory: Path, names: tuple[str, ...]
         raise PeftfxError(
             "there is no adapter to save", str(directory), "add one with add_adapter, or save before merge()"
         )
-    contents = {name: _contents(adapted, name) for name in chosen}
-    for name, (config, files) in contents.items():
+    contents = {name: _contents(adapted.base, adapted.adapter(name)) for name in chosen}
+    for name, rules in contents.items():
         target = directory if name == "default" or len(chosen) == 1 else directory / name
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
-            for file, tensors in files.items():
-                write_file(target / file, functools.partial(_save_tensors, tensors))
-            if STATE not in files:
-                (target / STATE).unlink(missing_ok=True)  # another adapter's, that was here before
-            write_file(target / CONFIG, functools.partial(_save_config, config))
+            _write(target, rules)
+
+
+def _write(directory: Path, rules: dict[str, Contents]) -> None:
+    """Write an adapter: one rule as HF PEFT does, of several each in a folder of its own."""
+    if len(rules) == 1:
+        _write_rule(directory, *rules.popitem()[1])
+        (directory / RULES).unlink(missing_ok=True)  # another adapter's, that was here before
+        return
+    for name, contents in rules.items():
+        (directory / name).mkdir(exist_ok=True)
+        _write_rule(directory / name, *contents)
+    write_file(directory / RULES, functools.partial(_save_json, {"rules": list(rules)}))
+    for file in (CONFIG, WEIGHTS, STATE):
+        (directory / file).unlink(missing_ok=True)
+
+
+def _write_rule(directory: Path, config: dict[str, object], files: dict[str, dict[str, Tensor]]) -> None:
+    for file, tensors in files.items():
+        write_file(directory / file, functools.partial(_save_tensors, tensors))
+    if STATE not in files:
+        (directory / STATE).unlink(missing_ok=True)
+    write_file(directory / CONFIG, functools.partial(_save_json, config))
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _save_config(config: dict[str, object], path: Path) -> None:
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _save_json(value: dict[str, object], path: Path) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _contents(adapted: AdaptedModel, name: str) -> Contents:
-    """The config and tensors of one adapter."""
-    adapter = adapted.adapter(name)
-    if len(adapter.rules) > 1:
-        hint = "make an adapter of each rule (add_adapter), or export it merged"
-        raise PeftfxError("a HF PEFT directory holds one method, this adapter has several rules", name, hint)
-    if isinstance(adapter.rules[0], SequenceMethod):
-        return written_prompt(adapted.base, adapter)
+def _contents(base: nn.Module, adapter: Adapter) -> dict[str, Contents]:
+    """The config and tensors of each rule of an adapter, by the name of its folder."""
+    named = [(f"{i}-{rule.method.peft_type.lower()}", rule) for i, rule in enumerate(adapter.placed, 1)]
+    owners: dict[str, str] = {}
+    for name, rule in named:
+        for path in {p.site.path for p in rule.placements}:
+            if owners.setdefault(path, name) != name:
+                what = "two rules act on parts of this module, and HF PEFT's files know no parts"
+                raise PeftfxError(what, path, "make an adapter of each rule (add_adapter), or export it merged")
+    return {name: _rule_contents(base, adapter, rule) for name, rule in named}
+
+
+def _rule_contents(base: nn.Module, adapter: Adapter, rule: Placed) -> Contents:
+    if isinstance(rule.method, SequenceMethod):
+        return written_prompt(base, adapter, rule)
     tensors: dict[str, Tensor] = {}
     methods: dict[str, Method] = {}
-    for path, group in _by_site(adapter.placements).items():
+    for path, group in _by_site(rule.placements).items():
         site, method = group[0].site, group[0].method
         assert isinstance(method, WeightMethod)
         params = adapter.params(group[0])
         if group[0].part is not None:
-            weight, bias = site_tensors(adapted.base, site)
+            weight, bias = site_tensors(base, site)
             parts = {p.part.rows: adapter.params(p) for p in group if p.part is not None}
             method, params = method.whole(site, replace(group[0], part=None).base(weight, bias), parts)
         tensors |= {f"{path}.{suffix}": params[key] for key, suffix in method.keys(site).items()}
         methods[path] = method
-    paths = {p.site.path for p in adapter.placements}
-    tensors |= {_override_name(override, paths): adapter.get(override.key) for override in adapter.overrides}
-    config = _config(adapted.base, adapter, adapter.rules[0].gather(methods))
-    prefix = adapter.rules[0].prefix
+    tensors |= {_override_name(override, set(methods)): adapter.get(override.key) for override in rule.overrides}
+    config = _config(base, adapter, rule, rule.method.gather(methods))
+    prefix = rule.method.prefix
     return config, {WEIGHTS: {f"{prefix}{k}": v.detach().contiguous() for k, v in tensors.items()}}
 
 
@@ -215,15 +250,15 @@ def _by_site(placements: Iterable[Placement]) -> dict[str, list[Placement]]:
     return groups
 
 
-def _config(base: nn.Module, adapter: Adapter, method: Method) -> dict[str, object]:
+def _config(base: nn.Module, adapter: Adapter, rule: Placed, method: Method) -> dict[str, object]:
     """HF PEFT's config of an adapter: its records are kept from the one it was loaded with, if any."""
     options: dict[str, object] = {f: getattr(method, f) for f in method.options()}
     target = options.pop("target")
     if target is not None or not method.target_modules:
-        paths = sorted({p.site.path for p in adapter.placements})
+        paths = sorted({p.site.path for p in rule.placements})
         options |= {"target_modules": _suffixes(paths, base)}
         options |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    if any(p.site.transposed for p in adapter.placements) and "fan_in_fan_out" in options:
+    if any(p.site.transposed for p in rule.placements) and "fan_in_fan_out" in options:
         options["fan_in_fan_out"] = True
     name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
     records = {"task_type": None, "base_model_name_or_path": name, **adapter.records}

@@ -94,21 +94,53 @@ def inspect(
     target: Annotated[
         str | None, typer.Option(help="Show only what this target picks, as 'attention.query | mlp'.")
     ] = None,
+    rules: Annotated[
+        str | None,
+        typer.Option(help="Show what these would do, as 'lora(r=8)@attention.query; ia3@mlp'; see `peftfx methods`."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print where adapters can act: each site's module path, kind, role, layer and shape."""
+    """Print where adapters can act: each site's module path, kind, role, layer and shape; or what rules would do."""
     import json
 
     from rich.console import Console
 
-    from peftfx.export.command import inspect_directory
+    from peftfx.export.command import inspect_directory, plan_directory
 
+    if rules is not None:
+        if target is not None:
+            raise PeftfxError("a target and rules", "inspect", "put the target into the rule, as in lora@mlp")
+        with _quiet():
+            plan = plan_directory(model, rules, task=task)
+        print(json.dumps(plan.to_dict(), indent=2) if as_json else plan)
+        return
     with _quiet():
         sites = inspect_directory(model, task=task, target=target)
     if as_json:
         print(json.dumps([site.to_dict() for site in sites], indent=2))
     else:
         Console(width=None if sys.stdout.isatty() else 160).print(sites.table())
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Of one method, as lora: print its options.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the methods, or one method's options: what a rule can say."""
+    import json
+
+    from peftfx.catalogue import catalogue, describe
+    from peftfx.rule_text import method_by_name
+
+    found = catalogue() if name is None else (describe(method_by_name(name)),)
+    if as_json:
+        print(json.dumps([method.to_dict() for method in found], indent=2))
+    elif name is None:
+        width = max(len(method.name) for method in found)
+        print("\n".join(f"{method.name:{width}}  {method.title}" for method in found))
+    else:
+        print(found[0])
 
 
 @app.command()

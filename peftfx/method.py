@@ -24,6 +24,8 @@ from torch import Tensor
 from peftfx.errors import PeftfxError, nearest
 from peftfx.sites import Site
 
+PLACING = ("target", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""The options that say where a method applies."""
 Params = Mapping[str, Tensor]
 Rows = tuple[tuple[int, int], ...]
 
@@ -104,11 +106,23 @@ class Method(ABC):
 
     @classmethod
     def from_options(cls, options: Mapping[str, object]) -> Method:
-        """Build from keyword options; an unknown one is an error that names the nearest."""
+        """Build from keyword options; an unknown one is an error that names the nearest, as is one of another type."""
         for name in options:
             if name not in cls.options():
                 raise PeftfxError(f"{cls.__name__} has no option {name!r}", name, nearest(name, cls.options()))
+        wrong = [f for f in dataclasses.fields(cls) if f.name in options and not _fits(f, options[f.name])]
+        if wrong:
+            listed = ", ".join(f"{f.name}={options[f.name]!r} ({f.type})" for f in wrong)
+            raise PeftfxError(f"of another type: {listed}", cls.__name__, "give a value of the type in parentheses")
         return cls(**options)  # type: ignore[arg-type]
+
+
+def _fits(field: dataclasses.Field[object], value: object) -> bool:
+    """Whether a value is of a field's type, where that is a plain number or a truth value."""
+    plain: Mapping[object, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    if field.type not in plain:
+        return True
+    return isinstance(value, plain[field.type]) and (field.type == "bool" or not isinstance(value, bool))
 
 
 class WeightMethod(Method):

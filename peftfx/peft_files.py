@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,6 +15,7 @@ from peftfx.methods import method_named
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 STATE = "peftfx_state.safetensors"  #: ours: what a saved prompt was computed from, so that training can go on
+RULES = "peftfx_rules.json"  #: ours: the folders, one a rule, of an adapter that several rules made
 RECORDS = frozenset(
     {
         *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode"),
@@ -49,6 +49,21 @@ def read_config(directory: Path) -> dict[str, object]:
     return config
 
 
+def rule_folders(directory: Path) -> tuple[Path, ...]:
+    """The HF PEFT directories of an adapter: itself, or one for each of its rules where several made it."""
+    path = directory / RULES
+    if not path.is_file():
+        return (directory,)
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["rules"]
+        folders = tuple(directory / name for name in names)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PeftfxError("not a list of an adapter's rules", str(path), "save the adapter again") from error
+    if not folders or any(folder.parent != directory for folder in folders):
+        raise PeftfxError("its rules are not folders beside it", str(path), "save the adapter again")
+    return folders
+
+
 def method_from_config(config: Mapping[str, object], where: str) -> Method:
     """The method of a HF PEFT config. An option that changes numbers and that peftfx does not know is refused."""
     cls = method_named(str(getattr(config["peft_type"], "value", config["peft_type"])))
@@ -60,11 +75,6 @@ def method_from_config(config: Mapping[str, object], where: str) -> Method:
         raise PeftfxError(
             f"{cls.__name__} does not support {names}", where, "train the adapter without, or merge it with peft"
         )
-    numbers = [f.name for f in fields(cls) if type(f.default) in (int, float) and f.name in options]
-    wrong = [n for n in numbers if isinstance(options[n], bool) or not isinstance(options[n], (int, float))]
-    if wrong:
-        listed = ", ".join(f"{n}={options[n]!r}" for n in wrong)
-        raise PeftfxError(f"not a number: {listed}", where, "mend it, or save the adapter again")
     return cls.from_options(options)
 
 

@@ -6,51 +6,51 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from peftfx.adapter import Override, Placement
+from peftfx.adapter import Override, Placed, Placement
 from peftfx.errors import PeftfxError, nearest
 from peftfx.method import Method, WeightMethod
 from peftfx.peft_files import method_from_config
+from peftfx.rule_text import parse_rules
 from peftfx.sites import Part, Site, Sites
 from peftfx.soft import SequenceMethod, sequence_site
-from peftfx.target import select
+from peftfx.target import Where, select
 
 SAVED = "saved"  #: the folder of an adapter in which it keeps copies of the base's own tensors
 
 
-def place(
-    base: nn.Module, sites: Sites, rules: object
-) -> tuple[tuple[Method, ...], tuple[Placement, ...], tuple[Override, ...]]:
-    """The methods, where each acts, and the base's tensors that are trained with them."""
-    methods = as_methods(rules)
-    placements: list[Placement] = []
-    overrides: dict[str, Override] = {}
-    for method in methods:
-        saved = saved_modules(base, method)
-        if isinstance(method, SequenceMethod):
-            own = [ahead(method, base, sites)]
-        else:
-            own = [p for p in placements_of(method, sites) if not within(p.site.path, saved)]
-        if not own:
-            hint = "leave them out of modules_to_save, or target others"
-            raise PeftfxError("every targeted module is in modules_to_save", ", ".join(saved), hint)
-        placements += own
-        overrides |= {o.key: o for o in overrides_of(base, method, saved, [p.site for p in own])}
-    _refuse_crowding(placements)
-    return methods, tuple(placements), tuple(overrides.values())
+def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
+    """Each rule with where it acts, and the base's tensors that are trained with it."""
+    placed = tuple(_place(base, sites, method) for method in as_methods(rules))
+    refuse_crowding(placed)
+    return placed
+
+
+def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
+    saved = saved_modules(base, method)
+    if isinstance(method, SequenceMethod):
+        own = [ahead(method, base, sites)]
+    else:
+        own = [p for p in placements_of(method, sites) if not within(p.site.path, saved)]
+    if not own:
+        hint = "leave them out of modules_to_save, or target others"
+        raise PeftfxError("every targeted module is in modules_to_save", ", ".join(saved), hint)
+    return Placed(method, tuple(own), tuple(overrides_of(base, method, saved, [p.site for p in own])))
 
 
 def as_methods(rules: object) -> tuple[Method, ...]:
-    """Rules as methods: a Method, a `peft` config object, or a sequence of either."""
+    """Rules as methods: a Method, a text as `lora(r=8)@mlp`, a `peft` config object, or a sequence of them."""
     items = rules if isinstance(rules, Sequence) and not isinstance(rules, str) else (rules,)
-    methods = []
+    methods: list[Method] = []
     for item in items:
         if isinstance(item, Method):
             methods.append(item)
+        elif isinstance(item, str):
+            methods += parse_rules(item)
         elif hasattr(item, "peft_type") and hasattr(item, "to_dict"):
             methods.append(method_from_config(item.to_dict(), f"{type(item).__name__}"))
         else:
             raise PeftfxError(
-                f"not a rule: {item!r}", "rules", "pass a method, as in LoRA(r=8), or a peft config object"
+                f"not a rule: {item!r}", "rules", "pass a method, as in LoRA(r=8), a text, or a peft config object"
             )
     if not methods:
         raise PeftfxError("there are no rules", "rules", "pass at least one method, as in LoRA(r=8)")
@@ -61,23 +61,26 @@ def placements_of(method: Method, sites: Sites) -> list[Placement]:
     """Where a method acts: one placement a site, or one a part where only parts of a fused site are targeted."""
     if not isinstance(method, WeightMethod):
         raise PeftfxError(f"{type(method).__name__} does not act on weights", "rules", "use a weight method, as LoRA")
-    matches = select(
-        sites,
-        target=method.target,
-        target_modules=method.target_modules,
-        exclude_modules=method.exclude_modules,
-        layers_to_transform=method.layers_to_transform,
-        layers_pattern=method.layers_pattern,
-        default=method.default_target,
-    )
     placements = []
-    for match in matches:
+    for match in select(sites, **where(method)):
         if match.site.kind not in method.kinds:
             what = f"{type(method).__name__} does not act on a site of kind {match.site.kind}"
             raise PeftfxError(what, match.site.path, f"target sites of kind {', '.join(sorted(method.kinds))}")
         parts: list[Part | None] = [p for p in match.site.parts if p.role in match.parts]
         placements += [Placement(method.at(match.site), match.site, part) for part in parts or [None]]
     return placements
+
+
+def where(method: Method) -> Where:
+    """Where a method's options say that it applies."""
+    return {
+        "target": method.target,
+        "target_modules": method.target_modules,
+        "exclude_modules": method.exclude_modules,
+        "layers_to_transform": method.layers_to_transform,
+        "layers_pattern": method.layers_pattern,
+        "default": method.default_target,
+    }
 
 
 def ahead(method: SequenceMethod, base: nn.Module, sites: Sites) -> Placement:
@@ -118,10 +121,10 @@ def within(path: str, modules: Iterable[str]) -> bool:
     return any(path == m or path.startswith(f"{m}.") for m in modules)
 
 
-def _refuse_crowding(placements: Sequence[Placement]) -> None:
+def refuse_crowding(placed: Iterable[Placed]) -> None:
     """Two rules of one adapter may not act at the same place: their parameters would have one name."""
     seen: set[str] = set()
-    for placement in placements:
+    for placement in (p for rule in placed for p in rule.placements):
         if placement.key in seen:
             hint = "narrow one rule's target, or give the second rule an adapter of its own (add_adapter)"
             raise PeftfxError("two rules act here", placement.key, hint)

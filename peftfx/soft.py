@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peftfx.entry import Entry, VirtualTokens
 from peftfx.errors import PeftfxError
 from peftfx.graph import BASE
-from peftfx.method import Method, Params
+from peftfx.method import PLACING, Method, Params
 from peftfx.sites import Call, Site, Sites
 from peftfx.tasks import task_of
 from peftfx.views import collect_configs
@@ -50,8 +50,7 @@ class SequenceMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        placed = ("target", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-        given = [name for name in placed if getattr(self, name) is not None]
+        given = [name for name in PLACING if getattr(self, name) is not None]
         if given:
             what = f"{type(self).__name__} acts on the stream of tokens, and has no {given[0]}"
             raise PeftfxError(what, given[0], "leave it out")

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftfx.adapter import Adapter, Override, Placement
+from peftfx.adapter import Adapter, Override, Placed, Placement
 from peftfx.errors import PeftfxError
+from peftfx.method import PLACING
 from peftfx.peft_files import STATE, WEIGHTS, Weights
 from peftfx.rules import SAVED, ahead, overrides_of, saved_modules
 from peftfx.sites import Sites
@@ -35,7 +36,7 @@ def read_prompt(
     """The adapter in a directory, and for each name the file must have where the adapter keeps its value."""
     placement = ahead(method, base, sites)
     overrides = overrides_of(base, method, saved_modules(base, method), ())
-    adapter = Adapter([method], [placement], overrides, config)
+    adapter = Adapter([Placed(method, (placement,), tuple(overrides))], config)
     adapter.copy_overridden(base)
     wanted = {_override_name(override): override.key for override in overrides}
     state = _state(directory, weights, placement, base)
@@ -78,13 +79,13 @@ def _state(directory: Path, weights: Weights, placement: Placement, base: nn.Mod
 
 
 @torch.no_grad()
-def written_prompt(base: nn.Module, adapter: Adapter) -> Contents:
-    """What `save_pretrained` writes for an adapter of one soft prompt."""
-    (placement,) = adapter.placements
+def written_prompt(base: nn.Module, adapter: Adapter, rule: Placed) -> Contents:
+    """What `save_pretrained` writes for a soft prompt."""
+    (placement,) = rule.placements
     method, params = placement.method, adapter.params(placement)
     assert isinstance(method, SequenceMethod)
     tensors = {PROMPT: method.saved(params)}
-    tensors |= {f"{method.prefix}{_override_name(o)}": adapter.get(o.key) for o in adapter.overrides}
+    tensors |= {f"{method.prefix}{_override_name(o)}": adapter.get(o.key) for o in rule.overrides}
     files = {WEIGHTS: tensors}
     if PROMPT not in params:
         files[STATE] = dict(params)
@@ -94,8 +95,7 @@ def written_prompt(base: nn.Module, adapter: Adapter) -> Contents:
 
 def _config(base: nn.Module, adapter: Adapter, method: SequenceMethod) -> dict[str, object]:
     """HF PEFT's config. Its task type tells PEFT how to call the model: it is written even where none was given."""
-    targets = ("target", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    options = {name: getattr(method, name) for name in method.options() if name not in targets}
+    options = {name: getattr(method, name) for name in method.options() if name not in PLACING}
     kinds = {task: name for name, task in PEFT_TASKS.items()}
     name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
     records = {"base_model_name_or_path": name, **adapter.records}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.expression import ALL_LINEAR, Picker, Target, Units, all_linear, ends_with, parse, units
@@ -19,6 +20,17 @@ class Match:
 
     site: Site
     parts: tuple[str, ...] = ()
+
+
+class Where(TypedDict, total=False):
+    """Where a rule applies: the arguments of `select` and `explain`."""
+
+    target: Target | None
+    target_modules: Modules | None
+    exclude_modules: Modules | None
+    layers_to_transform: int | Collection[int] | None
+    layers_pattern: str | Collection[str] | None
+    default: str
 
 
 @dataclass(frozen=True)

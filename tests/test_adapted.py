@@ -524,7 +524,7 @@ class TestRules:
             (LoRA(modules_to_save=["classifer"]), "no module is named classifer.*did you mean 'classifier'"),
             (peft.LoraConfig(**QUERY_VALUE, layer_replication=[(0, 1)]), "does not support layer_replication"),
             (peft.VeraConfig(target_modules=["query"]), "VERA"),
-            ("attention.query", "not a rule: 'attention.query'"),
+            ("attention.query", "cannot read the rules"),
             (7, "not a rule: 7"),
             ([], "there are no rules"),
         ],

@@ -278,8 +278,48 @@ class TestInspect:
         done = peftfx("inspect", inputs.encoder, "--target", "attention.kwery")
         assert_refused(done, "attention.kwery", "did you mean", "'attention.query'")
 
+    def test_rules_are_planned_without_weights(
+        self, inputs: Inputs, peftfx: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        shutil.copy(inputs.classifier / "config.json", tmp_path)
+        rules = "lora(r=4, modules_to_save=['classifier'])@attention.query; ia3@mlp.down"
+        done = peftfx("inspect", tmp_path, "--rules", rules)
+        assert done.code == 0, done.err
+        assert "attention.query  2 sites, 512 parameters" in done.out
+        assert "the target does not match its path or role" in done.out
+        plan = json.loads(peftfx("inspect", tmp_path, "--rules", rules, "--json").out)
+        assert plan["rules"][0]["skipped"]["it is in modules_to_save"] == ["classifier"]
+        assert plan["rules"][1]["touched"] == {"mlp.down": {"places": 2, "parameters": 96}}
+        assert plan["parameters"] == sum(rule["parameters"] for rule in plan["rules"])
+
+    def test_rules_that_cannot_be_followed(self, inputs: Inputs, peftfx: Callable[..., Result]) -> None:
+        inspect = lambda rules, *more: peftfx("inspect", inputs.encoder, "--rules", rules, *more)  # noqa: E731
+        assert_refused(inspect("lorra"), "unknown method 'lorra'", "did you mean 'lora'")
+        assert_refused(inspect("lora(rr=8)"), "no option 'rr'", "did you mean 'r'")
+        assert_refused(inspect("lora@atention.query"), "matches no site", "'attention.query'")
+        assert_refused(inspect("lora", "--target", "mlp"), "put the target into the rule")
+
     def test_a_missing_directory(self, peftfx: Callable[..., Result], tmp_path: Path) -> None:
         assert_refused(peftfx("inspect", tmp_path / "nowhere"), "no such directory", "nowhere")
+
+
+class TestMethods:
+    """`peftfx methods`: what a rule can say, read from the methods' own files."""
+
+    def test_each_method_is_listed_and_each_of_its_options(self, peftfx: Callable[..., Result]) -> None:
+        from peftfx.methods import methods
+
+        listed = peftfx("methods").out
+        for peft_type, cls in methods().items():
+            assert f"{peft_type.lower()} " in listed
+            (found,) = json.loads(peftfx("methods", peft_type.lower(), "--json").out)
+            assert all(option["text"] for option in found["options"]), peft_type
+            assert {option["name"] for option in found["options"]} <= set(cls.options())
+
+    def test_one_method_in_words(self, peftfx: Callable[..., Result]) -> None:
+        done = peftfx("methods", "LoRA")
+        assert "r=8  (int) rank." in done.out
+        assert_refused(peftfx("methods", "lorra"), "did you mean 'lora'")
 
 
 def assert_refused(result: Result, *texts: str, code: int = 2) -> None:

@@ -1,0 +1,150 @@
+"""plan: what rules would do to a model, told before it is done: sites, parameters, and why a site is skipped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from peftfx.adapter import Adapter, Placed
+from peftfx.capturing import fake_mode_of
+from peftfx.rule_text import write_rule
+from peftfx.rules import place, saved_modules, where, within
+from peftfx.sites import Site, Sites
+from peftfx.soft import SequenceMethod
+from peftfx.target import explain
+
+
+@dataclass(frozen=True)
+class Touched:
+    """What a rule does at the places of one role: how many there are, and the parameters it adds there."""
+
+    places: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class RulePlan:
+    """What one rule would do.
+
+    Attributes:
+        rule: as text.
+        touched: where it acts, by role; of a fused site, the parts that it acts on.
+        copies: tensors of the base that it trains copies of, and their sizes (`modules_to_save`, `bias`).
+        skipped: the other sites, by why they are skipped.
+    """
+
+    rule: str
+    touched: Mapping[str, Touched]
+    copies: Mapping[str, int]
+    skipped: Mapping[str, tuple[Site, ...]]
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters it trains."""
+        return sum(t.parameters for t in self.touched.values()) + sum(self.copies.values())
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.rule}: {self.parameters:,} parameters", *(f"  {line}" for line in self._lines())])
+
+    def _lines(self) -> Iterator[str]:
+        width = max(map(len, self.touched), default=0)
+        for role, touched in self.touched.items():
+            yield f"{role:{width}}  {touched.places} {_plural(touched.places)}, {touched.parameters:,} parameters"
+        if self.copies:
+            names, size = list(self.copies), sum(self.copies.values())
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            yield f"copies of the base's tensors, {size:,} parameters: {', '.join(names[:3])}{more}"
+        for why, sites in self.skipped.items():
+            counts = ", ".join(f"{role} {count}" for role, count in Counter(s.role for s in sites).items())
+            yield f"skips {len(sites)} {_plural(len(sites))}, {why}: {counts}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What rules would do to a model.
+
+    Attributes:
+        rules: each on its own.
+        parameters: that are trained, counted once where two rules train one copy.
+        total: of the adapted model; a trained bias stands for the base's own, as in HF PEFT.
+    """
+
+    rules: tuple[RulePlan, ...]
+    parameters: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.parameters / max(1, self.total)
+        last = f"trainable params: {self.parameters:,} || all params: {self.total:,} || trainable%: {share:.4f}"
+        return "\n\n".join([*map(str, self.rules), last])
+
+    def to_dict(self) -> dict[str, object]:
+        """This plan as JSON-ready values."""
+        return {"rules": [_as_dict(rule) for rule in self.rules], "parameters": self.parameters, "total": self.total}
+
+
+def make_plan(base: nn.Module, sites: Sites, rules: object) -> Plan:
+    """What `transform` would do with these rules; nothing is made but shapes.
+
+    Raises:
+        PeftfxError: what `transform` would raise.
+    """
+    placed = place(base, sites, rules)
+    adapter = _shapes(base, placed)
+    sizes = {name: p.numel() for name, p in adapter.named_parameters()}
+    standing = sum(sizes[o.key] for o in adapter.overrides if not o.module)
+    total = sum(p.numel() for p in base.parameters()) + sum(sizes.values()) - standing
+    plans = tuple(_plan(base, sites, rule, sizes, adapter) for rule in placed)
+    return Plan(plans, sum(sizes.values()), total)
+
+
+def _shapes(base: nn.Module, placed: tuple[Placed, ...]) -> Adapter:
+    """The adapter, of fake tensors."""
+    own = fake_mode_of(base)
+    adapter = Adapter(placed)
+    with own if isinstance(own, FakeTensorMode) else FakeTensorMode(allow_non_fake_inputs=True):
+        adapter.create(base, None)
+    return adapter
+
+
+def _plan(base: nn.Module, sites: Sites, rule: Placed, sizes: Mapping[str, int], adapter: Adapter) -> RulePlan:
+    touched: dict[str, Touched] = {}
+    for placement in rule.placements:
+        own = sum(sizes.get(f"{placement.key}.{name}", 0) for name in adapter.params(placement))
+        before = touched.get(placement.view.role, Touched(0, 0))
+        touched[placement.view.role] = Touched(before.places + 1, before.parameters + own)
+    copies = {o.key.partition(".")[2]: sizes[o.key] for o in rule.overrides if o.key in sizes}
+    return RulePlan(write_rule(rule.method), touched, copies, _skipped(base, sites, rule))
+
+
+def _skipped(base: nn.Module, sites: Sites, rule: Placed) -> dict[str, tuple[Site, ...]]:
+    """The sites where a rule does not act, by why. A soft prompt has one place, and passes no site by."""
+    method = rule.method
+    if isinstance(method, SequenceMethod):
+        return {}
+    found: dict[str, list[Site]] = {}
+    adapted, saved = {p.site.path for p in rule.placements}, saved_modules(base, method)
+    for reason in explain(sites, **where(method), kinds=sorted(method.kinds)):
+        if reason.site.path not in adapted:
+            why = "it is in modules_to_save" if within(reason.site.path, saved) else reason.why
+            found.setdefault(why, []).append(reason.site)
+    return {why: tuple(skipped) for why, skipped in found.items()}
+
+
+def _plural(count: int) -> str:
+    return "site" if count == 1 else "sites"
+
+
+def _as_dict(plan: RulePlan) -> dict[str, object]:
+    return {
+        "rule": plan.rule,
+        "parameters": plan.parameters,
+        "touched": {role: dataclasses.asdict(touched) for role, touched in plan.touched.items()},
+        "copies": dict(plan.copies),
+        "skipped": {why: [site.path for site in sites] for why, sites in plan.skipped.items()},
+    }

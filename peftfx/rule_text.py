@@ -1,0 +1,122 @@
+"""Rules as text: `"lora(r=8)@attention.query; prefix_tuning(num_virtual_tokens=10)"`.
+
+    rules := rule (';' rule)*
+    rule  := method ['(' options ')'] ['@' target]
+
+A method goes by its HF PEFT type in lower case (`prefix_tuning`) or by its class (`PrefixTuning`). Options are its
+fields, with Python literals as values; a target is an expression of `peftfx.expression`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+
+from peftfx.errors import PeftfxError, nearest
+from peftfx.method import Method
+from peftfx.methods import methods
+
+_STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+_REGEX = r"/(?:[^/\\]|\\.)+/"
+_NAME = re.compile(r"\s*([A-Za-z][\w-]*)\s*")
+_OPTIONS = re.compile(rf"\(((?:{_STRING}|[^'\"()]|\([^()]*\))*)\)\s*")
+_TARGET = re.compile(rf"@((?:{_REGEX}|[^/;])*)")
+
+
+def parse_rules(text: str) -> tuple[Method, ...]:
+    """The methods that a text describes.
+
+    Raises:
+        PeftfxError: the text cannot be read, or names a method or an option that there is not: the nearest is named.
+    """
+    found: list[Method] = []
+    position = 0
+    while not found or position < len(text):
+        method, position = _rule(text, position)
+        found.append(method)
+        if position < len(text) and text[position] != ";":
+            raise _unreadable(text, position, "expected '@', ';' or the end")
+        position += 1
+        if not text[position:].strip():
+            break
+    return tuple(found)
+
+
+def write_rule(method: Method) -> str:
+    """A rule as text: what `parse_rules` reads as this method. Options at their defaults are left out."""
+    fields = [f for f in dataclasses.fields(method) if getattr(method, f.name) != _default(f)]
+    target = method.target if isinstance(method.target, str) else None
+    written = [f"{f.name}={getattr(method, f.name)!r}" for f in fields if f.name != "target" or target is None]
+    options = f"({', '.join(written)})" if written else ""
+    return f"{method.peft_type.lower()}{options}" + (f"@{target}" if target else "")
+
+
+def _default(field: dataclasses.Field[object]) -> object:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
+
+
+def method_by_name(name: str) -> type[Method]:
+    """The method of this HF PEFT type or class name, however it is written: `prefix_tuning`, `PrefixTuning`."""
+    known = {_plain(n): cls for cls in methods().values() for n in (cls.peft_type, cls.__name__)}
+    if _plain(name) not in known:
+        names = sorted(peft_type.lower() for peft_type in methods())
+        hint = nearest(name.lower(), names) or f"methods that peftfx knows: {', '.join(names)}"
+        raise PeftfxError(f"unknown method {name!r}", "rules", hint)
+    return known[_plain(name)]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[_-]", "", name).lower()
+
+
+def _rule(text: str, position: int) -> tuple[Method, int]:
+    """The rule that begins here, and where it ends."""
+    name = _NAME.match(text, position)
+    if name is None:
+        raise _unreadable(text, position, "expected the name of a method")
+    cls, position = method_by_name(name[1]), name.end()
+    options: dict[str, object] = {}
+    if text.startswith("(", position):
+        found = _OPTIONS.match(text, position)
+        if found is None:
+            raise _unreadable(text, position, "this parenthesis is not closed")
+        options, position = _options(found[1], text, found.start(1)), found.end()
+    if text.startswith("@", position):
+        target = _TARGET.match(text, position)
+        assert target is not None
+        if not target[1].strip():
+            raise _unreadable(text, position, "expected a target behind '@'")
+        if "target" in options:
+            raise _unreadable(text, position, "the target is given twice")
+        options["target"], position = target[1].strip(), target.end()
+    return cls.from_options(options), position
+
+
+def _options(inner: str, text: str, position: int) -> dict[str, object]:
+    try:
+        call = ast.parse(f"options({inner.strip()})", mode="eval").body
+    except SyntaxError as error:
+        raise _unreadable(text, position, f"these are no options: {error.msg}") from error
+    assert isinstance(call, ast.Call)
+    if call.args or any(keyword.arg is None for keyword in call.keywords):
+        raise _unreadable(text, position, "options are given by name, as in lora(r=8)")
+    return {str(keyword.arg): _literal(keyword, text) for keyword in call.keywords}
+
+
+def _literal(keyword: ast.keyword, text: str) -> object:
+    try:
+        return ast.literal_eval(keyword.value)
+    except ValueError as error:
+        source = ast.unparse(keyword.value)
+        quoted = f"; write {source!r} if it is a text" if isinstance(keyword.value, ast.Name) else ""
+        what = f"{keyword.arg}={source}: not a Python literal"
+        raise PeftfxError(what, text, f"a number, a text in quotes, True, a list or a dict{quoted}") from error
+
+
+def _unreadable(text: str, position: int, what: str) -> PeftfxError:
+    rest = text[position:]
+    column = position + len(rest) - len(rest.lstrip())
+    hint = f"at column {column + 1}:\n    {text}\n    {' ' * column}^\n  as in lora(r=8)@attention.query; ia3@mlp"
+    return PeftfxError(f"cannot read the rules: {what}", "rules", hint)
