@@ -100,13 +100,23 @@ def _case(
     leaves, _ = pytree.tree_flatten_with_path(dict(example))
     given = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
     rng = torch.Generator().manual_seed(seed)
-    return {spec.name: _resized(given[spec.name], spec.shape, sizes, rng) for spec in graph.inputs}
+    picked: dict[str, Tensor] = {}
+    return {spec.name: _resized(given[spec.name], spec.shape, sizes, rng, picked) for spec in graph.inputs}
 
 
-def _resized(value: Tensor, axes: Sequence[int | str], sizes: Mapping[str, int], rng: torch.Generator) -> Tensor:
+def _resized(
+    value: Tensor,
+    axes: Sequence[int | str],
+    sizes: Mapping[str, int],
+    rng: torch.Generator,
+    picked: dict[str, Tensor],
+) -> Tensor:
+    """Places of the example's along each axis, in order and the same in all inputs: a token goes on seeing itself."""
     for dim, axis in enumerate(axes):
         if isinstance(axis, str) and axis in sizes:
-            value = value.index_select(dim, torch.randint(value.shape[dim], (sizes[axis],), generator=rng))
+            if axis not in picked:
+                picked[axis] = torch.randint(value.shape[dim], (sizes[axis],), generator=rng).sort().values
+            value = value.index_select(dim, picked[axis])
     if value.is_floating_point():
         return value + 0.1 * torch.randn(value.shape, generator=rng, dtype=torch.float32).to(value.dtype)
     return value

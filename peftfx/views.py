@@ -105,6 +105,8 @@ def _axes_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str | None, ...]
         known = _labels_axes(tensor, tensors)
     if name == "position_ids" and tensor.ndim == 3:  # one row of positions for each of the rotary sections
         known = (None, *_TEXT)
+    if name.endswith("attention_mask") and tensor.ndim == 4:  # heads of its own it has if the model says so
+        known = ("batch", None, "sequence", "sequence")
     if len(known) != tensor.ndim:
         known = ("batch", *(f"{name}.{i}" for i in range(1, tensor.ndim))) if tensor.ndim else ()
     return known
