@@ -77,6 +77,25 @@ class AdaptedModel(nn.Module):
             adapter.create(self.base, rng)
         self._install(name, adapter)
 
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that stands for others, each times its weight, and make it the active one. As in HF PEFT.
+
+        Args:
+            adapters, weights: names of adapters of one method, and their weights; these may be negative.
+            adapter_name: the new one's.
+            combination_type: for LoRA, `cat` sums the effects exactly, at the sum of the ranks, and `linear` sums A
+                and B, each times the root of its weight, which is an approximation; IA3 has `linear` alone.
+        """
+        from peftfx.combining import combine
+
+        self._new_name(adapter_name)
+        named = {name: self.adapter(name) for name in adapters}
+        with fake_mode_of(self.base):
+            combined = combine(self.base, named, weights, combination_type)
+        self._install(adapter_name, combined)
+
     def _new_name(self, name: str) -> None:
         check_name(name)
         if name in self.names():

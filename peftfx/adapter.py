@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -167,6 +168,18 @@ class Adapter(nn.Module):
         """Every tensor with its dotted name."""
         yield from self.named_parameters()
         yield from self.named_buffers()
+
+
+def whole(base: nn.Module, adapter: Adapter, group: Sequence[Placement]) -> tuple[WeightMethod, Mapping[str, Tensor]]:
+    """A method and parameters that do at a whole site what the placements of this group do there, or at its parts."""
+    first = group[0]
+    assert isinstance(first.method, WeightMethod)
+    if first.part is None:
+        return first.method, adapter.params(first)
+    parts = {p.part.rows: adapter.params(p) for p in group if p.part is not None}
+    return first.method.whole(
+        first.site, dataclasses.replace(first, part=None).base(*site_tensors(base, first.site)), parts
+    )
 
 
 def site_tensors(base: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:

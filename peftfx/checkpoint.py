@@ -6,7 +6,6 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftfx.adapter import Adapter, Override, Placed, Placement, site_tensors
+from peftfx.adapter import Adapter, Override, Placed, Placement, site_tensors, whole
 from peftfx.errors import PeftfxError, nearest
 from peftfx.files import write_file, writing
 from peftfx.method import Method, WeightMethod
@@ -228,14 +227,8 @@ def _rule_contents(base: nn.Module, adapter: Adapter, rule: Placed) -> Contents:
     tensors: dict[str, Tensor] = {}
     methods: dict[str, Method] = {}
     for path, group in _by_site(rule.placements).items():
-        site, method = group[0].site, group[0].method
-        assert isinstance(method, WeightMethod)
-        params = adapter.params(group[0])
-        if group[0].part is not None:
-            weight, bias = site_tensors(base, site)
-            parts = {p.part.rows: adapter.params(p) for p in group if p.part is not None}
-            method, params = method.whole(site, replace(group[0], part=None).base(weight, bias), parts)
-        tensors |= {f"{path}.{suffix}": params[key] for key, suffix in method.keys(site).items()}
+        method, params = whole(base, adapter, group)
+        tensors |= {f"{path}.{suffix}": params[key] for key, suffix in method.keys(group[0].site).items()}
         methods[path] = method
     tensors |= {_override_name(override, set(methods)): adapter.get(override.key) for override in rule.overrides}
     config = _config(base, adapter, rule, rule.method.gather(methods))

@@ -125,6 +125,14 @@ def _fits(field: dataclasses.Field[object], value: object) -> bool:
     return isinstance(value, plain[field.type]) and (field.type == "bool" or not isinstance(value, bool))
 
 
+class Weighted(NamedTuple):
+    """What one adapter does at a place, and its weight in a sum of adapters."""
+
+    weight: float
+    method: WeightMethod
+    params: Params
+
+
 class WeightMethod(Method):
     """A method that acts where a weight does: see the fold law at the top of this file."""
 
@@ -152,3 +160,12 @@ class WeightMethod(Method):
 
         HF PEFT knows no parts: this is how they are saved.
         """
+
+    @classmethod
+    def combined(cls, site: Site, how: str, given: Sequence[Weighted]) -> tuple[WeightMethod, dict[str, Tensor]]:
+        """A method and parameters that stand for several adapters' at one place, each times its weight.
+
+        `how` is `linear` (the parameters are summed) or `cat` (the effects are). HF PEFT's `add_weighted_adapter`.
+        """
+        what = f"adapters of {cls.__name__} have no sum"
+        raise PeftfxError(what, site.path, "make them active together (set_adapter), or one at a time")

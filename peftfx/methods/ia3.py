@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.method import Base, Method, Op, Params, Rows, WeightMethod
+from peftfx.method import Base, Method, Op, Params, Rows, Weighted, WeightMethod
 from peftfx.sites import Site
 from peftfx.vectors import adapter_dtype, along_channels, along_columns, along_rows
 
@@ -112,6 +112,17 @@ class IA3(WeightMethod):
         else:
             found = rf"(.*\.)?({'|'.join(re.escape(end) for end in sorted(ends))})"
         return dataclasses.replace(self, feedforward_modules=found if inputs else ())
+
+    @classmethod
+    def combined(cls, site: Site, how: str, given: Sequence[Weighted]) -> tuple[WeightMethod, dict[str, Tensor]]:
+        """The sum of the vectors. As in HF PEFT a vector of 1, which changes nothing, counts as 1."""
+        first = given[0].method
+        if how != "linear":
+            raise PeftfxError(f"IA3 has no combination {how!r}", site.path, "combination_type='linear'")
+        if len({isinstance(w.method, IA3) and w.method.feedforward for w in given}) > 1:
+            what = "one adapter scales the input here, and another the output"
+            raise PeftfxError(what, site.path, "make both active instead: set_adapter([...])")
+        return first, {L: sum((w.weight * w.params[L] for w in given[1:]), given[0].weight * given[0].params[L])}
 
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[IA3, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.method import Base, Method, Op, Params, Rows, WeightMethod
+from peftfx.method import Base, Method, Op, Params, Rows, Weighted, WeightMethod
 from peftfx.sites import Site
 from peftfx.vectors import adapter_dtype, along_channels, along_rows
 
@@ -266,6 +266,42 @@ class LoRA(WeightMethod):
                 p[name][index] = q[name].to(p[name].dtype)
         return method, p
 
+    @classmethod
+    def combined(cls, site: Site, how: str, given: Sequence[Weighted]) -> tuple[WeightMethod, dict[str, Tensor]]:
+        """`linear`: `A = sum sign(ws) sqrt|ws| A_i`, `B = sum sqrt|ws| B_i`; `cat`: `B A = sum ws B_i A_i`, exactly.
+
+        `w` is an adapter's weight and `s` its scale; the new one's is 1.
+        """
+        scales, params = [], []
+        for weight, method, p in given:
+            assert isinstance(method, LoRA)
+            if method.use_dora:
+                raise PeftfxError(
+                    "magnitudes of DoRA have no sum", site.path, "merge one, or make one active at a time"
+                )
+            if A0 in p and how == "linear":
+                raise PeftfxError("factors that start from the weight have no sum", site.path, "combination_type='cat'")
+            scales.append(weight * method.scaling)
+            params.append(_joined(p) if A0 in p else dict(p))
+        ranks = [p[A].shape[0] for p in params]
+        if how == "linear" and len(set(ranks)) > 1:
+            what = f"a linear combination needs equal ranks, not {', '.join(map(str, ranks))}"
+            raise PeftfxError(what, site.path, "combination_type='cat'")
+        if how == "linear":
+            r, roots = ranks[0], [math.sqrt(abs(s)) for s in scales]
+            signed = [math.copysign(root, s) for root, s in zip(roots, scales, strict=True)]
+            a, b = _sum(signed, [p[A] for p in params]), _sum(roots, [p[B] for p in params])
+        else:
+            r = sum(ranks)
+            rows = [(s * p[A]).unflatten(0, (site.groups, -1)) for s, p in zip(scales, params, strict=True)]
+            a, b = torch.cat(rows, 1).flatten(0, 1), torch.cat([p[B] for p in params], 1)
+        biased = [(s, p[B_BIAS]) for s, p in zip(scales, params, strict=True) if B_BIAS in p]
+        new = {A: a, B: b} | ({B_BIAS: _sum(*zip(*biased, strict=True))} if biased else {})
+        first = given[0].method
+        assert isinstance(first, LoRA)
+        plain = dataclasses.replace(first, use_rslora=False, init_lora_weights=True, bias="none")
+        return dataclasses.replace(plain, r=r, lora_alpha=r, lora_bias=bool(biased)), new
+
     def _plain(self, parts: Mapping[Rows, Params]) -> LoRA:
         """LoRA of twice the rank: where a part starts from factors of its own rows, the whole has no such start."""
         r = 2 * next(iter(parts.values()))[A].shape[0]
@@ -277,6 +313,10 @@ def _joined(p: Params) -> dict[str, Tensor]:
     """Factors whose product is `B A - B0 A0`."""
     joined = {A: torch.cat([p[A], p[A0]]), B: torch.cat([p[B], -p[B0]], 1)}
     return {name: joined.get(name, t) for name, t in p.items() if name not in (A0, B0)}
+
+
+def _sum(factors: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([f * t for f, t in zip(factors, tensors, strict=True)]).sum(0)
 
 
 def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:

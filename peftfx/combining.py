@@ -1,0 +1,119 @@
+"""combine: adapters, each times a weight, become one adapter, as HF PEFT's `add_weighted_adapter` makes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from peftfx.adapter import Adapter, Placed, Placement, whole
+from peftfx.errors import PeftfxError, nearest
+from peftfx.method import PLACING, Method, Params, Weighted, WeightMethod
+
+WAYS = ("linear", "cat")
+
+
+@torch.no_grad()
+def combine(base: nn.Module, adapters: Mapping[str, Adapter], weights: Sequence[float], how: str) -> Adapter:
+    """One adapter that stands for several, by their names, each times its weight.
+
+    It acts wherever one of them does. A trained copy of one of the base's tensors has no weight: it is kept if one of
+    the adapters alone has it.
+
+    Args:
+        how: `linear` or `cat`; what they are is the method's to say.
+
+    Raises:
+        PeftfxError: a method has no such sum, two of them meet at one place, or two adapters train one tensor.
+    """
+    if how not in WAYS:
+        raise PeftfxError(f"unknown way to combine: {how!r}", "combination_type", nearest(how, WAYS) or "linear or cat")
+    if not adapters or len(adapters) != len(weights):
+        what = f"{len(adapters)} adapters and {len(weights)} weights"
+        raise PeftfxError(what, "weights", "give a weight for each adapter")
+    _refuse_copies(adapters)
+    meeting = _meeting(adapters)
+    found: dict[str, list[tuple[Placement, Weighted]]] = {}
+    for (name, adapter), weight in zip(adapters.items(), weights, strict=True):
+        for placement, params in _places(base, name, adapter, meeting):
+            assert isinstance(placement.method, WeightMethod)
+            found.setdefault(placement.key, []).append((placement, Weighted(weight, placement.method, params)))
+    values: dict[str, Params] = {}
+    placements: dict[type[Method], list[Placement]] = {}
+    for key, given in found.items():
+        first, classes = given[0][0], {type(w.method) for _, w in given}
+        if len(classes) > 1:
+            what = f"{' and '.join(sorted(c.__name__ for c in classes))} have no sum"
+            raise PeftfxError(what, key, "make both active instead: set_adapter([...])")
+        (cls,) = classes
+        method, values[key] = cls.combined(first.view, how, [w for _, w in given])
+        placements.setdefault(cls, []).append(dataclasses.replace(first, method=method))
+    return _made(base, adapters, list(placements.values()), values)
+
+
+def _made(
+    base: nn.Module, adapters: Mapping[str, Adapter], rules: list[list[Placement]], values: Mapping[str, Params]
+) -> Adapter:
+    overrides = {o.key: (adapter, o) for adapter in adapters.values() for o in adapter.overrides}
+    saved = tuple(sorted({o.module for _, o in overrides.values()})) or None
+    placed = []
+    for i, own in enumerate(rules):
+        copies = [o for _, o in overrides.values()] if i == 0 else []
+        first = own[0].method
+        options: dict[str, object] = {name: getattr(first, name) for name in first.options() if name not in PLACING}
+        options |= {"target": tuple(_expression(p) for p in own), "modules_to_save": saved if i == 0 else None}
+        placed.append(Placed(type(first).from_options(options), tuple(own), tuple(copies)))
+    made = Adapter(placed, next(iter(adapters.values())).records)
+    for placement in made.placements:
+        for name, value in values[placement.key].items():
+            made.put(f"{placement.key}.{name}", value.detach().clone(), trained=name not in placement.method.frozen())
+    made.copy_overridden(base)
+    for key, (adapter, _) in overrides.items():
+        made.get(key).copy_(adapter.get(key))
+    return made
+
+
+def _expression(placement: Placement) -> str:
+    """A target that picks this place alone."""
+    path = f"/{re.escape(placement.site.path)}/"
+    return path if placement.part is None else f"{path} & {placement.part.role}"
+
+
+def _refuse_copies(adapters: Mapping[str, Adapter]) -> None:
+    owners: dict[str, str] = {}
+    for name, adapter in adapters.items():
+        for override in adapter.overrides:
+            if not override.module:
+                raise PeftfxError(
+                    "trained biases of the base have no sum", override.key.partition(".")[2], "train without"
+                )
+            if owners.setdefault(override.key, name) != name:
+                what = (
+                    f"{owners[override.key]!r} and {name!r} both train their own copy of this, and copies have no sum"
+                )
+                raise PeftfxError(what, override.key.partition(".")[2], "combine adapters of which one has it")
+
+
+def _meeting(adapters: Mapping[str, Adapter]) -> set[str]:
+    """The fused sites of which one adapter has the whole and another parts."""
+    placements = [p for adapter in adapters.values() for p in adapter.placements]
+    return {p.site.path for p in placements if p.part} & {p.site.path for p in placements if p.part is None}
+
+
+def _places(base: nn.Module, name: str, adapter: Adapter, meeting: set[str]) -> Iterator[tuple[Placement, Params]]:
+    """Where an adapter acts, with its parameters; parts of a site that meets a whole one are made whole."""
+    groups: dict[str, list[Placement]] = {}
+    for placement in adapter.placements:
+        if not isinstance(placement.method, WeightMethod):
+            what = f"{type(placement.method).__name__} has no sum"
+            raise PeftfxError(what, name, "make one of the adapters active at a time")
+        groups.setdefault(placement.site.path, []).append(placement)
+    for path, group in groups.items():
+        if path in meeting:
+            method, params = whole(base, adapter, group)
+            yield dataclasses.replace(group[0], method=method, part=None), params
+        else:
+            yield from ((placement, adapter.params(placement)) for placement in group)
