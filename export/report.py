@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
 from peftfx.adapted import AdaptedModel
-from peftfx.derived import foldings
+from peftfx.derived import Derived, Rounding, foldings
 from peftfx.export.onnx import ENGINE, FAST
 from peftfx.export.twin import in_bfloat16
 from peftfx.export.verify import Comparison
-from peftfx.graph import Graph
+from peftfx.graph import DERIVED, Graph
+from peftfx.passes.base import attributes_of
 from peftfx.passes.freeze import Computed
 
 REPORT = "peftfx_report.json"
@@ -26,8 +27,11 @@ class Report:
 
     Attributes:
         model: the class of the base model.
-        adapters: what was exported with it: name, method, and the number of its parameters.
+        adapters: what was exported with it: name, method, the number of its parameters, and their bytes.
         merged: the module paths whose weights the adapters were merged into; empty where they were left apart.
+        merged_bytes: size of those weights, and of their biases where these changed.
+        rounding: what each of them lost to the dtype of the weights, `max_abs` and, of its largest value, `max_rel`;
+            empty in fp32, which is what they are computed in.
         folded: what else became a constant of the graph: soft prompts, whatever they were computed from.
         inputs, outputs: of the ONNX model, with their shapes; those of one of several as `decoder_model.logits`.
         opset: version of the ONNX operators.
@@ -43,6 +47,8 @@ class Report:
     model: str
     adapters: list[dict[str, object]] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
+    merged_bytes: int = 0
+    rounding: dict[str, dict[str, float]] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
     inputs: dict[str, list[int | str]] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
@@ -63,16 +69,29 @@ class Report:
                 "name": name,
                 "methods": [type(rule).__name__ for rule in adapted.adapter(name).rules],
                 "parameters": sum(p.numel() for p in adapted.adapter(name).parameters()),
+                "bytes": sum(t.numel() * t.element_size() for _, t in adapted.adapter(name).tensors()),
             }
             for name in adapted.active
         ]
         return cls(type(adapted.base).__name__, adapters, versions=_versions())
 
     def add_merged(self, graph: Graph) -> None:
-        """Add the sites that a graph reads merged weights at, and what else was folded."""
+        """Add the sites that a graph reads merged weights at, and what else was folded.
+
+        How merged weights are rounded is added when they are computed, which is when they are written.
+        """
         self.merged = sorted({*self.merged, *foldings(graph.derived.values())})
+        sizes = {n: a.meta["val"].nbytes for n, a in attributes_of(graph).items() if n.startswith(f"{DERIVED}.")}
+        for name, recipe in graph.derived.items():
+            if isinstance(recipe, Derived):
+                self.merged_bytes += sizes.get(f"{DERIVED}.{name}", 0)
+                graph.derived[name] = replace(recipe, tell=self._add_rounding)
         folded = (name for name, recipe in graph.derived.items() if isinstance(recipe, Computed))
         self.folded = sorted({*self.folded, *folded})
+
+    def _add_rounding(self, path: str, rounding: Rounding) -> None:
+        if rounding.max_abs:
+            self.rounding[path] = asdict(rounding)
 
     def describe(self, graph: Graph, program: ir.Model, found: list[Comparison], prefix: str = "") -> None:
         """Add a graph that was written, and how it compared; a prefix tells its names from those of another graph."""
@@ -101,6 +120,30 @@ class Report:
         """Put `peftfx_report.json` into the directory."""
         text = json.dumps(asdict(self), indent=2) + "\n"
         (directory / REPORT).write_text(text, encoding="utf-8")
+
+    def rows(self) -> list[tuple[str, str]]:
+        """This report in words, line by line."""
+        adapters = ", ".join(f"{'+'.join(a['methods'])} ({a['parameters']:,} parameters)" for a in self.adapters)  # type: ignore[arg-type]
+        apart = "none: the adapter is apart" if adapters else ""
+        merged = f"{len(self.merged)}, {self.merged_bytes:,} B" if self.merged else apart
+        worst = max(self.rounding, key=lambda path: self.rounding[path]["max_rel"], default=None)
+        if worst is not None:
+            merged += f", rounded by at most {Rounding(**self.rounding[worst])}"
+        shapes = len({str(c["shapes"]) for c in self.comparisons})
+        agree = f"to {self.max_abs:.1e} at {shapes} unseen shapes"
+        return [
+            ("adapter", adapters or "none"),
+            ("merged sites", merged),
+            ("inputs", ", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in self.inputs.items())),
+            ("outputs", ", ".join(self.outputs)),
+            ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
+            ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes, engine {self.engine}"),
+            ("ONNX Runtime = torch", agree + (f" ({self.verified})" if "twin" in self.verified else "")),
+            ("seconds", ", ".join(f"{n} {s:.1f}" for n, s in self.seconds.items())),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join([self.model, *(f"  {name}: {text}" for name, text in self.rows() if text)])
 
     @property
     def max_abs(self) -> float:

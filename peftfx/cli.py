@@ -213,19 +213,8 @@ def _print_report(report: object, output: Path) -> None:
 
     assert isinstance(report, Report)
     table = Table(title=f"{report.model} -> {output}", show_header=False, title_justify="left")
-    adapters = ", ".join(f"{'+'.join(a['methods'])} ({a['parameters']:,} parameters)" for a in report.adapters)  # type: ignore
-    table.add_row("adapter", adapters or "none")
-    table.add_row(
-        "merged sites", str(len(report.merged)) if report.merged else "none: the adapter is apart" if adapters else ""
-    )
-    table.add_row("inputs", escape(", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in report.inputs.items())))
-    table.add_row("outputs", ", ".join(report.outputs))
-    table.add_row("files", ", ".join(f"{n} {b:,} B" for n, b in report.bytes.items()))
-    table.add_row("ONNX", f"opset {report.opset}, {report.nodes:,} nodes, engine {report.engine}")
-    shapes = len({str(c["shapes"]) for c in report.comparisons})
-    agree = f"to {report.max_abs:.1e} at {shapes} unseen shapes"
-    table.add_row("ONNX Runtime = torch", agree + (f" ({report.verified})" if "twin" in report.verified else ""))
-    table.add_row("seconds", ", ".join(f"{n} {s:.1f}" for n, s in report.seconds.items()))
+    for name, text in report.rows():
+        table.add_row(name, escape(text))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.errors import PeftfxError
 from peftfx.method import Base, WeightMethod
@@ -78,6 +79,35 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """What a merged weight lost when it was rounded to the base's dtype.
+
+    Attributes:
+        max_abs: the largest difference from its value in fp32.
+        max_rel: the same, relative to the weight's largest magnitude.
+    """
+
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+
+    @staticmethod
+    def of(rounded: Tensor, exact: Tensor) -> Rounding:
+        """The rounding between two tensors, a few rows in memory at a time; none where the dtype is one."""
+        if rounded.dtype == exact.dtype or rounded.is_meta or isinstance(rounded, FakeTensor) or not exact.numel():
+            return Rounding()
+        pairs = zip(rounded.split(_ROWS), exact.split(_ROWS), strict=True)
+        largest = max(float((new.to(old.dtype) - old).abs().max()) for new, old in pairs)
+        low, high = (abs(float(end)) for end in exact.aminmax())
+        return Rounding(largest, largest / max(low, high, torch.finfo(exact.dtype).tiny))
+
+    def __str__(self) -> str:
+        return f"{self.max_abs:.1e} ({self.max_rel:.1e} of the largest value)"
+
+
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
 class Folding:
     """The weight-space form of an adapted site: the tensors of its base and the steps over them."""
 
@@ -89,6 +119,11 @@ class Folding:
     @torch.no_grad()
     def evaluate(self, get: Get) -> Base:
         """The new weight, stored as the base's is, and bias: computed in fp32, rounded once to the base's dtype."""
+        return self.measure(get)[0]
+
+    @torch.no_grad()
+    def measure(self, get: Get) -> tuple[Base, Rounding]:
+        """What `evaluate` gives, and what rounding took from the weight."""
         weight, bias = get(self.weight), None if self.bias is None else get(self.bias)
         stored = exact(weight)
         base = Base(
@@ -97,10 +132,12 @@ class Folding:
         start = base
         for step in self.steps:
             base = step.fold(base, get)
-        new = (base.weight.T if self.site.transposed else base.weight).to(weight.dtype).contiguous()
+        new = base.weight.to(weight.dtype)
+        rounding = Rounding.of(new, base.weight)
+        new = (new.T if self.site.transposed else new).contiguous()
         if base.bias is None or base.bias is start.bias:
-            return Base(new, bias)  # the very tensor: this is how callers see that it did not change
-        return Base(new, base.bias.to(weight.dtype if bias is None else bias.dtype))
+            return Base(new, bias), rounding  # the very tensor: this is how callers see that it did not change
+        return Base(new, base.bias.to(weight.dtype if bias is None else bias.dtype)), rounding
 
     def targets(self) -> list[str]:
         """The names of all tensors it reads."""
@@ -133,10 +170,16 @@ class Derived:
     folding: Folding
     output: Literal["weight", "bias"]
 
+    tell: Callable[[str, Rounding], object] | None = field(default=None, compare=False, repr=False)
+    """Called, when it is evaluated, with the site's path and what rounding took."""
+
     def evaluate(self, get: Get) -> Tensor:
         """Its value now, given how to read the graph's tensors."""
-        value = getattr(self.folding.evaluate(get), self.output)
-        assert value is not None
+        base, rounding = self.folding.measure(get)
+        if self.tell is not None:
+            self.tell(self.folding.site.path, rounding)
+        value = getattr(base, self.output)
+        assert isinstance(value, Tensor)
         return value
 
 

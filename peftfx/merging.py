@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.adapter import Adapter, owner_of, site_tensors
-from peftfx.derived import Derived, Folding, foldings
+from peftfx.derived import Derived, Folding, Rounding, foldings
 from peftfx.errors import PeftfxError
 from peftfx.graph import Graph
 from peftfx.method import Base
@@ -19,10 +19,34 @@ from peftfx.sites import Site
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did: the module paths whose weights changed, and the bytes written."""
+    """What a merge did.
+
+    Attributes:
+        sites: the module paths whose weights changed.
+        bytes: of the weights and biases that were written, trained copies included.
+        adapter_bytes: of what went into them, and is no longer needed.
+        roundings: what each site's weight lost to the base's dtype: nothing where that is fp32.
+        untied: the weights that another module shared until now, and that are their own now.
+    """
 
     sites: tuple[str, ...]
     bytes: int
+    adapter_bytes: int = 0
+    roundings: Mapping[str, Rounding] = field(default_factory=dict)
+    untied: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> tuple[str, Rounding]:
+        """The site that rounding took most from, relative to its weight; nothing from none if all are exact."""
+        return max(self.roundings.items(), key=lambda item: item[1].max_rel, default=("", Rounding()))
+
+    def __str__(self) -> str:
+        path, worst = self.worst
+        lines = [
+            f"merged {len(self.sites)} sites: {self.bytes:,} bytes written, {self.adapter_bytes:,} of adapters folded",
+            f"rounding: at most {worst}, at {path}" if worst.max_abs else "rounding: none, the weights are fp32's",
+        ]
+        return "\n".join([*lines, *([f"untied: {', '.join(self.untied)}"] if self.untied else [])])
 
 
 @torch.no_grad()
@@ -43,19 +67,22 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
     groups: dict[str, list[Folding]] = {}
     for folding in folded.values():
         groups.setdefault(folding.weight, []).append(folding)
-    written = 0
+    written, roundings, untied = 0, dict[str, Rounding](), list[str]()
     for group in groups.values():
-        values = [folding.evaluate(merged.get) for folding in group]
+        values = [folding.measure(merged.get) for folding in group]
         shared = len(sharing.get(id(site_tensors(base, group[0].site)[0]), ())) > 1
-        for folding, value in zip(group, values, strict=True):
+        for folding, (value, rounding) in zip(group, values, strict=True):
             written += _write(base, folding.site, value, untie=shared)
+            roundings[folding.site.path] = rounding
+            untied += [own_names(base, folding.site)[0]] if shared else []
     written_names = {name for f in folded.values() for name in own_names(base, f.site)}
     for adapter in adapters:
         for override in adapter.overrides:
             name = f"{override.module}.{override.name}" if override.module else override.name
             if name not in written_names:  # a trained bias at a merged site went into its folding
                 written += _assign(base, name, adapter.get(override.key), untie=True)
-    return MergeReport(tuple(folded), written)
+    folded_in = sum(t.numel() * t.element_size() for adapter in adapters for _, t in adapter.tensors())
+    return MergeReport(tuple(folded), written, folded_in, roundings, tuple(untied))
 
 
 def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:

@@ -585,6 +585,8 @@ class TestMerge:
         base = adapted.remove()
         assert id(base) == identity
         assert set(report.sites) == placed
+        assert report.worst[1].max_abs == 0
+        assert "the weights are fp32's" in str(report)
         assert adapted.names() == ()
         torch.testing.assert_close(leaf(base(**inputs)), want, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(want, plain, atol=1e-2)
@@ -599,8 +601,10 @@ class TestMerge:
         head = tied.detach().clone()
         inputs = ZOO[name].inputs(model=base)
         want = adapted(**inputs).logits
-        adapted.merge()
+        report = adapted.merge()
         adapted.remove()
+        assert {name.rpartition(".")[0] for name in report.untied} == set(report.sites)
+        assert all(base.get_parameter(name) is not base.get_output_embeddings().weight for name in report.untied)
         assert base.config.tie_word_embeddings is False
         assert torch.equal(base.get_output_embeddings().weight, head)
         torch.testing.assert_close(base(**inputs).logits, want, rtol=0, atol=1e-5)
@@ -627,9 +631,16 @@ class TestMerge:
         a, b = (adapted.adapter("default").get(f"{place}.lora_{x}") for x in "AB")
         assert a.dtype == b.dtype == torch.float32
         old = base.get_submodule(place).weight.detach().clone()
-        adapted.merge()
-        want = (old.float() + 1.5 * (b @ a).detach()).to(torch.bfloat16)
+        report = adapted.merge()
+        exact = old.float() + 1.5 * (b @ a).detach()
+        want = exact.to(torch.bfloat16)
         assert torch.equal(base.get_submodule(place).weight, want)
+        lost = (want.float() - exact).abs().max()
+        assert report.roundings[place].max_abs == lost
+        assert report.roundings[place].max_rel == pytest.approx(float(lost / exact.abs().max()))
+        assert report.bytes == 2 * sum(base.get_submodule(site).weight.numel() for site in report.sites)
+        assert report.adapter_bytes == 4 * 4 * 2 * (32 + 32 + 32 + 16)
+        assert f"at {report.worst[0]}" in str(report)
         assert not torch.equal(want, old + (1.5 * (b @ a)).to(torch.bfloat16).detach())
 
     def test_convolutions_grouped_dilated_and_reflected(self) -> None:

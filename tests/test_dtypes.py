@@ -58,9 +58,14 @@ def test_weights_are_merged_in_float32_and_rounded_once(half: Path, wanted: str,
         if dtype == torch.float32:
             assert torch.allclose(got, exact, rtol=1e-6, atol=1e-7)
             continue
+        largest, lost = float(exact.abs().max()), float((got - exact).abs().max())
+        assert report.rounding[path] == pytest.approx({"max_abs": lost, "max_rel": lost / largest}, rel=1e-2)
         spacing = (exact.abs().clamp_min(torch.finfo(dtype).tiny).log2().floor() - MANTISSA[dtype]).exp2()
         assert float(((got - exact).abs() / spacing).max()) < 0.51  # rounded twice, it is off by up to 0.75
     assert torch.equal(stored["model.embed_tokens.weight"], base["model.embed_tokens.weight"].to(dtype).double())
+    own = {torch.float32: {}}.get(dtype, report.merged)
+    assert set(report.rounding) == set(own)
+    assert ("rounded by at most" in str(report)) == bool(own)
     twin = wanted == "bf16"
     assert ("twin" in report.verified) == twin
     assert any("no kernels" in line for line in said[: said.index("capture")]) == twin
