@@ -143,12 +143,13 @@ def _beside_encoder(cache: DynamicCache) -> Cache:
 
 
 def _without_cache(output: object) -> object:
-    """The model's output without the cache that it hands back: a forward view has none."""
+    """The model's output without the caches that it and its parts hand back: a forward view has none."""
     from transformers.cache_utils import Cache
     from transformers.utils.generic import ModelOutput
 
     if isinstance(output, ModelOutput):
-        return type(output)(**{name: value for name, value in output.items() if not isinstance(value, Cache)})
+        kept = {name: _without_cache(value) for name, value in output.items() if not isinstance(value, Cache)}
+        return type(output)(**kept)
     if isinstance(output, tuple):
-        return tuple(value for value in output if not isinstance(value, Cache))
+        return tuple(_without_cache(value) for value in output if not isinstance(value, Cache))
     return output

@@ -2,11 +2,13 @@
 
 peftfx keeps the encoder's parameters beside it, in a file that PEFT does not read, so that training can go on. Without
 that file, or where the prompt is no longer the one it computes, the prompt itself is what is loaded and trained.
+
+PEFT wants a task's head in the file too, trained or not: it is written, and counts where it is not the base's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +18,10 @@ from peftfx.adapter import Adapter, Override, Placed, Placement
 from peftfx.errors import PeftfxError
 from peftfx.method import PLACING
 from peftfx.peft_files import STATE, WEIGHTS, Weights
-from peftfx.rules import SAVED, ahead, overrides_of, saved_modules
+from peftfx.rules import SAVED, ahead, overrides_of, saved_modules, within
 from peftfx.sites import Sites
 from peftfx.soft import PROMPT, SequenceMethod, precise
-from peftfx.tasks import PEFT_TASKS, task_of
+from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 
 Contents = tuple[dict[str, object], dict[str, dict[str, Tensor]]]
 """An adapter's config, and its tensors by file."""
@@ -35,7 +37,8 @@ def read_prompt(
 ) -> tuple[Adapter, dict[str, str]]:
     """The adapter in a directory, and for each name the file must have where the adapter keeps its value."""
     placement = ahead(method, base, sites)
-    overrides = overrides_of(base, method, saved_modules(base, method), ())
+    saved = saved_modules(base, method)
+    overrides = overrides_of(base, method, (*saved, *_other_heads(base, weights, saved, config.get("task_type"))), ())
     adapter = Adapter([Placed(method, (placement,), tuple(overrides))], config)
     adapter.copy_overridden(base)
     wanted = {_override_name(override): override.key for override in overrides}
@@ -51,6 +54,26 @@ def read_prompt(
     key = f"{placement.key}.{PROMPT}"
     adapter.put(key, torch.empty(sized.saved_shape(), dtype=precise(like.dtype), device=like.device))
     return adapter, {PROMPT: key, **wanted}
+
+
+def _heads(base: nn.Module, kind: object) -> list[str]:
+    """The modules that HF PEFT saves with every prompt of this task type."""
+    ends = PEFT_HEADS.get(str(kind), ())
+    return [path for path, _ in base.named_modules() if path.endswith(ends)] if ends else []
+
+
+def _other_heads(base: nn.Module, weights: Weights, saved: Sequence[str], kind: object) -> list[str]:
+    """The heads in a file that no `modules_to_save` names and that are not the base's own; those that are go out."""
+    other = []
+    for path in (path for path in _heads(base, kind) if not within(path, saved)):
+        own = {f"{path}.{name}": tensor for name, tensor in base.get_submodule(path).state_dict().items()}
+        if own.keys() <= weights.names.keys():
+            if all(weights[n].shape == t.shape and torch.equal(weights[n].to(t), t) for n, t in own.items()):
+                for name in own:
+                    weights.names.pop(name)
+            else:
+                other.append(path)
+    return other
 
 
 def _override_name(override: Override) -> str:
@@ -84,13 +107,17 @@ def written_prompt(base: nn.Module, adapter: Adapter, rule: Placed) -> Contents:
     (placement,) = rule.placements
     method, params = placement.method, adapter.params(placement)
     assert isinstance(method, SequenceMethod)
+    config = _config(base, adapter, method)
     tensors = {PROMPT: method.saved(params)}
+    for path in _heads(base, config["task_type"]):
+        head = base.get_submodule(path).state_dict()
+        tensors |= {f"{method.prefix}{path}.{name}": tensor for name, tensor in head.items()}
     tensors |= {f"{method.prefix}{_override_name(o)}": adapter.get(o.key) for o in rule.overrides}
     files = {WEIGHTS: tensors}
     if PROMPT not in params:
         files[STATE] = dict(params)
     plain = {file: {n: t.detach().cpu().contiguous() for n, t in own.items()} for file, own in files.items()}
-    return _config(base, adapter, method), plain
+    return config, plain
 
 
 def _config(base: nn.Module, adapter: Adapter, method: SequenceMethod) -> dict[str, object]:

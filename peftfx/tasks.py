@@ -65,6 +65,13 @@ PEFT_TASKS: Mapping[str, str] = {
     "FEATURE_EXTRACTION": "feature-extraction",
 }
 
+#: Modules that HF PEFT trains and saves for a task, asked or not: those whose paths end so.
+PEFT_HEADS: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 _LANGUAGE = ("text-generation", "text2text-generation")
 _MULTIMODAL = ("image-text-to-text", "automatic-speech-recognition")
 

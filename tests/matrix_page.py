@@ -37,7 +37,7 @@ run of the tests a few.
 | --- | --- |
 | **equal** | a cell of HF PEFT's own table; its outputs are HF PEFT's |
 | equal | not in that table, and equal to HF PEFT's all the same |
-| alone | HF PEFT cannot do it, and the note has its error; all else holds |
+| alone | HF PEFT stops, and the note has its error; all else holds |
 | differs | not HF PEFT's outputs everywhere, and the note says where and why |
 | refused | an error says why, and the note has it |
 

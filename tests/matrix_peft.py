@@ -5,41 +5,48 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import peft
 import torch
+from compare import changed, farthest
 from test_export import outputs
 from torch import Tensor, nn
 
 from peftfx.adapted import AdaptedModel
 
-Calls = Sequence[Mapping[str, Tensor]]
+Calls = Sequence[dict[str, Tensor]]
 
 
 class PeftCannot(Exception):
     """HF PEFT cannot load this adapter on this model, or cannot run it."""
 
 
-def compared(ours: AdaptedModel, base: nn.Module, made: Path, calls: Calls, tolerance: float) -> tuple[float, str]:
+def compared(
+    ours: AdaptedModel, base: nn.Module, made: Path, calls: Calls, tolerance: float
+) -> tuple[float, Literal["equal", "alone", "differs"], str]:
     """How far HF PEFT's outputs are from ours where they are equal, and a note where they are not everywhere.
 
     Raises:
         PeftCannot: HF PEFT cannot do it; AssertionError: it can, and the difference has no known reason.
     """
     theirs, note = _loaded(base, made / "adapter", calls)
-    errors = [_apart(outputs(ours, dict(call)), outputs(theirs, dict(call))) for call in calls]
+    status: Literal["equal", "alone", "differs"] = "alone" if note else "equal"
+    if not any(changed(outputs(theirs, call), outputs(base, call)) for call in calls):
+        raise PeftCannot("HF PEFT's model of a task that it does not know leaves the prompt out, silently.")
+    errors = [farthest(outputs(ours, call), outputs(theirs, call), call) for call in calls]
     if max(errors) > tolerance:
-        note = _only_padding(ours, theirs, calls, tolerance)
-        errors = [0.0]
+        padded = _only_padding(ours, theirs, calls, tolerance)
+        status, note, errors = "differs", f"{note}; {padded}" if note else padded, [0.0]
     theirs.save_pretrained(str(made / "theirs"))
-    want = [outputs(ours, dict(call)) for call in calls]
+    want = [outputs(ours, call) for call in calls]
     ours.load_adapter(made / "theirs", "back")
     for call, value in zip(calls, want, strict=True):
-        assert _apart(outputs(ours, dict(call)), value) <= tolerance, "what peft saved again is not what it loaded"
+        assert farthest(outputs(ours, call), value, call) <= tolerance, "what peft saved again is not what it loaded"
     ours.remove("back")
-    return max(errors), note
+    return max(errors), status, note
 
 
 def _loaded(base: nn.Module, adapter: Path, calls: Calls) -> tuple[nn.Module, str]:
@@ -52,8 +59,8 @@ def _loaded(base: nn.Module, adapter: Path, calls: Calls) -> tuple[nn.Module, st
         try:
             theirs = peft.PeftModel.from_pretrained(copied, str(adapter)).eval()
             for call in calls:
-                outputs(theirs, dict(call))
-            return theirs, f"HF PEFT stops: {reason}; equal to it where it knows the cache's new name" if mend else ""
+                outputs(theirs, call)
+            return theirs, f"{reason} With the argument that it looks for renamed, it is equal." if mend else ""
         except Exception as error:  # of any kind: it is HF PEFT's, or the model's under it
             reason = reason or _first(error)
     raise PeftCannot(reason)
@@ -83,9 +90,9 @@ def _only_padding(ours: AdaptedModel, theirs: nn.Module, calls: Calls, tolerance
         mask = call["attention_mask"]
         full = {**call, "attention_mask": torch.ones_like(mask)}
         full["input_ids"] = call["input_ids"][:1].expand_as(call["input_ids"])
-        apart = _apart(outputs(ours, full), outputs(theirs, full))
+        apart = farthest(outputs(ours, full), outputs(theirs, full), full)
         assert apart <= tolerance, f"HF PEFT is {apart:.1e} away, and nothing is padded"
-        together = outputs(ours, dict(call))
+        together = outputs(ours, call)
         for row, length in enumerate(mask.sum(1)):
             own = {
                 n: v[row : row + 1, : int(length)] if v.shape == mask.shape else v[row : row + 1]
@@ -97,16 +104,6 @@ def _only_padding(ours: AdaptedModel, theirs: nn.Module, calls: Calls, tolerance
     return "rows that are padded: HF PEFT's answer depends on the padding, ours is the row's own"
 
 
-def _apart(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
-    """The largest difference, relative to the largest value."""
-    assert got, "nothing is compared"
-    assert got.keys() <= want.keys(), (sorted(got), sorted(want))  # some models hand HF PEFT's prefix back
-    errors = []
-    for name, value in got.items():
-        assert want[name].shape == value.shape, name
-        errors.append(float((want[name] - value).abs().max()) / max(1.0, float(want[name].abs().max())))
-    return max(errors)
-
-
 def _first(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    first = str(error).strip().partition("\n")[0] or type(error).__name__
+    return first if first.endswith(".") else f"{first}."
