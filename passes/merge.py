@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from peftfx.derived import Derived, Folding, Own, Step
-from peftfx.graph import DERIVED, Graph
+from peftfx.graph import ADAPTERS, DERIVED, Graph
 from peftfx.method import WeightMethod
 from peftfx.passes.base import OVERRIDES, REGION, Pass, PassResult, Region, attribute, attributes_of, fake_like, results
 from peftfx.passes.freeze import freeze
@@ -41,7 +41,7 @@ class Merge(Pass):
         for node in attributes_of(merged).values():
             if not node.users:
                 merged.module.graph.erase_node(node)
-            elif OVERRIDES in node.meta:
+            elif OVERRIDES in node.meta and str(node.target).startswith(f"{ADAPTERS}."):
                 _rename_override(merged, node)
         merged.module.recompile()
         return PassResult(merged, len(steps) + frozen)

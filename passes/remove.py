@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import fx
 
 from peftfx.graph import ADAPTERS, Graph
 from peftfx.passes.base import OVERRIDES, REGION, REPLACES, Pass, PassResult, attributes_of, results
+from peftfx.sites import Sites
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,9 @@ class Remove(Pass):
                 result.replace_all_uses_with(nodes[replaced])
                 stands_for[result.name] = replaced
                 changed += 1
+        gone = self._take_calls(graph, nodes)
         for node in reversed(list(graph.nodes())):
-            if REGION in node.meta and self._mine(node.meta[REGION].adapter):
+            if REGION in node.meta and (self._mine(node.meta[REGION].adapter) or node.meta[REGION].y in gone):
                 graph.module.graph.erase_node(node)
         changed += self._restore(graph)
         graph.module.recompile()
@@ -39,6 +45,20 @@ class Remove(Pass):
 
     def _mine(self, adapter: str) -> bool:
         return self.name in (None, adapter)
+
+    def _take_calls(self, graph: Graph, nodes: Mapping[str, fx.Node]) -> set[str]:
+        """Take back the calls that the adapter added to sites; what acts at them goes with them: their outputs."""
+        gone: set[str] = set()
+        sites = []
+        for site in graph.sites:
+            added = [
+                c for c in site.calls if REGION in nodes[c.op].meta and self._mine(nodes[c.op].meta[REGION].adapter)
+            ]
+            gone.update(call.y for call in added)
+            kept = tuple(c for c in site.calls if c not in added)
+            sites.append(dataclasses.replace(site, calls=kept) if added else site)
+        graph.sites = Sites(tuple(sites)) if gone else graph.sites
+        return gone
 
     def _restore(self, graph: Graph) -> int:
         """Read the base's tensors again where the adapter's stood, and drop the adapter's."""

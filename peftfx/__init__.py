@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftfx.export import export_onnx
     from peftfx.graph import Graph
     from peftfx.methods.ia3 import IA3
+    from peftfx.methods.llama_adapter import LlamaAdapter
     from peftfx.methods.lora import LoRA
     from peftfx.methods.p_tuning import PTuning
     from peftfx.methods.prefix_tuning import PrefixTuning
@@ -27,6 +28,7 @@ _HOME = {
     "AdaptedModel": "peftfx.adapted",
     "Graph": "peftfx.graph",
     "IA3": "peftfx.methods.ia3",
+    "LlamaAdapter": "peftfx.methods.llama_adapter",
     "LoRA": "peftfx.methods.lora",
     "PTuning": "peftfx.methods.p_tuning",
     "PeftfxError": "peftfx.errors",
@@ -46,6 +48,7 @@ __all__ = [
     "IA3",
     "AdaptedModel",
     "Graph",
+    "LlamaAdapter",
     "LoRA",
     "PTuning",
     "PeftfxError",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.adapter import Adapter, check_name
+from peftfx.attending import AttentionMethod
 from peftfx.capturing import capture, evaluating, fake_mode_of
 from peftfx.entry import Entry
 from peftfx.errors import PeftfxError, nearest
@@ -189,6 +190,12 @@ class AdaptedModel(nn.Module):
         if self.entry() is not None:
             hint = "export it: there it becomes a constant of the graph; or make adapters of weights alone active"
             raise PeftfxError("a soft prompt has no place in the base's weights", ", ".join(self.active), hint)
+        placements = (p for name in self.active for p in self.adapter(name).placements)
+        beside = next((p for p in placements if isinstance(p.method, AttentionMethod)), None)
+        if beside is not None:
+            what = f"what {type(beside.method).__name__} adds to an attention has no place in the base's weights"
+            hint = "export it: there its keys and values become constants; or make adapters of weights alone active"
+            raise PeftfxError(what, beside.site.path, hint)
         with evaluating(self.base):
             merged = Merge()(self.graph()).graph
         report = merge_into(self.base, merged, [self.adapter(name) for name in self.active])

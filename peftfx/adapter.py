@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftfx.attending import ATTENTION, AttentionMethod, key_weight
 from peftfx.derived import Block, part_site
 from peftfx.errors import PeftfxError
 from peftfx.method import Base, Method, WeightMethod
@@ -20,7 +21,7 @@ from peftfx.soft import SEQUENCE, SequenceMethod, embedding_path
 class Placement:
     """A method at a site, or at one part of a fused site."""
 
-    method: WeightMethod | SequenceMethod
+    method: WeightMethod | AttentionMethod | SequenceMethod
     site: Site
     part: Part | None = None
 
@@ -29,6 +30,8 @@ class Placement:
         """Where its parameters are in the adapter: the site's path, and the part's role in short."""
         if self.site.kind == SEQUENCE:
             return SEQUENCE
+        if self.site.kind == ATTENTION:
+            return self.site.path or ATTENTION  # a module without a path computes it itself
         return self.site.path if self.part is None else f"{self.site.path}.{self.part.role.rpartition('.')[2]}"
 
     @property
@@ -47,6 +50,8 @@ class Placement:
         """New parameters for this place in the base module."""
         if isinstance(self.method, SequenceMethod):
             return self.method.init(self.site, base.get_submodule(embedding_path(self.site)), rng)
+        if isinstance(self.method, AttentionMethod):
+            return self.method.init(self.site, key_weight(base, self.site), rng)
         return self.method.init(self.view, self.base(*site_tensors(base, self.site)), rng)
 
     def base(self, weight: Tensor, bias: Tensor | None) -> Base:
@@ -170,12 +175,15 @@ class Adapter(nn.Module):
         yield from self.named_buffers()
 
 
-def whole(base: nn.Module, adapter: Adapter, group: Sequence[Placement]) -> tuple[WeightMethod, Mapping[str, Tensor]]:
+def whole(
+    base: nn.Module, adapter: Adapter, group: Sequence[Placement]
+) -> tuple[WeightMethod | AttentionMethod, Mapping[str, Tensor]]:
     """A method and parameters that do at a whole site what the placements of this group do there, or at its parts."""
     first = group[0]
-    assert isinstance(first.method, WeightMethod)
+    assert isinstance(first.method, WeightMethod | AttentionMethod)
     if first.part is None:
         return first.method, adapter.params(first)
+    assert isinstance(first.method, WeightMethod)
     parts = {p.part.rows: adapter.params(p) for p in group if p.part is not None}
     return first.method.whole(
         first.site, dataclasses.replace(first, part=None).base(*site_tensors(base, first.site)), parts

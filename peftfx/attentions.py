@@ -13,12 +13,21 @@ from peftfx.graph import Graph
 
 @dataclass(frozen=True)
 class Attention:
-    """softmax(query key^T) value, fused or written out; `op` is the last of its nodes."""
+    """softmax(query key^T) value, fused or written out; `op` is the last of its nodes.
+
+    Attributes:
+        op: whose value leaves the attention.
+        query, key, value: the operands; a key that is written out is turned.
+        product: the product of query and key; `op` itself where all is one op.
+        logits: what the softmax is taken of.
+    """
 
     op: fx.Node
     query: fx.Node
     key: fx.Node
     value: fx.Node
+    product: fx.Node
+    logits: fx.Node | None = None
 
     def inputs(self) -> Iterator[tuple[str, fx.Node]]:
         return iter((("query", self.query), ("key", self.key), ("value", self.value)))
@@ -35,10 +44,10 @@ def find_attentions(graph: Graph, flows: Mapping[fx.Node, Flow]) -> Iterator[Att
             assert isinstance(query, fx.Node)
             assert isinstance(key, fx.Node)
             assert isinstance(value, fx.Node)
-            yield Attention(node, query, key, value)
+            yield Attention(node, query, key, value, node)
         elif name in MATMULS and (found := operands(node)) and (softmax := flows[found[0]].softmax):
             logits = softmax.args[0]
             assert isinstance(logits, fx.Node)
-            scores = operands(min(flows[logits].products)) if flows[logits].products else None
-            if scores:
-                yield Attention(node, *scores, found[1])
+            product = min(flows[logits].products, default=None)
+            if product is not None and (scores := operands(product)):
+                yield Attention(node, *scores, found[1], product, logits)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftfx.adapter import Adapter, Override, Placed, Placement, site_tensors, whole
+from peftfx.attending import AttentionMethod
 from peftfx.errors import PeftfxError, nearest
 from peftfx.files import write_file, writing
 from peftfx.method import Method, WeightMethod
@@ -76,9 +77,9 @@ def _placements(method: Method, weights: Weights, sites: Sites) -> list[Placemen
     placements = []
     for site in sites:
         own = method.at(site)
-        if site.kind not in method.kinds or not isinstance(own, WeightMethod):
+        if site.kind not in method.kinds or not isinstance(own, WeightMethod | AttentionMethod):
             continue
-        if any(f"{site.path}.{suffix}" in weights.names for suffix in own.keys(site).values()):
+        if any(_name(site.path, suffix) in weights.names for suffix in own.keys(site).values()):
             placements.append(Placement(own, site))
     return placements
 
@@ -86,7 +87,7 @@ def _placements(method: Method, weights: Weights, sites: Sites) -> list[Placemen
 def _replaced_weights(placements: list[Placement], weights: Weights, base: nn.Module) -> list[Override]:
     """HF PEFT saves the whole weight of an adapted embedding: it counts where it is not the base's own."""
     found = []
-    for site in (p.site for p in placements):
+    for site in (p.site for p in placements if p.site.weight):
         name, tensor = f"{site.path}.base_layer.weight", site_tensors(base, site)[0]
         if name in weights.names and not (
             weights.shapes[name] == tuple(tensor.shape) and torch.equal(weights[name], tensor)
@@ -98,13 +99,17 @@ def _replaced_weights(placements: list[Placement], weights: Weights, base: nn.Mo
 def _wanted(placements: list[Placement], overrides: list[Override]) -> dict[str, str]:
     """For each name the file must have, where the adapter keeps its value."""
     wanted = {
-        f"{p.site.path}.{suffix}": f"{p.key}.{name}"
+        _name(p.site.path, suffix): f"{p.key}.{name}"
         for p in placements
-        if isinstance(p.method, WeightMethod)
+        if isinstance(p.method, WeightMethod | AttentionMethod)
         for name, suffix in p.method.keys(p.site).items()
     }
     adapted = {p.site.path for p in placements}
     return wanted | {_override_name(override, adapted): override.key for override in overrides}
+
+
+def _name(path: str, suffix: str) -> str:
+    return f"{path}.{suffix}".removeprefix(".")
 
 
 def _override_name(override: Override, adapted: set[str]) -> str:
@@ -151,7 +156,7 @@ def _listed(items: list[str], most: int = 12) -> str:
 
 def _module_of(name: str) -> str:
     """The module path in a name of a checkpoint."""
-    return re.split(r"\.(?:lora_|ia3_|base_layer)", name)[0]
+    return re.split(r"\.(?:lora_|ia3_|adaption_|base_layer)", name)[0]
 
 
 def _inert(name: str, modules: set[str]) -> bool:
@@ -228,7 +233,7 @@ def _rule_contents(base: nn.Module, adapter: Adapter, rule: Placed) -> Contents:
     methods: dict[str, Method] = {}
     for path, group in _by_site(rule.placements).items():
         method, params = whole(base, adapter, group)
-        tensors |= {f"{path}.{suffix}": params[key] for key, suffix in method.keys(group[0].site).items()}
+        tensors |= {_name(path, suffix): params[key] for key, suffix in method.keys(group[0].site).items()}
         methods[path] = method
     tensors |= {_override_name(override, set(methods)): adapter.get(override.key) for override in rule.overrides}
     config = _config(base, adapter, rule, rule.method.gather(methods))
@@ -245,22 +250,12 @@ def _by_site(placements: Iterable[Placement]) -> dict[str, list[Placement]]:
 
 def _config(base: nn.Module, adapter: Adapter, rule: Placed, method: Method) -> dict[str, object]:
     """HF PEFT's config of an adapter: its records are kept from the one it was loaded with, if any."""
+    paths = sorted({p.site.path for p in rule.placements})
+    method = method.naming(paths, [name for name, _ in base.named_modules()])
     options: dict[str, object] = {f: getattr(method, f) for f in method.options()}
-    target = options.pop("target")
-    if target is not None or not method.target_modules:
-        paths = sorted({p.site.path for p in rule.placements})
-        options |= {"target_modules": _suffixes(paths, base)}
-        options |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
     if any(p.site.transposed for p in rule.placements) and "fan_in_fan_out" in options:
         options["fan_in_fan_out"] = True
     name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
     records = {"task_type": None, "base_model_name_or_path": name, **adapter.records}
     options = {f: v for f, v in options.items() if v is not None}  # not each method of HF PEFT has each field
     return {**records, **options, "peft_type": method.peft_type, "inference_mode": True}
-
-
-def _suffixes(paths: list[str], base: nn.Module) -> list[str]:
-    """The shortest `target_modules` that name these modules and no others: last components, or else whole paths."""
-    chosen, ends = set(paths), {p.rpartition(".")[2] for p in paths}
-    others = {n.rpartition(".")[2] for n, _ in base.named_modules() if n not in chosen}
-    return sorted(ends if not ends & others else chosen)

@@ -1,8 +1,9 @@
 """Method: what a rule does at a site. A method is plain torch; it knows no model architecture and edits no graph.
 
-There is a protocol for each kind of site; that of the token stream is in `peftfx/soft.py`. A weight method acts at
-linear, conv and embedding sites and says the same thing twice, once on activations and once on weights. The compiler
-traces `forward` and splices it into the graph; `merge` replaces it by `fold`. With dropout off,
+There is a protocol for each kind of site; that of attention is in `peftfx/attending.py`, that of the token stream in
+`peftfx/soft.py`. A weight method acts at linear, conv and embedding sites and says the same thing twice, once on
+activations and once on weights. The compiler traces `forward` and splices it into the graph; `merge` replaces it by
+`fold`. With dropout off,
 
     forward(site, op, x, op(x, *base), base, p, training=False) == op(x, *fold(site, base, p))
 
@@ -16,7 +17,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -89,6 +90,19 @@ class Method(ABC):
     def gather(self, methods: Mapping[str, Method]) -> Self:
         """The rule that gives each module path the method that it has: the inverse of `at`."""
         return self
+
+    def naming(self, paths: Sequence[str], modules: Sequence[str]) -> Self:
+        """This rule by HF PEFT's options: with those that pick these module paths, of all the base's, and no others.
+
+        `target_modules` that were given stay; else it gets the shortest that will do, last components or whole paths.
+        """
+        if self.target is None and self.target_modules:
+            return self
+        chosen, ends = set(paths), {p.rpartition(".")[2] for p in paths}
+        others = {n.rpartition(".")[2] for n in modules if n not in chosen}
+        names = tuple(sorted(ends if not ends & others else chosen))
+        filters: dict[str, Any] = dict.fromkeys(("target", "exclude_modules", "layers_to_transform", "layers_pattern"))
+        return dataclasses.replace(self, target_modules=names, **filters)
 
     @property
     def neutral(self) -> bool:

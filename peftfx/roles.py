@@ -17,14 +17,16 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from peftfx.attention_heads import read_heads
 from peftfx.attentions import Attention, find_attentions
 from peftfx.dataflow import ACTIVATED, GATED, NORMED, SPLIT, Flow, trace_flow
+from peftfx.errors import PeftfxError
 from peftfx.graph import Graph
 from peftfx.heads import reaches_output
 from peftfx.indices import embedding_role
 from peftfx.occurrences import Occurrence, find_occurrences, module_path
 from peftfx.rows import RowTracer, as_ranges
-from peftfx.sites import Call, Part, Site, Sites
+from peftfx.sites import Call, Heads, Part, Site, Sites
 
 _FUSED = {
     frozenset({"query", "key", "value"}): "attention.qkv",
@@ -44,7 +46,9 @@ class _Weight:
 
 
 @dataclass
-class _Analysis:
+class Analysis:
+    """What is known of a graph while its roles are found."""
+
     graph: Graph
     weights: dict[tuple[str, str], _Weight]
     owner: dict[fx.Node, _Weight]
@@ -71,19 +75,19 @@ def find_sites(graph: Graph) -> Sites:
             weight.role = embedding_role(graph, first.x)
     _assign_mlps(analysis)
     order = {node: i for i, node in enumerate(graph.nodes())}
-    sites = [_site(weight) for weight in analysis.weights.values()] + list(_attention_sites(analysis.attentions))
+    sites = [_site(weight) for weight in analysis.weights.values()] + list(_attention_sites(analysis))
     nodes = {node.name: order[node] for node in order}
     return Sites(tuple(sorted(sites, key=lambda site: nodes[site.calls[0].op])))
 
 
-def _analyse(graph: Graph) -> _Analysis:
+def _analyse(graph: Graph) -> Analysis:
     weights: dict[tuple[str, str], _Weight] = {}
     for found in find_occurrences(graph):
         weights.setdefault((found.path, found.kind), _Weight([])).occurrences.append(found)
     owner = {found.op: weight for weight in weights.values() for found in weight.occurrences}
     sources = {found.op for weight in weights.values() for found in weight.occurrences if found.mixes_features}
     flows = trace_flow(graph.nodes(), sources)
-    analysis = _Analysis(graph, weights, owner, flows, list(find_attentions(graph, flows)))
+    analysis = Analysis(graph, weights, owner, flows, list(find_attentions(graph, flows)))
     for found in analysis.occurrences():
         if found.op in sources:
             for origin, marks in flows[found.x].origins.items():
@@ -91,7 +95,7 @@ def _analyse(graph: Graph) -> _Analysis:
     return analysis
 
 
-def _assign_attention(analysis: _Analysis) -> None:
+def _assign_attention(analysis: Analysis) -> None:
     uses: dict[int, dict[str, list[tuple[fx.Node, fx.Node, int]]]] = defaultdict(lambda: defaultdict(list))
     projections: dict[int, _Weight] = {}
     for attention in analysis.attentions:
@@ -111,7 +115,7 @@ def _assign_attention(analysis: _Analysis) -> None:
             output.role = "attention.output"
 
 
-def _projects(analysis: _Analysis, origin: fx.Node, marks: int) -> bool:
+def _projects(analysis: Analysis, origin: fx.Node, marks: int) -> bool:
     """Whether this origin of a query, key or value is its projection.
 
     A norm in between is allowed (queries and keys are often normed), but not if other weights read the normed value
@@ -124,7 +128,7 @@ def _projects(analysis: _Analysis, origin: fx.Node, marks: int) -> bool:
 
 
 def _attention_parts(
-    analysis: _Analysis, weight: _Weight, uses: Mapping[str, list[tuple[fx.Node, fx.Node, int]]]
+    analysis: Analysis, weight: _Weight, uses: Mapping[str, list[tuple[fx.Node, fx.Node, int]]]
 ) -> tuple[Part, ...]:
     is_split = any(marks & SPLIT for places in uses.values() for _, _, marks in places)
     if len(uses) == 1 and not is_split:
@@ -139,7 +143,7 @@ def _attention_parts(
     return tuple(Part(f"attention.{name}", as_ranges(rows[name])) for name in names)
 
 
-def _assign_heads(analysis: _Analysis) -> None:
+def _assign_heads(analysis: Analysis) -> None:
     reached = reaches_output(analysis.graph, analysis.flows)
     for found in analysis.occurrences():
         weight = analysis.owner[found.op]
@@ -147,7 +151,7 @@ def _assign_heads(analysis: _Analysis) -> None:
             weight.role = "head"
 
 
-def _assign_mlps(analysis: _Analysis) -> None:
+def _assign_mlps(analysis: Analysis) -> None:
     for found in analysis.occurrences():
         weight = analysis.owner[found.op]
         if found.kind != "linear" or weight.role:
@@ -157,7 +161,7 @@ def _assign_mlps(analysis: _Analysis) -> None:
             _assign_mlp(analysis, found, origins)
 
 
-def _feeds_only(analysis: _Analysis, origin: fx.Node, down: _Weight) -> bool:
+def _feeds_only(analysis: Analysis, origin: fx.Node, down: _Weight) -> bool:
     """Whether this is an unassigned linear layer that no other layer than `down` reads."""
     up = analysis.owner.get(origin)
     if up is None or up is down or up.role or up.occurrences[0].kind != "linear":
@@ -165,7 +169,7 @@ def _feeds_only(analysis: _Analysis, origin: fx.Node, down: _Weight) -> bool:
     return all(analysis.owner[reader.op] is down for reader, _ in analysis.readers[origin])
 
 
-def _assign_mlp(analysis: _Analysis, down: Occurrence, origins: Mapping[fx.Node, int]) -> None:
+def _assign_mlp(analysis: Analysis, down: Occurrence, origins: Mapping[fx.Node, int]) -> None:
     ordered = sorted(origins.items(), key=lambda item: not item[1] & ACTIVATED)
     active = [bool(marks & ACTIVATED) for _, marks in ordered]
     ups = [analysis.owner[origin] for origin, _ in ordered]
@@ -178,7 +182,7 @@ def _assign_mlp(analysis: _Analysis, down: Occurrence, origins: Mapping[fx.Node,
     analysis.owner[down.op].role = "mlp.down"
 
 
-def _assign_up(analysis: _Analysis, up: _Weight, op: fx.Node, marks: int, down: Occurrence) -> None:
+def _assign_up(analysis: Analysis, up: _Weight, op: fx.Node, marks: int, down: Occurrence) -> None:
     up.role = "mlp.up"
     # Both halves of a fused gate and up have one origin; `glu` splits and multiplies at once.
     halves = analysis.tracer(op).gate_and_up(down.x) if marks else None
@@ -199,13 +203,25 @@ def _site(weight: _Weight) -> Site:
     )
 
 
-def _attention_sites(attentions: list[Attention]) -> Iterator[Site]:
-    calls: dict[str, list[Call]] = defaultdict(list)
-    for found in attentions:
-        op = found.op.name
-        calls[module_path(found.op)].append(Call(found.query.name, op, op, found.key.name, found.value.name))
-    for path, own in calls.items():
-        yield Site(path, "attention", "attention", _layer(path), "", None, (), False, (), tuple(own))
+def _attention_sites(analysis: Analysis) -> Iterator[Site]:
+    groups: dict[str, list[Attention]] = defaultdict(list)
+    for found in analysis.attentions:
+        groups[module_path(found.op)].append(found)
+    for path, own in groups.items():
+        calls = tuple(Call(a.query.name, a.op.name, a.op.name, a.key.name, a.value.name) for a in own)
+        heads, why = _heads(analysis, own)
+        yield Site(path, "attention", "attention", _layer(path), "", None, (), False, (), calls, 1, heads, why)
+
+
+def _heads(analysis: Analysis, attentions: list[Attention]) -> tuple[Heads | None, str]:
+    """The heads of the attentions of one module, or why they cannot be told."""
+    try:
+        found = {read_heads(analysis, attention) for attention in attentions}
+    except PeftfxError as error:
+        return None, error.what
+    if len(found) > 1:
+        return None, "its module computes several attentions of different layers"
+    return found.pop(), ""
 
 
 def _layer(path: str) -> int | None:

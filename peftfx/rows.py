@@ -35,6 +35,13 @@ class RowTracer:
         """The rows of the weight that reach this node."""
         return _rows(_flatten(self._at(node)))
 
+    def numbers_at(self, node: fx.Node) -> Numbers:
+        """The numbers, from 1 on, of the rows that each entry of this node stems from; 0 is no row.
+
+        Several tensors where entries stem from several rows: the first from the one that is added to first.
+        """
+        return _flatten(self._at(node))
+
     def gate_and_up(self, node: fx.Node) -> tuple[set[int], set[int]] | None:
         """Rows behind and beside the activation, where two halves of the output multiply on the way to `node`."""
         for product in self._between(node):
@@ -97,7 +104,7 @@ class RowTracer:
     def _run(self, node: fx.Node, variant: int) -> torch.Tensor | list[torch.Tensor]:
         def concrete(value: fx.Node) -> Any:
             if value not in self._numbers:
-                return self._no_rows(value) if op_name(node) in _JOINING else self._constant(value)
+                return self._no_rows(value) if op_name(node) in _JOINING else self.constant(value)
             numbers = self._numbers[value]
             return numbers[min(variant, len(numbers) - 1)]
 
@@ -108,7 +115,7 @@ class RowTracer:
     def _no_rows(self, node: fx.Node) -> torch.Tensor:
         return torch.zeros(_shape(node), dtype=torch.int64, device="cpu")
 
-    def _constant(self, node: fx.Node) -> Any:
+    def constant(self, node: fx.Node) -> Any:
         """The value of a size or an index that does not depend on the weight, for the example's sizes."""
         for pending in _in_order(node, self._needs):
             if pending not in self._constants:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from peftfx.adapter import Override, Placed, Placement
+from peftfx.attending import AttentionMethod
 from peftfx.errors import PeftfxError, nearest
 from peftfx.method import Method, WeightMethod
 from peftfx.peft_files import method_from_config
@@ -59,6 +61,8 @@ def as_methods(rules: object) -> tuple[Method, ...]:
 
 def placements_of(method: Method, sites: Sites) -> list[Placement]:
     """Where a method acts: one placement a site, or one a part where only parts of a fused site are targeted."""
+    if isinstance(method, AttentionMethod):
+        return _attentions(method, sites)
     if not isinstance(method, WeightMethod):
         raise PeftfxError(f"{type(method).__name__} does not act on weights", "rules", "use a weight method, as LoRA")
     placements = []
@@ -69,6 +73,20 @@ def placements_of(method: Method, sites: Sites) -> list[Placement]:
         parts: list[Part | None] = [p for p in match.site.parts if p.role in match.parts]
         placements += [Placement(method.at(match.site), match.site, part) for part in parts or [None]]
     return placements
+
+
+def _attentions(method: AttentionMethod, sites: Sites) -> list[Placement]:
+    """The attentions where a method acts: by default all that it can act at, and else each that is named."""
+    if isinstance(method.target_modules, str):  # in HF PEFT it is the end of a path, and no expression
+        method = dataclasses.replace(method, target_modules=(method.target_modules,))
+    found = [match.site for match in select(sites, **where(method), kinds=method.kinds)]
+    able = [site for site in found if site.heads is not None]
+    named = method.target is not None or method.target_modules is not None
+    unable = next((site for site in found if site.heads is None and (named or not able)), None)
+    if unable is not None:
+        what = f"{type(method).__name__} cannot act at this attention: {unable.headless}"
+        raise PeftfxError(what, unable.path, "target others, or use a method that acts on weights, as LoRA")
+    return [Placement(method, site) for site in method.among(able)]
 
 
 def where(method: Method) -> Where:

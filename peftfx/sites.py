@@ -53,6 +53,37 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """The heads of a self-attention, and the linear layers around it.
+
+    Attributes:
+        count: of the query's heads.
+        kept: of the key's and value's heads; each serves `count // kept` heads in a row.
+        stacked: whether batch and heads are one axis of the query, [batch * heads, length, features].
+        scale: what a query's product with a key is multiplied by ahead of the softmax.
+        key, value: paths of the layers that make keys and values; of a fused layer both are its path.
+        key_rows, value_rows: their rows, head by head.
+        weight: `get_attr` target of the key's weight.
+        width: how many features the two layers read.
+        packed: whether query, key and value are one weight that is stored [in, out].
+        output: path of the layer that reads what the attention gives; empty where none does.
+    """
+
+    count: int
+    kept: int
+    stacked: bool
+    scale: float
+    key: str
+    value: str
+    key_rows: tuple[tuple[int, int], ...]
+    value_rows: tuple[tuple[int, int], ...]
+    weight: str
+    width: int
+    packed: bool
+    output: str
+
+
+@dataclass(frozen=True)
 class Site:
     """An adaptable place. Its identity is its module path.
 
@@ -69,6 +100,8 @@ class Site:
         parts: what the rows of the weight are for, where they differ or some are for nothing of the role.
         calls: where the site runs, in order.
         groups: of a conv.
+        heads: of a self-attention whose keys and values are each a linear layer's rows.
+        headless: why an attention has no `heads`.
     """
 
     path: str
@@ -82,6 +115,8 @@ class Site:
     parts: tuple[Part, ...]
     calls: tuple[Call, ...]
     groups: int = 1
+    heads: Heads | None = None
+    headless: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """This site as JSON-ready values."""

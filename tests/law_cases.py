@@ -16,13 +16,16 @@ from law_models import Spec
 from law_pool import POOL, captured
 
 from peftfx.adapter import Placement, site_tensors
+from peftfx.attending import AttentionMethod
 from peftfx.errors import PeftfxError
 from peftfx.method import Method, WeightMethod
 from peftfx.methods import methods
 from peftfx.sites import Site
 
-#: Every weight method there is; a new file in `peftfx/methods` is under these laws without an edit here.
-METHODS = {name: cls for name, cls in methods().items() if issubclass(cls, WeightMethod)}
+#: Every method there is that acts at weights or attentions; a new file in `peftfx/methods` is under these laws without
+#: an edit here.
+METHODS = {name: cls for name, cls in methods().items() if issubclass(cls, WeightMethod | AttentionMethod)}
+WEIGHT_METHODS = {name: cls for name, cls in METHODS.items() if issubclass(cls, WeightMethod)}
 
 
 settings.register_profile(
@@ -63,6 +66,7 @@ CHOICES: Mapping[str, Mapping[str, st.SearchStrategy[object]]] = {
         "alpha_pattern": st.sampled_from(({}, {"0": 5.0, "o|up|conv": 3.0})),
     },
     "IA3": {"feedforward_modules": st.sampled_from((None, (), ".*", ("o", "0", "head")))},
+    "ADAPTION_PROMPT": {"adapter_layers": st.none()},
 }
 
 
@@ -118,6 +122,8 @@ def acts_at(spec: Spec, method: Method, site: Site) -> bool:
     """Whether a method can start at a site: some options are refused at some kinds of sites."""
     if site.kind not in method.kinds:
         return False
+    if isinstance(method, AttentionMethod):
+        return site.heads is not None
     placement = Placement(method.at(site), site)
     try:
         placement.method.init(site, placement.base(*site_tensors(captured(spec).model, site)), torch.Generator())
@@ -129,6 +135,8 @@ def acts_at(spec: Spec, method: Method, site: Site) -> bool:
 @st.composite
 def cases(draw: st.DrawFn, cls: type[Method], pool: Sequence[Spec] = POOL, least: int = 1) -> tuple[Case, Method]:
     """A case, and a method with a target of at least so many places in its model."""
+    if issubclass(cls, AttentionMethod):
+        pool = [spec for spec in pool if repr(spec).count("Attention(") >= least]
     spec, method = draw(st.sampled_from(pool)), draw(configs(cls))
     saved = draw(st.sampled_from((None, None, ("head",))))
     found = [place for place in places(spec, method) if saved is None or place != "head"]

@@ -27,6 +27,7 @@ SMALL = (
     Text((Mlp("fused"),)),
     Text((Attention("softmax", "heads", bias=False),)),
     Text((Attention("sdpa", "thirds", transposed=True),)),
+    Text((Attention("softmax", "apart"), Attention("sdpa", "thirds", transposed=True))),
     Image((Conv(stride=2, groups=2),)),
     Image((Conv(padding="same", dilation=2, mode="reflect"),)),
     Image((Conv(padding="valid", bias=False), Conv(padding=0, groups=4)), dtype="bfloat16"),

@@ -1,4 +1,4 @@
-"""The laws hold for every weight method there is, on random models: what `laws.py` and `law_frame.py` state."""
+"""The laws hold for every method there is, on random models: what `laws.py` and `law_frame.py` state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import laws
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from law_cases import METHODS, Case, cases, examples
+from law_cases import METHODS, WEIGHT_METHODS, Case, cases, examples
 from law_pool import POOL
 
 from peftfx.method import Method
@@ -23,7 +23,7 @@ def test_a_new_adapter_changes_no_output(cls: type[Method], data: st.DataObject)
     laws.identity(*data.draw(cases(cls)))
 
 
-@every_method
+@pytest.mark.parametrize("cls", WEIGHT_METHODS.values(), ids=WEIGHT_METHODS)
 @examples(60)
 @given(data=st.data())
 def test_forward_is_the_operation_on_folded_weights(cls: type[Method], data: st.DataObject) -> None:

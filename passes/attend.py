@@ -1,0 +1,154 @@
+"""attend: an attention method put into a graph: its projections as calls of their sites, its sum where it joins."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from peftfx.adapter import Adapter, Placement
+from peftfx.attending import AttentionMethod
+from peftfx.derived import Block
+from peftfx.errors import PeftfxError
+from peftfx.graph import ADAPTERS
+from peftfx.occurrences import module_path
+from peftfx.passes.apply import apply_at
+from peftfx.passes.base import REGION, Region
+from peftfx.passes.site_op import operands
+from peftfx.passes.splice import Splicer
+from peftfx.sites import Call, Heads, Part, Site, Sites
+
+aten = torch.ops.aten
+
+
+def join(splicer: Splicer, placement: Placement, method: AttentionMethod) -> int:
+    """Splice an attention method in at each call of its attention; returns how many there were."""
+    path, heads = placement.site.path, placement.site.heads
+    site = next((s for s in splicer.graph.sites if s.kind == placement.site.kind and s.path == path), None)
+    if site is None:  # this view does not run it
+        return 0
+    assert heads is not None
+    first = splicer.nodes[site.calls[0].op]
+    params = splicer.parameters(placement, splicer.name, splicer.adapter, first)
+    region = splicer.region(placement, splicer.name, first, params)
+    weights = {
+        name: operands(splicer.sites[name], splicer.sites[name].calls[0], splicer.nodes)[0] for name in _layers(heads)
+    }
+    read = _trace_reads(splicer, method, params, weights[heads.key], path)
+    x = splicer.splice(read, list(params.values()), before=first, like=first, region=region)
+    made = {name: _project(splicer, splicer.sites[name], x, first, region) for name in _layers(heads)}
+    for index, call in enumerate(site.calls):
+        _join_at(splicer, placement, method, call, index, [made[heads.key], made[heads.value]], params)
+    return len(site.calls)
+
+
+def _layers(heads: Heads) -> list[str]:
+    return list(dict.fromkeys((heads.key, heads.value)))
+
+
+def _trace_reads(
+    splicer: Splicer, method: AttentionMethod, params: dict[str, fx.Node], weight: fx.Node, where: str
+) -> fx.GraphModule:
+    names, values = list(params), [n.meta["val"] for n in params.values()]
+    dtype = weight.meta["val"].dtype
+
+    def reads(*given: Tensor) -> Tensor:
+        read = method.reads(dict(zip(names, given, strict=True)))
+        return read if read.dtype == dtype else read.to(dtype)
+
+    return splicer.traced(("reads", method, dtype), reads, values, method, where)
+
+
+def _project(splicer: Splicer, site: Site, x: fx.Node, before: fx.Node, region: Region) -> fx.Node:
+    """One more call of a linear site, on `x`; what was placed at the site acts there too. Gives the call's output."""
+    like = splicer.nodes[site.calls[0].op]
+    weight, bias = operands(site, site.calls[0], splicer.nodes)
+
+    def node(target: torch._ops.OpOverload, *args: fx.Node) -> fx.Node:
+        with splicer.fx.inserting_before(before):
+            made = splicer.fx.call_function(target, args)
+        splicer.tag(made, target(*(a.meta["val"] for a in args)), like, region)
+        splicer.nodes[made.name] = made
+        return made
+
+    if site.transposed:
+        op = node(aten.matmul.default, x, weight)
+        y = op if bias is None else node(aten.add.Tensor, op, bias)
+    else:
+        op = y = node(aten.linear.default, x, weight, *(() if bias is None else (bias,)))
+    call = Call(x.name, op.name, y.name)
+    splicer.nodes[x.name] = x
+    splicer.sites[site.path] = dataclasses.replace(site, calls=(*site.calls, call))
+    sites = (splicer.sites.get(s.path, s) if s.weight else s for s in splicer.graph.sites)
+    splicer.graph.sites = Sites(tuple(sites))
+    for (name, _), placed in splicer.placed.get(site.path, {}).items():
+        adapter = splicer.graph.module.get_submodule(f"{ADAPTERS}.{name}")
+        assert isinstance(adapter, Adapter)
+        apply_at(splicer, placed, call, name, adapter)
+    return y
+
+
+def _join_at(
+    splicer: Splicer,
+    placement: Placement,
+    method: AttentionMethod,
+    call: Call,
+    index: int,
+    projected: Sequence[fx.Node],
+    params: dict[str, fx.Node],
+) -> None:
+    site, heads = placement.site, placement.site.heads
+    assert heads is not None
+    behind = method.is_behind(site)
+    anchor = _leaving(splicer, site, heads, index) if behind else splicer.nodes[call.y]
+    y = splicer.latest.get(anchor.name, anchor)
+    query = splicer.latest.get(call.x, splicer.nodes[call.x])
+    arguments = [query, y, *(splicer.latest.get(n.name, n) for n in projected), *params.values()]
+    plain = dataclasses.replace(heads, key="", value="", weight="", output="")
+    own, names = dataclasses.replace(site, path="", layer=None, calls=(), heads=plain), list(params)
+
+    def attend(query: Tensor, y: Tensor, keys: Tensor, values: Tensor, *given: Tensor) -> Tensor:
+        p = dict(zip(names, given, strict=True))
+        key, value = _split(keys, heads.key_rows, heads.kept), _split(values, heads.value_rows, heads.kept)
+        output = y.unflatten(-1, (heads.count, -1)).transpose(1, 2) if behind else _unstack(y, heads)
+        new = method.attend(own, _unstack(query, heads), output, key, value, p, splicer.graph.training)
+        return new.transpose(1, 2).reshape(y.shape) if behind else new.reshape(y.shape)
+
+    given = [n.meta["val"] for n in arguments]
+    traced = splicer.traced(("attend", method, own, behind, names), attend, given, method, site.path)
+    region = splicer.region(placement, splicer.name, anchor, params)
+    users = list(y.users)
+    result = splicer.splice(traced, arguments, before=y.next, like=y, region=region)
+    splicer.replace(y, result, users)
+
+
+def _leaving(splicer: Splicer, site: Site, heads: Heads, index: int) -> fx.Node:
+    """What leaves an attention's module: the output of its last layer, and behind it what one value becomes there."""
+    output = splicer.sites.get(heads.output)
+    if output is None or len(output.calls) <= index:
+        what = "no layer of this attention reads what it gives"
+        raise PeftfxError(what, site.path, "use a method that acts on weights, as LoRA")
+    node = splicer.nodes[output.calls[index].y]
+    while True:
+        users = list(splicer.latest.get(node.name, node).users)
+        if len(users) != 1 or users[0].op != "call_function" or REGION in users[0].meta:
+            return node
+        path = module_path(users[0])
+        if path != site.path and not path.startswith(f"{site.path}."):
+            return node
+        (node,) = users
+
+
+def _split(y: Tensor, rows: tuple[tuple[int, int], ...], heads: int) -> Tensor:
+    """[1, n, rows of a layer] as [heads, n, features], of the rows given."""
+    own = Block.of(Part("", rows), y.shape[-1]).take(y, -1)
+    return own.squeeze(0).unflatten(-1, (heads, -1)).transpose(0, 1)
+
+
+def _unstack(x: Tensor, heads: Heads) -> Tensor:
+    """[batch, heads, length, features], from what may have batch and heads in one, or no heads."""
+    if x.ndim == 4:
+        return x
+    return x.unflatten(0, (-1, heads.count)) if heads.stacked else x.unsqueeze(1)

@@ -1,0 +1,226 @@
+"""Heads of attentions: how many, which rows of which layers make their keys and values, and the scale of their scores.
+
+All of it is read from the graph: row numbers are sent from a projection to where the attention takes its keys and
+values, and factors are gathered on the way from the product of queries and keys to the softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from peftfx.attentions import Attention
+from peftfx.dataflow import FUSED_ATTENTION, Flow, op_name
+from peftfx.derived import Block
+from peftfx.errors import PeftfxError
+from peftfx.graph import BASE
+from peftfx.occurrences import Occurrence
+from peftfx.rows import RowTracer, as_ranges, hint
+from peftfx.sites import Heads, Part
+
+if TYPE_CHECKING:
+    from peftfx.roles import Analysis
+
+Rows = tuple[tuple[int, int], ...]
+_STEPS = 4  #: how many layers may be between a query's input and a key's: a pooling convolution and its norm, say
+
+
+class _Projection(NamedTuple):
+    found: Occurrence
+    tracer: RowTracer
+
+
+def read_heads(analysis: Analysis, attention: Attention) -> Heads:
+    """The heads of a self-attention.
+
+    Raises:
+        PeftfxError: it is none, or its keys or values are not each the rows of one linear layer, head by head.
+    """
+    shape = attention.query.meta["val"].shape
+    if op_name(attention.product) == "einsum" or len(shape) not in (3, 4):
+        raise _unclear("its heads do not lie as [batch, heads, length, features]")
+    key, value = (_projection(analysis, attention, role) for role in ("key", "value"))
+    if not _is_self(analysis, attention, key.found):
+        raise _unclear("its keys come from another stream than its queries: it is a cross-attention")
+    width, other = _width(key.found), _width(value.found)
+    if width != other:
+        raise _unclear(f"its keys are made of {width} features and its values of {other}")
+    count = hint(shape[1]) if len(shape) == 4 else _stacked(analysis, attention)
+    stacked = len(shape) == 3 and count > 1
+    turned = op_name(attention.op) != FUSED_ATTENTION
+    key_rows, kept = _rows(key, attention.key, count, turned=turned)
+    value_rows, also = _rows(value, attention.value, count, turned=False)
+    if kept != also:
+        raise _unclear(f"it has keys of {kept} heads and values of {also}")
+    packed = key.found.op is value.found.op and key.found.op in analysis.flows[attention.query].origins
+    return Heads(
+        *(count, kept, stacked, _scale(analysis, attention, key)),
+        *(key.found.path, value.found.path, key_rows, value_rows),
+        weight=key.found.weight,
+        width=width,
+        packed=packed and key.found.transposed,
+        output=_output(analysis, attention),
+    )
+
+
+def _unclear(what: str) -> PeftfxError:
+    return PeftfxError(what, "attention", "")
+
+
+def _projection(analysis: Analysis, attention: Attention, role: str) -> _Projection:
+    node = dict(attention.inputs())[role]
+    origins = [o for o in analysis.flows[node].origins if o in analysis.owner and o is not attention.op]
+    found = [o for origin in origins for o in analysis.owner[origin].occurrences if o.op is origin]
+    if len(found) != 1:
+        raise _unclear(f"its {role}s come from {len(found) or 'no'} layers that the dataflow sees, not from one")
+    if found[0].kind != "linear":
+        raise _unclear(f"its {role}s come from a layer of kind {found[0].kind}, not linear")
+    if not found[0].weight.startswith(f"{BASE}."):
+        raise _unclear(f"its {role}s come from a weight that is not the model's own")
+    return _Projection(found[0], analysis.tracer(found[0].op))
+
+
+def _width(found: Occurrence) -> int:
+    return found.shape[0 if found.transposed else 1]
+
+
+def _is_self(analysis: Analysis, attention: Attention, key: Occurrence) -> bool:
+    """Whether keys are made of what queries are made of, or of a layer over it."""
+    owners = (analysis.owner.get(o) for o in analysis.flows[attention.query].origins)
+    sources = {
+        o.x for w in owners if w is not None for o in w.occurrences if o.op in analysis.flows[attention.query].origins
+    }
+    wanted = {origin for x in sources for origin in analysis.flows[x].origins}
+    x = key.x
+    for _ in range(_STEPS):
+        origins = analysis.flows[x].origins
+        if x in sources or (origins and origins.keys() <= wanted):
+            return True
+        before = [o for origin in origins if origin in analysis.owner for o in analysis.owner[origin].occurrences]
+        if len(origins) != 1 or len(before) != 1:
+            return False
+        x = before[0].x
+    return False
+
+
+def _stacked(analysis: Analysis, attention: Attention) -> int:
+    """How many heads a query of [batch * heads, length, features] has; 1 where it is [batch, length, features]."""
+    origins = [o for o in analysis.flows[attention.query].origins if o in analysis.owner]
+    if len(origins) != 1:
+        raise _unclear("its queries come from several layers")
+    rows = analysis.tracer(origins[0]).rows_at(attention.query)
+    size = hint(attention.query.meta["val"].shape[-1])
+    if not rows or len(rows) % size:
+        raise _unclear("the features of its queries are not those of whole heads")
+    return len(rows) // size
+
+
+def _rows(projection: _Projection, node: fx.Node, heads: int, *, turned: bool) -> tuple[Rows, int]:
+    """The rows that keys or values are, head by head, and of how many heads they are."""
+    for numbers in projection.tracer.numbers_at(node):
+        entries = numbers.transpose(-1, -2) if turned else numbers
+        entries = entries[0, :, 0] if entries.ndim == 4 else entries[: max(heads, 1), 0]
+        found = _in_order(entries - 1, heads)
+        if found is not None:
+            rows, kept = found
+            size = projection.found.shape[1 if projection.found.transposed else 0]
+            Block.of(Part(node.name, rows), size)
+            return rows, kept
+    raise _unclear("the rows of its projections do not lie head by head")
+
+
+def _in_order(entries: Tensor, heads: int) -> tuple[Rows, int] | None:
+    """The rows and the number of heads of [heads, features] row numbers that grow head by head, each head repeated."""
+    rows = sorted({int(row) for row in entries.flatten()})
+    kept, rest = divmod(len(rows), entries.shape[1])
+    if not rows or rows[0] < 0 or rest or heads % kept:
+        return None
+    lying = torch.tensor(rows).view(kept, -1)
+    spread = lying.repeat_interleave(heads // kept, 0)
+    fits = torch.equal(entries, spread) or torch.equal(entries, lying)
+    return (as_ranges(set(rows)), kept) if fits else None
+
+
+def _scale(analysis: Analysis, attention: Attention, key: _Projection) -> float:
+    """The factor of a query's product with a key as its layer makes it: also what the model multiplies keys by."""
+    on_keys = _factor(analysis, key, attention.key, key.found.op, lambda flow: key.found.op in flow.origins)
+    if op_name(attention.op) == FUSED_ATTENTION:
+        given = attention.op.kwargs.get("scale")
+        features = hint(attention.query.meta["val"].shape[-1])
+        return on_keys * (features**-0.5 if given is None else _number(given))
+    product, logits = attention.product, attention.logits
+    assert logits is not None
+    on_scores = _factor(analysis, key, logits, product, lambda flow: product in flow.products, strict=True)
+    return on_keys * on_scores * _number(product.kwargs.get("alpha", 1.0))
+
+
+def _factor(
+    analysis: Analysis,
+    key: _Projection,
+    node: fx.Node,
+    source: fx.Node,
+    comes_from: Callable[[Flow], bool],
+    *,
+    strict: bool = False,
+) -> float:
+    """The product of the numbers that a value is multiplied by on its way from a source; `strict` refuses tensors."""
+    factor = 1.0
+    while node is not source:
+        before = next((n for n in node.all_input_nodes if n is source or comes_from(analysis.flows[n])), None)
+        if before is None:
+            raise _unclear("its scores cannot be followed")
+        factor *= _multiplier(analysis, key, node, before, strict=strict)
+        node = before
+    return factor
+
+
+def _multiplier(analysis: Analysis, key: _Projection, node: fx.Node, before: fx.Node, *, strict: bool) -> float:
+    name = op_name(node)
+    if name not in ("mul", "multiply", "div", "true_divide"):
+        return 1.0
+    other = next((a for a in node.args if a is not before), None)
+    if isinstance(other, fx.Node):
+        if not _is_number(other):
+            if strict and any(str(n.target).startswith(f"{BASE}.") for n in _ancestors(other)):
+                raise _unclear("its scores are scaled by what is learned")
+            return 1.0
+        other = key.tracer.constant(other)
+        if isinstance(other, FakeTensor) or (isinstance(other, Tensor) and other.is_meta):
+            raise _unclear("its scale is a tensor without a value")
+    number = _number(other)
+    return number if name.startswith("mul") else 1.0 / number
+
+
+def _is_number(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and not all(isinstance(n, int) and n == 1 for n in value.shape):
+        return False
+    return all(n.op != "placeholder" and not _is_parameter(n) for n in _ancestors(node))
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return node.op == "get_attr" and isinstance(value, Tensor) and bool(value.requires_grad)
+
+
+def _ancestors(node: fx.Node) -> Iterable[fx.Node]:
+    seen, todo = {node}, [node]
+    while todo:
+        yield (current := todo.pop())
+        new = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(new)
+        todo += new
+
+
+def _number(value: object) -> float:
+    return float(value.node.hint) if isinstance(value, torch.SymFloat) else float(value)  # type: ignore[arg-type]
+
+
+def _output(analysis: Analysis, attention: Attention) -> str:
+    """The first layer that reads what the attention gives, as it is or normed or gated."""
+    readers = (found for found, _ in analysis.readers[attention.op] if found.kind == "linear")
+    return next((found.path for found in readers), "")

@@ -1,0 +1,100 @@
+"""LLaMA-Adapter: a gated prompt that the last attentions attend to (Zhang et al. 2023, arXiv:2303.16199).
+
+With `q` the attention's query behind its rotation, and `P` the prompt, [adapter_len, width], which the attention's own
+projections make keys and values of, the attention gives
+
+    attention(q, ...) + gate * softmax(scale * q key(P)^T) value(P)
+
+with no mask and no rotation of `key(P)`; the softmax is in fp32, and `scale` is the attention's own. The sum goes
+through the output projection. In HF PEFT's GPT-2, told here by a weight [in, out] that holds query, key and value, it
+does not: there the second term joins what leaves the attention's module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from peftfx.attending import AttentionMethod
+from peftfx.errors import PeftfxError
+from peftfx.method import Method, Params
+from peftfx.sites import Site
+from peftfx.vectors import adapter_dtype
+
+PROMPT, GATE = "adaption_prompt", "adaption_gate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaAdapter(AttentionMethod):
+    """A prompt for each of the last attentions, behind a gate that starts at 0. HF PEFT calls it an adaption prompt.
+
+    Args:
+        adapter_len: tokens of a prompt.
+        adapter_layers: how many attentions, counted from the last one that is targeted; by default all of them.
+        target_modules: the end of the path of the modules that compute attention, `self_attn` say; by default every
+            self-attention.
+    """
+
+    adapter_len: int = 10
+    adapter_layers: int | None = None
+
+    peft_type: ClassVar[str] = "ADAPTION_PROMPT"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("adapter_len", self.adapter_len), ("adapter_layers", self.adapter_layers)):
+            if least is not None and least < 1:
+                raise PeftfxError(f"{name} must be 1 or more, not {least}", name, "LlamaAdapter(adapter_len=10)")
+
+    __hash__ = Method.__hash__
+
+    def among(self, sites: Sequence[Site]) -> Sequence[Site]:
+        count = len(sites) if self.adapter_layers is None else self.adapter_layers
+        if count > len(sites):
+            what = f"adapter_layers is {count}, and the target has {len(sites)} attentions"
+            raise PeftfxError(what, "adapter_layers", "leave it out to adapt all of them")
+        return sites[len(sites) - count :]
+
+    def init(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
+        assert site.heads is not None
+        like = torch.empty(
+            1, self.adapter_len, site.heads.width, dtype=adapter_dtype(weight.dtype), device=weight.device
+        )
+        return {PROMPT: like.normal_(generator=rng), GATE: like.new_zeros(1)}
+
+    def reads(self, p: Params) -> Tensor:
+        return p[PROMPT]
+
+    def is_behind(self, site: Site) -> bool:
+        return site.heads is not None and site.heads.packed
+
+    def attend(
+        self, site: Site, query: Tensor, output: Tensor, key: Tensor, value: Tensor, p: Params, training: bool
+    ) -> Tensor:
+        assert site.heads is not None
+        served = site.heads.count // site.heads.kept
+        # The scale and the gate are put where they cost least, and on export nothing.
+        keys = (key * site.heads.scale).to(query.dtype).repeat_interleave(served, 0)
+        values = (value * p[GATE]).to(query.dtype).repeat_interleave(served, 0)
+        scores = query @ keys.transpose(-1, -2)
+        return (output + scores.softmax(-1, torch.float32).to(query.dtype) @ values).to(output.dtype)
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {PROMPT: PROMPT, GATE: GATE}
+
+    def naming(self, paths: Sequence[str], modules: Sequence[str]) -> LlamaAdapter:
+        """HF PEFT takes the last `adapter_layers` of the modules whose paths end with one name.
+
+        Where no name does, the paths themselves are given, which it refuses.
+        """
+        parts = paths[0].split(".")
+        names = (".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
+        endings = {name: [module for module in modules if module.endswith(f".{name}")] for name in names}
+        name = next((n for n, ending in endings.items() if set(ending[-len(paths) :]) == set(paths)), None)
+        filters: dict[str, Any] = dict.fromkeys(("target", "exclude_modules", "layers_to_transform", "layers_pattern"))
+        return dataclasses.replace(self, target_modules=name or tuple(paths), adapter_layers=len(paths), **filters)
