@@ -113,7 +113,8 @@ def export_onnx(
                 report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")
         for part in parts:
             if isinstance(part.view, Decode):
-                write_genai_config(temporary, adapted.base.config, part.view)
+                _, entry = adapted.within(part.view)
+                write_genai_config(temporary, adapted.base.config, part.view, 0 if entry is None else entry.shape[0])
         report.measure(temporary)
         if assets is not None:
             assets(temporary)

@@ -14,7 +14,7 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length
 _UNLIMITED = 2048
 
 
-def write_genai_config(directory: Path, config: Any, view: Decode) -> bool:
+def write_genai_config(directory: Path, config: Any, view: Decode, ahead: int = 0) -> bool:
     """Write `genai_config.json` into a directory, and say whether GenAI can run the model at all.
 
     It cannot where layers differ in their heads, or keys in width from values: its config has one number for all.
@@ -24,17 +24,19 @@ def write_genai_config(directory: Path, config: Any, view: Decode) -> bool:
         directory: has `model.onnx` in the decode view.
         config: transformers', of the model.
         view: that view.
+        ahead: virtual tokens bound inside, which take of what the model can hold.
     """
     layers = set(view.layers)
     if len(layers) != 1 or any(layer.key != layer.value for layer in layers):
         return False
     (layer,) = layers
     text = config.get_text_config(decoder=True)
+    length = context_length(text) - ahead
     made = {
         "model": {
             "type": "decoder",  # any: what a named type would add is in the graph
             "vocab_size": text.vocab_size,
-            "context_length": context_length(text),
+            "context_length": length,
             **_tokens(config, text),
             "decoder": {
                 "session_options": {"provider_options": []},
@@ -57,7 +59,7 @@ def write_genai_config(directory: Path, config: Any, view: Decode) -> bool:
             },
         },
         "search": {
-            "max_length": context_length(text),
+            "max_length": length,
             "do_sample": False,
             "num_beams": 1,
             "past_present_share_buffer": False,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.adapted import AdaptedModel
+from peftfx.entry import Entry, forward
 from peftfx.errors import PeftfxError
 from peftfx.export.verify import VerificationError
 from peftfx.graph import Graph, path_name
@@ -67,13 +68,14 @@ def view_probes(adapted: AdaptedModel, view: View) -> list[dict[str, Tensor]]:
         PeftfxError: the eager model refuses one.
         VerificationError: the capture is not what the model computes.
     """
-    captured = adapted.graph(adapted=False, view=view)
+    seen, entry = adapted.within(view)
+    captured = adapted.capture(seen.inputs(adapted.base), entry, seen)
     found = []
     for seed, sizes in enumerate(view.trials):
-        case = view.inputs(adapted.base, sizes=sizes, seed=seed + 1)
+        case = seen.inputs(adapted.base, sizes=sizes, seed=seed + 1)
         try:
             with without_cache(adapted.base):
-                want = view(adapted.base, case)
+                want = _seen(seen, entry, adapted.base, case)
         except Exception as error:
             what = f"the model does not run in its {view.name} view: {str(error).strip().partition(chr(10))[0]}"
             raise PeftfxError(what, type(adapted.base).__name__, "export its forward view") from error
@@ -82,6 +84,13 @@ def view_probes(adapted: AdaptedModel, view: View) -> list[dict[str, Tensor]]:
             _hold(name, view.shown(name, case, a), view.shown(name, case, b), same=a.shape == b.shape)
         found.append(case)
     return found
+
+
+def _seen(view: View, entry: Entry | None, base: nn.Module, case: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model's own code gives in a view, under a soft prompt that is zero."""
+    output = view(base, case) if entry is None else entry(view, base, entry.hole(base), case)
+    assert isinstance(output, dict)
+    return output
 
 
 def _case(
@@ -125,7 +134,7 @@ def _resized(
 def _eager(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
     """What the model's own code answers, through the entry of an active soft prompt; the prompt itself is zero."""
     entry = adapted.entry()
-    return adapted.base(**call) if entry is None else entry(adapted.base, entry.hole(adapted.base), call)
+    return adapted.base(**call) if entry is None else entry(forward, adapted.base, entry.hole(adapted.base), call)
 
 
 def _nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[str, object]:

@@ -17,6 +17,7 @@ from peftfx.export.verify import Comparison
 from peftfx.graph import DERIVED, Graph
 from peftfx.passes.base import attributes_of
 from peftfx.passes.freeze import Computed
+from peftfx.passes.prefill import Left
 
 REPORT = "peftfx_report.json"
 
@@ -86,7 +87,7 @@ class Report:
             if isinstance(recipe, Derived):
                 self.merged_bytes += sizes.get(f"{DERIVED}.{name}", 0)
                 graph.derived[name] = replace(recipe, tell=self._add_rounding)
-        folded = (name for name, recipe in graph.derived.items() if isinstance(recipe, Computed))
+        folded = (name for name, recipe in graph.derived.items() if isinstance(recipe, Computed | Left))
         self.folded = sorted({*self.folded, *folded})
 
     def _add_rounding(self, path: str, rounding: Rounding) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peftfx.graph import DERIVED, Graph, link
+from peftfx.graph import DERIVED, Graph
 from peftfx.passes.base import Pass, PassResult
 
 
@@ -17,17 +17,22 @@ class Evaluate(Pass):
     preserves = True
 
     def __call__(self, graph: Graph) -> PassResult:
-        if not graph.derived or DERIVED in graph.module._modules:
+        if graph.evaluated >= graph.derived.keys():
             return PassResult(graph, 0)
         new = graph.clone()
-        root = nn.Module()
-        for name in graph.derived:
-            path, _, leaf = name.rpartition(".")
-            holder = root
-            for part in path.split("."):
-                if part not in holder._modules:
-                    holder.add_module(part, nn.Module())
-                holder = holder.get_submodule(part)
-            holder.register_buffer(leaf, graph.get(f"{DERIVED}.{name}"))
-        new.module = link(new.module.graph, {**dict(new.module.named_children()), DERIVED: root})
+        evaluate(new)
         return PassResult(new, len(new.derived))
+
+
+def evaluate(graph: Graph) -> None:
+    """Give the derived weights of a graph the values that they have now, in place."""
+    root = nn.Module()
+    for name, recipe in graph.derived.items():
+        path, _, leaf = name.rpartition(".")
+        holder = root
+        for part in path.split("."):
+            if part not in holder._modules:
+                holder.add_module(part, nn.Module())
+            holder = holder.get_submodule(part)
+        holder.register_buffer(leaf, recipe.evaluate(graph.get))
+    graph.module.add_module(DERIVED, root)

@@ -66,14 +66,19 @@ def freeze(graph: Graph) -> int:
 
 
 def _input_free(graph: Graph) -> dict[fx.Node, None]:
-    """An adapter's tensors, and what is computed from them and perhaps the base's, but from no input; in order."""
+    """An adapter's tensors, and what its own code computes from them and the base's, but from no input; in order.
+
+    Not what the model's code makes of it: that may be a thousand pieces of one table.
+    """
     constant: set[fx.Node] = set()
     found: dict[fx.Node, None] = {}
     for node in graph.nodes():
         if node.op == "get_attr" or _is_constant(node, constant):
             constant.add(node)
             own = str(node.target).startswith(f"{ADAPTERS}.") and OVERRIDES not in node.meta
-            if (node.op == "get_attr" and own) or any(n in found for n in node.all_input_nodes):
+            if (node.op == "get_attr" and own) or (
+                REGION in node.meta and any(n in found for n in node.all_input_nodes)
+            ):
                 found[node] = None
     return found
 

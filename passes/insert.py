@@ -95,8 +95,10 @@ def _insert(splicer: Splicer, placement: Placement) -> int:
 
 
 def _fill(splicer: Splicer, placement: Placement, method: SequenceMethod) -> int:
-    """Put a soft prompt into the hole of the entry that this view was captured through."""
-    hole = splicer.attributes[TARGET]
+    """Put a soft prompt into the hole of the entry that this view was captured through, if it has one."""
+    hole = splicer.attributes.get(TARGET)
+    if hole is None:  # the view does not see the prompt, or sees what another pass makes of it
+        return 0
     params = splicer.parameters(placement, splicer.name, splicer.adapter, hole)
     fake = [n.meta["val"] for n in params.values()]
     traced = trace_virtual(method, hole.meta["val"], list(params), fake, training=splicer.graph.training)

@@ -30,7 +30,7 @@ class Merge(Pass):
 
     def __call__(self, graph: Graph) -> PassResult:
         steps = _steps(graph)
-        if not results(graph):
+        if not results(graph) and not any(OVERRIDES in n.meta for n in graph.nodes()):
             return PassResult(graph, 0)
         merged = _without_regions(graph)
         nodes, attributes = {n.name: n for n in merged.nodes()}, attributes_of(merged)

@@ -10,20 +10,26 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from peftfx.adapter import Adapter, check_name
+from peftfx.ahead import Prefilled
 from peftfx.attending import AttentionMethod
 from peftfx.capturing import capture, evaluating, fake_mode_of
+from peftfx.decode import Decode
 from peftfx.entry import Entry
 from peftfx.errors import PeftfxError, nearest
 from peftfx.graph import ADAPTERS, BASE, Graph, path_name
 from peftfx.merging import MergeReport, merge_into
-from peftfx.passes import Insert, Merge, PassManager
+from peftfx.passes import Insert, Merge, Pass, PassManager
+from peftfx.passes.fold import evaluate
+from peftfx.passes.prefill import Left, Prefill
 from peftfx.rules import place
 from peftfx.sites import Sites
 from peftfx.soft import SequenceMethod
 from peftfx.views import View, find_view
+from peftfx.within import within
 
 Rules = object
 """What `transform` takes as rules: a Method, a text, a `peft` config object, or a sequence of them."""
@@ -269,28 +275,42 @@ class AdaptedModel(nn.Module):
             view: `forward`, or another view of the model: `decode` has the key/value cache in and out.
         """
         shown = self.view(view) if isinstance(view, str) else view
+        entry = self.entry() if adapted else None
         if shown is not None:
+            shown, entry = self.within(shown) if adapted else (shown, None)
             inputs = shown.inputs(self.base) if inputs is None else inputs
         else:
             inputs = self.example if inputs is None else _named(self.base, (), inputs)
-        entry = self.entry() if adapted else None
-        if shown is not None and entry is not None:
-            hint = "use its forward, or a method that acts on weights"
-            raise PeftfxError(f"a soft prompt is not in the {shown.name} view yet", "", hint)
         captured = self.capture(inputs, entry, shown)
         if not adapted or not self.active:
             return captured
+        if isinstance(entry, Prefilled) and isinstance(shown, Decode):
+            through = self._insert(self.capture(inputs, entry.tokens, shown))
+            found = self._insert(captured, Prefill(Left(through, shown, entry)))
+        else:
+            found = self._insert(captured)
+        if found.derived and not isinstance(fake_mode_of(self.base), FakeTensorMode):
+            evaluate(found)  # the adapters may have changed
+        return found
+
+    def _insert(self, captured: Graph, *more: Pass) -> Graph:
+        """A captured graph with the active adapters in it, made once, and with what these passes make of that."""
         key = (id(captured), self.active)
         if key not in self._derived:
             linked = captured.clone()
             linked.module.add_module(ADAPTERS, self.adapters)
-            passes = [Insert(name, self.adapter(name)) for name in self.active]
+            passes = [*(Insert(name, self.adapter(name)) for name in self.active), *more]
             try:
                 self._derived[key] = PassManager(passes, check="none")(linked)
             except PeftfxError:
                 self._captured.clear()  # a method that asked for a size has bound it, for all graphs of this capture
                 raise
         return self._derived[key]
+
+    def within(self, view: View) -> tuple[View, Entry | None]:
+        """A view of the base as it is under an active soft prompt, and the way into it."""
+        entry = self.entry()
+        return (view, None) if entry is None else within(view, entry)
 
     def entry(self) -> Entry | None:
         """The way into the base that an active soft prompt takes; None is the base's own forward."""
@@ -305,10 +325,11 @@ class AdaptedModel(nn.Module):
         self._known(inputs, None).append(graph)
 
     def view(self, name: str) -> View | None:
-        """The view of this name; `None` for the forward."""
+        """The view of this name, as it is under an active soft prompt; `None` for the forward."""
         if name not in self._views:
             self._views[name] = find_view(self.base, name)
-        return self._views[name]
+        found = self._views[name]
+        return None if found is None else self.within(found)[0]
 
     def generate(self, *args: object, **kwargs: object) -> object:
         """Generate tokens with the active adapters: transformers' own `generate`, over the graph of the decode view.

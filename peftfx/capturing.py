@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import fx, nn
@@ -17,16 +17,13 @@ from torch._guards import detect_fake_mode
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from peftfx.entry import HOLE, Entry
+from peftfx.entry import Call, Entry, forward
 from peftfx.errors import PeftfxError
 from peftfx.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.inputs import example_inputs
 from peftfx.roles import find_sites
 from peftfx.stored import faked
 from peftfx.views import Axes, name_axes, without_cache
-
-Call = Callable[[nn.Module, Mapping[str, object]], object]
-"""How a view runs a module: given it and the keyword arguments of the view, it returns tensors."""
 
 
 def capture(
@@ -48,20 +45,20 @@ def capture(
             size. A named axis is left free, also where its size is 1, unless the model's own code fixes it; one named
             `None` keeps its size, and the axes of a tensor that is not mentioned are all free.
         call: how the model is run with `inputs`; by default its forward takes them.
-        entry: another way into the model than its own forward; see `peftfx.entry`.
+        entry: a way to make the call under something more; see `peftfx.entry`.
 
     Raises:
         PeftfxError: the model's code cannot be captured (it branches on values, or returns no tensors).
     """
     inputs = example_inputs(model) if inputs is None else inputs
-    if entry is not None:
+    if entry is not None and call is None:
         entry.check(inputs)
     leaves, in_spec = pytree.tree_flatten_with_path(dict(inputs))
     tensors = {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
     axes = name_axes(tensors) if axes is None else axes
     _refuse_checkpointing(model)
     with isolated(model), faked(model), fake_mode_of(model), without_cache(model):
-        wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves], call or _forward, entry)
+        wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves], call or forward, entry)
         wrapper.train(model.training)
         examples = {name: _fresh(model, t, axes.get(name)) for name, t in tensors.items()}
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
@@ -87,7 +84,7 @@ class _Flat(nn.Module):
         self._modules[BASE] = base
         self.spec, self.leaves, self.call, self.entry = spec, leaves, call, entry
         if entry is not None:
-            self.register_buffer(HOLE, entry.hole(base))
+            self.register_buffer(entry.name, entry.hole(base))
 
     def train(self, mode: bool = True) -> _Flat:
         """Set this module's own flag alone: the modes inside `base` are the caller's."""
@@ -100,11 +97,7 @@ class _Flat(nn.Module):
         base, arguments = self.get_submodule(BASE), pytree.tree_unflatten(leaves, self.spec)
         if self.entry is None:
             return self.call(base, arguments)
-        return self.entry(base, self.get_buffer(HOLE), arguments)
-
-
-def _forward(model: nn.Module, inputs: Mapping[str, object]) -> object:
-    return model(**inputs)
+        return self.entry(self.call, base, self.get_buffer(self.entry.name), arguments)
 
 
 @contextlib.contextmanager

@@ -1,19 +1,23 @@
 """Entries: ways into a model. A soft prompt changes the call and no weight, so that it is captured as another call.
 
 A view that is captured through an entry has a hole: a constant that the entry's code reads, and that a soft prompt
-fills (`passes/insert.py`). Unfilled it is zero.
+fills (`passes/insert.py`). Unfilled it is zero. What an entry does in which view is told by `peftfx/within.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peftfx.errors import PeftfxError
+
+Call = Callable[[nn.Module, Mapping[str, object]], object]
+"""How a view runs a module: given it and the keyword arguments of the view, it returns tensors."""
 
 HOLE = "hole"  #: the constant's name in a graph's constants
 #: Arguments that run along the text, and what they are for a virtual token; positions go on counting.
@@ -23,7 +27,7 @@ POSITIONS = "position_ids"
 
 @dataclass(frozen=True)
 class Entry(ABC):
-    """A way to call the base with the arguments of its own forward, and one tensor more.
+    """A way to call the base with the arguments of one of its views, and one tensor more.
 
     Attributes:
         shape: of the hole.
@@ -33,6 +37,9 @@ class Entry(ABC):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    name: ClassVar[str] = HOLE
+    """Of the hole: another than `HOLE` is filled by something else than a method's own tensors."""
+
     def hole(self, base: nn.Module) -> Tensor:
         """What the hole holds until it is filled."""
         device = next((p.device for p in base.parameters()), torch.device("cpu"))
@@ -40,11 +47,16 @@ class Entry(ABC):
 
     @abstractmethod
     def check(self, inputs: Mapping[str, object]) -> None:
-        """Refuse a call that cannot be made through this entry; sizes of `inputs` are those of the example."""
+        """Refuse a forward that cannot be run through this entry; sizes of `inputs` are those of the example."""
 
     @abstractmethod
-    def __call__(self, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
-        """The base's own output for these arguments, under what is in the hole."""
+    def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+        """What `call` gives for the base and these arguments, under what is in the hole."""
+
+
+def forward(base: nn.Module, arguments: Mapping[str, object]) -> object:
+    """The call that is the base's own forward."""
+    return base(**arguments)
 
 
 @dataclass(frozen=True)
@@ -90,21 +102,21 @@ class VirtualTokens(Entry):
                 what = f"{name} runs along the text, and virtual tokens have none of it"
                 raise PeftfxError(what, name, "leave it out, or use a method that acts on weights")
 
-    def __call__(self, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
-        call = {name: value for name, value in arguments.items() if name not in self.dropped}
+    def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+        given = {name: value for name, value in arguments.items() if name not in self.dropped}
         for name in self._grown:
-            value = call.get(name)
+            value = given.get(name)
             if isinstance(value, Tensor) and value.ndim > 1 and not value.is_floating_point():
-                call[name] = self._widened(name, value)
-        embeds, ids = call.get("inputs_embeds"), call.get(self.tokens)
+                given[name] = self._widened(name, value)
+        embeds, ids = given.get("inputs_embeds"), given.get(self.tokens)
         if isinstance(embeds, Tensor):
-            call["inputs_embeds"] = self._ahead(hole, embeds)
-            return base(**call)
+            given["inputs_embeds"] = self._ahead(hole, embeds)
+            return call(base, given)
         assert isinstance(ids, Tensor)
-        call[self.tokens] = _ahead(ids, ids.new_full((self.shape[0],), self.filler))
-        return self._called_on_ids(base, hole, call)
+        given[self.tokens] = _ahead(ids, ids.new_full((self.shape[0],), self.filler))
+        return self._called_on_ids(call, base, hole, given)
 
-    def _called_on_ids(self, base: nn.Module, hole: Tensor, call: Mapping[str, object]) -> object:
+    def _called_on_ids(self, call: Call, base: nn.Module, hole: Tensor, given: Mapping[str, object]) -> object:
         """Call the base with the first rows of what it embeds first, which is the text, replaced."""
         calls = 0
 
@@ -115,7 +127,7 @@ class VirtualTokens(Entry):
 
         handle = base.get_submodule(self.embedding).register_forward_hook(replace)
         try:
-            output = base(**call)
+            output = call(base, given)
         finally:
             handle.remove()
         if not calls:

@@ -114,11 +114,17 @@ class Graph:
     def get(self, target: str) -> torch.Tensor:
         """The tensor that a `get_attr` node with this target reads now; a derived weight is computed."""
         name = target.removeprefix(f"{DERIVED}.")
-        if name != target and name in self.derived and DERIVED not in self.module._modules:
+        if name != target and name in self.derived and name not in self.evaluated:
             return self.derived[name].evaluate(self.get)
         value = operator.attrgetter(target)(self.module)
         assert isinstance(value, torch.Tensor), target
         return value
+
+    @property
+    def evaluated(self) -> frozenset[str]:
+        """The derived weights that have a value."""
+        holder = self.module._modules.get(DERIVED)
+        return frozenset(() if holder is None else (name for name, _ in holder.named_buffers()))
 
     def text(self) -> str:
         """The program as text, in a form that does not depend on how its nodes happen to be named."""

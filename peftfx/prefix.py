@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftfx.entry import POSITIONS, Entry
+from peftfx.entry import POSITIONS, Call, Entry
 from peftfx.errors import PeftfxError
 from peftfx.inputs import example_inputs
 from peftfx.stored import faked
@@ -24,22 +24,23 @@ _CACHE = "cache"  #: transformers' name for the argument
 
 @dataclass(frozen=True)
 class Prefix(Entry):
-    """Keys and values of virtual tokens, one row of the hole for each layer's keys and one for its values.
+    """Keys and values of virtual tokens in every layer, as a cache that holds them already.
 
-    The hole is [2 * layers, heads, tokens, head features]. Queries attend to the prefix as the model's code has them
-    attend to a cache; masks grow by ones, positions go on counting behind it, and no output is longer.
+    The hole is [tokens, 2 * layers * heads * head features]: a layer's keys and then its values, layer after layer.
+    Queries attend to the prefix as the model's code has them attend to a cache; masks grow by ones, positions go on
+    counting behind it, and no output is longer.
 
     Attributes:
+        heads: that a layer keeps keys of.
+        layers: of the model.
         decodes: whether the cache is a decoder's, behind an encoder that has none.
         dropped: arguments that HF PEFT does not pass on.
     """
 
+    heads: int
+    layers: int
     decodes: bool = False
     dropped: frozenset[str] = frozenset()
-
-    @property
-    def _tokens(self) -> int:
-        return self.shape[2]
 
     @property
     def _masks(self) -> str:
@@ -54,16 +55,17 @@ class Prefix(Entry):
         if given is not None:
             raise PeftfxError("the prefix is itself the cache of this call", given, "leave it out")
 
-    def __call__(self, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
-        call = {name: value for name, value in arguments.items() if name not in self.dropped}
-        mask, positions = call.get(self._masks), call.get(_positions(self.decodes))
+    def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+        given = {name: value for name, value in arguments.items() if name not in self.dropped}
+        count, mask, positions = hole.shape[0], given.get(self._masks), given.get(_positions(self.decodes))
         if isinstance(mask, Tensor):
-            call[self._masks] = torch.cat([mask.new_ones(mask.shape[0], self._tokens), mask], dim=1)
+            given[self._masks] = torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
         if isinstance(positions, Tensor):
-            call[_positions(self.decodes)] = positions + self._tokens
-        rows = hole.expand(_batch(arguments), *hole.shape).unbind(1)
+            given[_positions(self.decodes)] = positions + count
+        table = hole.unflatten(1, (2 * self.layers, self.heads, -1)).permute(1, 2, 0, 3)
+        rows = table.expand(_batch(arguments), *table.shape).unbind(1)
         cache = _filled(rows)
-        output = base(**call, **{_CACHE: _beside_encoder(cache) if self.decodes else cache})
+        output = call(base, {**given, _CACHE: _beside_encoder(cache) if self.decodes else cache})
         if any(getattr(layer, "keys", None) is rows[2 * i] for i, layer in enumerate(cache.layers)):
             raise _no_place(base)
         return _without_cache(output)

@@ -36,11 +36,23 @@ ENCODED, DECODED = "encoder", "decoder"
 
 @dataclass(frozen=True)
 class Layers:
-    """What both views know: the layers of the decoder's two caches, and the width of the encoded text."""
+    """What both views know.
+
+    Attributes:
+        own: the layers of the decoder's cache of what it decodes.
+        cross: of its cache of the encoded text.
+        width: of the encoded text.
+        ahead: how many virtual tokens are encoded ahead of the text, unseen by whoever makes its mask.
+    """
 
     own: tuple[Held, ...]
     cross: tuple[Held, ...]
     width: int
+    ahead: int = 0
+
+    def widened(self, mask: Tensor) -> Tensor:
+        """The mask of what is encoded, given that of the text."""
+        return torch.cat([mask.new_ones(mask.shape[0], self.ahead), mask], 1) if self.ahead else mask
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ class Encoder:
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
         """What is computed for the tokens that the mask shows."""
-        mask = inputs["attention_mask"].cpu() != 0
+        mask = self.layers.widened(inputs["attention_mask"].cpu()) != 0
         return value[mask] if name == "last_hidden_state" else value.transpose(1, 2)[mask]
 
 
@@ -95,11 +107,12 @@ class Decoder:
     def axes(self) -> Axes:
         """The name of each input's axes."""
         count = len(self.layers.own)
+        encoded = "encoder_total" if self.layers.ahead else "encoder_sequence"
         return {
             "input_ids": ("batch", "sequence"),
             "encoder_attention_mask": ("batch", "encoder_sequence"),
             **dict.fromkeys(cache_names(PAST, count, part=DECODED), ("batch", None, "past", None)),
-            **dict.fromkeys(cache_names(PAST, count, part=ENCODED), ("batch", None, "encoder_sequence", None)),
+            **dict.fromkeys(cache_names(PAST, count, part=ENCODED), ("batch", None, encoded, None)),
         }
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
@@ -108,9 +121,10 @@ class Decoder:
         text = example_inputs(base, sizes={"batch": batch, "sequence": length, "decoder_sequence": sequence}, seed=seed)
         with unset_fake_temporarily():
             random = torch.Generator().manual_seed(seed)
+            held_by = (DECODED, self.layers.own, past), (ENCODED, self.layers.cross, length + self.layers.ahead)
             caches = {
                 name: torch.randn(batch, layer.heads, size, width, generator=random).to(layer.dtype)
-                for part, layers, size in ((DECODED, self.layers.own, past), (ENCODED, self.layers.cross, length))
+                for part, layers, size in held_by
                 for i, layer in enumerate(layers)
                 for name, width in zip(cache_names(PAST, 1, i, part), (layer.key, layer.value), strict=True)
             }
@@ -126,7 +140,7 @@ class Decoder:
         count = len(self.layers.own)
         own = cache_of([given[name] for name in cache_names(PAST, count, part=DECODED)])
         cross = cache_of([given[name] for name in cache_names(PAST, count, part=ENCODED)])
-        mask = given["encoder_attention_mask"]
+        mask = self.layers.widened(given["encoder_attention_mask"])
         # Of the encoded text itself only the shape is looked at: its keys and values are in the cache.
         encoded = mask.new_zeros((*mask.shape, self.layers.width), dtype=self.layers.own[0].dtype)
         output = base(

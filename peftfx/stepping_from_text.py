@@ -30,6 +30,7 @@ class TextEncoder:
         output = BaseModelOutput(last_hidden_state=found["last_hidden_state"])  # type: ignore[call-arg, arg-type]
         for name, value in found.items():
             output[name] = value  # a part of it: beams and samples repeat all parts
+        output["attention_mask"] = mask
         return output
 
     __call__ = forward
@@ -101,7 +102,7 @@ class GeneratesFromText(Generates):
                 for width in (layer.key, layer.value)
             ]
         if mask is None:
-            mask = torch.ones(len(tokens), held(cross)[0].shape[2], dtype=torch.long, device=tokens.device)
+            mask = encoded["attention_mask"]
         return {
             "input_ids": tokens,
             "encoder_attention_mask": mask.long(),

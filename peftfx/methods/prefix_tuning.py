@@ -93,19 +93,16 @@ class PrefixTuning(SequenceMethod):
 
     def virtual(self, p: Params, training: bool) -> Tensor:
         assert self.num_layers is not None
-        assert self.num_attention_heads is not None
-        rows = self.saved(p, training).unflatten(1, (2 * self.num_layers, self.num_attention_heads, -1))
-        rows = rows.permute(1, 2, 0, 3)
+        table = self.saved(p, training)
         if self.submodules == 1:
-            return rows
-        # HF PEFT doubles the table and gives each layer four rows of it, of which self-attention takes the first two.
-        taken = [(4 * i + j) % (2 * self.num_layers) for i in range(self.num_layers) for j in (0, 1)]
-        return torch.stack([rows[i] for i in taken])
+            return table
+        # HF PEFT doubles the table and gives each layer four parts of it, of which self-attention takes the first two.
+        parts = table.chunk(2 * self.num_layers, 1)
+        taken = [(4 * i + j) % len(parts) for i in range(self.num_layers) for j in (0, 1)]
+        return torch.cat([parts[i] for i in taken], 1)
 
     def entry(self, base: nn.Module, site: Site) -> Entry:
         assert self.num_layers is not None
         assert self.num_attention_heads is not None
-        assert self.token_dim is not None
-        heads = self.num_attention_heads
-        shape = (2 * self.num_layers, heads, self.num_virtual_tokens, self.token_dim // heads)
-        return Prefix(shape, stream_dtype(base, site), encodes_and_decodes(base), untyped(base))
+        sizes = self.num_attention_heads, self.num_layers
+        return Prefix(self.saved_shape(), stream_dtype(base, site), *sizes, encodes_and_decodes(base), untyped(base))

@@ -1,0 +1,97 @@
+"""prefill: virtual tokens ahead of a causal model become the keys and values that they leave in its cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from peftfx.ahead import Prefilled
+from peftfx.decode import PRESENT, Decode, cache_names
+from peftfx.derived import Get
+from peftfx.errors import PeftfxError
+from peftfx.graph import CONSTANTS, DERIVED, Graph
+from peftfx.passes.base import Pass, PassResult, attribute, attributes_of
+
+NAME = "sequence.prefilled"  #: of the derived tensor
+TOLERANCE = 1e-4  #: of keys under one text against those under another, relative to the largest
+
+
+@dataclass(frozen=True)
+class Left:
+    """The recipe of what virtual tokens leave in a cache: the model is run on them, one weight at a time.
+
+    It is run on two texts behind them, so that a model whose virtual tokens see the text is found out.
+
+    Attributes:
+        graph: the model's decode view with the virtual tokens in its stream of tokens, adapted.
+        view: that view.
+        entry: says how many there are, and a token to put behind them.
+    """
+
+    graph: Graph = field(repr=False)
+    view: Decode
+    entry: Prefilled
+
+    @torch.no_grad()
+    def evaluate(self, get: Get) -> Tensor:
+        """A row for each virtual token, of all that the layers keep of it.
+
+        Raises:
+            PeftfxError: it depends on the text behind it.
+        """
+
+        def read(target: str) -> Tensor:
+            return self.graph.get(target) if target.startswith(f"{CONSTANTS}.") else get(target)
+
+        flat = _Reads(self.graph.module, read).run(*self._texts())
+        outputs = dict(zip(self.graph.outputs, flat, strict=True))
+        kept = [outputs[name][:, :, : self.entry.shape[0]] for name in cache_names(PRESENT, len(self.view.layers))]
+        for rows in kept:
+            if float((rows[0] - rows[1]).abs().max()) > TOLERANCE * float(rows.abs().max()):
+                what = "virtual tokens of this model see the text behind them: they are no constant ahead of its cache"
+                raise PeftfxError(what, type(self.graph.base).__name__, "use its forward, or prefix tuning")
+        return torch.cat([rows[0].transpose(0, 1).flatten(1) for rows in kept], 1)
+
+    def _texts(self) -> list[Tensor]:
+        """Two texts of one token, behind no past."""
+        assert self.entry.tokens is not None
+        filler = self.entry.tokens.filler
+        device = next((p.device for p in self.graph.base.parameters()), torch.device("cpu"))
+        made = self.view.inputs(self.graph.base, sizes={"batch": 2, "sequence": 1, "past": 0})
+        made["input_ids"] = torch.tensor([[filler], [filler + 1 if filler == 0 else filler - 1]])
+        return [made[spec.name].to(device) for spec in self.graph.inputs]
+
+
+class _Reads(fx.Interpreter):
+    """Runs a program on tensors that are read when they are needed."""
+
+    def __init__(self, module: fx.GraphModule, get: Get) -> None:
+        super().__init__(module)
+        self.get = get
+
+    def fetch_attr(self, target: str) -> Tensor:
+        """A tensor of the program."""
+        return self.get(target)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill(Pass):
+    """Fill the hole of a decode view by what virtual tokens leave in its cache, computed when it is needed.
+
+    Attributes:
+        left: the recipe.
+    """
+
+    left: Left
+
+    def __call__(self, graph: Graph) -> PassResult:
+        new = graph.clone()
+        hole = attributes_of(new)[f"{CONSTANTS}.{self.left.entry.name}"]
+        new.derived[NAME] = self.left
+        derived = attribute(new.module.graph, f"{DERIVED}.{NAME}", hole.meta["val"], {})
+        hole.replace_all_uses_with(derived)
+        new.module.graph.erase_node(hole)
+        new.module.recompile()
+        return PassResult(new, 1)

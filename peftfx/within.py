@@ -1,0 +1,54 @@
+"""Within: what a soft prompt is in each view of a model, given what it is in the forward.
+
+| | virtual tokens | a prefix |
+| --- | --- | --- |
+| decode | the keys and values that they leave in the cache, ahead of the past | ahead of the past |
+| encoder | ahead of the text | nothing |
+| decoder | the encoded text is longer by them than its mask | ahead of the past |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from peftfx.ahead import Ahead, Prefilled
+from peftfx.caches import Held
+from peftfx.decode import Decode
+from peftfx.entry import Entry, VirtualTokens
+from peftfx.errors import PeftfxError
+from peftfx.prefix import Prefix
+from peftfx.seq2seq import DECODED, Decoder, Encoder
+from peftfx.views import View
+
+
+def within(view: View, entry: Entry) -> tuple[View, Entry | None]:
+    """The view as it is under a soft prompt, and the way into it; none where the view does not see the prompt.
+
+    Args:
+        view: of the base.
+        entry: the way into the base's forward.
+
+    Raises:
+        PeftfxError: the soft prompt has no place in this view.
+    """
+    if isinstance(entry, VirtualTokens):
+        count = entry.shape[0]
+        if isinstance(view, Decode):
+            return view, Prefilled((count, _width(view.layers)), entry.dtype, view.layers, tokens=entry)
+        if isinstance(view, Encoder | Decoder):
+            seen = dataclasses.replace(view, layers=dataclasses.replace(view.layers, ahead=count))
+            return seen, entry if isinstance(view, Encoder) else None
+    if isinstance(entry, Prefix):
+        if isinstance(view, Decode):
+            return view, Ahead(entry.shape, entry.dtype, view.layers)
+        if isinstance(view, Decoder):
+            return view, Ahead(entry.shape, entry.dtype, view.layers.own, DECODED)
+        if isinstance(view, Encoder):
+            return view, None
+    what = f"a {type(entry).__name__} has no place in the {view.name} view"
+    raise PeftfxError(what, view.name, "use its forward, or a method that acts on weights")
+
+
+def _width(layers: tuple[Held, ...]) -> int:
+    """What one token has in all layers of a cache."""
+    return sum(layer.heads * (layer.key + layer.value) for layer in layers)
