@@ -67,9 +67,6 @@ def export_directory(
     def assets(directory: Path) -> None:
         for source in (base, *(() if adapter is None else (Path(adapter),))):
             copy_assets(source, directory)
-        write = getattr(getattr(adapted.base, "config", None), "to_json_file", None)
-        if write is not None:  # not the base's own: a head that came with the adapter has labels of its own
-            write(directory / "config.json")
         inputs.check()
 
     return export_onnx(

@@ -118,8 +118,19 @@ def export_onnx(
         report.measure(temporary)
         if assets is not None:
             assets(temporary)
+        _write_configs(adapted.base, temporary)
         report.write(temporary)
     return report
+
+
+def _write_configs(base: nn.Module, directory: Path) -> None:
+    """Write the config of the model as it is, with the labels of an adapter's head say, and how it generates."""
+    write = getattr(getattr(base, "config", None), "to_json_file", None)
+    if write is not None:
+        write(directory / "config.json")
+    generation = getattr(base, "generation_config", None)
+    if generation is not None and base.can_generate():  # type: ignore[operator]
+        generation.to_json_file(directory / "generation_config.json")
 
 
 class _Stages:

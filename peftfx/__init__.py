@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from peftfx.version import __version__
 
 if TYPE_CHECKING:
+    from peftfx import runtime as runtime
     from peftfx.adapted import AdaptedModel
     from peftfx.api import inspect, load, plan, transform
     from peftfx.capturing import capture
@@ -62,11 +63,14 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "runtime",
     "transform",
 ]
 
 
 def __getattr__(name: str) -> object:
+    if name == "runtime":
+        return importlib.import_module("peftfx.runtime")
     if name not in _HOME:
         raise AttributeError(f"module 'peftfx' has no attribute {name!r}")
     # Bound here for good: importing the submodule of the same name would put the module in its function's place.
