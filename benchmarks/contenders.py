@@ -26,7 +26,7 @@ def peftfx(base: Path, adapter: Path, output: Path) -> None:
     """`peftfx export --merge`, verification included."""
     from peftfx.cli import app
 
-    words = ["export", "--base", base, "--adapter", adapter, "--merge", "--output", output]
+    words = ["export", "--base", base, "--adapter", adapter, "--merge", "--view", "forward", "--output", output]
     app([str(word) for word in words], standalone_mode=False)
 
 

@@ -14,6 +14,7 @@ from peftfx.bases import load_base, read_base_config
 from peftfx.errors import PeftfxError
 from peftfx.export.deploy import Progress, copy_assets, export_onnx
 from peftfx.export.onnx import FAST, check_engine, check_opset
+from peftfx.export.quantize import check_quantization
 from peftfx.export.report import Report
 from peftfx.export.weights import Written
 from peftfx.files import Snapshot
@@ -37,6 +38,8 @@ def export_directory(
     opset: int | None = None,
     dtype: str | None = None,
     engine: str = FAST,
+    quantize: str | None = None,
+    max_error: float | None = None,
     force: bool = False,
     progress: Progress | None = None,
     written: Written | None = None,
@@ -58,6 +61,7 @@ def export_directory(
     _refuse_output(base, output, adapter, force)
     check_opset(opset)
     check_engine(engine)
+    check_quantization(quantize, max_error)
     say = progress or (lambda line: None)
     inputs = Snapshot(base, *(() if adapter is None else (Path(adapter), *rule_folders(Path(adapter)))))
     kept = _served_dtype(base, dtype)
@@ -75,6 +79,8 @@ def export_directory(
         view=view,
         opset=opset,
         engine=engine,
+        quantize=quantize,
+        max_error=max_error,
         force=force,
         assets=assets,
         progress=progress,

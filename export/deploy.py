@@ -21,6 +21,8 @@ from peftfx.export.memory import refuse_memory
 from peftfx.export.onnx import FAST, to_onnx
 from peftfx.export.parts import capture_parts
 from peftfx.export.probes import probes, view_probes
+from peftfx.export.quantize import FINITE, check_quantization
+from peftfx.export.quantize import quantize as quantize_model
 from peftfx.export.report import REPORT, Report
 from peftfx.export.verify import reference_of, verify
 from peftfx.export.weights import Written, save_together
@@ -43,6 +45,8 @@ def export_onnx(
     inputs: Mapping[str, object] | None = None,
     opset: int | None = None,
     engine: str = FAST,
+    quantize: str | None = None,
+    max_error: float | None = None,
     force: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
@@ -67,6 +71,9 @@ def export_onnx(
         inputs: keyword arguments of a forward call, for a model that example inputs cannot be made for.
         opset: version of the ONNX operators; by default torch's choice.
         engine: `fast`, or `torch` for torch.onnx's own road; see `to_onnx`.
+        quantize: `int8` or `int4`: weights of products in blocks of small integers; see `peftfx.export.quantize`.
+        max_error: what a quantised model may differ by from the same model in floating point, over the largest
+            magnitude of an output; by default that is measured and reported, and may be whatever it is.
         force: replace the directory if it exists.
         atol, rtol: what may differ: `atol + rtol * largest magnitude` of an output; by default 1e-4 each, and 2e-2
             for a base in half precision, whose own rounding is of that size.
@@ -81,6 +88,7 @@ def export_onnx(
     """
     adapted = model if isinstance(model, AdaptedModel) else bare(model, inputs)
     example = adapted.example if inputs is None else inputs
+    check_quantization(quantize, max_error)
     refuse_memory(adapted, max_memory)
     report = Report.of(adapted)
     say = progress or (lambda line: None)
@@ -97,10 +105,14 @@ def export_onnx(
                     report.add_merged(part.exported)
         with stages("convert"):
             programs = {part.file: to_onnx(part.exported, opset=opset, engine=engine) for part in parts}
+            if quantize is not None:
+                report.quantized = {name: quantize_model(program, quantize) for name, program in programs.items()}
         with stages("write"):
             save_together(programs, temporary, written=written)
         with stages("verify"):
             usual = _tolerance(adapted.base)
+            if quantize is not None:
+                atol, rtol = 0.0, FINITE if max_error is None else max_error
             for part in parts:
                 cases = probes(adapted, part.graph, example) if part.view is None else view_probes(adapted, part.view)
                 found = verify(

@@ -36,6 +36,7 @@ class Report:
         folded: what else became a constant of the graph: soft prompts, whatever they were computed from.
         inputs, outputs: of the ONNX model, with their shapes; those of one of several as `decoder_model.logits`.
         opset: version of the ONNX operators.
+        quantized: for each graph, the names of the weights that became small integers.
         engine: the road to ONNX that was taken; where it is not the one asked for, why.
         nodes: in the ONNX graph.
         bytes: size of each file.
@@ -54,6 +55,7 @@ class Report:
     inputs: dict[str, list[int | str]] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
     opset: int = 0
+    quantized: dict[str, list[str]] = field(default_factory=dict)
     engine: str = FAST
     nodes: int = 0
     bytes: dict[str, int] = field(default_factory=dict)
@@ -131,7 +133,13 @@ class Report:
         if worst is not None:
             merged += f", rounded by at most {Rounding(**self.rounding[worst])}"
         shapes = len({str(c["shapes"]) for c in self.comparisons})
-        agree = f"to {self.max_abs:.1e} at {shapes} unseen shapes"
+        agree = ("ONNX Runtime = torch", f"to {self.max_abs:.1e} at {shapes} unseen shapes")
+        if self.quantized:
+            lost = f"{self.max_rel:.1e} of the largest magnitude, at {shapes} unseen shapes"
+            agree = ("ONNX Runtime - torch", lost)
+        elif "twin" in self.verified:
+            agree = (agree[0], f"{agree[1]} ({self.verified})")
+        small = len({name for names in self.quantized.values() for name in names})
         return [
             ("adapter", adapters or "none"),
             ("merged sites", merged),
@@ -139,7 +147,8 @@ class Report:
             ("outputs", ", ".join(self.outputs)),
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
             ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes, engine {self.engine}"),
-            ("ONNX Runtime = torch", agree + (f" ({self.verified})" if "twin" in self.verified else "")),
+            *([("quantised", f"{small} weights")] if small else []),
+            agree,
             ("seconds", ", ".join(f"{n} {s:.1f}" for n, s in self.seconds.items())),
         ]
 
@@ -150,6 +159,11 @@ class Report:
     def max_abs(self) -> float:
         """The largest difference between ONNX Runtime and torch that verification saw."""
         return max((float(str(c["max_abs"])) for c in self.comparisons), default=0.0)
+
+    @property
+    def max_rel(self) -> float:
+        """The largest difference over the largest magnitude of its output: of a quantised model, what it lost."""
+        return max((float(str(c["max_rel"])) for c in self.comparisons), default=0.0)
 
 
 def _versions() -> dict[str, str]:

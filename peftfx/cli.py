@@ -53,6 +53,13 @@ def export(
     engine: Annotated[
         str, typer.Option(help="fast translates each distinct operation once; torch is torch.onnx's own road.")
     ] = "fast",
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or int4: weights of products in blocks of small integers.")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(help="What quantisation may cost, over an output's largest magnitude; beyond it: exit 1."),
+    ] = None,
     max_memory: Annotated[
         str | None,
         typer.Option(help="Refuse to start if the export needs more, as 4GB; mapped files are free."),
@@ -79,6 +86,8 @@ def export(
             opset=opset,
             dtype=dtype,
             engine=engine,
+            quantize=quantize,
+            max_error=max_error,
             force=force,
             progress=progress.stage,
             written=progress.written,
@@ -194,8 +203,10 @@ class _quiet:
     def __enter__(self) -> None:
         import warnings
 
+        from tqdm import tqdm
         from transformers.utils import logging
 
+        tqdm.monitor_interval = 0  # no thread for bars nobody sees: to start one with no memory left waits for ever
         warnings.filterwarnings("ignore")
         logging.set_verbosity_error()
         logging.disable_progress_bar()

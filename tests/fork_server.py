@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 CANNOT_MOUNT = 77  #: exit code of a run that wanted a small disk and may not mount one
+PATIENCE = 300  #: seconds on the clock until a run that does not end is killed
 
 
 @dataclass(frozen=True)
@@ -214,11 +215,11 @@ def _attempt(request: dict[str, object]) -> dict[str, object]:
 
 def _watch(child: int, limit: float) -> float:
     """Wait for the end of a child, without reaping it, and kill it at the limit; returns its CPU seconds."""
-    clock = Path(f"/proc/{child}/schedstat")
+    clock, patience = Path(f"/proc/{child}/schedstat"), time.monotonic() + PATIENCE
     while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-        if int(clock.read_text().split()[0]) >= limit * 1e9:
+        if int(clock.read_text().split()[0]) >= limit * 1e9 or time.monotonic() > patience:
             os.kill(child, signal.SIGKILL)
-            limit = float("inf")
+            limit = patience = float("inf")
         time.sleep(0.001)
     return int(clock.read_text().split()[0]) / 1e9
 
