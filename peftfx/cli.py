@@ -201,12 +201,14 @@ class _quiet:
     """Other libraries' warnings and bars do not belong in this program's output."""
 
     def __enter__(self) -> None:
+        import logging as standard
         import warnings
 
         from tqdm import tqdm
         from transformers.utils import logging
 
         tqdm.monitor_interval = 0  # no thread for bars nobody sees: to start one with no memory left waits for ever
+        standard.raiseExceptions = False  # what cannot be logged, with no memory left, is no traceback either
         warnings.filterwarnings("ignore")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
