@@ -10,11 +10,13 @@ from peftfx.version import __version__
 if TYPE_CHECKING:
     from peftfx import runtime as runtime
     from peftfx.adapted import AdaptedModel
+    from peftfx.allocation import RankAllocation
     from peftfx.api import inspect, load, plan, transform
     from peftfx.capturing import capture
     from peftfx.errors import PeftfxError
     from peftfx.export import export_onnx
     from peftfx.graph import Graph
+    from peftfx.methods.adalora import AdaLoRA
     from peftfx.methods.ia3 import IA3
     from peftfx.methods.llama_adapter import LlamaAdapter
     from peftfx.methods.lora import LoRA
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 # Names are imported when first used: torch and transformers take seconds, and `peftfx --help` needs neither.
 _HOME = {
+    "AdaLoRA": "peftfx.methods.adalora",
     "AdaptedModel": "peftfx.adapted",
     "Graph": "peftfx.graph",
     "IA3": "peftfx.methods.ia3",
@@ -35,6 +38,7 @@ _HOME = {
     "PeftfxError": "peftfx.errors",
     "PrefixTuning": "peftfx.methods.prefix_tuning",
     "PromptTuning": "peftfx.methods.prompt_tuning",
+    "RankAllocation": "peftfx.allocation",
     "Site": "peftfx.sites",
     "Sites": "peftfx.sites",
     "capture": "peftfx.capturing",
@@ -47,6 +51,7 @@ _HOME = {
 
 __all__ = [
     "IA3",
+    "AdaLoRA",
     "AdaptedModel",
     "Graph",
     "LlamaAdapter",
@@ -55,6 +60,7 @@ __all__ = [
     "PeftfxError",
     "PrefixTuning",
     "PromptTuning",
+    "RankAllocation",
     "Site",
     "Sites",
     "__version__",

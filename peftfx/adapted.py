@@ -31,6 +31,7 @@ from peftfx.soft import SequenceMethod
 from peftfx.views import View, find_view
 from peftfx.within import within
 
+LOSS = "loss"  #: the output that methods add their penalties to
 Rules = object
 """What `transform` takes as rules: a Method, a text, a `peft` config object, or a sequence of them."""
 
@@ -166,6 +167,15 @@ class AdaptedModel(nn.Module):
                     raise PeftfxError(what, override.key.partition(".")[2], "make one of them active at a time")
                 owners[override.key] = name
 
+    def update_and_allocate(self, global_step: int) -> None:
+        """Give out the rank budgets of the active adapters anew; see `peftfx.allocation`.
+
+        Call it in each step of training, after `optimizer.step()` and before gradients are zeroed. Steps count from 0.
+        """
+        from peftfx.allocation import allocate
+
+        allocate([self.adapter(name) for name in self.active], global_step)
+
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model is the base."""
@@ -254,6 +264,9 @@ class AdaptedModel(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
         """Load what `state_dict` gave. With `strict`, every key must fit and none may be missing."""
+        for name in self.names():
+            start = f"{ADAPTERS}.{name}."
+            self.adapter(name).recall({k.removeprefix(start): t for k, t in state_dict.items() if k.startswith(start)})
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = [k for k in result.missing_keys if k.startswith(f"{ADAPTERS}.")]
         if strict and (missing or result.unexpected_keys):
@@ -397,6 +410,10 @@ class AdaptedModel(nn.Module):
         graph = self.graph(named)
         leaves, _ = pytree.tree_flatten_with_path(named)
         flat = graph.run(*(v for _, v in leaves if isinstance(v, Tensor)))
+        if LOSS in graph.outputs:
+            for penalty in (self.adapter(name).penalty() for name in self.active):
+                at = graph.outputs.index(LOSS)
+                flat[at] = flat[at] if penalty is None else flat[at] + penalty
         return pytree.tree_unflatten(flat, graph.out_spec)
 
 

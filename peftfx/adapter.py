@@ -139,8 +139,36 @@ class Adapter(nn.Module):
 
     def params(self, placement: Placement) -> dict[str, Tensor]:
         """The parameters of one placement by name, constants included."""
+        remembered = placement.method.remembered()
+        return {name: t for name, t in self.all_of(placement).items() if name not in remembered}
+
+    def all_of(self, placement: Placement) -> dict[str, Tensor]:
+        """The parameters of one placement, and what training remembers beside them."""
         holder = self.get_submodule(placement.key)
         return {**dict(holder.named_parameters(recurse=False)), **dict(holder.named_buffers(recurse=False))}
+
+    def penalty(self) -> Tensor | None:
+        """What its rules add to the model's loss: each the mean over its places."""
+        total = None
+        for rule in self.placed:
+            terms = [p.method.penalty(self.params(p)) for p in rule.placements]
+            found = [term for term in terms if term is not None]
+            if found:
+                mean = torch.stack(found).mean()
+                total = mean if total is None else total + mean
+        return total
+
+    def recall(self, state: Mapping[str, Tensor]) -> None:
+        """Make room for what a saved state remembers, by dotted names, and forget what it does not."""
+        for placement in self.placements:
+            holder = self.get_submodule(placement.key)
+            device = next((p.device for p in holder.parameters(recurse=False)), None)
+            for name in placement.method.remembered():
+                key = f"{placement.key}.{name}"
+                if name in holder._buffers:
+                    delattr(holder, name)
+                if key in state:
+                    self.put(key, torch.empty_like(state[key], device=device), trained=False)
 
     def put(self, key: str, value: Tensor, *, trained: bool = True) -> None:
         """Keep a tensor under a dotted name."""
@@ -181,13 +209,19 @@ def whole(
     """A method and parameters that do at a whole site what the placements of this group do there, or at its parts."""
     first = group[0]
     assert isinstance(first.method, WeightMethod | AttentionMethod)
-    if first.part is None:
+    if isinstance(first.method, AttentionMethod):
         return first.method, adapter.params(first)
-    assert isinstance(first.method, WeightMethod)
-    parts = {p.part.rows: adapter.params(p) for p in group if p.part is not None}
+    if first.part is None:
+        return first.method.written(adapter.all_of(first))
+    parts = {p.part.rows: _written(adapter, p) for p in group if p.part is not None}
     return first.method.whole(
         first.site, dataclasses.replace(first, part=None).base(*site_tensors(base, first.site)), parts
     )
+
+
+def _written(adapter: Adapter, placement: Placement) -> dict[str, Tensor]:
+    assert isinstance(placement.method, WeightMethod)
+    return placement.method.written(adapter.all_of(placement))[1]
 
 
 def site_tensors(base: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:

@@ -70,6 +70,8 @@ class Method(ABC):
     kinds: ClassVar[frozenset[str]]
     prefix: ClassVar[str] = "base_model.model."
     """What HF PEFT puts before a module's path in the keys of this method's files."""
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    """Fields of HF PEFT's config that change nothing for this method, whatever their value."""
     composes: ClassVar[bool] = True
     """Whether other adapters may act at the same site."""
 
@@ -112,6 +114,14 @@ class Method(ABC):
     def frozen(self) -> frozenset[str]:
         """Names of parameters that are constants: kept beside the adapter, not trained, not saved."""
         return frozenset()
+
+    def remembered(self) -> frozenset[str]:
+        """Names of tensors that training keeps beside the parameters, once there are any; no graph reads them."""
+        return frozenset()
+
+    def penalty(self, p: Params) -> Tensor | None:
+        """A term for the model's loss; the loss gets the mean over the rule's places that have one."""
+        return None
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
@@ -167,6 +177,10 @@ class WeightMethod(Method):
     @abstractmethod
     def keys(self, site: Site) -> dict[str, str]:
         """For each parameter that is saved, its suffix in a HF PEFT checkpoint."""
+
+    def written(self, p: Params) -> tuple[Self, dict[str, Tensor]]:
+        """The method and parameters that a checkpoint gets, given the parameters and what is remembered here."""
+        return self, dict(p)
 
     @abstractmethod
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[Self, dict[str, Tensor]]:

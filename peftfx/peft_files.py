@@ -68,7 +68,8 @@ def method_from_config(config: Mapping[str, object], where: str) -> Method:
     """The method of a HF PEFT config. An option that changes numbers and that peftfx does not know is refused."""
     cls = method_named(str(getattr(config["peft_type"], "value", config["peft_type"])))
     options = {k: v for k, v in config.items() if k in cls.options() and v is not None}
-    unknown = {k: v for k, v in config.items() if k not in cls.options() and k not in RECORDS}
+    known = {*cls.options(), *cls.ignored, *RECORDS}
+    unknown = {k: v for k, v in config.items() if k not in known}
     active = {k: v for k, v in unknown.items() if v not in (None, False, 0, "", [], {}, ()) and INERT.get(k) != v}
     if active:
         names = ", ".join(f"{k}={v!r}" for k, v in active.items())

@@ -65,6 +65,11 @@ CHOICES: Mapping[str, Mapping[str, st.SearchStrategy[object]]] = {
         "rank_pattern": st.sampled_from(({}, {"words": 4, "head": 4, r"blocks\.0\.\w+": 4})),
         "alpha_pattern": st.sampled_from(({}, {"0": 5.0, "o|up|conv": 3.0})),
     },
+    "ADALORA": {
+        "rank_pattern": st.sampled_from(({}, {f"{path}.lora_E": (True, False) * 6 for path in ("blocks.0", "head")})),
+        "total_step": st.sampled_from((None, 20)),
+        **dict.fromkeys(("beta1", "beta2"), st.sampled_from((0.5, 0.85))),
+    },
     "IA3": {"feedforward_modules": st.sampled_from((None, (), ".*", ("o", "0", "head")))},
     "ADAPTION_PROMPT": {"adapter_layers": st.none()},
 }

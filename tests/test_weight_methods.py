@@ -46,7 +46,16 @@ def ia3(model: str, target: list[str], feedforward: list[str] | str = (), **opti
     return Trial(model, peft.IA3Config, fields)
 
 
+def adalora(model: str, target: list[str], **options: object) -> Trial:
+    return Trial(model, peft.AdaLoraConfig, {"target_modules": target, "total_step": 20, **options})
+
+
 TRIALS = (
+    adalora("gpt2", ["c_attn", "mlp.c_proj"], init_r=3),
+    adalora("llama", ["q_proj", "down_proj"], bias="all", orth_reg_weight=0.1),
+    adalora("bert", ["query", "dense"], lora_alpha=3, bias="lora_only", modules_to_save=["classifier"]),
+    adalora("t5", ["q", "wo"], target_r=2, init_r=4),
+    adalora("convnext", ["downsampling_layer.1", "pwconv2"]),
     ia3("gpt2", ["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
     ia3("llama", ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
     ia3("llama", ["q_proj", "o_proj"], r".*layers\.1\..*o_proj"),
@@ -102,7 +111,7 @@ def test_gradients_are_those_of_peft(trial: Trial, tmp_path: Path) -> None:
     ours = peftfx.load(copy.deepcopy(base), tmp_path)
     inputs = ZOO[trial.model].inputs(3, 5, 4, model=base, labels=True)
     found = []
-    for model in (ours, theirs):
+    for model in (ours, theirs.base_model):  # without a task type a PeftModel would leave out AdaLoRA's own loss
         loss = model(**inputs).loss
         loss.backward()
         found.append(loss.detach())

@@ -1,0 +1,209 @@
+"""AdaLoRA: a low-rank update whose rank is spent where it matters (Zhang et al. 2023, arXiv:2303.10512).
+
+The update is kept as a singular value decomposition, `s B diag(E) A` with `s = lora_alpha / (init_r + 1e-5)`, and
+`forward` is `y + s B(E * A(dropout(x)))`. Training holds the rows of `A` and the columns of `B` near orthonormal by a
+term in the loss, and sets the singular values that matter least to 0: see `peftfx.allocation`. At a conv, `A` has the
+kernel's places among its columns, and the update is a kernel of the conv's own size.
+
+Files hold the ranks that are left. `rank_pattern` says which: for each module, which of `init_r` were kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfx.errors import PeftfxError
+from peftfx.method import Base, Method, Op, Params, Rows, WeightMethod
+from peftfx.sites import Site
+from peftfx.vectors import adapter_dtype
+
+A, B, E = "lora_A", "lora_B", "lora_E"
+KEPT = "lora_E_kept"  #: which singular values the allocator kept
+_SMALL = 1e-5  #: HF PEFT's, in the scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoRA(WeightMethod):
+    """Low-rank adaptation of linear and conv weights, with a budget of ranks over all of them.
+
+    Args:
+        target_r: the rank that is left for each module, on average.
+        init_r: the rank that each starts with.
+        tinit, tfinal: the steps before ranks are cut, and after.
+        deltaT: ranks are cut every so many steps.
+        beta1, beta2: decay of the averages of importance and of its uncertainty.
+        orth_reg_weight: weight of the term that keeps `A` and `B` orthonormal.
+        total_step: the steps of the whole training. Without it there is no budget.
+        rank_pattern: by `<module path>.lora_E`, which of `init_r` ranks are left.
+        lora_alpha: numerator of the scale.
+        lora_dropout: dropout on the adapter's input in training.
+        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        bias: which of the base's own biases are trained: none, all, or those of the adapted modules (lora_only).
+        init_lora_weights: start as the identity; otherwise at random.
+    """
+
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    rank_pattern: Mapping[str, Sequence[bool]] = field(default_factory=dict)
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    init_lora_weights: bool = True
+
+    peft_type: ClassVar[str] = "ADALORA"
+    default_target: ClassVar[str] = "attention.query | attention.value"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    ignored: ClassVar[frozenset[str]] = frozenset({"r", "use_rslora", "alpha_pattern", "lora_bias"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("init_r", "target_r", "deltaT"):
+            if getattr(self, name) < 1:
+                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"AdaLoRA({name}=8)")
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise PeftfxError(f"between 0 and 1, not {getattr(self, name)}", name, f"AdaLoRA({name}=0.85)")
+        if not 0 <= self.lora_dropout < 1:
+            what = f"a probability below 1, not {self.lora_dropout}"
+            raise PeftfxError(what, "lora_dropout", "AdaLoRA(lora_dropout=0.05)")
+        if self.lora_alpha <= 0 or self.orth_reg_weight < 0:
+            hint = "AdaLoRA(lora_alpha=8, orth_reg_weight=0.5)"
+            raise PeftfxError("a scale must be above 0, and a weight not below", "lora_alpha, orth_reg_weight", hint)
+        if self.bias not in ("none", "all", "lora_only"):
+            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'lora_only'")
+        if self.total_step is not None and not 0 <= self.tinit < self.total_step - self.tfinal:
+            hint = "tinit + tfinal must be less than total_step"
+            raise PeftfxError("this schedule leaves no steps in which ranks are cut", "total_step", hint)
+        given = self.rank_pattern or {}
+        wrong = [name for name, kept in given.items() if f".{E}" not in name or len(kept) != self.init_r]
+        if wrong:
+            hint = f"under <module path>.{E}, init_r ({self.init_r}) times true or false"
+            raise PeftfxError("it does not say of each rank whether it is kept", f"rank_pattern: {wrong[0]}", hint)
+        # HF PEFT's pattern has the adapter's name behind it while it trains.
+        pattern = {_key(name.rpartition(f".{E}")[0]): tuple(kept) for name, kept in given.items()}
+        object.__setattr__(self, "rank_pattern", pattern)
+
+    __hash__ = WeightMethod.__hash__
+
+    @property
+    def neutral(self) -> bool:
+        return bool(self.init_lora_weights)
+
+    @property
+    def scaling(self) -> float:
+        """The factor `s`; it does not change as ranks go."""
+        return self.lora_alpha / (self.init_r + _SMALL)
+
+    def at(self, site: Site) -> AdaLoRA:
+        """With the number of ranks that are left here; which they are makes no difference to what is computed."""
+        kept = self.rank_pattern.get(_key(site.path))
+        return self._left(None if kept is None else sorted(kept, reverse=True))
+
+    def _left(self, kept: Sequence[bool] | None) -> AdaLoRA:
+        return dataclasses.replace(self, rank_pattern={} if kept is None else {_key(""): kept})
+
+    @property
+    def left(self) -> tuple[bool, ...]:
+        """Which ranks are left, of this method as it is `at` a site."""
+        return tuple(self.rank_pattern.get(_key(""), (True,) * self.init_r))
+
+    def remembered(self) -> frozenset[str]:
+        return frozenset({KEPT} | {f"{name}_{kind}" for name in (A, B, E) for kind in ("importance", "uncertainty")})
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {A: A, B: B, E: E}
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        weight, rank = base.weight, sum(self.left)
+        new = functools.partial(torch.zeros, dtype=adapter_dtype(weight.dtype), device=weight.device)
+        p = {A: new(rank, weight[0].numel()), E: new(rank, 1), B: new(weight.shape[0], rank)}
+        spread = {A: 0.02, B: 0.02, E: 0.0} if self.init_lora_weights else dict.fromkeys((A, E, B), 1.0)
+        return {name: t.normal_(0, spread[name], generator=rng) for name, t in p.items()}
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        drops = training and self.lora_dropout > 0
+        dropped = (F.dropout(x, self.lora_dropout, training=True) if drops else x).to(p[A].dtype)
+        if site.kind == "conv":
+            return (y + op(dropped, self._update(base.weight, p))).to(y.dtype)
+        return (y + F.linear(F.linear(dropped, self._scaled(p)), p[B])).to(y.dtype)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        return Base(base.weight + self._update(base.weight, p), base.bias)
+
+    def _scaled(self, p: Params) -> Tensor:
+        """`s diag(E) A`: the scale is applied where it is cheapest."""
+        return p[A] * (p[E] * self.scaling)
+
+    def _update(self, weight: Tensor, p: Params) -> Tensor:
+        return (p[B] @ self._scaled(p)).view(weight.shape)
+
+    def penalty(self, p: Params) -> Tensor | None:
+        """How far the rows of `A` and the columns of `B` are from orthonormal, on average."""
+        if not self.orth_reg_weight:
+            return None
+        return self.orth_reg_weight * (_skew(p[A]) + _skew(p[B].T)) / 2
+
+    def written(self, p: Params) -> tuple[AdaLoRA, dict[str, Tensor]]:
+        """Cut to the ranks that the allocator kept."""
+        if KEPT not in p:
+            return self, dict(p)
+        kept = p[KEPT]
+        cut = {A: p[A][kept], E: p[E][kept], B: p[B][:, kept]}
+        if len(kept) != self.init_r:  # of those that were left when it was loaded
+            return self._left([i < int(kept.sum()) for i in range(self.init_r)]), cut
+        return self._left(kept.tolist()), cut
+
+    def gather(self, methods: Mapping[str, Method]) -> AdaLoRA:
+        """HF PEFT's `rank_pattern` cuts each module to its ranks; for that all start with one rank and one scale.
+
+        Its config must have a schedule to be loaded.
+        """
+        own = {path: m for path, m in methods.items() if isinstance(m, AdaLoRA)}
+        most = max((m.init_r for m in own.values()), default=self.init_r)
+        patterns = {path: m.left + (False,) * (most - m.init_r) for path, m in own.items()}
+        for path, kept in patterns.items():
+            given = self.rank_pattern.get(_key(path), ())
+            if sum(given) == sum(kept) and len(given) == most:
+                patterns[path] = tuple(given)
+        pattern = {} if all(map(all, patterns.values())) else {_key(path): kept for path, kept in patterns.items()}
+        steps = self.total_step or self.tinit + self.tfinal + 1
+        alpha = self.lora_alpha if most == self.init_r else self.scaling * (most + _SMALL)
+        return dataclasses.replace(self, init_r=most, lora_alpha=alpha, rank_pattern=pattern, total_step=steps)
+
+    @torch.no_grad()
+    def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[AdaLoRA, dict[str, Tensor]]:
+        """A and E stacked, B block-structured; alpha grows with the rank so that the scale stays what it is."""
+        some = list(parts.values())
+        ranks = [len(q[E]) for q in some]
+        rank = max(self.init_r, sum(ranks))
+        p = {A: torch.cat([q[A] for q in some]), E: torch.cat([q[E] for q in some])}
+        p[B] = some[0][B].new_zeros(base.weight.shape[0], sum(ranks))
+        for (rows, q), block in zip(parts.items(), p[B].split(ranks, 1), strict=True):
+            block[torch.cat([torch.arange(a, b) for a, b in rows])] = q[B]
+        method = dataclasses.replace(self, init_r=rank, lora_alpha=self.scaling * (rank + _SMALL), rank_pattern={})
+        return method._left([i < sum(ranks) for i in range(rank)]), p
+
+
+def _skew(rows: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device))
+
+
+def _key(path: str) -> str:
+    """HF PEFT's name for a module in `rank_pattern`."""
+    return f"{path}.{E}"
