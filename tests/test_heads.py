@@ -40,6 +40,9 @@ def test_a_head_of_its_own_crosses_in_both_directions(cls: type[Method], tmp_pat
         same(first(theirs, inputs), want)
     theirs.save_pretrained(str(tmp_path / "theirs"))
     again = load_file(tmp_path / "theirs" / WEIGHTS)
+    if cls is peftfx.LlamaAdapter:  # peft reads the head, runs it, and leaves it out when it saves
+        assert written.keys() - again.keys() == {f"base_model.model.{head}.weight"}
+        return
     assert again.keys() == written.keys()
     assert all(torch.equal(again[key], written[key]) for key in again)
     same(first(peftfx.load(ZOO[name].build(), tmp_path / "theirs"), inputs), want)
