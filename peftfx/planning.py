@@ -131,7 +131,8 @@ def _skipped(base: nn.Module, sites: Sites, rule: Placed) -> dict[str, tuple[Sit
     adapted, saved = {p.site.path for p in rule.placements}, saved_modules(base, method)
     for reason in explain(sites, **where(method), kinds=sorted(method.kinds)):
         if reason.site.path not in adapted:
-            why = "it is in modules_to_save" if within(reason.site.path, saved) else reason.why
+            why = reason.why if reason.match is None else "the method's own options leave it out"
+            why = "it is in modules_to_save" if within(reason.site.path, saved) else why
             found.setdefault(why, []).append(reason.site)
     return {why: tuple(skipped) for why, skipped in found.items()}
 

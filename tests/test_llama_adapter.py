@@ -269,3 +269,26 @@ def test_a_bias_of_the_output_projection_is_added_once() -> None:
     rule = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=COUNT, adapter_layers=1)
     theirs = peft.get_peft_model(copy.deepcopy(base), rule).eval()
     assert float((outputs(theirs, inputs)["logits"] - plain["logits"]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_it_generates_as_its_forward_says_and_onnx_runtime_does_too(name: str, tmp_path: Path) -> None:
+    adapted = stirred(ZOO[name].build())
+    ids = torch.randint(4, 90, (3, 6), generator=torch.Generator().manual_seed(0))
+    want = ids
+    with torch.no_grad():
+        for _ in range(6):
+            want = torch.cat([want, adapted(input_ids=want).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert adapted.generate(**prompt, **options).equal(want)
+    assert not adapted(input_ids=ids).logits.allclose(adapted.base(input_ids=ids).logits)
+    adapted.export(tmp_path / "out", view="decode")
+    assert peftfx.runtime.load(tmp_path / "out").generate(**prompt, **options).equal(want)
+
+
+def test_a_plan_says_which_attentions_its_options_leave_out() -> None:
+    plan = peftfx.plan(ZOO["llama"].build(), f"adaption_prompt(adapter_len={COUNT}, adapter_layers=1)")
+    assert plan.parameters == COUNT * 32 + 1
+    left = {site.path for why, sites in plan.rules[0].skipped.items() if "options" in why for site in sites}
+    assert left == {"model.layers.0.self_attn"}
