@@ -524,7 +524,7 @@ class TestRules:
             (LoRA(modules_to_save=["classifer"]), "no module is named classifer.*did you mean 'classifier'"),
             (peft.LoraConfig(**QUERY_VALUE, layer_replication=[(0, 1)]), "does not support layer_replication"),
             (peft.VeraConfig(target_modules=["query"]), "VERA"),
-            ("attention.query", "cannot read the rules"),
+            ("attention.query", "unknown method 'attention'"),
             (7, "not a rule: 7"),
             ([], "there are no rules"),
         ],
@@ -626,6 +626,7 @@ class TestMerge:
     def test_a_half_precision_base_is_merged_in_fp32_and_rounded_once(self) -> None:
         base = ZOO["llama"].build().to(torch.bfloat16)
         adapted = peftfx.transform(base, LoRA(r=4, lora_alpha=6))
+        torch.manual_seed(0)
         randomise(adapted)
         place = "model.layers.1.self_attn.q_proj"
         a, b = (adapted.adapter("default").get(f"{place}.lora_{x}") for x in "AB")
@@ -636,8 +637,9 @@ class TestMerge:
         want = exact.to(torch.bfloat16)
         assert torch.equal(base.get_submodule(place).weight, want)
         lost = (want.float() - exact).abs().max()
-        assert report.roundings[place].max_abs == lost
-        assert report.roundings[place].max_rel == pytest.approx(float(lost / exact.abs().max()))
+        # the sum in one operation or in two: its own last bit is a ten-thousandth of what rounding takes
+        assert report.roundings[place].max_abs == pytest.approx(float(lost), rel=1e-3)
+        assert report.roundings[place].max_rel == pytest.approx(float(lost / exact.abs().max()), rel=1e-3)
         assert report.bytes == 2 * sum(base.get_submodule(site).weight.numel() for site in report.sites)
         assert report.adapter_bytes == 4 * 4 * 2 * (32 + 32 + 32 + 16)
         assert f"at {report.worst[0]}" in str(report)
