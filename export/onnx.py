@@ -9,7 +9,7 @@ import torch
 from onnx_ir import tensor_adapters
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, first_line
 from peftfx.export.program import Translation
 from peftfx.export.retrace import retrace
 from peftfx.export.tidy import name_apart, store_transposed, tidy
@@ -80,19 +80,14 @@ def _translate(graph: Graph, opset: int | None, engine: str) -> tuple[Translatio
         except (PeftfxError, MemoryError):
             raise
         except Exception as error:  # whatever the exporter's many parts raise: its own road has the last word
-            went = f"{TORCH} (the fast one does not take {_first(error)})"
+            went = f"{TORCH} (the fast one does not take {first_line(error.__cause__ or error)})"
     try:
         return retrace(graph, opset), went
     except (PeftfxError, MemoryError):
         raise
     except Exception as error:
-        what = f"no translation to ONNX: {_first(error)}"
+        what = f"no translation to ONNX: {first_line(error.__cause__ or error)}"
         raise PeftfxError(what, type(graph.base).__name__, "see `__cause__` for the exporter's own report") from error
-
-
-def _first(error: Exception) -> str:
-    lines = [line for line in str(error.__cause__ or error).strip().splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _bind(model: ir.Model, translation: Translation, graph: Graph, weights: Weights) -> None:

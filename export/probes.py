@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.adapted import AdaptedModel
 from peftfx.entry import Entry, forward
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verify import VerificationError
 from peftfx.graph import Graph, path_name
 from peftfx.inputs import example_inputs
@@ -77,7 +77,7 @@ def view_probes(adapted: AdaptedModel, view: View) -> list[dict[str, Tensor]]:
             with without_cache(adapted.base):
                 want = _seen(seen, entry, adapted.base, case)
         except Exception as error:
-            what = f"the model does not run in its {view.name} view: {str(error).strip().partition(chr(10))[0]}"
+            what = f"the model does not run in its {view.name} view: {first_line(error)}"
             raise PeftfxError(what, type(adapted.base).__name__, "export its forward view") from error
         got = captured.run(*(case[spec.name] for spec in captured.inputs))
         for (name, a), b in zip(want.items(), got, strict=True):

@@ -18,6 +18,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
+from peftfx.export.tidy import value_of
 from peftfx.export.weights import SOURCE
 from peftfx.graph import ADAPTERS
 
@@ -156,9 +157,7 @@ class _Packed:
         return pack(self._weight(), self.bits, self.block)[1] if scales is None else scales
 
     def _weight(self) -> Tensor:
-        tensor = self.tensor.raw() if isinstance(self.tensor, ir.LazyTensor) else self.tensor
-        value = tensor.raw if isinstance(tensor, TorchTensor) else torch.from_numpy(tensor.numpy())
-        assert isinstance(value, Tensor)
+        value = value_of(self.tensor)
         return value if self.transposed else value.T
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from peftfx.errors import PeftfxError, nearest
+from peftfx.errors import PeftfxError, first_line, nearest
 
 _VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # dtypes that numpy does not have, and their stand-ins
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
@@ -44,7 +44,9 @@ class OnnxModel:
             hint = (
                 "a type without a CPU kernel (bfloat16?) needs a model in float32" if "NOT_IMPL" in str(error) else ""
             )
-            raise PeftfxError(f"ONNX Runtime cannot open the model: {_first(error)}", str(self.path), hint) from error
+            raise PeftfxError(
+                f"ONNX Runtime cannot open the model: {first_line(error)}", str(self.path), hint
+            ) from error
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -78,7 +80,9 @@ class OnnxModel:
             values = self._session.run_with_ort_values(list(self.outputs), feed)
         except Exception as error:
             shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in tensors.items())
-            raise PeftfxError(f"ONNX Runtime refuses these inputs: {_first(error)}", str(self.path), shapes) from error
+            raise PeftfxError(
+                f"ONNX Runtime refuses these inputs: {first_line(error)}", str(self.path), shapes
+            ) from error
         return {name: _to_torch(value) for name, value in zip(self.outputs, values, strict=True)}
 
     def run_into(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
@@ -100,7 +104,9 @@ class OnnxModel:
             self._session.run_with_iobinding(binding)
         except Exception as error:
             shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in inputs.items())
-            raise PeftfxError(f"ONNX Runtime refuses these inputs: {_first(error)}", str(self.path), shapes) from error
+            raise PeftfxError(
+                f"ONNX Runtime refuses these inputs: {first_line(error)}", str(self.path), shapes
+            ) from error
 
     def _check(self, tensors: dict[str, torch.Tensor]) -> None:
         unknown = [n for n in tensors if n not in self.inputs]
@@ -148,7 +154,3 @@ def _to_torch(value: ort.OrtValue) -> torch.Tensor:
     if value.element_type() == _BFLOAT16:
         return torch.utils.dlpack.from_dlpack(value._get_c_value().to_dlpack())
     return torch.from_numpy(np.array(value.numpy()))
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

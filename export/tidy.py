@@ -60,9 +60,7 @@ def _permute(weight: ir.Value, perm: tuple[int, ...], transposes: Sequence[ir.No
     assert before is not None
 
     def read() -> ir.TensorProtocol:
-        source = before.raw() if isinstance(before, ir.LazyTensor) else before
-        value = source.raw if isinstance(source, tensor_adapters.TorchTensor) else torch.from_numpy(source.numpy())
-        return tensor_adapters.TorchTensor(value.permute(perm).contiguous(), name=before.name)
+        return tensor_adapters.TorchTensor(value_of(before).permute(perm).contiguous(), name=before.name)
 
     shape = ir.Shape([int(str(before.shape[axis])) for axis in perm])
     weight.const_value = ir.LazyTensor(read, dtype=before.dtype, shape=shape, name=before.name)
@@ -71,6 +69,12 @@ def _permute(weight: ir.Value, perm: tuple[int, ...], transposes: Sequence[ir.No
     for node in transposes:
         ir.convenience.replace_all_uses_with(node.outputs[0], weight)
         _remove(node)
+
+
+def value_of(tensor: ir.TensorProtocol) -> torch.Tensor:
+    """What an initializer holds; a lazy one is read now."""
+    source = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor
+    return source.raw if isinstance(source, tensor_adapters.TorchTensor) else torch.from_numpy(source.numpy())
 
 
 def _use_gemm(graph: ir.Graph, weight: ir.Value, transpose: ir.Node) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peftfx.errors import PeftfxError, nearest
+from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.stored import store
 from peftfx.tasks import TASKS, resolve_task, task_of_class
 
@@ -56,8 +56,9 @@ def load_base(
             return _load_diffusers(directory, str(config["_class_name"]), on_disk, dtype).eval()
         return _load_transformers(directory, config, task, num_labels, on_disk, dtype, given).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise PeftfxError(f"cannot load the base model: {first}", str(directory), "see `__cause__`") from error
+        raise PeftfxError(
+            f"cannot load the base model: {first_line(error)}", str(directory), "see `__cause__`"
+        ) from error
 
 
 def read_base_config(directory: Path) -> dict[str, object]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, first_line
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def refuse_unknown(base: nn.Module) -> None:
     try:
         layers = DynamicCache(config=text).layers if text is not None else []
     except Exception as error:
-        what = f"the model's cache cannot be told from its config: {str(error).strip().partition(chr(10))[0]}"
+        what = f"the model's cache cannot be told from its config: {first_line(error)}"
         raise PeftfxError(what, type(base).__name__, "use the forward view") from error
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     other = next((layer for layer in layers if type(layer) not in known), None)

@@ -18,7 +18,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from peftfx.entry import Call, Entry, forward
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, first_line
 from peftfx.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.inputs import example_inputs
 from peftfx.roles import find_sites
@@ -188,12 +188,11 @@ def _refuse_checkpointing(model: nn.Module) -> None:
 
 
 def _explain(model: nn.Module, error: Exception, entry: Entry | None) -> PeftfxError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     hint = "see `__cause__` for torch.export's own report"
     if "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         hint = "its forward branches on the values of a tensor; pass arguments or a config that avoid the branch"
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
-    return PeftfxError(f"{what}: {first}", type(model).__name__, hint)
+    return PeftfxError(f"{what}: {first_line(error)}", type(model).__name__, hint)
 
 
 #: What torch.export adds to hold a program to the example's types and sizes. Autocast crashes on the first, and the

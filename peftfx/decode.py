@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from peftfx.caches import Held, cache_of, held, refuse_unknown
 from peftfx.capturing import evaluating, fake_mode_of
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, first_line
 from peftfx.inputs import example_inputs
 from peftfx.stored import faked
 from peftfx.views import Axes, without_cache
@@ -139,8 +139,7 @@ def decode_view(base: nn.Module) -> Decode:
         try:
             base(**given, cache=cache, use_cache=True)
         except Exception as error:
-            first = str(error).strip().partition("\n")[0]
-            what = f"the model does not run with a plain key/value cache: {first}"
+            what = f"the model does not run with a plain key/value cache: {first_line(error)}"
             raise PeftfxError(what, type(base).__name__, "use the forward view") from error
     pairs = held(cache)
     if not pairs:

@@ -21,6 +21,11 @@ class PeftfxError(Exception):
         super().__init__(f"{what}{place}" + (f"\n  hint: {hint}" if hint else ""))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the error's name where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """`did you mean 'a', 'b'?` for the valid names closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.5)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, first_line
 from peftfx.runtime import Served, load
 from peftfx.tasks import resolve_task, task_of_class
 
@@ -40,8 +40,9 @@ def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
     try:
         return transformers.pipeline(task, model=served, device="cpu", **parts)  # type: ignore[call-overload]
     except (KeyError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise PeftfxError(f"transformers has no pipeline for this: {first}", task, "name another task") from error
+        raise PeftfxError(
+            f"transformers has no pipeline for this: {first_line(error)}", task, "name another task"
+        ) from error
     finally:
         logging.set_verbosity(before)
 
@@ -67,6 +68,6 @@ def _image_processor(directory: Path) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        what = f"no image processor can be loaded: {str(error).strip().partition(chr(10))[0]}"
+        what = f"no image processor can be loaded: {first_line(error)}"
         hint = "put the base model's preprocessor_config.json there"
         raise PeftfxError(what, str(directory), hint) from error

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.generic import ModelOutput
 
 from peftfx.decode import PAST
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, first_line
 from peftfx.export.runtime import OnnxModel
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
@@ -121,7 +121,7 @@ class Served:
         try:
             found = AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            what = f"the tokenizer cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
+            what = f"the tokenizer cannot be loaded: {first_line(error)}"
             raise PeftfxError(what, str(self.directory), "copy the base model's tokenizer files again") from error
         if self.pads_left:
             found.padding_side = "left"

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from peftfx.caches import Held, cache_of, held
 from peftfx.capturing import evaluating, fake_mode_of
 from peftfx.decode import PAST, PRESENT, cache_names
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, first_line
 from peftfx.inputs import example_inputs
 from peftfx.stored import faked
 from peftfx.views import Axes, without_cache
@@ -196,8 +196,7 @@ def find_layers(base: nn.Module) -> Layers:
             own, cross = held(cache.self_attention_cache), held(cache.cross_attention_cache)
             width = int(output.encoder_last_hidden_state.shape[-1])
         except Exception as error:
-            first = str(error).strip().partition("\n")[0]
-            what = f"the model does not run with plain key/value caches: {first}"
+            what = f"the model does not run with plain key/value caches: {first_line(error)}"
             raise PeftfxError(what, type(base).__name__, "use the forward view") from error
     if not own or len(own) != len(cross):
         what = "the model's decoder has not one cache of its own and one of the encoded text for each layer"

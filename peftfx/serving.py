@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import torch
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, first_line
 from peftfx.pipelines import pipeline
 from peftfx.runtime import load
 
@@ -85,7 +85,6 @@ def classify(directory: Path, inputs: Sequence[str], *, task: str | None = None,
         try:
             yield run(item, **options)
         except (ValueError, OSError, TypeError) as error:
-            first = str(error).strip().partition("\n")[0]
             raise PeftfxError(
-                f"the {run.task} pipeline does not take this: {first}", item, "see `__cause__`"
+                f"the {run.task} pipeline does not take this: {first_line(error)}", item, "see `__cause__`"
             ) from error

@@ -94,6 +94,20 @@ class SequenceMethod(Method):
         return self.num_transformer_submodules or 1
 
 
+class PromptMethod(SequenceMethod):
+    """Virtual tokens ahead of the text; HF PEFT's table has as many more rows for a decoder, which are never read."""
+
+    def saved_shape(self) -> tuple[int, ...]:
+        assert self.token_dim is not None
+        return self.num_virtual_tokens * self.submodules, self.token_dim
+
+    def virtual(self, p: Params, training: bool) -> Tensor:
+        return self.saved(p, training)[: self.num_virtual_tokens]
+
+    def entry(self, base: nn.Module, site: Site) -> Entry:
+        return virtual_tokens(self, base, site)
+
+
 M = TypeVar("M", bound=SequenceMethod)
 
 
@@ -175,11 +189,6 @@ def stream_dtype(base: nn.Module, site: Site) -> torch.dtype:
 def submodules_of(base: nn.Module) -> int:
     """How many parts HF PEFT counts in the model: an encoder and a decoder of text are two."""
     return 2 if task_of(base) == _SEQ_TO_SEQ else 1
-
-
-def precise(dtype: torch.dtype) -> torch.dtype:
-    """HF PEFT keeps adapters of a half-precision base in fp32."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def encodes_and_decodes(base: nn.Module) -> bool:

@@ -20,8 +20,9 @@ from peftfx.method import PLACING
 from peftfx.peft_files import STATE, WEIGHTS, Weights
 from peftfx.rules import SAVED, ahead, overrides_of, saved_modules, within
 from peftfx.sites import Sites
-from peftfx.soft import PROMPT, SequenceMethod, precise
+from peftfx.soft import PROMPT, SequenceMethod
 from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of
+from peftfx.vectors import adapter_dtype
 
 Contents = tuple[dict[str, object], dict[str, dict[str, Tensor]]]
 """An adapter's config, and its tensors by file."""
@@ -52,7 +53,7 @@ def read_prompt(
     assert isinstance(sized, SequenceMethod)
     like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
     key = f"{placement.key}.{PROMPT}"
-    adapter.put(key, torch.empty(sized.saved_shape(), dtype=precise(like.dtype), device=like.device))
+    adapter.put(key, torch.empty(sized.saved_shape(), dtype=adapter_dtype(like.dtype), device=like.device))
     return adapter, {PROMPT: key, **wanted}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftfx.method import Rows
 from peftfx.sites import Site
 
 
@@ -24,6 +25,11 @@ def along_columns(vector: Tensor, weight: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return vector.view(1, -1, *ones)
     return vector.view(groups, -1, *ones).repeat_interleave(weight.shape[0] // groups, 0)
+
+
+def row_index(rows: Rows) -> Tensor:
+    """The numbers of the rows of a part."""
+    return torch.cat([torch.arange(start, end) for start, end in rows])
 
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:

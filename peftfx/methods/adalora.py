@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
+from peftfx.low_rank import check_options
 from peftfx.method import Base, Method, Op, Params, Rows, WeightMethod
 from peftfx.sites import Site
-from peftfx.vectors import adapter_dtype
+from peftfx.vectors import adapter_dtype, row_index
 
 A, B, E = "lora_A", "lora_B", "lora_E"
 KEPT = "lora_E_kept"  #: which singular values the allocator kept
@@ -79,14 +80,10 @@ class AdaLoRA(WeightMethod):
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise PeftfxError(f"between 0 and 1, not {getattr(self, name)}", name, f"AdaLoRA({name}=0.85)")
-        if not 0 <= self.lora_dropout < 1:
-            what = f"a probability below 1, not {self.lora_dropout}"
-            raise PeftfxError(what, "lora_dropout", "AdaLoRA(lora_dropout=0.05)")
         if self.lora_alpha <= 0 or self.orth_reg_weight < 0:
             hint = "AdaLoRA(lora_alpha=8, orth_reg_weight=0.5)"
             raise PeftfxError("a scale must be above 0, and a weight not below", "lora_alpha, orth_reg_weight", hint)
-        if self.bias not in ("none", "all", "lora_only"):
-            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'lora_only'")
+        check_options(self, self.lora_dropout, self.bias)
         if self.total_step is not None and not 0 <= self.tinit < self.total_step - self.tfinal:
             hint = "tinit + tfinal must be less than total_step"
             raise PeftfxError("this schedule leaves no steps in which ranks are cut", "total_step", hint)
@@ -195,7 +192,7 @@ class AdaLoRA(WeightMethod):
         p = {A: torch.cat([q[A] for q in some]), E: torch.cat([q[E] for q in some])}
         p[B] = some[0][B].new_zeros(base.weight.shape[0], sum(ranks))
         for (rows, q), block in zip(parts.items(), p[B].split(ranks, 1), strict=True):
-            block[torch.cat([torch.arange(a, b) for a, b in rows])] = q[B]
+            block[row_index(rows)] = q[B]
         method = dataclasses.replace(self, init_r=rank, lora_alpha=self.scaling * (rank + _SMALL), rank_pattern={})
         return method._left([i < sum(ranks) for i in range(rank)]), p
 

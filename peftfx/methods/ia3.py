@@ -19,7 +19,7 @@ from torch import Tensor
 from peftfx.errors import PeftfxError
 from peftfx.method import Base, Method, Op, Params, Rows, Weighted, WeightMethod
 from peftfx.sites import Site
-from peftfx.vectors import adapter_dtype, along_channels, along_columns, along_rows
+from peftfx.vectors import adapter_dtype, along_channels, along_columns, along_rows, row_index
 
 L = "ia3_l"
 
@@ -132,6 +132,6 @@ class IA3(WeightMethod):
             raise PeftfxError(what, site.path, "target the whole module, or export the adapter merged")
         scale = next(iter(parts.values()))[L].new_ones(base.weight.shape[0])
         for rows, p in parts.items():
-            scale[torch.cat([torch.arange(a, b) for a, b in rows])] = p[L].flatten()
+            scale[row_index(rows)] = p[L].flatten()
         ones = (1,) * (base.weight.ndim - 2)
         return self, {L: scale.view(1, -1, *ones) if site.kind == "conv" else scale.view(-1, 1)}

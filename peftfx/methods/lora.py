@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
+from peftfx.low_rank import check_options, dense, product, weighted_sum
 from peftfx.method import Base, Method, Op, Params, Rows, Weighted, WeightMethod
 from peftfx.sites import Site
-from peftfx.vectors import adapter_dtype, along_channels, along_rows
+from peftfx.vectors import adapter_dtype, along_channels, along_rows, row_index
 
 A, B, MAGNITUDE, B_BIAS = "lora_A", "lora_B", "lora_magnitude_vector", "lora_B_bias"
 A0, B0 = "lora_A0", "lora_B0"
@@ -69,12 +70,7 @@ class LoRA(WeightMethod):
         super().__post_init__()
         if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "LoRA(r=8)")
-        if not 0 <= self.lora_dropout < 1:
-            raise PeftfxError(
-                f"a probability below 1, not {self.lora_dropout}", "lora_dropout", "LoRA(lora_dropout=0.05)"
-            )
-        if self.bias not in ("none", "all", "lora_only"):
-            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'lora_only'")
+        check_options(self, self.lora_dropout, self.bias)
         known = self.init_lora_weights in (True, False, "gaussian", "pissa", "olora")
         if not known and not re.fullmatch(r"pissa_niter_\d+", str(self.init_lora_weights)):
             hint = "one of True, False, 'gaussian', 'pissa', 'pissa_niter_16', 'olora'"
@@ -219,10 +215,10 @@ class LoRA(WeightMethod):
         """`W + s (B A - B0 A0)`; dense where the site is a conv of several groups."""
         if site.kind == "linear" and A0 not in p and weight.dtype == p[A].dtype:
             return torch.addmm(weight, p[B], p[A], alpha=self.scaling)  # in one pass over the weight
-        product = _product(site, p[A], p[B])
+        update = product(site, p[A], p[B])
         if A0 in p:
-            product = product - _product(site, p[A0], p[B0])
-        return _dense(weight, site.groups) + self.scaling * product
+            update = update - product(site, p[A0], p[B0])
+        return dense(weight, site.groups) + self.scaling * update
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         weight, bias = self._updated(site, base.weight, p), base.bias
@@ -260,7 +256,7 @@ class LoRA(WeightMethod):
         if self.use_dora:
             p[MAGNITUDE] = self._norm(site, base.weight).clone()
         for i, (rows, q) in enumerate(parts.items()):
-            index = torch.cat([torch.arange(a, b) for a, b in rows])
+            index = row_index(rows)
             p[B][index, i * r : (i + 1) * r] = q[B]
             for name in {B_BIAS, MAGNITUDE} & p.keys():
                 p[name][index] = q[name].to(p[name].dtype)
@@ -290,13 +286,13 @@ class LoRA(WeightMethod):
         if how == "linear":
             r, roots = ranks[0], [math.sqrt(abs(s)) for s in scales]
             signed = [math.copysign(root, s) for root, s in zip(roots, scales, strict=True)]
-            a, b = _sum(signed, [p[A] for p in params]), _sum(roots, [p[B] for p in params])
+            a, b = weighted_sum(signed, [p[A] for p in params]), weighted_sum(roots, [p[B] for p in params])
         else:
             r = sum(ranks)
             rows = [(s * p[A]).unflatten(0, (site.groups, -1)) for s, p in zip(scales, params, strict=True)]
             a, b = torch.cat(rows, 1).flatten(0, 1), torch.cat([p[B] for p in params], 1)
         biased = [(s, p[B_BIAS]) for s, p in zip(scales, params, strict=True) if B_BIAS in p]
-        new = {A: a, B: b} | ({B_BIAS: _sum(*zip(*biased, strict=True))} if biased else {})
+        new = {A: a, B: b} | ({B_BIAS: weighted_sum(*zip(*biased, strict=True))} if biased else {})
         first = given[0].method
         assert isinstance(first, LoRA)
         plain = dataclasses.replace(first, use_rslora=False, init_lora_weights=True, bias="none")
@@ -315,33 +311,6 @@ def _joined(p: Params) -> dict[str, Tensor]:
     return {name: joined.get(name, t) for name, t in p.items() if name not in (A0, B0)}
 
 
-def _sum(factors: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([f * t for f, t in zip(factors, tensors, strict=True)]).sum(0)
-
-
 def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
     """HF PEFT's lookup: the first key that the path ends with, a regular expression."""
     return next((v for key, v in patterns.items() if re.match(rf"^(.*\.)?({key})$", path)), default)
-
-
-def _dense(weight: Tensor, groups: int) -> Tensor:
-    """A grouped conv's [out, in / groups, *kernel] weight as that of the same conv in one group."""
-    if groups == 1:
-        return weight
-    out, inner = weight.shape[0] // groups, weight.shape[1]
-    dense = weight.new_zeros(weight.shape[0], inner * groups, *weight.shape[2:])
-    for g in range(groups):
-        dense[g * out : (g + 1) * out, g * inner : (g + 1) * inner] = weight[g * out : (g + 1) * out]
-    return dense
-
-
-def _product(site: Site, a: Tensor, b: Tensor) -> Tensor:
-    """`B A` in the shape of the site's weight."""
-    if site.kind == "linear":
-        return b @ a
-    if site.kind == "embedding":
-        return (b @ a).T
-    r, out = a.shape[0], b.shape[0]
-    left = b.view(site.groups, out // site.groups, r // site.groups)
-    right = a.reshape(site.groups, r // site.groups, -1)
-    return torch.bmm(left, right).reshape(out, *a.shape[1:])

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.encoders import EMBEDDING, embedding, layer, lstm, perceptron, run_lstm
-from peftfx.entry import Entry
 from peftfx.errors import PeftfxError
 from peftfx.method import Method, Params
 from peftfx.sites import Site
-from peftfx.soft import PROMPT, SequenceMethod, precise, virtual_tokens, with_text_sizes
+from peftfx.soft import PROMPT, PromptMethod, with_text_sizes
+from peftfx.vectors import adapter_dtype
 
 _MLP, _LSTM = ("mlp_head_0", "mlp_head_2", "mlp_head_4"), "lstm_head"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PTuning(SequenceMethod):
+class PTuning(PromptMethod):
     """Virtual tokens that an encoder makes.
 
     Args:
@@ -63,7 +63,7 @@ class PTuning(SequenceMethod):
         assert self.token_dim is not None
         assert self.encoder_hidden_size is not None
         width, hidden = self.token_dim, self.encoder_hidden_size
-        like = torch.empty(self.saved_shape(), dtype=precise(weight.dtype), device=weight.device)
+        like = torch.empty(self.saved_shape(), dtype=adapter_dtype(weight.dtype), device=weight.device)
         p = embedding(like, rng)
         if self.encoder_reparameterization_type == "MLP":
             widths: tuple[int, ...] = (width, hidden, hidden, width)
@@ -81,13 +81,3 @@ class PTuning(SequenceMethod):
             return perceptron(_MLP, p, p[EMBEDDING], torch.relu)
         x = run_lstm(_LSTM, self.encoder_num_layers, p, p[EMBEDDING], self.encoder_dropout, training)
         return perceptron(_MLP[:2], p, x, torch.relu)
-
-    def saved_shape(self) -> tuple[int, ...]:
-        assert self.token_dim is not None
-        return self.num_virtual_tokens * self.submodules, self.token_dim
-
-    def virtual(self, p: Params, training: bool) -> Tensor:
-        return self.saved(p, training)[: self.num_virtual_tokens]
-
-    def entry(self, base: nn.Module, site: Site) -> Entry:
-        return virtual_tokens(self, base, site)

@@ -21,7 +21,8 @@ from peftfx.errors import PeftfxError
 from peftfx.method import Method, Params
 from peftfx.prefix import Prefix, cache_shape
 from peftfx.sites import Site
-from peftfx.soft import PROMPT, SequenceMethod, encodes_and_decodes, precise, stream_dtype, submodules_of, untyped
+from peftfx.soft import PROMPT, SequenceMethod, encodes_and_decodes, stream_dtype, submodules_of, untyped
+from peftfx.vectors import adapter_dtype
 
 _TRANSFORM = ("transform_0", "transform_2")
 
@@ -71,7 +72,7 @@ class PrefixTuning(SequenceMethod):
         weight = embed.weight
         assert isinstance(weight, Tensor)
         count, width = self.saved_shape()
-        like = torch.empty((count, width), dtype=precise(weight.dtype), device=weight.device)
+        like = torch.empty((count, width), dtype=adapter_dtype(weight.dtype), device=weight.device)
         if not self.prefix_projection:
             return {PROMPT: torch.zeros_like(like) if self.init_weights == "zero" else like.normal_(generator=rng)}
         assert self.token_dim is not None

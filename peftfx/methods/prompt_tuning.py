@@ -12,15 +12,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from peftfx.entry import Entry
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, first_line
 from peftfx.method import Method, Params
 from peftfx.sites import Site
-from peftfx.soft import PROMPT, SequenceMethod, precise, virtual_tokens, with_text_sizes
+from peftfx.soft import PROMPT, PromptMethod, with_text_sizes
+from peftfx.vectors import adapter_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptTuning(SequenceMethod):
+class PromptTuning(PromptMethod):
     """Virtual tokens, each an embedding of its own.
 
     Args:
@@ -56,7 +56,7 @@ class PromptTuning(SequenceMethod):
     def init(self, site: Site, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
         weight = embed.weight
         assert isinstance(weight, Tensor)
-        kind = precise(weight.dtype)
+        kind = adapter_dtype(weight.dtype)
         if self.prompt_tuning_init == "RANDOM":
             return {PROMPT: torch.empty(self.saved_shape(), dtype=kind, device=weight.device).normal_(generator=rng)}
         ids = self._text_ids(site) if self.prompt_tuning_init == "TEXT" else self._random_ids(site, weight, rng)
@@ -74,8 +74,9 @@ class PromptTuning(SequenceMethod):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         except (OSError, ValueError) as error:
-            first = str(error).strip().partition("\n")[0]
-            raise PeftfxError(f"cannot load the tokenizer: {first}", name, "give a directory that holds one") from error
+            raise PeftfxError(
+                f"cannot load the tokenizer: {first_line(error)}", name, "give a directory that holds one"
+            ) from error
         ids = list(tokenizer(self.prompt_tuning_init_text)["input_ids"])
         if not ids or max(ids) >= site.shape[0]:
             what = "the text has no tokens" if not ids else f"token {max(ids)} is not in the model's vocabulary"
@@ -84,13 +85,3 @@ class PromptTuning(SequenceMethod):
 
     def saved(self, p: Params, training: bool = False) -> Tensor:
         return p[PROMPT]
-
-    def saved_shape(self) -> tuple[int, ...]:
-        assert self.token_dim is not None
-        return self.num_virtual_tokens * self.submodules, self.token_dim
-
-    def virtual(self, p: Params, training: bool) -> Tensor:
-        return self.saved(p, training)[: self.num_virtual_tokens]
-
-    def entry(self, base: nn.Module, site: Site) -> Entry:
-        return virtual_tokens(self, base, site)

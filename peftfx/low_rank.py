@@ -1,0 +1,49 @@
+"""What methods of low-rank updates have in common: the product of their factors, its sums, and their options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftfx.errors import PeftfxError
+from peftfx.method import Method
+from peftfx.sites import Site
+
+
+def check_options(method: Method, lora_dropout: float, bias: str) -> None:
+    """Refuse a dropout that is no probability, and an unknown choice of biases."""
+    if not 0 <= lora_dropout < 1:
+        what = f"a probability below 1, not {lora_dropout}"
+        raise PeftfxError(what, "lora_dropout", f"{type(method).__name__}(lora_dropout=0.05)")
+    if bias not in ("none", "all", "lora_only"):
+        raise PeftfxError(f"unknown choice {bias!r}", "bias", "one of 'none', 'all', 'lora_only'")
+
+
+def product(site: Site, a: Tensor, b: Tensor) -> Tensor:
+    """`B A` in the shape of the site's weight."""
+    if site.kind == "linear":
+        return b @ a
+    if site.kind == "embedding":
+        return (b @ a).T
+    r, out = a.shape[0], b.shape[0]
+    left = b.view(site.groups, out // site.groups, r // site.groups)
+    right = a.reshape(site.groups, r // site.groups, -1)
+    return torch.bmm(left, right).reshape(out, *a.shape[1:])
+
+
+def dense(weight: Tensor, groups: int) -> Tensor:
+    """A grouped conv's [out, in / groups, *kernel] weight as that of the same conv in one group."""
+    if groups == 1:
+        return weight
+    out, inner = weight.shape[0] // groups, weight.shape[1]
+    whole = weight.new_zeros(weight.shape[0], inner * groups, *weight.shape[2:])
+    for g in range(groups):
+        whole[g * out : (g + 1) * out, g * inner : (g + 1) * inner] = weight[g * out : (g + 1) * out]
+    return whole
+
+
+def weighted_sum(factors: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape, each times its factor."""
+    return torch.stack([f * t for f, t in zip(factors, tensors, strict=True)]).sum(0)
