@@ -219,7 +219,7 @@ def _contents(base: nn.Module, adapter: Adapter) -> dict[str, Contents]:
     named = [(f"{i}-{rule.method.peft_type.lower()}", rule) for i, rule in enumerate(adapter.placed, 1)]
     owners: dict[str, str] = {}
     for name, rule in named:
-        for path in {p.site.path for p in rule.placements}:
+        for path in dict.fromkeys(p.site.path for p in rule.placements):  # in order: the first is named
             if owners.setdefault(path, name) != name:
                 what = "two rules act on parts of this module, and HF PEFT's files know no parts"
                 raise PeftfxError(what, path, "make an adapter of each rule (add_adapter), or export it merged")
