@@ -36,11 +36,22 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     Raises:
         PeftfxError: a file is missing or damaged, or keys are missing, unexpected or of another shape: all are listed.
     """
-    adapter, *others = (_read_rule(folder, base, sites) for folder in rule_folders(directory))
-    for other in others:
+    folders = rule_folders(directory)
+    adapter, *others = (_read_rule(folder, base, sites) for folder in folders)
+    for folder, other in zip(folders[1:], others, strict=True):
+        _refuse_conflict(adapter, other, folder)
         adapter.add(other)
     refuse_crowding(adapter.placed)
     return adapter
+
+
+def _refuse_conflict(adapter: Adapter, other: Adapter, folder: Path) -> None:
+    """Two rules may train one tensor of the base, if they hold the same values of it: an adapter has one."""
+    kept = {override.key for override in adapter.overrides}
+    for override in other.overrides:
+        if override.key in kept and not torch.equal(adapter.get(override.key), other.get(override.key)):
+            what = f"another rule of this adapter has other values of {_override_name(override, set())}"
+            raise PeftfxError(what, str(folder), "save the adapter again, or load the folders one by one")
 
 
 def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:

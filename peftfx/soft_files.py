@@ -113,7 +113,8 @@ def written_prompt(base: nn.Module, adapter: Adapter, rule: Placed) -> Contents:
     for path in _heads(base, config["task_type"]):
         head = base.get_submodule(path).state_dict()
         tensors |= {f"{method.prefix}{path}.{name}": tensor for name, tensor in head.items()}
-    tensors |= {f"{method.prefix}{_override_name(o)}": adapter.get(o.key) for o in rule.overrides}
+    trained = {f"{method.prefix}{_override_name(o)}": o for o in adapter.overrides}  # another rule may train the head
+    tensors |= {n: adapter.get(o.key) for n, o in trained.items() if n in tensors or o in rule.overrides}
     files = {WEIGHTS: tensors}
     if PROMPT not in params:
         files[STATE] = dict(params)

@@ -23,7 +23,7 @@ from test_export import randomise
 from torch import nn
 from zoo import TOKENS
 
-from peftfx import cli
+from peftfx import IA3, LoRA, PromptTuning, cli, transform
 from peftfx.export import OnnxModel, deploy
 
 SIZES = {
@@ -208,6 +208,34 @@ class TestExport:
             torch.testing.assert_close(
                 OnnxModel(output)(**feed)["logits"], inputs.eager(**feed).logits, rtol=0, atol=1e-4
             )
+
+    def test_an_adapter_of_several_rules_is_served_whole(
+        self, inputs: Inputs, peftfx: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        base, adapter, output = inputs.encoder, tmp_path / "mixed", tmp_path / "out"
+        model = hf.BertForSequenceClassification.from_pretrained(base, num_labels=LABELS)
+        lora = LoRA(r=4, lora_alpha=6, target="attention.query", modules_to_save=["classifier"])
+        adapted = transform(model, [lora, IA3(target="mlp.down"), PromptTuning(num_virtual_tokens=3)])
+        randomise(adapted)
+        adapted.save_pretrained(adapter)
+        folders = ["1-lora", "2-ia3", "3-prompt_tuning"]
+        assert [p.name for p in sorted(adapter.iterdir())] == [*folders, "peftfx_rules.json"]
+        words = ("export", "--base", base, "--adapter", adapter, "--task", "text-classification", "--output", output)
+        done = peftfx(*words)
+        assert done.code == 0, done.err
+        assert all(name in done.out for name in ("LoRA", "IA3", "PromptTuning"))
+        assert not [n for n in initializers(output) if n.startswith("adapters.")]
+        assert not (output / "peftfx_rules.json").exists()
+        served = OnnxModel(output)
+        for batch, length in ((3, 9), (1, 1)):
+            feed = text_inputs(batch, length)
+            with torch.no_grad():
+                want = adapted.eval()(**feed).logits
+            assert want.shape == (batch, LABELS)
+            torch.testing.assert_close(served(**feed)["logits"], want, rtol=0, atol=1e-4)
+        shutil.rmtree(adapter / folders[1])
+        assert_refused(peftfx(*words, "--force"), "no such directory", folders[1])
+        assert OnnxModel(output)(**feed)["logits"].shape == (1, LABELS)
 
     def test_a_base_alone_for_another_task_and_opset_replaces_what_was_there(
         self, inputs: Inputs, peftfx: Callable[..., Result], tmp_path: Path

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from law_cases import configs, examples
+from safetensors.torch import load_file, save_file
 from test_adapted import randomise
 from test_checkpoint import first, load_peft, same
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +22,7 @@ from peftfx import IA3, LoRA, PeftfxError, PrefixTuning, PromptTuning
 from peftfx.adapted import AdaptedModel
 from peftfx.method import Method
 from peftfx.methods import methods
-from peftfx.peft_files import RULES, rule_folders
+from peftfx.peft_files import RULES, WEIGHTS, rule_folders
 from peftfx.rule_text import parse_rules, write_rule
 
 every_method = pytest.mark.parametrize("cls", methods().values(), ids=methods())
@@ -161,6 +162,17 @@ class TestMixed:
         same(first(again, inputs), first(ours, inputs))
         again.train()(**inputs).loss.backward()
         assert all(p.grad is not None for p in again.adapters.parameters())
+
+    def test_each_folder_has_the_head_and_two_heads_are_refused(self, tmp_path: Path) -> None:
+        ours = adapt("bert", [PromptTuning(num_virtual_tokens=3), LoRA(r=2, modules_to_save=["classifier"])])
+        ours.save_pretrained(tmp_path)
+        prompt, lora = (load_file(folder / WEIGHTS) for folder in rule_folders(tmp_path))
+        head = ours.adapter("default").get("saved.classifier.weight")
+        assert torch.equal(prompt["base_model.classifier.weight"], head)
+        assert torch.equal(lora["base_model.model.classifier.weight"], head)
+        save_file({**prompt, "base_model.classifier.weight": head + 1}, tmp_path / "1-prompt_tuning" / WEIGHTS)
+        with pytest.raises(PeftfxError, match=r"other values of classifier\.weight.*2-lora"):
+            peftfx.load(ZOO["bert"].build(), tmp_path)
 
     def test_what_was_there_before_is_not_mistaken_for_it(self, tmp_path: Path) -> None:
         mixed, plain = adapt("bert", MIXED), adapt("bert", LoRA(r=2))
