@@ -69,7 +69,7 @@ def view_probes(adapted: AdaptedModel, view: View) -> list[dict[str, Tensor]]:
         VerificationError: the capture is not what the model computes.
     """
     seen, entry = adapted.within(view)
-    captured = adapted.capture(seen.inputs(adapted.base), entry, seen)
+    captured = adapted.graphs.captured(seen.inputs(adapted.base), entry, seen)
     found = []
     for seed, sizes in enumerate(view.trials):
         case = seen.inputs(adapted.base, sizes=sizes, seed=seed + 1)
@@ -150,7 +150,7 @@ def _nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[s
 def _compare(
     adapted: AdaptedModel, graph: Graph, case: Mapping[str, Tensor], example: Mapping[str, object], want: object
 ) -> None:
-    base = adapted.capture(_nested(case, example), adapted.entry())
+    base = adapted.graphs.captured(_nested(case, example), adapted.entry())
     got = base.run(*(case[spec.name] for spec in base.inputs))
     leaves = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]
     for name, a, b in zip(base.outputs, leaves, got, strict=True):

@@ -16,19 +16,20 @@ from torch.utils import _pytree as pytree
 from peftfx.adapter import Adapter, check_name
 from peftfx.ahead import Prefilled
 from peftfx.attending import AttentionMethod
-from peftfx.capturing import capture, evaluating, fake_mode_of
+from peftfx.capturing import evaluating, fake_mode_of
 from peftfx.decode import Decode
 from peftfx.entry import Entry
 from peftfx.errors import PeftfxError, nearest
-from peftfx.graph import ADAPTERS, BASE, Graph, path_name
+from peftfx.graph import ADAPTERS, BASE, Graph
+from peftfx.graphs import Graphs
 from peftfx.merging import MergeReport, merge_into
-from peftfx.passes import Insert, Merge, Pass, PassManager
+from peftfx.passes import Merge
 from peftfx.passes.fold import evaluate
 from peftfx.passes.prefill import Left, Prefill
 from peftfx.rules import place
 from peftfx.sites import Sites
 from peftfx.soft import SequenceMethod
-from peftfx.views import View, find_view
+from peftfx.views import View
 from peftfx.within import within
 
 LOSS = "loss"  #: the output that methods add their penalties to
@@ -56,9 +57,7 @@ class AdaptedModel(nn.Module):
         self._sites: Sites | None = sites
         self.active: tuple[str, ...] = ()
         self._grads: dict[str, bool] = {}
-        self._captured: dict[object, list[Graph]] = {}
-        self._derived: dict[object, Graph] = {}
-        self._views: dict[str, View | None] = {}
+        self.graphs = Graphs(base, self.adapters)
         self.training = base.training
 
     @property
@@ -191,7 +190,7 @@ class AdaptedModel(nn.Module):
             self.adapter(gone)
             delattr(self.adapters, gone)
             self.active = tuple(a for a in self.active if a != gone)
-        self._derived.clear()
+        self.graphs.forget_derived()
         if not self.names():
             for key, p in self.base.named_parameters(remove_duplicate=False):
                 p.requires_grad_(self._grads.get(key, p.requires_grad))
@@ -217,7 +216,7 @@ class AdaptedModel(nn.Module):
         report = merge_into(self.base, merged, [self.adapter(name) for name in self.active])
         for name in self.active:
             self.remove(name)
-        self._forget()
+        self.graphs.forget()
         self._sites = None
         return report
 
@@ -294,31 +293,17 @@ class AdaptedModel(nn.Module):
             inputs = shown.inputs(self.base) if inputs is None else inputs
         else:
             inputs = self.example if inputs is None else _named(self.base, (), inputs)
-        captured = self.capture(inputs, entry, shown)
+        captured = self.graphs.captured(inputs, entry, shown)
         if not adapted or not self.active:
             return captured
         if isinstance(entry, Prefilled) and isinstance(shown, Decode):
-            through = self._insert(self.capture(inputs, entry.tokens, shown))
-            found = self._insert(captured, Prefill(Left(through, shown, entry)))
+            through = self.graphs.derived(self.graphs.captured(inputs, entry.tokens, shown), self.active)
+            found = self.graphs.derived(captured, self.active, Prefill(Left(through, shown, entry)))
         else:
-            found = self._insert(captured)
+            found = self.graphs.derived(captured, self.active)
         if found.derived and not isinstance(fake_mode_of(self.base), FakeTensorMode):
             evaluate(found)  # the adapters may have changed
         return found
-
-    def _insert(self, captured: Graph, *more: Pass) -> Graph:
-        """A captured graph with the active adapters in it, made once, and with what these passes make of that."""
-        key = (id(captured), self.active)
-        if key not in self._derived:
-            linked = captured.clone()
-            linked.module.add_module(ADAPTERS, self.adapters)
-            passes = [*(Insert(name, self.adapter(name)) for name in self.active), *more]
-            try:
-                self._derived[key] = PassManager(passes, check="none")(linked)
-            except PeftfxError:
-                self._captured.clear()  # a method that asked for a size has bound it, for all graphs of this capture
-                raise
-        return self._derived[key]
 
     def within(self, view: View) -> tuple[View, Entry | None]:
         """A view of the base as it is under an active soft prompt, and the way into it."""
@@ -333,15 +318,9 @@ class AdaptedModel(nn.Module):
         placements = (p for name in names for p in self.adapter(name).placements)
         return [p.method.entry(self.base, p.site) for p in placements if isinstance(p.method, SequenceMethod)]
 
-    def keep(self, graph: Graph, inputs: Mapping[str, object]) -> None:
-        """Keep a graph that was captured from the base, as it is now, with these inputs."""
-        self._known(inputs, None).append(graph)
-
     def view(self, name: str) -> View | None:
         """The view of this name, as it is under an active soft prompt; `None` for the forward."""
-        if name not in self._views:
-            self._views[name] = find_view(self.base, name)
-        found = self._views[name]
+        found = self.graphs.view(name)
         return None if found is None else self.within(found)[0]
 
     def generate(self, *args: object, **kwargs: object) -> object:
@@ -356,27 +335,6 @@ class AdaptedModel(nn.Module):
 
         return generator(self).generate(*args, **kwargs)
 
-    def _known(self, inputs: Mapping[str, object], entry: Entry | None, view: View | None = None) -> list[Graph]:
-        """The graphs captured for calls like this one; they differ in the sizes of axes that the model fixes."""
-        leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
-        kinds = [
-            (path_name(p), v.dtype, v.ndim) if isinstance(v, Tensor) else (path_name(p), repr(v)) for p, v in leaves
-        ]
-        modes = tuple(module.training for module in self.base.modules())
-        return self._captured.setdefault((view, tuple(kinds), modes, entry), [])
-
-    def capture(self, inputs: Mapping[str, object], entry: Entry | None = None, view: View | None = None) -> Graph:
-        """The base's graph for such a call, by its own forward or by another way into it; an entry's hole is empty."""
-        leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
-        tensors = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
-        known = self._known(inputs, entry, view)
-        for graph in known:
-            if all(s.accepts(tensors[s.name]) for s in graph.inputs):
-                return graph
-        shown = {} if view is None else {"axes": view.axes, "call": view}
-        known.append(capture(self.base, inputs, entry=entry, **shown))  # type: ignore[arg-type]
-        return known[-1]
-
     def __getattr__(self, name: str) -> object:  # type: ignore[override]
         """Attributes of the base (`config`, `device`, ...); not its methods, which know nothing of adapters."""
         try:
@@ -389,18 +347,17 @@ class AdaptedModel(nn.Module):
 
     def _apply(self, fn: object, recurse: bool = True) -> AdaptedModel:
         """Moved or cast: graphs made for the old device and dtype are dropped, and examples follow the dtype."""
-        self._forget()
+        self.graphs.forget()
         self.example = pytree.tree_map_only(Tensor, lambda t: t.to(fn(t).dtype), self.example)  # type: ignore[operator]
         return super()._apply(fn, recurse)  # type: ignore[arg-type, return-value]
 
-    def _forget(self) -> None:
-        self._captured.clear()
-        self._derived.clear()
-        self._views.clear()
-
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave the graphs behind: they are made again, over the copy's own tensors."""
-        return {**self.__dict__, "_captured": {}, "_derived": {}, "_views": {}}
+        return {key: value for key, value in self.__dict__.items() if key != "graphs"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self.graphs = Graphs(self.base, self.adapters)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _blank, (type(self.base),), self.__getstate__()

@@ -73,5 +73,5 @@ def bare(model: nn.Module, inputs: Mapping[str, object] | None = None) -> Adapte
         graph = capture(model, example)
     adapted = AdaptedModel.on(model, graph.sites, example)
     with evaluating(model):
-        adapted.keep(graph, example)
+        adapted.graphs.keep(graph, example)
     return adapted

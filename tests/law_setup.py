@@ -20,7 +20,7 @@ def bare(case: Case, *, training: bool = False) -> AdaptedModel:
     """A model of the pool without adapters, its own to change."""
     own, example = captured(case.spec, training=training).copy(), case.spec.inputs(2, 3)
     adapted = AdaptedModel.on(own.model, own.graph.sites, example)
-    adapted.keep(own.graph, example)
+    adapted.graphs.keep(own.graph, example)
     return adapted
 
 

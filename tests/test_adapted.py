@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from zoo import TOKENS, ZOO
 
 import peftfx
-from peftfx import adapted as adapted_module
+from peftfx import graphs as graphs_module
 from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
 from peftfx.errors import PeftfxError
@@ -72,14 +72,14 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     """The inputs of each capture that an AdaptedModel makes inside."""
     made: list[object] = []
-    real = adapted_module.capture
+    real = graphs_module.capture
 
     def counting(model: nn.Module, inputs: Mapping[str, object], **options: object) -> object:
         made.append(dict(inputs))
         return real(model, inputs, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapted_module, "capture", counting)
+        patch.setattr(graphs_module, "capture", counting)
         yield made
 
 

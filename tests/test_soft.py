@@ -256,7 +256,7 @@ def test_adapters_are_switched_and_removed(soft: Soft) -> None:
 def test_removing_a_prompt_leaves_the_program_that_it_was_put_into(soft: Soft, name: str) -> None:
     ours = soft.ours(soft.theirs(name))
     inputs = inputs_of(name, 3, 5)
-    empty = ours.capture(inputs, ours.entry())
+    empty = ours.graphs.captured(inputs, ours.entry())
     assert Remove()(ours.graph(inputs)).graph.text() == empty.text()
 
 
