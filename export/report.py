@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from peftfx.adapted import AdaptedModel
-from peftfx.derived import Derived, Rounding, foldings
+from peftfx.derived import Derived, Own, Rounding, foldings
 from peftfx.export.onnx import ENGINE, FAST
 from peftfx.export.twin import in_bfloat16
 from peftfx.export.verify import Comparison
@@ -29,7 +29,8 @@ class Report:
     Attributes:
         model: the class of the base model.
         adapters: what was exported with it: name, method, the number of its parameters, and their bytes.
-        merged: the module paths whose weights the adapters were merged into; empty where they were left apart.
+        merged: the module paths whose weights the adapters were merged into, or that trained copies took the place of;
+            empty where they were left apart.
         merged_bytes: size of those weights, and of their biases where these changed.
         rounding: what each of them lost to the dtype of the weights, `max_abs` and, of its largest value, `max_rel`;
             empty in fp32, which is what they are computed in.
@@ -83,11 +84,13 @@ class Report:
 
         How merged weights are rounded is added when they are computed, which is when they are written.
         """
-        self.merged = sorted({*self.merged, *foldings(graph.derived.values())})
+        copies = (name.rpartition(".")[0] for name, recipe in graph.derived.items() if isinstance(recipe, Own))
+        self.merged = sorted({*self.merged, *foldings(graph.derived.values()), *copies})
         sizes = {n: a.meta["val"].nbytes for n, a in attributes_of(graph).items() if n.startswith(f"{DERIVED}.")}
         for name, recipe in graph.derived.items():
-            if isinstance(recipe, Derived):
+            if isinstance(recipe, Derived | Own):
                 self.merged_bytes += sizes.get(f"{DERIVED}.{name}", 0)
+            if isinstance(recipe, Derived):
                 graph.derived[name] = replace(recipe, tell=self._add_rounding)
         folded = (name for name, recipe in graph.derived.items() if isinstance(recipe, Computed | Left))
         self.folded = sorted({*self.folded, *folded})

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 from torch import Tensor, fx
 
-from peftfx.adapter import Adapter, Placement
+from peftfx.adapter import Adapter
 from peftfx.method import WeightMethod
 from peftfx.passes.site_op import bind, operands
 from peftfx.passes.splice import Splicer
+from peftfx.placement import Placement
 from peftfx.sites import Call, Site
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from peftfx.adapter import Adapter, Placement
+from peftfx.adapter import Adapter
 from peftfx.attending import AttentionMethod
 from peftfx.derived import Block
 from peftfx.errors import PeftfxError
@@ -18,6 +18,7 @@ from peftfx.passes.apply import apply_at
 from peftfx.passes.base import REGION, Region
 from peftfx.passes.site_op import operands
 from peftfx.passes.splice import Splicer
+from peftfx.placement import Placement
 from peftfx.sites import Call, Heads, Part, Site, Sites
 
 aten = torch.ops.aten

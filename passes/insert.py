@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftfx.adapter import Adapter, Placement
+from peftfx.adapter import Adapter
 from peftfx.attending import AttentionMethod
 from peftfx.capturing import isolated
 from peftfx.errors import PeftfxError
 from peftfx.graph import ADAPTERS, BASE, Graph
 from peftfx.occurrences import module_path
+from peftfx.overriding import OverrideMethod
 from peftfx.passes.apply import apply_at
 from peftfx.passes.attend import join
 from peftfx.passes.base import OVERRIDES, Pass, PassResult
 from peftfx.passes.fill import TARGET, first_operation, trace_virtual
 from peftfx.passes.splice import Splicer
+from peftfx.placement import Placement
 from peftfx.soft import SequenceMethod
 
 
@@ -80,6 +82,8 @@ def _insert(splicer: Splicer, placement: Placement) -> int:
         return _fill(splicer, placement, placement.method)
     if isinstance(placement.method, AttentionMethod):
         return join(splicer, placement, placement.method)
+    if isinstance(placement.method, OverrideMethod):
+        return 0  # its copies are in place
     site = splicer.sites.get(placement.site.path)  # a view may not run it: `inputs_embeds` passes an embedding by
     if site is None:
         return 0

@@ -12,11 +12,12 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeGuard  # type: ignore[attr-defined]
 
-from peftfx.adapter import Adapter, Placement
+from peftfx.adapter import Adapter
 from peftfx.errors import PeftfxError
 from peftfx.graph import ADAPTERS, Graph
 from peftfx.method import Method, WeightMethod
 from peftfx.passes.base import REGION, REPLACES, Region, attribute, attributes_of, fake_like, results
+from peftfx.placement import Placement
 
 _TORCH = str(Path(torch.__file__).parent)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peftfx.methods.adalora import AdaLoRA
     from peftfx.methods.ia3 import IA3
     from peftfx.methods.llama_adapter import LlamaAdapter
+    from peftfx.methods.ln_tuning import LNTuning
     from peftfx.methods.lora import LoRA
     from peftfx.methods.p_tuning import PTuning
     from peftfx.methods.prefix_tuning import PrefixTuning
@@ -32,6 +33,7 @@ _HOME = {
     "AdaptedModel": "peftfx.adapted",
     "Graph": "peftfx.graph",
     "IA3": "peftfx.methods.ia3",
+    "LNTuning": "peftfx.methods.ln_tuning",
     "LlamaAdapter": "peftfx.methods.llama_adapter",
     "LoRA": "peftfx.methods.lora",
     "PTuning": "peftfx.methods.p_tuning",
@@ -54,6 +56,7 @@ __all__ = [
     "AdaLoRA",
     "AdaptedModel",
     "Graph",
+    "LNTuning",
     "LlamaAdapter",
     "LoRA",
     "PTuning",

@@ -4,92 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from peftfx.attending import ATTENTION, AttentionMethod, key_weight
-from peftfx.derived import Block, part_site
+from peftfx.attending import AttentionMethod
 from peftfx.errors import PeftfxError
-from peftfx.method import Base, Method, WeightMethod
-from peftfx.sites import Part, Site
-from peftfx.soft import SEQUENCE, SequenceMethod, embedding_path
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A method at a site, or at one part of a fused site."""
-
-    method: WeightMethod | AttentionMethod | SequenceMethod
-    site: Site
-    part: Part | None = None
-
-    @property
-    def key(self) -> str:
-        """Where its parameters are in the adapter: the site's path, and the part's role in short."""
-        if self.site.kind == SEQUENCE:
-            return SEQUENCE
-        if self.site.kind == ATTENTION:
-            return self.site.path or ATTENTION  # a module without a path computes it itself
-        return self.site.path if self.part is None else f"{self.site.path}.{self.part.role.rpartition('.')[2]}"
-
-    @property
-    def block(self) -> Block | None:
-        """The rows of the part."""
-        if self.part is None:
-            return None
-        return Block.of(self.part, self.site.shape[1 if self.site.transposed else 0])
-
-    @property
-    def view(self) -> Site:
-        """The site as the method sees it."""
-        return self.site if self.part is None else part_site(self.site, self.part, self.block)  # type: ignore[arg-type]
-
-    def init(self, base: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
-        """New parameters for this place in the base module."""
-        if isinstance(self.method, SequenceMethod):
-            return self.method.init(self.site, base.get_submodule(embedding_path(self.site)), rng)
-        if isinstance(self.method, AttentionMethod):
-            return self.method.init(self.site, key_weight(base, self.site), rng)
-        return self.method.init(self.view, self.base(*site_tensors(base, self.site)), rng)
-
-    def base(self, weight: Tensor, bias: Tensor | None) -> Base:
-        """The site's tensors as the method sees them: [out, in], and the part's rows alone."""
-        weight = weight.T if self.site.transposed else weight
-        if self.block is None:
-            return Base(weight, bias)
-        return Base(self.block.take(weight, 0), None if bias is None else self.block.take(bias, 0))
-
-
-@dataclass(frozen=True)
-class Override:
-    """A tensor of the base that an adapter replaces by one of its own, within one module.
-
-    Attributes:
-        key: where the adapter keeps its tensor, a dotted name.
-        module: the module path within which uses of the base's tensor are replaced.
-        name: the tensor's name, relative to the module.
-    """
-
-    key: str
-    module: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A rule resolved against a model.
-
-    Attributes:
-        method: as the rule has it.
-        placements: where it acts.
-        overrides: the base's tensors it trains copies of (`modules_to_save`, `bias`).
-    """
-
-    method: Method
-    placements: tuple[Placement, ...]
-    overrides: tuple[Override, ...] = ()
+from peftfx.method import Method, WeightMethod
+from peftfx.overriding import OverrideMethod
+from peftfx.placement import Override, Placed, Placement, owner_of, site_tensors
 
 
 class Adapter(nn.Module):
@@ -119,7 +42,8 @@ class Adapter(nn.Module):
     @property
     def overrides(self) -> tuple[Override, ...]:
         """The base's tensors it trains copies of, once each however many rules name one."""
-        return tuple({o.key: o for rule in self.placed for o in rule.overrides}.values())
+        placed = [o for rule in self.placed for o in rule.overrides]
+        return tuple({o.key: o for o in (*placed, *(o for p in self.placements for o in p.copies))}.values())
 
     def create(self, base: nn.Module, rng: torch.Generator | None) -> None:
         """Make every parameter, at its method's initial values; overrides start as copies of the base's tensors."""
@@ -205,12 +129,12 @@ class Adapter(nn.Module):
 
 def whole(
     base: nn.Module, adapter: Adapter, group: Sequence[Placement]
-) -> tuple[WeightMethod | AttentionMethod, Mapping[str, Tensor]]:
+) -> tuple[WeightMethod | AttentionMethod | OverrideMethod, Mapping[str, Tensor]]:
     """A method and parameters that do at a whole site what the placements of this group do there, or at its parts."""
     first = group[0]
-    assert isinstance(first.method, WeightMethod | AttentionMethod)
-    if isinstance(first.method, AttentionMethod):
+    if isinstance(first.method, AttentionMethod | OverrideMethod):
         return first.method, adapter.params(first)
+    assert isinstance(first.method, WeightMethod)
     if first.part is None:
         return first.method.written(adapter.all_of(first))
     parts = {p.part.rows: _written(adapter, p) for p in group if p.part is not None}
@@ -222,19 +146,6 @@ def whole(
 def _written(adapter: Adapter, placement: Placement) -> dict[str, Tensor]:
     assert isinstance(placement.method, WeightMethod)
     return placement.method.written(adapter.all_of(placement))[1]
-
-
-def site_tensors(base: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
-    """The weight, as it is stored, and the bias of a site in the base module."""
-    weight = getattr(*owner_of(base, site.weight.partition(".")[2]))
-    bias = None if site.bias is None else getattr(*owner_of(base, site.bias.partition(".")[2]))
-    return weight, bias
-
-
-def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The submodule that holds a tensor of this dotted name, and the name's last part."""
-    path, _, leaf = name.rpartition(".")
-    return module.get_submodule(path), leaf
 
 
 def check_name(name: str) -> None:

@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peftfx.adapted import AdaptedModel
-from peftfx.adapter import Adapter, Placement
+from peftfx.adapter import Adapter
 from peftfx.errors import PeftfxError
 from peftfx.methods.adalora import KEPT, A, AdaLoRA, B, E
+from peftfx.placement import Placement
 
 IMPORTANCE, UNCERTAINTY = "importance", "uncertainty"
 

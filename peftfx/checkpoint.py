@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftfx.adapter import Adapter, Override, Placed, Placement, site_tensors, whole
-from peftfx.attending import AttentionMethod
+from peftfx.adapter import Adapter, whole
 from peftfx.errors import PeftfxError, nearest
 from peftfx.files import write_file, writing
-from peftfx.method import Method, WeightMethod
+from peftfx.method import Method
 from peftfx.peft_files import CONFIG, RULES, STATE, WEIGHTS, Weights, method_from_config, read_config, rule_folders
-from peftfx.rules import SAVED, overrides_of, placements_of, refuse_crowding, saved_modules, within
+from peftfx.placement import SAVED, Override, Placed, Placement, site_tensors
+from peftfx.rules import overrides_of, placement_at, placements_of, refuse_crowding, saved_modules, within
 from peftfx.sites import Sites
 from peftfx.soft import SequenceMethod
 from peftfx.soft_files import Contents, read_prompt, written_prompt
@@ -64,15 +65,17 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         _refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, set(), base, directory)
         _copy(adapter, wanted, weights)
         return adapter
-    placements = _placements(method, weights, sites)
+    possible = [placement_at(base, method, site) for site in sites if site.kind in method.kinds]
+    marks = {suffix.partition(".")[0] for p in possible for suffix in p.suffixes().values()}
+    placements = [p for p in possible if any(_name(p.site.path, s) in weights.names for s in p.suffixes().values())]
     saved = saved_modules(base, method)
     overrides = overrides_of(base, method, saved, [p.site for p in placements])
     overrides += _replaced_weights(placements, weights, base)
     adapter = Adapter([Placed(method, tuple(placements), tuple(overrides))], config)
     adapter.create(base, None)
     wanted = _wanted(placements, overrides)
-    expected = {path for path in _targeted(method, sites) if not within(path, saved)}
-    _refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, expected, base, directory)
+    expected = {path for path in _targeted(base, method, sites) if not within(path, saved)}
+    _refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, expected, base, directory, marks)
     _copy(adapter, wanted, weights)
     return adapter
 
@@ -81,18 +84,6 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
 def _copy(adapter: Adapter, wanted: Mapping[str, str], weights: Weights) -> None:
     for name, key in wanted.items():
         adapter.get(key).copy_(weights[name])
-
-
-def _placements(method: Method, weights: Weights, sites: Sites) -> list[Placement]:
-    """A placement for each site that has keys in the file."""
-    placements = []
-    for site in sites:
-        own = method.at(site)
-        if site.kind not in method.kinds or not isinstance(own, WeightMethod | AttentionMethod):
-            continue
-        if any(_name(site.path, suffix) in weights.names for suffix in own.keys(site).values()):
-            placements.append(Placement(own, site))
-    return placements
 
 
 def _replaced_weights(placements: list[Placement], weights: Weights, base: nn.Module) -> list[Override]:
@@ -110,10 +101,7 @@ def _replaced_weights(placements: list[Placement], weights: Weights, base: nn.Mo
 def _wanted(placements: list[Placement], overrides: list[Override]) -> dict[str, str]:
     """For each name the file must have, where the adapter keeps its value."""
     wanted = {
-        _name(p.site.path, suffix): f"{p.key}.{name}"
-        for p in placements
-        if isinstance(p.method, WeightMethod | AttentionMethod)
-        for name, suffix in p.method.keys(p.site).items()
+        _name(p.site.path, suffix): f"{p.key}.{name}" for p in placements for name, suffix in p.suffixes().items()
     }
     adapted = {p.site.path for p in placements}
     return wanted | {_override_name(override, adapted): override.key for override in overrides}
@@ -130,20 +118,28 @@ def _override_name(override: Override, adapted: set[str]) -> str:
     return f"{path}.base_layer.{leaf}" if path in adapted else name
 
 
-def _targeted(method: Method, sites: Sites) -> set[str]:
+def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:
     """The sites that the config's own targets match; they may name none that this model runs."""
     try:
-        return {p.site.path for p in placements_of(method, sites)} if method.target_modules else set()
+        return {p.site.path for p in placements_of(base, method, sites)} if method.target_modules else set()
     except PeftfxError:
         return set()
 
 
 def _refuse_mismatch(
-    weights: Weights, wanted: Mapping[str, Tensor], expected: set[str], base: nn.Module, where: Path
+    weights: Weights,
+    wanted: Mapping[str, Tensor],
+    expected: set[str],
+    base: nn.Module,
+    where: Path,
+    marks: Collection[str] = (),
 ) -> None:
-    """Compare the file with what this base needs, and list all that does not fit at once."""
+    """Compare the file with what this base needs, and list all that does not fit at once.
+
+    `marks` are how suffixes behind a module's path begin, for this method.
+    """
     modules = {name for name, _ in base.named_modules()}
-    have = {n for n in weights.names if n in wanted or not _inert(n, modules)}
+    have = {n for n in weights.names if n in wanted or not _inert(n, modules, marks)}
     absent = [f"every key of {path}" for path in sorted(expected) if not any(n.startswith(f"{path}.") for n in have)]
     missing, unexpected = sorted(wanted.keys() - have) + absent, sorted(have - wanted.keys())
     misshapen = [
@@ -155,7 +151,7 @@ def _refuse_mismatch(
     if not any(lists.values()):
         return
     lines = [f"{len(items)} {what}: " + _listed(items) for what, items in lists.items() if items]
-    near = nearest(_module_of(unexpected[0]), modules) if unexpected else ""
+    near = nearest(_module_of(unexpected[0], marks), modules) if unexpected else ""
     hint = near or "load it on the model that it was trained on (the same size, the same number of labels)"
     raise PeftfxError("this adapter does not fit the model:\n  " + "\n  ".join(lines), str(where), hint)
 
@@ -165,19 +161,19 @@ def _listed(items: list[str], most: int = 12) -> str:
     return "".join(f"\n    {item}" for item in items[:most]) + more
 
 
-def _module_of(name: str) -> str:
+def _module_of(name: str, marks: Iterable[str]) -> str:
     """The module path in a name of a checkpoint."""
-    return re.split(r"\.(?:lora_|ia3_|adaption_|base_layer)", name)[0]
+    return re.split(rf"\.(?:{'|'.join(map(re.escape, ('base_layer', *marks)))})(?:\.|$)", name)[0]
 
 
-def _inert(name: str, modules: set[str]) -> bool:
+def _inert(name: str, modules: set[str], marks: Iterable[str]) -> bool:
     """Whether a key is of a module that this model has and never runs (T5's `shared`), or a copy of a base weight.
 
     With `bias="all"` PEFT writes the bias of a module to save three times.
     """
     if ".modules_to_save." in name or ".original_module." in name:
         return True
-    return name.endswith(".base_layer.weight") or (_module_of(name) != name and _module_of(name) in modules)
+    return name.endswith(".base_layer.weight") or ((path := _module_of(name, marks)) != name and path in modules)
 
 
 def save_adapters(adapted: AdaptedModel, directory: Path, names: tuple[str, ...] | None) -> None:
@@ -244,7 +240,8 @@ def _rule_contents(base: nn.Module, adapter: Adapter, rule: Placed) -> Contents:
     methods: dict[str, Method] = {}
     for path, group in _by_site(rule.placements).items():
         method, params = whole(base, adapter, group)
-        tensors |= {_name(path, suffix): params[key] for key, suffix in method.keys(group[0].site).items()}
+        placement = dataclasses.replace(group[0], method=method)
+        tensors |= {_name(path, suffix): params[key] for key, suffix in placement.suffixes().items()}
         methods[path] = method
     tensors |= {_override_name(override, set(methods)): adapter.get(override.key) for override in rule.overrides}
     config = _config(base, adapter, rule, rule.method.gather(methods))

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from peftfx.adapter import Adapter, Placed, Placement, whole
+from peftfx.adapter import Adapter, whole
 from peftfx.errors import PeftfxError, nearest
 from peftfx.method import PLACING, Method, Params, Weighted, WeightMethod
+from peftfx.placement import Placed, Placement
 
 WAYS = ("linear", "cat")
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftfx.adapter import Adapter, owner_of, site_tensors
+from peftfx.adapter import Adapter
 from peftfx.derived import Derived, Folding, Rounding, foldings
 from peftfx.errors import PeftfxError
 from peftfx.graph import Graph
 from peftfx.method import Base
+from peftfx.placement import owner_of, site_tensors
 from peftfx.sites import Site
 
 
@@ -75,14 +76,16 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
             written += _write(base, folding.site, value, untie=shared)
             roundings[folding.site.path] = rounding
             untied += [own_names(base, folding.site)[0]] if shared else []
+    changed: dict[str, object] = dict(folded)
     written_names = {name for f in folded.values() for name in own_names(base, f.site)}
     for adapter in adapters:
         for override in adapter.overrides:
             name = f"{override.module}.{override.name}" if override.module else override.name
             if name not in written_names:  # a trained bias at a merged site went into its folding
                 written += _assign(base, name, adapter.get(override.key), untie=True)
+                changed.setdefault(name.rpartition(".")[0])
     folded_in = sum(t.numel() * t.element_size() for adapter in adapters for _, t in adapter.tensors())
-    return MergeReport(tuple(folded), written, folded_in, roundings, tuple(untied))
+    return MergeReport(tuple(changed), written, folded_in, roundings, tuple(untied))
 
 
 def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:

@@ -1,9 +1,9 @@
 """Method: what a rule does at a site. A method is plain torch; it knows no model architecture and edits no graph.
 
 There is a protocol for each kind of site; that of attention is in `peftfx/attending.py`, that of the token stream in
-`peftfx/soft.py`. A weight method acts at linear, conv and embedding sites and says the same thing twice, once on
-activations and once on weights. The compiler traces `forward` and splices it into the graph; `merge` replaces it by
-`fold`. With dropout off,
+`peftfx/soft.py`; what trains copies of the base's own tensors is in `peftfx/overriding.py`. A weight method acts at
+linear, conv and embedding sites and says the same thing twice, once on activations and once on weights. The compiler
+traces `forward` and splices it into the graph; `merge` replaces it by `fold`. With dropout off,
 
     forward(site, op, x, op(x, *base), base, p, training=False) == op(x, *fold(site, base, p))
 
@@ -74,6 +74,8 @@ class Method(ABC):
     """Fields of HF PEFT's config that change nothing for this method, whatever their value."""
     composes: ClassVar[bool] = True
     """Whether other adapters may act at the same site."""
+    layered: ClassVar[bool] = True
+    """Whether HF PEFT's config has `layers_to_transform`; else the modules that it leaves are named."""
 
     def __post_init__(self) -> None:
         """Sequences become tuples, so that a method can be hashed and compared."""
@@ -98,7 +100,7 @@ class Method(ABC):
 
         `target_modules` that were given stay; else it gets the shortest that will do, last components or whole paths.
         """
-        if self.target is None and self.target_modules:
+        if self.target is None and self.target_modules and (self.layered or self.layers_to_transform is None):
             return self
         chosen, ends = set(paths), {p.rpartition(".")[2] for p in paths}
         others = {n.rpartition(".")[2] for n in modules if n not in chosen}

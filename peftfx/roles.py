@@ -24,9 +24,10 @@ from peftfx.errors import PeftfxError
 from peftfx.graph import Graph
 from peftfx.heads import reaches_output
 from peftfx.indices import embedding_role
+from peftfx.norms import find_norms
 from peftfx.occurrences import Occurrence, find_occurrences, module_path
 from peftfx.rows import RowTracer, as_ranges
-from peftfx.sites import Call, Heads, Part, Site, Sites
+from peftfx.sites import Call, Heads, Part, Site, Sites, layer_of
 
 _FUSED = {
     frozenset({"query", "key", "value"}): "attention.qkv",
@@ -75,7 +76,8 @@ def find_sites(graph: Graph) -> Sites:
             weight.role = embedding_role(graph, first.x)
     _assign_mlps(analysis)
     order = {node: i for i, node in enumerate(graph.nodes())}
-    sites = [_site(weight) for weight in analysis.weights.values()] + list(_attention_sites(analysis))
+    weighted = (_site(weight) for weight in analysis.weights.values())
+    sites = [*weighted, *_attention_sites(analysis), *find_norms(graph, analysis.flows)]
     nodes = {node.name: order[node] for node in order}
     return Sites(tuple(sorted(sites, key=lambda site: nodes[site.calls[0].op])))
 
@@ -196,7 +198,7 @@ def _site(weight: _Weight) -> Site:
     calls = tuple(Call(found.x.name, found.op.name, found.y.name) for found in weight.occurrences)
     role = weight.role or ("conv" if first.kind == "conv" else "linear")
     return Site(
-        *(first.path, first.kind, role, _layer(first.path), first.weight, first.bias, first.shape, first.transposed),
+        *(first.path, first.kind, role, layer_of(first.path), first.weight, first.bias, first.shape, first.transposed),
         parts=weight.parts,
         calls=calls,
         groups=first.groups,
@@ -210,7 +212,7 @@ def _attention_sites(analysis: Analysis) -> Iterator[Site]:
     for path, own in groups.items():
         calls = tuple(Call(a.query.name, a.op.name, a.op.name, a.key.name, a.value.name) for a in own)
         heads, why = _heads(analysis, own)
-        yield Site(path, "attention", "attention", _layer(path), "", None, (), False, (), calls, 1, heads, why)
+        yield Site(path, "attention", "attention", layer_of(path), "", None, (), False, (), calls, 1, heads, why)
 
 
 def _heads(analysis: Analysis, attentions: list[Attention]) -> tuple[Heads | None, str]:
@@ -222,7 +224,3 @@ def _heads(analysis: Analysis, attentions: list[Attention]) -> tuple[Heads | Non
     if len(found) > 1:
         return None, "its module computes several attentions of different layers"
     return found.pop(), ""
-
-
-def _layer(path: str) -> int | None:
-    return next((int(component) for component in path.split(".") if component.isdigit()), None)

@@ -7,17 +7,16 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from peftfx.adapter import Override, Placed, Placement
 from peftfx.attending import AttentionMethod
 from peftfx.errors import PeftfxError, nearest
 from peftfx.method import Method, WeightMethod
+from peftfx.overriding import OverrideMethod
 from peftfx.peft_files import method_from_config
+from peftfx.placement import SAVED, Override, Placed, Placement, copies_of
 from peftfx.rule_text import parse_rules
 from peftfx.sites import Part, Site, Sites
 from peftfx.soft import SequenceMethod, sequence_site
 from peftfx.target import Where, select
-
-SAVED = "saved"  #: the folder of an adapter in which it keeps copies of the base's own tensors
 
 
 def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
@@ -32,7 +31,7 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     if isinstance(method, SequenceMethod):
         own = [ahead(method, base, sites)]
     else:
-        own = [p for p in placements_of(method, sites) if not within(p.site.path, saved)]
+        own = [p for p in placements_of(base, method, sites) if not within(p.site.path, saved)]
     if not own:
         hint = "leave them out of modules_to_save, or target others"
         raise PeftfxError("every targeted module is in modules_to_save", ", ".join(saved), hint)
@@ -59,10 +58,12 @@ def as_methods(rules: object) -> tuple[Method, ...]:
     return tuple(methods)
 
 
-def placements_of(method: Method, sites: Sites) -> list[Placement]:
+def placements_of(base: nn.Module, method: Method, sites: Sites) -> list[Placement]:
     """Where a method acts: one placement a site, or one a part where only parts of a fused site are targeted."""
     if isinstance(method, AttentionMethod):
         return _attentions(method, sites)
+    if isinstance(method, OverrideMethod):
+        return _copied(base, method, sites)
     if not isinstance(method, WeightMethod):
         raise PeftfxError(f"{type(method).__name__} does not act on weights", "rules", "use a weight method, as LoRA")
     placements = []
@@ -87,6 +88,27 @@ def _attentions(method: AttentionMethod, sites: Sites) -> list[Placement]:
         what = f"{type(method).__name__} cannot act at this attention: {unable.headless}"
         raise PeftfxError(what, unable.path, "target others, or use a method that acts on weights, as LoRA")
     return [Placement(method, site) for site in method.among(able)]
+
+
+def _copied(base: nn.Module, method: OverrideMethod, sites: Sites) -> list[Placement]:
+    """The modules of whose tensors a method trains copies."""
+    found = []
+    for match in select(sites, **where(method), kinds=sorted(method.kinds)):
+        if match.parts:
+            what = f"{type(method).__name__} trains whole tensors, and {match.parts[0]} is rows of one here"
+            raise PeftfxError(what, match.site.path, f"target {match.site.role}, or the module by its name")
+        found.append(placement_at(base, method, match.site))
+    found = [placement for placement in found if placement.copies]
+    if not found:
+        raise PeftfxError(f"nothing that is targeted has what {type(method).__name__} trains", "target", "widen it")
+    return found
+
+
+def placement_at(base: nn.Module, method: Method, site: Site) -> Placement:
+    """A method at the whole of a site."""
+    own = method.at(site)
+    assert isinstance(own, WeightMethod | AttentionMethod | OverrideMethod)
+    return Placement(own, site, copies=copies_of(base, own, site) if isinstance(own, OverrideMethod) else ())
 
 
 def where(method: Method) -> Where:

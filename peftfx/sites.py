@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from peftfx.expression import Target
     from peftfx.target import Match
 
-#: Kinds of sites that have a weight; the fourth kind, attention, is a computation between them.
+#: Kinds of sites that have a weight that mixes features, or a row for each index. A norm's weight does neither; an
+#: attention is a computation between weights.
 WEIGHT_KINDS = ("linear", "conv", "embedding")
+NORM = "norm"  #: a kind of site, and its role
 
 #: What a site can be for. A fused site's own role names all it holds; its parts have the plain roles.
 ROLES = (
@@ -25,7 +27,7 @@ ROLES = (
     *("attention.qkv", "attention.kv", "attention.qk", "attention.qv"),
     *("mlp.up", "mlp.gate", "mlp.gate_up", "mlp.down"),
     *("embedding.token", "embedding.position", "embedding.type"),
-    *("attention", "conv", "head", "linear"),
+    *("attention", "conv", "head", "linear", NORM),
 )
 
 
@@ -90,7 +92,7 @@ class Site:
     Attributes:
         path: the module that owns the weight (`model.layers.0.self_attn.q_proj`); for a parameter that is not its
             module's `weight`, the parameter's own path. For attention, the module that computes it.
-        kind: linear, conv, embedding or attention.
+        kind: linear, conv, embedding, norm or attention.
         role: one of `ROLES`.
         layer: the first number in the path.
         weight: `get_attr` target of the weight; tied sites share one. Empty for attention.
@@ -202,6 +204,11 @@ def plays(site: Site, role: str) -> bool:
 def in_role(own: str, role: str) -> bool:
     """Whether `own` is `role`, or belongs to the group that `role` names."""
     return own == role or own.startswith(f"{role}.")
+
+
+def layer_of(path: str) -> int | None:
+    """The first number in a module path."""
+    return next((int(component) for component in path.split(".") if component.isdigit()), None)
 
 
 def _cells(site: Site) -> list[str]:

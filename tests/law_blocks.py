@@ -186,6 +186,27 @@ class _Residual(nn.Module):
 
 
 @dataclass(frozen=True)
+class Norm(Block):
+    """An RMS norm written by hand, `w * x` or Gemma's `(1 + w) * x`."""
+
+    shifted: bool = False
+
+    def build(self) -> nn.Module:
+        return _Norm(self)
+
+
+class _Norm(nn.Module):
+    def __init__(self, spec: Norm) -> None:
+        super().__init__()
+        self.shifted = spec.shifted
+        self.gain = nn.Parameter(torch.zeros(WIDTH) if spec.shifted else torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return ((1.0 + self.gain.float()).to(x.dtype) if self.shifted else self.gain) * normed
+
+
+@dataclass(frozen=True)
 class Branch(Block):
     """Two modules side by side."""
 

@@ -15,16 +15,18 @@ from hypothesis import strategies as st
 from law_models import Spec
 from law_pool import POOL, captured
 
-from peftfx.adapter import Placement, site_tensors
 from peftfx.attending import AttentionMethod
 from peftfx.errors import PeftfxError
 from peftfx.method import Method, WeightMethod
 from peftfx.methods import methods
+from peftfx.overriding import OverrideMethod
+from peftfx.placement import Placement, copies_of, site_tensors
 from peftfx.sites import Site
 
-#: Every method there is that acts at weights or attentions; a new file in `peftfx/methods` is under these laws without
-#: an edit here.
-METHODS = {name: cls for name, cls in methods().items() if issubclass(cls, WeightMethod | AttentionMethod)}
+#: Every method there is that acts at sites of a graph; a new file in `peftfx/methods` is under these laws without an
+#: edit here.
+_ACTS = WeightMethod | AttentionMethod | OverrideMethod
+METHODS = {name: cls for name, cls in methods().items() if issubclass(cls, _ACTS)}
 WEIGHT_METHODS = {name: cls for name, cls in METHODS.items() if issubclass(cls, WeightMethod)}
 
 
@@ -119,7 +121,8 @@ def places(spec: Spec, method: Method) -> tuple[str, ...]:
     for site in captured(spec).graph.sites:
         if acts_at(spec, method, site):
             found.append(site.path)
-            found += [f"{site.path} & {part.role}" for part in site.parts]
+            if not isinstance(method, OverrideMethod):  # which trains whole tensors
+                found += [f"{site.path} & {part.role}" for part in site.parts]
     return tuple(found)
 
 
@@ -129,6 +132,8 @@ def acts_at(spec: Spec, method: Method, site: Site) -> bool:
         return False
     if isinstance(method, AttentionMethod):
         return site.heads is not None
+    if isinstance(method, OverrideMethod):
+        return bool(copies_of(captured(spec).model, method, site))
     placement = Placement(method.at(site), site)
     try:
         placement.method.init(site, placement.base(*site_tensors(captured(spec).model, site)), torch.Generator())

@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 from random import Random
 
-from law_blocks import WIDTH, Attention, Block, Branch, Conv, Dense, Mix, Mlp, Product, Residual, Twice
+from law_blocks import WIDTH, Attention, Block, Branch, Conv, Dense, Mix, Mlp, Norm, Product, Residual, Twice
 from law_models import Image, Spec, Text
 from torch import nn
 
@@ -24,6 +24,7 @@ SMALL = (
     Text((Product(turned=False, bias=False),)),
     Text((Twice(Dense()),)),
     Text((Mix(groups=2),)),
+    Text((Norm(), Norm(shifted=True))),
     Text((Mlp("fused"),)),
     Text((Attention("softmax", "heads", bias=False),)),
     Text((Attention("sdpa", "thirds", transposed=True),)),

@@ -13,7 +13,6 @@ from law_pool import captured
 from law_setup import LOOSE, adapt, assert_close, assert_untouched, bare, snapshot, stir
 from torch import Tensor
 
-from peftfx.adapter import Placement, site_tensors
 from peftfx.errors import PeftfxError
 from peftfx.export.onnx import to_onnx
 from peftfx.export.runtime import OnnxModel
@@ -23,6 +22,7 @@ from peftfx.method import Base, Method, WeightMethod
 from peftfx.passes import Evaluate, Insert, Merge, PassManager, Remove
 from peftfx.passes.base import OVERRIDES
 from peftfx.passes.site_op import bind
+from peftfx.placement import Placement, site_tensors
 from peftfx.roles import find_sites
 from peftfx.sites import Site, Sites
 
@@ -120,15 +120,14 @@ def remove(case: Case, method: Method) -> None:
 def remove_one(case: Case, method: WeightMethod) -> None:
     """Of two adapters inserted, removing one leaves what inserting the other alone gives."""
     method = dataclasses.replace(method, modules_to_save=None)
-    if getattr(method, "bias", "none") != "none":
-        return  # two adapters cannot both stand for one tensor of the base
     adapted = bare(case)
     inserts = {}
     for name in ("first", "second"):
         adapted.add_adapter(name, method, seed=case.seed)
         inserts[name] = Insert(name, adapted.adapter(name))
-    if not all(p.method.composes for p in adapted.adapter("first").placements):
-        return
+    first = adapted.adapter("first")
+    if first.overrides or not all(p.method.composes for p in first.placements):
+        return  # two adapters cannot both stand for one tensor of the base
     linked = adapted.graph(adapted=False).clone()
     linked.module.add_module(ADAPTERS, adapted.adapters)
     both = inserts["second"](inserts["first"](linked).graph).graph

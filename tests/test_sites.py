@@ -155,6 +155,11 @@ def test_training_changes_no_site(gpt2: Graph) -> None:
     assert places(capture(model, ZOO["gpt2"].inputs(model=model)).sites) == places(gpt2.sites)
 
 
+def test_every_norm_that_has_a_weight_is_a_site(graph: Graph) -> None:
+    named = {n for n, m in graph.base.named_modules() if "Norm" in type(m).__name__ and list(m.parameters())}
+    assert {site.path for site in graph.sites.filter(role="norm")} == named
+
+
 def test_attention_spelled_out_has_the_sites_of_fused_attention(captured: Callable[[str], Captured]) -> None:
     model = ZOO["llama"].build()
     model.set_attn_implementation("eager")  # type: ignore[operator]
@@ -211,10 +216,10 @@ def steps(layers: int) -> int:
 
 def test_sites_print_filter_and_become_json(gpt2: Graph) -> None:
     sites = gpt2.sites
-    assert str(sites).startswith("13 sites: attention 2, attention.output 2, attention.qkv 2")
+    assert str(sites).startswith("18 sites: attention 2, attention.output 2, attention.qkv 2")
     assert [site.layer for site in sites.filter(role="attention.query")] == [0, 1]
     assert sites.filter(kind="embedding", layer=0) == Sites()
-    assert sites.table().row_count == len(json.loads(json.dumps(sites.to_dict()))) == 13
+    assert sites.table().row_count == len(json.loads(json.dumps(sites.to_dict()))) == 18
     assert [match.site for match in sites.select("mlp & h.0.mlp.c_fc")] == [sites.by_path("transformer.h.0.mlp.c_fc")]
 
 

@@ -42,6 +42,7 @@ class IA3(WeightMethod):
     peft_type: ClassVar[str] = "IA3"
     default_target: ClassVar[str] = "attention.key | attention.value | mlp.down"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    layered: ClassVar[bool] = False
 
     __hash__ = WeightMethod.__hash__
 
@@ -96,13 +97,7 @@ class IA3(WeightMethod):
         return Base(base.weight * along_rows(scale, base.weight), bias)
 
     def gather(self, methods: Mapping[str, Method]) -> IA3:
-        """Which modules are feed-forward, as an expression: HF PEFT wants a list to repeat `target_modules`.
-
-        HF PEFT's IA3 has no `layers_to_transform`: the modules that it leaves are named.
-        """
-        if self.layers_to_transform is not None:
-            narrowed = dataclasses.replace(self, layers_to_transform=None, layers_pattern=None)
-            return dataclasses.replace(narrowed, target=None, target_modules=tuple(sorted(methods))).gather(methods)
+        """Which modules are feed-forward, as an expression: HF PEFT wants a list to repeat `target_modules`."""
         if self.feedforward_modules is not None and self.target_modules is not None:
             return self
         inputs = {path for path, m in methods.items() if isinstance(m, IA3) and m.feedforward}

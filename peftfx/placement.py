@@ -1,0 +1,133 @@
+"""Placement: where a rule acts, and on what: a method at a site, and the base's tensors that it trains copies of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.attending import ATTENTION, AttentionMethod, key_weight
+from peftfx.derived import Block, part_site
+from peftfx.method import Base, Method, WeightMethod
+from peftfx.overriding import OverrideMethod
+from peftfx.sites import Part, Site
+from peftfx.soft import SEQUENCE, SequenceMethod, embedding_path
+
+SAVED = "saved"  #: the folder of an adapter in which it keeps copies of the base's own tensors
+
+
+@dataclass(frozen=True)
+class Override:
+    """A tensor of the base that an adapter replaces by one of its own, within one module.
+
+    Attributes:
+        key: where the adapter keeps its tensor, a dotted name.
+        module: the module path within which uses of the base's tensor are replaced.
+        name: the tensor's name, relative to the module.
+    """
+
+    key: str
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A method at a site, or at one part of a fused site.
+
+    Attributes:
+        copies: the base's tensors that the method trains copies of here.
+    """
+
+    method: WeightMethod | AttentionMethod | SequenceMethod | OverrideMethod
+    site: Site
+    part: Part | None = None
+    copies: tuple[Override, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Where its parameters are in the adapter: the site's path, and the part's role in short."""
+        if self.site.kind == SEQUENCE:
+            return SEQUENCE
+        if self.site.kind == ATTENTION:
+            return self.site.path or ATTENTION  # a module without a path computes it itself
+        if isinstance(self.method, OverrideMethod):
+            return f"{SAVED}.{self.site.path}"
+        return self.site.path if self.part is None else f"{self.site.path}.{self.part.role.rpartition('.')[2]}"
+
+    @property
+    def block(self) -> Block | None:
+        """The rows of the part."""
+        if self.part is None:
+            return None
+        return Block.of(self.part, self.site.shape[1 if self.site.transposed else 0])
+
+    @property
+    def view(self) -> Site:
+        """The site as the method sees it."""
+        return self.site if self.part is None else part_site(self.site, self.part, self.block)  # type: ignore[arg-type]
+
+    def init(self, base: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+        """New parameters for this place in the base module; not the copies that it has."""
+        if isinstance(self.method, OverrideMethod):
+            return {}
+        if isinstance(self.method, SequenceMethod):
+            return self.method.init(self.site, base.get_submodule(embedding_path(self.site)), rng)
+        if isinstance(self.method, AttentionMethod):
+            return self.method.init(self.site, key_weight(base, self.site), rng)
+        return self.method.init(self.view, self.base(*site_tensors(base, self.site)), rng)
+
+    def suffixes(self) -> dict[str, str]:
+        """For each parameter that is saved, its suffix in a HF PEFT checkpoint."""
+        if isinstance(self.method, OverrideMethod):
+            names = (override.key.rpartition(".")[2] for override in self.copies)
+            return {name: self.method.suffix(name) for name in names}
+        assert isinstance(self.method, WeightMethod | AttentionMethod)
+        return self.method.keys(self.site)
+
+    def base(self, weight: Tensor, bias: Tensor | None) -> Base:
+        """The site's tensors as the method sees them: [out, in], and the part's rows alone."""
+        weight = weight.T if self.site.transposed else weight
+        if self.block is None:
+            return Base(weight, bias)
+        return Base(self.block.take(weight, 0), None if bias is None else self.block.take(bias, 0))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A rule resolved against a model.
+
+    Attributes:
+        method: as the rule has it.
+        placements: where it acts.
+        overrides: the base's tensors it trains copies of (`modules_to_save`, `bias`).
+    """
+
+    method: Method
+    placements: tuple[Placement, ...]
+    overrides: tuple[Override, ...] = ()
+
+
+def site_tensors(base: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
+    """The weight, as it is stored, and the bias of a site in the base module."""
+    weight = getattr(*owner_of(base, site.weight.partition(".")[2]))
+    bias = None if site.bias is None else getattr(*owner_of(base, site.bias.partition(".")[2]))
+    return weight, bias
+
+
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The submodule that holds a tensor of this dotted name, and the name's last part."""
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def copies_of(base: nn.Module, method: OverrideMethod, site: Site) -> tuple[Override, ...]:
+    """The tensors that a method trains copies of at a site: of its module, or the bare parameter that it is."""
+    try:
+        module, own = site.path, base.get_submodule(site.path).state_dict(keep_vars=True)
+        names = {name: name for name in own if "." not in name}
+    except AttributeError:
+        module, _, name = site.weight.partition(".")[2].rpartition(".")
+        names = {"weight": name}
+    return tuple(Override(f"{SAVED}.{site.path}.{n}", module, names[n]) for n in method.copied(site, list(names)))
