@@ -20,10 +20,14 @@ from peftfx.export.command import export_directory
 from peftfx.graph import leaf_names
 from peftfx.views import without_cache
 
-ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, Conv1D)
 # Whisper's code reads fields of these modules that peft's wrappers do not have.
 LEFT_OUT = {"whisper": ["conv1", "conv2", "embed_positions"]}
 UNSEEN = ((3, 11), (1, 6))  # batch, sequence
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether `peft` adapts a module: one of these types, or a linear layer of a model's own (Falcon's)."""
+    return type(module) in (nn.Conv1d, nn.Conv2d, nn.Embedding, Conv1D) or isinstance(module, nn.Linear)
 
 
 def adapt(model: nn.Module, directory: Path, **options: object) -> nn.Module:
@@ -32,7 +36,7 @@ def adapt(model: nn.Module, directory: Path, **options: object) -> nn.Module:
     grouped = {n for n, m in model.named_modules() if getattr(m, "groups", 1) > 1}
     chosen = [s.path for s in sites if s.kind in ("linear", "conv", "embedding") and s.role != "head"]
     # peft takes a module's input for its indices, which is wrong for OPT's positions: it computes them itself.
-    chosen = [p for p in chosen if p not in grouped and type(model.get_submodule(p)) in ADAPTABLE]
+    chosen = [p for p in chosen if p not in grouped and adaptable(model.get_submodule(p))]
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": chosen, **options})
     adapted = peft.get_peft_model(model, config)
     randomise(adapted)

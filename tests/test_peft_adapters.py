@@ -14,7 +14,7 @@ import peft
 import pytest
 from compare import changed, farthest
 from soft_cases import FEATURES, LSTM, MLP, PREFIX, PROJECTED, PROMPT_TUNING, Soft, bare, build, task
-from test_export import ADAPTABLE, UNSEEN, outputs, randomise
+from test_export import UNSEEN, adaptable, outputs, randomise
 from test_soft import BOTH, CAUSAL, ENCODERS
 from torch import Tensor, nn
 from zoo import ZOO
@@ -28,7 +28,7 @@ from peftfx.methods import methods
 def linear(model: nn.Module, *roles: str) -> list[str]:
     """The paths of linear modules that `peft` can adapt; with roles, those that have one of them."""
     sites = [s for s in peftfx.inspect(model) if s.kind == "linear" and s.role != "head"]
-    sites = [s for s in sites if type(model.get_submodule(s.path)) in ADAPTABLE]
+    sites = [s for s in sites if adaptable(model.get_submodule(s.path))]
     fused = {s.path: {s.role, *(p.role for p in s.parts)} for s in sites}
     return [path for path, own in fused.items() if not roles or own & set(roles)]
 
