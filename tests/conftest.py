@@ -7,11 +7,13 @@ from functools import cache
 
 import pytest
 import torch
+from hypothesis import settings
 from zoo import ZOO, Captured
 
 from peftfx.capturing import capture
 
 torch.set_num_threads(1)
+settings.register_profile("whole")  # `--hypothesis-profile=whole`: the laws on all of their examples
 
 
 @pytest.fixture(scope="session")

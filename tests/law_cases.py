@@ -30,8 +30,8 @@ METHODS = {name: cls for name, cls in methods().items() if issubclass(cls, _ACTS
 WEIGHT_METHODS = {name: cls for name, cls in METHODS.items() if issubclass(cls, WeightMethod)}
 
 
-settings.register_profile(
-    "laws",
+WHOLE = "whole"  #: the profile of hypothesis in which laws have all of their examples, and by default a third
+_LAWS = settings(
     deadline=None,
     derandomize=True,  # the same examples in every run: a law that fails fails for everybody
     database=None,
@@ -40,8 +40,9 @@ settings.register_profile(
 
 
 def examples(count: int) -> settings:
-    """So many examples a test."""
-    return settings(settings.get_profile("laws"), max_examples=count)
+    """So many examples a test in `pytest --hypothesis-profile=whole`."""
+    whole = settings.get_current_profile_name() == WHOLE
+    return settings(_LAWS, max_examples=count if whole else -(-count // 3))
 
 
 @dataclass(frozen=True)

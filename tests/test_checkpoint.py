@@ -47,6 +47,12 @@ NAMED = [
     for option in OPTIONS
     if (model, option) != ("gpt2", "olora")  # peft does not know that Conv1D is stored transposed, and cannot run it
 ]
+QUICK = {
+    *(("gpt2", o) for o in ("plain", "dora", "gaussian", "patterns", "a regular expression")),
+    *(("llama", o) for o in ("rslora", "dora", "olora", "all linears")),
+    *(("roberta", o) for o in ("pissa", "pissa with dora", "every bias", "one layer", "a head of its own")),
+    *(("t5", "plain"), ("convnext", "dora")),
+}  #: each option, on one model or two; `pytest -m slow` has every pair
 REST = [("t5", "plain"), ("t5", "dora"), ("convnext", "plain"), ("convnext", "dora"), ("convnext", "rslora")]
 
 
@@ -62,7 +68,9 @@ def same(a: Tensor, b: Tensor) -> None:
     assert float((a - b).abs().max()) <= ABSOLUTE * max(1.0, float(b.abs().max()))
 
 
-@pytest.mark.parametrize(("name", "option"), NAMED + REST)
+@pytest.mark.parametrize(
+    ("name", "option"), [pytest.param(*p, marks=() if p in QUICK else pytest.mark.slow) for p in NAMED + REST]
+)
 def test_an_adapter_crosses_in_both_directions(name: str, option: str, tmp_path: Path) -> None:
     base = ZOO[name].build()
     config = {"target_modules": TARGETS[name], "r": 4, "lora_alpha": 6, **OPTIONS[option]}
@@ -108,8 +116,18 @@ def test_an_adapted_embedding_crosses_with_its_scale_and_leaves_a_tied_head_alon
     same(first(ours.remove(), inputs), want)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "bloom", "phi3", "falcon", "llama"])
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["plain", "dora", "rslora"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "bloom", "phi3", "falcon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt_neox", "llama"))],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True, "use_rslora": True},
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"use_dora": True})),
+    ],
+    ids=["both", "plain", "dora"],
+)
 def test_a_rule_on_part_of_a_fused_projection_is_saved_as_one_lora_on_the_whole(
     name: str, options: dict[str, bool], tmp_path: Path
 ) -> None:

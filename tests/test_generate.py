@@ -41,7 +41,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ],
     ids=lambda options: " ".join(options),
 )
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_every_way_of_transformers_gives_pefts_tokens(pair: Any, name: str, options: dict[str, Any]) -> None:
     inputs = prompts(1) if "prompt_lookup_num_tokens" in options else prompts()
     results = []

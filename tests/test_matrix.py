@@ -10,15 +10,13 @@ from matrix_page import PAGE, statuses
 
 QUICK = frozenset(
     {
-        "causal-lm/LLaMA/LoRA",
         "conditional-generation/T5/Prefix Tuning",
         "sequence-classification/BERT/P-Tuning",
         "token-classification/RoBERTa/Prompt Tuning",
         "image-classification/ViT/IA3",
-        "image-classification/ViT/AdaLoRA",
         "causal-lm/GPT-2/LLaMA-Adapter",
-        "semantic-segmentation/SegFormer/Prompt Tuning",
-        "image-to-text/BLIP-2/Prompt Tuning",
+        "semantic-segmentation/SegFormer/AdaLoRA",
+        "image-to-text/BLIP-2/LoRA",
         "text-to-image/Stable Diffusion/Prefix Tuning",
     }
 )

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import Captured
+from few import few
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from zoo import ZOO, Entry
@@ -29,10 +30,6 @@ from peftfx.export.weights import save
 from peftfx.graph import Graph
 
 Tensors = dict[str, torch.Tensor]
-
-
-SLOW = {"swin"}  # its capture leaves height and width free, and pays for it in symbolic arithmetic
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ZOO]
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def export(captured: Callable[[str], Captured], tmp_path_factory: pytest.TempPat
     return run
 
 
-@pytest.fixture(scope="session", params=NAMES)
+@pytest.fixture(scope="session", params=few(ZOO))
 def exported(request: pytest.FixtureRequest, export: Export) -> Exported:
     """Each model of the zoo in turn: a parameter of the session, so that one worker runs all of a model's tests."""
     return export(request.param)

@@ -11,6 +11,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
+from few import FEW
 from safetensors.torch import load_file, save_file
 from soft_cases import (
     COUNT,
@@ -51,15 +53,19 @@ KINDS = {"prompt": PROMPT_TUNING, "mlp": MLP, "lstm": LSTM, "prefix": PREFIX, "p
 EACH = pytest.mark.parametrize("soft", KINDS.values(), ids=KINDS)
 
 
-def on(*names: str, kinds: Iterable[str] = KINDS) -> pytest.MarkDecorator:
+def on(*names: str, kinds: Iterable[str] = KINDS, slow: tuple[str, ...] = ()) -> pytest.MarkDecorator:
     """Soft prompts on models; peft has no prefix for a classifier, and features stand in for it."""
-    pairs = [
-        (kind, FEATURES if name == "bert" and kind in ("prefix", "projected") else name)
-        for kind in kinds
-        for name in names
-    ]
-    ids = ["-".join(pair) for pair in pairs]
-    return pytest.mark.parametrize(("soft", "name"), [(KINDS[kind], name) for kind, name in pairs], ids=ids)
+
+    def stand_in(kind: str, name: str) -> str:
+        return FEATURES if name == "bert" and kind in ("prefix", "projected") else name
+
+    pairs = [(kind, name) for kind in kinds for name in (*names, *slow)]
+    return pytest.mark.parametrize(("soft", "name"), [of(k, stand_in(k, n), slow=n in slow) for k, n in pairs])
+
+
+def of(kind: str, name: str, *, slow: bool) -> ParameterSet:
+    """A soft prompt on a model."""
+    return pytest.param(KINDS[kind], name, id=f"{kind}-{name}", marks=pytest.mark.slow if slow else ())
 
 
 ABSOLUTE = 1e-5
@@ -80,8 +86,11 @@ def close_all(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float 
 
 @pytest.mark.parametrize(
     ("soft", "name"),
-    [(PROMPT_TUNING, name) for name in CAUSAL + ENCODERS + BOTH] + [(PREFIX, n) for n in (*CAUSAL, FEATURES, *BOTH)],
-    ids=[f"prompt-{n}" for n in CAUSAL + ENCODERS + BOTH] + [f"prefix-{n}" for n in (*CAUSAL, FEATURES, *BOTH)],
+    [
+        of(kind, name, slow=name not in {*FEW, FEATURES})
+        for kind, others in (("prompt", ENCODERS), ("prefix", (FEATURES,)))
+        for name in (*CAUSAL, *others, *BOTH)
+    ],
 )
 def test_the_forward_is_pefts(soft: Soft, name: str) -> None:
     theirs = soft.theirs(name)
@@ -94,7 +103,7 @@ def test_the_forward_is_pefts(soft: Soft, name: str) -> None:
         close_all(plain, outputs(bare(theirs), inputs))
 
 
-@on("gpt2", "bert", "t5")
+@on("gpt2", slow=("bert", "t5"))
 def test_ten_steps_are_those_of_peft(soft: Soft, name: str) -> None:
     theirs = soft.theirs(name)
     ours, want = soft.ours(theirs).train(), trained(theirs)
@@ -169,7 +178,7 @@ def test_an_encoder_is_kept_beside_the_prompt_that_peft_reads(soft: Soft, name: 
     assert not (tmp_path / STATE).exists()
 
 
-@on("gpt2", "bert", "t5", kinds=("prompt", "prefix"))
+@on("t5", kinds=("prompt", "prefix"), slow=("gpt2", "bert"))
 def test_what_peft_wrote_is_exported_as_peft_computes_it(soft: Soft, name: str, tmp_path: Path) -> None:
     theirs = soft.theirs(name)
     base = bare(theirs)
