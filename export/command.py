@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from peftfx.adapted import AdaptedModel
 from peftfx.api import bare, plan
 from peftfx.bases import load_base, read_base_config
 from peftfx.errors import PeftfxError
+from peftfx.export.adapters import export_adapter
 from peftfx.export.deploy import Progress, copy_assets, export_onnx
 from peftfx.export.onnx import FAST, check_engine, check_opset
 from peftfx.export.quantize import check_quantization
@@ -22,7 +24,8 @@ from peftfx.peft_files import CONFIG, Weights, method_from_config, read_config, 
 from peftfx.planning import Plan
 from peftfx.rules import saved_modules
 from peftfx.sites import Sites
-from peftfx.tasks import resolve_task
+from peftfx.slots import Manifest
+from peftfx.tasks import resolve_task, task_of_class
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -40,6 +43,7 @@ def export_directory(
     engine: str = FAST,
     quantize: str | None = None,
     max_error: float | None = None,
+    slots: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
     written: Written | None = None,
@@ -51,6 +55,9 @@ def export_directory(
     but fp32 for a bfloat16 base: ONNX Runtime's CPU provider has no kernels for it.
 
     `view` is `forward`, `decode`, with the key/value cache in and out, or `auto`: `decode` for what generates text.
+
+    `slots` makes a graph of the base in which adapters are put when it runs: a target that says at which linear sites;
+    see `peftfx.export.swappable`.
 
     The inputs are read where they are: one that changes meanwhile is an error.
 
@@ -81,12 +88,75 @@ def export_directory(
         engine=engine,
         quantize=quantize,
         max_error=max_error,
+        slots=slots,
+        source=base.resolve(),
         force=force,
         assets=assets,
         progress=progress,
         written=written,
         max_memory=max_memory,
     )
+
+
+def export_adapter_directories(
+    adapters: Sequence[str],
+    graph: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    combination: str = "cat",
+    check: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write HF PEFT directories as one `.onnx_adapter` file for a directory that was exported with slots.
+
+    Args:
+        adapters: directories; their effects add up, each times a weight where it is given: `DIR=0.5`.
+        graph: the exported directory.
+        output: the file.
+        base: the base model's directory; by default the one that the graph was exported from.
+        combination: how weighted adapters are combined; see `AdaptedModel.add_weighted_adapter`.
+        check: run it in ONNX Runtime against torch.
+        force: replace the file if it exists.
+        progress: called with a line when a stage begins.
+
+    Raises:
+        PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
+    """
+    say = progress or (lambda line: None)
+    manifest = Manifest.read(Path(graph))
+    source = Path(base or manifest.base)
+    if not (base or manifest.base) or not source.is_dir():
+        what = (
+            f"the base model is not where it was: {manifest.base}" if manifest.base else "it is not said of which base"
+        )
+        raise PeftfxError(what, str(graph), "pass --base DIR")
+    given = [_weighted(text) for text in adapters]
+    say("load")
+    model = load_base(source, task=task_of_class(manifest.model), dtype=getattr(torch, manifest.dtype))
+    adapted = bare(model)
+    names = [f"adapter_{i}" for i in range(len(given))]
+    for name, (folder, _) in zip(names, given, strict=True):
+        adapted.load_adapter(folder, name)
+    if any(weight is not None for _, weight in given):
+        weights = [1.0 if weight is None else weight for _, weight in given]
+        adapted.add_weighted_adapter(names, weights, "weighted", combination)
+    else:
+        adapted.set_adapter(names)
+    say("write and verify" if check else "write")
+    return export_adapter(adapted, graph, output, check=check, force=force)
+
+
+def _weighted(text: str) -> tuple[Path, float | None]:
+    """A directory, and its weight if it has one: `DIR=0.5`."""
+    folder, _, weight = text.rpartition("=")
+    if not folder or Path(text).exists():
+        return Path(text), None
+    try:
+        return Path(folder), float(weight)
+    except ValueError:
+        raise PeftfxError(f"not a weight: {weight!r}", text, "as in --adapter DIR=0.5") from None
 
 
 def _served_dtype(base: Path, wanted: str | None) -> torch.dtype | None:

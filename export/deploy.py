@@ -19,13 +19,15 @@ from peftfx.export.atomic import publish
 from peftfx.export.genai import write_genai_config
 from peftfx.export.memory import refuse_memory
 from peftfx.export.onnx import FAST, to_onnx
-from peftfx.export.parts import capture_parts
+from peftfx.export.parts import Part, capture_parts
 from peftfx.export.probes import probes, view_probes
 from peftfx.export.quantize import FINITE, check_quantization
 from peftfx.export.quantize import quantize as quantize_model
 from peftfx.export.report import REPORT, Report
+from peftfx.export.swappable import capture_opened, filled, open_initializers, write_manifest
 from peftfx.export.verify import reference_of, verify
 from peftfx.export.weights import Written, save_together
+from peftfx.opened import Opened
 from peftfx.passes import Merge, PassManager
 from peftfx.peft_files import RULES
 
@@ -47,6 +49,8 @@ def export_onnx(
     engine: str = FAST,
     quantize: str | None = None,
     max_error: float | None = None,
+    slots: str | None = None,
+    source: str | Path = "",
     force: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
@@ -74,6 +78,9 @@ def export_onnx(
         quantize: `int8` or `int4`: weights of products in blocks of small integers; see `peftfx.export.quantize`.
         max_error: what a quantised model may differ by from the same model in floating point, over the largest
             magnitude of an output; by default that is measured and reported, and may be whatever it is.
+        slots: for a base without adapters: the linear sites where adapters can be put when the model runs, as a
+            target; see `peftfx.export.swappable`.
+        source: where the base was read from, for who puts them there.
         force: replace the directory if it exists.
         atol, rtol: what may differ: `atol + rtol * largest magnitude` of an output; by default 1e-4 each, and 2e-2
             for a base in half precision, whose own rounding is of that size.
@@ -97,7 +104,9 @@ def export_onnx(
     stages = _Stages(report.seconds, say)
     with publish(Path(directory), force) as temporary, evaluating(adapted.base), _in_eval(adapted):
         with stages("capture"):
-            parts = capture_parts(adapted, view, inputs)
+            parts = (
+                capture_parts(adapted, view, inputs) if slots is None else capture_opened(adapted, view, inputs, slots)
+            )
         if merge and adapted.active:
             with stages("merge"):
                 for part in parts:
@@ -105,6 +114,8 @@ def export_onnx(
                     report.add_merged(part.exported)
         with stages("convert"):
             programs = {part.file: to_onnx(part.exported, opset=opset, engine=engine) for part in parts}
+            for part in parts if slots is not None else ():
+                part.slots = open_initializers(programs[part.file], part.slots, adapted.base, part.graph.sites)
             if quantize is not None:
                 report.quantized = {name: quantize_model(program, quantize) for name, program in programs.items()}
         with stages("write"):
@@ -114,7 +125,7 @@ def export_onnx(
             if quantize is not None:
                 atol, rtol = 0.0, FINITE if max_error is None else max_error
             for part in parts:
-                cases = probes(adapted, part.graph, example) if part.view is None else view_probes(adapted, part.view)
+                cases = _cases(adapted, part, example)
                 found = verify(
                     *(temporary / part.file, reference_of(part.graph), cases),
                     atol=usual if atol is None else atol,
@@ -124,15 +135,26 @@ def export_onnx(
                 )
                 report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")
         for part in parts:
-            if isinstance(part.view, Decode):
-                _, entry = adapted.within(part.view)
-                write_genai_config(temporary, adapted.base.config, part.view, 0 if entry is None else entry.shape[0])
+            shown = part.view.view if isinstance(part.view, Opened) else part.view
+            if isinstance(shown, Decode):
+                _, entry = adapted.within(shown)
+                write_genai_config(temporary, adapted.base.config, shown, 0 if entry is None else entry.shape[0])
+            if slots is not None:
+                write_manifest(temporary, adapted.base, part, str(source), usual if rtol is None else rtol)
         report.measure(temporary)
         if assets is not None:
             assets(temporary)
         _write_configs(adapted.base, temporary)
         report.write(temporary)
     return report
+
+
+def _cases(adapted: AdaptedModel, part: Part, example: Mapping[str, object]) -> list[dict[str, torch.Tensor]]:
+    """Calls to verify a part at."""
+    if part.view is not None:
+        return filled(view_probes(adapted, part.view), part.slots)
+    own = {slot.name for slot in part.slots}
+    return filled(probes(adapted, [s for s in part.graph.inputs if s.name not in own], example), part.slots)
 
 
 def _write_configs(base: nn.Module, directory: Path) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from peftfx.adapted import AdaptedModel
 from peftfx.errors import PeftfxError, nearest
 from peftfx.graph import Graph
+from peftfx.slots import Slot
 from peftfx.tasks import task_of
 from peftfx.views import View, name_axes
 
@@ -27,12 +28,14 @@ class Part:
         view: what the graph is a view of; None is the forward.
         graph: as captured, with the adapters in it.
         exported: what is written: the same, or merged.
+        slots: where adapters can be put when it runs.
     """
 
     file: str
     view: View | None
     graph: Graph
     exported: Graph
+    slots: tuple[Slot, ...] = ()
 
     @property
     def stem(self) -> str:

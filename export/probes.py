@@ -12,7 +12,7 @@ from peftfx.adapted import AdaptedModel
 from peftfx.entry import Entry, forward
 from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verify import VerificationError
-from peftfx.graph import Graph, path_name
+from peftfx.graph import TensorSpec, path_name
 from peftfx.inputs import example_inputs
 from peftfx.views import View, without_cache
 
@@ -32,7 +32,9 @@ LARGE = 1 << 30  #: bytes of weights from which a model is one
 TOLERANCE = 1e-4  #: of the captured base against the eager one, relative to the largest output
 
 
-def probes(adapted: AdaptedModel, graph: Graph, example: Mapping[str, object]) -> list[dict[str, Tensor]]:
+def probes(
+    adapted: AdaptedModel, specs: Sequence[TensorSpec], example: Mapping[str, object]
+) -> list[dict[str, Tensor]]:
     """Inputs by name, at two or three sizes, that the eager model takes and the captured base answers as it does.
 
     Raises:
@@ -44,14 +46,14 @@ def probes(adapted: AdaptedModel, graph: Graph, example: Mapping[str, object]) -
     large = sum(p.numel() * p.element_size() for p in adapted.base.parameters()) > LARGE
     count = len(FEW) if large else COUNT
     for seed, sizes in enumerate((*FEW, *SIZES) if large else SIZES):
-        case = _case(adapted, graph, example, sizes, seed)
+        case = _case(adapted, specs, example, sizes, seed)
         try:
             with without_cache(adapted.base):
                 want = _eager(adapted, _nested(case, example))
         except Exception as error:  # whatever the model's code raises for a size it does not take
             refusal = error
             continue
-        _compare(adapted, graph, case, example, want)
+        _compare(adapted, case, example, want)
         found.append(case)
         if len(found) == count:
             return found
@@ -94,23 +96,27 @@ def _seen(view: View, entry: Entry | None, base: nn.Module, case: dict[str, Tens
 
 
 def _case(
-    adapted: AdaptedModel, graph: Graph, example: Mapping[str, object], sizes: Mapping[str, int], seed: int
+    adapted: AdaptedModel,
+    specs: Sequence[TensorSpec],
+    example: Mapping[str, object],
+    sizes: Mapping[str, int],
+    seed: int,
 ) -> dict[str, Tensor]:
     """Fresh inputs of these sizes; where they cannot be made from the config, the example's own, repeated and cut."""
-    names = [spec.name for spec in graph.inputs]
+    names = [spec.name for spec in specs]
     try:
         made = example_inputs(adapted.base, sizes=sizes, seed=seed + 1)
     except PeftfxError:
         made = {}
     if set(made) == set(names):
-        case = {spec.name: made[spec.name].to(spec.dtype) for spec in graph.inputs}
-        if all(spec.accepts(case[spec.name]) for spec in graph.inputs):
+        case = {spec.name: made[spec.name].to(spec.dtype) for spec in specs}
+        if all(spec.accepts(case[spec.name]) for spec in specs):
             return case
     leaves, _ = pytree.tree_flatten_with_path(dict(example))
     given = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
     rng = torch.Generator().manual_seed(seed)
     picked: dict[str, Tensor] = {}
-    return {spec.name: _resized(given[spec.name], spec.shape, sizes, rng, picked) for spec in graph.inputs}
+    return {spec.name: _resized(given[spec.name], spec.shape, sizes, rng, picked) for spec in specs}
 
 
 def _resized(
@@ -147,9 +153,7 @@ def _nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[s
     return dict(pytree.tree_unflatten(values, spec))
 
 
-def _compare(
-    adapted: AdaptedModel, graph: Graph, case: Mapping[str, Tensor], example: Mapping[str, object], want: object
-) -> None:
+def _compare(adapted: AdaptedModel, case: Mapping[str, Tensor], example: Mapping[str, object], want: object) -> None:
     base = adapted.graphs.captured(_nested(case, example), adapted.entry())
     got = base.run(*(case[spec.name] for spec in base.inputs))
     leaves = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]

@@ -36,6 +36,7 @@ class Report:
             empty in fp32, which is what they are computed in.
         folded: what else became a constant of the graph: soft prompts, whatever they were computed from.
         inputs, outputs: of the ONNX model, with their shapes; those of one of several as `decoder_model.logits`.
+        slots: how many inputs may be left out: where adapters are put when the model runs.
         opset: version of the ONNX operators.
         quantized: for each graph, the names of the weights that became small integers.
         engine: the road to ONNX that was taken; where it is not the one asked for, why.
@@ -55,6 +56,7 @@ class Report:
     folded: list[str] = field(default_factory=list)
     inputs: dict[str, list[int | str]] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
+    slots: int = 0
     opset: int = 0
     quantized: dict[str, list[str]] = field(default_factory=dict)
     engine: str = FAST
@@ -101,7 +103,9 @@ class Report:
 
     def describe(self, graph: Graph, program: ir.Model, found: list[Comparison], prefix: str = "") -> None:
         """Add a graph that was written, and how it compared; a prefix tells its names from those of another graph."""
-        self.inputs |= {prefix + spec.name: list(spec.shape) for spec in graph.inputs}
+        left_out = {value.name for value in program.graph.inputs if value.is_initializer()}
+        self.slots += len(left_out)
+        self.inputs |= {prefix + s.name: list(s.shape) for s in graph.inputs if s.name not in left_out}
         self.outputs += [prefix + str(value.name) for value in program.graph.outputs]
         self.opset = program.opset_imports[""]
         if self.engine in ("", FAST):  # what one graph could not have is worth more than what the other had
@@ -111,7 +115,7 @@ class Report:
         self.comparisons += [
             {
                 "output": prefix + c.output,
-                "shapes": {name: list(shape) for name, shape in c.shapes.items()},
+                "shapes": {name: list(shape) for name, shape in c.shapes.items() if name not in left_out},
                 "max_abs": c.max_abs,
                 "max_rel": c.max_rel,
             }
@@ -148,6 +152,7 @@ class Report:
             ("merged sites", merged),
             ("inputs", ", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in self.inputs.items())),
             ("outputs", ", ".join(self.outputs)),
+            *([("slots", f"{self.slots} inputs for adapters that may be left out")] if self.slots else []),
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
             ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes, engine {self.engine}"),
             *([("quantised", f"{small} weights")] if small else []),

@@ -38,6 +38,7 @@ class OnnxModel:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         options.log_severity_level = 3  # errors only: warnings of its graph optimiser tell a user nothing
+        self._put: Mapping[str, ort.OrtValue] = {}
         try:
             self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -52,6 +53,15 @@ class OnnxModel:
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs that have to be given, in the model's order."""
         return tuple(i.name for i in self._session.get_inputs())
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the inputs that may be left out: the model has a value for each."""
+        return tuple(i.name for i in self._session.get_overridable_initializers())
+
+    def put(self, values: Mapping[str, ort.OrtValue]) -> None:
+        """Put these into the model's slots, from here on; what is in none of them is what the model has itself."""
+        self._put = dict(values)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -75,7 +85,7 @@ class OnnxModel:
             PeftfxError: an input is missing or unknown, or ONNX Runtime refuses its shape or dtype.
         """
         self._check(tensors)
-        feed = {name: _to_ort(value) for name, value in tensors.items()}
+        feed = {**self._put, **{name: _to_ort(value) for name, value in tensors.items()}}
         try:
             values = self._session.run_with_ort_values(list(self.outputs), feed)
         except Exception as error:
@@ -96,8 +106,8 @@ class OnnxModel:
             PeftfxError: ONNX Runtime refuses a shape or dtype.
         """
         binding = self._session.io_binding()
-        for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, _lent(value))
+        for name, value in {**self._put, **{n: _lent(t) for n, t in inputs.items()}}.items():
+            binding.bind_ortvalue_input(name, value)
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, _lent(value))
         try:
@@ -109,7 +119,8 @@ class OnnxModel:
             ) from error
 
     def _check(self, tensors: dict[str, torch.Tensor]) -> None:
-        unknown = [n for n in tensors if n not in self.inputs]
+        slots = self.slots
+        unknown = [n for n in tensors if n not in self.inputs and n not in slots]
         if unknown:
             hint = nearest(unknown[0], self.inputs) or f"its inputs are {', '.join(self.inputs)}"
             raise PeftfxError(f"the model has no input {', '.join(map(repr, unknown))}", str(self.path), hint)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnxruntime as ort
 import torch
 
 from peftfx.errors import PeftfxError
@@ -58,6 +59,7 @@ def verify(
     rtol: float = 1e-4,
     graph: Graph | None = None,
     shown: Shown | None = None,
+    put: Mapping[str, ort.OrtValue] | None = None,
 ) -> list[Comparison]:
     """Run the model saved in `directory` and `reference` on each set of inputs and compare every output.
 
@@ -73,12 +75,14 @@ def verify(
         rtol: the tolerance relative to the largest magnitude of an output.
         graph: where given, the model also has to have the inputs and axes of this graph.
         shown: what to compare of an output, where that is not as above.
+        put: what to put into the model's slots.
 
     Raises:
         VerificationError: an output is missing, or differs by more than `atol + rtol * its largest magnitude`.
     """
     with runnable(find(directory)) as (path, widened):
         model = OnnxModel(path, mapped=_size(path.parent) > MAPPED)
+        model.put(put or {})
         choose = shown or functools.partial(_unpadded, model.axes)
         return _compare_all(model, reference, inputs, atol, rtol, graph, widened, choose)
 
@@ -134,7 +138,8 @@ def reference_of(graph: Graph) -> Callable[[Tensors], Tensors]:
 
 def _same_interface(model: OnnxModel, graph: Graph) -> None:
     axes = model.axes
-    wrong = [f"{spec} is {list(axes.get(spec.name, ()))}" for spec in graph.inputs if axes.get(spec.name) != spec.shape]
+    fixed = [spec for spec in graph.inputs if spec.name not in model.slots]
+    wrong = [f"{spec} is {list(axes.get(spec.name, ()))}" for spec in fixed if axes.get(spec.name) != spec.shape]
     if wrong:
         raise VerificationError(f"the model's inputs are not the graph's: {'; '.join(wrong)}", str(model.path))
 

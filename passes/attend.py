@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -103,7 +103,8 @@ def _join_at(
     site, heads = placement.site, placement.site.heads
     assert heads is not None
     behind = method.is_behind(site)
-    anchor = _leaving(splicer, site, heads, index) if behind else splicer.nodes[call.y]
+    output = splicer.sites.get(heads.output)
+    anchor = leaving(site, output, index, splicer.nodes, splicer.latest) if behind else splicer.nodes[call.y]
     y = splicer.latest.get(anchor.name, anchor)
     query = splicer.latest.get(call.x, splicer.nodes[call.x])
     arguments = [query, y, *(splicer.latest.get(n.name, n) for n in projected), *params.values()]
@@ -112,9 +113,9 @@ def _join_at(
 
     def attend(query: Tensor, y: Tensor, keys: Tensor, values: Tensor, *given: Tensor) -> Tensor:
         p = dict(zip(names, given, strict=True))
-        key, value = _split(keys, heads.key_rows, heads.kept), _split(values, heads.value_rows, heads.kept)
-        output = y.unflatten(-1, (heads.count, -1)).transpose(1, 2) if behind else _unstack(y, heads)
-        new = method.attend(own, _unstack(query, heads), output, key, value, p, splicer.graph.training)
+        key, value = split_heads(keys, heads.key_rows, heads.kept), split_heads(values, heads.value_rows, heads.kept)
+        output = y.unflatten(-1, (heads.count, -1)).transpose(1, 2) if behind else unstack(y, heads)
+        new = method.attend(own, unstack(query, heads), output, key, value, p, splicer.graph.training)
         return new.transpose(1, 2).reshape(y.shape) if behind else new.reshape(y.shape)
 
     given = [n.meta["val"] for n in arguments]
@@ -125,15 +126,24 @@ def _join_at(
     splicer.replace(y, result, users)
 
 
-def _leaving(splicer: Splicer, site: Site, heads: Heads, index: int) -> fx.Node:
-    """What leaves an attention's module: the output of its last layer, and behind it what one value becomes there."""
-    output = splicer.sites.get(heads.output)
+def leaving(
+    site: Site, output: Site | None, index: int, nodes: Mapping[str, fx.Node], latest: Mapping[str, fx.Node]
+) -> fx.Node:
+    """What leaves an attention's module: the output of its last layer, and behind it what one value becomes there.
+
+    Args:
+        site: the attention.
+        output: the layer that reads what it gives.
+        index: which of its calls.
+        nodes: of the graph, by name.
+        latest: what stands for a node's value now, where that is another.
+    """
     if output is None or len(output.calls) <= index:
         what = "no layer of this attention reads what it gives"
         raise PeftfxError(what, site.path, "use a method that acts on weights, as LoRA")
-    node = splicer.nodes[output.calls[index].y]
+    node = nodes[output.calls[index].y]
     while True:
-        users = list(splicer.latest.get(node.name, node).users)
+        users = list(latest.get(node.name, node).users)
         if len(users) != 1 or users[0].op != "call_function" or REGION in users[0].meta:
             return node
         path = module_path(users[0])
@@ -142,13 +152,13 @@ def _leaving(splicer: Splicer, site: Site, heads: Heads, index: int) -> fx.Node:
         (node,) = users
 
 
-def _split(y: Tensor, rows: tuple[tuple[int, int], ...], heads: int) -> Tensor:
+def split_heads(y: Tensor, rows: tuple[tuple[int, int], ...], heads: int) -> Tensor:
     """[1, n, rows of a layer] as [heads, n, features], of the rows given."""
     own = Block.of(Part("", rows), y.shape[-1]).take(y, -1)
     return own.squeeze(0).unflatten(-1, (heads, -1)).transpose(0, 1)
 
 
-def _unstack(x: Tensor, heads: Heads) -> Tensor:
+def unstack(x: Tensor, heads: Heads) -> Tensor:
     """[batch, heads, length, features], from what may have batch and heads in one, or no heads."""
     if x.ndim == 4:
         return x

@@ -59,6 +59,19 @@ def rewire(
         op.args = (*_filled(op)[:_GROUPS], 1)  # type: ignore[arg-type]
 
 
+def strip_bias(op: fx.Node) -> fx.Node | None:
+    """Take the bias out of a linear site's operation, in place, and return it; its first argument is then its input.
+
+    A bias that a node of its own adds stays there.
+    """
+    bias = _bias(op, op)
+    if op.target is _ADDMM:
+        op.target, op.args = torch.ops.aten.mm.default, op.args[1:]
+    elif bias is not None:
+        op.args, op.kwargs = op.args[:2], {k: v for k, v in op.kwargs.items() if k != "bias"}
+    return bias
+
+
 def _weight_index(op: fx.Node, site: Site) -> int:
     if site.kind == "embedding":
         return 0

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftfx.errors import PeftfxError
 from peftfx.method import Method, Params
 from peftfx.sites import Site
 
@@ -51,6 +52,14 @@ class AttentionMethod(Method):
             training: whether dropout is on.
         """
 
+    def beside(self, site: Site, key: Tensor, value: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        """What `attend` adds, as keys and values, [heads that are kept, n, features], of a softmax of their own.
+
+        `attend` is then `output + softmax(query key^T) value`: what a graph can be given when it runs.
+        """
+        what = f"what {type(self).__name__} adds to an attention is told by no keys and values"
+        raise PeftfxError(what, site.path, "export the adapter merged")
+
     @abstractmethod
     def keys(self, site: Site) -> dict[str, str]:
         """For each parameter that is saved, its suffix in a HF PEFT checkpoint."""
@@ -62,6 +71,25 @@ class AttentionMethod(Method):
     def among(self, sites: Sequence[Site]) -> Sequence[Site]:
         """The attentions to act at, of those targeted, in the order in which they run."""
         return sites
+
+
+def attend_beside(site: Site, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`softmax(query key^T) value`, the softmax in fp32; keys and values of each kept head serve a row of heads.
+
+    Of no keys and values it is 0.
+    """
+    assert site.heads is not None
+    keys, values = key.to(query.dtype), value.to(query.dtype)
+    if site.heads.count == site.heads.kept:
+        return _attend(query, keys, values)
+    # The query's heads in groups, not keys and values repeated: a reshape to a length of 0 means another one in ONNX.
+    grouped = query.unflatten(1, (site.heads.kept, -1))
+    return _attend(grouped, keys.unsqueeze(1), values.unsqueeze(1)).flatten(1, 2)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    scores = query @ keys.transpose(-1, -2)
+    return scores.softmax(-1, torch.float32).to(query.dtype) @ values
 
 
 def key_weight(base: nn.Module, site: Site) -> Tensor:

@@ -60,6 +60,12 @@ def export(
         float | None,
         typer.Option(help="What quantisation may cost, over an output's largest magnitude; beyond it: exit 1."),
     ] = None,
+    swappable: Annotated[
+        bool, typer.Option("--swappable", help="Leave places in which adapters are put when the model runs.")
+    ] = False,
+    slots: Annotated[
+        str, typer.Option(help="With --swappable, the linear sites that have such a place, as a target.")
+    ] = "all-linear",
     max_memory: Annotated[
         str | None,
         typer.Option(help="Refuse to start if the export needs more, as 4GB; mapped files are free."),
@@ -88,12 +94,40 @@ def export(
             engine=engine,
             quantize=quantize,
             max_error=max_error,
+            slots=slots if swappable else None,
             force=force,
             progress=progress.stage,
             written=progress.written,
             max_memory=limit,
         )
     _print_report(report, output)
+
+
+@app.command(name="export-adapter")
+def export_adapter(
+    adapter: Annotated[list[str], typer.Option(help="HF PEFT directory, or DIR=WEIGHT; given again, effects add up.")],
+    graph: Annotated[Path, typer.Option("--for", help="Directory that `peftfx export --swappable` wrote.")],
+    output: Annotated[Path, typer.Option(help="File to make; .onnx_adapter is added to its name if it is not there.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Directory of the base model; by default where the graph was exported from.")
+    ] = None,
+    combination: Annotated[
+        str, typer.Option(help="How weighted adapters are combined: cat (LoRA, exactly) or linear (LoRA, IA3).")
+    ] = "cat",
+    check: Annotated[bool, typer.Option(help="Hold what it does in ONNX Runtime against torch.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write an adapter of any method as an .onnx_adapter file, for a graph that has places for it.
+
+    Exit codes: as of export.
+    """
+    from peftfx.export.command import export_adapter_directories
+    from peftfx.progress import Progress
+
+    options = {"base": base, "combination": combination, "check": check, "force": force}
+    with _quiet(), Progress() as progress:
+        made = export_adapter_directories(adapter, graph, output, **options, progress=progress.stage)  # type: ignore[arg-type]
+    print(f"{made}: {made.stat().st_size:,} B")
 
 
 @app.command()
@@ -164,6 +198,7 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     top: Annotated[int, typer.Option(help="How many labels to print.")] = 5,
+    adapter: Annotated[Path | None, typer.Option(help="An .onnx_adapter file to put into the model.")] = None,
 ) -> None:
     """Run an exported model in ONNX Runtime: continue a prompt, or classify texts and images.
 
@@ -180,9 +215,10 @@ def run(
 
     with _quiet():
         if prompt is not None:
-            stream(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat)
+            options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "chat": chat}
+            stream(model, prompt, **options, adapter=adapter)  # type: ignore[arg-type]
             return
-        for item in classify(model, [*(text or ()), *map(str, image or ())], task=task, top=top):
+        for item in classify(model, [*(text or ()), *map(str, image or ())], task=task, top=top, adapter=adapter):
             print(json.dumps(item, default=float))
 
 

@@ -17,13 +17,16 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.sites import Site
+
+if TYPE_CHECKING:
+    from peftfx.update import Update
 
 PLACING = ("target", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """The options that say where a method applies."""
@@ -175,6 +178,14 @@ class WeightMethod(Method):
     @abstractmethod
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         """The adapted weight and bias. Called with fp32 tensors; the caller rounds once."""
+
+    def update(self, site: Site, base: Base, p: Params) -> Update:
+        """What `fold` does at a linear site, as scales and a low-rank sum: for graphs that adapters are handed to.
+
+        `base` is as it is stored, of any dtype: who needs its weight pays for reading it. What is returned is fp32.
+        """
+        what = f"what {type(self).__name__} does to a weight is told by no scales and low-rank sum"
+        raise PeftfxError(what, site.path, "export the adapter merged")
 
     @abstractmethod
     def keys(self, site: Site) -> dict[str, str]:

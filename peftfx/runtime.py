@@ -7,6 +7,7 @@ model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=2
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,20 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.generic import ModelOutput
 
 from peftfx.decode import PAST
-from peftfx.errors import PeftfxError, first_line
+from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.export.runtime import OnnxModel
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 
 
-def load(directory: str | Path, *, threads: int = 0) -> Served:
+def load(directory: str | Path, *, threads: int = 0, adapter: str | Path | None = None) -> Served:
     """Open a directory that `peftfx export` wrote.
 
     Args:
         directory: has `model.onnx`, or an encoder's and a decoder's, and `config.json` beside it.
         threads: how many threads one operator may use; 0 leaves it to ONNX Runtime.
+        adapter: an `.onnx_adapter` file to put into the model, if it was exported with slots.
 
     Returns:
         A model with `generate` if it has a cache in and out, else a `Served`.
@@ -42,10 +44,14 @@ def load(directory: str | Path, *, threads: int = 0) -> Served:
     directory = Path(directory)
     if (directory / ENCODER).is_file():
         encoder, decoder = (OnnxModel(directory / name, threads=threads) for name in (ENCODER, DECODER))
-        return ServedSeq2Seq(directory, decoder, encoder)
-    model = OnnxModel(directory, threads=threads)
-    kind = ServedGenerator if any(name.startswith(f"{PAST}.") for name in model.inputs) else Served
-    return kind(directory, model)
+        made: Served = ServedSeq2Seq(directory, decoder, encoder)
+    else:
+        model = OnnxModel(directory, threads=threads)
+        kind = ServedGenerator if any(name.startswith(f"{PAST}.") for name in model.inputs) else Served
+        made = kind(directory, model)
+    if adapter is not None:
+        made.load_adapter(adapter)
+    return made
 
 
 def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
@@ -70,6 +76,30 @@ class Served:
     def __init__(self, directory: Path, model: OnnxModel) -> None:
         self.directory, self.model = directory, model
         self.config = _config(directory)
+        self.adapters: dict[str, Mapping[str, Any]] = {}
+        self.active: str | None = None
+
+    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Read an `.onnx_adapter` file, and make it the active adapter; returns its name, by default the file's.
+
+        Raises:
+            PeftfxError: the model has no slots, or the adapter is for another base or other slots.
+        """
+        from peftfx.export.adapters import read_for
+
+        path = Path(path)
+        name = path.stem if name is None else name
+        self.adapters[name] = read_for(path, self.directory)
+        self.set_adapter(name)
+        return name
+
+    def set_adapter(self, name: str | None) -> None:
+        """Make one of the adapters that were loaded the active one; `None` is the base. It costs nothing."""
+        if name is not None and name not in self.adapters:
+            hint = nearest(name, self.adapters) or f"adapters here: {', '.join(self.adapters) or 'none'}"
+            raise PeftfxError(f"there is no adapter named {name!r}", name, hint)
+        self.model.put({} if name is None else self.adapters[name])
+        self.active = name
 
     @property
     def main_input_name(self) -> str:

@@ -22,6 +22,7 @@ def stream(
     temperature: float = 0.0,
     seed: int | None = None,
     chat: bool = False,
+    adapter: Path | None = None,
     out: TextIO | None = None,
 ) -> str:
     """Continue a prompt, writing each word to `out` as it comes; returns the whole continuation.
@@ -33,6 +34,7 @@ def stream(
         temperature: of sampling; 0 takes the likeliest token each time.
         seed: of sampling.
         chat: put the prompt into the tokenizer's chat template, as what a user says.
+        adapter: an `.onnx_adapter` file to put into the model.
         out: by default the standard output.
 
     Raises:
@@ -40,7 +42,7 @@ def stream(
     """
     from transformers import GenerationMixin, TextStreamer
 
-    model = load(directory)
+    model = load(directory, adapter=adapter)
     if not isinstance(model, GenerationMixin):
         hint = "pass --text or --image to classify, or export it with --view decode"
         raise PeftfxError("this model has no cache to generate with", str(directory), hint)
@@ -73,13 +75,15 @@ def _encode(tokenizer: Any, prompt: str, chat: bool, directory: Path) -> dict[st
     return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
 
 
-def classify(directory: Path, inputs: Sequence[str], *, task: str | None = None, top: int = 5) -> Iterator[Any]:
+def classify(
+    directory: Path, inputs: Sequence[str], *, task: str | None = None, top: int = 5, adapter: Path | None = None
+) -> Iterator[Any]:
     """What transformers' pipeline for the model's task gives for each text or image, the likeliest labels first.
 
     Raises:
         PeftfxError: the model is for something else, or lacks a tokenizer or image processor.
     """
-    run = pipeline(directory, task)
+    run = pipeline(load(directory, adapter=adapter), task)
     options = {"top_k": top} if run.task in ("text-classification", "image-classification") else {}
     for item in inputs:
         try:

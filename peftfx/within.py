@@ -34,7 +34,7 @@ def within(view: View, entry: Entry) -> tuple[View, Entry | None]:
     if isinstance(entry, VirtualTokens):
         count = entry.shape[0]
         if isinstance(view, Decode):
-            return view, Prefilled((count, _width(view.layers)), entry.dtype, view.layers, tokens=entry)
+            return view, Prefilled((count, width_of(view.layers)), entry.dtype, view.layers, tokens=entry)
         if isinstance(view, Encoder | Decoder):
             seen = dataclasses.replace(view, layers=dataclasses.replace(view.layers, ahead=count))
             return seen, entry if isinstance(view, Encoder) else None
@@ -49,6 +49,6 @@ def within(view: View, entry: Entry) -> tuple[View, Entry | None]:
     raise PeftfxError(what, view.name, "use its forward, or a method that acts on weights")
 
 
-def _width(layers: tuple[Held, ...]) -> int:
+def width_of(layers: tuple[Held, ...]) -> int:
     """What one token has in all layers of a cache."""
     return sum(layer.heads * (layer.key + layer.value) for layer in layers)

@@ -57,6 +57,23 @@ def fold(case: Case, method: WeightMethod) -> None:
         assert all(a is b or torch.equal(a, b) for a, b in zip(base, before, strict=True)), "changed in place"
 
 
+@torch.no_grad()
+def update(case: Case, method: WeightMethod) -> None:
+    """Scales and a low-rank sum, where a method tells them, make the weight and the bias that `fold` makes."""
+    adapted = adapt(case, method)
+    for placement in adapted.adapter("default").placements:
+        if placement.site.kind != "linear":
+            continue
+        base = placement.base(*(None if t is None else t.float() for t in site_tensors(adapted.base, placement.site)))
+        p = {name: t.float() for name, t in adapted.adapter("default").params(placement).items()}
+        want, told = placement.method.fold(placement.view, base, p), placement.method.update(placement.view, base, p)
+        got = Base(told.apply(base.weight), base.bias if told.bias is None else told.bias)
+        for a, b in zip(got, want, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert_close(a, b, 1e-4, f"the update at {placement.site.path}")
+
+
 def _input_of(case: Case, site: Site, rng: torch.Generator) -> Tensor:
     if site.kind == "embedding":
         return torch.randint(site.shape[0], (case.batch, case.sequence), generator=rng)

@@ -30,6 +30,13 @@ def test_forward_is_the_operation_on_folded_weights(cls: type[Method], data: st.
     laws.fold(*data.draw(cases(cls)))
 
 
+@pytest.mark.parametrize("cls", WEIGHT_METHODS.values(), ids=WEIGHT_METHODS)
+@examples(30)
+@given(data=st.data())
+def test_an_update_is_the_fold_at_a_linear_site(cls: type[Method], data: st.DataObject) -> None:
+    laws.update(*data.draw(cases(cls)))
+
+
 @every_method
 @examples(30)
 @given(data=st.data())

@@ -24,6 +24,7 @@ from peftfx.errors import PeftfxError
 from peftfx.low_rank import check_options
 from peftfx.method import Base, Method, Op, Params, Rows, WeightMethod
 from peftfx.sites import Site
+from peftfx.update import Update
 from peftfx.vectors import adapter_dtype, row_index
 
 A, B, E = "lora_A", "lora_B", "lora_E"
@@ -142,6 +143,9 @@ class AdaLoRA(WeightMethod):
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         return Base(base.weight + self._update(base.weight, p), base.bias)
+
+    def update(self, site: Site, base: Base, p: Params) -> Update:
+        return Update(a=self._scaled(p).float(), b=p[B].float())
 
     def _scaled(self, p: Params) -> Tensor:
         """`s diag(E) A`: the scale is applied where it is cheapest."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from peftfx.errors import PeftfxError
 from peftfx.method import Base, Method, Op, Params, Rows, Weighted, WeightMethod
 from peftfx.sites import Site
+from peftfx.update import Update
 from peftfx.vectors import adapter_dtype, along_channels, along_columns, along_rows, row_index
 
 L = "ia3_l"
@@ -95,6 +96,12 @@ class IA3(WeightMethod):
             return Base(base.weight * along_columns(scale, base.weight, site.groups), base.bias)
         bias = None if base.bias is None else base.bias * scale
         return Base(base.weight * along_rows(scale, base.weight), bias)
+
+    def update(self, site: Site, base: Base, p: Params) -> Update:
+        scale = p[L].flatten().float()
+        if self.feedforward:
+            return Update(inner=scale)
+        return Update(outer=scale, bias=None if base.bias is None else base.bias * scale)
 
     def gather(self, methods: Mapping[str, Method]) -> IA3:
         """Which modules are feed-forward, as an expression: HF PEFT wants a list to repeat `target_modules`."""

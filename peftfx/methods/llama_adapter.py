@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from peftfx.attending import AttentionMethod
+from peftfx.attending import AttentionMethod, attend_beside
 from peftfx.errors import PeftfxError
 from peftfx.method import Method, Params
 from peftfx.sites import Site
@@ -76,13 +76,13 @@ class LlamaAdapter(AttentionMethod):
     def attend(
         self, site: Site, query: Tensor, output: Tensor, key: Tensor, value: Tensor, p: Params, training: bool
     ) -> Tensor:
+        keys, values = self.beside(site, key, value, p)
+        return (output + attend_beside(site, query, keys, values)).to(output.dtype)
+
+    def beside(self, site: Site, key: Tensor, value: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         assert site.heads is not None
-        served = site.heads.count // site.heads.kept
         # The scale and the gate are put where they cost least, and on export nothing.
-        keys = (key * site.heads.scale).to(query.dtype).repeat_interleave(served, 0)
-        values = (value * p[GATE]).to(query.dtype).repeat_interleave(served, 0)
-        scores = query @ keys.transpose(-1, -2)
-        return (output + scores.softmax(-1, torch.float32).to(query.dtype) @ values).to(output.dtype)
+        return key * site.heads.scale, value * p[GATE]
 
     def keys(self, site: Site) -> dict[str, str]:
         return {PROMPT: PROMPT, GATE: GATE}

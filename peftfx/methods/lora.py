@@ -27,6 +27,7 @@ from peftfx.errors import PeftfxError
 from peftfx.low_rank import check_options, dense, product, weighted_sum
 from peftfx.method import Base, Method, Op, Params, Rows, Weighted, WeightMethod
 from peftfx.sites import Site
+from peftfx.update import Update
 from peftfx.vectors import adapter_dtype, along_channels, along_rows, row_index
 
 A, B, MAGNITUDE, B_BIAS = "lora_A", "lora_B", "lora_magnitude_vector", "lora_B_bias"
@@ -221,14 +222,29 @@ class LoRA(WeightMethod):
         return dense(weight, site.groups) + self.scaling * update
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
-        weight, bias = self._updated(site, base.weight, p), base.bias
+        weight, gain = self._updated(site, base.weight, p), None
         if self.use_dora:
             gain = p[MAGNITUDE].flatten() / self._norm(site, weight).flatten()
             weight = weight * (gain if site.kind == "embedding" else along_rows(gain, weight))
-        if B_BIAS in p:
-            added = self.scaling * p[B_BIAS] * (gain if self.use_dora else 1)
-            bias = added if bias is None else bias + added
-        return Base(weight, bias)
+        return Base(weight, self._bias(base.bias, gain, p))
+
+    def _bias(self, bias: Tensor | None, gain: Tensor | None, p: Params) -> Tensor | None:
+        """The base's bias, and the one of `B`."""
+        if B_BIAS not in p:
+            return bias
+        added = self.scaling * p[B_BIAS] * (1 if gain is None else gain)
+        return added if bias is None else bias + added
+
+    def update(self, site: Site, base: Base, p: Params) -> Update:
+        q = {name: t.float() for name, t in p.items()}
+        joined, gain = (_joined(q) if A0 in q else q), None
+        b = self.scaling * joined[B]
+        if self.use_dora:
+            weight = self._updated(site, base.weight.float(), q)
+            gain = q[MAGNITUDE].flatten() / self._norm(site, weight).flatten()
+            b = gain[:, None] * b
+        bias = self._bias(base.bias, gain, q)
+        return Update(outer=gain, a=joined[A], b=b, bias=None if bias is base.bias else bias)
 
     def gather(self, methods: Mapping[str, Method]) -> LoRA:
         own = {path: m for path, m in methods.items() if isinstance(m, LoRA)}

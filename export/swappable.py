@@ -1,0 +1,148 @@
+"""swappable: one graph of a base model in which adapters are put when it runs.
+
+An initializer that is an input too may be left out of a call: then it is what the file holds, of size zero or ones,
+which is the base model. ONNX Runtime's `.onnx_adapter` files are named tensors that are given in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor, nn
+
+from peftfx.adapted import AdaptedModel
+from peftfx.errors import PeftfxError
+from peftfx.export.onnx import every_value
+from peftfx.export.parts import FORWARD, Part, capture_parts, generates, refuse_fixed
+from peftfx.export.tidy import PERM
+from peftfx.export.weights import SOURCE
+from peftfx.graph import BASE
+from peftfx.opened import Opened
+from peftfx.passes.open import Open, slots_of
+from peftfx.sites import Site, plays
+from peftfx.slots import INNER, OUTER, OWN, PREFIX, RANK, TOKENS, Manifest, Slot, fingerprint
+from peftfx.target import select
+from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of
+
+SLOTS = "all-linear"  #: the linear sites that get slots where nobody chose
+
+
+def capture_opened(
+    adapted: AdaptedModel, view: str, inputs: Mapping[str, object] | None, target: str = SLOTS
+) -> list[Part]:
+    """The graph of a model without adapters, with its slots open.
+
+    Linear sites that `target` picks get a low-rank sum and a scale of their output, and one of their input where the
+    role is `mlp.down`. In the decode view there is a place for a prefix ahead of the text, and beside each attention
+    one for keys and values.
+
+    Raises:
+        PeftfxError: the model is an encoder-decoder, or in bfloat16.
+    """
+    base = adapted.base
+    _refuse(adapted)
+    if view == FORWARD or not generates(base):
+        (part,) = capture_parts(adapted, FORWARD, inputs)
+    else:
+        found = adapted.view("decode")
+        opened = Opened(found)  # type: ignore[arg-type]
+        graph = adapted.graph(view=opened)
+        refuse_fixed(graph, found.axes)  # type: ignore[union-attr]
+        part = Part("model.onnx", opened, graph, graph)
+    graph = part.graph
+    sites = {match.site.path: match.site for match in select(adapted.sites, target=target, kinds=("linear",))}
+    scaled = tuple(path for path, site in sites.items() if plays(site, "mlp.down"))
+    beside = tuple(site for site in adapted.sites if site.heads is not None)
+    part.graph = part.exported = Open(tuple(sites), scaled, beside)(graph).graph
+    ahead = (part.view.slot,) if isinstance(part.view, Opened) else ()
+    part.slots = (*ahead, *slots_of(part.graph, beside))
+    return [part]
+
+
+def _refuse(adapted: AdaptedModel) -> None:
+    base = adapted.base
+    name, hint = type(base).__name__, "export each adapter merged"
+    if adapted.active:
+        hint = "remove the adapters, and write each to a file of its own (export-adapter)"
+        raise PeftfxError("a graph for swappable adapters is of the base alone", ", ".join(adapted.active), hint)
+    if generates(base) and getattr(base.config, "is_encoder_decoder", False):
+        raise PeftfxError("an encoder-decoder has two graphs, and an adapter file is for one", name, hint)
+    if any(p.dtype == torch.bfloat16 for p in base.parameters()):
+        raise PeftfxError("a base in bfloat16 has no swappable adapters", name, "export it with dtype fp16 or fp32")
+
+
+def open_initializers(
+    program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Iterable[Site]
+) -> tuple[Slot, ...]:
+    """Let the slots of a program be left out of a call, and let tensors of the base be replaced; returns all slots.
+
+    These are the biases at sites with slots, and the heads that HF PEFT trains with an adapter.
+    """
+    values = {str(value.name): value for value in program.graph.inputs}
+    for slot in slots:
+        value = values[slot.name]
+        kind = getattr(torch, slot.dtype)
+        tensor = (torch.ones if slot.what in (INNER, OUTER) else torch.zeros)(slot.empty, dtype=kind)
+        value.const_value = TorchTensor(tensor, name=slot.name)
+        value.meta[SOURCE] = ("ones", slot.empty, slot.dtype)
+        # Each site has a rank of its own: one word for all would be a promise, on which memory is planned.
+        value.shape = ir.Shape([f"{slot.at}.{s}".strip(".") if isinstance(s, str) else s for s in slot.shape])
+        program.graph.initializers[slot.name] = value
+    for value in every_value(program.graph):
+        if value.shape is not None and not value.is_graph_input():
+            value.shape = ir.Shape([None if str(d) in (RANK, TOKENS) else d for d in value.shape])
+    return (*slots, *_own(program, slots, base, sites))
+
+
+def _own(program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Iterable[Site]) -> Iterator[Slot]:
+    """Tensors of the base, as inputs that may be left out."""
+    at = {slot.at for slot in slots if slot.what == OUTER}
+    wanted = dict.fromkeys(site.bias for site in sites if site.path in at and site.bias is not None)
+    wanted |= dict.fromkeys(f"{BASE}.{name}" for name in head_tensors(base))
+    found = {value.meta.get(SOURCE): value for value in program.graph.initializers.values()}
+    for target in wanted:
+        value = found.get(target)
+        if value is None or value.shape is None or value.dtype is None:  # tied, or read by nothing
+            continue
+        program.graph.inputs.append(value)
+        shape = tuple(int(str(size)) for size in value.shape)
+        perm = tuple(int(axis) for axis in value.metadata_props.get(PERM, "").split())
+        kind = str(ir.tensor_adapters.to_torch_dtype(value.dtype)).removeprefix("torch.")
+        yield Slot(str(value.name), OWN, target.removeprefix(f"{BASE}."), shape, kind, perm)
+
+
+def head_tensors(base: nn.Module) -> list[str]:
+    """The tensors of the heads that HF PEFT trains and saves with any adapter of this task."""
+    kinds = {task: kind for kind, task in PEFT_TASKS.items()}
+    ends = PEFT_HEADS.get(kinds.get(task_of(base), ""), ())
+    paths = [path for path, _ in base.named_modules() if ends and path.endswith(ends)]
+    return [f"{path}.{name}" for path in paths for name in base.get_submodule(path).state_dict()]
+
+
+def filled(cases: Sequence[Mapping[str, Tensor]], slots: Sequence[Slot]) -> list[dict[str, Tensor]]:
+    """Calls with something in each slot: in the first what changes nothing, in the others random values."""
+    random = torch.Generator().manual_seed(0)
+    made = []
+    for rank, case in enumerate(cases):
+        own = {slot.name: _value(slot, rank, random) for slot in slots if slot.what not in (PREFIX, OWN)}
+        made.append({**case, **own})
+    return made
+
+
+def _value(slot: Slot, size: int, random: torch.Generator) -> Tensor:
+    shape = tuple(size if isinstance(s, str) else s for s in slot.shape)
+    value = torch.randn(shape, generator=random) * (0.1 if size else 0.0)
+    return (1 + value if slot.what in (INNER, OUTER) else value).to(getattr(torch, slot.dtype))
+
+
+def write_manifest(directory: Path, base: nn.Module, part: Part, source: str, tolerance: float) -> None:
+    """Tell beside the model which slots it has, and of which base it is."""
+    view = part.view.view.name if isinstance(part.view, Opened) else FORWARD
+    kinds = (p.dtype for p in base.parameters() if p.is_floating_point())
+    dtype = str(next(kinds, torch.float32)).removeprefix("torch.")
+    made = Manifest(source, type(base).__name__, fingerprint(base), dtype, view, tolerance, part.slots)
+    made.write(directory)

@@ -1,0 +1,177 @@
+"""Open: give a graph slots, inputs that an adapter's tensors are put into: scales and low-rank sums at linear layers,
+keys and values beside attentions.
+
+At a layer `op(x, W, b)` becomes `op(x * inner, W) * outer + (x A) B + b`, which is `op` itself where the scales are 1
+and the rank is 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from peftfx.attending import attend_beside
+from peftfx.capturing import isolated
+from peftfx.graph import Graph, TensorSpec
+from peftfx.passes.attend import leaving, unstack
+from peftfx.passes.base import Pass, PassResult
+from peftfx.passes.site_op import strip_bias
+from peftfx.passes.splice import trace
+from peftfx.sites import Call, Site
+from peftfx.slots import INNER, KEYS, OUTER, RANK, TOKENS, VALUES, A, B, Slot
+
+aten = torch.ops.aten
+HINT = 3  #: the size that a free axis has in the graph's example
+
+
+@dataclass(frozen=True)
+class Open(Pass):
+    """Open slots at sites, by their paths.
+
+    Attributes:
+        updated: linear sites that get a low-rank sum and a scale of their output.
+        scaled: those of them that get a scale of their input too.
+        beside: attentions that get keys and values beside the text's, with the heads that the forward shows.
+    """
+
+    updated: tuple[str, ...] = ()
+    scaled: tuple[str, ...] = ()
+    beside: tuple[Site, ...] = ()
+
+    def __call__(self, graph: Graph) -> PassResult:
+        opening = _Opening(graph.clone())
+        with isolated(graph.base):
+            here = {site.path: site for site in graph.sites if not site.weight}
+            for site in self.beside:  # first: what leaves them is found by what reads their last layer
+                if site.path in here:
+                    opening.stand_beside(dataclasses.replace(site, calls=here[site.path].calls))
+            for site in graph.sites:
+                if site.weight and site.path in self.updated:
+                    opening.update(site, scaled=site.path in self.scaled)
+        opening.graph.module.recompile()
+        return PassResult(opening.graph, len(opening.slots))
+
+
+def slots_of(graph: Graph, beside: Iterable[Site]) -> list[Slot]:
+    """The slots among a graph's inputs that `Open` made."""
+    behind = {site.path: site.heads is not None and site.heads.packed for site in beside}
+    found = []
+    for spec in graph.inputs:
+        what = next((w for w in (A, B, INNER, OUTER, KEYS, VALUES) if spec.name.endswith(f".{w}")), None)
+        if what is not None:
+            at = spec.name.removesuffix(f".{what}")
+            kind = str(spec.dtype).removeprefix("torch.")
+            joins = what in (KEYS, VALUES) and behind[at]
+            found.append(Slot(spec.name, what, at, spec.shape, kind, behind=joins))
+    return found
+
+
+class _Opening:
+    """Slots being opened in a graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.fx = graph, graph.module.graph
+        self.nodes = {n.name: n for n in graph.nodes()}
+        self.last = [n for n in graph.nodes() if n.op == "placeholder"][-1]
+        mode = detect_fake_mode([self.last.meta["val"]])
+        assert mode is not None
+        self.mode = mode
+        self.slots: list[TensorSpec] = []
+        self.free: dict[str, torch.SymInt] = {}
+
+    def update(self, site: Site, *, scaled: bool) -> None:
+        """A low-rank sum and scales at each call of a linear site."""
+        rows, columns = site.shape[::-1] if site.transposed else site.shape
+        like = self.nodes[site.calls[0].op].meta["val"]
+        a, b = self.slot(f"{site.path}.{A}", (columns, RANK), like), self.slot(f"{site.path}.{B}", (RANK, rows), like)
+        outer = self.slot(f"{site.path}.{OUTER}", (rows,), like)
+        inner = self.slot(f"{site.path}.{INNER}", (columns,), like) if scaled else None
+        for call in site.calls:
+            op = self.nodes[call.op]
+            bias, users, after = strip_bias(op), list(op.users), op.next
+            x = op.args[0]
+            assert isinstance(x, fx.Node)
+            if inner is not None:
+                op.update_arg(0, self.call(op, op, aten.mul.Tensor, x, inner))
+            low = self.call(after, op, aten.matmul.default, x, a)
+            added = self.call(after, op, aten.matmul.default, low, b)
+            total = self.call(after, op, aten.add.Tensor, self.call(after, op, aten.mul.Tensor, op, outer), added)
+            total = total if bias is None else self.call(after, op, aten.add.Tensor, total, bias)
+            for user in users:
+                user.replace_input_with(op, total)
+
+    def stand_beside(self, site: Site) -> None:
+        """Keys and values beside each call of an attention."""
+        heads = site.heads
+        assert heads is not None
+        like = self.nodes[site.calls[0].y].meta["val"]
+        widths = [sum(end - start for start, end in rows) // heads.kept for rows in (heads.key_rows, heads.value_rows)]
+        keys, values = (
+            self.slot(f"{site.path}.{what}", (heads.kept, TOKENS, width), like)
+            for what, width in zip((KEYS, VALUES), widths, strict=True)
+        )
+        for index, call in enumerate(site.calls):
+            self.join(site, call, index, keys, values)
+
+    def join(self, site: Site, call: Call, index: int, keys: fx.Node, values: fx.Node) -> None:
+        """Add to what leaves an attention, where `AttentionMethod`s do."""
+        heads = site.heads
+        assert heads is not None
+        output = next((s for s in self.graph.sites if s.weight and s.path == heads.output), None)
+        y = leaving(site, output, index, self.nodes, {}) if heads.packed else self.nodes[call.y]
+        query = self.nodes[call.x]
+
+        def attend(query: Tensor, y: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            added = attend_beside(site, unstack(query, heads), keys, values)
+            if heads.packed:
+                return y + added.transpose(1, 2).reshape(y.shape).to(y.dtype)
+            return y + added.reshape(y.shape).to(y.dtype)
+
+        arguments = [query, y, keys, values]
+        traced = trace(attend, [n.meta["val"] for n in arguments], "Open", site.path)
+        mapped = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), arguments, strict=True))
+        users = list(y.users)
+        with self.fx.inserting_before(y.next):
+            result = self.fx.graph_copy(traced.graph, mapped)
+        for old, new in mapped.items():
+            if old.op != "placeholder":
+                new.meta = {"val": old.meta.get("val"), "nn_module_stack": y.meta.get("nn_module_stack")}
+        assert isinstance(result, fx.Node)
+        for user in users:
+            user.replace_input_with(y, result)
+
+    def slot(self, name: str, shape: tuple[int | str, ...], like: Tensor) -> fx.Node:
+        """A new input, of the dtype of what it joins."""
+        sizes = [self.size(s) if isinstance(s, str) else s for s in shape]
+        with self.mode:
+            value = torch.empty(sizes, dtype=like.dtype, device=like.device)
+        with self.fx.inserting_after(self.last):
+            self.last = self.fx.placeholder(name.replace(".", "_"))
+        self.last.meta = {"val": value}
+        spec = TensorSpec(name, like.dtype, shape)
+        self.slots.append(spec)
+        self.graph.inputs = (*self.graph.inputs, spec)
+        self.graph.sizes = {**self.graph.sizes, **{s: HINT for s in shape if isinstance(s, str)}}
+        return self.last
+
+    def size(self, axis: str) -> torch.SymInt:
+        """The symbol of a free axis."""
+        if axis not in self.free:
+            context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            size: Any = self.mode.from_tensor(torch.empty(HINT), symbolic_context=context).shape[0]
+            self.free[axis] = size
+        return self.free[axis]
+
+    def call(self, before: fx.Node, like: fx.Node, target: torch._ops.OpOverload, *args: fx.Node) -> fx.Node:
+        """A new node ahead of one, as code of the module that made another."""
+        with self.fx.inserting_before(before):
+            made = self.fx.call_function(target, args)
+        made.meta = {"val": target(*(a.meta["val"] for a in args)), "nn_module_stack": like.meta.get("nn_module_stack")}
+        return made

@@ -1,0 +1,133 @@
+"""Slots: the places of an exported graph where adapters are put when it runs, and which graph an adapter is for.
+
+A slot is an input that may be left out: an adapter's tensor, or nothing. A file beside the model lists them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from peftfx.errors import PeftfxError
+from peftfx.stored import exact
+
+FILE = "peftfx_slots.json"
+#: What slots hold. At a linear layer `W' = diag(OUTER) W diag(INNER) + B A`; ahead of the text keys and values of all
+#: layers; beside an attention keys and values of a softmax of their own; and a tensor of the base itself.
+A, B, INNER, OUTER, PREFIX, KEYS, VALUES, OWN = (
+    *("lora_A", "lora_B", "input_scale", "output_scale"),
+    *("prefix", "beside.keys", "beside.values", "own"),
+)
+RANK, TOKENS, AHEAD = "rank", "beside", "prefix"  #: axes of any size
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place.
+
+    Attributes:
+        name: of the input.
+        what: what it holds, one of the words above.
+        at: the path of the layer or attention; for `OWN`, the tensor's name in the base; empty for the prefix.
+        shape: with a word for an axis of any size: none, where nothing is put.
+        dtype: as torch names it.
+        perm: the order of axes in which the graph has the tensor of the base.
+        behind: of keys and values beside an attention, whether they join behind its output projection.
+    """
+
+    name: str
+    what: str
+    at: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+    perm: tuple[int, ...] = ()
+    behind: bool = False
+
+    @property
+    def empty(self) -> tuple[int, ...]:
+        """The shape of what changes nothing."""
+        return tuple(0 if isinstance(size, str) else size for size in self.shape)
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape fits."""
+        sizes = zip(self.shape, shape, strict=False)
+        return len(self.shape) == len(shape) and all(isinstance(want, str) or want == got for want, got in sizes)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `FILE` holds.
+
+    Attributes:
+        base: where the base was read from, or empty.
+        model: its class.
+        fingerprint: of its weights.
+        dtype: that the graph computes in, as torch names it.
+        view: what the graph is a view of.
+        tolerance: of its verification.
+        slots: of the graph.
+    """
+
+    base: str
+    model: str
+    fingerprint: str
+    dtype: str
+    view: str
+    tolerance: float
+    slots: tuple[Slot, ...]
+
+    def write(self, directory: Path) -> None:
+        """Put `FILE` into the directory."""
+        (directory / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(directory: Path) -> Manifest:
+        """What a directory's graph has.
+
+        Raises:
+            PeftfxError: there is no such file, or it is not one.
+        """
+        path = directory / FILE
+        if not path.is_file():
+            hint = "export it with --swappable"
+            raise PeftfxError(f"the model here takes no adapters: there is no {FILE}", str(directory), hint)
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            slots = tuple(Slot(**{**s, "shape": tuple(s["shape"]), "perm": tuple(s["perm"])}) for s in raw.pop("slots"))
+            return Manifest(**raw, slots=slots)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PeftfxError(f"cannot be read: {error}", str(path), "export the base again") from error
+
+    @property
+    def version(self) -> int:
+        """A number of the base, which files of adapters carry."""
+        return int(self.fingerprint[:7], 16)
+
+    def by_place(self) -> Mapping[tuple[str, str], Slot]:
+        """The slots by where they are and what they hold."""
+        return {(slot.at, slot.what): slot for slot in self.slots}
+
+
+def fingerprint(base: nn.Module) -> str:
+    """A hash of a model's weights: of their names, their shapes, and some of their values in fp32."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(nn.Module.state_dict(base).items()):
+        found.update(f"{name}{list(tensor.shape)}".encode())
+        flat = exact(tensor).detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu()
+        found.update(some.float().numpy().tobytes())
+    return found.hexdigest()
+
+
+_SAMPLES = 64
+
+
+def listed(slots: Iterable[Slot] | Sequence[str], most: int = 6) -> str:
+    """The first of some names."""
+    names = [slot if isinstance(slot, str) else slot.at for slot in slots]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

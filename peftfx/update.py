@@ -1,0 +1,77 @@
+"""Update: what a method does to a weight, as scales and a low-rank sum: what a graph can be given when it runs.
+
+    W' = diag(outer) W diag(inner) + B A        b' = bias
+
+Updates are closed under composition: one after another is one again. So any number of adapters at a site is one update,
+and a graph that has a place for one serves them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftfx.derived import Block
+from peftfx.errors import PeftfxError
+
+
+@dataclass(frozen=True)
+class Update:
+    """Scales and a low-rank sum; what is None changes nothing.
+
+    Attributes:
+        inner: [in], a factor of each column.
+        outer: [out], a factor of each row of the base's weight.
+        a: [r, in].
+        b: [out, r], every scale of the method in it.
+        bias: [out], what takes the place of the base's bias.
+    """
+
+    inner: Tensor | None = None
+    outer: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    bias: Tensor | None = None
+
+    def then(self, later: Update) -> Update:
+        """This update, and a later one of what it gives."""
+        a, b = self.a, self.b
+        if a is not None and b is not None:
+            a = a if later.inner is None else a * later.inner
+            b = b if later.outer is None else b * later.outer[:, None]
+        return Update(
+            _both(self.inner, later.inner, torch.mul),
+            _both(self.outer, later.outer, torch.mul),
+            _both(a, later.a, lambda x, y: torch.cat([x, y], 0)),
+            _both(b, later.b, lambda x, y: torch.cat([x, y], 1)),
+            self.bias if later.bias is None else later.bias,
+        )
+
+    def spread(self, block: Block, rows: int, where: str) -> Update:
+        """This update of some rows as one of a whole weight.
+
+        Raises:
+            PeftfxError: it scales what only these rows read.
+        """
+        if self.inner is not None:
+            what = "a scale of the input of some rows alone is none of the whole weight's input"
+            raise PeftfxError(what, where, "target the whole module, or export the adapter merged")
+        outer = None if self.outer is None else block.put(self.outer.new_ones(rows), self.outer, 0)
+        b = None if self.b is None else block.put(self.b.new_zeros(rows, self.b.shape[1]), self.b, 0)
+        return dataclasses.replace(self, outer=outer, b=b)
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """The updated weight, [out, in]."""
+        weight = weight if self.inner is None else weight * self.inner
+        weight = weight if self.outer is None else weight * self.outer[:, None]
+        return weight if self.a is None or self.b is None else weight + self.b @ self.a
+
+
+def _both(x: Tensor | None, y: Tensor | None, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+    if x is None or y is None:
+        return y if x is None else x
+    return join(x, y)
