@@ -1,11 +1,11 @@
 """Which models of the zoo a default run tries in the tests that are not the first proof of a model.
 
-`test_sites.py` and `test_export.py` have every model in every run. `pytest -m slow` has the others of the rest.
+`test_sites.py` has every model in every run, `test_export.py` all but those that are alike; `pytest -m slow` the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import pytest
 from _pytest.mark.structures import ParameterSet
@@ -14,6 +14,16 @@ from _pytest.mark.structures import ParameterSet
 FEW = frozenset({"gpt2", "bloom", "llama", "falcon", "gemma2", "t5", "bert", "deberta", "vit", "unet", "custom"})
 
 
+#: So like another model of the zoo that it need not be exported in every run.
+ALIKE = frozenset({"roberta", "opt", "gpt_j", "qwen2", "qwen3", "phi", "gemma", "mistral", "swin"})
+
+
 def few(names: Iterable[str]) -> list[ParameterSet]:
     """Parameters: of these models, those that are not among the few are slow."""
-    return [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in names]
+    names = list(names)
+    return but_for({*names} - FEW, names)
+
+
+def but_for(slow: Container[str], names: Iterable[str]) -> list[ParameterSet]:
+    """Parameters: of these names, those in `slow` are left to `pytest -m slow`."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]

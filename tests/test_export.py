@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from few import ALIKE, but_for
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
@@ -81,7 +82,7 @@ def check(entry: Entry, want: nn.Module, got: OnnxModel, model: nn.Module, base:
         assert changed > 1e-3, "the adapter changes nothing: the test would pass without it"
 
 
-@pytest.mark.parametrize("name", [n for n in ZOO if n != "custom"])
+@pytest.mark.parametrize("name", but_for(ALIKE, (n for n in ZOO if n != "custom")))
 def test_a_lora_of_peft_is_served_as_peft_computes_it(name: str, tmp_path: Path) -> None:
     entry = ZOO[name]
     model = entry.build()
