@@ -55,7 +55,7 @@ def cost(layers: int) -> Costs:
     sites = timed("sites", lambda: find_sites(base))
     costs["capture"] -= costs["sites"]  # a capture finds them at its end
     adapted = AdaptedModel.on(model, sites, example)
-    adapted.keep(base, example)
+    adapted.graphs.keep(base, example)
     adapted.training = False
     timed("transform", lambda: adapted.add_adapter("default", peftfx.LoRA(r=8, target="all-linear")))
     graph = timed("adapted graph", adapted.graph)
