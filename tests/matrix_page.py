@@ -76,7 +76,7 @@ def page(results: Mapping[str, Mapping[str, object]]) -> str:
 def _shown(cell: Cell, result: Mapping[str, object] | None, notes: dict[str, int]) -> str:
     if result is None:
         return "not run"
-    note, status = str(result["note"]), str(result["status"])
+    note, status = re.sub(r": '[^']*'\.$", ".", str(result["note"])), str(result["status"])  # HF PEFT names the model
     place = f" [{notes.setdefault(note, len(notes) + 1)}](#notes)" if note else ""
     return (f"**{status}**" if cell.seed else status) + place
 
