@@ -15,7 +15,7 @@ from peftfx.bases import load_base, read_base_config
 from peftfx.errors import PeftfxError
 from peftfx.export.adapters import export_adapter
 from peftfx.export.deploy import Progress, copy_assets, export_onnx
-from peftfx.export.onnx import FAST, check_engine, check_opset
+from peftfx.export.onnx import CPU, FAST, check_engine, check_opset, check_optimize
 from peftfx.export.quantize import check_quantization
 from peftfx.export.report import Report
 from peftfx.export.weights import Written
@@ -41,6 +41,7 @@ def export_directory(
     opset: int | None = None,
     dtype: str | None = None,
     engine: str = FAST,
+    optimize: str = CPU,
     quantize: str | None = None,
     max_error: float | None = None,
     slots: str | None = None,
@@ -68,6 +69,7 @@ def export_directory(
     _refuse_output(base, output, adapter, force)
     check_opset(opset)
     check_engine(engine)
+    check_optimize(optimize)
     check_quantization(quantize, max_error)
     say = progress or (lambda line: None)
     inputs = Snapshot(base, *(() if adapter is None else (Path(adapter), *rule_folders(Path(adapter)))))
@@ -86,6 +88,7 @@ def export_directory(
         view=view,
         opset=opset,
         engine=engine,
+        optimize=optimize,
         quantize=quantize,
         max_error=max_error,
         slots=slots,

@@ -18,7 +18,7 @@ from peftfx.decode import Decode
 from peftfx.export.atomic import publish
 from peftfx.export.genai import write_genai_config
 from peftfx.export.memory import refuse_memory
-from peftfx.export.onnx import FAST, to_onnx
+from peftfx.export.onnx import CPU, FAST, check_optimize, to_onnx
 from peftfx.export.parts import Part, capture_parts
 from peftfx.export.probes import probes, view_probes
 from peftfx.export.quantize import FINITE, check_quantization
@@ -47,6 +47,7 @@ def export_onnx(
     inputs: Mapping[str, object] | None = None,
     opset: int | None = None,
     engine: str = FAST,
+    optimize: str = CPU,
     quantize: str | None = None,
     max_error: float | None = None,
     slots: str | None = None,
@@ -75,6 +76,7 @@ def export_onnx(
         inputs: keyword arguments of a forward call, for a model that example inputs cannot be made for.
         opset: version of the ONNX operators; by default torch's choice.
         engine: `fast`, or `torch` for torch.onnx's own road; see `to_onnx`.
+        optimize: `cpu`: attentions, rotary embeddings and norms as ONNX's own operators; or `none`; see `to_onnx`.
         quantize: `int8` or `int4`: weights of products in blocks of small integers; see `peftfx.export.quantize`.
         max_error: what a quantised model may differ by from the same model in floating point, over the largest
             magnitude of an output; by default that is measured and reported, and may be whatever it is.
@@ -96,6 +98,7 @@ def export_onnx(
     adapted = model if isinstance(model, AdaptedModel) else bare(model, inputs)
     example = adapted.example if inputs is None else inputs
     check_quantization(quantize, max_error)
+    check_optimize(optimize)
     refuse_memory(adapted, max_memory)
     report = Report.of(adapted)
     say = progress or (lambda line: None)
@@ -113,7 +116,9 @@ def export_onnx(
                     part.exported = PassManager([Merge()])(part.graph)
                     report.add_merged(part.exported)
         with stages("convert"):
-            programs = {part.file: to_onnx(part.exported, opset=opset, engine=engine) for part in parts}
+            programs = {
+                part.file: to_onnx(part.exported, opset=opset, engine=engine, optimize=optimize) for part in parts
+            }
             for part in parts if slots is not None else ():
                 part.slots = open_initializers(programs[part.file], part.slots, adapted.base, part.graph.sites)
             if quantize is not None:

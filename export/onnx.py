@@ -21,10 +21,13 @@ from peftfx.stored import load
 Weights = Callable[[str], torch.Tensor]
 FIRST_OPSET, LAST_OPSET = 18, 25
 FAST, TORCH = "fast", "torch"
+CPU, NONE = "cpu", "none"
 ENGINE = "peftfx.engine"  #: metadata key: the road a model came by, and why not the fast one
 
 
-def to_onnx(graph: Graph, *, opset: int | None = None, weights: Weights | None = None, engine: str = FAST) -> ir.Model:
+def to_onnx(
+    graph: Graph, *, opset: int | None = None, weights: Weights | None = None, engine: str = FAST, optimize: str = CPU
+) -> ir.Model:
     """Translate `graph`, without touching a weight.
 
     Inputs, outputs and free sizes have the graph's own names. Initializers have the names of the module's parameters
@@ -34,22 +37,25 @@ def to_onnx(graph: Graph, *, opset: int | None = None, weights: Weights | None =
 
     Args:
         graph: what to translate, captured in eval mode.
-        opset: the version of the ONNX operators; by default the one torch's exporter prefers.
+        opset: the version of the ONNX operators; by default the one torch's exporter prefers, or what `optimize` needs.
         weights: reads the tensor behind a `get_attr` target of the graph, at write time; by default the graph's own.
             With it, a graph captured on fake tensors can be written.
         engine: `fast` translates each distinct operation once; `torch` traces and decomposes the whole graph, as
             torch.onnx does. What the fast one does not take goes torch's way; the model's metadata say which way it
             went, and why.
+        optimize: `cpu` has whole attentions, rotary embeddings and RMS norms as the operators that ONNX has for them
+            (opset 23; see `peftfx.passes.Fuse`), where the fast road is taken; `none` leaves them in their parts.
 
     Raises:
         PeftfxError: the graph cannot be served, or has an operator without a translation.
     """
     check_opset(opset)
     check_engine(engine)
+    check_optimize(optimize)
     if graph.training:
         hint = "call model.eval() and capture again"
         raise PeftfxError("a graph captured in training mode cannot be served", "", hint)
-    translation, went = _translate(graph, opset, engine)
+    translation, went = _translate(graph, opset, engine, optimize)
     model = translation.model
     tidy(model)
     _bind(model, translation, graph, _reader(graph, weights or graph.get))
@@ -72,11 +78,18 @@ def check_engine(engine: str) -> None:
         raise PeftfxError(f"unknown engine {engine!r}", "engine", f"one of {FAST}, {TORCH}")
 
 
-def _translate(graph: Graph, opset: int | None, engine: str) -> tuple[Translation, str]:
+def check_optimize(optimize: str) -> None:
+    """Refuse an unknown way of optimising."""
+    if optimize not in (CPU, NONE):
+        hint = f"one of {CPU}, {NONE}: what other providers run fastest has not been measured"
+        raise PeftfxError(f"nothing is optimized for {optimize!r}", "optimize", hint)
+
+
+def _translate(graph: Graph, opset: int | None, engine: str, optimize: str) -> tuple[Translation, str]:
     went = engine
     if engine == FAST:
         try:
-            return translate(graph, opset), FAST
+            return translate(graph, opset, fused=optimize == CPU), FAST
         except (PeftfxError, MemoryError):
             raise
         except Exception as error:  # whatever the exporter's many parts raise: its own road has the last word

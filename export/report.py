@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from peftfx.export.verify import Comparison
 from peftfx.graph import DERIVED, Graph
 from peftfx.passes.base import attributes_of
 from peftfx.passes.freeze import Computed
+from peftfx.passes.fuse import FUSED
 from peftfx.passes.prefill import Left
 
 REPORT = "peftfx_report.json"
@@ -38,6 +40,7 @@ class Report:
         inputs, outputs: of the ONNX model, with their shapes; those of one of several as `decoder_model.logits`.
         slots: how many inputs may be left out: where adapters are put when the model runs.
         opset: version of the ONNX operators.
+        fused: how many operators there are that stand for a whole attention, rotary embedding or norm.
         quantized: for each graph, the names of the weights that became small integers.
         engine: the road to ONNX that was taken; where it is not the one asked for, why.
         nodes: in the ONNX graph.
@@ -58,6 +61,7 @@ class Report:
     outputs: list[str] = field(default_factory=list)
     slots: int = 0
     opset: int = 0
+    fused: dict[str, int] = field(default_factory=dict)
     quantized: dict[str, list[str]] = field(default_factory=dict)
     engine: str = FAST
     nodes: int = 0
@@ -107,10 +111,12 @@ class Report:
         self.slots += len(left_out)
         self.inputs |= {prefix + s.name: list(s.shape) for s in graph.inputs if s.name not in left_out}
         self.outputs += [prefix + str(value.name) for value in program.graph.outputs]
-        self.opset = program.opset_imports[""]
+        self.opset = max(self.opset, program.opset_imports[""])
         if self.engine in ("", FAST):  # what one graph could not have is worth more than what the other had
             self.engine = program.metadata_props[ENGINE]
         self.nodes += sum(1 for _ in program.graph)
+        whole = Counter(node.op_type for node in program.graph if node.op_type in FUSED)
+        self.fused = dict(Counter(self.fused) + whole)
         self.verified = "its float32 twin, over the same weights" if in_bfloat16(program) else "the model"
         self.comparisons += [
             {
@@ -146,6 +152,7 @@ class Report:
             agree = ("ONNX Runtime - torch", lost)
         elif "twin" in self.verified:
             agree = (agree[0], f"{agree[1]} ({self.verified})")
+        whole = "".join(f", {count} {name}" for name, count in self.fused.items())
         small = len({name for names in self.quantized.values() for name in names})
         return [
             ("adapter", adapters or "none"),
@@ -154,7 +161,7 @@ class Report:
             ("outputs", ", ".join(self.outputs)),
             *([("slots", f"{self.slots} inputs for adapters that may be left out")] if self.slots else []),
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
-            ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes, engine {self.engine}"),
+            ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes{whole}, engine {self.engine}"),
             *([("quantised", f"{small} weights")] if small else []),
             agree,
             ("seconds", ", ".join(f"{n} {s:.1f}" for n, s in self.seconds.items())),

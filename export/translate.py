@@ -22,17 +22,26 @@ from peftfx.export.lower import Uncovered, lowered_program, make_functional
 from peftfx.export.prepare import prepare
 from peftfx.export.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
 from peftfx.graph import Graph
+from peftfx.passes.fuse import OPSET, Fuse
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def translate(graph: Graph, opset: int | None) -> Translation:
+def translate(graph: Graph, opset: int | None, *, fused: bool = False) -> Translation:
     """Translate `graph`, captured in eval mode, without touching a weight.
+
+    Args:
+        graph: what to translate.
+        opset: the version of the ONNX operators; by default torch's choice, and the first that has all that was fused.
+        fused: use ONNX's operators for whole attentions and norms, where the version has them.
 
     Raises:
         Uncovered: the graph has something that cannot be taken apart node by node: torch's own road may take it.
     """
     ready = prepare(graph)
+    if fused and (opset or OPSET) >= OPSET:
+        found = Fuse()(ready)
+        ready, opset = found.graph, opset or (OPSET if found.changed else None)
     outputs = flatten_outputs(ready)
     make_functional(ready.module.graph)
     weights = weights_of(ready)

@@ -6,8 +6,9 @@ if __name__ != "peftfx.passes":
 from peftfx.passes.base import Pass, PassManager, PassResult, Region
 from peftfx.passes.cleanup import Cleanup
 from peftfx.passes.fold import Evaluate
+from peftfx.passes.fuse import Fuse
 from peftfx.passes.insert import Insert
 from peftfx.passes.merge import Merge
 from peftfx.passes.remove import Remove
 
-__all__ = ["Cleanup", "Evaluate", "Insert", "Merge", "Pass", "PassManager", "PassResult", "Region", "Remove"]
+__all__ = ["Cleanup", "Evaluate", "Fuse", "Insert", "Merge", "Pass", "PassManager", "PassResult", "Region", "Remove"]

@@ -53,6 +53,9 @@ def export(
     engine: Annotated[
         str, typer.Option(help="fast translates each distinct operation once; torch is torch.onnx's own road.")
     ] = "fast",
+    optimize: Annotated[
+        str, typer.Option(help="cpu: attentions and norms as one operator each (opset 23); none: in their parts.")
+    ] = "cpu",
     quantize: Annotated[
         str | None, typer.Option(help="int8 or int4: weights of products in blocks of small integers.")
     ] = None,
@@ -92,6 +95,7 @@ def export(
             opset=opset,
             dtype=dtype,
             engine=engine,
+            optimize=optimize,
             quantize=quantize,
             max_error=max_error,
             slots=slots if swappable else None,

@@ -1,0 +1,98 @@
+"""Fuse: norms, rotary embeddings and attentions become ONNX's own operators, one kernel of ONNX Runtime each.
+
+`RMSNormalization`, `RotaryEmbedding` and `Attention` are standard operators of opset 23, so nothing is tied to a
+provider, and `torch.onnx.ops` computes them in torch too: a fused graph is still run and compared like any other. What
+does not match to the letter stays as it is.
+
+https://onnx.ai/onnx/operators/onnx__Attention.html, ...__RotaryEmbedding.html, ...__RMSNormalization.html
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+import torch.onnx.ops  # registers torch.ops.onnx
+from torch import fx
+
+from peftfx.graph import Graph
+from peftfx.passes.base import Pass, PassResult
+from peftfx.passes.cleanup import Cleanup
+from peftfx.passes.matching import has_axes, operand, pair, same_size, values
+from peftfx.passes.rms_norm import fuse_norm
+from peftfx.passes.rotary import fuse_rotary
+
+OPSET = 23  #: the first version of ONNX's operators that has what this makes
+FUSED = ("Attention", "RotaryEmbedding", "RMSNormalization")
+aten, onnx = torch.ops.aten, torch.ops.onnx
+_RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
+
+
+@dataclass(frozen=True)
+class Fuse(Pass):
+    """Replace what these operators stand for, and drop what then nobody uses."""
+
+    preserves = True
+
+    def __call__(self, graph: Graph) -> PassResult:
+        result = graph.clone()
+        inner, halves = result.module.graph, dict[fx.Node, fx.Node]()
+        changed = 0
+        for node in list(inner.nodes):
+            changed += fuse_norm(inner, node) or fuse_rotary(inner, node, halves) or _fuse_attention(inner, node)
+        return PassResult(Cleanup()(result).graph if changed else graph, changed)
+
+
+def _fuse_attention(graph: fx.Graph, node: fx.Node) -> bool:
+    """Attention over a cache: keys and values are what was there and the new ones, repeated for groups of heads."""
+    if node.target is not aten.scaled_dot_product_attention.default or not has_axes(node, ndim=4):
+        return False
+    query, key, value, mask, *more = (*node.args, node.kwargs.get("attn_mask"))
+    if any(more) or node.kwargs.get("dropout_p") or node.kwargs.get("is_causal") or not isinstance(mask, fx.Node):
+        return False
+    grown = [_unrepeated(x) for x in (key, value)]  # type: ignore[arg-type]
+    pairs = [found for x in grown if _is_free(x, node) and (found := pair(x, (-2, 2))) is not None]
+    if len(pairs) != 2:
+        return False
+    (past_key, new_key), (past_value, new_value) = pairs
+    arguments = (query, new_key, new_value, mask, past_key, past_value)
+    scale = node.kwargs.get("scale")
+    with graph.inserting_before(node):
+        call = graph.call_function(onnx.Attention.opset23, arguments, {} if scale is None else {"scale": scale})
+        outputs = [graph.call_function(operator.getitem, (call, i)) for i in range(3)]
+    olds = (node, *grown)
+    scores = call.target(*values(arguments))[3]  # type: ignore[operator]
+    call.meta = {**node.meta, "val": (*(old.meta["val"] for old in olds), scores)}
+    for old, new in zip(olds, outputs, strict=True):
+        new.meta = dict(old.meta)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user > call)
+    graph.erase_node(node)  # it is said to draw random numbers, and would stay
+    return True
+
+
+def _unrepeated(node: fx.Node) -> fx.Node:
+    """The keys or values that were repeated for each head of a group, by `repeat_kv`; any others as they are."""
+    if node.target not in _RESHAPES or operand(node).target is not aten.expand.default:
+        return node
+    expand = operand(node)
+    single = operand(expand)
+    if single.target is not aten.unsqueeze.default or single.args[1] != 2 or not has_axes(expand, ndim=5):
+        return node
+    plain, (_, heads, times, _, _) = operand(single), expand.meta["val"].shape
+    rest = all(same_size(node, axis, plain, axis) for axis in (0, 2, 3))
+    return plain if rest and has_axes(node, ndim=4) and node.meta["val"].shape[1] == heads * times else node
+
+
+def _is_free(node: fx.Node, attention: fx.Node) -> bool:
+    """Whether nothing uses a value before an attention does: what the operator gives in its place comes with that."""
+    return all(user > attention or _leads_to(user, attention) for user in node.users)
+
+
+def _leads_to(node: fx.Node, attention: fx.Node) -> bool:
+    """Whether a node is of those between keys or values and an attention, whose place the operator takes too."""
+    while node is not attention:
+        if len(node.users) != 1 or node > attention:
+            return False
+        (node,) = node.users
+    return True

@@ -1,0 +1,63 @@
+"""What rules that look for patterns share: operands in either order, equal sizes, one node in the place of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+ADDS, MULS = {aten.add.Tensor, aten.add.Scalar}, {aten.mul.Tensor, aten.mul.Scalar}
+
+
+def replace(graph: fx.Graph, node: fx.Node, target: Callable[..., object], args: tuple[object, ...]) -> None:
+    """Put an operator in a node's place; what it computes has the same type and sizes."""
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args)  # type: ignore[arg-type]
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+
+
+def operand(node: fx.Node) -> fx.Node:
+    """A node's first operand; the node itself where that is no value."""
+    first = node.args[0] if node.args else node
+    return first if isinstance(first, fx.Node) else node
+
+
+def peel(node: fx.Node, target: object) -> fx.Node:
+    """What a node of this operator works on; another node as it is."""
+    return operand(node) if node.target is target else node
+
+
+def either_way(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Both orders of the operands of a sum or product of two values."""
+    first, second, *_ = (*node.args, None, None)
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        return []
+    return [(first, second), (second, first)]
+
+
+def has_axes(node: fx.Node, ndim: int) -> bool:
+    """Whether a node is a tensor of so many axes."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.ndim == ndim
+
+
+def same_size(one: fx.Node, axis: int, other: fx.Node, other_axis: int) -> bool:
+    """Whether two sizes are one number, or one symbol; nothing is assumed of symbols."""
+    a, b = one.meta["val"].shape[axis], other.meta["val"].shape[other_axis]
+    return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
+
+
+def values(arguments: tuple[object, ...]) -> list[object]:
+    """What was captured for the nodes among some arguments."""
+    return [a.meta["val"] if isinstance(a, fx.Node) else a for a in arguments]
+
+
+def pair(node: fx.Node, axes: tuple[int, int]) -> tuple[fx.Node, fx.Node] | None:
+    """The two values that a node puts one behind the other, along an axis that has these names."""
+    if node.target is not aten.cat.default or node.args[1:] not in tuple((axis,) for axis in axes):
+        return None
+    values = node.args[0]
+    return tuple(values) if isinstance(values, (list, tuple)) and len(values) == 2 else None  # type: ignore[return-value]

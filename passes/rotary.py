@@ -1,0 +1,70 @@
+"""Rotary position embeddings, spelled out in a model, as ONNX's own operator."""
+
+from __future__ import annotations
+
+import torch
+import torch.onnx.ops  # registers torch.ops.onnx
+from torch import fx
+
+from peftfx.passes.matching import MULS, either_way, has_axes, operand, pair, replace, same_size, values
+
+aten, onnx = torch.ops.aten, torch.ops.onnx
+_END = 2**63 - 1
+
+
+def fuse_rotary(graph: fx.Graph, node: fx.Node, halves: dict[fx.Node, fx.Node]) -> bool:
+    """`x * cos + rotate_half(x) * sin`, x of [batch, heads, length, width]."""
+    if node.target is not aten.add.Tensor or node.kwargs or not has_axes(node, ndim=4):
+        return False
+    for straight, turned in either_way(node):
+        if straight.target is not aten.mul.Tensor or turned.target is not aten.mul.Tensor:
+            continue
+        for half, sin in either_way(turned):
+            x = _rotated(half)
+            if x is None:
+                continue
+            for same, cos in either_way(straight):
+                tables = [_table(angle, same) for angle in (cos, sin)]
+                if same is x and None not in tables:
+                    first = [_first_half(graph, table, halves) for table in tables if table is not None]
+                    replace(graph, node, onnx.RotaryEmbedding.opset23, (x, *first))
+                    return True
+    return False
+
+
+def _rotated(node: fx.Node) -> fx.Node | None:
+    """The x of `cat(-x[..., width / 2:], x[..., :width / 2])`."""
+    parts = pair(node, (-1, 3))
+    if parts is None or parts[0].target is not aten.neg.default:
+        return None
+    high, low = operand(parts[0]), parts[1]
+    x, width = operand(low), node.meta["val"].shape[-1]
+    cut = aten.slice.Tensor
+    halves = (low.target, low.args) == (cut, (x, 3, 0, width // 2)) and high.target is cut
+    return x if halves and high.args in ((x, 3, width // 2, _END), (x, 3, width // 2, width)) else None
+
+
+def _table(angle: fx.Node, x: fx.Node) -> fx.Node | None:
+    """Cosines or sines of [batch, length, width], for each row of x, whose second half of width is the first again."""
+    if angle.target is not aten.unsqueeze.default or angle.args[1] != 1 or not has_axes(angle, ndim=4):
+        return None
+    table = operand(angle)
+    if not (same_size(table, 0, x, 0) and same_size(table, 1, x, 2) and same_size(table, 2, x, 3)):
+        return None
+    inner = table
+    while (inner.target in MULS and not isinstance(inner.args[1], fx.Node)) or inner.target is aten._to_copy.default:
+        inner = operand(inner)
+    if inner.target not in (aten.cos.default, aten.sin.default):
+        return None
+    twice = pair(operand(inner), (-1, 2))
+    return table if twice is not None and twice[0] is twice[1] else None
+
+
+def _first_half(graph: fx.Graph, table: fx.Node, halves: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The first half of a table's width; made once for all layers."""
+    if table not in halves:
+        with graph.inserting_after(table):
+            half = graph.call_function(aten.slice.Tensor, (table, 2, 0, table.meta["val"].shape[-1] // 2))
+        half.meta["val"] = half.target(*values(half.args))  # type: ignore[operator, arg-type]
+        halves[table] = half
+    return halves[table]

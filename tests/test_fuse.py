@@ -1,0 +1,98 @@
+"""Fuse: attentions over a cache, rotary embeddings and norms, one operator each, compute what their parts did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import ZOO
+
+import peftfx
+from peftfx import PeftfxError
+from peftfx.api import bare
+from peftfx.export import export_onnx
+from peftfx.passes import Cleanup, Fuse
+from peftfx.passes.fuse import FUSED
+
+#: In two layers: attentions, rotary embeddings of queries and keys, and two norms a layer and a last one; those of
+#: Qwen3 are also on queries and keys, and GPT-2, OPT and Phi have layer norms. GLM turns neighbours, not halves.
+EXPECTED = {
+    "gpt2": (2, 0, 0),
+    "opt": (2, 0, 0),
+    "llama": (2, 4, 5),
+    "glm": (2, 0, 5),
+    "gemma": (2, 4, 5),
+    "phi": (2, 4, 0),
+    "falcon": (2, 4, 0),
+    "qwen3": (2, 4, 9),
+    "bloom": (0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+@torch.no_grad()
+def test_a_decode_graph_computes_what_it_did(name: str) -> None:
+    adapted = bare(ZOO[name].build().eval())
+    view, graph = adapted.view("decode"), Cleanup()(adapted.graph(view="decode")).graph
+    before = graph.text()
+    result = Fuse()(graph)
+    assert result.changed == sum(EXPECTED[name])
+    assert graph.text() == before
+    assert Fuse()(result.graph).changed == 0
+    assert view is not None
+    for sizes in view.trials:
+        feed = view.inputs(adapted.base, sizes=sizes)
+        flat = [feed[spec.name] for spec in graph.inputs]
+        for output, want, got in zip(graph.outputs, graph.run(*flat), result.graph.run(*flat), strict=True):
+            assert_same(view.shown(output, feed, got), view.shown(output, feed, want))
+
+
+def assert_same(got: Tensor, want: Tensor) -> None:
+    if want.numel():
+        assert float((got - want).abs().max()) <= 2e-6 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_export_has_them_and_agrees_with_torch(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = ZOO["llama"].build().to(dtype)
+    report = export_onnx(model, tmp_path / "cpu", view="decode")
+    assert report.fused == dict(zip(FUSED, EXPECTED["llama"], strict=True))
+    assert report.opset == 23
+    assert "2 Attention" in str(report)
+    plain = export_onnx(model, tmp_path / "none", view="decode", optimize="none")
+    assert plain.fused == {}
+    assert plain.opset < 23
+    assert count(tmp_path / "none")["Softmax"] == 2
+    assert count(tmp_path / "cpu")["Softmax"] == 0
+
+
+def test_operators_that_a_version_does_not_have_are_not_used(tmp_path: Path) -> None:
+    report = export_onnx(ZOO["llama"].build(), tmp_path / "out", view="decode", opset=21)
+    assert (report.opset, report.fused) == (21, {})
+
+
+def test_an_adapter_apart_and_a_prefix_inside_are_no_obstacle(tmp_path: Path) -> None:
+    rules = [peftfx.LoRA(r=2, target="attention"), peftfx.PrefixTuning(num_virtual_tokens=3)]
+    adapted = peftfx.transform(ZOO["llama"].build(), rules, seed=0)
+    stir(adapted.adapters)
+    report = adapted.export(tmp_path / "out", view="decode", merge=False)
+    assert report.fused["Attention"] == 2  # type: ignore[attr-defined]
+
+
+def stir(adapters: nn.Module) -> None:
+    with torch.no_grad():
+        for p in adapters.parameters():
+            p.normal_(std=0.3)
+
+
+def test_only_what_has_a_name_is_optimized_for() -> None:
+    with pytest.raises(PeftfxError, match="optimized for 'cuda'"):
+        export_onnx(ZOO["llama"].build(), "nowhere", optimize="cuda")
+
+
+def count(directory: Path) -> Counter[str]:
+    return Counter(node.op_type for node in ir.load(directory / "model.onnx").graph)
