@@ -15,9 +15,10 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
+from typing import Literal
 
 import peft
 import torch
@@ -70,6 +71,7 @@ class Model:
     build: Callable[[float], nn.Module] = field(repr=False)
     task: str
     linears: tuple[str, ...]
+    norms: tuple[str, ...]
 
     def make(self, dropout: float) -> nn.Module:
         """The model; equal calls give equal weights, none of them at its initial value."""
@@ -87,27 +89,27 @@ class Model:
         return [example_inputs(model, sizes=sizes, labels=labelled, seed=seed) for seed in range(STEPS)]
 
 
-DECODER = Model("decoder (LLaMA)", llama, "CAUSAL_LM", ("q_proj", "v_proj", "down_proj"))
-ENCODER = Model("encoder (BERT, classifier)", bert, "SEQ_CLS", ("query", "value", "output.dense"))
-FEATURES = Model("encoder (BERT, features)", features, "FEATURE_EXTRACTION", ("query", "value", "output.dense"))
-BOTH = Model("encoder-decoder (T5)", t5, "SEQ_2_SEQ_LM", ("q", "v", "wo"))
+DECODER = Model("decoder (LLaMA)", llama, "CAUSAL_LM", ("q_proj", "v_proj", "down_proj"), ("input_layernorm", "norm"))
+ENCODER = Model("encoder (BERT, classifier)", bert, "SEQ_CLS", ("query", "value", "output.dense"), ("LayerNorm",))
+FEATURES = replace(ENCODER, name="encoder (BERT, features)", build=features, task="FEATURE_EXTRACTION")
+BOTH = Model("encoder-decoder (T5)", t5, "SEQ_2_SEQ_LM", ("q", "v", "wo"), ("layer_norm",))
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method as `peft` configures it; `drops` says where its own dropout is set."""
+    """A method as `peft` configures it; `at` says at which modules of a model, `drops` where its own dropout is set."""
 
     name: str
     config: type[peft.PeftConfig]
     options: Mapping[str, object] = field(default_factory=dict)
-    weights: bool = True
+    at: Literal["linears", "norms", ""] = "linears"
     drops: str | None = None
 
     def configured(self, model: Model, dropout: float) -> peft.PeftConfig:
         """The config for a model."""
         options = {**self.options, "task_type": model.task}
-        if self.weights:
-            options["target_modules"] = list(model.linears)
+        if self.at:
+            options["target_modules"] = list(getattr(model, self.at))
         if self.config is peft.IA3Config:
             options["feedforward_modules"] = [model.linears[-1]]
         if self.drops:
@@ -122,21 +124,23 @@ METHODS = (
     Method("DoRA", peft.LoraConfig, {"r": 4, "use_dora": True}, drops="lora_dropout"),
     Method("AdaLoRA", peft.AdaLoraConfig, _BUDGET, drops="lora_dropout"),
     Method("IA3", peft.IA3Config),
-    Method("Prompt tuning", peft.PromptTuningConfig, _SOFT, weights=False),
-    Method("P-tuning, MLP", peft.PromptEncoderConfig, {**_SOFT, "encoder_hidden_size": 24}, weights=False),
+    Method("VeRA", peft.VeraConfig, {"r": 6}, drops="vera_dropout"),
+    Method("LN tuning", peft.LNTuningConfig, at="norms"),
+    Method("Prompt tuning", peft.PromptTuningConfig, _SOFT, at=""),
+    Method("P-tuning, MLP", peft.PromptEncoderConfig, {**_SOFT, "encoder_hidden_size": 24}, at=""),
     Method(
         "P-tuning, LSTM",
         peft.PromptEncoderConfig,
         {**_SOFT, "encoder_hidden_size": 12, "encoder_reparameterization_type": "LSTM"},
-        weights=False,
+        at="",
         drops="encoder_dropout",
     ),
-    Method("Prefix tuning", peft.PrefixTuningConfig, _SOFT, weights=False),
+    Method("Prefix tuning", peft.PrefixTuningConfig, _SOFT, at=""),
     Method(
         "Prefix tuning, projected",
         peft.PrefixTuningConfig,
         {**_SOFT, "prefix_projection": True, "encoder_hidden_size": 24},
-        weights=False,
+        at="",
     ),
 )
 MODELS = (DECODER, ENCODER, FEATURES, BOTH)

@@ -57,9 +57,9 @@ class Splicer:
 
     def parameters(self, placement: Placement, name: str, adapter: Adapter, anchor: fx.Node) -> dict[str, fx.Node]:
         """The nodes that read a placement's parameters, by their names."""
-        prefix = f"{ADAPTERS}.{name}.{placement.key}"
-        params = adapter.params(placement).items()
-        return {n: self.attribute(f"{prefix}.{n}", fake_like(anchor.meta["val"], t)) for n, t in params}
+        keys = adapter.keys(placement).items()
+        like = anchor.meta["val"]
+        return {n: self.attribute(f"{ADAPTERS}.{name}.{key}", fake_like(like, adapter.get(key))) for n, key in keys}
 
     def region(self, placement: Placement, name: str, y: fx.Node, params: Mapping[str, fx.Node]) -> Region:
         """The tag of what a placement adds at `y`."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peftfx.export import export_onnx
     from peftfx.graph import Graph
     from peftfx.methods.adalora import AdaLoRA
+    from peftfx.methods.bitfit import BitFit
     from peftfx.methods.ia3 import IA3
     from peftfx.methods.llama_adapter import LlamaAdapter
     from peftfx.methods.ln_tuning import LNTuning
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from peftfx.methods.p_tuning import PTuning
     from peftfx.methods.prefix_tuning import PrefixTuning
     from peftfx.methods.prompt_tuning import PromptTuning
+    from peftfx.methods.vera import VeRA
     from peftfx.sites import Site, Sites
 
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AdaLoRA": "peftfx.methods.adalora",
     "AdaptedModel": "peftfx.adapted",
+    "BitFit": "peftfx.methods.bitfit",
     "Graph": "peftfx.graph",
     "IA3": "peftfx.methods.ia3",
     "LNTuning": "peftfx.methods.ln_tuning",
@@ -43,6 +46,7 @@ _HOME = {
     "RankAllocation": "peftfx.allocation",
     "Site": "peftfx.sites",
     "Sites": "peftfx.sites",
+    "VeRA": "peftfx.methods.vera",
     "capture": "peftfx.capturing",
     "export_onnx": "peftfx.export",
     "inspect": "peftfx.api",
@@ -55,6 +59,7 @@ __all__ = [
     "IA3",
     "AdaLoRA",
     "AdaptedModel",
+    "BitFit",
     "Graph",
     "LNTuning",
     "LlamaAdapter",
@@ -66,6 +71,7 @@ __all__ = [
     "RankAllocation",
     "Site",
     "Sites",
+    "VeRA",
     "__version__",
     "capture",
     "export_onnx",

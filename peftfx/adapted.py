@@ -228,7 +228,7 @@ class AdaptedModel(nn.Module):
 
     def save_pretrained(self, directory: str | Path, adapter_name: str | None = None, **_: object) -> None:
         """Write HF PEFT directories: one adapter in `directory`, others in folders of their names below it."""
-        from peftfx.checkpoint import save_adapters
+        from peftfx.saving import save_adapters
 
         save_adapters(self, Path(directory), None if adapter_name is None else (adapter_name,))
 

@@ -12,7 +12,7 @@ from peftfx.attending import AttentionMethod
 from peftfx.errors import PeftfxError
 from peftfx.method import Method, WeightMethod
 from peftfx.overriding import OverrideMethod
-from peftfx.placement import Override, Placed, Placement, owner_of, site_tensors
+from peftfx.placement import SHARED, Override, Placed, Placement, owner_of, site_tensors
 
 
 class Adapter(nn.Module):
@@ -27,7 +27,14 @@ class Adapter(nn.Module):
         super().__init__()
         kept = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
         self.records = {k: v for k, v in (config or {}).items() if k in kept}
-        self.placed = tuple(placed)
+        self.placed: tuple[Placed, ...] = ()
+        self._rule: dict[str, int] = {}
+        self._take(placed)
+
+    def _take(self, placed: Sequence[Placed]) -> None:
+        for number, rule in enumerate(placed, len(self.placed)):
+            self._rule |= {placement.key: number for placement in rule.placements}
+        self.placed += tuple(placed)
 
     @property
     def rules(self) -> tuple[Method, ...]:
@@ -52,7 +59,15 @@ class Adapter(nn.Module):
                 params = placement.init(base, rng)
             for name, value in params.items():
                 self.put(f"{placement.key}.{name}", value, trained=name not in placement.method.frozen())
+        self.share(base)
         self.copy_overridden(base)
+
+    def share(self, base: nn.Module) -> None:
+        """Make what the places of each rule share."""
+        like = next((p.detach() for p in base.parameters() if p.is_floating_point()), torch.empty(0))
+        for number, rule in enumerate(self.placed):
+            for name, value in rule.method.shared([p.view for p in rule.placements], like).items():
+                self.put(shared_key(number, name), value, trained=False)
 
     def copy_overridden(self, base: nn.Module) -> None:
         """Start the overrides as copies of the base's tensors."""
@@ -62,9 +77,20 @@ class Adapter(nn.Module):
             self.put(override.key, tensor.detach().clone(), trained=leaf in owner._parameters)
 
     def params(self, placement: Placement) -> dict[str, Tensor]:
-        """The parameters of one placement by name, constants included."""
-        remembered = placement.method.remembered()
-        return {name: t for name, t in self.all_of(placement).items() if name not in remembered}
+        """The parameters of one placement by name, constants included, and those that its rule's places share."""
+        return {name: self.get(key) for name, key in self.keys(placement).items()}
+
+    def keys(self, placement: Placement) -> dict[str, str]:
+        """The dotted name of each of them."""
+        remembered, number = placement.method.remembered(), self._rule[placement.key]
+        own = {name: f"{placement.key}.{name}" for name in self.all_of(placement) if name not in remembered}
+        return own | {name: shared_key(number, name) for name in self.shared(number)}
+
+    def shared(self, number: int) -> dict[str, Tensor]:
+        """What the places of a rule share, by name."""
+        folder = self._modules.get(SHARED)
+        rule = None if folder is None else folder._modules.get(str(number))
+        return {} if rule is None else dict(rule.named_buffers(recurse=False))
 
     def all_of(self, placement: Placement) -> dict[str, Tensor]:
         """The parameters of one placement, and what training remembers beside them."""
@@ -109,11 +135,17 @@ class Adapter(nn.Module):
 
     def add(self, other: Adapter) -> None:
         """Take another adapter's rules, behind this one's, with their tensors."""
-        self.placed += other.placed
+        first = len(self.placed)
+        self._take(other.placed)
         self.records = {**other.records, **self.records}
         trained = {name for name, _ in other.named_parameters()}
+        moved = {
+            shared_key(number, name): shared_key(first + number, name)
+            for number in range(len(other.placed))
+            for name in other.shared(number)
+        }
         for name, value in other.tensors():
-            self.put(name, value.detach(), trained=name in trained)
+            self.put(moved.get(name, name), value.detach(), trained=name in trained)
 
     def get(self, key: str) -> Tensor:
         """The tensor kept under a dotted name."""
@@ -125,6 +157,11 @@ class Adapter(nn.Module):
         """Every tensor with its dotted name."""
         yield from self.named_parameters()
         yield from self.named_buffers()
+
+
+def shared_key(number: int, name: str) -> str:
+    """Where an adapter keeps what the places of a rule share, by the rule's number."""
+    return f"{SHARED}.{number}.{name}"
 
 
 def whole(

@@ -71,6 +71,7 @@ def _made(
     for placement in made.placements:
         for name, value in values[placement.key].items():
             made.put(f"{placement.key}.{name}", value.detach().clone(), trained=name not in placement.method.frozen())
+    made.share(base)
     made.copy_overridden(base)
     for key, (adapter, _) in overrides.items():
         made.get(key).copy_(adapter.get(key))

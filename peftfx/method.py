@@ -124,6 +124,20 @@ class Method(ABC):
         """Names of tensors that training keeps beside the parameters, once there are any; no graph reads them."""
         return frozenset()
 
+    def shared(self, sites: Sequence[Site], like: Tensor) -> dict[str, Tensor]:
+        """Constants that all places of a rule read, whose sites these are: kept once, and in each place's `p`.
+
+        `like` is one of the base's weights: it has the device and the dtype.
+        """
+        return {}
+
+    def shared_keys(self) -> dict[str, str]:
+        """For each of these that is saved, its key in a HF PEFT checkpoint, prefix included.
+
+        One that is not is made again when an adapter is loaded.
+        """
+        return {}
+
     def penalty(self, p: Params) -> Tensor | None:
         """A term for the model's loss; the loss gets the mean over the rule's places that have one."""
         return None

@@ -15,6 +15,7 @@ from peftfx.sites import Part, Site
 from peftfx.soft import SEQUENCE, SequenceMethod, embedding_path
 
 SAVED = "saved"  #: the folder of an adapter in which it keeps copies of the base's own tensors
+SHARED = "shared_by_rule"  #: the folder in which each rule, by its number, keeps what its places share
 
 
 @dataclass(frozen=True)

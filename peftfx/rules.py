@@ -150,7 +150,7 @@ def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: I
     if which == "all":
         names = [n for n, _ in base.named_parameters() if n.rpartition(".")[2] == "bias" and not within(n, saved)]
         found += [Override(f"{SAVED}.{name}", "", name) for name in names]
-    elif which == "lora_only":
+    elif which.endswith("_only"):
         names = [site.bias.partition(".")[2] for site in sites if site.bias is not None]
         found += [Override(f"{SAVED}.{name}", "", name) for name in names]
     return found

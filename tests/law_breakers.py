@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from peftfx.attending import AttentionMethod
 from peftfx.graph import Graph
 from peftfx.method import Base, Op, Params, Rows, WeightMethod
 from peftfx.roles import find_sites
@@ -127,6 +128,16 @@ class SavesHalf(Scale):
         return frozenset()
 
 
+class SharesAnotherEachTime(Scale):
+    """Draws what its places share without a seed, and saves it nowhere."""
+
+    def shared(self, sites: Sequence[Site], like: Tensor) -> dict[str, Tensor]:
+        return {"common": torch.rand(())}
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        return y * (1 + p["l"] * p["common"])
+
+
 class LooksAtTheBatch(Scale):
     """Divides by the size of the batch."""
 
@@ -139,6 +150,93 @@ class IsNoisyInEval(Scale):
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         return y * (1 + p["l"] * torch.rand_like(y))
+
+
+@dataclasses.dataclass(frozen=True)
+class Glance(AttentionMethod):
+    """A right attention method, small enough to break: each query attends to a gated prompt, too."""
+
+    peft_type: ClassVar[str] = "GLANCE"
+
+    __hash__ = AttentionMethod.__hash__
+
+    def init(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
+        assert site.heads is not None
+        return {"prompt": torch.randn(1, 2, site.heads.width, generator=rng), "gate": torch.zeros(1)}
+
+    def reads(self, p: Params) -> Tensor:
+        return p["prompt"]
+
+    def attend(
+        self, site: Site, query: Tensor, output: Tensor, key: Tensor, value: Tensor, p: Params, training: bool
+    ) -> Tensor:
+        return output + p["gate"] * (query @ key.transpose(-1, -2)).softmax(-1) @ value
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {"prompt": "glance_prompt", "gate": "glance_gate"}
+
+
+class StartsWithAnOpenGate(Glance):
+    """Forgets that a new adapter changes nothing."""
+
+    def init(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
+        return {**super().init(site, weight, rng), "gate": torch.ones(1)}
+
+
+class PromptsAtRandom(Glance):
+    """Draws a part of its prompt anew in every call: there is nothing that an export could keep."""
+
+    def reads(self, p: Params) -> Tensor:
+        return p["prompt"] + torch.randn_like(p["prompt"])
+
+
+class ScalesTheKeys(Glance):
+    """Takes something out of the key projection when it starts."""
+
+    def init(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
+        weight.mul_(0.5)
+        return super().init(site, weight, rng)
+
+
+class DrawsForItself(Glance):
+    """Starts from a generator of its own."""
+
+    def init(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
+        return super().init(site, weight, self._generator)
+
+    _generator: ClassVar[torch.Generator] = torch.Generator()
+
+
+class CountsAttentions(Glance):
+    """Acts by how many attentions came before."""
+
+    _count: ClassVar[itertools.count[int]] = itertools.count(1)
+
+    def reads(self, p: Params) -> Tensor:
+        return p["prompt"] * next(self._count)
+
+
+class DetachesThePrompt(Glance):
+    """Keeps the gradient from what it trains."""
+
+    def reads(self, p: Params) -> Tensor:
+        return p["prompt"].detach()
+
+
+class SavesNoGate(Glance):
+    """Leaves a parameter out of the file."""
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {"prompt": "glance_prompt"}
+
+
+class MixesRows(Glance):
+    """Shares its attention among the rows of the batch."""
+
+    def attend(
+        self, site: Site, query: Tensor, output: Tensor, key: Tensor, value: Tensor, p: Params, training: bool
+    ) -> Tensor:
+        return output + p["gate"] * (query @ key.transpose(-1, -2)).softmax(0) @ value
 
 
 def sites_by_name(graph: Graph) -> Sites:

@@ -12,6 +12,7 @@ from law_blocks import Attention, Dense
 from law_cases import Case
 from law_models import Text
 
+from peftfx.attending import AttentionMethod
 from peftfx.method import Method, WeightMethod
 from peftfx.passes import Insert, PassResult, Remove
 from peftfx.passes.base import REGION
@@ -19,7 +20,9 @@ from peftfx.passes.base import REGION
 CASE = Case(Text((Dense(), Dense())), batch=3, sequence=4)
 TARGET = ("blocks.0", "blocks.1")
 
-BROKEN: tuple[tuple[Callable[[Case, Method], None], type[WeightMethod]], ...] = (
+ATTENDING = Case(Text((Attention(), Attention("softmax", "heads"))), batch=3, sequence=4)
+
+BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod]], ...] = (
     (laws.identity, wrong.StartsAtRandom),
     (laws.fold, wrong.ForgetsTheBias),
     (laws.merge, wrong.FoldsInPlace),
@@ -30,8 +33,18 @@ BROKEN: tuple[tuple[Callable[[Case, Method], None], type[WeightMethod]], ...] = 
     (law_frame.gradients, wrong.DecaysTheBase),
     (law_frame.gradients, wrong.TrainsAConstant),
     (laws.save_and_load, wrong.SavesHalf),
+    (laws.save_and_load, wrong.SharesAnotherEachTime),
     (laws.sizes, wrong.LooksAtTheBatch),
     (laws.onnx, wrong.IsNoisyInEval),
+    (laws.identity, wrong.StartsWithAnOpenGate),
+    (laws.merge, wrong.PromptsAtRandom),
+    (laws.remove, wrong.ScalesTheKeys),
+    (laws.idempotence, wrong.DrawsForItself),
+    (laws.commute, wrong.CountsAttentions),
+    (law_frame.gradients, wrong.DetachesThePrompt),
+    (laws.save_and_load, wrong.SavesNoGate),
+    (laws.sizes, wrong.MixesRows),
+    (laws.onnx, wrong.PromptsAtRandom),
 )
 
 
@@ -44,16 +57,19 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 class Loaded:
     """The class that a checkpoint of these tests is of."""
 
-    cls: type[WeightMethod] = wrong.Scale
+    cls: type[Method] = wrong.Scale
 
 
 @pytest.mark.parametrize(("law", "cls"), BROKEN, ids=[f"{law.__name__}-{cls.__name__}" for law, cls in BROKEN])
-def test_the_law_catches_its_breaker_and_no_right_method(law: Callable[..., None], cls: type[WeightMethod]) -> None:
-    Loaded.cls = wrong.Scale
-    law(CASE, wrong.Scale(target=TARGET))
+def test_the_law_catches_its_breaker_and_no_right_method(
+    law: Callable[..., None], cls: type[WeightMethod | AttentionMethod]
+) -> None:
+    right, case = (wrong.Scale, CASE) if issubclass(cls, wrong.Scale) else (wrong.Glance, ATTENDING)
+    Loaded.cls = right
+    law(case, right(target=TARGET))
     Loaded.cls = cls
     with pytest.raises(AssertionError):
-        law(CASE, cls(target=("blocks.1",) if law is law_frame.gradients else TARGET))
+        law(case, cls(target=("blocks.1",) if law is law_frame.gradients else TARGET))
 
 
 def test_sites_found_by_name_are_caught() -> None:

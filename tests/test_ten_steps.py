@@ -7,7 +7,7 @@ import ten_steps
 from ten_steps import CLOSE, DROPOUT, METHODS, MODELS, Method, Model
 
 #: By default, a method of each kind on one model; `pytest -m slow` has every pair.
-QUICK = {"LoRA": 0, "AdaLoRA": 0, "IA3": 1, "Prompt tuning": 1, "Prefix tuning": 3}
+QUICK = {"LoRA": 0, "AdaLoRA": 0, "IA3": 1, "VeRA": 1, "LN tuning": 0, "Prompt tuning": 1, "Prefix tuning": 3}
 
 
 def _pairs() -> list[object]:

@@ -1,0 +1,113 @@
+"""VeRA: one random low-rank pair for all layers, scaled by vectors of each (Kopiczko et al. 2024, arXiv:2310.11454).
+
+With `A` [r, inputs] and `B` [outputs, r] random, frozen and shared by all places of a rule, and `d` [r] and `b`
+[outputs] trained at each, `forward` is `y + b * B(d * A(dropout(x)))`. The pair is as large as the largest place, and
+each reads its first rows and columns. It is drawn from a seed as HF PEFT draws it, number for number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfx.errors import PeftfxError
+from peftfx.method import Base, Op, Params, Rows, WeightMethod
+from peftfx.sites import Site
+from peftfx.vectors import adapter_dtype
+
+A, B, D, SCALE = "vera_A", "vera_B", "vera_lambda_d", "vera_lambda_b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(WeightMethod):
+    """Vectors around a random low-rank pair that all targeted linear layers share.
+
+    Args:
+        r: rank of the pair.
+        projection_prng_key: the seed that it is drawn from.
+        save_projection: keep it in the files; else it is drawn anew on loading.
+        vera_dropout: dropout on the adapter's input in training.
+        d_initial: what `d` starts at; `b` starts at 0.
+        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        bias: which of the base's own biases are trained: none, all, or those of the adapted modules (vera_only).
+        init_weights: start as the identity; otherwise `d` is random and `b` is 1.
+    """
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "vera_only"] = "none"
+    init_weights: bool = True
+
+    peft_type: ClassVar[str] = "VERA"
+    # Fused projections as wholes: HF PEFT's files, which know no parts, have no pair for the rows of one.
+    default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1:
+            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "VeRA(r=256)")
+        if not 0 <= self.vera_dropout < 1:
+            what = f"a probability below 1, not {self.vera_dropout}"
+            raise PeftfxError(what, "vera_dropout", "VeRA(vera_dropout=0.05)")
+        if self.bias not in ("none", "all", "vera_only"):
+            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'vera_only'")
+
+    __hash__ = WeightMethod.__hash__
+
+    @property
+    def neutral(self) -> bool:
+        return self.init_weights
+
+    def shared(self, sites: Sequence[Site], like: Tensor) -> dict[str, Tensor]:
+        shapes = [site.shape[::-1] if site.transposed else site.shape for site in sites]
+        out, inner = (max(sizes) for sizes in zip(*shapes, strict=True))
+        rng = torch.Generator().manual_seed(self.projection_prng_key)
+        pair = {A: torch.empty(self.r, inner), B: torch.empty(out, self.r)}
+        for t in pair.values():  # A first; Kaiming's bound is that of what a row reads
+            bound = math.sqrt(3) * math.sqrt(2) / math.sqrt(t.shape[1])
+            t.uniform_(-bound, bound, generator=rng)
+        # HF PEFT rounds it to the dtype of the base.
+        return {name: t.to(like).to(adapter_dtype(like.dtype)) for name, t in pair.items()}
+
+    def shared_keys(self) -> dict[str, str]:
+        return {name: f"base_model.{name}" for name in (A, B)} if self.save_projection else {}
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {D: D, SCALE: SCALE}
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        new = base.weight.new_ones(base.weight.shape[0], dtype=adapter_dtype(base.weight.dtype))
+        d = new.new_full((self.r,), self.d_initial)
+        return {SCALE: new.zero_(), D: d} if self.init_weights else {SCALE: new, D: d.normal_(generator=rng)}
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        drops = training and self.vera_dropout > 0
+        dropped = (F.dropout(x, self.vera_dropout, training=True) if drops else x).to(p[D].dtype)
+        a, b = _own(base, p)
+        return (y + F.linear(F.linear(dropped, a) * p[D], b) * p[SCALE]).to(y.dtype)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        a, b = _own(base, p)
+        return Base(base.weight + (b * p[SCALE][:, None]) @ (a * p[D][:, None]), base.bias)
+
+    def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[VeRA, dict[str, Tensor]]:
+        what = "HF PEFT's files have no vectors for some rows of a weight alone"
+        raise PeftfxError(what, site.path, f"target {site.role}, or export the adapter merged")
+
+
+def _own(base: Base, p: Params) -> tuple[Tensor, Tensor]:
+    """The columns of `A` and the rows of `B` that a place reads."""
+    out, inner = base.weight.shape
+    a, b = p[A], p[B]
+    return a if a.shape[1] == inner else a[:, :inner], b if b.shape[0] == out else b[:out]

@@ -1,0 +1,123 @@
+"""HF PEFT directories, written: adapters, each rule of one in a directory of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peftfx.adapter import Adapter, shared_key, whole
+from peftfx.checkpoint import name_of, override_name
+from peftfx.errors import PeftfxError
+from peftfx.files import write_file, writing
+from peftfx.method import Method, WeightMethod
+from peftfx.peft_files import CONFIG, RULES, STATE, WEIGHTS
+from peftfx.placement import Placed, Placement
+from peftfx.soft import SequenceMethod
+from peftfx.soft_files import Contents, written_prompt
+
+if TYPE_CHECKING:
+    from peftfx.adapted import AdaptedModel
+
+
+def save_adapters(adapted: AdaptedModel, directory: Path, names: tuple[str, ...] | None) -> None:
+    """Write adapters as HF PEFT does: the one named "default", or the only one, in `directory`, others below it."""
+    chosen = adapted.names() if names is None else names
+    if not chosen:
+        raise PeftfxError(
+            "there is no adapter to save", str(directory), "add one with add_adapter, or save before merge()"
+        )
+    contents = {name: _contents(adapted.base, adapted.adapter(name)) for name in chosen}
+    for name, rules in contents.items():
+        target = directory if name == "default" or len(chosen) == 1 else directory / name
+        with writing(target):
+            target.mkdir(parents=True, exist_ok=True)
+            _write(target, rules)
+
+
+def _write(directory: Path, rules: dict[str, Contents]) -> None:
+    """Write an adapter: one rule as HF PEFT does, of several each in a folder of its own."""
+    if len(rules) == 1:
+        _write_rule(directory, *rules.popitem()[1])
+        (directory / RULES).unlink(missing_ok=True)  # another adapter's, that was here before
+        return
+    for name, contents in rules.items():
+        (directory / name).mkdir(exist_ok=True)
+        _write_rule(directory / name, *contents)
+    write_file(directory / RULES, functools.partial(_save_json, {"rules": list(rules)}))
+    for file in (CONFIG, WEIGHTS, STATE):
+        (directory / file).unlink(missing_ok=True)
+
+
+def _write_rule(directory: Path, config: dict[str, object], files: dict[str, dict[str, Tensor]]) -> None:
+    for file, tensors in files.items():
+        write_file(directory / file, functools.partial(_save_tensors, tensors))
+    if STATE not in files:
+        (directory / STATE).unlink(missing_ok=True)
+    write_file(directory / CONFIG, functools.partial(_save_json, config))
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _save_json(value: dict[str, object], path: Path) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _contents(base: nn.Module, adapter: Adapter) -> dict[str, Contents]:
+    """The config and tensors of each rule of an adapter, by the name of its folder."""
+    named = [(f"{i}-{rule.method.peft_type.lower()}", rule) for i, rule in enumerate(adapter.placed, 1)]
+    owners: dict[str, str] = {}
+    for name, rule in named:
+        paths = (p.site.path for p in rule.placements if isinstance(p.method, WeightMethod))
+        for path in dict.fromkeys(paths):  # in order: the first is named
+            if owners.setdefault(path, name) != name:
+                what = "two rules act on parts of this module, and HF PEFT's files know no parts"
+                raise PeftfxError(what, path, "make an adapter of each rule (add_adapter), or export it merged")
+    return {name: _rule_contents(base, adapter, number) for number, (name, _) in enumerate(named)}
+
+
+def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
+    rule = adapter.placed[number]
+    if isinstance(rule.method, SequenceMethod):
+        return written_prompt(base, adapter, rule)
+    tensors: dict[str, Tensor] = {}
+    methods: dict[str, Method] = {}
+    for path, group in _by_site(rule.placements).items():
+        method, params = whole(base, adapter, group)
+        placement = dataclasses.replace(group[0], method=method)
+        tensors |= {name_of(path, suffix): params[key] for key, suffix in placement.suffixes().items()}
+        methods[path] = method
+    tensors |= {override_name(override, set(methods)): adapter.get(override.key) for override in rule.overrides}
+    config = _config(base, adapter, rule, rule.method.gather(methods))
+    prefix = rule.method.prefix
+    named = {f"{prefix}{name}": t for name, t in tensors.items()}
+    named |= {key: adapter.get(shared_key(number, name)) for name, key in rule.method.shared_keys().items()}
+    return config, {WEIGHTS: {key: t.detach().contiguous() for key, t in named.items()}}
+
+
+def _by_site(placements: Iterable[Placement]) -> dict[str, list[Placement]]:
+    groups: dict[str, list[Placement]] = {}
+    for placement in placements:
+        groups.setdefault(placement.site.path, []).append(placement)
+    return groups
+
+
+def _config(base: nn.Module, adapter: Adapter, rule: Placed, method: Method) -> dict[str, object]:
+    """HF PEFT's config of an adapter: its records are kept from the one it was loaded with, if any."""
+    paths = sorted({p.site.path for p in rule.placements})
+    method = method.naming(paths, [name for name, _ in base.named_modules()])
+    options: dict[str, object] = {f: getattr(method, f) for f in method.options()}
+    if any(p.site.transposed for p in rule.placements) and "fan_in_fan_out" in options:
+        options["fan_in_fan_out"] = True
+    name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
+    records = {"task_type": None, "base_model_name_or_path": name, **adapter.records}
+    options = {f: v for f, v in options.items() if v is not None}  # not each method of HF PEFT has each field
+    return {**records, **options, "peft_type": method.peft_type, "inference_mode": True}
