@@ -19,6 +19,7 @@ from torch import Tensor
 from peftfx.errors import PeftfxError
 from peftfx.method import Base, Op, Params, Rows, WeightMethod
 from peftfx.sites import Site
+from peftfx.update import Update
 from peftfx.vectors import adapter_dtype
 
 A, B, D, SCALE = "vera_A", "vera_B", "vera_lambda_d", "vera_lambda_b"
@@ -98,8 +99,11 @@ class VeRA(WeightMethod):
         return (y + F.linear(F.linear(dropped, a) * p[D], b) * p[SCALE]).to(y.dtype)
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
+        return Base(self.update(site, base, p).apply(base.weight), base.bias)
+
+    def update(self, site: Site, base: Base, p: Params) -> Update:
         a, b = _own(base, p)
-        return Base(base.weight + (b * p[SCALE][:, None]) @ (a * p[D][:, None]), base.bias)
+        return Update(a=a * p[D][:, None], b=b * p[SCALE][:, None])
 
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[VeRA, dict[str, Tensor]]:
         what = "HF PEFT's files have no vectors for some rows of a weight alone"
