@@ -96,7 +96,7 @@ def test_an_adapter_crosses_in_both_directions(name: str, option: str, tmp_path:
 
 
 @pytest.mark.parametrize(("name", "embedding"), [("gpt2", "wte"), ("llama", "embed_tokens"), ("gemma", "embed_tokens")])
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_adapted_embedding_crosses_with_its_scale_and_leaves_a_tied_head_alone(
     name: str, embedding: str, dora: bool, tmp_path: Path
 ) -> None:
