@@ -52,7 +52,7 @@ def _fuse_attention(graph: fx.Graph, node: fx.Node) -> bool:
     if any(more) or node.kwargs.get("dropout_p") or node.kwargs.get("is_causal") or not isinstance(mask, fx.Node):
         return False
     grown = [_unrepeated(x) for x in (key, value)]  # type: ignore[arg-type]
-    pairs = [found for x in grown if _is_free(x, node) and (found := pair(x, (-2, 2))) is not None]
+    pairs = [found for x in grown if _is_kept(x, node) and (found := pair(x, (-2, 2))) is not None]
     if len(pairs) != 2:
         return False
     (past_key, new_key), (past_value, new_value) = pairs
@@ -84,9 +84,13 @@ def _unrepeated(node: fx.Node) -> fx.Node:
     return plain if rest and has_axes(node, ndim=4) and node.meta["val"].shape[1] == heads * times else node
 
 
-def _is_free(node: fx.Node, attention: fx.Node) -> bool:
-    """Whether nothing uses a value before an attention does: what the operator gives in its place comes with that."""
-    return all(user > attention or _leads_to(user, attention) for user in node.users)
+def _is_kept(node: fx.Node, attention: fx.Node) -> bool:
+    """Whether a value is used behind an attention, as a cache is, and by nothing else before: the operator gives it.
+
+    A prefix that only the attention reads is no cache: ONNX Runtime computes none without handing it back.
+    """
+    before = [user for user in node.users if user <= attention]
+    return len(before) < len(node.users) and all(_leads_to(user, attention) for user in before)
 
 
 def _leads_to(node: fx.Node, attention: fx.Node) -> bool:

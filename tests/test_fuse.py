@@ -83,6 +83,13 @@ def test_an_adapter_apart_and_a_prefix_inside_are_no_obstacle(tmp_path: Path) ->
     assert report.fused["Attention"] == 2  # type: ignore[attr-defined]
 
 
+def test_a_prefix_that_no_cache_holds_is_served_too(tmp_path: Path) -> None:
+    adapted = peftfx.transform(ZOO["llama"].build(), peftfx.PrefixTuning(num_virtual_tokens=3), seed=0)
+    stir(adapted.adapters)
+    report = adapted.export(tmp_path / "out", view="forward")
+    assert report.comparisons  # type: ignore[attr-defined]
+
+
 def stir(adapters: nn.Module) -> None:
     with torch.no_grad():
         for p in adapters.parameters():
