@@ -100,16 +100,15 @@ class Bench:
         self.calls = [self.entry.inputs(b, s, 3 + i, model=self.base) for i, (b, s) in enumerate(UNSEEN)]
 
     def run(self, cell: Cell) -> Result:
-        """Run a cell. Only refusals (PeftfxError) are a result; whatever else is wrong is raised."""
+        """Run a cell. A rule that is refused is a result; whatever is wrong behind that is raised."""
         adapted = self.adapted.eval()
         try:
-            with tempfile.TemporaryDirectory(dir=self.directory) as made:
-                adapted.add_adapter("cell", cell.rule(), seed=0)
-                return self._check(adapted, Path(made))
+            adapted.add_adapter("cell", cell.rule(), seed=0)
         except PeftfxError as error:
-            if type(error) is not PeftfxError:
-                raise
             return Result("refused", error.what)
+        try:
+            with tempfile.TemporaryDirectory(dir=self.directory) as made:
+                return self._check(adapted, Path(made))
         finally:
             adapted.remove()
             self.base.load_state_dict(self.untouched.state_dict())  # norms that count in training change their buffers
