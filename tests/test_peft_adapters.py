@@ -47,12 +47,27 @@ def adalora(model: nn.Module) -> peft.PeftConfig:
     return peft.AdaLoraConfig(target_modules=linear(model), init_r=4, target_r=2, total_step=20, tinit=2, tfinal=2)
 
 
-WEIGHTS: Mapping[str, Callable[[nn.Module], peft.PeftConfig]] = {"ia3": ia3, "dora": dora, "adalora": adalora}
+def vera(model: nn.Module) -> peft.PeftConfig:
+    return peft.VeraConfig(target_modules=linear(model), r=6, projection_prng_key=2)
+
+
+def ln_tuning(model: nn.Module) -> peft.PeftConfig:
+    return peft.LNTuningConfig(target_modules=[s.path for s in peftfx.inspect(model) if s.kind == "norm"])
+
+
+WEIGHTS: Mapping[str, Callable[[nn.Module], peft.PeftConfig]] = {
+    "ia3": ia3,
+    "dora": dora,
+    "adalora": adalora,
+    "vera": vera,
+    "ln_tuning": ln_tuning,
+}
 SOFT: Mapping[str, Soft] = {"prompt": PROMPT_TUNING, "mlp": MLP, "lstm": LSTM, "prefix": PREFIX, "projected": PROJECTED}
 ADAPTION = ("llama", "mistral", "gpt2")  # what peft knows
 QUICK = {
     *(("ia3", "dinov2"), ("dora", "qwen2"), ("adalora", "distilbert"), ("prompt", "mistral"), ("mlp", "electra")),
     *(("lstm", "falcon"), ("prefix", "qwen3"), ("projected", "gemma"), ("adaption", "mistral")),
+    *(("vera", "electra"), ("ln_tuning", "qwen3")),
 }
 
 
