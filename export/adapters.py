@@ -110,28 +110,30 @@ def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, Tensor]
     slots = manifest.by_place()
     found: dict[str, Tensor] = {}
     homeless: dict[str, list[str]] = {}
-    own = {o.key.removeprefix(f"{SAVED}."): adapted.adapter(n).get(o.key) for n, o in _overrides(adapted)}
-    updates = updates_of(adapted, own)
-    wanted = {(name, OWN): value for name, value in own.items()}
-    wanted |= _updated(adapted, updates)  # over the copies: a bias of an updated layer counts as it is after that
-    wanted |= {**_beside(adapted, updates, own), **_prefix(adapted)}
-    for (at, what), value in wanted.items():
+    for (at, what), value in wanted_of(adapted).items():
         slot = slots.get((at, what))
-        if slot is None and what == OWN and _unchanged(adapted, at, value):
-            continue
         fitting = None if slot is None else _laid(value, slot)
         if slot is None or fitting is None:
             homeless.setdefault(what, []).append(at)
         else:
             found[slot.name] = fitting
     if homeless:
-        lines = "; ".join(f"{_WORDS[what]} {listed(at)}".strip() for what, at in homeless.items())
+        lines = "; ".join(f"{WORDS[what]} {listed(at)}".strip() for what, at in homeless.items())
         hint = "export the base with --slots that pick these sites, or export the adapter merged"
         raise PeftfxError(f"the graph has no place for {lines}", manifest.model, hint)
     return found
 
 
-_WORDS = {
+def wanted_of(adapted: AdaptedModel) -> Wanted:
+    """What the active adapters do: at linear layers, beside attentions, ahead of the text, and in the base's place."""
+    own = {o.key.removeprefix(f"{SAVED}."): adapted.adapter(n).get(o.key) for n, o in _overrides(adapted)}
+    updates = updates_of(adapted, own)
+    wanted = {(name, OWN): value for name, value in own.items() if not _unchanged(adapted, name, value)}
+    wanted |= _updated(adapted, updates)  # over the copies: a bias of an updated layer counts as it is after that
+    return wanted | _beside(adapted, updates, own) | _prefix(adapted)
+
+
+WORDS = {
     A: "a low-rank sum at",
     B: "a low-rank sum at",
     OUTER: "a scale of the output of",

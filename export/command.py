@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,6 @@ from peftfx.adapted import AdaptedModel
 from peftfx.api import bare, plan
 from peftfx.bases import load_base, read_base_config
 from peftfx.errors import PeftfxError
-from peftfx.export.adapters import export_adapter
 from peftfx.export.deploy import Progress, copy_assets, export_onnx
 from peftfx.export.onnx import CPU, FAST, check_engine, check_opset, check_optimize
 from peftfx.export.quantize import check_quantization
@@ -24,8 +23,7 @@ from peftfx.peft_files import CONFIG, Weights, method_from_config, read_config, 
 from peftfx.planning import Plan
 from peftfx.rules import saved_modules
 from peftfx.sites import Sites
-from peftfx.slots import Manifest
-from peftfx.tasks import resolve_task, task_of_class
+from peftfx.tasks import resolve_task
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -35,6 +33,7 @@ def export_directory(
     output: str | Path,
     *,
     adapter: str | Path | None = None,
+    batched: Mapping[str, str | Path] | None = None,
     merge: bool = True,
     task: str | None = None,
     view: str = "forward",
@@ -60,25 +59,32 @@ def export_directory(
     `slots` makes a graph of the base in which adapters are put when it runs: a target that says at which linear sites;
     see `peftfx.export.swappable`.
 
+    `batched` has adapters by name, among which each row of a batch chooses; see `peftfx.export.batched`.
+
     The inputs are read where they are: one that changes meanwhile is an error.
 
     Raises:
         PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
     """
     base, output = Path(base), Path(output)
-    _refuse_output(base, output, adapter, force)
+    named = {name: Path(folder) for name, folder in (batched or {}).items()}
+    if adapter is not None:
+        if named:
+            raise PeftfxError("an adapter for all rows, and some to choose from", str(adapter), "give it a name too")
+        named = {"default": Path(adapter)}
+    _refuse_output(base, output, list(named.values()), force)
     check_opset(opset)
     check_engine(engine)
     check_optimize(optimize)
     check_quantization(quantize, max_error)
     say = progress or (lambda line: None)
-    inputs = Snapshot(base, *(() if adapter is None else (Path(adapter), *rule_folders(Path(adapter)))))
+    inputs = Snapshot(base, *(part for folder in named.values() for part in (folder, *rule_folders(folder))))
     kept = _served_dtype(base, dtype)
     say("load" if kept is None else f"load in {str(kept).removeprefix('torch.')}")
-    adapted = load_directories(base, None if adapter is None else Path(adapter), task=task, dtype=kept)
+    adapted = load_directories(base, named, task=task, dtype=kept)
 
     def assets(directory: Path) -> None:
-        for source in (base, *(() if adapter is None else (Path(adapter),))):
+        for source in (base, *named.values()):
             copy_assets(source, directory)
         inputs.check()
 
@@ -92,6 +98,7 @@ def export_directory(
         quantize=quantize,
         max_error=max_error,
         slots=slots,
+        batched=tuple(batched or ()),
         source=base.resolve(),
         force=force,
         assets=assets,
@@ -99,67 +106,6 @@ def export_directory(
         written=written,
         max_memory=max_memory,
     )
-
-
-def export_adapter_directories(
-    adapters: Sequence[str],
-    graph: str | Path,
-    output: str | Path,
-    *,
-    base: str | Path | None = None,
-    combination: str = "cat",
-    check: bool = True,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Path:
-    """Write HF PEFT directories as one `.onnx_adapter` file for a directory that was exported with slots.
-
-    Args:
-        adapters: directories; their effects add up, each times a weight where it is given: `DIR=0.5`.
-        graph: the exported directory.
-        output: the file.
-        base: the base model's directory; by default the one that the graph was exported from.
-        combination: how weighted adapters are combined; see `AdaptedModel.add_weighted_adapter`.
-        check: run it in ONNX Runtime against torch.
-        force: replace the file if it exists.
-        progress: called with a line when a stage begins.
-
-    Raises:
-        PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
-    """
-    say = progress or (lambda line: None)
-    manifest = Manifest.read(Path(graph))
-    source = Path(base or manifest.base)
-    if not (base or manifest.base) or not source.is_dir():
-        what = (
-            f"the base model is not where it was: {manifest.base}" if manifest.base else "it is not said of which base"
-        )
-        raise PeftfxError(what, str(graph), "pass --base DIR")
-    given = [_weighted(text) for text in adapters]
-    say("load")
-    model = load_base(source, task=task_of_class(manifest.model), dtype=getattr(torch, manifest.dtype))
-    adapted = bare(model)
-    names = [f"adapter_{i}" for i in range(len(given))]
-    for name, (folder, _) in zip(names, given, strict=True):
-        adapted.load_adapter(folder, name)
-    if any(weight is not None for _, weight in given):
-        weights = [1.0 if weight is None else weight for _, weight in given]
-        adapted.add_weighted_adapter(names, weights, "weighted", combination)
-    else:
-        adapted.set_adapter(names)
-    say("write and verify" if check else "write")
-    return export_adapter(adapted, graph, output, check=check, force=force)
-
-
-def _weighted(text: str) -> tuple[Path, float | None]:
-    """A directory, and its weight if it has one: `DIR=0.5`."""
-    folder, _, weight = text.rpartition("=")
-    if not folder or Path(text).exists():
-        return Path(text), None
-    try:
-        return Path(folder), float(weight)
-    except ValueError:
-        raise PeftfxError(f"not a weight: {weight!r}", text, "as in --adapter DIR=0.5") from None
 
 
 def _served_dtype(base: Path, wanted: str | None) -> torch.dtype | None:
@@ -174,16 +120,17 @@ def _served_dtype(base: Path, wanted: str | None) -> torch.dtype | None:
 
 
 def load_directories(
-    base: Path, adapter: Path | None, *, task: str | None = None, dtype: torch.dtype | None = None
+    base: Path, adapters: Mapping[str, Path], *, task: str | None = None, dtype: torch.dtype | None = None
 ) -> AdaptedModel:
-    """A base model with an adapter on it, both from directories.
+    """A base model with adapters on it by name, all from directories; the last is active.
 
-    A head that the adapter holds sets the number of labels, whatever the base's config says.
+    A head that an adapter holds sets the number of labels, whatever the base's config says.
     """
     config = read_base_config(base)
-    if adapter is None:
+    if not adapters:
         return bare(load_base(base, task=task, dtype=dtype))
-    configs = {folder: read_config(folder) for folder in rule_folders(adapter)}
+    folders = [folder for adapter in adapters.values() for folder in rule_folders(adapter)]
+    configs = {folder: read_config(folder) for folder in folders}
     methods = {folder: method_from_config(own, str(folder / CONFIG)) for folder, own in configs.items()}
     weights = {folder: Weights(folder, method.prefix) for folder, method in methods.items()}
     kinds = [own["task_type"] for own in configs.values() if own.get("task_type") is not None]
@@ -195,7 +142,8 @@ def load_directories(
     given = {name.replace(".base_layer.", ".") for own in weights.values() for name in own.names}
     model = load_base(base, task=task, num_labels=labels, given=given, dtype=dtype)
     adapted = bare(model)
-    adapted.load_adapter(adapter, "default")
+    for name, adapter in adapters.items():
+        adapted.load_adapter(adapter, name)
     return adapted
 
 
@@ -221,11 +169,11 @@ def _labels(model: nn.Module, weights: Weights, method: object) -> int | None:
     return None
 
 
-def _refuse_output(base: Path, output: Path, adapter: str | Path | None, force: bool) -> None:
+def _refuse_output(base: Path, output: Path, adapters: Sequence[Path], force: bool) -> None:
     """Refuse at once what would be refused after minutes of work."""
     if output.exists() and not force:
         raise PeftfxError("the output exists already", str(output), "pass --force (force=True) to replace it")
-    inputs = [base.resolve(), *([] if adapter is None else [Path(adapter).resolve()])]
+    inputs = [base.resolve(), *(adapter.resolve() for adapter in adapters)]
     target = output.resolve()
     if any(target == i or target in i.parents for i in inputs):
         raise PeftfxError("the output would replace an input", str(output), "choose another output directory")

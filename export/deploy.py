@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from peftfx.api import bare
 from peftfx.capturing import evaluating
 from peftfx.decode import Decode
 from peftfx.export.atomic import publish
+from peftfx.export.batched import capture_batched, each_alone, with_ids, write_names
 from peftfx.export.genai import write_genai_config
 from peftfx.export.memory import refuse_memory
 from peftfx.export.onnx import CPU, FAST, check_optimize, to_onnx
@@ -30,6 +31,7 @@ from peftfx.export.weights import Written, save_together
 from peftfx.opened import Opened
 from peftfx.passes import Merge, PassManager
 from peftfx.peft_files import RULES
+from peftfx.rowwise import IDS
 
 Progress = Callable[[str], object]
 _BFLOAT16 = (
@@ -51,6 +53,7 @@ def export_onnx(
     quantize: str | None = None,
     max_error: float | None = None,
     slots: str | None = None,
+    batched: Sequence[str] = (),
     source: str | Path = "",
     force: bool = False,
     atol: float | None = None,
@@ -82,6 +85,7 @@ def export_onnx(
             magnitude of an output; by default that is measured and reported, and may be whatever it is.
         slots: for a base without adapters: the linear sites where adapters can be put when the model runs, as a
             target; see `peftfx.export.swappable`.
+        batched: names of adapters of the model among which each row of a batch chooses; see `peftfx.export.batched`.
         source: where the base was read from, for who puts them there.
         force: replace the directory if it exists.
         atol, rtol: what may differ: `atol + rtol * largest magnitude` of an output; by default 1e-4 each, and 2e-2
@@ -100,17 +104,20 @@ def export_onnx(
     check_quantization(quantize, max_error)
     check_optimize(optimize)
     refuse_memory(adapted, max_memory)
-    report = Report.of(adapted)
+    report = Report.of(adapted, batched or adapted.active)
     say = progress or (lambda line: None)
     if any(p.dtype == torch.bfloat16 for p in adapted.base.parameters()):
         say(_BFLOAT16)
     stages = _Stages(report.seconds, say)
     with publish(Path(directory), force) as temporary, evaluating(adapted.base), _in_eval(adapted):
         with stages("capture"):
-            parts = (
-                capture_parts(adapted, view, inputs) if slots is None else capture_opened(adapted, view, inputs, slots)
-            )
-        if merge and adapted.active:
+            if batched:
+                parts = capture_batched(adapted, view, inputs, batched)
+            elif slots is not None:
+                parts = capture_opened(adapted, view, inputs, slots)
+            else:
+                parts = capture_parts(adapted, view, inputs)
+        if merge and adapted.active and not batched:
             with stages("merge"):
                 for part in parts:
                     part.exported = PassManager([Merge()])(part.graph)
@@ -130,9 +137,13 @@ def export_onnx(
             if quantize is not None:
                 atol, rtol = 0.0, FINITE if max_error is None else max_error
             for part in parts:
-                cases = _cases(adapted, part, example)
+                with adapted.disable_adapter() if batched else nullcontext():
+                    cases = _cases(adapted, part, example)
+                reference = reference_of(part.graph)
+                if batched:
+                    cases, reference = with_ids(cases, len(batched)), each_alone(adapted, part, batched)
                 found = verify(
-                    *(temporary / part.file, reference_of(part.graph), cases),
+                    *(temporary / part.file, reference, cases),
                     atol=usual if atol is None else atol,
                     rtol=usual if rtol is None else rtol,
                     graph=part.graph,
@@ -141,7 +152,9 @@ def export_onnx(
                 report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")
         for part in parts:
             shown = part.view.view if isinstance(part.view, Opened) else part.view
-            if isinstance(shown, Decode):
+            if batched:
+                write_names(temporary, batched)
+            elif isinstance(shown, Decode):
                 _, entry = adapted.within(shown)
                 write_genai_config(temporary, adapted.base.config, shown, 0 if entry is None else entry.shape[0])
             if slots is not None:
@@ -158,7 +171,7 @@ def _cases(adapted: AdaptedModel, part: Part, example: Mapping[str, object]) -> 
     """Calls to verify a part at."""
     if part.view is not None:
         return filled(view_probes(adapted, part.view), part.slots)
-    own = {slot.name for slot in part.slots}
+    own = {IDS, *(slot.name for slot in part.slots)}
     return filled(probes(adapted, [s for s in part.graph.inputs if s.name not in own], example), part.slots)
 
 
@@ -193,13 +206,16 @@ def _tolerance(base: nn.Module) -> float:
 
 @contextmanager
 def _in_eval(adapted: AdaptedModel) -> Iterator[None]:
-    """The adapted model's own flag, which picks its graphs; `evaluating` sees to its base."""
+    """The adapted model's own flag, which picks its graphs; `evaluating` sees to its base. What is active stays so."""
     before, adapted.training = adapted.training, False
+    active = adapted.active
     try:
         with torch.no_grad():
             yield
     finally:
         adapted.training = before
+        if adapted.active != active:
+            adapted.set_adapter(active)
 
 
 def copy_assets(source: Path, target: Path) -> None:

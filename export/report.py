@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -72,8 +73,8 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, adapted: AdaptedModel) -> Report:
-        """A report that names the model, its active adapters, and the libraries."""
+    def of(cls, adapted: AdaptedModel, names: Sequence[str]) -> Report:
+        """A report that names the model, these of its adapters, and the libraries."""
         adapters: list[dict[str, object]] = [
             {
                 "name": name,
@@ -81,7 +82,7 @@ class Report:
                 "parameters": sum(p.numel() for p in adapted.adapter(name).parameters()),
                 "bytes": sum(t.numel() * t.element_size() for _, t in adapted.adapter(name).tensors()),
             }
-            for name in adapted.active
+            for name in names
         ]
         return cls(type(adapted.base).__name__, adapters, versions=_versions())
 

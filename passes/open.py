@@ -1,8 +1,7 @@
 """Open: give a graph slots, inputs that an adapter's tensors are put into: scales and low-rank sums at linear layers,
 keys and values beside attentions.
 
-At a layer `op(x, W, b)` becomes `op(x * inner, W) * outer + (x A) B + b`, which is `op` itself where the scales are 1
-and the rank is 0.
+What they do where nothing is put changes nothing: the base's graph is a case of this one.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ from peftfx.capturing import isolated
 from peftfx.graph import Graph, TensorSpec
 from peftfx.passes.attend import leaving, unstack
 from peftfx.passes.base import Pass, PassResult
-from peftfx.passes.site_op import strip_bias
 from peftfx.passes.splice import trace
+from peftfx.passes.updated import Acting, update_call
 from peftfx.sites import Call, Site
 from peftfx.slots import INNER, KEYS, OUTER, RANK, TOKENS, VALUES, A, B, Slot
 
-aten = torch.ops.aten
 HINT = 3  #: the size that a free axis has in the graph's example
 
 
@@ -94,18 +92,7 @@ class _Opening:
         outer = self.slot(f"{site.path}.{OUTER}", (rows,), like)
         inner = self.slot(f"{site.path}.{INNER}", (columns,), like) if scaled else None
         for call in site.calls:
-            op = self.nodes[call.op]
-            bias, users, after = strip_bias(op), list(op.users), op.next
-            x = op.args[0]
-            assert isinstance(x, fx.Node)
-            if inner is not None:
-                op.update_arg(0, self.call(op, op, aten.mul.Tensor, x, inner))
-            low = self.call(after, op, aten.matmul.default, x, a)
-            added = self.call(after, op, aten.matmul.default, low, b)
-            total = self.call(after, op, aten.add.Tensor, self.call(after, op, aten.mul.Tensor, op, outer), added)
-            total = total if bias is None else self.call(after, op, aten.add.Tensor, total, bias)
-            for user in users:
-                user.replace_input_with(op, total)
+            update_call(self.nodes, call, Acting(inner, outer, a, b))
 
     def stand_beside(self, site: Site) -> None:
         """Keys and values beside each call of an attention."""
@@ -168,10 +155,3 @@ class _Opening:
             size: Any = self.mode.from_tensor(torch.empty(HINT), symbolic_context=context).shape[0]
             self.free[axis] = size
         return self.free[axis]
-
-    def call(self, before: fx.Node, like: fx.Node, target: torch._ops.OpOverload, *args: fx.Node) -> fx.Node:
-        """A new node ahead of one, as code of the module that made another."""
-        with self.fx.inserting_before(before):
-            made = self.fx.call_function(target, args)
-        made.meta = {"val": target(*(a.meta["val"] for a in args)), "nn_module_stack": like.meta.get("nn_module_stack")}
-        return made

@@ -19,7 +19,7 @@ def operands(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[fx.Node
     weight = _argument(op, _weight_index(op, site))
     if weight.op != "get_attr":  # x @ W.T
         weight = _argument(weight, 0)
-    return weight, _bias(op, y)
+    return weight, bias_of(op, y)
 
 
 def bind(op: fx.Node, site: Site) -> Op:
@@ -53,7 +53,7 @@ def rewire(
         op.update_arg(index, turned)
     else:
         op.update_arg(index, weight)
-    if bias is not None and bias is not _bias(op, y):
+    if bias is not None and bias is not bias_of(op, y):
         _set_bias(op, y, bias)
     if dense:
         op.args = (*_filled(op)[:_GROUPS], 1)  # type: ignore[arg-type]
@@ -64,7 +64,7 @@ def strip_bias(op: fx.Node) -> fx.Node | None:
 
     A bias that a node of its own adds stays there.
     """
-    bias = _bias(op, op)
+    bias = bias_of(op, op)
     if op.target is _ADDMM:
         op.target, op.args = torch.ops.aten.mm.default, op.args[1:]
     elif bias is not None:
@@ -78,7 +78,8 @@ def _weight_index(op: fx.Node, site: Site) -> int:
     return 2 if op.target is _ADDMM else 1
 
 
-def _bias(op: fx.Node, y: fx.Node) -> fx.Node | None:
+def bias_of(op: fx.Node, y: fx.Node) -> fx.Node | None:
+    """The bias at one call: an argument of the operation, or what its output is added to at `y`."""
     if op.target is _ADDMM:
         return _argument(op, 0)
     if _takes_bias(op):
@@ -94,7 +95,7 @@ def _set_bias(op: fx.Node, y: fx.Node, bias: fx.Node) -> None:
     elif _takes_bias(op):
         op.kwargs = {k: v for k, v in op.kwargs.items() if k != "bias"}
         op.args = (*op.args[:2], bias, *op.args[3:])
-    elif _bias(op, y) is not None:
+    elif bias_of(op, y) is not None:
         y.update_arg(1, bias)
     else:
         with op.graph.inserting_after(op):

@@ -39,26 +39,48 @@ class Ahead(Entry):
         """Nothing: it is no way into a forward."""
 
     def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
-        given, count = dict(arguments), hole.shape[0]
+        shown = torch.ones(1, hole.shape[0], dtype=torch.bool, device=hole.device)
+        return self.bind(call, base, hole[None], shown, hole.shape[0], dict(arguments))
+
+    def bind(
+        self,
+        call: Call,
+        base: nn.Module,
+        tables: Tensor,
+        shown: Tensor,
+        count: int | Tensor,
+        given: dict[str, object],
+    ) -> object:
+        """Call the base behind prefixes.
+
+        Args:
+            call: how.
+            base: what.
+            tables: [rows, tokens, width]; one row serves all.
+            shown: [rows, tokens], which of them there are.
+            count: how many each row has.
+            given: the arguments.
+        """
+        length = tables.shape[1]
         mask, positions = given.get(_MASK), given.get(POSITIONS)
         if isinstance(mask, Tensor):
-            given[_MASK] = torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
+            given[_MASK] = torch.cat([shown.to(mask.dtype).expand(mask.shape[0], -1), mask], dim=1)
         if isinstance(positions, Tensor):
             given[POSITIONS] = positions + count
-        for name, rows in zip(self._names(PAST), self.split(hole), strict=True):
+        for name, rows in zip(self._names(PAST), self.split(tables), strict=True):
             past = given[name]
             assert isinstance(past, Tensor)
             given[name] = torch.cat([rows.expand(past.shape[0], -1, -1, -1).to(past.dtype), past], dim=2)
         output = call(base, given)
         assert isinstance(output, dict)
-        return output | {name: output[name][:, :, count:] for name in self._names(PRESENT)}
+        return output | {name: output[name][:, :, length:] for name in self._names(PRESENT)}
 
-    def split(self, table: Tensor) -> Iterator[Tensor]:
-        """A table of a row for each token as keys and values, in turn for each layer, [heads, tokens, width]."""
+    def split(self, tables: Tensor) -> Iterator[Tensor]:
+        """Tables of a row for each token as keys and values, in turn for each layer, [rows, heads, tokens, width]."""
         widths = [(layer.heads, width) for layer in self.layers for width in (layer.key, layer.value)]
-        parts = table.split([heads * width for heads, width in widths], 1)
+        parts = tables.split([heads * width for heads, width in widths], -1)
         for part, (heads, width) in zip(parts, widths, strict=True):
-            yield part.unflatten(1, (heads, width)).transpose(0, 1)
+            yield part.unflatten(-1, (heads, width)).transpose(1, 2)
 
     def _names(self, kind: str) -> list[str]:
         return cache_names(kind, len(self.layers), part=self.part)

@@ -63,6 +63,9 @@ def export(
         float | None,
         typer.Option(help="What quantisation may cost, over an output's largest magnitude; beyond it: exit 1."),
     ] = None,
+    batched: Annotated[
+        list[str] | None, typer.Option(help="NAME=DIR of an adapter, given again: each row of a batch chooses one.")
+    ] = None,
     swappable: Annotated[
         bool, typer.Option("--swappable", help="Leave places in which adapters are put when the model runs.")
     ] = False,
@@ -98,6 +101,7 @@ def export(
             optimize=optimize,
             quantize=quantize,
             max_error=max_error,
+            batched=dict(map(_named, batched or ())),
             slots=slots if swappable else None,
             force=force,
             progress=progress.stage,
@@ -125,7 +129,7 @@ def export_adapter(
 
     Exit codes: as of export.
     """
-    from peftfx.export.command import export_adapter_directories
+    from peftfx.export.adapter_command import export_adapter_directories
     from peftfx.progress import Progress
 
     options = {"base": base, "combination": combination, "check": check, "force": force}
@@ -235,6 +239,14 @@ def demo(
     from peftfx.demo import run_demo
 
     run_demo(output, force=force)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """A name and a directory: `NAME=DIR`."""
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise PeftfxError("not an adapter with a name", text, "as in --batched french=adapters/french")
+    return name, Path(folder)
 
 
 class _quiet:

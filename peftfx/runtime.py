@@ -7,7 +7,7 @@ model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=2
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.utils.generic import ModelOutput
 from peftfx.decode import PAST
 from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.export.runtime import OnnxModel
+from peftfx.rowwise import BATCHED, IDS
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
@@ -93,6 +94,34 @@ class Served:
         self.set_adapter(name)
         return name
 
+    def adapter_ids(self, names: Sequence[str | None]) -> Tensor:
+        """What to pass as `adapter_ids` so that each row of a batch has the adapter of this name, or none.
+
+        Raises:
+            PeftfxError: the model has no such adapter, or was not exported with any to choose from.
+        """
+        path = self.directory / BATCHED
+        known = json.loads(path.read_text(encoding="utf-8"))["adapters"] if path.is_file() else []
+        unknown = next((name for name in names if name is not None and name not in known), None)
+        if unknown is not None:
+            hint = nearest(unknown, known) or f"adapters here: {', '.join(known) or 'none'}"
+            raise PeftfxError(f"the model has no adapter {unknown!r}", str(self.directory), hint)
+        return torch.tensor([-1 if name is None else known.index(name) for name in names])
+
+    def with_ids(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs, with no adapter for rows that come without.
+
+        Raises:
+            PeftfxError: rows have adapters, and the model has none to choose from; or a number is none's.
+        """
+        given, first = dict(inputs), next(iter(inputs.values()))
+        if IDS not in self.model.inputs:
+            if IDS in given:
+                hint = "export it with --batched NAME=DIR"
+                raise PeftfxError("the rows of this model have no adapters to choose from", str(self.directory), hint)
+            return given
+        return {**given, IDS: given.get(IDS, torch.full((first.shape[0],), -1)).long()}
+
     def set_adapter(self, name: str | None) -> None:
         """Make one of the adapters that were loaded the active one; `None` is the base. It costs nothing."""
         if name is not None and name not in self.adapters:
@@ -128,7 +157,7 @@ class Served:
         for name in ("attention_mask", "token_type_ids"):
             if name in self.model.inputs and name not in given and first is not None:
                 given[name] = torch.ones_like(first) if name == "attention_mask" else torch.zeros_like(first)
-        return ModelOutput(self.model(**given))
+        return ModelOutput(self.model(**self.with_ids(given)))
 
     def __call__(self, **inputs: Any) -> Any:
         """See `forward`."""

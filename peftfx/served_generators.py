@@ -56,7 +56,7 @@ class _Serves(Served, GenerationMixin):
     def step(self, inputs: dict[str, Tensor], cache: Cache | None) -> Mapping[str, Tensor]:
         """Run the graph: the past is read where it is, and what comes out is written into the cache's other memory."""
         buffers = cache.buffers if isinstance(cache, BufferedCache) else Buffers()
-        given = {name: value.contiguous() for name, value in inputs.items()}
+        given = {name: value.contiguous() for name, value in self.with_ids(inputs).items()}
         batch, length = given["input_ids"].shape
         vocabulary = int(self.model.axes["logits"][-1])
         outputs = {"logits": torch.empty(batch, length, vocabulary, dtype=self.dtype)}

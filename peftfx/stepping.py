@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from peftfx.caches import cache_of, fill, held, refuse
 from peftfx.decode import PAST, PRESENT, Decode, cache_names
 from peftfx.errors import PeftfxError
+from peftfx.rowwise import IDS
 
 Step = Callable[[dict[str, Tensor], Cache | None], Mapping[str, Tensor]]
 """Runs a view on its inputs, by name; the cache is where it may keep memory for what it returns."""
@@ -47,6 +48,7 @@ class Generates:
         position_ids: Tensor | None = None,
         cache: DynamicCache | None = None,
         logits_to_keep: int | Tensor = 0,
+        adapter_ids: Tensor | None = None,
         **others: object,
     ) -> CausalLMOutputWithPast:
         """Logits, and the cache with these tokens in it."""
@@ -56,6 +58,8 @@ class Generates:
         if others.get("use_cache") is False or cache is None:
             cache = self.new_cache()
         inputs = step_inputs(self.view, input_ids, attention_mask, position_ids, cache)
+        if adapter_ids is not None:
+            inputs[IDS] = adapter_ids
         outputs = self.step(inputs, cache)
         fill(cache, [outputs[name] for name in cache_names(PRESENT, len(self.view.layers))])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -1,0 +1,77 @@
+"""What the command line does to put an adapter into a file of its own, for a graph that has slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from peftfx.api import bare
+from peftfx.bases import load_base
+from peftfx.errors import PeftfxError
+from peftfx.export.adapters import export_adapter
+from peftfx.export.deploy import Progress
+from peftfx.slots import Manifest
+from peftfx.tasks import task_of_class
+
+
+def export_adapter_directories(
+    adapters: Sequence[str],
+    graph: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    combination: str = "cat",
+    check: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write HF PEFT directories as one `.onnx_adapter` file for a directory that was exported with slots.
+
+    Args:
+        adapters: directories; their effects add up, each times a weight where it is given: `DIR=0.5`.
+        graph: the exported directory.
+        output: the file.
+        base: the base model's directory; by default the one that the graph was exported from.
+        combination: how weighted adapters are combined; see `AdaptedModel.add_weighted_adapter`.
+        check: run it in ONNX Runtime against torch.
+        force: replace the file if it exists.
+        progress: called with a line when a stage begins.
+
+    Raises:
+        PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
+    """
+    say = progress or (lambda line: None)
+    manifest = Manifest.read(Path(graph))
+    source = Path(base or manifest.base)
+    if not (base or manifest.base) or not source.is_dir():
+        what = (
+            f"the base model is not where it was: {manifest.base}" if manifest.base else "it is not said of which base"
+        )
+        raise PeftfxError(what, str(graph), "pass --base DIR")
+    given = [_weighted(text) for text in adapters]
+    say("load")
+    model = load_base(source, task=task_of_class(manifest.model), dtype=getattr(torch, manifest.dtype))
+    adapted = bare(model)
+    names = [f"adapter_{i}" for i in range(len(given))]
+    for name, (folder, _) in zip(names, given, strict=True):
+        adapted.load_adapter(folder, name)
+    if any(weight is not None for _, weight in given):
+        weights = [1.0 if weight is None else weight for _, weight in given]
+        adapted.add_weighted_adapter(names, weights, "weighted", combination)
+    else:
+        adapted.set_adapter(names)
+    say("write and verify" if check else "write")
+    return export_adapter(adapted, graph, output, check=check, force=force)
+
+
+def _weighted(text: str) -> tuple[Path, float | None]:
+    """A directory, and its weight if it has one: `DIR=0.5`."""
+    folder, _, weight = text.rpartition("=")
+    if not folder or Path(text).exists():
+        return Path(text), None
+    try:
+        return Path(folder), float(weight)
+    except ValueError:
+        raise PeftfxError(f"not a weight: {weight!r}", text, "as in --adapter DIR=0.5") from None
