@@ -3,10 +3,20 @@
 if __name__ != "peftfx.export":
     raise ImportError("import this package as peftfx.export: a second copy under another name would not know the first")
 
+from peftfx.export.adapters import export_adapter
 from peftfx.export.deploy import export_onnx
 from peftfx.export.onnx import to_onnx
 from peftfx.export.report import Report
 from peftfx.export.runtime import OnnxModel
 from peftfx.export.verify import Comparison, VerificationError, verify
 
-__all__ = ["Comparison", "OnnxModel", "Report", "VerificationError", "export_onnx", "to_onnx", "verify"]
+__all__ = [
+    "Comparison",
+    "OnnxModel",
+    "Report",
+    "VerificationError",
+    "export_adapter",
+    "export_onnx",
+    "to_onnx",
+    "verify",
+]

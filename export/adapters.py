@@ -10,8 +10,6 @@ import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
-import onnxruntime as ort
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +17,8 @@ from torch import Tensor
 from peftfx.adapted import AdaptedModel
 from peftfx.attending import AttentionMethod
 from peftfx.capturing import evaluating
-from peftfx.errors import PeftfxError, first_line
+from peftfx.errors import PeftfxError
+from peftfx.export.adapter_files import SUFFIX, read_adapter_file, write_adapter_file
 from peftfx.export.probes import probes
 from peftfx.export.verify import reference_of, verify
 from peftfx.files import write_file, writing
@@ -36,8 +35,6 @@ from peftfx.update import Update
 
 Wanted = dict[tuple[str, str], Tensor]
 """What goes where: by a path and what a slot there holds."""
-SUFFIX = ".onnx_adapter"
-VERSION = 1  #: of the format
 
 
 def export_adapter(
@@ -78,7 +75,7 @@ def export_adapter(
 def _write_checked(
     adapted: AdaptedModel, directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor], check: bool, path: Path
 ) -> None:
-    _write(tensors, manifest.version, path)
+    write_adapter_file(tensors, manifest.version, path)
     if not check:
         return
     before, adapted.training = adapted.training, False
@@ -254,49 +251,3 @@ def _unchanged(adapted: AdaptedModel, name: str, value: Tensor) -> bool:
     """Whether a trained copy is still what the base has."""
     own = exact(getattr(*owner_of(adapted.base, name)))
     return own.shape == value.shape and torch.equal(own.to(value), value)
-
-
-def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
-    """The number of the base that an `.onnx_adapter` file is for, and its tensors.
-
-    Raises:
-        PeftfxError: there is no such file, or it is not one.
-    """
-    if not path.is_file():
-        raise PeftfxError("there is no such adapter", str(path), "`peftfx export-adapter` writes one")
-    try:
-        read = ort.AdapterFormat.read_adapter(str(path))
-        # Copied: what the file's own memory holds goes with the object that read it.
-        values = {n: ort.OrtValue.ortvalue_from_numpy(np.array(v.numpy())) for n, v in read.get_parameters().items()}
-    except Exception as error:
-        raise PeftfxError(f"cannot be read: {first_line(error)}", str(path), "write it again") from error
-    return int(read.get_model_version()), values
-
-
-def read_for(path: Path, directory: Path) -> dict[str, ort.OrtValue]:
-    """The tensors of an `.onnx_adapter` file, for the graph in a directory.
-
-    Raises:
-        PeftfxError: the graph has no slots, or the adapter is for another base or has what fits into none of them.
-    """
-    manifest = Manifest.read(directory)
-    version, values = read_adapter_file(path)
-    if version != manifest.version:
-        hint = "write it for this graph: peftfx export-adapter --for"
-        raise PeftfxError(f"this adapter is for another base than {manifest.model} here", str(path), hint)
-    slots = {slot.name: slot for slot in manifest.slots}
-    unfit = [n for n, value in values.items() if n not in slots or not slots[n].takes(tuple(value.shape()))]
-    if unfit:
-        hint = "write it for this graph: peftfx export-adapter --for"
-        raise PeftfxError(f"the graph has no slots for {listed(unfit)}", str(path), hint)
-    return values
-
-
-def _write(tensors: Mapping[str, Tensor], version: int, path: Path) -> None:
-    arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()}
-    made = ort.AdapterFormat()
-    made.set_adapter_version(VERSION)
-    made.set_model_version(version)
-    made.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()})
-    made.export_adapter(str(path))
-    del arrays  # not before: ONNX Runtime reads them where they are

@@ -29,6 +29,8 @@ from peftfx.target import select
 from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 
 SLOTS = "all-linear"  #: the linear sites that get slots where nobody chose
+#: Roles of layers whose input IA3 scales. HF PEFT names modules: for BERT both that end in `output.dense`.
+SCALED = ("mlp.down", "attention.output")
 
 
 def capture_opened(
@@ -36,9 +38,9 @@ def capture_opened(
 ) -> list[Part]:
     """The graph of a model without adapters, with its slots open.
 
-    Linear sites that `target` picks get a low-rank sum and a scale of their output, and one of their input where the
-    role is `mlp.down`. In the decode view there is a place for a prefix ahead of the text, and beside each attention
-    one for keys and values.
+    Linear sites that `target` picks get a low-rank sum and a scale of their output, and one of their input where their
+    role is one of `SCALED`. In the decode view there is a place for a prefix ahead of the text, and beside each
+    attention one for keys and values.
 
     Raises:
         PeftfxError: the model is an encoder-decoder, or in bfloat16.
@@ -55,7 +57,7 @@ def capture_opened(
         part = Part("model.onnx", opened, graph, graph)
     graph = part.graph
     sites = {match.site.path: match.site for match in select(adapted.sites, target=target, kinds=("linear",))}
-    scaled = tuple(path for path, site in sites.items() if plays(site, "mlp.down"))
+    scaled = tuple(path for path, site in sites.items() if any(plays(site, role) for role in SCALED))
     beside = tuple(site for site in adapted.sites if site.heads is not None)
     part.graph = part.exported = Open(tuple(sites), scaled, beside)(graph).graph
     ahead = (part.view.slot,) if isinstance(part.view, Opened) else ()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from peftfx.api import inspect, load, plan, transform
     from peftfx.capturing import capture
     from peftfx.errors import PeftfxError
-    from peftfx.export import export_onnx
+    from peftfx.export import export_adapter, export_onnx
     from peftfx.graph import Graph
     from peftfx.methods.adalora import AdaLoRA
     from peftfx.methods.bitfit import BitFit
@@ -48,6 +48,7 @@ _HOME = {
     "Sites": "peftfx.sites",
     "VeRA": "peftfx.methods.vera",
     "capture": "peftfx.capturing",
+    "export_adapter": "peftfx.export",
     "export_onnx": "peftfx.export",
     "inspect": "peftfx.api",
     "load": "peftfx.api",
@@ -74,6 +75,7 @@ __all__ = [
     "VeRA",
     "__version__",
     "capture",
+    "export_adapter",
     "export_onnx",
     "inspect",
     "load",

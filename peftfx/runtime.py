@@ -86,7 +86,7 @@ class Served:
         Raises:
             PeftfxError: the model has no slots, or the adapter is for another base or other slots.
         """
-        from peftfx.export.adapters import read_for
+        from peftfx.export.adapter_files import read_for
 
         path = Path(path)
         name = path.stem if name is None else name

@@ -37,7 +37,8 @@ from peftfx.adapted import AdaptedModel
 from peftfx.decode import Decode
 from peftfx.export import OnnxModel
 from peftfx.export.adapter_command import export_adapter_directories
-from peftfx.export.adapters import export_adapter, read_adapter_file
+from peftfx.export.adapter_files import read_adapter_file
+from peftfx.export.adapters import export_adapter
 from peftfx.export.command import export_directory
 from peftfx.passes import Evaluate, Merge
 from peftfx.slots import FILE, Manifest
