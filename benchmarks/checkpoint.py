@@ -162,9 +162,9 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def add_size_options(parser: argparse.ArgumentParser) -> None:
+def add_size_options(parser: argparse.ArgumentParser, usual: Size | None = None) -> None:
     """`--layers`, `--hidden` and the other fields of a Size."""
-    for name, default in vars(Size()).items():
+    for name, default in vars(usual or Size()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import check_sites
 import contenders
+import decode
 import growth
 import pytest
 import torch
@@ -122,3 +123,13 @@ def test_the_command_prints_a_row_for_each_and_writes_the_plot(tmp_path: Path) -
     assert list(numbers) == list(CONTENDERS)
     assert all(0 < n["imports_cpu"] < n["cpu"] for n in numbers.values())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["numbers.json", "plot.png"]
+
+
+@pytest.mark.slow
+def test_the_graphs_that_decode_are_compared_call_by_call(capsys: pytest.CaptureFixture[str]) -> None:
+    decode.main([*OPTIONS, "--only", "peftfx", "peftfx --optimize none"])
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in table] == [
+        *("", "---", "peftfx", "peftfx --optimize none", "(peftfx --optimize none)"),
+    ]
+    assert all(float(cell) > 0 for line in table[2:4] for cell in line.split("|")[2:-1])

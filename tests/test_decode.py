@@ -192,3 +192,13 @@ def test_an_unknown_view_is_refused_with_the_nearest() -> None:
     with pytest.raises(peftfx.PeftfxError, match="no view 'decoed'") as raised:
         adapted.graph(view="decoed")
     assert "decode" in raised.value.hint
+
+
+def test_a_large_model_is_checked_at_fewer_sizes_each_of_another_kind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("peftfx.export.probes.LARGE", 0)
+    report = peftfx.api.bare(ZOO["gpt2"].build()).export(tmp_path / "out", view="decode")
+    seen = {tuple(c["shapes"]["past_key_values.0.key"]) for c in report.comparisons}
+    assert {past for _, _, past, _ in seen} == {0, 1, 6}
+    assert {batch for batch, _, _, _ in seen} == {1, 2}
