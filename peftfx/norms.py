@@ -86,12 +86,13 @@ def _note(graph: Graph, found: dict[str, _Found], node: fx.Node, x: fx.Node, aff
 
 
 def _path(graph: Graph, node: fx.Node, target: str) -> str:
-    """The module that ran the node, if this is its parameter and it holds no other modules; else the parameter's."""
+    """The module that ran the node, if this is its parameter and no module in it has any; else the parameter's path."""
     path, (owner, _, name) = module_path(node), target.removeprefix(f"{BASE}.").rpartition(".")
     module = graph.base.get_submodule(path)
-    leaf = not any(module.children())
-    owns = any(p is graph.get(target) for p in module._parameters.values())
-    return path if leaf and owns else owner if name == "weight" else f"{owner}.{name}".removeprefix(".")
+    own = {id(p) for p in module.parameters(recurse=False)}
+    if id(graph.get(target)) in own and own == {id(p) for p in module.parameters()}:
+        return path
+    return owner if name == "weight" else f"{owner}.{name}".removeprefix(".")
 
 
 def _site(graph: Graph, path: str, norm: _Found) -> Site:
