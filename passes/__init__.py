@@ -10,5 +10,6 @@ from peftfx.passes.fuse import Fuse
 from peftfx.passes.insert import Insert
 from peftfx.passes.merge import Merge
 from peftfx.passes.remove import Remove
+from peftfx.passes.sweep import Sweep
 
-__all__ = ["Cleanup", "Evaluate", "Fuse", "Insert", "Merge", "Pass", "PassManager", "PassResult", "Region", "Remove"]
+__all__ = ["Cleanup", "Evaluate", "Fuse", "Insert", "Merge", "Pass", "PassManager", "PassResult", "Region", "Remove", "Sweep"]

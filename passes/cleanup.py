@@ -9,6 +9,7 @@ from torch import fx
 
 from peftfx.graph import Graph
 from peftfx.passes.base import Pass, PassResult
+from peftfx.passes.sweep import sweep
 
 aten = torch.ops.aten
 CASTS = {aten.to.dtype: 3, aten.to.device: 4, aten.to.dtype_layout: 6, aten.to.other: 3}  #: and where `copy` stands
@@ -33,9 +34,7 @@ class Cleanup(Pass):
             if _does_nothing(node):
                 node.replace_all_uses_with(source(node))
                 result.module.graph.erase_node(node)
-        for node in reversed(list(result.nodes())):  # fx's own pass would insist that derived weights exist by now
-            if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure():
-                result.module.graph.erase_node(node)
+        sweep(result)
         result.module.recompile()
         return PassResult(result, before - len(result.module.graph.nodes))
 

@@ -363,15 +363,20 @@ class AdaptedModel(nn.Module):
         return _blank, (type(self.base),), self.__getstate__()
 
     def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        named = _named(self.base, args, kwargs)
-        graph = self.graph(named)
-        leaves, _ = pytree.tree_flatten_with_path(named)
-        flat = graph.run(*(v for _, v in leaves if isinstance(v, Tensor)))
+        graph, tensors = self._find(args, kwargs)
+        flat = graph.run(*tensors)
         if LOSS in graph.outputs:
             for penalty in (self.adapter(name).penalty() for name in self.active):
                 at = graph.outputs.index(LOSS)
                 flat[at] = flat[at] if penalty is None else flat[at] + penalty
         return pytree.tree_unflatten(flat, graph.out_spec)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _find(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[Graph, list[Tensor]]:
+        """The graph to run for a call, and its inputs; torch.compile sees what is found and not how."""
+        named = _named(self.base, args, kwargs)
+        leaves, _ = pytree.tree_flatten_with_path(named)
+        return self.graphs.swept(self.graph(named)), [v for _, v in leaves if isinstance(v, Tensor)]
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from peftfx.capturing import capture
 from peftfx.entry import Entry
 from peftfx.errors import PeftfxError
 from peftfx.graph import ADAPTERS, Graph, path_name
-from peftfx.passes import Insert, Pass, PassManager
+from peftfx.passes import Insert, Pass, PassManager, Sweep
 from peftfx.views import View, find_view
 
 
@@ -27,6 +27,7 @@ class Graphs:
         self.base, self.adapters = base, adapters
         self._captured: dict[object, list[Graph]] = {}
         self._derived: dict[object, Graph] = {}
+        self._swept: dict[int, tuple[Graph, Graph]] = {}  # both: a number is of an object that lives
         self._views: dict[str, View | None] = {}
 
     def view(self, name: str) -> View | None:
@@ -65,15 +66,22 @@ class Graphs:
                 raise
         return self._derived[key]
 
+    def swept(self, graph: Graph) -> Graph:
+        """One of these graphs without what it computes and nobody uses, to be run and nothing else."""
+        if id(graph) not in self._swept:
+            self._swept[id(graph)] = graph, Sweep()(graph).graph
+        return self._swept[id(graph)][1]
+
     def forget_derived(self) -> None:
         """An adapter has gone: drop the graphs that may hold it."""
         self._derived.clear()
+        self._swept.clear()
 
     def forget(self) -> None:
         """The base has changed: drop all."""
         self._captured.clear()
-        self._derived.clear()
         self._views.clear()
+        self.forget_derived()
 
     def _known(self, inputs: Mapping[str, object], entry: Entry | None, view: View | None) -> list[Graph]:
         """The graphs captured for calls like this one; they differ in the sizes of axes that the model fixes."""

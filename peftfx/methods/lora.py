@@ -190,14 +190,14 @@ class LoRA(WeightMethod):
         return (moved + (gain - 1) * bare + gain * delta).to(y.dtype)
 
     def _delta(self, site: Site, op: Op, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        """`s B(A(x))`, in the adapter's own precision."""
+        """`B(s A(x))`, in the adapter's own precision: the scale is where the least has to be scaled."""
         if site.kind == "embedding":
-            return F.linear(op(x, a.T), b) * self.scaling
-        low = op(x.to(a.dtype), a)
+            return F.linear(self.scaling * op(x, a.T), b)
+        low, bias = self.scaling * op(x.to(a.dtype), a), None if bias is None else self.scaling * bias
         if site.kind == "linear":
-            return F.linear(low, b, bias) * self.scaling
+            return F.linear(low, b, bias)
         conv = (F.conv1d, F.conv2d, F.conv3d)[b.ndim - 3]
-        return conv(low, b, bias, groups=site.groups) * self.scaling
+        return conv(low, b, bias, groups=site.groups)
 
     def _gain(self, site: Site, base: Base, p: Params) -> Tensor:
         weight = self._updated(site, base.weight, p)
