@@ -19,6 +19,7 @@ from peftfx.export.quantize import check_quantization
 from peftfx.export.report import Report
 from peftfx.export.weights import Written
 from peftfx.files import Snapshot
+from peftfx.gguf import takes_gguf
 from peftfx.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.planning import Plan
 from peftfx.rules import saved_modules
@@ -28,8 +29,9 @@ from peftfx.tasks import resolve_task
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+@takes_gguf
 def export_directory(
-    base: str | Path,
+    base: Path,
     output: str | Path,
     *,
     adapter: str | Path | None = None,
@@ -51,6 +53,8 @@ def export_directory(
 ) -> Report:
     """Export a base model's directory, with a HF PEFT adapter's or without, to a directory that ONNX Runtime serves.
 
+    `base` may be a GGUF file.
+
     `dtype` (`fp32`, `fp16`, `bf16`) is that of the weights, merged in fp32 and rounded once; by default the base's own,
     but fp32 for a bfloat16 base: ONNX Runtime's CPU provider has no kernels for it.
 
@@ -66,7 +70,7 @@ def export_directory(
     Raises:
         PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
     """
-    base, output = Path(base), Path(output)
+    output = Path(output)
     named = {name: Path(folder) for name, folder in (batched or {}).items()}
     if adapter is not None:
         if named:

@@ -12,4 +12,16 @@ from peftfx.passes.merge import Merge
 from peftfx.passes.remove import Remove
 from peftfx.passes.sweep import Sweep
 
-__all__ = ["Cleanup", "Evaluate", "Fuse", "Insert", "Merge", "Pass", "PassManager", "PassResult", "Region", "Remove", "Sweep"]
+__all__ = [
+    "Cleanup",
+    "Evaluate",
+    "Fuse",
+    "Insert",
+    "Merge",
+    "Pass",
+    "PassManager",
+    "PassResult",
+    "Region",
+    "Remove",
+    "Sweep",
+]

@@ -1,4 +1,4 @@
-"""Base models from local directories, transformers' and diffusers', in safetensors: nothing is fetched or unpickled."""
+"""Base models from local directories, transformers' and diffusers': nothing is fetched or unpickled."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peftfx.errors import PeftfxError, first_line, nearest
+from peftfx.files import is_gguf
 from peftfx.stored import store
 from peftfx.tasks import TASKS, resolve_task, task_of_class
 
@@ -33,7 +34,8 @@ def load_base(
     """A base model from a local directory in eval mode: transformers', or one of diffusers' (not a whole pipeline).
 
     Args:
-        directory: has `config.json` and, in safetensors, the weights. Nothing is downloaded, unpickled or executed.
+        directory: has `config.json` and, in safetensors, the weights. Nothing is downloaded, unpickled or executed. Or
+            a GGUF file; see `peftfx.gguf`.
         task: makes the head; by default the class named in the config.
         num_labels: of a classification head, where the config does not say it.
         weights: read them; otherwise parameters stay uninitialised (buffers do not), for a capture alone.
@@ -45,6 +47,10 @@ def load_base(
         PeftfxError: there is no such model here, its files are broken or lack a weight, or it cannot do the task.
     """
     directory = Path(directory)
+    if is_gguf(directory):
+        from peftfx.gguf import load_gguf
+
+        return load_gguf(directory, task=task, weights=weights, dtype=dtype)
     config = read_base_config(directory)
     files = _check_weights(directory) if weights else []
     if "quantization_config" in config:
@@ -141,7 +147,7 @@ def _load_transformers(
         raise PeftfxError(f"transformers has no model type {kind!r}" if kind else "no `model_type`", where, hint)
     extra = {} if num_labels is None else {"num_labels": num_labels}
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **extra)
-    maker = _maker(config, resolve_task(task, config=config), directory)
+    maker = maker_of(config, resolve_task(task, config=config), directory)
     wanted = dtype or config.dtype or on_disk or torch.float32
 
     def blank() -> nn.Module:
@@ -202,7 +208,7 @@ def _refuse_random(model: nn.Module, info: Mapping[str, Any], given: Collection[
         raise PeftfxError(f"neither the base nor an adapter has the weights of {listed}", str(directory), hint)
 
 
-def _maker(config: PreTrainedConfig, task: str, directory: Path) -> type:
+def maker_of(config: PreTrainedConfig, task: str, directory: Path) -> type:
     """The class to build: the one the config names if it does this task, else the `Auto` classes' choice."""
     import transformers
 

@@ -33,7 +33,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def export(
-    base: Annotated[Path, typer.Option(help="Directory of the base model (transformers, or a diffusers model).")],
+    base: Annotated[
+        Path, typer.Option(help="Directory of the base model (transformers, or a diffusers model), or a GGUF file.")
+    ],
     output: Annotated[Path, typer.Option(help="Directory to make; it appears when it is complete and verified.")],
     adapter: Annotated[Path | None, typer.Option(help="HF PEFT directory; without one the base is exported.")] = None,
     merge: Annotated[

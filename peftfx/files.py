@@ -59,3 +59,11 @@ class Snapshot:
         changed = [str(path) for path, status in self._seen.items() if now.get(path) != status]
         if changed:
             raise PeftfxError("it changed while it was read", ", ".join(changed[:3]), "run the export again")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is a file in GGUF, llama.cpp's format of a model."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix == ".gguf" or file.read(4) == b"GGUF"

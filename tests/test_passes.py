@@ -13,7 +13,7 @@ from zoo import Captured
 import peftfx
 from peftfx import PeftfxError
 from peftfx.graph import Graph
-from peftfx.passes import Cleanup, Evaluate, Merge, Pass, PassManager, PassResult, Remove, Sweep
+from peftfx.passes import Cleanup, Evaluate, Merge, Pass, PassManager, PassResult, Remove
 from peftfx.passes.base import output_nodes
 
 
@@ -37,7 +37,7 @@ def inputs(case: Captured, batch: int = 3, sequence: int = 5) -> list[Tensor]:
     return [made[spec.name] for spec in case.graph.inputs]
 
 
-@pytest.mark.parametrize("step", [Cleanup(), Merge(), Remove(), Sweep()], ids=str)
+@pytest.mark.parametrize("step", [Cleanup(), Merge(), Remove()], ids=str)
 def test_a_pass_leaves_its_input_as_it_was(step: Pass, adapted: Graph) -> None:
     before = adapted.text()
     result = step(adapted)
