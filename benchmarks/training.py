@@ -51,8 +51,8 @@ def bert(dropout: float) -> nn.Module:
 def models(ends: Sequence[str], others: Sequence[str]) -> tuple[Model, Model]:
     """Both models, with these modules as a method's targets."""
     return (
-        Model("LLaMA", llama, "CAUSAL_LM", tuple(ends)),
-        Model("BERT", bert, "FEATURE_EXTRACTION", tuple(others)),
+        Model("LLaMA", llama, "CAUSAL_LM", tuple(ends), ("norm", "layernorm")),
+        Model("BERT", bert, "FEATURE_EXTRACTION", tuple(others), ("LayerNorm",)),
     )
 
 
@@ -69,8 +69,8 @@ ROWS: Mapping[str, tuple[Method, tuple[Model, Model]]] = {
     "LoRA, all linears, dropout": (Method("LoRA", peft.LoraConfig, {"r": 8}, drops="lora_dropout"), _ALL),
     "DoRA, all linears": (Method("DoRA", peft.LoraConfig, {"r": 8, "use_dora": True}), _ALL),
     "IA3": (Method("IA3", peft.IA3Config), _SCALED),
-    "Prompt tuning": (Method("Prompt tuning", peft.PromptTuningConfig, _SOFT, weights=False), _SCALED),
-    "Prefix tuning": (Method("Prefix tuning", peft.PrefixTuningConfig, _SOFT, weights=False), _SCALED),
+    "Prompt tuning": (Method("Prompt tuning", peft.PromptTuningConfig, _SOFT, at=""), _SCALED),
+    "Prefix tuning": (Method("Prefix tuning", peft.PrefixTuningConfig, _SOFT, at=""), _SCALED),
 }
 
 
