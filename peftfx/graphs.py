@@ -68,6 +68,8 @@ class Graphs:
 
     def swept(self, graph: Graph) -> Graph:
         """One of these graphs without what it computes and nobody uses, to be run and nothing else."""
+        if graph.derived:  # such weights are computed anew, and given to the graph itself
+            return graph
         if id(graph) not in self._swept:
             self._swept[id(graph)] = graph, Sweep()(graph).graph
         return self._swept[id(graph)][1]
