@@ -44,7 +44,7 @@ class TestAutocast:
         assert named.keys() == got.keys()
         ours_off, theirs_off = (max(distance(g[name], t) for name, t in whole.items()) for g in (got, named))
         assert 1e-4 < ours_off < 0.05
-        assert ours_off < 1.2 * theirs_off
+        assert ours_off < 2 * theirs_off  # each is rounding, in an order of its own
 
 
 def distance(got: Tensor, want: Tensor) -> float:
