@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from test_decode import Pair, make_pair, prompts
+from test_export import randomise
 from zoo import ZOO
 
+import peftfx
 from peftfx import runtime
 from peftfx.decode import Decode, Held
 from peftfx.export.genai import FILE, write_genai_config
+from peftfx.method import Method
 
 NEW = 24
 
@@ -38,7 +41,7 @@ def test_the_config_names_what_the_graph_has(exported: tuple[Pair, Path]) -> Non
 
 
 def test_genai_generates_our_tokens_alone_and_in_a_batch_padded_on_the_right(exported: tuple[Pair, Path]) -> None:
-    og = pytest.importorskip("onnxruntime_genai")
+    pytest.importorskip("onnxruntime_genai")
     pair, directory = exported
     left = prompts(3)
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 1000}  # there is none
@@ -46,19 +49,47 @@ def test_genai_generates_our_tokens_alone_and_in_a_batch_padded_on_the_right(exp
     made = json.loads((directory / FILE).read_text())
     made["model"]["eos_token_id"] = next(i for i in range(4, 99) if i not in want)  # so that every row is as long
     (directory / FILE).write_text(json.dumps(made))
-    rows = [ids[mask.bool()] for ids, mask in zip(*left.values(), strict=True)]
-    length = max(map(len, rows))
-    right = torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=1) for row in rows])
-    model = og.Model(str(directory))
+    right = padded_on_the_right(**left)
     for given, expected in ((right, want), (right[:1], want[:1])):
-        parameters = og.GeneratorParams(model)
-        parameters.set_search_options(max_length=length + NEW, batch_size=len(given), do_sample=False)
-        generator = og.Generator(model, parameters)
-        generator.append_tokens(given.numpy().astype(np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-        got = [torch.tensor(generator.get_sequence(i))[length:].long() for i in range(len(given))]
-        assert torch.equal(torch.stack(got), expected)
+        assert torch.equal(genai_tokens(directory, given), expected)
+
+
+@pytest.mark.parametrize("method", [peftfx.PrefixTuning, peftfx.PromptTuning])
+def test_genai_sees_nothing_of_a_soft_prompt_but_what_it_does(method: type[Method], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    adapted = peftfx.transform(ZOO["llama"].build(), method(num_virtual_tokens=3), seed=0)
+    randomise(adapted.adapters)
+    adapted.export(tmp_path / "out", view="decode", assets=adapted.base.config.save_pretrained)
+    given = prompts(1)
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 1000}
+    want = runtime.load(tmp_path / "out").generate(**given, **options)[:, given["input_ids"].shape[1] :]
+    made = json.loads((tmp_path / "out" / FILE).read_text())
+    assert made["model"]["context_length"] == adapted.base.config.max_position_embeddings - 3
+    made["model"]["eos_token_id"] = next(i for i in range(4, 99) if i not in want)
+    (tmp_path / "out" / FILE).write_text(json.dumps(made))
+    assert torch.equal(genai_tokens(tmp_path / "out", given["input_ids"]), want)
+    with adapted.disable_adapter():
+        assert not torch.equal(adapted.generate(**given, **options)[:, given["input_ids"].shape[1] :], want)
+
+
+def padded_on_the_right(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    rows = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    length = max(map(len, rows))
+    return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=1) for row in rows])
+
+
+def genai_tokens(directory: Path, given: torch.Tensor) -> torch.Tensor:
+    """The tokens that GenAI adds to prompts, greedily."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(directory))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=given.shape[1] + NEW, batch_size=len(given), do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(given.numpy().astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return torch.stack([torch.tensor(generator.get_sequence(i))[given.shape[1] :].long() for i in range(len(given))])
 
 
 def test_a_cache_that_genai_has_no_words_for_gets_no_config(tmp_path: Path) -> None:
