@@ -36,9 +36,13 @@ def adapted(name: str, **options: object) -> tuple[nn.Module, nn.Module]:
     return base, theirs.eval()
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_an_adapter_of_peft_computes_the_same_and_goes_back(name: str, tmp_path: Path) -> None:
-    base, theirs = adapted(name)
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in TARGETS), ("bert", {"bias": "vera_only"}), ("bert", {"bias": "all"})]
+)
+def test_an_adapter_of_peft_computes_the_same_and_goes_back(
+    name: str, options: dict[str, object], tmp_path: Path
+) -> None:
+    base, theirs = adapted(name, **options)
     theirs.save_pretrained(str(tmp_path / "theirs"))
     ours = peftfx.load(base, tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
