@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
@@ -116,7 +117,8 @@ def _reading(file: Path) -> Iterator[None]:
     if find_spec("gguf") is None:
         raise PeftfxError("GGUF files need the package gguf", str(file), "pip install gguf")
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers' bar, which knows no other way to be left out
+            yield
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, struct.error) as error:
         what = f"cannot read this GGUF file: {first_line(error)}"
         raise PeftfxError(what, str(file), "convert the model's original files, or download it again") from error

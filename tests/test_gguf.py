@@ -94,9 +94,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, hf.LlamaFor
 IDS = torch.tensor([[1, 5, 9, 30, 4], [1, 7, 7, 12, 3]])
 
 
-def test_a_base_is_the_model_that_the_file_stands_for(written: tuple[Path, hf.LlamaForCausalLM]) -> None:
+def test_a_base_is_the_model_that_the_file_stands_for(
+    written: tuple[Path, hf.LlamaForCausalLM], capsys: pytest.CaptureFixture[str]
+) -> None:
     path, want = written
     got = load_base(path)
+    assert "Converting" not in capsys.readouterr().err
     assert type(got) is hf.LlamaForCausalLM
     assert not got.training
     assert got.lm_head.weight is got.model.embed_tokens.weight
