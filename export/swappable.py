@@ -23,7 +23,7 @@ from peftfx.export.weights import SOURCE
 from peftfx.graph import BASE
 from peftfx.opened import Opened
 from peftfx.passes.open import Open, slots_of
-from peftfx.sites import Site, plays
+from peftfx.sites import NORM, Site, plays
 from peftfx.slots import INNER, OUTER, OWN, PREFIX, RANK, TOKENS, Manifest, Slot, fingerprint
 from peftfx.target import select
 from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of
@@ -82,7 +82,7 @@ def open_initializers(
 ) -> tuple[Slot, ...]:
     """Let the slots of a program be left out of a call, and let tensors of the base be replaced; returns all slots.
 
-    These are the biases at sites with slots, and the heads that HF PEFT trains with an adapter.
+    These are the biases at sites with slots, norms, and the heads that HF PEFT trains with an adapter.
     """
     values = {str(value.name): value for value in program.graph.inputs}
     for slot in slots:
@@ -104,7 +104,9 @@ def _own(program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Itera
     """Tensors of the base, as inputs that may be left out."""
     at = {slot.at for slot in slots if slot.what == OUTER}
     wanted = dict.fromkeys(site.bias for site in sites if site.path in at and site.bias is not None)
-    wanted |= dict.fromkeys(f"{BASE}.{name}" for name in head_tensors(base))
+    norms = [site.path for site in sites if site.kind == NORM]
+    names = [f"{path}.{name}" for path in norms for name, _ in base.get_submodule(path).named_parameters(recurse=False)]
+    wanted |= dict.fromkeys(f"{BASE}.{name}" for name in (*names, *head_tensors(base)))
     found = {value.meta.get(SOURCE): value for value in program.graph.initializers.values()}
     for target in wanted:
         value = found.get(target)

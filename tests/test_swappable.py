@@ -22,7 +22,9 @@ from zoo import ZOO
 from peftfx import (
     IA3,
     AdaLoRA,
+    BitFit,
     LlamaAdapter,
+    LNTuning,
     LoRA,
     PeftfxError,
     PrefixTuning,
@@ -56,6 +58,8 @@ RULES: Mapping[str, object] = {
     "p_tuning": PTuning(num_virtual_tokens=3, encoder_hidden_size=16),
     "prefix_tuning": PrefixTuning(num_virtual_tokens=4),
     "llama_adapter": LlamaAdapter(adapter_len=6),
+    "vera": VeRA(r=6, target="mlp"),
+    "ln_tuning": LNTuning(),
     "pissa": LoRA(r=2, init_lora_weights="pissa", target="mlp"),
     "prompt and lora": [PromptTuning(num_virtual_tokens=2), LoRA(r=2, target="attention.value | mlp.down")],
     "llama_adapter and lora": [LlamaAdapter(adapter_len=3), LoRA(r=2, target="attention.key | attention.value")],
@@ -136,7 +140,7 @@ def farthest(adapted: AdaptedModel, model: OnnxModel, want: list, name: str = ""
     return worst
 
 
-LONG = ("pissa", "prompt and lora")
+LONG = ("vera", "pissa", "prompt and lora")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in LONG else []) for k in RULES])
@@ -230,7 +234,9 @@ def test_a_classifier_of_peft_brings_its_head(bert: Deployed, tmp_path: Path) ->
     bert.served.set_adapter(None)
 
 
-@pytest.mark.parametrize("rule", [IA3(), LlamaAdapter(adapter_len=4), LoRA(r=2, use_dora=True, lora_bias=True)])
+@pytest.mark.parametrize(
+    "rule", [IA3(), BitFit(), LlamaAdapter(adapter_len=4), LoRA(r=2, use_dora=True, lora_bias=True)]
+)
 def test_encoders_take_adapters_in_their_forward(bert: Deployed, rule: object, tmp_path: Path) -> None:
     adapted = bert.with_rule(rule)
     bert.served.load_adapter(export_adapter(adapted, bert.root / "graph", tmp_path / "adapter"))
@@ -303,3 +309,17 @@ def test_a_quantised_base_keeps_its_adapters_in_floating_point(tmp_path: Path) -
     assert farthest(adapted, served.model, want, "logits") < 0.2
     served.set_adapter(None)
     assert farthest(adapted, served.model, want, "logits") > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["gpt2", "bloom", "opt", "gpt_neo", "gpt_j", "gpt_neox", "glm", "falcon", "gemma2", "phi3"]
+)
+def test_other_decoders_go_the_same_way(name: str, tmp_path: Path) -> None:
+    model = ZOO[name].build()
+    export_onnx(model, tmp_path / "graph", view="decode", slots="all-linear")
+    adapted = transform(model, IA3(), "x", seed=0)
+    for kind in ("ia3", "lora", "prompt_tuning", "prefix_tuning", "llama_adapter"):
+        adapted.remove()
+        adapted.add_adapter("x", RULES[kind], seed=0)
+        export_adapter(stirred(adapted, "x"), tmp_path / "graph", tmp_path / kind)  # held against torch
