@@ -17,6 +17,7 @@ from peftfx.export.deploy import Progress, copy_assets, export_onnx
 from peftfx.export.onnx import CPU, FAST, check_engine, check_opset, check_optimize
 from peftfx.export.quantize import check_quantization
 from peftfx.export.report import Report
+from peftfx.export.swappable import Slots
 from peftfx.export.weights import Written
 from peftfx.files import Snapshot
 from peftfx.gguf import takes_gguf
@@ -45,7 +46,7 @@ def export_directory(
     optimize: str = CPU,
     quantize: str | None = None,
     max_error: float | None = None,
-    slots: str | None = None,
+    slots: Slots | str | None = None,
     force: bool = False,
     progress: Progress | None = None,
     written: Written | None = None,

@@ -25,7 +25,7 @@ from peftfx.export.probes import probes, view_probes
 from peftfx.export.quantize import FINITE, check_quantization
 from peftfx.export.quantize import quantize as quantize_model
 from peftfx.export.report import REPORT, Report
-from peftfx.export.swappable import capture_opened, filled, open_initializers, write_manifest
+from peftfx.export.swappable import Slots, capture_opened, filled, open_initializers, write_manifest
 from peftfx.export.verify import reference_of, verify
 from peftfx.export.weights import Written, save_together
 from peftfx.opened import Opened
@@ -52,7 +52,7 @@ def export_onnx(
     optimize: str = CPU,
     quantize: str | None = None,
     max_error: float | None = None,
-    slots: str | None = None,
+    slots: Slots | str | None = None,
     batched: Sequence[str] = (),
     source: str | Path = "",
     force: bool = False,
@@ -83,8 +83,8 @@ def export_onnx(
         quantize: `int8` or `int4`: weights of products in blocks of small integers; see `peftfx.export.quantize`.
         max_error: what a quantised model may differ by from the same model in floating point, over the largest
             magnitude of an output; by default that is measured and reported, and may be whatever it is.
-        slots: for a base without adapters: the linear sites where adapters can be put when the model runs, as a
-            target; see `peftfx.export.swappable`.
+        slots: for a base without adapters: where adapters can be put when the model runs, or at which linear sites
+            alone, as a target; see `peftfx.export.swappable`.
         batched: names of adapters of the model among which each row of a batch chooses; see `peftfx.export.batched`.
         source: where the base was read from, for who puts them there.
         force: replace the directory if it exists.
@@ -114,7 +114,7 @@ def export_onnx(
             if batched:
                 parts = capture_batched(adapted, view, inputs, batched)
             elif slots is not None:
-                parts = capture_opened(adapted, view, inputs, slots)
+                parts = capture_opened(adapted, view, inputs, Slots.of(slots))
             else:
                 parts = capture_parts(adapted, view, inputs)
         if merge and adapted.active and not batched:

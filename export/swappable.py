@@ -7,6 +7,7 @@ which is the base model. ONNX Runtime's `.onnx_adapter` files are named tensors 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,6 +16,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
 from peftfx.adapted import AdaptedModel
+from peftfx.decode import Decode
 from peftfx.errors import PeftfxError
 from peftfx.export.onnx import every_value
 from peftfx.export.parts import FORWARD, Part, capture_parts, generates, refuse_fixed
@@ -33,12 +35,29 @@ SLOTS = "all-linear"  #: the linear sites that get slots where nobody chose
 SCALED = ("mlp.down", "attention.output")
 
 
-def capture_opened(
-    adapted: AdaptedModel, view: str, inputs: Mapping[str, object] | None, target: str = SLOTS
-) -> list[Part]:
+@dataclass(frozen=True)
+class Slots:
+    """Which slots a graph gets.
+
+    Attributes:
+        target: the linear sites with slots.
+        prefix: whether there is one ahead of the past, where the view has a past. For it each step copies the past
+            behind what is in it, nothing too.
+    """
+
+    target: str = SLOTS
+    prefix: bool = True
+
+    @staticmethod
+    def of(given: Slots | str) -> Slots:
+        """As it is, or for a target alone."""
+        return Slots(given) if isinstance(given, str) else given
+
+
+def capture_opened(adapted: AdaptedModel, view: str, inputs: Mapping[str, object] | None, slots: Slots) -> list[Part]:
     """The graph of a model without adapters, with its slots open.
 
-    Linear sites that `target` picks get a low-rank sum and a scale of their output, and one of their input where their
+    Linear sites that are targeted get a low-rank sum and a scale of their output, and one of their input where their
     role is one of `SCALED`. In the decode view there is a place for a prefix ahead of the text, and beside each
     attention one for keys and values.
 
@@ -51,12 +70,13 @@ def capture_opened(
         (part,) = capture_parts(adapted, FORWARD, inputs)
     else:
         found = adapted.view("decode")
-        opened = Opened(found)  # type: ignore[arg-type]
+        assert isinstance(found, Decode)
+        opened = Opened(found) if slots.prefix else found
         graph = adapted.graph(view=opened)
-        refuse_fixed(graph, found.axes)  # type: ignore[union-attr]
+        refuse_fixed(graph, found.axes)
         part = Part("model.onnx", opened, graph, graph)
     graph = part.graph
-    sites = {match.site.path: match.site for match in select(adapted.sites, target=target, kinds=("linear",))}
+    sites = {match.site.path: match.site for match in select(adapted.sites, target=slots.target, kinds=("linear",))}
     scaled = tuple(path for path, site in sites.items() if any(plays(site, role) for role in SCALED))
     beside = tuple(site for site in adapted.sites if site.heads is not None)
     part.graph = part.exported = Open(tuple(sites), scaled, beside)(graph).graph
@@ -145,7 +165,8 @@ def _value(slot: Slot, size: int, random: torch.Generator) -> Tensor:
 
 def write_manifest(directory: Path, base: nn.Module, part: Part, source: str, tolerance: float) -> None:
     """Tell beside the model which slots it has, and of which base it is."""
-    view = part.view.view.name if isinstance(part.view, Opened) else FORWARD
+    shown = part.view.view if isinstance(part.view, Opened) else part.view
+    view = FORWARD if shown is None else shown.name
     kinds = (p.dtype for p in base.parameters() if p.is_floating_point())
     dtype = str(next(kinds, torch.float32)).removeprefix("torch.")
     made = Manifest(source, type(base).__name__, fingerprint(base), dtype, view, tolerance, part.slots)

@@ -74,6 +74,9 @@ def export(
     slots: Annotated[
         str, typer.Option(help="With --swappable, the linear sites that have such a place, as a target.")
     ] = "all-linear",
+    prefix: Annotated[
+        bool, typer.Option(help="With --swappable, a place for soft prompts, for which keys and values are copied.")
+    ] = True,
     max_memory: Annotated[
         str | None,
         typer.Option(help="Refuse to start if the export needs more, as 4GB; mapped files are free."),
@@ -87,6 +90,7 @@ def export(
     """
     from peftfx.export.command import export_directory
     from peftfx.export.memory import parse_size
+    from peftfx.export.swappable import Slots
     from peftfx.progress import Progress
 
     limit = None if max_memory is None else parse_size(max_memory)
@@ -104,7 +108,7 @@ def export(
             quantize=quantize,
             max_error=max_error,
             batched=dict(map(_named, batched or ())),
-            slots=slots if swappable else None,
+            slots=Slots(slots, prefix) if swappable else None,
             force=force,
             progress=progress.stage,
             written=progress.written,

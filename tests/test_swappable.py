@@ -43,6 +43,7 @@ from peftfx.export.adapter_command import export_adapter_directories
 from peftfx.export.adapter_files import read_adapter_file
 from peftfx.export.adapters import export_adapter
 from peftfx.export.command import export_directory
+from peftfx.export.swappable import Slots
 from peftfx.passes import Evaluate, Merge
 from peftfx.slots import FILE, Manifest
 
@@ -58,7 +59,6 @@ RULES: Mapping[str, object] = {
     "p_tuning": PTuning(num_virtual_tokens=3, encoder_hidden_size=16),
     "prefix_tuning": PrefixTuning(num_virtual_tokens=4),
     "llama_adapter": LlamaAdapter(adapter_len=6),
-    "vera": VeRA(r=6, target="mlp"),
     "ln_tuning": LNTuning(),
     "pissa": LoRA(r=2, init_lora_weights="pissa", target="mlp"),
     "prompt and lora": [PromptTuning(num_virtual_tokens=2), LoRA(r=2, target="attention.value | mlp.down")],
@@ -140,7 +140,7 @@ def farthest(adapted: AdaptedModel, model: OnnxModel, want: list, name: str = ""
     return worst
 
 
-LONG = ("vera", "pissa", "prompt and lora")
+LONG = ("p_tuning", "pissa", "prompt and lora")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in LONG else []) for k in RULES])
@@ -277,12 +277,18 @@ def test_what_does_not_fit_is_refused(llama: Deployed, bert: Deployed, tmp_path:
     assert FILE in missing.err
 
 
+@pytest.mark.slow
 def test_only_the_sites_that_were_asked_for_have_slots(tmp_path: Path) -> None:
     model = ZOO["gpt2"].build()
-    report = export_onnx(model, tmp_path / "out", view="decode", slots="attention.value & /.*h.0.*/")
+    chosen = Slots("attention.value & /.*h.0.*/", prefix=False)
+    report = export_onnx(model, tmp_path / "out", view="decode", slots=chosen)
     slots = Manifest.read(tmp_path / "out").slots
     assert report.slots == len(slots)
     assert {s.at for s in slots if s.what == "lora_A"} == {"transformer.h.0.attn.c_attn"}
+    prompted = transform(model, PromptTuning(num_virtual_tokens=2))
+    with pytest.raises(PeftfxError, match="no place for a soft prompt"):
+        export_adapter(prompted, tmp_path / "out", tmp_path / "x")
+    prompted.remove()
     adapted = transform(model, LoRA(r=2, target="attention.value", layers_to_transform=0), seed=0)
     path = export_adapter(stirred(adapted, "default"), tmp_path / "out", tmp_path / "adapter")
     assert path.suffix == ".onnx_adapter"
