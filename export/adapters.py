@@ -19,6 +19,7 @@ from peftfx.attending import AttentionMethod
 from peftfx.capturing import evaluating
 from peftfx.errors import PeftfxError
 from peftfx.export.adapter_files import SUFFIX, read_adapter_file, write_adapter_file
+from peftfx.export.parts import generates
 from peftfx.export.probes import probes
 from peftfx.export.verify import reference_of, verify
 from peftfx.files import write_file, writing
@@ -234,6 +235,9 @@ def _prefix(adapted: AdaptedModel) -> Wanted:
     for name, placement in _placements(adapted):
         if not isinstance(placement.method, SequenceMethod):
             continue
+        if not generates(adapted.base):
+            what = "a soft prompt has a place in the decode view alone, and this model generates nothing"
+            raise PeftfxError(what, type(adapted.base).__name__, "export the adapter merged")
         graph = adapted.graph(view="decode")
         if NAME in graph.derived:
             return {("", PREFIX): graph.get(f"{DERIVED}.{NAME}")}

@@ -46,6 +46,9 @@ def capture_batched(
         what = "rows of an encoder-decoder have no adapters of their own yet"
         raise PeftfxError(what, type(base).__name__, "export each adapter merged")
     each = [_told(adapted, name) for name in names]
+    if not decodes and any(("", PREFIX) in own for own in each):
+        what = "a soft prompt has a place for each row in the decode view alone"
+        raise PeftfxError(what, type(base).__name__, "export that view, or the adapter merged")
     stacks = _stacked(adapted, each)
     with adapted.disable_adapter():
         if not decodes:

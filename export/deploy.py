@@ -15,6 +15,7 @@ from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
 from peftfx.capturing import evaluating
 from peftfx.decode import Decode
+from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
 from peftfx.export.batched import capture_batched, each_alone, with_ids, write_names
 from peftfx.export.genai import write_genai_config
@@ -103,6 +104,9 @@ def export_onnx(
     example = adapted.example if inputs is None else inputs
     check_quantization(quantize, max_error)
     check_optimize(optimize)
+    if batched and slots is not None:
+        hint = "export two directories"
+        raise PeftfxError("adapters that rows choose from, and slots for others", ", ".join(batched), hint)
     refuse_memory(adapted, max_memory)
     report = Report.of(adapted, batched or adapted.active)
     say = progress or (lambda line: None)

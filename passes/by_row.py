@@ -54,9 +54,9 @@ class ByRow(Pass):
         with isolated(graph.base):
             rows = _Rows(new, self.stacks)
             sites = {site.path: site for site in new.sites if site.weight}
-            for path in paths & sites.keys():
-                for call in sites[path].calls:
-                    rows.update(sites[path], call)
+            for site in (site for path, site in sites.items() if path in paths):
+                for call in site.calls:
+                    rows.update(site, call)
             rows.fill()
         new.module.recompile()
         return PassResult(new, len(paths & sites.keys()))

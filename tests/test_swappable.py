@@ -261,6 +261,8 @@ def test_what_does_not_fit_is_refused(llama: Deployed, bert: Deployed, tmp_path:
         export_adapter(transform(other, RULES["lora"]), graph, tmp_path / "x")
     assert not list(tmp_path.iterdir())
     path = export_adapter(bert.with_rule(IA3()), bert.root / "graph", tmp_path / "bert", check=False)
+    with pytest.raises(PeftfxError, match="in the decode view alone"):
+        export_adapter(bert.with_rule(PrefixTuning(num_virtual_tokens=2)), bert.root / "graph", tmp_path / "x")
     with pytest.raises(PeftfxError, match="for another base than LlamaForCausalLM"):
         llama.served.load_adapter(path)
     with pytest.raises(PeftfxError, match="no adapter named 'y'"):
