@@ -164,7 +164,7 @@ class TestCall:
 class TestFirstCall:
     """A graph does not depend on the context in which it is first needed."""
 
-    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+    @pytest.mark.parametrize("context", [pytest.param(torch.no_grad, marks=pytest.mark.slow), torch.inference_mode])
     def test_training_works_after_a_first_call_without_gradients(
         self, context: Callable[[], contextlib.AbstractContextManager[object]]
     ) -> None:
@@ -462,7 +462,7 @@ class TestState:
         other.remove()
         assert adapted.names() == ("default",)
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
     def test_after_a_cast_it_computes_in_the_new_dtype(self, dtype: torch.dtype, tmp_path: Path) -> None:
         ours, theirs = both("bert", tmp_path)
         inputs = ZOO["bert"].inputs(model=ours.base)

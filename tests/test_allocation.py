@@ -73,7 +73,7 @@ def kept(ours: AdaptedModel) -> dict[str, list[bool]] | None:
     ("model", "kind", "target"),
     [
         ("llama", "CAUSAL_LM", ["q_proj", "v_proj", "down_proj"]),
-        ("bert", "FEATURE_EXTRACTION", ["query", "value", "dense"]),
+        pytest.param("bert", "FEATURE_EXTRACTION", ["query", "value", "dense"], marks=pytest.mark.slow),
         pytest.param("t5", "SEQ_2_SEQ_LM", ["q", "v", "wo"], marks=pytest.mark.slow),
     ],
 )
@@ -157,7 +157,7 @@ def spent(model: str, **options: object) -> AdaptedModel:
     return ours
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bloom"])
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "bloom"])
 def test_what_is_left_of_parts_of_fused_weights_is_saved_for_peft(name: str, tmp_path: Path) -> None:
     ours = spent(name, target="attention.query | attention.value | mlp.down")
     ranks = {

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
+from few import but_for
 from torch import Tensor, nn
 from zoo import ZOO
 
@@ -33,7 +34,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", but_for({"opt", "gemma", "phi"}, EXPECTED))
 @torch.no_grad()
 def test_a_decode_graph_computes_what_it_did(name: str) -> None:
     adapted = bare(ZOO[name].build().eval())
