@@ -139,7 +139,7 @@ def test_greedy_tokens_are_the_bases_in_torch_and_in_onnx_runtime(case: Case, tm
     served = runtime.load(tmp_path / "out")
     assert torch.equal(new(served.generate(**given, **greedy()), given), want.sequences)
     length = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["context_length"]
-    assert length == {"bloom": 2048, "falcon": 2048}.get(case.name, 64) - COUNT
+    assert length == (2048 if case.name == "bloom" else 64) - COUNT
 
 
 @torch.no_grad()
@@ -153,6 +153,7 @@ def test_each_row_is_what_pefts_forward_makes_of_it_alone(case: Case) -> None:
         tokens = ids[mask.bool()][None]
         for token in row[len(ids) :]:
             logits = case.theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, -1]
+            logits[case.base.config.eos_token_id] = -torch.inf  # not among the fewest tokens asked for
             assert float(logits.max() - logits[token]) < 1e-4
             tokens = torch.cat([tokens, token.view(1, 1)], 1)
 
