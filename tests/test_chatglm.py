@@ -36,7 +36,7 @@ def test_the_rows_of_its_fused_projections_are_found(grouped: bool) -> None:
     ]
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "padded"])
 def test_a_lora_of_peft_is_served_as_peft_computes_it(padded: bool, tmp_path: Path) -> None:
     base = chatglm()
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=FUSED, r=4, lora_alpha=6)).eval()
@@ -73,7 +73,13 @@ def test_a_rule_on_the_query_reaches_the_rows_of_the_query(tmp_path: Path) -> No
     close(adapted.remove()(**call).logits, want, 1e-5)
 
 
-@pytest.mark.parametrize("rule", [peftfx.PromptTuning(num_virtual_tokens=4), peftfx.PTuning(num_virtual_tokens=4)])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        peftfx.PromptTuning(num_virtual_tokens=4),
+        pytest.param(peftfx.PTuning(num_virtual_tokens=4), marks=pytest.mark.slow),
+    ],
+)
 def test_virtual_tokens_are_what_the_model_computes_behind_their_embeddings(
     rule: peftfx.PromptTuning, tmp_path: Path
 ) -> None:

@@ -57,7 +57,7 @@ def assert_same(got: Tensor, want: Tensor) -> None:
         assert float((got - want).abs().max()) <= 2e-6 * float(want.abs().max())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16], ids=str)
 def test_an_export_has_them_and_agrees_with_torch(dtype: torch.dtype, tmp_path: Path) -> None:
     model = ZOO["llama"].build().to(dtype)
     report = export_onnx(model, tmp_path / "cpu", view="decode")

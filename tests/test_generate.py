@@ -33,9 +33,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     [
         {"num_beams": 3, "num_return_sequences": 2},
         {"do_sample": True, "top_k": 20, "temperature": 0.8},
-        {"do_sample": True, "num_beams": 2},
+        pytest.param({"do_sample": True, "num_beams": 2}, marks=pytest.mark.slow),
         {"use_cache": False},
-        {"prefill_chunk_size": 3},
+        pytest.param({"prefill_chunk_size": 3}, marks=pytest.mark.slow),
         {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
         {"prompt_lookup_num_tokens": 2},
     ],

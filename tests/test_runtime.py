@@ -64,7 +64,11 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Pat
 class TestGeneration:
     @pytest.mark.parametrize(
         "options",
-        [{"num_beams": 3, "num_return_sequences": 3}, {"do_sample": True, "top_k": 9}, {"use_cache": False}],
+        [
+            {"num_beams": 3, "num_return_sequences": 3},
+            {"do_sample": True, "top_k": 9},
+            pytest.param({"use_cache": False}, marks=pytest.mark.slow),
+        ],
         ids=lambda options: next(iter(options)),
     )
     def test_beams_samples_and_no_cache_give_pefts_tokens(self, llama: tuple[Pair, Path], options: dict) -> None:

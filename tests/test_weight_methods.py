@@ -66,10 +66,7 @@ TRIALS = (
 )
 tried = pytest.mark.parametrize(
     "trial",
-    [
-        pytest.param(t, id=str(t), marks=() if t.model in ("bert", "llama", "convnext") else pytest.mark.slow)
-        for t in TRIALS
-    ],
+    [pytest.param(t, id=str(t), marks=() if t.model in ("bert", "convnext") else pytest.mark.slow) for t in TRIALS],
 )
 
 
