@@ -15,7 +15,12 @@ FEW = frozenset({"gpt2", "bloom", "llama", "falcon", "gemma2", "t5", "bert", "de
 
 
 #: So like another model of the zoo that it need not be exported in every run.
-ALIKE = frozenset({"roberta", "opt", "gpt_j", "qwen2", "qwen3", "phi", "gemma", "mistral", "swin"})
+ALIKE = frozenset(
+    {
+        *("roberta", "deberta_v2", "distilbert", "electra", "opt", "gpt_j", "gpt_neox", "qwen2", "qwen3", "phi"),
+        *("gemma", "mistral", "dinov2", "swin"),
+    }
+)
 
 
 def few(names: Iterable[str]) -> list[ParameterSet]:

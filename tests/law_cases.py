@@ -30,7 +30,7 @@ METHODS = {name: cls for name, cls in methods().items() if issubclass(cls, _ACTS
 WEIGHT_METHODS = {name: cls for name, cls in METHODS.items() if issubclass(cls, WeightMethod)}
 
 
-WHOLE = "whole"  #: the profile of hypothesis in which laws have all of their examples, and by default a quarter
+WHOLE = "whole"  #: the profile of hypothesis in which laws have all of their examples, and by default a fifth
 _LAWS = settings(
     deadline=None,
     derandomize=True,  # the same examples in every run: a law that fails fails for everybody
@@ -42,7 +42,7 @@ _LAWS = settings(
 def examples(count: int) -> settings:
     """So many examples a test in `pytest --hypothesis-profile=whole`."""
     whole = settings.get_current_profile_name() == WHOLE
-    return settings(_LAWS, max_examples=count if whole else -(-count // 4))
+    return settings(_LAWS, max_examples=count if whole else -(-count // 5))
 
 
 @dataclass(frozen=True)
