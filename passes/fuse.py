@@ -53,8 +53,8 @@ def _fuse_attention(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     grown = [_unrepeated(x) for x in (key, value)]  # type: ignore[arg-type]
     pairs = [found for x in grown if _is_kept(x, node) and (found := pair(x, (-2, 2))) is not None]
-    if len(pairs) != 2:
-        return False
+    if len(pairs) != 2 or not all(has_axes(x, ndim=4) for found in pairs for x in found):
+        return False  # a cache that is made as it is filled starts as a tensor without axes
     (past_key, new_key), (past_value, new_value) = pairs
     arguments = (query, new_key, new_value, mask, past_key, past_value)
     scale = node.kwargs.get("scale")
