@@ -18,6 +18,7 @@ from peftfx.decode import Decode
 from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
 from peftfx.export.batched import capture_batched, each_alone, with_ids, write_names
+from peftfx.export.exported_model import write_export_json
 from peftfx.export.genai import write_genai_config
 from peftfx.export.memory import refuse_memory
 from peftfx.export.onnx import CPU, FAST, check_optimize, to_onnx
@@ -161,6 +162,8 @@ def export_onnx(
             elif isinstance(shown, Decode):
                 _, entry = adapted.within(shown)
                 write_genai_config(temporary, adapted.base.config, shown, 0 if entry is None else entry.shape[0])
+            elif shown is None:
+                write_export_json(temporary, part.file, part.exported, adapted.base, example)
             if slots is not None:
                 write_manifest(temporary, adapted.base, part, str(source), usual if rtol is None else rtol)
         report.measure(temporary)
