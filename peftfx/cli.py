@@ -238,7 +238,9 @@ def run(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Directory to make.")] = Path("peftfx-demo"),
+    output: Annotated[
+        Path | None, typer.Option(help="Directory to make; by default peftfx-demo, or peftfx-demo-generate.")
+    ] = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="With a language model, SmolLM2-135M, that then generates.")
     ] = False,
@@ -248,11 +250,11 @@ def demo(
     if generate:
         from peftfx.demo_generate import run_generation
 
-        run_generation(output, force=force)
+        run_generation(output or Path("peftfx-demo-generate"), force=force)
         return
     from peftfx.demo import run_demo
 
-    run_demo(output, force=force)
+    run_demo(output or Path("peftfx-demo"), force=force)
 
 
 def _named(text: str) -> tuple[str, Path]:

@@ -114,3 +114,14 @@ def test_code_grammar_and_markup_are_no_sentences() -> None:
     text = 'The "import" statement *binds* names [1] here. It runs.\n\n   >>> import sys, os, re, io, json, time\n\n'
     grammar = "import_stmt ::= a long rule of the grammar, as the reference prints it."
     assert list(sentences(text + grammar)) == ["The import statement binds names here."]
+
+
+def test_the_two_demos_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftfx.cli import app
+
+    made: list[Path] = []
+    for name in ("demo.run_demo", "demo_generate.run_generation"):
+        monkeypatch.setattr(f"peftfx.{name}", lambda output, force: made.append(output))
+    for words in (["demo"], ["demo", "--generate"], ["demo", "--output", "mine"]):
+        app(words, standalone_mode=False)
+    assert made == [Path("peftfx-demo"), Path("peftfx-demo-generate"), Path("mine")]
