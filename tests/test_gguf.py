@@ -145,7 +145,7 @@ def test_a_broken_file_and_a_missing_package_are_told(
     with pytest.raises(PeftfxError, match="cannot read this GGUF file"):
         load_base(short)
     monkeypatch.setattr("peftfx.gguf.find_spec", lambda name: None)
-    with pytest.raises(PeftfxError, match="need the package gguf"):
+    with pytest.raises(PeftfxError, match="not installed: gguf accelerate"):
         load_base(path)
 
 
