@@ -21,9 +21,11 @@ from transformers.exporters.metadata import ExportMetadata
 from peftfx.graph import Graph
 from peftfx.passes.base import output_nodes
 
+_PLAIN = (bool, int, float, str)
 
-def write_export_json(directory: Path, file: str, graph: Graph, base: nn.Module, inputs: Mapping[str, object]) -> bool:
-    """Write `export.json` for the forward graph in `file`; whether the model is one that transformers can name.
+
+def write_export_json(directory: Path, file: str, graph: Graph, base: nn.Module, inputs: Mapping[str, object]) -> None:
+    """Write `export.json` for the forward graph in `file`, if transformers can name what the model takes and returns.
 
     Args:
         directory: where to.
@@ -33,22 +35,25 @@ def write_export_json(directory: Path, file: str, graph: Graph, base: nn.Module,
         inputs: keyword arguments that it was captured with.
     """
     if not isinstance(base, PreTrainedModel):
-        return False
+        return
     _, in_spec = pytree.tree_flatten(((), dict(inputs)))
+    try:
+        named_in, named_out = pytree.treespec_dumps(in_spec), pytree.treespec_dumps(graph.out_spec)
+    except NotImplementedError:  # a type of the model's own, which has no name to be found by
+        return
     metadata = ExportMetadata(
         architecture=type(base).__name__,
         export_dtype=str(base.dtype).removeprefix("torch."),
         export_device="cpu",
         kwargs={name: _described(value) for name, value in inputs.items()},
-        in_constants={name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)},
-        in_spec=pytree.treespec_dumps(in_spec),
-        out_spec=pytree.treespec_dumps(graph.out_spec),
+        in_constants={name: value for name, value in inputs.items() if isinstance(value, _PLAIN)},
+        in_spec=named_in,
+        out_spec=named_out,
         out_constants=[[i, None] for i, value in enumerate(output_nodes(graph)) if value is None],
     )
     component = {"file": file, "metadata": dataclasses.asdict(metadata)}
     manifest = {"schema_version": EXPORT_SCHEMA_VERSION, "export_format": "onnx", "components": {"model": component}}
     (directory / EXPORT_MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return True
 
 
 def _described(value: object) -> dict[str, object]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from test_export import randomise
 from torch import nn
+from torch.utils import _pytree as pytree
 from transformers.exporters.base import ExportedModel
-from zoo import ZOO
+from zoo import ZOO, Captured
 
 import peftfx
+from peftfx.export.exported_model import write_export_json
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
@@ -28,6 +33,17 @@ def test_it_is_the_adapted_model(name: str, tmp_path: Path) -> None:
     assert type(got) is type(want)
     assert got.keys() == want.keys()
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_has_no_name_for_transformers_is_left_out(tmp_path: Path, captured: Callable[[str], Captured]) -> None:
+    class Answer(NamedTuple):
+        logits: int
+
+    case = captured("bert")
+    _, spec = pytree.tree_flatten(Answer(0))
+    graph = dataclasses.replace(case.graph, out_spec=spec)
+    write_export_json(tmp_path, "model.onnx", graph, case.model, case.entry.inputs(model=case.model))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_of_ones_own_has_no_such_file(tmp_path: Path) -> None:
