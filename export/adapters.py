@@ -16,9 +16,9 @@ from torch import Tensor
 
 from peftfx.adapted import AdaptedModel
 from peftfx.attending import AttentionMethod
-from peftfx.capturing import evaluating
 from peftfx.errors import PeftfxError
 from peftfx.export.adapter_files import SUFFIX, read_adapter_file, write_adapter_file
+from peftfx.export.in_eval import in_eval
 from peftfx.export.parts import generates
 from peftfx.export.probes import probes
 from peftfx.export.verify import reference_of, verify
@@ -65,7 +65,7 @@ def export_adapter(
     if fingerprint(adapted.base) != manifest.fingerprint:
         what = f"the graph here is of another base ({manifest.model} from {manifest.base or 'memory'})"
         raise PeftfxError(what, str(directory), "give the base that it was exported from, or export this one")
-    with evaluating(adapted.base), torch.no_grad():
+    with in_eval(adapted):
         tensors = slot_tensors(adapted, manifest)
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -79,22 +79,17 @@ def _write_checked(
     write_adapter_file(tensors, manifest.version, path)
     if not check:
         return
-    before, adapted.training = adapted.training, False
-    try:
-        with evaluating(adapted.base), torch.no_grad():
-            view = adapted.view(manifest.view)
-            graph = adapted.graph() if view is None else adapted.graph(view=view)
-            base = adapted.base
-            cases = (
-                probes(adapted, graph.inputs, adapted.example)
-                if view is None
-                else [view.inputs(base, sizes=sizes, seed=i + 1) for i, sizes in enumerate(view.trials)]
-            )
-            put, shown = read_adapter_file(path)[1], None if view is None else view.shown
-            limit = manifest.tolerance
-            verify(directory, reference_of(graph), cases, atol=limit, rtol=limit, shown=shown, put=put)
-    finally:
-        adapted.training = before
+    with in_eval(adapted):
+        view = adapted.view(manifest.view)
+        graph = adapted.graph() if view is None else adapted.graph(view=view)
+        cases = (
+            probes(adapted, graph.inputs, adapted.example)
+            if view is None
+            else [view.inputs(adapted.base, sizes=sizes, seed=i + 1) for i, sizes in enumerate(view.trials)]
+        )
+        put, shown = read_adapter_file(path)[1], None if view is None else view.shown
+        limit = manifest.tolerance
+        verify(directory, reference_of(graph), cases, atol=limit, rtol=limit, shown=shown, put=put)
 
 
 def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, Tensor]:

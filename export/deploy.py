@@ -13,13 +13,13 @@ from torch import nn
 
 from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
-from peftfx.capturing import evaluating
 from peftfx.decode import Decode
 from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
 from peftfx.export.batched import capture_batched, each_alone, with_ids, write_names
 from peftfx.export.exported_model import write_export_json
 from peftfx.export.genai import write_genai_config
+from peftfx.export.in_eval import in_eval
 from peftfx.export.memory import refuse_memory
 from peftfx.export.onnx import CPU, FAST, check_optimize, to_onnx
 from peftfx.export.parts import Part, capture_parts
@@ -114,7 +114,7 @@ def export_onnx(
     if any(p.dtype == torch.bfloat16 for p in adapted.base.parameters()):
         say(_BFLOAT16)
     stages = _Stages(report.seconds, say)
-    with publish(Path(directory), force) as temporary, evaluating(adapted.base), _in_eval(adapted):
+    with publish(Path(directory), force) as temporary, in_eval(adapted):
         with stages("capture"):
             if batched:
                 parts = capture_batched(adapted, view, inputs, batched)
@@ -209,20 +209,6 @@ class _Stages:
 def _tolerance(base: nn.Module) -> float:
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in base.parameters())
     return 2e-2 if half else 1e-4
-
-
-@contextmanager
-def _in_eval(adapted: AdaptedModel) -> Iterator[None]:
-    """The adapted model's own flag, which picks its graphs; `evaluating` sees to its base. What is active stays so."""
-    before, adapted.training = adapted.training, False
-    active = adapted.active
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        adapted.training = before
-        if adapted.active != active:
-            adapted.set_adapter(active)
 
 
 def copy_assets(source: Path, target: Path) -> None:

@@ -1,0 +1,25 @@
+"""in_eval: an adapted model as it is served, for as long as it is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from peftfx.adapted import AdaptedModel
+from peftfx.capturing import evaluating
+
+
+@contextmanager
+def in_eval(adapted: AdaptedModel) -> Iterator[None]:
+    """Without gradients, the base and the model's own flag in eval mode; what is active is so again afterwards."""
+    training, active = adapted.training, adapted.active
+    adapted.training = False
+    try:
+        with evaluating(adapted.base), torch.no_grad():
+            yield
+    finally:
+        adapted.training = training
+        if adapted.active != active:
+            adapted.set_adapter(active)
