@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import onnxruntime as ort
 from torch import Tensor
 
 from peftfx.errors import PeftfxError, first_line
+from peftfx.export.runtime import to_ort, to_torch
 from peftfx.slots import Manifest, listed
 
 SUFFIX = ".onnx_adapter"
@@ -27,7 +27,7 @@ def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
     try:
         read = ort.AdapterFormat.read_adapter(str(path))
         # Copied: what the file's own memory holds goes with the object that read it.
-        values = {n: ort.OrtValue.ortvalue_from_numpy(np.array(v.numpy())) for n, v in read.get_parameters().items()}
+        values = {name: to_ort(to_torch(value).clone()) for name, value in read.get_parameters().items()}
     except Exception as error:
         raise PeftfxError(f"cannot be read: {first_line(error)}", str(path), "write it again") from error
     return int(read.get_model_version()), values
@@ -54,10 +54,10 @@ def read_for(path: Path, directory: Path) -> dict[str, ort.OrtValue]:
 
 def write_adapter_file(tensors: Mapping[str, Tensor], version: int, path: Path) -> None:
     """Write an `.onnx_adapter` file for the base of this number."""
-    arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()}
+    values = {name: to_ort(tensor) for name, tensor in tensors.items()}
     made = ort.AdapterFormat()
     made.set_adapter_version(VERSION)
     made.set_model_version(version)
-    made.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()})
+    made.set_parameters(values)
     made.export_adapter(str(path))
-    del arrays  # not before: ONNX Runtime reads them where they are
+    del values  # not before: ONNX Runtime reads them where they are

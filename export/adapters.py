@@ -20,7 +20,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.adapter_files import SUFFIX, read_adapter_file, write_adapter_file
 from peftfx.export.in_eval import in_eval
 from peftfx.export.parts import generates
-from peftfx.export.probes import probes
+from peftfx.export.probes import probes, view_cases
 from peftfx.export.verify import reference_of, verify
 from peftfx.files import write_file, writing
 from peftfx.graph import DERIVED
@@ -82,11 +82,7 @@ def _write_checked(
     with in_eval(adapted):
         view = adapted.view(manifest.view)
         graph = adapted.graph() if view is None else adapted.graph(view=view)
-        cases = (
-            probes(adapted, graph.inputs, adapted.example)
-            if view is None
-            else [view.inputs(adapted.base, sizes=sizes, seed=i + 1) for i, sizes in enumerate(view.trials)]
-        )
+        cases = probes(adapted, graph.inputs, adapted.example) if view is None else view_cases(adapted, view)
         put, shown = read_adapter_file(path)[1], None if view is None else view.shown
         limit = manifest.tolerance
         verify(directory, reference_of(graph), cases, atol=limit, rtol=limit, shown=shown, put=put)

@@ -74,14 +74,10 @@ def view_probes(adapted: AdaptedModel, view: View) -> list[dict[str, Tensor]]:
     """
     seen, entry = adapted.within(view)
     captured = adapted.graphs.captured(seen.inputs(adapted.base), entry, seen)
-    large = _is_large(adapted.base)
-    trials = view.trials[::2] if large else view.trials
-    held = [max(trials, key=lambda sizes: sizes["batch"] * sum(sizes.values()))] if large else trials
-    found = []
-    for seed, sizes in enumerate(trials):
-        case = seen.inputs(adapted.base, sizes=sizes, seed=seed + 1)
-        found.append(case)
-        if sizes not in held:
+    trials, found = trials_of(adapted, view), view_cases(adapted, seen)
+    held = max(trials, key=lambda sizes: sizes["batch"] * sum(sizes.values()))
+    for sizes, case in zip(trials, found, strict=True):
+        if _is_large(adapted.base) and sizes is not held:
             continue
         try:
             with without_cache(adapted.base):
@@ -93,6 +89,16 @@ def view_probes(adapted: AdaptedModel, view: View) -> list[dict[str, Tensor]]:
         for (name, a), b in zip(want.items(), got, strict=True):
             _hold(name, view.shown(name, case, a), view.shown(name, case, b), same=a.shape == b.shape)
     return found
+
+
+def view_cases(adapted: AdaptedModel, view: View) -> list[dict[str, Tensor]]:
+    """Inputs of a view at each of its trials."""
+    return [view.inputs(adapted.base, sizes=sizes, seed=i + 1) for i, sizes in enumerate(trials_of(adapted, view))]
+
+
+def trials_of(adapted: AdaptedModel, view: View) -> Sequence[Mapping[str, int]]:
+    """The sizes that a view is compared at: fewer for a large model."""
+    return view.trials[::2] if _is_large(adapted.base) else view.trials
 
 
 def _is_large(base: nn.Module) -> bool:

@@ -85,7 +85,7 @@ class OnnxModel:
             PeftfxError: an input is missing or unknown, or ONNX Runtime refuses its shape or dtype.
         """
         self._check(tensors)
-        feed = {**self._put, **{name: _to_ort(value) for name, value in tensors.items()}}
+        feed = {**self._put, **{name: to_ort(value) for name, value in tensors.items()}}
         try:
             values = self._session.run_with_ort_values(list(self.outputs), feed)
         except Exception as error:
@@ -93,7 +93,7 @@ class OnnxModel:
             raise PeftfxError(
                 f"ONNX Runtime refuses these inputs: {first_line(error)}", str(self.path), shapes
             ) from error
-        return {name: _to_torch(value) for name, value in zip(self.outputs, values, strict=True)}
+        return {name: to_torch(value) for name, value in zip(self.outputs, values, strict=True)}
 
     def run_into(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """Run on tensors where they are and write into others: nothing is copied.
@@ -147,7 +147,8 @@ def find(directory: Path) -> Path:
     raise PeftfxError("there is no ONNX model here" if directory.is_dir() else "no such directory", str(path), hint)
 
 
-def _to_ort(value: torch.Tensor) -> ort.OrtValue:
+def to_ort(value: torch.Tensor) -> ort.OrtValue:
+    """A tensor for ONNX Runtime: on the CPU its own memory, for as long as the result lives."""
     value = value.detach().cpu().contiguous()
     if value.dtype in _VIEWS:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
@@ -161,7 +162,8 @@ def _lent(value: torch.Tensor) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(value.detach().numpy())
 
 
-def _to_torch(value: ort.OrtValue) -> torch.Tensor:
+def to_torch(value: ort.OrtValue) -> torch.Tensor:
+    """What ONNX Runtime gave, as a tensor."""
     if value.element_type() == _BFLOAT16:
         return torch.utils.dlpack.from_dlpack(value._get_c_value().to_dlpack())
     return torch.from_numpy(np.array(value.numpy()))

@@ -62,7 +62,7 @@ def capture_opened(adapted: AdaptedModel, view: str, inputs: Mapping[str, object
     attention one for keys and values.
 
     Raises:
-        PeftfxError: the model is an encoder-decoder, or in bfloat16.
+        PeftfxError: the model is an encoder-decoder.
     """
     base = adapted.base
     _refuse(adapted)
@@ -93,8 +93,6 @@ def _refuse(adapted: AdaptedModel) -> None:
         raise PeftfxError("a graph for swappable adapters is of the base alone", ", ".join(adapted.active), hint)
     if generates(base) and getattr(base.config, "is_encoder_decoder", False):
         raise PeftfxError("an encoder-decoder has two graphs, and an adapter file is for one", name, hint)
-    if any(p.dtype == torch.bfloat16 for p in base.parameters()):
-        raise PeftfxError("a base in bfloat16 has no swappable adapters", name, "export it with dtype fp16 or fp32")
 
 
 def open_initializers(

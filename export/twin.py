@@ -41,9 +41,9 @@ def in_bfloat16(model: ir.Model) -> bool:
 
 
 def _widen(model: ir.Model) -> None:
-    """Everything that was bfloat16 is float32, but for the initializers: they are cast."""
+    """Everything that was bfloat16 is float32, but for the initializers, inputs too or not: they are cast."""
     for value in every_value(model.graph):
-        if value.dtype == ir.DataType.BFLOAT16:
+        if not value.is_initializer() and value.dtype == ir.DataType.BFLOAT16:
             value.dtype = ir.DataType.FLOAT
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         for attribute in list(node.attributes.values()):
