@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -47,3 +48,24 @@ def dense(weight: Tensor, groups: int) -> Tensor:
 def weighted_sum(factors: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape, each times its factor."""
     return torch.stack([f * t for f, t in zip(factors, tensors, strict=True)]).sum(0)
+
+
+def summed(
+    site: Site, how: str, scales: Sequence[float], factors: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """The factors of a sum of low-rank updates `s_i B_i A_i`.
+
+    `cat`: `B A = sum s_i B_i A_i`, exactly, at the sum of the ranks. `linear`, which is HF PEFT's approximation:
+    `A = sum sign(s_i) sqrt|s_i| A_i` and `B = sum sqrt|s_i| B_i`.
+    """
+    down, up = zip(*factors, strict=True)
+    if how == "cat":
+        rows = [(s * a).unflatten(0, (site.groups, -1)) for s, a in zip(scales, down, strict=True)]
+        return torch.cat(rows, 1).flatten(0, 1), torch.cat(up, 1)
+    ranks = [len(a) for a in down]
+    if len(set(ranks)) > 1:
+        what = f"a linear combination needs equal ranks, not {', '.join(map(str, ranks))}"
+        raise PeftfxError(what, site.path, "combination_type='cat'")
+    roots = [math.sqrt(abs(s)) for s in scales]
+    signed = [math.copysign(root, s) for root, s in zip(roots, scales, strict=True)]
+    return weighted_sum(signed, down), weighted_sum(roots, up)

@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.low_rank import check_options, dense, product, weighted_sum
+from peftfx.lora_start import check_start, factors_of, fill, starts_from_weight
+from peftfx.low_rank import check_options, dense, product, summed, weighted_sum
+from peftfx.magnitude import gain, row_norms
 from peftfx.method import Base, Method, Op, Params, Rows, Weighted, WeightMethod
 from peftfx.sites import Site
 from peftfx.update import Update
@@ -72,10 +74,7 @@ class LoRA(WeightMethod):
         if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "LoRA(r=8)")
         check_options(self, self.lora_dropout, self.bias)
-        known = self.init_lora_weights in (True, False, "gaussian", "pissa", "olora")
-        if not known and not re.fullmatch(r"pissa_niter_\d+", str(self.init_lora_weights)):
-            hint = "one of True, False, 'gaussian', 'pissa', 'pissa_niter_16', 'olora'"
-            raise PeftfxError(f"unknown initialisation {self.init_lora_weights!r}", "init_lora_weights", hint)
+        check_start(self.init_lora_weights)
 
     __hash__ = WeightMethod.__hash__
 
@@ -128,49 +127,17 @@ class LoRA(WeightMethod):
         else:
             ones = (1,) * len(kernel)
             p = {A: new(r, inner, *kernel), B: new(out, r // site.groups, *ones)}
-        self._fill(site, base, p, rng)
+        if starts_from_weight(self.init_lora_weights):
+            start = factors_of(self.init_lora_weights, site, weight.float(), r, self.scaling)
+            p[A], p[B] = (t.to(p[A].dtype) for t in start)
+            p[A0], p[B0] = p[A].clone(), p[B].clone()
+        else:
+            fill(self.init_lora_weights, site, p[A], p[B], rng)
         if self.lora_bias:
             p[B_BIAS] = new(out)
         if self.use_dora:
-            p[MAGNITUDE] = self._norm(site, weight.to(p[A].dtype))
+            p[MAGNITUDE] = row_norms(site, weight.to(p[A].dtype))
         return p
-
-    def _fill(self, site: Site, base: Base, p: dict[str, Tensor], rng: torch.Generator | None) -> None:
-        """HF PEFT's initialisations, in place."""
-        how = self.init_lora_weights
-        if isinstance(how, str) and how != "gaussian":
-            if site.kind != "linear":
-                hint = "leave convs and embeddings out of this rule"
-                raise PeftfxError(f"{how} starts from a linear weight, not from a {site.kind}", site.path, hint)
-            p[A], p[B] = (t.to(p[A].dtype) for t in self._factors(site, base.weight.float()))
-            p[A0], p[B0] = p[A].clone(), p[B].clone()
-        elif site.kind == "embedding":
-            p[B].normal_(generator=rng)
-            if how is False:
-                p[A].normal_(generator=rng)
-        elif how == "gaussian":
-            p[A].normal_(std=1 / self.r, generator=rng)
-        else:
-            torch.nn.init.kaiming_uniform_(p[A], a=math.sqrt(5), generator=rng)
-            if how is False:
-                torch.nn.init.kaiming_uniform_(p[B], a=math.sqrt(5), generator=rng)
-
-    def _factors(self, site: Site, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B with `s B A` (PiSSA) or `B A` (OLoRA) the best or the orthogonal low-rank part of `weight`."""
-        r = self.r
-        if self.init_lora_weights == "olora":
-            q, upper = torch.linalg.qr(weight)
-            return upper[:r].contiguous(), q[:, :r].contiguous()
-        if self.init_lora_weights == "pissa":
-            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        else:
-            niter = int(str(self.init_lora_weights).rpartition("_")[2])
-            with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-                torch.manual_seed(0)  # the factors are computed again when the adapter is loaded: they must be the same
-                u, s, v = torch.svd_lowrank(weight, r, niter=niter)
-            vh = v.T
-        root = torch.sqrt(s[:r] / self.scaling)
-        return root[:, None] * vh[:r], u[:, :r] * root
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         drops = training and self.lora_dropout > 0 and site.kind != "embedding"
@@ -179,7 +146,7 @@ class LoRA(WeightMethod):
         start = self._delta(site, op, x, p[A0], p[B0], None) if A0 in p else None
         if not self.use_dora:
             return (y + delta if start is None else y + (delta - start)).to(y.dtype)
-        gain = self._gain(site, base, p)
+        gains = along_channels(gain(site, p[MAGNITUDE], self._updated(site, base.weight, p)), site)
         bare = y if base.bias is None else y - along_channels(base.bias, site)
         if drops:
             bare = op(dropped, base.weight)
@@ -187,7 +154,7 @@ class LoRA(WeightMethod):
         if start is not None:  # HF PEFT's base has lost s B0 A0, which dropout then passes by
             begun = self._delta(site, op, dropped, p[A0], p[B0], None) if drops else start
             moved, delta = y + (begun - start), delta - begun
-        return (moved + (gain - 1) * bare + gain * delta).to(y.dtype)
+        return (moved + (gains - 1) * bare + gains * delta).to(y.dtype)
 
     def _delta(self, site: Site, op: Op, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         """`B(s A(x))`, in the adapter's own precision: the scale is where the least has to be scaled."""
@@ -199,19 +166,6 @@ class LoRA(WeightMethod):
         conv = (F.conv1d, F.conv2d, F.conv3d)[b.ndim - 3]
         return conv(low, b, bias, groups=site.groups)
 
-    def _gain(self, site: Site, base: Base, p: Params) -> Tensor:
-        weight = self._updated(site, base.weight, p)
-        gain = p[MAGNITUDE].flatten() / self._norm(site, weight).detach().flatten()
-        return along_channels(gain, site)
-
-    def _norm(self, site: Site, weight: Tensor) -> Tensor:
-        """The norm of each output row, in the shape in which HF PEFT stores the magnitude."""
-        if site.kind == "embedding":
-            return torch.linalg.vector_norm(weight, dim=0)
-        if site.kind == "linear":
-            return torch.linalg.vector_norm(weight, dim=1)
-        return torch.linalg.vector_norm(weight.flatten(1), dim=1).view(1, -1, *(1,) * (weight.ndim - 2))
-
     def _updated(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         """`W + s (B A - B0 A0)`; dense where the site is a conv of several groups."""
         if site.kind == "linear" and A0 not in p and weight.dtype == p[A].dtype:
@@ -222,29 +176,29 @@ class LoRA(WeightMethod):
         return dense(weight, site.groups) + self.scaling * update
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
-        weight, gain = self._updated(site, base.weight, p), None
+        weight, gains = self._updated(site, base.weight, p), None
         if self.use_dora:
-            gain = p[MAGNITUDE].flatten() / self._norm(site, weight).flatten()
-            weight = weight * (gain if site.kind == "embedding" else along_rows(gain, weight))
-        return Base(weight, self._bias(base.bias, gain, p))
+            gains = gain(site, p[MAGNITUDE], weight)
+            weight = weight * (gains if site.kind == "embedding" else along_rows(gains, weight))
+        return Base(weight, self._bias(base.bias, gains, p))
 
-    def _bias(self, bias: Tensor | None, gain: Tensor | None, p: Params) -> Tensor | None:
+    def _bias(self, bias: Tensor | None, gains: Tensor | None, p: Params) -> Tensor | None:
         """The base's bias, and the one of `B`."""
         if B_BIAS not in p:
             return bias
-        added = self.scaling * p[B_BIAS] * (1 if gain is None else gain)
+        added = self.scaling * p[B_BIAS] * (1 if gains is None else gains)
         return added if bias is None else bias + added
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
         q = {name: t.float() for name, t in p.items()}
-        joined, gain = (_joined(q) if A0 in q else q), None
+        joined, gains = (_joined(q) if A0 in q else q), None
         b = self.scaling * joined[B]
         if self.use_dora:
             weight = self._updated(site, base.weight.float(), q)
-            gain = q[MAGNITUDE].flatten() / self._norm(site, weight).flatten()
-            b = gain[:, None] * b
-        bias = self._bias(base.bias, gain, q)
-        return Update(outer=gain, a=joined[A], b=b, bias=None if bias is base.bias else bias)
+            gains = gain(site, q[MAGNITUDE], weight)
+            b = gains[:, None] * b
+        bias = self._bias(base.bias, gains, q)
+        return Update(outer=gains, a=joined[A], b=b, bias=None if bias is base.bias else bias)
 
     def gather(self, methods: Mapping[str, Method]) -> LoRA:
         own = {path: m for path, m in methods.items() if isinstance(m, LoRA)}
@@ -270,7 +224,7 @@ class LoRA(WeightMethod):
         if self.lora_bias:
             p[B_BIAS] = first[B_BIAS].new_zeros(base.weight.shape[0])
         if self.use_dora:
-            p[MAGNITUDE] = self._norm(site, base.weight).clone()
+            p[MAGNITUDE] = row_norms(site, base.weight).clone()
         for i, (rows, q) in enumerate(parts.items()):
             index = row_index(rows)
             p[B][index, i * r : (i + 1) * r] = q[B]
@@ -280,39 +234,24 @@ class LoRA(WeightMethod):
 
     @classmethod
     def combined(cls, site: Site, how: str, given: Sequence[Weighted]) -> tuple[WeightMethod, dict[str, Tensor]]:
-        """`linear`: `A = sum sign(ws) sqrt|ws| A_i`, `B = sum sqrt|ws| B_i`; `cat`: `B A = sum ws B_i A_i`, exactly.
-
-        `w` is an adapter's weight and `s` its scale; the new one's is 1.
-        """
+        """As `peftfx.low_rank.summed`: a factor is an adapter's weight times its scale; the new one's scale is 1."""
         scales, params = [], []
         for weight, method, p in given:
             assert isinstance(method, LoRA)
             if method.use_dora:
-                raise PeftfxError(
-                    "magnitudes of DoRA have no sum", site.path, "merge one, or make one active at a time"
-                )
+                hint = "merge one, or make one active at a time"
+                raise PeftfxError("magnitudes of DoRA have no sum", site.path, hint)
             if A0 in p and how == "linear":
                 raise PeftfxError("factors that start from the weight have no sum", site.path, "combination_type='cat'")
             scales.append(weight * method.scaling)
             params.append(_joined(p) if A0 in p else dict(p))
-        ranks = [p[A].shape[0] for p in params]
-        if how == "linear" and len(set(ranks)) > 1:
-            what = f"a linear combination needs equal ranks, not {', '.join(map(str, ranks))}"
-            raise PeftfxError(what, site.path, "combination_type='cat'")
-        if how == "linear":
-            r, roots = ranks[0], [math.sqrt(abs(s)) for s in scales]
-            signed = [math.copysign(root, s) for root, s in zip(roots, scales, strict=True)]
-            a, b = weighted_sum(signed, [p[A] for p in params]), weighted_sum(roots, [p[B] for p in params])
-        else:
-            r = sum(ranks)
-            rows = [(s * p[A]).unflatten(0, (site.groups, -1)) for s, p in zip(scales, params, strict=True)]
-            a, b = torch.cat(rows, 1).flatten(0, 1), torch.cat([p[B] for p in params], 1)
+        a, b = summed(site, how, scales, [(p[A], p[B]) for p in params])
         biased = [(s, p[B_BIAS]) for s, p in zip(scales, params, strict=True) if B_BIAS in p]
         new = {A: a, B: b} | ({B_BIAS: weighted_sum(*zip(*biased, strict=True))} if biased else {})
         first = given[0].method
         assert isinstance(first, LoRA)
         plain = dataclasses.replace(first, use_rslora=False, init_lora_weights=True, bias="none")
-        return dataclasses.replace(plain, r=r, lora_alpha=r, lora_bias=bool(biased)), new
+        return dataclasses.replace(plain, r=len(a), lora_alpha=len(a), lora_bias=bool(biased)), new
 
     def _plain(self, parts: Mapping[Rows, Params]) -> LoRA:
         """LoRA of twice the rank: where a part starts from factors of its own rows, the whole has no such start."""
