@@ -7,7 +7,8 @@ each row takes its own. Prefixes are padded ahead to the longest, and masked.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,52 +18,78 @@ from peftfx.adapted import AdaptedModel
 from peftfx.decode import Decode
 from peftfx.errors import PeftfxError
 from peftfx.export.adapters import WORDS, wanted_of
+from peftfx.export.deployment import Deployment, Inputs
 from peftfx.export.parts import DECODE, FORWARD, Part, capture_parts, generates, refuse_fixed
-from peftfx.export.verify import reference_of
+from peftfx.export.probes import probes, view_probes
+from peftfx.export.verify import Reference, reference_of
 from peftfx.graph import BASE
 from peftfx.passes.by_row import ByRow
 from peftfx.placement import site_tensors
 from peftfx.rowwise import BATCHED, IDS, Rowwise
 from peftfx.sites import Site
 from peftfx.slots import INNER, OUTER, OWN, PREFIX, A, B
+from peftfx.soft import encodes_and_decodes
 from peftfx.stored import exact
 from peftfx.update import Update
 
 Wanted = Mapping[tuple[str, str], Tensor]
-Reference = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
-def capture_batched(
-    adapted: AdaptedModel, view: str, inputs: Mapping[str, object] | None, names: Sequence[str]
-) -> list[Part]:
-    """The graph of a model in which rows choose among these of its adapters.
+@dataclass(frozen=True)
+class Batched(Deployment):
+    """The graph of a model in which rows choose among these of its adapters."""
 
-    Raises:
-        PeftfxError: the model is an encoder-decoder, or an adapter does something that rows cannot have apart.
-    """
-    base = adapted.base
-    decodes = view != FORWARD and generates(base)
-    if decodes and getattr(base.config, "is_encoder_decoder", False):
-        what = "rows of an encoder-decoder have no adapters of their own yet"
-        raise PeftfxError(what, type(base).__name__, "export each adapter merged")
-    each = [_told(adapted, name) for name in names]
-    if not decodes and any(("", PREFIX) in own for own in each):
-        what = "a soft prompt has a place for each row in the decode view alone"
-        raise PeftfxError(what, type(base).__name__, "export that view, or the adapter merged")
-    stacks = _stacked(adapted, each)
-    with adapted.disable_adapter():
-        if not decodes:
-            (part,) = capture_parts(adapted, FORWARD, inputs)
-        else:
-            found = adapted.view(DECODE)
-            assert isinstance(found, Decode)
-            lengths = (0, *(len(own.get(("", PREFIX), ())) for own in each))
-            rowwise = Rowwise(found, lengths)
-            graph = adapted.graphs.captured(rowwise.inputs(base), rowwise.entry, rowwise)
-            refuse_fixed(graph, found.axes)
-            part = Part("model.onnx", found, graph, graph)
-    part.graph = part.exported = ByRow(stacks)(part.graph).graph
-    return [part]
+    adapters: tuple[str, ...] = ()
+
+    def names(self, adapted: AdaptedModel) -> Sequence[str]:
+        return self.adapters
+
+    def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[Part]:
+        """Capture the base, and let rows choose.
+
+        Raises:
+            PeftfxError: the model is an encoder-decoder, or an adapter does something that rows cannot have apart.
+        """
+        base = adapted.base
+        decodes = view != FORWARD and generates(base)
+        if decodes and encodes_and_decodes(base):
+            what = "rows of an encoder-decoder have no adapters of their own yet"
+            raise PeftfxError(what, type(base).__name__, "export each adapter merged")
+        each = [_told(adapted, name) for name in self.adapters]
+        if not decodes and any(("", PREFIX) in own for own in each):
+            what = "a soft prompt has a place for each row in the decode view alone"
+            raise PeftfxError(what, type(base).__name__, "export that view, or the adapter merged")
+        stacks = _stacked(adapted, each)
+        with adapted.disable_adapter():
+            if not decodes:
+                (part,) = capture_parts(adapted, FORWARD, inputs)
+            else:
+                found = adapted.view(DECODE)
+                assert isinstance(found, Decode)
+                lengths = (0, *(len(own.get(("", PREFIX), ())) for own in each))
+                rowwise = Rowwise(found, lengths)
+                graph = adapted.graphs.captured(rowwise.inputs(base), rowwise.entry, rowwise)
+                refuse_fixed(graph, found.axes)
+                part = Part("model.onnx", found, graph, graph)
+        part.graph = part.exported = ByRow(stacks)(part.graph).graph
+        return [part]
+
+    def cases(self, adapted: AdaptedModel, part: Part, example: Inputs) -> list[dict[str, Tensor]]:
+        """Calls in which the rows have adapters, and none, in turn."""
+        with adapted.disable_adapter():
+            if part.view is not None:
+                return with_ids(view_probes(adapted, part.view), len(self.adapters))
+            specs = [s for s in part.graph.inputs if s.name != IDS]
+            return with_ids(probes(adapted, specs, example), len(self.adapters))
+
+    def reference(self, adapted: AdaptedModel, part: Part) -> Reference:
+        """Each row is what the model with that row's adapter alone makes of it."""
+        return each_alone(adapted, part, self.adapters)
+
+    def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
+        """Tell which number is which adapter's; other runtimes do not know of `adapter_ids`."""
+        told = json.dumps({"adapters": list(self.adapters)}, indent=1)
+        (directory / BATCHED).write_text(f"{told}\n", encoding="utf-8")
 
 
 def _told(adapted: AdaptedModel, name: str) -> dict[tuple[str, str], Tensor]:
@@ -174,8 +201,3 @@ def with_ids(cases: Sequence[Mapping[str, Tensor]], count: int) -> list[dict[str
         rows = next(iter(case.values())).shape[0]
         made.append({**case, IDS: (torch.arange(first, first + rows) % (count + 1)) - 1})
     return made
-
-
-def write_names(directory: Path, names: Sequence[str]) -> None:
-    """Tell beside the model which number is which adapter's."""
-    (directory / BATCHED).write_text(json.dumps({"adapters": list(names)}, indent=1) + "\n", encoding="utf-8")

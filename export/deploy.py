@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,27 +13,21 @@ from torch import nn
 
 from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
-from peftfx.decode import Decode
 from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
-from peftfx.export.batched import capture_batched, each_alone, with_ids, write_names
-from peftfx.export.exported_model import write_export_json
-from peftfx.export.genai import write_genai_config
+from peftfx.export.batched import Batched
+from peftfx.export.deployment import Deployment, InGraph
 from peftfx.export.in_eval import in_eval
 from peftfx.export.memory import refuse_memory
 from peftfx.export.onnx import CPU, FAST, check_optimize, to_onnx
-from peftfx.export.parts import Part, capture_parts
-from peftfx.export.probes import probes, view_probes
 from peftfx.export.quantize import FINITE, check_quantization
 from peftfx.export.quantize import quantize as quantize_model
 from peftfx.export.report import REPORT, Report
-from peftfx.export.swappable import Slots, capture_opened, filled, open_initializers, write_manifest
-from peftfx.export.verify import reference_of, verify
+from peftfx.export.swappable import Slots, Swappable
+from peftfx.export.verify import verify
 from peftfx.export.weights import Written, save_together
-from peftfx.opened import Opened
 from peftfx.passes import Merge, PassManager
 from peftfx.peft_files import RULES
-from peftfx.rowwise import IDS
 
 Progress = Callable[[str], object]
 _BFLOAT16 = (
@@ -105,24 +99,21 @@ def export_onnx(
     example = adapted.example if inputs is None else inputs
     check_quantization(quantize, max_error)
     check_optimize(optimize)
-    if batched and slots is not None:
-        hint = "export two directories"
-        raise PeftfxError("adapters that rows choose from, and slots for others", ", ".join(batched), hint)
+    usual = _tolerance(adapted.base)
+    if quantize is not None:
+        atol, rtol = 0.0, FINITE if max_error is None else max_error
+    atol, rtol = usual if atol is None else atol, usual if rtol is None else rtol
+    way = _deployment(merge, slots, batched, str(source), rtol)
     refuse_memory(adapted, max_memory)
-    report = Report.of(adapted, batched or adapted.active)
+    report = Report.of(adapted, way.names(adapted))
     say = progress or (lambda line: None)
     if any(p.dtype == torch.bfloat16 for p in adapted.base.parameters()):
         say(_BFLOAT16)
     stages = _Stages(report.seconds, say)
     with publish(Path(directory), force) as temporary, in_eval(adapted):
         with stages("capture"):
-            if batched:
-                parts = capture_batched(adapted, view, inputs, batched)
-            elif slots is not None:
-                parts = capture_opened(adapted, view, inputs, Slots.of(slots))
-            else:
-                parts = capture_parts(adapted, view, inputs)
-        if merge and adapted.active and not batched:
+            parts = way.capture(adapted, view, inputs)
+        if way.merges and adapted.active:
             with stages("merge"):
                 for part in parts:
                     part.exported = PassManager([Merge()])(part.graph)
@@ -131,41 +122,24 @@ def export_onnx(
             programs = {
                 part.file: to_onnx(part.exported, opset=opset, engine=engine, optimize=optimize) for part in parts
             }
-            for part in parts if slots is not None else ():
-                part.slots = open_initializers(programs[part.file], part.slots, adapted.base, part.graph.sites)
+            programs = {part.file: way.finish(adapted, part, programs[part.file]) for part in parts}
             if quantize is not None:
                 report.quantized = {name: quantize_model(program, quantize) for name, program in programs.items()}
         with stages("write"):
             save_together(programs, temporary, written=written)
         with stages("verify"):
-            usual = _tolerance(adapted.base)
-            if quantize is not None:
-                atol, rtol = 0.0, FINITE if max_error is None else max_error
             for part in parts:
-                with adapted.disable_adapter() if batched else nullcontext():
-                    cases = _cases(adapted, part, example)
-                reference = reference_of(part.graph)
-                if batched:
-                    cases, reference = with_ids(cases, len(batched)), each_alone(adapted, part, batched)
                 found = verify(
-                    *(temporary / part.file, reference, cases),
-                    atol=usual if atol is None else atol,
-                    rtol=usual if rtol is None else rtol,
+                    temporary / part.file,
+                    way.reference(adapted, part),
+                    way.cases(adapted, part, example),
+                    atol=atol,
+                    rtol=rtol,
                     graph=part.graph,
                     shown=None if part.view is None else part.view.shown,
                 )
                 report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")
-        for part in parts:
-            shown = part.view.view if isinstance(part.view, Opened) else part.view
-            if batched:
-                write_names(temporary, batched)
-            elif isinstance(shown, Decode):
-                _, entry = adapted.within(shown)
-                write_genai_config(temporary, adapted.base.config, shown, 0 if entry is None else entry.shape[0])
-            elif shown is None:
-                write_export_json(temporary, part.file, part.exported, adapted.base, example)
-            if slots is not None:
-                write_manifest(temporary, adapted.base, part, str(source), usual if rtol is None else rtol)
+        way.describe(temporary, adapted, parts, example)
         report.measure(temporary)
         if assets is not None:
             assets(temporary)
@@ -174,12 +148,15 @@ def export_onnx(
     return report
 
 
-def _cases(adapted: AdaptedModel, part: Part, example: Mapping[str, object]) -> list[dict[str, torch.Tensor]]:
-    """Calls to verify a part at."""
-    if part.view is not None:
-        return filled(view_probes(adapted, part.view), part.slots)
-    own = {IDS, *(slot.name for slot in part.slots)}
-    return filled(probes(adapted, [s for s in part.graph.inputs if s.name not in own], example), part.slots)
+def _deployment(
+    merge: bool, slots: Slots | str | None, batched: Sequence[str], source: str, tolerance: float
+) -> Deployment:
+    if slots is None:
+        return Batched(tuple(batched)) if batched else InGraph(merge)
+    if batched:
+        hint = "export two directories"
+        raise PeftfxError("adapters that rows choose from, and slots for others", ", ".join(batched), hint)
+    return Swappable(Slots.of(slots), source, tolerance)
 
 
 def _write_configs(base: nn.Module, directory: Path) -> None:

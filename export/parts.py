@@ -10,7 +10,9 @@ from torch import nn
 from peftfx.adapted import AdaptedModel
 from peftfx.errors import PeftfxError, nearest
 from peftfx.graph import Graph
+from peftfx.opened import Opened
 from peftfx.slots import Slot
+from peftfx.soft import encodes_and_decodes
 from peftfx.tasks import task_of
 from peftfx.views import View, name_axes
 
@@ -36,6 +38,11 @@ class Part:
     graph: Graph
     exported: Graph
     slots: tuple[Slot, ...] = ()
+
+    @property
+    def seen(self) -> View | None:
+        """The view as its callers know it, without places for soft prompts."""
+        return self.view.view if isinstance(self.view, Opened) else self.view
 
     @property
     def stem(self) -> str:
@@ -81,7 +88,7 @@ def generates(base: nn.Module) -> bool:
 
 def files_of(base: nn.Module) -> dict[str, str]:
     """The files that a model which generates is served by, and the view that each holds."""
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+    if encodes_and_decodes(base):
         return {"encoder_model.onnx": "encoder", "decoder_model.onnx": "decoder"}
     return {"model.onnx": DECODE}
 

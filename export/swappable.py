@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from peftfx.adapted import AdaptedModel
 from peftfx.decode import Decode
 from peftfx.errors import PeftfxError
+from peftfx.export.deployment import Deployment, Inputs
 from peftfx.export.onnx import every_value
 from peftfx.export.parts import FORWARD, Part, capture_parts, generates, refuse_fixed
+from peftfx.export.probes import probes
 from peftfx.export.tidy import PERM
 from peftfx.export.weights import SOURCE
 from peftfx.graph import BASE
@@ -27,6 +29,7 @@ from peftfx.opened import Opened
 from peftfx.passes.open import Open, slots_of
 from peftfx.sites import NORM, Site, plays
 from peftfx.slots import INNER, OUTER, OWN, PREFIX, RANK, TOKENS, Manifest, Slot, fingerprint
+from peftfx.soft import encodes_and_decodes
 from peftfx.target import select
 from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 
@@ -54,16 +57,57 @@ class Slots:
         return Slots(given) if isinstance(given, str) else given
 
 
-def capture_opened(adapted: AdaptedModel, view: str, inputs: Mapping[str, object] | None, slots: Slots) -> list[Part]:
+@dataclass(frozen=True)
+class Swappable(Deployment):
     """The graph of a model without adapters, with its slots open.
 
-    Linear sites that are targeted get a low-rank sum and a scale of their output, and one of their input where their
-    role is one of `SCALED`. In the decode view there is a place for a prefix ahead of the text, and beside each
-    attention one for keys and values.
-
-    Raises:
-        PeftfxError: the model is an encoder-decoder.
+    Attributes:
+        slots: which.
+        source: where the base was read from, or empty.
+        tolerance: of the verification, adapters' too.
     """
+
+    slots: Slots = Slots()
+    source: str = ""
+    tolerance: float = 1e-4
+
+    def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[Part]:
+        """Capture the base and open its slots.
+
+        Linear sites that are targeted get a low-rank sum and a scale of their output, and one of their input where
+        their role is one of `SCALED`. In the decode view there is a place for a prefix ahead of the text, and beside
+        each attention one for keys and values.
+
+        Raises:
+            PeftfxError: the model is an encoder-decoder.
+        """
+        return _opened(adapted, view, inputs, self.slots)
+
+    def finish(self, adapted: AdaptedModel, part: Part, program: ir.Model) -> ir.Model:
+        """The program, whose slots may be left out of a call."""
+        part.slots = open_initializers(program, part.slots, adapted.base, part.graph.sites)
+        return program
+
+    def cases(self, adapted: AdaptedModel, part: Part, example: Inputs) -> list[dict[str, Tensor]]:
+        """Calls with something in each slot."""
+        if part.view is not None:
+            return filled(super().cases(adapted, part, example), part.slots)
+        own = {slot.name for slot in part.slots}
+        return filled(probes(adapted, [s for s in part.graph.inputs if s.name not in own], example), part.slots)
+
+    def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
+        """Tell which slots there are, too, and of which base the model is."""
+        super().describe(directory, adapted, parts, example)
+        for part in parts:
+            view = FORWARD if part.seen is None else part.seen.name
+            kinds = (p.dtype for p in adapted.base.parameters() if p.is_floating_point())
+            dtype = str(next(kinds, torch.float32)).removeprefix("torch.")
+            model = type(adapted.base).__name__
+            made = Manifest(self.source, model, fingerprint(adapted.base), dtype, view, self.tolerance, part.slots)
+            made.write(directory)
+
+
+def _opened(adapted: AdaptedModel, view: str, inputs: Inputs | None, slots: Slots) -> list[Part]:
     base = adapted.base
     _refuse(adapted)
     if view == FORWARD or not generates(base):
@@ -91,7 +135,7 @@ def _refuse(adapted: AdaptedModel) -> None:
     if adapted.active:
         hint = "remove the adapters, and write each to a file of its own (export-adapter)"
         raise PeftfxError("a graph for swappable adapters is of the base alone", ", ".join(adapted.active), hint)
-    if generates(base) and getattr(base.config, "is_encoder_decoder", False):
+    if generates(base) and encodes_and_decodes(base):
         raise PeftfxError("an encoder-decoder has two graphs, and an adapter file is for one", name, hint)
 
 
@@ -159,13 +203,3 @@ def _value(slot: Slot, size: int, random: torch.Generator) -> Tensor:
     shape = tuple(size if isinstance(s, str) else s for s in slot.shape)
     value = torch.randn(shape, generator=random) * (0.1 if size else 0.0)
     return (1 + value if slot.what in (INNER, OUTER) else value).to(getattr(torch, slot.dtype))
-
-
-def write_manifest(directory: Path, base: nn.Module, part: Part, source: str, tolerance: float) -> None:
-    """Tell beside the model which slots it has, and of which base it is."""
-    shown = part.view.view if isinstance(part.view, Opened) else part.view
-    view = FORWARD if shown is None else shown.name
-    kinds = (p.dtype for p in base.parameters() if p.is_floating_point())
-    dtype = str(next(kinds, torch.float32)).removeprefix("torch.")
-    made = Manifest(source, type(base).__name__, fingerprint(base), dtype, view, tolerance, part.slots)
-    made.write(directory)

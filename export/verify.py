@@ -18,6 +18,8 @@ from peftfx.export.twin import runnable
 from peftfx.graph import Graph
 
 Tensors = dict[str, torch.Tensor]
+Reference = Callable[[Tensors], Tensors]
+"""What a model is held against: takes inputs by name and returns outputs by name."""
 Shown = Callable[[str, Tensors, torch.Tensor], torch.Tensor]
 """What to compare of an output: given its name, the inputs, and its value."""
 MAPPED = 256 << 20  #: bytes of a model from which ONNX Runtime is not let copy its weights
@@ -52,7 +54,7 @@ class Comparison:
 
 def verify(
     directory: Path,
-    reference: Callable[[Tensors], Tensors],
+    reference: Reference,
     inputs: Sequence[Tensors],
     *,
     atol: float = 1e-4,
@@ -69,7 +71,7 @@ def verify(
 
     Args:
         directory: where `save` wrote the model, or its `.onnx` file.
-        reference: takes inputs by name and returns outputs by name.
+        reference: what it is held against.
         inputs: the calls to compare; sizes that the export never saw tell the most.
         atol: the absolute tolerance.
         rtol: the tolerance relative to the largest magnitude of an output.
@@ -89,7 +91,7 @@ def verify(
 
 def _compare_all(
     model: OnnxModel,
-    reference: Callable[[Tensors], Tensors],
+    reference: Reference,
     inputs: Sequence[Tensors],
     atol: float,
     rtol: float,
@@ -130,7 +132,7 @@ def _size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
 
 
-def reference_of(graph: Graph) -> Callable[[Tensors], Tensors]:
+def reference_of(graph: Graph) -> Reference:
     """The reference that a graph is for its own export."""
 
     def run(feed: Tensors) -> Tensors:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from peftfx.errors import PeftfxError
+from peftfx.soft import encodes_and_decodes
 from peftfx.stepping import Generates, Step
 from peftfx.stepping_from_text import GeneratesFromText, TextEncoder
 
@@ -34,7 +35,7 @@ def generator(adapted: AdaptedModel) -> Any:
     base = adapted.base
     if not getattr(base, "can_generate", lambda: False)():
         raise PeftfxError("this model does not generate", type(base).__name__, "only language models do")
-    encodes = bool(getattr(base.config, "is_encoder_decoder", False))
+    encodes = encodes_and_decodes(base)
     kind = _class(type(base), GeneratesFromText if encodes else Generates)  # type: ignore[arg-type]
     made = kind.__new__(kind)
     # Its own namespace over the base's own tables of modules and parameters: nothing is copied or registered.

@@ -24,7 +24,7 @@ from torch import nn
 from zoo import TOKENS
 
 from peftfx import IA3, LoRA, PromptTuning, cli, transform
-from peftfx.export import OnnxModel, deploy
+from peftfx.export import OnnxModel, deployment
 
 SIZES = {
     **TOKENS,
@@ -520,9 +520,9 @@ def test_in_a_process_of_its_own_an_error_is_no_traceback(tmp_path: Path) -> Non
 def test_a_failed_verification_is_exit_code_1_and_leaves_nothing(
     inputs: Inputs, peftfx: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference = deploy.reference_of
+    reference = deployment.reference_of
     monkeypatch.setattr(
-        deploy, "reference_of", lambda graph: lambda feed: {n: v + 0.01 for n, v in reference(graph)(feed).items()}
+        deployment, "reference_of", lambda graph: lambda feed: {n: v + 0.01 for n, v in reference(graph)(feed).items()}
     )
     done = peftfx("export", "--base", inputs.classifier, "--output", tmp_path / "out")
     assert_refused(done, "ONNX Runtime disagrees", "logits", "tolerance", code=1)

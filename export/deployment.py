@@ -1,0 +1,69 @@
+"""Deployment: a way of serving adapters, as what an export does differently for it at each of its stages."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import Tensor
+
+from peftfx.adapted import AdaptedModel
+from peftfx.decode import Decode
+from peftfx.export.exported_model import write_export_json
+from peftfx.export.genai import write_genai_config
+from peftfx.export.parts import Part, capture_parts
+from peftfx.export.probes import probes, view_probes
+from peftfx.export.verify import Reference, reference_of
+
+Inputs = Mapping[str, object]
+
+
+class Deployment(ABC):
+    """A way of serving adapters. What is here is what most of them do."""
+
+    #: Whether active adapters are folded into the weights, where there are any.
+    merges: bool = False
+
+    def names(self, adapted: AdaptedModel) -> Sequence[str]:
+        """The adapters that are in the graphs."""
+        return adapted.active
+
+    @abstractmethod
+    def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[Part]:
+        """The graphs to write; see `capture_parts`."""
+
+    def finish(self, adapted: AdaptedModel, part: Part, program: ir.Model) -> ir.Model:
+        """A part's program as it is written."""
+        return program
+
+    def cases(self, adapted: AdaptedModel, part: Part, example: Inputs) -> list[dict[str, Tensor]]:
+        """Calls to verify a part at."""
+        if part.view is not None:
+            return view_probes(adapted, part.view)
+        return probes(adapted, part.graph.inputs, example)
+
+    def reference(self, adapted: AdaptedModel, part: Part) -> Reference:
+        """What the part is held against in these calls."""
+        return reference_of(part.graph)
+
+    def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
+        """Tell other runtimes, beside the models, how they are served."""
+        for part in parts:
+            if isinstance(part.seen, Decode):
+                _, entry = adapted.within(part.seen)
+                write_genai_config(directory, adapted.base.config, part.seen, 0 if entry is None else entry.shape[0])
+            elif part.seen is None:
+                write_export_json(directory, part.file, part.exported, adapted.base, example)
+
+
+@dataclass(frozen=True)
+class InGraph(Deployment):
+    """The active adapters in the graph: merged, or apart as initializers under their own names."""
+
+    merges: bool = True
+
+    def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[Part]:
+        return capture_parts(adapted, view, inputs)
