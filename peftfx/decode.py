@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.caches import Held, cache_of, held, refuse_unknown
-from peftfx.capturing import evaluating, fake_mode_of
+from peftfx.dry_run import dry_run
 from peftfx.errors import PeftfxError, first_line
 from peftfx.inputs import example_inputs
-from peftfx.stored import faked
-from peftfx.views import Axes, without_cache
+from peftfx.views import Axes
 
 PAST, PRESENT = "past_key_values", "present"
 SIZES: Mapping[str, int] = {"batch": 2, "sequence": 5, "past": 3}
@@ -130,12 +129,10 @@ def decode_view(base: nn.Module) -> Decode:
         what = "the model takes no key/value cache: it has no decode view"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
     refuse_unknown(base)
-    found = fake_mode_of(base)
-    mode = found if isinstance(found, FakeTensorMode) else FakeTensorMode(allow_non_fake_inputs=True)
     text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
     cache = cache_of([])
-    with faked(base), evaluating(base), without_cache(base), torch.no_grad(), mode:
-        given = {name: mode.from_tensor(text[name]) for name in ("input_ids", "attention_mask")}
+    with dry_run(base) as fake:
+        given = {name: fake(text[name]) for name in ("input_ids", "attention_mask")}
         try:
             base(**given, cache=cache, use_cache=True)
         except Exception as error:

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from peftfx.dry_run import dry_run
 from peftfx.entry import POSITIONS, Call, Entry
 from peftfx.errors import PeftfxError
 from peftfx.inputs import example_inputs
-from peftfx.stored import faked
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache, DynamicCache
@@ -80,14 +78,12 @@ def cache_shape(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
         PeftfxError: the model keeps no cache, or one whose layers differ.
     """
     cache = _empty()
-    with faked(base), torch.no_grad():
-        mode = detect_fake_mode(list(base.parameters())) or FakeTensorMode(allow_non_fake_inputs=True)
-        with mode:
-            inputs = {name: mode.from_tensor(t) for name, t in example_inputs(base).items()}
-            try:
-                base(**inputs, **{_CACHE: _beside_encoder(cache) if decodes else cache})
-            except TypeError as error:  # no such argument
-                raise _no_place(base) from error
+    with dry_run(base) as fake:
+        inputs = {name: fake(t) for name, t in example_inputs(base).items()}
+        try:
+            base(**inputs, **{_CACHE: _beside_encoder(cache) if decodes else cache})
+        except TypeError as error:  # no such argument
+            raise _no_place(base) from error
     shapes = [tuple(_shape(getattr(layer, name, None)) for name in ("keys", "values")) for layer in cache.layers]
     if not shapes or any(None in pair for pair in shapes):
         raise _no_place(base)

@@ -18,17 +18,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftfx.caches import Held, cache_of, held
-from peftfx.capturing import evaluating, fake_mode_of
 from peftfx.decode import PAST, PRESENT, cache_names
+from peftfx.dry_run import dry_run
 from peftfx.errors import PeftfxError, first_line
 from peftfx.inputs import example_inputs
-from peftfx.stored import faked
-from peftfx.views import Axes, without_cache
+from peftfx.views import Axes
 
 SIZES: Mapping[str, int] = {"batch": 2, "encoder_sequence": 7, "sequence": 5, "past": 3}
 ENCODED, DECODED = "encoder", "decoder"
@@ -185,12 +184,10 @@ def find_layers(base: nn.Module) -> Layers:
         missing = ", ".join(sorted(needed - set(accepted)))
         what = f"the model is no encoder-decoder of text: its forward has no {missing}"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
-    found = fake_mode_of(base)
-    mode = found if isinstance(found, FakeTensorMode) else FakeTensorMode(allow_non_fake_inputs=True)
     text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
     cache = EncoderDecoderCache(cache_of([]), cache_of([]))
-    with faked(base), evaluating(base), without_cache(base), torch.no_grad(), mode:
-        given = {name: mode.from_tensor(t) for name, t in text.items() if name in needed}
+    with dry_run(base) as fake:
+        given = {name: fake(t) for name, t in text.items() if name in needed}
         try:
             output = base(**given, cache=cache, use_cache=True)
             own, cross = held(cache.self_attention_cache), held(cache.cross_attention_cache)

@@ -1,0 +1,38 @@
+"""dry_run: a model run on fake tensors, at no cost: what it keeps in a cache is seen so, whatever its architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from peftfx.capturing import evaluating, fake_mode_of
+from peftfx.stored import faked
+from peftfx.views import without_cache
+
+
+@contextmanager
+def dry_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Inside, `base` is in eval mode and runs on what the given function makes of tensors; no value is computed."""
+    found = fake_mode_of(base)
+    mode = found if isinstance(found, FakeTensorMode) else FakeTensorMode(allow_non_fake_inputs=True)
+    with faked(base), evaluating(base), without_cache(base), _batched_experts(base), torch.no_grad(), mode:
+        yield mode.from_tensor
+
+
+@contextmanager
+def _batched_experts(base: nn.Module) -> Iterator[None]:
+    """Inside, a mixture's experts are batched products: torch fakes grouped ones, the usual choice, in bf16 alone."""
+    if not isinstance(base, PreTrainedModel) or not base._can_set_experts_implementation():
+        yield
+        return
+    before = base.get_experts_implementation()
+    base.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        base.set_experts_implementation(before)
