@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from peftfx.adapter import Adapter, check_name
-from peftfx.ahead import Prefilled
-from peftfx.attending import AttentionMethod
+from peftfx.adapter import Adapter
+from peftfx.arguments import named_arguments
 from peftfx.capturing import evaluating, fake_mode_of
-from peftfx.decode import Decode
 from peftfx.entry import Entry
-from peftfx.errors import PeftfxError, nearest
+from peftfx.errors import PeftfxError
 from peftfx.graph import ADAPTERS, BASE, Graph
 from peftfx.graphs import Graphs
-from peftfx.merging import MergeReport, merge_into
+from peftfx.merging import MergeReport, merge_into, refuse_unmergeable
+from peftfx.named import Named
 from peftfx.passes import Merge
-from peftfx.passes.fold import evaluate
-from peftfx.passes.prefill import Left, Prefill
 from peftfx.rules import place
 from peftfx.sites import Sites
 from peftfx.soft import SequenceMethod
@@ -55,9 +51,9 @@ class AdaptedModel(nn.Module):
         self.base, self.example = base, dict(example)
         self.adapters = nn.Module()
         self._sites: Sites | None = sites
-        self.active: tuple[str, ...] = ()
         self._grads: dict[str, bool] = {}
-        self.graphs = Graphs(base, self.adapters)
+        self.named = Named(self.adapters)
+        self.graphs = Graphs(base, self.named)
         self.training = base.training
 
     @property
@@ -76,7 +72,7 @@ class AdaptedModel(nn.Module):
             rules: see `transform`.
             seed: of the random initial values; by default they come from torch's global generator.
         """
-        self._new_name(name)
+        self.named.refuse(name)
         adapter = Adapter(place(self.base, self.sites, rules))
         device = next((p.device for p in self.base.parameters()), torch.device("cpu"))
         rng = None if seed is None else torch.Generator(device).manual_seed(seed)
@@ -97,74 +93,44 @@ class AdaptedModel(nn.Module):
         """
         from peftfx.combining import combine
 
-        self._new_name(adapter_name)
+        self.named.refuse(adapter_name)
         named = {name: self.adapter(name) for name in adapters}
         with fake_mode_of(self.base):
             combined = combine(self.base, named, weights, combination_type)
         self._install(adapter_name, combined)
-
-    def _new_name(self, name: str) -> None:
-        check_name(name)
-        if name in self.names():
-            raise PeftfxError(
-                f"there is already an adapter named {name!r}", name, "give it another name, or remove it first"
-            )
 
     def _install(self, name: str, adapter: Adapter) -> None:
         if not self.names():
             named = self.base.named_parameters(remove_duplicate=False)
             self._grads = {key: p.requires_grad for key, p in named}
             self.base.requires_grad_(False)
-        self.adapters.add_module(name, adapter)
-        self.set_adapter(name)
+        self.named.add(name, adapter)
 
     def load_adapter(self, path: str | Path, name: str) -> None:
         """Add an adapter from a HF PEFT directory, and make it the active one."""
         from peftfx.checkpoint import read_adapter
 
-        self._new_name(name)
+        self.named.refuse(name)
         with fake_mode_of(self.base):
             adapter = read_adapter(Path(path), self.base, self.sites)
         self._install(name, adapter)
 
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The names of the adapters that act."""
+        return self.named.active
+
     def names(self) -> tuple[str, ...]:
         """The names of all adapters."""
-        return tuple(name for name, _ in self.adapters.named_children())
+        return self.named.names()
 
     def adapter(self, name: str) -> Adapter:
         """One adapter's state."""
-        if name not in self.names():
-            hint = nearest(name, self.names()) or f"adapters here: {', '.join(self.names()) or 'none'}"
-            raise PeftfxError(f"there is no adapter named {name!r}", name, hint)
-        found = self.adapters.get_submodule(name)
-        assert isinstance(found, Adapter)
-        return found
+        return self.named[name]
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
         """Make these adapters the active ones, in this order; only they are trained."""
-        chosen = (names,) if isinstance(names, str) else tuple(names)
-        for name in chosen:
-            self.adapter(name)
-            if chosen.count(name) > 1:
-                raise PeftfxError("an adapter acts once", name, "name each adapter once")
-        self._refuse_rivals(chosen)
-        self.active = chosen
-        for name in self.names():
-            self.adapter(name).requires_grad_(name in chosen)
-
-    def _refuse_rivals(self, names: Sequence[str]) -> None:
-        """Effects of adapters add up, but two copies of one of the base's tensors cannot both be in its place."""
-        owners: dict[str, str] = {}
-        soft = [name for name in names if self._entries((name,))]
-        if len(soft) > 1:
-            what = f"the soft prompts of {soft[0]!r} and {soft[1]!r} cannot both be ahead of the text"
-            raise PeftfxError(what, soft[1], "make one of them active at a time")
-        for name in names:
-            for override in self.adapter(name).overrides:
-                if override.key in owners:
-                    what = f"the adapters {owners[override.key]!r} and {name!r} both train their own copy of this"
-                    raise PeftfxError(what, override.key.partition(".")[2], "make one of them active at a time")
-                owners[override.key] = name
+        self.named.activate((names,) if isinstance(names, str) else tuple(names))
 
     def update_and_allocate(self, global_step: int) -> None:
         """Give out the rank budgets of the active adapters anew; see `peftfx.allocation`.
@@ -173,23 +139,16 @@ class AdaptedModel(nn.Module):
         """
         from peftfx.allocation import allocate
 
-        allocate([self.adapter(name) for name in self.active], global_step)
+        allocate(self.named.acting(), global_step)
 
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def disable_adapter(self) -> AbstractContextManager[None]:
         """Inside, the model is the base."""
-        before, self.active = self.active, ()
-        try:
-            yield
-        finally:
-            self.active = before
+        return self.named.none_active()
 
     def remove(self, name: str | None = None) -> nn.Module:
         """Remove an adapter, or all of them; returns the base, which is as it was before when all are gone."""
         for gone in self.names() if name is None else (name,):
-            self.adapter(gone)
-            delattr(self.adapters, gone)
-            self.active = tuple(a for a in self.active if a != gone)
+            self.named.drop(gone)
         self.graphs.forget_derived()
         if not self.names():
             for key, p in self.base.named_parameters(remove_duplicate=False):
@@ -202,18 +161,10 @@ class AdaptedModel(nn.Module):
         Weights shared with a module that is not adapted (a tied head, say) are untied first. `remove()` then gives the
         merged module. Nothing is changed if an active adapter cannot be merged.
         """
-        if self.entry() is not None:
-            hint = "export it: there it becomes a constant of the graph; or make adapters of weights alone active"
-            raise PeftfxError("a soft prompt has no place in the base's weights", ", ".join(self.active), hint)
-        placements = (p for name in self.active for p in self.adapter(name).placements)
-        beside = next((p for p in placements if isinstance(p.method, AttentionMethod)), None)
-        if beside is not None:
-            what = f"what {type(beside.method).__name__} adds to an attention has no place in the base's weights"
-            hint = "export it: there its keys and values become constants; or make adapters of weights alone active"
-            raise PeftfxError(what, beside.site.path, hint)
+        refuse_unmergeable({name: self.adapter(name) for name in self.active})
         with evaluating(self.base):
             merged = Merge()(self.graph()).graph
-        report = merge_into(self.base, merged, [self.adapter(name) for name in self.active])
+        report = merge_into(self.base, merged, self.named.acting())
         for name in self.active:
             self.remove(name)
         self.graphs.forget()
@@ -292,18 +243,8 @@ class AdaptedModel(nn.Module):
             shown, entry = self.within(shown) if adapted else (shown, None)
             inputs = shown.inputs(self.base) if inputs is None else inputs
         else:
-            inputs = self.example if inputs is None else _named(self.base, (), inputs)
-        captured = self.graphs.captured(inputs, entry, shown)
-        if not adapted or not self.active:
-            return captured
-        if isinstance(entry, Prefilled) and isinstance(shown, Decode):
-            through = self.graphs.derived(self.graphs.captured(inputs, entry.tokens, shown), self.active)
-            found = self.graphs.derived(captured, self.active, Prefill(Left(through, shown, entry)))
-        else:
-            found = self.graphs.derived(captured, self.active)
-        if found.derived and not isinstance(fake_mode_of(self.base), FakeTensorMode):
-            evaluate(found)  # the adapters may have changed
-        return found
+            inputs = self.example if inputs is None else named_arguments(self.base, (), inputs)
+        return self.graphs.adapted(inputs, entry, shown, self.active if adapted else ())
 
     def within(self, view: View) -> tuple[View, Entry | None]:
         """A view of the base as it is under an active soft prompt, and the way into it."""
@@ -312,11 +253,9 @@ class AdaptedModel(nn.Module):
 
     def entry(self) -> Entry | None:
         """The way into the base that an active soft prompt takes; None is the base's own forward."""
-        return next(iter(self._entries(self.active)), None)
-
-    def _entries(self, names: Sequence[str]) -> list[Entry]:
-        placements = (p for name in names for p in self.adapter(name).placements)
-        return [p.method.entry(self.base, p.site) for p in placements if isinstance(p.method, SequenceMethod)]
+        placements = (p for adapter in self.named.acting() for p in adapter.placements)
+        entries = (p.method.entry(self.base, p.site) for p in placements if isinstance(p.method, SequenceMethod))
+        return next(entries, None)
 
     def view(self, name: str) -> View | None:
         """The view of this name, as it is under an active soft prompt; `None` for the forward."""
@@ -357,7 +296,7 @@ class AdaptedModel(nn.Module):
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
-        self.graphs = Graphs(self.base, self.adapters)
+        self.graphs = Graphs(self.base, self.named)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _blank, (type(self.base),), self.__getstate__()
@@ -366,7 +305,7 @@ class AdaptedModel(nn.Module):
         graph, tensors = self._find(args, kwargs)
         flat = graph.run(*tensors)
         if LOSS in graph.outputs:
-            for penalty in (self.adapter(name).penalty() for name in self.active):
+            for penalty in (adapter.penalty() for adapter in self.named.acting()):
                 at = graph.outputs.index(LOSS)
                 flat[at] = flat[at] if penalty is None else flat[at] + penalty
         return pytree.tree_unflatten(flat, graph.out_spec)
@@ -374,7 +313,7 @@ class AdaptedModel(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _find(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[Graph, list[Tensor]]:
         """The graph to run for a call, and its inputs; torch.compile sees what is found and not how."""
-        named = _named(self.base, args, kwargs)
+        named = named_arguments(self.base, args, kwargs)
         leaves, _ = pytree.tree_flatten_with_path(named)
         return self.graphs.swept(self.graph(named)), [v for _, v in leaves if isinstance(v, Tensor)]
 
@@ -394,20 +333,3 @@ def _blank(base_class: type[nn.Module]) -> AdaptedModel:
     """An AdaptedModel without state yet, for `copy` and `pickle`: its class has no name they could look up."""
     cls = _subclass(base_class)  # type: ignore[arg-type]
     return cls.__new__(cls)
-
-
-def _named(base: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
-    """A call's arguments by name, absent ones left out; numbers that fall into `**kwargs` become tensors.
-
-    Such a number changes from call to call (`num_items_in_batch`), and would be burned into the graph.
-    """
-    parameters = inspect.signature(type(base).forward).parameters
-    plain = [n for n, p in list(parameters.items())[1:] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(args) > len(plain):
-        raise TypeError(f"forward takes {len(plain)} positional arguments, {len(args)} were given")
-    named = {**dict(zip(plain, args, strict=False)), **kwargs}
-    values = {name: v for name, v in named.items() if v is not None}
-    for name, value in values.items():
-        if name not in parameters and isinstance(value, (int, float)) and not isinstance(value, bool):
-            values[name] = torch.tensor(value)
-    return values

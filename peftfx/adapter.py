@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.attending import AttentionMethod
-from peftfx.errors import PeftfxError
 from peftfx.method import Method, WeightMethod
 from peftfx.overriding import OverrideMethod
 from peftfx.placement import SHARED, Override, Placed, Placement, owner_of, site_tensors
@@ -183,9 +182,3 @@ def whole(
 def _written(adapter: Adapter, placement: Placement) -> dict[str, Tensor]:
     assert isinstance(placement.method, WeightMethod)
     return placement.method.written(adapter.all_of(placement))[1]
-
-
-def check_name(name: str) -> None:
-    """An adapter's name is a folder's and an attribute's."""
-    if not name.isidentifier():
-        raise PeftfxError(f"not a name for an adapter: {name!r}", "adapter_name", "use letters, digits and underscores")

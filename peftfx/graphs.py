@@ -5,25 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from peftfx.adapter import Adapter
-from peftfx.capturing import capture
+from peftfx.ahead import Prefilled
+from peftfx.capturing import capture, fake_mode_of
+from peftfx.decode import Decode
 from peftfx.entry import Entry
 from peftfx.errors import PeftfxError
 from peftfx.graph import ADAPTERS, Graph, path_name
+from peftfx.named import Named
 from peftfx.passes import Insert, Pass, PassManager, Sweep
+from peftfx.passes.fold import evaluate
+from peftfx.passes.prefill import Left, Prefill
 from peftfx.views import View, find_view
 
 
 class Graphs:
-    """What was captured from `base` and derived with the modules of `adapters`; made when it is first asked for.
+    """What was captured from `base` and derived with its `adapters`; made when it is first asked for.
 
     A captured graph is found again by what a call like it must have in common: the view, the names, dtypes and ranks of
     its tensors, the values of all else, the mode of each module, and the way into the base.
     """
 
-    def __init__(self, base: nn.Module, adapters: nn.Module) -> None:
+    def __init__(self, base: nn.Module, adapters: Named) -> None:
         self.base, self.adapters = base, adapters
         self._captured: dict[object, list[Graph]] = {}
         self._derived: dict[object, Graph] = {}
@@ -48,6 +53,22 @@ class Graphs:
         known.append(capture(self.base, inputs, entry=entry, **shown))  # type: ignore[arg-type]
         return known[-1]
 
+    def adapted(
+        self, inputs: Mapping[str, object], entry: Entry | None, view: View | None, names: Sequence[str]
+    ) -> Graph:
+        """The graph for such a call under the adapters of these names, as they are now."""
+        captured = self.captured(inputs, entry, view)
+        if not names:
+            return captured
+        if isinstance(entry, Prefilled) and isinstance(view, Decode):
+            through = self.derived(self.captured(inputs, entry.tokens, view), names)
+            found = self.derived(captured, names, Prefill(Left(through, view, entry)))
+        else:
+            found = self.derived(captured, names)
+        if found.derived and not isinstance(fake_mode_of(self.base), FakeTensorMode):
+            evaluate(found)  # the adapters may have changed
+        return found
+
     def keep(self, graph: Graph, inputs: Mapping[str, object]) -> None:
         """Keep a graph that was captured from the base, as it is now, with these inputs."""
         self._known(inputs, None, None).append(graph)
@@ -57,8 +78,8 @@ class Graphs:
         key = (id(captured), tuple(names))
         if key not in self._derived:
             linked = captured.clone()
-            linked.module.add_module(ADAPTERS, self.adapters)
-            inserts = [Insert(name, self._adapter(name)) for name in names]
+            linked.module.add_module(ADAPTERS, self.adapters.module)
+            inserts = [Insert(name, self.adapters[name]) for name in names]
             try:
                 self._derived[key] = PassManager([*inserts, *more], check="none")(linked)
             except PeftfxError:
@@ -93,8 +114,3 @@ class Graphs:
         ]
         modes = tuple(module.training for module in self.base.modules())
         return self._captured.setdefault((view, tuple(kinds), modes, entry), [])
-
-    def _adapter(self, name: str) -> Adapter:
-        found = self.adapters.get_submodule(name)
-        assert isinstance(found, Adapter)
-        return found

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.adapter import Adapter
+from peftfx.attending import AttentionMethod
 from peftfx.derived import Derived, Folding, Rounding, foldings
 from peftfx.errors import PeftfxError
 from peftfx.graph import Graph
 from peftfx.method import Base
 from peftfx.placement import owner_of, site_tensors
 from peftfx.sites import Site
+from peftfx.soft import SequenceMethod
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,19 @@ class MergeReport:
             f"rounding: at most {worst}, at {path}" if worst.max_abs else "rounding: none, the weights are fp32's",
         ]
         return "\n".join([*lines, *([f"untied: {', '.join(self.untied)}"] if self.untied else [])])
+
+
+def refuse_unmergeable(adapters: Mapping[str, Adapter]) -> None:
+    """What acts beside the weights has no place in them."""
+    placements = [p for adapter in adapters.values() for p in adapter.placements]
+    if any(isinstance(p.method, SequenceMethod) for p in placements):
+        hint = "export it: there it becomes a constant of the graph; or make adapters of weights alone active"
+        raise PeftfxError("a soft prompt has no place in the base's weights", ", ".join(adapters), hint)
+    beside = next((p for p in placements if isinstance(p.method, AttentionMethod)), None)
+    if beside is not None:
+        what = f"what {type(beside.method).__name__} adds to an attention has no place in the base's weights"
+        hint = "export it: there its keys and values become constants; or make adapters of weights alone active"
+        raise PeftfxError(what, beside.site.path, hint)
 
 
 @torch.no_grad()

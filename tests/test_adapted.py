@@ -378,6 +378,8 @@ class TestSeveralAdapters:
             adapted.set_adapter("frist")
         with pytest.raises(PeftfxError, match="not a name"):
             adapted.add_adapter("a.b", LoRA())
+        with pytest.raises(PeftfxError, match="every torch module has an attribute 'train'"):
+            adapted.add_adapter("train", LoRA())
         with pytest.raises(PeftfxError, match="acts once"):
             adapted.set_adapter(["first", "first"])
         with pytest.raises(PeftfxError, match="no adapter named 'third'"):

@@ -1,0 +1,26 @@
+"""A call's arguments by name, as a graph's inputs are known."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+
+def named_arguments(base: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+    """The arguments of a call of `base`, absent ones left out; numbers that fall into `**kwargs` become tensors.
+
+    Such a number changes from call to call (`num_items_in_batch`), and would be burned into the graph.
+    """
+    parameters = inspect.signature(type(base).forward).parameters
+    plain = [n for n, p in list(parameters.items())[1:] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(args) > len(plain):
+        raise TypeError(f"forward takes {len(plain)} positional arguments, {len(args)} were given")
+    named = {**dict(zip(plain, args, strict=False)), **kwargs}
+    values = {name: v for name, v in named.items() if v is not None}
+    for name, value in values.items():
+        if name not in parameters and isinstance(value, (int, float)) and not isinstance(value, bool):
+            values[name] = torch.tensor(value)
+    return values

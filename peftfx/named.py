@@ -1,0 +1,96 @@
+"""Named: the adapters of one model by name, and which of them act."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from peftfx.adapter import Adapter
+from peftfx.errors import PeftfxError, nearest
+from peftfx.soft import SequenceMethod
+
+
+class Named:
+    """The modules in `module`, each an Adapter.
+
+    Attributes:
+        active: those that act, in this order.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.active: tuple[str, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        """Of all."""
+        return tuple(name for name, _ in self.module.named_children())
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self.names():
+            hint = nearest(name, self.names()) or f"adapters here: {', '.join(self.names()) or 'none'}"
+            raise PeftfxError(f"there is no adapter named {name!r}", name, hint)
+        found = self.module.get_submodule(name)
+        assert isinstance(found, Adapter)
+        return found
+
+    def acting(self) -> list[Adapter]:
+        """The active ones."""
+        return [self[name] for name in self.active]
+
+    def refuse(self, name: str) -> None:
+        """A name for a new one is a folder's and an attribute's, and nobody else's here."""
+        if not name.isidentifier():
+            hint = "use letters, digits and underscores"
+            raise PeftfxError(f"not a name for an adapter: {name!r}", "adapter_name", hint)
+        if name in self.names():
+            hint = "give it another name, or remove it first"
+            raise PeftfxError(f"there is already an adapter named {name!r}", name, hint)
+        if hasattr(self.module, name):
+            raise PeftfxError(f"every torch module has an attribute {name!r}", "adapter_name", "give it another name")
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Add one, and make it the active one."""
+        self.module.add_module(name, adapter)
+        self.activate((name,))
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Make these the active ones, in this order; only they are trained."""
+        for name in names:
+            if names.count(name) > 1:
+                raise PeftfxError("an adapter acts once", name, "name each adapter once")
+        _refuse_rivals({name: self[name] for name in names})
+        self.active = tuple(names)
+        for name in self.names():
+            self[name].requires_grad_(name in names)
+
+    @contextmanager
+    def none_active(self) -> Iterator[None]:
+        """Inside, none acts."""
+        before, self.active = self.active, ()
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def drop(self, name: str) -> None:
+        """Remove one; the others stay as they are."""
+        self[name]
+        delattr(self.module, name)
+        self.active = tuple(a for a in self.active if a != name)
+
+
+def _refuse_rivals(adapters: dict[str, Adapter]) -> None:
+    """Effects of adapters add up, but two copies of one of the base's tensors cannot both be in its place."""
+    soft = [n for n, a in adapters.items() if any(isinstance(p.method, SequenceMethod) for p in a.placements)]
+    if len(soft) > 1:
+        what = f"the soft prompts of {soft[0]!r} and {soft[1]!r} cannot both be ahead of the text"
+        raise PeftfxError(what, soft[1], "make one of them active at a time")
+    owners: dict[str, str] = {}
+    for name, adapter in adapters.items():
+        for override in adapter.overrides:
+            if override.key in owners:
+                what = f"the adapters {owners[override.key]!r} and {name!r} both train their own copy of this"
+                raise PeftfxError(what, override.key.partition(".")[2], "make one of them active at a time")
+            owners[override.key] = name
