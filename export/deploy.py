@@ -75,7 +75,7 @@ def export_onnx(
         inputs: keyword arguments of a forward call, for a model that example inputs cannot be made for.
         opset: version of the ONNX operators; by default torch's choice.
         engine: `fast`, or `torch` for torch.onnx's own road; see `to_onnx`.
-        optimize: `cpu`: attentions, rotary embeddings and norms as ONNX's own operators; or `none`; see `to_onnx`.
+        optimize: `cpu` or `cuda`: whole attentions, rotary embeddings and norms; or `none`; see `to_onnx`.
         quantize: `int8` or `int4`: weights of products in blocks of small integers; see `peftfx.export.quantize`.
         max_error: what a quantised model may differ by from the same model in floating point, over the largest
             magnitude of an output; by default that is measured and reported, and may be whatever it is.

@@ -22,22 +22,22 @@ class OnnxModel:
     Args:
         directory: where `save` wrote the model; a path to an `.onnx` file works too.
         threads: how many threads one operator may use; 0 leaves it to ONNX Runtime.
+        options: the session's own, taken as they are. By default threads that have nothing to do sleep: between two
+            operators of one call ONNX Runtime would have them spin, which takes the cores from whatever else runs.
         mapped: leave the weights in their file, memory-mapped, and the graph as it is. By default ONNX Runtime copies
             matrices into the layout of its kernels, which runs faster and takes as much memory again.
     """
 
-    def __init__(self, directory: str | Path, *, threads: int = 0, mapped: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        threads: int = 0,
+        options: ort.SessionOptions | None = None,
+        mapped: bool = False,
+    ) -> None:
         self.path = find(Path(directory))
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        if mapped:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-            options.enable_cpu_mem_arena = False
-            # What a weight in half precision is cast to is kept by graph optimisations, and cast early by the usual
-            # order of nodes; in this one they run as they are written.
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-        options.log_severity_level = 3  # errors only: warnings of its graph optimiser tell a user nothing
+        options = _options(threads, mapped) if options is None else options
         self._put: Mapping[str, ort.OrtValue] = {}
         try:
             self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
@@ -129,6 +129,21 @@ class OnnxModel:
             raise PeftfxError(
                 f"the model also needs {', '.join(map(repr, missing))}", str(self.path), "pass it by name"
             )
+
+
+def _options(threads: int, mapped: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors only: warnings of its graph optimiser tell a user nothing
+    if mapped:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+        # What a weight in half precision is cast to is kept by graph optimisations, and cast early by the usual
+        # order of nodes; in this one they run as they are written.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    return options
 
 
 def find(directory: Path) -> Path:

@@ -56,7 +56,8 @@ def export(
         str, typer.Option(help="fast translates each distinct operation once; torch is torch.onnx's own road.")
     ] = "fast",
     optimize: Annotated[
-        str, typer.Option(help="cpu: attentions and norms as one operator each (opset 23); none: in their parts.")
+        str,
+        typer.Option(help="cpu or cuda: attentions and norms as one operator each (opset 23); none: in their parts."),
     ] = "cpu",
     quantize: Annotated[
         str | None, typer.Option(help="int8 or int4: weights of products in blocks of small integers.")

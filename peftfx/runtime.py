@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
@@ -26,12 +27,19 @@ ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 
 
-def load(directory: str | Path, *, threads: int = 0, adapter: str | Path | None = None) -> Served:
+def load(
+    directory: str | Path,
+    *,
+    threads: int = 0,
+    options: ort.SessionOptions | None = None,
+    adapter: str | Path | None = None,
+) -> Served:
     """Open a directory that `peftfx export` wrote.
 
     Args:
         directory: has `model.onnx`, or an encoder's and a decoder's, and `config.json` beside it.
         threads: how many threads one operator may use; 0 leaves it to ONNX Runtime.
+        options: ONNX Runtime's for the session, in place of those that `OnnxModel` chooses.
         adapter: an `.onnx_adapter` file to put into the model, if it was exported with slots.
 
     Returns:
@@ -44,10 +52,12 @@ def load(directory: str | Path, *, threads: int = 0, adapter: str | Path | None 
 
     directory = Path(directory)
     if (directory / ENCODER).is_file():
-        encoder, decoder = (OnnxModel(directory / name, threads=threads) for name in (ENCODER, DECODER))
+        encoder, decoder = (
+            OnnxModel(directory / name, threads=threads, options=options) for name in (ENCODER, DECODER)
+        )
         made: Served = ServedSeq2Seq(directory, decoder, encoder)
     else:
-        model = OnnxModel(directory, threads=threads)
+        model = OnnxModel(directory, threads=threads, options=options)
         kind = ServedGenerator if any(name.startswith(f"{PAST}.") for name in model.inputs) else Served
         made = kind(directory, model)
     if adapter is not None:

@@ -487,7 +487,7 @@ def test_an_output_over_an_input(where: str, inputs: Inputs, peftfx: Callable[..
         (("--task", "text-to-image"), ("does not do text-to-image", "text-classification")),
         (("--opset", "3"), ("opset 3", "18")),
         (("--opset", "999"), ("opset 999", "18")),
-        (("--optimize", "cuda"), ("'cuda'", "one of cpu, none")),
+        (("--optimize", "tpu"), ("'tpu'", "one of cpu, cuda, none")),
         (("--dtype", "fp8"), ("unknown dtype", "fp16")),
         (("--max-memory", "much"), ("not a size", "4GB")),
         (("--max-memory", "900MB"), ("are needed", "1.1 GB")),

@@ -15,7 +15,7 @@ from zoo import ZOO
 import peftfx
 from peftfx import PeftfxError
 from peftfx.api import bare
-from peftfx.export import export_onnx
+from peftfx.export import export_onnx, to_onnx
 from peftfx.passes import Cleanup, Fuse
 from peftfx.passes.fuse import FUSED
 
@@ -98,8 +98,15 @@ def stir(adapters: nn.Module) -> None:
 
 
 def test_only_what_has_a_name_is_optimized_for() -> None:
-    with pytest.raises(PeftfxError, match="optimized for 'cuda'"):
-        export_onnx(ZOO["llama"].build(), "nowhere", optimize="cuda")
+    with pytest.raises(PeftfxError, match="optimized for 'tpu'"):
+        export_onnx(ZOO["llama"].build(), "nowhere", optimize="tpu")
+
+
+def test_cuda_has_the_operators_that_the_cpu_has() -> None:
+    graph = bare(ZOO["llama"].build().eval()).graph(view="decode")
+    cpu, cuda = (to_onnx(graph, optimize=provider) for provider in ("cpu", "cuda"))
+    assert [node.op_type for node in cpu.graph] == [node.op_type for node in cuda.graph]
+    assert cuda.opset_imports[""] == 23  # of later versions, CUDA has not all kernels
 
 
 def count(directory: Path) -> Counter[str]:

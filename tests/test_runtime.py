@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 import tokenizers
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from zoo import ZOO
 
 from peftfx import PeftfxError, export_onnx, runtime
+from peftfx.export import OnnxModel
 
 Run = Callable[..., Result]
 
@@ -175,3 +177,26 @@ class TestClassification:
         assert "no tokenizer" in peftfx("run", tmp_path / "bare", "--text", "w5").err
         with pytest.raises(PeftfxError, match="no such directory"):
             runtime.load(tmp_path / "none")
+
+
+def test_a_session_has_the_options_that_it_is_given(llama: tuple[Pair, Path]) -> None:
+    _, directory = llama
+    plain = ort.SessionOptions()
+    plain.intra_op_num_threads = 1
+    plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    given = prompts(3)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    want = runtime.load(directory).generate(**given, **options)
+    assert runtime.load(directory, options=plain).generate(**given, **options).equal(want)
+    assert runtime.load(directory, threads=1).generate(**given, **options).equal(want)
+    assert sleeps(OnnxModel(directory))
+    assert not sleeps(OnnxModel(directory, options=plain))
+
+
+def sleeps(model: OnnxModel) -> bool:
+    """Whether threads with nothing to do sleep."""
+    key = "session.intra_op.allow_spinning"
+    try:
+        return bool(model._session.get_session_options().get_session_config_entry(key) == "0")
+    except RuntimeError:  # nobody said
+        return False
