@@ -143,7 +143,7 @@ def _placements(adapted: AdaptedModel) -> Iterator[tuple[str, Placement]]:
 
 
 def updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, Update]:
-    """What the active adapters do at each linear site, one after another.
+    """What the active adapters do at each site with a weight, one after another.
 
     Args:
         adapted: with the adapters.
@@ -154,9 +154,6 @@ def updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, Up
         method, site = placement.method, placement.site
         if not isinstance(method, WeightMethod):
             continue
-        if site.kind != "linear":
-            what = f"a graph has no slot at a site of kind {site.kind}"
-            raise PeftfxError(what, site.path, "leave it out of the adapter, or export the adapter merged")
         before = updates.get(site.path, Update())
         p = adapted.adapter(name).params(placement)
         updates[site.path] = before.then(_update_at(placement, method, _base(adapted, site, before, own), p))
@@ -190,10 +187,10 @@ def _update_at(placement: Placement, method: WeightMethod, base: Base, p: Mappin
 def _updated(adapted: AdaptedModel, updates: Mapping[str, Update]) -> Wanted:
     found: Wanted = {}
     for path, update in updates.items():
-        low = {A: None if update.a is None else update.a.T, B: None if update.b is None else update.b.T}
-        own = adapted.sites.by_path(path).bias
+        site = adapted.sites.by_path(path)
+        (a, b), own = update.factors(site), site.bias
         bias = f"{path}.bias" if own is None else own.partition(".")[2]
-        made = {(path, what): value for what, value in {**low, INNER: update.inner, OUTER: update.outer}.items()}
+        made = {(path, what): v for what, v in {A: a, B: b, INNER: update.inner, OUTER: update.outer}.items()}
         found |= {place: value for place, value in {**made, (bias, OWN): update.bias}.items() if value is not None}
     return found
 

@@ -26,7 +26,7 @@ from peftfx.graph import BASE
 from peftfx.passes.by_row import ByRow
 from peftfx.placement import site_tensors
 from peftfx.rowwise import BATCHED, IDS, Rowwise
-from peftfx.sites import Site
+from peftfx.sites import WEIGHT_KINDS, Site
 from peftfx.slots import INNER, OUTER, OWN, PREFIX, A, B
 from peftfx.soft import encodes_and_decodes
 from peftfx.stored import exact
@@ -93,18 +93,19 @@ class Batched(Deployment):
 
 
 def _told(adapted: AdaptedModel, name: str) -> dict[tuple[str, str], Tensor]:
-    """What one adapter does at linear sites, as updates alone, and its prefix."""
+    """What one adapter does at layers, as updates alone, and its prefix."""
     adapted.set_adapter(name)
     told = wanted_of(adapted)
-    sites = {site.weight.removeprefix(f"{BASE}."): site for site in adapted.sites if site.kind == "linear"}
-    biases = {site.bias.removeprefix(f"{BASE}."): site for site in adapted.sites if site.kind == "linear" and site.bias}
+    layers = [site for site in adapted.sites if site.kind in WEIGHT_KINDS]
+    sites = {site.weight.removeprefix(f"{BASE}."): site for site in layers if site.kind == "linear"}
+    biases = {site.bias.removeprefix(f"{BASE}."): site for site in layers if site.bias}
     made: dict[tuple[str, str], Tensor] = {}
     for (at, what), value in told.items():
         if what != OWN:
             made[at, what] = value
         elif at in biases:
             made[biases[at].path, OWN] = value
-        elif at.endswith(".bias") and at.removesuffix(".bias") in {site.path for site in sites.values()}:
+        elif at.endswith(".bias") and at.removesuffix(".bias") in {site.path for site in layers}:
             made[at.removesuffix(".bias"), OWN] = value
         elif at in sites:
             made |= _replaced(adapted, sites[at], value)

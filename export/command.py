@@ -61,7 +61,7 @@ def export_directory(
 
     `view` is `forward`, `decode`, with the key/value cache in and out, or `auto`: `decode` for what generates text.
 
-    `slots` makes a graph of the base in which adapters are put when it runs: a target that says at which linear sites;
+    `slots` makes a graph of the base in which adapters are put when it runs: a target that says at which layers;
     see `peftfx.export.swappable`.
 
     `batched` has adapters by name, among which each row of a batch chooses; see `peftfx.export.batched`.

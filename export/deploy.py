@@ -79,8 +79,8 @@ def export_onnx(
         quantize: `int8` or `int4`: weights of products in blocks of small integers; see `peftfx.export.quantize`.
         max_error: what a quantised model may differ by from the same model in floating point, over the largest
             magnitude of an output; by default that is measured and reported, and may be whatever it is.
-        slots: for a base without adapters: where adapters can be put when the model runs, or at which linear sites
-            alone, as a target; see `peftfx.export.swappable`.
+        slots: for a base without adapters: where adapters can be put when the model runs, or at which layers alone,
+            as a target; see `peftfx.export.swappable`.
         batched: names of adapters of the model among which each row of a batch chooses; see `peftfx.export.batched`.
         source: where the base was read from, for who puts them there.
         force: replace the directory if it exists.

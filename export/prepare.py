@@ -7,14 +7,16 @@ from torch import fx
 
 from peftfx.graph import Graph
 from peftfx.passes.cleanup import CASTS, Cleanup, source
+from peftfx.passes.site_op import filled
 
 aten = torch.ops.aten
 _TRANSPOSES = {aten.transpose.int, aten.permute.default}
+_CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _SDPA = aten.scaled_dot_product_attention.default
 
 
 def prepare(graph: Graph) -> Graph:
-    """Clean up, write casts in one form, and give SDPA's transposed outputs plain strides.
+    """Clean up, write casts and convs without a bias in one form, and give SDPA's transposed outputs plain strides.
 
     The strides matter because torch's decompositions of SDPA lay its output out otherwise than SDPA itself does, and
     a `view` that the model was right to take then fails; the copy becomes an Identity and goes away again. SDPA without
@@ -31,9 +33,18 @@ def prepare(graph: Graph) -> Graph:
                 node.args[:1],
                 {"dtype": node.meta["val"].dtype},
             )
+        elif node.target in _CONVS and node.args[2:3] in ((), (None,)):
+            _spell_out(node)
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
             _make_contiguous(result.module.graph, node)
     return result
+
+
+def _spell_out(node: fx.Node) -> None:
+    """A conv without a bias, in the form that stays so: torch's translations of others make one, 3-d a wrong one."""
+    stride, padding, dilation, groups = filled(node)[3:7]
+    node.target = aten.convolution.default
+    node.args = (*node.args[:2], None, stride, padding, dilation, False, [0] * len(stride), groups)  # type: ignore[arg-type]
 
 
 def _make_contiguous(graph: fx.Graph, node: fx.Node) -> None:

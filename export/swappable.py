@@ -27,13 +27,13 @@ from peftfx.export.weights import SOURCE
 from peftfx.graph import BASE
 from peftfx.opened import Opened
 from peftfx.passes.open import Open, slots_of
-from peftfx.sites import NORM, Site, plays
+from peftfx.sites import NORM, WEIGHT_KINDS, Site, plays
 from peftfx.slots import INNER, OUTER, OWN, PREFIX, RANK, TOKENS, Manifest, Slot, fingerprint
 from peftfx.soft import encodes_and_decodes
 from peftfx.target import select
 from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 
-SLOTS = "all-linear"  #: the linear sites that get slots where nobody chose
+SLOTS = "all-linear"  #: the sites that get slots where nobody chose
 #: Roles of layers whose input IA3 scales. HF PEFT names modules: for BERT both that end in `output.dense`.
 SCALED = ("mlp.down", "attention.output")
 
@@ -43,7 +43,7 @@ class Slots:
     """Which slots a graph gets.
 
     Attributes:
-        target: the linear sites with slots.
+        target: the linear layers, convs and embeddings with slots.
         prefix: whether there is one ahead of the past, where the view has a past. For it each step copies the past
             behind what is in it, nothing too.
     """
@@ -74,8 +74,8 @@ class Swappable(Deployment):
     def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[Part]:
         """Capture the base and open its slots.
 
-        Linear sites that are targeted get a low-rank sum and a scale of their output, and one of their input where
-        their role is one of `SCALED`. In the decode view there is a place for a prefix ahead of the text, and beside
+        Sites that are targeted get a low-rank sum and a scale of their output, and one of their input where their
+        role is one of `SCALED`. In the decode view there is a place for a prefix ahead of the text, and beside
         each attention one for keys and values.
 
         Raises:
@@ -120,7 +120,7 @@ def _opened(adapted: AdaptedModel, view: str, inputs: Inputs | None, slots: Slot
         refuse_fixed(graph, found.axes)
         part = Part("model.onnx", opened, graph, graph)
     graph = part.graph
-    sites = {match.site.path: match.site for match in select(adapted.sites, target=slots.target, kinds=("linear",))}
+    sites = {match.site.path: match.site for match in select(adapted.sites, target=slots.target, kinds=WEIGHT_KINDS)}
     scaled = tuple(path for path, site in sites.items() if any(plays(site, role) for role in SCALED))
     beside = tuple(site for site in adapted.sites if site.heads is not None)
     part.graph = part.exported = Open(tuple(sites), scaled, beside)(graph).graph
@@ -200,6 +200,6 @@ def filled(cases: Sequence[Mapping[str, Tensor]], slots: Sequence[Slot]) -> list
 
 
 def _value(slot: Slot, size: int, random: torch.Generator) -> Tensor:
-    shape = tuple(size if isinstance(s, str) else s for s in slot.shape)
+    shape = tuple(max(size, slot.least) if isinstance(s, str) else s for s in slot.shape)
     value = torch.randn(shape, generator=random) * (0.1 if size else 0.0)
     return (1 + value if slot.what in (INNER, OUTER) else value).to(getattr(torch, slot.dtype))

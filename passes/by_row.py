@@ -1,7 +1,7 @@
 """ByRow: let each row of a batch have an adapter of its own, by a number that it comes with; -1 is none.
 
-What adapters do at a linear layer is stacked, an entry for each of them behind one that changes nothing, and each row
-takes its own.
+What adapters do at a layer is stacked, an entry for each of them behind one that changes nothing, and each row takes
+its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peftfx.derived import Get
 from peftfx.errors import PeftfxError
 from peftfx.graph import CONSTANTS, DERIVED, Graph, TensorSpec
 from peftfx.passes.base import Pass, PassResult, attribute, attributes_of, fake_like
-from peftfx.passes.updated import Acting, add_node, update_call
+from peftfx.passes.updated import Acting, add_node, along_channels, conv_low, product, times, update_call
 from peftfx.rowwise import IDS, PREFIXES
 from peftfx.sites import Call, Site
 from peftfx.slots import INNER, OUTER, OWN, PREFIX, A, B
@@ -69,7 +69,7 @@ class _Rows:
         self.graph, self.stacks = graph, stacks
         self.nodes, self.attributes = {n.name: n for n in graph.nodes()}, attributes_of(graph)
         self.index = self._index()
-        self.taken: dict[tuple[str, str], fx.Node] = {}
+        self.taken: dict[tuple[str, int], fx.Node] = {}
 
     def _index(self) -> fx.Node:
         """Which entry each row takes."""
@@ -92,27 +92,59 @@ class _Rows:
 
     def update(self, site: Site, call: Call) -> None:
         """Let the rows of one call have their own."""
-        x = self.nodes[call.x].meta["val"]
+        op, x, y = self.nodes[call.op], self.nodes[call.x].meta["val"], self.nodes[call.y].meta["val"]
         if str(x.shape[0]) != str(self.index.meta["val"].shape[0]):
             what = "this layer reads the tokens of all rows as one: it cannot tell whose they are"
             raise PeftfxError(what, site.path, "leave it out of the adapters")
-        parts = {what: self.row(site.path, what, x.ndim) for what in (INNER, OUTER, A, B, OWN)}
-        acting = Acting(parts[INNER], parts[OUTER], parts[A], parts[B], parts[OWN])
-        update_call(self.nodes, call, acting)
+        given = [what for what in (INNER, OUTER, OWN) if (site.path, what) in self.stacks]
+        ndim = 2 if site.kind == "conv" else y.ndim
+        parts = {what: along_channels(op, self.row(site.path, what, ndim), site) for what in given}
+        low = self.low(site, call) if (site.path, A) in self.stacks else None
+        update_call(self.nodes, site, call, Acting(parts.get(INNER), parts.get(OUTER), low, parts.get(OWN)))
 
-    def row(self, path: str, what: str, ndim: int) -> fx.Node | None:
+    def low(self, site: Site, call: Call) -> fx.Node:
+        """The low-rank sum of each row's own factors."""
+        op, x = self.nodes[call.op], self.nodes[call.x]
+        if site.kind == "conv":
+            return self.conv_low(site, op, x)
+        y_axes = self.nodes[call.y].meta["val"].ndim
+        b = self.row(site.path, B, y_axes)
+        if site.kind == "linear":
+            return product(op, x, self.row(site.path, A, y_axes), b)
+        table = self._table(f"{site.path}.{A}", self.stacks[site.path, A].flatten(0, 1))
+        first = add_node(op, op, aten.mul.Tensor, self.index, site.shape[0])
+        for _ in range(x.meta["val"].ndim - 1):
+            first = add_node(op, op, aten.unsqueeze.default, first, -1)
+        numbers = add_node(op, op, aten.add.Tensor, x, first)
+        return times(op, add_node(op, op, aten.embedding.default, table, numbers), b)
+
+    def conv_low(self, site: Site, op: fx.Node, x: fx.Node) -> fx.Node:
+        """All adapters' factors are one conv, and each row takes what its own give: a conv has one weight for all."""
+        a, b = self.stacks[site.path, A][1:].flatten(0, 1), self.stacks[site.path, B].flatten(2)
+        own = (
+            torch.block_diag(*b[1:].transpose(1, 2)).unflatten(1, b[1:].shape[:2]).transpose(0, 1)
+        )  # [adapters, all, out]
+        table = torch.cat([torch.zeros_like(own[:1]), own])
+        low = conv_low(op, x, self._table(f"{site.path}.{A}", a))
+        axes = list(range(low.meta["val"].ndim))
+        last = add_node(op, op, aten.permute.default, low, [0, *axes[2:], 1])
+        rows = self.entry(f"{site.path}.{B}", table, len(axes))
+        added = add_node(op, op, aten.matmul.default, last, rows)
+        return add_node(op, op, aten.permute.default, added, [0, axes[-1], *axes[1:-1]])
+
+    def row(self, path: str, what: str, ndim: int) -> fx.Node:
         """The entry of each row, with axes to broadcast along a layer's of so many."""
-        if (path, what) not in self.stacks:
-            return None
-        name = f"{path}.{what}.{ndim}"
-        if (path, name) not in self.taken:
+        return self.entry(f"{path}.{what}", self.stacks[path, what], ndim)
+
+    def entry(self, name: str, stack: Tensor, ndim: int) -> fx.Node:
+        """The entry of each row in a stack."""
+        if (name, ndim) not in self.taken:
             after = self.index.next
-            table = self._table(f"{path}.{what}", self.stacks[path, what])
-            taken = add_node(after, self.index, aten.index_select.default, table, 0, self.index)
+            taken = add_node(after, self.index, aten.index_select.default, self._table(name, stack), 0, self.index)
             for _ in range(ndim - taken.meta["val"].ndim):
                 taken = add_node(after, self.index, aten.unsqueeze.default, taken, 1)
-            self.taken[path, name] = taken
-        return self.taken[path, name]
+            self.taken[name, ndim] = taken
+        return self.taken[name, ndim]
 
     def _table(self, name: str, value: Tensor) -> fx.Node:
         self.graph.derived[name] = Given(value)

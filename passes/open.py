@@ -1,5 +1,5 @@
-"""Open: give a graph slots, inputs that an adapter's tensors are put into: scales and low-rank sums at linear layers,
-keys and values beside attentions.
+"""Open: give a graph slots, inputs that an adapter's tensors are put into: scales and low-rank sums at layers, keys and
+values beside attentions.
 
 What they do where nothing is put changes nothing: the base's graph is a case of this one.
 """
@@ -22,9 +22,9 @@ from peftfx.graph import Graph, TensorSpec
 from peftfx.passes.attend import leaving, unstack
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.splice import trace
-from peftfx.passes.updated import Acting, update_call
+from peftfx.passes.updated import Acting, along_channels, low_rank, update_call
 from peftfx.sites import Call, Site
-from peftfx.slots import INNER, KEYS, OUTER, RANK, TOKENS, VALUES, A, B, Slot
+from peftfx.slots import INNER, KEYS, OUTER, TOKENS, VALUES, A, B, Slot, shapes
 
 HINT = 3  #: the size that a free axis has in the graph's example
 
@@ -34,7 +34,7 @@ class Open(Pass):
     """Open slots at sites, by their paths.
 
     Attributes:
-        updated: linear sites that get a low-rank sum and a scale of their output.
+        updated: sites with a weight that get a low-rank sum and a scale of their output.
         scaled: those of them that get a scale of their input too.
         beside: attentions that get keys and values beside the text's, with the heads that the forward shows.
     """
@@ -59,6 +59,7 @@ class Open(Pass):
 
 def slots_of(graph: Graph, beside: Iterable[Site]) -> list[Slot]:
     """The slots among a graph's inputs that `Open` made."""
+    convs = {site.path for site in graph.sites if site.kind == "conv"}
     behind = {site.path: site.heads is not None and site.heads.packed for site in beside}
     found = []
     for spec in graph.inputs:
@@ -67,7 +68,8 @@ def slots_of(graph: Graph, beside: Iterable[Site]) -> list[Slot]:
             at = spec.name.removesuffix(f".{what}")
             kind = str(spec.dtype).removeprefix("torch.")
             joins = what in (KEYS, VALUES) and behind[at]
-            found.append(Slot(spec.name, what, at, spec.shape, kind, behind=joins))
+            least = 1 if what in (A, B) and at in convs else 0
+            found.append(Slot(spec.name, what, at, spec.shape, kind, least=least, behind=joins))
     return found
 
 
@@ -85,14 +87,15 @@ class _Opening:
         self.free: dict[str, torch.SymInt] = {}
 
     def update(self, site: Site, *, scaled: bool) -> None:
-        """A low-rank sum and scales at each call of a linear site."""
-        rows, columns = site.shape[::-1] if site.transposed else site.shape
+        """A low-rank sum and scales at each call of a site."""
         like = self.nodes[site.calls[0].op].meta["val"]
-        a, b = self.slot(f"{site.path}.{A}", (columns, RANK), like), self.slot(f"{site.path}.{B}", (RANK, rows), like)
-        outer = self.slot(f"{site.path}.{OUTER}", (rows,), like)
-        inner = self.slot(f"{site.path}.{INNER}", (columns,), like) if scaled else None
+        words = (A, B, OUTER, INNER) if scaled else (A, B, OUTER)
+        made = {what: self.slot(f"{site.path}.{what}", shapes(site)[what], like) for what in words}
         for call in site.calls:
-            update_call(self.nodes, call, Acting(inner, outer, a, b))
+            op, x = self.nodes[call.op], self.nodes[call.x]
+            scales = {what: along_channels(op, made[what], site) for what in words[2:]}
+            low = low_rank(site, op, x, made[A], made[B])
+            update_call(self.nodes, site, call, Acting(scales.get(INNER), scales[OUTER], low))
 
     def stand_beside(self, site: Site) -> None:
         """Keys and values beside each call of an attention."""

@@ -35,7 +35,7 @@ def bind(op: fx.Node, site: Site) -> Op:
 
     def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         channels = x.shape[1 - weight.ndim]
-        return target(x, weight, bias, *_filled(op)[3:_GROUPS], channels // weight.shape[1])  # type: ignore[no-any-return]
+        return target(x, weight, bias, *filled(op)[3:_GROUPS], channels // weight.shape[1])  # type: ignore[no-any-return]
 
     return {"linear": linear, "embedding": embedding, "conv": conv}[site.kind]
 
@@ -56,11 +56,11 @@ def rewire(
     if bias is not None and bias is not bias_of(op, y):
         _set_bias(op, y, bias)
     if dense:
-        op.args = (*_filled(op)[:_GROUPS], 1)  # type: ignore[arg-type]
+        op.args = (*filled(op)[:_GROUPS], 1)
 
 
 def strip_bias(op: fx.Node) -> fx.Node | None:
-    """Take the bias out of a linear site's operation, in place, and return it; its first argument is then its input.
+    """Take the bias out of a site's operation, in place, and return it; a product's first argument is then its input.
 
     A bias that a node of its own adds stays there.
     """
@@ -68,7 +68,8 @@ def strip_bias(op: fx.Node) -> fx.Node | None:
     if op.target is _ADDMM:
         op.target, op.args = torch.ops.aten.mm.default, op.args[1:]
     elif bias is not None:
-        op.args, op.kwargs = op.args[:2], {k: v for k, v in op.kwargs.items() if k != "bias"}
+        rest = (None, *op.args[3:]) if len(op.args) > 3 else ()
+        op.args, op.kwargs = (*op.args[:2], *rest), {k: v for k, v in op.kwargs.items() if k != "bias"}
     return bias
 
 
@@ -114,7 +115,7 @@ def _argument(node: fx.Node, index: int) -> fx.Node:
     return value
 
 
-def _filled(op: fx.Node) -> list[object]:
+def filled(op: fx.Node) -> list[fx.node.Argument]:
     """A conv's arguments up to its groups, defaults filled in."""
     ones = [1] * (int(str(op.target).partition("conv")[2][0]))
     padding = "valid" if str(op.target).endswith(".padding") else [0] * len(ones)

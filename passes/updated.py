@@ -1,7 +1,8 @@
-"""updated: scales and a low-rank sum at one call of a linear layer, given as nodes of the graph.
+"""updated: scales and a low-rank sum at one call of a layer, given as nodes of the graph.
 
-`op(x, W, b)` becomes `op(x * inner, W) * outer + (x A) B + b`, which is `op` itself where the scales are 1 and the rank
-is 0. Each node broadcasts against what the layer reads or gives: one for the whole call, or one for each of its rows.
+`op(x, W, b)` becomes `op(x * inner, W) * outer + low + b`, with `low` the sum: `(x A) B` at a linear layer, and at
+another the layer's own operation with `A` in the place of `W`, and behind it a product with `B`. That is `op` itself
+where the scales are 1 and the factors nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from peftfx.passes.site_op import bias_of, strip_bias
-from peftfx.sites import Call
+from peftfx.passes.site_op import bias_of, filled, strip_bias
+from peftfx.sites import Call, Site
 
 aten = torch.ops.aten
 
@@ -21,21 +22,22 @@ aten = torch.ops.aten
 class Acting:
     """The nodes that act at a call; what is None does nothing.
 
+    Each broadcasts against what the layer reads or gives: one for the whole call, or one for each of its rows.
+
     Attributes:
         inner, outer: scales of the layer's input, and of its output without the bias.
-        a, b: factors of the sum, [..., in, r] and [..., r, out].
+        low: the low-rank sum.
         bias: in the place of the layer's own.
     """
 
     inner: fx.Node | None = None
     outer: fx.Node | None = None
-    a: fx.Node | None = None
-    b: fx.Node | None = None
+    low: fx.Node | None = None
     bias: fx.Node | None = None
 
 
-def update_call(nodes: dict[str, fx.Node], call: Call, acting: Acting) -> None:
-    """Let these act at one call of a linear site, in place."""
+def update_call(nodes: dict[str, fx.Node], site: Site, call: Call, acting: Acting) -> None:
+    """Let these act at one call of a site, in place."""
     op, x, y = nodes[call.op], nodes[call.x], nodes[call.y]
     apart = y is not op and bias_of(op, op) is None and bias_of(op, y) is not None  # it is added by a node of its own
     bias = bias_of(op, y) if apart else strip_bias(op)
@@ -47,9 +49,12 @@ def update_call(nodes: dict[str, fx.Node], call: Call, acting: Acting) -> None:
     total = value
     if acting.outer is not None:
         total = add_node(after, op, aten.mul.Tensor, total, acting.outer)
-    if acting.a is not None and acting.b is not None:
-        total = add_node(after, op, aten.add.Tensor, total, _product(after, op, x, acting.a, acting.b))
-    bias = bias if acting.bias is None else acting.bias
+    if acting.low is not None:
+        total = add_node(after, op, aten.add.Tensor, total, acting.low)
+    if acting.bias is not None:
+        bias = acting.bias
+    elif bias is not None:
+        bias = along_channels(after, bias, site)
     if apart:
         y.update_arg(1, bias)
     elif bias is not None:
@@ -58,13 +63,49 @@ def update_call(nodes: dict[str, fx.Node], call: Call, acting: Acting) -> None:
         user.replace_input_with(value, total)
 
 
-def _product(after: fx.Node, op: fx.Node, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
-    """`(x A) B`; a row of features that has factors of its own is a matrix of one row."""
-    alone = x.meta["val"].ndim < a.meta["val"].ndim
-    x = add_node(after, op, aten.unsqueeze.default, x, -2) if alone else x
-    low = add_node(after, op, aten.matmul.default, x, a)
-    added = add_node(after, op, aten.matmul.default, low, b)
-    return add_node(after, op, aten.squeeze.dim, added, -2) if alone else added
+def low_rank(site: Site, op: fx.Node, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    """The low-rank sum at one call, of factors of one shape for all of it: those that a slot holds."""
+    if site.kind == "conv":
+        plain = _overload(op).overloadpacket.default
+        return add_node(op, op, plain, conv_low(op, x, a), b)
+    if site.kind == "embedding":
+        return times(op, add_node(op, op, aten.embedding.default, a, x), b)
+    return product(op, x, a, b)
+
+
+def product(op: fx.Node, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
+    """`(x A) B`."""
+    return times(op, times(op, x, a), b)
+
+
+def times(op: fx.Node, x: fx.Node, factor: fx.Node) -> fx.Node:
+    """A product; a row of features that has a factor of its own is a matrix of one row."""
+    alone = x.meta["val"].ndim < factor.meta["val"].ndim
+    x = add_node(op, op, aten.unsqueeze.default, x, -2) if alone else x
+    made = add_node(op, op, aten.matmul.default, x, factor)
+    return add_node(op, op, aten.squeeze.dim, made, -2) if alone else made
+
+
+def conv_low(op: fx.Node, x: fx.Node, a: fx.Node) -> fx.Node:
+    """A conv's operation with another weight, in one group and without a bias."""
+    with op.graph.inserting_before(op):
+        made = op.graph.call_function(_overload(op), (x, a, None, *filled(op)[3:6], 1))
+    value, axis = op.meta["val"], 1 - a.meta["val"].ndim
+    sizes = [*value.shape[:axis], a.meta["val"].shape[0], *value.shape[axis + 1 :]]
+    made.meta = {"val": value.new_empty(sizes), "nn_module_stack": op.meta.get("nn_module_stack")}
+    return made
+
+
+def along_channels(before: fx.Node, vector: fx.Node, site: Site) -> fx.Node:
+    """A vector of a site's inputs or outputs, for a conv with an axis for each of its space."""
+    for _ in range(len(site.shape) - 2 if site.kind == "conv" else 0):
+        vector = add_node(before, before, aten.unsqueeze.default, vector, -1)
+    return vector
+
+
+def _overload(op: fx.Node) -> torch._ops.OpOverload:
+    assert isinstance(op.target, torch._ops.OpOverload)
+    return op.target
 
 
 def _feed(op: fx.Node, x: fx.Node, scaled: fx.Node) -> None:

@@ -73,7 +73,7 @@ def export(
         bool, typer.Option("--swappable", help="Leave places in which adapters are put when the model runs.")
     ] = False,
     slots: Annotated[
-        str, typer.Option(help="With --swappable, the linear sites that have such a place, as a target.")
+        str, typer.Option(help="With --swappable, the layers that have such a place, as a target.")
     ] = "all-linear",
     prefix: Annotated[
         bool, typer.Option(help="With --swappable, a place for soft prompts, for which keys and values are copied.")

@@ -194,7 +194,7 @@ class WeightMethod(Method):
         """The adapted weight and bias. Called with fp32 tensors; the caller rounds once."""
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
-        """What `fold` does at a linear site, as scales and a low-rank sum: for graphs that adapters are handed to.
+        """What `fold` does, as scales and a low-rank sum: for graphs that adapters are handed to.
 
         `base` is as it is stored, of any dtype: who needs its weight pays for reading it. What is returned is fp32.
         """

@@ -14,10 +14,11 @@ from pathlib import Path
 from torch import nn
 
 from peftfx.errors import PeftfxError
+from peftfx.sites import Site
 from peftfx.stored import exact
 
 FILE = "peftfx_slots.json"
-#: What slots hold. At a linear layer `W' = diag(OUTER) W diag(INNER) + B A`; ahead of the text keys and values of all
+#: What slots hold. At a layer `W' = diag(OUTER) W diag(INNER) + B A`; ahead of the text keys and values of all
 #: layers; beside an attention keys and values of a softmax of their own; and a tensor of the base itself.
 A, B, INNER, OUTER, PREFIX, KEYS, VALUES, OWN = (
     *("lora_A", "lora_B", "input_scale", "output_scale"),
@@ -37,6 +38,7 @@ class Slot:
         shape: with a word for an axis of any size: none, where nothing is put.
         dtype: as torch names it.
         perm: the order of axes in which the graph has the tensor of the base.
+        least: the size of such an axis where nothing is put: 1 at a conv, which has some channels everywhere.
         behind: of keys and values beside an attention, whether they join behind its output projection.
     """
 
@@ -46,17 +48,27 @@ class Slot:
     shape: tuple[int | str, ...]
     dtype: str = "float32"
     perm: tuple[int, ...] = ()
+    least: int = 0
     behind: bool = False
 
     @property
     def empty(self) -> tuple[int, ...]:
         """The shape of what changes nothing."""
-        return tuple(0 if isinstance(size, str) else size for size in self.shape)
+        return tuple(self.least if isinstance(size, str) else size for size in self.shape)
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape fits."""
         sizes = zip(self.shape, shape, strict=False)
         return len(self.shape) == len(shape) and all(isinstance(want, str) or want == got for want, got in sizes)
+
+
+def shapes(site: Site) -> Mapping[str, tuple[int | str, ...]]:
+    """The shapes of what slots hold at a site with a weight: factors as they are multiplied with there."""
+    if site.kind == "conv":
+        out, inner, ones = site.shape[0], site.shape[1] * site.groups, (1,) * (len(site.shape) - 2)
+        return {A: (RANK, inner, *site.shape[2:]), B: (out, RANK, *ones), INNER: (inner,), OUTER: (out,)}
+    inner, out = site.shape if site.transposed or site.kind == "embedding" else site.shape[::-1]
+    return {A: (inner, RANK), B: (RANK, out), INNER: (inner,), OUTER: (out,)}
 
 
 @dataclass(frozen=True)

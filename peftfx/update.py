@@ -2,6 +2,9 @@
 
     W' = diag(outer) W diag(inner) + B A        b' = bias
 
+At an embedding `W` is [dim, num], as it is for a number in the form of a vector of zeros and a one. At a conv `A` is a
+conv of one group, [r, in, *kernel], and `B A` its product with [out, r].
+
 Updates are closed under composition: one after another is one again. So any number of adapters at a site is one update,
 and a graph that has a place for one serves them all.
 """
@@ -17,6 +20,8 @@ from torch import Tensor
 
 from peftfx.derived import Block
 from peftfx.errors import PeftfxError
+from peftfx.sites import Site
+from peftfx.vectors import along_columns
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Update:
     Attributes:
         inner: [in], a factor of each column.
         outer: [out], a factor of each row of the base's weight.
-        a: [r, in].
+        a: [r, in], or [r, in, *kernel].
         b: [out, r], every scale of the method in it.
         bias: [out], what takes the place of the base's bias.
     """
@@ -41,7 +46,7 @@ class Update:
         """This update, and a later one of what it gives."""
         a, b = self.a, self.b
         if a is not None and b is not None:
-            a = a if later.inner is None else a * later.inner
+            a = a if later.inner is None else a * along_columns(later.inner, a, groups=1)
             b = b if later.outer is None else b * later.outer[:, None]
         return Update(
             _both(self.inner, later.inner, torch.mul),
@@ -64,8 +69,16 @@ class Update:
         b = None if self.b is None else block.put(self.b.new_zeros(rows, self.b.shape[1]), self.b, 0)
         return dataclasses.replace(self, outer=outer, b=b)
 
+    def factors(self, site: Site) -> tuple[Tensor | None, Tensor | None]:
+        """A and B as a slot of this site has them."""
+        if self.a is None or self.b is None:
+            return None, None
+        if site.kind == "conv":
+            return self.a, self.b.view(*self.b.shape, *(1,) * (self.a.ndim - 2))
+        return self.a.T, self.b.T
+
     def apply(self, weight: Tensor) -> Tensor:
-        """The updated weight, [out, in]."""
+        """The updated weight of a linear layer, [out, in]."""
         weight = weight if self.inner is None else weight * self.inner
         weight = weight if self.outer is None else weight * self.outer[:, None]
         return weight if self.a is None or self.b is None else weight + self.b @ self.a

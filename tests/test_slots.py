@@ -1,20 +1,28 @@
-"""Slots of graphs that are not in float32: what is put there is the adapted model."""
+"""Slots in half precision, and at convs and embeddings: what is put there is the adapted model, for rows apart too."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from test_cli import Result, peftfx  # noqa: F401  (the command in this process, as a fixture)
+from test_export import randomise
 from test_swappable import stirred
+from torch import Tensor, nn
 from zoo import ZOO
 
-from peftfx import LoRA, PrefixTuning, export_onnx, transform
+from peftfx import IA3, AdaLoRA, LoRA, PeftfxError, PrefixTuning, export_onnx, runtime, transform
+from peftfx.export import OnnxModel
 from peftfx.export.adapter_files import read_adapter_file
 from peftfx.export.adapters import export_adapter
 from peftfx.export.probes import view_cases
 from peftfx.export.verify import VerificationError, reference_of, verify
 
+Run = Callable[..., Result]
 HALVES = {"fp16": (torch.float16, 10), "bf16": (torch.bfloat16, 16)}  #: and their numbers in ONNX
 
 
@@ -36,3 +44,96 @@ def test_a_base_in_half_precision_has_slots_and_rows_in_it(name: str, tmp_path: 
     adapted.add_adapter("other", rules["other"], seed=0)
     batched = stirred(adapted, "other").export(tmp_path / "many", view="decode", batched=["low", "other"])
     assert batched.max_rel < 3e-2  # each row was held against its adapter alone
+
+
+class Layers(nn.Module):
+    """An embedding, and convs of one to three dimensions: in groups, dilated, with strides, padded in three ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(30, 12, padding_idx=0)
+        self.one = nn.Conv1d(12, 8, 3, padding=1, groups=2)
+        self.two = nn.Conv2d(8, 12, 3, stride=2, padding=2, dilation=2, groups=4)
+        self.mirror = nn.Conv2d(12, 8, 3, padding=1, padding_mode="reflect", bias=False)
+        self.three = nn.Conv3d(1, 6, (3, 3, 1), padding="same")
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, input_ids: Tensor, picture: Tensor) -> Tensor:
+        text = self.one(self.words(input_ids).transpose(1, 2)).mean(2)
+        seen = self.mirror(self.two(picture * text[:, :, None, None]))
+        return self.head(10 * self.three(seen[:, None]).mean((2, 3, 4)))
+
+
+RULES = {
+    "low": LoRA(r=4, lora_alpha=6, target="conv | embedding | head"),
+    "dora": LoRA(r=4, use_dora=True, target="conv | embedding"),
+    "bias": LoRA(r=8, lora_bias=True, target="one | two | three"),
+    "scales": IA3(target="conv", feedforward_modules=()),
+    "adalora": AdaLoRA(init_r=3, target="mirror | three"),
+}
+
+
+def test_convs_and_embeddings_have_slots_and_rows_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Layers().eval()
+    inputs = {"input_ids": torch.randint(30, (3, 7)), "picture": torch.randn(3, 8, 12, 10)}
+    export_onnx(model, tmp_path / "graph", inputs=inputs, slots="conv | embedding | head")
+    served = OnnxModel(tmp_path / "graph")
+    with torch.no_grad():
+        base = model(**inputs)
+    torch.testing.assert_close(served(**inputs)["output"], base, atol=1e-5, rtol=1e-5)
+    adapted = transform(model, RULES["low"], "low", inputs=inputs, seed=0)
+    for name in list(RULES)[1:]:
+        adapted.add_adapter(name, RULES[name], seed=0)
+    stirred(adapted, *RULES)
+    for active in (*RULES, ["low", "bias"]):
+        adapted.set_adapter(active)
+        path = export_adapter(adapted, tmp_path / "graph", tmp_path / "adapter", check=False, force=True)
+        served.put(read_adapter_file(path)[1])
+        with torch.no_grad():
+            want = adapted(**inputs)
+        torch.testing.assert_close(served(**inputs)["output"], want, atol=1e-4, rtol=1e-4)
+        assert float((want - base).abs().max()) > 1e-2
+    adapted.export(tmp_path / "many", inputs=inputs, batched=list(RULES))  # each row is held against its adapter alone
+
+
+def test_a_lora_of_peft_on_embeddings_and_on_a_conv(tmp_path: Path, peftfx: Run) -> None:  # noqa: F811
+    for name, modules in {"gpt2": ["wte", "wpe", "c_attn"], "vit": ["projection", "q_proj"]}.items():
+        base, root = ZOO[name].build(), tmp_path / name
+        base.save_pretrained(root / "base")
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=modules)).eval()
+        randomise(theirs)
+        theirs.save_pretrained(str(root / "adapter"))
+        slots = ("--slots", "embedding.token | embedding.position | conv | all-linear")
+        made = peftfx("export", "--base", root / "base", "--swappable", *slots, "--output", root / "graph")
+        assert made.code == 0, made.err
+        written = peftfx(
+            "export-adapter", "--adapter", root / "adapter", "--for", root / "graph", "--output", root / "x"
+        )
+        assert written.code == 0, written.err
+        served, inputs = (
+            runtime.load(root / "graph", adapter=root / "x.onnx_adapter"),
+            ZOO[name].inputs(2, 5, model=base),
+        )
+        if name == "gpt2":
+            want = theirs.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            got = served.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            assert torch.equal(got, want)
+            continue
+        with torch.no_grad():
+            torch.testing.assert_close(served(**inputs).logits, theirs(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_a_conv_reads_as_one_are_refused(tmp_path: Path) -> None:
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, video: Tensor) -> Tensor:
+            return self.conv(video.flatten(0, 1)).mean((1, 2, 3)).unflatten(0, (video.shape[0], -1))
+
+    inputs = {"video": torch.randn(2, 5, 3, 6, 6)}
+    adapted = transform(Frames().eval(), LoRA(r=2, target="conv"), "x", inputs=inputs)
+    with pytest.raises(PeftfxError, match="the tokens of all rows as one"):
+        adapted.export(tmp_path / "out", inputs=inputs, batched=["x"])

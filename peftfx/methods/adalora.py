@@ -145,7 +145,11 @@ class AdaLoRA(WeightMethod):
         return Base(base.weight + self._update(base.weight, p), base.bias)
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
-        return Update(a=self._scaled(p).float(), b=p[B].float())
+        if site.groups > 1:
+            what, hint = "factors of a grouped conv's weight are none of a conv", "export the adapter merged"
+            raise PeftfxError(what, site.path, hint)
+        a = self._scaled(p).float()
+        return Update(a=a.view(-1, *base.weight.shape[1:]), b=p[B].float())
 
     def _scaled(self, p: Params) -> Tensor:
         """`s diag(E) A`: the scale is applied where it is cheapest."""

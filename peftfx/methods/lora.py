@@ -192,7 +192,7 @@ class LoRA(WeightMethod):
     def update(self, site: Site, base: Base, p: Params) -> Update:
         q = {name: t.float() for name, t in p.items()}
         joined, gains = (_joined(q) if A0 in q else q), None
-        b = self.scaling * joined[B]
+        b = self.scaling * dense(joined[B], site.groups).flatten(1)
         if self.use_dora:
             weight = self._updated(site, base.weight.float(), q)
             gains = gain(site, q[MAGNITUDE], weight)
