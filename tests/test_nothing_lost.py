@@ -22,14 +22,14 @@ from peftfx.errors import PeftfxError
 from peftfx.export import command
 from peftfx.export.atomic import publish
 
-SIZE = Size(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, vocabulary=300)
+SIZE = Size(layers=1, hidden=64, intermediate=96, heads=4, kv_heads=2, vocabulary=300)
 
 Contents = dict[str, bytes]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A tiny checkpoint of five shards with a LoRA, and what the two exports of it are.
+    """A tiny checkpoint of several shards with a LoRA, and what the two exports of it are.
 
     Attributes:
         base, adapter: the directories.
@@ -53,7 +53,7 @@ class Inputs:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
     root = tmp_path_factory.mktemp("lost")
-    write_checkpoint(root, SIZE, "fp16", shard=60_000)
+    write_checkpoint(root, SIZE, "fp16", shard=40_000)
     base = ["export", "--base", root / "base", "--output"]
     merged = [*base, root / "merged", "--adapter", root / "adapter"]
     with attempts(*merged) as server:
@@ -81,7 +81,7 @@ def names(directory: Path) -> list[str]:
 class TestKilled:
     """SIGKILL: nothing of the program runs any more."""
 
-    @pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("count", [4, pytest.param(50, marks=pytest.mark.slow)])
     def test_at_random_points(self, count: int, inputs: Inputs, tmp_path: Path) -> None:
         output, killed, when = tmp_path / "out", 0, random.Random(count)
         for i in range(count):
@@ -144,7 +144,7 @@ class TestFullDisk:
 
     @pytest.mark.parametrize(
         "limit",
-        [1000, pytest.param(100_000, marks=pytest.mark.slow), 200_000],
+        [1000, pytest.param(70_000, marks=pytest.mark.slow), 138_500],
         ids=["at once", "in the weights", "late"],
     )
     def test_a_limit_on_files(self, limit: int, inputs: Inputs, tmp_path: Path) -> None:
@@ -154,7 +154,11 @@ class TestFullDisk:
 
     @pytest.mark.parametrize(
         ("room", "tokenizer", "text"),
-        [(-100_000, 0, "are needed"), (20_000, 0, "No space left"), (300_000, 400_000, "No space left")],
+        [
+            (-100_000, 0, "are needed"),
+            pytest.param(20_000, 0, "No space left", marks=pytest.mark.slow),
+            (300_000, 400_000, "No space left"),
+        ],
         ids=["less than the base", "enough for the weights alone", "enough for the model alone"],
     )
     def test_a_small_disk(self, room: int, tokenizer: int, text: str, inputs: Inputs, tmp_path: Path) -> None:
@@ -177,7 +181,11 @@ class TestMemory:
 
     @pytest.mark.parametrize(
         ("stage", "text"),
-        [("merge", "Cannot allocate memory"), ("write", "Cannot allocate memory"), ("convert", "")],
+        [
+            ("merge", "Cannot allocate memory"),
+            pytest.param("write", "Cannot allocate memory", marks=pytest.mark.slow),
+            ("convert", ""),
+        ],
     )
     def test_none_left_is_one_message(self, stage: str, text: str, tmp_path: Path, inputs: Inputs) -> None:
         """While it converts, python's own errors come first, and do not always say that it is memory they lack."""
