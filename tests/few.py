@@ -14,11 +14,11 @@ from _pytest.mark.structures import ParameterSet
 FEW = frozenset({"gpt2", "bloom", "llama", "falcon", "gemma2", "t5", "bert", "deberta", "vit", "unet", "custom"})
 
 
-#: So like another model of the zoo that it need not be exported in every run.
+#: So like others of the zoo, or exported so often by other files, that it need not be exported in every run.
 ALIKE = frozenset(
     {
         *("roberta", "deberta_v2", "distilbert", "electra", "opt", "gpt_j", "gpt_neox", "qwen2", "qwen3", "phi"),
-        *("gemma", "mistral", "dinov2", "swin"),
+        *("gemma", "mistral", "dinov2", "swin", "gpt_neo", "phi3", "falcon", "bart", "albert", "clip"),
     }
 )
 
