@@ -12,8 +12,9 @@ from peftfx.bases import load_base
 from peftfx.errors import PeftfxError
 from peftfx.export.adapters import export_adapter
 from peftfx.export.deploy import Progress
+from peftfx.peft_files import read_config, rule_folders
 from peftfx.slots import Manifest
-from peftfx.tasks import task_of_class
+from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of_class
 
 
 def export_adapter_directories(
@@ -51,6 +52,8 @@ def export_adapter_directories(
         )
         raise PeftfxError(what, str(graph), "pass --base DIR")
     given = [_weighted(text) for text in adapters]
+    for folder in (rule for adapter, _ in given for rule in rule_folders(adapter)):
+        _refuse_head(folder, manifest.model)
     say("load")
     model = load_base(source, task=task_of_class(manifest.model), dtype=getattr(torch, manifest.dtype))
     adapted = bare(model)
@@ -64,6 +67,15 @@ def export_adapter_directories(
         adapted.set_adapter(names)
     say("write and verify" if check else "write")
     return export_adapter(adapted, graph, output, check=check, force=force)
+
+
+def _refuse_head(folder: Path, model: str) -> None:
+    """Refuse an adapter that brings a head to a graph of a model for something else."""
+    kind, own = str(read_config(folder).get("task_type")), task_of_class(model)
+    if kind in PEFT_HEADS and own not in (None, PEFT_TASKS[kind]):
+        task = PEFT_TASKS[kind]
+        what = f"this adapter brings a head for {task}, and the graph is of {model}, which has none"
+        raise PeftfxError(what, str(folder), f"export a base that has one (--task {task}), or the adapter merged")
 
 
 def _weighted(text: str) -> tuple[Path, float | None]:

@@ -84,8 +84,8 @@ def _write_checked(
         graph = adapted.graph() if view is None else adapted.graph(view=view)
         cases = probes(adapted, graph.inputs, adapted.example) if view is None else view_cases(adapted, view)
         put, shown = read_adapter_file(path)[1], None if view is None else view.shown
-        limit = manifest.tolerance
-        verify(directory, reference_of(graph), cases, atol=limit, rtol=limit, shown=shown, put=put)
+        atol, rtol = manifest.atol, manifest.rtol
+        verify(directory, reference_of(graph), cases, atol=atol, rtol=rtol, shown=shown, put=put)
 
 
 def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, Tensor]:

@@ -103,7 +103,7 @@ def export_onnx(
     if quantize is not None:
         atol, rtol = 0.0, FINITE if max_error is None else max_error
     atol, rtol = usual if atol is None else atol, usual if rtol is None else rtol
-    way = _deployment(merge, slots, batched, str(source), rtol)
+    way = _deployment(merge, slots, batched, str(source), (atol, rtol))
     refuse_memory(adapted, max_memory)
     report = Report.of(adapted, way.names(adapted))
     say = progress or (lambda line: None)
@@ -138,6 +138,7 @@ def export_onnx(
                     graph=part.graph,
                     shown=None if part.view is None else part.view.shown,
                 )
+                part.found = found
                 report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")
         way.describe(temporary, adapted, parts, example)
         report.measure(temporary)
@@ -149,14 +150,14 @@ def export_onnx(
 
 
 def _deployment(
-    merge: bool, slots: Slots | str | None, batched: Sequence[str], source: str, tolerance: float
+    merge: bool, slots: Slots | str | None, batched: Sequence[str], source: str, bounds: tuple[float, float]
 ) -> Deployment:
     if slots is None:
         return Batched(tuple(batched)) if batched else InGraph(merge)
     if batched:
         hint = "export two directories"
         raise PeftfxError("adapters that rows choose from, and slots for others", ", ".join(batched), hint)
-    return Swappable(Slots.of(slots), source, tolerance)
+    return Swappable(Slots.of(slots), source, *bounds)
 
 
 def _write_configs(base: nn.Module, directory: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from peftfx.adapted import AdaptedModel
 from peftfx.errors import PeftfxError, nearest
+from peftfx.export.verify import Comparison
 from peftfx.graph import Graph
 from peftfx.opened import Opened
 from peftfx.slots import Slot
@@ -31,6 +32,7 @@ class Part:
         graph: as captured, with the adapters in it.
         exported: what is written: the same, or merged.
         slots: where adapters can be put when it runs.
+        found: how what was written compares.
     """
 
     file: str
@@ -38,6 +40,7 @@ class Part:
     graph: Graph
     exported: Graph
     slots: tuple[Slot, ...] = ()
+    found: Sequence[Comparison] = ()
 
     @property
     def seen(self) -> View | None:

@@ -22,6 +22,7 @@ from peftfx.export.deployment import Deployment, Inputs
 from peftfx.export.onnx import every_value
 from peftfx.export.parts import FORWARD, Part, capture_parts, generates, refuse_fixed
 from peftfx.export.probes import probes
+from peftfx.export.quantize import FINITE
 from peftfx.export.tidy import PERM
 from peftfx.export.weights import SOURCE
 from peftfx.graph import BASE
@@ -64,12 +65,13 @@ class Swappable(Deployment):
     Attributes:
         slots: which.
         source: where the base was read from, or empty.
-        tolerance: of the verification, adapters' too.
+        atol, rtol: of the verification, adapters' too.
     """
 
     slots: Slots = Slots()
     source: str = ""
-    tolerance: float = 1e-4
+    atol: float = 1e-4
+    rtol: float = 1e-4
 
     def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[Part]:
         """Capture the base and open its slots.
@@ -103,8 +105,12 @@ class Swappable(Deployment):
             kinds = (p.dtype for p in adapted.base.parameters() if p.is_floating_point())
             dtype = str(next(kinds, torch.float32)).removeprefix("torch.")
             model = type(adapted.base).__name__
-            made = Manifest(self.source, model, fingerprint(adapted.base), dtype, view, self.tolerance, part.slots)
-            made.write(directory)
+            bounds = self.atol, self._rtol(part)
+            Manifest(self.source, model, fingerprint(adapted.base), dtype, view, *bounds, part.slots).write(directory)
+
+    def _rtol(self, part: Part) -> float:
+        """Of adapters: four times what random ones showed, where nobody bounded what a quantised graph loses."""
+        return self.rtol if self.rtol < FINITE else 4 * max(c.max_rel for c in part.found)
 
 
 def _opened(adapted: AdaptedModel, view: str, inputs: Inputs | None, slots: Slots) -> list[Part]:

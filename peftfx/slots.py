@@ -81,7 +81,7 @@ class Manifest:
         fingerprint: of its weights.
         dtype: that the graph computes in, as torch names it.
         view: what the graph is a view of.
-        tolerance: of its verification.
+        atol, rtol: that adapters' verification allows; see `verify`.
         slots: of the graph.
     """
 
@@ -90,7 +90,8 @@ class Manifest:
     fingerprint: str
     dtype: str
     view: str
-    tolerance: float
+    atol: float
+    rtol: float
     slots: tuple[Slot, ...]
 
     def write(self, directory: Path) -> None:

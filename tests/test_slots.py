@@ -21,6 +21,7 @@ from peftfx.export.adapter_files import read_adapter_file
 from peftfx.export.adapters import export_adapter
 from peftfx.export.probes import view_cases
 from peftfx.export.verify import VerificationError, reference_of, verify
+from peftfx.slots import Manifest
 
 Run = Callable[..., Result]
 HALVES = {"fp16": (torch.float16, 10), "bf16": (torch.bfloat16, 16)}  #: and their numbers in ONNX
@@ -137,3 +138,44 @@ def test_rows_that_a_conv_reads_as_one_are_refused(tmp_path: Path) -> None:
     adapted = transform(Frames().eval(), LoRA(r=2, target="conv"), "x", inputs=inputs)
     with pytest.raises(PeftfxError, match="the tokens of all rows as one"):
         adapted.export(tmp_path / "out", inputs=inputs, batched=["x"])
+
+
+def test_heads_that_do_not_fit_are_refused(tmp_path: Path, peftfx: Run) -> None:  # noqa: F811
+    model = ZOO["bert"].build()
+    options = {"task_type": "SEQ_CLS", "r": 2, "target_modules": ["query"]}
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
+    theirs.save_pretrained(str(tmp_path / "three"))
+    theirs.classifier.modules_to_save["default"].weight.data = torch.randn(5, 32)
+    theirs.classifier.modules_to_save["default"].bias.data = torch.randn(5)
+    theirs.save_pretrained(str(tmp_path / "five"))
+    model.save_pretrained(tmp_path / "base")
+    model.bert.save_pretrained(tmp_path / "bare")
+    for base, adapter, lines in (
+        (
+            "base",
+            "five",
+            ("classifier.weight: [5, 32] in the file, [3, 32] in this model", "the same number of labels"),
+        ),
+        ("bare", "three", ("a head for text-classification, and the graph is of BertModel", "--task")),
+    ):
+        graph = tmp_path / f"{base}.graph"
+        assert peftfx("export", "--base", tmp_path / base, "--swappable", "--output", graph).code == 0
+        result = peftfx("export-adapter", "--adapter", tmp_path / adapter, "--for", graph, "--output", tmp_path / "x")
+        assert result.code == 2
+        assert all(line in " ".join(result.err.split()) for line in lines), result.err
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_an_adapter_of_a_quantised_graph_is_held_to_what_the_graph_lost(tmp_path: Path) -> None:
+    model = ZOO["bert"].build()
+    report = export_onnx(model, tmp_path / "graph", slots="all-linear", quantize="int8")
+    bounds = Manifest.read(tmp_path / "graph")
+    assert bounds.atol == 0
+    assert 0 < bounds.rtol == 4 * report.max_rel < 0.2
+    adapted = stirred(transform(model, LoRA(r=4, target="all-linear"), "x", seed=0), "x")
+    export_adapter(adapted, tmp_path / "graph", tmp_path / "adapter")
+    cases = [ZOO["bert"].inputs(3, 6, model=model)]
+    with pytest.raises(VerificationError):  # that much tells the adapter from the base
+        verify(tmp_path / "graph", reference_of(adapted.graph()), cases, atol=0, rtol=bounds.rtol)
+    export_onnx(model, tmp_path / "bounded", slots="all-linear", quantize="int8", max_error=0.1)
+    assert Manifest.read(tmp_path / "bounded").rtol == 0.1
