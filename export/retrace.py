@@ -11,7 +11,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from peftfx.capturing import isolated
+from peftfx.contexts import isolated
 from peftfx.export.prepare import prepare
 from peftfx.export.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
 from peftfx.graph import Graph, link

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.fx.experimental import _config
 
-from peftfx.capturing import isolated
+from peftfx.contexts import isolated
 from peftfx.export.lower import Uncovered, lowered_program, make_functional
 from peftfx.export.prepare import prepare
 from peftfx.export.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of

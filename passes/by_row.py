@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
-from peftfx.capturing import isolated
+from peftfx.contexts import isolated
 from peftfx.derived import Get
 from peftfx.errors import PeftfxError
 from peftfx.graph import CONSTANTS, DERIVED, Graph, TensorSpec

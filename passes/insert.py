@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from peftfx.adapter import Adapter
 from peftfx.attending import AttentionMethod
-from peftfx.capturing import isolated
+from peftfx.contexts import isolated
 from peftfx.errors import PeftfxError
 from peftfx.graph import ADAPTERS, BASE, Graph
 from peftfx.occurrences import module_path

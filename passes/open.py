@@ -17,7 +17,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from peftfx.attending import attend_beside
-from peftfx.capturing import isolated
+from peftfx.contexts import isolated
 from peftfx.graph import Graph, TensorSpec
 from peftfx.passes.attend import leaving, unstack
 from peftfx.passes.base import Pass, PassResult

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.adapter import Adapter
 from peftfx.arguments import named_arguments
-from peftfx.capturing import evaluating, fake_mode_of
+from peftfx.contexts import evaluating, fake_mode_of
 from peftfx.entry import Entry
 from peftfx.errors import PeftfxError
 from peftfx.graph import ADAPTERS, BASE, Graph

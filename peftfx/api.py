@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from peftfx.adapted import AdaptedModel
-from peftfx.capturing import capture, evaluating
+from peftfx.capturing import capture
+from peftfx.contexts import evaluating
 from peftfx.inputs import example_inputs
 from peftfx.planning import Plan, make_plan
 from peftfx.sites import Sites

@@ -7,16 +7,14 @@ values nor the size of the model cost anything, and a module built under `FakeTe
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import fx, nn
-from torch._guards import detect_fake_mode
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from peftfx.contexts import fake_mode_of, isolated
 from peftfx.entry import Call, Entry, forward
 from peftfx.errors import PeftfxError, first_line
 from peftfx.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
@@ -98,61 +96,6 @@ class _Flat(nn.Module):
         if self.entry is None:
             return self.call(base, arguments)
         return self.entry(self.call, base, self.get_buffer(self.entry.name), arguments)
-
-
-@contextlib.contextmanager
-def isolated(model: nn.Module) -> Iterator[None]:
-    """The context captures and traces run in, whatever the caller's: gradients on, no inference mode, no autocast."""
-    kinds = ["cpu", *({p.device.type for p in model.parameters()} - {"cpu", "meta"})]
-    before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
-    with torch.inference_mode(False), torch.enable_grad(), _quiet():
-        for kind in kinds:
-            torch.set_autocast_enabled(kind, False)
-        try:
-            yield
-        finally:
-            for kind, enabled in before.items():
-                torch.set_autocast_enabled(kind, enabled)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module of `model` is in eval mode; afterwards each is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def fake_mode_of(model: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """The `FakeTensorMode` that the model was built under, or nothing."""
-    return detect_fake_mode(list(model.parameters())) or contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the warnings of torch's exporters about their own choices out of the user's terminal."""
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-_TALKATIVE = (
-    "torch.export",
-    "torch._export.non_strict_utils",
-    "torch.onnx._internal.exporter._core",
-    "torch.onnx._internal.exporter._registration",
-)
 
 
 def _fresh(model: nn.Module, example: torch.Tensor, axes: tuple[str | None, ...] | None) -> torch.Tensor:

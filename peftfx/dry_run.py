@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from peftfx.capturing import evaluating, fake_mode_of
+from peftfx.contexts import evaluating, fake_mode_of
 from peftfx.stored import faked
 from peftfx.views import without_cache
 

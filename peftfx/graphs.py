@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from peftfx.ahead import Prefilled
-from peftfx.capturing import capture, fake_mode_of
+from peftfx.capturing import capture
+from peftfx.contexts import fake_mode_of
 from peftfx.decode import Decode
 from peftfx.entry import Entry
 from peftfx.errors import PeftfxError

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from peftfx.configs import first_of, number_of, special_tokens
+from peftfx.denoiser import denoiser_inputs, denoises
 from peftfx.errors import PeftfxError, nearest
 from peftfx.tasks import resolve_task, task_of
-from peftfx.views import collect_configs
 
 #: Sizes of an example. All differ and none is 1, so that a capture confuses no two axes and fixes none. `sequence`
 #: counts text tokens: a model whose prompt holds its image gets that many more.
@@ -47,7 +48,7 @@ def example_inputs(
         raise PeftfxError(f"unknown size {name!r}", "sizes", nearest(name, SIZES) or f"there are {', '.join(SIZES)}")
     config = getattr(model, "config", None)
     if denoises(model):
-        return _denoiser_inputs(model, {**SIZES, **(sizes or {})}, torch.Generator().manual_seed(seed))
+        return denoiser_inputs(model, {**SIZES, **(sizes or {})}, torch.Generator().manual_seed(seed))
     if not hasattr(model, "main_input_name") or not hasattr(config, "get_text_config"):
         raise PeftfxError("inputs can be made for transformers models only", type(model).__name__, _PASS_INPUTS)
     task = task_of(model) if task is None else resolve_task(task)
@@ -62,29 +63,6 @@ def example_inputs(
         what = f"no example is known for {', '.join(missing) or 'its inputs'}"
         raise PeftfxError(what, type(model).__name__, _PASS_INPUTS)
     return made
-
-
-def denoises(model: nn.Module) -> bool:
-    """Whether this is a conditional denoiser, a diffusion pipeline's UNet, by what its forward and config have."""
-    accepted, config = inspect.signature(model.forward).parameters, getattr(model, "config", None)
-    named = {"sample", "timestep", "encoder_hidden_states"} <= set(accepted)
-    return named and _first(config, "cross_attention_dim") is not None and _first(config, "addition_embed_type") is None
-
-
-def _denoiser_inputs(model: nn.Module, sizes: Mapping[str, int], random: torch.Generator) -> dict[str, Tensor]:
-    config, batch = model.config, sizes["batch"]
-    side = _first(config, "sample_size") or 64
-    height, width = side if isinstance(side, list | tuple) else (side, side)
-    width_of_text = _first(config, "cross_attention_dim")
-    text = max(width_of_text) if isinstance(width_of_text, list | tuple) else width_of_text
-    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    shape = (batch, int(str(_first(config, "in_channels"))), int(str(height)), int(str(width)))
-    with unset_fake_temporarily(), torch.device("cpu"):
-        return {
-            "sample": torch.randn(shape, generator=random).to(kind),
-            "timestep": torch.randint(1000, (batch,), generator=random),
-            "encoder_hidden_states": torch.randn(batch, sizes["sequence"], int(str(text)), generator=random).to(kind),
-        }
 
 
 _PASS_INPUTS = "pass `inputs`, the keyword arguments of one call"
@@ -105,7 +83,7 @@ class _Maker:
         self.config = self.model.config
         self.text = self.config.get_text_config()  # type: ignore[union-attr, operator]
         self.decodes = "decoder_input_ids" in self.accepted and bool(
-            _first(self.config, "is_encoder_decoder") or _first(self.text, "is_encoder_decoder")
+            first_of(self.config, "is_encoder_decoder") or first_of(self.text, "is_encoder_decoder")
         )
 
     def inputs(self) -> dict[str, Tensor]:
@@ -124,7 +102,7 @@ class _Maker:
 
     def labels(self, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
         batch = self.sizes["batch"]
-        classes = _number(self.config, "num_labels", 2)
+        classes = number_of(self.config, "num_labels", 2)
         if self.task == "question-answering" and "start_positions" in self.accepted:
             return {name: torch.full((batch,), i) for i, name in enumerate(("start_positions", "end_positions"))}
         if "labels" not in self.accepted or self.task == "feature-extraction":
@@ -149,14 +127,14 @@ class _Maker:
         mask = torch.ones_like(ids)
         if batch > 1 and length > 3 and "attention_mask" in self.accepted:
             mask[-1, -2:] = 0
-            pad = _first(self.text, "pad_token_id")
+            pad = first_of(self.text, "pad_token_id")
             if isinstance(pad, int) and pad >= 0:
                 ids[-1, -2:] = pad
-        eos = _first(self.text, "eos_token_id")
+        eos = first_of(self.text, "eos_token_id")
         if self._pools_eos() and isinstance(eos, int):
             ids[torch.arange(batch), mask.sum(1) - 1] = eos
         made = {"input_ids": ids, "attention_mask": mask} if "attention_mask" in self.accepted else {"input_ids": ids}
-        if "token_type_ids" in self.accepted and _number(self.text, "type_vocab_size", 0) > 1:
+        if "token_type_ids" in self.accepted and number_of(self.text, "type_vocab_size", 0) > 1:
             made["token_type_ids"] = (torch.arange(ids.shape[1]) > ids.shape[1] // 2).long().repeat(batch, 1)
         return made
 
@@ -167,31 +145,31 @@ class _Maker:
 
     def _image_tokens(self) -> tuple[int | None, int]:
         """The token that stands for a piece of the image, and how many there are to an image."""
-        token = _first(self.config, "image_token_id", "image_token_index")
+        token = first_of(self.config, "image_token_id", "image_token_index")
         if not isinstance(token, int):
             return None, 0
-        count = _first(self.config, "num_query_tokens", "image_seq_length", "mm_tokens_per_image")
+        count = first_of(self.config, "num_query_tokens", "image_seq_length", "mm_tokens_per_image")
         if isinstance(count, int):
             return token, count
         return token, math.prod(n // self._image("patch_size", 1) for n in self._resolution())
 
     def _decoder_ids(self) -> Tensor:
         ids = self._ids((self.sizes["batch"], self.sizes["decoder_sequence"]))
-        start = _first(self.config, "decoder_start_token_id", "bos_token_id", "pad_token_id")
+        start = first_of(self.config, "decoder_start_token_id", "bos_token_id", "pad_token_id")
         if isinstance(start, int):
             ids[:, 0] = start
         return ids
 
     def _ids(self, shape: Sequence[int]) -> Tensor:
         """Random tokens of the vocabulary, none of which has a meaning of its own."""
-        vocabulary = _first(self.config.get_text_config(decoder=True), "vocab_size")  # type: ignore[union-attr, operator]
-        known = [v for v in (vocabulary, _first(self.text, "vocab_size")) if isinstance(v, int)]
+        vocabulary = first_of(self.config.get_text_config(decoder=True), "vocab_size")  # type: ignore[union-attr, operator]
+        known = [v for v in (vocabulary, first_of(self.text, "vocab_size")) if isinstance(v, int)]
         if not known:  # a model of characters, say: which ids it takes its config does not tell
             raise PeftfxError(
                 "its config has no vocab_size to draw tokens from", type(self.model).__name__, _PASS_INPUTS
             )
         vocabulary = min(known)
-        special = set(_special_tokens(self.config))
+        special = set(special_tokens(self.config))
         plain = torch.tensor([i for i in range(min(vocabulary, 4096)) if i not in special] or [0])
         return plain[self._integers(shape, len(plain))]
 
@@ -203,7 +181,7 @@ class _Maker:
         return torch.randn(shape, generator=self.random).to(next(kinds, torch.float32))
 
     def _class_labels(self, batch: int, classes: int) -> Tensor:
-        problem = _first(self.config, "problem_type")
+        problem = first_of(self.config, "problem_type")
         if problem == "multi_label_classification":
             return self._integers((batch, classes), 2).float()
         if problem == "regression" or (problem is None and classes == 1):
@@ -218,12 +196,12 @@ class _Maker:
         return labels if image is None else labels.masked_fill(made["input_ids"] == image, -100)
 
     def _image(self, name: str, default: int) -> int:
-        value = _first(_first(self.config, "vision_config") or self.config, name)
+        value = first_of(first_of(self.config, "vision_config") or self.config, name)
         value = value[0] if isinstance(value, list | tuple) and value else value
         return value if isinstance(value, int) else default
 
     def _resolution(self) -> tuple[int, int]:
-        size = _first(_first(self.config, "vision_config") or self.config, "image_size")
+        size = first_of(first_of(self.config, "vision_config") or self.config, "image_size")
         if isinstance(size, dict):
             size = (size.get("height"), size.get("width"))
         height, width = size if isinstance(size, list | tuple) else (size or 64, size or 64)
@@ -231,35 +209,18 @@ class _Maker:
 
     def _audio(self, name: str) -> tuple[int, ...]:
         """A recording: mel bins by frames, frames by features, or raw samples, as the config's fields tell."""
-        mels, frames = _first(self.config, "num_mel_bins"), _first(self.config, "max_source_positions", "max_length")
+        mels, frames = (
+            first_of(self.config, "num_mel_bins"),
+            first_of(self.config, "max_source_positions", "max_length"),
+        )
         if name == "input_features" and isinstance(mels, int) and isinstance(frames, int):
             return mels, 2 * frames
-        features = _first(self.config, "input_feat_per_channel", "feature_projection_input_dim")
+        features = first_of(self.config, "input_feat_per_channel", "feature_projection_input_dim")
         if name == "input_features" and isinstance(features, int):
             return 8 * self.sizes["sequence"], features
-        strides = _first(self.config, "conv_stride")
+        strides = first_of(self.config, "conv_stride")
         if isinstance(strides, list | tuple):
             return (math.prod(strides) * (self.sizes["sequence"] + 9),)
         if isinstance(mels, int) and isinstance(frames, int):
             return frames, mels
         raise PeftfxError(f"no example is known for {name}", type(self.model).__name__, _PASS_INPUTS)
-
-
-def _first(config: object, *names: str) -> object:
-    """The first of these fields that the config has a value for."""
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-
-
-def _number(config: object, name: str, default: int) -> int:
-    value = _first(config, name)
-    return value if isinstance(value, int) else default
-
-
-def _special_tokens(config: object) -> Iterator[int]:
-    seen: dict[int, object] = {}
-    collect_configs(config, seen)
-    for part in seen.values():
-        for name in dir(part):
-            if name.endswith(("_token_id", "_token_index")):
-                value = getattr(part, name, None)
-                yield from [i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int)]

@@ -15,13 +15,13 @@ from typing import ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from peftfx.configs import collect_configs
 from peftfx.entry import Entry, VirtualTokens
 from peftfx.errors import PeftfxError
 from peftfx.graph import BASE
 from peftfx.method import PLACING, Method, Params
 from peftfx.sites import Call, Site, Sites
 from peftfx.tasks import task_of
-from peftfx.views import collect_configs
 
 SEQUENCE = "sequence"
 PROMPT = "prompt_embeddings"  #: HF PEFT's name for what is saved, and ours for a prompt without an encoder

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from peftfx.configs import collect_configs
 from peftfx.errors import PeftfxError, nearest
 
 Axes = Mapping[str, tuple[str | None, ...]]
@@ -138,12 +139,3 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in active:
             config.use_cache = True  # type: ignore[attr-defined]
-
-
-def collect_configs(config: object, seen: dict[int, object]) -> None:
-    """Add a config and those of its parts to `seen`, by identity."""
-    if config is None or id(config) in seen:
-        return
-    seen[id(config)] = config
-    for name in getattr(config, "sub_configs", None) or ():
-        collect_configs(getattr(config, name, None), seen)

@@ -1,0 +1,36 @@
+"""What a transformers config says: a field by any of its names, and the tokens that mean something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def collect_configs(config: object, seen: dict[int, object]) -> None:
+    """Add a config and those of its parts to `seen`, by identity."""
+    if config is None or id(config) in seen:
+        return
+    seen[id(config)] = config
+    for name in getattr(config, "sub_configs", None) or ():
+        collect_configs(getattr(config, name, None), seen)
+
+
+def first_of(config: object, *names: str) -> object:
+    """The first of these fields that the config has a value for."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def number_of(config: object, name: str, default: int) -> int:
+    """A field that is a number, or the default."""
+    value = first_of(config, name)
+    return value if isinstance(value, int) else default
+
+
+def special_tokens(config: object) -> Iterator[int]:
+    """The tokens that the config, or one of its parts, has a field for."""
+    seen: dict[int, object] = {}
+    collect_configs(config, seen)
+    for part in seen.values():
+        for name in dir(part):
+            if name.endswith(("_token_id", "_token_index")):
+                value = getattr(part, name, None)
+                yield from [i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int)]
