@@ -7,7 +7,9 @@ from torch import fx
 
 from peftfx.graph import Graph
 from peftfx.passes.cleanup import CASTS, Cleanup, source
+from peftfx.passes.grid import slice_grid
 from peftfx.passes.site_op import filled
+from peftfx.passes.sweep import sweep
 
 aten = torch.ops.aten
 _TRANSPOSES = {aten.transpose.int, aten.permute.default}
@@ -16,11 +18,11 @@ _SDPA = aten.scaled_dot_product_attention.default
 
 
 def prepare(graph: Graph) -> Graph:
-    """Clean up, write casts and convs without a bias in one form, and give SDPA's transposed outputs plain strides.
+    """Clean up; write casts, convs without a bias and gathers in order in one form; give SDPA's outputs plain strides.
 
-    The strides matter because torch's decompositions of SDPA lay its output out otherwise than SDPA itself does, and
-    a `view` that the model was right to take then fails; the copy becomes an Identity and goes away again. SDPA without
-    heads gets one head: its translation wants four axes.
+    The strides matter where the output is transposed: torch's decompositions of SDPA lay it out otherwise than SDPA
+    itself does, and a `view` that the model was right to take then fails; the copy becomes an Identity and goes away
+    again. SDPA without heads gets one head: its translation wants four axes.
     """
     result = Cleanup()(graph).graph  # a copy
     for node in list(result.nodes()):
@@ -37,6 +39,9 @@ def prepare(graph: Graph) -> Graph:
             _spell_out(node)
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
             _make_contiguous(result.module.graph, node)
+        else:
+            slice_grid(result.module.graph, node)
+    sweep(result)
     return result
 
 

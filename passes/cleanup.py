@@ -9,10 +9,12 @@ from torch import fx
 
 from peftfx.graph import Graph
 from peftfx.passes.base import Pass, PassResult
+from peftfx.passes.matching import have_one_shape
 from peftfx.passes.sweep import sweep
 
 aten = torch.ops.aten
 CASTS = {aten.to.dtype: 3, aten.to.device: 4, aten.to.dtype_layout: 6, aten.to.other: 3}  #: and where `copy` stands
+_VIEWS = {aten.expand.default, aten.view.default}  #: views always, so that one of the same shape is the same value
 _SAME = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}
 _WHOLE = (None, 2**63 - 1, 1)  # the start, end and step of a slice that takes everything
 _WHOLES = ((0, None, 1), (0, 2**63 - 1, 1), (None, None, 1), _WHOLE)
@@ -54,7 +56,23 @@ def _does_nothing(node: fx.Node) -> bool:
     if node.target is aten.slice.Tensor:
         bounds = (*node.args[2:], *_WHOLE[len(node.args) - 2 :])
         return not node.kwargs and bounds in _WHOLES
-    return node.target in _SAME
+    if node.target in _VIEWS:
+        return have_one_shape(node, source(node))
+    return node.target in _SAME or _is_neutral(node)
+
+
+def _is_neutral(node: fx.Node) -> bool:
+    """Whether this is `x * 1`, or `x + 0` of integers, which has no negative zero, of x's own type."""
+    before, after = source(node).meta.get("val"), node.meta.get("val")
+    if node.kwargs or not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    number = {aten.mul.Tensor: 1, aten.add.Tensor: None if before.dtype.is_floating_point else 0}.get(node.target)  # type: ignore[call-overload]
+    return (
+        number is not None
+        and isinstance(node.args[1], (int, float))
+        and node.args[1] == number
+        and before.dtype == after.dtype
+    )
 
 
 def _is_same_type(node: fx.Node) -> bool:

@@ -10,6 +10,7 @@ https://onnx.ai/onnx/operators/onnx__Attention.html, ...__RotaryEmbedding.html, 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +20,14 @@ from torch import fx
 from peftfx.graph import Graph
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.cleanup import Cleanup
-from peftfx.passes.matching import has_axes, operand, pair, same_size, values
+from peftfx.passes.flat_heads import flatten_heads, sizes_of
+from peftfx.passes.matching import RESHAPES, has_axes, operand, pair, same_size, values
 from peftfx.passes.rms_norm import fuse_norm
 from peftfx.passes.rotary import fuse_rotary
 
 OPSET = 23  #: the first version of ONNX's operators that has what this makes
 FUSED = ("Attention", "RotaryEmbedding", "RMSNormalization")
 aten, onnx = torch.ops.aten, torch.ops.onnx
-_RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,14 @@ class Fuse(Pass):
     def __call__(self, graph: Graph) -> PassResult:
         result = graph.clone()
         inner, halves = result.module.graph, dict[fx.Node, fx.Node]()
+        sizes = sizes_of(inner)
         changed = 0
         for node in list(inner.nodes):
-            changed += fuse_norm(inner, node) or fuse_rotary(inner, node, halves) or _fuse_attention(inner, node)
+            changed += fuse_norm(inner, node) or fuse_rotary(inner, node, halves) or _fuse_attention(inner, node, sizes)
         return PassResult(Cleanup()(result).graph if changed else graph, changed)
 
 
-def _fuse_attention(graph: fx.Graph, node: fx.Node) -> bool:
+def _fuse_attention(graph: fx.Graph, node: fx.Node, sizes: Mapping[str, fx.Node]) -> bool:
     """Attention over a cache: keys and values are what was there and the new ones, repeated for groups of heads."""
     if node.target is not aten.scaled_dot_product_attention.default or not has_axes(node, ndim=4):
         return False
@@ -68,12 +70,13 @@ def _fuse_attention(graph: fx.Graph, node: fx.Node) -> bool:
         new.meta = dict(old.meta)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user > call)
     graph.erase_node(node)  # it is said to draw random numbers, and would stay
+    flatten_heads(graph, call, sizes)
     return True
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:
     """The keys or values that were repeated for each head of a group, by `repeat_kv`; any others as they are."""
-    if node.target not in _RESHAPES or operand(node).target is not aten.expand.default:
+    if node.target not in RESHAPES or operand(node).target is not aten.expand.default:
         return node
     expand = operand(node)
     single = operand(expand)

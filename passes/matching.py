@@ -8,6 +8,8 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+COPIES = {aten.clone.default, aten.contiguous.default}
+RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 ADDS, MULS = {aten.add.Tensor, aten.add.Scalar}, {aten.mul.Tensor, aten.mul.Scalar}
 
 
@@ -48,6 +50,14 @@ def same_size(one: fx.Node, axis: int, other: fx.Node, other_axis: int) -> bool:
     """Whether two sizes are one number, or one symbol; nothing is assumed of symbols."""
     a, b = one.meta["val"].shape[axis], other.meta["val"].shape[other_axis]
     return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
+
+
+def have_one_shape(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensors have the same sizes, of as many axes."""
+    a, b = (node.meta.get("val") for node in (one, other))
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    return a.ndim == b.ndim and all(same_size(one, axis, other, axis) for axis in range(a.ndim))
 
 
 def values(arguments: tuple[object, ...]) -> list[object]:

@@ -26,7 +26,7 @@ def fuse_rotary(graph: fx.Graph, node: fx.Node, halves: dict[fx.Node, fx.Node]) 
             for same, cos in either_way(straight):
                 tables = [_table(angle, same) for angle in (cos, sin)]
                 if same is x and None not in tables:
-                    first = [_first_half(graph, table, halves) for table in tables if table is not None]
+                    first = [_half(graph, table, halves) for table in tables if table is not None]
                     replace(graph, node, onnx.RotaryEmbedding.opset23, (x, *first))
                     return True
     return False
@@ -51,20 +51,28 @@ def _table(angle: fx.Node, x: fx.Node) -> fx.Node | None:
     table = operand(angle)
     if not (same_size(table, 0, x, 0) and same_size(table, 1, x, 2) and same_size(table, 2, x, 3)):
         return None
-    inner = table
-    while (inner.target in MULS and not isinstance(inner.args[1], fx.Node)) or inner.target is aten._to_copy.default:
-        inner = operand(inner)
-    if inner.target not in (aten.cos.default, aten.sin.default):
-        return None
-    twice = pair(operand(inner), (-1, 2))
+    *_, angles = _made_of(table)
+    twice = pair(angles, (-1, 2))
     return table if twice is not None and twice[0] is twice[1] else None
 
 
-def _first_half(graph: fx.Graph, table: fx.Node, halves: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The first half of a table's width; made once for all layers."""
+def _made_of(table: fx.Node) -> list[fx.Node]:
+    """A table, what it is made of number by number, back to its cosines or sines, and the angles of these."""
+    steps = [table]
+    while (table.target in MULS and not isinstance(table.args[1], fx.Node)) or table.target is aten._to_copy.default:
+        table = operand(table)
+        steps.append(table)
+    return [*steps, operand(table)] if table.target in (aten.cos.default, aten.sin.default) else steps
+
+
+def _half(graph: fx.Graph, table: fx.Node, halves: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The first half of a table's width, made of the first half of its angles; made once for all layers."""
     if table not in halves:
-        with graph.inserting_after(table):
-            half = graph.call_function(aten.slice.Tensor, (table, 2, 0, table.meta["val"].shape[-1] // 2))
-        half.meta["val"] = half.target(*values(half.args))  # type: ignore[operator, arg-type]
-        halves[table] = half
+        *steps, angles = _made_of(table)
+        half = angles.args[0][0]  # type: ignore[index]
+        for step in reversed(steps):
+            with graph.inserting_before(table):
+                half = graph.create_node(step.op, step.target, (half, *step.args[1:]), step.kwargs)  # type: ignore[arg-type]
+            half.meta["val"] = half.target(*values(half.args), **half.kwargs)  # type: ignore[operator]
+        halves[table] = half  # type: ignore[assignment]
     return halves[table]

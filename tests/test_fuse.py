@@ -16,6 +16,7 @@ import peftfx
 from peftfx import PeftfxError
 from peftfx.api import bare
 from peftfx.export import export_onnx, to_onnx
+from peftfx.export.prepare import prepare
 from peftfx.passes import Cleanup, Fuse
 from peftfx.passes.fuse import FUSED
 
@@ -50,6 +51,32 @@ def test_a_decode_graph_computes_what_it_did(name: str) -> None:
         flat = [feed[spec.name] for spec in graph.inputs]
         for output, want, got in zip(graph.outputs, graph.run(*flat), result.graph.run(*flat), strict=True):
             assert_same(view.shown(output, feed, got), view.shown(output, feed, want))
+
+
+@pytest.mark.parametrize("name", but_for({"gpt2", "falcon"}, ("llama", "gpt2", "falcon", "qwen3")))
+def test_heads_stay_side_by_side_from_projection_to_projection(name: str) -> None:
+    made = Counter(node.op_type for node in to_onnx(bare(ZOO[name].build().eval()).graph(view="decode")).graph)
+    assert made["Attention"] == 2
+    assert not made["Transpose"] + made["GatherND"]
+
+
+class Gathers(nn.Module):
+    """Reads a mask as transformers does, by rows and columns: in their order, or columns first."""
+
+    def forward(self, mask: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = torch.arange(x.shape[0])[:, None, None], torch.arange(x.shape[1])[None, None, :]
+        return mask[rows, columns], mask[columns, rows]
+
+
+def test_a_gather_in_the_order_of_what_it_reads_becomes_slices() -> None:
+    axes = {"mask": ("rows", "all"), "x": ("rows", "some")}
+    graph = peftfx.capture(Gathers().eval(), {"mask": torch.ones(3, 7), "x": torch.ones(3, 5)}, axes=axes)
+    ready = prepare(graph)
+    assert [node.target for node in ready.nodes()].count(torch.ops.aten.index.Tensor) == 1
+    for rows, columns, some in ((2, 9, 4), (1, 1, 1), (4, 4, 4)):
+        given = torch.randn(rows, columns), torch.randn(rows, min(some, rows, columns))
+        for want, got in zip(graph.run(*given), ready.run(*given), strict=True):
+            assert torch.equal(want, got)
 
 
 def assert_same(got: Tensor, want: Tensor) -> None:

@@ -1,0 +1,155 @@
+"""Attention over [batch, length, heads * width]: what projections give and take, without transposes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.onnx.ops  # registers torch.ops.onnx
+from torch import fx
+
+from peftfx.passes.matching import COPIES, RESHAPES, has_axes, have_one_shape, operand, same_size, values
+
+aten, onnx = torch.ops.aten, torch.ops.onnx
+Size = int | fx.Node
+
+
+def flatten_heads(graph: fx.Graph, attention: fx.Node, sizes: Mapping[str, fx.Node]) -> bool:
+    """Give an attention, and rotary embeddings right before it, their values with the heads side by side.
+
+    Only where query, key, value and what the attention gives are all transposed to [batch, heads, length, width] and
+    back: the operator takes all in one form, and does itself what they did.
+
+    Args:
+        graph: is rewritten.
+        attention: an `Attention` over four axes.
+        sizes: see `sizes_of`.
+    """
+    inputs = [_Input.of(x, sizes) for x in attention.args[:3]]  # type: ignore[arg-type]
+    (output,) = (user for user in attention.users if user.args[1] == 0)
+    turns = _turns(output)
+    given = [x for x in inputs if x is not None]
+    if len(given) != 3 or not turns:
+        return False
+    query, key, value = given
+    if query.width != value.width:  # what torch makes of such values for other sizes has the queries' width
+        return False
+    with graph.inserting_before(attention):
+        flat = tuple(x.flatten(graph) for x in given)
+        heads = {"q_num_heads": query.heads, "kv_num_heads": key.heads}
+        arguments, options = (*flat, *attention.args[3:]), {**attention.kwargs, **heads}
+        call = graph.call_function(onnx.Attention.opset23, arguments, options)
+    made = call.target(*values(arguments), **options)  # type: ignore[operator]
+    call.meta = {**attention.meta, "val": (made[0], *attention.meta["val"][1:3], made[3])}
+    attention.replace_all_uses_with(call)
+    graph.erase_node(attention)
+    output.meta = {**output.meta, "val": made[0]}
+    for turn in turns:
+        _view(graph, output, turn, [*query.leading, query.heads, query.width])
+    return True
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A value of [batch, heads, length, width] that was [batch, length, heads, width].
+
+    Attributes:
+        rows: it as it was.
+        rotary: the rotary embedding on it after that, if there is one.
+        leading: batch and length.
+        heads, width: how many, and how wide each is.
+    """
+
+    rows: fx.Node
+    rotary: fx.Node | None
+    leading: tuple[Size, Size]
+    heads: int
+    width: int
+
+    @staticmethod
+    def of(node: fx.Node, sizes: Mapping[str, fx.Node]) -> _Input | None:
+        rotary = node if node.target is onnx.RotaryEmbedding.opset23 and not node.kwargs else None
+        rows = _unturned(operand(node) if rotary is not None else node)
+        if rows is None:
+            return None
+        batch, length, heads, width = rows.meta["val"].shape
+        leading = tuple(size if isinstance(size, int) else sizes.get(str(size)) for size in (batch, length))
+        if None in leading or not isinstance(heads, int) or not isinstance(width, int):
+            return None
+        return _Input(rows, rotary, leading, heads, width)  # type: ignore[arg-type]
+
+    def flatten(self, graph: fx.Graph) -> fx.Node:
+        """It as [batch, length, heads * width]."""
+        plain = _flat(self.rows)
+        if plain is None:
+            shape = [*self.leading, self.heads * self.width]
+            plain = _call(graph, aten.reshape.default, (self.rows, shape), self.rows)
+        if self.rotary is None:
+            return plain
+        arguments = (plain, *self.rotary.args[1:])
+        return _call(graph, onnx.RotaryEmbedding.opset23, arguments, self.rotary, num_heads=self.heads)
+
+
+def sizes_of(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The nodes that stand for the sizes of a graph's inputs, by their symbols."""
+    nodes = graph.find_nodes(op="call_function", target=aten.sym_size.int)
+    return {str(node.meta["val"]): node for node in nodes if operand(node).op == "placeholder"}
+
+
+def _unturned(node: fx.Node) -> fx.Node | None:
+    """The x of `x.transpose(1, 2)`, of four axes."""
+    while _is_same(node):
+        node = operand(node)
+    turned = node.target is aten.transpose.int and set(node.args[1:]) == {1, 2}
+    turned = turned or (node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1, 3])  # type: ignore[arg-type]
+    return operand(node) if turned and has_axes(node, ndim=4) else None
+
+
+def _is_same(node: fx.Node) -> bool:
+    """Whether a node of four axes has the values of its operand in the same places, if in other memory."""
+    if node.target in COPIES:
+        return has_axes(node, ndim=4)
+    return node.target in RESHAPES and has_axes(node, ndim=4) and have_one_shape(node, operand(node))
+
+
+def _flat(rows: fx.Node) -> fx.Node | None:
+    """The [batch, length, heads * width] whose last axis was cut into heads."""
+    plain = operand(rows)
+    if rows.target not in RESHAPES or not has_axes(plain, ndim=3):
+        return None
+    width = rows.meta["val"].shape[2] * rows.meta["val"].shape[3]
+    leading = all(same_size(rows, axis, plain, axis) for axis in (0, 1))
+    return plain if leading and plain.meta["val"].shape[2] == width else None
+
+
+def _turns(output: fx.Node) -> list[fx.Node]:
+    """Where heads and positions of an attention's output change places again; nothing if something else reads it."""
+    found: list[fx.Node] = []
+    for user in output.users:
+        turns = _turns(user) if _is_same(user) else [user] if _unturned(user) is not None else []
+        if not turns:
+            return []
+        found += turns
+    return found
+
+
+def _view(graph: fx.Graph, flat: fx.Node, turn: fx.Node, shape: Sequence[object]) -> None:
+    """Put an attention's output in the place of a transpose of the old one, cut into heads where anything sees them."""
+    with graph.inserting_before(turn):
+        view = _call(graph, aten.reshape.default, (flat, list(shape)), turn)
+    turn.replace_all_uses_with(view)
+    for user in list(view.users):
+        for rows in list(user.users) if user.target in COPIES else [user]:
+            if rows.target in RESHAPES and have_one_shape(rows, flat):
+                rows.replace_all_uses_with(flat)
+
+
+def _call(graph: fx.Graph, target: object, args: tuple[object, ...], like: fx.Node, **kwargs: int) -> fx.Node:
+    node = graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+    node.meta = {**like.meta, "val": target(*_deep(args), **kwargs)}  # type: ignore[operator]
+    return node
+
+
+def _deep(args: tuple[object, ...]) -> list[object]:
+    return [values(tuple(a)) if isinstance(a, list) else a.meta["val"] if isinstance(a, fx.Node) else a for a in args]

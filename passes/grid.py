@@ -1,0 +1,56 @@
+"""A gather of everything in its order, by numbers that count rows and columns, as masks are read: slices."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from peftfx.passes.matching import operand, same_size
+
+aten = torch.ops.aten
+Size = int | fx.Node
+
+
+def slice_grid(graph: fx.Graph, node: fx.Node) -> bool:
+    """`x[i, j]`, where i counts from 0 along one axis of the result and j along a later one: slices of x from 0.
+
+    What is counted is no longer than x, else the gather were an error; so the slices take as much.
+    """
+    if node.target is not aten.index.Tensor:
+        return False
+    x, indices = node.args
+    counts = [_count(i, node) if isinstance(i, fx.Node) else None for i in indices]  # type: ignore[union-attr]
+    found = [count for count in counts if count is not None]
+    axes = [axis for axis, _ in found]
+    if len(found) != x.meta["val"].ndim or axes != sorted(set(axes)):  # type: ignore[union-attr]
+        return False
+    taken = x
+    for place, (axis, end) in enumerate(found):
+        if not same_size(x, place, node, axis):  # type: ignore[arg-type]
+            taken = _slice(graph, node, taken, place, axis, end)  # type: ignore[arg-type]
+    for axis in (i for i in range(node.meta["val"].ndim) if i not in axes):
+        with graph.inserting_before(node):
+            wide = graph.call_function(aten.unsqueeze.default, (taken, axis))
+        wide.meta["val"] = taken.meta["val"].unsqueeze(axis)  # type: ignore[union-attr]
+        taken = wide
+    node.replace_all_uses_with(taken)  # type: ignore[arg-type]
+    return True
+
+
+def _slice(graph: fx.Graph, node: fx.Node, x: fx.Node, place: int, axis: int, end: Size) -> fx.Node:
+    with graph.inserting_before(node):
+        part = graph.call_function(aten.slice.Tensor, (x, place, 0, end))
+    before, sizes = x.meta["val"], list(x.meta["val"].shape)
+    sizes[place] = node.meta["val"].shape[axis]
+    part.meta["val"] = before.new_empty(sizes)
+    return part
+
+
+def _count(index: fx.Node, node: fx.Node) -> tuple[int, Size] | None:
+    """The axis of a gather's result along which an index counts from 0, and its end."""
+    long = [axis for axis, size in enumerate(index.meta["val"].shape) if not (isinstance(size, int) and size == 1)]
+    if len(long) != 1 or index.meta["val"].ndim != node.meta["val"].ndim:
+        return None
+    while index.target is aten.unsqueeze.default:
+        index = operand(index)
+    return (long[0], index.args[0]) if index.target is aten.arange.default else None  # type: ignore[return-value]
