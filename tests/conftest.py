@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 from zoo import ZOO, Captured
 
+from peftfx.adapted import AdaptedModel
 from peftfx.capturing import capture
 
 torch.set_num_threads(1)
@@ -24,5 +25,17 @@ def captured() -> Callable[[str], Captured]:
     def make(name: str) -> Captured:
         model = ZOO[name].build()
         return Captured(ZOO[name], model, capture(model, ZOO[name].inputs(model=model)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bare(captured: Callable[[str], Captured]) -> Callable[[str], AdaptedModel]:
+    """`bare(name)`: the same model without adapters; a test leaves none on it."""
+
+    @cache
+    def make(name: str) -> AdaptedModel:
+        found = captured(name)
+        return AdaptedModel.on(found.model, found.graph.sites, found.entry.inputs(model=found.model))
 
     return make

@@ -60,7 +60,7 @@ def close_all(got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: 
         close(got[name], want[name], tolerance)
 
 
-@pytest.mark.parametrize("name", PEFT_HAS)
+@pytest.mark.parametrize("name", but_for({"mistral"}, PEFT_HAS))
 def test_the_numbers_and_files_are_pefts(name: str, tmp_path: Path) -> None:
     base = ZOO[name].build()
     for layers in (1, 2):
@@ -117,8 +117,10 @@ def _without_dropout(module: nn.Module) -> None:
         module.attention_dropout = 0.0
 
 
-QUICK = ("gpt_neo", "bloom", "gemma2", "phi3", "bert", "deberta_v2", "t5")
+QUICK = ("bloom", "gemma2", "bert", "deberta_v2", "t5")
 MORE = (
+    "gpt_neo",
+    "phi3",
     "gpt_neox",
     "qwen3",
     "opt",
@@ -169,9 +171,11 @@ def test_a_cross_attention_has_no_place_for_it() -> None:
         (lambda: [LlamaAdapter(), LlamaAdapter(adapter_layers=1)], "two rules act here"),
     ],
 )
-def test_what_makes_no_sense_is_refused(rule: Callable[[], object], expected: str) -> None:
+def test_what_makes_no_sense_is_refused(
+    rule: Callable[[], object], expected: str, bare: Callable[[str], AdaptedModel]
+) -> None:
     with pytest.raises(PeftfxError, match=expected):
-        peftfx.transform(ZOO["llama"].build(), rule())
+        bare("llama").add_adapter("default", rule())
 
 
 def test_it_is_not_merged_into_weights() -> None:
@@ -245,7 +249,7 @@ def test_behind_a_projection_it_joins_what_another_adapter_scales(order: tuple[s
     close_all(got, outputs(theirs, inputs))
 
 
-@pytest.mark.parametrize("name", but_for({"llama"}, ["llama", "gpt2"]))
+@pytest.mark.parametrize("name", but_for({"llama", "gpt2"}, ["llama", "gpt2"]))
 def test_what_peft_wrote_is_exported_as_peft_computes_it(name: str, tmp_path: Path) -> None:
     base = ZOO[name].build()
     theirs = theirs_on(base, 2)
