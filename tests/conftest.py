@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import cache
 
@@ -15,6 +16,11 @@ from peftfx.capturing import capture
 
 torch.set_num_threads(1)
 settings.register_profile("whole")  # `--hypothesis-profile=whole`: the laws on all of their examples
+
+
+def pytest_collection_finish() -> None:
+    """What was imported by now lives to the end: no collection of garbage needs to walk through it again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

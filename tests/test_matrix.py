@@ -10,10 +10,8 @@ from matrix_page import PAGE, statuses
 
 QUICK = frozenset(
     {
-        "causal-lm/GPT-2/LLaMA-Adapter",
         "sequence-classification/BERT/P-Tuning",
         "image-classification/ViT/Prefix Tuning",
-        "token-classification/RoBERTa/Prompt Tuning",
         "image-classification/ViT/IA3",
         "semantic-segmentation/SegFormer/AdaLoRA",
     }
