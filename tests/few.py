@@ -11,7 +11,7 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 
 #: One of each way to place tokens, to compute and share attention, to be no text, and to be written by hand.
-FEW = frozenset({"gpt2", "bloom", "llama", "falcon", "gemma2", "t5", "bert", "deberta", "vit", "unet", "custom"})
+FEW = frozenset({"gpt2", "bloom", "llama", "gemma2", "t5", "bert", "deberta", "vit", "custom"})
 
 
 #: So like others of the zoo, or exported so often by other files, that it need not be exported in every run.

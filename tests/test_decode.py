@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from few import FEW, but_for
+from few import few
 from test_export import randomise
 from torch import Tensor, nn
 from zoo import TOKENS, ZOO
@@ -59,7 +59,7 @@ def make_pair(name: str, directory: Path) -> Pair:
     return Pair(model, peftfx.load(ZOO[name].build(), directory))
 
 
-@pytest.fixture(scope="session", params=but_for({*CAUSAL} - (FEW - {"falcon"}), CAUSAL))
+@pytest.fixture(scope="session", params=few(CAUSAL))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """Each causal model of the zoo in turn."""
     return make_pair(request.param, tmp_path_factory.mktemp(request.param))
