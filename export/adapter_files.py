@@ -1,8 +1,12 @@
-"""`.onnx_adapter` files, ONNX Runtime's own format: named tensors, and the number of the base that they are for."""
+"""`.onnx_adapter` files, ONNX Runtime's own format: named tensors, and the number of the base that they are for.
+
+ONNX Runtime refuses a file with a tensor that a graph has no input for. So for a model of several graphs an adapter is
+a directory, with a file for each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnxruntime as ort
@@ -33,18 +37,31 @@ def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
     return int(read.get_model_version()), values
 
 
-def read_for(path: Path, directory: Path) -> dict[str, ort.OrtValue]:
-    """The tensors of an `.onnx_adapter` file, for the graph in a directory.
+def read_for(path: Path, directory: Path) -> dict[str, dict[str, ort.OrtValue]]:
+    """The tensors of an `.onnx_adapter` for the graphs in a directory, by the graphs' names.
 
     Raises:
-        PeftfxError: the graph has no slots, or the adapter is for another base or has what fits into none of them.
+        PeftfxError: the graphs have no slots, or the adapter is for another base or has what fits into none of them.
     """
     manifest = Manifest.read(directory)
+    graphs = tuple(manifest.views)
+    if len(graphs) > 1 and path.is_file():
+        hint = "write it for this model: peftfx export-adapter --for"
+        raise PeftfxError(f"the model is {len(graphs)} graphs, and this is a file for one", str(path), hint)
+    return {graph: _fitting(file_of(path, graph, graphs), manifest, graph) for graph in graphs}
+
+
+def file_of(path: Path, graph: str, graphs: Sequence[str]) -> Path:
+    """The file for one graph of an adapter for these."""
+    return path / f"{graph}{SUFFIX}" if len(graphs) > 1 else path
+
+
+def _fitting(path: Path, manifest: Manifest, graph: str) -> dict[str, ort.OrtValue]:
     version, values = read_adapter_file(path)
     if version != manifest.version:
         hint = "write it for this graph: peftfx export-adapter --for"
         raise PeftfxError(f"this adapter is for another base than {manifest.model} here", str(path), hint)
-    slots = {slot.name: slot for slot in manifest.slots}
+    slots = manifest.of(graph)
     unfit = [n for n, value in values.items() if n not in slots or not slots[n].takes(tuple(value.shape()))]
     if unfit:
         hint = "write it for this graph: peftfx export-adapter --for"

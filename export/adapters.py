@@ -16,10 +16,12 @@ from torch import Tensor
 
 from peftfx.adapted import AdaptedModel
 from peftfx.attending import AttentionMethod
+from peftfx.entry import VirtualTokens
 from peftfx.errors import PeftfxError
-from peftfx.export.adapter_files import SUFFIX, read_adapter_file, write_adapter_file
+from peftfx.export.adapter_files import SUFFIX, file_of, read_adapter_file, write_adapter_file
+from peftfx.export.atomic import publish
 from peftfx.export.in_eval import in_eval
-from peftfx.export.parts import generates
+from peftfx.export.parts import DECODE
 from peftfx.export.probes import probes, view_cases
 from peftfx.export.verify import reference_of, verify
 from peftfx.files import write_file, writing
@@ -29,7 +31,7 @@ from peftfx.passes.attend import split_heads
 from peftfx.passes.prefill import NAME
 from peftfx.placement import SAVED, Override, Placement, owner_of, site_tensors
 from peftfx.sites import Site
-from peftfx.slots import INNER, KEYS, OUTER, OWN, PREFIX, VALUES, A, B, Manifest, Slot, fingerprint, listed
+from peftfx.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B, Manifest, Slot, fingerprint, listed
 from peftfx.soft import SequenceMethod
 from peftfx.stored import exact
 from peftfx.update import Update
@@ -41,7 +43,9 @@ Wanted = dict[tuple[str, str], Tensor]
 def export_adapter(
     adapted: AdaptedModel, directory: str | Path, output: str | Path, *, check: bool = True, force: bool = False
 ) -> Path:
-    """Write the active adapters as one `.onnx_adapter` file for the graph in a directory.
+    """Write the active adapters as one `.onnx_adapter` for the graph in a directory.
+
+    It is a file, or, for an encoder-decoder's two graphs, a directory with a file for each.
 
     What the graph computes with it in ONNX Runtime is held against torch, at sizes that no capture saw, before it
     appears.
@@ -49,7 +53,7 @@ def export_adapter(
     Args:
         adapted: the base that the graph was exported from, with its adapters.
         directory: that `peftfx export --swappable` wrote.
-        output: the file; it gets the suffix if it has none.
+        output: where to; it gets the suffix if it has none.
         check: run it.
         force: replace it if it exists.
 
@@ -67,29 +71,44 @@ def export_adapter(
         raise PeftfxError(what, str(directory), "give the base that it was exported from, or export this one")
     with in_eval(adapted):
         tensors = slot_tensors(adapted, manifest)
+    write = functools.partial(_write_checked, adapted, directory, manifest, tensors, check)
+    if len(manifest.views) > 1:
+        with publish(output, force) as temporary:
+            write(temporary)
+        return output
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_file(output, functools.partial(_write_checked, adapted, directory, manifest, tensors, check))
+        write_file(output, write)
     return output
 
 
 def _write_checked(
-    adapted: AdaptedModel, directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor], check: bool, path: Path
+    adapted: AdaptedModel,
+    directory: Path,
+    manifest: Manifest,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    check: bool,
+    path: Path,
 ) -> None:
-    write_adapter_file(tensors, manifest.version, path)
-    if not check:
-        return
-    with in_eval(adapted):
-        view = adapted.view(manifest.view)
-        graph = adapted.graph() if view is None else adapted.graph(view=view)
-        cases = probes(adapted, graph.inputs, adapted.example) if view is None else view_cases(adapted, view)
-        put, shown = read_adapter_file(path)[1], None if view is None else view.shown
-        atol, rtol = manifest.atol, manifest.rtol
-        verify(directory, reference_of(graph), cases, atol=atol, rtol=rtol, shown=shown, put=put)
+    for name in manifest.views:
+        write_adapter_file(tensors[name], manifest.version, file_of(path, name, tuple(manifest.views)))
+    for name, kind in manifest.views.items() if check else ():
+        with in_eval(adapted):
+            view = adapted.view(kind)
+            graph = adapted.graph() if view is None else adapted.graph(view=view)
+            cases = probes(adapted, graph.inputs, adapted.example) if view is None else view_cases(adapted, view)
+            put = read_adapter_file(file_of(path, name, tuple(manifest.views)))[1]
+            verify(
+                *(directory / f"{name}.onnx", reference_of(graph), cases),
+                atol=manifest.atol,
+                rtol=manifest.rtol,
+                shown=None if view is None else view.shown,
+                put=put,
+            )
 
 
-def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, Tensor]:
-    """What the active adapters put into slots, by their names; slots that they leave alone are not there.
+def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, dict[str, Tensor]]:
+    """What the active adapters put into slots, by graphs and names; slots that they leave alone are not there.
 
     Raises:
         PeftfxError: there is no slot for something: all that has none is listed.
@@ -97,15 +116,14 @@ def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, Tensor]
     if not adapted.active:
         raise PeftfxError("no adapter is active", "export_adapter", "load one, or make one active (set_adapter)")
     slots = manifest.by_place()
-    found: dict[str, Tensor] = {}
+    found: dict[str, dict[str, Tensor]] = {graph: {} for graph in manifest.views}
     homeless: dict[str, list[str]] = {}
-    for (at, what), value in wanted_of(adapted).items():
-        slot = slots.get((at, what))
-        fitting = None if slot is None else _laid(value, slot)
-        if slot is None or fitting is None:
+    for (at, what), value in wanted_of(adapted, decodes=DECODE in manifest.views.values()).items():
+        laid = [(slot, _laid(value, slot)) for slot in slots.get((at, what), ())]
+        if not laid or any(fitting is None for _, fitting in laid):
             homeless.setdefault(what, []).append(at)
-        else:
-            found[slot.name] = fitting
+        for slot, fitting in laid:
+            found[slot.graph] |= {} if fitting is None else {slot.name: fitting}
     if homeless:
         lines = "; ".join(f"{WORDS[what]} {listed(at)}".strip() for what, at in homeless.items())
         hint = "export the base with --slots that pick these sites, or export the adapter merged"
@@ -113,13 +131,18 @@ def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, Tensor]
     return found
 
 
-def wanted_of(adapted: AdaptedModel) -> Wanted:
-    """What the active adapters do: at linear layers, beside attentions, ahead of the text, and in the base's place."""
+def wanted_of(adapted: AdaptedModel, *, decodes: bool) -> Wanted:
+    """What the active adapters do: at linear layers, beside attentions, ahead of the text, and in the base's place.
+
+    Args:
+        adapted: the model.
+        decodes: in a decode view, in which any soft prompt is a prefix.
+    """
     own = {o.key.removeprefix(f"{SAVED}."): adapted.adapter(n).get(o.key) for n, o in _overrides(adapted)}
     updates = updates_of(adapted, own)
     wanted = {(name, OWN): value for name, value in own.items() if not _unchanged(adapted, name, value)}
     wanted |= _updated(adapted, updates)  # over the copies: a bias of an updated layer counts as it is after that
-    return wanted | _beside(adapted, updates, own) | _prefix(adapted)
+    return wanted | _beside(adapted, updates, own) | _ahead(adapted, decodes)
 
 
 WORDS = {
@@ -130,6 +153,7 @@ WORDS = {
     OWN: "a trained copy of",
     KEYS: "keys and values beside",
     VALUES: "keys and values beside",
+    PROMPT: "a soft prompt",
     PREFIX: "a soft prompt",
 }
 
@@ -218,18 +242,16 @@ def _beside(adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[s
     return found
 
 
-def _prefix(adapted: AdaptedModel) -> Wanted:
-    """A soft prompt as keys and values ahead of the past, a row for each of its tokens."""
+def _ahead(adapted: AdaptedModel, decodes: bool) -> Wanted:
+    """A soft prompt, a row for each of its tokens: embeddings, or keys and values."""
     for name, placement in _placements(adapted):
         if not isinstance(placement.method, SequenceMethod):
             continue
-        if not generates(adapted.base):
-            what = "a soft prompt has a place in the decode view alone, and this model generates nothing"
-            raise PeftfxError(what, type(adapted.base).__name__, "export the adapter merged")
-        graph = adapted.graph(view="decode")
-        if NAME in graph.derived:
-            return {("", PREFIX): graph.get(f"{DERIVED}.{NAME}")}
-        return {("", PREFIX): placement.method.virtual(adapted.adapter(name).params(placement), False)}
+        embedded = isinstance(adapted.entry(), VirtualTokens)
+        if embedded and decodes:
+            return {("", PREFIX): adapted.graph(view=DECODE).get(f"{DERIVED}.{NAME}")}
+        rows = placement.method.virtual(adapted.adapter(name).params(placement), False)
+        return {("", PROMPT if embedded else PREFIX): rows}
     return {}
 
 

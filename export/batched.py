@@ -27,7 +27,7 @@ from peftfx.passes.by_row import ByRow
 from peftfx.placement import site_tensors
 from peftfx.rowwise import BATCHED, IDS, Rowwise
 from peftfx.sites import WEIGHT_KINDS, Site
-from peftfx.slots import INNER, OUTER, OWN, PREFIX, A, B
+from peftfx.slots import INNER, OUTER, OWN, PREFIX, PROMPT, A, B
 from peftfx.soft import encodes_and_decodes
 from peftfx.stored import exact
 from peftfx.update import Update
@@ -55,8 +55,8 @@ class Batched(Deployment):
         if decodes and encodes_and_decodes(base):
             what = "rows of an encoder-decoder have no adapters of their own yet"
             raise PeftfxError(what, type(base).__name__, "export each adapter merged")
-        each = [_told(adapted, name) for name in self.adapters]
-        if not decodes and any(("", PREFIX) in own for own in each):
+        each = [_told(adapted, name, decodes=decodes) for name in self.adapters]
+        if not decodes and any(("", what) in own for own in each for what in (PROMPT, PREFIX)):
             what = "a soft prompt has a place for each row in the decode view alone"
             raise PeftfxError(what, type(base).__name__, "export that view, or the adapter merged")
         stacks = _stacked(adapted, each)
@@ -92,10 +92,10 @@ class Batched(Deployment):
         (directory / BATCHED).write_text(f"{told}\n", encoding="utf-8")
 
 
-def _told(adapted: AdaptedModel, name: str) -> dict[tuple[str, str], Tensor]:
+def _told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, str], Tensor]:
     """What one adapter does at layers, as updates alone, and its prefix."""
     adapted.set_adapter(name)
-    told = wanted_of(adapted)
+    told = wanted_of(adapted, decodes=decodes)
     layers = [site for site in adapted.sites if site.kind in WEIGHT_KINDS]
     sites = {site.weight.removeprefix(f"{BASE}."): site for site in layers if site.kind == "linear"}
     biases = {site.bias.removeprefix(f"{BASE}."): site for site in layers if site.bias}
@@ -112,7 +112,7 @@ def _told(adapted: AdaptedModel, name: str) -> dict[tuple[str, str], Tensor]:
         else:
             what, hint = f"a trained copy of {at} cannot be a row's own", "export the adapter merged"
             raise PeftfxError(what, name, hint)
-    other = next(((at, what) for at, what in made if what not in (INNER, OUTER, A, B, OWN, PREFIX)), None)
+    other = next(((at, what) for at, what in made if what not in (INNER, OUTER, A, B, OWN, PROMPT, PREFIX)), None)
     if other is not None:
         raise PeftfxError(f"rows cannot have {WORDS[other[1]]} {other[0]} of their own", name, "export it swappable")
     return made

@@ -11,7 +11,7 @@ from peftfx.adapted import AdaptedModel
 from peftfx.errors import PeftfxError, nearest
 from peftfx.export.verify import Comparison
 from peftfx.graph import Graph
-from peftfx.opened import Opened
+from peftfx.opened import Opened, Place
 from peftfx.slots import Slot
 from peftfx.soft import encodes_and_decodes
 from peftfx.tasks import task_of
@@ -19,7 +19,7 @@ from peftfx.views import View, name_axes
 
 FORWARD, DECODE, AUTO = "forward", "decode", "auto"
 #: Axes that have to be free where nobody gave a size.
-FREE = frozenset({"batch", "sequence", "decoder_sequence", "encoder_sequence", "past", "total"})
+FREE = frozenset({"batch", "sequence", "decoder_sequence", "encoder_sequence", "encoder_total", "past", "total"})
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Part:
         exported: what is written: the same, or merged.
         slots: where adapters can be put when it runs.
         found: how what was written compares.
+        places: of soft prompts, in a forward.
     """
 
     file: str
@@ -41,6 +42,7 @@ class Part:
     exported: Graph
     slots: tuple[Slot, ...] = ()
     found: Sequence[Comparison] = ()
+    places: tuple[Place, ...] = ()
 
     @property
     def seen(self) -> View | None:

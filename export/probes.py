@@ -49,7 +49,7 @@ def probes(
         case = _case(adapted, specs, example, sizes, seed)
         try:
             with without_cache(adapted.base):
-                want = _eager(adapted, _nested(case, example))
+                want = _eager(adapted, nested(case, example))
         except Exception as error:  # whatever the model's code raises for a size it does not take
             refusal = error
             continue
@@ -87,7 +87,7 @@ def view_probes(adapted: AdaptedModel, view: View) -> list[dict[str, Tensor]]:
             raise PeftfxError(what, type(adapted.base).__name__, "export its forward view") from error
         got = captured.run(*(case[spec.name] for spec in captured.inputs))
         for (name, a), b in zip(want.items(), got, strict=True):
-            _hold(name, view.shown(name, case, a), view.shown(name, case, b), same=a.shape == b.shape)
+            hold(name, view.shown(name, case, a), view.shown(name, case, b), same=a.shape == b.shape)
     return found
 
 
@@ -160,7 +160,7 @@ def _eager(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
     return adapted.base(**call) if entry is None else entry(forward, adapted.base, entry.hole(adapted.base), call)
 
 
-def _nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[str, object]:
+def nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[str, object]:
     """The call as the model takes it: nested inputs in their places, constants as in the example."""
     leaves, spec = pytree.tree_flatten_with_path(dict(example))
     named = {path_name(path) for path, _ in leaves}
@@ -171,14 +171,14 @@ def _nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[s
 
 
 def _compare(adapted: AdaptedModel, case: Mapping[str, Tensor], example: Mapping[str, object], want: object) -> None:
-    base = adapted.graphs.captured(_nested(case, example), adapted.entry())
+    base = adapted.graphs.captured(nested(case, example), adapted.entry())
     got = base.run(*(case[spec.name] for spec in base.inputs))
     leaves = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]
     for name, a, b in zip(base.outputs, leaves, got, strict=True):
-        _hold(name, a, b, same=a.shape == b.shape)
+        hold(name, a, b, same=a.shape == b.shape)
 
 
-def _hold(name: str, want: Tensor, got: Tensor, *, same: bool) -> None:
+def hold(name: str, want: Tensor, got: Tensor, *, same: bool) -> None:
     """Hold the captured model's output against the model's own."""
     error = float((want.float() - got.float()).abs().max()) if same and want.numel() else 0.0
     if not same or error > TOLERANCE * max(1.0, float(want.float().abs().max()) if want.numel() else 0.0):

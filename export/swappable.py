@@ -6,6 +6,7 @@ which is the base model. ONNX Runtime's `.onnx_adapter` files are named tensors 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +21,18 @@ from peftfx.decode import Decode
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment import Deployment, Inputs
 from peftfx.export.onnx import every_value
-from peftfx.export.parts import FORWARD, Part, capture_parts, generates, refuse_fixed
-from peftfx.export.probes import probes
+from peftfx.export.parts import FORWARD, Part, capture_parts, files_of, generates, refuse_fixed
+from peftfx.export.places import find_forward, hold_forward, places_of
+from peftfx.export.probes import nested, probes
 from peftfx.export.quantize import FINITE
 from peftfx.export.tidy import PERM
 from peftfx.export.weights import SOURCE
 from peftfx.graph import BASE
-from peftfx.opened import Opened
+from peftfx.opened import Opened, Place
 from peftfx.passes.open import Open, slots_of
+from peftfx.seq2seq import Decoder, Encoder
 from peftfx.sites import NORM, WEIGHT_KINDS, Site, plays
-from peftfx.slots import INNER, OUTER, OWN, PREFIX, RANK, TOKENS, Manifest, Slot, fingerprint
-from peftfx.soft import encodes_and_decodes
+from peftfx.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot, fingerprint
 from peftfx.target import select
 from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 
@@ -45,8 +47,8 @@ class Slots:
 
     Attributes:
         target: the linear layers, convs and embeddings with slots.
-        prefix: whether there is one ahead of the past, where the view has a past. For it each step copies the past
-            behind what is in it, nothing too.
+        prefix: whether there are places for soft prompts. For one ahead of the past each step copies the past behind
+            what is in it, nothing too.
     """
 
     target: str = SLOTS
@@ -77,13 +79,22 @@ class Swappable(Deployment):
         """Capture the base and open its slots.
 
         Sites that are targeted get a low-rank sum and a scale of their output, and one of their input where their
-        role is one of `SCALED`. In the decode view there is a place for a prefix ahead of the text, and beside
-        each attention one for keys and values.
+        role is one of `SCALED`. There is a place for soft prompts ahead of the text, and beside each attention one
+        for keys and values.
 
         Raises:
-            PeftfxError: the model is an encoder-decoder.
+            PeftfxError: the model has adapters.
         """
-        return _opened(adapted, view, inputs, self.slots)
+        if adapted.active:
+            hint = "remove the adapters, and write each to a file of its own (export-adapter)"
+            raise PeftfxError("a graph for swappable adapters is of the base alone", ", ".join(adapted.active), hint)
+        base = adapted.base
+        places = tuple(places_of(base, adapted.sites)) if self.slots.prefix else ()
+        if view == FORWARD or not generates(base):
+            parts = [_forward(adapted, inputs, places)]
+        else:
+            parts = [_generating(adapted, file, name, places, self.slots) for file, name in files_of(base).items()]
+        return [_opened(adapted, part, self.slots.target) for part in parts]
 
     def finish(self, adapted: AdaptedModel, part: Part, program: ir.Model) -> ir.Model:
         """The program, whose slots may be left out of a call."""
@@ -95,54 +106,64 @@ class Swappable(Deployment):
         if part.view is not None:
             return filled(super().cases(adapted, part, example), part.slots)
         own = {slot.name for slot in part.slots}
-        return filled(probes(adapted, [s for s in part.graph.inputs if s.name not in own], example), part.slots)
+        given = probes(adapted, [s for s in part.graph.inputs if s.name not in own], example)
+        cases = filled(given, part.slots)
+        neutral = {slot.name: neutral_of(slot) for slot in part.slots}
+        for call, case in zip(given, cases, strict=True) if part.places else ():
+            rows = {place.what: case[place.what] for place in part.places}
+            inputs = {**neutral, **call, **rows}
+            hold_forward(adapted.base, part.graph, part.places, inputs, nested(call, example))
+        return cases
 
     def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
         """Tell which slots there are, too, and of which base the model is."""
         super().describe(directory, adapted, parts, example)
-        for part in parts:
-            view = FORWARD if part.seen is None else part.seen.name
-            kinds = (p.dtype for p in adapted.base.parameters() if p.is_floating_point())
-            dtype = str(next(kinds, torch.float32)).removeprefix("torch.")
-            model = type(adapted.base).__name__
-            bounds = self.atol, self._rtol(part)
-            Manifest(self.source, model, fingerprint(adapted.base), dtype, view, *bounds, part.slots).write(directory)
+        base = adapted.base
+        kinds = (p.dtype for p in base.parameters() if p.is_floating_point())
+        Manifest(
+            base=self.source,
+            model=type(base).__name__,
+            fingerprint=fingerprint(base),
+            dtype=str(next(kinds, torch.float32)).removeprefix("torch."),
+            views={part.stem: FORWARD if part.seen is None else part.seen.name for part in parts},
+            atol=self.atol,
+            rtol=max(self._rtol(part) for part in parts),
+            slots=tuple(dataclasses.replace(slot, graph=part.stem) for part in parts for slot in part.slots),
+        ).write(directory)
 
     def _rtol(self, part: Part) -> float:
         """Of adapters: four times what random ones showed, where nobody bounded what a quantised graph loses."""
         return self.rtol if self.rtol < FINITE else 4 * max(c.max_rel for c in part.found)
 
 
-def _opened(adapted: AdaptedModel, view: str, inputs: Inputs | None, slots: Slots) -> list[Part]:
-    base = adapted.base
-    _refuse(adapted)
-    if view == FORWARD or not generates(base):
-        (part,) = capture_parts(adapted, FORWARD, inputs)
-    else:
-        found = adapted.view("decode")
-        assert isinstance(found, Decode)
-        opened = Opened(found) if slots.prefix else found
-        graph = adapted.graph(view=opened)
-        refuse_fixed(graph, found.axes)
-        part = Part("model.onnx", opened, graph, graph)
-    graph = part.graph
-    sites = {match.site.path: match.site for match in select(adapted.sites, target=slots.target, kinds=WEIGHT_KINDS)}
+def _forward(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[Place]) -> Part:
+    """The forward, with places for soft prompts."""
+    (part,) = capture_parts(adapted, FORWARD, inputs)
+    example = adapted.example if inputs is None else inputs
+    found = find_forward(adapted.base, example, places)
+    if found is None:
+        return part
+    graph, taken = found
+    return dataclasses.replace(part, graph=graph, exported=graph, places=taken, slots=tuple(p.slot for p in taken))
+
+
+def _generating(adapted: AdaptedModel, file: str, name: str, places: Sequence[Place], slots: Slots) -> Part:
+    """One of the views that a model generates in, with places for soft prompts."""
+    found = adapted.view(name)
+    assert isinstance(found, Decode | Encoder | Decoder)
+    view = Opened.of(found, places) if slots.prefix else found
+    graph = adapted.graph(view=view)
+    refuse_fixed(graph, view.axes)
+    return Part(file, view, graph, graph, tuple(p.slot for p in view.places) if isinstance(view, Opened) else ())
+
+
+def _opened(adapted: AdaptedModel, part: Part, target: str) -> Part:
+    """A part with the slots of its layers."""
+    sites = {match.site.path: match.site for match in select(adapted.sites, target=target, kinds=WEIGHT_KINDS)}
     scaled = tuple(path for path, site in sites.items() if any(plays(site, role) for role in SCALED))
     beside = tuple(site for site in adapted.sites if site.heads is not None)
-    part.graph = part.exported = Open(tuple(sites), scaled, beside)(graph).graph
-    ahead = (part.view.slot,) if isinstance(part.view, Opened) else ()
-    part.slots = (*ahead, *slots_of(part.graph, beside))
-    return [part]
-
-
-def _refuse(adapted: AdaptedModel) -> None:
-    base = adapted.base
-    name, hint = type(base).__name__, "export each adapter merged"
-    if adapted.active:
-        hint = "remove the adapters, and write each to a file of its own (export-adapter)"
-        raise PeftfxError("a graph for swappable adapters is of the base alone", ", ".join(adapted.active), hint)
-    if generates(base) and encodes_and_decodes(base):
-        raise PeftfxError("an encoder-decoder has two graphs, and an adapter file is for one", name, hint)
+    graph = Open(tuple(sites), scaled, beside)(part.graph).graph
+    return dataclasses.replace(part, graph=graph, exported=graph, slots=(*part.slots, *slots_of(graph, beside)))
 
 
 def open_initializers(
@@ -155,9 +176,7 @@ def open_initializers(
     values = {str(value.name): value for value in program.graph.inputs}
     for slot in slots:
         value = values[slot.name]
-        kind = getattr(torch, slot.dtype)
-        tensor = (torch.ones if slot.what in (INNER, OUTER) else torch.zeros)(slot.empty, dtype=kind)
-        value.const_value = TorchTensor(tensor, name=slot.name)
+        value.const_value = TorchTensor(neutral_of(slot), name=slot.name)
         value.meta[SOURCE] = ("ones", slot.empty, slot.dtype)
         # Each site has a rank of its own: one word for all would be a promise, on which memory is planned.
         value.shape = ir.Shape([f"{slot.at}.{s}".strip(".") if isinstance(s, str) else s for s in slot.shape])
@@ -195,12 +214,18 @@ def head_tensors(base: nn.Module) -> list[str]:
     return [f"{path}.{name}" for path in paths for name in base.get_submodule(path).state_dict()]
 
 
+def neutral_of(slot: Slot) -> Tensor:
+    """What changes nothing."""
+    return (torch.ones if slot.what in (INNER, OUTER) else torch.zeros)(slot.empty, dtype=getattr(torch, slot.dtype))
+
+
 def filled(cases: Sequence[Mapping[str, Tensor]], slots: Sequence[Slot]) -> list[dict[str, Tensor]]:
     """Calls with something in each slot: in the first what changes nothing, in the others random values."""
     random = torch.Generator().manual_seed(0)
     made = []
     for rank, case in enumerate(cases):
-        own = {slot.name: _value(slot, rank, random) for slot in slots if slot.what not in (PREFIX, OWN)}
+        given = [slot for slot in slots if slot.what != OWN and slot.name not in case]
+        own = {slot.name: _value(slot, rank, random) for slot in given}
         made.append({**case, **own})
     return made
 

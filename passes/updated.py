@@ -37,7 +37,7 @@ class Acting:
 
 
 def update_call(nodes: dict[str, fx.Node], site: Site, call: Call, acting: Acting) -> None:
-    """Let these act at one call of a site, in place."""
+    """Let these act at one call of a site, in place; `nodes` has the result by the name of what it replaces."""
     op, x, y = nodes[call.op], nodes[call.x], nodes[call.y]
     apart = y is not op and bias_of(op, op) is None and bias_of(op, y) is not None  # it is added by a node of its own
     bias = bias_of(op, y) if apart else strip_bias(op)
@@ -61,6 +61,7 @@ def update_call(nodes: dict[str, fx.Node], site: Site, call: Call, acting: Actin
         total = add_node(after, op, aten.add.Tensor, total, bias)
     for user in users:
         user.replace_input_with(value, total)
+    nodes[value.name] = total  # a later layer may read it as its own input
 
 
 def low_rank(site: Site, op: fx.Node, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:

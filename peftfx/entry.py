@@ -104,16 +104,17 @@ class VirtualTokens(Entry):
 
     def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
         given = {name: value for name, value in arguments.items() if name not in self.dropped}
+        count = hole.shape[0]  # a symbol where it is an input
         for name in self._grown:
             value = given.get(name)
             if isinstance(value, Tensor) and value.ndim > 1 and not value.is_floating_point():
-                given[name] = self._widened(name, value)
+                given[name] = _widened(name, value, count)
         embeds, ids = given.get("inputs_embeds"), given.get(self.tokens)
         if isinstance(embeds, Tensor):
-            given["inputs_embeds"] = self._ahead(hole, embeds)
+            given["inputs_embeds"] = _embedded(hole, embeds)
             return call(base, given)
         assert isinstance(ids, Tensor)
-        given[self.tokens] = _ahead(ids, ids.new_full((self.shape[0],), self.filler))
+        given[self.tokens] = _ahead(ids, ids.new_full((count,), self.filler))
         return self._called_on_ids(call, base, hole, given)
 
     def _called_on_ids(self, call: Call, base: nn.Module, hole: Tensor, given: Mapping[str, object]) -> object:
@@ -123,7 +124,7 @@ class VirtualTokens(Entry):
         def replace(module: nn.Module, args: tuple[object, ...], embedded: Tensor) -> Tensor | None:
             nonlocal calls
             calls += 1
-            return self._ahead(hole, embedded[:, self.shape[0] :]) if calls == 1 else None
+            return _embedded(hole, embedded[:, hole.shape[0] :]) if calls == 1 else None
 
         handle = base.get_submodule(self.embedding).register_forward_hook(replace)
         try:
@@ -135,15 +136,16 @@ class VirtualTokens(Entry):
             raise PeftfxError(what, self.embedding, "use a method that acts on weights")
         return output
 
-    def _ahead(self, hole: Tensor, embeds: Tensor) -> Tensor:
-        return torch.cat([hole.to(embeds.dtype).expand(embeds.shape[0], -1, -1), embeds], dim=1)
 
-    def _widened(self, name: str, value: Tensor) -> Tensor:
-        count = self.shape[0]
-        if name != POSITIONS:
-            return _ahead(value, value.new_full((count,), PER_TOKEN[name]))
-        first = value.amin(dim=1, keepdim=True)  # a model's positions need not start at 0
-        return torch.cat([first + torch.arange(count, device=value.device), value + count], dim=1)
+def _embedded(hole: Tensor, embeds: Tensor) -> Tensor:
+    return torch.cat([hole.to(embeds.dtype).expand(embeds.shape[0], -1, -1), embeds], dim=1)
+
+
+def _widened(name: str, value: Tensor, count: int) -> Tensor:
+    if name != POSITIONS:
+        return _ahead(value, value.new_full((count,), PER_TOKEN[name]))
+    first = value.amin(dim=1, keepdim=True)  # a model's positions need not start at 0
+    return torch.cat([first + torch.arange(count, device=value.device), value + count], dim=1)
 
 
 def _ahead(value: Tensor, new: Tensor) -> Tensor:

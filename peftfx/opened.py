@@ -1,12 +1,13 @@
-"""Opened: a view of a model with a place for a prefix among its inputs, keys and values of any number of tokens.
+"""Opened: a view of a model with places for soft prompts among its inputs, for any number of virtual tokens.
 
-A soft prompt of any kind is one there: `peftfx/ahead.py` binds it, invisible to the caller, and prompts of embeddings
-become what they leave in the cache.
+A place is the hole of an entry that the caller fills. With no rows in it the view is the one without. A soft prompt of
+any kind is a prefix in a decode view: prompts of embeddings are there what they leave in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,53 +16,98 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.ahead import Ahead
 from peftfx.decode import Decode
-from peftfx.slots import AHEAD, PREFIX, Slot
+from peftfx.entry import Call, Entry
+from peftfx.seq2seq import Decoder, Encoder
+from peftfx.slots import PREFIX, PROMPT, Slot
 from peftfx.views import Axes
-from peftfx.within import width_of
+from peftfx.within import width_of, within
+
+
+@dataclass(frozen=True)
+class Place:
+    """An input in the place of an entry's hole.
+
+    Attributes:
+        what: `PROMPT` or `PREFIX`; the input's name, and that of its first axis.
+        entry: what is done with it; its hole has as many rows as an example has.
+        dropped: arguments that a soft prompt makes as if they were not given, here zero.
+    """
+
+    what: str
+    entry: Entry
+    dropped: frozenset[str] = frozenset()
+
+    @property
+    def slot(self) -> Slot:
+        """The same as a slot."""
+        return Slot(self.what, self.what, "", (self.what, self.entry.shape[1]), str(self.entry.dtype)[6:])
+
+    def rows(self, count: int, seed: int) -> Tensor:
+        """Random values of so many virtual tokens."""
+        with unset_fake_temporarily():
+            random = torch.Generator().manual_seed(seed)
+            return torch.randn(count, self.entry.shape[1], generator=random).to(self.entry.dtype)
+
+
+def through(places: Sequence[Place], call: Call) -> Call:
+    """A call that takes what these places hold among its arguments."""
+
+    def run(base: nn.Module, arguments: Mapping[str, object]) -> object:
+        given, entered = dict(arguments), call
+        for place in places:
+            entered = functools.partial(_enter, place, given.pop(place.what), entered)
+        return entered(base, given)
+
+    return run
+
+
+def _enter(place: Place, hole: object, call: Call, base: nn.Module, arguments: Mapping[str, object]) -> object:
+    assert isinstance(hole, Tensor)
+    given = dict(arguments)
+    for name in place.dropped & given.keys():
+        none = torch.arange(hole.shape[0] + 1, device=hole.device)[-1:] == 0
+        given[name] = given[name] * none  # type: ignore[operator]
+    return place.entry(call, base, hole, given)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A decode view that takes a prefix, a row for each token of it.
+    """A view that generates, with places.
 
     Attributes:
-        view: without.
+        view: without them.
+        places: of it.
     """
 
-    view: Decode
+    view: Decode | Encoder | Decoder
+    places: tuple[Place, ...]
     name = "swappable"
 
-    @property
-    def ahead(self) -> Ahead:
-        """What binds a prefix; how long it is, the prefix says."""
-        return Ahead((0, width_of(self.view.layers)), self.view.layers[0].dtype, self.view.layers)
-
-    @property
-    def slot(self) -> Slot:
-        """The place."""
-        entry = self.ahead
-        return Slot(PREFIX, PREFIX, "", (AHEAD, entry.shape[1]), str(entry.dtype).removeprefix("torch."))
+    @staticmethod
+    def of(view: Decode | Encoder | Decoder, places: Sequence[Place]) -> Opened:
+        """A view, given the places of the model's forward."""
+        if isinstance(view, Decode):  # whose layers may differ, where HF PEFT's prefixes have those of a forward alike
+            return Opened(view, (Place(PREFIX, Ahead((3, width_of(view.layers)), view.layers[0].dtype, view.layers)),))
+        kept = []
+        for place in places:
+            view, entry = within(view, place.entry)  # type: ignore[assignment]
+            kept += [] if entry is None else [Place(place.what, entry)]
+        return Opened(view, tuple(kept))
 
     @property
     def axes(self) -> Axes:
         """The name of each input's axes."""
-        return {**self.view.axes, PREFIX: (AHEAD, None)}
+        return {**self.view.axes, **{place.what: (place.what, None) for place in self.places}}
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """Valid inputs, behind a random prefix of the size named so."""
-        wanted = {AHEAD: 3, **(sizes or {})}
-        made = self.view.inputs(base, sizes=wanted, seed=seed)
-        with unset_fake_temporarily():
-            random = torch.Generator().manual_seed(seed + 1)
-            shape = wanted[AHEAD], self.ahead.shape[1]
-            return made | {PREFIX: torch.randn(shape, generator=random).to(self.ahead.dtype)}
+        """Valid inputs, with random rows, as many as the size named like a place says."""
+        made = self.view.inputs(base, sizes=sizes, seed=seed)
+        counts = {place.what: place.entry.shape[0] for place in self.places} | dict(sizes or {})
+        return made | {place.what: place.rows(counts[place.what], seed + 1) for place in self.places}
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model on inputs of this view."""
-        given = dict(inputs)
-        prefix = given.pop(PREFIX)
-        assert isinstance(prefix, Tensor)
-        output = self.ahead(self.view, base, prefix, given)
+        output = through(self.places, self.view)(base, inputs)
         assert isinstance(output, dict)
         return output
 
@@ -71,5 +117,10 @@ class Opened:
 
     @property
     def trials(self) -> tuple[Mapping[str, int], ...]:
-        """Those of the view, with a prefix and without."""
-        return tuple({**sizes, AHEAD: size} for sizes, size in zip(self.view.trials, (0, 4, 1, 5, 0), strict=False))
+        """Those of the view, with soft prompts and without."""
+        return tuple(_with_counts(self.view.trials))
+
+
+def _with_counts(trials: Sequence[Mapping[str, int]]) -> Iterator[Mapping[str, int]]:
+    for sizes, prefix, prompt in zip(trials, (0, 4, 1, 5, 0), (0, 2, 5, 0, 1), strict=False):
+        yield {**sizes, PREFIX: prefix, PROMPT: prompt}

@@ -22,6 +22,7 @@ from peftfx.decode import PAST
 from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.export.runtime import OnnxModel
 from peftfx.rowwise import BATCHED, IDS
+from peftfx.slots import MODEL
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
@@ -40,7 +41,7 @@ def load(
         directory: has `model.onnx`, or an encoder's and a decoder's, and `config.json` beside it.
         threads: how many threads one operator may use; 0 leaves it to ONNX Runtime.
         options: ONNX Runtime's for the session, in place of those that `OnnxModel` chooses.
-        adapter: an `.onnx_adapter` file to put into the model, if it was exported with slots.
+        adapter: an `.onnx_adapter` to put into the model, if it was exported with slots.
 
     Returns:
         A model with `generate` if it has a cache in and out, else a `Served`.
@@ -79,6 +80,7 @@ class Served:
         directory: where it came from.
         model: the ONNX model itself, which takes and returns tensors by their ONNX names.
         config: transformers' config, or None for a model of another kind.
+        graphs: all that it is served by, by the names of their files.
     """
 
     base_model_prefix = ""
@@ -87,11 +89,12 @@ class Served:
     def __init__(self, directory: Path, model: OnnxModel) -> None:
         self.directory, self.model = directory, model
         self.config = _config(directory)
-        self.adapters: dict[str, Mapping[str, Any]] = {}
+        self.graphs: Mapping[str, OnnxModel] = {MODEL: model}
+        self.adapters: dict[str, Mapping[str, Mapping[str, Any]]] = {}
         self.active: str | None = None
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
-        """Read an `.onnx_adapter` file, and make it the active adapter; returns its name, by default the file's.
+        """Read an `.onnx_adapter`, and make it the active adapter; returns its name, by default the file's.
 
         Raises:
             PeftfxError: the model has no slots, or the adapter is for another base or other slots.
@@ -137,7 +140,8 @@ class Served:
         if name is not None and name not in self.adapters:
             hint = nearest(name, self.adapters) or f"adapters here: {', '.join(self.adapters) or 'none'}"
             raise PeftfxError(f"there is no adapter named {name!r}", name, hint)
-        self.model.put({} if name is None else self.adapters[name])
+        for graph, model in self.graphs.items():
+            model.put({} if name is None else self.adapters[name][graph])
         self.active = name
 
     @property

@@ -27,6 +27,7 @@ from peftfx.decode import PAST, PRESENT, cache_names
 from peftfx.dry_run import dry_run
 from peftfx.errors import PeftfxError, first_line
 from peftfx.inputs import example_inputs
+from peftfx.slots import PROMPT
 from peftfx.views import Axes
 
 SIZES: Mapping[str, int] = {"batch": 2, "encoder_sequence": 7, "sequence": 5, "past": 3}
@@ -41,7 +42,8 @@ class Layers:
         own: the layers of the decoder's cache of what it decodes.
         cross: of its cache of the encoded text.
         width: of the encoded text.
-        ahead: how many virtual tokens are encoded ahead of the text, unseen by whoever makes its mask.
+        ahead: how many virtual tokens an example has encoded ahead of its text, unseen by whoever makes the mask; how
+            many there are in a call, the length of what is encoded tells.
     """
 
     own: tuple[Held, ...]
@@ -49,9 +51,10 @@ class Layers:
     width: int
     ahead: int = 0
 
-    def widened(self, mask: Tensor) -> Tensor:
-        """The mask of what is encoded, given that of the text."""
-        return torch.cat([mask.new_ones(mask.shape[0], self.ahead), mask], 1) if self.ahead else mask
+    def widened(self, mask: Tensor, length: int) -> Tensor:
+        """The mask of what is encoded, which is so long, given that of the text."""
+        count = length - mask.shape[1]
+        return torch.cat([mask.new_ones(mask.shape[0], count), mask], 1) if self.ahead else mask
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ class Encoder:
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
         """What is computed for the tokens that the mask shows."""
-        mask = self.layers.widened(inputs["attention_mask"].cpu()) != 0
-        return value[mask] if name == "last_hidden_state" else value.transpose(1, 2)[mask]
+        rows = value if name == "last_hidden_state" else value.transpose(1, 2)
+        return rows[self.layers.widened(inputs["attention_mask"].cpu(), rows.shape[1]) != 0]
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,10 @@ class Decoder:
         """Valid inputs of this view; with room for it, the last row's text is padded on the right."""
         batch, length, sequence, past = ({**SIZES, **(sizes or {})}[name] for name in SIZES)
         text = example_inputs(base, sizes={"batch": batch, "sequence": length, "decoder_sequence": sequence}, seed=seed)
+        ahead = dict(sizes or {}).get(PROMPT, self.layers.ahead) if self.layers.ahead else 0
         with unset_fake_temporarily():
             random = torch.Generator().manual_seed(seed)
-            held_by = (DECODED, self.layers.own, past), (ENCODED, self.layers.cross, length + self.layers.ahead)
+            held_by = (DECODED, self.layers.own, past), (ENCODED, self.layers.cross, length + ahead)
             caches = {
                 name: torch.randn(batch, layer.heads, size, width, generator=random).to(layer.dtype)
                 for part, layers, size in held_by
@@ -139,7 +143,7 @@ class Decoder:
         count = len(self.layers.own)
         own = cache_of([given[name] for name in cache_names(PAST, count, part=DECODED)])
         cross = cache_of([given[name] for name in cache_names(PAST, count, part=ENCODED)])
-        mask = self.layers.widened(given["encoder_attention_mask"])
+        mask = self.layers.widened(given["encoder_attention_mask"], held(cross)[0].shape[2])
         # Of the encoded text itself only the shape is looked at: its keys and values are in the cache.
         encoded = mask.new_zeros((*mask.shape, self.layers.width), dtype=self.layers.own[0].dtype)
         output = base(

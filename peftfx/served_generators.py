@@ -87,6 +87,7 @@ class ServedSeq2Seq(_Buffered, GeneratesFromText, _Serves):  # type: ignore[misc
 
     def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel) -> None:
         super().__init__(directory, model)
+        self.graphs = {"encoder_model": encoder, "decoder_model": model}
         width = int(encoder.axes["last_hidden_state"][-1])
         self.view = Decoder(Layers(layers_of(model, DECODED), layers_of(model, ENCODED), width))
         self.text_encoder = TextEncoder(lambda inputs, _: encoder(**inputs))

@@ -18,13 +18,14 @@ from peftfx.sites import Site
 from peftfx.stored import exact
 
 FILE = "peftfx_slots.json"
-#: What slots hold. At a layer `W' = diag(OUTER) W diag(INNER) + B A`; ahead of the text keys and values of all
-#: layers; beside an attention keys and values of a softmax of their own; and a tensor of the base itself.
-A, B, INNER, OUTER, PREFIX, KEYS, VALUES, OWN = (
-    *("lora_A", "lora_B", "input_scale", "output_scale"),
+#: What slots hold. At a layer `W' = diag(OUTER) W diag(INNER) + B A`; ahead of the text embeddings, or keys and values
+#: of all layers; beside an attention keys and values of a softmax of their own; and a tensor of the base itself.
+A, B, INNER, OUTER, PROMPT, PREFIX, KEYS, VALUES, OWN = (
+    *("lora_A", "lora_B", "input_scale", "output_scale", "prompt"),
     *("prefix", "beside.keys", "beside.values", "own"),
 )
-RANK, TOKENS, AHEAD = "rank", "beside", "prefix"  #: axes of any size
+RANK, TOKENS = "rank", "beside"  #: axes of any size; so are those named as what is ahead of the text
+MODEL = "model"  #: the graph that most are
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,13 @@ class Slot:
     Attributes:
         name: of the input.
         what: what it holds, one of the words above.
-        at: the path of the layer or attention; for `OWN`, the tensor's name in the base; empty for the prefix.
+        at: the path of the layer or attention; for `OWN`, the tensor's name in the base; ahead of the text, empty.
         shape: with a word for an axis of any size: none, where nothing is put.
         dtype: as torch names it.
         perm: the order of axes in which the graph has the tensor of the base.
         least: the size of such an axis where nothing is put: 1 at a conv, which has some channels everywhere.
         behind: of keys and values beside an attention, whether they join behind its output projection.
+        graph: which of the graphs, by its file's stem.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Slot:
     perm: tuple[int, ...] = ()
     least: int = 0
     behind: bool = False
+    graph: str = MODEL
 
     @property
     def empty(self) -> tuple[int, ...]:
@@ -80,16 +83,16 @@ class Manifest:
         model: its class.
         fingerprint: of its weights.
         dtype: that the graph computes in, as torch names it.
-        view: what the graph is a view of.
+        views: what each graph is a view of, by its file's stem.
         atol, rtol: that adapters' verification allows; see `verify`.
-        slots: of the graph.
+        slots: of all graphs.
     """
 
     base: str
     model: str
     fingerprint: str
     dtype: str
-    view: str
+    views: Mapping[str, str]
     atol: float
     rtol: float
     slots: tuple[Slot, ...]
@@ -100,7 +103,7 @@ class Manifest:
 
     @staticmethod
     def read(directory: Path) -> Manifest:
-        """What a directory's graph has.
+        """What a directory's graphs have.
 
         Raises:
             PeftfxError: there is no such file, or it is not one.
@@ -121,9 +124,16 @@ class Manifest:
         """A number of the base, which files of adapters carry."""
         return int(self.fingerprint[:7], 16)
 
-    def by_place(self) -> Mapping[tuple[str, str], Slot]:
-        """The slots by where they are and what they hold."""
-        return {(slot.at, slot.what): slot for slot in self.slots}
+    def by_place(self) -> Mapping[tuple[str, str], Sequence[Slot]]:
+        """The slots by where they are and what they hold; two graphs may have one each for a layer that both run."""
+        found: dict[tuple[str, str], list[Slot]] = {}
+        for slot in self.slots:
+            found.setdefault((slot.at, slot.what), []).append(slot)
+        return found
+
+    def of(self, graph: str) -> Mapping[str, Slot]:
+        """The slots of one graph by their names."""
+        return {slot.name: slot for slot in self.slots if slot.graph == graph}
 
 
 def fingerprint(base: nn.Module) -> str:

@@ -1,0 +1,90 @@
+"""places: where a model's forward takes soft prompts, and its graph with these places among its inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftfx.capturing import capture
+from peftfx.entry import forward
+from peftfx.errors import PeftfxError
+from peftfx.export.probes import hold
+from peftfx.graph import Graph
+from peftfx.methods.prefix_tuning import PrefixTuning
+from peftfx.methods.prompt_tuning import PromptTuning
+from peftfx.opened import Place, through
+from peftfx.sites import Sites
+from peftfx.slots import PREFIX, PROMPT
+from peftfx.soft import sequence_site, untyped
+from peftfx.views import name_axes, without_cache
+
+EXAMPLE = 3  #: virtual tokens of an example
+
+
+def places_of(base: nn.Module, sites: Sites) -> Iterator[Place]:
+    """The places for soft prompts that a model's forward has: none where it has no use for such a prompt."""
+    for what, method in ((PROMPT, PromptTuning), (PREFIX, PrefixTuning)):
+        try:
+            site = sequence_site(base, sites)
+            entry = method(num_virtual_tokens=EXAMPLE).sized(base, site).entry(base, site)
+            yield Place(what, dataclasses.replace(entry, dropped=frozenset()), untyped(base))  # type: ignore[call-arg]
+        except PeftfxError:  # it embeds no text, or keeps no keys and values
+            continue
+
+
+def find_forward(
+    base: nn.Module, inputs: Mapping[str, object], places: Sequence[Place]
+) -> tuple[Graph, tuple[Place, ...]] | None:
+    """The graph of a forward with those of these places that its code takes, and which; None if there is none."""
+    taken = tuple(place for place in places if _takes(place, inputs))
+    for chosen in dict.fromkeys((taken, taken[:1], taken[1:])):
+        with contextlib.suppress(PeftfxError):  # its code does not run under one of them
+            if chosen:
+                return capture_forward(base, inputs, chosen), chosen
+    return None
+
+
+def _takes(place: Place, inputs: Mapping[str, object]) -> bool:
+    try:
+        place.entry.check(inputs)
+    except PeftfxError:
+        return False
+    return True
+
+
+def capture_forward(base: nn.Module, inputs: Mapping[str, object], places: Sequence[Place]) -> Graph:
+    """The graph of a forward with these places among its inputs."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    axes = {**name_axes(tensors), **{place.what: (place.what, None) for place in places}}
+    holes = {place.what: place.entry.hole(base) for place in places}
+    return capture(base, {**inputs, **holes}, axes=axes, call=through(places, forward))
+
+
+@torch.no_grad()
+def hold_forward(
+    base: nn.Module, graph: Graph, places: Sequence[Place], case: Mapping[str, Tensor], call: Mapping[str, object]
+) -> None:
+    """Hold a graph with these places against the model's own code.
+
+    Args:
+        base: the model.
+        graph: where nothing else than a soft prompt changes anything.
+        places: of the graph.
+        case: all of the graph's inputs.
+        call: the same as keyword arguments of the model, without the places.
+
+    Raises:
+        VerificationError: they differ.
+    """
+    rows = {place.what: case[place.what] for place in places}
+    with without_cache(base):
+        want = through(places, forward)(base, {**call, **rows})
+    got = graph.run(*(case[spec.name] for spec in graph.inputs))
+    leaves = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]
+    for name, a, b in zip(graph.outputs, leaves, got, strict=True):
+        hold(name, a, b, same=a.shape == b.shape)
