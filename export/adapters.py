@@ -262,6 +262,7 @@ def _laid(value: Tensor, slot: Slot) -> Tensor | None:
 
 
 def _unchanged(adapted: AdaptedModel, name: str, value: Tensor) -> bool:
-    """Whether a trained copy is still what the base has."""
-    own = exact(getattr(*owner_of(adapted.base, name)))
-    return own.shape == value.shape and torch.equal(own.to(value), value)
+    """Whether a trained copy is still what the base has; trained rows have a name of their own."""
+    tensor = getattr(*owner_of(adapted.base, name), None)
+    own = None if tensor is None else exact(tensor)
+    return own is not None and own.shape == value.shape and torch.equal(own.to(value), value)

@@ -76,9 +76,8 @@ def _input_free(graph: Graph) -> dict[fx.Node, None]:
         if node.op == "get_attr" or _is_constant(node, constant):
             constant.add(node)
             own = str(node.target).startswith(f"{ADAPTERS}.") and OVERRIDES not in node.meta
-            if (node.op == "get_attr" and own) or (
-                REGION in node.meta and any(n in found for n in node.all_input_nodes)
-            ):
+            added = REGION in node.meta or OVERRIDES in node.meta
+            if (node.op == "get_attr" and own) or (added and any(n in found for n in node.all_input_nodes)):
                 found[node] = None
     return found
 
@@ -104,6 +103,9 @@ def _name(node: fx.Node, ancestors: list[fx.Node], taken: Container[str]) -> str
     """The name of a tensor that the adapter has, else one after the place of the adapter."""
     if node.op == "get_attr":
         return str(node.target).split(".", 2)[2]  # adapters.<adapter>.<name>
+    if OVERRIDES in node.meta:  # the base's tensor with rows of the adapter's
+        module = str(ancestors[-2].target).split(".", 3)[3].rpartition(".")[0]  # adapters.<adapter>.saved.<module>.rows
+        return f"{module}.{str(node.meta[OVERRIDES]).rpartition('.')[2]}"
     stem = next(n.meta[REGION].placement.key for n in reversed(ancestors) if REGION in n.meta)
     names = (f"{stem}.folded{count or ''}" for count in itertools.count())
     return next(name for name in names if name not in taken)

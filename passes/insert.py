@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import fx
+
 from peftfx.adapter import Adapter
 from peftfx.attending import AttentionMethod
 from peftfx.contexts import isolated
@@ -13,10 +16,10 @@ from peftfx.occurrences import module_path
 from peftfx.overriding import OverrideMethod
 from peftfx.passes.apply import apply_at
 from peftfx.passes.attend import join
-from peftfx.passes.base import OVERRIDES, Pass, PassResult
+from peftfx.passes.base import OVERRIDES, Pass, PassResult, fake_like
 from peftfx.passes.fill import TARGET, first_operation, trace_virtual
 from peftfx.passes.splice import Splicer
-from peftfx.placement import Placement
+from peftfx.placement import Override, Placement
 from peftfx.soft import SequenceMethod
 
 
@@ -46,25 +49,42 @@ class Insert(Pass):
 def _override(splicer: Splicer) -> int:
     """Read the adapter's own tensors where the base's are used inside the overridden modules."""
     targets = _targets_by_tensor(splicer)
-    wanted: dict[str, list[tuple[str, str]]] = {}
+    wanted: dict[str, list[Override]] = {}
     for override in splicer.adapter.overrides:
         module = splicer.graph.base.get_submodule(override.module)
         owner, _, leaf = override.name.rpartition(".")
         tensor = getattr(module.get_submodule(owner), leaf)
         for target in targets.get(id(tensor), ()):
-            wanted.setdefault(target, []).append((override.module, override.key))
+            wanted.setdefault(target, []).append(override)
     changed = 0
     for target, choices in wanted.items():
         node = splicer.attributes[target]
+        made: dict[str, fx.Node] = {}
         for user in list(node.users):
             path = module_path(user)
-            key = next((k for m, k in choices if m == "" or path == m or path.startswith(f"{m}.")), None)
-            if key is not None:
-                own = splicer.attribute(f"{ADAPTERS}.{splicer.name}.{key}", node.meta["val"])
-                own.meta[OVERRIDES] = target
-                user.replace_input_with(node, own)
+            found = next((o for o in choices if f"{path}.".startswith(f"{o.module}." if o.module else "")), None)
+            if found is not None:
+                if found.key not in made:
+                    made[found.key] = _own(splicer, found, node)
+                user.replace_input_with(node, made[found.key])
                 changed += 1
     return changed
+
+
+def _own(splicer: Splicer, override: Override, node: fx.Node) -> fx.Node:
+    """What is read in the place of the base's tensor: the adapter's, or the base's with the adapter's rows."""
+    if not override.rows:
+        own = splicer.attribute(f"{ADAPTERS}.{splicer.name}.{override.key}", node.meta["val"])
+        own.meta[OVERRIDES] = str(node.target)
+        return own
+    indices, rows = (
+        splicer.attribute(f"{ADAPTERS}.{splicer.name}.{key}", fake_like(node.meta["val"], splicer.adapter.get(key)))
+        for key in (override.indices, override.key)
+    )
+    with splicer.fx.inserting_before(first_operation(splicer.fx)):
+        own = splicer.fx.call_function(torch.ops.aten.index_put.default, (node, [indices], rows))
+    own.meta = {"val": node.meta["val"], OVERRIDES: str(node.target)}
+    return own
 
 
 def _targets_by_tensor(splicer: Splicer) -> dict[int, list[str]]:

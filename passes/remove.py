@@ -70,5 +70,10 @@ class Remove(Pass):
             if OVERRIDES in node.meta:
                 node.replace_all_uses_with(attributes[node.meta[OVERRIDES]])
                 changed += 1
+            for whole in list(node.users):  # the base's tensor with rows of the adapter's
+                (under, *_) = whole.all_input_nodes
+                whole.replace_all_uses_with(under)
+                graph.module.graph.erase_node(whole)
+                changed += 1
             graph.module.graph.erase_node(node)
         return changed

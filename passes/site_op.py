@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from peftfx.errors import PeftfxError
 from peftfx.method import Op
+from peftfx.passes.base import OVERRIDES
 from peftfx.sites import Call, Site
 
 _ADDMM = torch.ops.aten.addmm.default
@@ -17,6 +19,9 @@ def operands(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[fx.Node
     """The nodes that read the weight and the bias at one call."""
     op, y = nodes[call.op], nodes[call.y]
     weight = _argument(op, _weight_index(op, site))
+    if OVERRIDES in weight.meta and weight.op != "get_attr":
+        what = "rows of this weight are trained, its tokens: a method that acts on all of it does not go with them"
+        raise PeftfxError(what, site.path, "leave the site out of that rule")
     if weight.op != "get_attr":  # x @ W.T
         weight = _argument(weight, 0)
     return weight, bias_of(op, y)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peftfx.methods.p_tuning import PTuning
     from peftfx.methods.prefix_tuning import PrefixTuning
     from peftfx.methods.prompt_tuning import PromptTuning
+    from peftfx.methods.trainable_tokens import TrainableTokens
     from peftfx.methods.vera import VeRA
     from peftfx.sites import Site, Sites
 
@@ -46,6 +47,7 @@ _HOME = {
     "RankAllocation": "peftfx.allocation",
     "Site": "peftfx.sites",
     "Sites": "peftfx.sites",
+    "TrainableTokens": "peftfx.methods.trainable_tokens",
     "VeRA": "peftfx.methods.vera",
     "capture": "peftfx.capturing",
     "export_adapter": "peftfx.export",
@@ -72,6 +74,7 @@ __all__ = [
     "RankAllocation",
     "Site",
     "Sites",
+    "TrainableTokens",
     "VeRA",
     "__version__",
     "capture",

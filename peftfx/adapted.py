@@ -186,9 +186,7 @@ class AdaptedModel(nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable parameters, and of all; a trained bias stands for the base's own, as in HF PEFT."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        own = {
-            o.key: self.adapter(n).get(o.key) for n in self.names() for o in self.adapter(n).overrides if not o.module
-        }
+        own = {o.key: self.adapter(n).get(o.key) for n in self.names() for o in self.adapter(n).overrides if o.stands}
         return trained, sum(p.numel() for p in self.parameters()) - sum(t.numel() for t in own.values())
 
     def print_trainable_parameters(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.attending import AttentionMethod
+from peftfx.errors import PeftfxError
 from peftfx.method import Method, WeightMethod
 from peftfx.overriding import OverrideMethod
 from peftfx.placement import SHARED, Override, Placed, Placement, owner_of, site_tensors
@@ -72,8 +73,13 @@ class Adapter(nn.Module):
         """Start the overrides as copies of the base's tensors."""
         for override in self.overrides:
             owner, leaf = owner_of(base.get_submodule(override.module), override.name)
-            tensor = getattr(owner, leaf)
-            self.put(override.key, tensor.detach().clone(), trained=leaf in owner._parameters)
+            tensor = getattr(owner, leaf).detach()
+            if override.rows:
+                _refuse_rows(override, len(tensor))
+                indices = torch.tensor(override.rows, device=tensor.device)
+                self.put(override.indices, indices, trained=False)
+                tensor = tensor[indices]
+            self.put(override.key, tensor.clone(), trained=leaf in owner._parameters)
 
     def params(self, placement: Placement) -> dict[str, Tensor]:
         """The parameters of one placement by name, constants included, and those that its rule's places share."""
@@ -156,6 +162,15 @@ class Adapter(nn.Module):
         """Every tensor with its dotted name."""
         yield from self.named_parameters()
         yield from self.named_buffers()
+
+
+def _refuse_rows(override: Override, count: int) -> None:
+    """Rows must be there, and each be named once."""
+    wrong = [row for row in override.rows if not 0 <= row < count or override.rows.count(row) > 1]
+    if wrong:
+        what = f"tokens that the embedding of {count} does not have, or that are named twice: {wrong[:5]}"
+        hint = "resize the base's embedding before you adapt it (resize_token_embeddings), and name each token once"
+        raise PeftfxError(what, override.name, hint)
 
 
 def shared_key(number: int, name: str) -> str:

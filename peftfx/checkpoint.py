@@ -14,7 +14,7 @@ from peftfx.errors import PeftfxError, nearest
 from peftfx.method import Method
 from peftfx.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.placement import SAVED, Override, Placed, Placement, site_tensors
-from peftfx.rules import overrides_of, placement_at, placements_of, refuse_crowding, saved_modules, within
+from peftfx.rules import overrides_of, placement_at, placements_of, refuse_crowding, saved_modules, within, without_ties
 from peftfx.sites import Sites
 from peftfx.soft import SequenceMethod
 from peftfx.soft_files import read_prompt
@@ -59,6 +59,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     possible = [placement_at(base, method, site) for site in sites if site.kind in method.kinds]
     marks = {suffix.partition(".")[0] for p in possible for suffix in p.suffixes().values()}
     placements = [p for p in possible if any(name_of(p.site.path, s) in weights.names for s in p.suffixes().values())]
+    placements = without_ties(placements)
     saved = saved_modules(base, method)
     overrides = overrides_of(base, method, saved, [p.site for p in placements])
     overrides += _replaced_weights(placements, weights, base)
@@ -129,6 +130,8 @@ def override_name(override: Override, adapted: set[str]) -> str:
     """The name HF PEFT gives a trained tensor of the base: one of an adapted module is its `base_layer`'s."""
     name = override.key.removeprefix(f"{SAVED}.")
     path, _, leaf = name.rpartition(".")
+    if override.rows:
+        return f"{path}.token_adapter.{leaf}"
     return f"{path}.base_layer.{leaf}" if path in adapted else name
 
 

@@ -15,7 +15,7 @@ from peftfx.derived import Derived, Folding, Rounding, foldings
 from peftfx.errors import PeftfxError
 from peftfx.graph import Graph
 from peftfx.method import Base
-from peftfx.placement import owner_of, site_tensors
+from peftfx.placement import Override, owner_of, site_tensors
 from peftfx.sites import Site
 from peftfx.soft import SequenceMethod
 
@@ -97,10 +97,23 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
         for override in adapter.overrides:
             name = f"{override.module}.{override.name}" if override.module else override.name
             if name not in written_names:  # a trained bias at a merged site went into its folding
-                written += _assign(base, name, adapter.get(override.key), untie=True)
+                written += _put(base, name, override, adapter.get(override.key))
                 changed.setdefault(name.rpartition(".")[0])
     folded_in = sum(t.numel() * t.element_size() for adapter in adapters for _, t in adapter.tensors())
     return MergeReport(tuple(changed), written, folded_in, roundings, tuple(untied))
+
+
+def _put(base: nn.Module, name: str, override: Override, value: Tensor) -> int:
+    """Write what an adapter trained in the base's place; returns the bytes."""
+    if not override.rows:
+        return _assign(base, name, value, untie=True)
+    holder, leaf = owner_of(base, name)
+    whole = getattr(holder, leaf)
+    indices = torch.tensor(override.rows, device=whole.device)
+    if override.module:  # in this module alone, though others may share the tensor
+        return _assign(base, name, whole.index_copy(0, indices, value), untie=True)
+    whole[indices] = value
+    return value.numel() * value.element_size()
 
 
 def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from peftfx.adapter import Adapter
 from peftfx.errors import PeftfxError, nearest
+from peftfx.placement import Override
 from peftfx.soft import SequenceMethod
 
 
@@ -87,10 +88,12 @@ def _refuse_rivals(adapters: dict[str, Adapter]) -> None:
     if len(soft) > 1:
         what = f"the soft prompts of {soft[0]!r} and {soft[1]!r} cannot both be ahead of the text"
         raise PeftfxError(what, soft[1], "make one of them active at a time")
-    owners: dict[str, str] = {}
+    owners: dict[str, list[tuple[str, Override]]] = {}
     for name, adapter in adapters.items():
         for override in adapter.overrides:
-            if override.key in owners:
-                what = f"the adapters {owners[override.key]!r} and {name!r} both train their own copy of this"
-                raise PeftfxError(what, override.key.partition(".")[2], "make one of them active at a time")
-            owners[override.key] = name
+            others = owners.setdefault(override.key, [])
+            for owner, other in others:
+                if not other.rows or set(other.rows) & set(override.rows):
+                    what = f"the adapters {owner!r} and {name!r} both train their own copy of this"
+                    raise PeftfxError(what, override.key.partition(".")[2], "make one of them active at a time")
+            others.append((name, override))

@@ -26,6 +26,10 @@ class OverrideMethod(Method):
         Parameters are trained; buffers, as a batch norm's averages, go with them.
         """
 
+    def rows(self) -> tuple[int, ...]:
+        """The rows of each tensor that are trained, where not all are."""
+        return ()
+
     @abstractmethod
     def suffix(self, name: str) -> str:
         """A copy's suffix in a HF PEFT checkpoint."""

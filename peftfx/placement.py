@@ -15,22 +15,35 @@ from peftfx.sites import Part, Site
 from peftfx.soft import SEQUENCE, SequenceMethod, embedding_path
 
 SAVED = "saved"  #: the folder of an adapter in which it keeps copies of the base's own tensors
+TOKENS = "trainable_tokens_delta"  #: HF PEFT's name for the rows of an embedding that an adapter trains
 SHARED = "shared_by_rule"  #: the folder in which each rule, by its number, keeps what its places share
 
 
 @dataclass(frozen=True)
 class Override:
-    """A tensor of the base that an adapter replaces by one of its own, within one module.
+    """A tensor of the base that an adapter replaces by one of its own, or rows of it, within one module.
 
     Attributes:
         key: where the adapter keeps its tensor, a dotted name.
         module: the module path within which uses of the base's tensor are replaced.
         name: the tensor's name, relative to the module.
+        rows: which of its rows the adapter's tensor is; empty for the whole.
     """
 
     key: str
     module: str
     name: str
+    rows: tuple[int, ...] = ()
+
+    @property
+    def stands(self) -> bool:
+        """Whether it is counted as the base's own, as HF PEFT counts a trained bias; copies and rows come on top."""
+        return not self.module and not self.rows
+
+    @property
+    def indices(self) -> str:
+        """Where the adapter keeps the rows' indices."""
+        return f"{self.key.rpartition('.')[0]}.token_indices"
 
 
 @dataclass(frozen=True)
@@ -124,11 +137,22 @@ def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def copies_of(base: nn.Module, method: OverrideMethod, site: Site) -> tuple[Override, ...]:
-    """The tensors that a method trains copies of at a site: of its module, or the bare parameter that it is."""
+    """The tensors that a method trains copies of at a site: of its module, or the bare parameter that it is.
+
+    Rows are those of the tensor wherever the base uses it, in a tied head too.
+    """
     try:
         module, own = site.path, base.get_submodule(site.path).state_dict(keep_vars=True)
         names = {name: name for name in own if "." not in name}
     except AttributeError:
         module, _, name = site.weight.partition(".")[2].rpartition(".")
         names = {"weight": name}
+    copied = [names[n] for n in method.copied(site, list(names))]
+    if rows := method.rows():
+        return tuple(rows_of(site.path, rows, f"{module}.{name}".removeprefix(".")) for name in copied)
     return tuple(Override(f"{SAVED}.{site.path}.{n}", module, names[n]) for n in method.copied(site, list(names)))
+
+
+def rows_of(path: str, rows: tuple[int, ...], name: str, module: str = "") -> Override:
+    """Rows of the tensor of this name, as the adapter of a module's own: of the one at `path`."""
+    return Override(f"{SAVED}.{path}.{TOKENS}", module, name, rows)

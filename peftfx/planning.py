@@ -98,7 +98,7 @@ def make_plan(base: nn.Module, sites: Sites, rules: object) -> Plan:
     placed = place(base, sites, rules)
     adapter = _shapes(base, placed)
     sizes = {name: p.numel() for name, p in adapter.named_parameters()}
-    standing = sum(sizes[o.key] for o in adapter.overrides if not o.module)
+    standing = sum(sizes[o.key] for o in adapter.overrides if o.stands)
     total = sum(p.numel() for p in base.parameters()) + sum(sizes.values()) - standing
     plans = tuple(_plan(base, sites, rule, sizes, adapter) for rule in placed)
     return Plan(plans, sum(sizes.values()), total)

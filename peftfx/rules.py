@@ -17,6 +17,7 @@ from peftfx.rule_text import parse_rules
 from peftfx.sites import Part, Site, Sites
 from peftfx.soft import SequenceMethod, sequence_site
 from peftfx.target import Where, select
+from peftfx.tokens import trained_tokens
 
 
 def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
@@ -101,7 +102,13 @@ def _copied(base: nn.Module, method: OverrideMethod, sites: Sites) -> list[Place
     found = [placement for placement in found if placement.copies]
     if not found:
         raise PeftfxError(f"nothing that is targeted has what {type(method).__name__} trains", "target", "widen it")
-    return found
+    return without_ties(found)
+
+
+def without_ties(placements: Sequence[Placement]) -> list[Placement]:
+    """The placements but for those that train rows of a tensor of which another trains them, wherever it is used."""
+    rows = {p.site.weight: p for p in reversed(placements) if any(copy.rows for copy in p.copies)}
+    return [p for p in placements if rows.get(p.site.weight, p) is p]
 
 
 def placement_at(base: nn.Module, method: Method, site: Site) -> Placement:
@@ -153,7 +160,7 @@ def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: I
     elif which.endswith("_only"):
         names = [site.bias.partition(".")[2] for site in sites if site.bias is not None]
         found += [Override(f"{SAVED}.{name}", "", name) for name in names]
-    return found
+    return found + trained_tokens(base, getattr(method, "trainable_token_indices", None), saved)
 
 
 def within(path: str, modules: Iterable[str]) -> bool:

@@ -75,6 +75,7 @@ CHOICES: Mapping[str, Mapping[str, st.SearchStrategy[object]]] = {
     },
     "IA3": {"feedforward_modules": st.sampled_from((None, (), ".*", ("o", "0", "head")))},
     "ADAPTION_PROMPT": {"adapter_layers": st.none()},
+    "TRAINABLE_TOKENS": {"token_indices": st.sampled_from(((0, 2), (1,)))},
 }
 
 

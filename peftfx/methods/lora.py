@@ -52,6 +52,8 @@ class LoRA(WeightMethod):
         lora_bias: give B a bias.
         init_lora_weights: True (Kaiming A, zero B), False (both random), "gaussian", "pissa", "pissa_niter_[n]",
             "olora".
+        trainable_token_indices: tokens whose rows of the token embedding are trained, or the tokens of each embedding
+            by its path; see `TrainableTokens`.
     """
 
     r: int = 8
@@ -65,6 +67,7 @@ class LoRA(WeightMethod):
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     init_lora_weights: bool | str = True
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
 
     peft_type: ClassVar[str] = "LORA"
     default_target: ClassVar[str] = "attention.query | attention.value"

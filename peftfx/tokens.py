@@ -1,0 +1,62 @@
+"""trained_tokens: the rows of embeddings that a rule trains beside what it does elsewhere, as HF PEFT names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from peftfx.errors import PeftfxError, nearest
+from peftfx.placement import Override, rows_of
+
+Tokens = Sequence[int] | Mapping[str, Sequence[int]] | None
+
+
+def trained_tokens(base: nn.Module, given: Tokens, saved: Iterable[str] = ()) -> list[Override]:
+    """The rows that these tokens are, of the token embedding or of the embeddings that are named.
+
+    A tied head reads them too, unless tokens of its own are named for it.
+
+    Raises:
+        PeftfxError: a name that no module ends with, or a module that is trained whole.
+    """
+    if not given:
+        return []
+    named = _named(base, given if isinstance(given, Mapping) else {_embedding(base): given})
+    if both := set(named) & set(saved):
+        hint = "name it in one of the two"
+        raise PeftfxError("trained whole, and tokens of it by themselves", min(both), f"modules_to_save: {hint}")
+    tensors: dict[int, dict[str, tuple[int, ...]]] = {}
+    for path, rows in named.items():
+        tensors.setdefault(id(base.get_submodule(path).weight), {})[path] = rows
+    found = []
+    for tied in tensors.values():
+        if len(set(tied.values())) == 1:
+            path, rows = next(iter(tied.items()))
+            found.append(rows_of(path, rows, f"{path}.weight"))
+        else:
+            found += [rows_of(path, rows, "weight", path) for path, rows in tied.items()]
+    return found
+
+
+def _embedding(base: nn.Module) -> str:
+    """The path of the token embedding."""
+    try:
+        wanted = base.get_input_embeddings()  # type: ignore[operator]
+        return next(path for path, module in base.named_modules() if module is wanted)
+    except (AttributeError, NotImplementedError, StopIteration) as error:
+        hint = "name the embedding: {'path': [...]}"
+        raise PeftfxError("the model does not tell its token embedding", "trainable_token_indices", hint) from error
+
+
+def _named(base: nn.Module, given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """The tokens by the paths of the modules that end with each name."""
+    paths = [path for path, module in base.named_modules() if isinstance(getattr(module, "weight", None), nn.Parameter)]
+    found: dict[str, tuple[int, ...]] = {}
+    for name, rows in given.items():
+        matches = [path for path in paths if path == name or path.endswith(f".{name}")]
+        if not matches:
+            hint = nearest(name, paths) or "`peftfx inspect` lists the modules"
+            raise PeftfxError("no module with a weight has this name", name, hint)
+        found |= dict.fromkeys(matches, tuple(rows))
+    return found
