@@ -1,11 +1,12 @@
 """batched: one graph in which each row of a batch has an adapter of its own, by a number that it comes with.
 
 The adapters are constants of the graph: what they do at a layer is stacked, ranks padded by zeros to the largest, and
-each row takes its own. Prefixes are padded ahead to the longest, and masked.
+each row takes its own. Soft prompts are padded to the longest, and masked.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,23 +17,27 @@ from torch import Tensor
 
 from peftfx.adapted import AdaptedModel
 from peftfx.decode import Decode
+from peftfx.entry import VirtualTokens
 from peftfx.errors import PeftfxError
 from peftfx.export.adapters import WORDS, wanted_of
 from peftfx.export.deployment import Deployment, Inputs
-from peftfx.export.parts import DECODE, FORWARD, Part, capture_parts, generates, refuse_fixed
-from peftfx.export.probes import probes, view_probes
+from peftfx.export.parts import DECODE, FORWARD, Part, capture_parts, files_of, generates, refuse_fixed
+from peftfx.export.probes import probes, view_cases, view_probes
 from peftfx.export.verify import Reference, reference_of
 from peftfx.graph import BASE
+from peftfx.passes import Evaluate
 from peftfx.passes.by_row import ByRow
 from peftfx.placement import site_tensors
-from peftfx.rowwise import BATCHED, IDS, Rowwise
+from peftfx.rowwise import BATCHED, IDS, PromptsByRow, Rowwise
+from peftfx.seq2seq import Decoder, Encoder
 from peftfx.sites import WEIGHT_KINDS, Site
 from peftfx.slots import INNER, OUTER, OWN, PREFIX, PROMPT, A, B
-from peftfx.soft import encodes_and_decodes
+from peftfx.soft import size_of
 from peftfx.stored import exact
 from peftfx.update import Update
 
 Wanted = Mapping[tuple[str, str], Tensor]
+_SOFT = (("", PREFIX), ("", PROMPT))  #: the places of soft prompts
 
 
 @dataclass(frozen=True)
@@ -48,37 +53,39 @@ class Batched(Deployment):
         """Capture the base, and let rows choose.
 
         Raises:
-            PeftfxError: the model is an encoder-decoder, or an adapter does something that rows cannot have apart.
+            PeftfxError: an adapter does something that rows cannot have apart.
         """
         base = adapted.base
-        decodes = view != FORWARD and generates(base)
-        if decodes and encodes_and_decodes(base):
-            what = "rows of an encoder-decoder have no adapters of their own yet"
-            raise PeftfxError(what, type(base).__name__, "export each adapter merged")
-        each = [_told(adapted, name, decodes=decodes) for name in self.adapters]
-        if not decodes and any(("", what) in own for own in each for what in (PROMPT, PREFIX)):
-            what = "a soft prompt has a place for each row in the decode view alone"
-            raise PeftfxError(what, type(base).__name__, "export that view, or the adapter merged")
-        stacks = _stacked(adapted, each)
+        views = files_of(base) if view != FORWARD and generates(base) else {"model.onnx": FORWARD}
+        each = [_told(adapted, name, decodes=DECODE in views.values()) for name in self.adapters]
+        lengths = (0, *(len(next((own[p] for p in _SOFT if p in own), ())) for own in each))
+        if DECODE not in views.values() and any(("", PREFIX) in own for own in each):
+            what = "rows have prefixes of their own in a decoder alone, where the positions behind them are inputs"
+            raise PeftfxError(what, type(base).__name__, "export the adapter merged, or swappable")
+        prompts = _prompts(adapted, self.adapters, lengths)
+        by_row = ByRow(_stacked(adapted, each))
+        parts = []
         with adapted.disable_adapter():
-            if not decodes:
-                (part,) = capture_parts(adapted, FORWARD, inputs)
-            else:
-                found = adapted.view(DECODE)
-                assert isinstance(found, Decode)
-                lengths = (0, *(len(own.get(("", PREFIX), ())) for own in each))
-                rowwise = Rowwise(found, lengths)
-                graph = adapted.graphs.captured(rowwise.inputs(base), rowwise.entry, rowwise)
-                refuse_fixed(graph, found.axes)
-                part = Part("model.onnx", found, graph, graph)
-        part.graph = part.exported = ByRow(stacks)(part.graph).graph
-        return [part]
+            for file, name in views.items():
+                shown = adapted.view(name)
+                if shown is None:
+                    part = _forward(adapted, inputs, prompts)
+                else:
+                    assert isinstance(shown, Decode | Encoder | Decoder)
+                    rowwise = Rowwise.of(shown, lengths, prompts)
+                    graph = adapted.graphs.captured(rowwise.inputs(base), rowwise.entry, rowwise)
+                    refuse_fixed(graph, rowwise.axes)
+                    part = Part(file, rowwise, graph, graph)
+                part.graph = part.exported = by_row(part.graph).graph
+                parts.append(part)
+        return parts
 
     def cases(self, adapted: AdaptedModel, part: Part, example: Inputs) -> list[dict[str, Tensor]]:
         """Calls in which the rows have adapters, and none, in turn."""
         with adapted.disable_adapter():
-            if part.view is not None:
-                return with_ids(view_probes(adapted, part.view), len(self.adapters))
+            if part.view is not None and part.seen is not None:
+                view_probes(adapted, part.seen)  # the model's own code, without adapters
+                return with_ids(view_cases(adapted, part.view), len(self.adapters))
             specs = [s for s in part.graph.inputs if s.name != IDS]
             return with_ids(probes(adapted, specs, example), len(self.adapters))
 
@@ -90,6 +97,30 @@ class Batched(Deployment):
         """Tell which number is which adapter's; other runtimes do not know of `adapter_ids`."""
         told = json.dumps({"adapters": list(self.adapters)}, indent=1)
         (directory / BATCHED).write_text(f"{told}\n", encoding="utf-8")
+
+
+def _prompts(adapted: AdaptedModel, names: Sequence[str], lengths: tuple[int, ...]) -> PromptsByRow | None:
+    """What puts virtual tokens ahead of each row's text, if an adapter has any."""
+    for name in names:
+        adapted.set_adapter(name)
+        entry = adapted.entry()
+        if isinstance(entry, VirtualTokens):
+            shape, own = (len(lengths), max(lengths), entry.shape[1]), size_of(adapted.base, "pad_token_id")
+            given = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
+            padding = entry.filler if own is None else own
+            return PromptsByRow(**{**given, "shape": shape}, lengths=lengths, padding=padding)
+    return None
+
+
+def _forward(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow | None) -> Part:
+    """The forward, with virtual tokens of each row's own."""
+    (part,) = capture_parts(adapted, FORWARD, inputs)
+    if prompts is None:
+        return part
+    example = adapted.example if inputs is None else inputs
+    rows = next(value.shape[0] for value in example.values() if isinstance(value, Tensor))
+    graph = adapted.graphs.captured({**example, IDS: torch.full((rows,), -1)}, prompts)
+    return dataclasses.replace(part, graph=graph, exported=graph)
 
 
 def _told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, str], Tensor]:
@@ -143,7 +174,7 @@ def _stacked(adapted: AdaptedModel, each: Sequence[Wanted]) -> dict[tuple[str, s
         at, what = place
         given = [own[place] for own in each if place in own]
         shape = [max(sizes) for sizes in zip(*(value.shape for value in given), strict=True)]
-        kind = _dtype(adapted, at)
+        kind = given[0].dtype if what == PROMPT else _dtype(adapted, at)
         neutral = _neutral(adapted, at, what, shape).to(kind)
         rows = [neutral, *(_padded(own[place], shape, what).to(kind) if place in own else neutral for own in each)]
         stacks[place] = torch.stack(rows).detach().cpu()
@@ -181,14 +212,18 @@ def _padded(value: Tensor, shape: Sequence[int], what: str) -> Tensor:
 def each_alone(adapted: AdaptedModel, part: Part, names: Sequence[str]) -> Reference:
     """The reference: each row is what the model with that row's adapter alone makes of it."""
 
+    together = reference_of(Evaluate()(part.graph).graph)
+
     def run(feed: dict[str, Tensor]) -> dict[str, Tensor]:
-        ids, rest = feed[IDS], {name: value for name, value in feed.items() if name != IDS}
-        found: dict[str, Tensor] = {}
+        ids, view = feed[IDS], part.view
+        found = together(feed)  # what is padding, behind what is compared
         for number in sorted(set(ids.tolist())):
             adapted.set_adapter(names[number] if number >= 0 else ())
-            graph = adapted.graph(view=part.view) if part.view is not None else adapted.graph(rest)
+            rest = {name: value for name, value in feed.items() if name != IDS}
+            rest = view.alone(feed, number) if isinstance(view, Rowwise) else rest
+            graph = adapted.graph(rest) if part.seen is None else adapted.graph(view=part.seen)
             for name, value in reference_of(graph)(rest).items():
-                own = found.setdefault(name, torch.zeros_like(value))
+                own = found[name][tuple(slice(size) for size in value.shape)]
                 own[ids == number] = value[ids == number]
         return found
 

@@ -12,6 +12,7 @@ from peftfx.errors import PeftfxError, nearest
 from peftfx.export.verify import Comparison
 from peftfx.graph import Graph
 from peftfx.opened import Opened, Place
+from peftfx.rowwise import Rowwise
 from peftfx.slots import Slot
 from peftfx.soft import encodes_and_decodes
 from peftfx.tasks import task_of
@@ -46,8 +47,8 @@ class Part:
 
     @property
     def seen(self) -> View | None:
-        """The view as its callers know it, without places for soft prompts."""
-        return self.view.view if isinstance(self.view, Opened) else self.view
+        """The view without places for soft prompts, and without the numbers of adapters."""
+        return self.view.view if isinstance(self.view, Opened | Rowwise) else self.view
 
     @property
     def stem(self) -> str:

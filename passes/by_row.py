@@ -19,9 +19,9 @@ from peftfx.errors import PeftfxError
 from peftfx.graph import CONSTANTS, DERIVED, Graph, TensorSpec
 from peftfx.passes.base import Pass, PassResult, attribute, attributes_of, fake_like
 from peftfx.passes.updated import Acting, add_node, along_channels, conv_low, product, times, update_call
-from peftfx.rowwise import IDS, PREFIXES
+from peftfx.rowwise import IDS, PREFIXES, PROMPTS
 from peftfx.sites import Call, Site
-from peftfx.slots import INNER, OUTER, OWN, PREFIX, A, B
+from peftfx.slots import INNER, OUTER, OWN, PREFIX, PROMPT, A, B
 
 aten = torch.ops.aten
 
@@ -42,8 +42,8 @@ class ByRow(Pass):
     """Let rows choose.
 
     Attributes:
-        stacks: by a site's path and what is there: [adapters + 1, ...]; a bias is its path's `OWN`. That of `PREFIX`
-            fills the hole of a view that was captured with prefixes by row.
+        stacks: by a site's path and what is there: [adapters + 1, ...]; a bias is its path's `OWN`. Those of `PREFIX`
+            and `PROMPT` fill the hole of a view that was captured with soft prompts by row.
     """
 
     stacks: Mapping[tuple[str, str], Tensor]
@@ -152,8 +152,9 @@ class _Rows:
         return attribute(self.graph.module.graph, f"{DERIVED}.{name}", fake, self.attributes)
 
     def fill(self) -> None:
-        """Put the prefixes into their hole."""
-        hole = self.attributes.get(f"{CONSTANTS}.{PREFIXES}")
-        if hole is not None:
-            hole.replace_all_uses_with(self._table(f"sequence.{PREFIX}", self.stacks["", PREFIX]))
-            self.graph.module.graph.erase_node(hole)
+        """Put the soft prompts into their hole."""
+        for name, what in ((PREFIXES, PREFIX), (PROMPTS, PROMPT)):
+            hole = self.attributes.get(f"{CONSTANTS}.{name}")
+            if hole is not None:
+                hole.replace_all_uses_with(self._table(f"sequence.{what}", self.stacks["", what]))
+                self.graph.module.graph.erase_node(hole)

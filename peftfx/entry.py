@@ -115,16 +115,18 @@ class VirtualTokens(Entry):
             return call(base, given)
         assert isinstance(ids, Tensor)
         given[self.tokens] = _ahead(ids, ids.new_full((count,), self.filler))
-        return self._called_on_ids(call, base, hole, given)
+        return self.call_replacing(call, base, lambda embedded: _embedded(hole, embedded[:, count:]), given)
 
-    def _called_on_ids(self, call: Call, base: nn.Module, hole: Tensor, given: Mapping[str, object]) -> object:
-        """Call the base with the first rows of what it embeds first, which is the text, replaced."""
+    def call_replacing(
+        self, call: Call, base: nn.Module, replaced: Callable[[Tensor], Tensor], given: Mapping[str, object]
+    ) -> object:
+        """Call the base with something else in the place of what it embeds first, which is the text."""
         calls = 0
 
         def replace(module: nn.Module, args: tuple[object, ...], embedded: Tensor) -> Tensor | None:
             nonlocal calls
             calls += 1
-            return _embedded(hole, embedded[:, hole.shape[0] :]) if calls == 1 else None
+            return replaced(embedded) if calls == 1 else None
 
         handle = base.get_submodule(self.embedding).register_forward_hook(replace)
         try:

@@ -1,11 +1,13 @@
-"""Rowwise: a view in which each row of a batch comes with the number of its adapter, and has a prefix of its own.
+"""Rowwise: a view in which each row of a batch comes with the number of its adapter, and has a soft prompt of its own.
 
-Prefixes of different lengths end together: shorter ones are padded ahead and the mask hides that, as it hides padding
-of a text. Each row's positions count from its own prefix.
+Ahead of a cache, prefixes of different lengths end together: shorter ones are padded ahead and the mask hides that, as
+it hides padding of a text. Each row's positions count from its own prefix. Ahead of a text that is embedded, virtual
+tokens begin together, and padding is behind the text: a row is what it is alone, wherever its positions are counted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,12 +18,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.ahead import Ahead
 from peftfx.decode import Decode
-from peftfx.entry import Call
+from peftfx.entry import PER_TOKEN, POSITIONS, Call, Entry, VirtualTokens
+from peftfx.errors import PeftfxError
+from peftfx.seq2seq import Decoder, Encoder
 from peftfx.views import Axes
 
 IDS = "adapter_ids"  #: the input: the number of each row's adapter, -1 for none
 BATCHED = "peftfx_adapters.json"  #: beside the model: the adapters' names, in the order of their numbers
-PREFIXES = "prefixes"  #: the hole that they fill
+PREFIXES, PROMPTS = "prefixes", "prompts"  #: the holes that they fill
+_MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -42,43 +47,120 @@ class AheadByRow(Ahead):
         given = dict(arguments)
         ids = given.pop(IDS)
         assert isinstance(ids, Tensor)
-        index, most = ids + 1, self.shape[1]
-        lengths = torch.tensor(self.lengths, device=ids.device).index_select(0, index)[:, None]
+        most, lengths = self.shape[1], _lengths(self.lengths, ids)
         shown = torch.arange(most, device=ids.device)[None] >= most - lengths
-        return self.bind(call, base, hole.index_select(0, index), shown, lengths, given)
+        return self.bind(call, base, hole.index_select(0, ids + 1), shown, lengths, given)
+
+
+@dataclass(frozen=True)
+class PromptsByRow(VirtualTokens):
+    """Virtual tokens ahead of a text, each row's own: `[P; E(ids); padding]`.
+
+    The hole is [adapters + 1, tokens, width]; the first entry is of no adapter, and shorter ones end in nothing.
+
+    Attributes:
+        lengths: of the prompts, by entry.
+        padding: the id behind the text.
+    """
+
+    lengths: tuple[int, ...] = ()
+    padding: int = 0
+
+    name: ClassVar[str] = PROMPTS
+
+    def check(self, inputs: Mapping[str, object]) -> None:
+        super().check(inputs)
+        where = next((n for n in (_MASK, self.tokens) if not isinstance(inputs.get(n), Tensor)), None)
+        if where is not None:
+            raise PeftfxError("prompts of different lengths need a text and its mask", where, "pass it")
+        if POSITIONS in inputs:
+            what = "prompts of different lengths leave positions to the model"
+            raise PeftfxError(what, POSITIONS, "leave it out, or export each adapter merged")
+
+    def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+        given = dict(arguments)
+        ids = given.pop(IDS)
+        assert isinstance(ids, Tensor)
+        most, lengths = self.shape[1], _lengths(self.lengths, ids)
+        laid = {self.tokens: (self.filler, self.padding), **{name: (one, 0) for name, one in PER_TOKEN.items()}}
+        for name, (ahead, behind) in laid.items():
+            value = given.get(name)
+            if isinstance(value, Tensor) and value.ndim == 2 and name != "labels":
+                own = value * (lengths == 0) if name in self.dropped else value  # dropped where there is a prompt
+                given[name] = lay(own, lengths, most, ahead, behind)
+        rows = hole.index_select(0, ids + 1)
+
+        def replaced(embedded: Tensor) -> Tensor:
+            own = torch.arange(most, device=ids.device)[None, :, None] < lengths[..., None]
+            first = torch.where(own, rows.to(embedded.dtype), embedded[:, :most])
+            return torch.cat([first, embedded[:, most:]], dim=1)
+
+        return self.call_replacing(call, base, replaced, given)
+
+
+def lay(value: Tensor, lengths: Tensor, most: int, ahead: int, behind: int) -> Tensor:
+    """A text's row of numbers behind as many of another as its prompt is long, and padded to the longest, [batch, all].
+
+    Args:
+        value: [batch, sequence].
+        lengths: [batch, 1].
+        most: the largest there can be.
+        ahead, behind: what is there.
+    """
+    rows, length = value.shape
+    parts = value.new_full((rows, most), ahead), value, value.new_full((rows, 1), behind)
+    place = torch.arange(most + length, device=value.device)[None]
+    index = torch.where(place < lengths, place, (place + most - lengths).clamp(max=most + length))
+    return torch.cat(parts, dim=1).gather(1, index)
+
+
+def _lengths(lengths: Sequence[int], ids: Tensor) -> Tensor:
+    """The length of each row's, [batch, 1]."""
+    return torch.tensor(lengths, device=ids.device).index_select(0, ids + 1)[:, None]
 
 
 @dataclass(frozen=True)
 class Rowwise:
-    """A decode view with an input more, the number of each row's adapter.
+    """A view that generates, with an input more, the number of each row's adapter.
 
     Attributes:
         view: without.
-        lengths: of the adapters' prefixes, that of none first.
-        width: of a token of a prefix.
+        lengths: of the adapters' soft prompts, that of none first.
+        entry: what puts them in, where this view does.
     """
 
-    view: Decode
+    view: Decode | Encoder | Decoder
     lengths: tuple[int, ...]
+    entry: Entry | None = None
     name = "rowwise"
 
-    @property
-    def entry(self) -> AheadByRow | None:
-        """What binds the prefixes, if there are any."""
-        if not any(self.lengths):
-            return None
-        held = self.view.layers
+    @staticmethod
+    def of(view: Decode | Encoder | Decoder, lengths: tuple[int, ...], prompts: PromptsByRow | None) -> Rowwise:
+        """A view, given the lengths of soft prompts, and what puts them ahead of a text that is embedded."""
+        if not any(lengths) or isinstance(view, Decoder):
+            return Rowwise(view, lengths)
+        if isinstance(view, Encoder):
+            return Rowwise(view, lengths, prompts)
+        held = view.layers
         width = sum(layer.heads * (layer.key + layer.value) for layer in held)
-        return AheadByRow((len(self.lengths), max(self.lengths), width), held[0].dtype, held, lengths=self.lengths)
+        shape = len(lengths), max(lengths), width
+        return Rowwise(view, lengths, AheadByRow(shape, held[0].dtype, held, lengths=lengths))
+
+    @property
+    def _longer(self) -> Decode | Encoder | Decoder:
+        """The view of what is encoded with the longest prompt ahead."""
+        if not isinstance(self.view, Decoder):
+            return self.view
+        return dataclasses.replace(self.view, layers=dataclasses.replace(self.view.layers, ahead=max(self.lengths)))
 
     @property
     def axes(self) -> Axes:
         """The name of each input's axes."""
-        return {**self.view.axes, IDS: ("batch",)}
+        return {**self._longer.axes, IDS: ("batch",)}
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Valid inputs, each row with a random adapter or none."""
-        made = self.view.inputs(base, sizes=sizes, seed=seed)
+        made = self._longer.inputs(base, sizes=sizes, seed=seed)
         with unset_fake_temporarily():
             random = torch.Generator().manual_seed(seed + 1)
             rows = made["input_ids"].shape[0]
@@ -86,11 +168,31 @@ class Rowwise:
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model on inputs of this view; what is bound inside, the entry binds."""
-        return self.view(base, {name: value for name, value in inputs.items() if name != IDS})
+        given = dict(inputs)
+        ids, mask = given.pop(IDS, None), given.get("encoder_attention_mask")
+        if isinstance(mask, Tensor) and isinstance(ids, Tensor):
+            given["encoder_attention_mask"] = self._encoded(mask, ids)
+        return self.view(base, given)
+
+    def _encoded(self, mask: Tensor, ids: Tensor) -> Tensor:
+        """The mask of what is encoded, given that of the text."""
+        return lay(mask, _lengths(self.lengths, ids), max(self.lengths), 1, 0) if any(self.lengths) else mask
+
+    def alone(self, inputs: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+        """The inputs of the view in which all rows have this adapter."""
+        given = {name: value for name, value in inputs.items() if name != IDS}
+        if isinstance(self.view, Decoder):
+            kept = given["encoder_attention_mask"].shape[1] + self.lengths[number + 1]
+            own = (name for name in given if ".encoder." in name)
+            given |= {name: given[name][:, :, :kept] for name in own}
+        return given
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
         """What an output has where the mask shows something."""
-        return self.view.shown(name, inputs, value)
+        if not isinstance(self.view, Encoder):
+            return self.view.shown(name, inputs, value)
+        mask = self._encoded(inputs[_MASK], inputs[IDS])
+        return self.view.shown(name, {**inputs, _MASK: mask}, value)
 
     @property
     def trials(self) -> Sequence[Mapping[str, int]]:

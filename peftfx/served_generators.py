@@ -90,7 +90,7 @@ class ServedSeq2Seq(_Buffered, GeneratesFromText, _Serves):  # type: ignore[misc
         self.graphs = {"encoder_model": encoder, "decoder_model": model}
         width = int(encoder.axes["last_hidden_state"][-1])
         self.view = Decoder(Layers(layers_of(model, DECODED), layers_of(model, ENCODED), width))
-        self.text_encoder = TextEncoder(lambda inputs, _: encoder(**inputs))
+        self.text_encoder = TextEncoder(lambda inputs, _: encoder(**self.with_ids(inputs)))
 
 
 def count_layers(model: OnnxModel, part: str = "") -> int:

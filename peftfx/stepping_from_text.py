@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from peftfx.caches import cache_of, fill, held
 from peftfx.decode import PAST, PRESENT, cache_names
 from peftfx.errors import PeftfxError
+from peftfx.rowwise import IDS
 from peftfx.seq2seq import DECODED, ENCODED, Decoder
 from peftfx.stepping import Generates, Step, refuse_arguments
 
@@ -22,11 +23,18 @@ class TextEncoder:
     def __init__(self, encode: Step) -> None:
         self.encode = encode
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: object) -> BaseModelOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        adapter_ids: Tensor | None = None,
+        **others: object,
+    ) -> BaseModelOutput:
         """The encoded text, and what each of the decoder's layers attends to in it."""
         refuse_arguments(others)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        found = self.encode({"input_ids": input_ids, "attention_mask": mask.long()}, None)
+        rows = {} if adapter_ids is None else {IDS: adapter_ids}
+        found = self.encode({"input_ids": input_ids, "attention_mask": mask.long(), **rows}, None)
         output = BaseModelOutput(last_hidden_state=found["last_hidden_state"])  # type: ignore[call-arg, arg-type]
         for name, value in found.items():
             output[name] = value  # a part of it: beams and samples repeat all parts
@@ -62,6 +70,7 @@ class GeneratesFromText(Generates):
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: BaseModelOutput | None = None,
         cache: EncoderDecoderCache | None = None,
+        adapter_ids: Tensor | None = None,
         **others: object,
     ) -> Seq2SeqLMOutput:
         """Logits for the decoder's tokens, and the caches with these in it."""
@@ -74,10 +83,11 @@ class GeneratesFromText(Generates):
             raise PeftfxError("the decoder's graph has no mask for its own tokens", "decoder_attention_mask", hint)
         if encoder_outputs is None:
             assert input_ids is not None
-            encoder_outputs = self.text_encoder(input_ids, attention_mask)
+            encoder_outputs = self.text_encoder(input_ids, attention_mask, adapter_ids)
         if others.get("use_cache") is False or cache is None:
             cache = self.new_caches()
         inputs = self._inputs(decoder_input_ids, attention_mask, encoder_outputs, cache)
+        inputs |= {} if adapter_ids is None else {IDS: adapter_ids}
         outputs = self.step(inputs, cache.self_attention_cache)
         names = cache_names(PRESENT, len(self.view.layers.own), part=DECODED)
         fill(cache.self_attention_cache, [outputs[name] for name in names])
