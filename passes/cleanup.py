@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from peftfx.graph import Graph
 from peftfx.passes.base import Pass, PassResult
@@ -32,8 +33,9 @@ class Cleanup(Pass):
     def __call__(self, graph: Graph) -> PassResult:
         result = graph.clone()
         before = len(result.module.graph.nodes)
+        written = any(_writes(node) for node in result.nodes())  # then a copy is more than its value
         for node in list(result.nodes()):
-            if _does_nothing(node):
+            if _does_nothing(node) or (_is_neutral(node) and not written):
                 node.replace_all_uses_with(source(node))
                 result.module.graph.erase_node(node)
         sweep(result)
@@ -58,11 +60,17 @@ def _does_nothing(node: fx.Node) -> bool:
         return not node.kwargs and bounds in _WHOLES
     if node.target in _VIEWS:
         return have_one_shape(node, source(node))
-    return node.target in _SAME or _is_neutral(node)
+    return node.target in _SAME
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable and node.target not in _SAME
 
 
 def _is_neutral(node: fx.Node) -> bool:
     """Whether this is `x * 1`, or `x + 0` of integers, which has no negative zero, of x's own type."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
     before, after = source(node).meta.get("val"), node.meta.get("val")
     if node.kwargs or not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
