@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from peftfx.errors import PeftfxError
+from peftfx.export.torchlib import collected_once
 from peftfx.graph import DERIVED, Graph, TensorSpec
 from peftfx.stored import exact
 
@@ -50,9 +51,11 @@ def _sorted_sum(text: str) -> str:
 
 def run_exporter(program: ExportedProgram, opset: int | None) -> ir.Model:
     """Translate a program by torch's exporter, without its optimiser: that one copies weights and renames them."""
-    result = torch.onnx.export(
-        program, optimize=False, verbose=False, opset_version=opset, custom_translation_table=dict(_translations())
-    )
+    table = dict(_translations())
+    with collected_once():
+        result = torch.onnx.export(
+            program, optimize=False, verbose=False, opset_version=opset, custom_translation_table=table
+        )
     assert result is not None
     return result.model
 
