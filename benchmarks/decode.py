@@ -4,7 +4,8 @@
     python benchmarks/decode.py --hidden 2048 --layers 22 --intermediate 5632 --heads 32 --kv-heads 4
 
 Every graph is run as it is by ONNX Runtime on the CPU, on one thread, with the same tokens and the same cache, the
-contenders in turn within each round; a figure is a contender's CPU time over that of GenAI's fp32 graph.
+contenders in turn within each round; a figure is a contender's CPU time over that of GenAI's fp32 graph. Memory is
+asked for in huge pages: in small ones, where the weights of a graph happen to lie makes 20% of a single token.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -80,6 +83,8 @@ CONTENDERS: Mapping[str, Callable[[Path, Path], Path]] = {
     "genai int4": lambda base, out: genai(base, out, "int4"),
     "genai": lambda base, out: genai(base, out, "fp32"),
 }
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  #: glibc's malloc, where the kernel has such pages
+LOADS = 4  #: how often a graph is opened in each of two orders
 NEEDS = {"genai": "onnxruntime_genai"}
 
 
@@ -109,29 +114,46 @@ def feed(run: ort.InferenceSession, size: Size, batch: int, tokens: int, past: i
 
 
 def compare(graphs: Mapping[str, Path], size: Size) -> dict[str, dict[str, float]]:
-    """CPU seconds of loading and of each call, and bytes, by contender: the mean of two orders of loading.
+    """CPU seconds of loading and of each call, and bytes, by contender.
 
-    Who loads first has other memory than who comes last, which one token at a time can be 20% slower or faster in.
+    Calls are the mean of two processes, of which the second loads and runs the contenders in the other order; loading
+    is the median of processes that do nothing else.
     """
-    orders = [measure({name: graphs[name] for name in order}, size) for order in (list(graphs), list(graphs)[::-1])]
-    results = {name: {key: statistics.mean(o[name][key] for o in orders) for key in orders[0][name]} for name in graphs}
+    orders = [list(graphs), list(graphs)[::-1]]
+    what = [{"graphs": {name: str(graphs[name]) for name in order}, "size": vars(size)} for order in orders]
+    calls = [apart("--measure", json.dumps(w), HUGE_PAGES) for w in what]
+    loads = [{name: apart("--load", str(graphs[name])) for name in order} for order in orders * LOADS]
+    results = {}
     for name, path in graphs.items():
+        results[name] = {"load": statistics.median(times[name] for times in loads)}
+        results[name] |= {call: statistics.mean(c[name][call] for c in calls) for call in CALLS}
         results[name]["size"] = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.onnx*"))
     return results
 
 
+def apart(option: str, what: str, environment: Mapping[str, str] | None = None) -> Any:
+    """What this program prints with an option, in a process of its own."""
+    command = [sys.executable, __file__, option, what]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | (environment or {}))
+    return json.loads(done.stdout)
+
+
+def load(path: Path) -> float:
+    """CPU seconds of opening a graph."""
+    start = time.process_time()
+    session(path)
+    return time.process_time() - start
+
+
 def measure(graphs: Mapping[str, Path], size: Size) -> dict[str, dict[str, float]]:
-    """CPU seconds of loading, and the median of each call's."""
-    sessions, results = {}, {}
-    for name, path in graphs.items():
-        start = time.process_time()
-        sessions[name] = session(path)
-        results[name] = {"load": time.process_time() - start}
+    """The median of CPU seconds of each call."""
+    sessions = {name: session(path) for name, path in graphs.items()}
+    results: dict[str, dict[str, float]] = {name: {} for name in graphs}
     for call, (batch, tokens, past, rounds) in CALLS.items():
         feeds = {name: feed(run, size, batch, tokens, past) for name, run in sessions.items()}
         spent: dict[str, list[float]] = {name: [] for name in sessions}
         for turn in range(rounds + 1):
-            for name in list(feeds):
+            for name in list(feeds)[:: 1 if turn % 2 else -1]:
                 start = time.process_time()
                 try:
                     sessions[name].run(None, feeds[name])
@@ -163,7 +185,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--make", nargs=3, metavar=("NAME", "BASE", "OUTPUT"), help="export, and no more")
+    parser.add_argument("--measure", type=json.loads, metavar="JSON", help="measure the calls of graphs, and no more")
+    parser.add_argument("--load", type=Path, metavar="GRAPH", help="measure how long one takes to open, and no more")
     options = parser.parse_args(arguments)
+    if options.measure:
+        graphs = {name: Path(path) for name, path in options.measure["graphs"].items()}
+        print(json.dumps(measure(graphs, Size(**options.measure["size"]))))
+        return
+    if options.load:
+        print(load(options.load))
+        return
     if options.make:
         name, base, output = options.make
         print(CONTENDERS[name](Path(base), Path(output)))
