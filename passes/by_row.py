@@ -1,11 +1,12 @@
 """ByRow: let each row of a batch have an adapter of its own, by a number that it comes with; -1 is none.
 
 What adapters do at a layer is stacked, an entry for each of them behind one that changes nothing, and each row takes
-its own.
+its own. So do norms' tensors, and keys and values beside attentions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,14 +17,18 @@ from torch._guards import detect_fake_mode
 from peftfx.contexts import isolated
 from peftfx.derived import Get
 from peftfx.errors import PeftfxError
-from peftfx.graph import CONSTANTS, DERIVED, Graph, TensorSpec
+from peftfx.graph import BASE, CONSTANTS, DERIVED, Graph, TensorSpec
 from peftfx.passes.base import Pass, PassResult, attribute, attributes_of, fake_like
+from peftfx.passes.beside import join_beside
+from peftfx.passes.norm_rows import replace_by_row
 from peftfx.passes.updated import Acting, add_node, along_channels, conv_low, product, times, update_call
 from peftfx.rowwise import IDS, PREFIXES, PROMPTS
 from peftfx.sites import Call, Site
-from peftfx.slots import INNER, OUTER, OWN, PREFIX, PROMPT, A, B
+from peftfx.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
 
 aten = torch.ops.aten
+BIAS, SHOWN = "bias", "beside.shown"  #: of a stack: at a layer; beside an attention, [rows, tokens], which there are
+_AT_LAYERS = (INNER, OUTER, A, B, BIAS)
 
 
 @dataclass(frozen=True)
@@ -42,24 +47,31 @@ class ByRow(Pass):
     """Let rows choose.
 
     Attributes:
-        stacks: by a site's path and what is there: [adapters + 1, ...]; a bias is its path's `OWN`. Those of `PREFIX`
-            and `PROMPT` fill the hole of a view that was captured with soft prompts by row.
+        stacks: by a site's path and what is there: [adapters + 1, ...]; a norm's tensor is `OWN`, by its name. Those of
+            `PREFIX` and `PROMPT` fill the hole of a view that was captured with soft prompts by row.
+        beside: attentions, with the heads that the forward shows.
     """
 
     stacks: Mapping[tuple[str, str], Tensor]
+    beside: tuple[Site, ...] = ()
 
     def __call__(self, graph: Graph) -> PassResult:
         new = graph.clone()
-        paths = {path for path, _ in self.stacks if path}
         with isolated(graph.base):
             rows = _Rows(new, self.stacks)
-            sites = {site.path: site for site in new.sites if site.weight}
-            for site in (site for path, site in sites.items() if path in paths):
-                for call in site.calls:
-                    rows.update(site, call)
+            here = {site.path: site for site in new.sites if not site.weight}
+            for site in self.beside:  # first: what leaves them is found by what reads their last layer
+                if (site.path, KEYS) in self.stacks and site.path in here:
+                    rows.stand_beside(dataclasses.replace(site, calls=here[site.path].calls))
+            for path in dict.fromkeys(path for path, what in self.stacks if what in _AT_LAYERS):
+                for site in (site for site in new.sites if site.weight and site.path == path):
+                    for call in site.calls:
+                        rows.update(site, call)
+            for name in (name for name, what in self.stacks if what == OWN):
+                rows.norm(name)
             rows.fill()
         new.module.recompile()
-        return PassResult(new, len(paths & sites.keys()))
+        return PassResult(new, len(self.stacks))
 
 
 class _Rows:
@@ -75,32 +87,58 @@ class _Rows:
         """Which entry each row takes."""
         inputs = [n for n in self.graph.nodes() if n.op == "placeholder"]
         known = next((i for i, spec in enumerate(self.graph.inputs) if spec.name == IDS), None)
-        ids = self._input(inputs[-1], inputs[0]) if known is None else inputs[known]
+        ids = self._input(inputs[-1]) if known is None else inputs[known]
+        if not ids.users:  # where nothing has read it yet, nothing says that it is as long as the batch
+            ids.meta = {"val": self._numbers(inputs[0].meta["val"])}
         first = next(n for n in self.graph.nodes() if n.op not in ("placeholder", "get_attr"))
         return add_node(first, first, aten.add.Tensor, ids, 1)
 
-    def _input(self, last: fx.Node, first: fx.Node) -> fx.Node:
-        spec, value = self.graph.inputs[0], first.meta["val"]
-        mode = detect_fake_mode([value])
-        assert mode is not None
+    def _input(self, last: fx.Node) -> fx.Node:
+        self.graph.inputs = (*self.graph.inputs, TensorSpec(IDS, torch.long, self.graph.inputs[0].shape[:1]))
         with self.graph.module.graph.inserting_after(last):
-            node = self.graph.module.graph.placeholder(IDS)
+            return self.graph.module.graph.placeholder(IDS)
+
+    def _numbers(self, like: Tensor) -> Tensor:
+        """A fake number for each row of a batch."""
+        mode = detect_fake_mode([like])
+        assert mode is not None
         with mode:
-            node.meta = {"val": torch.empty(value.shape[:1], dtype=torch.long, device=value.device)}
-        self.graph.inputs = (*self.graph.inputs, TensorSpec(IDS, torch.long, spec.shape[:1]))
-        return node
+            return torch.empty(like.shape[:1], dtype=torch.long, device=like.device)
 
     def update(self, site: Site, call: Call) -> None:
         """Let the rows of one call have their own."""
-        op, x, y = self.nodes[call.op], self.nodes[call.x].meta["val"], self.nodes[call.y].meta["val"]
-        if str(x.shape[0]) != str(self.index.meta["val"].shape[0]):
-            what = "this layer reads the tokens of all rows as one: it cannot tell whose they are"
-            raise PeftfxError(what, site.path, "leave it out of the adapters")
-        given = [what for what in (INNER, OUTER, OWN) if (site.path, what) in self.stacks]
+        op, y = self.nodes[call.op], self.nodes[call.y].meta["val"]
+        self.check(self.nodes[call.x], site.path)
+        given = [what for what in (INNER, OUTER, BIAS) if (site.path, what) in self.stacks]
         ndim = 2 if site.kind == "conv" else y.ndim
         parts = {what: along_channels(op, self.row(site.path, what, ndim), site) for what in given}
         low = self.low(site, call) if (site.path, A) in self.stacks else None
-        update_call(self.nodes, site, call, Acting(parts.get(INNER), parts.get(OUTER), low, parts.get(OWN)))
+        update_call(self.nodes, site, call, Acting(parts.get(INNER), parts.get(OUTER), low, parts.get(BIAS)))
+
+    def check(self, value: fx.Node, where: str) -> None:
+        """Refuse a value whose first axis is not the batch's."""
+        if str(value.meta["val"].shape[0]) != str(self.index.meta["val"].shape[0]):
+            what = "this layer reads the tokens of all rows as one: it cannot tell whose they are"
+            raise PeftfxError(what, where, "leave it out of the adapters")
+
+    def norm(self, name: str) -> None:
+        """Let rows have their own in the place of a norm's tensor."""
+        tensor = self.attributes.get(f"{BASE}.{name}")
+        if tensor is None:  # this view does not run it
+            return
+
+        def row(value: fx.Node, axes: int) -> fx.Node:
+            self.check(value, name)
+            return self.row(name, OWN, axes)
+
+        replace_by_row(tensor, row, name)
+
+    def stand_beside(self, site: Site) -> None:
+        """Let rows have keys and values of their own beside each call of an attention."""
+        keys, values = (self.row(site.path, what, 4) for what in (KEYS, VALUES))
+        shown = self.row(site.path, SHOWN, 2)
+        for index in range(len(site.calls)):
+            join_beside(self.graph, self.nodes, site, index, keys, values, shown)
 
     def low(self, site: Site, call: Call) -> fx.Node:
         """The low-rank sum of each row's own factors."""

@@ -16,14 +16,12 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-from peftfx.attending import attend_beside
 from peftfx.contexts import isolated
 from peftfx.graph import Graph, TensorSpec
-from peftfx.passes.attend import leaving, unstack
 from peftfx.passes.base import Pass, PassResult
-from peftfx.passes.splice import trace
+from peftfx.passes.beside import join_beside
 from peftfx.passes.updated import Acting, along_channels, low_rank, update_call
-from peftfx.sites import Call, Site
+from peftfx.sites import Site
 from peftfx.slots import INNER, KEYS, OUTER, TOKENS, VALUES, A, B, Slot, shapes
 
 HINT = 3  #: the size that a free axis has in the graph's example
@@ -107,35 +105,8 @@ class _Opening:
             self.slot(f"{site.path}.{what}", (heads.kept, TOKENS, width), like)
             for what, width in zip((KEYS, VALUES), widths, strict=True)
         )
-        for index, call in enumerate(site.calls):
-            self.join(site, call, index, keys, values)
-
-    def join(self, site: Site, call: Call, index: int, keys: fx.Node, values: fx.Node) -> None:
-        """Add to what leaves an attention, where `AttentionMethod`s do."""
-        heads = site.heads
-        assert heads is not None
-        output = next((s for s in self.graph.sites if s.weight and s.path == heads.output), None)
-        y = leaving(site, output, index, self.nodes, {}) if heads.packed else self.nodes[call.y]
-        query = self.nodes[call.x]
-
-        def attend(query: Tensor, y: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            added = attend_beside(site, unstack(query, heads), keys, values)
-            if heads.packed:
-                return y + added.transpose(1, 2).reshape(y.shape).to(y.dtype)
-            return y + added.reshape(y.shape).to(y.dtype)
-
-        arguments = [query, y, keys, values]
-        traced = trace(attend, [n.meta["val"] for n in arguments], "Open", site.path)
-        mapped = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), arguments, strict=True))
-        users = list(y.users)
-        with self.fx.inserting_before(y.next):
-            result = self.fx.graph_copy(traced.graph, mapped)
-        for old, new in mapped.items():
-            if old.op != "placeholder":
-                new.meta = {"val": old.meta.get("val"), "nn_module_stack": y.meta.get("nn_module_stack")}
-        assert isinstance(result, fx.Node)
-        for user in users:
-            user.replace_input_with(y, result)
+        for index in range(len(site.calls)):
+            join_beside(self.graph, self.nodes, site, index, keys, values)
 
     def slot(self, name: str, shape: tuple[int | str, ...], like: Tensor) -> fx.Node:
         """A new input, of the dtype of what it joins."""

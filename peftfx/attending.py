@@ -73,22 +73,26 @@ class AttentionMethod(Method):
         return sites
 
 
-def attend_beside(site: Site, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend_beside(site: Site, query: Tensor, key: Tensor, value: Tensor, shown: Tensor | None = None) -> Tensor:
     """`softmax(query key^T) value`, the softmax in fp32; keys and values of each kept head serve a row of heads.
 
-    Of no keys and values it is 0.
+    Of no keys and values it is 0. Rows may have their own, [rows, heads, tokens, features]; `shown` [rows, tokens] then
+    says which there are, and the values of the others are 0.
     """
     assert site.heads is not None
     keys, values = key.to(query.dtype), value.to(query.dtype)
     if site.heads.count == site.heads.kept:
-        return _attend(query, keys, values)
+        return _attend(query, keys, values, None if shown is None else shown[:, None, None])
     # The query's heads in groups, not keys and values repeated: a reshape to a length of 0 means another one in ONNX.
     grouped = query.unflatten(1, (site.heads.kept, -1))
-    return _attend(grouped, keys.unsqueeze(1), values.unsqueeze(1)).flatten(1, 2)
+    seen = None if shown is None else shown[:, None, None, None]
+    return _attend(grouped, keys.unsqueeze(-3), values.unsqueeze(-3), seen).flatten(1, 2)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, shown: Tensor | None) -> Tensor:
     scores = query @ keys.transpose(-1, -2)
+    if shown is not None:  # a finite number: where nothing is shown the softmax is of values that are 0
+        scores = scores.masked_fill(~shown, torch.finfo(scores.dtype).min)
     return scores.softmax(-1, torch.float32).to(query.dtype) @ values
 
 

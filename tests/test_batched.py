@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from test_cli import Result, peftfx  # noqa: F401  (the command in this process,
 from test_decode import prompts
 from test_export import randomise
 from test_swappable import stirred
+from torch import Tensor, nn
 from zoo import ZOO
 
 from peftfx import (
     IA3,
+    BitFit,
     LlamaAdapter,
+    LNTuning,
     LoRA,
     PeftfxError,
     PrefixTuning,
@@ -31,6 +35,8 @@ from peftfx.export.command import export_directory
 from peftfx.rowwise import IDS
 
 Run = Callable[..., Result]
+#: A norm that is an operator and one that is `1 + weight`, norms of heads, a packed projection, no cache.
+OTHERS = ("gpt2", "gemma2", "qwen3", "bloom", "bert")
 RULES = {
     "low": LoRA(r=2, lora_alpha=5, target="all-linear"),
     "scales": IA3(),
@@ -131,11 +137,54 @@ def test_classifiers_of_peft_have_heads_of_their_own(tmp_path: Path, peftfx: Run
             torch.testing.assert_close(got[row : row + 1], want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+def test_norms_and_what_stands_beside_attentions_are_the_rows_own(name: str, tmp_path: Path) -> None:
+    rules = {
+        "norms": LNTuning(),
+        "beside": LlamaAdapter(adapter_len=4),
+        "short": [LlamaAdapter(adapter_len=2), LoRA(r=2, target="attention.key | mlp.down")],
+    }
+    if name not in ("llama", "gemma2", "qwen3"):
+        rules["biases"] = BitFit()
+    report = adapted_by(name, rules).export(tmp_path / "out", view="auto", batched=list(rules))
+    assert report.max_abs < 1e-4  # each row was held against its adapter alone
+
+
+class Written(nn.Module):
+    """A norm over channels that is written out, with axes behind its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6) * self.weight[:, None, None]
+
+
+def test_a_norm_of_any_kind_is_each_rows_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = {"input": torch.randn(3, 8, 6, 5)}
+    norms = (
+        nn.GroupNorm(2, 8),
+        nn.BatchNorm2d(8),
+        nn.InstanceNorm2d(8, affine=True),
+        nn.LayerNorm((6, 5)),
+        nn.RMSNorm(5),
+    )
+    model = nn.Sequential(OrderedDict(zip("abcdefg", (*norms, Written(), nn.Linear(5, 3)), strict=True)))
+    adapted = transform(model.eval(), LNTuning(), "norms", inputs=inputs)
+    assert len([site for site in adapted.sites if site.kind == "norm"]) == 6
+    adapted.add_adapter("biases", BitFit())
+    adapted.add_adapter("low", LoRA(r=2, target="g"), seed=0)
+    stirred(adapted, "norms", "biases", "low")
+    adapted.export(tmp_path / "out", inputs=inputs, batched=["norms", "biases", "low"])  # held against each alone
+
+
 def test_what_rows_cannot_have_apart_is_refused(tmp_path: Path, peftfx: Run) -> None:  # noqa: F811
-    model = adapted_by("llama", {"low": LoRA(r=2), "beside": LlamaAdapter(adapter_len=2)})
-    with pytest.raises(PeftfxError, match=r"rows cannot have keys and values beside model.layers.0.self_attn"):
-        model.export(tmp_path / "out", view="decode", batched=["low", "beside"])
-    assert model.active == ("beside",)
+    model = adapted_by("llama", {"low": LoRA(r=2), "words": LoRA(r=2, modules_to_save=["embed_tokens"])})
+    with pytest.raises(PeftfxError, match=r"a trained copy of model.embed_tokens.weight cannot be a row's own"):
+        model.export(tmp_path / "out", view="decode", batched=["low", "words"])
+    assert model.active == ("words",)
     prompted = adapted_by("llama", {"low": LoRA(r=2), "prompt": PromptTuning(num_virtual_tokens=2)})
     with pytest.raises(PeftfxError, match="slots for others"):
         prompted.export(tmp_path / "out", batched=["low"], slots="all-linear")
