@@ -1,7 +1,7 @@
 """What a graph for swappable adapters, and a file for it, take in memory and time, against the merged export.
 
     python benchmarks/checkpoint.py 1b                     # 4.4 GB
-    python benchmarks/swappable.py 1b --output OUT         # 9 GB more; minutes
+    python benchmarks/swappable.py 1b --output OUT         # 13 GB more; minutes
 
 Each is one command in a process of its own; all views decode, all are verified.
 """

@@ -136,3 +136,12 @@ def test_the_graphs_that_decode_are_compared_call_by_call(capsys: pytest.Capture
         *("", "---", "peftfx", "peftfx --optimize none", "(peftfx --optimize none)"),
     ]
     assert all(float(cell) > 0 for line in table[2:4] for cell in line.split("|")[2:-1])
+
+
+@pytest.mark.slow
+def test_what_swappable_adapters_take_is_measured_command_by_command(checkpoint: Path, tmp_path: Path) -> None:
+    words = [sys.executable, BENCHMARKS / "swappable.py", checkpoint, "--output", tmp_path / "out"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["merged", "swappable", "an adapter's file", "batched"]
