@@ -127,6 +127,7 @@ def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, dict[st
     if homeless:
         lines = "; ".join(f"{WORDS[what]} {listed(at)}".strip() for what, at in homeless.items())
         hint = "export the base with --slots that pick these sites, or export the adapter merged"
+        hint = "export the adapter merged" if homeless.keys() <= {PROMPT, PREFIX} else hint
         raise PeftfxError(f"the graph has no place for {lines}", manifest.model, hint)
     return found
 

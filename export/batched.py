@@ -22,7 +22,7 @@ from peftfx.entry import VirtualTokens
 from peftfx.errors import PeftfxError
 from peftfx.export.adapters import wanted_of
 from peftfx.export.deployment import Deployment, Inputs
-from peftfx.export.parts import DECODE, FORWARD, Part, capture_parts, files_of, generates, refuse_fixed
+from peftfx.export.parts import DECODE, FORWARD, Part, capture_parts, refuse_fixed, views_of
 from peftfx.export.probes import probes, view_cases, view_probes
 from peftfx.export.verify import Reference, reference_of
 from peftfx.graph import BASE
@@ -57,7 +57,7 @@ class Batched(Deployment):
             PeftfxError: an adapter does something that rows cannot have apart.
         """
         base = adapted.base
-        views = files_of(base) if view != FORWARD and generates(base) else {"model.onnx": FORWARD}
+        views = views_of(base, view, inputs)
         each = [_told(adapted, name, decodes=DECODE in views.values()) for name in self.adapters]
         lengths = (0, *(len(next((own[p] for p in _SOFT if p in own), ())) for own in each))
         if DECODE not in views.values() and any(("", PREFIX) in own for own in each):

@@ -67,10 +67,8 @@ def capture_parts(adapted: AdaptedModel, view: str, inputs: Mapping[str, object]
     Raises:
         PeftfxError: the model has no such view, or fixes a size that nobody chose.
     """
-    if view not in (known := (FORWARD, DECODE, AUTO)):
-        hint = nearest(view, known) or f"one of {', '.join(known)}"
-        raise PeftfxError(f"nothing is exported in a view {view!r}", "view", hint)
-    if view == FORWARD or (view == AUTO and (inputs is not None or not generates(adapted.base))):
+    views = views_of(adapted.base, view, inputs)
+    if FORWARD in views.values():
         example = adapted.example if inputs is None else inputs
         graph = adapted.graph(example)
         if inputs is None:
@@ -78,7 +76,7 @@ def capture_parts(adapted: AdaptedModel, view: str, inputs: Mapping[str, object]
             refuse_fixed(graph, name_axes(given))  # type: ignore[arg-type]
         return [Part("model.onnx", None, graph, graph)]
     parts = []
-    for file, name in files_of(adapted.base).items():
+    for file, name in views.items():
         shown = adapted.view(name)
         assert shown is not None
         graph = adapted.graph(view=shown)
@@ -92,8 +90,17 @@ def generates(base: nn.Module) -> bool:
     return task_of(base) in ("text-generation", "text2text-generation") and hasattr(base, "generate")
 
 
-def files_of(base: nn.Module) -> dict[str, str]:
-    """The files that a model which generates is served by, and the view that each holds."""
+def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) -> dict[str, str]:
+    """The files that a model is served by in a view, and the view that each holds; see `capture_parts`.
+
+    Raises:
+        PeftfxError: there is no such view.
+    """
+    if view not in (known := (FORWARD, DECODE, AUTO)):
+        hint = nearest(view, known) or f"one of {', '.join(known)}"
+        raise PeftfxError(f"nothing is exported in a view {view!r}", "view", hint)
+    if view == FORWARD or (view == AUTO and (inputs is not None or not generates(base))):
+        return {"model.onnx": FORWARD}
     if encodes_and_decodes(base):
         return {"encoder_model.onnx": "encoder", "decoder_model.onnx": "decoder"}
     return {"model.onnx": DECODE}

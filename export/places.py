@@ -41,7 +41,7 @@ def find_forward(
     base: nn.Module, inputs: Mapping[str, object], places: Sequence[Place]
 ) -> tuple[Graph, tuple[Place, ...]] | None:
     """The graph of a forward with those of these places that its code takes, and which; None if there is none."""
-    taken = tuple(place for place in places if _takes(place, inputs))
+    taken = tuple(place for place in places if place.what not in inputs and _takes(place, inputs))
     for chosen in dict.fromkeys((taken, taken[:1], taken[1:])):
         with contextlib.suppress(PeftfxError):  # its code does not run under one of them
             if chosen:

@@ -21,7 +21,7 @@ from peftfx.decode import Decode
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment import Deployment, Inputs
 from peftfx.export.onnx import every_value
-from peftfx.export.parts import FORWARD, Part, capture_parts, files_of, generates, refuse_fixed
+from peftfx.export.parts import FORWARD, Part, capture_parts, refuse_fixed, views_of
 from peftfx.export.places import find_forward, hold_forward, places_of
 from peftfx.export.probes import nested, probes
 from peftfx.export.quantize import FINITE
@@ -90,10 +90,12 @@ class Swappable(Deployment):
             raise PeftfxError("a graph for swappable adapters is of the base alone", ", ".join(adapted.active), hint)
         base = adapted.base
         places = tuple(places_of(base, adapted.sites)) if self.slots.prefix else ()
-        if view == FORWARD or not generates(base):
-            parts = [_forward(adapted, inputs, places)]
-        else:
-            parts = [_generating(adapted, file, name, places, self.slots) for file, name in files_of(base).items()]
+        parts = [
+            _forward(adapted, inputs, places)
+            if name == FORWARD
+            else _generating(adapted, file, name, places, self.slots)
+            for file, name in views_of(base, view, inputs).items()
+        ]
         return [_opened(adapted, part, self.slots.target) for part in parts]
 
     def finish(self, adapted: AdaptedModel, part: Part, program: ir.Model) -> ir.Model:
