@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from peftfx.graph import Graph
-from peftfx.passes.cleanup import CASTS, Cleanup, source
+from peftfx.passes.cleanup import CASTS, Cleanup, source, writes
 from peftfx.passes.grid import slice_grid
 from peftfx.passes.site_op import filled
 from peftfx.passes.sweep import sweep
@@ -25,6 +25,7 @@ def prepare(graph: Graph) -> Graph:
     again. SDPA without heads gets one head: its translation wants four axes.
     """
     result = Cleanup()(graph).graph  # a copy
+    written = any(writes(node) for node in result.nodes())  # then a gather, which copies, is more than its value
     for node in list(result.nodes()):
         if node.target is _SDPA and _rank(node) == 3:
             _widen(result.module.graph, node)
@@ -39,7 +40,7 @@ def prepare(graph: Graph) -> Graph:
             _spell_out(node)
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
             _make_contiguous(result.module.graph, node)
-        else:
+        elif not written:
             slice_grid(result.module.graph, node)
     sweep(result)
     return result

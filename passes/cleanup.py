@@ -33,7 +33,7 @@ class Cleanup(Pass):
     def __call__(self, graph: Graph) -> PassResult:
         result = graph.clone()
         before = len(result.module.graph.nodes)
-        written = any(_writes(node) for node in result.nodes())  # then a copy is more than its value
+        written = any(writes(node) for node in result.nodes())  # then a copy is more than its value
         for node in list(result.nodes()):
             if _does_nothing(node) or (_is_neutral(node) and not written):
                 node.replace_all_uses_with(source(node))
@@ -63,7 +63,8 @@ def _does_nothing(node: fx.Node) -> bool:
     return node.target in _SAME
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
+    """Whether a node changes a tensor that it is given."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable and node.target not in _SAME
 
 

@@ -79,6 +79,24 @@ def test_a_gather_in_the_order_of_what_it_reads_becomes_slices() -> None:
             assert torch.equal(want, got)
 
 
+class Writes(nn.Module):
+    """Writes into what it gathered, and reads the mask after that."""
+
+    def forward(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = (torch.arange(size) for size in mask.shape)
+        gathered = mask[rows[:, None], columns[None, :]]
+        gathered += 1
+        return gathered, mask * 2
+
+
+def test_a_gather_that_is_written_to_stays_a_copy() -> None:
+    graph = peftfx.capture(Writes().eval(), {"mask": torch.ones(3, 7)})
+    given = torch.randn(2, 5)
+    for want, got in zip(graph.run(given), prepare(graph).run(given), strict=True):
+        assert torch.equal(want, got)
+    assert torch.equal(graph.run(given)[1], given * 2)
+
+
 def assert_same(got: Tensor, want: Tensor) -> None:
     if want.numel():
         assert float((got - want).abs().max()) <= 2e-6 * float(want.abs().max())
