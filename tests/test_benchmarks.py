@@ -88,13 +88,14 @@ def test_the_sampled_sites_are_pefts_arithmetic_and_a_wrong_one_is_seen(
     assert wrong == ["model.layers.1.mlp.down_proj.weight"]
 
 
-def test_growth_has_every_step_at_every_count(tmp_path: Path) -> None:
-    results = growth.growth([1, 2])
-    assert list(results) == [1, 2]
+@pytest.mark.parametrize("counts", [[1], pytest.param([1, 2], marks=pytest.mark.slow)], ids=str)
+def test_growth_has_every_step_at_every_count(counts: list[int], tmp_path: Path) -> None:
+    results = growth.growth(counts)
+    assert list(results) == counts
     assert all(set(costs) == set(growth.STEPS) for costs in results.values())
     assert all(costs[step] > 0 for costs in results.values() for step in growth.STEPS)
     rows = dict(growth.per_layer(results))
-    assert rows["merge"] == [1e3 * results[n]["merge"] / n for n in (1, 2)]
+    assert rows["merge"] == [1e3 * results[n]["merge"] / n for n in counts]
     pytest.importorskip("matplotlib")
     growth.plot(results, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 5000

@@ -60,7 +60,7 @@ def test_a_graph_equals_its_model_and_batch_and_sequence_stay_free(captured: Get
         assert_same(leaves(case.graph(**inputs)), eager(case.model, inputs))
 
 
-@pytest.mark.parametrize("name", but_for({"bloom", "swin"}, VARIED))
+@pytest.mark.parametrize("name", but_for({"bloom", "swin", "t5"}, VARIED))
 def test_training_draws_the_same_dropout_as_the_model(name: str) -> None:
     model = ZOO[name].build().train()
     graph = capture(model, ZOO[name].inputs(model=model))
