@@ -20,11 +20,11 @@ from peftfx.attending import key_weight
 from peftfx.decode import Decode
 from peftfx.entry import VirtualTokens
 from peftfx.errors import PeftfxError
-from peftfx.export.adapters import wanted_of
 from peftfx.export.deployment import Deployment, Inputs
 from peftfx.export.parts import DECODE, FORWARD, Part, capture_parts, refuse_fixed, views_of
 from peftfx.export.probes import probes, view_cases, view_probes
 from peftfx.export.verify import Reference, reference_of
+from peftfx.export.wanted import Wanted, wanted_of
 from peftfx.graph import BASE
 from peftfx.passes import Evaluate
 from peftfx.passes.by_row import BIAS, SHOWN, ByRow
@@ -37,7 +37,6 @@ from peftfx.soft import size_of
 from peftfx.stored import exact
 from peftfx.update import Update
 
-Wanted = Mapping[tuple[str, str], Tensor]
 _SOFT = (("", PREFIX), ("", PROMPT))  #: the places of soft prompts
 
 

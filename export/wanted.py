@@ -1,0 +1,150 @@
+"""wanted: what active adapters do, as tensors by where they go and what a slot there holds.
+
+Each method says itself what its tensors are in a slot (`WeightMethod.update`, `AttentionMethod.beside`); a soft prompt
+is what is ahead of the past in the decode view. Scales, ranks and alphas are folded in, weights of sums too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfx.adapted import AdaptedModel
+from peftfx.attending import AttentionMethod
+from peftfx.entry import VirtualTokens
+from peftfx.errors import PeftfxError
+from peftfx.export.parts import DECODE
+from peftfx.graph import DERIVED
+from peftfx.method import Base, WeightMethod
+from peftfx.passes.attend import split_heads
+from peftfx.passes.prefill import NAME
+from peftfx.placement import SAVED, Override, Placement, owner_of, site_tensors
+from peftfx.sites import Site
+from peftfx.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
+from peftfx.soft import SequenceMethod
+from peftfx.stored import exact
+from peftfx.update import Update
+
+Wanted = dict[tuple[str, str], Tensor]
+"""What goes where: by a path and what a slot there holds."""
+
+
+def wanted_of(adapted: AdaptedModel, *, decodes: bool) -> Wanted:
+    """What the active adapters do: at linear layers, beside attentions, ahead of the text, and in the base's place.
+
+    Args:
+        adapted: the model.
+        decodes: in a decode view, in which any soft prompt is a prefix.
+    """
+    own = {o.key.removeprefix(f"{SAVED}."): adapted.adapter(n).get(o.key) for n, o in _overrides(adapted)}
+    updates = updates_of(adapted, own)
+    wanted = {(name, OWN): value for name, value in own.items() if not _unchanged(adapted, name, value)}
+    wanted |= _updated(adapted, updates)  # over the copies: a bias of an updated layer counts as it is after that
+    return wanted | _beside(adapted, updates, own) | _ahead(adapted, decodes)
+
+
+def _overrides(adapted: AdaptedModel) -> Iterator[tuple[str, Override]]:
+    return ((name, override) for name in adapted.active for override in adapted.adapter(name).overrides)
+
+
+def _placements(adapted: AdaptedModel) -> Iterator[tuple[str, Placement]]:
+    return ((name, placement) for name in adapted.active for placement in adapted.adapter(name).placements)
+
+
+def updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, Update]:
+    """What the active adapters do at each site with a weight, one after another.
+
+    Args:
+        adapted: with the adapters.
+        own: tensors that stand in the place of the base's, by their names.
+    """
+    updates: dict[str, Update] = {}
+    for name, placement in _placements(adapted):
+        method, site = placement.method, placement.site
+        if not isinstance(method, WeightMethod):
+            continue
+        before = updates.get(site.path, Update())
+        p = adapted.adapter(name).params(placement)
+        updates[site.path] = before.then(_update_at(placement, method, _base(adapted, site, before, own), p))
+    return updates
+
+
+def _base(adapted: AdaptedModel, site: Site, before: Update, own: Mapping[str, Tensor]) -> Base:
+    """A site's tensors, [out, in]: the weight as it is stored, the bias as it is after what was before."""
+    weight, bias = site_tensors(adapted.base, site)
+    bias = before.bias if before.bias is not None else bias
+    if site.bias is not None and before.bias is None:
+        bias = own.get(site.bias.partition(".")[2], bias)
+    stored = exact(weight)
+    return Base(stored.T if site.transposed else stored, None if bias is None else exact(bias).float())
+
+
+def _update_at(placement: Placement, method: WeightMethod, base: Base, p: Mapping[str, Tensor]) -> Update:
+    block = placement.block
+    if block is None:
+        return method.update(placement.view, base, p)
+    rows = base.weight.shape[0]
+    part = Base(block.take(base.weight, 0), None if base.bias is None else block.take(base.bias, 0))
+    update = method.update(placement.view, part, p)
+    spread = update.spread(block, rows, placement.site.path)
+    if update.bias is None:
+        return spread
+    whole = update.bias.new_zeros(rows) if base.bias is None else base.bias
+    return Update(spread.inner, spread.outer, spread.a, spread.b, block.put(whole, update.bias, 0))
+
+
+def _updated(adapted: AdaptedModel, updates: Mapping[str, Update]) -> Wanted:
+    found: Wanted = {}
+    for path, update in updates.items():
+        site = adapted.sites.by_path(path)
+        (a, b), own = update.factors(site), site.bias
+        bias = f"{path}.bias" if own is None else own.partition(".")[2]
+        made = {(path, what): v for what, v in {A: a, B: b, INNER: update.inner, OUTER: update.outer}.items()}
+        found |= {place: value for place, value in {**made, (bias, OWN): update.bias}.items() if value is not None}
+    return found
+
+
+def _beside(adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[str, Tensor]) -> Wanted:
+    """Keys and values beside attentions, from what reads them through the projections as they are adapted."""
+    found: Wanted = {}
+    for name, placement in _placements(adapted):
+        method, heads = placement.method, placement.site.heads
+        if not isinstance(method, AttentionMethod):
+            continue
+        assert heads is not None
+        p = {key: t.float() for key, t in adapted.adapter(name).params(placement).items()}
+        made = []
+        for path, rows in ((heads.key, heads.key_rows), (heads.value, heads.value_rows)):
+            update = updates.get(path, Update())
+            base = _base(adapted, adapted.sites.by_path(path), update, own)
+            y = F.linear(method.reads(p), update.apply(base.weight.float()), base.bias)
+            made.append(split_heads(y, rows, heads.kept))
+        keys, values = method.beside(placement.site, made[0], made[1], p)
+        if (placement.site.path, KEYS) in found:
+            what = "two adapters stand beside one attention, and a graph has one place there"
+            raise PeftfxError(what, placement.site.path, "make one of them active at a time")
+        found |= {(placement.site.path, KEYS): keys, (placement.site.path, VALUES): values}
+    return found
+
+
+def _ahead(adapted: AdaptedModel, decodes: bool) -> Wanted:
+    """A soft prompt, a row for each of its tokens: embeddings, or keys and values."""
+    for name, placement in _placements(adapted):
+        if not isinstance(placement.method, SequenceMethod):
+            continue
+        embedded = isinstance(adapted.entry(), VirtualTokens)
+        if embedded and decodes:
+            return {("", PREFIX): adapted.graph(view=DECODE).get(f"{DERIVED}.{NAME}")}
+        rows = placement.method.virtual(adapted.adapter(name).params(placement), False)
+        return {("", PROMPT if embedded else PREFIX): rows}
+    return {}
+
+
+def _unchanged(adapted: AdaptedModel, name: str, value: Tensor) -> bool:
+    """Whether a trained copy is still what the base has; trained rows have a name of their own."""
+    tensor = getattr(*owner_of(adapted.base, name), None)
+    own = None if tensor is None else exact(tensor)
+    return own is not None and own.shape == value.shape and torch.equal(own.to(value), value)
