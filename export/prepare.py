@@ -43,6 +43,7 @@ def prepare(graph: Graph) -> Graph:
         elif not written:
             slice_grid(result.module.graph, node)
     sweep(result)
+    result.module.recompile()
     return result
 
 
