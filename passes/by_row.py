@@ -21,6 +21,7 @@ from peftfx.graph import BASE, CONSTANTS, DERIVED, Graph, TensorSpec
 from peftfx.passes.base import Pass, PassResult, attribute, attributes_of, fake_like
 from peftfx.passes.beside import join_beside
 from peftfx.passes.norm_rows import replace_by_row
+from peftfx.passes.read_apart import read_apart
 from peftfx.passes.updated import Acting, add_node, along_channels, conv_low, product, times, update_call
 from peftfx.rowwise import IDS, PREFIXES, PROMPTS
 from peftfx.sites import Call, Site
@@ -107,6 +108,8 @@ class _Rows:
 
     def update(self, site: Site, call: Call) -> None:
         """Let the rows of one call have their own."""
+        if site.kind == "linear" and call.y == call.op and not self.apart(self.nodes[call.x]):
+            call = read_apart(self.nodes, call, self.index)
         op, y = self.nodes[call.op], self.nodes[call.y].meta["val"]
         self.check(self.nodes[call.x], site.path)
         given = [what for what in (INNER, OUTER, BIAS) if (site.path, what) in self.stacks]
@@ -115,9 +118,13 @@ class _Rows:
         low = self.low(site, call) if (site.path, A) in self.stacks else None
         update_call(self.nodes, site, call, Acting(parts.get(INNER), parts.get(OUTER), low, parts.get(BIAS)))
 
+    def apart(self, value: fx.Node) -> bool:
+        """Whether a value's first axis is the batch's."""
+        return str(value.meta["val"].shape[0]) == str(self.index.meta["val"].shape[0])
+
     def check(self, value: fx.Node, where: str) -> None:
         """Refuse a value whose first axis is not the batch's."""
-        if str(value.meta["val"].shape[0]) != str(self.index.meta["val"].shape[0]):
+        if not self.apart(value):
             what = "this layer reads the tokens of all rows as one: it cannot tell whose they are"
             raise PeftfxError(what, where, "leave it out of the adapters")
 
