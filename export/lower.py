@@ -44,11 +44,25 @@ class LoweredProgram(ExportedProgram):
         for node in list(self.graph.nodes):
             if node.op == "call_function" and (node.target in table or _is_composite(node.target)):
                 _decompose(self.graph, node, table)
+        _drop_relabels(self.graph)
         self.graph.eliminate_dead_code()
         self.graph_module.recompile()
         (output,) = self.graph.find_nodes(op="output")
         self.graph_signature.output_specs[:] = _results(output.args[0])  # type: ignore[arg-type]
         return self
+
+
+def _drop_relabels(graph: fx.Graph) -> None:
+    """Leave out writes that give other strides to axes of size 1 alone, as torch's pooling does: no element moves."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided_.default):
+        tensor, *layout = node.args[:3]
+        sizes, strides = ([s.meta["val"] if isinstance(s, fx.Node) else s for s in given] for given in layout)
+        value = tensor.meta["val"]
+        kept = [axis for axis, size in enumerate(value.shape) if size != 1]
+        same = all(str(strides[axis]) == str(value.stride(axis)) for axis in kept)
+        if same and list(map(str, sizes)) == list(map(str, value.shape)):
+            node.replace_all_uses_with(tensor)
+            graph.erase_node(node)
 
 
 def lowered_program(graph: fx.Graph, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> LoweredProgram:
