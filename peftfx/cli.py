@@ -278,6 +278,7 @@ class _quiet:
 
         tqdm.monitor_interval = 0  # no thread for bars nobody sees: to start one with no memory left waits for ever
         standard.raiseExceptions = False  # what cannot be logged, with no memory left, is no traceback either
+        standard.getLogger("torch._subclasses.fake_tensor").setLevel(standard.CRITICAL)  # of what it raises too
         warnings.filterwarnings("ignore")
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -22,14 +22,14 @@ from peftfx.errors import PeftfxError
 from peftfx.export import command
 from peftfx.export.atomic import publish
 
-SIZE = Size(layers=1, hidden=64, intermediate=96, heads=4, kv_heads=2, vocabulary=300)
+SIZE = Size(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, vocabulary=300)
 
 Contents = dict[str, bytes]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A tiny checkpoint of several shards with a LoRA, and what the two exports of it are.
+    """A tiny checkpoint of five shards with a LoRA, and what the two exports of it are.
 
     Attributes:
         base, adapter: the directories.
@@ -53,7 +53,7 @@ class Inputs:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
     root = tmp_path_factory.mktemp("lost")
-    write_checkpoint(root, SIZE, "fp16", shard=40_000)
+    write_checkpoint(root, SIZE, "fp16", shard=60_000)
     base = ["export", "--base", root / "base", "--output"]
     merged = [*base, root / "merged", "--adapter", root / "adapter"]
     with attempts(*merged) as server:
@@ -144,7 +144,7 @@ class TestFullDisk:
 
     @pytest.mark.parametrize(
         "limit",
-        [1000, pytest.param(70_000, marks=pytest.mark.slow), 138_500],
+        [1000, pytest.param(100_000, marks=pytest.mark.slow), 200_000],
         ids=["at once", "in the weights", "late"],
     )
     def test_a_limit_on_files(self, limit: int, inputs: Inputs, tmp_path: Path) -> None:

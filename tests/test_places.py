@@ -136,6 +136,7 @@ def test_onnx_runtime_itself_puts_each_file_in(t5: Deployed, tmp_path: Path) -> 
     assert np.abs(got - want.detach().numpy()).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_the_command_line_exports_and_runs_an_encoder_decoder(t5: Deployed, tmp_path: Path, peftfx: Run) -> None:  # noqa: F811
     t5.with_rule(PROMPTED["prompt_tuning"]).save_pretrained(tmp_path / "saved")
     graph, output = t5.root / "graph", tmp_path / "x.onnx_adapter"

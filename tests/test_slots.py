@@ -98,6 +98,7 @@ def test_convs_and_embeddings_have_slots_and_rows_of_their_own(tmp_path: Path) -
     adapted.export(tmp_path / "many", inputs=inputs, batched=list(RULES))  # each row is held against its adapter alone
 
 
+@pytest.mark.slow
 def test_a_lora_of_peft_on_embeddings_and_on_a_conv(tmp_path: Path, peftfx: Run) -> None:  # noqa: F811
     for name, modules in {"gpt2": ["wte", "wpe", "c_attn"], "vit": ["projection", "q_proj"]}.items():
         base, root = ZOO[name].build(), tmp_path / name

@@ -206,7 +206,8 @@ def test_tokens_follow_the_prompt_as_it_is_trained_and_what_is_beside_it(tmp_pat
 
 
 def test_a_model_whose_prompt_would_see_the_text_is_refused() -> None:
-    config = hf.LlamaConfig(**TOKENS, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, is_causal=False)
+    # Two layers: the keys of the first are those of embeddings, which see nothing.
+    config = hf.LlamaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, is_causal=False)
     model = hf.LlamaForCausalLM(config).eval()
     randomise(model)
     ours = peftfx.transform(model, peftfx.PromptTuning(num_virtual_tokens=COUNT))

@@ -55,7 +55,7 @@ def call(rows: Sequence[int] = ROWS, batch: int = 2) -> dict[str, Tensor]:
     [
         *(("gemma", config) for config in (ALONE, beside("q_proj"))),  # scaled, and tied
         *(("t5", config) for config in (ALONE, beside("q"))),  # three uses of one tensor
-        *(("bert", config) for config in (ALONE, beside("query"))),
+        ("bert", beside("query")),
         ("llama", beside("q_proj", {"embed_tokens": ROWS, "lm_head": [2]})),
     ],
 )
