@@ -1,0 +1,125 @@
+"""stacks: what several adapters do at each place, one behind another, for rows to choose from by a number.
+
+Ahead of them is an entry that changes nothing; ranks and soft prompts are padded to the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftfx.adapted import AdaptedModel
+from peftfx.attending import key_weight
+from peftfx.decode import Decode
+from peftfx.errors import PeftfxError
+from peftfx.export.parts import DECODE
+from peftfx.export.wanted import Wanted, wanted_of
+from peftfx.graph import BASE
+from peftfx.passes.by_row import BIAS, SHOWN
+from peftfx.placement import owner_of, site_tensors
+from peftfx.sites import NORM, WEIGHT_KINDS, Site
+from peftfx.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, A, B
+from peftfx.stored import exact
+from peftfx.update import Update
+
+
+def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, str], Tensor]:
+    """What one adapter does at layers, as updates alone, and its prefix."""
+    adapted.set_adapter(name)
+    told = wanted_of(adapted, decodes=decodes)
+    layers = [site for site in adapted.sites if site.kind in WEIGHT_KINDS]
+    sites = {site.weight.removeprefix(f"{BASE}."): site for site in layers if site.kind == "linear"}
+    biases = {site.bias.removeprefix(f"{BASE}."): site for site in layers if site.bias}
+    norms = {str(name).removeprefix(f"{BASE}.") for s in adapted.sites if s.kind == NORM for name in (s.weight, s.bias)}
+    made: dict[tuple[str, str], Tensor] = {}
+    for (at, what), value in told.items():
+        if what != OWN:
+            made[at, what] = value
+        elif at in biases:
+            made[biases[at].path, BIAS] = value
+        elif at.endswith(".bias") and at.removesuffix(".bias") in {site.path for site in layers}:
+            made[at.removesuffix(".bias"), BIAS] = value
+        elif at in sites:
+            made |= _replaced(adapted, sites[at], value)
+        elif at in norms:
+            made[at, OWN] = value
+        else:
+            what, hint = f"a trained copy of {at} cannot be a row's own", "export the adapter merged"
+            raise PeftfxError(what, name, hint)
+    return made
+
+
+def _replaced(adapted: AdaptedModel, site: Site, weight: Tensor) -> dict[tuple[str, str], Tensor]:
+    """Another weight in the place of a site's, a head's say: a scale of 0, and a sum that is the weight."""
+    own = weight.T if site.transposed else weight
+    rows, columns = site_tensors(adapted.base, site)[0].T.shape if site.transposed else site.shape
+    if own.shape != (rows, columns):
+        what = f"the adapter's weight is {list(own.shape)}, and the base's {[rows, columns]}"
+        raise PeftfxError(what, site.path, "adapters of one graph have heads of one size")
+    square = torch.eye(min(rows, columns), dtype=own.dtype)
+    update = Update(a=own, b=square) if rows <= columns else Update(a=square, b=own)
+    assert update.a is not None
+    assert update.b is not None
+    return {
+        (site.path, OUTER): own.new_zeros(rows),
+        (site.path, A): update.a.T.contiguous(),
+        (site.path, B): update.b.T.contiguous(),
+    }
+
+
+def stacked(adapted: AdaptedModel, each: Sequence[Wanted]) -> dict[tuple[str, str], Tensor]:
+    """An entry for each adapter, behind one that changes nothing; ranks, prefixes and what is beside are padded."""
+    stacks: dict[tuple[str, str], Tensor] = {}
+    for place in dict.fromkeys(place for own in each for place in own):
+        at, what = place
+        given = [own[place] for own in each if place in own]
+        shape = [max(sizes) for sizes in zip(*(value.shape for value in given), strict=True)]
+        kind = given[0].dtype if what == PROMPT else _dtype(adapted, at, what)
+        neutral = _neutral(adapted, at, what, shape).to(kind)
+        rows = [neutral, *(_padded(own[place], shape, what).to(kind) if place in own else neutral for own in each)]
+        stacks[place] = torch.stack(rows).detach().cpu()
+        if what == KEYS:
+            counts = torch.tensor([0, *(own[place].shape[1] if place in own else 0 for own in each)])
+            stacks[at, SHOWN] = torch.arange(shape[1])[None] < counts[:, None]
+    return stacks
+
+
+def _dtype(adapted: AdaptedModel, at: str, what: str) -> torch.dtype:
+    if what == PREFIX:
+        view = adapted.view(DECODE)
+        assert isinstance(view, Decode)
+        return view.layers[0].dtype
+    if what == OWN:
+        return _tensor(adapted, at).dtype
+    site = adapted.sites.by_path(at)
+    return (key_weight(adapted.base, site) if site.heads else site_tensors(adapted.base, site)[0]).dtype
+
+
+def _tensor(adapted: AdaptedModel, name: str) -> Tensor:
+    found = getattr(*owner_of(adapted.base, name))
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _neutral(adapted: AdaptedModel, at: str, what: str, shape: Sequence[int]) -> Tensor:
+    """What changes nothing."""
+    if what in (INNER, OUTER):
+        return torch.ones(shape)
+    if what == OWN:
+        return exact(_tensor(adapted, at)).detach()
+    if what == BIAS:
+        bias = site_tensors(adapted.base, adapted.sites.by_path(at))[1]
+        return torch.zeros(shape) if bias is None else exact(bias).detach()
+    return torch.zeros(shape)
+
+
+def _padded(value: Tensor, shape: Sequence[int], what: str) -> Tensor:
+    """A tensor with zeros behind it; ahead of it where it is a prefix."""
+    padded = value.new_zeros(*shape)
+    if what == PREFIX:
+        padded[len(padded) - len(value) :] = value
+    else:
+        padded[tuple(slice(size) for size in value.shape)] = value
+    return padded
