@@ -147,10 +147,10 @@ def copies_of(base: nn.Module, method: OverrideMethod, site: Site) -> tuple[Over
     except AttributeError:
         module, _, name = site.weight.partition(".")[2].rpartition(".")
         names = {"weight": name}
-    copied = [names[n] for n in method.copied(site, list(names))]
+    copied = method.copied(site, list(names))
     if rows := method.rows():
-        return tuple(rows_of(site.path, rows, f"{module}.{name}".removeprefix(".")) for name in copied)
-    return tuple(Override(f"{SAVED}.{site.path}.{n}", module, names[n]) for n in method.copied(site, list(names)))
+        return tuple(rows_of(site.path, rows, f"{module}.{names[n]}".removeprefix(".")) for n in copied)
+    return tuple(Override(f"{SAVED}.{site.path}.{n}", module, names[n]) for n in copied)
 
 
 def rows_of(path: str, rows: tuple[int, ...], name: str, module: str = "") -> Override:

@@ -121,7 +121,7 @@ def sequence_site(base: nn.Module, sites: Sites) -> Site:
     if not found:
         hint = "use a method that acts on weights, as LoRA"
         raise PeftfxError("the model embeds no text: a soft prompt has no place", type(base).__name__, hint)
-    shared = _input_table(base)
+    shared = getattr(input_embeddings(base), "weight", None)
     site = next((s for s in found if base.get_submodule(s.path).weight is shared), found[0])
     tokens = "input_ids" if hasattr(base, "main_input_name") else site.calls[0].x
     call = Call(tokens, "", "")
@@ -221,9 +221,9 @@ def _owns_weight(base: nn.Module, path: str) -> bool:
         return False
 
 
-def _input_table(base: nn.Module) -> Tensor | None:
-    """The weight that transformers calls the model's input embeddings."""
+def input_embeddings(base: nn.Module) -> nn.Module | None:
+    """The module that transformers calls the model's input embeddings; nothing for a model that tells of none."""
     try:
-        return getattr(base.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+        return base.get_input_embeddings()  # type: ignore[operator, no-any-return]
     except (AttributeError, NotImplementedError):
         return None

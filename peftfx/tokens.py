@@ -8,6 +8,7 @@ from torch import nn
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.placement import Override, rows_of
+from peftfx.soft import input_embeddings
 
 Tokens = Sequence[int] | Mapping[str, Sequence[int]] | None
 
@@ -24,8 +25,8 @@ def trained_tokens(base: nn.Module, given: Tokens, saved: Iterable[str] = ()) ->
         return []
     named = _named(base, given if isinstance(given, Mapping) else {_embedding(base): given})
     if both := set(named) & set(saved):
-        hint = "name it in one of the two"
-        raise PeftfxError("trained whole, and tokens of it by themselves", min(both), f"modules_to_save: {hint}")
+        hint = "name it in modules_to_save or in trainable_token_indices, not in both"
+        raise PeftfxError("trained whole, and tokens of it by themselves", min(both), hint)
     tensors: dict[int, dict[str, tuple[int, ...]]] = {}
     for path, rows in named.items():
         tensors.setdefault(id(base.get_submodule(path).weight), {})[path] = rows
@@ -41,12 +42,12 @@ def trained_tokens(base: nn.Module, given: Tokens, saved: Iterable[str] = ()) ->
 
 def _embedding(base: nn.Module) -> str:
     """The path of the token embedding."""
-    try:
-        wanted = base.get_input_embeddings()  # type: ignore[operator]
-        return next(path for path, module in base.named_modules() if module is wanted)
-    except (AttributeError, NotImplementedError, StopIteration) as error:
+    wanted = input_embeddings(base)
+    path = next((path for path, module in base.named_modules() if module is wanted), None)
+    if path is None:
         hint = "name the embedding: {'path': [...]}"
-        raise PeftfxError("the model does not tell its token embedding", "trainable_token_indices", hint) from error
+        raise PeftfxError("the model does not tell its token embedding", "trainable_token_indices", hint)
+    return path
 
 
 def _named(base: nn.Module, given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
