@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftfx.export.tidy import PERM
+from peftfx.export.metadata import PERM
 
 PREFIX = "base_model.model."
 

@@ -24,8 +24,8 @@ from peftfx.export.parts import DECODE, FORWARD, Part, capture_parts, refuse_fix
 from peftfx.export.probes import probes, view_cases, view_probes
 from peftfx.export.stacks import stacked, told
 from peftfx.export.verify import Reference, reference_of
-from peftfx.passes import Evaluate
 from peftfx.passes.by_row import ByRow
+from peftfx.passes.fold import Evaluate
 from peftfx.rowwise import BATCHED, IDS, PromptsByRow, Rowwise
 from peftfx.seq2seq import Decoder, Encoder
 from peftfx.slots import PREFIX, PROMPT

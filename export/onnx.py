@@ -10,11 +10,11 @@ from onnx_ir import tensor_adapters
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.errors import PeftfxError, first_line
+from peftfx.export.metadata import ENGINE, SOURCE
 from peftfx.export.program import Translation
 from peftfx.export.retrace import retrace
 from peftfx.export.tidy import name_apart, store_transposed, tidy
 from peftfx.export.translate import translate
-from peftfx.export.weights import SOURCE
 from peftfx.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
 from peftfx.stored import load
 
@@ -22,7 +22,6 @@ Weights = Callable[[str], torch.Tensor]
 FIRST_OPSET, LAST_OPSET = 18, 25
 FAST, TORCH = "fast", "torch"
 CPU, CUDA, NONE = "cpu", "cuda", "none"  #: the providers that have kernels for what `Fuse` makes, or no matter which
-ENGINE = "peftfx.engine"  #: metadata key: the road a model came by, and why not the fast one
 
 
 def to_onnx(

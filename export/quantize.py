@@ -18,8 +18,8 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
+from peftfx.export.metadata import SOURCE
 from peftfx.export.tidy import value_of
-from peftfx.export.weights import SOURCE
 from peftfx.graph import ADAPTERS
 
 DOMAIN = "com.microsoft"

@@ -13,7 +13,8 @@ import torch
 
 from peftfx.adapted import AdaptedModel
 from peftfx.derived import Derived, Own, Rounding, foldings
-from peftfx.export.onnx import ENGINE, FAST
+from peftfx.export.metadata import ENGINE
+from peftfx.export.onnx import FAST
 from peftfx.export.twin import in_bfloat16
 from peftfx.export.verify import Comparison
 from peftfx.graph import DERIVED, Graph

@@ -20,13 +20,12 @@ from peftfx.adapted import AdaptedModel
 from peftfx.decode import Decode
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment import Deployment, Inputs
+from peftfx.export.metadata import PERM, SOURCE
 from peftfx.export.onnx import every_value
 from peftfx.export.parts import FORWARD, Part, capture_parts, refuse_fixed, views_of
 from peftfx.export.places import find_forward, hold_forward, places_of
 from peftfx.export.probes import nested, probes
 from peftfx.export.quantize import FINITE
-from peftfx.export.tidy import PERM
-from peftfx.export.weights import SOURCE
 from peftfx.graph import BASE
 from peftfx.opened import Opened, Place
 from peftfx.passes.open import Open, slots_of

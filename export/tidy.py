@@ -11,8 +11,9 @@ from onnx_ir import tensor_adapters
 from onnx_ir.passes import common
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
+from peftfx.export.metadata import PERM
+
 SMALL = 256  #: how many elements a folded constant may have
-PERM = "peftfx.perm"  #: metadata key of a weight that is stored permuted: how, as `1 0`
 
 
 def tidy(model: ir.Model) -> None:

@@ -14,13 +14,12 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from peftfx.errors import PeftfxError
+from peftfx.export.metadata import PERM, SOURCE
 from peftfx.export.stream import PAGE, Stream
-from peftfx.export.tidy import PERM
 from peftfx.files import writing
 
 INLINE = 1024  #: bytes up to which an initializer is kept inside `model.onnx`
 LARGE = 65536  #: bytes from which a tensor starts on a page of its own, so that it can be memory-mapped
-SOURCE = "peftfx.source"  #: in the `meta` of an initializer: what it is read from, equal for equal contents
 _LIMIT = 2**31 - 1  #: bytes, protobuf's
 
 Written = Callable[[int, int], object]

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from peftfx.adapter import Adapter
 from peftfx.attending import AttentionMethod
-from peftfx.derived import Block
+from peftfx.blocks import Block
+from peftfx.collection import Sites
 from peftfx.errors import PeftfxError
 from peftfx.graph import ADAPTERS
 from peftfx.occurrences import module_path
@@ -19,7 +20,7 @@ from peftfx.passes.base import REGION, Region
 from peftfx.passes.site_op import operands
 from peftfx.passes.splice import Splicer
 from peftfx.placement import Placement
-from peftfx.sites import Call, Heads, Part, Site, Sites
+from peftfx.sites import Call, Heads, Part, Site
 
 aten = torch.ops.aten
 

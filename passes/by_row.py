@@ -15,7 +15,6 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
 from peftfx.contexts import isolated
-from peftfx.derived import Get
 from peftfx.errors import PeftfxError
 from peftfx.graph import BASE, CONSTANTS, DERIVED, Graph, TensorSpec
 from peftfx.passes.base import Pass, PassResult, attribute, attributes_of, fake_like
@@ -23,6 +22,7 @@ from peftfx.passes.beside import join_beside
 from peftfx.passes.norm_rows import replace_by_row
 from peftfx.passes.read_apart import read_apart
 from peftfx.passes.updated import Acting, add_node, along_channels, conv_low, product, times, update_call
+from peftfx.recipe import Get
 from peftfx.rowwise import IDS, PREFIXES, PROMPTS
 from peftfx.sites import Call, Site
 from peftfx.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B

@@ -10,9 +10,9 @@ from peftfx.version import __version__
 if TYPE_CHECKING:
     from peftfx import runtime as runtime
     from peftfx.adapted import AdaptedModel
-    from peftfx.allocation import RankAllocation
     from peftfx.api import inspect, load, plan, transform
     from peftfx.capturing import capture
+    from peftfx.collection import Sites
     from peftfx.errors import PeftfxError
     from peftfx.export import export_adapter, export_onnx
     from peftfx.graph import Graph
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from peftfx.methods.prompt_tuning import PromptTuning
     from peftfx.methods.trainable_tokens import TrainableTokens
     from peftfx.methods.vera import VeRA
-    from peftfx.sites import Site, Sites
+    from peftfx.sites import Site
+    from peftfx.trainer_callbacks import RankAllocation
 
 
 # Names are imported when first used: torch and transformers take seconds, and `peftfx --help` needs neither.
@@ -44,9 +45,9 @@ _HOME = {
     "PeftfxError": "peftfx.errors",
     "PrefixTuning": "peftfx.methods.prefix_tuning",
     "PromptTuning": "peftfx.methods.prompt_tuning",
-    "RankAllocation": "peftfx.allocation",
+    "RankAllocation": "peftfx.trainer_callbacks",
     "Site": "peftfx.sites",
-    "Sites": "peftfx.sites",
+    "Sites": "peftfx.collection",
     "TrainableTokens": "peftfx.methods.trainable_tokens",
     "VeRA": "peftfx.methods.vera",
     "capture": "peftfx.capturing",

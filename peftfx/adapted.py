@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.adapter import Adapter
 from peftfx.arguments import named_arguments
+from peftfx.collection import Sites
 from peftfx.contexts import evaluating, fake_mode_of
 from peftfx.entry import Entry
 from peftfx.errors import PeftfxError
@@ -21,9 +22,8 @@ from peftfx.graph import ADAPTERS, BASE, Graph
 from peftfx.graphs import Graphs
 from peftfx.merging import MergeReport, merge_into, refuse_unmergeable
 from peftfx.named import Named
-from peftfx.passes import Merge
+from peftfx.passes.merge import Merge
 from peftfx.rules import place
-from peftfx.sites import Sites
 from peftfx.soft import SequenceMethod
 from peftfx.views import View
 from peftfx.within import within
@@ -173,7 +173,7 @@ class AdaptedModel(nn.Module):
 
     def export(self, directory: str | Path, *, merge: bool = True, force: bool = False, **options: object) -> object:
         """Write an ONNX model to a new directory and verify it; see `peftfx.export.export_onnx`."""
-        from peftfx.export import export_onnx
+        from peftfx.export.deploy import export_onnx
 
         return export_onnx(self, directory, merge=merge, force=force, **options)  # type: ignore[arg-type]
 
@@ -181,7 +181,8 @@ class AdaptedModel(nn.Module):
         """Write HF PEFT directories: one adapter in `directory`, others in folders of their names below it."""
         from peftfx.saving import save_adapters
 
-        save_adapters(self, Path(directory), None if adapter_name is None else (adapter_name,))
+        chosen = self.names() if adapter_name is None else (adapter_name,)
+        save_adapters(self.base, {name: self.adapter(name) for name in chosen}, Path(directory))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable parameters, and of all; a trained bias stands for the base's own, as in HF PEFT."""
@@ -270,7 +271,7 @@ class AdaptedModel(nn.Module):
         """
         from peftfx.generating import generator
 
-        return generator(self).generate(*args, **kwargs)
+        return generator(self.base, self.view, lambda view: self.graph(view=view)).generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]
         """Attributes of the base (`config`, `device`, ...); not its methods, which know nothing of adapters."""

@@ -7,25 +7,22 @@ values, and factors are gathered on the way from the product of queries and keys
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.attentions import Attention
+from peftfx.blocks import Block, Rows
 from peftfx.dataflow import FUSED_ATTENTION, Flow, op_name
-from peftfx.derived import Block
 from peftfx.errors import PeftfxError
+from peftfx.facts import Analysis
 from peftfx.graph import BASE
 from peftfx.occurrences import Occurrence
 from peftfx.rows import RowTracer, as_ranges, hint
 from peftfx.sites import Heads, Part
 
-if TYPE_CHECKING:
-    from peftfx.roles import Analysis
-
-Rows = tuple[tuple[int, int], ...]
 _STEPS = 4  #: how many layers may be between a query's input and a key's: a pooling convolution and its norm, say
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +13,7 @@ from torch import nn
 from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.files import is_gguf
 from peftfx.stored import store
-from peftfx.tasks import TASKS, resolve_task, task_of_class
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from peftfx.tasks import maker_of, resolve_task
 
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -206,26 +203,6 @@ def _refuse_random(model: nn.Module, info: Mapping[str, Any], given: Collection[
             f"name the task it was trained for, or give an adapter that holds them (this is a {type(model).__name__})"
         )
         raise PeftfxError(f"neither the base nor an adapter has the weights of {listed}", str(directory), hint)
-
-
-def maker_of(config: PreTrainedConfig, task: str, directory: Path) -> type:
-    """The class to build: the one the config names if it does this task, else the `Auto` classes' choice."""
-    import transformers
-
-    named = [n for n in config.architectures or () if task_of_class(n) == task and hasattr(transformers, n)]
-    if named:
-        found = getattr(transformers, named[0])
-        assert isinstance(found, type)
-        return found
-    for auto in TASKS[task].auto:
-        mapping = getattr(transformers, auto)._model_mapping
-        if type(config) in mapping:
-            choice = mapping[type(config)]
-            choice = choice[0] if isinstance(choice, tuple | list) else choice
-            assert isinstance(choice, type)
-            return choice
-    able = [t for t, v in TASKS.items() if any(type(config) in getattr(transformers, a)._model_mapping for a in v.auto)]
-    raise PeftfxError(f"this model does not do {task}", str(directory), f"it does {', '.join(able) or 'no known task'}")
 
 
 def _load_diffusers(directory: Path, name: str, on_disk: torch.dtype | None, dtype: torch.dtype | None) -> nn.Module:

@@ -23,9 +23,10 @@ from peftfx.api import transform
 from peftfx.demo_classifier import Classifier, accuracy, evaluate, latency, train
 from peftfx.demo_report import APART, DemoResult, print_report
 from peftfx.errors import PeftfxError
-from peftfx.export import OnnxModel, VerificationError
 from peftfx.export.atomic import publish
 from peftfx.export.command import export_directory
+from peftfx.export.runtime import OnnxModel
+from peftfx.export.verify import VerificationError
 from peftfx.methods.lora import LoRA
 from peftfx.topics import TOPICS, batches, load_split
 

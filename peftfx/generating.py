@@ -1,4 +1,4 @@
-"""Generating: transformers' own `generate` on an AdaptedModel, over the graphs of its views.
+"""Generating: transformers' own `generate` on an adapted model, over the graphs of its views.
 
 The model it runs on is of the base's own class, so that what the class has of its own for generation (inputs that it
 prepares, tokens that it suppresses) stays; its forward alone is another.
@@ -8,31 +8,33 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import Cache
 
 from peftfx.errors import PeftfxError
+from peftfx.graph import Graph
 from peftfx.soft import encodes_and_decodes
 from peftfx.stepping import Generates, Step
 from peftfx.stepping_from_text import GeneratesFromText, TextEncoder
-
-if TYPE_CHECKING:
-    from peftfx.adapted import AdaptedModel
-    from peftfx.graph import Graph
-    from peftfx.views import View
+from peftfx.views import View
 
 
-def generator(adapted: AdaptedModel) -> Any:
+def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_of: Callable[[View], Graph]) -> Any:
     """A model of the base's own class, over the base's own tensors, whose forward is the adapted graph.
 
     So everything that the class has of its own for generation (inputs it prepares, tokens it suppresses) stays.
 
+    Args:
+        base: the model, whose class generates.
+        view_named: the view of a name, as it is under the active adapters.
+        graph_of: the adapted graph of a view.
+
     Raises:
         PeftfxError: the base is not a model that generates text, or has no decode view.
     """
-    base = adapted.base
     if not getattr(base, "can_generate", lambda: False)():
         raise PeftfxError("this model does not generate", type(base).__name__, "only language models do")
     encodes = encodes_and_decodes(base)
@@ -41,17 +43,18 @@ def generator(adapted: AdaptedModel) -> Any:
     # Its own namespace over the base's own tables of modules and parameters: nothing is copied or registered.
     vars(made).update(vars(base))
     if encodes:
-        encoder, decoder = adapted.view("encoder"), adapted.view("decoder")
-        vars(made).update(view=decoder, step=_runner(adapted, decoder))
-        vars(made).update(text_encoder=TextEncoder(_runner(adapted, encoder)))
+        encoder, decoder = view_named("encoder"), view_named("decoder")
+        vars(made).update(view=decoder, step=_runner(decoder, graph_of))
+        vars(made).update(text_encoder=TextEncoder(_runner(encoder, graph_of)))
     else:
-        vars(made).update(view=adapted.view("decode"), step=_runner(adapted, adapted.view("decode")))
+        decode = view_named("decode")
+        vars(made).update(view=decode, step=_runner(decode, graph_of))
     return made
 
 
-def _runner(adapted: AdaptedModel, view: View | None) -> Step:
+def _runner(view: View | None, graph_of: Callable[[View], Graph]) -> Step:
     assert view is not None
-    return functools.partial(_run, adapted.graph(view=view))
+    return functools.partial(_run, graph_of(view))
 
 
 def _run(graph: Graph, inputs: dict[str, Tensor], _: Cache | None) -> dict[str, Tensor]:

@@ -7,17 +7,14 @@ import operator
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from peftfx.collection import Sites
 from peftfx.errors import PeftfxError
-
-if TYPE_CHECKING:
-    from peftfx.derived import Recipe
-    from peftfx.sites import Sites
+from peftfx.recipe import Recipe
 
 BASE = "base"  #: where a graph's `get_attr` nodes find the captured module
 ADAPTERS = "adapters"  #: where they find adapter tensors, as `adapters.<adapter>.<site path>.<parameter>`

@@ -16,10 +16,13 @@ from peftfx.entry import Entry
 from peftfx.errors import PeftfxError
 from peftfx.graph import ADAPTERS, Graph, path_name
 from peftfx.named import Named
-from peftfx.passes import Insert, Pass, PassManager, Sweep
+from peftfx.named_views import find_view
+from peftfx.passes.base import Pass, PassManager
 from peftfx.passes.fold import evaluate
+from peftfx.passes.insert import Insert
 from peftfx.passes.prefill import Left, Prefill
-from peftfx.views import View, find_view
+from peftfx.passes.sweep import Sweep
+from peftfx.views import View
 
 
 class Graphs:

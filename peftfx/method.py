@@ -17,21 +17,19 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from peftfx.blocks import Rows
 from peftfx.errors import PeftfxError, nearest
 from peftfx.sites import Site
-
-if TYPE_CHECKING:
-    from peftfx.update import Update
+from peftfx.update import Update
 
 PLACING = ("target", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """The options that say where a method applies."""
 Params = Mapping[str, Tensor]
-Rows = tuple[tuple[int, int], ...]
 
 
 class Base(NamedTuple):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from peftfx.errors import PeftfxError, first_line
-from peftfx.runtime import Served, load
+from peftfx.runtime import load
+from peftfx.served import Served
 from peftfx.tasks import resolve_task, task_of_class
 
 REPORT = "peftfx_report.json"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.attending import ATTENTION, AttentionMethod, key_weight
-from peftfx.derived import Block, part_site
+from peftfx.blocks import Block, part_site
 from peftfx.method import Base, Method, WeightMethod
 from peftfx.overriding import OverrideMethod
 from peftfx.sites import Part, Site

@@ -10,24 +10,24 @@ Nothing here knows an architecture or the name of a module. In order, and first 
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 from torch import fx
 
 from peftfx.attention_heads import read_heads
 from peftfx.attentions import Attention, find_attentions
-from peftfx.dataflow import ACTIVATED, GATED, NORMED, SPLIT, Flow, trace_flow
+from peftfx.collection import Sites
+from peftfx.dataflow import ACTIVATED, GATED, NORMED, SPLIT, trace_flow
 from peftfx.errors import PeftfxError
+from peftfx.facts import Analysis, WeightFacts
 from peftfx.graph import Graph
 from peftfx.heads import reaches_output
 from peftfx.indices import embedding_role
 from peftfx.norms import find_norms
 from peftfx.occurrences import Occurrence, find_occurrences, module_path
-from peftfx.rows import RowTracer, as_ranges
-from peftfx.sites import Call, Heads, Part, Site, Sites, layer_of
+from peftfx.rows import as_ranges
+from peftfx.sites import Call, Heads, Part, Site, layer_of
 
 _FUSED = {
     frozenset({"query", "key", "value"}): "attention.qkv",
@@ -35,34 +35,6 @@ _FUSED = {
     frozenset({"query", "key"}): "attention.qk",
     frozenset({"query", "value"}): "attention.qv",
 }
-
-
-@dataclass
-class _Weight:
-    """A site in the making: every occurrence of one module's weight."""
-
-    occurrences: list[Occurrence]
-    role: str = ""
-    parts: tuple[Part, ...] = ()
-
-
-@dataclass
-class Analysis:
-    """What is known of a graph while its roles are found."""
-
-    graph: Graph
-    weights: dict[tuple[str, str], _Weight]
-    owner: dict[fx.Node, _Weight]
-    flows: Mapping[fx.Node, Flow]
-    attentions: list[Attention]
-    readers: dict[fx.Node, list[tuple[Occurrence, int]]] = field(default_factory=lambda: defaultdict(list))
-
-    def occurrences(self) -> Iterator[Occurrence]:
-        return itertools.chain.from_iterable(weight.occurrences for weight in self.weights.values())
-
-    def tracer(self, op: fx.Node) -> RowTracer:
-        found = next(o for o in self.owner[op].occurrences if o.op is op)
-        return RowTracer(self.graph, self.flows, op, *found.features)
 
 
 def find_sites(graph: Graph) -> Sites:
@@ -83,9 +55,9 @@ def find_sites(graph: Graph) -> Sites:
 
 
 def _analyse(graph: Graph) -> Analysis:
-    weights: dict[tuple[str, str], _Weight] = {}
+    weights: dict[tuple[str, str], WeightFacts] = {}
     for found in find_occurrences(graph):
-        weights.setdefault((found.path, found.kind), _Weight([])).occurrences.append(found)
+        weights.setdefault((found.path, found.kind), WeightFacts([])).occurrences.append(found)
     owner = {found.op: weight for weight in weights.values() for found in weight.occurrences}
     sources = {found.op for weight in weights.values() for found in weight.occurrences if found.mixes_features}
     flows = trace_flow(graph.nodes(), sources)
@@ -99,7 +71,7 @@ def _analyse(graph: Graph) -> Analysis:
 
 def _assign_attention(analysis: Analysis) -> None:
     uses: dict[int, dict[str, list[tuple[fx.Node, fx.Node, int]]]] = defaultdict(lambda: defaultdict(list))
-    projections: dict[int, _Weight] = {}
+    projections: dict[int, WeightFacts] = {}
     for attention in analysis.attentions:
         for role, node in attention.inputs():
             for origin, marks in analysis.flows[node].origins.items():
@@ -130,7 +102,7 @@ def _projects(analysis: Analysis, origin: fx.Node, marks: int) -> bool:
 
 
 def _attention_parts(
-    analysis: Analysis, weight: _Weight, uses: Mapping[str, list[tuple[fx.Node, fx.Node, int]]]
+    analysis: Analysis, weight: WeightFacts, uses: Mapping[str, list[tuple[fx.Node, fx.Node, int]]]
 ) -> tuple[Part, ...]:
     is_split = any(marks & SPLIT for places in uses.values() for _, _, marks in places)
     if len(uses) == 1 and not is_split:
@@ -163,7 +135,7 @@ def _assign_mlps(analysis: Analysis) -> None:
             _assign_mlp(analysis, found, origins)
 
 
-def _feeds_only(analysis: Analysis, origin: fx.Node, down: _Weight) -> bool:
+def _feeds_only(analysis: Analysis, origin: fx.Node, down: WeightFacts) -> bool:
     """Whether this is an unassigned linear layer that no other layer than `down` reads."""
     up = analysis.owner.get(origin)
     if up is None or up is down or up.role or up.occurrences[0].kind != "linear":
@@ -184,7 +156,7 @@ def _assign_mlp(analysis: Analysis, down: Occurrence, origins: Mapping[fx.Node, 
     analysis.owner[down.op].role = "mlp.down"
 
 
-def _assign_up(analysis: Analysis, up: _Weight, op: fx.Node, marks: int, down: Occurrence) -> None:
+def _assign_up(analysis: Analysis, up: WeightFacts, op: fx.Node, marks: int, down: Occurrence) -> None:
     up.role = "mlp.up"
     # Both halves of a fused gate and up have one origin; `glu` splits and multiplies at once.
     halves = analysis.tracer(op).gate_and_up(down.x) if marks else None
@@ -193,7 +165,7 @@ def _assign_up(analysis: Analysis, up: _Weight, op: fx.Node, marks: int, down: O
         up.parts = (Part("mlp.gate", as_ranges(halves[0])), Part("mlp.up", as_ranges(halves[1])))
 
 
-def _site(weight: _Weight) -> Site:
+def _site(weight: WeightFacts) -> Site:
     first = weight.occurrences[0]
     calls = tuple(Call(found.x.name, found.op.name, found.y.name) for found in weight.occurrences)
     role = weight.role or ("conv" if first.kind == "conv" else "linear")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,20 +21,16 @@ from peftfx.placement import Placed, Placement
 from peftfx.soft import SequenceMethod
 from peftfx.soft_files import Contents, written_prompt
 
-if TYPE_CHECKING:
-    from peftfx.adapted import AdaptedModel
 
-
-def save_adapters(adapted: AdaptedModel, directory: Path, names: tuple[str, ...] | None) -> None:
+def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: Path) -> None:
     """Write adapters as HF PEFT does: the one named "default", or the only one, in `directory`, others below it."""
-    chosen = adapted.names() if names is None else names
-    if not chosen:
+    if not adapters:
         raise PeftfxError(
             "there is no adapter to save", str(directory), "add one with add_adapter, or save before merge()"
         )
-    contents = {name: _contents(adapted.base, adapted.adapter(name)) for name in chosen}
+    contents = {name: _contents(base, adapter) for name, adapter in adapters.items()}
     for name, rules in contents.items():
-        target = directory if name == "default" or len(chosen) == 1 else directory / name
+        target = directory if name == "default" or len(adapters) == 1 else directory / name
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
             _write(target, rules)

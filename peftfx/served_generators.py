@@ -14,8 +14,8 @@ from peftfx.caches import Held
 from peftfx.decode import PAST, PRESENT, Decode, cache_names
 from peftfx.errors import PeftfxError
 from peftfx.export.runtime import OnnxModel
-from peftfx.runtime import DTYPES, Served
 from peftfx.seq2seq import DECODED, ENCODED, Decoder, Layers
+from peftfx.served import DTYPES, Served
 from peftfx.stepping import Generates
 from peftfx.stepping_from_text import GeneratesFromText, TextEncoder
 

@@ -1,20 +1,10 @@
-"""Sites: the adaptable places of a model, found by following the dataflow and never by name."""
+"""Site: an adaptable place of a model, found by following the dataflow and never by name."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
-
-from peftfx.errors import PeftfxError, nearest
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from peftfx.expression import Target
-    from peftfx.target import Match
+from typing import Any
 
 #: Kinds of sites that have a weight that mixes features, or a row for each index. A norm's weight does neither; an
 #: attention is a computation between weights.
@@ -125,77 +115,6 @@ class Site:
         return dataclasses.asdict(self)
 
 
-@dataclass(frozen=True)
-class Sites(Sequence[Site]):
-    """The sites of one graph, in the order in which they run."""
-
-    items: tuple[Site, ...] = ()
-
-    @overload
-    def __getitem__(self, index: int) -> Site: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sites: ...
-    def __getitem__(self, index: int | slice) -> Site | Sites:
-        return Sites(self.items[index]) if isinstance(index, slice) else self.items[index]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self.items)
-
-    def filter(self, *, role: str | None = None, kind: str | None = None, layer: int | None = None) -> Sites:
-        """The sites that have all the given properties; `role` may name a group, such as `mlp`, or a part's role."""
-        return Sites(
-            tuple(
-                site
-                for site in self.items
-                if (role is None or plays(site, role))
-                and (kind is None or site.kind == kind)
-                and (layer is None or site.layer == layer)
-            )
-        )
-
-    def select(self, target: Target) -> list[Match]:
-        """The sites that a target expression picks; see `peftfx.target`."""
-        from peftfx.target import select  # target.py is written in terms of sites
-
-        return select(self, target=target)
-
-    def by_path(self, path: str) -> Site:
-        """The site at this module path; one with a weight, if an attention has the same path."""
-        found = [site for site in self.items if site.path == path]
-        if not found:
-            hint = nearest(path, (site.path for site in self.items)) or "`table()` lists the sites"
-            raise PeftfxError("there is no site at this path", path, hint)
-        return next((site for site in found if site.kind != "attention"), found[0])
-
-    def roles(self) -> Counter[str]:
-        """How many sites have each role."""
-        return Counter(site.role for site in self.items)
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """One JSON-ready row for each site."""
-        return [site.to_dict() for site in self.items]
-
-    def table(self) -> Table:
-        """The sites as a rich table."""
-        from rich.table import Table
-
-        table = Table("path", "kind", "role", "layer", "shape", "parts", "calls")
-        for site in self.items:
-            layer = "" if site.layer is None else str(site.layer)
-            table.add_row(*_cells(site)[:3], layer, *_cells(site)[3:])
-        return table
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{role} {count}" for role, count in sorted(self.roles().items()))
-        rows = [_cells(site) for site in self.items]
-        widths = [max((len(row[i]) for row in rows), default=0) for i in range(6)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
-        return "\n".join([f"{len(self)} sites: {counts}", *(line.rstrip() for line in lines)])
-
-
 def plays(site: Site, role: str) -> bool:
     """Whether the site, or a part of it, has this role or one of this group of roles."""
     return any(in_role(own, role) for own in (site.role, *(part.role for part in site.parts)))
@@ -209,14 +128,3 @@ def in_role(own: str, role: str) -> bool:
 def layer_of(path: str) -> int | None:
     """The first number in a module path."""
     return next((int(component) for component in path.split(".") if component.isdigit()), None)
-
-
-def _cells(site: Site) -> list[str]:
-    shape = "x".join(map(str, site.shape)) + (" transposed" if site.transposed else "")
-    parts = " ".join(f"{part.role.rpartition('.')[2]}{_ranges(part.rows)}" for part in site.parts)
-    return [site.path, site.kind, site.role, shape, parts, f"x{len(site.calls)}" if len(site.calls) != 1 else ""]
-
-
-def _ranges(rows: tuple[tuple[int, int], ...]) -> str:
-    shown = ",".join(f"{start}:{stop}" for start, stop in rows[:2])
-    return f"[{shown}{f',+{len(rows) - 2}' if len(rows) > 2 else ''}]"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.expression import ALL_LINEAR, Picker, Target, Units, all_linear, ends_with, parse, units
-from peftfx.sites import ROLES, WEIGHT_KINDS, Site, Sites
+from peftfx.sites import ROLES, WEIGHT_KINDS, Site
 
 Modules = str | Collection[str]
 
@@ -163,11 +164,11 @@ def _nothing_matches(
 ) -> PeftfxError:
     asked = target_modules if target_modules is not None else default if target is None else target
     texts = [asked] if isinstance(asked, str) else [asked.pattern] if isinstance(asked, re.Pattern) else list(asked)
-    sites = Sites(tuple(reason.site for reason in reasons))
+    sites = [reason.site for reason in reasons]
     names = {end for site in sites for end in (site.path, site.path.rpartition(".")[2])}
     words = [word for text in texts for word in re.findall(r"[\w.-]+", text)]
     close = [found for word in words if (found := nearest(word, {*names, *ROLES}))]
     matched_but = {reason.why for reason in reasons if reason.why.startswith(("exclude", "its layer"))}
-    roles = ", ".join(f"{role} ({count})" for role, count in sorted(sites.roles().items()))
+    roles = ", ".join(f"{role} ({count})" for role, count in sorted(Counter(site.role for site in sites).items()))
     hint = "; ".join([*sorted(matched_but), *close, f"The model has {roles}"])
     return PeftfxError("the target matches no site", ", ".join(texts), hint)

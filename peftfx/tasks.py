@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from peftfx.errors import PeftfxError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -129,3 +134,23 @@ def _makes(task: str, name: str) -> bool:
 
     made = (getattr(transformers, auto)._model_mapping._model_mapping.values() for auto in TASKS[task].auto)
     return any(name == v or (isinstance(v, tuple | list) and name in v) for values in made for v in values)
+
+
+def maker_of(config: PreTrainedConfig, task: str, directory: Path) -> type:
+    """The class to build: the one the config names if it does this task, else the `Auto` classes' choice."""
+    import transformers
+
+    named = [n for n in config.architectures or () if task_of_class(n) == task and hasattr(transformers, n)]
+    if named:
+        found = getattr(transformers, named[0])
+        assert isinstance(found, type)
+        return found
+    for auto in TASKS[task].auto:
+        mapping = getattr(transformers, auto)._model_mapping
+        if type(config) in mapping:
+            choice = mapping[type(config)]
+            choice = choice[0] if isinstance(choice, tuple | list) else choice
+            assert isinstance(choice, type)
+            return choice
+    able = [t for t, v in TASKS.items() if any(type(config) in getattr(transformers, a)._model_mapping for a in v.auto)]
+    raise PeftfxError(f"this model does not do {task}", str(directory), f"it does {', '.join(able) or 'no known task'}")

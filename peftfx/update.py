@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfx.derived import Block
+from peftfx.blocks import Block
 from peftfx.errors import PeftfxError
 from peftfx.sites import Site
 from peftfx.vectors import along_columns

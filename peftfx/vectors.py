@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftfx.method import Rows
+from peftfx.blocks import Rows
 from peftfx.sites import Site
 
 

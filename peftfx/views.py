@@ -9,7 +9,6 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from peftfx.configs import collect_configs
-from peftfx.errors import PeftfxError, nearest
 
 Axes = Mapping[str, tuple[str | None, ...]]
 """The name of each axis of each input; `None` where its size is the model's."""
@@ -41,27 +40,6 @@ class View(Protocol):
     @property
     def trials(self) -> Sequence[Mapping[str, int]]:
         """Sizes to try an export at: every way it is served."""
-
-
-def find_view(base: nn.Module, name: str) -> View | None:
-    """The view of this name of a model; `None` for its forward.
-
-    Raises:
-        PeftfxError: the name is unknown, or the model has no such view.
-    """
-    if name == "forward":
-        return None
-    if name == "decode":
-        from peftfx.decode import decode_view
-
-        return decode_view(base)
-    if name in ("encoder", "decoder"):
-        from peftfx.seq2seq import Decoder, Encoder, find_layers
-
-        layers = find_layers(base)
-        return Encoder(layers) if name == "encoder" else Decoder(layers)
-    known = ("forward", "decode", "encoder", "decoder")
-    raise PeftfxError(f"there is no view {name!r}", "view", nearest(name, known) or f"one of {', '.join(known)}")
 
 
 _TEXT = ("batch", "sequence")

@@ -20,7 +20,8 @@ import peftfx
 import peftfx.runtime
 from peftfx.adapted import AdaptedModel
 from peftfx.decode import PAST, PRESENT, Decode, cache_names, positions
-from peftfx.views import find_view, without_cache
+from peftfx.named_views import find_view
+from peftfx.views import without_cache
 
 CAUSAL = [name for name, entry in ZOO.items() if entry.task == "text-generation"]
 NEW = 32

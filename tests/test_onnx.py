@@ -22,7 +22,8 @@ from zoo import ZOO, Entry
 from peftfx.capturing import capture
 from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
-from peftfx.export.onnx import ENGINE, FAST, TORCH, to_onnx
+from peftfx.export.metadata import ENGINE
+from peftfx.export.onnx import FAST, TORCH, to_onnx
 from peftfx.export.program import onnx_outputs
 from peftfx.export.runtime import OnnxModel
 from peftfx.export.verify import VerificationError, reference_of, verify

@@ -21,10 +21,11 @@ from torch import fx, nn
 from zoo import ZOO
 
 from peftfx.capturing import capture
+from peftfx.collection import Sites
 from peftfx.errors import PeftfxError
 from peftfx.graph import BASE, Graph, link
 from peftfx.roles import find_sites
-from peftfx.sites import Site, Sites
+from peftfx.sites import Site
 
 GOLDEN = Path(__file__).parent / "golden" / "sites.json"
 

@@ -9,9 +9,10 @@ import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
+from peftfx.collection import Sites
 from peftfx.errors import PeftfxError
 from peftfx.expression import Target
-from peftfx.sites import Part, Site, Sites
+from peftfx.sites import Part, Site
 from peftfx.target import Match, explain, select
 
 

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftfx.blocks import Rows
 from peftfx.errors import PeftfxError
 from peftfx.low_rank import check_options
-from peftfx.method import Base, Method, Op, Params, Rows, WeightMethod
+from peftfx.method import Base, Method, Op, Params, WeightMethod
 from peftfx.sites import Site
 from peftfx.update import Update
 from peftfx.vectors import adapter_dtype, row_index

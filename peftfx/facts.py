@@ -1,0 +1,45 @@
+"""Analysis: what is known of a graph while the roles of its weights are found."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from peftfx.attentions import Attention
+from peftfx.dataflow import Flow
+from peftfx.graph import Graph
+from peftfx.occurrences import Occurrence
+from peftfx.rows import RowTracer
+from peftfx.sites import Part
+
+
+@dataclass
+class WeightFacts:
+    """A site in the making: every occurrence of one module's weight."""
+
+    occurrences: list[Occurrence]
+    role: str = ""
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass
+class Analysis:
+    """What is known of a graph while its roles are found."""
+
+    graph: Graph
+    weights: dict[tuple[str, str], WeightFacts]
+    owner: dict[fx.Node, WeightFacts]
+    flows: Mapping[fx.Node, Flow]
+    attentions: list[Attention]
+    readers: dict[fx.Node, list[tuple[Occurrence, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    def occurrences(self) -> Iterator[Occurrence]:
+        return itertools.chain.from_iterable(weight.occurrences for weight in self.weights.values())
+
+    def tracer(self, op: fx.Node) -> RowTracer:
+        found = next(o for o in self.owner[op].occurrences if o.op is op)
+        return RowTracer(self.graph, self.flows, op, *found.features)

@@ -1,0 +1,161 @@
+"""Served: an exported directory in ONNX Runtime, called as the torch model is. No torch model is built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils.generic import ModelOutput
+
+from peftfx.errors import PeftfxError, first_line, nearest
+from peftfx.export.runtime import OnnxModel
+from peftfx.rowwise import BATCHED, IDS
+from peftfx.slots import MODEL
+
+DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
+
+
+class Served:
+    """A model in ONNX Runtime on the CPU, called as the torch model is.
+
+    Attributes:
+        directory: where it came from.
+        model: the ONNX model itself, which takes and returns tensors by their ONNX names.
+        config: transformers' config, or None for a model of another kind.
+        graphs: all that it is served by, by the names of their files.
+    """
+
+    base_model_prefix = ""
+    pads_left = False  #: whether texts of a batch end together, as those do that are continued
+
+    def __init__(self, directory: Path, model: OnnxModel) -> None:
+        self.directory, self.model = directory, model
+        self.config = _config(directory)
+        self.graphs: Mapping[str, OnnxModel] = {MODEL: model}
+        self.adapters: dict[str, Mapping[str, Mapping[str, Any]]] = {}
+        self.active: str | None = None
+
+    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Read an `.onnx_adapter`, and make it the active adapter; returns its name, by default the file's.
+
+        Raises:
+            PeftfxError: the model has no slots, or the adapter is for another base or other slots.
+        """
+        from peftfx.export.adapter_files import read_for
+
+        path = Path(path)
+        name = path.stem if name is None else name
+        self.adapters[name] = read_for(path, self.directory)
+        self.set_adapter(name)
+        return name
+
+    def adapter_ids(self, names: Sequence[str | None]) -> Tensor:
+        """What to pass as `adapter_ids` so that each row of a batch has the adapter of this name, or none.
+
+        Raises:
+            PeftfxError: the model has no such adapter, or was not exported with any to choose from.
+        """
+        path = self.directory / BATCHED
+        known = json.loads(path.read_text(encoding="utf-8"))["adapters"] if path.is_file() else []
+        unknown = next((name for name in names if name is not None and name not in known), None)
+        if unknown is not None:
+            hint = nearest(unknown, known) or f"adapters here: {', '.join(known) or 'none'}"
+            raise PeftfxError(f"the model has no adapter {unknown!r}", str(self.directory), hint)
+        return torch.tensor([-1 if name is None else known.index(name) for name in names])
+
+    def with_ids(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs, with no adapter for rows that come without.
+
+        Raises:
+            PeftfxError: rows have adapters, and the model has none to choose from; or a number is none's.
+        """
+        given, first = dict(inputs), next(iter(inputs.values()))
+        if IDS not in self.model.inputs:
+            if IDS in given:
+                hint = "export it with --batched NAME=DIR"
+                raise PeftfxError("the rows of this model have no adapters to choose from", str(self.directory), hint)
+            return given
+        return {**given, IDS: given.get(IDS, torch.full((first.shape[0],), -1)).long()}
+
+    def set_adapter(self, name: str | None) -> None:
+        """Make one of the adapters that were loaded the active one; `None` is the base. It costs nothing."""
+        if name is not None and name not in self.adapters:
+            hint = nearest(name, self.adapters) or f"adapters here: {', '.join(self.adapters) or 'none'}"
+            raise PeftfxError(f"there is no adapter named {name!r}", name, hint)
+        for graph, model in self.graphs.items():
+            model.put({} if name is None else self.adapters[name][graph])
+        self.active = name
+
+    @property
+    def main_input_name(self) -> str:
+        """The input that says how many rows there are."""
+        return self.model.inputs[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what it computes: float16 for a model in half precision."""
+        return next((DTYPES[kind] for kind in self.model.types.values() if kind in DTYPES), torch.float32)
+
+    def forward(self, **inputs: Tensor) -> ModelOutput:
+        """Outputs by name, for inputs by name; a mask that is left out shows everything, arguments of None are dropped.
+
+        Raises:
+            PeftfxError: an input is unknown or missing, or has a shape or dtype that the model does not take.
+        """
+        given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        given = {name: value for name, value in given.items() if name in self.model.inputs or name not in _OPTIONAL}
+        first = given.get("input_ids")
+        for name in ("attention_mask", "token_type_ids"):
+            if name in self.model.inputs and name not in given and first is not None:
+                given[name] = torch.ones_like(first) if name == "attention_mask" else torch.zeros_like(first)
+        return ModelOutput(self.model(**self.with_ids(given)))
+
+    def __call__(self, **inputs: Any) -> Any:
+        """See `forward`."""
+        return self.forward(**inputs)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer in the directory, which pads on the left where the model generates.
+
+        Raises:
+            PeftfxError: there is none.
+        """
+        from transformers import AutoTokenizer
+
+        names = [path.name for path in self.directory.iterdir()]
+        if not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in names):
+            # transformers would make an empty one from the config
+            what, hint = "there is no tokenizer", "put the base model's tokenizer files there"
+            raise PeftfxError(what, str(self.directory), hint)
+        try:
+            found = AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            what = f"the tokenizer cannot be loaded: {first_line(error)}"
+            raise PeftfxError(what, str(self.directory), "copy the base model's tokenizer files again") from error
+        if self.pads_left:
+            found.padding_side = "left"
+        if found.pad_token is None:
+            found.pad_token = found.eos_token
+        return found
+
+
+_OPTIONAL = frozenset({"token_type_ids", "attention_mask", "position_ids"})
+
+
+def _config(directory: Path) -> PreTrainedConfig | None:
+    path = directory / "config.json"
+    if not path.is_file() or "model_type" not in json.loads(path.read_text(encoding="utf-8")):
+        return None
+    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
