@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.capturing import capture
-from peftfx.collection import Sites
 from peftfx.entry import forward
 from peftfx.errors import PeftfxError
 from peftfx.export.probes import hold
@@ -19,6 +18,7 @@ from peftfx.graph import Graph
 from peftfx.methods.prefix_tuning import PrefixTuning
 from peftfx.methods.prompt_tuning import PromptTuning
 from peftfx.opened import Place, through
+from peftfx.sites.sites import Sites
 from peftfx.slots import PREFIX, PROMPT
 from peftfx.soft import sequence_site, untyped
 from peftfx.views import name_axes, without_cache

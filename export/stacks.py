@@ -19,7 +19,7 @@ from peftfx.export.wanted import Wanted, wanted_of
 from peftfx.graph import BASE
 from peftfx.passes.by_row import BIAS, SHOWN
 from peftfx.placement import owner_of, site_tensors
-from peftfx.sites import NORM, WEIGHT_KINDS, Site
+from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
 from peftfx.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, A, B
 from peftfx.stored import exact
 from peftfx.update import Update

@@ -30,9 +30,9 @@ from peftfx.graph import BASE
 from peftfx.opened import Opened, Place
 from peftfx.passes.open import Open, slots_of
 from peftfx.seq2seq import Decoder, Encoder
-from peftfx.sites import NORM, WEIGHT_KINDS, Site, plays
+from peftfx.sites.site import NORM, WEIGHT_KINDS, Site, plays
+from peftfx.sites.target import select
 from peftfx.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot, fingerprint
-from peftfx.target import select
 from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 
 SLOTS = "all-linear"  #: the sites that get slots where nobody chose

@@ -22,7 +22,7 @@ from peftfx.method import Base, WeightMethod
 from peftfx.passes.attend import split_heads
 from peftfx.passes.prefill import NAME
 from peftfx.placement import SAVED, Override, Placement, owner_of, site_tensors
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 from peftfx.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
 from peftfx.soft import SequenceMethod
 from peftfx.stored import exact

@@ -12,7 +12,7 @@ from peftfx.method import WeightMethod
 from peftfx.passes.site_op import bind, operands
 from peftfx.passes.splice import Splicer
 from peftfx.placement import Placement
-from peftfx.sites import Call, Site
+from peftfx.sites.site import Call, Site
 
 
 def apply_at(splicer: Splicer, placement: Placement, call: Call, name: str, adapter: Adapter) -> None:

@@ -10,8 +10,6 @@ from torch import Tensor, fx
 
 from peftfx.adapter import Adapter
 from peftfx.attending import AttentionMethod
-from peftfx.blocks import Block
-from peftfx.collection import Sites
 from peftfx.errors import PeftfxError
 from peftfx.graph import ADAPTERS
 from peftfx.occurrences import module_path
@@ -20,7 +18,9 @@ from peftfx.passes.base import REGION, Region
 from peftfx.passes.site_op import operands
 from peftfx.passes.splice import Splicer
 from peftfx.placement import Placement
-from peftfx.sites import Call, Heads, Part, Site
+from peftfx.sites.blocks import Block
+from peftfx.sites.site import Call, Heads, Part, Site
+from peftfx.sites.sites import Sites
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from peftfx.attending import attend_beside
 from peftfx.graph import Graph
 from peftfx.passes.attend import leaving, unstack
 from peftfx.passes.splice import trace
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 
 
 def join_beside(

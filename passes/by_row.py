@@ -24,7 +24,7 @@ from peftfx.passes.read_apart import read_apart
 from peftfx.passes.updated import Acting, add_node, along_channels, conv_low, product, times, update_call
 from peftfx.recipe import Get
 from peftfx.rowwise import IDS, PREFIXES, PROMPTS
-from peftfx.sites import Call, Site
+from peftfx.sites.site import Call, Site
 from peftfx.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from peftfx.method import WeightMethod
 from peftfx.passes.base import OVERRIDES, REGION, Pass, PassResult, Region, attribute, attributes_of, fake_like, results
 from peftfx.passes.freeze import freeze
 from peftfx.passes.site_op import operands, rewire
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from peftfx.graph import Graph, TensorSpec
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.beside import join_beside
 from peftfx.passes.updated import Acting, along_channels, low_rank, update_call
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 from peftfx.slots import INNER, KEYS, OUTER, TOKENS, VALUES, A, B, Slot, shapes
 
 HINT = 3  #: the size that a free axis has in the graph's example

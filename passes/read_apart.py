@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from peftfx.passes.updated import add_node
-from peftfx.sites import Call
+from peftfx.sites.site import Call
 
 aten = torch.ops.aten
 _FLATTENS = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints})

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from peftfx.collection import Sites
 from peftfx.graph import ADAPTERS, Graph
 from peftfx.passes.base import OVERRIDES, REGION, REPLACES, Pass, PassResult, attributes_of, results
+from peftfx.sites.sites import Sites
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from peftfx.errors import PeftfxError
 from peftfx.method import Op
 from peftfx.passes.base import OVERRIDES
-from peftfx.sites import Call, Site
+from peftfx.sites.site import Call, Site
 
 _ADDMM = torch.ops.aten.addmm.default
 _GROUPS = 6  #: where a conv's groups are among its arguments

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from peftfx.passes.site_op import bias_of, filled, strip_bias
-from peftfx.sites import Call, Site
+from peftfx.sites.site import Call, Site
 
 aten = torch.ops.aten
 

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from peftfx.adapted import AdaptedModel
     from peftfx.api import inspect, load, plan, transform
     from peftfx.capturing import capture
-    from peftfx.collection import Sites
     from peftfx.errors import PeftfxError
     from peftfx.export import export_adapter, export_onnx
     from peftfx.graph import Graph
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
     from peftfx.methods.prompt_tuning import PromptTuning
     from peftfx.methods.trainable_tokens import TrainableTokens
     from peftfx.methods.vera import VeRA
-    from peftfx.sites import Site
+    from peftfx.sites.site import Site
+    from peftfx.sites.sites import Sites
     from peftfx.trainer_callbacks import RankAllocation
 
 
@@ -46,8 +46,8 @@ _HOME = {
     "PrefixTuning": "peftfx.methods.prefix_tuning",
     "PromptTuning": "peftfx.methods.prompt_tuning",
     "RankAllocation": "peftfx.trainer_callbacks",
-    "Site": "peftfx.sites",
-    "Sites": "peftfx.collection",
+    "Site": "peftfx.sites.site",
+    "Sites": "peftfx.sites.sites",
     "TrainableTokens": "peftfx.methods.trainable_tokens",
     "VeRA": "peftfx.methods.vera",
     "capture": "peftfx.capturing",

@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 
 from peftfx.adapter import Adapter
 from peftfx.arguments import named_arguments
-from peftfx.collection import Sites
 from peftfx.contexts import evaluating, fake_mode_of
 from peftfx.entry import Entry
 from peftfx.errors import PeftfxError
@@ -24,6 +23,7 @@ from peftfx.merging import MergeReport, merge_into, refuse_unmergeable
 from peftfx.named import Named
 from peftfx.passes.merge import Merge
 from peftfx.rules import place
+from peftfx.sites.sites import Sites
 from peftfx.soft import SequenceMethod
 from peftfx.views import View
 from peftfx.within import within

@@ -9,10 +9,10 @@ from torch import nn
 
 from peftfx.adapted import AdaptedModel
 from peftfx.capturing import capture
-from peftfx.collection import Sites
 from peftfx.contexts import evaluating
 from peftfx.inputs import example_inputs
 from peftfx.planning import Plan, make_plan
+from peftfx.sites.sites import Sites
 
 
 def transform(

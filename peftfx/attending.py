@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftfx.errors import PeftfxError
 from peftfx.method import Method, Params
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 
 ATTENTION = "attention"
 

@@ -14,14 +14,14 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.attentions import Attention
-from peftfx.blocks import Block, Rows
 from peftfx.dataflow import FUSED_ATTENTION, Flow, op_name
 from peftfx.errors import PeftfxError
 from peftfx.facts import Analysis
 from peftfx.graph import BASE
 from peftfx.occurrences import Occurrence
 from peftfx.rows import RowTracer, as_ranges, hint
-from peftfx.sites import Heads, Part
+from peftfx.sites.blocks import Block, Rows
+from peftfx.sites.site import Heads, Part
 
 _STEPS = 4  #: how many layers may be between a query's input and a key's: a pooling convolution and its norm, say
 

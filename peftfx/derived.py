@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftfx.blocks import Block
 from peftfx.method import Base, WeightMethod
 from peftfx.recipe import Get, Recipe
-from peftfx.sites import Site
+from peftfx.sites.blocks import Block
+from peftfx.sites.site import Site
 from peftfx.stored import exact
 
 

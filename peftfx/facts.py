@@ -14,7 +14,7 @@ from peftfx.dataflow import Flow
 from peftfx.graph import Graph
 from peftfx.occurrences import Occurrence
 from peftfx.rows import RowTracer
-from peftfx.sites import Part
+from peftfx.sites.site import Part
 
 
 @dataclass

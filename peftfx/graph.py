@@ -12,9 +12,9 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from peftfx.collection import Sites
 from peftfx.errors import PeftfxError
 from peftfx.recipe import Recipe
+from peftfx.sites.sites import Sites
 
 BASE = "base"  #: where a graph's `get_attr` nodes find the captured module
 ADAPTERS = "adapters"  #: where they find adapter tensors, as `adapters.<adapter>.<site path>.<parameter>`

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 
 Start = bool | str
 """True (Kaiming A, zero B), False (both random), `gaussian`, `pissa`, `pissa_niter_[n]`, `olora`."""

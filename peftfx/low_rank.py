@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError
 from peftfx.method import Method
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 
 
 def check_options(method: Method, lora_dropout: float, bias: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 
 
 def row_norms(site: Site, weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from peftfx.errors import PeftfxError
 from peftfx.graph import Graph
 from peftfx.method import Base
 from peftfx.placement import Override, owner_of, site_tensors
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 from peftfx.soft import SequenceMethod
 
 

@@ -22,9 +22,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from peftfx.blocks import Rows
 from peftfx.errors import PeftfxError, nearest
-from peftfx.sites import Site
+from peftfx.sites.blocks import Rows
+from peftfx.sites.site import Site
 from peftfx.update import Update
 
 PLACING = ("target", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -54,7 +54,7 @@ class Method(ABC):
 
     Args:
         target: an expression over roles, module-path suffixes, `/regular expressions/` and `all-linear`, combined by
-            `|`, `&`, `~` and parentheses: `"attention.query | attention.value"`. See `peftfx.target`.
+            `|`, `&`, `~` and parentheses: `"attention.query | attention.value"`. See `peftfx.sites.target`.
         target_modules, exclude_modules, layers_to_transform, layers_pattern: as in HF PEFT.
         modules_to_save: modules (path suffixes) trained and saved whole beside the adapter, a fresh head say.
     """

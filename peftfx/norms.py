@@ -16,7 +16,7 @@ from torch import fx, nn
 from peftfx.dataflow import ELEMENTWISE, MOVEMENT, NORMED, PRODUCTS, Flow, names, op_name
 from peftfx.graph import BASE, Graph
 from peftfx.occurrences import module_path
-from peftfx.sites import NORM, Call, Site, layer_of
+from peftfx.sites.site import NORM, Call, Site, layer_of
 
 _NORMS = names("layer_norm rms_norm group_norm batch_norm instance_norm")
 _STATISTICS = names("mean var var_mean std linalg_vector_norm norm")

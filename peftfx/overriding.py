@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from peftfx.method import Method
-from peftfx.sites import NORM, WEIGHT_KINDS, Site
+from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
 
 
 class OverrideMethod(Method):

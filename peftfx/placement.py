@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.attending import ATTENTION, AttentionMethod, key_weight
-from peftfx.blocks import Block, part_site
 from peftfx.method import Base, Method, WeightMethod
 from peftfx.overriding import OverrideMethod
-from peftfx.sites import Part, Site
+from peftfx.sites.blocks import Block, part_site
+from peftfx.sites.site import Part, Site
 from peftfx.soft import SEQUENCE, SequenceMethod, embedding_path
 
 SAVED = "saved"  #: the folder of an adapter in which it keeps copies of the base's own tensors

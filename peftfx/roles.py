@@ -17,7 +17,6 @@ from torch import fx
 
 from peftfx.attention_heads import read_heads
 from peftfx.attentions import Attention, find_attentions
-from peftfx.collection import Sites
 from peftfx.dataflow import ACTIVATED, GATED, NORMED, SPLIT, trace_flow
 from peftfx.errors import PeftfxError
 from peftfx.facts import Analysis, WeightFacts
@@ -27,7 +26,8 @@ from peftfx.indices import embedding_role
 from peftfx.norms import find_norms
 from peftfx.occurrences import Occurrence, find_occurrences, module_path
 from peftfx.rows import as_ranges
-from peftfx.sites import Call, Heads, Part, Site, layer_of
+from peftfx.sites.site import Call, Heads, Part, Site, layer_of
+from peftfx.sites.sites import Sites
 
 _FUSED = {
     frozenset({"query", "key", "value"}): "attention.qkv",

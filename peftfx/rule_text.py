@@ -4,7 +4,7 @@
     rule  := method ['(' options ')'] ['@' target]
 
 A method goes by its HF PEFT type in lower case (`prefix_tuning`) or by its class (`PrefixTuning`). Options are its
-fields, with Python literals as values; a target is an expression of `peftfx.expression`.
+fields, with Python literals as values; a target is an expression of `peftfx.sites.expression`.
 """
 
 from __future__ import annotations

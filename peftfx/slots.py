@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from peftfx.errors import PeftfxError
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 from peftfx.stored import exact
 
 FILE = "peftfx_slots.json"

@@ -15,13 +15,13 @@ from typing import ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftfx.collection import Sites
 from peftfx.configs import collect_configs
 from peftfx.entry import Entry, VirtualTokens
 from peftfx.errors import PeftfxError
 from peftfx.graph import BASE
 from peftfx.method import PLACING, Method, Params
-from peftfx.sites import Call, Site
+from peftfx.sites.site import Call, Site
+from peftfx.sites.sites import Sites
 from peftfx.tasks import task_of
 
 SEQUENCE = "sequence"

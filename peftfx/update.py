@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfx.blocks import Block
 from peftfx.errors import PeftfxError
-from peftfx.sites import Site
+from peftfx.sites.blocks import Block
+from peftfx.sites.site import Site
 from peftfx.vectors import along_columns
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftfx.blocks import Rows
-from peftfx.sites import Site
+from peftfx.sites.blocks import Rows
+from peftfx.sites.site import Site
 
 
 def along_channels(vector: Tensor, site: Site) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from peftfx.attending import AttentionMethod
-from peftfx.blocks import Rows
-from peftfx.collection import Sites
 from peftfx.graph import Graph
 from peftfx.method import Base, Op, Params, WeightMethod
 from peftfx.roles import find_sites
-from peftfx.sites import Site
+from peftfx.sites.blocks import Rows
+from peftfx.sites.site import Site
+from peftfx.sites.sites import Sites
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from peftfx.method import Method, WeightMethod
 from peftfx.methods import methods
 from peftfx.overriding import OverrideMethod
 from peftfx.placement import Placement, copies_of, site_tensors
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 
 #: Every method there is that acts at sites of a graph; a new file in `peftfx/methods` is under these laws without an
 #: edit here.

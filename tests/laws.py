@@ -13,7 +13,6 @@ from law_pool import captured
 from law_setup import LOOSE, adapt, assert_close, assert_untouched, bare, snapshot, stir
 from torch import Tensor
 
-from peftfx.collection import Sites
 from peftfx.errors import PeftfxError
 from peftfx.export.onnx import to_onnx
 from peftfx.export.runtime import OnnxModel
@@ -25,7 +24,8 @@ from peftfx.passes.base import OVERRIDES
 from peftfx.passes.site_op import bind
 from peftfx.placement import SHARED, Placement, site_tensors
 from peftfx.roles import find_sites
-from peftfx.sites import Site
+from peftfx.sites.site import Site
+from peftfx.sites.sites import Sites
 
 
 @torch.no_grad()

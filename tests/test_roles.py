@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.capturing import capture
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 
 
 class Attend(nn.Module):

@@ -21,11 +21,11 @@ from torch import fx, nn
 from zoo import ZOO
 
 from peftfx.capturing import capture
-from peftfx.collection import Sites
 from peftfx.errors import PeftfxError
 from peftfx.graph import BASE, Graph, link
 from peftfx.roles import find_sites
-from peftfx.sites import Site
+from peftfx.sites.site import Site
+from peftfx.sites.sites import Sites
 
 GOLDEN = Path(__file__).parent / "golden" / "sites.json"
 

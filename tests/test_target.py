@@ -9,11 +9,11 @@ import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from peftfx.collection import Sites
 from peftfx.errors import PeftfxError
-from peftfx.expression import Target
-from peftfx.sites import Part, Site
-from peftfx.target import Match, explain, select
+from peftfx.sites.expression import Target
+from peftfx.sites.site import Part, Site
+from peftfx.sites.sites import Sites
+from peftfx.sites.target import Match, explain, select
 
 
 def site(path: str, role: str, kind: str = "linear", *parts: Part) -> Site:

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfx.blocks import Rows
 from peftfx.errors import PeftfxError
 from peftfx.low_rank import check_options
 from peftfx.method import Base, Method, Op, Params, WeightMethod
-from peftfx.sites import Site
+from peftfx.sites.blocks import Rows
+from peftfx.sites.site import Site
 from peftfx.update import Update
 from peftfx.vectors import adapter_dtype, row_index
 

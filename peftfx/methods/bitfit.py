@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from peftfx.method import Method
 from peftfx.overriding import OverrideMethod
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)

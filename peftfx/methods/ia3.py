@@ -16,10 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from peftfx.blocks import Rows
 from peftfx.errors import PeftfxError
 from peftfx.method import Base, Method, Op, Params, Weighted, WeightMethod
-from peftfx.sites import Site
+from peftfx.sites.blocks import Rows
+from peftfx.sites.site import Site
 from peftfx.update import Update
 from peftfx.vectors import adapter_dtype, along_channels, along_columns, along_rows, row_index
 

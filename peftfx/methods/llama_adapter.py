@@ -23,7 +23,7 @@ from torch import Tensor
 from peftfx.attending import AttentionMethod, attend_beside
 from peftfx.errors import PeftfxError
 from peftfx.method import Method, Params
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 from peftfx.vectors import adapter_dtype
 
 PROMPT, GATE = "adaption_prompt", "adaption_gate"

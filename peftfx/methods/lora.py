@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfx.blocks import Rows
 from peftfx.errors import PeftfxError
 from peftfx.lora_start import check_start, factors_of, fill, starts_from_weight
 from peftfx.low_rank import check_options, dense, product, summed, weighted_sum
 from peftfx.magnitude import gain, row_norms
 from peftfx.method import Base, Method, Op, Params, Weighted, WeightMethod
-from peftfx.sites import Site
+from peftfx.sites.blocks import Rows
+from peftfx.sites.site import Site
 from peftfx.update import Update
 from peftfx.vectors import adapter_dtype, along_channels, along_rows, row_index
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftfx.encoders import EMBEDDING, embedding, layer, lstm, perceptron, run_lstm
 from peftfx.errors import PeftfxError
 from peftfx.method import Method, Params
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 from peftfx.soft import PROMPT, PromptMethod, with_text_sizes
 from peftfx.vectors import adapter_dtype
 

@@ -20,7 +20,7 @@ from peftfx.entry import Entry
 from peftfx.errors import PeftfxError
 from peftfx.method import Method, Params
 from peftfx.prefix import Prefix, cache_shape
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 from peftfx.soft import PROMPT, SequenceMethod, encodes_and_decodes, stream_dtype, submodules_of, untyped
 from peftfx.vectors import adapter_dtype
 

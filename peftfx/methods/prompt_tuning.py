@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftfx.errors import PeftfxError, first_line
 from peftfx.method import Method, Params
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 from peftfx.soft import PROMPT, PromptMethod, with_text_sizes
 from peftfx.vectors import adapter_dtype
 

@@ -14,7 +14,7 @@ from peftfx.errors import PeftfxError
 from peftfx.method import Method
 from peftfx.overriding import OverrideMethod
 from peftfx.placement import TOKENS
-from peftfx.sites import Site
+from peftfx.sites.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfx.blocks import Rows
 from peftfx.errors import PeftfxError
 from peftfx.method import Base, Op, Params, WeightMethod
-from peftfx.sites import Site
+from peftfx.sites.blocks import Rows
+from peftfx.sites.site import Site
 from peftfx.update import Update
 from peftfx.vectors import adapter_dtype
 

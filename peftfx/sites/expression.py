@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from peftfx.errors import PeftfxError
-from peftfx.sites import ROLES, Site, in_role
+from peftfx.sites.site import ROLES, Site, in_role
 
 ALL_LINEAR = "all-linear"
 Target = str | re.Pattern[str] | Sequence[str]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 from peftfx.errors import PeftfxError, nearest
-from peftfx.expression import Target
-from peftfx.sites import Site, plays
-from peftfx.target import Match, select
+from peftfx.sites.expression import Target
+from peftfx.sites.site import Site, plays
+from peftfx.sites.target import Match, select
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +48,7 @@ class Sites(Sequence[Site]):
         )
 
     def select(self, target: Target) -> list[Match]:
-        """The sites that a target expression picks; see `peftfx.target`."""
+        """The sites that a target expression picks; see `peftfx.sites.target`."""
         return select(self, target=target)
 
     def by_path(self, path: str) -> Site:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.sites import Part, Site
+from peftfx.sites.site import Part, Site
 
 Rows = tuple[tuple[int, int], ...]
 """Half-open ranges of the output dimension."""

@@ -1,0 +1,174 @@
+"""Targets: where a rule applies. An expression over roles and names, or HF PEFT's own `target_modules`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from peftfx.errors import PeftfxError, nearest
+from peftfx.sites.expression import ALL_LINEAR, Picker, Target, Units, all_linear, ends_with, parse, units
+from peftfx.sites.site import ROLES, WEIGHT_KINDS, Site
+
+Modules = str | Collection[str]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A site that a target picked; `parts` names the roles of the picked rows where they are not the whole site."""
+
+    site: Site
+    parts: tuple[str, ...] = ()
+
+
+class Where(TypedDict, total=False):
+    """Where a rule applies: the arguments of `select` and `explain`."""
+
+    target: Target | None
+    target_modules: Modules | None
+    exclude_modules: Modules | None
+    layers_to_transform: int | Collection[int] | None
+    layers_pattern: str | Collection[str] | None
+    default: str
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a site was picked or was not."""
+
+    site: Site
+    match: Match | None
+    why: str
+
+
+def select(
+    sites: Iterable[Site],
+    *,
+    target: Target | None = None,
+    target_modules: Modules | None = None,
+    exclude_modules: Modules | None = None,
+    layers_to_transform: int | Collection[int] | None = None,
+    layers_pattern: str | Collection[str] | None = None,
+    default: str = ALL_LINEAR,
+    kinds: Collection[str] = WEIGHT_KINDS,
+) -> list[Match]:
+    """The sites that a rule applies to, in the order in which they run.
+
+    Args:
+        sites: the sites to pick from.
+        target: an expression (see this module), a compiled pattern that must match a whole path, or several
+            expressions, any of which may match.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern: as in HF PEFT. A list holds paths or ends
+            of paths; a string is a regular expression that must match a whole path, or "all-linear".
+        default: the expression where neither `target` nor `target_modules` is given.
+        kinds: the kinds of sites that may be picked.
+
+    Raises:
+        PeftfxError: the arguments contradict each other, an expression cannot be read, or nothing matches.
+    """
+    reasons = explain(
+        sites,
+        target=target,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+        default=default,
+        kinds=kinds,
+    )
+    matches = [reason.match for reason in reasons if reason.match]
+    if not matches:
+        raise _nothing_matches(reasons, target, target_modules, default)
+    return matches
+
+
+def explain(
+    sites: Iterable[Site],
+    *,
+    target: Target | None = None,
+    target_modules: Modules | None = None,
+    exclude_modules: Modules | None = None,
+    layers_to_transform: int | Collection[int] | None = None,
+    layers_pattern: str | Collection[str] | None = None,
+    default: str = ALL_LINEAR,
+    kinds: Collection[str] = WEIGHT_KINDS,
+) -> list[Reason]:
+    """For every site, whether `select` with the same arguments picks it, and why; raises only if they make no sense."""
+    if target is not None and target_modules is not None:
+        raise PeftfxError("target and target_modules are both given", str(target), "give one of them")
+    if isinstance(target_modules, str) and layers_to_transform is not None:
+        raise PeftfxError(
+            "layers_to_transform needs a list of target_modules, not a regular expression",
+            target_modules,
+            "give the modules as a list, put the layers into the expression, or say target= instead",
+        )
+    picker = _modules(target_modules) if target_modules is not None else parse(default if target is None else target)
+    excluded = (lambda site: False) if not exclude_modules else _named(exclude_modules)
+    layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform or ())
+    patterns = (layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern or ())
+    # PEFT lets a module that is listed by its full path pass the filter on layers.
+    exempt = target_modules if target_modules is not None and not isinstance(target_modules, str) else ()
+
+    def reason(site: Site) -> Reason:
+        if site.kind not in kinds:
+            return Reason(site, None, f"its kind, {site.kind}, is not one of {', '.join(kinds)}")
+        match = _match(site, picker(site))
+        if match is None:
+            return Reason(site, None, "the target does not match its path or role")
+        if excluded(site):
+            return Reason(site, None, "exclude_modules matches its path")
+        layer = site.layer if target_modules is None and not patterns else _layer(site.path, patterns)
+        if layers and site.path not in exempt and layer not in layers:
+            return Reason(site, None, "its layer is not in layers_to_transform")
+        return Reason(site, match, f"the target matches {', '.join(match.parts) or 'it'}")
+
+    return [reason(site) for site in sites]
+
+
+def _modules(modules: Modules) -> Picker:
+    if isinstance(modules, str) and modules.lower() == ALL_LINEAR:
+        return all_linear
+    named = _named(modules)
+    return lambda site: units(site) if named(site) else frozenset()
+
+
+def _named(modules: Modules) -> Callable[[Site], bool]:
+    if isinstance(modules, str):
+        try:
+            pattern = re.compile(modules)
+        except re.error as error:
+            raise PeftfxError(f"bad regular expression: {error}", modules, "a list of names needs none") from error
+        return lambda site: pattern.fullmatch(site.path) is not None
+    return lambda site: any(ends_with(site.path, name) for name in modules)
+
+
+def _layer(path: str, patterns: Sequence[str]) -> int | None:
+    """The layer as PEFT counts it: the first number in the path, behind one of the names where there are any."""
+    if not patterns:
+        found = re.match(r".*?\.[^.]*\.(?P<layer>\d+)\.", path)
+        return int(found["layer"]) if found else None
+    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", path) for pattern in patterns)
+    return next((int(found["layer"]) for found in matches if found), None)
+
+
+def _match(site: Site, picked: Units) -> Match | None:
+    if not picked:
+        return None
+    return Match(site, () if picked == units(site) else tuple(p.role for p in site.parts if p.role in picked))
+
+
+def _nothing_matches(
+    reasons: Sequence[Reason], target: Target | None, target_modules: Modules | None, default: str
+) -> PeftfxError:
+    asked = target_modules if target_modules is not None else default if target is None else target
+    texts = [asked] if isinstance(asked, str) else [asked.pattern] if isinstance(asked, re.Pattern) else list(asked)
+    sites = [reason.site for reason in reasons]
+    names = {end for site in sites for end in (site.path, site.path.rpartition(".")[2])}
+    words = [word for text in texts for word in re.findall(r"[\w.-]+", text)]
+    close = [found for word in words if (found := nearest(word, {*names, *ROLES}))]
+    matched_but = {reason.why for reason in reasons if reason.why.startswith(("exclude", "its layer"))}
+    roles = ", ".join(f"{role} ({count})" for role, count in sorted(Counter(site.role for site in sites).items()))
+    hint = "; ".join([*sorted(matched_but), *close, f"The model has {roles}"])
+    return PeftfxError("the target matches no site", ", ".join(texts), hint)
