@@ -12,8 +12,8 @@ from peftfx.bases import load_base
 from peftfx.errors import PeftfxError
 from peftfx.export.adapters import export_adapter
 from peftfx.export.deploy import Progress
+from peftfx.graph.slots import Manifest
 from peftfx.peft_files import read_config, rule_folders
-from peftfx.slots import Manifest
 from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of_class
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError, first_line
 from peftfx.export.runtime import to_ort, to_torch
-from peftfx.slots import Manifest, listed
+from peftfx.graph.slots import Manifest, listed
 
 SUFFIX = ".onnx_adapter"
 VERSION = 1  #: of the format

@@ -22,7 +22,21 @@ from peftfx.export.probes import probes, view_cases
 from peftfx.export.verify import reference_of, verify
 from peftfx.export.wanted import wanted_of
 from peftfx.files import write_file, writing
-from peftfx.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B, Manifest, Slot, fingerprint, listed
+from peftfx.graph.slots import (
+    INNER,
+    KEYS,
+    OUTER,
+    OWN,
+    PREFIX,
+    PROMPT,
+    VALUES,
+    A,
+    B,
+    Manifest,
+    Slot,
+    fingerprint,
+    listed,
+)
 
 WORDS = {
     A: "a low-rank sum at",

@@ -24,11 +24,11 @@ from peftfx.export.parts import DECODE, FORWARD, Part, capture_parts, refuse_fix
 from peftfx.export.probes import probes, view_cases, view_probes
 from peftfx.export.stacks import stacked, told
 from peftfx.export.verify import Reference, reference_of
+from peftfx.graph.slots import PREFIX, PROMPT
 from peftfx.passes.by_row import ByRow
 from peftfx.passes.fold import Evaluate
 from peftfx.rowwise import BATCHED, IDS, PromptsByRow, Rowwise
 from peftfx.seq2seq import Decoder, Encoder
-from peftfx.slots import PREFIX, PROMPT
 from peftfx.soft import size_of
 
 _SOFT = (("", PREFIX), ("", PROMPT))  #: the places of soft prompts

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION
 from transformers.exporters.metadata import ExportMetadata
 
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.passes.base import output_nodes
 
 _PLAIN = (bool, int, float, str)

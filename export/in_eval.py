@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from peftfx.adapted import AdaptedModel
-from peftfx.contexts import evaluating
+from peftfx.graph.contexts import evaluating
 
 
 @contextmanager

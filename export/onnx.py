@@ -15,8 +15,8 @@ from peftfx.export.program import Translation
 from peftfx.export.retrace import retrace
 from peftfx.export.tidy import name_apart, store_transposed, tidy
 from peftfx.export.translate import translate
-from peftfx.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
-from peftfx.stored import load
+from peftfx.graph.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
+from peftfx.graph.lazy_weights import load
 
 Weights = Callable[[str], torch.Tensor]
 FIRST_OPSET, LAST_OPSET = 18, 25

@@ -10,10 +10,10 @@ from torch import nn
 from peftfx.adapted import AdaptedModel
 from peftfx.errors import PeftfxError, nearest
 from peftfx.export.verify import Comparison
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
+from peftfx.graph.slots import Slot
 from peftfx.opened import Opened, Place
 from peftfx.rowwise import Rowwise
-from peftfx.slots import Slot
 from peftfx.soft import encodes_and_decodes
 from peftfx.tasks import task_of
 from peftfx.views import View, name_axes

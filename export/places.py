@@ -14,12 +14,12 @@ from peftfx.capturing import capture
 from peftfx.entry import forward
 from peftfx.errors import PeftfxError
 from peftfx.export.probes import hold
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
+from peftfx.graph.slots import PREFIX, PROMPT
 from peftfx.methods.prefix_tuning import PrefixTuning
 from peftfx.methods.prompt_tuning import PromptTuning
 from peftfx.opened import Place, through
 from peftfx.sites.sites import Sites
-from peftfx.slots import PREFIX, PROMPT
 from peftfx.soft import sequence_site, untyped
 from peftfx.views import name_axes, without_cache
 

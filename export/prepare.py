@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.passes.cleanup import CASTS, Cleanup, source, writes
 from peftfx.passes.grid import slice_grid
 from peftfx.passes.site_op import filled

@@ -12,7 +12,7 @@ from peftfx.adapted import AdaptedModel
 from peftfx.entry import Entry, forward
 from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verify import VerificationError
-from peftfx.graph import TensorSpec, path_name
+from peftfx.graph.graph import TensorSpec, path_name
 from peftfx.inputs import example_inputs
 from peftfx.views import View, without_cache
 

@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 
 from peftfx.errors import PeftfxError
 from peftfx.export.torchlib import collected_once
-from peftfx.graph import DERIVED, Graph, TensorSpec
-from peftfx.stored import exact
+from peftfx.graph.graph import DERIVED, Graph, TensorSpec
+from peftfx.graph.lazy_weights import exact
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 

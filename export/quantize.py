@@ -20,7 +20,7 @@ from torch import Tensor
 from peftfx.errors import PeftfxError
 from peftfx.export.metadata import SOURCE
 from peftfx.export.tidy import value_of
-from peftfx.graph import ADAPTERS
+from peftfx.graph.graph import ADAPTERS
 
 DOMAIN = "com.microsoft"
 BITS = {"int8": 8, "int4": 4}

@@ -17,7 +17,7 @@ from peftfx.export.metadata import ENGINE
 from peftfx.export.onnx import FAST
 from peftfx.export.twin import in_bfloat16
 from peftfx.export.verify import Comparison
-from peftfx.graph import DERIVED, Graph
+from peftfx.graph.graph import DERIVED, Graph
 from peftfx.passes.base import attributes_of
 from peftfx.passes.freeze import Computed
 from peftfx.passes.fuse import FUSED

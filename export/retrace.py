@@ -11,10 +11,10 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from peftfx.contexts import isolated
 from peftfx.export.prepare import prepare
 from peftfx.export.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
-from peftfx.graph import Graph, link
+from peftfx.graph.contexts import isolated
+from peftfx.graph.graph import Graph, link
 
 _WEIGHTS = "weights"
 

@@ -16,12 +16,12 @@ from peftfx.decode import Decode
 from peftfx.errors import PeftfxError
 from peftfx.export.parts import DECODE
 from peftfx.export.wanted import Wanted, wanted_of
-from peftfx.graph import BASE
+from peftfx.graph.graph import BASE
+from peftfx.graph.lazy_weights import exact
+from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, A, B
 from peftfx.passes.by_row import BIAS, SHOWN
 from peftfx.placement import owner_of, site_tensors
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
-from peftfx.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, A, B
-from peftfx.stored import exact
 from peftfx.update import Update
 
 

@@ -26,13 +26,13 @@ from peftfx.export.parts import FORWARD, Part, capture_parts, refuse_fixed, view
 from peftfx.export.places import find_forward, hold_forward, places_of
 from peftfx.export.probes import nested, probes
 from peftfx.export.quantize import FINITE
-from peftfx.graph import BASE
+from peftfx.graph.graph import BASE
+from peftfx.graph.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot, fingerprint
 from peftfx.opened import Opened, Place
 from peftfx.passes.open import Open, slots_of
 from peftfx.seq2seq import Decoder, Encoder
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site, plays
 from peftfx.sites.target import select
-from peftfx.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot, fingerprint
 from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 
 SLOTS = "all-linear"  #: the sites that get slots where nobody chose

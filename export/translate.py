@@ -17,11 +17,11 @@ import torch
 from torch import fx
 from torch.fx.experimental import _config
 
-from peftfx.contexts import isolated
 from peftfx.export.lower import Uncovered, lowered_program, make_functional
 from peftfx.export.prepare import prepare
 from peftfx.export.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
-from peftfx.graph import Graph
+from peftfx.graph.contexts import isolated
+from peftfx.graph.graph import Graph
 from peftfx.passes.fuse import OPSET, Fuse
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)

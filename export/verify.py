@@ -15,7 +15,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.program import onnx_outputs
 from peftfx.export.runtime import OnnxModel, find
 from peftfx.export.twin import runnable
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 
 Tensors = dict[str, torch.Tensor]
 Reference = Callable[[Tensors], Tensors]

@@ -17,15 +17,15 @@ from peftfx.attending import AttentionMethod
 from peftfx.entry import VirtualTokens
 from peftfx.errors import PeftfxError
 from peftfx.export.parts import DECODE
-from peftfx.graph import DERIVED
+from peftfx.graph.graph import DERIVED
+from peftfx.graph.lazy_weights import exact
+from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
 from peftfx.method import Base, WeightMethod
 from peftfx.passes.attend import split_heads
 from peftfx.passes.prefill import NAME
 from peftfx.placement import SAVED, Override, Placement, owner_of, site_tensors
 from peftfx.sites.site import Site
-from peftfx.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
 from peftfx.soft import SequenceMethod
-from peftfx.stored import exact
 from peftfx.update import Update
 
 Wanted = dict[tuple[str, str], Tensor]

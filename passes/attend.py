@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from peftfx.adapter import Adapter
 from peftfx.attending import AttentionMethod
 from peftfx.errors import PeftfxError
-from peftfx.graph import ADAPTERS
+from peftfx.graph.graph import ADAPTERS
 from peftfx.occurrences import module_path
 from peftfx.passes.apply import apply_at
 from peftfx.passes.base import REGION, Region

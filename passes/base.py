@@ -14,7 +14,7 @@ from torch import fx
 from torch._guards import detect_fake_mode
 
 from peftfx.errors import PeftfxError
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.placement import Placement
 
 Level = Literal["none", "lint", "metadata", "numeric"]

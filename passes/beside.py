@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, fx
 
 from peftfx.attending import attend_beside
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.passes.attend import leaving, unstack
 from peftfx.passes.splice import trace
 from peftfx.sites.site import Site

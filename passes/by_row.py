@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
-from peftfx.contexts import isolated
 from peftfx.errors import PeftfxError
-from peftfx.graph import BASE, CONSTANTS, DERIVED, Graph, TensorSpec
+from peftfx.graph.contexts import isolated
+from peftfx.graph.graph import BASE, CONSTANTS, DERIVED, Graph, TensorSpec
+from peftfx.graph.recipe import Get
+from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
 from peftfx.passes.base import Pass, PassResult, attribute, attributes_of, fake_like
 from peftfx.passes.beside import join_beside
 from peftfx.passes.norm_rows import replace_by_row
 from peftfx.passes.read_apart import read_apart
 from peftfx.passes.updated import Acting, add_node, along_channels, conv_low, product, times, update_call
-from peftfx.recipe import Get
 from peftfx.rowwise import IDS, PREFIXES, PROMPTS
 from peftfx.sites.site import Call, Site
-from peftfx.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
 
 aten = torch.ops.aten
 BIAS, SHOWN = "bias", "beside.shown"  #: of a stack: at a layer; beside an attention, [rows, tokens], which there are

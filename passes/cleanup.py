@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.matching import have_one_shape
 from peftfx.passes.sweep import sweep

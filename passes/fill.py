@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from peftfx.entry import HOLE
 from peftfx.errors import PeftfxError
-from peftfx.graph import CONSTANTS
+from peftfx.graph.graph import CONSTANTS
 from peftfx.soft import SequenceMethod
 
 TARGET = f"{CONSTANTS}.{HOLE}"  #: the `get_attr` target of the hole

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peftfx.graph import DERIVED, Graph
+from peftfx.graph.graph import DERIVED, Graph
 from peftfx.passes.base import Pass, PassResult
 
 

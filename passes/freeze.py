@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from peftfx.graph import ADAPTERS, DERIVED, Graph, link
+from peftfx.graph.graph import ADAPTERS, DERIVED, Graph, link
+from peftfx.graph.recipe import Get
 from peftfx.passes.base import OVERRIDES, REGION, attribute, attributes_of
-from peftfx.recipe import Get
 
 aten = torch.ops.aten
 #: Operators that move or repeat values and compute none.

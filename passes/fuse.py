@@ -17,7 +17,7 @@ import torch
 import torch.onnx.ops  # registers torch.ops.onnx
 from torch import fx
 
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.cleanup import Cleanup
 from peftfx.passes.flat_heads import flatten_heads, sizes_of

@@ -9,9 +9,9 @@ from torch import fx
 
 from peftfx.adapter import Adapter
 from peftfx.attending import AttentionMethod
-from peftfx.contexts import isolated
 from peftfx.errors import PeftfxError
-from peftfx.graph import ADAPTERS, BASE, Graph
+from peftfx.graph.contexts import isolated
+from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.occurrences import module_path
 from peftfx.overriding import OverrideMethod
 from peftfx.passes.apply import apply_at

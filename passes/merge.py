@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from peftfx.derived import Derived, Folding, Own, Step
-from peftfx.graph import ADAPTERS, DERIVED, Graph
+from peftfx.graph.graph import ADAPTERS, DERIVED, Graph
 from peftfx.method import WeightMethod
 from peftfx.passes.base import OVERRIDES, REGION, Pass, PassResult, Region, attribute, attributes_of, fake_like, results
 from peftfx.passes.freeze import freeze

@@ -16,13 +16,13 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-from peftfx.contexts import isolated
-from peftfx.graph import Graph, TensorSpec
+from peftfx.graph.contexts import isolated
+from peftfx.graph.graph import Graph, TensorSpec
+from peftfx.graph.slots import INNER, KEYS, OUTER, TOKENS, VALUES, A, B, Slot, shapes
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.beside import join_beside
 from peftfx.passes.updated import Acting, along_channels, low_rank, update_call
 from peftfx.sites.site import Site
-from peftfx.slots import INNER, KEYS, OUTER, TOKENS, VALUES, A, B, Slot, shapes
 
 HINT = 3  #: the size that a free axis has in the graph's example
 

@@ -10,9 +10,9 @@ from torch import Tensor, fx
 from peftfx.ahead import Prefilled
 from peftfx.decode import PRESENT, Decode, cache_names
 from peftfx.errors import PeftfxError
-from peftfx.graph import CONSTANTS, DERIVED, Graph
+from peftfx.graph.graph import CONSTANTS, DERIVED, Graph
+from peftfx.graph.recipe import Get
 from peftfx.passes.base import Pass, PassResult, attribute, attributes_of
-from peftfx.recipe import Get
 
 NAME = "sequence.prefilled"  #: of the derived tensor
 TOLERANCE = 1e-4  #: of keys under one text against those under another, relative to the largest

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from peftfx.graph import ADAPTERS, Graph
+from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.passes.base import OVERRIDES, REGION, REPLACES, Pass, PassResult, attributes_of, results
 from peftfx.sites.sites import Sites
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeGuard  # type: ignore[att
 
 from peftfx.adapter import Adapter
 from peftfx.errors import PeftfxError
-from peftfx.graph import ADAPTERS, Graph
+from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.method import Method, WeightMethod
 from peftfx.passes.base import REGION, REPLACES, Region, attribute, attributes_of, fake_like, results
 from peftfx.placement import Placement

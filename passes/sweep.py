@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.passes.base import Pass, PassResult
 
 

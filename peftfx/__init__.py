@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from peftfx.capturing import capture
     from peftfx.errors import PeftfxError
     from peftfx.export import export_adapter, export_onnx
-    from peftfx.graph import Graph
+    from peftfx.graph.graph import Graph
     from peftfx.methods.adalora import AdaLoRA
     from peftfx.methods.bitfit import BitFit
     from peftfx.methods.ia3 import IA3
@@ -36,7 +36,7 @@ _HOME = {
     "AdaLoRA": "peftfx.methods.adalora",
     "AdaptedModel": "peftfx.adapted",
     "BitFit": "peftfx.methods.bitfit",
-    "Graph": "peftfx.graph",
+    "Graph": "peftfx.graph.graph",
     "IA3": "peftfx.methods.ia3",
     "LNTuning": "peftfx.methods.ln_tuning",
     "LlamaAdapter": "peftfx.methods.llama_adapter",

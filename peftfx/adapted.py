@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 from peftfx.adapter import Adapter
 from peftfx.arguments import named_arguments
-from peftfx.contexts import evaluating, fake_mode_of
 from peftfx.entry import Entry
 from peftfx.errors import PeftfxError
-from peftfx.graph import ADAPTERS, BASE, Graph
+from peftfx.graph.contexts import evaluating, fake_mode_of
+from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.graphs import Graphs
 from peftfx.merging import MergeReport, merge_into, refuse_unmergeable
 from peftfx.named import Named

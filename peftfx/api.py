@@ -9,7 +9,7 @@ from torch import nn
 
 from peftfx.adapted import AdaptedModel
 from peftfx.capturing import capture
-from peftfx.contexts import evaluating
+from peftfx.graph.contexts import evaluating
 from peftfx.inputs import example_inputs
 from peftfx.planning import Plan, make_plan
 from peftfx.sites.sites import Sites

@@ -17,7 +17,7 @@ from peftfx.attentions import Attention
 from peftfx.dataflow import FUSED_ATTENTION, Flow, op_name
 from peftfx.errors import PeftfxError
 from peftfx.facts import Analysis
-from peftfx.graph import BASE
+from peftfx.graph.graph import BASE
 from peftfx.occurrences import Occurrence
 from peftfx.rows import RowTracer, as_ranges, hint
 from peftfx.sites.blocks import Block, Rows

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from peftfx.dataflow import FUSED_ATTENTION, MATMULS, Flow, op_name, operands
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 
 
 @dataclass(frozen=True)

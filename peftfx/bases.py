@@ -12,7 +12,7 @@ from torch import nn
 
 from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.files import is_gguf
-from peftfx.stored import store
+from peftfx.graph.lazy_weights import store
 from peftfx.tasks import maker_of, resolve_task
 
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -37,7 +37,7 @@ def load_base(
         num_labels: of a classification head, where the config does not say it.
         weights: read them; otherwise parameters stay uninitialised (buffers do not), for a capture alone.
         dtype: of the parameters; by default the config's. Those that are stored in another stay in their files, and
-            are cast by each operation that reads them (`peftfx.stored`): a loaded model is memory-mapped.
+            are cast by each operation that reads them (`peftfx.graph.lazy_weights`): a loaded model is memory-mapped.
         given: names of tensors that an adapter brings; these alone may be missing from the weights.
 
     Raises:

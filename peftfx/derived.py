@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from peftfx.graph.lazy_weights import exact
+from peftfx.graph.recipe import Get, Recipe
 from peftfx.method import Base, WeightMethod
-from peftfx.recipe import Get, Recipe
 from peftfx.sites.blocks import Block
 from peftfx.sites.site import Site
-from peftfx.stored import exact
 
 
 @dataclass(frozen=True)

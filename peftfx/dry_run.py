@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from peftfx.contexts import evaluating, fake_mode_of
-from peftfx.stored import faked
+from peftfx.graph.contexts import evaluating, fake_mode_of
+from peftfx.graph.lazy_weights import faked
 from peftfx.views import without_cache
 
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from peftfx.attentions import Attention
 from peftfx.dataflow import Flow
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.occurrences import Occurrence
 from peftfx.rows import RowTracer
 from peftfx.sites.site import Part

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from peftfx.errors import PeftfxError
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.soft import encodes_and_decodes
 from peftfx.stepping import Generates, Step
 from peftfx.stepping_from_text import GeneratesFromText, TextEncoder

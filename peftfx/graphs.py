@@ -10,11 +10,11 @@ from torch.utils import _pytree as pytree
 
 from peftfx.ahead import Prefilled
 from peftfx.capturing import capture
-from peftfx.contexts import fake_mode_of
 from peftfx.decode import Decode
 from peftfx.entry import Entry
 from peftfx.errors import PeftfxError
-from peftfx.graph import ADAPTERS, Graph, path_name
+from peftfx.graph.contexts import fake_mode_of
+from peftfx.graph.graph import ADAPTERS, Graph, path_name
 from peftfx.named import Named
 from peftfx.named_views import find_view
 from peftfx.passes.base import Pass, PassManager

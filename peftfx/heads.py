@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import fx
 
 from peftfx.dataflow import ACTIVATIONS, ELEMENTWISE, MOVEMENT, PRODUCTS, Flow, op_name
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 
 
 def reaches_output(graph: Graph, flows: Mapping[fx.Node, Flow]) -> set[fx.Node]:

@@ -9,7 +9,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.dataflow import names, op_name
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 
 _COUNTING = names("arange cumsum bucketize searchsorted")
 _CREATION = names("zeros ones full empty new_zeros new_ones new_full new_empty zeros_like ones_like full_like")

@@ -13,7 +13,7 @@ from peftfx.adapter import Adapter
 from peftfx.attending import AttentionMethod
 from peftfx.derived import Derived, Folding, Rounding, foldings
 from peftfx.errors import PeftfxError
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.method import Base
 from peftfx.placement import Override, owner_of, site_tensors
 from peftfx.sites.site import Site

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from peftfx.dataflow import ELEMENTWISE, MOVEMENT, NORMED, PRODUCTS, Flow, names, op_name
-from peftfx.graph import BASE, Graph
+from peftfx.graph.graph import BASE, Graph
 from peftfx.occurrences import module_path
 from peftfx.sites.site import NORM, Call, Site, layer_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from peftfx.dataflow import is_depthwise, names, op_name
-from peftfx.graph import BASE, Graph
+from peftfx.graph.graph import BASE, Graph
 
 _TRANSPOSES = names("t numpy_T mT transpose permute adjoint")
 _VIEWS = names("view reshape _unsafe_view flatten")

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from peftfx.ahead import Ahead
 from peftfx.decode import Decode
 from peftfx.entry import Call, Entry
+from peftfx.graph.slots import PREFIX, PROMPT, Slot
 from peftfx.seq2seq import Decoder, Encoder
-from peftfx.slots import PREFIX, PROMPT, Slot
 from peftfx.views import Axes
 from peftfx.within import width_of, within
 

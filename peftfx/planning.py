@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftfx.adapter import Adapter
-from peftfx.contexts import fake_mode_of
+from peftfx.graph.contexts import fake_mode_of
 from peftfx.placement import Placed
 from peftfx.rule_text import write_rule
 from peftfx.rules import place, saved_modules, where, within

@@ -20,7 +20,7 @@ from peftfx.attentions import Attention, find_attentions
 from peftfx.dataflow import ACTIVATED, GATED, NORMED, SPLIT, trace_flow
 from peftfx.errors import PeftfxError
 from peftfx.facts import Analysis, WeightFacts
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.heads import reaches_output
 from peftfx.indices import embedding_role
 from peftfx.norms import find_norms

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from peftfx.dataflow import ACTIVATED, MOVEMENT, PRODUCTS, Flow, names, op_name
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 
 Rows = tuple[tuple[int, int], ...]
 Numbers = list[torch.Tensor]  # of one shape; an entry stems from the rows they name there, counted from 1; 0 is no row

@@ -26,8 +26,8 @@ from peftfx.caches import Held, cache_of, held
 from peftfx.decode import PAST, PRESENT, cache_names
 from peftfx.dry_run import dry_run
 from peftfx.errors import PeftfxError, first_line
+from peftfx.graph.slots import PROMPT
 from peftfx.inputs import example_inputs
-from peftfx.slots import PROMPT
 from peftfx.views import Axes
 
 SIZES: Mapping[str, int] = {"batch": 2, "encoder_sequence": 7, "sequence": 5, "past": 3}

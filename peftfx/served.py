@@ -15,8 +15,8 @@ from transformers.utils.generic import ModelOutput
 
 from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.export.runtime import OnnxModel
+from peftfx.graph.slots import MODEL
 from peftfx.rowwise import BATCHED, IDS
-from peftfx.slots import MODEL
 
 DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peftfx.configs import collect_configs
 from peftfx.entry import Entry, VirtualTokens
 from peftfx.errors import PeftfxError
-from peftfx.graph import BASE
+from peftfx.graph.graph import BASE
 from peftfx.method import PLACING, Method, Params
 from peftfx.sites.site import Call, Site
 from peftfx.sites.sites import Sites

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peftfx.attending import AttentionMethod
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.method import Base, Op, Params, WeightMethod
 from peftfx.roles import find_sites
 from peftfx.sites.blocks import Rows

@@ -12,7 +12,7 @@ from law_models import Image, Spec, Text
 from torch import nn
 
 from peftfx.capturing import capture
-from peftfx.graph import BASE, Graph, link
+from peftfx.graph.graph import BASE, Graph, link
 
 #: One of each kind of block on its own: what a failing example shrinks to.
 SMALL = (

@@ -17,7 +17,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.onnx import to_onnx
 from peftfx.export.runtime import OnnxModel
 from peftfx.export.weights import save
-from peftfx.graph import ADAPTERS, Graph
+from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.method import Base, Method, WeightMethod
 from peftfx.passes import Evaluate, Insert, Merge, PassManager, Remove
 from peftfx.passes.base import OVERRIDES

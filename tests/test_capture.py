@@ -15,7 +15,7 @@ from zoo import ZOO, Captured
 
 from peftfx.capturing import capture
 from peftfx.errors import PeftfxError
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.inputs import example_inputs
 from peftfx.views import name_axes, without_cache
 

@@ -15,7 +15,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
 from peftfx.files import Snapshot
-from peftfx.stored import Stored
+from peftfx.graph.lazy_weights import Stored
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MANTISSA = {torch.float16: 10, torch.bfloat16: 7}

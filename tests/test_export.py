@@ -18,7 +18,7 @@ from zoo import ZOO, Entry
 import peftfx
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
-from peftfx.graph import leaf_names
+from peftfx.graph.graph import leaf_names
 from peftfx.views import without_cache
 
 # Whisper's code reads fields of these modules that peft's wrappers do not have.

@@ -28,7 +28,7 @@ from peftfx.export.program import onnx_outputs
 from peftfx.export.runtime import OnnxModel
 from peftfx.export.verify import VerificationError, reference_of, verify
 from peftfx.export.weights import save
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 
 Tensors = dict[str, torch.Tensor]
 

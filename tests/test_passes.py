@@ -12,7 +12,7 @@ from zoo import Captured
 
 import peftfx
 from peftfx import PeftfxError
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.passes import Cleanup, Evaluate, Merge, Pass, PassManager, PassResult, Remove
 from peftfx.passes.base import output_nodes
 

@@ -22,7 +22,7 @@ from zoo import ZOO
 
 from peftfx.capturing import capture
 from peftfx.errors import PeftfxError
-from peftfx.graph import BASE, Graph, link
+from peftfx.graph.graph import BASE, Graph, link
 from peftfx.roles import find_sites
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites

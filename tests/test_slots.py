@@ -21,7 +21,7 @@ from peftfx.export.adapter_files import read_adapter_file
 from peftfx.export.adapters import export_adapter
 from peftfx.export.probes import view_cases
 from peftfx.export.verify import VerificationError, reference_of, verify
-from peftfx.slots import Manifest
+from peftfx.graph.slots import Manifest
 
 Run = Callable[..., Result]
 HALVES = {"fp16": (torch.float16, 10), "bf16": (torch.bfloat16, 16)}  #: and their numbers in ONNX

@@ -16,7 +16,7 @@ from torch import nn
 import peftfx
 from peftfx.bases import load_base
 from peftfx.errors import PeftfxError
-from peftfx.stored import Stored, exact, faked, load, store
+from peftfx.graph.lazy_weights import Stored, exact, faked, load, store
 
 SIZE = Size(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, vocabulary=300)
 

@@ -44,8 +44,8 @@ from peftfx.export.adapter_files import read_adapter_file
 from peftfx.export.adapters import export_adapter
 from peftfx.export.command import export_directory
 from peftfx.export.swappable import Slots
+from peftfx.graph.slots import FILE, Manifest
 from peftfx.passes import Evaluate, Merge
-from peftfx.slots import FILE, Manifest
 
 Run = Callable[..., Result]
 #: A rule of each method, and of what stands beside another.

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from peftfx.graph import Graph
+from peftfx.graph.graph import Graph
 from peftfx.inputs import example_inputs
 
 TOKENS: Mapping[str, int] = {"vocab_size": 99, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}

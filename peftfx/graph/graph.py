@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError
-from peftfx.recipe import Recipe
+from peftfx.graph.recipe import Recipe
 from peftfx.sites.sites import Sites
 
 BASE = "base"  #: where a graph's `get_attr` nodes find the captured module

@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import nn
 
 from peftfx.errors import PeftfxError
+from peftfx.graph.lazy_weights import exact
 from peftfx.sites.site import Site
-from peftfx.stored import exact
 
 FILE = "peftfx_slots.json"
 #: What slots hold. At a layer `W' = diag(OUTER) W diag(INNER) + B A`; ahead of the text embeddings, or keys and values
