@@ -32,8 +32,8 @@ def cost(layers: int) -> Costs:
 
     import peftfx
     from peftfx.adapted import AdaptedModel
+    from peftfx.bases.example_inputs import example_inputs
     from peftfx.export.onnx import to_onnx
-    from peftfx.inputs import example_inputs
     from peftfx.passes import Merge
     from peftfx.roles import find_sites
 

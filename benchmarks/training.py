@@ -29,7 +29,7 @@ from ten_steps import Method, Model, same_start
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from peftfx.inputs import example_inputs
+from peftfx.bases.example_inputs import example_inputs
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 BATCH = {"batch": 4, "sequence": 32}

@@ -11,7 +11,9 @@ from torch import nn
 
 from peftfx.adapted import AdaptedModel
 from peftfx.api import bare, plan
-from peftfx.bases import load_base, read_base_config
+from peftfx.bases.gguf import takes_gguf
+from peftfx.bases.load import load_base, read_base_config
+from peftfx.bases.tasks import resolve_task
 from peftfx.errors import PeftfxError
 from peftfx.export.deploy import Progress, copy_assets, export_onnx
 from peftfx.export.onnx import CPU, FAST, check_engine, check_opset, check_optimize
@@ -20,12 +22,10 @@ from peftfx.export.report import Report
 from peftfx.export.swappable import Slots
 from peftfx.export.weights import Written
 from peftfx.files import Snapshot
-from peftfx.gguf import takes_gguf
 from peftfx.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.planning import Plan
 from peftfx.rules import saved_modules
 from peftfx.sites.sites import Sites
-from peftfx.tasks import resolve_task
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from peftfx.adapted import AdaptedModel
+from peftfx.bases.tasks import task_of
 from peftfx.errors import PeftfxError, nearest
 from peftfx.export.verify import Comparison
 from peftfx.graph.graph import Graph
@@ -15,7 +16,6 @@ from peftfx.graph.slots import Slot
 from peftfx.opened import Opened, Place
 from peftfx.rowwise import Rowwise
 from peftfx.soft import encodes_and_decodes
-from peftfx.tasks import task_of
 from peftfx.views import View, name_axes
 
 FORWARD, DECODE, AUTO = "forward", "decode", "auto"

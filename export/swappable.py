@@ -17,6 +17,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
 from peftfx.adapted import AdaptedModel
+from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.decode import Decode
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment import Deployment, Inputs
@@ -33,7 +34,6 @@ from peftfx.passes.open import Open, slots_of
 from peftfx.seq2seq import Decoder, Encoder
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site, plays
 from peftfx.sites.target import select
-from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 
 SLOTS = "all-linear"  #: the sites that get slots where nobody chose
 #: Roles of layers whose input IA3 scales. HF PEFT names modules: for BERT both that end in `output.dense`.

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from peftfx.bases.example_inputs import example_inputs
 from peftfx.caches import Held, cache_of, held, refuse_unknown
 from peftfx.dry_run import dry_run
 from peftfx.errors import PeftfxError, first_line
-from peftfx.inputs import example_inputs
 from peftfx.views import Axes
 
 PAST, PRESENT = "past_key_values", "present"

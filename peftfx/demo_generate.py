@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from peftfx.api import bare
-from peftfx.bases import load_base
+from peftfx.bases.gguf import unpack
+from peftfx.bases.load import load_base
 from peftfx.demo import quiet
 from peftfx.demo_language import BATCH, continue_prompt, fine_tune, perplexity, start_from_text
 from peftfx.errors import PeftfxError
@@ -31,7 +32,6 @@ from peftfx.export.adapters import export_adapter
 from peftfx.export.atomic import publish
 from peftfx.export.deploy import copy_assets
 from peftfx.export.swappable import SLOTS
-from peftfx.gguf import unpack
 from peftfx.method import Method
 from peftfx.methods.lora import LoRA
 from peftfx.methods.prefix_tuning import PrefixTuning

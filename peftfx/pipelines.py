@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peftfx.bases.tasks import resolve_task, task_of_class
 from peftfx.errors import PeftfxError, first_line
 from peftfx.runtime import load
 from peftfx.served import Served
-from peftfx.tasks import resolve_task, task_of_class
 
 REPORT = "peftfx_report.json"
 _IMAGES = frozenset({"image-classification", "image-segmentation"})

@@ -15,14 +15,14 @@ from typing import ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftfx.configs import collect_configs
+from peftfx.bases.config_fields import collect_configs
+from peftfx.bases.tasks import task_of
 from peftfx.entry import Entry, VirtualTokens
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE
 from peftfx.method import PLACING, Method, Params
 from peftfx.sites.site import Call, Site
 from peftfx.sites.sites import Sites
-from peftfx.tasks import task_of
 
 SEQUENCE = "sequence"
 PROMPT = "prompt_embeddings"  #: HF PEFT's name for what is saved, and ours for a prompt without an encoder

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapter import Adapter
+from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.errors import PeftfxError
 from peftfx.method import PLACING
 from peftfx.peft_files import STATE, WEIGHTS, Weights
@@ -22,7 +23,6 @@ from peftfx.placement import SAVED, Override, Placed, Placement
 from peftfx.rules import ahead, overrides_of, saved_modules, within
 from peftfx.sites.sites import Sites
 from peftfx.soft import PROMPT, SequenceMethod
-from peftfx.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.vectors import adapter_dtype
 
 Contents = tuple[dict[str, object], dict[str, dict[str, Tensor]]]

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from peftfx.configs import collect_configs
+from peftfx.bases.config_fields import collect_configs
 
 Axes = Mapping[str, tuple[str | None, ...]]
 """The name of each axis of each input; `None` where its size is the model's."""

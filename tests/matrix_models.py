@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_layers import GenericForTokenClassification
 from zoo import ZOO, Entry
 
-from peftfx.tasks import resolve_task
+from peftfx.bases.tasks import resolve_task
 
 #: The zoo's name of each architecture.
 ARCHITECTURES: Mapping[str, str] = {

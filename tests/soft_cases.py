@@ -14,9 +14,9 @@ from zoo import ZOO
 
 import peftfx
 from peftfx.adapted import AdaptedModel
-from peftfx.inputs import example_inputs
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.tasks import PEFT_TASKS
 from peftfx.soft import PROMPT
-from peftfx.tasks import PEFT_TASKS
 
 COUNT = 4  #: of virtual tokens
 TASK_TYPES: Mapping[str, str] = {task: name for name, task in PEFT_TASKS.items()}

@@ -22,8 +22,8 @@ from transformers.models.auto import modeling_auto as auto
 
 import peftfx
 from peftfx import PeftfxError
+from peftfx.bases.example_inputs import example_inputs
 from peftfx.export import OnnxModel
-from peftfx.inputs import example_inputs
 
 pytestmark = pytest.mark.slow
 

@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from zoo import ZOO, Captured
 
+from peftfx.bases.example_inputs import example_inputs
 from peftfx.capturing import capture
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
-from peftfx.inputs import example_inputs
 from peftfx.views import name_axes, without_cache
 
 Get = Callable[[str], Captured]

@@ -88,7 +88,7 @@ def test_a_model_in_bfloat16_in_memory_can_be_exported(tmp_path: Path) -> None:
 
 
 def test_a_mapped_base_takes_no_memory_and_cannot_be_written(half: Path) -> None:
-    from peftfx.bases import load_base
+    from peftfx.bases.load import load_base
 
     model = load_base(half / "base", dtype=torch.float32)
     weight = model.model.layers[0].mlp.up_proj.weight

@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor
 
 import peftfx
-from peftfx.bases import load_base
+from peftfx.bases.load import load_base
 from peftfx.cli import app
 from peftfx.errors import PeftfxError
 from peftfx.files import is_gguf
@@ -144,7 +144,7 @@ def test_a_broken_file_and_a_missing_package_are_told(
     assert is_gguf(short)
     with pytest.raises(PeftfxError, match="cannot read this GGUF file"):
         load_base(short)
-    monkeypatch.setattr("peftfx.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("peftfx.bases.gguf.find_spec", lambda name: None)
     with pytest.raises(PeftfxError, match="not installed: gguf accelerate"):
         load_base(path)
 

@@ -36,9 +36,9 @@ from zoo import ZOO
 
 import peftfx
 from peftfx import PeftfxError, PrefixTuning, PromptTuning, PTuning
+from peftfx.bases.example_inputs import example_inputs
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
-from peftfx.inputs import example_inputs
 from peftfx.passes import Remove
 from peftfx.peft_files import STATE
 from peftfx.soft import PROMPT

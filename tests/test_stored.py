@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 import peftfx
-from peftfx.bases import load_base
+from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
 from peftfx.graph.lazy_weights import Stored, exact, faked, load, store
 
@@ -128,7 +128,7 @@ def test_a_stored_base_is_adapted_as_one_in_memory(base: Path) -> None:
 LOADED = """
 import sys, torch
 from pathlib import Path
-from peftfx.bases import load_base
+from peftfx.bases.load import load_base
 def anonymous():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))

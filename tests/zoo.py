@@ -11,8 +11,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from peftfx.bases.example_inputs import example_inputs
 from peftfx.graph.graph import Graph
-from peftfx.inputs import example_inputs
 
 TOKENS: Mapping[str, int] = {"vocab_size": 99, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
 _SIZES: Mapping[str, int] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.files import is_gguf
 from peftfx.graph.lazy_weights import store
-from peftfx.tasks import maker_of, resolve_task
 
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -32,7 +32,7 @@ def load_base(
 
     Args:
         directory: has `config.json` and, in safetensors, the weights. Nothing is downloaded, unpickled or executed. Or
-            a GGUF file; see `peftfx.gguf`.
+            a GGUF file; see `peftfx.bases.gguf`.
         task: makes the head; by default the class named in the config.
         num_labels: of a classification head, where the config does not say it.
         weights: read them; otherwise parameters stay uninitialised (buffers do not), for a capture alone.
@@ -45,7 +45,7 @@ def load_base(
     """
     directory = Path(directory)
     if is_gguf(directory):
-        from peftfx.gguf import load_gguf
+        from peftfx.bases.gguf import load_gguf
 
         return load_gguf(directory, task=task, weights=weights, dtype=dtype)
     config = read_base_config(directory)

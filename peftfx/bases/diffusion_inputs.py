@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from peftfx.configs import first_of
+from peftfx.bases.config_fields import first_of
 
 
 def denoises(model: nn.Module) -> bool:

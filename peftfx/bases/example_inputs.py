@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from peftfx.configs import first_of, number_of, special_tokens
-from peftfx.denoiser import denoiser_inputs, denoises
+from peftfx.bases.config_fields import first_of, number_of, special_tokens
+from peftfx.bases.diffusion_inputs import denoiser_inputs, denoises
+from peftfx.bases.tasks import resolve_task, task_of
 from peftfx.errors import PeftfxError, nearest
-from peftfx.tasks import resolve_task, task_of
 
 #: Sizes of an example. All differ and none is 1, so that a capture confuses no two axes and fixes none. `sequence`
 #: counts text tokens: a model whose prompt holds its image gets that many more.

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.errors import PeftfxError, first_line
 from peftfx.files import is_gguf
-from peftfx.tasks import maker_of, resolve_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
