@@ -32,10 +32,10 @@ def cost(layers: int) -> Costs:
 
     import peftfx
     from peftfx.adapted import AdaptedModel
+    from peftfx.analysis.roles import find_sites
     from peftfx.bases.example_inputs import example_inputs
     from peftfx.export.onnx import to_onnx
     from peftfx.passes import Merge
-    from peftfx.roles import find_sites
 
     costs: Costs = {}
 

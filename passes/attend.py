@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from peftfx.adapter import Adapter
+from peftfx.analysis.weight_ops import module_path
 from peftfx.attending import AttentionMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import ADAPTERS
-from peftfx.occurrences import module_path
 from peftfx.passes.apply import apply_at
 from peftfx.passes.base import REGION, Region
 from peftfx.passes.site_op import operands

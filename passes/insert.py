@@ -8,11 +8,11 @@ import torch
 from torch import fx
 
 from peftfx.adapter import Adapter
+from peftfx.analysis.weight_ops import module_path
 from peftfx.attending import AttentionMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
-from peftfx.occurrences import module_path
 from peftfx.overriding import OverrideMethod
 from peftfx.passes.apply import apply_at
 from peftfx.passes.attend import join

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
-from peftfx.dataflow import ELEMENTWISE, names, op_name
+from peftfx.analysis.dataflow import ELEMENTWISE, names, op_name
 from peftfx.errors import PeftfxError
 from peftfx.passes.updated import add_node
 

@@ -14,13 +14,13 @@ from torch import fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from peftfx.analysis.roles import find_sites
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.entry import Call, Entry, forward
 from peftfx.errors import PeftfxError, first_line
 from peftfx.graph.contexts import fake_mode_of, isolated
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.graph.lazy_weights import faked
-from peftfx.roles import find_sites
 from peftfx.views import Axes, name_axes, without_cache
 
 

@@ -13,6 +13,7 @@ from law_pool import captured
 from law_setup import LOOSE, adapt, assert_close, assert_untouched, bare, snapshot, stir
 from torch import Tensor
 
+from peftfx.analysis.roles import find_sites
 from peftfx.errors import PeftfxError
 from peftfx.export.onnx import to_onnx
 from peftfx.export.runtime import OnnxModel
@@ -23,7 +24,6 @@ from peftfx.passes import Evaluate, Insert, Merge, PassManager, Remove
 from peftfx.passes.base import OVERRIDES
 from peftfx.passes.site_op import bind
 from peftfx.placement import SHARED, Placement, site_tensors
-from peftfx.roles import find_sites
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
 

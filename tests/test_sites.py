@@ -20,10 +20,10 @@ from conftest import Captured
 from torch import fx, nn
 from zoo import ZOO
 
+from peftfx.analysis.roles import find_sites
 from peftfx.capturing import capture
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE, Graph, link
-from peftfx.roles import find_sites
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from peftfx.attentions import Attention
-from peftfx.dataflow import Flow
+from peftfx.analysis.attentions import Attention
+from peftfx.analysis.dataflow import Flow
+from peftfx.analysis.rows import RowTracer
+from peftfx.analysis.weight_ops import Occurrence
 from peftfx.graph.graph import Graph
-from peftfx.occurrences import Occurrence
-from peftfx.rows import RowTracer
 from peftfx.sites.site import Part
 
 

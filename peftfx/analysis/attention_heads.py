@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftfx.attentions import Attention
-from peftfx.dataflow import FUSED_ATTENTION, Flow, op_name
+from peftfx.analysis.attentions import Attention
+from peftfx.analysis.dataflow import FUSED_ATTENTION, Flow, op_name
+from peftfx.analysis.facts import Analysis
+from peftfx.analysis.rows import RowTracer, as_ranges, hint
+from peftfx.analysis.weight_ops import Occurrence
 from peftfx.errors import PeftfxError
-from peftfx.facts import Analysis
 from peftfx.graph.graph import BASE
-from peftfx.occurrences import Occurrence
-from peftfx.rows import RowTracer, as_ranges, hint
 from peftfx.sites.blocks import Block, Rows
 from peftfx.sites.site import Heads, Part
 

@@ -15,17 +15,17 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx
 
-from peftfx.attention_heads import read_heads
-from peftfx.attentions import Attention, find_attentions
-from peftfx.dataflow import ACTIVATED, GATED, NORMED, SPLIT, trace_flow
+from peftfx.analysis.attention_heads import read_heads
+from peftfx.analysis.attentions import Attention, find_attentions
+from peftfx.analysis.dataflow import ACTIVATED, GATED, NORMED, SPLIT, trace_flow
+from peftfx.analysis.embeddings import embedding_role
+from peftfx.analysis.facts import Analysis, WeightFacts
+from peftfx.analysis.model_heads import reaches_output
+from peftfx.analysis.norms import find_norms
+from peftfx.analysis.rows import as_ranges
+from peftfx.analysis.weight_ops import Occurrence, find_occurrences, module_path
 from peftfx.errors import PeftfxError
-from peftfx.facts import Analysis, WeightFacts
 from peftfx.graph.graph import Graph
-from peftfx.heads import reaches_output
-from peftfx.indices import embedding_role
-from peftfx.norms import find_norms
-from peftfx.occurrences import Occurrence, find_occurrences, module_path
-from peftfx.rows import as_ranges
 from peftfx.sites.site import Call, Heads, Part, Site, layer_of
 from peftfx.sites.sites import Sites
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftfx.dataflow import ACTIVATED, MOVEMENT, PRODUCTS, Flow, names, op_name
+from peftfx.analysis.dataflow import ACTIVATED, MOVEMENT, PRODUCTS, Flow, names, op_name
 from peftfx.graph.graph import Graph
 
 Rows = tuple[tuple[int, int], ...]

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftfx.dataflow import names, op_name
+from peftfx.analysis.dataflow import names, op_name
 from peftfx.graph.graph import Graph
 
 _COUNTING = names("arange cumsum bucketize searchsorted")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from peftfx.dataflow import ACTIVATIONS, ELEMENTWISE, MOVEMENT, PRODUCTS, Flow, op_name
+from peftfx.analysis.dataflow import ACTIVATIONS, ELEMENTWISE, MOVEMENT, PRODUCTS, Flow, op_name
 from peftfx.graph.graph import Graph
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from peftfx.dataflow import ELEMENTWISE, MOVEMENT, NORMED, PRODUCTS, Flow, names, op_name
+from peftfx.analysis.dataflow import ELEMENTWISE, MOVEMENT, NORMED, PRODUCTS, Flow, names, op_name
+from peftfx.analysis.weight_ops import module_path
 from peftfx.graph.graph import BASE, Graph
-from peftfx.occurrences import module_path
 from peftfx.sites.site import NORM, Call, Site, layer_of
 
 _NORMS = names("layer_norm rms_norm group_norm batch_norm instance_norm")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from peftfx.dataflow import FUSED_ATTENTION, MATMULS, Flow, op_name, operands
+from peftfx.analysis.dataflow import FUSED_ATTENTION, MATMULS, Flow, op_name, operands
 from peftfx.graph.graph import Graph
 
 

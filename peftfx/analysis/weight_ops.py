@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from peftfx.dataflow import is_depthwise, names, op_name
+from peftfx.analysis.dataflow import is_depthwise, names, op_name
 from peftfx.graph.graph import BASE, Graph
 
 _TRANSPOSES = names("t numpy_T mT transpose permute adjoint")
