@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from peftfx.adapted import AdaptedModel
-from peftfx.decode import Decode
-from peftfx.entry import VirtualTokens
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment import Deployment, Inputs
 from peftfx.export.parts import DECODE, FORWARD, Part, capture_parts, refuse_fixed, views_of
@@ -27,9 +25,11 @@ from peftfx.export.verify import Reference, reference_of
 from peftfx.graph.slots import PREFIX, PROMPT
 from peftfx.passes.by_row import ByRow
 from peftfx.passes.fold import Evaluate
-from peftfx.rowwise import BATCHED, IDS, PromptsByRow, Rowwise
-from peftfx.seq2seq import Decoder, Encoder
 from peftfx.soft import size_of
+from peftfx.views.decode import Decode
+from peftfx.views.encoder_decoder import Decoder, Encoder
+from peftfx.views.entry import VirtualTokens
+from peftfx.views.row_adapters import BATCHED, IDS, PromptsByRow, Rowwise
 
 _SOFT = (("", PREFIX), ("", PROMPT))  #: the places of soft prompts
 

@@ -64,8 +64,8 @@ def export_onnx(
 
     In the forward view, inputs and outputs have the names of the model's keyword arguments and output fields; batch and
     sequence are free. In the decode view they are those that runtimes which generate know, cache in and out: see
-    `peftfx.decode`; an encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx` over one file of weights:
-    see `peftfx.seq2seq`. The result is run in ONNX Runtime at sizes that the export never saw, against the graph and
+    `peftfx.views.decode`; an encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx` over one file of weights:
+    see `peftfx.views.encoder_decoder`. The result is run in ONNX Runtime at sizes that the export never saw, against the graph and
     against the base module with its adapters in torch, and moved into place only if they agree.
 
     Args:

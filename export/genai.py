@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peftfx.decode import PAST, PRESENT, Decode
+from peftfx.views.decode import PAST, PRESENT, Decode
 
 FILE = "genai_config.json"
 #: Fields of configs that say how many tokens a model can hold; one without any has no limit of its own.

@@ -13,10 +13,10 @@ from peftfx.errors import PeftfxError, nearest
 from peftfx.export.verify import Comparison
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Slot
-from peftfx.opened import Opened, Place
-from peftfx.rowwise import Rowwise
 from peftfx.soft import encodes_and_decodes
-from peftfx.views import View, name_axes
+from peftfx.views.prompt_inputs import Opened, Place
+from peftfx.views.row_adapters import Rowwise
+from peftfx.views.view import View, name_axes
 
 FORWARD, DECODE, AUTO = "forward", "decode", "auto"
 #: Axes that have to be free where nobody gave a size.

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from peftfx.capturing import capture
-from peftfx.entry import forward
 from peftfx.errors import PeftfxError
 from peftfx.export.probes import hold
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, PROMPT
 from peftfx.methods.prefix_tuning import PrefixTuning
 from peftfx.methods.prompt_tuning import PromptTuning
-from peftfx.opened import Place, through
 from peftfx.sites.sites import Sites
 from peftfx.soft import sequence_site, untyped
-from peftfx.views import name_axes, without_cache
+from peftfx.views.capture import capture
+from peftfx.views.entry import forward
+from peftfx.views.prompt_inputs import Place, through
+from peftfx.views.view import name_axes, without_cache
 
 EXAMPLE = 3  #: virtual tokens of an example
 

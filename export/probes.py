@@ -10,11 +10,11 @@ from torch.utils import _pytree as pytree
 
 from peftfx.adapted import AdaptedModel
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.entry import Entry, forward
 from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verify import VerificationError
 from peftfx.graph.graph import TensorSpec, path_name
-from peftfx.views import View, without_cache
+from peftfx.views.entry import Entry, forward
+from peftfx.views.view import View, without_cache
 
 SIZES: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 9, "decoder_sequence": 4},

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from peftfx.adapted import AdaptedModel
 from peftfx.attending import key_weight
-from peftfx.decode import Decode
 from peftfx.errors import PeftfxError
 from peftfx.export.parts import DECODE
 from peftfx.export.wanted import Wanted, wanted_of
@@ -23,6 +22,7 @@ from peftfx.passes.by_row import BIAS, SHOWN
 from peftfx.placement import owner_of, site_tensors
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
 from peftfx.update import Update
+from peftfx.views.decode import Decode
 
 
 def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, str], Tensor]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from peftfx.adapted import AdaptedModel
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
-from peftfx.decode import Decode
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment import Deployment, Inputs
 from peftfx.export.metadata import PERM, SOURCE
@@ -29,11 +28,12 @@ from peftfx.export.probes import nested, probes
 from peftfx.export.quantize import FINITE
 from peftfx.graph.graph import BASE
 from peftfx.graph.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot, fingerprint
-from peftfx.opened import Opened, Place
 from peftfx.passes.open import Open, slots_of
-from peftfx.seq2seq import Decoder, Encoder
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site, plays
 from peftfx.sites.target import select
+from peftfx.views.decode import Decode
+from peftfx.views.encoder_decoder import Decoder, Encoder
+from peftfx.views.prompt_inputs import Opened, Place
 
 SLOTS = "all-linear"  #: the sites that get slots where nobody chose
 #: Roles of layers whose input IA3 scales. HF PEFT names modules: for BERT both that end in `output.dense`.

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from peftfx.adapted import AdaptedModel
 from peftfx.attending import AttentionMethod
-from peftfx.entry import VirtualTokens
 from peftfx.errors import PeftfxError
 from peftfx.export.parts import DECODE
 from peftfx.graph.graph import DERIVED
@@ -27,6 +26,7 @@ from peftfx.placement import SAVED, Override, Placement, owner_of, site_tensors
 from peftfx.sites.site import Site
 from peftfx.soft import SequenceMethod
 from peftfx.update import Update
+from peftfx.views.entry import VirtualTokens
 
 Wanted = dict[tuple[str, str], Tensor]
 """What goes where: by a path and what a slot there holds."""

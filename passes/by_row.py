@@ -24,8 +24,8 @@ from peftfx.passes.beside import join_beside
 from peftfx.passes.norm_rows import replace_by_row
 from peftfx.passes.read_apart import read_apart
 from peftfx.passes.updated import Acting, add_node, along_channels, conv_low, product, times, update_call
-from peftfx.rowwise import IDS, PREFIXES, PROMPTS
 from peftfx.sites.site import Call, Site
+from peftfx.views.row_adapters import IDS, PREFIXES, PROMPTS
 
 aten = torch.ops.aten
 BIAS, SHOWN = "bias", "beside.shown"  #: of a stack: at a layer; beside an attention, [rows, tokens], which there are

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from peftfx.ahead import Prefilled
-from peftfx.decode import PRESENT, Decode, cache_names
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import CONSTANTS, DERIVED, Graph
 from peftfx.graph.recipe import Get
 from peftfx.passes.base import Pass, PassResult, attribute, attributes_of
+from peftfx.views.cache_prefix import Prefilled
+from peftfx.views.decode import PRESENT, Decode, cache_names
 
 NAME = "sequence.prefilled"  #: of the derived tensor
 TOLERANCE = 1e-4  #: of keys under one text against those under another, relative to the largest

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from peftfx import runtime as runtime
     from peftfx.adapted import AdaptedModel
     from peftfx.api import inspect, load, plan, transform
-    from peftfx.capturing import capture
     from peftfx.errors import PeftfxError
     from peftfx.export import export_adapter, export_onnx
     from peftfx.graph.graph import Graph
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from peftfx.sites.site import Site
     from peftfx.sites.sites import Sites
     from peftfx.trainer_callbacks import RankAllocation
+    from peftfx.views.capture import capture
 
 
 # Names are imported when first used: torch and transformers take seconds, and `peftfx --help` needs neither.
@@ -50,7 +50,7 @@ _HOME = {
     "Sites": "peftfx.sites.sites",
     "TrainableTokens": "peftfx.methods.trainable_tokens",
     "VeRA": "peftfx.methods.vera",
-    "capture": "peftfx.capturing",
+    "capture": "peftfx.views.capture",
     "export_adapter": "peftfx.export",
     "export_onnx": "peftfx.export",
     "inspect": "peftfx.api",

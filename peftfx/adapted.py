@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.adapter import Adapter
-from peftfx.arguments import named_arguments
-from peftfx.entry import Entry
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import evaluating, fake_mode_of
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
@@ -25,8 +23,10 @@ from peftfx.passes.merge import Merge
 from peftfx.rules import place
 from peftfx.sites.sites import Sites
 from peftfx.soft import SequenceMethod
-from peftfx.views import View
-from peftfx.within import within
+from peftfx.views.arguments import named_arguments
+from peftfx.views.entry import Entry
+from peftfx.views.prompt_in_view import within
+from peftfx.views.view import View
 
 LOSS = "loss"  #: the output that methods add their penalties to
 Rules = object

@@ -9,10 +9,10 @@ from torch import nn
 
 from peftfx.adapted import AdaptedModel
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.capturing import capture
 from peftfx.graph.contexts import evaluating
 from peftfx.planning import Plan, make_plan
 from peftfx.sites.sites import Sites
+from peftfx.views.capture import capture
 
 
 def transform(

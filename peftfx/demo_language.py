@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapted import AdaptedModel
-from peftfx.caches import held
+from peftfx.views.cache import held
 
 BATCH, WARM_UP = 2, 3
 

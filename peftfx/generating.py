@@ -19,7 +19,7 @@ from peftfx.graph.graph import Graph
 from peftfx.soft import encodes_and_decodes
 from peftfx.stepping import Generates, Step
 from peftfx.stepping_from_text import GeneratesFromText, TextEncoder
-from peftfx.views import View
+from peftfx.views.view import View
 
 
 def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_of: Callable[[View], Graph]) -> Any:

@@ -8,21 +8,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from peftfx.ahead import Prefilled
-from peftfx.capturing import capture
-from peftfx.decode import Decode
-from peftfx.entry import Entry
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.graph.graph import ADAPTERS, Graph, path_name
 from peftfx.named import Named
-from peftfx.named_views import find_view
 from peftfx.passes.base import Pass, PassManager
 from peftfx.passes.fold import evaluate
 from peftfx.passes.insert import Insert
 from peftfx.passes.prefill import Left, Prefill
 from peftfx.passes.sweep import Sweep
-from peftfx.views import View
+from peftfx.views.cache_prefix import Prefilled
+from peftfx.views.capture import capture
+from peftfx.views.decode import Decode
+from peftfx.views.entry import Entry
+from peftfx.views.named_views import find_view
+from peftfx.views.view import View
 
 
 class Graphs:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from peftfx.decode import PAST
 from peftfx.export.runtime import OnnxModel
 from peftfx.served import Served
+from peftfx.views.decode import PAST
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 

@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.export.runtime import OnnxModel
 from peftfx.graph.slots import MODEL
-from peftfx.rowwise import BATCHED, IDS
+from peftfx.views.row_adapters import BATCHED, IDS
 
 DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 
 from peftfx.buffers import BufferedCache, Buffers
-from peftfx.caches import Held
-from peftfx.decode import PAST, PRESENT, Decode, cache_names
 from peftfx.errors import PeftfxError
 from peftfx.export.runtime import OnnxModel
-from peftfx.seq2seq import DECODED, ENCODED, Decoder, Layers
 from peftfx.served import DTYPES, Served
 from peftfx.stepping import Generates
 from peftfx.stepping_from_text import GeneratesFromText, TextEncoder
+from peftfx.views.cache import Held
+from peftfx.views.decode import PAST, PRESENT, Decode, cache_names
+from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder, Layers
 
 
 class _Buffered:

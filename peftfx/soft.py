@@ -1,6 +1,6 @@
 """SequenceMethod: what a rule does ahead of the model's token stream, by virtual tokens or by their keys and values.
 
-A sequence method says what fills the hole of an entry (`peftfx/entry.py`); the compiler traces that once and splices it
+A sequence method says what fills the hole of an entry (`peftfx/views/entry.py`); the compiler traces that once and splices it
 in. It depends on no input: merging makes a constant of it, whatever encoder it came from.
 """
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from peftfx.bases.config_fields import collect_configs
 from peftfx.bases.tasks import task_of
-from peftfx.entry import Entry, VirtualTokens
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE
 from peftfx.method import PLACING, Method, Params
 from peftfx.sites.site import Call, Site
 from peftfx.sites.sites import Sites
+from peftfx.views.entry import Entry, VirtualTokens
 
 SEQUENCE = "sequence"
 PROMPT = "prompt_embeddings"  #: HF PEFT's name for what is saved, and ours for a prompt without an encoder

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from peftfx.caches import cache_of, fill, held, refuse
-from peftfx.decode import PAST, PRESENT, Decode, cache_names
 from peftfx.errors import PeftfxError
-from peftfx.rowwise import IDS
+from peftfx.views.cache import cache_of, fill, held, refuse
+from peftfx.views.decode import PAST, PRESENT, Decode, cache_names
+from peftfx.views.row_adapters import IDS
 
 Step = Callable[[dict[str, Tensor], Cache | None], Mapping[str, Tensor]]
 """Runs a view on its inputs, by name; the cache is where it may keep memory for what it returns."""

@@ -7,12 +7,12 @@ from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from peftfx.caches import cache_of, fill, held
-from peftfx.decode import PAST, PRESENT, cache_names
 from peftfx.errors import PeftfxError
-from peftfx.rowwise import IDS
-from peftfx.seq2seq import DECODED, ENCODED, Decoder
 from peftfx.stepping import Generates, Step, refuse_arguments
+from peftfx.views.cache import cache_of, fill, held
+from peftfx.views.decode import PAST, PRESENT, cache_names
+from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder
+from peftfx.views.row_adapters import IDS
 
 
 class TextEncoder:

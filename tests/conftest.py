@@ -12,7 +12,7 @@ from hypothesis import settings
 from zoo import ZOO, Captured
 
 from peftfx.adapted import AdaptedModel
-from peftfx.capturing import capture
+from peftfx.views.capture import capture
 
 torch.set_num_threads(1)
 settings.register_profile("whole")  # `--hypothesis-profile=whole`: the laws on all of their examples

@@ -11,8 +11,8 @@ from law_blocks import WIDTH, Attention, Block, Branch, Conv, Dense, Mix, Mlp, N
 from law_models import Image, Spec, Text
 from torch import nn
 
-from peftfx.capturing import capture
 from peftfx.graph.graph import BASE, Graph, link
+from peftfx.views.capture import capture
 
 #: One of each kind of block on its own: what a failing example shrinks to.
 SMALL = (

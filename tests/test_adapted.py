@@ -26,7 +26,7 @@ from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
 from peftfx.errors import PeftfxError
 from peftfx.methods.lora import LoRA
-from peftfx.views import without_cache
+from peftfx.views.view import without_cache
 
 QUERY_VALUE = {"r": 4, "lora_alpha": 6, "target_modules": ["query", "value"]}
 

@@ -32,7 +32,7 @@ from peftfx import (
 )
 from peftfx.adapted import AdaptedModel
 from peftfx.export.command import export_directory
-from peftfx.rowwise import IDS
+from peftfx.views.row_adapters import IDS
 
 Run = Callable[..., Result]
 #: A norm that is an operator and one that is `1 + weight`, norms of heads, a packed projection, no cache.

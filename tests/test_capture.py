@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 from zoo import ZOO, Captured
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.capturing import capture
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
-from peftfx.views import name_axes, without_cache
+from peftfx.views.capture import capture
+from peftfx.views.view import name_axes, without_cache
 
 Get = Callable[[str], Captured]
 

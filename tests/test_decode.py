@@ -19,9 +19,9 @@ from zoo import TOKENS, ZOO
 import peftfx
 import peftfx.runtime
 from peftfx.adapted import AdaptedModel
-from peftfx.decode import PAST, PRESENT, Decode, cache_names, positions
-from peftfx.named_views import find_view
-from peftfx.views import without_cache
+from peftfx.views.decode import PAST, PRESENT, Decode, cache_names, positions
+from peftfx.views.named_views import find_view
+from peftfx.views.view import without_cache
 
 CAUSAL = [name for name, entry in ZOO.items() if entry.task == "text-generation"]
 NEW = 32

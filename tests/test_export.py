@@ -19,7 +19,7 @@ import peftfx
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
 from peftfx.graph.graph import leaf_names
-from peftfx.views import without_cache
+from peftfx.views.view import without_cache
 
 # Whisper's code reads fields of these modules that peft's wrappers do not have.
 LEFT_OUT = {"whisper": ["conv1", "conv2", "embed_positions"]}

@@ -14,9 +14,9 @@ from zoo import ZOO
 
 import peftfx
 from peftfx import runtime
-from peftfx.decode import Decode, Held
 from peftfx.export.genai import FILE, write_genai_config
 from peftfx.method import Method
+from peftfx.views.decode import Decode, Held
 
 NEW = 24
 

@@ -19,7 +19,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from zoo import ZOO, Entry
 
-from peftfx.capturing import capture
 from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
 from peftfx.export.metadata import ENGINE
@@ -29,6 +28,7 @@ from peftfx.export.runtime import OnnxModel
 from peftfx.export.verify import VerificationError, reference_of, verify
 from peftfx.export.weights import save
 from peftfx.graph.graph import Graph
+from peftfx.views.capture import capture
 
 Tensors = dict[str, torch.Tensor]
 

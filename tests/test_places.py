@@ -38,8 +38,8 @@ from peftfx.export.adapter_files import read_adapter_file
 from peftfx.export.adapters import export_adapter
 from peftfx.export.places import capture_forward, places_of
 from peftfx.passes import Evaluate, Merge
-from peftfx.seq2seq import Decoder, Encoder
 from peftfx.soft import SequenceMethod
+from peftfx.views.encoder_decoder import Decoder, Encoder
 
 Run = Callable[..., Result]
 PROMPTED = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftfx.capturing import capture
 from peftfx.sites.site import Site
+from peftfx.views.capture import capture
 
 
 class Attend(nn.Module):

@@ -14,7 +14,7 @@ from zoo import TOKENS, ZOO
 
 from peftfx import IA3, LoRA, PeftfxError, PrefixTuning, PromptTuning, PTuning, runtime, transform
 from peftfx.adapted import AdaptedModel
-from peftfx.rowwise import IDS, lay
+from peftfx.views.row_adapters import IDS, lay
 
 RULES = {
     "low": LoRA(r=2, lora_alpha=5, target="all-linear"),

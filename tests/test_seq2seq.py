@@ -21,9 +21,9 @@ from zoo import ZOO
 import peftfx
 import peftfx.runtime
 from peftfx.adapted import AdaptedModel
-from peftfx.named_views import find_view
-from peftfx.seq2seq import DECODED, ENCODED
-from peftfx.views import without_cache
+from peftfx.views.encoder_decoder import DECODED, ENCODED
+from peftfx.views.named_views import find_view
+from peftfx.views.view import without_cache
 
 NAMES = ["t5", "bart"]
 

@@ -21,11 +21,11 @@ from torch import fx, nn
 from zoo import ZOO
 
 from peftfx.analysis.roles import find_sites
-from peftfx.capturing import capture
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE, Graph, link
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
+from peftfx.views.capture import capture
 
 GOLDEN = Path(__file__).parent / "golden" / "sites.json"
 

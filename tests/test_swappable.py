@@ -37,7 +37,6 @@ from peftfx import (
     transform,
 )
 from peftfx.adapted import AdaptedModel
-from peftfx.decode import Decode
 from peftfx.export import OnnxModel
 from peftfx.export.adapter_command import export_adapter_directories
 from peftfx.export.adapter_files import read_adapter_file
@@ -46,6 +45,7 @@ from peftfx.export.command import export_directory
 from peftfx.export.swappable import Slots
 from peftfx.graph.slots import FILE, Manifest
 from peftfx.passes import Evaluate, Merge
+from peftfx.views.decode import Decode
 
 Run = Callable[..., Result]
 #: A rule of each method, and of what stands beside another.

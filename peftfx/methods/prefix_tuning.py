@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.encoders import EMBEDDING, embedding, layer, perceptron
-from peftfx.entry import Entry
 from peftfx.errors import PeftfxError
 from peftfx.method import Method, Params
-from peftfx.prefix import Prefix, cache_shape
 from peftfx.sites.site import Site
 from peftfx.soft import PROMPT, SequenceMethod, encodes_and_decodes, stream_dtype, submodules_of, untyped
 from peftfx.vectors import adapter_dtype
+from peftfx.views.entry import Entry
+from peftfx.views.prefix import Prefix, cache_shape
 
 _TRANSFORM = ("transform_0", "transform_2")
 

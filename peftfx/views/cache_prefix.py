@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftfx.caches import Held
-from peftfx.decode import PAST, PRESENT, cache_names
-from peftfx.entry import POSITIONS, Call, Entry, VirtualTokens
+from peftfx.views.cache import Held
+from peftfx.views.decode import PAST, PRESENT, cache_names
+from peftfx.views.entry import POSITIONS, Call, Entry, VirtualTokens
 
 _MASK = "attention_mask"
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from peftfx.ahead import Ahead
-from peftfx.decode import Decode
-from peftfx.entry import PER_TOKEN, POSITIONS, Call, Entry, VirtualTokens
 from peftfx.errors import PeftfxError
-from peftfx.seq2seq import Decoder, Encoder
-from peftfx.views import Axes
+from peftfx.views.cache_prefix import Ahead
+from peftfx.views.decode import Decode
+from peftfx.views.encoder_decoder import Decoder, Encoder
+from peftfx.views.entry import PER_TOKEN, POSITIONS, Call, Entry, VirtualTokens
+from peftfx.views.view import Axes
 
 IDS = "adapter_ids"  #: the input: the number of each row's adapter, -1 for none
 BATCHED = "peftfx_adapters.json"  #: beside the model: the adapters' names, in the order of their numbers

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from peftfx.graph.contexts import evaluating, fake_mode_of
 from peftfx.graph.lazy_weights import faked
-from peftfx.views import without_cache
+from peftfx.views.view import without_cache
 
 
 @contextmanager

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from peftfx.ahead import Ahead
-from peftfx.decode import Decode
-from peftfx.entry import Call, Entry
 from peftfx.graph.slots import PREFIX, PROMPT, Slot
-from peftfx.seq2seq import Decoder, Encoder
-from peftfx.views import Axes
-from peftfx.within import width_of, within
+from peftfx.views.cache_prefix import Ahead
+from peftfx.views.decode import Decode
+from peftfx.views.encoder_decoder import Decoder, Encoder
+from peftfx.views.entry import Call, Entry
+from peftfx.views.prompt_in_view import width_of, within
+from peftfx.views.view import Axes
 
 
 @dataclass(frozen=True)

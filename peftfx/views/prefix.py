@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.dry_run import dry_run
-from peftfx.entry import POSITIONS, Call, Entry
 from peftfx.errors import PeftfxError
+from peftfx.views.dry_run import dry_run
+from peftfx.views.entry import POSITIONS, Call, Entry
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache, DynamicCache

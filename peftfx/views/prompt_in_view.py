@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from peftfx.ahead import Ahead, Prefilled
-from peftfx.caches import Held
-from peftfx.decode import Decode
-from peftfx.entry import Entry, VirtualTokens
 from peftfx.errors import PeftfxError
-from peftfx.prefix import Prefix
-from peftfx.seq2seq import DECODED, Decoder, Encoder
-from peftfx.views import View
+from peftfx.views.cache import Held
+from peftfx.views.cache_prefix import Ahead, Prefilled
+from peftfx.views.decode import Decode
+from peftfx.views.encoder_decoder import DECODED, Decoder, Encoder
+from peftfx.views.entry import Entry, VirtualTokens
+from peftfx.views.prefix import Prefix
+from peftfx.views.view import View
 
 
 def within(view: View, entry: Entry) -> tuple[View, Entry | None]:

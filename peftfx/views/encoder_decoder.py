@@ -23,12 +23,12 @@ from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.caches import Held, cache_of, held
-from peftfx.decode import PAST, PRESENT, cache_names
-from peftfx.dry_run import dry_run
 from peftfx.errors import PeftfxError, first_line
 from peftfx.graph.slots import PROMPT
-from peftfx.views import Axes
+from peftfx.views.cache import Held, cache_of, held
+from peftfx.views.decode import PAST, PRESENT, cache_names
+from peftfx.views.dry_run import dry_run
+from peftfx.views.view import Axes
 
 SIZES: Mapping[str, int] = {"batch": 2, "encoder_sequence": 7, "sequence": 5, "past": 3}
 ENCODED, DECODED = "encoder", "decoder"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from peftfx.decode import decode_view
 from peftfx.errors import PeftfxError, nearest
-from peftfx.seq2seq import Decoder, Encoder, find_layers
-from peftfx.views import View
+from peftfx.views.decode import decode_view
+from peftfx.views.encoder_decoder import Decoder, Encoder, find_layers
+from peftfx.views.view import View
 
 
 def find_view(base: nn.Module, name: str) -> View | None:

@@ -16,12 +16,12 @@ from torch.utils import _pytree as pytree
 
 from peftfx.analysis.roles import find_sites
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.entry import Call, Entry, forward
 from peftfx.errors import PeftfxError, first_line
 from peftfx.graph.contexts import fake_mode_of, isolated
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.graph.lazy_weights import faked
-from peftfx.views import Axes, name_axes, without_cache
+from peftfx.views.entry import Call, Entry, forward
+from peftfx.views.view import Axes, name_axes, without_cache
 
 
 def capture(
@@ -39,11 +39,11 @@ def capture(
         inputs: keyword arguments of its forward. Tensors (nested ones too) become inputs of the graph; everything
             else is a constant of this view. Only dtypes and sizes of the tensors matter. By default examples made
             from a transformers model's config.
-        axes: a name for each axis of each tensor; by default `peftfx.views.name_axes`. Axes of one name have one
+        axes: a name for each axis of each tensor; by default `peftfx.views.view.name_axes`. Axes of one name have one
             size. A named axis is left free, also where its size is 1, unless the model's own code fixes it; one named
             `None` keeps its size, and the axes of a tensor that is not mentioned are all free.
         call: how the model is run with `inputs`; by default its forward takes them.
-        entry: a way to make the call under something more; see `peftfx.entry`.
+        entry: a way to make the call under something more; see `peftfx.views.entry`.
 
     Raises:
         PeftfxError: the model's code cannot be captured (it branches on values, or returns no tensors).

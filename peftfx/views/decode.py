@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.caches import Held, cache_of, held, refuse_unknown
-from peftfx.dry_run import dry_run
 from peftfx.errors import PeftfxError, first_line
-from peftfx.views import Axes
+from peftfx.views.cache import Held, cache_of, held, refuse_unknown
+from peftfx.views.dry_run import dry_run
+from peftfx.views.view import Axes
 
 PAST, PRESENT = "past_key_values", "present"
 SIZES: Mapping[str, int] = {"batch": 2, "sequence": 5, "past": 3}
