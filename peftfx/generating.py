@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from peftfx.errors import PeftfxError
+from peftfx.generation.step import Generates, Step
+from peftfx.generation.step_encoder_decoder import GeneratesFromText, TextEncoder
 from peftfx.graph.graph import Graph
 from peftfx.soft import encodes_and_decodes
-from peftfx.stepping import Generates, Step
-from peftfx.stepping_from_text import GeneratesFromText, TextEncoder
 from peftfx.views.view import View
 
 

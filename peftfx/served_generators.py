@@ -12,9 +12,9 @@ from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedCon
 from peftfx.buffers import BufferedCache, Buffers
 from peftfx.errors import PeftfxError
 from peftfx.export.runtime import OnnxModel
+from peftfx.generation.step import Generates
+from peftfx.generation.step_encoder_decoder import GeneratesFromText, TextEncoder
 from peftfx.served import DTYPES, Served
-from peftfx.stepping import Generates
-from peftfx.stepping_from_text import GeneratesFromText, TextEncoder
 from peftfx.views.cache import Held
 from peftfx.views.decode import PAST, PRESENT, Decode, cache_names
 from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder, Layers

@@ -8,7 +8,7 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from peftfx.errors import PeftfxError
-from peftfx.stepping import Generates, Step, refuse_arguments
+from peftfx.generation.step import Generates, Step, refuse_arguments
 from peftfx.views.cache import cache_of, fill, held
 from peftfx.views.decode import PAST, PRESENT, cache_names
 from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder
