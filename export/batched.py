@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from peftfx.adapted import AdaptedModel
+from peftfx.contract.sequence import size_of
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment import Deployment, Inputs
 from peftfx.export.parts import DECODE, FORWARD, Part, capture_parts, refuse_fixed, views_of
@@ -25,7 +26,6 @@ from peftfx.export.verify import Reference, reference_of
 from peftfx.graph.slots import PREFIX, PROMPT
 from peftfx.passes.by_row import ByRow
 from peftfx.passes.fold import Evaluate
-from peftfx.soft import size_of
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from peftfx.contract.sequence import sequence_site, untyped
 from peftfx.errors import PeftfxError
 from peftfx.export.probes import hold
 from peftfx.graph.graph import Graph
@@ -17,7 +18,6 @@ from peftfx.graph.slots import PREFIX, PROMPT
 from peftfx.methods.prefix_tuning import PrefixTuning
 from peftfx.methods.prompt_tuning import PromptTuning
 from peftfx.sites.sites import Sites
-from peftfx.soft import sequence_site, untyped
 from peftfx.views.capture import capture
 from peftfx.views.entry import forward
 from peftfx.views.prompt_inputs import Place, through

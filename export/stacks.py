@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from peftfx.adapted import AdaptedModel
-from peftfx.attending import key_weight
+from peftfx.contract.attention import key_weight
+from peftfx.contract.placement import owner_of, site_tensors
+from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.export.parts import DECODE
 from peftfx.export.wanted import Wanted, wanted_of
@@ -19,9 +21,7 @@ from peftfx.graph.graph import BASE
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, A, B
 from peftfx.passes.by_row import BIAS, SHOWN
-from peftfx.placement import owner_of, site_tensors
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
-from peftfx.update import Update
 from peftfx.views.decode import Decode
 
 

@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.adapted import AdaptedModel
-from peftfx.attending import AttentionMethod
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.method import Base, WeightMethod
+from peftfx.contract.placement import SAVED, Override, Placement, owner_of, site_tensors
+from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.export.parts import DECODE
 from peftfx.graph.graph import DERIVED
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
-from peftfx.method import Base, WeightMethod
 from peftfx.passes.attend import split_heads
 from peftfx.passes.prefill import NAME
-from peftfx.placement import SAVED, Override, Placement, owner_of, site_tensors
 from peftfx.sites.site import Site
-from peftfx.soft import SequenceMethod
-from peftfx.update import Update
 from peftfx.views.entry import VirtualTokens
 
 Wanted = dict[tuple[str, str], Tensor]

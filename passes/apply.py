@@ -8,10 +8,10 @@ from collections.abc import Callable
 from torch import Tensor, fx
 
 from peftfx.adapter import Adapter
-from peftfx.method import WeightMethod
+from peftfx.contract.method import WeightMethod
+from peftfx.contract.placement import Placement
 from peftfx.passes.site_op import bind, operands
 from peftfx.passes.splice import Splicer
-from peftfx.placement import Placement
 from peftfx.sites.site import Call, Site
 
 

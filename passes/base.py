@@ -13,9 +13,9 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 
+from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
-from peftfx.placement import Placement
 
 Level = Literal["none", "lint", "metadata", "numeric"]
 REGION = "peftfx_region"  #: in `node.meta` of every inserted node: its `Region`

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx
 
-from peftfx.attending import attend_beside
+from peftfx.contract.attention import attend_beside
 from peftfx.graph.graph import Graph
 from peftfx.passes.attend import leaving, unstack
 from peftfx.passes.splice import trace

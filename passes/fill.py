@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import CONSTANTS
-from peftfx.soft import SequenceMethod
 from peftfx.views.entry import HOLE
 
 TARGET = f"{CONSTANTS}.{HOLE}"  #: the `get_attr` target of the hole

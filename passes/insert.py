@@ -9,18 +9,18 @@ from torch import fx
 
 from peftfx.adapter import Adapter
 from peftfx.analysis.weight_ops import module_path
-from peftfx.attending import AttentionMethod
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.override import OverrideMethod
+from peftfx.contract.placement import Override, Placement
+from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
-from peftfx.overriding import OverrideMethod
 from peftfx.passes.apply import apply_at
 from peftfx.passes.attend import join
 from peftfx.passes.base import OVERRIDES, Pass, PassResult, fake_like
 from peftfx.passes.fill import TARGET, first_operation, trace_virtual
 from peftfx.passes.splice import Splicer
-from peftfx.placement import Override, Placement
-from peftfx.soft import SequenceMethod
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from peftfx.contract.method import Op
 from peftfx.errors import PeftfxError
-from peftfx.method import Op
 from peftfx.passes.base import OVERRIDES
 from peftfx.sites.site import Call, Site
 

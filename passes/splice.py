@@ -13,11 +13,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeGuard  # type: ignore[attr-defined]
 
 from peftfx.adapter import Adapter
+from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import ADAPTERS, Graph
-from peftfx.method import Method, WeightMethod
 from peftfx.passes.base import REGION, REPLACES, Region, attribute, attributes_of, fake_like, results
-from peftfx.placement import Placement
 
 _TORCH = str(Path(torch.__file__).parent)
 

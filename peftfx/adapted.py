@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.adapter import Adapter
+from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import evaluating, fake_mode_of
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
@@ -22,7 +23,6 @@ from peftfx.named import Named
 from peftfx.passes.merge import Merge
 from peftfx.rules import place
 from peftfx.sites.sites import Sites
-from peftfx.soft import SequenceMethod
 from peftfx.views.arguments import named_arguments
 from peftfx.views.entry import Entry
 from peftfx.views.prompt_in_view import within

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from peftfx.attending import AttentionMethod
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.override import OverrideMethod
+from peftfx.contract.placement import SHARED, Override, Placed, Placement, owner_of, site_tensors
 from peftfx.errors import PeftfxError
-from peftfx.method import Method, WeightMethod
-from peftfx.overriding import OverrideMethod
-from peftfx.placement import SHARED, Override, Placed, Placement, owner_of, site_tensors
 
 
 class Adapter(nn.Module):

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from peftfx.adapter import Adapter
+from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError
 from peftfx.methods.adalora import KEPT, A, AdaLoRA, B, E
-from peftfx.placement import Placement
 
 IMPORTANCE, UNCERTAINTY = "importance", "uncertainty"
 

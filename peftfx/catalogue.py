@@ -7,9 +7,9 @@ import inspect
 import re
 from dataclasses import dataclass
 
-from peftfx.method import PLACING, Method
+from peftfx.contract.method import PLACING, Method
+from peftfx.contract.sequence import SequenceMethod
 from peftfx.methods import methods
-from peftfx.soft import SequenceMethod
 
 _ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*)$")
 

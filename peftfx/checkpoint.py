@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapter import Adapter, shared_key
+from peftfx.contract.method import Method
+from peftfx.contract.placement import SAVED, Override, Placed, Placement, site_tensors
+from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError, nearest
-from peftfx.method import Method
 from peftfx.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
-from peftfx.placement import SAVED, Override, Placed, Placement, site_tensors
 from peftfx.rules import overrides_of, placement_at, placements_of, refuse_crowding, saved_modules, within, without_ties
 from peftfx.sites.sites import Sites
-from peftfx.soft import SequenceMethod
 from peftfx.soft_files import read_prompt
 
 

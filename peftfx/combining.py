@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from peftfx.adapter import Adapter, whole
+from peftfx.contract.method import PLACING, Method, Params, Weighted, WeightMethod
+from peftfx.contract.placement import Placed, Placement
 from peftfx.errors import PeftfxError, nearest
-from peftfx.method import PLACING, Method, Params, Weighted, WeightMethod
-from peftfx.placement import Placed, Placement
 
 WAYS = ("linear", "cat")
 

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from peftfx.api import bare
 from peftfx.bases.gguf import unpack
 from peftfx.bases.load import load_base
+from peftfx.contract.method import Method
 from peftfx.demo import quiet
 from peftfx.demo_language import BATCH, continue_prompt, fine_tune, perplexity, start_from_text
 from peftfx.errors import PeftfxError
@@ -32,7 +33,6 @@ from peftfx.export.adapters import export_adapter
 from peftfx.export.atomic import publish
 from peftfx.export.deploy import copy_assets
 from peftfx.export.swappable import SLOTS
-from peftfx.method import Method
 from peftfx.methods.lora import LoRA
 from peftfx.methods.prefix_tuning import PrefixTuning
 from peftfx.passages import Passages, load_passages

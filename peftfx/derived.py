@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from peftfx.contract.method import Base, WeightMethod
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.recipe import Get, Recipe
-from peftfx.method import Base, WeightMethod
 from peftfx.sites.blocks import Block
 from peftfx.sites.site import Site
 

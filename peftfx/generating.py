@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache
 
+from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
 from peftfx.generation.step import Generates, Step
 from peftfx.generation.step_encoder_decoder import GeneratesFromText, TextEncoder
 from peftfx.graph.graph import Graph
-from peftfx.soft import encodes_and_decodes
 from peftfx.views.view import View
 
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from peftfx.adapter import Adapter
+from peftfx.contract.placement import Override
+from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError, nearest
-from peftfx.placement import Override
-from peftfx.soft import SequenceMethod
 
 
 class Named:

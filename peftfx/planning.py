@@ -11,14 +11,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftfx.adapter import Adapter
+from peftfx.contract.placement import Placed
+from peftfx.contract.sequence import SequenceMethod
 from peftfx.graph.contexts import fake_mode_of
-from peftfx.placement import Placed
 from peftfx.rule_text import write_rule
 from peftfx.rules import place, saved_modules, where, within
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import explain
-from peftfx.soft import SequenceMethod
 
 
 @dataclass(frozen=True)

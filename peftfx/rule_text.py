@@ -13,8 +13,8 @@ import ast
 import dataclasses
 import re
 
+from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError, nearest
-from peftfx.method import Method
 from peftfx.methods import methods
 
 _STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from peftfx.attending import AttentionMethod
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.override import OverrideMethod
+from peftfx.contract.placement import SAVED, Override, Placed, Placement, copies_of
+from peftfx.contract.sequence import SequenceMethod, sequence_site
 from peftfx.errors import PeftfxError, nearest
-from peftfx.method import Method, WeightMethod
-from peftfx.overriding import OverrideMethod
 from peftfx.peft_files import method_from_config
-from peftfx.placement import SAVED, Override, Placed, Placement, copies_of
 from peftfx.rule_text import parse_rules
 from peftfx.sites.site import Part, Site
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import Where, select
-from peftfx.soft import SequenceMethod, sequence_site
 from peftfx.tokens import trained_tokens
 
 

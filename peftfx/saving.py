@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from peftfx.adapter import Adapter, shared_key, whole
 from peftfx.checkpoint import name_of, override_name
+from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.placement import Placed, Placement
+from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.files import write_file, writing
-from peftfx.method import Method, WeightMethod
 from peftfx.peft_files import CONFIG, RULES, STATE, WEIGHTS
-from peftfx.placement import Placed, Placement
-from peftfx.soft import SequenceMethod
 from peftfx.soft_files import Contents, written_prompt
 
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from peftfx.adapter import Adapter
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.method import PLACING
+from peftfx.contract.placement import SAVED, Override, Placed, Placement
+from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError
-from peftfx.method import PLACING
 from peftfx.peft_files import STATE, WEIGHTS, Weights
-from peftfx.placement import SAVED, Override, Placed, Placement
 from peftfx.rules import ahead, overrides_of, saved_modules, within
 from peftfx.sites.sites import Sites
-from peftfx.soft import PROMPT, SequenceMethod
-from peftfx.vectors import adapter_dtype
 
 Contents = tuple[dict[str, object], dict[str, dict[str, Tensor]]]
 """An adapter's config, and its tensors by file."""

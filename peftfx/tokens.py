@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from peftfx.contract.placement import Override, rows_of
+from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, nearest
-from peftfx.placement import Override, rows_of
-from peftfx.soft import input_embeddings
 
 Tokens = Sequence[int] | Mapping[str, Sequence[int]] | None
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from peftfx.analysis.roles import find_sites
-from peftfx.attending import AttentionMethod
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.method import Base, Op, Params, WeightMethod
 from peftfx.graph.graph import Graph
-from peftfx.method import Base, Op, Params, WeightMethod
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from law_models import Spec
 from law_pool import POOL, captured
 
-from peftfx.attending import AttentionMethod
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.override import OverrideMethod
+from peftfx.contract.placement import Placement, copies_of, site_tensors
 from peftfx.errors import PeftfxError
-from peftfx.method import Method, WeightMethod
 from peftfx.methods import methods
-from peftfx.overriding import OverrideMethod
-from peftfx.placement import Placement, copies_of, site_tensors
 from peftfx.sites.site import Site
 
 #: Every method there is that acts at sites of a graph; a new file in `peftfx/methods` is under these laws without an

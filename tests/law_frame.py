@@ -8,8 +8,8 @@ from law_pool import captured
 from law_setup import adapt, assert_untouched, snapshot
 from torch import fx
 
+from peftfx.contract.method import Method
 from peftfx.graph.graph import ADAPTERS, Graph
-from peftfx.method import Method
 from peftfx.passes.base import OVERRIDES, REGION, REPLACES
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftfx.adapted import AdaptedModel
 from peftfx.adapter import Adapter
-from peftfx.method import Method
+from peftfx.contract.method import Method
 
 LOOSE = {"float32": 1e-4, "bfloat16": 0.1}  #: largest error by dtype, relative to the largest output
 

@@ -14,16 +14,16 @@ from law_setup import LOOSE, adapt, assert_close, assert_untouched, bare, snapsh
 from torch import Tensor
 
 from peftfx.analysis.roles import find_sites
+from peftfx.contract.method import Base, Method, WeightMethod
+from peftfx.contract.placement import SHARED, Placement, site_tensors
 from peftfx.errors import PeftfxError
 from peftfx.export.onnx import to_onnx
 from peftfx.export.runtime import OnnxModel
 from peftfx.export.weights import save
 from peftfx.graph.graph import ADAPTERS, Graph
-from peftfx.method import Base, Method, WeightMethod
 from peftfx.passes import Evaluate, Insert, Merge, PassManager, Remove
 from peftfx.passes.base import OVERRIDES
 from peftfx.passes.site_op import bind
-from peftfx.placement import SHARED, Placement, site_tensors
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
 

@@ -27,10 +27,10 @@ from zoo import Entry
 import peftfx
 from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
+from peftfx.contract.method import Method, WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
-from peftfx.method import Method, WeightMethod
 from peftfx.methods import method_named, methods
 
 STEPS = 10

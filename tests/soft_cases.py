@@ -16,7 +16,7 @@ import peftfx
 from peftfx.adapted import AdaptedModel
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.tasks import PEFT_TASKS
-from peftfx.soft import PROMPT
+from peftfx.contract.sequence import PROMPT
 
 COUNT = 4  #: of virtual tokens
 TASK_TYPES: Mapping[str, str] = {task: name for name, task in PEFT_TASKS.items()}
@@ -54,7 +54,7 @@ class Soft:
     """A soft prompt in peft's words and in ours."""
 
     config: type[peft.PeftConfig]
-    method: type[peftfx.soft.SequenceMethod]
+    method: type[peftfx.contract.sequence.SequenceMethod]
     options: Mapping[str, object]
 
     def theirs(self, name: str, model: nn.Module | None = None) -> nn.Module:

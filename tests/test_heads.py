@@ -13,10 +13,10 @@ from test_checkpoint import first, load_peft, same
 from zoo import ZOO
 
 import peftfx
-from peftfx.method import Method
+from peftfx.contract.method import Method
+from peftfx.contract.sequence import SequenceMethod
 from peftfx.methods import methods
 from peftfx.peft_files import WEIGHTS
-from peftfx.soft import SequenceMethod
 
 SHARED = {name: cls for name, cls in methods().items() if name in peft.PeftType.__members__}
 

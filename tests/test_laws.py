@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from law_cases import METHODS, WEIGHT_METHODS, Case, cases, examples
 from law_pool import POOL
 
-from peftfx.method import Method
+from peftfx.contract.method import Method
 
 every_method = pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS)
 FLOAT32 = tuple(spec for spec in POOL if spec.dtype == "float32")

@@ -12,8 +12,8 @@ from law_blocks import Attention, Dense
 from law_cases import Case
 from law_models import Text
 
-from peftfx.attending import AttentionMethod
-from peftfx.method import Method, WeightMethod
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.method import Method, WeightMethod
 from peftfx.passes import Insert, PassResult, Remove
 from peftfx.passes.base import REGION
 

@@ -32,13 +32,13 @@ from peftfx import (
 )
 from peftfx.adapted import AdaptedModel
 from peftfx.api import bare
+from peftfx.contract.sequence import SequenceMethod
 from peftfx.export import OnnxModel
 from peftfx.export.adapter_command import export_adapter_directories
 from peftfx.export.adapter_files import read_adapter_file
 from peftfx.export.adapters import export_adapter
 from peftfx.export.places import capture_forward, places_of
 from peftfx.passes import Evaluate, Merge
-from peftfx.soft import SequenceMethod
 from peftfx.views.encoder_decoder import Decoder, Encoder
 
 Run = Callable[..., Result]

@@ -20,7 +20,7 @@ from zoo import ZOO
 import peftfx
 from peftfx import IA3, LoRA, PeftfxError, PrefixTuning, PromptTuning
 from peftfx.adapted import AdaptedModel
-from peftfx.method import Method
+from peftfx.contract.method import Method
 from peftfx.methods import methods
 from peftfx.peft_files import RULES, WEIGHTS, rule_folders
 from peftfx.rule_text import parse_rules, write_rule

@@ -37,11 +37,11 @@ from zoo import ZOO
 import peftfx
 from peftfx import PeftfxError, PrefixTuning, PromptTuning, PTuning
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.contract.sequence import PROMPT
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
 from peftfx.passes import Remove
 from peftfx.peft_files import STATE
-from peftfx.soft import PROMPT
 
 CAUSAL = (
     *("gpt2", "bloom", "opt", "gpt_neo", "gpt_j", "gpt_neox", "llama", "glm", "qwen2", "mistral", "gemma", "phi"),
@@ -379,7 +379,7 @@ def test_a_prefix_of_a_classifier_is_the_backbones_behind_the_models_own_head(na
     ids=["prompt", "prefix"],
 )
 def test_a_model_of_images_and_text_has_it_in_its_language_model(
-    method: type[peftfx.soft.SequenceMethod], config: type[peft.PeftConfig]
+    method: type[peftfx.contract.sequence.SequenceMethod], config: type[peft.PeftConfig]
 ) -> None:
     """peft leaves it out, silently; the language model alone, under peft, is what BLIP-2 has then."""
     model = ZOO["blip2"].build()

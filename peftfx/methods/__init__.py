@@ -6,8 +6,8 @@ import functools
 import importlib
 import pkgutil
 
+from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError, nearest
-from peftfx.method import Method
 
 
 @functools.cache

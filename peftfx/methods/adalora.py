@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftfx.contract.broadcast import adapter_dtype, row_index
+from peftfx.contract.common.low_rank import check_options
+from peftfx.contract.method import Base, Method, Op, Params, WeightMethod
+from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
-from peftfx.low_rank import check_options
-from peftfx.method import Base, Method, Op, Params, WeightMethod
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
-from peftfx.update import Update
-from peftfx.vectors import adapter_dtype, row_index
 
 A, B, E = "lora_A", "lora_B", "lora_E"
 KEPT = "lora_E_kept"  #: which singular values the allocator kept

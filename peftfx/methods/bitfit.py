@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peftfx.method import Method
-from peftfx.overriding import OverrideMethod
+from peftfx.contract.method import Method
+from peftfx.contract.override import OverrideMethod
 from peftfx.sites.site import Site
 
 

@@ -16,12 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from peftfx.contract.broadcast import adapter_dtype, along_channels, along_columns, along_rows, row_index
+from peftfx.contract.method import Base, Method, Op, Params, Weighted, WeightMethod
+from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
-from peftfx.method import Base, Method, Op, Params, Weighted, WeightMethod
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
-from peftfx.update import Update
-from peftfx.vectors import adapter_dtype, along_channels, along_columns, along_rows, row_index
 
 L = "ia3_l"
 

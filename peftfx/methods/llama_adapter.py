@@ -20,11 +20,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from peftfx.attending import AttentionMethod, attend_beside
+from peftfx.contract.attention import AttentionMethod, attend_beside
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.method import Method, Params
 from peftfx.errors import PeftfxError
-from peftfx.method import Method, Params
 from peftfx.sites.site import Site
-from peftfx.vectors import adapter_dtype
 
 PROMPT, GATE = "adaption_prompt", "adaption_gate"
 

@@ -23,15 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftfx.contract.broadcast import adapter_dtype, along_channels, along_rows, row_index
+from peftfx.contract.common.dora import gain, row_norms
+from peftfx.contract.common.lora_init import check_start, factors_of, fill, starts_from_weight
+from peftfx.contract.common.low_rank import check_options, dense, product, summed, weighted_sum
+from peftfx.contract.method import Base, Method, Op, Params, Weighted, WeightMethod
+from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
-from peftfx.lora_start import check_start, factors_of, fill, starts_from_weight
-from peftfx.low_rank import check_options, dense, product, summed, weighted_sum
-from peftfx.magnitude import gain, row_norms
-from peftfx.method import Base, Method, Op, Params, Weighted, WeightMethod
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
-from peftfx.update import Update
-from peftfx.vectors import adapter_dtype, along_channels, along_rows, row_index
 
 A, B, MAGNITUDE, B_BIAS = "lora_A", "lora_B", "lora_magnitude_vector", "lora_B_bias"
 A0, B0 = "lora_A0", "lora_B0"
@@ -238,7 +238,7 @@ class LoRA(WeightMethod):
 
     @classmethod
     def combined(cls, site: Site, how: str, given: Sequence[Weighted]) -> tuple[WeightMethod, dict[str, Tensor]]:
-        """As `peftfx.low_rank.summed`: a factor is an adapter's weight times its scale; the new one's scale is 1."""
+        """As `peftfx.contract.common.low_rank.summed`: a factor is an adapter's weight times its scale; the new one's scale is 1."""
         scales, params = [], []
         for weight, method, p in given:
             assert isinstance(method, LoRA)

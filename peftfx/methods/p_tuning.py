@@ -13,12 +13,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from peftfx.encoders import EMBEDDING, embedding, layer, lstm, perceptron, run_lstm
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.prompt_networks import EMBEDDING, embedding, layer, lstm, perceptron, run_lstm
+from peftfx.contract.method import Method, Params
+from peftfx.contract.sequence import PROMPT, PromptMethod, with_text_sizes
 from peftfx.errors import PeftfxError
-from peftfx.method import Method, Params
 from peftfx.sites.site import Site
-from peftfx.soft import PROMPT, PromptMethod, with_text_sizes
-from peftfx.vectors import adapter_dtype
 
 _MLP, _LSTM = ("mlp_head_0", "mlp_head_2", "mlp_head_4"), "lstm_head"
 

@@ -15,12 +15,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from peftfx.encoders import EMBEDDING, embedding, layer, perceptron
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.prompt_networks import EMBEDDING, embedding, layer, perceptron
+from peftfx.contract.method import Method, Params
+from peftfx.contract.sequence import PROMPT, SequenceMethod, encodes_and_decodes, stream_dtype, submodules_of, untyped
 from peftfx.errors import PeftfxError
-from peftfx.method import Method, Params
 from peftfx.sites.site import Site
-from peftfx.soft import PROMPT, SequenceMethod, encodes_and_decodes, stream_dtype, submodules_of, untyped
-from peftfx.vectors import adapter_dtype
 from peftfx.views.entry import Entry
 from peftfx.views.prefix import Prefix, cache_shape
 

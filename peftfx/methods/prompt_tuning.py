@@ -12,11 +12,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.method import Method, Params
+from peftfx.contract.sequence import PROMPT, PromptMethod, with_text_sizes
 from peftfx.errors import PeftfxError, first_line
-from peftfx.method import Method, Params
 from peftfx.sites.site import Site
-from peftfx.soft import PROMPT, PromptMethod, with_text_sizes
-from peftfx.vectors import adapter_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from peftfx.contract.method import Method
+from peftfx.contract.override import OverrideMethod
+from peftfx.contract.placement import TOKENS
 from peftfx.errors import PeftfxError
-from peftfx.method import Method
-from peftfx.overriding import OverrideMethod
-from peftfx.placement import TOKENS
 from peftfx.sites.site import Site
 
 

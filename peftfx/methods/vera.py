@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
-from peftfx.method import Base, Op, Params, WeightMethod
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
-from peftfx.update import Update
-from peftfx.vectors import adapter_dtype
 
 A, B, D, SCALE = "vera_A", "vera_B", "vera_lambda_d", "vera_lambda_b"
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peftfx.attending import ATTENTION, AttentionMethod, key_weight
-from peftfx.method import Base, Method, WeightMethod
-from peftfx.overriding import OverrideMethod
+from peftfx.contract.attention import ATTENTION, AttentionMethod, key_weight
+from peftfx.contract.method import Base, Method, WeightMethod
+from peftfx.contract.override import OverrideMethod
+from peftfx.contract.sequence import SEQUENCE, SequenceMethod, embedding_path
 from peftfx.sites.blocks import Block, part_site
 from peftfx.sites.site import Part, Site
-from peftfx.soft import SEQUENCE, SequenceMethod, embedding_path
 
 SAVED = "saved"  #: the folder of an adapter in which it keeps copies of the base's own tensors
 TOKENS = "trainable_tokens_delta"  #: HF PEFT's name for the rows of an embedding that an adapter trains

@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftfx.contract.method import Method, Params
 from peftfx.errors import PeftfxError
-from peftfx.method import Method, Params
 from peftfx.sites.site import Site
 
 ATTENTION = "attention"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
-from peftfx.method import Method
 from peftfx.sites.site import Site
 
 

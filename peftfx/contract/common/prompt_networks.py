@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfx.method import Params
+from peftfx.contract.method import Params
 
 EMBEDDING = "embedding_weight"  #: one row for each virtual token, the network's input
 _GATES = 4  #: of an LSTM

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftfx.contract.broadcast import along_columns
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Block
 from peftfx.sites.site import Site
-from peftfx.vectors import along_columns
 
 
 @dataclass(frozen=True)

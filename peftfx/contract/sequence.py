@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from peftfx.bases.config_fields import collect_configs
 from peftfx.bases.tasks import task_of
+from peftfx.contract.method import PLACING, Method, Params
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE
-from peftfx.method import PLACING, Method, Params
 from peftfx.sites.site import Call, Site
 from peftfx.sites.sites import Sites
 from peftfx.views.entry import Entry, VirtualTokens

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from peftfx.method import Method
+from peftfx.contract.method import Method
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
 
 

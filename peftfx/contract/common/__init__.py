@@ -1,0 +1,1 @@
+"""Arithmetic that several methods have in common."""

@@ -1,0 +1,224 @@
+"""Method: what a rule does at a site. A method is plain torch; it knows no model architecture and edits no graph.
+
+There is a protocol for each kind of site; that of attention is in `peftfx/contract/attention.py`, that of the token stream in
+`peftfx/contract/sequence.py`; what trains copies of the base's own tensors is in `peftfx/contract/override.py`. A weight method acts at
+linear, conv and embedding sites and says the same thing twice, once on activations and once on weights. The compiler
+traces `forward` and splices it into the graph; `merge` replaces it by `fold`. With dropout off,
+
+    forward(site, op, x, op(x, *base), base, p, training=False) == op(x, *fold(site, base, p))
+
+for every `base` and every `p`: the fold law, which `tests/test_laws.py` holds every method to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from peftfx.contract.update import Update
+from peftfx.errors import PeftfxError, nearest
+from peftfx.sites.blocks import Rows
+from peftfx.sites.site import Site
+
+PLACING = ("target", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""The options that say where a method applies."""
+Params = Mapping[str, Tensor]
+
+
+class Base(NamedTuple):
+    """The frozen tensors of a site. `weight` is [out, in, *kernel] ([num, dim] for an embedding), however stored."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Op(Protocol):
+    """A site's own operation, with stride, padding, dilation, padding index and the like bound.
+
+    A conv's groups follow from its weight: a [out, in, *kernel] weight at a site of several groups is a dense conv.
+    """
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A method's options and where it applies; together, a rule.
+
+    Args:
+        target: an expression over roles, module-path suffixes, `/regular expressions/` and `all-linear`, combined by
+            `|`, `&`, `~` and parentheses: `"attention.query | attention.value"`. See `peftfx.sites.target`.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern: as in HF PEFT.
+        modules_to_save: modules (path suffixes) trained and saved whole beside the adapter, a fresh head say.
+    """
+
+    target: str | Sequence[str] | re.Pattern[str] | None = None
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+
+    peft_type: ClassVar[str]
+    default_target: ClassVar[str]
+    kinds: ClassVar[frozenset[str]]
+    prefix: ClassVar[str] = "base_model.model."
+    """What HF PEFT puts before a module's path in the keys of this method's files."""
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    """Fields of HF PEFT's config that change nothing for this method, whatever their value."""
+    composes: ClassVar[bool] = True
+    """Whether other adapters may act at the same site."""
+    layered: ClassVar[bool] = True
+    """Whether HF PEFT's config has `layers_to_transform`; else the modules that it leaves are named."""
+
+    def __post_init__(self) -> None:
+        """Sequences become tuples, so that a method can be hashed and compared."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (list, set)):
+                object.__setattr__(self, field.name, tuple(sorted(value) if isinstance(value, set) else value))
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def at(self, site: Site) -> Self:
+        """This method as configured for one site: options that depend on its path are resolved here, and here alone."""
+        return self
+
+    def gather(self, methods: Mapping[str, Method]) -> Self:
+        """The rule that gives each module path the method that it has: the inverse of `at`."""
+        return self
+
+    def naming(self, paths: Sequence[str], modules: Sequence[str]) -> Self:
+        """This rule by HF PEFT's options: with those that pick these module paths, of all the base's, and no others.
+
+        `target_modules` that were given stay; else it gets the shortest that will do, last components or whole paths.
+        """
+        if self.target is None and self.target_modules and (self.layered or self.layers_to_transform is None):
+            return self
+        chosen, ends = set(paths), {p.rpartition(".")[2] for p in paths}
+        others = {n.rpartition(".")[2] for n in modules if n not in chosen}
+        names = tuple(sorted(ends if not ends & others else chosen))
+        filters: dict[str, Any] = dict.fromkeys(("target", "exclude_modules", "layers_to_transform", "layers_pattern"))
+        return dataclasses.replace(self, target_modules=names, **filters)
+
+    @property
+    def neutral(self) -> bool:
+        """Whether a new adapter changes no output."""
+        return True
+
+    def frozen(self) -> frozenset[str]:
+        """Names of parameters that are constants: kept beside the adapter, not trained, not saved."""
+        return frozenset()
+
+    def remembered(self) -> frozenset[str]:
+        """Names of tensors that training keeps beside the parameters, once there are any; no graph reads them."""
+        return frozenset()
+
+    def shared(self, sites: Sequence[Site], like: Tensor) -> dict[str, Tensor]:
+        """Constants that all places of a rule read, whose sites these are: kept once, and in each place's `p`.
+
+        `like` is one of the base's weights: it has the device and the dtype.
+        """
+        return {}
+
+    def shared_keys(self) -> dict[str, str]:
+        """For each of these that is saved, its key in a HF PEFT checkpoint, prefix included.
+
+        One that is not is made again when an adapter is loaded.
+        """
+        return {}
+
+    def penalty(self, p: Params) -> Tensor | None:
+        """A term for the model's loss; the loss gets the mean over the rule's places that have one."""
+        return None
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """The names of this method's fields."""
+        return tuple(f.name for f in dataclasses.fields(cls))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object]) -> Method:
+        """Build from keyword options; an unknown one is an error that names the nearest, as is one of another type."""
+        for name in options:
+            if name not in cls.options():
+                raise PeftfxError(f"{cls.__name__} has no option {name!r}", name, nearest(name, cls.options()))
+        wrong = [f for f in dataclasses.fields(cls) if f.name in options and not _fits(f, options[f.name])]
+        if wrong:
+            listed = ", ".join(f"{f.name}={options[f.name]!r} ({f.type})" for f in wrong)
+            raise PeftfxError(f"of another type: {listed}", cls.__name__, "give a value of the type in parentheses")
+        return cls(**options)  # type: ignore[arg-type]
+
+
+def _fits(field: dataclasses.Field[object], value: object) -> bool:
+    """Whether a value is of a field's type, where that is a plain number or a truth value."""
+    plain: Mapping[object, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    if field.type not in plain:
+        return True
+    return isinstance(value, plain[field.type]) and (field.type == "bool" or not isinstance(value, bool))
+
+
+class Weighted(NamedTuple):
+    """What one adapter does at a place, and its weight in a sum of adapters."""
+
+    weight: float
+    method: WeightMethod
+    params: Params
+
+
+class WeightMethod(Method):
+    """A method that acts where a weight does: see the fold law at the top of this file."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
+
+    @abstractmethod
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        """New parameters, by HF PEFT's names; with them `forward` is the identity on `y` if it is `neutral`."""
+
+    @abstractmethod
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        """The adapted output, given the input `x` and the output `y = op(x, *base)`; shape and dtype of `y`."""
+
+    @abstractmethod
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        """The adapted weight and bias. Called with fp32 tensors; the caller rounds once."""
+
+    def update(self, site: Site, base: Base, p: Params) -> Update:
+        """What `fold` does, as scales and a low-rank sum: for graphs that adapters are handed to.
+
+        `base` is as it is stored, of any dtype: who needs its weight pays for reading it. What is returned is fp32.
+        """
+        what = f"what {type(self).__name__} does to a weight is told by no scales and low-rank sum"
+        raise PeftfxError(what, site.path, "export the adapter merged")
+
+    @abstractmethod
+    def keys(self, site: Site) -> dict[str, str]:
+        """For each parameter that is saved, its suffix in a HF PEFT checkpoint."""
+
+    def written(self, p: Params) -> tuple[Self, dict[str, Tensor]]:
+        """The method and parameters that a checkpoint gets, given the parameters and what is remembered here."""
+        return self, dict(p)
+
+    @abstractmethod
+    def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[Self, dict[str, Tensor]]:
+        """A method and parameters for a fused site that do what the given ones do at its parts, by the parts' rows.
+
+        HF PEFT knows no parts: this is how they are saved.
+        """
+
+    @classmethod
+    def combined(cls, site: Site, how: str, given: Sequence[Weighted]) -> tuple[WeightMethod, dict[str, Tensor]]:
+        """A method and parameters that stand for several adapters' at one place, each times its weight.
+
+        `how` is `linear` (the parameters are summed) or `cat` (the effects are). HF PEFT's `add_weighted_adapter`.
+        """
+        what = f"adapters of {cls.__name__} have no sum"
+        raise PeftfxError(what, site.path, "make them active together (set_adapter), or one at a time")
