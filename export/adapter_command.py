@@ -14,7 +14,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.adapters import export_adapter
 from peftfx.export.deploy import Progress
 from peftfx.graph.slots import Manifest
-from peftfx.peft_files import read_config, rule_folders
+from peftfx.rules.peft_files import read_config, rule_folders
 
 
 def export_adapter_directories(

@@ -22,9 +22,9 @@ from peftfx.export.report import Report
 from peftfx.export.swappable import Slots
 from peftfx.export.weights import Written
 from peftfx.files import Snapshot
-from peftfx.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.planning import Plan
-from peftfx.rules import saved_modules
+from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
+from peftfx.rules.resolution import saved_modules
 from peftfx.sites.sites import Sites
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -28,7 +28,7 @@ from peftfx.export.verify import verify
 from peftfx.export.weights import Written, save_together
 from peftfx.passes.base import PassManager
 from peftfx.passes.merge import Merge
-from peftfx.peft_files import RULES
+from peftfx.rules.peft_files import RULES
 
 Progress = Callable[[str], object]
 _BFLOAT16 = (

@@ -21,7 +21,7 @@ from peftfx.graphs import Graphs
 from peftfx.merging import MergeReport, merge_into, refuse_unmergeable
 from peftfx.named import Named
 from peftfx.passes.merge import Merge
-from peftfx.rules import place
+from peftfx.rules.resolution import place
 from peftfx.sites.sites import Sites
 from peftfx.views.arguments import named_arguments
 from peftfx.views.entry import Entry

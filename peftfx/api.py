@@ -29,7 +29,7 @@ def transform(
 
     Args:
         model: any module. A transformers model needs no inputs: they are made from its config and task.
-        rules: a method, a text as `"lora(r=8)@attention.query"` (see `peftfx.rule_text`), a `peft` config object, or
+        rules: a method, a text as `"lora(r=8)@attention.query"` (see `peftfx.rules.text`), a `peft` config object, or
             a sequence of them; each says where it applies.
         adapter_name: letters, digits, underscores.
         inputs: keyword arguments of a call, for a model that example inputs cannot be made for.

@@ -14,8 +14,16 @@ from peftfx.contract.method import Method
 from peftfx.contract.placement import SAVED, Override, Placed, Placement, site_tensors
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError, nearest
-from peftfx.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
-from peftfx.rules import overrides_of, placement_at, placements_of, refuse_crowding, saved_modules, within, without_ties
+from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
+from peftfx.rules.resolution import (
+    overrides_of,
+    placement_at,
+    placements_of,
+    refuse_crowding,
+    saved_modules,
+    within,
+    without_ties,
+)
 from peftfx.sites.sites import Sites
 from peftfx.soft_files import read_prompt
 

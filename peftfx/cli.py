@@ -188,8 +188,8 @@ def methods(
     """Print the methods, or one method's options: what a rule can say."""
     import json
 
-    from peftfx.catalogue import catalogue, describe
-    from peftfx.rule_text import method_by_name
+    from peftfx.rules.catalogue import catalogue, describe
+    from peftfx.rules.text import method_by_name
 
     found = catalogue() if name is None else (describe(method_by_name(name)),)
     if as_json:

@@ -14,8 +14,8 @@ from peftfx.adapter import Adapter
 from peftfx.contract.placement import Placed
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.graph.contexts import fake_mode_of
-from peftfx.rule_text import write_rule
-from peftfx.rules import place, saved_modules, where, within
+from peftfx.rules.resolution import place, saved_modules, where, within
+from peftfx.rules.text import write_rule
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import explain

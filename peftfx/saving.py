@@ -18,7 +18,7 @@ from peftfx.contract.placement import Placed, Placement
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.files import write_file, writing
-from peftfx.peft_files import CONFIG, RULES, STATE, WEIGHTS
+from peftfx.rules.peft_files import CONFIG, RULES, STATE, WEIGHTS
 from peftfx.soft_files import Contents, written_prompt
 
 

@@ -21,8 +21,8 @@ from peftfx.contract.method import PLACING
 from peftfx.contract.placement import SAVED, Override, Placed, Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError
-from peftfx.peft_files import STATE, WEIGHTS, Weights
-from peftfx.rules import ahead, overrides_of, saved_modules, within
+from peftfx.rules.peft_files import STATE, WEIGHTS, Weights
+from peftfx.rules.resolution import ahead, overrides_of, saved_modules, within
 from peftfx.sites.sites import Sites
 
 Contents = tuple[dict[str, object], dict[str, dict[str, Tensor]]]

@@ -16,7 +16,7 @@ import peftfx
 from peftfx.contract.method import Method
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.methods import methods
-from peftfx.peft_files import WEIGHTS
+from peftfx.rules.peft_files import WEIGHTS
 
 SHARED = {name: cls for name, cls in methods().items() if name in peft.PeftType.__members__}
 

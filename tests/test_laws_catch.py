@@ -51,7 +51,7 @@ BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod]], 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading finds the methods of these tests by their type, too."""
-    monkeypatch.setattr("peftfx.peft_files.method_named", lambda _: Loaded.cls)
+    monkeypatch.setattr("peftfx.rules.peft_files.method_named", lambda _: Loaded.cls)
 
 
 class Loaded:

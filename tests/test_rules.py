@@ -22,8 +22,8 @@ from peftfx import IA3, LoRA, PeftfxError, PrefixTuning, PromptTuning
 from peftfx.adapted import AdaptedModel
 from peftfx.contract.method import Method
 from peftfx.methods import methods
-from peftfx.peft_files import RULES, WEIGHTS, rule_folders
-from peftfx.rule_text import parse_rules, write_rule
+from peftfx.rules.peft_files import RULES, WEIGHTS, rule_folders
+from peftfx.rules.text import parse_rules, write_rule
 
 every_method = pytest.mark.parametrize("cls", methods().values(), ids=methods())
 

@@ -41,7 +41,7 @@ from peftfx.contract.sequence import PROMPT
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
 from peftfx.passes import Remove
-from peftfx.peft_files import STATE
+from peftfx.rules.peft_files import STATE
 
 CAUSAL = (
     *("gpt2", "bloom", "opt", "gpt_neo", "gpt_j", "gpt_neox", "llama", "glm", "qwen2", "mistral", "gemma", "phi"),

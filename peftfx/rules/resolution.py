@@ -13,12 +13,12 @@ from peftfx.contract.override import OverrideMethod
 from peftfx.contract.placement import SAVED, Override, Placed, Placement, copies_of
 from peftfx.contract.sequence import SequenceMethod, sequence_site
 from peftfx.errors import PeftfxError, nearest
-from peftfx.peft_files import method_from_config
-from peftfx.rule_text import parse_rules
+from peftfx.rules.peft_files import method_from_config
+from peftfx.rules.text import parse_rules
+from peftfx.rules.token_rows import trained_tokens
 from peftfx.sites.site import Part, Site
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import Where, select
-from peftfx.tokens import trained_tokens
 
 
 def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
