@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from peftfx.adapted import AdaptedModel
-from peftfx.derived import Derived, Own, Rounding, foldings
+from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
 from peftfx.export.metadata import ENGINE
 from peftfx.export.onnx import FAST
 from peftfx.export.twin import in_bfloat16

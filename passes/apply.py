@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, fx
 
-from peftfx.adapter import Adapter
+from peftfx.adapters.adapter import Adapter
 from peftfx.contract.method import WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.passes.site_op import bind, operands

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from peftfx.adapter import Adapter
+from peftfx.adapters.adapter import Adapter
 from peftfx.analysis.weight_ops import module_path
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.placement import Placement

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from peftfx.adapter import Adapter
+from peftfx.adapters.adapter import Adapter
 from peftfx.analysis.weight_ops import module_path
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.override import OverrideMethod

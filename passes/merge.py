@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from peftfx.adapters.recipes import Derived, Folding, Own, Step
 from peftfx.contract.method import WeightMethod
-from peftfx.derived import Derived, Folding, Own, Step
 from peftfx.graph.graph import ADAPTERS, DERIVED, Graph
 from peftfx.passes.base import OVERRIDES, REGION, Pass, PassResult, Region, attribute, attributes_of, fake_like, results
 from peftfx.passes.freeze import freeze

@@ -12,7 +12,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeGuard  # type: ignore[attr-defined]
 
-from peftfx.adapter import Adapter
+from peftfx.adapters.adapter import Adapter
 from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError

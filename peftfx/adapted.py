@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from peftfx.adapter import Adapter
+from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.adapter_set import Named
+from peftfx.adapters.in_place_merge import MergeReport, merge_into, refuse_unmergeable
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import evaluating, fake_mode_of
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.graphs import Graphs
-from peftfx.merging import MergeReport, merge_into, refuse_unmergeable
-from peftfx.named import Named
 from peftfx.passes.merge import Merge
 from peftfx.rules.resolution import place
 from peftfx.sites.sites import Sites
@@ -91,7 +91,7 @@ class AdaptedModel(nn.Module):
             combination_type: for LoRA, `cat` sums the effects exactly, at the sum of the ranks, and `linear` sums A
                 and B, each times the root of its weight, which is an approximation; IA3 has `linear` alone.
         """
-        from peftfx.combining import combine
+        from peftfx.adapters.combination import combine
 
         self.named.refuse(adapter_name)
         named = {name: self.adapter(name) for name in adapters}
@@ -108,7 +108,7 @@ class AdaptedModel(nn.Module):
 
     def load_adapter(self, path: str | Path, name: str) -> None:
         """Add an adapter from a HF PEFT directory, and make it the active one."""
-        from peftfx.checkpoint import read_adapter
+        from peftfx.adapters.files.reader import read_adapter
 
         self.named.refuse(name)
         with fake_mode_of(self.base):
@@ -133,11 +133,11 @@ class AdaptedModel(nn.Module):
         self.named.activate((names,) if isinstance(names, str) else tuple(names))
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Give out the rank budgets of the active adapters anew; see `peftfx.allocation`.
+        """Give out the rank budgets of the active adapters anew; see `peftfx.adapters.rank_allocation`.
 
         Call it in each step of training, after `optimizer.step()` and before gradients are zeroed. Steps count from 0.
         """
-        from peftfx.allocation import allocate
+        from peftfx.adapters.rank_allocation import allocate
 
         allocate(self.named.acting(), global_step)
 
@@ -179,7 +179,7 @@ class AdaptedModel(nn.Module):
 
     def save_pretrained(self, directory: str | Path, adapter_name: str | None = None, **_: object) -> None:
         """Write HF PEFT directories: one adapter in `directory`, others in folders of their names below it."""
-        from peftfx.saving import save_adapters
+        from peftfx.adapters.files.writer import save_adapters
 
         chosen = self.names() if adapter_name is None else (adapter_name,)
         save_adapters(self.base, {name: self.adapter(name) for name in chosen}, Path(directory))

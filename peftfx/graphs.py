@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from peftfx.adapters.adapter_set import Named
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.graph.graph import ADAPTERS, Graph, path_name
-from peftfx.named import Named
 from peftfx.passes.base import Pass, PassManager
 from peftfx.passes.fold import evaluate
 from peftfx.passes.insert import Insert

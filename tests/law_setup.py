@@ -10,7 +10,7 @@ from law_pool import captured
 from torch import Tensor, nn
 
 from peftfx.adapted import AdaptedModel
-from peftfx.adapter import Adapter
+from peftfx.adapters.adapter import Adapter
 from peftfx.contract.method import Method
 
 LOOSE = {"float32": 1e-4, "bfloat16": 0.1}  #: largest error by dtype, relative to the largest output

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from peftfx.adapter import Adapter
+from peftfx.adapters.adapter import Adapter
 from peftfx.contract.placement import Override
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError, nearest

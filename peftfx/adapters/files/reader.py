@@ -1,4 +1,4 @@
-"""HF PEFT directories, read: an adapter for a base model. What writes them is in `peftfx/saving.py`."""
+"""HF PEFT directories, read: an adapter for a base model. What writes them is in `peftfx/adapters/files/writer.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftfx.adapter import Adapter, shared_key
+from peftfx.adapters.adapter import Adapter, shared_key
+from peftfx.adapters.files.prompts import read_prompt
 from peftfx.contract.method import Method
 from peftfx.contract.placement import SAVED, Override, Placed, Placement, site_tensors
 from peftfx.contract.sequence import SequenceMethod
@@ -25,7 +26,6 @@ from peftfx.rules.resolution import (
     without_ties,
 )
 from peftfx.sites.sites import Sites
-from peftfx.soft_files import read_prompt
 
 
 def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from peftfx.adapter import Adapter
+from peftfx.adapters.adapter import Adapter
 from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError
 from peftfx.methods.adalora import KEPT, A, AdaLoRA, B, E

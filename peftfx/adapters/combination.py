@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from peftfx.adapter import Adapter, whole
+from peftfx.adapters.adapter import Adapter, whole
 from peftfx.contract.method import PLACING, Method, Params, Weighted, WeightMethod
 from peftfx.contract.placement import Placed, Placement
 from peftfx.errors import PeftfxError, nearest

@@ -11,15 +11,15 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftfx.adapter import Adapter, shared_key, whole
-from peftfx.checkpoint import name_of, override_name
+from peftfx.adapters.adapter import Adapter, shared_key, whole
+from peftfx.adapters.files.prompts import Contents, written_prompt
+from peftfx.adapters.files.reader import name_of, override_name
 from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.placement import Placed, Placement
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.files import write_file, writing
 from peftfx.rules.peft_files import CONFIG, RULES, STATE, WEIGHTS
-from peftfx.soft_files import Contents, written_prompt
 
 
 def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftfx.adapter import Adapter
+from peftfx.adapters.adapter import Adapter
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.method import PLACING

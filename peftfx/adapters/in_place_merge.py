@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftfx.adapter import Adapter
+from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.recipes import Derived, Folding, Rounding, foldings
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Base
 from peftfx.contract.placement import Override, owner_of, site_tensors
 from peftfx.contract.sequence import SequenceMethod
-from peftfx.derived import Derived, Folding, Rounding, foldings
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.sites.site import Site

@@ -1,0 +1,1 @@
+"""HF PEFT directories, read and written."""
