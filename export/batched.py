@@ -24,8 +24,8 @@ from peftfx.export.probes import probes, view_cases, view_probes
 from peftfx.export.stacks import stacked, told
 from peftfx.export.verify import Reference, reference_of
 from peftfx.graph.slots import PREFIX, PROMPT
-from peftfx.passes.by_row import ByRow
-from peftfx.passes.fold import Evaluate
+from peftfx.passes.adaptation.evaluate import Evaluate
+from peftfx.passes.slots.by_row import ByRow
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens

@@ -26,8 +26,8 @@ from peftfx.export.report import REPORT, Report
 from peftfx.export.swappable import Slots, Swappable
 from peftfx.export.verify import verify
 from peftfx.export.weights import Written, save_together
+from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.base import PassManager
-from peftfx.passes.merge import Merge
 from peftfx.rules.peft_files import RULES
 
 Progress = Callable[[str], object]

@@ -6,10 +6,10 @@ import torch
 from torch import fx
 
 from peftfx.graph.graph import Graph
-from peftfx.passes.cleanup import CASTS, Cleanup, source, writes
-from peftfx.passes.grid import slice_grid
-from peftfx.passes.site_op import filled
-from peftfx.passes.sweep import sweep
+from peftfx.passes.optimization.cleanup import CASTS, Cleanup, source, writes
+from peftfx.passes.optimization.dead_code import sweep
+from peftfx.passes.optimization.slice_masks import slice_grid
+from peftfx.passes.rewriting.site_op import filled
 
 aten = torch.ops.aten
 _TRANSPOSES = {aten.transpose.int, aten.permute.default}

@@ -18,10 +18,10 @@ from peftfx.export.onnx import FAST
 from peftfx.export.twin import in_bfloat16
 from peftfx.export.verify import Comparison
 from peftfx.graph.graph import DERIVED, Graph
+from peftfx.passes.adaptation.constants import Computed
+from peftfx.passes.adaptation.prefill import Left
 from peftfx.passes.base import attributes_of
-from peftfx.passes.freeze import Computed
-from peftfx.passes.fuse import FUSED
-from peftfx.passes.prefill import Left
+from peftfx.passes.optimization.fuse import FUSED
 
 REPORT = "peftfx_report.json"
 

@@ -20,7 +20,7 @@ from peftfx.export.wanted import Wanted, wanted_of
 from peftfx.graph.graph import BASE
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, A, B
-from peftfx.passes.by_row import BIAS, SHOWN
+from peftfx.passes.slots.by_row import BIAS, SHOWN
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
 from peftfx.views.decode import Decode
 

@@ -28,7 +28,7 @@ from peftfx.export.probes import nested, probes
 from peftfx.export.quantize import FINITE
 from peftfx.graph.graph import BASE
 from peftfx.graph.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot, fingerprint
-from peftfx.passes.open import Open, slots_of
+from peftfx.passes.slots.open import Open, slots_of
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site, plays
 from peftfx.sites.target import select
 from peftfx.views.decode import Decode

@@ -22,7 +22,7 @@ from peftfx.export.prepare import prepare
 from peftfx.export.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph
-from peftfx.passes.fuse import OPSET, Fuse
+from peftfx.passes.optimization.fuse import OPSET, Fuse
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 

@@ -23,8 +23,8 @@ from peftfx.export.parts import DECODE
 from peftfx.graph.graph import DERIVED
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
-from peftfx.passes.attend import split_heads
-from peftfx.passes.prefill import NAME
+from peftfx.passes.adaptation.attention import split_heads
+from peftfx.passes.adaptation.prefill import NAME
 from peftfx.sites.site import Site
 from peftfx.views.entry import VirtualTokens
 

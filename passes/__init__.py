@@ -3,14 +3,14 @@
 if __name__ != "peftfx.passes":
     raise ImportError("import this package as peftfx.passes: a second copy under another name would not know the first")
 
+from peftfx.passes.adaptation.evaluate import Evaluate
+from peftfx.passes.adaptation.insert import Insert
+from peftfx.passes.adaptation.merge import Merge
+from peftfx.passes.adaptation.remove import Remove
 from peftfx.passes.base import Pass, PassManager, PassResult, Region
-from peftfx.passes.cleanup import Cleanup
-from peftfx.passes.fold import Evaluate
-from peftfx.passes.fuse import Fuse
-from peftfx.passes.insert import Insert
-from peftfx.passes.merge import Merge
-from peftfx.passes.remove import Remove
-from peftfx.passes.sweep import Sweep
+from peftfx.passes.optimization.cleanup import Cleanup
+from peftfx.passes.optimization.dead_code import Sweep
+from peftfx.passes.optimization.fuse import Fuse
 
 __all__ = [
     "Cleanup",

@@ -20,7 +20,7 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import evaluating, fake_mode_of
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.graphs import Graphs
-from peftfx.passes.merge import Merge
+from peftfx.passes.adaptation.merge import Merge
 from peftfx.rules.resolution import place
 from peftfx.sites.sites import Sites
 from peftfx.views.arguments import named_arguments

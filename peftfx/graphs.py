@@ -12,11 +12,11 @@ from peftfx.adapters.adapter_set import Named
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.graph.graph import ADAPTERS, Graph, path_name
+from peftfx.passes.adaptation.evaluate import evaluate
+from peftfx.passes.adaptation.insert import Insert
+from peftfx.passes.adaptation.prefill import Left, Prefill
 from peftfx.passes.base import Pass, PassManager
-from peftfx.passes.fold import evaluate
-from peftfx.passes.insert import Insert
-from peftfx.passes.prefill import Left, Prefill
-from peftfx.passes.sweep import Sweep
+from peftfx.passes.optimization.dead_code import Sweep
 from peftfx.views.cache_prefix import Prefilled
 from peftfx.views.capture import capture
 from peftfx.views.decode import Decode

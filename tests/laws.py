@@ -23,7 +23,7 @@ from peftfx.export.weights import save
 from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.passes import Evaluate, Insert, Merge, PassManager, Remove
 from peftfx.passes.base import OVERRIDES
-from peftfx.passes.site_op import bind
+from peftfx.passes.rewriting.site_op import bind
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
 

@@ -18,7 +18,7 @@ from peftfx.api import bare
 from peftfx.export import export_onnx, to_onnx
 from peftfx.export.prepare import prepare
 from peftfx.passes import Cleanup, Fuse
-from peftfx.passes.fuse import FUSED
+from peftfx.passes.optimization.fuse import FUSED
 
 #: In two layers: attentions, rotary embeddings of queries and keys, and two norms a layer and a last one; those of
 #: Qwen3 are also on queries and keys, and GPT-2, OPT and Phi have layer norms. GLM turns neighbours, not halves.

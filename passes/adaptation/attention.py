@@ -14,10 +14,10 @@ from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import ADAPTERS
-from peftfx.passes.apply import apply_at
+from peftfx.passes.adaptation.weight import apply_at
 from peftfx.passes.base import REGION, Region
-from peftfx.passes.site_op import operands
-from peftfx.passes.splice import Splicer
+from peftfx.passes.rewriting.site_op import operands
+from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.blocks import Block
 from peftfx.sites.site import Call, Heads, Part, Site
 from peftfx.sites.sites import Sites

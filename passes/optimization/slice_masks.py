@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from peftfx.passes.matching import operand, same_size
+from peftfx.passes.rewriting.matching import operand, same_size
 
 aten = torch.ops.aten
 Size = int | fx.Node

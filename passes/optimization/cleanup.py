@@ -10,8 +10,8 @@ from torch._ops import OpOverload
 
 from peftfx.graph.graph import Graph
 from peftfx.passes.base import Pass, PassResult
-from peftfx.passes.matching import have_one_shape
-from peftfx.passes.sweep import sweep
+from peftfx.passes.optimization.dead_code import sweep
+from peftfx.passes.rewriting.matching import have_one_shape
 
 aten = torch.ops.aten
 CASTS = {aten.to.dtype: 3, aten.to.device: 4, aten.to.dtype_layout: 6, aten.to.other: 3}  #: and where `copy` stands

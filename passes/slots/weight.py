@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from peftfx.passes.site_op import bias_of, filled, strip_bias
+from peftfx.passes.rewriting.site_op import bias_of, filled, strip_bias
 from peftfx.sites.site import Call, Site
 
 aten = torch.ops.aten

@@ -6,7 +6,7 @@ import torch
 import torch.onnx.ops  # registers torch.ops.onnx
 from torch import fx
 
-from peftfx.passes.matching import MULS, either_way, has_axes, operand, pair, replace, same_size, values
+from peftfx.passes.rewriting.matching import MULS, either_way, has_axes, operand, pair, replace, same_size, values
 
 aten, onnx = torch.ops.aten, torch.ops.onnx
 _END = 2**63 - 1

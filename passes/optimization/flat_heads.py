@@ -9,7 +9,7 @@ import torch
 import torch.onnx.ops  # registers torch.ops.onnx
 from torch import fx
 
-from peftfx.passes.matching import COPIES, RESHAPES, has_axes, have_one_shape, operand, same_size, values
+from peftfx.passes.rewriting.matching import COPIES, RESHAPES, has_axes, have_one_shape, operand, same_size, values
 
 aten, onnx = torch.ops.aten, torch.ops.onnx
 Size = int | fx.Node

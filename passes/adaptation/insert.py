@@ -16,11 +16,11 @@ from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
-from peftfx.passes.apply import apply_at
-from peftfx.passes.attend import join
+from peftfx.passes.adaptation.attention import join
+from peftfx.passes.adaptation.sequence import TARGET, first_operation, trace_virtual
+from peftfx.passes.adaptation.weight import apply_at
 from peftfx.passes.base import OVERRIDES, Pass, PassResult, fake_like
-from peftfx.passes.fill import TARGET, first_operation, trace_virtual
-from peftfx.passes.splice import Splicer
+from peftfx.passes.rewriting.splice import Splicer
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import fx
 
-from peftfx.passes.updated import add_node
+from peftfx.passes.slots.weight import add_node
 from peftfx.sites.site import Call
 
 aten = torch.ops.aten

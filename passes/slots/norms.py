@@ -13,7 +13,7 @@ from torch import fx
 
 from peftfx.analysis.dataflow import ELEMENTWISE, names, op_name
 from peftfx.errors import PeftfxError
-from peftfx.passes.updated import add_node
+from peftfx.passes.slots.weight import add_node
 
 aten = torch.ops.aten
 _UNSQUEEZE = aten.unsqueeze.default

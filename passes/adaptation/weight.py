@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.method import WeightMethod
 from peftfx.contract.placement import Placement
-from peftfx.passes.site_op import bind, operands
-from peftfx.passes.splice import Splicer
+from peftfx.passes.rewriting.site_op import bind, operands
+from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.site import Call, Site
 
 

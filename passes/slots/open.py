@@ -20,8 +20,8 @@ from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph, TensorSpec
 from peftfx.graph.slots import INNER, KEYS, OUTER, TOKENS, VALUES, A, B, Slot, shapes
 from peftfx.passes.base import Pass, PassResult
-from peftfx.passes.beside import join_beside
-from peftfx.passes.updated import Acting, along_channels, low_rank, update_call
+from peftfx.passes.slots.attention import join_beside
+from peftfx.passes.slots.weight import Acting, along_channels, low_rank, update_call
 from peftfx.sites.site import Site
 
 HINT = 3  #: the size that a free axis has in the graph's example

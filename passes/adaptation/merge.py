@@ -13,9 +13,9 @@ from torch import Tensor, fx
 from peftfx.adapters.recipes import Derived, Folding, Own, Step
 from peftfx.contract.method import WeightMethod
 from peftfx.graph.graph import ADAPTERS, DERIVED, Graph
+from peftfx.passes.adaptation.constants import freeze
 from peftfx.passes.base import OVERRIDES, REGION, Pass, PassResult, Region, attribute, attributes_of, fake_like, results
-from peftfx.passes.freeze import freeze
-from peftfx.passes.site_op import operands, rewire
+from peftfx.passes.rewriting.site_op import operands, rewire
 from peftfx.sites.site import Site
 
 

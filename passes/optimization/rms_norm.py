@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from peftfx.passes.matching import ADDS, MULS, either_way, has_axes, operand, peel, replace, same_size
+from peftfx.passes.rewriting.matching import ADDS, MULS, either_way, has_axes, operand, peel, replace, same_size
 
 aten = torch.ops.aten
 

@@ -19,11 +19,11 @@ from torch import fx
 
 from peftfx.graph.graph import Graph
 from peftfx.passes.base import Pass, PassResult
-from peftfx.passes.cleanup import Cleanup
-from peftfx.passes.flat_heads import flatten_heads, sizes_of
-from peftfx.passes.matching import RESHAPES, has_axes, operand, pair, same_size, values
-from peftfx.passes.rms_norm import fuse_norm
-from peftfx.passes.rotary import fuse_rotary
+from peftfx.passes.optimization.cleanup import Cleanup
+from peftfx.passes.optimization.flat_heads import flatten_heads, sizes_of
+from peftfx.passes.optimization.rms_norm import fuse_norm
+from peftfx.passes.optimization.rotary import fuse_rotary
+from peftfx.passes.rewriting.matching import RESHAPES, has_axes, operand, pair, same_size, values
 
 OPSET = 23  #: the first version of ONNX's operators that has what this makes
 FUSED = ("Attention", "RotaryEmbedding", "RMSNormalization")

@@ -20,10 +20,10 @@ from peftfx.graph.graph import BASE, CONSTANTS, DERIVED, Graph, TensorSpec
 from peftfx.graph.recipe import Get
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
 from peftfx.passes.base import Pass, PassResult, attribute, attributes_of, fake_like
-from peftfx.passes.beside import join_beside
-from peftfx.passes.norm_rows import replace_by_row
-from peftfx.passes.read_apart import read_apart
-from peftfx.passes.updated import Acting, add_node, along_channels, conv_low, product, times, update_call
+from peftfx.passes.slots.attention import join_beside
+from peftfx.passes.slots.norms import replace_by_row
+from peftfx.passes.slots.tokens_by_row import read_apart
+from peftfx.passes.slots.weight import Acting, add_node, along_channels, conv_low, product, times, update_call
 from peftfx.sites.site import Call, Site
 from peftfx.views.row_adapters import IDS, PREFIXES, PROMPTS
 

@@ -1,0 +1,1 @@
+"""Passes that keep every output: what does nothing is dropped, what is spelled out becomes one operator."""

@@ -1,0 +1,1 @@
+"""What passes share: patterns, a site's own operation, and pieces that are put into a graph."""
