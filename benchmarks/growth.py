@@ -31,10 +31,10 @@ def cost(layers: int) -> Costs:
     from transformers.initialization import no_init_weights
 
     import peftfx
-    from peftfx.adapted import AdaptedModel
     from peftfx.analysis.roles import find_sites
     from peftfx.bases.example_inputs import example_inputs
     from peftfx.export.onnx import to_onnx
+    from peftfx.model.adapted import AdaptedModel
     from peftfx.passes import Merge
 
     costs: Costs = {}

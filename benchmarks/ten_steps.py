@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.adapted import AdaptedModel
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.model.adapted import AdaptedModel
 
 STEPS, RATE, DROPOUT, CLOSE = 10, 1e-3, 0.1, 1e-5
 TOKENS: Mapping[str, int] = {"vocab_size": 99, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}

@@ -31,7 +31,7 @@ def run_peftfx(layers: int) -> dict[str, float]:
     from transformers.initialization import no_init_weights
 
     import peftfx
-    import peftfx.api
+    import peftfx.model.api
     from peftfx.passes import Merge
 
     start, rows = peak(), {}

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peftfx.adapted import AdaptedModel
 from peftfx.errors import PeftfxError
 from peftfx.export.adapter_files import SUFFIX, file_of, read_adapter_file, write_adapter_file
 from peftfx.export.atomic import publish
@@ -37,6 +36,7 @@ from peftfx.graph.slots import (
     fingerprint,
     listed,
 )
+from peftfx.model.adapted import AdaptedModel
 
 WORDS = {
     A: "a low-rank sum at",

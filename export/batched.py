@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peftfx.adapted import AdaptedModel
 from peftfx.contract.sequence import size_of
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment import Deployment, Inputs
@@ -24,6 +23,7 @@ from peftfx.export.probes import probes, view_cases, view_probes
 from peftfx.export.stacks import stacked, told
 from peftfx.export.verify import Reference, reference_of
 from peftfx.graph.slots import PREFIX, PROMPT
+from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.adaptation.evaluate import Evaluate
 from peftfx.passes.slots.by_row import ByRow
 from peftfx.views.decode import Decode

@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from peftfx.adapted import AdaptedModel
-from peftfx.api import bare, plan
 from peftfx.bases.gguf import takes_gguf
 from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.tasks import resolve_task
@@ -22,7 +20,9 @@ from peftfx.export.report import Report
 from peftfx.export.swappable import Slots
 from peftfx.export.weights import Written
 from peftfx.files import Snapshot
-from peftfx.planning import Plan
+from peftfx.model.adapted import AdaptedModel
+from peftfx.model.api import bare, plan
+from peftfx.model.plan import Plan
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.rules.resolution import saved_modules
 from peftfx.sites.sites import Sites

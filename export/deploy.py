@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from peftfx.adapted import AdaptedModel
-from peftfx.api import bare
 from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
 from peftfx.export.batched import Batched
@@ -26,6 +24,8 @@ from peftfx.export.report import REPORT, Report
 from peftfx.export.swappable import Slots, Swappable
 from peftfx.export.verify import verify
 from peftfx.export.weights import Written, save_together
+from peftfx.model.adapted import AdaptedModel
+from peftfx.model.api import bare
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.base import PassManager
 from peftfx.rules.peft_files import RULES

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from peftfx.adapted import AdaptedModel
 from peftfx.graph.contexts import evaluating
+from peftfx.model.adapted import AdaptedModel
 
 
 @contextmanager

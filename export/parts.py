@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peftfx.adapted import AdaptedModel
 from peftfx.bases.tasks import task_of
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError, nearest
 from peftfx.export.verify import Comparison
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Slot
+from peftfx.model.adapted import AdaptedModel
 from peftfx.views.prompt_inputs import Opened, Place
 from peftfx.views.row_adapters import Rowwise
 from peftfx.views.view import View, name_axes

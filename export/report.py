@@ -11,13 +11,13 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from peftfx.adapted import AdaptedModel
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
 from peftfx.export.metadata import ENGINE
 from peftfx.export.onnx import FAST
 from peftfx.export.twin import in_bfloat16
 from peftfx.export.verify import Comparison
 from peftfx.graph.graph import DERIVED, Graph
+from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.adaptation.constants import Computed
 from peftfx.passes.adaptation.prefill import Left
 from peftfx.passes.base import attributes_of

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftfx.adapted import AdaptedModel
 from peftfx.contract.attention import key_weight
 from peftfx.contract.placement import owner_of, site_tensors
 from peftfx.contract.update import Update
@@ -20,6 +19,7 @@ from peftfx.export.wanted import Wanted, wanted_of
 from peftfx.graph.graph import BASE
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, A, B
+from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.slots.by_row import BIAS, SHOWN
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
 from peftfx.views.decode import Decode

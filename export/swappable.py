@@ -16,7 +16,6 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
-from peftfx.adapted import AdaptedModel
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment import Deployment, Inputs
@@ -28,6 +27,7 @@ from peftfx.export.probes import nested, probes
 from peftfx.export.quantize import FINITE
 from peftfx.graph.graph import BASE
 from peftfx.graph.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot, fingerprint
+from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.slots.open import Open, slots_of
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site, plays
 from peftfx.sites.target import select

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfx.adapted import AdaptedModel
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Base, WeightMethod
 from peftfx.contract.placement import SAVED, Override, Placement, owner_of, site_tensors
@@ -23,6 +22,7 @@ from peftfx.export.parts import DECODE
 from peftfx.graph.graph import DERIVED
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
+from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.adaptation.attention import split_heads
 from peftfx.passes.adaptation.prefill import NAME
 from peftfx.sites.site import Site

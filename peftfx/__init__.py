@@ -9,8 +9,6 @@ from peftfx.version import __version__
 
 if TYPE_CHECKING:
     from peftfx import runtime as runtime
-    from peftfx.adapted import AdaptedModel
-    from peftfx.api import inspect, load, plan, transform
     from peftfx.errors import PeftfxError
     from peftfx.export import export_adapter, export_onnx
     from peftfx.graph.graph import Graph
@@ -25,16 +23,18 @@ if TYPE_CHECKING:
     from peftfx.methods.prompt_tuning import PromptTuning
     from peftfx.methods.trainable_tokens import TrainableTokens
     from peftfx.methods.vera import VeRA
+    from peftfx.model.adapted import AdaptedModel
+    from peftfx.model.api import inspect, load, plan, transform
+    from peftfx.model.trainer_callbacks import RankAllocation
     from peftfx.sites.site import Site
     from peftfx.sites.sites import Sites
-    from peftfx.trainer_callbacks import RankAllocation
     from peftfx.views.capture import capture
 
 
 # Names are imported when first used: torch and transformers take seconds, and `peftfx --help` needs neither.
 _HOME = {
     "AdaLoRA": "peftfx.methods.adalora",
-    "AdaptedModel": "peftfx.adapted",
+    "AdaptedModel": "peftfx.model.adapted",
     "BitFit": "peftfx.methods.bitfit",
     "Graph": "peftfx.graph.graph",
     "IA3": "peftfx.methods.ia3",
@@ -45,7 +45,7 @@ _HOME = {
     "PeftfxError": "peftfx.errors",
     "PrefixTuning": "peftfx.methods.prefix_tuning",
     "PromptTuning": "peftfx.methods.prompt_tuning",
-    "RankAllocation": "peftfx.trainer_callbacks",
+    "RankAllocation": "peftfx.model.trainer_callbacks",
     "Site": "peftfx.sites.site",
     "Sites": "peftfx.sites.sites",
     "TrainableTokens": "peftfx.methods.trainable_tokens",
@@ -53,10 +53,10 @@ _HOME = {
     "capture": "peftfx.views.capture",
     "export_adapter": "peftfx.export",
     "export_onnx": "peftfx.export",
-    "inspect": "peftfx.api",
-    "load": "peftfx.api",
-    "plan": "peftfx.api",
-    "transform": "peftfx.api",
+    "inspect": "peftfx.model.api",
+    "load": "peftfx.model.api",
+    "plan": "peftfx.model.api",
+    "transform": "peftfx.model.api",
 }
 
 __all__ = [

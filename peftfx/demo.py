@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from peftfx.api import transform
 from peftfx.demo_classifier import Classifier, accuracy, evaluate, latency, train
 from peftfx.demo_report import APART, DemoResult, print_report
 from peftfx.errors import PeftfxError
@@ -28,6 +27,7 @@ from peftfx.export.command import export_directory
 from peftfx.export.runtime import OnnxModel
 from peftfx.export.verify import VerificationError
 from peftfx.methods.lora import LoRA
+from peftfx.model.api import transform
 from peftfx.topics import TOPICS, batches, load_split
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from peftfx.api import bare
 from peftfx.bases.gguf import unpack
 from peftfx.bases.load import load_base
 from peftfx.contract.method import Method
@@ -35,6 +34,7 @@ from peftfx.export.deploy import copy_assets
 from peftfx.export.swappable import SLOTS
 from peftfx.methods.lora import LoRA
 from peftfx.methods.prefix_tuning import PrefixTuning
+from peftfx.model.api import bare
 from peftfx.passages import Passages, load_passages
 from peftfx.runtime import load
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peftfx.adapted import AdaptedModel
+from peftfx.model.adapted import AdaptedModel
 
 _PRODUCTS = {getattr(home, name) for home in (torch, Tensor) for name in ("matmul", "bmm", "baddbmm")}
 _PRODUCTS |= {Tensor.__matmul__}

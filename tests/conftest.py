@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from zoo import ZOO, Captured
 
-from peftfx.adapted import AdaptedModel
+from peftfx.model.adapted import AdaptedModel
 from peftfx.views.capture import capture
 
 torch.set_num_threads(1)

@@ -9,9 +9,9 @@ from law_cases import Case
 from law_pool import captured
 from torch import Tensor, nn
 
-from peftfx.adapted import AdaptedModel
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.method import Method
+from peftfx.model.adapted import AdaptedModel
 
 LOOSE = {"float32": 1e-4, "bfloat16": 0.1}  #: largest error by dtype, relative to the largest output
 

@@ -25,13 +25,13 @@ from torch.utils import _pytree as pytree
 from zoo import Entry
 
 import peftfx
-from peftfx.adapted import AdaptedModel
-from peftfx.api import bare
 from peftfx.contract.method import Method, WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
 from peftfx.methods import method_named, methods
+from peftfx.model.adapted import AdaptedModel
+from peftfx.model.api import bare
 
 STEPS = 10
 IN_PEFT, IN_ORT = 1e-5, 1e-4  #: what may differ, relative to the largest value

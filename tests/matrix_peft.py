@@ -15,7 +15,7 @@ from compare import changed, farthest
 from test_export import outputs
 from torch import Tensor, nn
 
-from peftfx.adapted import AdaptedModel
+from peftfx.model.adapted import AdaptedModel
 
 Calls = Sequence[dict[str, Tensor]]
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import peftfx
-from peftfx.adapted import AdaptedModel
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.tasks import PEFT_TASKS
 from peftfx.contract.sequence import PROMPT
+from peftfx.model.adapted import AdaptedModel
 
 COUNT = 4  #: of virtual tokens
 TASK_TYPES: Mapping[str, str] = {task: name for name, task in PEFT_TASKS.items()}

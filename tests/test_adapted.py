@@ -22,10 +22,10 @@ from zoo import TOKENS, ZOO
 
 import peftfx
 from peftfx import graphs as graphs_module
-from peftfx.adapted import AdaptedModel
-from peftfx.api import bare
 from peftfx.errors import PeftfxError
 from peftfx.methods.lora import LoRA
+from peftfx.model.adapted import AdaptedModel
+from peftfx.model.api import bare
 from peftfx.views.view import without_cache
 
 QUERY_VALUE = {"r": 4, "lora_alpha": 6, "target_modules": ["query", "value"]}

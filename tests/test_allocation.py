@@ -17,8 +17,8 @@ from zoo import ZOO
 
 import peftfx
 from peftfx import AdaLoRA, PeftfxError, RankAllocation
-from peftfx.adapted import AdaptedModel
 from peftfx.methods.adalora import KEPT
+from peftfx.model.adapted import AdaptedModel
 
 STEPS = 14
 SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "total_step": STEPS, "deltaT": 2, "lora_alpha": 4}

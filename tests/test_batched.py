@@ -30,8 +30,8 @@ from peftfx import (
     runtime,
     transform,
 )
-from peftfx.adapted import AdaptedModel
 from peftfx.export.command import export_directory
+from peftfx.model.adapted import AdaptedModel
 from peftfx.views.row_adapters import IDS
 
 Run = Callable[..., Result]

@@ -16,7 +16,7 @@ from zoo import ZOO
 
 import peftfx
 from peftfx import IA3, LoRA, PeftfxError
-from peftfx.adapted import AdaptedModel
+from peftfx.model.adapted import AdaptedModel
 
 NAMES = ("one", "two", "three")
 Options = dict[str, object]

@@ -18,7 +18,7 @@ from zoo import TOKENS, ZOO
 
 import peftfx
 import peftfx.runtime
-from peftfx.adapted import AdaptedModel
+from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import PAST, PRESENT, Decode, cache_names, positions
 from peftfx.views.named_views import find_view
 from peftfx.views.view import without_cache
@@ -199,7 +199,7 @@ def test_a_large_model_is_checked_at_fewer_sizes_each_of_another_kind(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("peftfx.export.probes.LARGE", 0)
-    report = peftfx.api.bare(ZOO["gpt2"].build()).export(tmp_path / "out", view="decode")
+    report = peftfx.model.api.bare(ZOO["gpt2"].build()).export(tmp_path / "out", view="decode")
     seen = {tuple(c["shapes"]["past_key_values.0.key"]) for c in report.comparisons}
     assert {past for _, _, past, _ in seen} == {0, 1, 6}
     assert {batch for batch, _, _, _ in seen} == {1, 2}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import peftfx
-from peftfx.adapted import AdaptedModel
+from peftfx.model.adapted import AdaptedModel
 
 
 @pytest.fixture(scope="module")

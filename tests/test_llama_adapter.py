@@ -19,9 +19,9 @@ from zoo import TOKENS, ZOO
 
 import peftfx
 from peftfx import LlamaAdapter, LoRA, PeftfxError
-from peftfx.adapted import AdaptedModel
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
+from peftfx.model.adapted import AdaptedModel
 from peftfx.passes import Remove
 
 COUNT = 4  #: tokens of a prompt

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import peftfx
-from peftfx.adapted import AdaptedModel
-from peftfx.api import bare
 from peftfx.methods import method_named, methods
+from peftfx.model.adapted import AdaptedModel
+from peftfx.model.api import bare
 
 pytestmark = pytest.mark.slow
 #: EleutherAI/gpt-neox-20b's config.

@@ -13,7 +13,7 @@ from test_swappable import stirred
 from zoo import TOKENS, ZOO
 
 from peftfx import IA3, LoRA, PeftfxError, PrefixTuning, PromptTuning, PTuning, runtime, transform
-from peftfx.adapted import AdaptedModel
+from peftfx.model.adapted import AdaptedModel
 from peftfx.views.row_adapters import IDS, lay
 
 RULES = {

@@ -19,9 +19,9 @@ from zoo import ZOO
 
 import peftfx
 from peftfx import IA3, LoRA, PeftfxError, PrefixTuning, PromptTuning
-from peftfx.adapted import AdaptedModel
 from peftfx.contract.method import Method
 from peftfx.methods import methods
+from peftfx.model.adapted import AdaptedModel
 from peftfx.rules.peft_files import RULES, WEIGHTS, rule_folders
 from peftfx.rules.text import parse_rules, write_rule
 

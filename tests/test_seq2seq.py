@@ -20,7 +20,7 @@ from zoo import ZOO
 
 import peftfx
 import peftfx.runtime
-from peftfx.adapted import AdaptedModel
+from peftfx.model.adapted import AdaptedModel
 from peftfx.views.encoder_decoder import DECODED, ENCODED
 from peftfx.views.named_views import find_view
 from peftfx.views.view import without_cache

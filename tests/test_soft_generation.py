@@ -19,7 +19,7 @@ from zoo import TOKENS, ZOO
 
 import peftfx
 from peftfx import PeftfxError, runtime
-from peftfx.adapted import AdaptedModel
+from peftfx.model.adapted import AdaptedModel
 from peftfx.views.cache import cache_of
 
 FEW = [("gpt2", "prompt"), ("llama", "prefix")]

@@ -36,7 +36,6 @@ from peftfx import (
     runtime,
     transform,
 )
-from peftfx.adapted import AdaptedModel
 from peftfx.export import OnnxModel
 from peftfx.export.adapter_command import export_adapter_directories
 from peftfx.export.adapter_files import read_adapter_file
@@ -44,6 +43,7 @@ from peftfx.export.adapters import export_adapter
 from peftfx.export.command import export_directory
 from peftfx.export.swappable import Slots
 from peftfx.graph.slots import FILE, Manifest
+from peftfx.model.adapted import AdaptedModel
 from peftfx.passes import Evaluate, Merge
 from peftfx.views.decode import Decode
 

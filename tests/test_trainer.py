@@ -16,8 +16,8 @@ from transformers.utils.generic import find_labels
 from zoo import TOKENS, ZOO
 
 import peftfx
-from peftfx.adapted import AdaptedModel
 from peftfx.methods.lora import LoRA
+from peftfx.model.adapted import AdaptedModel
 
 Row = dict[str, object]
 RATE, STEPS, BATCH = 0.02, 10, 4

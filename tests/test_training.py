@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from zoo import ZOO
 
 import peftfx
-from peftfx.adapted import AdaptedModel
+from peftfx.model.adapted import AdaptedModel
 
 FIRST, SECOND = peftfx.LoRA(r=4, lora_alpha=6, target="all-linear"), peftfx.IA3(target="attention.key")
 

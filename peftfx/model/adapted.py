@@ -19,7 +19,7 @@ from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import evaluating, fake_mode_of
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
-from peftfx.graphs import Graphs
+from peftfx.model.graph_cache import Graphs
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.rules.resolution import place
 from peftfx.sites.sites import Sites
@@ -269,7 +269,7 @@ class AdaptedModel(nn.Module):
         Raises:
             PeftfxError: the model generates nothing, or is asked for what a graph cannot give.
         """
-        from peftfx.generating import generator
+        from peftfx.model.generation import generator
 
         return generator(self.base, self.view, lambda view: self.graph(view=view)).generate(*args, **kwargs)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from peftfx.adapted import AdaptedModel
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.graph.contexts import evaluating
-from peftfx.planning import Plan, make_plan
+from peftfx.model.adapted import AdaptedModel
+from peftfx.model.plan import Plan, make_plan
 from peftfx.sites.sites import Sites
 from peftfx.views.capture import capture
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftfx.adapted import AdaptedModel
 from peftfx.errors import PeftfxError
+from peftfx.model.adapted import AdaptedModel
 
 
 class RankAllocation(TrainerCallback):
