@@ -7,8 +7,8 @@ from peftfx.export.adapters import export_adapter
 from peftfx.export.deploy import export_onnx
 from peftfx.export.onnx import to_onnx
 from peftfx.export.report import Report
-from peftfx.export.runtime import OnnxModel
 from peftfx.export.verify import Comparison, VerificationError, verify
+from peftfx.serving.onnx_model import OnnxModel
 
 __all__ = [
     "Comparison",

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.export.adapter_files import SUFFIX, file_of, read_adapter_file, write_adapter_file
 from peftfx.export.atomic import publish
 from peftfx.export.in_eval import in_eval
 from peftfx.export.parts import DECODE
@@ -37,6 +36,7 @@ from peftfx.graph.slots import (
     listed,
 )
 from peftfx.model.adapted import AdaptedModel
+from peftfx.serving.adapter_file import SUFFIX, file_of, read_adapter_file, write_adapter_file
 
 WORDS = {
     A: "a low-rank sum at",

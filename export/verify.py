@@ -13,9 +13,9 @@ import torch
 
 from peftfx.errors import PeftfxError
 from peftfx.export.program import onnx_outputs
-from peftfx.export.runtime import OnnxModel, find
 from peftfx.export.twin import runnable
 from peftfx.graph.graph import Graph
+from peftfx.serving.onnx_model import OnnxModel, find
 
 Tensors = dict[str, torch.Tensor]
 Reference = Callable[[Tensors], Tensors]

@@ -226,7 +226,7 @@ def run(
     missing = next((path for path in image or () if not path.is_file()), None)
     if missing is not None:
         raise PeftfxError("there is no such image", str(missing), "check the path")
-    from peftfx.serving import classify, stream
+    from peftfx.serving.run import classify, stream
 
     with _quiet():
         if prompt is not None:

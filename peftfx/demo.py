@@ -24,10 +24,10 @@ from peftfx.demo_report import APART, DemoResult, print_report
 from peftfx.errors import PeftfxError
 from peftfx.export.atomic import publish
 from peftfx.export.command import export_directory
-from peftfx.export.runtime import OnnxModel
 from peftfx.export.verify import VerificationError
 from peftfx.methods.lora import LoRA
 from peftfx.model.api import transform
+from peftfx.serving.onnx_model import OnnxModel
 from peftfx.topics import TOPICS, batches, load_split
 
 if TYPE_CHECKING:

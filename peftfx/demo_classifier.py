@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from peftfx.export.runtime import OnnxModel
 from peftfx.model.adapted import AdaptedModel
+from peftfx.serving.onnx_model import OnnxModel
 from peftfx.topics import Example, Split, batches
 
 if TYPE_CHECKING:

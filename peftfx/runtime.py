@@ -4,52 +4,8 @@ model = peftfx.runtime.load("out")
 model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
 """
 
-from __future__ import annotations
+from peftfx.serving.load import load
+from peftfx.serving.pipelines import pipeline
+from peftfx.serving.served import Served
 
-from pathlib import Path
-
-import onnxruntime as ort
-
-from peftfx.export.runtime import OnnxModel
-from peftfx.served import Served
-from peftfx.views.decode import PAST
-
-ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
-
-
-def load(
-    directory: str | Path,
-    *,
-    threads: int = 0,
-    options: ort.SessionOptions | None = None,
-    adapter: str | Path | None = None,
-) -> Served:
-    """Open a directory that `peftfx export` wrote.
-
-    Args:
-        directory: has `model.onnx`, or an encoder's and a decoder's, and `config.json` beside it.
-        threads: how many threads one operator may use; 0 leaves it to ONNX Runtime.
-        options: ONNX Runtime's for the session, in place of those that `OnnxModel` chooses.
-        adapter: an `.onnx_adapter` to put into the model, if it was exported with slots.
-
-    Returns:
-        A model with `generate` if it has a cache in and out, else a `Served`.
-
-    Raises:
-        PeftfxError: there is no such model, or ONNX Runtime cannot open it.
-    """
-    from peftfx.served_generators import ServedGenerator, ServedSeq2Seq
-
-    directory = Path(directory)
-    if (directory / ENCODER).is_file():
-        encoder, decoder = (
-            OnnxModel(directory / name, threads=threads, options=options) for name in (ENCODER, DECODER)
-        )
-        made: Served = ServedSeq2Seq(directory, decoder, encoder)
-    else:
-        model = OnnxModel(directory, threads=threads, options=options)
-        kind = ServedGenerator if any(name.startswith(f"{PAST}.") for name in model.inputs) else Served
-        made = kind(directory, model)
-    if adapter is not None:
-        made.load_adapter(adapter)
-    return made
+__all__ = ["Served", "load", "pipeline"]

@@ -18,12 +18,12 @@ from peftfx.contract.method import Base, Method, WeightMethod
 from peftfx.contract.placement import SHARED, Placement, site_tensors
 from peftfx.errors import PeftfxError
 from peftfx.export.onnx import to_onnx
-from peftfx.export.runtime import OnnxModel
 from peftfx.export.weights import save
 from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.passes import Evaluate, Insert, Merge, PassManager, Remove
 from peftfx.passes.base import OVERRIDES
 from peftfx.passes.rewriting.site_op import bind
+from peftfx.serving.onnx_model import OnnxModel
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
 

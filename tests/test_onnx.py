@@ -24,10 +24,10 @@ from peftfx.export.atomic import publish
 from peftfx.export.metadata import ENGINE
 from peftfx.export.onnx import FAST, TORCH, to_onnx
 from peftfx.export.program import onnx_outputs
-from peftfx.export.runtime import OnnxModel
 from peftfx.export.verify import VerificationError, reference_of, verify
 from peftfx.export.weights import save
 from peftfx.graph.graph import Graph
+from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.capture import capture
 
 Tensors = dict[str, torch.Tensor]

@@ -33,12 +33,12 @@ from peftfx import (
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.export import OnnxModel
 from peftfx.export.adapter_command import export_adapter_directories
-from peftfx.export.adapter_files import read_adapter_file
 from peftfx.export.adapters import export_adapter
 from peftfx.export.places import capture_forward, places_of
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.passes import Evaluate, Merge
+from peftfx.serving.adapter_file import read_adapter_file
 from peftfx.views.encoder_decoder import Decoder, Encoder
 
 Run = Callable[..., Result]

@@ -17,11 +17,11 @@ from zoo import ZOO
 
 from peftfx import IA3, AdaLoRA, LoRA, PeftfxError, PrefixTuning, export_onnx, runtime, transform
 from peftfx.export import OnnxModel
-from peftfx.export.adapter_files import read_adapter_file
 from peftfx.export.adapters import export_adapter
 from peftfx.export.probes import view_cases
 from peftfx.export.verify import VerificationError, reference_of, verify
 from peftfx.graph.slots import Manifest
+from peftfx.serving.adapter_file import read_adapter_file
 
 Run = Callable[..., Result]
 HALVES = {"fp16": (torch.float16, 10), "bf16": (torch.bfloat16, 16)}  #: and their numbers in ONNX

@@ -38,13 +38,13 @@ from peftfx import (
 )
 from peftfx.export import OnnxModel
 from peftfx.export.adapter_command import export_adapter_directories
-from peftfx.export.adapter_files import read_adapter_file
 from peftfx.export.adapters import export_adapter
 from peftfx.export.command import export_directory
 from peftfx.export.swappable import Slots
 from peftfx.graph.slots import FILE, Manifest
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes import Evaluate, Merge
+from peftfx.serving.adapter_file import read_adapter_file
 from peftfx.views.decode import Decode
 
 Run = Callable[..., Result]

@@ -13,8 +13,8 @@ import onnxruntime as ort
 from torch import Tensor
 
 from peftfx.errors import PeftfxError, first_line
-from peftfx.export.runtime import to_ort, to_torch
 from peftfx.graph.slots import Manifest, listed
+from peftfx.serving.onnx_model import to_ort, to_torch
 
 SUFFIX = ".onnx_adapter"
 VERSION = 1  #: of the format

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 
-from peftfx.buffers import BufferedCache, Buffers
 from peftfx.errors import PeftfxError
-from peftfx.export.runtime import OnnxModel
 from peftfx.generation.step import Generates
 from peftfx.generation.step_encoder_decoder import GeneratesFromText, TextEncoder
-from peftfx.served import DTYPES, Served
+from peftfx.serving.cache_buffers import BufferedCache, Buffers
+from peftfx.serving.onnx_model import OnnxModel
+from peftfx.serving.served import DTYPES, Served
 from peftfx.views.cache import Held
 from peftfx.views.decode import PAST, PRESENT, Decode, cache_names
 from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder, Layers

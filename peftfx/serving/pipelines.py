@@ -8,8 +8,8 @@ from typing import Any
 
 from peftfx.bases.tasks import resolve_task, task_of_class
 from peftfx.errors import PeftfxError, first_line
-from peftfx.runtime import load
-from peftfx.served import Served
+from peftfx.serving.load import load
+from peftfx.serving.served import Served
 
 REPORT = "peftfx_report.json"
 _IMAGES = frozenset({"image-classification", "image-segmentation"})

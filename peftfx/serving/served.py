@@ -14,8 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.generic import ModelOutput
 
 from peftfx.errors import PeftfxError, first_line, nearest
-from peftfx.export.runtime import OnnxModel
 from peftfx.graph.slots import MODEL
+from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.row_adapters import BATCHED, IDS
 
 DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
@@ -47,7 +47,7 @@ class Served:
         Raises:
             PeftfxError: the model has no slots, or the adapter is for another base or other slots.
         """
-        from peftfx.export.adapter_files import read_for
+        from peftfx.serving.adapter_file import read_for
 
         path = Path(path)
         name = path.stem if name is None else name
