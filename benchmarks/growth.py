@@ -33,7 +33,7 @@ def cost(layers: int) -> Costs:
     import peftfx
     from peftfx.analysis.roles import find_sites
     from peftfx.bases.example_inputs import example_inputs
-    from peftfx.export.onnx import to_onnx
+    from peftfx.export.translation.to_onnx import to_onnx
     from peftfx.model.adapted import AdaptedModel
     from peftfx.passes import Merge
 

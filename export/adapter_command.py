@@ -10,8 +10,8 @@ import torch
 from peftfx.bases.load import load_base
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of_class
 from peftfx.errors import PeftfxError
-from peftfx.export.adapters import export_adapter
-from peftfx.export.deploy import Progress
+from peftfx.export.onnx_directory import Progress
+from peftfx.export.slots.adapter_export import export_adapter
 from peftfx.graph.slots import Manifest
 from peftfx.model.api import bare
 from peftfx.rules.peft_files import read_config, rule_folders

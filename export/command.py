@@ -13,12 +13,12 @@ from peftfx.bases.gguf import takes_gguf
 from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.tasks import resolve_task
 from peftfx.errors import PeftfxError
-from peftfx.export.deploy import Progress, copy_assets, export_onnx
-from peftfx.export.onnx import CPU, FAST, check_engine, check_opset, check_optimize
-from peftfx.export.quantize import check_quantization
+from peftfx.export.onnx_directory import Progress, copy_assets, export_onnx
 from peftfx.export.report import Report
-from peftfx.export.swappable import Slots
-from peftfx.export.weights import Written
+from peftfx.export.slots.swappable import Slots
+from peftfx.export.translation.to_onnx import CPU, FAST, check_engine, check_opset, check_optimize
+from peftfx.export.writing.quantization import check_quantization
+from peftfx.export.writing.weights import Written
 from peftfx.files import Snapshot
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare, plan
@@ -62,9 +62,9 @@ def export_directory(
     `view` is `forward`, `decode`, with the key/value cache in and out, or `auto`: `decode` for what generates text.
 
     `slots` makes a graph of the base in which adapters are put when it runs: a target that says at which layers;
-    see `peftfx.export.swappable`.
+    see `peftfx.export.slots.swappable`.
 
-    `batched` has adapters by name, among which each row of a batch chooses; see `peftfx.export.batched`.
+    `batched` has adapters by name, among which each row of a batch chooses; see `peftfx.export.slots.batched`.
 
     The inputs are read where they are: one that changes meanwhile is an error.
 

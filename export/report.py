@@ -13,9 +13,9 @@ import torch
 
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
 from peftfx.export.metadata import ENGINE
-from peftfx.export.onnx import FAST
-from peftfx.export.twin import in_bfloat16
-from peftfx.export.verify import Comparison
+from peftfx.export.translation.to_onnx import FAST
+from peftfx.export.verification.comparison import Comparison
+from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.graph.graph import DERIVED, Graph
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.adaptation.constants import Computed

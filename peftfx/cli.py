@@ -90,8 +90,8 @@ def export(
     peftfx_report.json. Exit codes: 0 done; 1 ONNX Runtime and torch disagree, nothing is left; 2 bad input.
     """
     from peftfx.export.command import export_directory
-    from peftfx.export.memory import parse_size
-    from peftfx.export.swappable import Slots
+    from peftfx.export.slots.swappable import Slots
+    from peftfx.export.writing.memory import parse_size
     from peftfx.progress import Progress
 
     limit = None if max_memory is None else parse_size(max_memory)

@@ -22,9 +22,9 @@ from torch import Tensor
 from peftfx.demo_classifier import Classifier, accuracy, evaluate, latency, train
 from peftfx.demo_report import APART, DemoResult, print_report
 from peftfx.errors import PeftfxError
-from peftfx.export.atomic import publish
 from peftfx.export.command import export_directory
-from peftfx.export.verify import VerificationError
+from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.writing.atomic_directory import publish
 from peftfx.methods.lora import LoRA
 from peftfx.model.api import transform
 from peftfx.serving.onnx_model import OnnxModel

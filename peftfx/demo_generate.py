@@ -28,10 +28,10 @@ from peftfx.contract.method import Method
 from peftfx.demo import quiet
 from peftfx.demo_language import BATCH, continue_prompt, fine_tune, perplexity, start_from_text
 from peftfx.errors import PeftfxError
-from peftfx.export.adapters import export_adapter
-from peftfx.export.atomic import publish
-from peftfx.export.deploy import copy_assets
-from peftfx.export.swappable import SLOTS
+from peftfx.export.onnx_directory import copy_assets
+from peftfx.export.slots.adapter_export import export_adapter
+from peftfx.export.slots.swappable import SLOTS
+from peftfx.export.writing.atomic_directory import publish
 from peftfx.methods.lora import LoRA
 from peftfx.methods.prefix_tuning import PrefixTuning
 from peftfx.model.api import bare

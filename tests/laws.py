@@ -17,8 +17,8 @@ from peftfx.analysis.roles import find_sites
 from peftfx.contract.method import Base, Method, WeightMethod
 from peftfx.contract.placement import SHARED, Placement, site_tensors
 from peftfx.errors import PeftfxError
-from peftfx.export.onnx import to_onnx
-from peftfx.export.weights import save
+from peftfx.export.translation.to_onnx import to_onnx
+from peftfx.export.writing.weights import save
 from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.passes import Evaluate, Insert, Merge, PassManager, Remove
 from peftfx.passes.base import OVERRIDES

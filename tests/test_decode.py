@@ -198,7 +198,7 @@ def test_an_unknown_view_is_refused_with_the_nearest() -> None:
 def test_a_large_model_is_checked_at_fewer_sizes_each_of_another_kind(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("peftfx.export.probes.LARGE", 0)
+    monkeypatch.setattr("peftfx.export.verification.probes.LARGE", 0)
     report = peftfx.model.api.bare(ZOO["gpt2"].build()).export(tmp_path / "out", view="decode")
     seen = {tuple(c["shapes"]["past_key_values.0.key"]) for c in report.comparisons}
     assert {past for _, _, past, _ in seen} == {0, 1, 6}

@@ -16,7 +16,7 @@ from transformers.exporters.base import ExportedModel
 from zoo import ZOO, Captured
 
 import peftfx
-from peftfx.export.exported_model import write_export_json
+from peftfx.export.deployment.export_json import write_export_json
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])

@@ -15,7 +15,7 @@ from zoo import ZOO
 import peftfx
 from peftfx import PeftfxError
 from peftfx.export import export_onnx, to_onnx
-from peftfx.export.prepare import prepare
+from peftfx.export.translation.preparation import prepare
 from peftfx.model.api import bare
 from peftfx.passes import Cleanup, Fuse
 from peftfx.passes.optimization.fuse import FUSED

@@ -15,7 +15,7 @@ from zoo import ZOO
 import peftfx
 from peftfx import runtime
 from peftfx.contract.method import Method
-from peftfx.export.genai import FILE, write_genai_config
+from peftfx.export.deployment.genai_config import FILE, write_genai_config
 from peftfx.views.decode import Decode, Held
 
 NEW = 24

@@ -20,7 +20,7 @@ from fork_server import CANNOT_MOUNT, Attempt, Attempts, attempts
 from peftfx import cli
 from peftfx.errors import PeftfxError
 from peftfx.export import command
-from peftfx.export.atomic import publish
+from peftfx.export.writing.atomic_directory import publish
 
 SIZE = Size(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, vocabulary=300)
 

@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from zoo import ZOO, Entry
 
 from peftfx.errors import PeftfxError
-from peftfx.export.atomic import publish
 from peftfx.export.metadata import ENGINE
-from peftfx.export.onnx import FAST, TORCH, to_onnx
-from peftfx.export.program import onnx_outputs
-from peftfx.export.verify import VerificationError, reference_of, verify
-from peftfx.export.weights import save
+from peftfx.export.translation.program import onnx_outputs
+from peftfx.export.translation.to_onnx import FAST, TORCH, to_onnx
+from peftfx.export.verification.comparison import VerificationError, reference_of, verify
+from peftfx.export.writing.atomic_directory import publish
+from peftfx.export.writing.weights import save
 from peftfx.graph.graph import Graph
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.capture import capture
@@ -271,7 +271,7 @@ def test_publish_replaces_only_with_force_and_only_after_success(tmp_path: Path)
 
 
 def test_publish_cleans_up_after_a_run_that_was_killed(tmp_path: Path) -> None:
-    code = "import os, sys, pathlib; from peftfx.export.atomic import publish\n"
+    code = "import os, sys, pathlib; from peftfx.export.writing.atomic_directory import publish\n"
     code += "with publish(pathlib.Path(sys.argv[1])) as d: (d / 'x').write_text('half'); os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
     assert done.returncode == -signal.SIGKILL
@@ -289,7 +289,7 @@ def test_a_full_disk_is_the_users_to_mend_and_leaves_nothing(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("peftfx.export.stream.os.write", full)
+    monkeypatch.setattr("peftfx.export.writing.stream.os.write", full)
     with pytest.raises(PeftfxError, match="No space left") as raised, publish(tmp_path / "out") as directory:
         save(model, directory)
     assert "free some space" in raised.value.hint

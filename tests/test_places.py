@@ -33,8 +33,8 @@ from peftfx import (
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.export import OnnxModel
 from peftfx.export.adapter_command import export_adapter_directories
-from peftfx.export.adapters import export_adapter
-from peftfx.export.places import capture_forward, places_of
+from peftfx.export.slots.adapter_export import export_adapter
+from peftfx.export.slots.prompt_places import capture_forward, places_of
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.passes import Evaluate, Merge

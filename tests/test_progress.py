@@ -7,7 +7,7 @@ import re
 import pytest
 
 from peftfx.errors import PeftfxError
-from peftfx.export.memory import parse_size
+from peftfx.export.writing.memory import parse_size
 from peftfx.progress import Progress, written_line
 
 

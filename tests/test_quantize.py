@@ -17,8 +17,8 @@ from zoo import ZOO
 
 import peftfx as px
 from peftfx.errors import PeftfxError
-from peftfx.export.quantize import BITS, BLOCK, pack, unpack
-from peftfx.export.verify import VerificationError
+from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.writing.quantization import BITS, BLOCK, pack, unpack
 
 
 def _kernel(x: Tensor, blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
@@ -40,7 +40,7 @@ def _kernel(x: Tensor, blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
 def test_blocks_stand_for_the_nearest_weights_and_onnx_runtime_reads_them_so(
     bits: int, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftfx.export.quantize._AT_ONCE", 5000)  # in several goes
+    monkeypatch.setattr("peftfx.export.writing.quantization._AT_ONCE", 5000)  # in several goes
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(bits))
     weight[0, :BLOCK] = 0  # a block of nothing
     blocks, scales = pack(weight, bits, BLOCK)
@@ -81,7 +81,7 @@ def _rounded(adapted: px.AdaptedModel, kind: str) -> nn.Module:
 def test_it_computes_what_the_rounded_weights_say_and_its_error_is_in_the_report(
     name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftfx.export.quantize._ACCURACY", 1)  # activations in float
+    monkeypatch.setattr("peftfx.export.writing.quantization._ACCURACY", 1)  # activations in float
     adapted = _adapted(name)
     linears = [site for site in adapted.sites if site.kind == "linear"]
     report = adapted.export(tmp_path / "small", view="decode", quantize=kind)

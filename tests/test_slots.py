@@ -17,9 +17,9 @@ from zoo import ZOO
 
 from peftfx import IA3, AdaLoRA, LoRA, PeftfxError, PrefixTuning, export_onnx, runtime, transform
 from peftfx.export import OnnxModel
-from peftfx.export.adapters import export_adapter
-from peftfx.export.probes import view_cases
-from peftfx.export.verify import VerificationError, reference_of, verify
+from peftfx.export.slots.adapter_export import export_adapter
+from peftfx.export.verification.comparison import VerificationError, reference_of, verify
+from peftfx.export.verification.probes import view_cases
 from peftfx.graph.slots import Manifest
 from peftfx.serving.adapter_file import read_adapter_file
 

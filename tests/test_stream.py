@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from peftfx.export import stream
-from peftfx.export.stream import PAGE, Stream
+from peftfx.export.writing.stream import PAGE, Stream
 
 PIECES = {
     "nothing": [],

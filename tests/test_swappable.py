@@ -38,9 +38,9 @@ from peftfx import (
 )
 from peftfx.export import OnnxModel
 from peftfx.export.adapter_command import export_adapter_directories
-from peftfx.export.adapters import export_adapter
 from peftfx.export.command import export_directory
-from peftfx.export.swappable import Slots
+from peftfx.export.slots.adapter_export import export_adapter
+from peftfx.export.slots.swappable import Slots
 from peftfx.graph.slots import FILE, Manifest
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes import Evaluate, Merge

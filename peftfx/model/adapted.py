@@ -173,7 +173,7 @@ class AdaptedModel(nn.Module):
 
     def export(self, directory: str | Path, *, merge: bool = True, force: bool = False, **options: object) -> object:
         """Write an ONNX model to a new directory and verify it; see `peftfx.export.export_onnx`."""
-        from peftfx.export.deploy import export_onnx
+        from peftfx.export.onnx_directory import export_onnx
 
         return export_onnx(self, directory, merge=merge, force=force, **options)  # type: ignore[arg-type]
 

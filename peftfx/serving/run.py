@@ -10,8 +10,8 @@ from typing import Any, TextIO
 import torch
 
 from peftfx.errors import PeftfxError, first_line
-from peftfx.serving.pipelines import pipeline
 from peftfx.serving.load import load
+from peftfx.serving.pipelines import pipeline
 
 
 def stream(

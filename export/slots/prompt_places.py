@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.contract.sequence import sequence_site, untyped
 from peftfx.errors import PeftfxError
-from peftfx.export.probes import hold
+from peftfx.export.verification.probes import hold
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, PROMPT
 from peftfx.methods.prefix_tuning import PrefixTuning

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError
 from peftfx.export.metadata import SOURCE
-from peftfx.export.tidy import value_of
+from peftfx.export.translation.layout import value_of
 from peftfx.graph.graph import ADAPTERS
 
 DOMAIN = "com.microsoft"

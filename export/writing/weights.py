@@ -15,7 +15,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from peftfx.errors import PeftfxError
 from peftfx.export.metadata import PERM, SOURCE
-from peftfx.export.stream import PAGE, Stream
+from peftfx.export.writing.stream import PAGE, Stream
 from peftfx.files import writing
 
 INLINE = 1024  #: bytes up to which an initializer is kept inside `model.onnx`

@@ -18,7 +18,7 @@ from peftfx.contract.placement import SAVED, Override, Placement, owner_of, site
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
-from peftfx.export.parts import DECODE
+from peftfx.export.deployment.parts import DECODE
 from peftfx.graph.graph import DERIVED
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B

@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 from peftfx.errors import PeftfxError
-from peftfx.export.atomic import publish
-from peftfx.export.batched import Batched
-from peftfx.export.deployment import Deployment, InGraph
-from peftfx.export.in_eval import in_eval
-from peftfx.export.memory import refuse_memory
-from peftfx.export.onnx import CPU, FAST, check_optimize, to_onnx
-from peftfx.export.quantize import FINITE, check_quantization
-from peftfx.export.quantize import quantize as quantize_model
+from peftfx.export.deployment.deployment import Deployment, InGraph
+from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.report import REPORT, Report
-from peftfx.export.swappable import Slots, Swappable
-from peftfx.export.verify import verify
-from peftfx.export.weights import Written, save_together
+from peftfx.export.slots.batched import Batched
+from peftfx.export.slots.swappable import Slots, Swappable
+from peftfx.export.translation.to_onnx import CPU, FAST, check_optimize, to_onnx
+from peftfx.export.verification.comparison import verify
+from peftfx.export.writing.atomic_directory import publish
+from peftfx.export.writing.memory import refuse_memory
+from peftfx.export.writing.quantization import FINITE, check_quantization
+from peftfx.export.writing.quantization import quantize as quantize_model
+from peftfx.export.writing.weights import Written, save_together
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.passes.adaptation.merge import Merge
@@ -77,12 +77,12 @@ def export_onnx(
         opset: version of the ONNX operators; by default torch's choice.
         engine: `fast`, or `torch` for torch.onnx's own road; see `to_onnx`.
         optimize: `cpu` or `cuda`: whole attentions, rotary embeddings and norms; or `none`; see `to_onnx`.
-        quantize: `int8` or `int4`: weights of products in blocks of small integers; see `peftfx.export.quantize`.
+        quantize: `int8` or `int4`: weights of products in blocks of small integers; see `peftfx.export.writing.quantization`.
         max_error: what a quantised model may differ by from the same model in floating point, over the largest
             magnitude of an output; by default that is measured and reported, and may be whatever it is.
         slots: for a base without adapters: where adapters can be put when the model runs, or at which layers alone,
-            as a target; see `peftfx.export.swappable`.
-        batched: names of adapters of the model among which each row of a batch chooses; see `peftfx.export.batched`.
+            as a target; see `peftfx.export.slots.swappable`.
+        batched: names of adapters of the model among which each row of a batch chooses; see `peftfx.export.slots.batched`.
         source: where the base was read from, for who puts them there.
         force: replace the directory if it exists.
         atol, rtol: what may differ: `atol + rtol * largest magnitude` of an output; by default 1e-4 each, and 2e-2

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.export.atomic import publish
-from peftfx.export.in_eval import in_eval
-from peftfx.export.parts import DECODE
-from peftfx.export.probes import probes, view_cases
-from peftfx.export.verify import reference_of, verify
-from peftfx.export.wanted import wanted_of
+from peftfx.export.deployment.parts import DECODE
+from peftfx.export.deployment.serving_mode import in_eval
+from peftfx.export.slots.adapter_tensors import wanted_of
+from peftfx.export.verification.comparison import reference_of, verify
+from peftfx.export.verification.probes import probes, view_cases
+from peftfx.export.writing.atomic_directory import publish
 from peftfx.files import write_file, writing
 from peftfx.graph.slots import (
     INNER,

@@ -11,8 +11,8 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from peftfx.export.prepare import prepare
-from peftfx.export.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
+from peftfx.export.translation.preparation import prepare
+from peftfx.export.translation.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph, link
 

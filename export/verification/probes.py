@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
-from peftfx.export.verify import VerificationError
+from peftfx.export.verification.comparison import VerificationError
 from peftfx.graph.graph import TensorSpec, path_name
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.entry import Entry, forward

@@ -10,11 +10,11 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import Tensor
 
-from peftfx.export.exported_model import write_export_json
-from peftfx.export.genai import write_genai_config
-from peftfx.export.parts import Part, capture_parts
-from peftfx.export.probes import probes, view_probes
-from peftfx.export.verify import Reference, reference_of
+from peftfx.export.deployment.export_json import write_export_json
+from peftfx.export.deployment.genai_config import write_genai_config
+from peftfx.export.deployment.parts import Part, capture_parts
+from peftfx.export.verification.comparison import Reference, reference_of
+from peftfx.export.verification.probes import probes, view_probes
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import Decode
 

@@ -10,7 +10,7 @@ from torch import nn
 from peftfx.bases.tasks import task_of
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError, nearest
-from peftfx.export.verify import Comparison
+from peftfx.export.verification.comparison import Comparison
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Slot
 from peftfx.model.adapted import AdaptedModel

@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.errors import PeftfxError, first_line
 from peftfx.export.metadata import ENGINE, SOURCE
-from peftfx.export.program import Translation
-from peftfx.export.retrace import retrace
-from peftfx.export.tidy import name_apart, store_transposed, tidy
-from peftfx.export.translate import translate
+from peftfx.export.translation.layout import name_apart, store_transposed, tidy
+from peftfx.export.translation.program import Translation
+from peftfx.export.translation.stamped import translate
+from peftfx.export.translation.torch_exporter import retrace
 from peftfx.graph.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
 from peftfx.graph.lazy_weights import load
 

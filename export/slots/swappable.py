@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.errors import PeftfxError
-from peftfx.export.deployment import Deployment, Inputs
+from peftfx.export.deployment.deployment import Deployment, Inputs
+from peftfx.export.deployment.parts import FORWARD, Part, capture_parts, refuse_fixed, views_of
 from peftfx.export.metadata import PERM, SOURCE
-from peftfx.export.onnx import every_value
-from peftfx.export.parts import FORWARD, Part, capture_parts, refuse_fixed, views_of
-from peftfx.export.places import find_forward, hold_forward, places_of
-from peftfx.export.probes import nested, probes
-from peftfx.export.quantize import FINITE
+from peftfx.export.slots.prompt_places import find_forward, hold_forward, places_of
+from peftfx.export.translation.to_onnx import every_value
+from peftfx.export.verification.probes import nested, probes
+from peftfx.export.writing.quantization import FINITE
 from peftfx.graph.graph import BASE
 from peftfx.graph.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot, fingerprint
 from peftfx.model.adapted import AdaptedModel

@@ -14,8 +14,8 @@ from peftfx.contract.attention import key_weight
 from peftfx.contract.placement import owner_of, site_tensors
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
-from peftfx.export.parts import DECODE
-from peftfx.export.wanted import Wanted, wanted_of
+from peftfx.export.deployment.parts import DECODE
+from peftfx.export.slots.adapter_tensors import Wanted, wanted_of
 from peftfx.graph.graph import BASE
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, A, B

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from peftfx.errors import PeftfxError
-from peftfx.export.torchlib import collected_once
+from peftfx.export.translation.torchlib import collected_once
 from peftfx.graph.graph import DERIVED, Graph, TensorSpec
 from peftfx.graph.lazy_weights import exact
 

@@ -12,8 +12,8 @@ import onnxruntime as ort
 import torch
 
 from peftfx.errors import PeftfxError
-from peftfx.export.program import onnx_outputs
-from peftfx.export.twin import runnable
+from peftfx.export.translation.program import onnx_outputs
+from peftfx.export.verification.float32_twin import runnable
 from peftfx.graph.graph import Graph
 from peftfx.serving.onnx_model import OnnxModel, find
 

@@ -17,9 +17,9 @@ import torch
 from torch import fx
 from torch.fx.experimental import _config
 
-from peftfx.export.lower import Uncovered, lowered_program, make_functional
-from peftfx.export.prepare import prepare
-from peftfx.export.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
+from peftfx.export.translation.decompositions import Uncovered, lowered_program, make_functional
+from peftfx.export.translation.preparation import prepare
+from peftfx.export.translation.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph
 from peftfx.passes.optimization.fuse import OPSET, Fuse

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from peftfx.export.onnx import every_value
+from peftfx.export.translation.to_onnx import every_value
 
 _NAME = ".float32-twin.onnx"
 _TYPED = ("to", "dtype")  #: attributes that name a type
