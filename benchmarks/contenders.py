@@ -24,7 +24,7 @@ Contender = Callable[[Path, Path, Path], object]
 
 def peftfx(base: Path, adapter: Path, output: Path) -> None:
     """`peftfx export --merge`, verification included."""
-    from peftfx.cli import app
+    from peftfx.cli.main import app
 
     words = ["export", "--base", base, "--adapter", adapter, "--merge", "--view", "forward", "--output", output]
     app([str(word) for word in words], standalone_mode=False)

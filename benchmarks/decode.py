@@ -41,7 +41,7 @@ CALLS = {
 
 def peftfx(base: Path, output: Path, *words: str) -> Path:
     """`peftfx export` in the decode view, verified."""
-    from peftfx.cli import app
+    from peftfx.cli.main import app
 
     app(["export", "--base", str(base), "--view", "decode", "--output", str(output), *words], standalone_mode=False)
     return output / "model.onnx"

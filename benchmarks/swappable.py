@@ -15,7 +15,7 @@ from pathlib import Path
 
 from measure import Measured, forget, measured, versions
 
-_COMMAND = (sys.executable, "-c", "from peftfx.cli import main; main()")
+_COMMAND = (sys.executable, "-c", "from peftfx.cli.main import main; main()")
 
 
 def commands(source: Path, output: Path) -> Iterator[tuple[str, Sequence[object]]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import peftfx
-from peftfx.demo_generate import LORA, PROMPT, Trial, run_generation
+from peftfx.demo.generation import LORA, PROMPT, Trial, run_generation
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()) / "smollm2"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 20

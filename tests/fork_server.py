@@ -186,7 +186,7 @@ def _serve() -> None:
     os.dup2(2, 1)
     import torch
 
-    import peftfx.cli
+    import peftfx.cli.main
     import peftfx.export.command  # noqa: F401
 
     torch.set_num_threads(1)

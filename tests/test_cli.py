@@ -94,7 +94,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 def typed(*words: object, **environment: str) -> Result:
     """The command in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "peftfx.cli", *map(str, words)],
+        [sys.executable, "-m", "peftfx.cli.main", *map(str, words)],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
@@ -561,7 +561,7 @@ def test_a_full_disk(size: str, inputs: Inputs, tmp_path: Path) -> None:
         pytest.skip("no small disk can be mounted here")
     words = ["export", "--base", inputs.classifier, "--output", disk / "out"]
     done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", disk, sys.executable, "-m", "peftfx.cli", *map(str, words)],
+        ["unshare", "-rm", "sh", "-c", script, "sh", disk, sys.executable, "-m", "peftfx.cli.main", *map(str, words)],
         capture_output=True, text=True, check=False, env={**os.environ, "DISK": str(disk)},
     )  # fmt: skip
     assert_refused(

@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 
 from peftfx import demo
-from peftfx.demo_classifier import BATCH
-from peftfx.demo_report import DemoResult, next_commands
+from peftfx.demo.classifier import BATCH
+from peftfx.demo.report import DemoResult, next_commands
+from peftfx.demo.topics import TOPICS, batches, load_split, sentences
 from peftfx.errors import PeftfxError
 from peftfx.export import OnnxModel
-from peftfx.topics import TOPICS, batches, load_split, sentences
 
 SENTENCES = ["Enter the debugger at the calling stack frame.", "Keys are compared.", "It imports the module."]
 EPOCHS, PER_TOPIC = 2, 16
@@ -117,7 +117,7 @@ def test_code_grammar_and_markup_are_no_sentences() -> None:
 
 
 def test_the_two_demos_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftfx.cli import app
+    from peftfx.cli.main import app
 
     made: list[Path] = []
     for name in ("demo.run_demo", "demo_generate.run_generation"):

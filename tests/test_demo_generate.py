@@ -14,10 +14,10 @@ from zoo import ZOO
 
 import peftfx
 from peftfx import demo_generate
-from peftfx.cli import app
-from peftfx.demo_language import perplexity, start_from_text
+from peftfx.cli.main import app
+from peftfx.demo.language import perplexity, start_from_text
+from peftfx.demo.passages import load_passages
 from peftfx.errors import PeftfxError
-from peftfx.passages import load_passages
 
 
 class Letters:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import peftfx
 from peftfx.bases.load import load_base
-from peftfx.cli import app
+from peftfx.cli.main import app
 from peftfx.errors import PeftfxError
 from peftfx.files import is_gguf
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
+from peftfx.cli.progress import Progress, written_line
 from peftfx.errors import PeftfxError
 from peftfx.export.writing.memory import parse_size
-from peftfx.progress import Progress, written_line
 
 
 def test_a_line_says_bytes_rate_and_time_left() -> None:
@@ -19,7 +19,7 @@ def test_without_a_terminal_there_is_a_line_every_few_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = iter([0.0, 0.0, 1.0, 5.5, 6.0, 30.0])
-    monkeypatch.setattr("peftfx.progress.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("peftfx.cli.progress.time.perf_counter", lambda: next(now))
     with Progress() as progress:
         progress.stage("write")
         for done in range(1, 4):

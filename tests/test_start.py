@@ -15,7 +15,7 @@ found = [name for name in {heavy} if name in sys.modules]
 print("CPU", time.process_time(), "MODULES", *found)
 """
 COMMAND = """
-from peftfx.cli import app
+from peftfx.cli.main import app
 try:
     app({words})
 except SystemExit as done:

@@ -19,8 +19,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from peftfx.demo_classifier import Classifier, accuracy, evaluate, latency, train
-from peftfx.demo_report import APART, DemoResult, print_report
+from peftfx.demo.classifier import Classifier, accuracy, evaluate, latency, train
+from peftfx.demo.report import APART, DemoResult, print_report
+from peftfx.demo.topics import TOPICS, batches, load_split
 from peftfx.errors import PeftfxError
 from peftfx.export.command import export_directory
 from peftfx.export.verification.comparison import VerificationError
@@ -28,7 +29,6 @@ from peftfx.export.writing.atomic_directory import publish
 from peftfx.methods.lora import LoRA
 from peftfx.model.api import transform
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.topics import TOPICS, batches, load_split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

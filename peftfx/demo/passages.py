@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peftfx.topics import TOPICS
+from peftfx.demo.topics import TOPICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ class Passages:
 
 
 def load_passages(tokenizer: PreTrainedTokenizerBase, length: int = 128, *, seed: int = 0) -> Passages:
-    """The topics of `peftfx.topics`, markup and all: the end of each is held out, a quarter of its windows.
+    """The topics of `peftfx.demo.topics`, markup and all: the end of each is held out, a quarter of its windows.
 
     A paragraph that comes again, in any topic, is left out there: none would be held out that was trained on.
 

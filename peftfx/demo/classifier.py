@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from peftfx.demo.topics import Example, Split, batches
 from peftfx.model.adapted import AdaptedModel
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.topics import Example, Split, batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

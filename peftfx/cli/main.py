@@ -89,10 +89,10 @@ def export(
     Writes OUTPUT/model.onnx (and model.onnx.data), the config, tokenizer and processor files, and
     peftfx_report.json. Exit codes: 0 done; 1 ONNX Runtime and torch disagree, nothing is left; 2 bad input.
     """
+    from peftfx.cli.progress import Progress
     from peftfx.export.command import export_directory
     from peftfx.export.slots.swappable import Slots
     from peftfx.export.writing.memory import parse_size
-    from peftfx.progress import Progress
 
     limit = None if max_memory is None else parse_size(max_memory)
     with _quiet(), Progress() as progress:
@@ -136,8 +136,8 @@ def export_adapter(
 
     Exit codes: as of export.
     """
+    from peftfx.cli.progress import Progress
     from peftfx.export.adapter_command import export_adapter_directories
-    from peftfx.progress import Progress
 
     options = {"base": base, "combination": combination, "check": check, "force": force}
     with _quiet(), Progress() as progress:
@@ -249,11 +249,11 @@ def demo(
 ) -> None:
     """Fine-tune a real encoder on real text, export it merged, serve it in ONNX Runtime; offline, in minutes."""
     if generate:
-        from peftfx.demo_generate import run_generation
+        from peftfx.demo.generation import run_generation
 
         run_generation(output or Path("peftfx-demo-generate"), force=force)
         return
-    from peftfx.demo import run_demo
+    from peftfx.demo.demo import run_demo
 
     run_demo(output or Path("peftfx-demo"), force=force)
 

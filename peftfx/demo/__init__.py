@@ -1,0 +1,1 @@
+"""`peftfx demo`: the whole way of an adapter on real input, offline."""
