@@ -64,9 +64,9 @@ def export_onnx(
 
     In the forward view, inputs and outputs have the names of the model's keyword arguments and output fields; batch and
     sequence are free. In the decode view they are those that runtimes which generate know, cache in and out: see
-    `peftfx.views.decode`; an encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx` over one file of weights:
-    see `peftfx.views.encoder_decoder`. The result is run in ONNX Runtime at sizes that the export never saw, against the graph and
-    against the base module with its adapters in torch, and moved into place only if they agree.
+    `peftfx.views.decode`; an encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx` over one file of
+    weights: see `peftfx.views.encoder_decoder`. The result is run in ONNX Runtime at sizes that the export never saw,
+    against the graph and against the base module with its adapters in torch, and moved into place only if they agree.
 
     Args:
         model: an AdaptedModel with its active adapters, or any module.
@@ -77,12 +77,14 @@ def export_onnx(
         opset: version of the ONNX operators; by default torch's choice.
         engine: `fast`, or `torch` for torch.onnx's own road; see `to_onnx`.
         optimize: `cpu` or `cuda`: whole attentions, rotary embeddings and norms; or `none`; see `to_onnx`.
-        quantize: `int8` or `int4`: weights of products in blocks of small integers; see `peftfx.export.writing.quantization`.
+        quantize: `int8` or `int4`: weights of products in blocks of small integers; see
+            `peftfx.export.writing.quantization`.
         max_error: what a quantised model may differ by from the same model in floating point, over the largest
             magnitude of an output; by default that is measured and reported, and may be whatever it is.
         slots: for a base without adapters: where adapters can be put when the model runs, or at which layers alone,
             as a target; see `peftfx.export.slots.swappable`.
-        batched: names of adapters of the model among which each row of a batch chooses; see `peftfx.export.slots.batched`.
+        batched: names of adapters of the model among which each row of a batch chooses; see
+            `peftfx.export.slots.batched`.
         source: where the base was read from, for who puts them there.
         force: replace the directory if it exists.
         atol, rtol: what may differ: `atol + rtol * largest magnitude` of an output; by default 1e-4 each, and 2e-2

@@ -225,7 +225,7 @@ def _watch(child: int, limit: float) -> float:
 
 
 def _child(request: dict[str, object], err: int, names: int) -> NoReturn:
-    from peftfx import cli
+    from peftfx.cli.main import main
 
     code: object = 1
     try:
@@ -235,7 +235,7 @@ def _child(request: dict[str, object], err: int, names: int) -> NoReturn:
             globals()[str(request["setup"])](request.get("option"))
         sys.argv = ["peftfx", *request["words"]]  # type: ignore[misc]
         before = set(sys.modules)
-        cli.main()
+        main()
     except SystemExit as done:
         code = done.code or 0
     except BaseException:

@@ -23,7 +23,8 @@ from test_export import randomise
 from torch import nn
 from zoo import TOKENS
 
-from peftfx import IA3, LoRA, PromptTuning, cli, transform
+from peftfx import IA3, LoRA, PromptTuning, transform
+from peftfx.cli.main import main
 from peftfx.export import OnnxModel, deployment
 
 SIZES = {
@@ -94,7 +95,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 def typed(*words: object, **environment: str) -> Result:
     """The command in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "peftfx.cli.main", *map(str, words)],
+        [sys.executable, "-m", "peftfx", *map(str, words)],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
@@ -111,7 +112,7 @@ def peftfx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["peftfx", *map(str, words)])
         with pytest.raises(SystemExit) as raised:
-            cli.main()
+            main()
         captured = capsys.readouterr()
         return Result(int(raised.value.code or 0), captured.out, captured.err)
 
@@ -561,7 +562,7 @@ def test_a_full_disk(size: str, inputs: Inputs, tmp_path: Path) -> None:
         pytest.skip("no small disk can be mounted here")
     words = ["export", "--base", inputs.classifier, "--output", disk / "out"]
     done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", disk, sys.executable, "-m", "peftfx.cli.main", *map(str, words)],
+        ["unshare", "-rm", "sh", "-c", script, "sh", disk, sys.executable, "-m", "peftfx", *map(str, words)],
         capture_output=True, text=True, check=False, env={**os.environ, "DISK": str(disk)},
     )  # fmt: skip
     assert_refused(

@@ -17,7 +17,7 @@ from checkpoint import Size, write_checkpoint
 from few import but_for
 from fork_server import CANNOT_MOUNT, Attempt, Attempts, attempts
 
-from peftfx import cli
+from peftfx.cli.main import main
 from peftfx.errors import PeftfxError
 from peftfx.export import command
 from peftfx.export.writing.atomic_directory import publish
@@ -202,7 +202,7 @@ class TestMemory:
         monkeypatch.setattr(command, "export_directory", lambda *_, **__: lacks())
         monkeypatch.setattr(sys, "argv", ["peftfx", "export", "--base", "base", "--output", "out"])
         with pytest.raises(SystemExit) as raised:
-            cli.main()
+            main()
         assert raised.value.code == 2
         assert "peftfx: error: out of memory: " in capsys.readouterr().err
 

@@ -320,7 +320,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("peftfx: interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

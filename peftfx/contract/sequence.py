@@ -1,7 +1,7 @@
 """SequenceMethod: what a rule does ahead of the model's token stream, by virtual tokens or by their keys and values.
 
-A sequence method says what fills the hole of an entry (`peftfx/views/entry.py`); the compiler traces that once and splices it
-in. It depends on no input: merging makes a constant of it, whatever encoder it came from.
+A sequence method says what fills the hole of an entry (`peftfx/views/entry.py`); the compiler traces that once and
+splices it in. It depends on no input: merging makes a constant of it, whatever encoder it came from.
 """
 
 from __future__ import annotations

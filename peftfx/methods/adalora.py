@@ -2,8 +2,8 @@
 
 The update is kept as a singular value decomposition, `s B diag(E) A` with `s = lora_alpha / (init_r + 1e-5)`, and
 `forward` is `y + s B(E * A(dropout(x)))`. Training holds the rows of `A` and the columns of `B` near orthonormal by a
-term in the loss, and sets the singular values that matter least to 0: see `peftfx.adapters.rank_allocation`. At a conv, `A` has the
-kernel's places among its columns, and the update is a kernel of the conv's own size.
+term in the loss, and sets the singular values that matter least to 0: see `peftfx.adapters.rank_allocation`. At a conv,
+`A` has the kernel's places among its columns, and the update is a kernel of the conv's own size.
 
 Files hold the ranks that are left. `rank_pattern` says which: for each module, which of `init_r` were kept.
 """

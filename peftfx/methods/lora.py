@@ -238,7 +238,7 @@ class LoRA(WeightMethod):
 
     @classmethod
     def combined(cls, site: Site, how: str, given: Sequence[Weighted]) -> tuple[WeightMethod, dict[str, Tensor]]:
-        """As `peftfx.contract.common.low_rank.summed`: a factor is an adapter's weight times its scale; the new one's scale is 1."""
+        """As `low_rank.summed`: a factor is an adapter's weight times its scale; the new one's scale is 1."""
         scales, params = [], []
         for weight, method, p in given:
             assert isinstance(method, LoRA)

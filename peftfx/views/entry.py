@@ -1,7 +1,8 @@
 """Entries: ways into a model. A soft prompt changes the call and no weight, so that it is captured as another call.
 
 A view that is captured through an entry has a hole: a constant that the entry's code reads, and that a soft prompt
-fills (`passes/adaptation/insert.py`). Unfilled it is zero. What an entry does in which view is told by `peftfx/views/prompt_in_view.py`.
+fills (`passes/adaptation/insert.py`). Unfilled it is zero. What an entry does in which view is told by
+`prompt_in_view.py` beside this file.
 """
 
 from __future__ import annotations

@@ -1,0 +1,57 @@
+"""Made by `python tests/support/public_stub.py`; what is public is told in `__init__.py`."""
+
+from peftfx import runtime as runtime
+from peftfx.errors import PeftfxError as PeftfxError
+from peftfx.export.onnx_directory import export_onnx as export_onnx
+from peftfx.export.slots.adapter_export import export_adapter as export_adapter
+from peftfx.graph.graph import Graph as Graph
+from peftfx.methods.adalora import AdaLoRA as AdaLoRA
+from peftfx.methods.bitfit import BitFit as BitFit
+from peftfx.methods.ia3 import IA3 as IA3
+from peftfx.methods.llama_adapter import LlamaAdapter as LlamaAdapter
+from peftfx.methods.ln_tuning import LNTuning as LNTuning
+from peftfx.methods.lora import LoRA as LoRA
+from peftfx.methods.p_tuning import PTuning as PTuning
+from peftfx.methods.prefix_tuning import PrefixTuning as PrefixTuning
+from peftfx.methods.prompt_tuning import PromptTuning as PromptTuning
+from peftfx.methods.trainable_tokens import TrainableTokens as TrainableTokens
+from peftfx.methods.vera import VeRA as VeRA
+from peftfx.model.adapted import AdaptedModel as AdaptedModel
+from peftfx.model.api import inspect as inspect
+from peftfx.model.api import load as load
+from peftfx.model.api import plan as plan
+from peftfx.model.api import transform as transform
+from peftfx.model.trainer_callbacks import RankAllocation as RankAllocation
+from peftfx.sites.site import Site as Site
+from peftfx.sites.sites import Sites as Sites
+from peftfx.version import __version__ as __version__
+from peftfx.views.capture import capture as capture
+
+__all__ = [
+    "IA3",
+    "AdaLoRA",
+    "AdaptedModel",
+    "BitFit",
+    "Graph",
+    "LNTuning",
+    "LlamaAdapter",
+    "LoRA",
+    "PTuning",
+    "PeftfxError",
+    "PrefixTuning",
+    "PromptTuning",
+    "RankAllocation",
+    "Site",
+    "Sites",
+    "TrainableTokens",
+    "VeRA",
+    "__version__",
+    "capture",
+    "export_adapter",
+    "export_onnx",
+    "inspect",
+    "load",
+    "plan",
+    "runtime",
+    "transform",
+]

@@ -1,0 +1,6 @@
+"""`python -m peftfx`: the command line."""
+
+from peftfx.cli.main import main
+
+if __name__ == "__main__":
+    main()
