@@ -1,9 +1,9 @@
 """Method: what a rule does at a site. A method is plain torch; it knows no model architecture and edits no graph.
 
 There is a protocol for each kind of site; that of attention is in `attention.py` beside this file, that of the token
-stream in `sequence.py`; what trains copies of the base's own tensors is in `override.py`. A weight method acts at linear,
-conv and embedding sites and says the same thing twice, once on activations and once on weights. The compiler traces
-`forward` and splices it into the graph; `merge` replaces it by `fold`. With dropout off,
+stream in `sequence.py`; what trains copies of the base's own tensors is in `override.py`. A weight method acts at
+linear, conv and embedding sites and says the same thing twice, once on activations and once on weights. The compiler
+traces `forward` and splices it into the graph; `merge` replaces it by `fold`. With dropout off,
 
     forward(site, op, x, op(x, *base), base, p, training=False) == op(x, *fold(site, base, p))
 

@@ -42,16 +42,8 @@ LAYERS = (
 #: What hands on names to users and nothing else: on top of all, so that no file of the package imports it.
 FACES = frozenset(
     {
-        *(
-            "peftfx",
-            "peftfx.__main__",
-            "peftfx.cli.__main__",
-            "peftfx.method",
-            "peftfx.runtime",
-            "peftfx.target",
-            "peftfx.vectors",
-        ),
-        *("peftfx.sites", "peftfx.graph", "peftfx.passes", "peftfx.export"),
+        *("peftfx", "peftfx.__main__", "peftfx.cli.__main__", "peftfx.sites", "peftfx.graph"),
+        *("peftfx.method", "peftfx.runtime", "peftfx.target", "peftfx.vectors", "peftfx.passes", "peftfx.export"),
     }
 )
 
@@ -162,9 +154,7 @@ def describe(structure: Structure) -> str:
 def main(arguments: list[str]) -> int:
     """Print, and tell by the exit code whether the structure holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--before", metavar="REV", help="a revision of this repository to print ahead of the working tree"
-    )
+    parser.add_argument("--before", metavar="REV", help="a revision to print ahead of the working tree")
     revision = parser.parse_args(arguments).before
     if revision:
         with tempfile.TemporaryDirectory() as directory:
