@@ -1,4 +1,4 @@
-"""Made by `python tests/support/public_stub.py`; what is public is told in `__init__.py`."""
+"""Made by `python tests/house/public_stub.py`; what is public is told in `__init__.py`."""
 
 from peftfx import runtime as runtime
 from peftfx.errors import PeftfxError as PeftfxError

@@ -9,13 +9,19 @@ from functools import cache
 import pytest
 import torch
 from hypothesis import settings
-from zoo import ZOO, Captured
+from support.command import peftfx as peftfx
+from support.zoo import ZOO, Captured
 
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.capture import capture
 
 torch.set_num_threads(1)
 settings.register_profile("whole")  # `--hypothesis-profile=whole`: the laws on all of their examples
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--update-golden`: what is held to a golden file is written there instead."""
+    parser.addoption("--update-golden", action="store_true", help="write golden files anew")
 
 
 def pytest_collection_finish() -> None:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from matrix import METHODS, Bench, Cell, cells
+from matrix.cells import METHODS, Bench, Cell, cells
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "matrix.md", ROOT / "build" / "matrix.json"

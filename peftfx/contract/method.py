@@ -7,7 +7,7 @@ traces `forward` and splices it into the graph; `merge` replaces it by `fold`. W
 
     forward(site, op, x, op(x, *base), base, p, training=False) == op(x, *fold(site, base, p))
 
-for every `base` and every `p`: the fold law, which `tests/test_laws.py` holds every method to.
+for every `base` and every `p`: the fold law, which `tests/laws/test_laws.py` holds every method to.
 """
 
 from __future__ import annotations

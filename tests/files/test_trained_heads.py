@@ -1,0 +1,53 @@
+"""A head trained beside an adapter is saved with it, for every method of `peft`'s: it reads ours, and we read its."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.adapted import randomise
+from support.adapter_files import first, load_peft, same
+from support.zoo import ZOO
+
+import peftfx
+from peftfx.contract.method import Method
+from peftfx.contract.sequence import SequenceMethod
+from peftfx.methods import methods
+from peftfx.rules.peft_files import WEIGHTS
+
+SHARED = {name: cls for name, cls in methods().items() if name in peft.PeftType.__members__}
+
+
+@pytest.mark.parametrize("cls", SHARED.values(), ids=SHARED)
+def test_a_head_of_its_own_crosses_in_both_directions(cls: type[Method], tmp_path: Path) -> None:
+    weights = not issubclass(cls, SequenceMethod)
+    name, head = ("llama", "lm_head") if "attention" in cls.kinds else ("bert", "classifier")
+    options = {"target_modules": ["query", "value"]} if weights and name == "bert" else {}
+    if cls is peftfx.TrainableTokens:
+        options = {"token_indices": [1, 5]}
+    ours = peftfx.transform(ZOO[name].build(), cls.from_options({**options, "modules_to_save": [head]}), seed=0)
+    randomise(ours)
+    inputs = ZOO[name].inputs(3, 5, 4, model=ours.base)
+    want = first(ours, inputs)
+    ours.save_pretrained(tmp_path / "ours")
+    written = load_file(tmp_path / "ours" / WEIGHTS)
+    assert any(key.endswith(f"{head}.weight") for key in written)
+    same(first(peftfx.load(ZOO[name].build(), tmp_path / "ours"), inputs), want)
+
+    theirs = load_peft(ZOO[name].build(), tmp_path / "ours")
+    if cls is peftfx.PrefixTuning:  # peft reads and writes it, and cannot run it
+        with pytest.raises(ValueError, match="does not support past key values"):
+            first(theirs, inputs)
+    else:
+        same(first(theirs, inputs), want)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    again = load_file(tmp_path / "theirs" / WEIGHTS)
+    if cls in (peftfx.LlamaAdapter, peftfx.TrainableTokens):  # peft reads the head, runs it, and leaves it out
+        assert written.keys() - again.keys() == {key for key in written if f".{head}." in key}
+        return
+    assert again.keys() == written.keys()
+    assert all(torch.equal(again[key], written[key]) for key in again)
+    same(first(peftfx.load(ZOO[name].build(), tmp_path / "theirs"), inputs), want)

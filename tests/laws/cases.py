@@ -1,0 +1,159 @@
+"""Cases: which model, method and sizes a law is tried on. Strategies for a method's options come from its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from hypothesis import HealthCheck, reject, settings
+from hypothesis import strategies as st
+from laws.models import Spec
+from laws.pool import POOL, captured
+
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.override import OverrideMethod
+from peftfx.contract.placement import Placement, copies_of, site_tensors
+from peftfx.errors import PeftfxError
+from peftfx.methods import methods
+from peftfx.sites.site import Site
+
+#: Every method there is that acts at sites of a graph; a new file in `peftfx/methods` is under these laws without an
+#: edit here.
+_ACTS = WeightMethod | AttentionMethod | OverrideMethod
+METHODS = {name: cls for name, cls in methods().items() if issubclass(cls, _ACTS)}
+WEIGHT_METHODS = {name: cls for name, cls in METHODS.items() if issubclass(cls, WeightMethod)}
+
+
+WHOLE = "whole"  #: the profile of hypothesis in which laws have all of their examples, and by default a fifth
+_LAWS = settings(
+    deadline=None,
+    derandomize=True,  # the same examples in every run: a law that fails fails for everybody
+    database=None,
+    suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large),
+)
+
+
+def examples(count: int) -> settings:
+    """So many examples a test in `pytest --hypothesis-profile=whole`."""
+    whole = settings.get_current_profile_name() == WHOLE
+    return settings(_LAWS, max_examples=count if whole else -(-count // 5))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the sizes of a call, and the seed of everything random. Its print is a reproduction to paste."""
+
+    spec: Spec
+    batch: int = 2
+    sequence: int = 3
+    seed: int = 0
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of a call of these sizes."""
+        return self.spec.inputs(self.batch, self.sequence, self.seed)
+
+
+_INITIALISATIONS = (True, False, "gaussian", "pissa", "pissa_niter_4", "olora")
+
+#: Options whose values their type does not tell, by HF PEFT type.
+CHOICES: Mapping[str, Mapping[str, st.SearchStrategy[object]]] = {
+    "LORA": {
+        "init_lora_weights": st.sampled_from(_INITIALISATIONS),
+        "rank_pattern": st.sampled_from(({}, {"words": 4, "head": 4, r"blocks\.0\.\w+": 4})),
+        "alpha_pattern": st.sampled_from(({}, {"0": 5.0, "o|up|conv": 3.0})),
+    },
+    "ADALORA": {
+        "rank_pattern": st.sampled_from(({}, {f"{path}.lora_E": (True, False) * 6 for path in ("blocks.0", "head")})),
+        "total_step": st.sampled_from((None, 20)),
+        **dict.fromkeys(("beta1", "beta2"), st.sampled_from((0.5, 0.85))),
+    },
+    "IA3": {"feedforward_modules": st.sampled_from((None, (), ".*", ("o", "0", "head")))},
+    "ADAPTION_PROMPT": {"adapter_layers": st.none()},
+    "TRAINABLE_TOKENS": {"token_indices": st.sampled_from(((0, 2), (1,)))},
+}
+
+
+def configs(cls: type[Method]) -> st.SearchStrategy[Method]:
+    """Methods of a class without a target. They shrink to the one with no options given."""
+    shared = {f.name for f in dataclasses.fields(Method)}
+    hints = typing.get_type_hints(cls)
+    known = CHOICES.get(cls.peft_type, {})
+    fields = [f for f in dataclasses.fields(cls) if f.name not in shared and f.init]
+    options = {f.name: known.get(f.name, _values(f.name, hints[f.name])) for f in fields}
+    drawn = {name: values for name, values in options.items() if values is not None}
+    return st.fixed_dictionaries({}, optional=drawn).map(functools.partial(_configured, cls))
+
+
+def _configured(cls: type[Method], options: Mapping[str, object]) -> Method:
+    try:
+        return cls(**options)
+    except PeftfxError:  # these options contradict each other, and the method says so
+        reject()
+
+
+def _values(name: str, hint: object) -> st.SearchStrategy[object] | None:
+    """Values of a field by its name and type, or None to leave it at its default."""
+    if "dropout" in name:
+        return st.sampled_from((0.0, 0.5))
+    if hint is bool:
+        return st.booleans()
+    if hint is int:
+        return st.integers(1, 4)
+    if hint is float:
+        return st.sampled_from((0.5, 1.0, 3.0))
+    if typing.get_origin(hint) is typing.Literal:
+        return st.sampled_from(typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        drawn = [_values(name, h) for h in typing.get_args(hint) if h is not type(None)]
+        choices = [values for values in drawn if values is not None]
+        return st.one_of(*choices) if choices else None
+    return None
+
+
+@functools.cache
+def places(spec: Spec, method: Method) -> tuple[str, ...]:
+    """Targets of one site or of one part of a fused site, wherever this method can act."""
+    found = []
+    for site in captured(spec).graph.sites:
+        if acts_at(spec, method, site):
+            found.append(site.path)
+            if not isinstance(method, OverrideMethod):  # which trains whole tensors
+                found += [f"{site.path} & {part.role}" for part in site.parts]
+    return tuple(found)
+
+
+def acts_at(spec: Spec, method: Method, site: Site) -> bool:
+    """Whether a method can start at a site: some options are refused at some kinds of sites."""
+    if site.kind not in method.kinds:
+        return False
+    if isinstance(method, AttentionMethod):
+        return site.heads is not None
+    if isinstance(method, OverrideMethod):
+        return bool(copies_of(captured(spec).model, method, site))
+    placement = Placement(method.at(site), site)
+    try:
+        placement.method.init(site, placement.base(*site_tensors(captured(spec).model, site)), torch.Generator())
+    except PeftfxError:
+        return False
+    return True
+
+
+@st.composite
+def cases(draw: st.DrawFn, cls: type[Method], pool: Sequence[Spec] = POOL, least: int = 1) -> tuple[Case, Method]:
+    """A case, and a method with a target of at least so many places in its model."""
+    if issubclass(cls, AttentionMethod):
+        pool = [spec for spec in pool if repr(spec).count("Attention(") >= least]
+    spec, method = draw(st.sampled_from(pool)), draw(configs(cls))
+    saved = draw(st.sampled_from((None, None, ("head",))))
+    found = [place for place in places(spec, method) if saved is None or place != "head"]
+    if len(found) < least:
+        reject()
+    target = tuple(draw(st.lists(st.sampled_from(found), min_size=least, max_size=4, unique=True)))
+    case = Case(spec, draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(0, 9)))
+    return case, dataclasses.replace(method, target=target, modules_to_save=saved)

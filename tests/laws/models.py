@@ -1,0 +1,95 @@
+"""Models for the laws: small frozen specs that print as a reproduction, and the plain torch modules they build."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from laws.blocks import CHANNELS, WIDTH, Block
+from torch import Tensor, nn
+
+WORDS = 11
+
+
+@dataclass(frozen=True)
+class Spec(ABC):
+    """The spec of a whole model: its blocks, and the dtype of its parameters."""
+
+    blocks: tuple[Block, ...]
+    dtype: Literal["float32", "bfloat16"] = field(default="float32", kw_only=True)
+
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The module, untouched."""
+
+    @abstractmethod
+    def inputs(self, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
+        """Keyword arguments of a call."""
+
+    def build(self) -> nn.Module:
+        """The module in eval mode, every parameter off its initial value: no bias is 0 and no scale 1."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self.module()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        return model.to(getattr(torch, self.dtype)).eval()
+
+
+@dataclass(frozen=True)
+class Text(Spec):
+    """Token ids to scores of words."""
+
+    tied: bool = False
+    positions: bool = False
+
+    def module(self) -> nn.Module:
+        return _Text(self)
+
+    def inputs(self, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
+        return {"ids": torch.randint(WORDS, (batch, sequence), generator=torch.Generator().manual_seed(seed))}
+
+
+class _Text(nn.Module):
+    def __init__(self, spec: Text) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH, padding_idx=1)
+        self.places = nn.Embedding(16, WIDTH) if spec.positions else None
+        self.blocks = nn.ModuleList(block.build() for block in spec.blocks)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        if spec.tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        if self.places is not None:
+            x = x + self.places(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@dataclass(frozen=True)
+class Image(Spec):
+    """An image to scores of classes; the image's height grows with `sequence`."""
+
+    def module(self) -> nn.Module:
+        return _Image(self)
+
+    def inputs(self, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
+        shape = (batch, CHANNELS, 11 + sequence, 12)
+        pixels = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return {"pixels": pixels.to(getattr(torch, self.dtype))}
+
+
+class _Image(nn.Module):
+    def __init__(self, spec: Image) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(block.build() for block in spec.blocks))
+        self.head = nn.Linear(CHANNELS, 3)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.blocks(pixels).mean((2, 3)))

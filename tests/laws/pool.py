@@ -1,0 +1,103 @@
+"""The pool: specs of random models, sorted by size, each built and captured once in a session."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+from random import Random
+
+from laws.blocks import WIDTH, Attention, Block, Branch, Conv, Dense, Mix, Mlp, Norm, Product, Residual, Twice
+from laws.models import Image, Spec, Text
+from torch import nn
+
+from peftfx.graph.graph import BASE, Graph, link
+from peftfx.views.capture import capture
+
+#: One of each kind of block on its own: what a failing example shrinks to.
+SMALL = (
+    Text(()),
+    Text((), tied=True, positions=True),
+    Text((Dense(),)),
+    Text((Dense(transposed=True),), dtype="bfloat16"),
+    Text((Product(turned=True),)),
+    Text((Product(turned=False, bias=False),)),
+    Text((Twice(Dense()),)),
+    Text((Mix(groups=2),)),
+    Text((Norm(), Norm(shifted=True))),
+    Text((Mlp("fused"),)),
+    Text((Attention("softmax", "heads", bias=False),)),
+    Text((Attention("sdpa", "thirds", transposed=True),)),
+    Text((Attention("softmax", "apart"), Attention("sdpa", "thirds", transposed=True))),
+    Image((Conv(stride=2, groups=2),)),
+    Image((Conv(padding="same", dilation=2, mode="reflect"),)),
+    Image((Conv(padding="valid", bias=False), Conv(padding=0, groups=4)), dtype="bfloat16"),
+)
+
+
+def random_block(random: Random, depth: int = 1) -> Block:
+    """A block of a text model; `depth` is how far blocks may hold blocks."""
+    flag = lambda: random.random() < 0.5  # noqa: E731
+    kinds = ("dense", "product", "mix", "mlp", "attention", *("residual", "branch", "twice") * (2 * depth))
+    match random.choice(kinds):
+        case "dense":
+            return Dense(bias=flag(), transposed=flag())
+        case "product":
+            return Product(turned=flag(), bias=flag())
+        case "mix":
+            return Mix(groups=random.choice((1, 2, WIDTH)))
+        case "mlp":
+            return Mlp(random.choice(("none", "beside", "fused")), transposed=flag())
+        case "attention":
+            style, layout = random.choice(("softmax", "sdpa")), random.choice(("apart", "thirds", "heads"))
+            return Attention(style, layout, flag(), flag(), random.choice((0.0, 0.2)))
+        case "residual":
+            return Residual(random_block(random, depth - 1), random.choice(("layer", "rms")), random.choice((0.0, 0.2)))
+        case "branch":
+            return Branch(random_block(random, depth - 1), random_block(random, depth - 1))
+        case _:
+            return Twice(random_block(random, depth - 1))
+
+
+def random_conv(random: Random) -> Block:
+    """A block of an image model."""
+    padding = random.choice((0, 1, 2, "same", "valid"))
+    stride = 1 if padding == "same" else random.choice((1, 2))
+    mode = random.choice(("zeros", "reflect"))
+    return Conv(stride, padding, random.choice((1, 2)), random.choice((1, 2, 4)), mode, random.random() < 0.5)
+
+
+def random_spec(seed: int) -> Spec:
+    """A whole model."""
+    random = Random(seed)
+    dtype = random.choice(("float32", "float32", "bfloat16"))
+    if random.random() < 0.3:
+        return Image((random_conv(random), random_conv(random)), dtype=dtype)
+    blocks = tuple(random_block(random) for _ in range(random.choice((2, 3))))
+    return Text(blocks, tied=random.random() < 0.5, positions=random.random() < 0.5, dtype=dtype)
+
+
+POOL: tuple[Spec, ...] = tuple(
+    sorted({*SMALL, *map(random_spec, range(8))}, key=lambda spec: (len(repr(spec)), repr(spec)))
+)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model and its graph. Shared: neither may be changed."""
+
+    model: nn.Module
+    graph: Graph
+
+    def copy(self) -> Captured:
+        """A copy to change: its own parameters, the same structure."""
+        model, graph = copy.deepcopy(self.model), self.graph.clone()
+        graph.module = link(graph.module.graph, {**dict(graph.module.named_children()), BASE: model})
+        return Captured(model, graph)
+
+
+@functools.cache
+def captured(spec: Spec, *, training: bool = False) -> Captured:
+    """The model of a spec and its graph, in eval or in train mode."""
+    model = spec.build().train(training)
+    return Captured(model, capture(model, spec.inputs(2, 3)))

@@ -1,0 +1,61 @@
+"""What laws share: adapted models of the pool, each its law's own to change, and how results are compared."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from laws.cases import Case
+from laws.pool import captured
+from torch import Tensor, nn
+
+from peftfx.adapters.adapter import Adapter
+from peftfx.contract.method import Method
+from peftfx.model.adapted import AdaptedModel
+
+LOOSE = {"float32": 1e-4, "bfloat16": 0.1}  #: largest error by dtype, relative to the largest output
+
+
+def bare(case: Case, *, training: bool = False) -> AdaptedModel:
+    """A model of the pool without adapters, its own to change."""
+    own, example = captured(case.spec, training=training).copy(), case.spec.inputs(2, 3)
+    adapted = AdaptedModel.on(own.model, own.graph.sites, example)
+    adapted.graphs.keep(own.graph, example)
+    return adapted
+
+
+def adapt(case: Case, *rules: Method, training: bool = False, stirred: bool = True) -> AdaptedModel:
+    """A model of the pool with an adapter; `stirred`, its parameters are off their initial values."""
+    adapted = bare(case, training=training)
+    adapted.add_adapter("default", rules, seed=case.seed)
+    if stirred:
+        stir(adapted.adapter("default"), case.seed)
+    return adapted
+
+
+@torch.no_grad()
+def stir(adapter: Adapter, seed: int) -> None:
+    """Move every trained tensor off its initial value, by an amount that its name and the seed decide."""
+    for name, p in adapter.named_parameters():
+        rng = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+        p.add_(torch.randn(p.shape, generator=rng).to(p.dtype), alpha=0.3)
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
+    """Compare relative to the largest value."""
+    assert (got.shape, got.dtype) == (want.shape, want.dtype), f"{what}: {got.dtype}{list(got.shape)}"
+    error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
+    assert error <= tolerance, f"{what}: a relative error of {error:.2e}"
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of every tensor of a module."""
+    return {name: t.detach().clone() for name, t in nn.Module.state_dict(module).items()}
+
+
+def assert_untouched(module: nn.Module, before: dict[str, Tensor]) -> None:
+    """Every tensor is bit for bit what it was."""
+    now = snapshot(module)
+    assert now.keys() == before.keys()
+    changed = [name for name in now if not torch.equal(now[name], before[name])]
+    assert not changed, f"changed: {changed}"

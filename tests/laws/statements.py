@@ -1,0 +1,237 @@
+"""The laws (DESIGN.md, section 7): functions of a case and a method that raise AssertionError."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from laws.cases import Case
+from laws.pool import captured
+from laws.setup import LOOSE, adapt, assert_close, assert_untouched, bare, snapshot, stir
+from torch import Tensor
+
+from peftfx.analysis.roles import find_sites
+from peftfx.contract.method import Base, Method, WeightMethod
+from peftfx.contract.placement import SHARED, Placement, site_tensors
+from peftfx.errors import PeftfxError
+from peftfx.export.translation.to_onnx import to_onnx
+from peftfx.export.writing.weights import save
+from peftfx.graph.graph import ADAPTERS, Graph
+from peftfx.passes import Evaluate, Insert, Merge, PassManager, Remove
+from peftfx.passes.base import OVERRIDES
+from peftfx.passes.rewriting.site_op import bind
+from peftfx.serving.onnx_model import OnnxModel
+from peftfx.sites.site import Site
+from peftfx.sites.sites import Sites
+
+
+@torch.no_grad()
+def identity(case: Case, method: Method) -> None:
+    """An adapter that was just made changes no output, unless its method says so."""
+    if not method.neutral:
+        return
+    adapted, inputs = adapt(case, method, stirred=False), case.inputs()
+    with adapted.disable_adapter():
+        want = adapted(**inputs)
+    assert_close(adapted(**inputs), want, LOOSE[case.spec.dtype], "with a new adapter")
+
+
+@torch.no_grad()
+def fold(case: Case, method: WeightMethod) -> None:
+    """`forward` on activations is `op` on folded weights, at every kind of site, for every base; in float64."""
+    adapted = adapt(case, method)
+    nodes = {n.name: n for n in adapted.graph(adapted=False).nodes()}
+    rng = torch.Generator().manual_seed(case.seed)
+    for placement in adapted.adapter("default").placements:
+        site, own = placement.view, placement.method
+        weight, bias = (t if t is None else t.double() for t in site_tensors(adapted.base, placement.site))
+        base = placement.base(weight + torch.randn(weight.shape, generator=rng), bias)
+        before = Base(base.weight.clone(), bias if base.bias is None else base.bias.clone())
+        p = {name: t.double() for name, t in adapted.adapter("default").params(placement).items()}
+        x, op = _input_of(case, site, rng), bind(nodes[placement.site.calls[0].op], placement.site)
+        y = op(x, *base)
+        want, got = op(x, *own.fold(site, base, p)), own.forward(site, op, x, y.clone(), base, p, False)
+        assert_close(got, want, 1e-6, f"forward at {site.path}")
+        assert all(a is b or torch.equal(a, b) for a, b in zip(base, before, strict=True)), "changed in place"
+
+
+@torch.no_grad()
+def update(case: Case, method: WeightMethod) -> None:
+    """Scales and a low-rank sum, where a method tells them, make the weight and the bias that `fold` makes."""
+    adapted = adapt(case, method)
+    for placement in adapted.adapter("default").placements:
+        if placement.site.kind != "linear":
+            continue
+        base = placement.base(*(None if t is None else t.float() for t in site_tensors(adapted.base, placement.site)))
+        p = {name: t.float() for name, t in adapted.adapter("default").params(placement).items()}
+        want, told = placement.method.fold(placement.view, base, p), placement.method.update(placement.view, base, p)
+        got = Base(told.apply(base.weight), base.bias if told.bias is None else told.bias)
+        for a, b in zip(got, want, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert_close(a, b, 1e-4, f"the update at {placement.site.path}")
+
+
+def _input_of(case: Case, site: Site, rng: torch.Generator) -> Tensor:
+    if site.kind == "embedding":
+        return torch.randint(site.shape[0], (case.batch, case.sequence), generator=rng)
+    inner = site.shape[0 if site.transposed else 1]
+    if site.kind == "linear":
+        return torch.randn(case.batch, case.sequence, inner, generator=rng).double()
+    space = (7, 8)[: len(site.shape) - 2]
+    return torch.randn(case.batch, inner * site.groups, *space, generator=rng).double()
+
+
+@torch.no_grad()
+def merge(case: Case, method: Method) -> None:
+    """The merged graph is the adapted graph, reads no adapter but its overrides, and merging touches no weight."""
+    adapted, before = adapt(case, method), snapshot(captured(case.spec).model)
+    inputs = tuple(case.inputs().values())
+    graph = adapted.graph()
+    merged = PassManager([Merge(), Evaluate()], check="metadata")(graph)
+    (want,), (got,) = graph.run(*inputs), merged.run(*inputs)
+    assert_close(got, want, LOOSE[case.spec.dtype], "merged")
+    read = [n for n in merged.nodes() if n.op == "get_attr" and str(n.target).startswith(f"{ADAPTERS}.")]
+    assert all(OVERRIDES in n.meta for n in read), f"still read: {read}"
+    assert_untouched(adapted.base, before)
+
+
+@torch.no_grad()
+def merge_in_place(case: Case, method: Method) -> None:
+    """A base that its adapter was merged into is the adapted model, as a graph and as plain code; or it is refused."""
+    adapted, before, inputs = adapt(case, method), snapshot(captured(case.spec).model), case.inputs()
+    want = adapted(**inputs)
+    try:
+        adapted.merge()
+    except PeftfxError:  # a module whose code has no place for a bias cannot be given one
+        assert_untouched(adapted.base, before)
+        return
+    assert adapted.names() == ()
+    assert_close(adapted(**inputs), want, LOOSE[case.spec.dtype], "captured again")
+    assert_close(adapted.remove()(**inputs), want, LOOSE[case.spec.dtype], "run eagerly")
+
+
+@torch.no_grad()
+def remove(case: Case, method: Method) -> None:
+    """Remove behind insert restores the text, the state and the outputs: an adapter leaves no trace."""
+    adapted, before = bare(case), snapshot(captured(case.spec).model)
+    grads = {name: p.requires_grad for name, p in captured(case.spec).model.named_parameters()}
+    base, inputs = adapted.graph(), tuple(case.inputs().values())
+    want = base.run(*inputs)
+    text = base.text()
+    adapted.add_adapter("default", method, seed=case.seed)
+    stir(adapted.adapter("default"), case.seed)
+    adapted(**case.inputs())
+    removed = Remove()(adapted.graph()).graph
+    removed.lint()
+    assert removed.text() == text == base.text()
+    assert all(torch.equal(a, b) for a, b in zip(removed.run(*inputs), want, strict=True))
+    model = adapted.remove()
+    assert_untouched(model, before)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == grads
+    assert torch.equal(adapted(**case.inputs()), want[0])
+
+
+def remove_one(case: Case, method: WeightMethod) -> None:
+    """Of two adapters inserted, removing one leaves what inserting the other alone gives."""
+    method = dataclasses.replace(method, modules_to_save=None)
+    adapted = bare(case)
+    inserts = {}
+    for name in ("first", "second"):
+        adapted.add_adapter(name, method, seed=case.seed)
+        inserts[name] = Insert(name, adapted.adapter(name))
+    first = adapted.adapter("first")
+    if first.overrides or not all(p.method.composes for p in first.placements):
+        return  # two adapters cannot both stand for one tensor of the base
+    linked = adapted.graph(adapted=False).clone()
+    linked.module.add_module(ADAPTERS, adapted.adapters)
+    both = inserts["second"](inserts["first"](linked).graph).graph
+    for gone, left in (("first", "second"), ("second", "first")):
+        removed = Remove(gone)(both).graph
+        removed.lint()
+        assert removed.text() == inserts[left](linked).graph.text(), f"without {gone}"
+
+
+@torch.no_grad()
+def idempotence(case: Case, method: Method) -> None:
+    """Doing it again changes nothing: to merge, evaluate or remove twice, or transform with the same seed."""
+    adapted, again, inputs = adapt(case, method), adapt(case, method), case.inputs()
+    assert adapted.graph().text() == again.graph().text()
+    assert torch.equal(adapted(**inputs), again(**inputs)), "another adapter from the same seed"
+    merged = Merge()(adapted.graph()).graph
+    for step, graph in (
+        (Merge(), merged),
+        (Evaluate(), Evaluate()(merged).graph),
+        (Remove(), Remove()(again.graph()).graph),
+    ):
+        result = step(graph)
+        assert (result.changed, result.graph.text()) == (0, graph.text()), f"{step} twice"
+
+
+@torch.no_grad()
+def commute(case: Case, method: Method) -> None:
+    """Rules on disjoint places give the same outputs and the same merged weights in either order."""
+    targets = tuple(method.target or ())
+    rules = [dataclasses.replace(method, target=part) for part in (targets[:1], targets[1:])]
+    one = adapt(case, method)
+    if len({p.key.removesuffix(f".{_part(p)}") for p in one.adapter("default").placements}) < len(targets):
+        return  # two of the places are of one site
+    results = []
+    for order in (rules, rules[::-1]):
+        adapted = adapt(case, *order)
+        for name, value in adapted.adapter("default").tensors():
+            if not name.startswith(f"{SHARED}."):  # what its places share is each rule's own
+                value.copy_(one.adapter("default").get(name))
+        merged = Merge()(adapted.graph()).graph
+        results.append([adapted(**case.inputs()), *(merged.get(f"derived.{name}") for name in sorted(merged.derived))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def _part(placement: Placement) -> str:
+    return "" if placement.part is None else placement.part.role.rpartition(".")[2]
+
+
+def save_and_load(case: Case, method: Method) -> None:
+    """An adapter saved and loaded onto another base gives the same outputs; one that has no format is refused."""
+    adapted, other = adapt(case, method), bare(case)
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            adapted.save_pretrained(directory)
+        except PeftfxError:
+            assert not list(Path(directory).iterdir()), "refused, and written all the same"
+            return
+        other.load_adapter(directory, "default")
+    with torch.no_grad():
+        assert_close(other(**case.inputs()), adapted(**case.inputs()), LOOSE[case.spec.dtype], "loaded")
+
+
+def roles(case: Case, finder: Callable[[Graph], Sites] = find_sites) -> None:
+    """The sites of a model whose modules are all renamed are the same but for their paths."""
+    from laws.renaming import identity, renamed
+
+    graph = captured(case.spec).graph
+    assert [identity(s) for s in finder(renamed(graph))] == [identity(s) for s in finder(graph)]
+
+
+@torch.no_grad()
+def sizes(case: Case, method: Method) -> None:
+    """At sizes the capture never saw, each row of a batch is what it is alone."""
+    adapted, inputs = adapt(case, method), case.inputs()
+    whole = adapted(**inputs)
+    for i in range(case.batch):
+        alone = adapted(**{name: t[i : i + 1] for name, t in inputs.items()})
+        assert_close(whole[i : i + 1], alone, LOOSE[case.spec.dtype], f"row {i}")
+
+
+@torch.no_grad()
+def onnx(case: Case, method: Method) -> None:
+    """ONNX Runtime computes what the graph computes: the adapted one, or by the seed the merged one."""
+    adapted, inputs = adapt(case, method), case.inputs()
+    graph = Merge()(adapted.graph()).graph if case.seed % 2 else adapted.graph()
+    with tempfile.TemporaryDirectory() as directory:
+        save(to_onnx(graph), Path(directory))
+        (got,) = OnnxModel(directory, threads=1)(**inputs).values()
+    assert_close(got, adapted(**inputs), LOOSE["float32"], "in ONNX Runtime")

@@ -1,0 +1,107 @@
+"""ChatGLM3 by the full implementation that diffusers has: its fused projections, its mask, its shared keys."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from support.chatglm import chatglm, inputs
+from support.parity import UNSEEN, randomise
+from torch import Tensor
+
+import peftfx
+from peftfx import PeftfxError
+from peftfx.export import OnnxModel
+
+FUSED = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "word_embeddings"]
+ROWS = {True: {"query": 32, "key": 16, "value": 16}, False: {"query": 32, "key": 32, "value": 32}}
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    assert got.shape == want.shape
+    assert float((got - want).detach().abs().max()) <= tolerance * max(1.0, float(want.abs().max()))
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["grouped heads", "interleaved heads"])
+def test_the_rows_of_its_fused_projections_are_found(grouped: bool) -> None:
+    sites = peftfx.inspect(chatglm(multi_query_attention=grouped), inputs=inputs(2, 7))
+    (first, _) = (site for site in sites if site.role == "attention.qkv")
+    rows = {part.role.partition(".")[2]: sum(end - start for start, end in part.rows) for part in first.parts}
+    assert rows == ROWS[grouped]
+    assert [s.role for s in sites if s.layer == 0 and s.kind == "linear"] == [
+        *("attention.qkv", "attention.output", "mlp.gate_up", "mlp.down")
+    ]
+
+
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "padded"])
+def test_a_lora_of_peft_is_served_as_peft_computes_it(padded: bool, tmp_path: Path) -> None:
+    base = chatglm()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=FUSED, r=4, lora_alpha=6)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    adapted = peftfx.load(base, tmp_path / "adapter", inputs=inputs(2, 7, padded=padded))
+    report = adapted.export(tmp_path / "out")
+    assert len(report.merged) == 9
+    served = OnnxModel(tmp_path / "out")
+    for batch, sequence in UNSEEN:
+        call = inputs(batch, sequence, 3, padded=padded)
+        seen = torch.ones(batch, sequence, dtype=torch.bool)
+        seen[-1, : 2 * padded] = False
+        with torch.no_grad():
+            want = theirs(**call).logits
+        close(adapted(**call).logits, want, 1e-5)
+        close(served(**call)["logits"][seen], want[seen], 1e-4)
+
+
+def test_a_rule_on_the_query_reaches_the_rows_of_the_query(tmp_path: Path) -> None:
+    base = chatglm()
+    adapted = peftfx.transform(base, peftfx.LoRA(r=3, target="attention.query"), inputs=inputs(2, 7), seed=0)
+    randomise(adapted)
+    before = base.encoder.layers[0].self_attention.query_key_value.weight.detach().clone()
+    adapted.save_pretrained(tmp_path)
+    call = inputs(3, 5, 3)
+    want = adapted.eval()(**call).logits
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(chatglm()), str(tmp_path)).eval()
+    close(again(**call).logits, want, 1e-5)
+    adapted.merge()
+    moved = (base.encoder.layers[0].self_attention.query_key_value.weight - before).abs().sum(1) > 0
+    assert moved[:32].all()
+    assert not moved[32:].any()
+    close(adapted.remove()(**call).logits, want, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        peftfx.PromptTuning(num_virtual_tokens=4),
+        pytest.param(peftfx.PTuning(num_virtual_tokens=4), marks=pytest.mark.slow),
+    ],
+)
+def test_virtual_tokens_are_what_the_model_computes_behind_their_embeddings(
+    rule: peftfx.PromptTuning, tmp_path: Path
+) -> None:
+    """peft cannot: the model's code reads sizes off the ids that peft does not pass."""
+    base = chatglm()
+    adapted = peftfx.transform(base, rule, inputs=inputs(2, 7), seed=0)
+    randomise(adapted)
+    method = adapted.adapter("default").placements[0].method
+    prompt = method.virtual(adapted.adapter("default").params(adapted.adapter("default").placements[0]), False)
+    adapted.eval().export(tmp_path / "out")
+    served = OnnxModel(tmp_path / "out")
+    for batch, sequence in UNSEEN:
+        call = inputs(batch, sequence, 3)
+        words = base.embedding(call["input_ids"])
+        ahead = torch.cat([prompt[:, None].expand(-1, batch, -1), words])
+        with torch.no_grad():
+            want = base(torch.zeros(batch, 4 + sequence, dtype=torch.long), inputs_embeds=ahead).logits
+        close(adapted(**call).logits, want, 1e-5)
+        close(served(**call)["logits"], want, 1e-4)
+
+
+def test_its_mask_of_padding_branches_on_values_and_is_refused() -> None:
+    call = {**inputs(2, 7), "attention_mask": torch.ones(2, 7)}
+    with pytest.raises(PeftfxError, match=r"(?s)cannot capture this model.*branches on the values of a tensor"):
+        peftfx.transform(chatglm(), peftfx.LoRA(), inputs=call)

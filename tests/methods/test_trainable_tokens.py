@@ -1,0 +1,172 @@
+"""Trained rows of embeddings, alone and beside a LoRA, are `peft`'s: in a tied head, in files, merged and served."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from support.parity import farthest, outputs, randomise
+from support.zoo import ZOO
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.errors import PeftfxError
+from peftfx.export import OnnxModel
+
+ROWS = [1, 5, 40]
+ALONE = peft.TrainableTokensConfig(token_indices=ROWS)
+SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(vocab_size=64, num_hidden_layers=2, tie_word_embeddings=tied, **SIZE)
+    return hf.LlamaForCausalLM(config).eval().to(dtype)
+
+
+def beside(target: str, tokens: object = ROWS) -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, target_modules=[target], trainable_token_indices=tokens)
+
+
+def trained(base: nn.Module, config: peft.PeftConfig, directory: Path) -> nn.Module:
+    """`peft`'s model on a copy of the base, off its start, and saved."""
+    theirs = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(directory))
+    return theirs
+
+
+def call(rows: Sequence[int] = ROWS, batch: int = 2) -> dict[str, Tensor]:
+    """Text with the trained tokens, and others, in it."""
+    ids = torch.randint(64, (batch, 7), generator=torch.Generator().manual_seed(batch))
+    ids[0, : len(rows)] = torch.tensor(rows)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        *(("gemma", config) for config in (ALONE, beside("q_proj"))),  # scaled, and tied
+        *(("t5", config) for config in (ALONE, beside("q"))),  # three uses of one tensor
+        ("bert", beside("query")),
+        ("llama", beside("q_proj", {"embed_tokens": ROWS, "lm_head": [2]})),
+    ],
+)
+def test_what_peft_trained_computes_the_same_and_goes_back(name: str, config: peft.PeftConfig, tmp_path: Path) -> None:
+    base = ZOO[name].build()
+    theirs = trained(base, config, tmp_path / "theirs")
+    ours = peftfx.load(base, tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    given = ZOO[name].inputs(3, 7, 5, model=base)
+    given["input_ids"][0, :3] = torch.tensor(ROWS)
+    want = outputs(theirs, given)
+    assert farthest(outputs(ours, given), want, given) <= 1e-5
+    assert farthest(outputs(again, given), want, given) <= 1e-5
+    assert farthest(outputs(base, given), want, given) > 1e-3
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tokens", [ROWS, {"embed_tokens": ROWS, "lm_head": [2, 3]}], ids=["shared", "apart"])
+def test_merged_and_served_a_tied_head_has_its_rows(tokens: object, tmp_path: Path) -> None:
+    base = llama(tied=True)
+    theirs = trained(base, beside("q_proj", tokens), tmp_path / "theirs")
+    want = outputs(theirs, call(batch=3))
+    ours = peftfx.load(base, tmp_path / "theirs")
+    for merge in (True, False):
+        ours.export(tmp_path / f"onnx{merge}", merge=merge)
+        served = OnnxModel(tmp_path / f"onnx{merge}")(**call(batch=3))
+        assert farthest(served, want, call(batch=3)) <= 1e-4
+    ours.merge()
+    merged = ours.remove()
+    assert farthest(outputs(merged, call(batch=3)), want, call(batch=3)) <= 1e-5
+    tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight  # type: ignore[operator]
+    assert tied == (tokens is ROWS)
+
+
+def test_ten_steps_give_pefts_rows() -> None:
+    base = llama(tied=True)
+    theirs = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(ALONE))
+    ours = peftfx.transform(base, ALONE)
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    for model in (theirs, ours):
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(10):
+            model(**call(), labels=call()["input_ids"]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    (want,) = (p for name, p in theirs.named_parameters() if "trainable_tokens_delta" in name)
+    (got,) = ours.adapters.parameters()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert all(p.equal(before[name]) for name, p in base.named_parameters())
+
+
+def test_two_adapters_have_rows_of_their_own_and_leave_none_behind() -> None:
+    base = llama(tied=True)
+    adapted = peftfx.transform(base, peftfx.TrainableTokens(token_indices=[1, 5]), adapter_name="first")
+    adapted.add_adapter("second", peftfx.LoRA(target="attention.query", trainable_token_indices=[7]))
+    adapted.add_adapter("third", peftfx.TrainableTokens(token_indices=[5]))
+    for name in adapted.names():
+        adapted.set_adapter(name)
+        randomise(adapted)
+
+    def logits() -> Tensor:
+        return outputs(adapted, call([1, 5, 7]))["logits"]
+
+    adapted.set_adapter(["first", "second"])
+    both = logits()
+    with pytest.raises(PeftfxError, match="'first' and 'third' both train their own copy"):
+        adapted.set_adapter(["first", "third"])
+    adapted.set_adapter("second")
+    second = logits()
+    assert not second.equal(both)
+    with adapted.disable_adapter():
+        assert logits().equal(outputs(base, call([1, 5, 7]))["logits"])
+    adapted.set_adapter(["first", "second"])
+    torch.testing.assert_close(logits(), both, rtol=0, atol=0)
+    adapted.remove("first")
+    assert logits().equal(second)
+
+
+def test_in_bfloat16_rows_are_rounded_to_the_base_as_in_peft(tmp_path: Path) -> None:
+    base = llama(dtype=torch.bfloat16)
+    theirs = trained(base, ALONE, tmp_path)
+    ours = peftfx.load(base, tmp_path)
+    assert outputs(ours, call())["logits"].equal(outputs(theirs, call())["logits"])
+
+
+@pytest.mark.parametrize(
+    ("rule", "what"),
+    [
+        (lambda: peftfx.TrainableTokens(), "no tokens are named"),
+        (lambda: peftfx.TrainableTokens(token_indices=[64]), "the embedding of 64 does not have"),
+        (lambda: peftfx.TrainableTokens(token_indices=[3, 3]), "named twice"),
+        (lambda: peftfx.LoRA(trainable_token_indices={"embed_token": [3]}), "no module with a weight has this name"),
+        (
+            lambda: peftfx.LoRA(trainable_token_indices=[3], modules_to_save=["embed_tokens"]),
+            "trained whole, and tokens of it by themselves",
+        ),
+        (lambda: peftfx.LoRA(trainable_token_indices=[3], target="head"), "rows of this weight are trained"),
+    ],
+)
+def test_what_cannot_be_is_refused(rule: object, what: str) -> None:
+    with pytest.raises(PeftfxError, match=what):
+        peftfx.transform(llama(tied=True), rule())(**call())  # type: ignore[operator]
+
+
+def test_a_graph_for_many_adapters_says_that_it_has_no_place(tmp_path: Path) -> None:
+    peftfx.export_onnx(llama(), tmp_path / "graph", view="decode", slots="all-linear")
+    adapted = peftfx.transform(llama(), peftfx.TrainableTokens(token_indices=[1, 5]))
+    randomise(adapted)
+    with pytest.raises(PeftfxError, match=r"no place for a trained copy of model\.embed_tokens"):
+        peftfx.export_adapter(adapted, tmp_path / "graph", tmp_path / "tokens")
+    with pytest.raises(PeftfxError, match=r"model\.embed_tokens"):
+        peftfx.export_onnx(adapted, tmp_path / "many", view="decode", batched=["default"])

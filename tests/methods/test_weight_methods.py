@@ -1,0 +1,164 @@
+"""Weight methods against `peft`: the same numbers, the same files in both directions, the same model when served."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.adapter_files import first, load_peft, same
+from support.few import few
+from support.parity import check, randomise
+from support.zoo import ZOO
+from torch import nn
+
+import peftfx
+from peftfx import IA3, PeftfxError
+from peftfx.export import OnnxModel
+from peftfx.export.command import export_directory
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A config of `peft`'s on a model of the zoo."""
+
+    model: str
+    kind: type[peft.PeftConfig]
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.kind.__name__.removesuffix('Config')}-{self.model}-{'-'.join(map(str, self.options))}"
+
+    def adapt(self, base: nn.Module, directory: Path) -> nn.Module:
+        """A copy of the base with `peft`'s own adapter, at random values and saved."""
+        theirs = peft.get_peft_model(copy.deepcopy(base), self.kind(**self.options))
+        randomise(theirs)
+        theirs.eval().save_pretrained(str(directory))
+        return theirs
+
+
+def ia3(model: str, target: list[str], feedforward: list[str] | str = (), **options: object) -> Trial:
+    fields = {"target_modules": target, "feedforward_modules": feedforward or [], **options}
+    return Trial(model, peft.IA3Config, fields)
+
+
+def adalora(model: str, target: list[str], **options: object) -> Trial:
+    return Trial(model, peft.AdaLoraConfig, {"target_modules": target, "total_step": 20, **options})
+
+
+TRIALS = (
+    adalora("gpt2", ["c_attn", "mlp.c_proj"], init_r=3),
+    adalora("llama", ["q_proj", "down_proj"], bias="all", orth_reg_weight=0.1),
+    adalora("bert", ["query", "dense"], lora_alpha=3, bias="lora_only", modules_to_save=["classifier"]),
+    adalora("t5", ["q", "wo"], target_r=2, init_r=4),
+    adalora("convnext", ["downsampling_layer.1", "pwconv2"]),
+    ia3("gpt2", ["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
+    ia3("llama", ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    ia3("llama", ["q_proj", "o_proj"], r".*layers\.1\..*o_proj"),
+    ia3("bert", ["key", "value", "output.dense"], ["output.dense"], modules_to_save=["classifier"]),
+    ia3("t5", ["k", "v", "wo"], ["wo"]),
+    ia3("convnext", ["dwconv", "downsampling_layer.1", "pwconv2"], ["downsampling_layer.1", "pwconv2"]),
+)
+tried = pytest.mark.parametrize(
+    "trial",
+    [pytest.param(t, id=str(t), marks=() if t.model in ("bert", "convnext") else pytest.mark.slow) for t in TRIALS],
+)
+
+
+@tried
+def test_an_adapter_crosses_in_both_directions(trial: Trial, tmp_path: Path) -> None:
+    base = ZOO[trial.model].build()
+    theirs = trial.adapt(base, tmp_path / "theirs")
+    inputs = ZOO[trial.model].inputs(3, 5, 4, model=base)
+    want = first(theirs, inputs)
+    assert float((want - first(base, inputs)).abs().max()) > 1e-3
+
+    ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs")
+    same(first(ours, inputs), want)
+
+    ours.save_pretrained(tmp_path / "ours")
+    same(first(load_peft(copy.deepcopy(base), tmp_path / "ours"), inputs), want)
+    same(first(peftfx.load(copy.deepcopy(base), tmp_path / "ours"), inputs), want)
+    mine, given = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("ours", "theirs"))
+    assert mine.keys() == given.keys()
+    assert all(torch.equal(mine[k], given[k]) for k in mine)
+
+    ours.merge()
+    same(first(ours.remove(), inputs), want)
+
+
+@tried
+def test_merged_it_is_served_as_peft_computes_it(trial: Trial, tmp_path: Path) -> None:
+    entry = ZOO[trial.model]
+    base = entry.build()
+    base.save_pretrained(tmp_path / "base")
+    want = trial.adapt(base, tmp_path / "adapter")
+    report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=entry.task)
+    assert report.merged
+    check(entry, want, OnnxModel(tmp_path / "out"), base, base)
+
+
+@tried
+def test_gradients_are_those_of_peft(trial: Trial, tmp_path: Path) -> None:
+    base = ZOO[trial.model].build()
+    theirs = trial.adapt(base, tmp_path)
+    ours = peftfx.load(copy.deepcopy(base), tmp_path)
+    inputs = ZOO[trial.model].inputs(3, 5, 4, model=base, labels=True)
+    found = []
+    for model in (ours, theirs.base_model):  # without a task type a PeftModel would leave out AdaLoRA's own loss
+        loss = model(**inputs).loss
+        loss.backward()
+        found.append(loss.detach())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+    want = sorted(p.grad.norm() for p in theirs.parameters() if p.grad is not None)
+    got = sorted(p.grad.norm() for p in ours.parameters() if p.grad is not None)
+    torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", few(["gpt2", "bloom", "gpt_neox", "llama", "bert", "t5"]))
+def test_ia3_by_roles_is_saved_for_peft_parts_of_fused_weights_too(name: str, tmp_path: Path) -> None:
+    base = ZOO[name].build()
+    ours = peftfx.transform(copy.deepcopy(base), IA3(init_ia3_weights=False), seed=0)
+    inputs = ZOO[name].inputs(2, 6, 1, model=base)
+    want = first(ours, inputs)
+    assert {p.method.feedforward for p in ours.adapter("default").placements} == {True, False}
+    ours.save_pretrained(tmp_path)
+    same(first(load_peft(copy.deepcopy(base), tmp_path), inputs), want)
+    same(first(peftfx.load(copy.deepcopy(base), tmp_path), inputs), want)
+
+
+def test_layers_that_ia3_leaves_out_are_left_out_by_peft(tmp_path: Path) -> None:
+    base = ZOO["llama"].build()
+    rule = IA3(target_modules=["k_proj", "down_proj"], layers_to_transform=[1], init_ia3_weights=False)
+    ours = peftfx.transform(copy.deepcopy(base), rule, seed=0)
+    inputs = ZOO["llama"].inputs(2, 6, 1, model=base)
+    ours.save_pretrained(tmp_path)
+    theirs = load_peft(copy.deepcopy(base), tmp_path)
+    assert {n.split(".")[4] for n, _ in theirs.named_parameters() if "ia3_l" in n} == {"1"}
+    same(first(theirs, inputs), first(ours, inputs))
+
+
+def test_the_input_of_a_part_cannot_be_saved_and_of_two_adapters_cannot_be_scaled(tmp_path: Path) -> None:
+    ours = peftfx.transform(ZOO["gpt2"].build(), IA3(target="attention.value", feedforward_modules=".*"))
+    with pytest.raises(PeftfxError, match="input of some rows"):
+        ours.save_pretrained(tmp_path)
+    llama = peftfx.transform(ZOO["llama"].build(), IA3(), "first")
+    llama.add_adapter("second", peftfx.LoRA(target="mlp.down"))
+    llama.set_adapter(["first", "second"])
+    with pytest.raises(PeftfxError, match="cannot share a site"):
+        llama.graph()
+
+
+def test_ia3_follows_another_adapter_at_its_site() -> None:
+    llama = peftfx.transform(ZOO["llama"].build(), peftfx.LoRA(init_lora_weights=False), "first", seed=0)
+    llama.add_adapter("second", IA3(target="attention.value", init_ia3_weights=False), seed=1)
+    llama.set_adapter(["first", "second"])
+    inputs = ZOO["llama"].inputs(model=llama.base)
+    want = first(llama, inputs)
+    llama.merge()
+    same(first(llama.remove(), inputs), want)

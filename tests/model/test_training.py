@@ -1,0 +1,129 @@
+"""A step of training by other roads: under autocast, compiled; and what of a graph is run."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import training
+from support.adapted import adapt, both, gradients, our_name, randomise
+from support.zoo import ZOO
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import peftfx
+from peftfx.model.adapted import AdaptedModel
+
+FIRST, SECOND = peftfx.LoRA(r=4, lora_alpha=6, target="all-linear"), peftfx.IA3(target="attention.key")
+
+
+def step(model: nn.Module, inputs: dict[str, Tensor], run: Callable[..., object] | None = None) -> dict[str, Tensor]:
+    """The loss and the gradients of a call, from one seed."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = (model if run is None else run)(**inputs).loss  # type: ignore[attr-defined]
+    loss.backward()
+    return {"loss": loss.detach(), **{name: g.clone() for name, g in gradients(model).items()}}
+
+
+class TestAutocast:
+    def test_a_step_is_pefts_and_near_that_of_float32(self, tmp_path: Path) -> None:
+        ours, theirs = both("bert", tmp_path, target_modules=["query", "value", "output.dense"])
+        inputs = ZOO["bert"].inputs(model=ours.base, labels=True)
+        whole = step(ours, inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            got, want = step(ours, inputs), step(theirs, inputs)
+        assert got.keys() == whole.keys()
+        assert all(t.dtype == torch.float32 for t in got.values())
+        named = {name if name == "loss" else f"adapters.default.{our_name(name)}": t for name, t in want.items()}
+        assert named.keys() == got.keys()
+        ours_off, theirs_off = (max(distance(g[name], t) for name, t in whole.items()) for g in (got, named))
+        assert 1e-4 < ours_off < 0.05
+        assert ours_off < 2 * theirs_off  # each is rounding, in an order of its own
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.fixture(scope="module")
+def adapted() -> AdaptedModel:
+    """Two adapters with random values."""
+    adapted = adapt("llama", FIRST)
+    adapted.add_adapter("second", SECOND)
+    randomise(adapted)
+    return adapted
+
+
+class TestCompiled:
+    """What `torch.compile` makes is the model, for each choice of adapters; to it, the model is one graph."""
+
+    def is_the_model(self, adapted: AdaptedModel, compiled: Callable[..., object], sequence: int = 7) -> None:
+        inputs = ZOO["llama"].inputs(sequence=sequence, model=adapted.base, labels=True)
+        want, got = step(adapted, inputs), step(adapted, inputs, compiled)
+        assert got.keys() == want.keys()
+        assert len(want) > 1
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+    def test_each_choice_of_adapters_is_one_graph(self, adapted: AdaptedModel) -> None:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        compiled = torch.compile(adapted, backend=counter)
+        for count, names in enumerate(("default", "second", ["default", "second"]), 1):
+            adapted.set_adapter(names)
+            self.is_the_model(adapted, compiled)
+            assert counter.frame_count == count
+        self.is_the_model(adapted, compiled)
+        assert counter.frame_count == count
+
+    def test_a_graph_is_compiled_whole(self, adapted: AdaptedModel) -> None:
+        torch._dynamo.reset()
+        adapted.set_adapter("default")
+        inputs = ZOO["llama"].inputs(model=adapted.base, labels=True)
+        graph = adapted.graph(inputs)
+        compiled = torch.compile(graph.module, backend="eager", fullgraph=True)
+        got = dict(zip(graph.outputs, compiled(*(inputs[spec.name] for spec in graph.inputs)), strict=True))
+        torch.testing.assert_close(got["loss"], adapted(**inputs).loss)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    def test_by_torchs_own_backends_at_another_length(self, adapted: AdaptedModel, backend: str) -> None:
+        if backend == "inductor" and shutil.which("c++") is None:
+            pytest.skip("inductor needs a C++ compiler")
+        torch._dynamo.reset()
+        compiled = torch.compile(adapted, backend=backend)
+        for names in ("default", "second"):
+            adapted.set_adapter(names)
+            for sequence in (7, 11):
+                self.is_the_model(adapted, compiled, sequence)
+
+
+def test_a_product_that_nobody_reads_is_not_run_and_can_be_restored() -> None:
+    """IA3 computes the output of a feed-forward layer anew: the base's own is there for `remove` alone."""
+    adapted = adapt("llama", peftfx.IA3(target="mlp.down"))
+    inputs = ZOO["llama"].inputs(model=adapted.base)
+    base, kept = adapted.graph(inputs, adapted=False), adapted.graph(inputs)
+    before = kept.text()
+    run = adapted.graphs.swept(kept)
+    assert kept.text() == before
+    counts = [[n.target for n in g.nodes()].count(torch.ops.aten.linear.default) for g in (base, run, kept)]
+    assert counts == [counts[0], counts[0], counts[0] + 2]
+    with torch.no_grad():
+        assert torch.equal(adapted(**inputs).logits, kept(**inputs).logits)  # type: ignore[attr-defined]
+
+
+def test_the_benchmark_compares_what_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    monkeypatch.setattr(training, "SIZES", sizes)
+    method, (model, _) = training.ROWS["IA3"]
+    ours, theirs = training.compare(method, model, 2)
+    assert len(ours.wall) == len(theirs.cpu) == 2
+    assert 0.5 < ours.memory / theirs.memory < 1.1
+    base = model.make(0.0)
+    other = peft.get_peft_model(copy.deepcopy(base), method.configured(model, 0.0))
+    assert sum(p.requires_grad for p in other.parameters()) == 6

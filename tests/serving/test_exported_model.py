@@ -1,0 +1,60 @@
+"""transformers' `ExportedModel` loads what a forward view was exported to, and answers as the adapted model does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from support.parity import randomise
+from support.zoo import ZOO, Captured
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers.exporters.base import ExportedModel
+
+import peftfx
+from peftfx.export.deployment.export_json import write_export_json
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def test_it_is_the_adapted_model(name: str, tmp_path: Path) -> None:
+    entry = ZOO[name]
+    adapted = peftfx.transform(entry.build(), peftfx.LoRA(r=2, target="attention"), seed=0).eval()
+    randomise(adapted.adapters)
+    adapted.export(tmp_path / "out")
+    served = ExportedModel.from_pretrained(tmp_path / "out", device="cpu")
+    inputs = entry.inputs(4, 6, 3, model=adapted.base)
+    with torch.no_grad():
+        want = adapted(**inputs)
+    got = served(**inputs)
+    assert type(got) is type(want)
+    assert got.keys() == want.keys()
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_has_no_name_for_transformers_is_left_out(tmp_path: Path, captured: Callable[[str], Captured]) -> None:
+    class Answer(NamedTuple):
+        logits: int
+
+    case = captured("bert")
+    _, spec = pytree.tree_flatten(Answer(0))
+    graph = dataclasses.replace(case.graph, out_spec=spec)
+    write_export_json(tmp_path, "model.onnx", graph, case.model, case.entry.inputs(model=case.model))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_ones_own_has_no_such_file(tmp_path: Path) -> None:
+    class Doubles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.layer(x)
+
+    adapted = peftfx.transform(Doubles(), peftfx.LoRA(r=1, target="layer"), inputs={"x": torch.randn(2, 3)})
+    adapted.export(tmp_path / "out")
+    assert not (tmp_path / "out" / "export.json").exists()

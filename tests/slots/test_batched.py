@@ -1,0 +1,196 @@
+"""Batched adapters: in one graph each row of a batch has an adapter of its own, and is what it is with it alone."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from support.command import Result
+from support.decoding import prompts
+from support.parity import randomise
+from support.slots import GREEDY, adapted_by, stirred
+from support.zoo import ZOO
+from torch import Tensor, nn
+
+from peftfx import (
+    IA3,
+    BitFit,
+    LlamaAdapter,
+    LNTuning,
+    LoRA,
+    PeftfxError,
+    PrefixTuning,
+    PromptTuning,
+    export_onnx,
+    runtime,
+    transform,
+)
+from peftfx.export.command import export_directory
+from peftfx.model.adapted import AdaptedModel
+from peftfx.views.row_adapters import IDS
+
+Run = Callable[..., Result]
+#: A norm that is an operator and one that is `1 + weight`, norms of heads, a packed projection, no cache.
+OTHERS = ("gpt2", "gemma2", "qwen3", "bloom", "bert")
+RULES = {
+    "low": LoRA(r=2, lora_alpha=5, target="all-linear"),
+    "scales": IA3(),
+    "prompt": [PromptTuning(num_virtual_tokens=5), LoRA(r=4, target="mlp.down")],
+    "prefix": PrefixTuning(num_virtual_tokens=3),
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[AdaptedModel, Path]:
+    """A LLaMA with four adapters, and the directory that it was exported to, from directories."""
+    root = tmp_path_factory.mktemp("llama")
+    adapted = adapted_by("llama", RULES)
+    adapted.base.save_pretrained(root / "base")
+    for name in RULES:
+        adapted.set_adapter(name)
+        adapted.save_pretrained(root / name, adapter_name=name)
+    folders = {name: root / name for name in RULES}
+    report = export_directory(root / "base", root / "out", batched=folders, view="auto")
+    assert [a["name"] for a in report.adapters] == list(RULES)
+    assert report.inputs[IDS] == ["batch"]
+    return adapted, root / "out"
+
+
+def test_four_adapters_and_a_base_row_are_five_single_runs(llama: tuple[AdaptedModel, Path]) -> None:
+    adapted, directory = llama
+    served, given = runtime.load(directory), prompts(5)
+    names = ["prefix", None, "low", "prompt", "scales"]
+    ids = served.adapter_ids(names)
+    got = served.generate(**given, **GREEDY, adapter_ids=ids)
+    given["position_ids"] = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    logits = served(**given, adapter_ids=ids).logits
+    for row, name in enumerate(names):
+        adapted.set_adapter(name or ())
+        alone = {key: value[row : row + 1] for key, value in given.items()}
+        single, shown = logits_of(adapted, alone), alone["attention_mask"].bool()
+        alone.pop("position_ids")
+        assert torch.equal(got[row : row + 1], adapted.generate(**alone, **GREEDY))
+        torch.testing.assert_close(logits[row : row + 1][shown], single[shown], atol=1e-4, rtol=1e-4)
+    assert len({tuple(row[7:].tolist()) for row in got}) == len(names)
+
+
+@torch.no_grad()
+def logits_of(adapted: AdaptedModel, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the decode view gives for one text behind no past."""
+    view, graph = adapted.view("decode"), adapted.graph(view="decode")
+    assert view is not None
+    case = view.inputs(adapted.base, sizes={"batch": 1, "sequence": given["input_ids"].shape[1], "past": 0})
+    case |= given
+    return graph.run(*(case[spec.name] for spec in graph.inputs))[0]
+
+
+def test_rows_without_a_number_are_the_bases_and_beams_keep_theirs(llama: tuple[AdaptedModel, Path]) -> None:
+    adapted, directory = llama
+    served, given = runtime.load(directory), prompts(2)
+    adapted.set_adapter(())
+    assert torch.equal(served.generate(**given, **GREEDY), adapted.generate(**given, **GREEDY))
+    adapted.set_adapter("low")
+    beams = {**GREEDY, "num_beams": 3}
+    got = served.generate(**given, **beams, adapter_ids=served.adapter_ids(["low", "low"]))
+    assert torch.equal(got, adapted.generate(**given, **beams))
+    with pytest.raises(PeftfxError, match="no adapter 'lwo'") as raised:
+        served.adapter_ids(["lwo"])
+    assert "low" in raised.value.hint
+
+
+def test_classifiers_of_peft_have_heads_of_their_own(tmp_path: Path, peftfx: Run) -> None:
+    base = ZOO["bert"].build()
+    base.save_pretrained(tmp_path / "base")
+    theirs = {}
+    for seed, (name, r) in enumerate({"first": 2, "second": 4}.items()):
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=r, target_modules=["query", "value"], bias="lora_only")
+        theirs[name] = peft.get_peft_model(copy.deepcopy(base), config).eval()
+        torch.manual_seed(seed)
+        randomise(theirs[name])
+        with torch.no_grad():
+            theirs[name].base_model.model.classifier.modules_to_save["default"].weight.mul_(seed + 1)
+        theirs[name].save_pretrained(str(tmp_path / name))
+    given = [part for name in theirs for part in ("--batched", f"{name}={tmp_path / name}")]
+    result = peftfx("export", "--base", tmp_path / "base", *given, "--output", tmp_path / "out")
+    assert result.code == 0, result.err
+    served, inputs = runtime.load(tmp_path / "out"), ZOO["bert"].inputs(3, 6, model=base)
+    names = ["second", None, "first"]
+    got = served(**inputs, adapter_ids=served.adapter_ids(names)).logits
+    with torch.no_grad():
+        for row, name in enumerate(names):
+            model = base if name is None else theirs[name]
+            want = model(**{key: value[row : row + 1] for key, value in inputs.items()}).logits
+            torch.testing.assert_close(got[row : row + 1], want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+def test_norms_and_what_stands_beside_attentions_are_the_rows_own(name: str, tmp_path: Path) -> None:
+    rules = {
+        "norms": LNTuning(),
+        "beside": LlamaAdapter(adapter_len=4),
+        "short": [LlamaAdapter(adapter_len=2), LoRA(r=2, target="attention.key | mlp.down")],
+    }
+    if name not in ("llama", "gemma2", "qwen3"):
+        rules["biases"] = BitFit()
+    report = adapted_by(name, rules).export(tmp_path / "out", view="auto", batched=list(rules))
+    assert report.max_abs < 1e-4  # each row was held against its adapter alone
+
+
+class Written(nn.Module):
+    """A norm over channels that is written out, with axes behind its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6) * self.weight[:, None, None]
+
+
+def test_a_norm_of_any_kind_is_each_rows_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = {"input": torch.randn(3, 8, 6, 5)}
+    norms = (
+        nn.GroupNorm(2, 8),
+        nn.BatchNorm2d(8),
+        nn.InstanceNorm2d(8, affine=True),
+        nn.LayerNorm((6, 5)),
+        nn.RMSNorm(5),
+    )
+    model = nn.Sequential(OrderedDict(zip("abcdefg", (*norms, Written(), nn.Linear(5, 3)), strict=True)))
+    adapted = transform(model.eval(), LNTuning(), "norms", inputs=inputs)
+    assert len([site for site in adapted.sites if site.kind == "norm"]) == 6
+    adapted.add_adapter("biases", BitFit())
+    adapted.add_adapter("low", LoRA(r=2, target="g"), seed=0)
+    stirred(adapted, "norms", "biases", "low")
+    adapted.export(tmp_path / "out", inputs=inputs, batched=["norms", "biases", "low"])  # held against each alone
+
+
+def test_what_rows_cannot_have_apart_is_refused(tmp_path: Path, peftfx: Run) -> None:
+    model = adapted_by("llama", {"low": LoRA(r=2), "words": LoRA(r=2, modules_to_save=["embed_tokens"])})
+    with pytest.raises(PeftfxError, match=r"a trained copy of model.embed_tokens.weight cannot be a row's own"):
+        model.export(tmp_path / "out", view="decode", batched=["low", "words"])
+    assert model.active == ("words",)
+    prompted = adapted_by("llama", {"low": LoRA(r=2), "prompt": PromptTuning(num_virtual_tokens=2)})
+    with pytest.raises(PeftfxError, match="slots for others"):
+        prompted.export(tmp_path / "out", batched=["low"], slots="all-linear")
+    assert not list(tmp_path.iterdir())
+    given = ("export", "--base", tmp_path, "--output", tmp_path / "out", "--batched")
+    assert "not an adapter with a name" in peftfx(*given, "adapters").err
+    plain = export_onnx(ZOO["bert"].build(), tmp_path / "plain")
+    assert plain.slots == 0
+    with pytest.raises(PeftfxError, match="no adapters to choose from"):
+        runtime.load(tmp_path / "plain")(**ZOO["bert"].inputs(), adapter_ids=torch.zeros(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "opt", "gpt_neox", "qwen2"])
+def test_other_decoders_go_the_same_way(name: str, tmp_path: Path) -> None:
+    adapted = adapted_by(name, RULES)
+    report = adapted.export(tmp_path / "out", view="decode", batched=list(RULES))
+    assert report.max_abs < 1e-4  # each row was held against its adapter alone, at sizes that no capture saw

@@ -1,0 +1,225 @@
+"""Swappable adapters of encoder-decoders, and soft prompts as inputs of any number of virtual tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import peft
+import pytest
+import torch
+import transformers as hf
+from support.command import Result
+from support.parity import randomise
+from support.slots import Deployed, deploy, stirred, texts
+from support.zoo import TOKENS, ZOO
+
+from peftfx import (
+    IA3,
+    LNTuning,
+    LoRA,
+    PeftfxError,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    export_onnx,
+    runtime,
+    transform,
+)
+from peftfx.contract.sequence import SequenceMethod
+from peftfx.export import OnnxModel
+from peftfx.export.adapter_command import export_adapter_directories
+from peftfx.export.slots.adapter_export import export_adapter
+from peftfx.export.slots.prompt_places import capture_forward, places_of
+from peftfx.model.adapted import AdaptedModel
+from peftfx.model.api import bare
+from peftfx.passes import Evaluate, Merge
+from peftfx.serving.adapter_file import read_adapter_file
+from peftfx.views.encoder_decoder import Decoder, Encoder
+
+Run = Callable[..., Result]
+PROMPTED = {
+    "prompt_tuning": PromptTuning(num_virtual_tokens=5),
+    "p_tuning": PTuning(num_virtual_tokens=3, encoder_hidden_size=16),
+    "prefix_tuning": PrefixTuning(num_virtual_tokens=4),
+    "prompt and lora": [PromptTuning(num_virtual_tokens=2), LoRA(r=2, target="attention.value | mlp.down")],
+}
+RULES = {
+    "lora": LoRA(r=4, lora_alpha=7, target="all-linear"),
+    "cross": LoRA(r=2, use_dora=True, target="/.*(EncDecAttention|encoder_attn).(q|k|v|q_proj|k_proj|v_proj)/"),
+    "ia3": IA3(),
+    "norms": LNTuning(),
+    **PROMPTED,
+}
+LONG = ("p_tuning", "prompt and lora")
+SHORT = ("prefix_tuning", "prompt and lora")
+GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    return deploy("t5", tmp_path_factory.mktemp("t5"))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    return deploy("bert", tmp_path_factory.mktemp("bert"))
+
+
+def farthest(adapted: AdaptedModel, models: dict[str, OnnxModel]) -> float:
+    """The largest difference of both graphs from the merged ones, where the masks show something."""
+    worst = 0.0
+    for name, model in models.items():
+        view = adapted.view(name)
+        assert isinstance(view, Encoder | Decoder)
+        graph = adapted.graph(view=view)
+        if adapted.active:
+            graph = Evaluate()(Merge()(graph).graph).graph
+        for i, sizes in enumerate(view.trials):
+            case = view.inputs(adapted.base, sizes=sizes, seed=i)
+            with torch.no_grad():
+                want = dict(zip(graph.outputs, graph.run(*(case[s.name] for s in graph.inputs)), strict=True))
+            got = model(**case)
+            for output, value in want.items():
+                pair = (view.shown(output, case, t) for t in (got[output], value))
+                worst = max(worst, float(torch.sub(*pair).abs().max()) if value.numel() else 0.0)
+    return worst
+
+
+def graphs_of(served: runtime.Served) -> dict[str, OnnxModel]:
+    return {"encoder": served.graphs["encoder_model"], "decoder": served.graphs["decoder_model"]}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in SHORT else [pytest.mark.slow]) for k in RULES])
+def test_an_encoder_decoder_with_a_file_for_each_graph_is_the_merged_model(
+    t5: Deployed, kind: str, tmp_path: Path
+) -> None:
+    adapted, served = t5.with_rule(RULES[kind]), t5.served
+    path = export_adapter(adapted, t5.root / "graph", tmp_path / "adapter", check=False)
+    served.load_adapter(path)
+    assert farthest(adapted, graphs_of(served)) < 1e-4
+    assert torch.equal(served.generate(**texts(), **GREEDY), adapted.generate(**texts(), **GREEDY))
+    served.set_adapter(None)
+    with adapted.disable_adapter():
+        assert farthest(adapted, graphs_of(served)) < 2e-6
+        base = adapted.generate(**texts(), **GREEDY)
+    assert torch.equal(served.generate(**texts(), **GREEDY), base)
+    assert not torch.equal(adapted.generate(**texts(), **GREEDY), base)
+
+
+def test_onnx_runtime_itself_puts_each_file_in(t5: Deployed, tmp_path: Path) -> None:
+    adapted = t5.with_rule(PROMPTED["prompt and lora"])
+    path = export_adapter(adapted, t5.root / "graph", tmp_path / "adapter", check=False)
+    found = ort.LoraAdapter()
+    found.Load(str(path / "encoder_model.onnx_adapter"))
+    options = ort.RunOptions()
+    options.add_active_adapter(found)
+    encoder = str(t5.root / "graph" / "encoder_model.onnx")
+    session = ort.InferenceSession(encoder, providers=["CPUExecutionProvider"])
+    view, graph = adapted.view("encoder"), adapted.graph(view="encoder")
+    assert view is not None
+    case = view.inputs(adapted.base, sizes={"batch": 1, "encoder_sequence": 4})
+    (got,) = session.run(["last_hidden_state"], {name: t.numpy() for name, t in case.items()}, options)
+    want = graph.run(*(case[s.name] for s in graph.inputs))[0]
+    assert got.shape[1] == 2 + 4
+    assert np.abs(got - want.detach().numpy()).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_the_command_line_exports_and_runs_an_encoder_decoder(t5: Deployed, tmp_path: Path, peftfx: Run) -> None:
+    t5.with_rule(PROMPTED["prompt_tuning"]).save_pretrained(tmp_path / "saved")
+    graph, output = t5.root / "graph", tmp_path / "x.onnx_adapter"
+    done = peftfx("export-adapter", "--adapter", tmp_path / "saved", "--for", graph, "--output", output, "--no-check")
+    assert done.code == 0, done.err
+    served = runtime.load(graph, adapter=output)
+    assert torch.equal(served.generate(**texts(), **GREEDY), t5.adapted.generate(**texts(), **GREEDY))
+    again = peftfx("export-adapter", "--adapter", tmp_path / "saved", "--for", graph, "--output", output)
+    assert again.code == 2
+    with pytest.raises(PeftfxError, match="this is a file for one"):
+        served.load_adapter(output / "encoder_model.onnx_adapter")
+    (output / "decoder_model.onnx_adapter").unlink()
+    with pytest.raises(PeftfxError, match="no such adapter"):
+        served.load_adapter(output)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in LONG else []) for k in PROMPTED])
+def test_an_encoder_takes_soft_prompts_in_its_forward(bert: Deployed, kind: str, tmp_path: Path) -> None:
+    adapted = bert.with_rule(PROMPTED[kind])
+    bert.served.load_adapter(export_adapter(adapted, bert.root / "graph", tmp_path / "adapter"))
+    for batch, sequence in ((3, 9), (1, 1)):
+        inputs = ZOO["bert"].inputs(batch, sequence, model=adapted.base)
+        with torch.no_grad():
+            want, base = adapted(**inputs).logits, adapted.base(**inputs).logits
+        torch.testing.assert_close(bert.served(**inputs).logits, want, atol=1e-4, rtol=1e-4)
+        assert float((want - base).abs().max()) > 1e-3
+    bert.served.set_adapter(None)
+    torch.testing.assert_close(bert.served(**inputs).logits, base, atol=1e-5, rtol=1e-5)
+
+
+def test_a_classifier_of_peft_brings_its_prompt_and_its_head(bert: Deployed, tmp_path: Path) -> None:
+    base = ZOO["bert"].build()
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    path = export_adapter_directories([str(tmp_path / "adapter")], bert.root / "graph", tmp_path / "out", check=False)
+    assert {"prompt", "classifier.weight"} <= read_adapter_file(path)[1].keys()
+    bert.served.load_adapter(path, "theirs")
+    for batch, sequence in ((3, 9), (1, 1)):
+        inputs = ZOO["bert"].inputs(batch, sequence, model=base)
+        with torch.no_grad():
+            torch.testing.assert_close(bert.served(**inputs).logits, theirs(**inputs).logits, atol=1e-4, rtol=1e-4)
+    bert.served.set_adapter(None)
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", *(pytest.param(n, marks=pytest.mark.slow) for n in ("roberta", "deberta_v2", "t5", "bart"))]
+)
+def test_with_no_virtual_tokens_a_forward_is_the_base_to_the_last_bit(name: str) -> None:
+    model = ZOO[name].build().eval()
+    adapted = bare(model)
+    places = tuple(places_of(model, adapted.sites))
+    graph = capture_forward(model, adapted.example, places)
+    for batch, sequence in ((2, 5), (1, 1)):
+        inputs = ZOO[name].inputs(batch, sequence, model=model)
+        case = {**inputs, **{place.what: place.rows(0, 0) for place in places}}
+        with torch.no_grad():
+            got = graph.run(*(case[spec.name] for spec in graph.inputs))
+            base = adapted.graph(inputs)
+            want = base.run(*(inputs[spec.name] for spec in base.inputs))
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["prompt_tuning", pytest.param("prefix_tuning", marks=pytest.mark.slow)])
+def test_token_types_that_hf_peft_drops_under_a_prompt_count_without_one(kind: str) -> None:
+    config = hf.BertConfig(**TOKENS, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    model = hf.BertModel(config).eval()
+    inputs = ZOO["bert"].inputs(2, 5, model=model)
+    assert inputs["token_type_ids"].any()
+    adapted = transform(model, PROMPTED[kind], "x", seed=0)
+    places = tuple(places_of(model, adapted.sites))
+    graph = capture_forward(model, inputs, places)
+    (placement,) = adapted.adapter("x").placements
+    assert isinstance(placement.method, SequenceMethod)
+    rows = {place.what: place.rows(0, 0) for place in places}
+    with torch.no_grad():
+        virtual = placement.method.virtual(adapted.adapter("x").params(placement), False)
+        own = {kind.partition("_")[0]: virtual}
+        for case, want in (({**inputs, **rows}, model(**inputs)), ({**inputs, **rows, **own}, adapted(**inputs))):
+            got = graph.run(*(case[spec.name] for spec in graph.inputs))[0]
+            torch.testing.assert_close(got, want.last_hidden_state, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "view"), [("bart", "decode"), ("bart", "forward"), ("electra", "forward")])
+def test_other_models_go_the_same_way(name: str, view: str, tmp_path: Path) -> None:
+    model = ZOO[name].build()
+    export_onnx(model, tmp_path / "graph", view=view, slots="all-linear")
+    for kind in ("lora", "ia3", "prompt_tuning", "prefix_tuning"):
+        adapted = stirred(transform(model, RULES[kind], "x", seed=0), "x")
+        export_adapter(adapted, tmp_path / "graph", tmp_path / kind)  # held against torch
+        adapted.remove()

@@ -1,0 +1,95 @@
+"""Batched adapters beyond decoders: in both graphs of an encoder-decoder, and prompts ahead of each row's own text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from support.slots import GREEDY, adapted_by, stirred, texts
+from support.zoo import TOKENS, ZOO
+
+from peftfx import IA3, LoRA, PeftfxError, PrefixTuning, PromptTuning, PTuning, runtime, transform
+from peftfx.model.adapted import AdaptedModel
+from peftfx.views.row_adapters import IDS, lay
+
+RULES = {
+    "low": LoRA(r=2, lora_alpha=5, target="all-linear"),
+    "scales": IA3(),
+    "prompt": PromptTuning(num_virtual_tokens=5),
+    "mixed": [PTuning(num_virtual_tokens=2, encoder_hidden_size=16), LoRA(r=3, target="attention.value | mlp.down")],
+}
+NAMES = ["prompt", None, "mixed", "low", "scales"]
+
+
+def held_row_by_row(adapted: AdaptedModel, served: runtime.Served, inputs: dict[str, torch.Tensor]) -> None:
+    """Each row is what the model with its adapter alone makes of it; what runs along a text may end in padding."""
+    names = NAMES[: len(inputs["input_ids"])]
+    got = served(**inputs, adapter_ids=served.adapter_ids(names))
+    for row, name in enumerate(names):
+        adapted.set_adapter(name or ())
+        with torch.no_grad():
+            want = adapted(**{key: value[row : row + 1] for key, value in inputs.items()})
+        for key, value in want.items():
+            own = got[key][row : row + 1][tuple(slice(size) for size in value.shape)]
+            torch.testing.assert_close(own, value, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", *(pytest.param(n, marks=pytest.mark.slow) for n in ("roberta", "electra"))])
+def test_rows_of_an_encoder_have_prompts_of_their_own(name: str, tmp_path: Path) -> None:
+    adapted = adapted_by(name, RULES)
+    adapted.export(tmp_path / "out", batched=list(RULES))
+    served = runtime.load(tmp_path / "out")
+    for batch, sequence in ((5, 6), (1, 1)):
+        held_row_by_row(adapted, served, ZOO[name].inputs(batch, sequence, model=adapted.base))
+
+
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+def test_rows_of_an_encoder_decoder_are_single_runs(name: str, tmp_path: Path) -> None:
+    rules = RULES if name == "bart" else {"low": RULES["low"], "prompt": RULES["prompt"]}
+    adapted = adapted_by(name, rules)
+    report = adapted.export(tmp_path / "out", view="decode", batched=list(rules))
+    assert report.inputs[f"encoder_model.{IDS}"] == report.inputs[f"decoder_model.{IDS}"] == ["batch"]
+    served, given = runtime.load(tmp_path / "out"), texts()
+    names = ["prompt", None, "low"]
+    options = {**GREEDY, "num_beams": 2}
+    got = served.generate(**given, **options, adapter_ids=served.adapter_ids(names))
+    for row, own in enumerate(names):
+        adapted.set_adapter(own or ())
+        alone = {key: value[row : row + 1] for key, value in given.items()}
+        assert torch.equal(got[row : row + 1], adapted.generate(**alone, **options))
+    assert len({tuple(row.tolist()) for row in got}) == len(names)
+    adapted.set_adapter(())
+    assert torch.equal(served.generate(**given, **GREEDY), adapted.generate(**given, **GREEDY))
+
+
+@pytest.mark.slow
+def test_token_types_are_dropped_in_rows_that_have_a_prompt_alone(tmp_path: Path) -> None:
+    config = hf.BertConfig(**TOKENS, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    adapted = transform(hf.BertModel(config).eval(), RULES["prompt"], "prompt", seed=0)
+    adapted.add_adapter("low", RULES["low"], seed=0)
+    stirred(adapted, "prompt", "low").export(tmp_path / "out", batched=["prompt", "low"])
+    inputs = ZOO["bert"].inputs(3, 5, model=adapted.base)
+    assert inputs["token_type_ids"].any()
+    served = runtime.load(tmp_path / "out")
+    got = served(**inputs, adapter_ids=torch.tensor([0, 1, -1])).last_hidden_state
+    for row, own in enumerate(["prompt", "low", ()]):
+        adapted.set_adapter(own)
+        with torch.no_grad():
+            want = adapted(**{key: value[row : row + 1] for key, value in inputs.items()}).last_hidden_state
+        torch.testing.assert_close(got[row : row + 1, : want.shape[1]], want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_has_its_prompt_its_text_and_then_padding() -> None:
+    text = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    laid = lay(text, torch.tensor([[2], [0]]), 2, 8, 9)
+    assert laid.tolist() == [[8, 8, 1, 2, 3], [4, 5, 6, 9, 9]]
+
+
+def test_prefixes_of_rows_are_refused_where_positions_are_not_theirs(tmp_path: Path) -> None:
+    for name, view in (("bert", "forward"), ("t5", "decode")):
+        adapted = adapted_by(name, {"prefix": PrefixTuning(num_virtual_tokens=2)})
+        with pytest.raises(PeftfxError, match="prefixes of their own in a decoder alone"):
+            adapted.export(tmp_path / "out", view=view, batched=["prefix"])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,182 @@
+"""Slots in half precision, and at convs and embeddings: what is put there is the adapted model, for rows apart too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from support.command import Result
+from support.parity import randomise
+from support.slots import stirred
+from support.zoo import ZOO
+from torch import Tensor, nn
+
+from peftfx import IA3, AdaLoRA, LoRA, PeftfxError, PrefixTuning, export_onnx, runtime, transform
+from peftfx.export import OnnxModel
+from peftfx.export.slots.adapter_export import export_adapter
+from peftfx.export.verification.comparison import VerificationError, reference_of, verify
+from peftfx.export.verification.probes import view_cases
+from peftfx.graph.slots import Manifest
+from peftfx.serving.adapter_file import read_adapter_file
+
+Run = Callable[..., Result]
+HALVES = {"fp16": (torch.float16, 10), "bf16": (torch.bfloat16, 16)}  #: and their numbers in ONNX
+
+
+@pytest.mark.parametrize("name", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_a_base_in_half_precision_has_slots_and_rows_in_it(name: str, tmp_path: Path) -> None:
+    dtype, number = HALVES[name]
+    model = ZOO["llama"].build().to(dtype)
+    report = export_onnx(model, tmp_path / "graph", view="decode", slots="all-linear")
+    assert ("twin" in report.verified) == (name == "bf16")
+    rules = {"low": [LoRA(r=2, target="mlp", use_dora=True), PrefixTuning(num_virtual_tokens=3)], "other": LoRA(r=3)}
+    adapted = transform(model, rules["low"], "low", seed=0)
+    path = export_adapter(stirred(adapted, "low"), tmp_path / "graph", tmp_path / "low")  # held against torch
+    assert {value.element_type() for value in read_adapter_file(path)[1].values()} == {number}
+    view, graph = adapted.view("decode"), adapted.graph(view="decode")
+    assert view is not None
+    cases = view_cases(adapted, view)[:1]
+    with pytest.raises(VerificationError):  # the base alone is another model
+        verify(tmp_path / "graph", reference_of(graph), cases, atol=2e-2, rtol=2e-2, shown=view.shown)
+    adapted.add_adapter("other", rules["other"], seed=0)
+    batched = stirred(adapted, "other").export(tmp_path / "many", view="decode", batched=["low", "other"])
+    assert batched.max_rel < 3e-2  # each row was held against its adapter alone
+
+
+class Layers(nn.Module):
+    """An embedding, and convs of one to three dimensions: in groups, dilated, with strides, padded in three ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(30, 12, padding_idx=0)
+        self.one = nn.Conv1d(12, 8, 3, padding=1, groups=2)
+        self.two = nn.Conv2d(8, 12, 3, stride=2, padding=2, dilation=2, groups=4)
+        self.mirror = nn.Conv2d(12, 8, 3, padding=1, padding_mode="reflect", bias=False)
+        self.three = nn.Conv3d(1, 6, (3, 3, 1), padding="same")
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, input_ids: Tensor, picture: Tensor) -> Tensor:
+        text = self.one(self.words(input_ids).transpose(1, 2)).mean(2)
+        seen = self.mirror(self.two(picture * text[:, :, None, None]))
+        return self.head(10 * self.three(seen[:, None]).mean((2, 3, 4)))
+
+
+RULES = {
+    "low": LoRA(r=4, lora_alpha=6, target="conv | embedding | head"),
+    "dora": LoRA(r=4, use_dora=True, target="conv | embedding"),
+    "bias": LoRA(r=8, lora_bias=True, target="one | two | three"),
+    "scales": IA3(target="conv", feedforward_modules=()),
+    "adalora": AdaLoRA(init_r=3, target="mirror | three"),
+}
+
+
+def test_convs_and_embeddings_have_slots_and_rows_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Layers().eval()
+    inputs = {"input_ids": torch.randint(30, (3, 7)), "picture": torch.randn(3, 8, 12, 10)}
+    export_onnx(model, tmp_path / "graph", inputs=inputs, slots="conv | embedding | head")
+    served = OnnxModel(tmp_path / "graph")
+    with torch.no_grad():
+        base = model(**inputs)
+    torch.testing.assert_close(served(**inputs)["output"], base, atol=1e-5, rtol=1e-5)
+    adapted = transform(model, RULES["low"], "low", inputs=inputs, seed=0)
+    for name in list(RULES)[1:]:
+        adapted.add_adapter(name, RULES[name], seed=0)
+    stirred(adapted, *RULES)
+    for active in (*RULES, ["low", "bias"]):
+        adapted.set_adapter(active)
+        path = export_adapter(adapted, tmp_path / "graph", tmp_path / "adapter", check=False, force=True)
+        served.put(read_adapter_file(path)[1])
+        with torch.no_grad():
+            want = adapted(**inputs)
+        torch.testing.assert_close(served(**inputs)["output"], want, atol=1e-4, rtol=1e-4)
+        assert float((want - base).abs().max()) > 1e-2
+    adapted.export(tmp_path / "many", inputs=inputs, batched=list(RULES))  # each row is held against its adapter alone
+
+
+@pytest.mark.slow
+def test_a_lora_of_peft_on_embeddings_and_on_a_conv(tmp_path: Path, peftfx: Run) -> None:
+    for name, modules in {"gpt2": ["wte", "wpe", "c_attn"], "vit": ["projection", "q_proj"]}.items():
+        base, root = ZOO[name].build(), tmp_path / name
+        base.save_pretrained(root / "base")
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=modules)).eval()
+        randomise(theirs)
+        theirs.save_pretrained(str(root / "adapter"))
+        slots = ("--slots", "embedding.token | embedding.position | conv | all-linear")
+        made = peftfx("export", "--base", root / "base", "--swappable", *slots, "--output", root / "graph")
+        assert made.code == 0, made.err
+        written = peftfx(
+            "export-adapter", "--adapter", root / "adapter", "--for", root / "graph", "--output", root / "x"
+        )
+        assert written.code == 0, written.err
+        served, inputs = (
+            runtime.load(root / "graph", adapter=root / "x.onnx_adapter"),
+            ZOO[name].inputs(2, 5, model=base),
+        )
+        if name == "gpt2":
+            want = theirs.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            got = served.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            assert torch.equal(got, want)
+            continue
+        with torch.no_grad():
+            torch.testing.assert_close(served(**inputs).logits, theirs(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_a_conv_reads_as_one_are_refused(tmp_path: Path) -> None:
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, video: Tensor) -> Tensor:
+            return self.conv(video.flatten(0, 1)).mean((1, 2, 3)).unflatten(0, (video.shape[0], -1))
+
+    inputs = {"video": torch.randn(2, 5, 3, 6, 6)}
+    adapted = transform(Frames().eval(), LoRA(r=2, target="conv"), "x", inputs=inputs)
+    with pytest.raises(PeftfxError, match="the tokens of all rows as one"):
+        adapted.export(tmp_path / "out", inputs=inputs, batched=["x"])
+
+
+def test_heads_that_do_not_fit_are_refused(tmp_path: Path, peftfx: Run) -> None:
+    model = ZOO["bert"].build()
+    options = {"task_type": "SEQ_CLS", "r": 2, "target_modules": ["query"]}
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
+    theirs.save_pretrained(str(tmp_path / "three"))
+    theirs.classifier.modules_to_save["default"].weight.data = torch.randn(5, 32)
+    theirs.classifier.modules_to_save["default"].bias.data = torch.randn(5)
+    theirs.save_pretrained(str(tmp_path / "five"))
+    model.save_pretrained(tmp_path / "base")
+    model.bert.save_pretrained(tmp_path / "bare")
+    for base, adapter, lines in (
+        (
+            "base",
+            "five",
+            ("classifier.weight: [5, 32] in the file, [3, 32] in this model", "the same number of labels"),
+        ),
+        ("bare", "three", ("a head for text-classification, and the graph is of BertModel", "--task")),
+    ):
+        graph = tmp_path / f"{base}.graph"
+        assert peftfx("export", "--base", tmp_path / base, "--swappable", "--output", graph).code == 0
+        result = peftfx("export-adapter", "--adapter", tmp_path / adapter, "--for", graph, "--output", tmp_path / "x")
+        assert result.code == 2
+        assert all(line in " ".join(result.err.split()) for line in lines), result.err
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_an_adapter_of_a_quantised_graph_is_held_to_what_the_graph_lost(tmp_path: Path) -> None:
+    model = ZOO["bert"].build()
+    report = export_onnx(model, tmp_path / "graph", slots="all-linear", quantize="int8")
+    bounds = Manifest.read(tmp_path / "graph")
+    assert bounds.atol == 0
+    assert 0 < bounds.rtol == 4 * report.max_rel < 0.2
+    adapted = stirred(transform(model, LoRA(r=4, target="all-linear"), "x", seed=0), "x")
+    export_adapter(adapted, tmp_path / "graph", tmp_path / "adapter")
+    cases = [ZOO["bert"].inputs(3, 6, model=model)]
+    with pytest.raises(VerificationError):  # that much tells the adapter from the base
+        verify(tmp_path / "graph", reference_of(adapted.graph()), cases, atol=0, rtol=bounds.rtol)
+    export_onnx(model, tmp_path / "bounded", slots="all-linear", quantize="int8", max_error=0.1)
+    assert Manifest.read(tmp_path / "bounded").rtol == 0.1

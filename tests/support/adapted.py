@@ -1,0 +1,69 @@
+"""Adapted models beside those of `peft`, with the same random adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import torch
+from support.zoo import ZOO
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.model.adapted import AdaptedModel
+
+
+def randomise(model: nn.Module, seed: int = 7) -> None:
+    """Trainable parameters off their initial values: an adapter that is the identity hides every bug."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def adapt(name: str, rules: object, adapter_name: str = "default") -> AdaptedModel:
+    """A model of the zoo with random adapters."""
+    entry = ZOO[name]
+    adapted = peftfx.transform(entry.build(), rules, adapter_name, inputs=entry.inputs() if entry.custom else None)
+    randomise(adapted)
+    return adapted
+
+
+def both(name: str, directory: Path, **options: object) -> tuple[AdaptedModel, nn.Module]:
+    """One base and one random adapter twice: ours, loaded from what `peft` saved, and `peft`'s own."""
+    theirs = peft.get_peft_model(ZOO[name].build(), peft.LoraConfig(**{**QUERY_VALUE, **options}))
+    randomise(theirs)
+    theirs.save_pretrained(str(directory))
+    return peftfx.load(ZOO[name].build(), directory), theirs.eval()
+
+
+def our_name(theirs: str) -> str:
+    """The name of a tensor of `peft`'s in our adapter."""
+    name = theirs.removeprefix("base_model.model.")
+    for part in (".modules_to_save.default", ".base_layer", ".default"):
+        name = name.replace(part, "")
+    return name.removesuffix(".weight") if ".lora_" in name else f"saved.{name}"
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+CONVS = ("grouped", "dilated", "reflected")
+
+
+class Convs(nn.Module):
+    """A grouped, a dilated and a reflect-padded convolution in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(8, 12, 3, padding=1, groups=4)
+        self.dilated = nn.Conv2d(12, 8, 3, padding="same", dilation=2)
+        self.reflected = nn.Conv2d(8, 6, (3, 5), padding=(1, 2), padding_mode="reflect", stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reflected(torch.tanh(self.dilated(torch.tanh(self.grouped(x)))))
+
+
+QUERY_VALUE = {"r": 4, "lora_alpha": 6, "target_modules": ["query", "value"]}

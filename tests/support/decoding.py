@@ -1,0 +1,107 @@
+"""Models that decode, here and in `peft`, with the prompts that they go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import peft
+import torch
+import transformers as hf
+from support.parity import randomise
+from support.zoo import ZOO
+from torch import Tensor, nn
+
+import peftfx
+import peftfx.runtime
+from peftfx.model.adapted import AdaptedModel
+from peftfx.views.decode import PAST, PRESENT, Decode, cache_names, positions
+
+NEW = 32
+
+
+@dataclass
+class Pair:
+    """A model with a random LoRA on all that is linear: as `peft` has it, and as peftfx loads it from its files."""
+
+    peft: nn.Module
+    ours: AdaptedModel
+
+    @cached_property
+    def greedy(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Prompts, and the tokens that `peft` generates from them, each clearly ahead of the next best.
+
+        Random weights make near-ties, and equal tokens say nothing where rounding decides.
+        """
+        for seed in range(20):
+            made = prompts(seed=seed)
+            found = self.peft.generate(**made, **GREEDY, return_dict_in_generate=True, output_scores=True)
+            best = torch.stack(found.scores).topk(2).values
+            if float((best[..., 0] - best[..., 1]).min()) > 1e-4:
+                return made, found.sequences
+        raise AssertionError("no prompts without near-ties")
+
+
+def make_pair(name: str, directory: Path) -> Pair:
+    torch.manual_seed(0)  # of the adapter's initial values
+    model = peft.get_peft_model(
+        ZOO[name].build(), peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).eval()
+    randomise(model)
+    model.save_pretrained(str(directory))
+    return Pair(model, peftfx.load(ZOO[name].build(), directory))
+
+
+def prompts(batch: int = 4, length: int = 7, seed: int = 1) -> dict[str, Tensor]:
+    """Random prompts of different lengths, padded on the left."""
+    ids = torch.randint(4, 99, (batch, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        mask[row, :row] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
+
+
+GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "repetition_penalty": 1.5}
+
+
+def text(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Random tokens, and a mask that pads each row but the first on the left by another length."""
+    ids = torch.randint(4, 99, (batch, length), generator=torch.Generator().manual_seed(batch))
+    mask = torch.ones_like(ids)
+    for row in range(batch):
+        mask[row, : 2 * row] = 0
+    return ids, mask
+
+
+def in_pieces(adapted: AdaptedModel, ids: Tensor, mask: Tensor, lengths: list[int]) -> Iterator[Tensor]:
+    """Logits of the decode view, which is given these many tokens at a time and its own cache back."""
+    view, graph = adapted.view("decode"), adapted.graph(view="decode")
+    assert isinstance(view, Decode)
+    past = [torch.zeros(len(ids), h.heads, 0, width) for h in view.layers for width in (h.key, h.value)]
+    done, count = 0, len(view.layers)
+    for length in lengths:
+        end = done + length
+        given = {"input_ids": ids[:, done:end], "attention_mask": mask[:, :end]}
+        if view.positions:
+            given["position_ids"] = positions(mask[:, :end])[:, done:]
+        given |= dict(zip(cache_names(PAST, count), past, strict=True))
+        output = dict(zip(graph.outputs, graph.run(*(given[s.name] for s in graph.inputs)), strict=True))
+        past = [output[name] for name in cache_names(PRESENT, count)]
+        assert all(p.shape[2] == end for p in past)
+        yield output["logits"]
+        done = end
+
+
+LENGTH = 7  #: of a prompt
+
+
+class Once(hf.LogitsProcessor):
+    """Lets no token come twice behind the first `ahead`: tiny models would write one again and again."""
+
+    def __init__(self, ahead: int) -> None:
+        self.ahead = ahead
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.scatter(1, input_ids[:, self.ahead :], -torch.inf)

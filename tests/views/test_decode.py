@@ -1,0 +1,129 @@
+"""The decode view: one graph, cache in and out, gives in pieces what the forward gives at once, and `peft`'s tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from support.decoding import GREEDY, Pair, in_pieces, make_pair, text
+from support.few import few
+from support.zoo import TOKENS, ZOO
+from torch import nn
+
+import peftfx
+import peftfx.runtime
+from peftfx.model.adapted import AdaptedModel
+from peftfx.views.decode import PAST, PRESENT, cache_names, positions
+from peftfx.views.named_views import find_view
+from peftfx.views.view import without_cache
+
+CAUSAL = [name for name, entry in ZOO.items() if entry.task == "text-generation"]
+PIECES = {"one by one": [1] * 9, "prefill, a continuation, single tokens": [4, 3, 1, 1], "at once": [9]}
+
+
+@pytest.fixture(scope="session", params=few(CAUSAL))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Each causal model of the zoo in turn."""
+    return make_pair(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def adapted(pair: Pair) -> AdaptedModel:
+    return pair.ours
+
+
+def test_greedy_tokens_are_pefts(pair: Pair) -> None:
+    given, want = pair.greedy
+    assert torch.equal(pair.ours.generate(**given, **GREEDY), want)
+    with pair.ours.disable_adapter():
+        assert not torch.equal(pair.ours.generate(**given, **GREEDY), want)
+
+
+def test_onnx_runtime_generates_them_too(pair: Pair, tmp_path: Path) -> None:
+    report = pair.ours.export(tmp_path / "out", view="decode", assets=pair.ours.base.config.save_pretrained)
+    assert report.engine == "fast"
+    past = {c["shapes"]["past_key_values.0.key"][2] for c in report.comparisons}
+    assert 0 in past
+    assert len(past) > 1
+    served = peftfx.runtime.load(tmp_path / "out")
+    given, want = pair.greedy
+    assert torch.equal(served.generate(**given, **GREEDY), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", PIECES.values(), ids=PIECES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_in_pieces_it_computes_what_the_forward_computes_at_once(
+    adapted: AdaptedModel, batch: int, lengths: list[int]
+) -> None:
+    ids, mask = text(batch, sum(lengths))
+    whole = {"input_ids": ids, "attention_mask": mask}
+    if adapted.view("decode").positions:  # type: ignore[union-attr]
+        whole["position_ids"] = positions(mask)
+    with without_cache(adapted.base):
+        want = adapted(**whole).logits
+    got = torch.cat(list(in_pieces(adapted, ids, mask, lengths)), 1)
+    shown = mask.bool()
+    torch.testing.assert_close(got[shown], want[shown], atol=1e-5, rtol=1e-5)
+    with adapted.disable_adapter(), without_cache(adapted.base):
+        assert float((adapted(**whole).logits - want)[shown].abs().max()) > 1e-2
+
+
+def test_its_sites_are_those_of_the_forward(adapted: AdaptedModel) -> None:
+    forward, decode = (adapted.graph(adapted=False, view=view).sites for view in ("forward", "decode"))
+    assert {(s.path, s.kind, s.role) for s in forward} == {(s.path, s.kind, s.role) for s in decode}
+
+
+def test_its_names_and_axes_are_those_that_runtimes_know(adapted: AdaptedModel) -> None:
+    graph, count = adapted.graph(view="decode"), len(adapted.view("decode").layers)  # type: ignore[union-attr]
+    shapes = {spec.name: spec.shape for spec in graph.inputs}
+    assert shapes["input_ids"] == ("batch", "sequence")
+    assert shapes["attention_mask"] == ("batch", "total")
+    assert shapes.get("position_ids", ("batch", "sequence")) == ("batch", "sequence")
+    caches = [shapes[name] for name in cache_names(PAST, count)]
+    assert all((s[0], s[2]) == ("batch", "past") and isinstance(s[1], int) and isinstance(s[3], int) for s in caches)
+    assert graph.outputs == ("logits", *cache_names(PRESENT, count))
+
+
+def test_each_view_has_a_graph_of_its_own_and_both_follow_the_adapters() -> None:
+    model = peftfx.transform(ZOO["llama"].build(), peftfx.LoRA(r=2, target="attention.query"), seed=0)
+    assert model.graph(view="decode") is model.graph(view="decode")
+    assert model.graph(view="decode") is not model.graph()
+    with_adapter = model.graph(view="decode").text()
+    with model.disable_adapter():
+        assert model.graph(view="decode").text() != with_adapter
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: hf.MambaForCausalLM(hf.MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2)), "LinearAttention"),
+        (lambda: ZOO["bert"].build(), "no key/value cache"),
+    ],
+    ids=["state space", "encoder"],
+)
+def test_a_model_without_such_a_cache_is_refused_by_name(make: Callable[[], nn.Module], what: str) -> None:
+    model = make().eval()
+    with pytest.raises(peftfx.PeftfxError, match=what) as raised:
+        find_view(model, "decode")
+    assert "forward view" in raised.value.hint
+
+
+def test_an_unknown_view_is_refused_with_the_nearest() -> None:
+    adapted = peftfx.transform(ZOO["gpt2"].build(), peftfx.LoRA(r=2, target="attention.qkv"))
+    with pytest.raises(peftfx.PeftfxError, match="no view 'decoed'") as raised:
+        adapted.graph(view="decoed")
+    assert "decode" in raised.value.hint
+
+
+def test_a_large_model_is_checked_at_fewer_sizes_each_of_another_kind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("peftfx.export.verification.probes.LARGE", 0)
+    report = peftfx.model.api.bare(ZOO["gpt2"].build()).export(tmp_path / "out", view="decode")
+    seen = {tuple(c["shapes"]["past_key_values.0.key"]) for c in report.comparisons}
+    assert {past for _, _, past, _ in seen} == {0, 1, 6}
+    assert {batch for batch, _, _, _ in seen} == {1, 2}
