@@ -7,8 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from support.zoo import TOKENS
+from torch import nn
 
 from peftfx.cli.main import main
 
@@ -58,3 +61,35 @@ def assert_refused(result: Result, *texts: str, code: int = 2) -> None:
     message = result.err.partition("peftfx: error: ")[2]
     for text in texts:
         assert text in message
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Directories of models and adapters; tests that damage one damage a copy.
+
+    Attributes:
+        encoder: BERT without a head, with a tokenizer.
+        classifier: BERT with a head of three labels.
+        adapter: LoRA and a head of `LABELS` labels, trained on the encoder by `peft`.
+        lora: LoRA alone, for the classifier.
+        eager: the encoder with the adapter in `peft`.
+    """
+
+    encoder: Path
+    classifier: Path
+    adapter: Path
+    lora: Path
+    eager: nn.Module
+
+
+SIZES = {
+    **TOKENS,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+
+
+LABELS = 5

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import peft
+import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from support.parity import randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
@@ -122,3 +124,44 @@ PROJECTED = Soft(peft.PrefixTuningConfig, peftfx.PrefixTuning, {"prefix_projecti
 LSTM = Soft(
     peft.PromptEncoderConfig, peftfx.PTuning, {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12}
 )
+
+
+KINDS = {"prompt": PROMPT_TUNING, "mlp": MLP, "lstm": LSTM, "prefix": PREFIX, "projected": PROJECTED}
+
+
+def on(*names: str, kinds: Iterable[str] = KINDS, slow: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Soft prompts on models, `slow` ones not in every run; peft has no prefix for a classifier: features stand in."""
+
+    def stand_in(kind: str, name: str) -> str:
+        return FEATURES if name == "bert" and kind in ("prefix", "projected") else name
+
+    pairs = [(kind, name) for kind in kinds for name in (*names, *(n for n in slow if n not in KINDS))]
+    return pytest.mark.parametrize(
+        ("soft", "name"), [of(k, stand_in(k, n), slow=n in slow or k in slow) for k, n in pairs]
+    )
+
+
+def each(*quick: str) -> pytest.MarkDecorator:
+    """Each kind of soft prompt, some in every run."""
+    return pytest.mark.parametrize("soft", [of(kind, slow=kind not in quick) for kind in KINDS])
+
+
+def of(kind: str, *name: str, slow: bool) -> ParameterSet:
+    """A soft prompt, on a model."""
+    return pytest.param(KINDS[kind], *name, id="-".join((kind, *name)), marks=pytest.mark.slow if slow else ())
+
+
+ABSOLUTE = 1e-5
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = ABSOLUTE) -> None:
+    assert got.shape == want.shape
+    error = float((got - want).detach().abs().max())
+    assert error <= tolerance * max(1.0, float(want.abs().max())), error
+
+
+def close_all(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = ABSOLUTE) -> None:
+    names = want.keys() - {"cache"}  # some models hand peft's prefix back
+    assert got.keys() - {"cache"} == names
+    for name in names:
+        close(got[name], want[name], tolerance)

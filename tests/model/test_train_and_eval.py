@@ -1,0 +1,122 @@
+"""Training trains the adapter alone, with the dropout, loss and gradients of `peft`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from support.adapted import QUERY_VALUE, adapt, both, gradients, our_name
+from support.zoo import ZOO
+
+import peftfx
+from peftfx.errors import PeftfxError
+from peftfx.methods.lora import LoRA
+from peftfx.model.adapted import AdaptedModel
+
+DROPPED = [{"use_dora": True}, {"modules_to_save": ["classifier"], "bias": "all"}, {"bias": "lora_only"}]
+COUNTED = [{}, {"r": 16, "use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["classifier"]}]
+
+
+class TestTraining:
+    """Training is `peft`'s training: the same loss and the same gradients from the same seed."""
+
+    @pytest.mark.parametrize("options", DROPPED, ids=str)
+    def test_dropout_loss_and_gradients_are_those_of_peft(self, tmp_path: Path, options: dict[str, object]) -> None:
+        ours, theirs = both("bert", tmp_path, lora_dropout=0.3, **options)
+        inputs = ZOO["bert"].inputs(model=ours.base, labels=True)
+        losses = []
+        for model in (ours, theirs):
+            model.train()
+            torch.manual_seed(3)
+            loss = model(**inputs).loss
+            loss.backward()
+            losses.append(loss.detach())
+        torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)
+        want = {our_name(name): grad for name, grad in gradients(theirs).items()}
+        got = {name.removeprefix("adapters.default."): grad for name, grad in gradients(ours).items()}
+        assert got.keys() == want.keys()
+        for name, grad in want.items():
+            torch.testing.assert_close(got[name], grad, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+    def test_train_and_eval_switch_dropout_exactly(self) -> None:
+        adapted = adapt("bert", LoRA(lora_dropout=0.5))
+        inputs = ZOO["bert"].inputs(model=adapted.base)
+        quiet = adapted(**inputs).logits
+        adapted.train()
+        assert not torch.equal(adapted(**inputs).logits, quiet)
+        adapted.eval()
+        assert torch.equal(adapted(**inputs).logits, quiet)
+
+    def test_a_part_of_the_base_can_be_in_another_mode(self) -> None:
+        adapted = adapt("custom", LoRA())
+        inputs = ZOO["custom"].inputs()
+        quiet = adapted(**inputs)
+        adapted.train()
+        assert not torch.equal(adapted(**inputs), quiet)
+        adapted.base.drop.eval()
+        assert torch.equal(adapted(**inputs), quiet)
+
+    @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+    def test_only_adapter_parameters_are_trained(self, bias: str, bare_bert: AdaptedModel) -> None:
+        bare_bert.add_adapter("default", LoRA(bias=bias, modules_to_save=["classifier"]))
+        trained = {name for name, p in bare_bert.named_parameters() if p.requires_grad}
+        own = {f"adapters.{name}" for name, _ in bare_bert.adapters.named_parameters()}
+        bare_bert.remove()
+        assert trained == own
+        biases = {n for n in trained if n.endswith("query.bias")}
+        others = {n for n in trained if n.endswith("dense.bias")}
+        assert (bool(biases), bool(others)) == (bias != "none", bias == "all")
+        assert {n for n in trained if "classifier" in n} == {
+            "adapters.default.saved.classifier.weight",
+            "adapters.default.saved.classifier.bias",
+        }
+
+    def test_the_base_does_not_change_when_the_adapter_trains(self) -> None:
+        adapted = adapt("bert", LoRA(bias="all", modules_to_save=["classifier"])).train()
+        before = {name: t.clone() for name, t in adapted.base.state_dict().items()}
+        optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=0.05)
+        inputs = ZOO["bert"].inputs(model=adapted.base, labels=True)
+        adapters = {name: t.clone() for name, t in adapted.state_dict().items()}
+        for _ in range(2):
+            adapted(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(torch.equal(t, before[name]) for name, t in adapted.base.state_dict().items())
+        assert not any(torch.equal(t, adapters[name]) for name, t in adapted.state_dict().items())
+
+    def test_a_fresh_head_trains_and_is_saved(self, tmp_path: Path) -> None:
+        adapted = peftfx.transform(ZOO["bert"].build(), LoRA(modules_to_save=["classifier"])).train()
+        inputs = ZOO["bert"].inputs(model=adapted.base, labels=True)
+        adapted(**inputs).loss.backward()
+        with torch.no_grad():
+            for p in adapted.adapters.parameters():
+                p.sub_(p.grad)
+        adapted.eval().save_pretrained(tmp_path)
+        loaded = peftfx.load(ZOO["bert"].build(), tmp_path)
+        theirs = peft.PeftModel.from_pretrained(ZOO["bert"].build(), str(tmp_path))
+        head = loaded.adapter("default").get("saved.classifier.weight")
+        assert torch.equal(head, adapted.adapter("default").get("saved.classifier.weight"))
+        assert not torch.equal(head, loaded.base.classifier.weight)
+        want = adapted(**inputs).logits
+        torch.testing.assert_close(loaded(**inputs).logits, want, rtol=0, atol=0)
+        torch.testing.assert_close(theirs(**inputs).logits, want, rtol=0, atol=1e-5)
+
+    def test_gradient_checkpointing_is_refused(self) -> None:
+        with pytest.raises(PeftfxError, match="checkpointing"):
+            adapt("custom", LoRA()).gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize("options", COUNTED, ids=str)
+def test_trainable_parameters_are_counted_as_peft_counts(
+    options: dict[str, object], bare_bert: AdaptedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = peft.LoraConfig(**{**QUERY_VALUE, **options})
+    bare_bert.add_adapter("default", config)
+    bare_bert.print_trainable_parameters()
+    bare_bert.remove()
+    ours = capsys.readouterr().out
+    peft.get_peft_model(ZOO["bert"].build(), config).print_trainable_parameters()
+    assert ours == capsys.readouterr().out
+    assert ours.startswith("trainable params: ")
