@@ -28,11 +28,11 @@ from peftfx.version import __version__ as __version__
 from peftfx.views.capture import capture as capture
 
 __all__ = [
-    "IA3",
     "AdaLoRA",
     "AdaptedModel",
     "BitFit",
     "Graph",
+    "IA3",
     "LNTuning",
     "LlamaAdapter",
     "LoRA",
