@@ -53,7 +53,7 @@ class Deployment(ABC):
         """Tell other runtimes, beside the models, how they are served."""
         for part in parts:
             if isinstance(part.seen, Decode):
-                _, entry = adapted.within(part.seen)
+                _, entry = adapted.under_prompt(part.seen)
                 write_genai_config(directory, adapted.base.config, part.seen, 0 if entry is None else entry.shape[0])
             elif part.seen is None:
                 write_export_json(directory, part.file, part.exported, adapted.base, example)

@@ -14,8 +14,8 @@ from peftfx.export.verification.comparison import Comparison
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Slot
 from peftfx.model.adapted import AdaptedModel
-from peftfx.views.prompt_inputs import Opened, Place
-from peftfx.views.row_adapters import Rowwise
+from peftfx.views.prompt_inputs import Place, WithPromptInputs
+from peftfx.views.row_adapters import WithRowAdapters
 from peftfx.views.view import View, name_axes
 
 FORWARD, DECODE, AUTO = "forward", "decode", "auto"
@@ -48,7 +48,7 @@ class Part:
     @property
     def seen(self) -> View | None:
         """The view without places for soft prompts, and without the numbers of adapters."""
-        return self.view.view if isinstance(self.view, Opened | Rowwise) else self.view
+        return self.view.view if isinstance(self.view, WithPromptInputs | WithRowAdapters) else self.view
 
     @property
     def stem(self) -> str:

@@ -1,4 +1,4 @@
-"""in_eval: an adapted model as it is served, for as long as it is looked at."""
+"""The mode that a model is exported in: eval, without gradients; afterwards mode and active adapters are as before."""
 
 from __future__ import annotations
 

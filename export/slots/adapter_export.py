@@ -1,6 +1,6 @@
-"""adapters: the active adapters of a model as the tensors of an `.onnx_adapter` file, for a graph that has slots.
+"""export_adapter: the active adapters of a model as the tensors of an `.onnx_adapter` file, for a graph that has slots.
 
-What goes where is told in `wanted.py`; here it is laid into the slots of a graph, written and verified.
+What goes where is told in `adapter_tensors.py`; here it is laid into the slots of a graph, written and verified.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.parts import DECODE
 from peftfx.export.deployment.serving_mode import in_eval
-from peftfx.export.slots.adapter_tensors import wanted_of
+from peftfx.export.slots.adapter_tensors import adapter_tensors
 from peftfx.export.verification.comparison import reference_of, verify
 from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.writing.atomic_directory import publish
@@ -129,7 +129,7 @@ def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, dict[st
     slots = manifest.by_place()
     found: dict[str, dict[str, Tensor]] = {graph: {} for graph in manifest.views}
     homeless: dict[str, list[str]] = {}
-    for (at, what), value in wanted_of(adapted, decodes=DECODE in manifest.views.values()).items():
+    for (at, what), value in adapter_tensors(adapted, decodes=DECODE in manifest.views.values()).items():
         laid = [(slot, _laid(value, slot)) for slot in slots.get((at, what), ())]
         if not laid or any(fitting is None for _, fitting in laid):
             homeless.setdefault(what, []).append(at)

@@ -1,4 +1,4 @@
-"""wanted: what active adapters do, as tensors by where they go and what a slot there holds.
+"""adapter_tensors: what active adapters do, as tensors by where they go and what a slot there holds.
 
 Each method says itself what its tensors are in a slot (`WeightMethod.update`, `AttentionMethod.beside`); a soft prompt
 is what is ahead of the past in the decode view. Scales, ranks and alphas are folded in, weights of sums too.
@@ -28,11 +28,11 @@ from peftfx.passes.adaptation.prefill import NAME
 from peftfx.sites.site import Site
 from peftfx.views.entry import VirtualTokens
 
-Wanted = dict[tuple[str, str], Tensor]
+AdapterTensors = dict[tuple[str, str], Tensor]
 """What goes where: by a path and what a slot there holds."""
 
 
-def wanted_of(adapted: AdaptedModel, *, decodes: bool) -> Wanted:
+def adapter_tensors(adapted: AdaptedModel, *, decodes: bool) -> AdapterTensors:
     """What the active adapters do: at linear layers, beside attentions, ahead of the text, and in the base's place.
 
     Args:
@@ -96,8 +96,8 @@ def _update_at(placement: Placement, method: WeightMethod, base: Base, p: Mappin
     return Update(spread.inner, spread.outer, spread.a, spread.b, block.put(whole, update.bias, 0))
 
 
-def _updated(adapted: AdaptedModel, updates: Mapping[str, Update]) -> Wanted:
-    found: Wanted = {}
+def _updated(adapted: AdaptedModel, updates: Mapping[str, Update]) -> AdapterTensors:
+    found: AdapterTensors = {}
     for path, update in updates.items():
         site = adapted.sites.by_path(path)
         (a, b), own = update.factors(site), site.bias
@@ -107,9 +107,9 @@ def _updated(adapted: AdaptedModel, updates: Mapping[str, Update]) -> Wanted:
     return found
 
 
-def _beside(adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[str, Tensor]) -> Wanted:
+def _beside(adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[str, Tensor]) -> AdapterTensors:
     """Keys and values beside attentions, from what reads them through the projections as they are adapted."""
-    found: Wanted = {}
+    found: AdapterTensors = {}
     for name, placement in _placements(adapted):
         method, heads = placement.method, placement.site.heads
         if not isinstance(method, AttentionMethod):
@@ -130,7 +130,7 @@ def _beside(adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[s
     return found
 
 
-def _ahead(adapted: AdaptedModel, decodes: bool) -> Wanted:
+def _ahead(adapted: AdaptedModel, decodes: bool) -> AdapterTensors:
     """A soft prompt, a row for each of its tokens: embeddings, or keys and values."""
     for name, placement in _placements(adapted):
         if not isinstance(placement.method, SequenceMethod):

@@ -29,7 +29,7 @@ from peftfx.passes.slots.by_row import ByRow
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens
-from peftfx.views.row_adapters import BATCHED, IDS, PromptsByRow, Rowwise
+from peftfx.views.row_adapters import BATCHED, IDS, PromptsByRow, WithRowAdapters
 
 _SOFT = (("", PREFIX), ("", PROMPT))  #: the places of soft prompts
 
@@ -67,7 +67,7 @@ class Batched(Deployment):
                     part = _forward(adapted, inputs, prompts)
                 else:
                     assert isinstance(shown, Decode | Encoder | Decoder)
-                    rowwise = Rowwise.of(shown, lengths, prompts)
+                    rowwise = WithRowAdapters.of(shown, lengths, prompts)
                     graph = adapted.graphs.captured(rowwise.inputs(base), rowwise.entry, rowwise)
                     refuse_fixed(graph, rowwise.axes)
                     part = Part(file, rowwise, graph, graph)
@@ -129,7 +129,7 @@ def each_alone(adapted: AdaptedModel, part: Part, names: Sequence[str]) -> Refer
         for number in sorted(set(ids.tolist())):
             adapted.set_adapter(names[number] if number >= 0 else ())
             rest = {name: value for name, value in feed.items() if name != IDS}
-            rest = view.alone(feed, number) if isinstance(view, Rowwise) else rest
+            rest = view.alone(feed, number) if isinstance(view, WithRowAdapters) else rest
             graph = adapted.graph(rest) if part.seen is None else adapted.graph(view=part.seen)
             for name, value in reference_of(graph)(rest).items():
                 own = found[name][tuple(slice(size) for size in value.shape)]

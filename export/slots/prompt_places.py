@@ -1,4 +1,4 @@
-"""places: where a model's forward takes soft prompts, and its graph with these places among its inputs."""
+"""Prompt places: where a model's forward takes soft prompts, and its graph with these places among its inputs."""
 
 from __future__ import annotations
 

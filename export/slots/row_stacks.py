@@ -1,4 +1,4 @@
-"""stacks: what several adapters do at each place, one behind another, for rows to choose from by a number.
+"""Row stacks: what several adapters do at each place, one behind another, for rows to choose from by a number.
 
 Ahead of them is an entry that changes nothing; ranks and soft prompts are padded to the longest.
 """
@@ -15,7 +15,7 @@ from peftfx.contract.placement import owner_of, site_tensors
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.parts import DECODE
-from peftfx.export.slots.adapter_tensors import Wanted, wanted_of
+from peftfx.export.slots.adapter_tensors import AdapterTensors, adapter_tensors
 from peftfx.graph.graph import BASE
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, A, B
@@ -28,7 +28,7 @@ from peftfx.views.decode import Decode
 def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, str], Tensor]:
     """What one adapter does at layers, as updates alone, and its prefix."""
     adapted.set_adapter(name)
-    told = wanted_of(adapted, decodes=decodes)
+    told = adapter_tensors(adapted, decodes=decodes)
     layers = [site for site in adapted.sites if site.kind in WEIGHT_KINDS]
     sites = {site.weight.removeprefix(f"{BASE}."): site for site in layers if site.kind == "linear"}
     biases = {site.bias.removeprefix(f"{BASE}."): site for site in layers if site.bias}
@@ -69,7 +69,7 @@ def _replaced(adapted: AdaptedModel, site: Site, weight: Tensor) -> dict[tuple[s
     }
 
 
-def stacked(adapted: AdaptedModel, each: Sequence[Wanted]) -> dict[tuple[str, str], Tensor]:
+def stacked(adapted: AdaptedModel, each: Sequence[AdapterTensors]) -> dict[tuple[str, str], Tensor]:
     """An entry for each adapter, behind one that changes nothing; ranks, prefixes and what is beside are padded."""
     stacks: dict[tuple[str, str], Tensor] = {}
     for place in dict.fromkeys(place for own in each for place in own):

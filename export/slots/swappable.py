@@ -33,7 +33,7 @@ from peftfx.sites.site import NORM, WEIGHT_KINDS, Site, plays
 from peftfx.sites.target import select
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
-from peftfx.views.prompt_inputs import Opened, Place
+from peftfx.views.prompt_inputs import Place, WithPromptInputs
 
 SLOTS = "all-linear"  #: the sites that get slots where nobody chose
 #: Roles of layers whose input IA3 scales. HF PEFT names modules: for BERT both that end in `output.dense`.
@@ -152,10 +152,12 @@ def _generating(adapted: AdaptedModel, file: str, name: str, places: Sequence[Pl
     """One of the views that a model generates in, with places for soft prompts."""
     found = adapted.view(name)
     assert isinstance(found, Decode | Encoder | Decoder)
-    view = Opened.of(found, places) if slots.prefix else found
+    view = WithPromptInputs.of(found, places) if slots.prefix else found
     graph = adapted.graph(view=view)
     refuse_fixed(graph, view.axes)
-    return Part(file, view, graph, graph, tuple(p.slot for p in view.places) if isinstance(view, Opened) else ())
+    return Part(
+        file, view, graph, graph, tuple(p.slot for p in view.places) if isinstance(view, WithPromptInputs) else ()
+    )
 
 
 def _opened(adapted: AdaptedModel, part: Part, target: str) -> Part:

@@ -72,7 +72,7 @@ def view_probes(adapted: AdaptedModel, view: View) -> list[dict[str, Tensor]]:
         PeftfxError: the eager model refuses one.
         VerificationError: the capture is not what the model computes.
     """
-    seen, entry = adapted.within(view)
+    seen, entry = adapted.under_prompt(view)
     captured = adapted.graphs.captured(seen.inputs(adapted.base), entry, seen)
     trials, found = trials_of(adapted, view), view_cases(adapted, seen)
     held = max(trials, key=lambda sizes: sizes["batch"] * sum(sizes.values()))

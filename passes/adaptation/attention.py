@@ -1,4 +1,4 @@
-"""attend: an attention method put into a graph: its projections as calls of their sites, its sum where it joins."""
+"""join: an attention method put into a graph: its projections as calls of their sites, its sum where it joins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""prefill: virtual tokens ahead of a causal model become the keys and values that they leave in its cache."""
+"""Prefill: virtual tokens ahead of a causal model become the keys and values that they leave in its cache."""
 
 from __future__ import annotations
 

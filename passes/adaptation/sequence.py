@@ -1,4 +1,4 @@
-"""fill: a sequence method's virtual tokens as a graph of its parameters: what Insert puts into an entry's hole."""
+"""trace_virtual: a sequence method's virtual tokens, as a graph of its parameters for the hole of an entry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""apply: a weight method put into a graph, at one call of its site."""
+"""apply_at: a weight method put into a graph, at one call of its site."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""beside: keys and values that stand beside an attention's own, given as nodes of the graph."""
+"""join_beside: keys and values that stand beside an attention's own, given as nodes of the graph."""
 
 from __future__ import annotations
 

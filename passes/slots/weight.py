@@ -1,4 +1,4 @@
-"""updated: scales and a low-rank sum at one call of a layer, given as nodes of the graph.
+"""update_call: scales and a low-rank sum at one call of a layer, given as nodes of the graph.
 
 `op(x, W, b)` becomes `op(x * inner, W) * outer + low + b`, with `low` the sum: `(x A) B` at a linear layer, and at
 another the layer's own operation with `A` in the place of `W`, and behind it a product with `B`. That is `op` itself

@@ -1,4 +1,4 @@
-"""Named: the adapters of one model by name, and which of them act."""
+"""AdapterSet: the adapters of one model by name, and which of them act."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError, nearest
 
 
-class Named:
+class AdapterSet:
     """The modules in `module`, each an Adapter.
 
     Attributes:

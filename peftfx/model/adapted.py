@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.adapters.adapter_set import Named
+from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.adapters.in_place_merge import MergeReport, merge_into, refuse_unmergeable
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
@@ -25,7 +25,7 @@ from peftfx.rules.resolution import place
 from peftfx.sites.sites import Sites
 from peftfx.views.arguments import named_arguments
 from peftfx.views.entry import Entry
-from peftfx.views.prompt_in_view import within
+from peftfx.views.prompt_in_view import prompt_in_view
 from peftfx.views.view import View
 
 LOSS = "loss"  #: the output that methods add their penalties to
@@ -52,7 +52,7 @@ class AdaptedModel(nn.Module):
         self.adapters = nn.Module()
         self._sites: Sites | None = sites
         self._grads: dict[str, bool] = {}
-        self.named = Named(self.adapters)
+        self.named = AdapterSet(self.adapters)
         self.graphs = Graphs(base, self.named)
         self.training = base.training
 
@@ -239,16 +239,16 @@ class AdaptedModel(nn.Module):
         shown = self.view(view) if isinstance(view, str) else view
         entry = self.entry() if adapted else None
         if shown is not None:
-            shown, entry = self.within(shown) if adapted else (shown, None)
+            shown, entry = self.under_prompt(shown) if adapted else (shown, None)
             inputs = shown.inputs(self.base) if inputs is None else inputs
         else:
             inputs = self.example if inputs is None else named_arguments(self.base, (), inputs)
         return self.graphs.adapted(inputs, entry, shown, self.active if adapted else ())
 
-    def within(self, view: View) -> tuple[View, Entry | None]:
+    def under_prompt(self, view: View) -> tuple[View, Entry | None]:
         """A view of the base as it is under an active soft prompt, and the way into it."""
         entry = self.entry()
-        return (view, None) if entry is None else within(view, entry)
+        return (view, None) if entry is None else prompt_in_view(view, entry)
 
     def entry(self) -> Entry | None:
         """The way into the base that an active soft prompt takes; None is the base's own forward."""
@@ -259,7 +259,7 @@ class AdaptedModel(nn.Module):
     def view(self, name: str) -> View | None:
         """The view of this name, as it is under an active soft prompt; `None` for the forward."""
         found = self.graphs.view(name)
-        return None if found is None else self.within(found)[0]
+        return None if found is None else self.under_prompt(found)[0]
 
     def generate(self, *args: object, **kwargs: object) -> object:
         """Generate tokens with the active adapters: transformers' own `generate`, over the graph of the decode view.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from peftfx.adapters.adapter_set import Named
+from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.graph.graph import ADAPTERS, Graph, path_name
@@ -32,7 +32,7 @@ class Graphs:
     its tensors, the values of all else, the mode of each module, and the way into the base.
     """
 
-    def __init__(self, base: nn.Module, adapters: Named) -> None:
+    def __init__(self, base: nn.Module, adapters: AdapterSet) -> None:
         self.base, self.adapters = base, adapters
         self._captured: dict[object, list[Graph]] = {}
         self._derived: dict[object, Graph] = {}

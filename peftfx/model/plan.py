@@ -14,7 +14,7 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.contract.placement import Placed
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.graph.contexts import fake_mode_of
-from peftfx.rules.resolution import place, saved_modules, where, within
+from peftfx.rules.resolution import is_inside, place, saved_modules, where
 from peftfx.rules.text import write_rule
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
@@ -134,7 +134,7 @@ def _skipped(base: nn.Module, sites: Sites, rule: Placed) -> dict[str, tuple[Sit
     for reason in explain(sites, **where(method), kinds=sorted(method.kinds)):
         if reason.site.path not in adapted:
             why = reason.why if reason.match is None else "the method's own options leave it out"
-            why = "it is in modules_to_save" if within(reason.site.path, saved) else why
+            why = "it is in modules_to_save" if is_inside(reason.site.path, saved) else why
             found.setdefault(why, []).append(reason.site)
     return {why: tuple(skipped) for why, skipped in found.items()}
 

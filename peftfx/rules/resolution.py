@@ -31,9 +31,9 @@ def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
 def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     saved = saved_modules(base, method)
     if isinstance(method, SequenceMethod):
-        own = [ahead(method, base, sites)]
+        own = [prompt_placement(method, base, sites)]
     else:
-        own = [p for p in placements_of(base, method, sites) if not within(p.site.path, saved)]
+        own = [p for p in placements_of(base, method, sites) if not is_inside(p.site.path, saved)]
     if not own:
         hint = "leave them out of modules_to_save, or target others"
         raise PeftfxError("every targeted module is in modules_to_save", ", ".join(saved), hint)
@@ -131,7 +131,7 @@ def where(method: Method) -> Where:
     }
 
 
-def ahead(method: SequenceMethod, base: nn.Module, sites: Sites) -> Placement:
+def prompt_placement(method: SequenceMethod, base: nn.Module, sites: Sites) -> Placement:
     """The one place that a sequence method has: ahead of the text."""
     site = sequence_site(base, sites)
     return Placement(method.sized(base, site), site)
@@ -156,7 +156,7 @@ def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: I
         found += [Override(f"{SAVED}.{path}.{name}", path, name) for name in names]
     which = getattr(method, "bias", "none")
     if which == "all":
-        names = [n for n, _ in base.named_parameters() if n.rpartition(".")[2] == "bias" and not within(n, saved)]
+        names = [n for n, _ in base.named_parameters() if n.rpartition(".")[2] == "bias" and not is_inside(n, saved)]
         found += [Override(f"{SAVED}.{name}", "", name) for name in names]
     elif which.endswith("_only"):
         names = [site.bias.partition(".")[2] for site in sites if site.bias is not None]
@@ -164,7 +164,7 @@ def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: I
     return found + trained_tokens(base, getattr(method, "trainable_token_indices", None), saved)
 
 
-def within(path: str, modules: Iterable[str]) -> bool:
+def is_inside(path: str, modules: Iterable[str]) -> bool:
     """Whether a path is one of these modules or inside one."""
     return any(path == m or path.startswith(f"{m}.") for m in modules)
 

@@ -1,4 +1,4 @@
-"""Ahead: keys and values ahead of those in the cache that a view is given; its caller knows nothing of them.
+"""CachePrefix: keys and values ahead of those in the cache that a view is given; its caller knows nothing of them.
 
 The past that the model sees is `cat(prefix, past)`, its masks are wider and its positions further on by the prefix, and
 what it hands back is without it. So one graph still serves prefill, continuations and single tokens.
@@ -21,7 +21,7 @@ _MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
-class Ahead(Entry):
+class CachePrefix(Entry):
     """A prefix bound inside a view with a cache.
 
     The hole is [tokens, the sum of what a token has in all layers]: a layer's keys and then its values, layer after
@@ -87,7 +87,7 @@ class Ahead(Entry):
 
 
 @dataclass(frozen=True)
-class Prefilled(Ahead):
+class Prefilled(CachePrefix):
     """A prefix that virtual tokens leave in the cache: what a causal model computes for them depends on no text.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Within: what a soft prompt is in each view of a model, given what it is in the forward.
+"""prompt_in_view: what a soft prompt is in each view of a model, given what it is in the forward.
 
 | | virtual tokens | a prefix |
 | --- | --- | --- |
@@ -13,7 +13,7 @@ import dataclasses
 
 from peftfx.errors import PeftfxError
 from peftfx.views.cache import Held
-from peftfx.views.cache_prefix import Ahead, Prefilled
+from peftfx.views.cache_prefix import CachePrefix, Prefilled
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import DECODED, Decoder, Encoder
 from peftfx.views.entry import Entry, VirtualTokens
@@ -21,7 +21,7 @@ from peftfx.views.prefix import Prefix
 from peftfx.views.view import View
 
 
-def within(view: View, entry: Entry) -> tuple[View, Entry | None]:
+def prompt_in_view(view: View, entry: Entry) -> tuple[View, Entry | None]:
     """The view as it is under a soft prompt, and the way into it; none where the view does not see the prompt.
 
     Args:
@@ -40,9 +40,9 @@ def within(view: View, entry: Entry) -> tuple[View, Entry | None]:
             return seen, entry if isinstance(view, Encoder) else None
     if isinstance(entry, Prefix):
         if isinstance(view, Decode):
-            return view, Ahead(entry.shape, entry.dtype, view.layers)
+            return view, CachePrefix(entry.shape, entry.dtype, view.layers)
         if isinstance(view, Decoder):
-            return view, Ahead(entry.shape, entry.dtype, view.layers.own, DECODED)
+            return view, CachePrefix(entry.shape, entry.dtype, view.layers.own, DECODED)
         if isinstance(view, Encoder):
             return view, None
     what = f"a {type(entry).__name__} has no place in the {view.name} view"

@@ -1,4 +1,4 @@
-"""Opened: a view of a model with places for soft prompts among its inputs, for any number of virtual tokens.
+"""WithPromptInputs: a view of a model with places for soft prompts among its inputs, for any number of virtual tokens.
 
 A place is the hole of an entry that the caller fills. With no rows in it the view is the one without. A soft prompt of
 any kind is a prefix in a decode view: prompts of embeddings are there what they leave in the cache.
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.graph.slots import PREFIX, PROMPT, Slot
-from peftfx.views.cache_prefix import Ahead
+from peftfx.views.cache_prefix import CachePrefix
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import Call, Entry
-from peftfx.views.prompt_in_view import width_of, within
+from peftfx.views.prompt_in_view import prompt_in_view, width_of
 from peftfx.views.view import Axes
 
 
@@ -71,7 +71,7 @@ def _enter(place: Place, hole: object, call: Call, base: nn.Module, arguments: M
 
 
 @dataclass(frozen=True)
-class Opened:
+class WithPromptInputs:
     """A view that generates, with places.
 
     Attributes:
@@ -84,15 +84,17 @@ class Opened:
     name = "swappable"
 
     @staticmethod
-    def of(view: Decode | Encoder | Decoder, places: Sequence[Place]) -> Opened:
+    def of(view: Decode | Encoder | Decoder, places: Sequence[Place]) -> WithPromptInputs:
         """A view, given the places of the model's forward."""
         if isinstance(view, Decode):  # whose layers may differ, where HF PEFT's prefixes have those of a forward alike
-            return Opened(view, (Place(PREFIX, Ahead((3, width_of(view.layers)), view.layers[0].dtype, view.layers)),))
+            return WithPromptInputs(
+                view, (Place(PREFIX, CachePrefix((3, width_of(view.layers)), view.layers[0].dtype, view.layers)),)
+            )
         kept = []
         for place in places:
-            view, entry = within(view, place.entry)  # type: ignore[assignment]
+            view, entry = prompt_in_view(view, place.entry)  # type: ignore[assignment]
             kept += [] if entry is None else [Place(place.what, entry)]
-        return Opened(view, tuple(kept))
+        return WithPromptInputs(view, tuple(kept))
 
     @property
     def axes(self) -> Axes:

@@ -1,4 +1,4 @@
-"""Rowwise: a view in which each row of a batch comes with the number of its adapter, and has a soft prompt of its own.
+"""WithRowAdapters: a view in which each row comes with the number of its adapter, and has a soft prompt of its own.
 
 Ahead of a cache, prefixes of different lengths end together: shorter ones are padded ahead and the mask hides that, as
 it hides padding of a text. Each row's positions count from its own prefix. Ahead of a text that is embedded, virtual
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.errors import PeftfxError
-from peftfx.views.cache_prefix import Ahead
+from peftfx.views.cache_prefix import CachePrefix
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import PER_TOKEN, POSITIONS, Call, Entry, VirtualTokens
@@ -30,7 +30,7 @@ _MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
-class AheadByRow(Ahead):
+class CachePrefixByRow(CachePrefix):
     """Prefixes bound inside a view with a cache, of which each row takes one.
 
     The hole is [adapters + 1, tokens, width]; the first entry is of no adapter.
@@ -120,7 +120,7 @@ def _lengths(lengths: Sequence[int], ids: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rowwise:
+class WithRowAdapters:
     """A view that generates, with an input more, the number of each row's adapter.
 
     Attributes:
@@ -135,16 +135,16 @@ class Rowwise:
     name = "rowwise"
 
     @staticmethod
-    def of(view: Decode | Encoder | Decoder, lengths: tuple[int, ...], prompts: PromptsByRow | None) -> Rowwise:
+    def of(view: Decode | Encoder | Decoder, lengths: tuple[int, ...], prompts: PromptsByRow | None) -> WithRowAdapters:
         """A view, given the lengths of soft prompts, and what puts them ahead of a text that is embedded."""
         if not any(lengths) or isinstance(view, Decoder):
-            return Rowwise(view, lengths)
+            return WithRowAdapters(view, lengths)
         if isinstance(view, Encoder):
-            return Rowwise(view, lengths, prompts)
+            return WithRowAdapters(view, lengths, prompts)
         held = view.layers
         width = sum(layer.heads * (layer.key + layer.value) for layer in held)
         shape = len(lengths), max(lengths), width
-        return Rowwise(view, lengths, AheadByRow(shape, held[0].dtype, held, lengths=lengths))
+        return WithRowAdapters(view, lengths, CachePrefixByRow(shape, held[0].dtype, held, lengths=lengths))
 
     @property
     def _longer(self) -> Decode | Encoder | Decoder:

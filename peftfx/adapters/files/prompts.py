@@ -22,7 +22,7 @@ from peftfx.contract.placement import SAVED, Override, Placed, Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.rules.peft_files import STATE, WEIGHTS, Weights
-from peftfx.rules.resolution import ahead, overrides_of, saved_modules, within
+from peftfx.rules.resolution import is_inside, overrides_of, prompt_placement, saved_modules
 from peftfx.sites.sites import Sites
 
 Contents = tuple[dict[str, object], dict[str, dict[str, Tensor]]]
@@ -38,7 +38,7 @@ def read_prompt(
     config: Mapping[str, object],
 ) -> tuple[Adapter, dict[str, str]]:
     """The adapter in a directory, and for each name the file must have where the adapter keeps its value."""
-    placement = ahead(method, base, sites)
+    placement = prompt_placement(method, base, sites)
     saved = saved_modules(base, method)
     overrides = overrides_of(base, method, (*saved, *_other_heads(base, weights, saved, config.get("task_type"))), ())
     adapter = Adapter([Placed(method, (placement,), tuple(overrides))], config)
@@ -67,7 +67,7 @@ def _heads(base: nn.Module, kind: object) -> list[str]:
 def _other_heads(base: nn.Module, weights: Weights, saved: Sequence[str], kind: object) -> list[str]:
     """The heads in a file that no `modules_to_save` names and that are not the base's own; those that are go out."""
     other = []
-    for path in (path for path in _heads(base, kind) if not within(path, saved)):
+    for path in (path for path in _heads(base, kind) if not is_inside(path, saved)):
         own = {f"{path}.{name}": tensor for name, tensor in base.get_submodule(path).state_dict().items()}
         if own.keys() <= weights.names.keys():
             if all(weights[n].shape == t.shape and torch.equal(weights[n].to(t), t) for n, t in own.items()):

@@ -17,12 +17,12 @@ from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError, nearest
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.rules.resolution import (
+    is_inside,
     overrides_of,
     placement_at,
     placements_of,
     refuse_crowding,
     saved_modules,
-    within,
     without_ties,
 )
 from peftfx.sites.sites import Sites
@@ -74,7 +74,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     adapter = Adapter([Placed(method, tuple(placements), tuple(overrides))], config)
     adapter.create(base, None)
     wanted = _wanted(placements, overrides) | _shared(adapter, method, weights)
-    expected = {path for path in _targeted(base, method, sites) if not within(path, saved)}
+    expected = {path for path in _targeted(base, method, sites) if not is_inside(path, saved)}
     _refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, expected, base, directory, marks)
     _refuse_unknown_share(adapter, method, weights.names.keys() - wanted.keys(), directory)
     _copy(adapter, wanted, weights)
