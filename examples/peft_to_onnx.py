@@ -25,7 +25,7 @@ theirs.save_pretrained(str(out / "adapter"))
 # peftfx reads it. The adapted model computes what peft's does, before and after the merge.
 adapted = peftfx.load(base, out / "adapter")
 print(f"{len(adapted.sites)} sites in the model, {len(adapted.adapter('default').placements)} of them adapted")
-report = adapted.export(out / "onnx", force=True)
+report = adapted.export(out / "onnx", view="forward", force=True)
 
 ids = torch.randint(0, 64, (3, 11))
 with torch.no_grad():

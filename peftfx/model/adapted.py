@@ -171,11 +171,17 @@ class AdaptedModel(nn.Module):
         self._sites = None
         return report
 
-    def export(self, directory: str | Path, *, merge: bool = True, force: bool = False, **options: object) -> object:
-        """Write an ONNX model to a new directory and verify it; see `peftfx.export.export_onnx`."""
+    def export(
+        self, directory: str | Path, *, merge: bool = True, view: str = "auto", force: bool = False, **options: object
+    ) -> object:
+        """Write an ONNX model to a new directory and verify it; see `peftfx.export.export_onnx`.
+
+        A model that generates text is exported in its decode view, with the key/value cache in and out, as on the
+        command line; `view="forward"` exports its forward.
+        """
         from peftfx.export.onnx_directory import export_onnx
 
-        return export_onnx(self, directory, merge=merge, force=force, **options)  # type: ignore[arg-type]
+        return export_onnx(self, directory, merge=merge, view=view, force=force, **options)  # type: ignore[arg-type]
 
     def save_pretrained(self, directory: str | Path, adapter_name: str | None = None, **_: object) -> None:
         """Write HF PEFT directories: one adapter in `directory`, others in folders of their names below it."""

@@ -108,7 +108,7 @@ def test_a_lora_of_peft_is_served_as_peft_computes_it(task: str, kind: str, tmp_
             pytest.skip("peft adapts its experts, which are parameters of no module of their own: refused")
         raise
     try:
-        adapted.export(tmp_path / "out")
+        adapted.export(tmp_path / "out", view="forward")
     except PeftfxError as error:
         if "code fixes the" in str(error):
             pytest.skip(f"refused: {error.what}")

@@ -110,7 +110,7 @@ def test_it_is_smaller_and_generates(tmp_path: Path) -> None:
 
 def test_an_adapter_apart_stays_in_floating_point(tmp_path: Path) -> None:
     adapted = _adapted("llama")
-    report = adapted.export(tmp_path / "apart", merge=False, quantize="int8")
+    report = adapted.export(tmp_path / "apart", merge=False, view="forward", quantize="int8")
     kept = {value.name: value.data_type for value in onnx.load(tmp_path / "apart/model.onnx").graph.initializer}
     factors = [name for name in kept if name.startswith("adapters.")]
     assert len(factors) == 2 * (len(report.quantized["model.onnx"]) - 1)  # the head has no adapter
@@ -126,7 +126,7 @@ def test_in_half_precision_scales_are_too(tmp_path: Path) -> None:
 
 def test_an_error_beyond_the_bound_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="disagrees"):
-        _adapted("llama").export(tmp_path / "out", quantize="int4", max_error=1e-4)
+        _adapted("llama").export(tmp_path / "out", view="forward", quantize="int4", max_error=1e-4)
     assert not list(tmp_path.iterdir())
 
 

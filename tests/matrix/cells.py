@@ -139,7 +139,7 @@ class Bench:
             base = self.directory / "base"
             report = export_directory(base, made / "out", adapter=made / "adapter", task=self.entry.task)
         else:  # a class that no directory names
-            report = peftfx.load(copy.deepcopy(self.untouched), made / "adapter").export(made / "out")
+            report = peftfx.load(copy.deepcopy(self.untouched), made / "adapter").export(made / "out", view="forward")
         assert report.merged or report.folded  # type: ignore[attr-defined]
         served = OnnxModel(made / "out")
         got = [{n.removesuffix(".output"): v for n, v in served(**call).items()} for call in self.calls]

@@ -43,7 +43,7 @@ def test_a_lora_of_peft_is_served_as_peft_computes_it(padded: bool, tmp_path: Pa
     randomise(theirs)
     theirs.save_pretrained(str(tmp_path / "adapter"))
     adapted = peftfx.load(base, tmp_path / "adapter", inputs=inputs(2, 7, padded=padded))
-    report = adapted.export(tmp_path / "out")
+    report = adapted.export(tmp_path / "out", view="forward")
     assert len(report.merged) == 9
     served = OnnxModel(tmp_path / "out")
     for batch, sequence in UNSEEN:
@@ -89,7 +89,7 @@ def test_virtual_tokens_are_what_the_model_computes_behind_their_embeddings(
     randomise(adapted)
     method = adapted.adapter("default").placements[0].method
     prompt = method.virtual(adapted.adapter("default").params(adapted.adapter("default").placements[0]), False)
-    adapted.eval().export(tmp_path / "out")
+    adapted.eval().export(tmp_path / "out", view="forward")
     served = OnnxModel(tmp_path / "out")
     for batch, sequence in UNSEEN:
         call = inputs(batch, sequence, 3)

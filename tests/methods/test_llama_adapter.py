@@ -271,7 +271,7 @@ def test_with_lora_it_is_exported_merged_and_apart(tmp_path: Path) -> None:
     inputs = ZOO["gpt2"].inputs(3, 9, 4, model=base)
     want = outputs(adapted, inputs)
     for merge in (True, False):
-        report = adapted.export(tmp_path / str(merge), merge=merge)
+        report = adapted.export(tmp_path / str(merge), merge=merge, view="forward")
         assert (bool(report.merged), bool(report.folded)) == (merge, merge)
         close(OnnxModel(tmp_path / str(merge))(**inputs)["logits"], want["logits"], 1e-4)
 

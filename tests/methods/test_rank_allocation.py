@@ -177,7 +177,7 @@ def test_a_module_without_a_rank_left_is_the_bases_own(tmp_path: Path) -> None:
     ours = peftfx.transform(ZOO["llama"].build(), rule, seed=0)
     inputs = ZOO["llama"].inputs(2, 6, 1, model=ours.base)
     want = logits(ours, inputs)
-    ours.export(tmp_path / "onnx", merge=False)
+    ours.export(tmp_path / "onnx", merge=False, view="forward")
     ours.save_pretrained(tmp_path / "saved")
     same(logits(load_peft(ZOO["llama"].build(), tmp_path / "saved").base_model, inputs), want)
     served = peftfx.export.OnnxModel(tmp_path / "onnx")(**inputs)["logits"]

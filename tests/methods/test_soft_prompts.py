@@ -168,7 +168,7 @@ def test_a_trained_prompt_and_lora_are_exported_apart_and_merged(soft: Soft, tmp
     inputs = ZOO["llama"].inputs(3, 9, 4, model=ours.base)
     want = outputs(ours.eval(), inputs)
     for merge in (True, False):
-        report = ours.export(tmp_path / str(merge), merge=merge)
+        report = ours.export(tmp_path / str(merge), merge=merge, view="forward")
         assert bool(report.merged) is merge
         assert bool(report.folded) is merge
         close(OnnxModel(tmp_path / str(merge))(**inputs)["logits"], want["logits"], 1e-4)

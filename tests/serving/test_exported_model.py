@@ -24,7 +24,7 @@ def test_it_is_the_adapted_model(name: str, tmp_path: Path) -> None:
     entry = ZOO[name]
     adapted = peftfx.transform(entry.build(), peftfx.LoRA(r=2, target="attention"), seed=0).eval()
     randomise(adapted.adapters)
-    adapted.export(tmp_path / "out")
+    adapted.export(tmp_path / "out", view="forward")
     served = ExportedModel.from_pretrained(tmp_path / "out", device="cpu")
     inputs = entry.inputs(4, 6, 3, model=adapted.base)
     with torch.no_grad():
@@ -56,5 +56,5 @@ def test_a_model_of_ones_own_has_no_such_file(tmp_path: Path) -> None:
             return 2 * self.layer(x)
 
     adapted = peftfx.transform(Doubles(), peftfx.LoRA(r=1, target="layer"), inputs={"x": torch.randn(2, 3)})
-    adapted.export(tmp_path / "out")
+    adapted.export(tmp_path / "out", view="forward")
     assert not (tmp_path / "out" / "export.json").exists()

@@ -72,6 +72,14 @@ def test_in_pieces_it_computes_what_the_forward_computes_at_once(
         assert float((adapted(**whole).logits - want)[shown].abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_what_generates_is_exported_with_its_cache_where_nobody_says(name: str, tmp_path: Path) -> None:
+    adapted = peftfx.transform(ZOO[name].build(), peftfx.LoRA(r=2))
+    report, forward = adapted.export(tmp_path / "out"), adapted.export(tmp_path / "forward", view="forward")
+    assert any(name.startswith(PRESENT) for name in report.outputs) == (name == "gpt2")
+    assert not any(name.startswith(PRESENT) for name in forward.outputs)
+
+
 def test_its_sites_are_those_of_the_forward(adapted: AdaptedModel) -> None:
     forward, decode = (adapted.graph(adapted=False, view=view).sites for view in ("forward", "decode"))
     assert {(s.path, s.kind, s.role) for s in forward} == {(s.path, s.kind, s.role) for s in decode}
