@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import before_and_after
 import check_sites
 import contenders
 import decode
@@ -146,3 +147,17 @@ def test_what_swappable_adapters_take_is_measured_command_by_command(checkpoint:
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
     assert rows[2:] == ["merged", "swappable", "an adapter's file", "batched"]
+
+
+@pytest.mark.slow
+def test_a_revision_is_compared_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in vars(SIZE).items()]
+    before_and_after.main(["HEAD", "--pairs=1", *sizes])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert [row.split("|")[1].strip().partition(",")[0] for row in rows] == [
+        "export",
+        "export",
+        "swappable",
+        "decode",
+        "train",
+    ]
