@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
 class PeftfxError(Exception):
     """Bad input: a path, a file, a key, a shape, a target or an option that peftfx cannot work with.
+
+    The message fits on one screen, whatever it quotes; the attributes have all of it.
 
     Args:
         what: what is wrong, in one sentence.
@@ -17,8 +20,36 @@ class PeftfxError(Exception):
 
     def __init__(self, what: str, where: str = "", hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
-        place = f" [{where}]" if where else ""
-        super().__init__(f"{what}{place}" + (f"\n  hint: {hint}" if hint else ""))
+        place = f" [{_cut(where, 2, 300)}]" if where else ""
+        advice = f"\n  hint: {_cut(hint, 6, 600)}" if hint else ""
+        super().__init__(f"{_cut(what, 16, 1300)}{place}{advice}")
+
+
+def _cut(text: str, lines: int, characters: int) -> str:
+    """A text of at most so many lines and characters, and how much more there was."""
+    rows = text.split("\n")
+    kept = "\n".join(rows[:lines])
+    if len(kept) > characters:
+        return f"{kept[:characters]} ... ({len(text) - characters:,} more characters)"
+    return kept + (f"\n  ... ({len(rows) - lines} more lines)" if len(rows) > lines else "")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def shown(value: object) -> str:
+    """A value that a user gave, as Python writes it; the middle of what is long, and what lies deep, is left out."""
+    return _SHORT.repr(value)
+
+
+def pointed(text: str, position: int, around: int = 60) -> str:
+    """Where something is wrong in a text that was typed: the line with a mark below it, or what is around the mark."""
+    rest = text[position : position + around]
+    column = position + len(rest) - len(rest.lstrip())
+    start = max(0, column - around) if len(text) > 2 * around else 0
+    part = text[start : start + 2 * around].replace("\n", " ")
+    return f"at column {column + 1}:\n    {part}\n    {' ' * (column - start)}^"
 
 
 def first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,11 +11,55 @@ from pathlib import Path
 
 from peftfx.errors import PeftfxError
 
+_DEEPEST = 100  #: levels of a JSON file: more serve nobody, and what walks through them would run out of stack
 _ADVICE = {
     13: "choose a directory that you may write to",
     28: "free some space, or choose a directory on another disk",
     30: "the file system is read-only: choose another directory",
 }
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file here; a path that no file can have (too long, say) has none."""
+    return os.path.isfile(path)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a directory here; as above."""
+    return os.path.isdir(path)
+
+
+def read_json(path: Path, hint: str = "download the file again") -> dict[str, object]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        hint: what to do with a broken one.
+
+    Raises:
+        PeftfxError: it cannot be read, is not JSON or not an object, or is nested too deeply.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PeftfxError(f"cannot be read: {error.strerror or error}", str(path), "check the path") from error
+    except ValueError as error:
+        raise PeftfxError(f"not valid JSON: {error}", str(path), hint) from error
+    except RecursionError as error:
+        raise PeftfxError("nested too deeply", str(path), hint) from error
+    if not isinstance(found, dict):
+        raise PeftfxError("not a JSON object", str(path), hint)
+    if _is_deep(found):
+        raise PeftfxError("nested too deeply", str(path), hint)
+    return found
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner = (list(v.values()) if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = [item for items in inner for item in items]
+    return bool(level)
 
 
 @contextlib.contextmanager
@@ -63,7 +108,7 @@ class Snapshot:
 
 def is_gguf(path: Path) -> bool:
     """Whether this is a file in GGUF, llama.cpp's format of a model."""
-    if not path.is_file():
+    if not is_file(path):
         return False
     with path.open("rb") as file:
         return path.suffix == ".gguf" or file.read(4) == b"GGUF"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from torch import nn
 
 from peftfx.bases.tasks import maker_of, resolve_task
-from peftfx.errors import PeftfxError, first_line, nearest
-from peftfx.files import is_gguf
+from peftfx.bases.transformers_config import read_config, understanding
+from peftfx.errors import PeftfxError, nearest, shown
+from peftfx.files import is_file, is_folder, is_gguf, read_json
 from peftfx.graph.lazy_weights import store
 
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -51,34 +51,30 @@ def load_base(
     config = read_base_config(directory)
     files = _check_weights(directory) if weights else []
     if "quantization_config" in config:
-        method = dict(config["quantization_config"] or {}).get("quant_method", "unknown")  # type: ignore[call-overload]
-        raise PeftfxError(f"the base model is quantised ({method})", str(directory), "use the unquantised model")
-    try:
+        quantized = config["quantization_config"]
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        what = f"the base model is quantised ({shown(method or 'unknown')})"
+        raise PeftfxError(what, str(directory), "use the unquantised model")
+    with understanding(directory, "cannot load the base model"):
         on_disk = _dtype_of(files)
         if "_class_name" in config:
             return _load_diffusers(directory, str(config["_class_name"]), on_disk, dtype).eval()
         return _load_transformers(directory, config, task, num_labels, on_disk, dtype, given).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise PeftfxError(
-            f"cannot load the base model: {first_line(error)}", str(directory), "see `__cause__`"
-        ) from error
 
 
 def read_base_config(directory: Path) -> dict[str, object]:
     """The config of a local model directory, as JSON; a missing or broken one is a PeftfxError."""
-    if not directory.is_dir():
+    if not is_folder(directory):
         raise PeftfxError("there is no such directory", str(directory), "download the base model and pass its folder")
     path = directory / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         parts = sorted(p.parent.name for p in directory.glob("*/config.json"))
         hint = f"a model is in {', '.join(parts)}: pass that folder" if parts else "pass the folder of a base model"
         raise PeftfxError("the directory has no config.json", str(directory), hint)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PeftfxError(f"not valid JSON: {error}", str(path), "download the file again") from error
-    if not isinstance(config, dict):
-        raise PeftfxError("not a JSON object", str(path), "download the file again")
+    config = read_json(path)
+    named = config.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise PeftfxError(f"architectures is no list of names: {shown(named)}", str(path), "download the file again")
     return config
 
 
@@ -86,25 +82,24 @@ def _check_weights(directory: Path) -> list[Path]:
     """The files of the weights. Missing, pickled, incomplete and truncated ones are refused before time is spent."""
     from safetensors import SafetensorError, safe_open
 
-    files = [directory / name for name in _WEIGHTS if (directory / name).is_file()]
+    files = [directory / name for name in _WEIGHTS if is_file(directory / name)]
     for index in [] if files else directory.glob("*.safetensors.index.json"):
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise PeftfxError("not an index of safetensors files", str(index), "download the file again") from error
-        files += [directory / name for name in sorted(shards)]
+        placed = read_json(index).get("weight_map")
+        if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+            raise PeftfxError("not an index of safetensors files", str(index), "download the file again")
+        files += [directory / name for name in sorted(set(placed.values()))]
     if not files:
         pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
         what = f"the weights are pickled ({', '.join(pickles)}) and pickle is never loaded" if pickles else "no weights"
         hint = "convert with `save_pretrained(..., safe_serialization=True)`" if pickles else f"expected {_WEIGHTS[0]}"
         raise PeftfxError(what, str(directory), hint)
     for file in files:
-        if not file.is_file():
+        if not is_file(file):
             raise PeftfxError("a file named in the index is missing", str(file), "download it")
         try:
             with safe_open(file, "pt") as opened:
                 opened.keys()
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise PeftfxError(f"a broken safetensors file: {error}", str(file), "download it again") from error
     return files
 
@@ -133,7 +128,7 @@ def _load_transformers(
     dtype: torch.dtype | None,
     given: Collection[str],
 ) -> nn.Module:
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
     from transformers.initialization import no_init_weights
 
     kind = raw.get("model_type")
@@ -143,7 +138,7 @@ def _load_transformers(
         where = str(directory / "config.json")
         raise PeftfxError(f"transformers has no model type {kind!r}" if kind else "no `model_type`", where, hint)
     extra = {} if num_labels is None else {"num_labels": num_labels}
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **extra)
+    config = read_config(directory, **extra)
     maker = maker_of(config, resolve_task(task, config=config), directory)
     wanted = dtype or config.dtype or on_disk or torch.float32
 

@@ -140,11 +140,13 @@ def maker_of(config: PreTrainedConfig, task: str, directory: Path) -> type:
     """The class to build: the one the config names if it does this task, else the `Auto` classes' choice."""
     import transformers
 
-    named = [n for n in config.architectures or () if task_of_class(n) == task and hasattr(transformers, n)]
-    if named:
-        found = getattr(transformers, named[0])
-        assert isinstance(found, type)
-        return found
+    for name in (n for n in config.architectures or () if task_of_class(n) == task):
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            if not isinstance(config, found.config_class or object):
+                what = f"its class, {name}, is of another model than its model_type, {config.model_type}"
+                raise PeftfxError(what, str(directory / "config.json"), "download the file again")
+            return found
     for auto in TASKS[task].auto:
         mapping = getattr(transformers, auto)._model_mapping
         if type(config) in mapping:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError, nearest
+from peftfx.field_types import misfits
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 
@@ -59,7 +60,7 @@ class Method(ABC):
         modules_to_save: modules (path suffixes) trained and saved whole beside the adapter, a fresh head say.
     """
 
-    target: str | Sequence[str] | re.Pattern[str] | None = None
+    target: str | re.Pattern[str] | Sequence[str | re.Pattern[str]] | None = None
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
@@ -79,7 +80,10 @@ class Method(ABC):
     """Whether HF PEFT's config has `layers_to_transform`; else the modules that it leaves are named."""
 
     def __post_init__(self) -> None:
-        """Sequences become tuples, so that a method can be hashed and compared."""
+        """Options are of their fields' types; sequences become tuples, so that a method can be hashed and compared."""
+        if wrong := misfits(self):
+            hint = "give a value of the type in parentheses"
+            raise PeftfxError(f"of another type: {', '.join(wrong)}", type(self).__name__, hint)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (list, set)):
@@ -147,23 +151,11 @@ class Method(ABC):
 
     @classmethod
     def from_options(cls, options: Mapping[str, object]) -> Method:
-        """Build from keyword options; an unknown one is an error that names the nearest, as is one of another type."""
+        """Build from keyword options; an unknown one is an error that names the nearest."""
         for name in options:
             if name not in cls.options():
                 raise PeftfxError(f"{cls.__name__} has no option {name!r}", name, nearest(name, cls.options()))
-        wrong = [f for f in dataclasses.fields(cls) if f.name in options and not _fits(f, options[f.name])]
-        if wrong:
-            listed = ", ".join(f"{f.name}={options[f.name]!r} ({f.type})" for f in wrong)
-            raise PeftfxError(f"of another type: {listed}", cls.__name__, "give a value of the type in parentheses")
         return cls(**options)  # type: ignore[arg-type]
-
-
-def _fits(field: dataclasses.Field[object], value: object) -> bool:
-    """Whether a value is of a field's type, where that is a plain number or a truth value."""
-    plain: Mapping[object, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
-    if field.type not in plain:
-        return True
-    return isinstance(value, plain[field.type]) and (field.type == "bool" or not isinstance(value, bool))
 
 
 class Weighted(NamedTuple):

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, first_line, shown
+from peftfx.field_types import misfits
+from peftfx.files import is_file, read_json
 from peftfx.graph.lazy_weights import exact
 from peftfx.sites.site import Site
 
@@ -109,15 +114,19 @@ class Manifest:
             PeftfxError: there is no such file, or it is not one.
         """
         path = directory / FILE
-        if not path.is_file():
+        if not is_file(path):
             hint = "export it with --swappable"
             raise PeftfxError(f"the model here takes no adapters: there is no {FILE}", str(directory), hint)
+        raw: Any = read_json(path, "export the base again")
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
             slots = tuple(Slot(**{**s, "shape": tuple(s["shape"]), "perm": tuple(s["perm"])}) for s in raw.pop("slots"))
-            return Manifest(**raw, slots=slots)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PeftfxError(f"cannot be read: {error}", str(path), "export the base again") from error
+            found = Manifest(**raw, slots=slots)
+        except (KeyError, TypeError, AttributeError) as error:
+            what = f"cannot be read: {first_line(error)}"
+            raise PeftfxError(what, str(path), "export the base again") from error
+        if wrong := _wrong(found):
+            raise PeftfxError(f"cannot be read: {', '.join(wrong)}", str(path), "export the base again")
+        return found
 
     @property
     def version(self) -> int:
@@ -134,6 +143,18 @@ class Manifest:
     def of(self, graph: str) -> Mapping[str, Slot]:
         """The slots of one graph by their names."""
         return {slot.name: slot for slot in self.slots if slot.graph == graph}
+
+
+def _wrong(manifest: Manifest) -> list[str]:
+    """What of a manifest is not what it should be."""
+    wrong = [*misfits(manifest), *(text for slot in manifest.slots for text in misfits(slot))]
+    if wrong:
+        return wrong
+    dtypes = {manifest.dtype, *(slot.dtype for slot in manifest.slots)}
+    wrong += [f"dtype={shown(name)}" for name in sorted(dtypes) if not isinstance(getattr(torch, name, 0), torch.dtype)]
+    if not re.fullmatch(r"[0-9a-f]{64}", manifest.fingerprint):
+        wrong.append(f"fingerprint={shown(manifest.fingerprint)}")
+    return wrong
 
 
 def fingerprint(base: nn.Module) -> str:

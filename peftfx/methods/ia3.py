@@ -21,6 +21,7 @@ from peftfx.contract.method import Base, Method, Op, Params, Weighted, WeightMet
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
+from peftfx.sites.patterns import compiled
 from peftfx.sites.site import Site
 
 L = "ia3_l"
@@ -70,7 +71,7 @@ class IA3(WeightMethod):
         if self.feedforward_modules is None:
             return site.role == "mlp.down"
         if isinstance(self.feedforward_modules, str):
-            return re.fullmatch(self.feedforward_modules, site.path) is not None
+            return compiled(self.feedforward_modules, "feedforward_modules").fullmatch(site.path) is not None
         return any(site.path.endswith(name) for name in self.feedforward_modules)
 
     def keys(self, site: Site) -> dict[str, str]:

@@ -31,6 +31,7 @@ from peftfx.contract.method import Base, Method, Op, Params, Weighted, WeightMet
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
+from peftfx.sites.patterns import compiled
 from peftfx.sites.site import Site
 
 A, B, MAGNITUDE, B_BIAS = "lora_A", "lora_B", "lora_magnitude_vector", "lora_B_bias"
@@ -93,8 +94,8 @@ class LoRA(WeightMethod):
 
     def at(self, site: Site) -> LoRA:
         """With the rank and alpha that the patterns give this site."""
-        r = int(_pattern(self.rank_pattern, site.path, self.r))
-        alpha = _pattern(self.alpha_pattern, site.path, self.lora_alpha)
+        r = int(_pattern(self.rank_pattern, "rank_pattern", site.path, self.r))
+        alpha = _pattern(self.alpha_pattern, "alpha_pattern", site.path, self.lora_alpha)
         return dataclasses.replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     @property
@@ -270,6 +271,7 @@ def _joined(p: Params) -> dict[str, Tensor]:
     return {name: joined.get(name, t) for name, t in p.items() if name not in (A0, B0)}
 
 
-def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
+def _pattern(patterns: Mapping[str, float], option: str, path: str, default: float) -> float:
     """HF PEFT's lookup: the first key that the path ends with, a regular expression."""
-    return next((v for key, v in patterns.items() if re.match(rf"^(.*\.)?({key})$", path)), default)
+    found = (v for key, v in patterns.items() if compiled(key, option, r"^(.*\.)?({})$").match(path))
+    return next(found, default)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peftfx.contract.method import Method
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, shown
+from peftfx.files import is_file, is_folder, read_json
 from peftfx.methods import method_named
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -29,22 +29,19 @@ INERT = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_confi
 
 def read_config(directory: Path) -> dict[str, object]:
     """The adapter config of a HF PEFT directory."""
-    if not directory.is_dir():
+    if not is_folder(directory):
         raise PeftfxError(
             "there is no such directory", str(directory), "give the folder that holds adapter_config.json"
         )
     path = directory / CONFIG
-    if not path.is_file():
+    if not is_file(path):
         below = [p.parent.name for p in directory.glob(f"*/{CONFIG}")]
         hint = (
             f"adapters below it: {', '.join(sorted(below))}" if below else "give the folder that save_pretrained wrote"
         )
         raise PeftfxError(f"there is no {CONFIG}", str(directory), hint)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PeftfxError(f"cannot be read as JSON: {error}", str(path), "save the adapter again") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
+    config = read_json(path, "save the adapter again")
+    if "peft_type" not in config:
         raise PeftfxError("it names no peft_type", str(path), "is this a HF PEFT adapter's config?")
     return config
 
@@ -52,14 +49,13 @@ def read_config(directory: Path) -> dict[str, object]:
 def rule_folders(directory: Path) -> tuple[Path, ...]:
     """The HF PEFT directories of an adapter: itself, or one for each of its rules where several made it."""
     path = directory / RULES
-    if not path.is_file():
+    if not is_file(path):
         return (directory,)
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["rules"]
-        folders = tuple(directory / name for name in names)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PeftfxError("not a list of an adapter's rules", str(path), "save the adapter again") from error
-    if not folders or any(folder.parent != directory for folder in folders):
+    names = read_json(path, "save the adapter again").get("rules")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise PeftfxError("not a list of an adapter's rules", str(path), "save the adapter again")
+    folders = tuple(directory / name for name in names)
+    if not folders or any(folder.parent != directory or folder.name == ".." for folder in folders):
         raise PeftfxError("its rules are not folders beside it", str(path), "save the adapter again")
     return folders
 
@@ -72,7 +68,7 @@ def method_from_config(config: Mapping[str, object], where: str) -> Method:
     unknown = {k: v for k, v in config.items() if k not in known}
     active = {k: v for k, v in unknown.items() if v not in (None, False, 0, "", [], {}, ()) and INERT.get(k) != v}
     if active:
-        names = ", ".join(f"{k}={v!r}" for k, v in active.items())
+        names = ", ".join(f"{k}={shown(v)}" for k, v in active.items())
         raise PeftfxError(
             f"{cls.__name__} does not support {names}", where, "train the adapter without, or merge it with peft"
         )
@@ -84,8 +80,8 @@ class Weights:
 
     def __init__(self, directory: Path, prefix: str = Method.prefix, file: str = WEIGHTS) -> None:
         self.path, self._prefix = directory / file, prefix
-        if not self.path.is_file():
-            if (directory / PICKLE).is_file():
+        if not is_file(self.path):
+            if is_file(directory / PICKLE):
                 hint = "load it once with peft and save it again: save_pretrained writes safetensors"
                 raise PeftfxError(f"only a pickle, {PICKLE}: peftfx does not unpickle", str(directory), hint)
             raise PeftfxError(

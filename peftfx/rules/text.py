@@ -14,13 +14,14 @@ import dataclasses
 import re
 
 from peftfx.contract.method import Method
-from peftfx.errors import PeftfxError, nearest
+from peftfx.errors import PeftfxError, nearest, pointed
 from peftfx.methods import methods
 
 _STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _REGEX = r"/(?:[^/\\]|\\.)+/"
 _NAME = re.compile(r"\s*([A-Za-z][\w-]*)\s*")
 _OPTIONS = re.compile(rf"\(((?:{_STRING}|[^'\"()]|\([^()]*\))*)\)\s*")
+_TOO_DEEP = (RecursionError, MemoryError)  #: what Python's parser raises for what is nested too deeply
 _TARGET = re.compile(rf"@((?:{_REGEX}|[^/;])*)")
 
 
@@ -99,7 +100,10 @@ def _options(inner: str, text: str, position: int) -> dict[str, object]:
         call = ast.parse(f"options({inner.strip()})", mode="eval").body
     except SyntaxError as error:
         raise _unreadable(text, position, f"these are no options: {error.msg}") from error
-    assert isinstance(call, ast.Call)
+    except (ValueError, *_TOO_DEEP) as error:
+        raise _unreadable(text, position, "these are no options") from error
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):  # a comment hides a parenthesis
+        raise _unreadable(text, position, "these are no options")
     if call.args or any(keyword.arg is None for keyword in call.keywords):
         raise _unreadable(text, position, "options are given by name, as in lora(r=8)")
     return {str(keyword.arg): _literal(keyword, text) for keyword in call.keywords}
@@ -108,15 +112,22 @@ def _options(inner: str, text: str, position: int) -> dict[str, object]:
 def _literal(keyword: ast.keyword, text: str) -> object:
     try:
         return ast.literal_eval(keyword.value)
-    except ValueError as error:
-        source = ast.unparse(keyword.value)
+    except _TOO_DEEP as error:
+        raise PeftfxError(f"{keyword.arg}: a value that is nested too deeply", text, "write it shorter") from error
+    except (ValueError, TypeError) as error:  # a TypeError: a list is no key of a dict
+        source = _source(keyword.value)
         quoted = f"; write {source!r} if it is a text" if isinstance(keyword.value, ast.Name) else ""
         what = f"{keyword.arg}={source}: not a Python literal"
         raise PeftfxError(what, text, f"a number, a text in quotes, True, a list or a dict{quoted}") from error
 
 
+def _source(value: ast.expr) -> str:
+    try:
+        return ast.unparse(value)
+    except _TOO_DEEP:
+        return "..."
+
+
 def _unreadable(text: str, position: int, what: str) -> PeftfxError:
-    rest = text[position:]
-    column = position + len(rest) - len(rest.lstrip())
-    hint = f"at column {column + 1}:\n    {text}\n    {' ' * column}^\n  as in lora(r=8)@attention.query; ia3@mlp"
+    hint = f"{pointed(text, position)}\n  as in lora(r=8)@attention.query; ia3@mlp"
     return PeftfxError(f"cannot read the rules: {what}", "rules", hint)

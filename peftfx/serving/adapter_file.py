@@ -13,6 +13,7 @@ import onnxruntime as ort
 from torch import Tensor
 
 from peftfx.errors import PeftfxError, first_line
+from peftfx.files import is_file
 from peftfx.graph.slots import Manifest, listed
 from peftfx.serving.onnx_model import to_ort, to_torch
 
@@ -26,7 +27,7 @@ def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
     Raises:
         PeftfxError: there is no such file, or it is not one.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise PeftfxError("there is no such adapter", str(path), "`peftfx export-adapter` writes one")
     try:
         read = ort.AdapterFormat.read_adapter(str(path))
@@ -45,7 +46,7 @@ def read_for(path: Path, directory: Path) -> dict[str, dict[str, ort.OrtValue]]:
     """
     manifest = Manifest.read(directory)
     graphs = tuple(manifest.views)
-    if len(graphs) > 1 and path.is_file():
+    if len(graphs) > 1 and is_file(path):
         hint = "write it for this model: peftfx export-adapter --for"
         raise PeftfxError(f"the model is {len(graphs)} graphs, and this is a file for one", str(path), hint)
     return {graph: _fitting(file_of(path, graph, graphs), manifest, graph) for graph in graphs}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from peftfx.files import is_file
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import Served
 from peftfx.views.decode import PAST
@@ -41,7 +42,7 @@ def load(
     from peftfx.serving.generators import ServedGenerator, ServedSeq2Seq
 
     directory = Path(directory)
-    if (directory / ENCODER).is_file():
+    if is_file(directory / ENCODER):
         encoder, decoder = (
             OnnxModel(directory / name, threads=threads, options=options) for name in (ENCODER, DECODER)
         )

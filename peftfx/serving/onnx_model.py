@@ -11,6 +11,7 @@ import onnxruntime as ort
 import torch
 
 from peftfx.errors import PeftfxError, first_line, nearest
+from peftfx.files import is_file, is_folder
 
 _VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # dtypes that numpy does not have, and their stand-ins
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
@@ -152,14 +153,15 @@ def find(directory: Path) -> Path:
     Raises:
         PeftfxError: there is none.
     """
-    if directory.is_file():
+    if is_file(directory):
         return directory
     path = directory / "model.onnx"
-    if path.is_file():
+    if is_file(path):
         return path
-    models = ", ".join(sorted(p.name for p in directory.glob("*.onnx"))) if directory.is_dir() else ""
+    folder = is_folder(directory)
+    models = ", ".join(sorted(p.name for p in directory.glob("*.onnx"))) if folder else ""
     hint = f"name one of its models: {models}" if models else "peftfx's export writes one"
-    raise PeftfxError("there is no ONNX model here" if directory.is_dir() else "no such directory", str(path), hint)
+    raise PeftfxError("there is no ONNX model here" if folder else "no such directory", str(path), hint)
 
 
 def to_ort(value: torch.Tensor) -> ort.OrtValue:

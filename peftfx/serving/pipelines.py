@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from peftfx.bases.tasks import resolve_task, task_of_class
 from peftfx.errors import PeftfxError, first_line
+from peftfx.files import is_file, read_json
 from peftfx.serving.load import load
 from peftfx.serving.served import Served
 
@@ -56,9 +56,10 @@ def task_of_directory(directory: Path) -> str:
     """
     for name, key in ((REPORT, "model"), ("config.json", "architectures")):
         path = directory / name
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8")).get(key) or ""
-            if (task := task_of_class(found if isinstance(found, str) else found[0])) is not None:
+        if is_file(path):
+            found = read_json(path, "export the model again").get(key)
+            named = found[0] if isinstance(found, list) and found else found
+            if isinstance(named, str) and (task := task_of_class(named)) is not None:
                 return task
     raise PeftfxError("what this model is for cannot be told", str(directory), "name the task")
 

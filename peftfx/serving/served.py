@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils.generic import ModelOutput
 
+from peftfx.bases.transformers_config import read_config
 from peftfx.errors import PeftfxError, first_line, nearest
+from peftfx.files import is_file, read_json
 from peftfx.graph.slots import MODEL
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.row_adapters import BATCHED, IDS
@@ -62,7 +63,9 @@ class Served:
             PeftfxError: the model has no such adapter, or was not exported with any to choose from.
         """
         path = self.directory / BATCHED
-        known = json.loads(path.read_text(encoding="utf-8"))["adapters"] if path.is_file() else []
+        known = read_json(path, "export it again").get("adapters") if is_file(path) else []
+        if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
+            raise PeftfxError("not a list of the adapters", str(path), "export the model again")
         unknown = next((name for name in names if name is not None and name not in known), None)
         if unknown is not None:
             hint = nearest(unknown, known) or f"adapters here: {', '.join(known) or 'none'}"
@@ -156,6 +159,6 @@ _OPTIONAL = frozenset({"token_type_ids", "attention_mask", "position_ids"})
 
 def _config(directory: Path) -> PreTrainedConfig | None:
     path = directory / "config.json"
-    if not path.is_file() or "model_type" not in json.loads(path.read_text(encoding="utf-8")):
+    if not is_file(path) or "model_type" not in read_json(path, "copy the base model's config again"):
         return None
-    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return read_config(directory)

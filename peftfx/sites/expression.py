@@ -13,17 +13,20 @@ so `attention.query` picks the query rows of a fused projection, and `~attention
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, pointed, shown
+from peftfx.sites.patterns import compiled
 from peftfx.sites.site import ROLES, Site, in_role
 
 ALL_LINEAR = "all-linear"
-Target = str | re.Pattern[str] | Sequence[str]
+Target = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 Units = frozenset[str]  #: the parts of a site that are picked: their roles, or "" for a site that has no parts
 Picker = Callable[[Site], Units]
 
 _TOKEN = re.compile(r"\s*(?:(?P<regex>/(?:[^/\\]|\\.)+/)|(?P<word>[\w.-]+)|(?P<sign>[|&~()]))")
+_SIGN = re.compile(r"\s*([|&~()]?)")
+_DEEPEST = 100  #: parentheses inside one another
 _GROUPS = frozenset(role.partition(".")[0] for role in ROLES)
 
 
@@ -48,76 +51,79 @@ def parse(target: Target) -> Picker:
         return lambda site: units(site) if target.fullmatch(site.path) else frozenset()
     if isinstance(target, str):
         return _Parser(target).parse()
-    pickers = [parse(item) for item in target]
-    return lambda site: frozenset().union(*(picker(site) for picker in pickers))
+    if not isinstance(target, Collection) or not all(isinstance(item, str | re.Pattern) for item in target):
+        raise PeftfxError(f"not a target: {shown(target)}", "target", "pass a text, as 'attention.query | mlp'")
+    return _joined(frozenset.union, [parse(item) for item in target] or [lambda site: frozenset()])
 
 
 class _Parser:
     """A recursive-descent parser of one expression, into pickers."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.position = text, 0
+        self.text, self.position, self.depth = text, 0, 0
 
     def parse(self) -> Picker:
         picker = self._union()
-        if self._peek():
+        if self.text[self.position :].strip():
             raise self._error("expected '|', '&' or the end")
         return picker
 
     def _union(self) -> Picker:
-        picker = self._intersection()
-        while self._take("|"):
-            picker = _both(frozenset.union, picker, self._intersection())
-        return picker
+        return self._joined("|", frozenset.union, self._intersection)
 
     def _intersection(self) -> Picker:
-        picker = self._factor()
-        while self._take("&"):
-            picker = _both(frozenset.intersection, picker, self._factor())
-        return picker
+        return self._joined("&", frozenset.intersection, self._factor)
+
+    def _joined(self, sign: str, combine: Callable[..., Units], read: Callable[[], Picker]) -> Picker:
+        pickers = [read()]
+        while self._take(sign):
+            pickers.append(read())
+        return _joined(combine, pickers)
 
     def _factor(self) -> Picker:
-        if self._take("~"):
-            negated = self._factor()
-            return lambda site: units(site) - negated(site)
-        if self._take("("):
-            inner = self._union()
-            if not self._take(")"):
-                raise self._error("expected ')'")
-            return inner
-        return self._atom()
+        negated = False
+        while self._take("~"):
+            negated = not negated
+        picker = self._inner() if self._take("(") else self._atom()
+        return (lambda site: units(site) - picker(site)) if negated else picker
+
+    def _inner(self) -> Picker:
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise self._error(f"more than {_DEEPEST} parentheses inside one another")
+        picker = self._union()
+        if not self._take(")"):
+            raise self._error("expected ')'")
+        self.depth -= 1
+        return picker
 
     def _atom(self) -> Picker:
         found = _TOKEN.match(self.text, self.position)
         if not found or found["sign"]:
             raise self._error("expected a role, a module name, /a regular expression/, '~' or '('")
-        start, self.position = self.position, found.end()
         if found["word"]:
+            self.position = found.end()
             return _atom(found["word"])
         try:
-            return parse(re.compile(found["regex"][1:-1]))
-        except re.error as error:
-            self.position = start
-            raise self._error(f"bad regular expression: {error}") from error
-
-    def _peek(self) -> str:
-        return self.text[self.position :].lstrip()[:1]
+            pattern = compiled(found["regex"][1:-1], "")
+        except PeftfxError as error:
+            raise self._error(error.what) from error
+        self.position = found.end()
+        return parse(pattern)
 
     def _take(self, sign: str) -> bool:
-        if self._peek() != sign:
+        found = _SIGN.match(self.text, self.position)
+        if not found or found[1] != sign:
             return False
-        self.position = self.text.index(sign, self.position) + 1
+        self.position = found.end()
         return True
 
     def _error(self, what: str) -> PeftfxError:
-        rest = self.text[self.position :]
-        column = self.position + len(rest) - len(rest.lstrip())
-        hint = f"at column {column + 1}:\n    {self.text}\n    {' ' * column}^"
-        return PeftfxError(f"cannot read the target: {what}", self.text, hint)
+        return PeftfxError(f"cannot read the target: {what}", self.text, pointed(self.text, self.position))
 
 
-def _both(combine: Callable[[Units, Units], Units], left: Picker, right: Picker) -> Picker:
-    return lambda site: combine(left(site), right(site))
+def _joined(combine: Callable[..., Units], pickers: Sequence[Picker]) -> Picker:
+    return pickers[0] if len(pickers) == 1 else lambda site: combine(*(picker(site) for picker in pickers))
 
 
 def _atom(word: str) -> Picker:

@@ -10,6 +10,7 @@ from typing import TypedDict
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.sites.expression import ALL_LINEAR, Picker, Target, Units, all_linear, ends_with, parse, units
+from peftfx.sites.patterns import compiled
 from peftfx.sites.site import ROLES, WEIGHT_KINDS, Site
 
 Modules = str | Collection[str]
@@ -105,9 +106,10 @@ def explain(
             "give the modules as a list, put the layers into the expression, or say target= instead",
         )
     picker = _modules(target_modules) if target_modules is not None else parse(default if target is None else target)
-    excluded = (lambda site: False) if not exclude_modules else _named(exclude_modules)
+    excluded = (lambda site: False) if not exclude_modules else _named(exclude_modules, "exclude_modules")
     layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform or ())
-    patterns = (layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern or ())
+    names = (layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern or ())
+    patterns = [compiled(name, "layers_pattern", _LAYER) for name in names]
     # PEFT lets a module that is listed by its full path pass the filter on layers.
     exempt = target_modules if target_modules is not None and not isinstance(target_modules, str) else ()
 
@@ -130,27 +132,31 @@ def explain(
 def _modules(modules: Modules) -> Picker:
     if isinstance(modules, str) and modules.lower() == ALL_LINEAR:
         return all_linear
-    named = _named(modules)
+    named = _named(modules, "target_modules")
     return lambda site: units(site) if named(site) else frozenset()
 
 
-def _named(modules: Modules) -> Callable[[Site], bool]:
+def _named(modules: Modules, option: str) -> Callable[[Site], bool]:
     if isinstance(modules, str):
-        try:
-            pattern = re.compile(modules)
-        except re.error as error:
-            raise PeftfxError(f"bad regular expression: {error}", modules, "a list of names needs none") from error
+        pattern = compiled(modules, option)
         return lambda site: pattern.fullmatch(site.path) is not None
     return lambda site: any(ends_with(site.path, name) for name in modules)
 
 
-def _layer(path: str, patterns: Sequence[str]) -> int | None:
+_LAYER = r"(?:^|.*?\.)(?:{})\.(?P<layer>\d+)\."
+
+
+def _layer(path: str, patterns: Sequence[re.Pattern[str]]) -> int | None:
     """The layer as PEFT counts it: the first number in the path, behind one of the names where there are any."""
     if not patterns:
         found = re.match(r".*?\.[^.]*\.(?P<layer>\d+)\.", path)
         return int(found["layer"]) if found else None
-    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", path) for pattern in patterns)
+    matches = (pattern.match(path) for pattern in patterns)
     return next((int(found["layer"]) for found in matches if found), None)
+
+
+_FEW = 8  #: words of a target that are looked up among the model's
+_OF_PEFT = "peft has adapted this model, and its layers are called base_layer: pass the model without adapters"
 
 
 def _match(site: Site, picked: Units) -> Match | None:
@@ -163,12 +169,14 @@ def _nothing_matches(
     reasons: Sequence[Reason], target: Target | None, target_modules: Modules | None, default: str
 ) -> PeftfxError:
     asked = target_modules if target_modules is not None else default if target is None else target
-    texts = [asked] if isinstance(asked, str) else [asked.pattern] if isinstance(asked, re.Pattern) else list(asked)
+    items = [asked] if isinstance(asked, str | re.Pattern) else list(asked)
+    texts = [item.pattern if isinstance(item, re.Pattern) else item for item in items]
     sites = [reason.site for reason in reasons]
     names = {end for site in sites for end in (site.path, site.path.rpartition(".")[2])}
-    words = [word for text in texts for word in re.findall(r"[\w.-]+", text)]
-    close = [found for word in words if (found := nearest(word, {*names, *ROLES}))]
+    words = dict.fromkeys(word for text in texts for word in re.findall(r"[\w.-]+", text))
+    close = [found for word in list(words)[:_FEW] if (found := nearest(word, {*names, *ROLES}))]
     matched_but = {reason.why for reason in reasons if reason.why.startswith(("exclude", "its layer"))}
     roles = ", ".join(f"{role} ({count})" for role, count in sorted(Counter(site.role for site in sites).items()))
-    hint = "; ".join([*sorted(matched_but), *close, f"The model has {roles}"])
+    ours = [_OF_PEFT] if any(site.path.endswith(".base_layer") for site in sites) else []
+    hint = "; ".join([*ours, *sorted(matched_but), *close, f"The model has {roles}"])
     return PeftfxError("the target matches no site", ", ".join(texts), hint)

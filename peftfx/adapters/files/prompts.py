@@ -21,6 +21,7 @@ from peftfx.contract.method import PLACING
 from peftfx.contract.placement import SAVED, Override, Placed, Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError
+from peftfx.files import is_file
 from peftfx.rules.peft_files import STATE, WEIGHTS, Weights
 from peftfx.rules.resolution import is_inside, overrides_of, prompt_placement, saved_modules
 from peftfx.sites.sites import Sites
@@ -86,7 +87,7 @@ def _override_name(override: Override) -> str:
 def _state(directory: Path, weights: Weights, placement: Placement, base: nn.Module) -> dict[str, Tensor] | None:
     """The parameters that the saved prompt was computed from, if they are there and do compute it."""
     method = placement.method
-    if not (directory / STATE).is_file() or PROMPT not in weights.names:
+    if not is_file(directory / STATE) or PROMPT not in weights.names:
         return None
     assert isinstance(method, SequenceMethod)
     file = Weights(directory, "", STATE)

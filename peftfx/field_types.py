@@ -1,0 +1,71 @@
+"""Field types: whether the values of a dataclass are of the types that its fields say, however it was made."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+import sys
+import types
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin
+
+from peftfx.errors import shown
+
+
+def misfits(made: Any) -> list[str]:
+    """Each field of a dataclass whose value is of another type than its annotation, as `r='8' (int)`."""
+    kinds = _kinds(type(made))
+    wrong = [f for f in fields(made) if not fits(getattr(made, f.name), kinds[f.name])]
+    return [f"{f.name}={shown(getattr(made, f.name))} ({f.type})" for f in wrong]
+
+
+def fits(value: object, kind: Any) -> bool:
+    """Whether a value is of a type, inside and out. A truth value is no number, and a number is finite."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:  # which of them it may be, its class says: it knows what to do instead
+        return any(isinstance(value, type(one)) for one in inner)
+    if kind in (None, types.NoneType):
+        return value is None
+    if kind is int:
+        return _is_number(value, numbers.Integral)
+    if kind is float:
+        return _is_number(value, numbers.Real)
+    outer = origin or kind
+    if not isinstance(outer, type):
+        return True
+    if issubclass(outer, Mapping) and len(inner) == 2:
+        return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if issubclass(outer, Collection) and inner:
+        plain = isinstance(value, Sequence | Set) and not isinstance(value, str | bytes)
+        return plain and all(fits(item, inner[0]) for item in value)  # type: ignore[union-attr]
+    return isinstance(value, outer)
+
+
+def _is_number(value: object, kind: type) -> bool:
+    """A number of this kind that a tensor can hold: what JSON has may be infinite, or have a thousand digits."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        return False
+    if isinstance(value, numbers.Integral):
+        return abs(int(value)) < 2**63
+    return math.isfinite(value)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _kinds(cls: Any) -> Mapping[str, Any]:
+    """The type of each field. Of one whose annotation cannot be read where the class stands, anything goes."""
+    return {f.name: _kind(cls, f.name, f.type) for f in fields(cls)}
+
+
+def _kind(cls: type, name: str, annotation: object) -> Any:
+    if not isinstance(annotation, str):
+        return annotation
+    owner = next(one for one in cls.__mro__ if name in inspect.get_annotations(one))
+    try:
+        return eval(annotation, dict(vars(sys.modules[owner.__module__])))
+    except (NameError, KeyError):
+        return object
