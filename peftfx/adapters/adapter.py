@@ -66,6 +66,8 @@ class Adapter(nn.Module):
         """Make what the places of each rule share."""
         like = next((p.detach() for p in base.parameters() if p.is_floating_point()), torch.empty(0))
         for number, rule in enumerate(self.placed):
+            if not rule.placements:
+                continue
             for name, value in rule.method.shared([p.view for p in rule.placements], like).items():
                 self.put(shared_key(number, name), value, trained=False)
 

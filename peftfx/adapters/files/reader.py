@@ -71,10 +71,14 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     saved = saved_modules(base, method)
     overrides = overrides_of(base, method, saved, [p.site for p in placements])
     overrides += _replaced_weights(placements, weights, base)
+    expected = {path for path in _targeted(base, method, sites) if not is_inside(path, saved)}
+    if not placements and not overrides:
+        _refuse_mismatch(weights, {}, expected, base, directory, marks)
+        what = f"the file holds no tensor of {type(method).__name__} for a module that this model runs"
+        raise PeftfxError(what, str(weights.path), "load it on the model that it was trained on, or save it again")
     adapter = Adapter([Placed(method, tuple(placements), tuple(overrides))], config)
     adapter.create(base, None)
     wanted = _wanted(placements, overrides) | _shared(adapter, method, weights)
-    expected = {path for path in _targeted(base, method, sites) if not is_inside(path, saved)}
     _refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, expected, base, directory, marks)
     _refuse_unknown_share(adapter, method, weights.names.keys() - wanted.keys(), directory)
     _copy(adapter, wanted, weights)
@@ -113,11 +117,12 @@ def _shared(adapter: Adapter, method: Method, weights: Weights) -> dict[str, str
 
     HF PEFT's may be larger: it is for all modules that were targeted, whether or not they run.
     """
-    wanted = {key: shared_key(0, name) for name, key in method.shared_keys().items()}
-    for key, own in wanted.items():
-        shape, value = weights.shapes.get(key, ()), adapter.get(own)
+    own = adapter.shared(0)
+    wanted = {key: shared_key(0, name) for name, key in method.shared_keys().items() if name in own}
+    for key, kept in wanted.items():
+        shape, value = weights.shapes.get(key, ()), adapter.get(kept)
         if len(shape) == value.ndim and all(a >= b for a, b in zip(shape, value.shape, strict=True)):
-            adapter.put(own, value.new_empty(shape), trained=False)
+            adapter.put(kept, value.new_empty(shape), trained=False)
     return wanted
 
 
