@@ -57,7 +57,8 @@ class Method(ABC):
         target: an expression over roles, module-path suffixes, `/regular expressions/` and `all-linear`, combined by
             `|`, `&`, `~` and parentheses: `"attention.query | attention.value"`. See `peftfx.sites.target`.
         target_modules, exclude_modules, layers_to_transform, layers_pattern: as in HF PEFT.
-        modules_to_save: modules (path suffixes) trained and saved whole beside the adapter, a fresh head say.
+        modules_to_save: modules trained and saved whole beside the adapter, a fresh head say; as in HF PEFT, each name
+            is the end of a path, and need not begin at a dot.
     """
 
     target: str | re.Pattern[str] | Sequence[str | re.Pattern[str]] | None = None

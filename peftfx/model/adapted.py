@@ -21,7 +21,8 @@ from peftfx.graph.contexts import evaluating, fake_mode_of
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.model.graph_cache import Graphs
 from peftfx.passes.adaptation.merge import Merge
-from peftfx.rules.resolution import place
+from peftfx.rules.peft_configs import records_of
+from peftfx.rules.resolution import as_items, place
 from peftfx.sites.sites import Sites
 from peftfx.views.arguments import named_arguments
 from peftfx.views.entry import Entry
@@ -73,7 +74,7 @@ class AdaptedModel(nn.Module):
             seed: of the random initial values; by default they come from torch's global generator.
         """
         self.named.refuse(name)
-        adapter = Adapter(place(self.base, self.sites, rules))
+        adapter = Adapter(place(self.base, self.sites, rules), records_of(as_items(rules)))
         device = next((p.device for p in self.base.parameters()), torch.device("cpu"))
         rng = None if seed is None else torch.Generator(device).manual_seed(seed)
         with fake_mode_of(self.base):

@@ -13,7 +13,7 @@ from peftfx.contract.override import OverrideMethod
 from peftfx.contract.placement import SAVED, Override, Placed, Placement, copies_of
 from peftfx.contract.sequence import SequenceMethod, sequence_site
 from peftfx.errors import PeftfxError, nearest
-from peftfx.rules.peft_files import method_from_config
+from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
 from peftfx.rules.token_rows import trained_tokens
 from peftfx.sites.site import Part, Site
@@ -23,13 +23,14 @@ from peftfx.sites.target import Where, select
 
 def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
     """Each rule with where it acts, and the base's tensors that are trained with it."""
-    placed = tuple(_place(base, sites, method) for method in as_methods(rules))
+    placed = tuple(_place(base, sites, method) for method in as_methods(rules, base))
     refuse_crowding(placed)
     return placed
 
 
 def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     saved = saved_modules(base, method)
+    _refuse_unsaved(base, method, saved)
     if isinstance(method, SequenceMethod):
         own = [prompt_placement(method, base, sites)]
     else:
@@ -40,17 +41,21 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     return Placed(method, tuple(own), tuple(overrides_of(base, method, saved, [p.site for p in own])))
 
 
-def as_methods(rules: object) -> tuple[Method, ...]:
+def as_items(rules: object) -> Sequence[object]:
+    """Rules one by one, as they were given."""
+    return rules if isinstance(rules, Sequence) and not isinstance(rules, str) else (rules,)
+
+
+def as_methods(rules: object, base: nn.Module) -> tuple[Method, ...]:
     """Rules as methods: a Method, a text as `lora(r=8)@mlp`, a `peft` config object, or a sequence of them."""
-    items = rules if isinstance(rules, Sequence) and not isinstance(rules, str) else (rules,)
     methods: list[Method] = []
-    for item in items:
+    for item in as_items(rules):
         if isinstance(item, Method):
             methods.append(item)
         elif isinstance(item, str):
             methods += parse_rules(item)
-        elif hasattr(item, "peft_type") and hasattr(item, "to_dict"):
-            methods.append(method_from_config(item.to_dict(), f"{type(item).__name__}"))
+        elif is_peft_config(item):
+            methods.append(method_from_object(item, base))
         else:
             raise PeftfxError(
                 f"not a rule: {item!r}", "rules", "pass a method, as in LoRA(r=8), a text, or a peft config object"
@@ -138,14 +143,20 @@ def prompt_placement(method: SequenceMethod, base: nn.Module, sites: Sites) -> P
 
 
 def saved_modules(base: nn.Module, method: Method) -> tuple[str, ...]:
-    """The module paths that `modules_to_save` names."""
+    """The module paths that `modules_to_save` names: those that end so, as in HF PEFT, wherever the end begins.
+
+    `classifier` names DistilBERT's `pre_classifier` too.
+    """
     names = tuple(method.modules_to_save or ())
-    paths = [path for path, _ in base.named_modules() if path]
-    found = tuple(p for p in paths if any(p == n or p.endswith(f".{n}") for n in names))
-    if names and not found:
-        ends = sorted({p.rpartition(".")[2] for p in paths})
-        raise PeftfxError(f"no module is named {' or '.join(names)}", "modules_to_save", nearest(names[0], ends))
+    found = tuple(path for path, _ in base.named_modules() if path and path.endswith(names)) if names else ()
     return tuple(p for p in found if not any(p.startswith(f"{q}.") for q in found))
+
+
+def _refuse_unsaved(base: nn.Module, method: Method, saved: Sequence[str]) -> None:
+    names = tuple(method.modules_to_save or ())
+    if names and not saved:
+        ends = sorted({path.rpartition(".")[2] for path, _ in base.named_modules() if path})
+        raise PeftfxError(f"no module is named {' or '.join(names)}", "modules_to_save", nearest(names[0], ends))
 
 
 def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: Iterable[Site]) -> list[Override]:

@@ -1,0 +1,83 @@
+"""HF PEFT's config objects as methods, at the modules that HF PEFT itself picks and its config does not spell out."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from peftfx.bases.tasks import PEFT_HEADS
+from peftfx.contract.method import Method
+from peftfx.rules.peft_files import RECORDS, method_from_config
+from peftfx.sites.expression import ALL_LINEAR
+
+_TABLED = {"target_modules": "TARGET", "feedforward_modules": "FEEDFORWARD"}
+"""Options that HF PEFT has tables for, and the word that tells them apart in the tables' names."""
+
+
+def is_peft_config(rule: object) -> bool:
+    """Whether a rule is an object as HF PEFT's configs are."""
+    return hasattr(rule, "peft_type") and hasattr(rule, "to_dict")
+
+
+def method_from_object(config: Any, base: nn.Module) -> Method:
+    """The method of a HF PEFT config object, for this base.
+
+    HF PEFT looks `target_modules` that are not given up in tables by the model's type, which are read from the
+    installed `peft`; where these have no entry for the model, the method's own default holds. `all-linear` is every
+    `nn.Linear` and `Conv1D` but the output embedding, and a task's head joins `modules_to_save`.
+    """
+    options: dict[str, object] = dict(config.to_dict())
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    if any(cls.__module__.startswith("peft.") for cls in type(config).__mro__) and isinstance(model_type, str):
+        for option, table in _tables(kind).items():
+            if option in options and options[option] is None:
+                options[option] = table.get(model_type)
+    asked = options.get("target_modules")
+    if isinstance(asked, str) and asked.lower() == ALL_LINEAR:
+        options["target_modules"] = _every_linear(base)
+    if "modules_to_save" in options:
+        given = options["modules_to_save"]
+        saved = [given] if isinstance(given, str) else list(given or ())  # type: ignore[call-overload]
+        options["modules_to_save"] = [*saved, *(head for head in _heads(base, options) if head not in saved)] or None
+    return method_from_config(options, type(config).__name__)
+
+
+def records_of(rules: Iterable[object]) -> dict[str, object]:
+    """What the first HF PEFT config object among rules says of the base and the task, for the files."""
+    found: Any = next((rule for rule in rules if is_peft_config(rule)), None)
+    options: Mapping[str, object] = {} if found is None else found.to_dict()
+    return {k: getattr(v, "value", v) for k, v in options.items() if k in RECORDS and v is not None}
+
+
+def _tables(kind: str) -> dict[str, Mapping[str, object]]:
+    """HF PEFT's tables for a method: for each option that may be left out, its value by the model's type."""
+    utils = importlib.import_module("peft.utils")
+    name = f"TRANSFORMERS_MODELS_TO_{kind.replace('_', '')}"
+    found = {
+        "target_modules": f"{name}_TARGET_MODULES_MAPPING",
+        "feedforward_modules": f"{name}_FEEDFORWARD_MODULES_MAPPING",
+    }
+    return {option: getattr(utils, table) for option, table in found.items() if hasattr(utils, table)}
+
+
+def _every_linear(base: nn.Module) -> list[str]:
+    """The modules that HF PEFT's `all-linear` stands for."""
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
+    return [path for path, module in base.named_modules() if path and _is_linear(module) and module is not head]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or any(
+        kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in type(module).__mro__
+    )
+
+
+def _heads(base: nn.Module, options: Mapping[str, object]) -> list[str]:
+    """The ends of the heads that HF PEFT trains with the config's task, if the base has any."""
+    kind = options.get("task_type")
+    ends = PEFT_HEADS.get(str(getattr(kind, "value", kind)), ())
+    return [end for end in ends if any(path.endswith(end) for path, _ in base.named_modules())]
