@@ -17,6 +17,7 @@ from peftfx.export.onnx_directory import Progress, copy_assets, export_onnx
 from peftfx.export.report import Report
 from peftfx.export.slots.swappable import Slots
 from peftfx.export.translation.to_onnx import CPU, FAST, check_engine, check_opset, check_optimize
+from peftfx.export.writing.atomic_directory import check_output
 from peftfx.export.writing.quantization import check_quantization
 from peftfx.export.writing.weights import Written
 from peftfx.files import Snapshot
@@ -71,7 +72,6 @@ def export_directory(
     Raises:
         PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
     """
-    output = Path(output)
     named = {name: Path(folder) for name, folder in (batched or {}).items()}
     if adapter is not None:
         if named:
@@ -174,12 +174,10 @@ def _labels(model: nn.Module, weights: Weights, method: object) -> int | None:
     return None
 
 
-def _refuse_output(base: Path, output: Path, adapters: Sequence[Path], force: bool) -> None:
+def _refuse_output(base: Path, output: str | Path, adapters: Sequence[Path], force: bool) -> None:
     """Refuse at once what would be refused after minutes of work."""
-    if output.exists() and not force:
-        raise PeftfxError("the output exists already", str(output), "pass --force (force=True) to replace it")
+    target = check_output(output, force)
     inputs = [base.resolve(), *(adapter.resolve() for adapter in adapters)]
-    target = output.resolve()
     if any(target == i or target in i.parents for i in inputs):
         raise PeftfxError("the output would replace an input", str(output), "choose another output directory")
     free = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free

@@ -1,7 +1,8 @@
-"""What a weight or a model carries from translation to the file, under keys of peftfx's own."""
+"""What a weight, a model or a directory carries under names of peftfx's own."""
 
 from __future__ import annotations
 
 SOURCE = "peftfx.source"  #: in the `meta` of an initializer: what it is read from, equal for equal contents
 PERM = "peftfx.perm"  #: metadata key of a weight that is stored permuted: how, as `1 0`
 ENGINE = "peftfx.engine"  #: metadata key: the road a model came by, and why not the fast one
+REPORT = "peftfx_report.json"  #: beside a model: what the export did; the mark of a directory that an export made

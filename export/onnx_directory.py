@@ -14,7 +14,8 @@ from torch import nn
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.serving_mode import in_eval
-from peftfx.export.report import REPORT, Report
+from peftfx.export.metadata import REPORT
+from peftfx.export.report import Report
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Slots, Swappable
 from peftfx.export.translation.to_onnx import CPU, FAST, check_optimize, to_onnx

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
-from peftfx.export.metadata import ENGINE
+from peftfx.export.metadata import ENGINE, REPORT
 from peftfx.export.translation.to_onnx import FAST
 from peftfx.export.verification.comparison import Comparison
 from peftfx.export.verification.float32_twin import in_bfloat16
@@ -22,8 +22,6 @@ from peftfx.passes.adaptation.constants import Computed
 from peftfx.passes.adaptation.prefill import Left
 from peftfx.passes.base import attributes_of
 from peftfx.passes.optimization.fuse import FUSED
-
-REPORT = "peftfx_report.json"
 
 
 @dataclass

@@ -74,14 +74,38 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then move it there."""
+def write_file(path: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
+    """Let `write` make a file beside `path`, then move it there.
+
+    Raises:
+        PeftfxError: there is one by now, and it may not be replaced.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         write(temporary)
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _place(temporary: Path, path: Path) -> None:
+    """Move a file to where none may be: of two that try, one can."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError as error:
+        raise already_there(path) from error
+    except OSError as error:  # no hard links on this file system
+        if os.path.lexists(path):
+            raise already_there(path) from error
+        os.replace(temporary, path)
+
+
+def already_there(path: Path) -> PeftfxError:
+    """What to raise where there is an output, and nobody said to replace it."""
+    return PeftfxError("the output exists already", str(path), "pass --force (force=True) to replace it")
 
 
 class Snapshot:

@@ -6,6 +6,7 @@ What goes where is told in `adapter_tensors.py`; here it is laid into the slots 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from peftfx.export.slots.adapter_tensors import adapter_tensors
 from peftfx.export.verification.comparison import reference_of, verify
 from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.writing.atomic_directory import publish
-from peftfx.files import write_file, writing
+from peftfx.files import already_there, write_file, writing
 from peftfx.graph.slots import (
     INNER,
     KEYS,
@@ -36,7 +37,14 @@ from peftfx.graph.slots import (
     listed,
 )
 from peftfx.model.adapted import AdaptedModel
-from peftfx.serving.adapter_file import SUFFIX, file_of, read_adapter_file, write_adapter_file
+from peftfx.serving.adapter_file import (
+    SUFFIX,
+    file_of,
+    holds_adapter,
+    is_adapter_file,
+    read_adapter_file,
+    write_adapter_file,
+)
 
 WORDS = {
     A: "a low-rank sum at",
@@ -72,10 +80,7 @@ def export_adapter(
         PeftfxError: the graph is of another base, or has no place for what an adapter does.
         VerificationError: ONNX Runtime and torch disagree; nothing is left.
     """
-    directory, output = Path(directory), Path(output)
-    output = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
-    if output.exists() and not force:
-        raise PeftfxError("the output exists already", str(output), "pass --force (force=True) to replace it")
+    directory, output = Path(directory), adapter_path(Path(output), force)
     manifest = Manifest.read(directory)
     if fingerprint(adapted.base) != manifest.fingerprint:
         what = f"the graph here is of another base ({manifest.model} from {manifest.base or 'memory'})"
@@ -84,12 +89,29 @@ def export_adapter(
         tensors = slot_tensors(adapted, manifest)
     write = functools.partial(_write_checked, adapted, directory, manifest, tensors, check)
     if len(manifest.views) > 1:
-        with publish(output, force) as temporary:
+        with publish(output, force, holds_adapter) as temporary:
             write(temporary)
         return output
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_file(output, write)
+        write_file(output, write, replace=force)
+    return output
+
+
+def adapter_path(output: Path, force: bool) -> Path:
+    """Where an adapter will be: a path with the suffix of its kind.
+
+    Raises:
+        PeftfxError: it has no name; it is there, and `force` is not set, or it is no adapter that may be replaced.
+    """
+    if output.name in ("", ".."):
+        raise PeftfxError("the output has no name", str(output), "name the file to make, as in --output french")
+    output = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
+    if os.path.lexists(output) and not force:
+        raise already_there(output)
+    if os.path.lexists(output) and not (is_adapter_file(output) or holds_adapter(output)):
+        hint = "delete it yourself, or choose another output"
+        raise PeftfxError("what is there is no adapter file, so it is not replaced", str(output), hint)
     return output
 
 

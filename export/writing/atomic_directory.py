@@ -5,90 +5,140 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peftfx.errors import PeftfxError
-from peftfx.files import writing
+from peftfx.export.metadata import REPORT
+from peftfx.export.writing.file_lock import locked
+from peftfx.files import already_there, writing
 
+Mark = Callable[[Path], bool]
 _NEW, _OLD = "new", "old"
 
 
+def is_export(directory: Path) -> bool:
+    """Whether an export made this directory: its report is in it."""
+    return (directory / REPORT).is_file()
+
+
 @contextlib.contextmanager
-def publish(directory: Path, force: bool = False) -> Iterator[Path]:
+def publish(directory: str | Path, force: bool = False, made: Mark = is_export) -> Iterator[Path]:
     """Yield a temporary directory beside `directory`; on success it becomes `directory`, on any exception it goes away.
 
-    With `force` an existing target is replaced, after success only. What a killed run left beside the target is
-    removed, or put back where the kill came between the two moves.
+    Until then `.NAME.peftfx` is beside it, and is locked: of two that write to one place the second is refused. What a
+    killed run left there is removed, or put back where the kill came between the two moves.
+
+    Args:
+        directory: where to.
+        force: replace what is there, after success only.
+        made: whether a directory is one that may be replaced; an empty one always may.
 
     Raises:
-        PeftfxError: the target exists and `force` is not set, or the disk refuses (no space, no permission, ...).
+        PeftfxError: as of `check_output`; another is writing there; the disk refuses (no space, no permission, ...).
     """
-    target = Path(os.path.abspath(directory))
+    target = _safe(directory)
+    area = target.with_name(f".{target.name}.peftfx")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        if target.exists() and not force:
-            raise PeftfxError("the output exists already", str(target), "pass --force (force=True) to replace it")
-        temporary = _beside(target, _NEW)
-        temporary.mkdir()
-    try:
-        with writing(target):
-            yield temporary
-            _replace(temporary, target)
-    finally:
-        _remove(temporary)
+        with locked(area, target):
+            _recover(area, target, made)
+            _refuse_standing(target, force, made)
+            try:
+                (area / _NEW).mkdir()
+                yield area / _NEW
+                _refuse_standing(target, force, made)  # minutes have passed
+                _move(area, target)
+                _remove(area / _OLD)
+            finally:
+                _recover(area, target, made)
 
 
-def _beside(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.{kind}")
+def check_output(directory: str | Path, force: bool, made: Mark = is_export) -> Path:
+    """Where an output directory will be, its parents' links followed.
+
+    Raises:
+        PeftfxError: it is there, and `force` is not set or nothing of ours made it; or it is a link; or it is, or
+            holds, the working directory or the user's home.
+    """
+    target = _safe(directory)
+    _refuse_standing(target, force, made)
+    return target
 
 
-def _replace(temporary: Path, target: Path) -> None:
-    """Move `temporary` to `target`. A directory cannot replace one that has files, so the old one steps aside first."""
-    if not target.exists():
-        os.replace(temporary, target)
+def _safe(directory: str | Path) -> Path:
+    target = _resolved(Path(directory))
+    for place, what in _homes():
+        if any(_same(target, above) for above in (place, *place.parents)):
+            is_it = "is" if _same(target, place) else "holds"
+            hint = "name a directory to make, as in --output out"
+            raise PeftfxError(f"the output {is_it} {what}", str(target), hint)
+    if target.is_symlink():
+        raise PeftfxError("the output is a link", str(target), "pass the directory that it leads to, or remove it")
+    return target
+
+
+def _refuse_standing(target: Path, force: bool, made: Mark) -> None:
+    if not os.path.lexists(target):
         return
-    aside = _beside(target, _OLD)
-    os.replace(target, aside)
+    if not force:
+        raise already_there(target)
+    if not target.is_dir() or not (made(target) or _is_empty(target)):
+        hint = "delete it yourself, or choose another output"
+        raise PeftfxError("no export made what is there, so it is not replaced", str(target), hint)
+
+
+def _resolved(directory: Path) -> Path:
+    """An absolute path whose last part may be a link, but no other."""
+    if directory.name in ("", ".."):
+        return Path(os.path.realpath(directory))
+    return Path(os.path.realpath(directory.parent)) / directory.name
+
+
+def _homes() -> Iterator[tuple[Path, str]]:
+    yield Path.cwd(), "the working directory"
+    with contextlib.suppress(RuntimeError):  # a user without one
+        yield Path(os.path.realpath(Path.home())), "your home directory"
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one directory, however they are written."""
     try:
-        os.replace(temporary, target)
-    except BaseException:
-        os.replace(aside, target)
-        raise
-    _remove(aside)
-
-
-def _sweep(target: Path) -> None:
-    """Clean up after runs that were killed: their process is gone, their directories are still here."""
-    for leftover in sorted(target.parent.glob(f".{_escape(target.name)}.*-*.*")):
-        stamp, kind = leftover.name.removeprefix(f".{target.name}.").rsplit(".", 1)
-        process = stamp.partition("-")[0]
-        if kind not in (_NEW, _OLD) or not process.isdigit() or _alive(int(process)):
-            continue
-        if kind == _OLD and not target.exists():
-            os.replace(leftover, target)
-        else:
-            _remove(leftover)
-
-
-def _escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        return one == other or (not one.is_symlink() and os.path.samefile(one, other))
+    except OSError:
         return False
-    except PermissionError:
-        return True
-    return True
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _is_empty(directory: Path) -> bool:
+    with writing(directory):
+        return not any(directory.iterdir())
+
+
+def _move(area: Path, target: Path) -> None:
+    """Move what is new to the target. A directory cannot replace one that has files, so the old one steps aside."""
+    if os.path.lexists(target):
+        os.rename(target, area / _OLD)
+    try:
+        os.rename(area / _NEW, target)
+    except OSError as error:
+        if os.path.lexists(target):  # since the last look
+            raise already_there(target) from error
+        raise
+
+
+def _recover(area: Path, target: Path, made: Mark) -> None:
+    """Put back what stepped aside if nothing took its place, and remove what is left."""
+    old = area / _OLD
+    if old.exists():
+        if not os.path.lexists(target):
+            os.rename(old, target)
+        elif not made(target):
+            hint = "move one of them away"
+            raise PeftfxError(f"an earlier export is at {old}, and something else in its place", str(target), hint)
+    _remove(old)
+    _remove(area / _NEW)
+
+
+def _remove(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory, ignore_errors=True)

@@ -25,7 +25,7 @@ from peftfx.demo.topics import TOPICS, batches, load_split
 from peftfx.errors import PeftfxError
 from peftfx.export.command import export_directory
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.export.writing.atomic_directory import publish
+from peftfx.export.writing.atomic_directory import is_export, publish
 from peftfx.methods.lora import LoRA
 from peftfx.model.api import transform
 from peftfx.serving.onnx_model import OnnxModel
@@ -83,7 +83,12 @@ def run_demo(
     def say(stage: str) -> None:
         print(f"[{time.perf_counter() - start:6.1f} s] {stage}", file=sys.stderr, flush=True)
 
-    with publish(output, force) as place, quiet(), half_the_cores() as threads, torch.random.fork_rng(devices=[]):
+    with (
+        publish(output, force, is_demo) as place,
+        quiet(),
+        half_the_cores() as threads,
+        torch.random.fork_rng(devices=[]),
+    ):
         torch.manual_seed(seed)
         split = load_split(seed, per_topic=per_topic)
         held_out = batches(split.held_out, len(split.held_out))[0]
@@ -149,6 +154,13 @@ def _refuse_foreign(output: Path) -> None:
     others = sorted({p.name for p in output.iterdir()} - own) if output.is_dir() else []
     if others:
         raise PeftfxError(f"this directory has other things in it: {others[0]}", str(output), "choose another --output")
+
+
+def is_demo(directory: Path) -> bool:
+    """Whether a demo made this directory: it has exports in it, and what they were made from."""
+    parts = list(directory.iterdir())
+    exports = [part for part in parts if is_export(part)]
+    return bool(exports) and all(part.name == "base" or "adapter" in part.name for part in parts if part not in exports)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from peftfx.bases.gguf import unpack
 from peftfx.bases.load import load_base
 from peftfx.contract.method import Method
-from peftfx.demo.demo import quiet
+from peftfx.demo.demo import is_demo, quiet
 from peftfx.demo.language import BATCH, continue_prompt, fine_tune, perplexity, start_from_text
 from peftfx.demo.passages import Passages, load_passages
 from peftfx.errors import PeftfxError
@@ -118,7 +118,7 @@ def run_generation(
     def say(stage: str) -> None:
         print(f"[{time.perf_counter() - start:6.1f} s] {stage}", file=sys.stderr, flush=True)
 
-    with publish(output, force) as place, quiet(), torch.random.fork_rng(devices=[]):
+    with publish(output, force, is_demo) as place, quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         say("unpack SmolLM2-135M-Instruct")
         unpack(source, place / "base")

@@ -19,6 +19,7 @@ from peftfx.serving.onnx_model import to_ort, to_torch
 
 SUFFIX = ".onnx_adapter"
 VERSION = 1  #: of the format
+_MARK = b"TORT"  #: of the format, behind a file's first four bytes
 
 
 def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
@@ -36,6 +37,19 @@ def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
     except Exception as error:
         raise PeftfxError(f"cannot be read: {first_line(error)}", str(path), "write it again") from error
     return int(read.get_model_version()), values
+
+
+def is_adapter_file(path: Path) -> bool:
+    """Whether this is an `.onnx_adapter` file, and no link to one."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(8)[4:] == _MARK
+
+
+def holds_adapter(directory: Path) -> bool:
+    """Whether this is a directory of `.onnx_adapter` files and of nothing else."""
+    return directory.is_dir() and not directory.is_symlink() and all(map(is_adapter_file, directory.iterdir()))
 
 
 def read_for(path: Path, directory: Path) -> dict[str, dict[str, ort.OrtValue]]:

@@ -1,0 +1,103 @@
+"""A lock on a directory, held through an open file in it: the system lets go of it when its holder dies.
+
+It does not matter in which container, and under which process id, the holder runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from peftfx.errors import PeftfxError
+
+_FILE = "lock"
+
+
+@contextlib.contextmanager
+def locked(directory: Path, target: Path) -> Iterator[None]:
+    """Hold `directory`, which is made, alone; at the end it is removed, if it is empty by then.
+
+    Args:
+        directory: of the holder's own files.
+        target: what the holder writes, for messages.
+
+    Raises:
+        PeftfxError: another thread or process holds it.
+        OSError: it cannot be made.
+    """
+    path = directory / _FILE
+    file = _take(directory, path, target)
+    try:
+        yield
+    finally:
+        if os.name == "nt":  # there an open file cannot be removed; here a closed one may be another's by then
+            os.close(file)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        if os.name != "nt":
+            os.close(file)
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
+def _take(directory: Path, path: Path, target: Path) -> int:
+    while True:
+        made = _make(directory)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        except FileNotFoundError:  # its last holder has just removed it
+            continue
+        try:
+            free = _try_lock(file)
+        except OSError:  # no locks on this file system: what is there may be a live writer's
+            free = made
+        if not free:
+            os.close(file)
+            hint = f"wait for it, or choose another output; if none is running, delete {directory}"
+            raise PeftfxError("another export is writing there", str(target), hint)
+        if _is_at(path, file):
+            return file
+        os.close(file)  # its last holder removed it before this lock was taken
+
+
+def _make(directory: Path) -> bool:
+    """Make a directory; returns whether it was not there."""
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        if directory.is_symlink() or not directory.is_dir():
+            hint = "move it away, or choose another output"
+            raise PeftfxError(
+                "an export keeps its files here, and this is no directory", str(directory), hint
+            ) from None
+        return False
+    return True
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _try_lock(file: int) -> bool:
+    """Lock an open file without waiting; returns whether nobody else has it locked."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
