@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from peftfx.cli.signals import Terminated, orderly_end
 from peftfx.errors import PeftfxError
 from peftfx.version import __version__
 
@@ -302,11 +303,16 @@ def _print_report(report: object, output: Path) -> None:
 
 
 def main() -> None:
-    """Run the command line; a PeftfxError is a message on stderr and exit code 2, or 1 for a failed verification."""
+    """Run the command line.
+
+    A PeftfxError is a message on stderr and exit code 2, or 1 for a failed verification. SIGTERM and SIGHUP end the
+    command as an error does: what is half-written goes away, and the exit code is 128 and the signal's number.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages for large tensors, read when it is imported
     try:
-        app()
+        with orderly_end():
+            app()
     except PeftfxError as error:
         failed = type(error).__name__ == "VerificationError"
         print(f"peftfx: error: {error}", file=sys.stderr)
@@ -320,3 +326,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("peftfx: interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)
+    except Terminated as end:
+        print("peftfx: terminated; nothing was written", file=sys.stderr)
+        sys.exit(128 + end.signal)

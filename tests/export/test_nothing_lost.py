@@ -129,6 +129,14 @@ class TestKilled:
         assert seen[-1] == (False, True)
 
 
+@pytest.mark.parametrize("stage", ["load", "verify"])
+def test_sigterm_ends_in_order_and_leaves_nothing(stage: str, inputs: Inputs, tmp_path: Path) -> None:
+    done = inputs.server.run(*inputs.words(tmp_path / "out"), setup="terminate", option=stage)
+    assert done.code == 143, done.err
+    assert done.err.endswith("peftfx: terminated; nothing was written\n")
+    assert names(tmp_path) == []
+
+
 def refused(done: Attempt, *texts: str) -> None:
     """Exit code 2, and one message that says all of `texts`."""
     assert done.code == 2, done.err

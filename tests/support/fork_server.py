@@ -123,6 +123,11 @@ def out_of_memory(stage: str) -> None:
     _when(stage, limit)
 
 
+def terminate(stage: str) -> None:
+    """When a stage is announced, the process gets a SIGTERM."""
+    _when(stage, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
 def cut_file(option: list[str]) -> None:
     """When a stage is announced, a file loses half of its bytes."""
     stage, path = option
