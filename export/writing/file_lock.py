@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,14 +69,13 @@ def _make(directory: Path) -> bool:
     """Make a directory; returns whether it was not there."""
     try:
         directory.mkdir()
+        return True
     except FileExistsError:
-        if directory.is_symlink() or not directory.is_dir():
-            hint = "move it away, or choose another output"
-            raise PeftfxError(
-                "an export keeps its files here, and this is no directory", str(directory), hint
-            ) from None
+        with contextlib.suppress(FileNotFoundError):  # removed since
+            if not stat.S_ISDIR(os.lstat(directory).st_mode):
+                what, hint = "an export keeps its files here, and this is no directory", "move it away"
+                raise PeftfxError(what, str(directory), hint) from None
         return False
-    return True
 
 
 def _is_at(path: Path, file: int) -> bool:

@@ -208,6 +208,7 @@ class TestTwoAtOnce:
     def test_many_in_turn_leave_one_whole(self, tmp_path: Path) -> None:
         """They take and give back the lock again and again: none is lost on the way."""
         done: list[int] = []
+        refused: set[str] = set()
 
         def often(number: int) -> None:
             for _ in range(60):
@@ -216,7 +217,7 @@ class TestTwoAtOnce:
                         into(place, str(number))
                     done.append(number)
                 except PeftfxError as error:
-                    assert error.what == "another export is writing there"  # noqa: PT017
+                    refused.add(error.what)
 
         threads = [threading.Thread(target=often, args=(n,)) for n in range(4)]
         for thread in threads:
@@ -224,6 +225,7 @@ class TestTwoAtOnce:
         for thread in threads:
             thread.join()
         assert done
+        assert refused <= {"another export is writing there"}
         assert names(tmp_path) == ["out"]
         assert names(tmp_path / "out") == ["model.onnx", REPORT]
 
