@@ -56,10 +56,13 @@ def load_base(
         what = f"the base model is quantised ({shown(method or 'unknown')})"
         raise PeftfxError(what, str(directory), "use the unquantised model")
     with understanding(directory, "cannot load the base model"):
-        on_disk = _dtype_of(files)
+        on_disk = _dtype_of(files) if weights else None
         if "_class_name" in config:
-            return _load_diffusers(directory, str(config["_class_name"]), on_disk, dtype).eval()
-        return _load_transformers(directory, config, task, num_labels, on_disk, dtype, given).eval()
+            model = _load_diffusers(directory, str(config["_class_name"]), on_disk, dtype)
+        else:
+            model = _load_transformers(directory, config, task, num_labels, on_disk, dtype, given)
+        _refuse_integers(model, files)
+        return model.eval()
 
 
 def read_base_config(directory: Path) -> dict[str, object]:
@@ -104,16 +107,30 @@ def _check_weights(directory: Path) -> list[Path]:
     return files
 
 
-def _dtype_of(files: Sequence[Path]) -> torch.dtype | None:
-    """The dtype of the first floating tensor in the files: what they can be mapped as, without a copy."""
+def _dtype_of(files: Sequence[Path]) -> torch.dtype:
+    """The dtype of the first floating tensor in the files: what they can be mapped as, without a copy.
+
+    Raises:
+        PeftfxError: there is none.
+    """
+    kinds = _kinds(files)
+    found = next((_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES), None)
+    if found is None:
+        what = f"all tensors are {', '.join(sorted(set(kinds.values())))}" if kinds else "there is no tensor"
+        hint = f"use the unquantised model: weights in one of {', '.join(_DTYPES)}"
+        raise PeftfxError(f"no weights in floating point: {what}", ", ".join(map(str, files[:3])), hint)
+    return found
+
+
+def _kinds(files: Sequence[Path]) -> dict[str, str]:
+    """The dtype of each tensor in the files, as safetensors names it."""
     from safetensors import safe_open
 
+    kinds = {}
     for file in files:
         with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                if (kind := opened.get_slice(name).get_dtype()) in _DTYPES:
-                    return _DTYPES[kind]
-    return None
+            kinds |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    return kinds
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -198,6 +215,17 @@ def _refuse_random(model: nn.Module, info: Mapping[str, Any], given: Collection[
             f"name the task it was trained for, or give an adapter that holds them (this is a {type(model).__name__})"
         )
         raise PeftfxError(f"neither the base nor an adapter has the weights of {listed}", str(directory), hint)
+
+
+def _refuse_integers(model: nn.Module, files: Sequence[Path]) -> None:
+    """Refuse weights that are stored as integers: without their scales, which nothing here reads, they say nothing."""
+    integers = {name: kind for name, kind in _kinds(files).items() if not kind.startswith(("F", "BF"))}
+    ours = {name for name, p in model.named_parameters() if p.is_floating_point()}
+    found = [n for n in integers if any(n == p or n.endswith(f".{p}") or p.endswith(f".{n}") for p in ours)]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        what = f"the weights of {found[0]}{more} are stored as {integers[found[0]]}"
+        raise PeftfxError(what, str(files[0].parent), "use the unquantised model")
 
 
 def _load_diffusers(directory: Path, name: str, on_disk: torch.dtype | None, dtype: torch.dtype | None) -> nn.Module:
