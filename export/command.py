@@ -13,7 +13,8 @@ from peftfx.bases.gguf import takes_gguf
 from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.tasks import resolve_task
 from peftfx.errors import PeftfxError
-from peftfx.export.onnx_directory import Progress, copy_assets, export_onnx
+from peftfx.export.assets import copy_assets
+from peftfx.export.onnx_directory import Progress, export_onnx
 from peftfx.export.report import Report
 from peftfx.export.slots.swappable import Slots
 from peftfx.export.translation.to_onnx import CPU, FAST, check_engine, check_opset, check_optimize
@@ -89,8 +90,10 @@ def export_directory(
     adapted = load_directories(base, named, task=task, dtype=kept)
 
     def assets(directory: Path) -> None:
-        for source in (base, *named.values()):
-            copy_assets(source, directory)
+        links = [link for folder in reversed(named.values()) for link in copy_assets(folder, directory, "config.json")]
+        links += copy_assets(base, directory)  # behind the adapters': a tokenizer trained with one is its own
+        if links:
+            say(f"not copied, links that leave their directory: {', '.join(map(str, links))}")
         inputs.check()
 
     return export_onnx(

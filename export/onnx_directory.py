@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from torch import nn
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.serving_mode import in_eval
-from peftfx.export.metadata import REPORT
 from peftfx.export.report import Report
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Slots, Swappable
@@ -29,7 +27,6 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.base import PassManager
-from peftfx.rules.peft_files import RULES
 
 Progress = Callable[[str], object]
 _BFLOAT16 = (
@@ -191,14 +188,3 @@ class _Stages:
 def _tolerance(base: nn.Module) -> float:
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in base.parameters())
     return 2e-2 if half else 1e-4
-
-
-def copy_assets(source: Path, target: Path) -> None:
-    """Copy what a server needs beside the weights: config, tokenizer and processor files, not weights or adapters."""
-    for path in sorted(source.iterdir()):
-        named = path.name.startswith((".", "adapter_", "README", REPORT, RULES)) or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in _ASSETS and not named:
-            shutil.copyfile(path, target / path.name)
-
-
-_ASSETS = frozenset({".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".tiktoken", ".vocab"})

@@ -29,7 +29,7 @@ from peftfx.demo.demo import is_demo, quiet
 from peftfx.demo.language import BATCH, continue_prompt, fine_tune, perplexity, start_from_text
 from peftfx.demo.passages import Passages, load_passages
 from peftfx.errors import PeftfxError
-from peftfx.export.onnx_directory import copy_assets
+from peftfx.export.assets import copy_assets
 from peftfx.export.slots.adapter_export import export_adapter
 from peftfx.export.slots.swappable import SLOTS
 from peftfx.export.writing.atomic_directory import publish

@@ -1,0 +1,47 @@
+"""What a server needs beside the weights: tokenizer, processor and config files, copied from a base or an adapter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers.exporters.base import EXPORT_MANIFEST_FILE
+
+from peftfx.export.deployment import genai_config
+
+_ENDINGS = frozenset({".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".tiktoken", ".vocab"})
+_NOT = (".", "adapter_", "readme", "peftfx_", genai_config.FILE, EXPORT_MANIFEST_FILE)
+"""How names begin, in small letters, of what is no asset, or is told by the export that made it, for that alone."""
+
+
+def copy_assets(source: Path, target: Path, *leave: str) -> list[Path]:
+    """Copy config, tokenizer and processor files, not weights or adapters. What is in the target already stays.
+
+    Args:
+        source: a directory.
+        target: where to.
+        leave: more names that are not copied.
+
+    Returns:
+        The links that were not followed, because they lead out of the source. Those of Hugging Face's cache, from
+        `snapshots/REVISION` to `blobs`, are followed.
+    """
+    left_out = []
+    for path in sorted(source.iterdir()):
+        name = path.name.lower()
+        unwanted = name.startswith(_NOT) or name.endswith(".index.json") or path.name in leave
+        if unwanted or path.suffix not in _ENDINGS or not path.is_file() or os.path.lexists(target / path.name):
+            continue
+        if _leaves(path, source):
+            left_out.append(path)
+        else:
+            shutil.copyfile(path, target / path.name)
+    return left_out
+
+
+def _leaves(path: Path, source: Path) -> bool:
+    """Whether a path leads out of its directory."""
+    home, real = source.resolve(), path.resolve()
+    cached = home.parent.name == "snapshots" and real.is_relative_to(home.parent.parent / "blobs")
+    return not (real.is_relative_to(home) or cached)
