@@ -89,11 +89,16 @@ class Weights:
             )
         try:
             self._file = safe_open(self.path, framework="pt")
-            self.names = {self._strip(k): k for k in self._file.keys()}  # noqa: SIM118
+            keys = list(self._file.keys())
+            self.names = {self._strip(k): k for k in keys}
             self.shapes = {n: tuple(self._file.get_slice(k).get_shape()) for n, k in self.names.items()}
         except (SafetensorError, OSError) as error:
             hint = "the file is truncated or damaged; copy or save it again"
             raise PeftfxError(f"cannot be read as safetensors: {error}", str(self.path), hint) from error
+        lost = next((k for k in keys if self.names[self._strip(k)] != k), None)
+        if lost is not None:
+            what = f"two keys are one tensor: {lost} and {self.names[self._strip(lost)]}"
+            raise PeftfxError(what, str(self.path), "keep the one that was trained, and save the file again")
 
     def __getitem__(self, name: str) -> Tensor:
         try:

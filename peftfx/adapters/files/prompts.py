@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.files.sizes import without_memory
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.method import PLACING
@@ -55,7 +56,9 @@ def read_prompt(
     assert isinstance(sized, SequenceMethod)
     like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
     key = f"{placement.key}.{PROMPT}"
-    adapter.put(key, torch.empty(sized.saved_shape(), dtype=adapter_dtype(like.dtype), device=like.device))
+    shape = tuple(sized.saved_shape())
+    device = like.device if shape == weights.shapes.get(PROMPT) else torch.device("meta")  # that is refused, later
+    adapter.put(key, torch.empty(shape, dtype=adapter_dtype(like.dtype), device=device))
     return adapter, {PROMPT: key, **wanted}
 
 
@@ -92,11 +95,12 @@ def _state(directory: Path, weights: Weights, placement: Placement, base: nn.Mod
     assert isinstance(method, SequenceMethod)
     file = Weights(directory, "", STATE)
     device = next((p.device for p in base.parameters()), torch.device("cpu"))
-    wanted = placement.init(base, torch.Generator(device).manual_seed(0))
+    with without_memory():
+        wanted = placement.init(base, torch.Generator(device).manual_seed(0))
     if {name: tuple(t.shape) for name, t in wanted.items()} != file.shapes:
         hint = f"delete {STATE} to load the prompt alone, or save the adapter again"
         raise PeftfxError("this state is not that of the config's encoder", str(directory / STATE), hint)
-    state = {name: file[name].to(like) for name, like in wanted.items()}
+    state = {name: file[name].to(like.device, like.dtype) for name, like in wanted.items()}
     saved, prompt = weights[PROMPT].float(), method.saved(state).cpu().float()
     same = saved.shape == prompt.shape and torch.allclose(
         prompt, saved, rtol=1e-4, atol=1e-5 * float(saved.abs().max())

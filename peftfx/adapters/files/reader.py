@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter, shared_key
 from peftfx.adapters.files.prompts import read_prompt
+from peftfx.adapters.files.sizes import fit, without_memory
 from peftfx.contract.method import Method
 from peftfx.contract.placement import SAVED, Override, Placed, Placement, site_tensors
 from peftfx.contract.sequence import SequenceMethod
@@ -77,7 +78,8 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         what = f"the file holds no tensor of {type(method).__name__} for a module that this model runs"
         raise PeftfxError(what, str(weights.path), "load it on the model that it was trained on, or save it again")
     adapter = Adapter([Placed(method, tuple(placements), tuple(overrides))], config)
-    adapter.create(base, None)
+    with without_memory(not fit(placements, weights, base)):  # then it is refused below
+        adapter.create(base, None)
     wanted = _wanted(placements, overrides) | _shared(adapter, method, weights)
     _refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, expected, base, directory, marks)
     _refuse_unknown_share(adapter, method, weights.names.keys() - wanted.keys(), directory)

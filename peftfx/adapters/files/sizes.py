@@ -1,0 +1,30 @@
+"""Sizes: what a config asks for is compared with the header of its file before memory is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from peftfx.contract.placement import Placement
+from peftfx.rules.peft_files import Weights
+
+
+def without_memory(needed: bool = True) -> contextlib.AbstractContextManager[object]:
+    """Inside, tensors that are made have shapes and dtypes and no values, if that is needed."""
+    return FakeTensorMode(allow_non_fake_inputs=True) if needed else contextlib.nullcontext()
+
+
+def fit(placements: Iterable[Placement], weights: Weights, base: nn.Module) -> bool:
+    """Whether what a method makes at these places has the shapes that it has in the file, where it is there."""
+    return all(_fits(placement, weights, base) for placement in placements)
+
+
+def _fits(placement: Placement, weights: Weights, base: nn.Module) -> bool:
+    with without_memory(), torch.no_grad():
+        made = placement.init(base, None)
+    names = {name: f"{placement.site.path}.{suffix}" for name, suffix in placement.suffixes().items()}
+    return all(weights.shapes.get(names[n], t.shape) == tuple(t.shape) for n, t in made.items() if n in names)
