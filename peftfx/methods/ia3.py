@@ -71,7 +71,7 @@ class IA3(WeightMethod):
         if self.feedforward_modules is None:
             return site.role == "mlp.down"
         if isinstance(self.feedforward_modules, str):
-            return compiled(self.feedforward_modules, "feedforward_modules").fullmatch(site.path) is not None
+            return bool(compiled(self.feedforward_modules, "feedforward_modules").fullmatch(site.path))
         return any(site.path.endswith(name) for name in self.feedforward_modules)
 
     def keys(self, site: Site) -> dict[str, str]:

@@ -273,5 +273,5 @@ def _joined(p: Params) -> dict[str, Tensor]:
 
 def _pattern(patterns: Mapping[str, float], option: str, path: str, default: float) -> float:
     """HF PEFT's lookup: the first key that the path ends with, a regular expression."""
-    found = (v for key, v in patterns.items() if compiled(key, option, r"^(.*\.)?({})$").match(path))
+    found = (v for key, v in patterns.items() if compiled(key, option, r"^(.*\.)?({})$").fullmatch(path))
     return next(found, default)

@@ -105,11 +105,11 @@ class _Parser:
             self.position = found.end()
             return _atom(found["word"])
         try:
-            pattern = compiled(found["regex"][1:-1], "")
+            pattern = compiled(found["regex"][1:-1], "target")
         except PeftfxError as error:
             raise self._error(error.what) from error
         self.position = found.end()
-        return parse(pattern)
+        return lambda site: units(site) if pattern.fullmatch(site.path) else frozenset()
 
     def _take(self, sign: str) -> bool:
         found = _SIGN.match(self.text, self.position)

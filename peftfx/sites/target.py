@@ -10,7 +10,7 @@ from typing import TypedDict
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.sites.expression import ALL_LINEAR, Picker, Target, Units, all_linear, ends_with, parse, units
-from peftfx.sites.patterns import compiled
+from peftfx.sites.patterns import compiled, quick
 from peftfx.sites.site import ROLES, WEIGHT_KINDS, Site
 
 Modules = str | Collection[str]
@@ -109,7 +109,7 @@ def explain(
     excluded = (lambda site: False) if not exclude_modules else _named(exclude_modules, "exclude_modules")
     layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform or ())
     names = (layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern or ())
-    patterns = [compiled(name, "layers_pattern", _LAYER) for name in names]
+    patterns = [quick(name, "layers_pattern", _LAYER) for name in names]
     # PEFT lets a module that is listed by its full path pass the filter on layers.
     exempt = target_modules if target_modules is not None and not isinstance(target_modules, str) else ()
 
@@ -139,7 +139,7 @@ def _modules(modules: Modules) -> Picker:
 def _named(modules: Modules, option: str) -> Callable[[Site], bool]:
     if isinstance(modules, str):
         pattern = compiled(modules, option)
-        return lambda site: pattern.fullmatch(site.path) is not None
+        return lambda site: bool(pattern.fullmatch(site.path))
     return lambda site: any(ends_with(site.path, name) for name in modules)
 
 
