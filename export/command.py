@@ -17,7 +17,6 @@ from peftfx.export.assets import copy_assets
 from peftfx.export.onnx_directory import Progress, export_onnx
 from peftfx.export.report import Report
 from peftfx.export.slots.swappable import Slots
-from peftfx.export.translation.to_onnx import CPU, FAST, check_engine, check_opset, check_optimize
 from peftfx.export.writing.atomic_directory import check_output
 from peftfx.export.writing.quantization import check_quantization
 from peftfx.export.writing.weights import Written
@@ -25,11 +24,12 @@ from peftfx.files import Snapshot
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare, plan
 from peftfx.model.plan import Plan
+from peftfx.options import CPU, FAST, check_dtype, check_engine, check_opset, check_optimize, check_view
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.rules.resolution import saved_modules
 from peftfx.sites.sites import Sites
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @takes_gguf
@@ -79,6 +79,8 @@ def export_directory(
             raise PeftfxError("an adapter for all rows, and some to choose from", str(adapter), "give it a name too")
         named = {"default": Path(adapter)}
     _refuse_output(base, output, list(named.values()), force)
+    check_view(view)
+    check_dtype(dtype)
     check_opset(opset)
     check_engine(engine)
     check_optimize(optimize)
@@ -122,9 +124,7 @@ def _served_dtype(base: Path, wanted: str | None) -> torch.dtype | None:
         config = read_base_config(base)
         own = config.get("dtype", config.get("torch_dtype"))
         return torch.float32 if own == "bfloat16" else None
-    if wanted not in DTYPES:
-        raise PeftfxError(f"unknown dtype {wanted!r}", "dtype", f"one of {', '.join(DTYPES)}")
-    return DTYPES[wanted]
+    return _DTYPES[wanted]
 
 
 def load_directories(

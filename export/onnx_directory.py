@@ -16,7 +16,7 @@ from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.report import Report
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Slots, Swappable
-from peftfx.export.translation.to_onnx import CPU, FAST, check_optimize, to_onnx
+from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.verification.comparison import verify
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export.writing.memory import refuse_memory
@@ -25,6 +25,7 @@ from peftfx.export.writing.quantization import quantize as quantize_model
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
+from peftfx.options import CPU, FAST, check_engine, check_opset, check_optimize, check_view
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.base import PassManager
 
@@ -100,6 +101,9 @@ def export_onnx(
     example = adapted.example if inputs is None else inputs
     check_quantization(quantize, max_error)
     check_optimize(optimize)
+    check_opset(opset)
+    check_engine(engine)
+    check_view(view)
     usual = _tolerance(adapted.base)
     if quantize is not None:
         atol, rtol = 0.0, FINITE if max_error is None else max_error

@@ -13,11 +13,11 @@ import torch
 
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
 from peftfx.export.metadata import ENGINE, REPORT
-from peftfx.export.translation.to_onnx import FAST
 from peftfx.export.verification.comparison import Comparison
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.graph.graph import DERIVED, Graph
 from peftfx.model.adapted import AdaptedModel
+from peftfx.options import FAST
 from peftfx.passes.adaptation.constants import Computed
 from peftfx.passes.adaptation.prefill import Left
 from peftfx.passes.base import attributes_of

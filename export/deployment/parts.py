@@ -9,16 +9,16 @@ from torch import nn
 
 from peftfx.bases.tasks import task_of
 from peftfx.contract.sequence import encodes_and_decodes
-from peftfx.errors import PeftfxError, nearest
+from peftfx.errors import PeftfxError
 from peftfx.export.verification.comparison import Comparison
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Slot
 from peftfx.model.adapted import AdaptedModel
+from peftfx.options import AUTO, DECODE, FORWARD, check_view
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
 from peftfx.views.view import View, name_axes
 
-FORWARD, DECODE, AUTO = "forward", "decode", "auto"
 #: Axes that have to be free where nobody gave a size.
 FREE = frozenset({"batch", "sequence", "decoder_sequence", "encoder_sequence", "encoder_total", "past", "total"})
 
@@ -96,9 +96,7 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
     Raises:
         PeftfxError: there is no such view.
     """
-    if view not in (known := (FORWARD, DECODE, AUTO)):
-        hint = nearest(view, known) or f"one of {', '.join(known)}"
-        raise PeftfxError(f"nothing is exported in a view {view!r}", "view", hint)
+    check_view(view)
     if view == FORWARD or (view == AUTO and (inputs is not None or not generates(base))):
         return {"model.onnx": FORWARD}
     if encodes_and_decodes(base):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.export.deployment.parts import DECODE
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.slots.adapter_tensors import adapter_tensors
 from peftfx.export.verification.comparison import reference_of, verify
@@ -37,6 +36,7 @@ from peftfx.graph.slots import (
     listed,
 )
 from peftfx.model.adapted import AdaptedModel
+from peftfx.options import DECODE
 from peftfx.serving.adapter_file import (
     SUFFIX,
     file_of,

@@ -18,11 +18,11 @@ from peftfx.contract.placement import SAVED, Override, Placement, owner_of, site
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
-from peftfx.export.deployment.parts import DECODE
 from peftfx.graph.graph import DERIVED
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
 from peftfx.model.adapted import AdaptedModel
+from peftfx.options import DECODE
 from peftfx.passes.adaptation.attention import split_heads
 from peftfx.passes.adaptation.prefill import NAME
 from peftfx.sites.site import Site

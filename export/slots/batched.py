@@ -18,12 +18,13 @@ from torch import Tensor
 from peftfx.contract.sequence import size_of
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.deployment import Deployment, Inputs
-from peftfx.export.deployment.parts import DECODE, FORWARD, Part, capture_parts, refuse_fixed, views_of
+from peftfx.export.deployment.parts import Part, capture_parts, refuse_fixed, views_of
 from peftfx.export.slots.row_stacks import stacked, told
 from peftfx.export.verification.comparison import Reference, reference_of
 from peftfx.export.verification.probes import probes, view_cases, view_probes
 from peftfx.graph.slots import PREFIX, PROMPT
 from peftfx.model.adapted import AdaptedModel
+from peftfx.options import DECODE, FORWARD
 from peftfx.passes.adaptation.evaluate import Evaluate
 from peftfx.passes.slots.by_row import ByRow
 from peftfx.views.decode import Decode

@@ -14,12 +14,12 @@ from peftfx.contract.attention import key_weight
 from peftfx.contract.placement import owner_of, site_tensors
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
-from peftfx.export.deployment.parts import DECODE
 from peftfx.export.slots.adapter_tensors import AdapterTensors, adapter_tensors
 from peftfx.graph.graph import BASE
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, A, B
 from peftfx.model.adapted import AdaptedModel
+from peftfx.options import DECODE
 from peftfx.passes.slots.by_row import BIAS, SHOWN
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
 from peftfx.views.decode import Decode

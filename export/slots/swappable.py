@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.deployment import Deployment, Inputs
-from peftfx.export.deployment.parts import FORWARD, Part, capture_parts, refuse_fixed, views_of
+from peftfx.export.deployment.parts import Part, capture_parts, refuse_fixed, views_of
 from peftfx.export.metadata import PERM, SOURCE
 from peftfx.export.slots.prompt_places import find_forward, hold_forward, places_of
 from peftfx.export.translation.to_onnx import every_value
@@ -28,6 +28,7 @@ from peftfx.export.writing.quantization import FINITE
 from peftfx.graph.graph import BASE
 from peftfx.graph.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot, fingerprint
 from peftfx.model.adapted import AdaptedModel
+from peftfx.options import FORWARD
 from peftfx.passes.slots.open import Open, slots_of
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site, plays
 from peftfx.sites.target import select

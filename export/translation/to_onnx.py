@@ -17,11 +17,9 @@ from peftfx.export.translation.stamped import translate
 from peftfx.export.translation.torch_exporter import retrace
 from peftfx.graph.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
 from peftfx.graph.lazy_weights import load
+from peftfx.options import CPU, FAST, NONE, TORCH, check_engine, check_opset, check_optimize
 
 Weights = Callable[[str], torch.Tensor]
-FIRST_OPSET, LAST_OPSET = 18, 25
-FAST, TORCH = "fast", "torch"
-CPU, CUDA, NONE = "cpu", "cuda", "none"  #: the providers that have kernels for what `Fuse` makes, or no matter which
 
 
 def to_onnx(
@@ -65,24 +63,6 @@ def to_onnx(
     name_apart(model)
     model.metadata_props[ENGINE] = went
     return model
-
-
-def check_opset(opset: int | None) -> None:
-    """Refuse versions that torch's exporter has no operators for, or that onnxscript cannot convert to."""
-    if opset is not None and not FIRST_OPSET <= opset <= LAST_OPSET:
-        raise PeftfxError(f"cannot write opset {opset}", "opset", f"one of {FIRST_OPSET} to {LAST_OPSET}")
-
-
-def check_engine(engine: str) -> None:
-    """Refuse an unknown road."""
-    if engine not in (FAST, TORCH):
-        raise PeftfxError(f"unknown engine {engine!r}", "engine", f"one of {FAST}, {TORCH}")
-
-
-def check_optimize(optimize: str) -> None:
-    """Refuse an unknown way of optimising."""
-    if optimize not in (CPU, CUDA, NONE):
-        raise PeftfxError(f"nothing is optimized for {optimize!r}", "optimize", f"one of {CPU}, {CUDA}, {NONE}")
 
 
 def _translate(graph: Graph, opset: int | None, engine: str, optimize: str) -> tuple[Translation, str]:

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 
 from peftfx.errors import PeftfxError
 
 _FIXED = 1 << 30  #: bytes for the libraries, the graph, and ONNX Runtime's activations
 _AT_ONCE = 3  #: tensors in memory at a time: a weight in fp32, what it is folded to, and its rounding or transpose
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes, from `4GB`, `1.5GiB` or a plain number."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?", text.strip().lower())
-    if not match:
-        raise PeftfxError(f"not a size: {text!r}", "max_memory", "as in 4GB, 1.5GiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def memory_needed(model: nn.Module) -> int:

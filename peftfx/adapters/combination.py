@@ -12,9 +12,8 @@ from torch import nn
 from peftfx.adapters.adapter import Adapter, whole
 from peftfx.contract.method import PLACING, Method, Params, Weighted, WeightMethod
 from peftfx.contract.placement import Placed, Placement
-from peftfx.errors import PeftfxError, nearest
-
-WAYS = ("linear", "cat")
+from peftfx.errors import PeftfxError
+from peftfx.options import COMBINATIONS, check_choice
 
 
 @torch.no_grad()
@@ -30,8 +29,7 @@ def combine(base: nn.Module, adapters: Mapping[str, Adapter], weights: Sequence[
     Raises:
         PeftfxError: a method has no such sum, two of them meet at one place, or two adapters train one tensor.
     """
-    if how not in WAYS:
-        raise PeftfxError(f"unknown way to combine: {how!r}", "combination_type", nearest(how, WAYS) or "linear or cat")
+    check_choice(how, COMBINATIONS, "combination_type", "unknown way to combine:")
     if not adapters or len(adapters) != len(weights):
         what = f"{len(adapters)} adapters and {len(weights)} weights"
         raise PeftfxError(what, "weights", "give a weight for each adapter")

@@ -10,7 +10,19 @@ from typing import Annotated
 import typer
 
 from peftfx.cli.signals import Terminated, orderly_end
+from peftfx.cli.words import check_slots, check_target, named_directories
 from peftfx.errors import PeftfxError
+from peftfx.options import (
+    COMBINATIONS,
+    QUANTIZATIONS,
+    check_choice,
+    check_dtype,
+    check_engine,
+    check_opset,
+    check_optimize,
+    check_view,
+    parse_size,
+)
 from peftfx.version import __version__
 
 app = typer.Typer(
@@ -74,8 +86,8 @@ def export(
         bool, typer.Option("--swappable", help="Leave places in which adapters are put when the model runs.")
     ] = False,
     slots: Annotated[
-        str, typer.Option(help="With --swappable, the layers that have such a place, as a target.")
-    ] = "all-linear",
+        str | None, typer.Option(help="With --swappable, the layers that have such a place, as a target: all-linear.")
+    ] = None,
     prefix: Annotated[
         bool, typer.Option(help="With --swappable, a place for soft prompts, for which keys and values are copied.")
     ] = True,
@@ -90,12 +102,19 @@ def export(
     Writes OUTPUT/model.onnx (and model.onnx.data), the config, tokenizer and processor files, and
     peftfx_report.json. Exit codes: 0 done; 1 ONNX Runtime and torch disagree, nothing is left; 2 bad input.
     """
+    check_view(view)
+    check_dtype(dtype)
+    check_opset(opset)
+    check_engine(engine)
+    check_optimize(optimize)
+    check_choice(quantize, QUANTIZATIONS, "quantize", "unknown quantisation")
+    limit = None if max_memory is None else parse_size(max_memory)
+    target = check_slots(slots, swappable=swappable, prefix=prefix)
+    rows = named_directories(batched or ())
     from peftfx.cli.progress import Progress
     from peftfx.export.command import export_directory
     from peftfx.export.slots.swappable import Slots
-    from peftfx.export.writing.memory import parse_size
 
-    limit = None if max_memory is None else parse_size(max_memory)
     with _quiet(), Progress() as progress:
         report = export_directory(
             *(base, output),
@@ -109,8 +128,8 @@ def export(
             optimize=optimize,
             quantize=quantize,
             max_error=max_error,
-            batched=dict(map(_named, batched or ())),
-            slots=Slots(slots, prefix) if swappable else None,
+            batched=rows,
+            slots=None if target is None else Slots(target, prefix),
             force=force,
             progress=progress.stage,
             written=progress.written,
@@ -137,6 +156,7 @@ def export_adapter(
 
     Exit codes: as of export.
     """
+    check_choice(combination, COMBINATIONS, "combination", "unknown way to combine:")
     from peftfx.cli.progress import Progress
     from peftfx.export.adapter_command import export_adapter_directories
 
@@ -162,6 +182,8 @@ def inspect(
     """Print where adapters can act: each site's module path, kind, role, layer and shape; or what rules would do."""
     import json
 
+    if target is not None:
+        check_target(target)
     from rich.console import Console
 
     from peftfx.export.command import inspect_directory, plan_directory
@@ -257,14 +279,6 @@ def demo(
     from peftfx.demo.demo import run_demo
 
     run_demo(output or Path("peftfx-demo"), force=force)
-
-
-def _named(text: str) -> tuple[str, Path]:
-    """A name and a directory: `NAME=DIR`."""
-    name, _, folder = text.partition("=")
-    if not name or not folder:
-        raise PeftfxError("not an adapter with a name", text, "as in --batched french=adapters/french")
-    return name, Path(folder)
 
 
 class _quiet:

@@ -8,7 +8,7 @@ import pytest
 
 from peftfx.cli.progress import Progress, written_line
 from peftfx.errors import PeftfxError
-from peftfx.export.writing.memory import parse_size
+from peftfx.options import parse_size
 
 
 def test_a_line_says_bytes_rate_and_time_left() -> None:

@@ -21,11 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from peftfx.errors import PeftfxError
 from peftfx.export.metadata import ENGINE
 from peftfx.export.translation.program import onnx_outputs
-from peftfx.export.translation.to_onnx import FAST, TORCH, to_onnx
+from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.verification.comparison import VerificationError, reference_of, verify
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export.writing.weights import save
 from peftfx.graph.graph import Graph
+from peftfx.options import FAST, TORCH
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.capture import capture
 

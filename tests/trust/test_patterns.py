@@ -39,13 +39,10 @@ USUAL = [
 @pytest.mark.parametrize("pattern", EVIL)
 def test_one_that_would_run_for_years_ends_in_a_second(pattern: str) -> None:
     start = time.process_time()
-    for asked in ({"target_modules": pattern}, {"target": f"/{pattern}/"}, {"exclude_modules": pattern}):
-        try:
-            picked = select(SITES, **asked)  # type: ignore[arg-type]
-            assert "exclude_modules" in asked
-            assert len(picked) == len(SITES)
-        except PeftfxError as error:
-            assert "the target matches no site" in error.what
+    for asked in ({"target_modules": pattern}, {"target": f"/{pattern}/"}):
+        with pytest.raises(PeftfxError, match="the target matches no site"):
+            select(SITES, **asked)  # type: ignore[arg-type]
+    assert len(select(SITES, exclude_modules=pattern)) == len(SITES)
     methods = (LoRA(rank_pattern={pattern: 2}), IA3(feedforward_modules=pattern))
     assert [method.at(site).r for method in methods[:1] for site in SITES] == [8] * len(SITES)
     assert not any(methods[1]._is_feedforward(site) for site in SITES)

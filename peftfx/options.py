@@ -1,0 +1,64 @@
+"""The options of an export and their choices. They are checked before anything large is imported, or loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from peftfx.errors import PeftfxError, nearest
+
+FORWARD, DECODE, AUTO = VIEWS = ("forward", "decode", "auto")
+FAST, TORCH = ENGINES = ("fast", "torch")
+CPU, CUDA, NONE = PROVIDERS = ("cpu", "cuda", "none")  #: that have kernels for what `Fuse` makes, or no matter which
+DTYPES = ("fp32", "fp16", "bf16")
+QUANTIZATIONS = ("int8", "int4")
+COMBINATIONS = ("cat", "linear")
+FIRST_OPSET, LAST_OPSET = 18, 25
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def check_choice(value: str | None, choices: Iterable[str], option: str, what: str) -> None:
+    """Refuse what is none of the choices; None is the default.
+
+    Raises:
+        PeftfxError: `what` of the value, at this option; the choices are named, and the nearest.
+    """
+    known = tuple(choices)
+    if value is not None and value not in known:
+        close = nearest(value, known, 1)
+        hint = f"one of {', '.join(known)}" + (f"; {close}" if close else "")
+        raise PeftfxError(f"{what} {value!r}", option, hint)
+
+
+def check_view(view: str) -> None:
+    """Refuse an unknown view."""
+    check_choice(view, VIEWS, "view", "nothing is exported in a view")
+
+
+def check_opset(opset: int | None) -> None:
+    """Refuse versions that torch's exporter has no operators for, or that onnxscript cannot convert to."""
+    if opset is not None and not FIRST_OPSET <= opset <= LAST_OPSET:
+        raise PeftfxError(f"cannot write opset {opset}", "opset", f"one of {FIRST_OPSET} to {LAST_OPSET}")
+
+
+def check_engine(engine: str) -> None:
+    """Refuse an unknown road to ONNX."""
+    check_choice(engine, ENGINES, "engine", "unknown engine")
+
+
+def check_optimize(optimize: str) -> None:
+    """Refuse an unknown way of optimising."""
+    check_choice(optimize, PROVIDERS, "optimize", "nothing is optimized for")
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuse an unknown dtype."""
+    check_choice(dtype, DTYPES, "dtype", "unknown dtype")
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from `4GB`, `1.5GiB` or a plain number."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?", text.strip().lower())
+    if not match:
+        raise PeftfxError(f"not a size: {text!r}", "max_memory", "as in 4GB, 1.5GiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
