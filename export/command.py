@@ -179,10 +179,11 @@ def _labels(model: nn.Module, weights: Weights, method: object) -> int | None:
 
 def _refuse_output(base: Path, output: str | Path, adapters: Sequence[Path], force: bool) -> None:
     """Refuse at once what would be refused after minutes of work."""
-    target = check_output(output, force)
+    target = Path(output).resolve()
     inputs = [base.resolve(), *(adapter.resolve() for adapter in adapters)]
     if any(target == i or target in i.parents for i in inputs):
         raise PeftfxError("the output would replace an input", str(output), "choose another output directory")
+    check_output(output, force)
     free = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free
     needed = sum(p.stat().st_size for p in base.glob("*.safetensors")) if base.is_dir() else 0
     if needed > free:

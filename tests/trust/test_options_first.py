@@ -1,4 +1,4 @@
-"""What is wrong with a command line is told before anything large is imported, or loaded, with what there is to choose."""
+"""What is wrong with a command line is told before anything large is imported, with what there is to choose."""
 
 from __future__ import annotations
 
