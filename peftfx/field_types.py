@@ -10,16 +10,30 @@ import sys
 import types
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import fields
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from peftfx.errors import shown
+from peftfx.errors import PeftfxError, shown
 
 
 def misfits(made: Any) -> list[str]:
     """Each field of a dataclass whose value is of another type than its annotation, as `r='8' (int)`."""
     kinds = _kinds(type(made))
     wrong = [f for f in fields(made) if not fits(getattr(made, f.name), kinds[f.name])]
-    return [f"{f.name}={shown(getattr(made, f.name))} ({f.type})" for f in wrong]
+    return [_told(f.name, getattr(made, f.name), f.type) for f in wrong]
+
+
+def refuse_misfits(values: Mapping[str, object], kind: type, where: str) -> None:
+    """Refuse values that are not of the types that a TypedDict has for their names."""
+    kinds, told = _hints(kind), inspect.get_annotations(kind)
+    wrong = [
+        _told(n, v, getattr(told[n], "__forward_arg__", told[n])) for n, v in values.items() if not fits(v, kinds[n])
+    ]
+    if wrong:
+        raise PeftfxError(f"of another type: {', '.join(wrong)}", where, "give a value of the type in parentheses")
+
+
+def _told(name: str, value: object, kind: object) -> str:
+    return f"{name}={shown(value)} ({kind})"
 
 
 def fits(value: object, kind: Any) -> bool:
@@ -53,6 +67,11 @@ def _is_number(value: object, kind: type) -> bool:
     if isinstance(value, numbers.Integral):
         return abs(int(value)) < 2**63
     return math.isfinite(value)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _hints(kind: type) -> Mapping[str, Any]:
+    return get_type_hints(kind)
 
 
 @functools.cache

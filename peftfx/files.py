@@ -67,6 +67,8 @@ def writing(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals into PeftfxErrors about `path`."""
     try:
         yield
+    except ValueError as error:  # a path that no file system takes
+        raise PeftfxError(f"cannot write: {error}", str(path), "choose another path") from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise PeftfxError(

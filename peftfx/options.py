@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from peftfx.errors import PeftfxError, nearest
+from peftfx.errors import PeftfxError, nearest, shown
 
 FORWARD, DECODE, AUTO = VIEWS = ("forward", "decode", "auto")
 FAST, TORCH = ENGINES = ("fast", "torch")
@@ -25,9 +25,9 @@ def check_choice(value: str | None, choices: Iterable[str], option: str, what: s
     """
     known = tuple(choices)
     if value is not None and value not in known:
-        close = nearest(value, known, 1)
+        close = nearest(str(value), known, 1)
         hint = f"one of {', '.join(known)}" + (f"; {close}" if close else "")
-        raise PeftfxError(f"{what} {value!r}", option, hint)
+        raise PeftfxError(f"{what} {shown(value)}", option, hint)
 
 
 def check_view(view: str) -> None:

@@ -10,7 +10,9 @@ from torch import nn
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.placement import Override
 from peftfx.contract.sequence import SequenceMethod
-from peftfx.errors import PeftfxError, nearest
+from peftfx.errors import PeftfxError, nearest, shown
+
+_LONGEST = 200  #: bytes of a name: an adapter's is a folder's
 
 
 class AdapterSet:
@@ -29,6 +31,8 @@ class AdapterSet:
         return tuple(name for name, _ in self.module.named_children())
 
     def __getitem__(self, name: str) -> Adapter:
+        if not isinstance(name, str):
+            raise PeftfxError(f"an adapter's name is a text, not {shown(name)}", "adapter_name", "pass its name")
         if name not in self.names():
             hint = nearest(name, self.names()) or f"adapters here: {', '.join(self.names()) or 'none'}"
             raise PeftfxError(f"there is no adapter named {name!r}", name, hint)
@@ -42,9 +46,9 @@ class AdapterSet:
 
     def refuse(self, name: str) -> None:
         """A name for a new one is a folder's and an attribute's, and nobody else's here."""
-        if not name.isidentifier():
+        if not isinstance(name, str) or not name.isidentifier() or len(name.encode()) > _LONGEST:
             hint = "use letters, digits and underscores"
-            raise PeftfxError(f"not a name for an adapter: {name!r}", "adapter_name", hint)
+            raise PeftfxError(f"not a name for an adapter: {shown(name)}", "adapter_name", hint)
         if name in self.names():
             hint = "give it another name, or remove it first"
             raise PeftfxError(f"there is already an adapter named {name!r}", name, hint)
@@ -58,10 +62,11 @@ class AdapterSet:
 
     def activate(self, names: Sequence[str]) -> None:
         """Make these the active ones, in this order; only they are trained."""
+        found = [self[name] for name in names]
         for name in names:
             if names.count(name) > 1:
                 raise PeftfxError("an adapter acts once", name, "name each adapter once")
-        _refuse_rivals({name: self[name] for name in names})
+        _refuse_rivals(dict(zip(names, found, strict=True)))
         self.active = tuple(names)
         for name in self.names():
             self[name].requires_grad_(name in names)

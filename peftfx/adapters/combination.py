@@ -12,7 +12,8 @@ from torch import nn
 from peftfx.adapters.adapter import Adapter, whole
 from peftfx.contract.method import PLACING, Method, Params, Weighted, WeightMethod
 from peftfx.contract.placement import Placed, Placement
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, shown
+from peftfx.field_types import fits
 from peftfx.options import COMBINATIONS, check_choice
 
 
@@ -30,6 +31,8 @@ def combine(base: nn.Module, adapters: Mapping[str, Adapter], weights: Sequence[
         PeftfxError: a method has no such sum, two of them meet at one place, or two adapters train one tensor.
     """
     check_choice(how, COMBINATIONS, "combination_type", "unknown way to combine:")
+    if not fits(weights, Sequence[float]):
+        raise PeftfxError(f"weights are numbers, not {shown(weights)}", "weights", "give one for each adapter")
     if not adapters or len(adapters) != len(weights):
         what = f"{len(adapters)} adapters and {len(weights)} weights"
         raise PeftfxError(what, "weights", "give a weight for each adapter")

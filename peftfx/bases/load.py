@@ -16,6 +16,8 @@ from peftfx.files import is_file, is_folder, is_gguf, read_json
 from peftfx.graph.lazy_weights import store
 
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_MOST = {"labels": 10**7, "layer": 10**4, "layers": 10**4}
+"""What a config may count, by the ends of names: transformers makes one thing after another, however many."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -78,6 +80,10 @@ def read_base_config(directory: Path) -> dict[str, object]:
     named = config.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise PeftfxError(f"architectures is no list of names: {shown(named)}", str(path), "download the file again")
+    for name, value in config.items():
+        most = next((count for end, count in _MOST.items() if name.endswith(end)), None)
+        if most is not None and isinstance(value, int) and value > most:
+            raise PeftfxError(f"{name} is {shown(value)}, and no model has so many", str(path), "download it again")
     return config
 
 

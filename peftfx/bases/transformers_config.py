@@ -40,4 +40,4 @@ def understanding(where: Path, what: str) -> Iterator[None]:
         yield
     except _RAISED as error:
         told = " ".join(str(error).split()) or type(error).__name__
-        raise PeftfxError(f"{what}: {told}", str(where), "compare config.json with the original") from error
+        raise PeftfxError(f"{what}: {told}", str(where), "compare the file with the original") from error

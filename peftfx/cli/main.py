@@ -323,6 +323,7 @@ def main() -> None:
     command as an error does: what is half-written goes away, and the exit code is 128 and the signal's number.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages for large tensors, read when it is imported
     try:
         with orderly_end():

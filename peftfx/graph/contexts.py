@@ -46,11 +46,11 @@ def fake_mode_of(model: nn.Module) -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the warnings of torch's exporters about their own choices out of the user's terminal."""
+    """Keep what torch's exporters say of their own choices, and of what they raise, out of the user's terminal."""
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
@@ -60,6 +60,8 @@ def _quiet() -> Iterator[None]:
 
 _TALKATIVE = (
     "torch.export",
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
     "torch._export.non_strict_utils",
     "torch.onnx._internal.exporter._core",
     "torch.onnx._internal.exporter._registration",

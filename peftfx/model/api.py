@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.errors import PeftfxError, shown
 from peftfx.graph.contexts import evaluating
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.plan import Plan, make_plan
@@ -69,6 +70,10 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
 
 def bare(model: nn.Module, inputs: Mapping[str, object] | None = None) -> AdaptedModel:
     """A model captured, its sites found, without adapters yet."""
+    if not isinstance(model, nn.Module):
+        raise PeftfxError(f"not a model: {shown(model)}", "model", "pass a torch module, as from_pretrained gives")
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise PeftfxError(f"not the arguments of a call: {shown(inputs)}", "inputs", "pass a dict, by their names")
     example = example_inputs(model) if inputs is None else inputs
     with evaluating(model):
         graph = capture(model, example)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 
+from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
+from peftfx.files import is_file, read_json
 from peftfx.generation.step import Generates
 from peftfx.generation.step_encoder_decoder import GeneratesFromText, TextEncoder
 from peftfx.serving.cache_buffers import BufferedCache, Buffers
@@ -110,6 +112,9 @@ def layers_of(model: OnnxModel, part: str = "") -> tuple[Held, ...]:
 
 
 def _generation_config(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
-    if (directory / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    path = directory / "generation_config.json"
+    if is_file(path):
+        read_json(path, "copy the base model's again")
+        with understanding(path, "cannot read how the model generates"):
+            return GenerationConfig.from_pretrained(directory, local_files_only=True)
     return GenerationConfig.from_model_config(config)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from peftfx.errors import PeftfxError, nearest
+from peftfx.field_types import refuse_misfits
 from peftfx.sites.expression import ALL_LINEAR, Picker, Target, Units, all_linear, ends_with, parse, units
 from peftfx.sites.patterns import compiled, quick
 from peftfx.sites.site import ROLES, WEIGHT_KINDS, Site
@@ -97,6 +98,15 @@ def explain(
     kinds: Collection[str] = WEIGHT_KINDS,
 ) -> list[Reason]:
     """For every site, whether `select` with the same arguments picks it, and why; raises only if they make no sense."""
+    given: dict[str, object] = {
+        "target": target,
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "layers_to_transform": layers_to_transform,
+        "layers_pattern": layers_pattern,
+        "default": default,
+    }
+    refuse_misfits(given, Where, "target")
     if target is not None and target_modules is not None:
         raise PeftfxError("target and target_modules are both given", str(target), "give one of them")
     if isinstance(target_modules, str) and layers_to_transform is not None:

@@ -68,7 +68,8 @@ def capture(
         except PeftfxError:
             raise
         except Exception as error:
-            raise _explain(model, error, entry) from error
+            raised = error.__cause__ if isinstance(error, _Raised) and error.__cause__ else error
+            raise _explain(model, raised, entry) from raised
     return _as_graph(model, module, program.call_spec.out_spec, examples, axes)
 
 
@@ -93,9 +94,26 @@ class _Flat(nn.Module):
         tensors = iter(flat)
         leaves = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         base, arguments = self.get_submodule(BASE), pytree.tree_unflatten(leaves, self.spec)
-        if self.entry is None:
-            return self.call(base, arguments)
-        return self.entry(self.call, base, self.get_buffer(self.entry.name), arguments)
+        try:
+            if self.entry is None:
+                return self.call(base, arguments)
+            return self.entry(self.call, base, self.get_buffer(self.entry.name), arguments)
+        except PeftfxError:
+            raise
+        except Exception as error:
+            raise _Raised from error
+
+
+class _Raised(Exception):
+    """What the model's code raised is its cause. torch prints the graph so far for an error that can hold it."""
+
+    @property
+    def partial_fx_graph(self) -> str:
+        raise AttributeError("partial_fx_graph")
+
+    @partial_fx_graph.setter
+    def partial_fx_graph(self, graph: str) -> None:
+        pass
 
 
 def _fresh(model: nn.Module, example: torch.Tensor, axes: tuple[str | None, ...] | None) -> torch.Tensor:
