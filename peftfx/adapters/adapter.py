@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,28 @@ from peftfx.contract.placement import SHARED, Override, Placed, Placement, owner
 from peftfx.errors import PeftfxError
 
 
+@dataclass(frozen=True)
+class Account:
+    """What became of each tensor of the file that a rule was loaded from, by its name there.
+
+    Attributes:
+        taken: where the adapter keeps it.
+        repeats: those that only repeat what the base or the file has anyway.
+        unused: those of modules that never run: they change nothing, and are saved again as they were.
+    """
+
+    taken: Mapping[str, str]
+    repeats: tuple[str, ...]
+    unused: Mapping[str, Tensor]
+
+
 class Adapter(nn.Module):
     """The state of one adapter. Parameters live in modules that mirror the base's paths.
 
     Attributes:
         placed: the rules it was made from, with where they act.
         records: what a loaded config said of the base and the task; saved again with it.
+        accounts: of the rules that were loaded, by their numbers.
     """
 
     def __init__(self, placed: Sequence[Placed], config: Mapping[str, object] | None = None) -> None:
@@ -28,6 +45,7 @@ class Adapter(nn.Module):
         kept = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
         self.records = {k: v for k, v in (config or {}).items() if k in kept}
         self.placed: tuple[Placed, ...] = ()
+        self.accounts: dict[int, Account] = {}
         self._rule: dict[str, int] = {}
         self._take(placed)
 
@@ -151,6 +169,9 @@ class Adapter(nn.Module):
             for number in range(len(other.placed))
             for name in other.shared(number)
         }
+        for number, account in other.accounts.items():
+            taken = {name: moved.get(key, key) for name, key in account.taken.items()}
+            self.accounts[first + number] = dataclasses.replace(account, taken=taken)
         for name, value in other.tensors():
             self.put(moved.get(name, name), value.detach(), trained=name in trained)
 

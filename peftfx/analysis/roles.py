@@ -23,6 +23,7 @@ from peftfx.analysis.facts import Analysis, WeightFacts
 from peftfx.analysis.model_heads import reaches_output
 from peftfx.analysis.norms import find_norms
 from peftfx.analysis.rows import as_ranges
+from peftfx.analysis.running import called_modules, parameter_reads
 from peftfx.analysis.weight_ops import Occurrence, find_occurrences, module_path
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
@@ -51,7 +52,8 @@ def find_sites(graph: Graph) -> Sites:
     weighted = (_site(weight) for weight in analysis.weights.values())
     sites = [*weighted, *_attention_sites(analysis), *find_norms(graph, analysis.flows)]
     nodes = {node.name: order[node] for node in order}
-    return Sites(tuple(sorted(sites, key=lambda site: nodes[site.calls[0].op])))
+    ordered = tuple(sorted(sites, key=lambda site: nodes[site.calls[0].op]))
+    return Sites(ordered, called_modules(graph), parameter_reads(graph, ordered))
 
 
 def _analyse(graph: Graph) -> Analysis:

@@ -77,6 +77,8 @@ class Method(ABC):
     """Fields of HF PEFT's config that change nothing for this method, whatever their value."""
     composes: ClassVar[bool] = True
     """Whether other adapters may act at the same site."""
+    wraps_attention: ClassVar[bool] = False
+    """Whether HF PEFT adapts a `torch.nn.MultiheadAttention` by this method, its two projections at once."""
     layered: ClassVar[bool] = True
     """Whether HF PEFT's config has `layers_to_transform`; else the modules that it leaves are named."""
 

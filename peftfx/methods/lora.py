@@ -72,6 +72,7 @@ class LoRA(WeightMethod):
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
 
     peft_type: ClassVar[str] = "LORA"
+    wraps_attention: ClassVar[bool] = True
     default_target: ClassVar[str] = "attention.query | attention.value"
 
     def __post_init__(self) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 from peftfx.errors import PeftfxError, nearest
@@ -18,9 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sites(Sequence[Site]):
-    """The sites of one graph, in the order in which they run."""
+    """The sites of one graph, in the order in which they run.
+
+    Attributes:
+        items: the sites.
+        called: the paths of all modules that the graph calls, sites or not.
+        reads: for each module that has parameters which the graph reads, and is no site, what reads them.
+    """
 
     items: tuple[Site, ...] = ()
+    called: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    reads: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @overload
     def __getitem__(self, index: int) -> Site: ...

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from peftfx.adapters.adapter import Adapter, shared_key
+from peftfx.adapters.adapter import Account, Adapter, shared_key
+from peftfx.adapters.files.accounts import repeats, unused, why_no_place
+from peftfx.adapters.files.names import module_of, name_of, override_name
 from peftfx.adapters.files.prompts import read_prompt
 from peftfx.adapters.files.sizes import fit, without_memory
+from peftfx.adapters.files.torch_attention import path_in_file, placed, times_in_use, wrapper_of
 from peftfx.contract.method import Method
 from peftfx.contract.placement import SAVED, Override, Placed, Placement, site_tensors
-from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError, nearest
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.rules.resolution import (
     is_inside,
     overrides_of,
-    placement_at,
     placements_of,
     refuse_crowding,
     saved_modules,
@@ -32,10 +34,12 @@ from peftfx.sites.sites import Sites
 def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     """The adapter in a HF PEFT directory, or in the directories of its rules, for this base.
 
-    Which sites it has is read from its keys.
+    Which sites it has is read from its keys. Every tensor of the file is taken, or is told to change nothing; see
+    `peftfx.adapters.files.accounts`.
 
     Raises:
-        PeftfxError: a file is missing or damaged, or keys are missing, unexpected or of another shape: all are listed.
+        PeftfxError: a file is missing or damaged, or keys are missing, unexpected, of another shape or of a module that
+            cannot be adapted here: all are listed.
     """
     folders = rule_folders(directory)
     adapter, *others = (_read_rule(folder, base, sites) for folder in folders)
@@ -61,36 +65,81 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     method = method_from_config(config, str(directory / CONFIG))
     weights = Weights(directory, method.prefix)
     if isinstance(method, SequenceMethod):
-        adapter, wanted = read_prompt(directory, weights, method, base, sites, config)
-        _refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, set(), base, directory)
-        _copy(adapter, wanted, weights)
-        return adapter
-    possible = [placement_at(base, method, site) for site in sites if site.kind in method.kinds]
+        return _read_prompt(directory, weights, method, base, sites, config)
+    possible = [placed(base, method, site) for site in sites if site.kind in method.kinds]
     marks = {suffix.partition(".")[0] for p in possible for suffix in p.suffixes().values()}
-    placements = [p for p in possible if any(name_of(p.site.path, s) in weights.names for s in p.suffixes().values())]
+    placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
     placements = without_ties(placements)
     saved = saved_modules(base, method)
     overrides = overrides_of(base, method, saved, [p.site for p in placements])
     overrides += _replaced_weights(placements, weights, base)
-    expected = {path for path in _targeted(base, method, sites) if not is_inside(path, saved)}
-    if not placements and not overrides:
-        _refuse_mismatch(weights, {}, expected, base, directory, marks)
-        what = f"the file holds no tensor of {type(method).__name__} for a module that this model runs"
-        raise PeftfxError(what, str(weights.path), "load it on the model that it was trained on, or save it again")
     adapter = Adapter([Placed(method, tuple(placements), tuple(overrides))], config)
     with without_memory(not fit(placements, weights, base)):  # then it is refused below
         adapter.create(base, None)
-    wanted = _wanted(placements, overrides) | _shared(adapter, method, weights)
-    _refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, expected, base, directory, marks)
-    _refuse_unknown_share(adapter, method, weights.names.keys() - wanted.keys(), directory)
+    wanted = _wanted(placements, overrides, base) | _shared(adapter, method, weights)
+    idle = unused(weights.names.keys() - wanted.keys(), marks, base, sites)
+    _refuse_unknown_share(adapter, method, idle, directory)
+    again = repeats(weights, weights.names.keys() - wanted.keys() - idle, base)
+    targeted = {path for path in _targeted(base, method, sites) if not is_inside(path, saved)}
+    _refuse_mismatch(
+        *(weights, {n: adapter.get(k) for n, k in wanted.items()}, idle | again, directory),
+        expected={path for path in targeted if wrapper_of(base, method, path) is None},
+        module_of=lambda name: module_of(name, marks),
+        why=lambda path: why_no_place(path, base, sites, method.kinds),
+        modules=[name for name, _ in base.named_modules()],
+    )
+    if not wanted and not idle:
+        what = f"the file holds no tensor of {type(method).__name__} for a module that this model runs"
+        raise PeftfxError(what, str(weights.path), "load it on the model that it was trained on, or save it again")
     _copy(adapter, wanted, weights)
+    for placement in placements:
+        _scale(adapter, placement, base)
+    adapter.accounts[0] = Account(wanted, tuple(sorted(again)), {n: weights[n] for n in sorted(idle)})
+    _tell_unused(idle, directory)
     return adapter
+
+
+def _read_prompt(
+    directory: Path,
+    weights: Weights,
+    method: SequenceMethod,
+    base: nn.Module,
+    sites: Sites,
+    config: Mapping[str, object],
+) -> Adapter:
+    names = set(weights.names)
+    adapter, wanted = read_prompt(directory, weights, method, base, sites, config)
+    modules = [name for name, _ in base.named_modules()]
+    _refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, (), directory, modules=modules)
+    _copy(adapter, wanted, weights)
+    (placement,) = adapter.placements
+    taken = wanted if PROMPT in wanted else {PROMPT: placement.key, **wanted}
+    adapter.accounts[0] = Account(taken, tuple(sorted(names - taken.keys())), {})
+    return adapter
+
+
+def _tell_unused(names: Collection[str], where: Path) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"{where}: no call of the model runs the modules of {', '.join(sorted(names)[:3])}{more}; these tensors "
+            "change nothing, here and in HF PEFT. They are kept, and saved again",
+            stacklevel=2,
+        )
 
 
 @torch.no_grad()
 def _copy(adapter: Adapter, wanted: Mapping[str, str], weights: Weights) -> None:
     for name, key in wanted.items():
         adapter.get(key).copy_(weights[name])
+
+
+@torch.no_grad()
+def _scale(adapter: Adapter, placement: Placement, base: nn.Module) -> None:
+    for name, suffix in placement.suffixes().items():
+        times = times_in_use(base, placement.method, placement.site.path, suffix)
+        if times != 1:
+            adapter.get(f"{placement.key}.{name}").mul_(times)
 
 
 def _replaced_weights(placements: list[Placement], weights: Weights, base: nn.Module) -> list[Override]:
@@ -105,11 +154,15 @@ def _replaced_weights(placements: list[Placement], weights: Weights, base: nn.Mo
     return found
 
 
-def _wanted(placements: list[Placement], overrides: list[Override]) -> dict[str, str]:
+def _names(placement: Placement, base: nn.Module) -> dict[str, str]:
+    """A placement's names in the file, each with where the adapter keeps its value."""
+    path = path_in_file(base, placement.method, placement.site.path)
+    return {name_of(path, suffix): f"{placement.key}.{name}" for name, suffix in placement.suffixes().items()}
+
+
+def _wanted(placements: list[Placement], overrides: list[Override], base: nn.Module) -> dict[str, str]:
     """For each name the file must have, where the adapter keeps its value."""
-    wanted = {
-        name_of(p.site.path, suffix): f"{p.key}.{name}" for p in placements for name, suffix in p.suffixes().items()
-    }
+    wanted = {name: key for p in placements for name, key in _names(p, base).items()}
     adapted = {p.site.path for p in placements}
     return wanted | {override_name(override, adapted): override.key for override in overrides}
 
@@ -136,20 +189,6 @@ def _refuse_unknown_share(adapter: Adapter, method: Method, inert: Collection[st
         raise PeftfxError(what, f"{where}: {min(inert)}", "save the adapter with them in the file")
 
 
-def name_of(path: str, suffix: str) -> str:
-    """A tensor's name in a file, without the prefix."""
-    return f"{path}.{suffix}".removeprefix(".")
-
-
-def override_name(override: Override, adapted: set[str]) -> str:
-    """The name HF PEFT gives a trained tensor of the base: one of an adapted module is its `base_layer`'s."""
-    name = override.key.removeprefix(f"{SAVED}.")
-    path, _, leaf = name.rpartition(".")
-    if override.rows:
-        return f"{path}.token_adapter.{leaf}"
-    return f"{path}.base_layer.{leaf}" if path in adapted else name
-
-
 def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:
     """The sites that the config's own targets match; they may name none that this model runs."""
     try:
@@ -161,48 +200,58 @@ def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:
 def _refuse_mismatch(
     weights: Weights,
     wanted: Mapping[str, Tensor],
-    expected: set[str],
-    base: nn.Module,
+    harmless: Collection[str],
     where: Path,
-    marks: Collection[str] = (),
+    *,
+    modules: Sequence[str],
+    expected: Collection[str] = (),
+    module_of: Callable[[str], str] = lambda name: name,
+    why: Callable[[str], str] = lambda path: "",
 ) -> None:
     """Compare the file with what this base needs, and list all that does not fit at once.
 
-    `marks` are how suffixes behind a module's path begin, for this method.
+    Args:
+        wanted: what this base needs of the file.
+        harmless: the names that change nothing.
+        expected: module paths that must have a name.
+        module_of: the module path in a name.
+        why: why the module of this path has no place; empty where there is none.
     """
-    modules = {name for name, _ in base.named_modules()}
-    have = {n for n in weights.names if n in wanted or not _inert(n, modules, marks)}
-    absent = [f"every key of {path}" for path in sorted(expected) if not any(n.startswith(f"{path}.") for n in have)]
-    missing, unexpected = sorted(wanted.keys() - have) + absent, sorted(have - wanted.keys())
+    left = weights.names.keys() - wanted.keys() - set(harmless)
+    reasons = {path: why(path) for path in {module_of(name) for name in left} - left}
+    homeless: dict[str, int] = {}
+    for name in (name for name in left if reasons.get(module_of(name))):
+        homeless[module_of(name)] = homeless.get(module_of(name), 0) + 1
+    absent = [f"every key of {p}" for p in sorted(expected) if not any(n.startswith(f"{p}.") for n in weights.names)]
+    unexpected = sorted(name for name in left if module_of(name) not in homeless)
     misshapen = [
         f"{n}: {list(weights.shapes[n])} in the file, {list(t.shape)} in this model"
         for n, t in wanted.items()
-        if n in have and weights.shapes[n] != tuple(t.shape)
+        if n in weights.names and weights.shapes[n] != tuple(t.shape)
     ]
-    lists = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    lists = {
+        "missing": sorted(wanted.keys() - weights.names.keys()) + absent,
+        "unexpected": unexpected,
+        "of another shape": misshapen,
+        "of modules that cannot be adapted here": [
+            f"{path} ({count} tensors): {reasons[path]}" for path, count in sorted(homeless.items())
+        ],
+    }
     if not any(lists.values()):
         return
-    lines = [f"{len(items)} {what}: " + _listed(items) for what, items in lists.items() if items]
-    near = nearest(_module_of(unexpected[0], marks), modules) if unexpected else ""
-    hint = near or "load it on the model that it was trained on (the same size, the same number of labels)"
+    lines = [f"{_count(what, items, homeless)} {what}: {_listed(items)}" for what, items in lists.items() if items]
+    hint = "load it on the model that it was trained on (the same size, the same number of labels)"
+    if homeless and not unexpected:
+        hint = "pass inputs= of a call that runs them, or merge the adapter into the base with HF PEFT and load that"
+    elif unexpected:
+        hint = nearest(module_of(unexpected[0]), modules) or hint
     raise PeftfxError("this adapter does not fit the model:\n  " + "\n  ".join(lines), str(where), hint)
+
+
+def _count(what: str, items: Sequence[str], homeless: Mapping[str, int]) -> int:
+    return sum(homeless.values()) if "modules" in what else len(items)
 
 
 def _listed(items: list[str], most: int = 12) -> str:
     more = f"\n    ... and {len(items) - most} more" if len(items) > most else ""
     return "".join(f"\n    {item}" for item in items[:most]) + more
-
-
-def _module_of(name: str, marks: Iterable[str]) -> str:
-    """The module path in a name of a checkpoint."""
-    return re.split(rf"\.(?:{'|'.join(map(re.escape, ('base_layer', *marks)))})(?:\.|$)", name)[0]
-
-
-def _inert(name: str, modules: set[str], marks: Iterable[str]) -> bool:
-    """Whether a key is of a module that this model has and never runs (T5's `shared`), or a copy of a base weight.
-
-    With `bias="all"` PEFT writes the bias of a module to save three times.
-    """
-    if ".modules_to_save." in name or ".original_module." in name:
-        return True
-    return name.endswith(".base_layer.weight") or ((path := _module_of(name, marks)) != name and path in modules)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter, shared_key, whole
+from peftfx.adapters.files.names import name_of, override_name
 from peftfx.adapters.files.prompts import Contents, written_prompt
-from peftfx.adapters.files.reader import name_of, override_name
+from peftfx.adapters.files.torch_attention import by_wrapper, other_projections, path_in_file, times_in_use
 from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.placement import Placed, Placement
 from peftfx.contract.sequence import SequenceMethod
@@ -88,12 +89,19 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     for path, group in _by_site(rule.placements).items():
         method, params = whole(base, adapter, group)
         placement = dataclasses.replace(group[0], method=method)
-        tensors |= {name_of(path, suffix): params[key] for key, suffix in placement.suffixes().items()}
+        named_path = path_in_file(base, method, path)
+        for key, suffix in placement.suffixes().items():
+            times = times_in_use(base, method, path, suffix)
+            tensors[name_of(named_path, suffix)] = params[key] if times == 1 else params[key] / times
         methods[path] = method
+    tensors |= other_projections(base, methods, tensors.values())
     tensors |= {override_name(override, set(methods)): adapter.get(override.key) for override in rule.overrides}
-    config = _config(base, adapter, rule, rule.method.gather(methods))
+    methods = by_wrapper(base, methods)
+    config = _config(base, adapter, rule, rule.method.gather(methods), sorted(methods))
     prefix = rule.method.prefix
     named = {f"{prefix}{name}": t for name, t in tensors.items()}
+    account = adapter.accounts.get(number)
+    named |= {f"{prefix}{name}": t for name, t in (account.unused if account else {}).items()}
     named |= {key: adapter.get(shared_key(number, name)) for name, key in rule.method.shared_keys().items()}
     return config, {WEIGHTS: {key: t.detach().contiguous() for key, t in named.items()}}
 
@@ -105,9 +113,8 @@ def _by_site(placements: Iterable[Placement]) -> dict[str, list[Placement]]:
     return groups
 
 
-def _config(base: nn.Module, adapter: Adapter, rule: Placed, method: Method) -> dict[str, object]:
+def _config(base: nn.Module, adapter: Adapter, rule: Placed, method: Method, paths: Sequence[str]) -> dict[str, object]:
     """HF PEFT's config of an adapter: its records are kept from the one it was loaded with, if any."""
-    paths = sorted({p.site.path for p in rule.placements})
     method = method.naming(paths, [name for name, _ in base.named_modules()])
     options: dict[str, object] = {f: getattr(method, f) for f in method.options()}
     if any(p.site.transposed for p in rule.placements) and "fan_in_fan_out" in options:

@@ -1,0 +1,97 @@
+"""Accounts: what becomes of each tensor of an adapter's file. None is dropped: it is taken, or the file is refused.
+
+A tensor is *taken* into the adapter; it is a *repeat* of what the base or the file has anyway; or it is *unused*: of a
+module that is proven never to run, so that it changes nothing in HF PEFT either. That is kept, and saved again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.adapters.files.names import module_of
+from peftfx.adapters.files.torch_attention import is_read_by_attention
+from peftfx.analysis.unreached import is_unreached
+from peftfx.rules.peft_files import Weights
+from peftfx.sites.sites import Sites
+
+_WRAPPERS = (".modules_to_save.", ".original_module.")
+
+
+def repeats(weights: Weights, names: Collection[str], base: nn.Module) -> set[str]:
+    """Those of these names whose tensors say nothing new: the base's own, or what the file has under the plain name.
+
+    HF PEFT writes the frozen weight of an adapted embedding, and with `bias="all"` the bias of a saved module thrice.
+    """
+    return {name for name in names if any(_equal(weights[name], t) for t in _originals(weights, name, base))}
+
+
+def _originals(weights: Weights, name: str, base: nn.Module) -> Iterator[Tensor]:
+    """What a wrapper's tensor may be a copy of."""
+    if name.endswith((".base_layer.weight", ".base_layer.bias")):
+        yield from _tensor(base, name.replace(".base_layer.", "."))
+    for wrapper in _WRAPPERS:
+        head, found, tail = name.partition(wrapper)
+        if found:
+            leaf = tail.rpartition(".")[2]  # behind `modules_to_save.` is the adapter's name
+            plain = f"{head}.{leaf}"
+            yield from [weights[plain]] if plain in weights.names else []
+            yield from _tensor(base, plain)
+
+
+def _tensor(base: nn.Module, name: str) -> Iterator[Tensor]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        value = getattr(base.get_submodule(path), leaf)
+    except AttributeError:
+        return
+    if isinstance(value, Tensor):
+        yield value.detach()
+
+
+def _equal(value: Tensor, other: Tensor) -> bool:
+    return value.shape == other.shape and torch.equal(value.to(other), other)
+
+
+def unused(names: Collection[str], marks: Collection[str], base: nn.Module, sites: Sites) -> set[str]:
+    """Those of these names that are of a module that no call of the base runs."""
+    paths = {name: module_of(name, marks) for name in names}
+    idle = {path for path in set(paths.values()) if path not in names and _never_runs(path, base, sites)}
+    return {name for name, path in paths.items() if path in idle}
+
+
+def _never_runs(path: str, base: nn.Module, sites: Sites) -> bool:
+    if path in sites.called or not _has(base, path):
+        return False
+    return is_read_by_attention(base, path) or is_unreached(base, path)
+
+
+def why_no_place(path: str, base: nn.Module, sites: Sites, kinds: Collection[str]) -> str:
+    """Why an adapter's module has no place here; empty where the base has no such module."""
+    if not _has(base, path):
+        return ""
+    kind = next((site.kind for site in sites if site.path == path), None)
+    if hasattr(base.get_submodule(path), "parametrizations"):
+        return "the model runs it with a weight that is computed from others (torch.nn.utils.parametrize)"
+    reads = sites.reads.get(path) or next((how for p, how in _inside(sites.reads, path)), "")
+    if kind is not None and kind not in kinds and not reads:
+        return f"it is of kind {kind} here, and the method acts on {', '.join(sorted(kinds))}"
+    if reads:
+        return f"the model runs it, but not as a layer that can be adapted: {reads}"
+    if path in sites.called:
+        return "the model runs it, but its code applies no weight of its own that can be adapted"
+    return "this call does not run it: pass inputs= of a call that does"
+
+
+def _inside(reads: Mapping[str, str], path: str) -> Iterator[tuple[str, str]]:
+    return ((p, how) for p, how in reads.items() if p.startswith(f"{path}."))
+
+
+def _has(base: nn.Module, path: str) -> bool:
+    try:
+        base.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

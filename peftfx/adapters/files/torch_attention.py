@@ -1,0 +1,99 @@
+"""`torch.nn.MultiheadAttention` in HF PEFT's files: one adapter for its two projections, whose weights it reads itself.
+
+HF PEFT's LoRA on the attention at `a` is `a.lora_A` and `a.lora_B` for the input projection, query, key and value in
+one weight, and the same under `a.base_layer.out_proj` for the output projection. In a graph they are two sites. A LoRA
+on the layer `a.out_proj` by itself changes nothing in HF PEFT, as nothing calls that layer.
+
+HF PEFT (0.21.2, and those before) adds the update of the output projection twice, once itself and once by the layer's
+own merge, in each call and when it merges. An adapter was trained so: here its B is twice what the file has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.adapters.files.names import name_of
+from peftfx.contract.method import Method
+from peftfx.contract.placement import Placement
+from peftfx.errors import PeftfxError
+from peftfx.rules.resolution import placement_at
+from peftfx.sites.site import Site
+
+IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"
+
+
+def is_read_by_attention(base: nn.Module, path: str) -> bool:
+    """Whether this is the output layer of an attention of torch's, which reads its weight and never calls it."""
+    owner, _, leaf = path.rpartition(".")
+    return leaf == OUT_PROJ and isinstance(base.get_submodule(owner), nn.MultiheadAttention)
+
+
+def wrapper_of(base: nn.Module, method: Method, path: str) -> str | None:
+    """The attention that HF PEFT adapts by this method where the site at `path` is one of its projections."""
+    owner, _, leaf = path.rpartition(".")
+    if not method.wraps_attention or leaf not in (IN_PROJ, OUT_PROJ):
+        return None
+    return owner if isinstance(base.get_submodule(owner), nn.MultiheadAttention) else None
+
+
+def path_in_file(base: nn.Module, method: Method, path: str) -> str:
+    """A site's module path as HF PEFT names it in its keys."""
+    owner = wrapper_of(base, method, path)
+    if owner is None:
+        return path
+    return owner if path.endswith(IN_PROJ) else name_of(owner, f"base_layer.{OUT_PROJ}")
+
+
+def times_in_use(base: nn.Module, method: Method, path: str, suffix: str) -> float:
+    """How many times what a file has under this suffix is what acts at the site."""
+    doubled = suffix.startswith("lora_B") and path.endswith(OUT_PROJ) and wrapper_of(base, method, path) is not None
+    return 2.0 if doubled else 1.0
+
+
+def placed(base: nn.Module, method: Method, site: Site) -> Placement:
+    """The method at the whole of a site, with the options that HF PEFT has for the module that it names there."""
+    owner = wrapper_of(base, method, site.path)
+    named = site if owner is None else dataclasses.replace(site, path=owner)
+    return dataclasses.replace(placement_at(base, method, named), site=site)
+
+
+def by_wrapper(base: nn.Module, methods: Mapping[str, Method]) -> dict[str, Method]:
+    """The methods of sites, by the paths of the modules that HF PEFT adapts.
+
+    Raises:
+        PeftfxError: the two projections of an attention have other options.
+    """
+    found: dict[str, Method] = {}
+    for path, method in methods.items():
+        owner = wrapper_of(base, method, path)
+        if owner is not None and (found.get(owner, method) != method or getattr(method, "use_dora", False)):
+            what = (
+                "HF PEFT has one rank and one alpha for both projections of a torch.nn.MultiheadAttention, and no DoRA"
+            )
+            raise PeftfxError(what, owner, "adapt both by one rule, or export the adapter merged")
+        found[path if owner is None else owner] = method
+    return found
+
+
+@torch.no_grad()
+def other_projections(base: nn.Module, methods: Mapping[str, Method], like: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Tensors of the projections that are not adapted, of attentions whose other one is: HF PEFT's files have both."""
+    tensor = next(iter(like), torch.empty(0))
+    found: dict[str, Tensor] = {}
+    for path, method in methods.items():
+        owner = wrapper_of(base, method, path)
+        other = {IN_PROJ: OUT_PROJ, OUT_PROJ: IN_PROJ}.get(path.rpartition(".")[2], "")
+        if owner is None or f"{owner}.{other}".removeprefix(".") in methods:
+            continue
+        attention = base.get_submodule(owner)
+        weight = attention.in_proj_weight if other == IN_PROJ else attention.out_proj.weight
+        assert isinstance(weight, Tensor)
+        rank, name = int(getattr(method, "r")), path_in_file(base, method, name_of(owner, other))  # noqa: B009
+        a = torch.empty(rank, weight.shape[1], dtype=tensor.dtype)
+        found[f"{name}.lora_A.weight"] = nn.init.kaiming_uniform_(a, 5**0.5)
+        found[f"{name}.lora_B.weight"] = torch.zeros(weight.shape[0], rank, dtype=tensor.dtype)
+    return found

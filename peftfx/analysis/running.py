@@ -1,0 +1,95 @@
+"""Running modules: which modules a graph calls, and how it reads the parameters of those that are no sites.
+
+What is written here is for messages: a module that runs and is no site cannot be adapted, and a user wants to know why.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import fx, nn
+
+from peftfx.analysis.dataflow import op_name
+from peftfx.analysis.weight_ops import module_path
+from peftfx.graph.graph import BASE, Graph
+from peftfx.sites.site import Site
+
+_REGIONS = {
+    "wrap_with_autocast": "it runs under torch.autocast",
+    "wrap_with_set_grad_enabled": "it runs under torch.no_grad",
+}
+
+
+def called_modules(graph: Graph) -> frozenset[str]:
+    """The paths of the modules that are called in a graph, and of those that they are inside."""
+    paths: set[str] = set()
+    for node in _all_nodes(graph.module):
+        for entry in (node.meta.get("nn_module_stack") or {}).values():
+            path = entry[0].partition("@")[0]
+            if path.partition(".")[0] == BASE:
+                paths.add(path.removeprefix(BASE).removeprefix("."))
+    return frozenset(paths)
+
+
+def parameter_reads(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
+    """For each module that is no site and has a parameter that the graph reads, what reads it.
+
+    A tensor with several owners is read for the one whose code reads it; where the code is of none of them, for those
+    that are inside the module that the code is of.
+    """
+    owners = _owners(graph.base)
+    adapted = {site.path for site in sites if site.weight}
+    found: dict[str, str] = {}
+    for node in graph.nodes():
+        if node.op != "get_attr" or not str(node.target).startswith(f"{BASE}."):
+            continue
+        holders = owners.get(id(graph.get(str(node.target))), [])
+        for user in node.users:
+            for owner, name in _read_for(holders, module_path(user)):
+                if owner not in adapted and f"{owner}.{name}".removeprefix(".") not in adapted:
+                    found.setdefault(owner, _how(name, user))
+    return found
+
+
+def _owners(base: nn.Module) -> dict[int, list[tuple[str, str]]]:
+    """The path and the name by which each module has each parameter."""
+    owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for path, module in base.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                owners[id(p)].append((path, name))
+    return owners
+
+
+def _read_for(holders: list[tuple[str, str]], reader: str) -> list[tuple[str, str]]:
+    exact = [holder for holder in holders if holder[0] == reader]
+    return exact or [holder for holder in holders if not reader or f"{holder[0]}.".startswith(f"{reader}.")] or holders
+
+
+def _how(name: str, user: fx.Node) -> str:
+    region = _REGIONS.get(op_name(user))
+    if region is not None:
+        return region
+    code = module_path(user)
+    if name == "weight" and op_name(user) in ("linear", "addmm", *(f"conv{n}d" for n in (1, 2, 3))):
+        return f"{op_name(user)} applies its weight to a value, or with a bias, that is not told apart from it"
+    return f"its {name} is read by {op_name(user)} in the code of {code or 'the model'}"
+
+
+def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes of a graph and of the regions in it."""
+    for node in module.graph.nodes:
+        yield node
+        if node.op == "get_attr":
+            inner = _attribute(module, str(node.target))
+            if isinstance(inner, fx.GraphModule):
+                yield from _all_nodes(inner)
+
+
+def _attribute(module: nn.Module, target: str) -> object:
+    value: object = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value if not isinstance(value, torch.Tensor) else None

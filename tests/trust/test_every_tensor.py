@@ -1,0 +1,201 @@
+"""Every tensor of an adapter's file is taken, or the file is refused by module and reason, or it is told to be idle."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from support.parity import randomise
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+import peftfx
+from peftfx import PeftfxError
+
+SIZE = 8
+
+
+class Masked(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * (self.weight > 0), self.bias)
+
+
+class Standardised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+class Split(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.linear(x, half) for half in self.weight.chunk(2)], -1) + self.bias
+
+
+class Einsum(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,oi->bo", x, self.weight) + self.bias
+
+
+class Autocast(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x).float()
+
+
+def weight_norm(size: int, out: int) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(size, out))
+
+
+def spectral_norm(size: int, out: int) -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(size, out))
+
+
+class Two(nn.Module):
+    """A layer of some class, and a plain one behind it."""
+
+    def __init__(self, layer: Callable[[int, int], nn.Module]) -> None:
+        super().__init__()
+        self.first, self.second = layer(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+class Branches(nn.Module):
+    """A layer that runs in training alone, and one that no code names but the constructor's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes, self.never = (nn.Linear(SIZE, SIZE) for _ in range(3))
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        x = self.sometimes(x) if self.training or twice else x
+        return self.always(x)
+
+
+class Attends(nn.Module):
+    """torch's own attention, of a sequence to itself or to the first token alone, and a layer."""
+
+    def __init__(self, *, crossed: bool = False) -> None:
+        super().__init__()
+        self.attention, self.after = nn.MultiheadAttention(SIZE, 2, batch_first=True), nn.Linear(SIZE, SIZE)
+        self.crossed = crossed
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2 if self.crossed else x
+        return self.after(self.attention(x, y, y, need_weights=False)[0])
+
+
+def saved(base: nn.Module, directory: Path, *modules: str, **options: object) -> nn.Module:
+    """`peft`'s random LoRA on these modules of a copy of the base, in eval mode; it is saved to the directory."""
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=list(modules), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(base), config)
+        randomise(theirs)
+        theirs.save_pretrained(str(directory))
+    return theirs.eval()
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Masked, "its weight is read by"),
+        (Standardised, "its weight is read by mean"),
+        (Split, "its weight is read by chunk"),
+        (Einsum, "its weight is read by einsum"),
+        (Autocast, "it runs under torch.autocast"),
+        (weight_norm, "a weight that is computed from others"),
+        (spectral_norm, "a weight that is computed from others"),
+    ],
+)
+def test_a_layer_that_runs_in_a_way_of_its_own_is_refused_by_name(
+    layer: Callable[[int, int], nn.Module], reason: str, tmp_path: Path
+) -> None:
+    base = Two(layer).eval()
+    saved(base, tmp_path, "first", "second")
+    with pytest.raises(PeftfxError, match=rf"(?s)first \(2 tensors\): .*{reason}"):
+        peftfx.load(base, tmp_path, inputs={"x": torch.randn(3, SIZE)})
+
+
+def test_a_layer_that_the_example_call_does_not_run_is_refused_and_inputs_that_run_it_help(tmp_path: Path) -> None:
+    base, x = Branches().eval(), torch.randn(3, SIZE)
+    theirs = saved(base, tmp_path, "always", "sometimes")
+    with pytest.raises(PeftfxError, match=r"sometimes \(2 tensors\): this call does not run it: pass inputs="):
+        peftfx.load(base, tmp_path, inputs={"x": x})
+    ours = peftfx.load(base, tmp_path, inputs={"x": x, "twice": True})
+    torch.testing.assert_close(ours(x=x, twice=True), theirs(x=x, twice=True))
+    torch.testing.assert_close(ours(x=x), theirs(x=x))
+    torch.testing.assert_close(ours.train()(x=x), theirs.train()(x=x))
+
+
+def test_cross_attention_that_the_example_call_does_not_run_is_refused(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True)
+    base = GPT2LMHeadModel(config).eval()
+    theirs = saved(base, tmp_path, "c_attn", "q_attn", fan_in_fan_out=True)
+    with pytest.raises(PeftfxError, match=r"crossattention.q_attn .*this call does not run it"):
+        peftfx.load(base, tmp_path)
+    given = {"input_ids": torch.randint(32, (2, 5)), "encoder_hidden_states": torch.randn(2, 3, 16)}
+    ours = peftfx.load(base, tmp_path, inputs=given)
+    torch.testing.assert_close(ours(**given).logits, theirs(**given).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("idle", ["never", "shared"])
+def test_what_no_call_can_run_is_told_and_saved_again(idle: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    base = Branches() if idle == "never" else T5ForConditionalGeneration(T5Config(**sizes))
+    given = {"inputs": {"x": torch.randn(3, SIZE)}} if idle == "never" else {}
+    saved(base.eval(), tmp_path / "theirs", idle, "always" if idle == "never" else "q")
+    with pytest.warns(UserWarning, match=rf"no call of the model runs the modules of {idle}\."):
+        ours = peftfx.load(base, tmp_path / "theirs", **given)
+    ours.save_pretrained(tmp_path / "ours")
+    want, got = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[key], got[key]) for key in want)
+
+
+def test_the_attention_of_torch_is_adapted_at_both_projections_as_peft_does_it(tmp_path: Path) -> None:
+    """`peft` adds the update of the output projection twice, in each call and when it merges."""
+    base, x = Attends().eval(), torch.randn(2, 5, SIZE)
+    theirs = saved(base, tmp_path / "theirs", "attention", "after")
+    want = theirs(x)
+    ours = peftfx.load(base, tmp_path / "theirs", inputs={"x": torch.randn(3, 4, SIZE)})
+    torch.testing.assert_close(ours(x=x), want)
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(again(x), want)
+    ours.merge()
+    torch.testing.assert_close(ours.remove()(x), want)
+
+
+@pytest.mark.parametrize("role", ["attention.qkv", "attention.output"])
+def test_one_projection_of_an_attention_of_torch_is_saved_as_peft_reads_it(role: str, tmp_path: Path) -> None:
+    base, x = Attends().eval(), torch.randn(2, 5, SIZE)
+    ours = peftfx.transform(base, peftfx.LoRA(r=2, target=role), inputs={"x": x})
+    for p in ours.adapters.parameters():
+        nn.init.normal_(p)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(x), ours(x=x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(peftfx.load(base, tmp_path, inputs={"x": x})(x=x), ours(x=x))
+
+
+def test_an_attention_of_torch_whose_weight_is_cut_is_refused(tmp_path: Path) -> None:
+    base = Attends(crossed=True).eval()
+    saved(base, tmp_path, "attention", "after")
+    with pytest.raises(PeftfxError, match=r"attention .*its in_proj_weight is read by"):
+        peftfx.load(base, tmp_path, inputs={"x": torch.randn(2, 5, SIZE)})
+
+
+def test_the_output_layer_of_an_attention_of_torch_alone_does_nothing_as_in_peft(tmp_path: Path) -> None:
+    base, x = Attends().eval(), torch.randn(2, 5, SIZE)
+    theirs = saved(base, tmp_path, "out_proj", "after")
+    with pytest.warns(UserWarning, match="attention.out_proj"):
+        ours = peftfx.load(base, tmp_path, inputs={"x": x})
+    torch.testing.assert_close(ours(x=x), theirs(x))
