@@ -109,13 +109,15 @@ class AdaptedModel(nn.Module):
         self.named.add(name, adapter)
 
     def load_adapter(self, path: str | Path, name: str) -> None:
-        """Add an adapter from a HF PEFT directory, and make it the active one."""
+        """Add an adapter from a HF PEFT directory, and make it the active one.
+
+        Raises:
+            PeftfxError: it is not for this base, or the base has no values: fake tensors, or such on the meta device.
+        """
         from peftfx.adapters.files.reader import read_adapter
 
         self.named.refuse(name)
-        with fake_mode_of(self.base):
-            adapter = read_adapter(Path(path), self.base, self.sites)
-        self._install(name, adapter)
+        self._install(name, read_adapter(Path(path), self.base, self.sites))
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -186,12 +188,39 @@ class AdaptedModel(nn.Module):
 
         return export_onnx(self, directory, merge=merge, view=view, force=force, **options)  # type: ignore[arg-type]
 
-    def save_pretrained(self, directory: str | Path, adapter_name: str | None = None, **_: object) -> None:
-        """Write HF PEFT directories: one adapter in `directory`, others in folders of their names below it."""
-        from peftfx.adapters.files.writer import save_adapters
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        adapter_name: str | None = None,
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        safe_serialization: bool = True,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        save_embedding_layers: str | bool = "auto",
+    ) -> None:
+        """Write HF PEFT directories: one adapter in `directory`, others in folders of their names below it.
 
+        Args:
+            adapter_name: the one to write; by default all.
+            selected_adapters: those to write, as in HF PEFT.
+            safe_serialization: safetensors; pickles are not written.
+            is_main_process: where it is false, nothing is written.
+            state_dict, save_embedding_layers: refused; the adapters' own tensors are what is written.
+
+        Raises:
+            PeftfxError: there is no such adapter, or an argument asks for what is not written.
+        """
+        from peftfx.adapters.files.writer import refuse_arguments, save_adapters
+
+        refuse_arguments(safe_serialization, state_dict, save_embedding_layers)
+        if adapter_name is not None and selected_adapters is not None:
+            raise PeftfxError("both say what to save", "adapter_name, selected_adapters", "give one of them")
         chosen = self.names() if adapter_name is None else (adapter_name,)
-        save_adapters(self.base, {name: self.adapter(name) for name in chosen}, Path(directory))
+        chosen = chosen if selected_adapters is None else tuple(selected_adapters)
+        adapters = {name: self.adapter(name) for name in chosen}
+        if is_main_process:
+            save_adapters(self.base, adapters, Path(directory))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable parameters, and of all; a trained bias stands for the base's own, as in HF PEFT."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.adapters.adapter import Account, Adapter, shared_key
 from peftfx.adapters.files.accounts import repeats, unused, why_no_place
+from peftfx.adapters.files.mismatch import refuse_mismatch
 from peftfx.adapters.files.names import module_of, name_of, override_name
 from peftfx.adapters.files.prompts import read_prompt
 from peftfx.adapters.files.sizes import fit, without_memory
@@ -18,7 +20,7 @@ from peftfx.adapters.files.torch_attention import path_in_file, placed, times_in
 from peftfx.contract.method import Method
 from peftfx.contract.placement import SAVED, Override, Placed, Placement, site_tensors
 from peftfx.contract.sequence import PROMPT, SequenceMethod
-from peftfx.errors import PeftfxError, nearest
+from peftfx.errors import PeftfxError
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.rules.resolution import (
     is_inside,
@@ -41,6 +43,7 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         PeftfxError: a file is missing or damaged, or keys are missing, unexpected, of another shape or of a module that
             cannot be adapted here: all are listed.
     """
+    _refuse_no_values(base)
     folders = rule_folders(directory)
     adapter, *others = (_read_rule(folder, base, sites) for folder in folders)
     for folder, other in zip(folders[1:], others, strict=True):
@@ -48,6 +51,15 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         adapter.add(other)
     refuse_crowding(adapter.placed)
     return adapter
+
+
+def _refuse_no_values(base: nn.Module) -> None:
+    """An adapter's tensors are made where the base's are: of a base without values, the file's would be lost."""
+    tensors = base.named_parameters()
+    empty = next((n for n, p in tensors if p.is_meta or isinstance(p, FakeTensor)), None)
+    if empty is not None:
+        what = "the base has no values here (a fake tensor, or the meta device), and the adapter's would be lost"
+        raise PeftfxError(what, empty, "load the base's weights first; transform() makes an adapter without values")
 
 
 def _refuse_conflict(adapter: Adapter, other: Adapter, folder: Path) -> None:
@@ -81,7 +93,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     _refuse_unknown_share(adapter, method, idle, directory)
     again = repeats(weights, weights.names.keys() - wanted.keys() - idle, base)
     targeted = {path for path in _targeted(base, method, sites) if not is_inside(path, saved)}
-    _refuse_mismatch(
+    refuse_mismatch(
         *(weights, {n: adapter.get(k) for n, k in wanted.items()}, idle | again, directory),
         expected={path for path in targeted if wrapper_of(base, method, path) is None},
         module_of=lambda name: module_of(name, marks),
@@ -110,7 +122,7 @@ def _read_prompt(
     names = set(weights.names)
     adapter, wanted = read_prompt(directory, weights, method, base, sites, config)
     modules = [name for name, _ in base.named_modules()]
-    _refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, (), directory, modules=modules)
+    refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, (), directory, modules=modules)
     _copy(adapter, wanted, weights)
     (placement,) = adapter.placements
     taken = wanted if PROMPT in wanted else {PROMPT: placement.key, **wanted}
@@ -195,63 +207,3 @@ def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:
         return {p.site.path for p in placements_of(base, method, sites)} if method.target_modules else set()
     except PeftfxError:
         return set()
-
-
-def _refuse_mismatch(
-    weights: Weights,
-    wanted: Mapping[str, Tensor],
-    harmless: Collection[str],
-    where: Path,
-    *,
-    modules: Sequence[str],
-    expected: Collection[str] = (),
-    module_of: Callable[[str], str] = lambda name: name,
-    why: Callable[[str], str] = lambda path: "",
-) -> None:
-    """Compare the file with what this base needs, and list all that does not fit at once.
-
-    Args:
-        wanted: what this base needs of the file.
-        harmless: the names that change nothing.
-        expected: module paths that must have a name.
-        module_of: the module path in a name.
-        why: why the module of this path has no place; empty where there is none.
-    """
-    left = weights.names.keys() - wanted.keys() - set(harmless)
-    reasons = {path: why(path) for path in {module_of(name) for name in left} - left}
-    homeless: dict[str, int] = {}
-    for name in (name for name in left if reasons.get(module_of(name))):
-        homeless[module_of(name)] = homeless.get(module_of(name), 0) + 1
-    absent = [f"every key of {p}" for p in sorted(expected) if not any(n.startswith(f"{p}.") for n in weights.names)]
-    unexpected = sorted(name for name in left if module_of(name) not in homeless)
-    misshapen = [
-        f"{n}: {list(weights.shapes[n])} in the file, {list(t.shape)} in this model"
-        for n, t in wanted.items()
-        if n in weights.names and weights.shapes[n] != tuple(t.shape)
-    ]
-    lists = {
-        "missing": sorted(wanted.keys() - weights.names.keys()) + absent,
-        "unexpected": unexpected,
-        "of another shape": misshapen,
-        "of modules that cannot be adapted here": [
-            f"{path} ({count} tensors): {reasons[path]}" for path, count in sorted(homeless.items())
-        ],
-    }
-    if not any(lists.values()):
-        return
-    lines = [f"{_count(what, items, homeless)} {what}: {_listed(items)}" for what, items in lists.items() if items]
-    hint = "load it on the model that it was trained on (the same size, the same number of labels)"
-    if homeless and not unexpected:
-        hint = "pass inputs= of a call that runs them, or merge the adapter into the base with HF PEFT and load that"
-    elif unexpected:
-        hint = nearest(module_of(unexpected[0]), modules) or hint
-    raise PeftfxError("this adapter does not fit the model:\n  " + "\n  ".join(lines), str(where), hint)
-
-
-def _count(what: str, items: Sequence[str], homeless: Mapping[str, int]) -> int:
-    return sum(homeless.values()) if "modules" in what else len(items)
-
-
-def _listed(items: list[str], most: int = 12) -> str:
-    more = f"\n    ... and {len(items) - most} more" if len(items) > most else ""
-    return "".join(f"\n    {item}" for item in items[:most]) + more

@@ -37,6 +37,19 @@ def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: P
             _write(target, rules)
 
 
+def refuse_arguments(safe: bool, state: Mapping[str, Tensor] | None, embeddings: str | bool) -> None:
+    """Arguments of HF PEFT's `save_pretrained` that ask for what is not written."""
+    if not safe:
+        hint = "leave safe_serialization out: HF PEFT reads safetensors"
+        raise PeftfxError("pickles are not written", "safe_serialization=False", hint)
+    if state is not None:
+        what = "the adapters' own tensors are saved, and no others"
+        raise PeftfxError(what, "state_dict", "give the state to load_state_dict first, then save")
+    if embeddings not in ("auto", False):
+        hint = "name the embedding in modules_to_save, or save the base itself"
+        raise PeftfxError("the base's embeddings are not saved with an adapter", "save_embedding_layers", hint)
+
+
 def _write(directory: Path, rules: dict[str, Contents]) -> None:
     """Write an adapter: one rule as HF PEFT does, of several each in a folder of its own."""
     if len(rules) == 1:

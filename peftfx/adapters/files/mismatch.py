@@ -1,0 +1,71 @@
+"""What does not fit: the names in an adapter's file against what a base needs, all of it told in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from peftfx.errors import PeftfxError, nearest
+from peftfx.rules.peft_files import Weights
+
+
+def refuse_mismatch(
+    weights: Weights,
+    wanted: Mapping[str, Tensor],
+    harmless: Collection[str],
+    where: Path,
+    *,
+    modules: Sequence[str],
+    expected: Collection[str] = (),
+    module_of: Callable[[str], str] = lambda name: name,
+    why: Callable[[str], str] = lambda path: "",
+) -> None:
+    """Compare the file with what this base needs, and list all that does not fit at once.
+
+    Args:
+        wanted: what this base needs of the file.
+        harmless: the names that change nothing.
+        expected: module paths that must have a name.
+        module_of: the module path in a name.
+        why: why the module of this path has no place; empty where there is none.
+    """
+    left = weights.names.keys() - wanted.keys() - set(harmless)
+    reasons = {path: why(path) for path in {module_of(name) for name in left} - left}
+    homeless: dict[str, int] = {}
+    for name in (name for name in left if reasons.get(module_of(name))):
+        homeless[module_of(name)] = homeless.get(module_of(name), 0) + 1
+    absent = [f"every key of {p}" for p in sorted(expected) if not any(n.startswith(f"{p}.") for n in weights.names)]
+    unexpected = sorted(name for name in left if module_of(name) not in homeless)
+    misshapen = [
+        f"{n}: {list(weights.shapes[n])} in the file, {list(t.shape)} in this model"
+        for n, t in wanted.items()
+        if n in weights.names and weights.shapes[n] != tuple(t.shape)
+    ]
+    lists = {
+        "missing": sorted(wanted.keys() - weights.names.keys()) + absent,
+        "unexpected": unexpected,
+        "of another shape": misshapen,
+        "of modules that cannot be adapted here": [
+            f"{path} ({count} tensors): {reasons[path]}" for path, count in sorted(homeless.items())
+        ],
+    }
+    if not any(lists.values()):
+        return
+    lines = [f"{_count(what, items, homeless)} {what}: {_listed(items)}" for what, items in lists.items() if items]
+    hint = "load it on the model that it was trained on (the same size, the same number of labels)"
+    if homeless and not unexpected:
+        hint = "pass inputs= of a call that runs them, or merge the adapter into the base with HF PEFT and load that"
+    elif unexpected:
+        hint = nearest(module_of(unexpected[0]), modules) or hint
+    raise PeftfxError("this adapter does not fit the model:\n  " + "\n  ".join(lines), str(where), hint)
+
+
+def _count(what: str, items: Sequence[str], homeless: Mapping[str, int]) -> int:
+    return sum(homeless.values()) if "modules" in what else len(items)
+
+
+def _listed(items: list[str], most: int = 12) -> str:
+    more = f"\n    ... and {len(items) - most} more" if len(items) > most else ""
+    return "".join(f"\n    {item}" for item in items[:most]) + more

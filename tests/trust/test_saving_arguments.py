@@ -1,0 +1,71 @@
+"""`save_pretrained` does what HF PEFT's arguments say, or refuses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import peftfx
+from peftfx import LoRA, PeftfxError
+from peftfx.model.adapted import AdaptedModel
+
+INPUTS = {"input": torch.randn(2, 4)}
+
+
+@pytest.fixture
+def adapted() -> AdaptedModel:
+    """Three adapters on one layer."""
+    model = peftfx.transform(nn.Linear(4, 3), LoRA(r=1, target="all-linear | head"), "one", inputs=INPUTS)
+    for name in ("two", "three"):
+        model.add_adapter(name, LoRA(r=1, target="all-linear | head"))
+    return model
+
+
+def folders(directory: Path) -> set[str]:
+    """Where there are adapters."""
+    return {str(path.parent.relative_to(directory)) for path in directory.rglob("adapter_config.json")}
+
+
+def test_selected_adapters_are_those_that_are_saved(adapted: AdaptedModel, tmp_path: Path) -> None:
+    adapted.save_pretrained(tmp_path / "a", selected_adapters=["one", "three"])
+    adapted.save_pretrained(tmp_path / "b", selected_adapters=["two"])
+    adapted.save_pretrained(tmp_path / "c", is_main_process=False)
+    assert folders(tmp_path / "a") == {"one", "three"}
+    assert folders(tmp_path / "b") == {"."}
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"selected_adapters": ["one", "tow"]}, "no adapter named 'tow'"),
+        ({"safe_serialization": False}, "pickles are not written"),
+        ({"state_dict": {}}, "the adapters' own tensors"),
+        ({"save_embedding_layers": True}, "embeddings are not saved"),
+        ({"adapter_name": "one", "selected_adapters": ["one"]}, "both say"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_is_written(
+    adapted: AdaptedModel, arguments: dict[str, object], why: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PeftfxError, match=why):
+        adapted.save_pretrained(tmp_path / "x", **arguments)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_argument_that_nobody_knows_is_a_type_error(adapted: AdaptedModel, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="push_to_hub"):
+        adapted.save_pretrained(tmp_path, push_to_hub=True)
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_a_base_without_values_takes_no_file(kind: str, tmp_path: Path, adapted: AdaptedModel) -> None:
+    adapted.save_pretrained(tmp_path, "one")
+    with torch.device("meta") if kind == "meta" else FakeTensorMode(allow_non_fake_inputs=True):
+        empty = nn.Linear(4, 3)
+    with pytest.raises(PeftfxError, match="the base has no values here"):
+        peftfx.load(empty, tmp_path, inputs=INPUTS)
