@@ -51,6 +51,8 @@ def _rename_override(graph: Graph, node: fx.Node) -> None:
     """A tensor that the adapter trained in the base's place goes by the base's name for it."""
     target = str(node.target)
     name = target.split(".", 3)[3]  # adapters.<adapter>.saved.<name>
+    if name in graph.derived:  # a tied module reads it, beside the one that has a weight of its own now
+        name = f"{name}.tied"
     graph.derived[name] = Own(target)
     node.target = f"{DERIVED}.{name}"
 

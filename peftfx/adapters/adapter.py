@@ -99,7 +99,7 @@ class Adapter(nn.Module):
                 indices = torch.tensor(override.rows, device=tensor.device)
                 self.put(override.indices, indices, trained=False)
                 tensor = tensor[indices]
-            self.put(override.key, tensor.clone(), trained=leaf in owner._parameters)
+            self.put(override.key, tensor.clone(), trained=override.trained and leaf in owner._parameters)
 
     def params(self, placement: Placement) -> dict[str, Tensor]:
         """The parameters of one placement by name, constants included, and those that its rule's places share."""
@@ -211,12 +211,12 @@ def whole(
     assert isinstance(first.method, WeightMethod)
     if first.part is None:
         return first.method.written(adapter.all_of(first))
-    parts = {p.part.rows: _written(adapter, p) for p in group if p.part is not None}
-    return first.method.whole(
-        first.site, dataclasses.replace(first, part=None).base(*site_tensors(base, first.site)), parts
-    )
+    written = {p.part.rows: _written(adapter, p) for p in group if p.part is not None}
+    method, _ = next(iter(written.values()))
+    tensors = dataclasses.replace(first, part=None).base(*site_tensors(base, first.site))
+    return method.whole(first.site, tensors, {rows: p for rows, (_, p) in written.items()})
 
 
-def _written(adapter: Adapter, placement: Placement) -> dict[str, Tensor]:
+def _written(adapter: Adapter, placement: Placement) -> tuple[WeightMethod, dict[str, Tensor]]:
     assert isinstance(placement.method, WeightMethod)
-    return placement.method.written(adapter.all_of(placement))[1]
+    return placement.method.written(adapter.all_of(placement))

@@ -80,6 +80,7 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
     for folding in folded.values():  # computed twice: a merge that fails halfway could not be undone
         _refuse_infinite(folding.site, folding.evaluate(merged.get))
     sharing = _names_by_tensor(base)
+    everywhere = {name: names for names in sharing.values() for name in names}
     groups: dict[str, list[Folding]] = {}
     for folding in folded.values():
         groups.setdefault(folding.weight, []).append(folding)
@@ -96,6 +97,8 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
     for adapter in adapters:
         for override in adapter.overrides:
             name = f"{override.module}.{override.name}" if override.module else override.name
+            if not override.module:  # wherever the tensor is used: of two tied modules one may have a folding
+                name = next((other for other in everywhere.get(name, ()) if other not in written_names), name)
             if name not in written_names:  # a trained bias at a merged site went into its folding
                 written += _put(base, name, override, adapter.get(override.key))
                 changed.setdefault(name.rpartition(".")[0])
@@ -106,7 +109,7 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
 def _put(base: nn.Module, name: str, override: Override, value: Tensor) -> int:
     """Write what an adapter trained in the base's place; returns the bytes."""
     if not override.rows:
-        return _assign(base, name, value, untie=True)
+        return _assign(base, name, value, untie=bool(override.module))
     holder, leaf = owner_of(base, name)
     whole = getattr(holder, leaf)
     indices = torch.tensor(override.rows, device=whole.device)

@@ -121,6 +121,16 @@ class Method(ABC):
         """Whether a new adapter changes no output."""
         return True
 
+    @property
+    def obstacle(self) -> PeftfxError | None:
+        """Why no new adapter can start with these options here; files that have them are read."""
+        return None
+
+    @property
+    def doubt(self) -> str:
+        """Why a file of this method may not give what was trained, a warning on loading; empty where it does."""
+        return ""
+
     def frozen(self) -> frozenset[str]:
         """Names of parameters that are constants: kept beside the adapter, not trained, not saved."""
         return frozenset()

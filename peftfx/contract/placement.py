@@ -28,17 +28,19 @@ class Override:
         module: the module path within which uses of the base's tensor are replaced.
         name: the tensor's name, relative to the module.
         rows: which of its rows the adapter's tensor is; empty for the whole.
+        trained: whether the adapter trains it; one that a file brought is as it is.
     """
 
     key: str
     module: str
     name: str
     rows: tuple[int, ...] = ()
+    trained: bool = True
 
     @property
     def stands(self) -> bool:
         """Whether it is counted as the base's own, as HF PEFT counts a trained bias; copies and rows come on top."""
-        return not self.module and not self.rows
+        return self.trained and not self.module and not self.rows
 
     @property
     def indices(self) -> str:

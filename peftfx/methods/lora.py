@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -25,7 +25,16 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype, along_channels, along_rows, row_index
 from peftfx.contract.common.dora import gain, row_norms
-from peftfx.contract.common.lora_init import check_start, factors_of, fill, starts_from_weight
+from peftfx.contract.common.lora_init import (
+    doubt_of,
+    factors_of,
+    fill,
+    is_random,
+    known_start,
+    minor_of,
+    obstacle_of,
+    starts_from_weight,
+)
 from peftfx.contract.common.low_rank import check_options, dense, product, summed, weighted_sum
 from peftfx.contract.method import Base, Method, Op, Params, Weighted, WeightMethod
 from peftfx.contract.update import Update
@@ -52,8 +61,8 @@ class LoRA(WeightMethod):
         fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (lora_only).
         lora_bias: give B a bias.
-        init_lora_weights: True (Kaiming A, zero B), False (both random), "gaussian", "pissa", "pissa_niter_[n]",
-            "olora".
+        init_lora_weights: True (Kaiming A, zero B), False (both random), "gaussian", "orthogonal", "pissa",
+            "pissa_niter_[n]", "olora", "mica". Files that began with "eva" or "lora_ga" are read.
         trainable_token_indices: tokens whose rows of the token embedding are trained, or the tokens of each embedding
             by its path; see `TrainableTokens`.
     """
@@ -74,13 +83,14 @@ class LoRA(WeightMethod):
     peft_type: ClassVar[str] = "LORA"
     wraps_attention: ClassVar[bool] = True
     default_target: ClassVar[str] = "attention.query | attention.value"
+    ignored: ClassVar[frozenset[str]] = frozenset({"eva_config", "lora_ga_config", "corda_config", "loftq_config"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "LoRA(r=8)")
         check_options(self, self.lora_dropout, self.bias)
-        check_start(self.init_lora_weights)
+        object.__setattr__(self, "init_lora_weights", known_start(self.init_lora_weights))
 
     __hash__ = WeightMethod.__hash__
 
@@ -104,8 +114,16 @@ class LoRA(WeightMethod):
         """The factor `s`."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    @property
+    def obstacle(self) -> PeftfxError | None:
+        return obstacle_of(self.init_lora_weights, (self.r, *self.rank_pattern.values()))
+
+    @property
+    def doubt(self) -> str:
+        return doubt_of(self.init_lora_weights)
+
     def frozen(self) -> frozenset[str]:
-        return frozenset({A0, B0})
+        return frozenset({A0, B0, B} if self.init_lora_weights == "mica" else {A0, B0})
 
     def keys(self, site: Site) -> dict[str, str]:
         if site.kind == "embedding":
@@ -137,6 +155,8 @@ class LoRA(WeightMethod):
             start = factors_of(self.init_lora_weights, site, weight.float(), r, self.scaling)
             p[A], p[B] = (t.to(p[A].dtype) for t in start)
             p[A0], p[B0] = p[A].clone(), p[B].clone()
+        elif self.init_lora_weights == "mica" and site.kind == "linear":
+            p[B] = minor_of(site, weight.float(), r).to(p[B].dtype)
         else:
             fill(self.init_lora_weights, site, p[A], p[B], rng)
         if self.lora_bias:
@@ -206,6 +226,12 @@ class LoRA(WeightMethod):
         bias = self._bias(base.bias, gains, q)
         return Update(outer=gains, a=joined[A], b=b, bias=None if bias is base.bias else bias)
 
+    def written(self, p: Params) -> tuple[LoRA, dict[str, Tensor]]:
+        """A random start cannot be made again: what is written is LoRA of twice the rank, with the start in it."""
+        if not (is_random(self.init_lora_weights) and A0 in p):
+            return self, dict(p)
+        return self._plain([p]), _joined(p)
+
     def gather(self, methods: Mapping[str, Method]) -> LoRA:
         own = {path: m for path, m in methods.items() if isinstance(m, LoRA)}
         starts = {m.init_lora_weights for m in own.values()} or {self.init_lora_weights}
@@ -220,7 +246,7 @@ class LoRA(WeightMethod):
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[LoRA, dict[str, Tensor]]:
         """A stacked, B block-structured; alpha grows with the rank so that the scale stays what it is."""
         if any(A0 in q for q in parts.values()):
-            return self._plain(parts).whole(site, base, {rows: _joined(q) for rows, q in parts.items()})
+            return self._plain(parts.values()).whole(site, base, {rows: _joined(q) for rows, q in parts.items()})
         count = len(parts)
         grown = self.lora_alpha * (math.sqrt(count) if self.use_rslora else count)
         method = dataclasses.replace(self, r=self.r * count, lora_alpha=grown)
@@ -259,9 +285,9 @@ class LoRA(WeightMethod):
         plain = dataclasses.replace(first, use_rslora=False, init_lora_weights=True, bias="none")
         return dataclasses.replace(plain, r=len(a), lora_alpha=len(a), lora_bias=bool(biased)), new
 
-    def _plain(self, parts: Mapping[Rows, Params]) -> LoRA:
+    def _plain(self, parts: Iterable[Params]) -> LoRA:
         """LoRA of twice the rank: where a part starts from factors of its own rows, the whole has no such start."""
-        r = 2 * next(iter(parts.values()))[A].shape[0]
+        r = 2 * next(iter(parts))[A].shape[0]
         alpha = self.scaling * (math.sqrt(r) if self.use_rslora else r)
         return dataclasses.replace(self, r=r, lora_alpha=alpha, init_lora_weights=True)
 

@@ -29,6 +29,8 @@ def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
 
 
 def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
+    if method.obstacle is not None:
+        raise method.obstacle
     saved = saved_modules(base, method)
     _refuse_unsaved(base, method, saved)
     if isinstance(method, SequenceMethod):

@@ -199,7 +199,9 @@ def test_a_truncated_file_is_refused(saved: Path) -> None:
         ({"peft_type": "LOHA"}, "unknown method 'LOHA'"),
         ({"use_qalora": True}, "does not support use_qalora=True"),
         ({"layer_replication": [[0, 1]]}, "does not support layer_replication"),
-        ({"init_lora_weights": "eva"}, "unknown initialisation 'eva'"),
+        ({"init_lora_weights": "evo"}, "unknown initialisation 'evo'"),
+        ({"init_lora_weights": "corda"}, "corda moves the base's weights"),
+        ({"init_lora_weights": "loftq"}, "loftq moves the base's weights"),
         ({"r": 0}, "rank must be 1 or more"),
     ],
 )

@@ -59,7 +59,7 @@ class Case:
         return self.spec.inputs(self.batch, self.sequence, self.seed)
 
 
-_INITIALISATIONS = (True, False, "gaussian", "pissa", "pissa_niter_4", "olora")
+_INITIALISATIONS = (True, False, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal", "mica")
 
 #: Options whose values their type does not tell, by HF PEFT type.
 CHOICES: Mapping[str, Mapping[str, st.SearchStrategy[object]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import peft
@@ -15,6 +16,7 @@ from support.zoo import TOKENS, ZOO
 from torch import Tensor, nn
 
 import peftfx
+from peftfx import LoRA, PeftfxError
 
 
 def distilbert() -> nn.Module:
@@ -54,3 +56,111 @@ class TestModulesToSave:
         randomise(theirs)
         theirs.eval().save_pretrained(tmp_path)
         same(first(peftfx.load(base, tmp_path), inputs), first(theirs, inputs))
+
+
+def llama(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_key_value_heads=2, **options)).eval()
+
+
+class TestEmbeddingLayers:
+    """`save_embedding_layers=True` writes the base's own embeddings, as `peft` does after a vocabulary was resized."""
+
+    @pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+    @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"], ["embed_tokens", "lm_head"]], ids=str)
+    def test_the_files_embeddings_take_the_bases_place(self, tied: bool, targets: list[str], tmp_path: Path) -> None:
+        base, inputs = llama(tie_word_embeddings=tied), {"input_ids": torch.tensor([[3, 102, 99, 7, 101]])}
+        resized = copy.deepcopy(base)
+        resized.resize_token_embeddings(103)
+        theirs = peft.get_peft_model(copy.deepcopy(resized), peft.LoraConfig(r=4, target_modules=targets))
+        randomise(theirs)
+        theirs.eval().save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+        with torch.no_grad():  # what a user has: the base with new rows of its own
+            resized.get_input_embeddings().weight[99:] = 0
+            resized.get_output_embeddings().weight[99:] = 0
+        oracle = load_peft(copy.deepcopy(resized), tmp_path / "theirs")
+        ours = peftfx.load(resized, tmp_path / "theirs")
+        assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+        same(first(ours, inputs), first(oracle, inputs))
+        ours.save_pretrained(tmp_path / "ours")
+        same(first(load_peft(copy.deepcopy(resized), tmp_path / "ours"), inputs), first(oracle, inputs))
+        ours.merge()
+        same(first(ours.remove(), inputs), first(oracle, inputs))
+
+    def test_embeddings_that_are_the_bases_own_are_passed_over(self, tmp_path: Path) -> None:
+        base, inputs = llama(), tokens()
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, trainable_token_indices=[3, 5]))
+        randomise(theirs)
+        theirs.eval().save_pretrained(tmp_path, save_embedding_layers=True)
+        ours = peftfx.load(base, tmp_path)
+        assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+        same(first(ours, inputs), first(theirs, inputs))
+
+    def test_an_embedding_of_the_file_under_rows_that_are_trained_is_refused(self, tmp_path: Path) -> None:
+        base = llama()
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, trainable_token_indices=[3, 5]))
+        theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+        with torch.no_grad():
+            base.get_input_embeddings().weight.add_(1)
+        with pytest.raises(PeftfxError, match="rows of it that were trained"):
+            peftfx.load(base, tmp_path)
+
+    def test_beside_a_soft_prompt_they_count_too(self, tmp_path: Path) -> None:
+        base, inputs = llama(), tokens()
+        config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        theirs = peft.get_peft_model(copy.deepcopy(base), config)
+        randomise(theirs)
+        with torch.no_grad():
+            theirs.get_output_embeddings().weight.mul_(2)
+        theirs.eval().save_pretrained(tmp_path, save_embedding_layers=True)
+        same(first(peftfx.load(base, tmp_path), inputs), first(theirs, inputs))
+
+
+class TestStarts:
+    """How a LoRA began changes nothing of what its file says, but where the base began elsewhere."""
+
+    @pytest.mark.parametrize("how", ["orthogonal", "gaussian", "Gaussian", "eva", "mica", "lora_ga", "pissa_niter_4"])
+    def test_a_file_is_read_and_gives_what_peft_gives_with_it(self, how: str, tmp_path: Path) -> None:
+        base, inputs = llama(), tokens()
+        started = how if how not in ("eva", "lora_ga") else True  # their start wants data; the config is what differs
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, init_lora_weights=started))
+        randomise(theirs)
+        theirs.peft_config["default"].init_lora_weights = how
+        theirs.eval().save_pretrained(tmp_path / "theirs")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ours = peftfx.load(base, tmp_path / "theirs")
+        assert any(how in str(w.message) for w in caught) == (how in ("lora_ga", "pissa_niter_4"))
+        assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+        if how != "pissa_niter_4":  # two runs of its random approximation differ: it is what the warning says
+            same(first(ours, inputs), first(theirs, inputs))
+        ours.save_pretrained(tmp_path / "ours")
+        same(first(load_peft(copy.deepcopy(base), tmp_path / "ours"), inputs), first(ours, inputs))
+
+    @pytest.mark.parametrize("how", ["orthogonal", "mica", "pissa_niter_4"])
+    def test_a_new_adapter_begins_as_the_base_and_its_file_is_exact(self, how: str, tmp_path: Path) -> None:
+        base, inputs = llama(), tokens()
+        want = first(base, inputs)
+        ours = peftfx.transform(base, LoRA(r=4, init_lora_weights=how))
+        same(first(ours, inputs), want)
+        count = peft.get_peft_model(llama(), peft.LoraConfig(r=4, init_lora_weights=how)).get_nb_trainable_parameters()
+        assert ours.get_nb_trainable_parameters()[0] == count[0]
+        randomise(ours.adapter("default"))
+        ours.save_pretrained(tmp_path)
+        same(first(load_peft(llama(), tmp_path), inputs), first(ours, inputs))
+        same(first(peftfx.load(llama(), tmp_path), inputs), first(ours, inputs))
+
+    @pytest.mark.parametrize(
+        ("how", "message"),
+        [
+            ("eva", "eva starts from activations"),
+            ("lora_ga", "lora_ga starts from gradients"),
+            ("corda", "corda moves the base's weights"),
+            ("loftq", "loftq moves the base's weights"),
+            ("orthogonal", "needs an even rank"),
+        ],
+    )
+    def test_what_cannot_begin_here_is_refused_by_name(self, how: str, message: str) -> None:
+        with pytest.raises(PeftfxError, match=message):
+            peftfx.transform(llama(), LoRA(r=3, init_lora_weights=how))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.files.base_weights import replaced_weights
 from peftfx.adapters.files.sizes import without_memory
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.contract.broadcast import adapter_dtype
@@ -43,6 +44,7 @@ def read_prompt(
     placement = prompt_placement(method, base, sites)
     saved = saved_modules(base, method)
     overrides = overrides_of(base, method, (*saved, *_other_heads(base, weights, saved, config.get("task_type"))), ())
+    overrides += replaced_weights(base, weights, (), overrides)
     adapter = Adapter([Placed(method, (placement,), tuple(overrides))], config)
     adapter.copy_overridden(base)
     wanted = {_override_name(override): override.key for override in overrides}

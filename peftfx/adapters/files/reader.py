@@ -12,13 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.adapters.adapter import Account, Adapter, shared_key
 from peftfx.adapters.files.accounts import repeats, unused, why_no_place
+from peftfx.adapters.files.base_weights import replaced_weights
 from peftfx.adapters.files.mismatch import refuse_mismatch
 from peftfx.adapters.files.names import module_of, name_of, override_name
 from peftfx.adapters.files.prompts import read_prompt
 from peftfx.adapters.files.sizes import fit, without_memory
 from peftfx.adapters.files.torch_attention import path_in_file, placed, times_in_use, wrapper_of
 from peftfx.contract.method import Method
-from peftfx.contract.placement import SAVED, Override, Placed, Placement, site_tensors
+from peftfx.contract.placement import Override, Placed, Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
@@ -76,6 +77,8 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     config = read_config(directory)
     method = method_from_config(config, str(directory / CONFIG))
     weights = Weights(directory, method.prefix)
+    if method.doubt:
+        warnings.warn(f"{directory}: {method.doubt}", stacklevel=2)
     if isinstance(method, SequenceMethod):
         return _read_prompt(directory, weights, method, base, sites, config)
     possible = [placed(base, method, site) for site in sites if site.kind in method.kinds]
@@ -84,7 +87,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     placements = without_ties(placements)
     saved = saved_modules(base, method)
     overrides = overrides_of(base, method, saved, [p.site for p in placements])
-    overrides += _replaced_weights(placements, weights, base)
+    overrides += replaced_weights(base, weights, placements, overrides)
     adapter = Adapter([Placed(method, tuple(placements), tuple(overrides))], config)
     with without_memory(not fit(placements, weights, base)):  # then it is refused below
         adapter.create(base, None)
@@ -152,18 +155,6 @@ def _scale(adapter: Adapter, placement: Placement, base: nn.Module) -> None:
         times = times_in_use(base, placement.method, placement.site.path, suffix)
         if times != 1:
             adapter.get(f"{placement.key}.{name}").mul_(times)
-
-
-def _replaced_weights(placements: list[Placement], weights: Weights, base: nn.Module) -> list[Override]:
-    """HF PEFT saves the whole weight of an adapted embedding: it counts where it is not the base's own."""
-    found = []
-    for site in (p.site for p in placements if p.site.weight):
-        name, tensor = f"{site.path}.base_layer.weight", site_tensors(base, site)[0]
-        if name in weights.names and not (
-            weights.shapes[name] == tuple(tensor.shape) and torch.equal(weights[name], tensor)
-        ):
-            found.append(Override(f"{SAVED}.{site.path}.weight", "", site.weight.partition(".")[2]))
-    return found
 
 
 def _names(placement: Placement, base: nn.Module) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,20 +13,61 @@ from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 
 Start = bool | str
-"""True (Kaiming A, zero B), False (both random), `gaussian`, `pissa`, `pissa_niter_[n]`, `olora`."""
+"""True (Kaiming A, zero B), False (both random), `gaussian`, `orthogonal`, `pissa`, `pissa_niter_[n]`, `olora`, `mica`;
+in files also what needs data to begin, `eva` and `lora_ga`."""
+
+_NAMED = ("gaussian", "orthogonal", "pissa", "olora", "mica")
+_NEEDS_DATA = {"eva": "activations", "lora_ga": "gradients"}
+_MOVES_BASE = {"corda": "covariances", "loftq": "a quantisation of the base"}
 
 
-def check_start(how: Start) -> None:
-    """Refuse a start that HF PEFT has no name for."""
-    known = how in (True, False, "gaussian", "pissa", "olora")
-    if not known and not re.fullmatch(r"pissa_niter_\d+", str(how)):
-        hint = "one of True, False, 'gaussian', 'pissa', 'pissa_niter_16', 'olora'"
+def known_start(how: Start) -> Start:
+    """A start by its name in lower case.
+
+    Raises:
+        PeftfxError: HF PEFT has no such name, or with this start its files do not say what was trained.
+    """
+    if isinstance(how, bool):
+        return how
+    name = str(how).lower()
+    if name in _MOVES_BASE:
+        what = f"{name} moves the base's weights by {_MOVES_BASE[name]}, which no file of the adapter holds"
+        hint = "convert it with peft: save_pretrained(path_initial_model_for_weight_conversion=...), or merge it there"
+        raise PeftfxError(what, "init_lora_weights", hint)
+    if name not in (*_NAMED, *_NEEDS_DATA) and not re.fullmatch(r"pissa_niter_\d+", name):
+        hint = f"one of True, False, {', '.join(map(repr, _NAMED))}, 'pissa_niter_16'"
         raise PeftfxError(f"unknown initialisation {how!r}", "init_lora_weights", hint)
+    return name
+
+
+def obstacle_of(how: Start, ranks: Iterable[int]) -> PeftfxError | None:
+    """Why no new adapter can have this start here."""
+    if how in _NEEDS_DATA:
+        what = f"{how} starts from {_NEEDS_DATA[str(how)]} on data, which peftfx does not gather"
+        hint = "start it with peft, save it, and load that; or take another start, as 'pissa'"
+        return PeftfxError(what, "init_lora_weights", hint)
+    if how == "orthogonal" and any(r % 2 for r in ranks):
+        return PeftfxError("an orthogonal start needs an even rank", "r", "LoRA(r=8, init_lora_weights='orthogonal')")
+    return None
+
+
+def doubt_of(how: Start) -> str:
+    """Why a file of this start may not give what was trained; empty where it does."""
+    if how == "lora_ga":
+        return "lora_ga moves the base's weights in training, and not on loading, where HF PEFT leaves them too"
+    if is_random(how):
+        return f"{how} starts from a random approximation that the file lacks; the one made again differs from it"
+    return ""
+
+
+def is_random(how: Start) -> bool:
+    """Whether the start is a random approximation of the weight: made again, it is another."""
+    return isinstance(how, str) and how.startswith("pissa_niter_")
 
 
 def starts_from_weight(how: Start) -> bool:
     """Whether the factors at the start are some of the weight, which the update then is without."""
-    return isinstance(how, str) and how != "gaussian"
+    return isinstance(how, str) and how.startswith(("pissa", "olora"))
 
 
 def fill(how: Start, site: Site, a: Tensor, b: Tensor, rng: torch.Generator | None) -> None:
@@ -34,12 +76,34 @@ def fill(how: Start, site: Site, a: Tensor, b: Tensor, rng: torch.Generator | No
         b.normal_(generator=rng)
         if how is False:
             a.normal_(generator=rng)
+    elif how == "orthogonal":
+        _orthogonal(site, a, b, rng)
     elif how == "gaussian":
         a.normal_(std=1 / a.shape[0], generator=rng)
     else:
         torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng)
         if how is False:
             torch.nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=rng)
+
+
+def _orthogonal(site: Site, a: Tensor, b: Tensor, rng: torch.Generator | None) -> None:
+    """Random factors whose product is nothing: rows of one rotation, these for A and those for B, are orthogonal."""
+    if site.kind != "linear":
+        hint = "leave convs and embeddings out of this rule"
+        raise PeftfxError(f"an orthogonal start is for linear weights, not for a {site.kind}", site.path, hint)
+    r = a.shape[0]
+    rotation = torch.linalg.qr(torch.empty(r, r, device=a.device).normal_(generator=rng))[0]
+    down, up = (torch.empty(n, r // 2, device=a.device).normal_(generator=rng) for n in (a.shape[1], b.shape[0]))
+    a.copy_((down @ rotation[0::2]).T / 10)
+    b.copy_(up @ rotation[1::2] / 10)
+
+
+def minor_of(site: Site, weight: Tensor, r: int) -> Tensor:
+    """MiCA's B: the left singular vectors of the smallest singular values."""
+    if site.kind != "linear" or r > min(weight.shape):
+        what = f"mica needs a linear weight of rank {r} or more, not a {site.kind} of {list(weight.shape)}"
+        raise PeftfxError(what, site.path, "leave it out of this rule, or lower the rank")
+    return torch.linalg.svd(weight, full_matrices=False)[0][:, -r:].contiguous()
 
 
 def factors_of(how: Start, site: Site, weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -55,7 +119,7 @@ def factors_of(how: Start, site: Site, weight: Tensor, r: int, scaling: float) -
     else:
         niter = int(str(how).rpartition("_")[2])
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-            torch.manual_seed(0)  # the factors are computed again when the adapter is loaded: they must be the same
+            torch.manual_seed(0)  # an adapter that starts from the same seed must be the same, and a file that is read
             u, s, v = torch.svd_lowrank(weight, r, niter=niter)
         vh = v.T
     root = torch.sqrt(s[:r] / scaling)

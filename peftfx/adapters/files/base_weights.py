@@ -1,0 +1,69 @@
+"""Weights of the base itself in a HF PEFT file: `save_embedding_layers`, and the base layers of adapted embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.contract.placement import SAVED, Override, Placement
+from peftfx.errors import PeftfxError
+from peftfx.rules.peft_files import Weights
+
+_ROWS = ".token_adapter.base_layer."
+_LAYER = ".base_layer."
+
+
+def replaced_weights(
+    base: nn.Module, weights: Weights, placements: Sequence[Placement], overrides: Iterable[Override]
+) -> list[Override]:
+    """The base's tensors that a file has of its own, under their own names or as the `base_layer` of what adapts them.
+
+    HF PEFT puts them in the base's place when it loads: after a vocabulary was resized its file has the embeddings.
+    Those that are the base's own are taken off the file's list; the others act as the adapter's, and are not trained.
+
+    Raises:
+        PeftfxError: tied tensors differ in the file, or tokens of a tensor are trained that the file has another of.
+    """
+    own = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
+    adapted = {p.site.path for p in placements}
+    trained = {override.key.removeprefix(f"{SAVED}.") for override in overrides}
+    found: dict[int, tuple[str, Override]] = {}
+    for key in list(weights.names):
+        path = _base_name(key, own, adapted)
+        if path is None or path in trained:
+            continue
+        if not _differs(weights, key, own[path]):
+            weights.names.pop(key)
+            continue
+        if _ROWS in key:
+            what = "the file has this embedding, not as it is in the base, and rows of it that were trained"
+            hint = "resize the base's embedding, put the file's weight into it, and save the base; then load this"
+            raise PeftfxError(what, key, hint)
+        before, _ = found.setdefault(id(own[path]), (key, Override(f"{SAVED}.{path}", "", path, trained=False)))
+        if before != key:
+            if not torch.equal(weights[before], weights[key]):
+                hint = "untie the base's embeddings (tie_word_embeddings=False), and load it on that"
+                raise PeftfxError(f"one tensor in this model, and {before} differs in the file", key, hint)
+            weights.names.pop(key)
+    return [override for _, override in found.values()]
+
+
+def _base_name(key: str, own: Mapping[str, Tensor], adapted: set[str]) -> str | None:
+    """The name of the base's tensor that a key of a file stands for, if it does."""
+    if key in own:
+        return key
+    for mark in (_ROWS, _LAYER):
+        path, found, leaf = key.partition(mark)
+        name = f"{path}.{leaf}"
+        if found and name in own and (mark == _ROWS or path in adapted):
+            return name
+    return None
+
+
+def _differs(weights: Weights, key: str, tensor: Tensor) -> bool:
+    """Whether the file's tensor is another than the base's; one of another shape is left to be listed as that."""
+    if weights.shapes[key] != tuple(tensor.shape):
+        return True
+    return tensor.is_meta or not torch.equal(weights[key].to(tensor), tensor)
