@@ -13,7 +13,6 @@ from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.override import OverrideMethod
 from peftfx.contract.placement import Override, Placement
 from peftfx.contract.sequence import SequenceMethod
-from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.passes.adaptation.attention import join
@@ -107,14 +106,9 @@ def _insert(splicer: Splicer, placement: Placement) -> int:
     site = splicer.sites.get(placement.site.path)  # a view may not run it: `inputs_embeds` passes an embedding by
     if site is None:
         return 0
-    placed = splicer.placed.get(site.path, {}).values()
-    others = [p for p in placed if None in (p.part, placement.part) or p.part == placement.part]
-    if others and not all(p.method.composes for p in (*others, placement)):
-        what = f"{type(placement.method).__name__} as configured cannot share a site with another adapter"
-        raise PeftfxError(what, site.path, "disable the other adapter, or merge it first")
-    splicer.note(splicer.name, placement)
     for call in site.calls:
         apply_at(splicer, placement, call, splicer.name, splicer.adapter)
+    splicer.note(splicer.name, placement)
     return len(site.calls)
 
 

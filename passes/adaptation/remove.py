@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from peftfx.adapters.adapter import Adapter
 from peftfx.graph.graph import ADAPTERS, Graph
+from peftfx.passes.adaptation.insert import Insert
 from peftfx.passes.base import OVERRIDES, REGION, REPLACES, Pass, PassResult, attributes_of, results
 from peftfx.sites.sites import Sites
 
@@ -24,6 +26,8 @@ class Remove(Pass):
     name: str | None = None
 
     def __call__(self, graph: Graph) -> PassResult:
+        if self.name is not None and self._is_run_again(graph):
+            return self._without(graph)
         graph = graph.clone()
         nodes = {n.name: n for n in graph.nodes()}
         stands_for: dict[str, str] = {}
@@ -42,6 +46,25 @@ class Remove(Pass):
         changed += self._restore(graph)
         graph.module.recompile()
         return PassResult(graph, changed)
+
+    def _is_run_again(self, graph: Graph) -> bool:
+        """Whether another adapter runs this one again, behind what it does itself: see `WeightMethod.reruns`."""
+        own = [n for t, n in attributes_of(graph).items() if t.startswith(f"{ADAPTERS}.{self.name}.")]
+        users = (user for node in own for user in node.users if REGION in user.meta)
+        return any(user.meta[REGION].adapter != self.name for user in users)
+
+    def _without(self, graph: Graph) -> PassResult:
+        """The graph with the other adapters put in anew, in order."""
+        acting = [result.meta[REGION].adapter for result in results(graph)]
+        names = dict.fromkeys([*acting, *(t.split(".")[1] for t in attributes_of(graph) if t.startswith(ADAPTERS))])
+        removed = Remove()(graph)
+        left = removed.graph
+        for name in names:
+            if name != self.name:
+                adapter = left.module.get_submodule(f"{ADAPTERS}.{name}")
+                assert isinstance(adapter, Adapter)
+                left = Insert(name, adapter)(left).graph
+        return PassResult(left, removed.changed)
 
     def _mine(self, adapter: str) -> bool:
         return self.name in (None, adapter)

@@ -10,9 +10,13 @@ from torch import Tensor, fx
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.method import WeightMethod
 from peftfx.contract.placement import Placement
+from peftfx.graph.graph import ADAPTERS
 from peftfx.passes.rewriting.site_op import bind, operands
 from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.site import Call, Site
+
+Acting = tuple[Placement, list[str]]
+"""What acts at a site, and the names of its parameters."""
 
 
 def apply_at(splicer: Splicer, placement: Placement, call: Call, name: str, adapter: Adapter) -> None:
@@ -21,9 +25,11 @@ def apply_at(splicer: Splicer, placement: Placement, call: Call, name: str, adap
     y = splicer.weighted.get(call.y, splicer.nodes[call.y])
     weight, bias = operands(placement.site, call, splicer.nodes)
     params = splicer.parameters(placement, name, adapter, y)
-    arguments = [x, y, weight, bias, *params.values()]
+    under = _under(splicer, placement, y)
+    arguments = [x, y, weight, bias, *params.values(), *(n for _, read in under for n in read.values())]
     values = [None if n is None else n.meta["val"] for n in arguments]
-    traced = _trace(splicer, placement, op, list(params), values)
+    acting = [(placement, list(params)), *((p, list(read)) for p, read in under)]
+    traced = _trace(splicer, acting, op, values)
     region = splicer.region(placement, name, splicer.nodes[call.y], params)
     users = list(y.users)
     result = splicer.splice(traced, arguments, before=y.next, like=y, region=region)
@@ -31,27 +37,54 @@ def apply_at(splicer: Splicer, placement: Placement, call: Call, name: str, adap
     splicer.replace(y, result, users)
 
 
-def _trace(
-    splicer: Splicer, placement: Placement, op: fx.Node, names: list[str], values: list[object]
-) -> fx.GraphModule:
-    site = dataclasses.replace(placement.view, path="", layer=None, weight="", bias=None, calls=())
+def _under(splicer: Splicer, placement: Placement, y: fx.Node) -> list[tuple[Placement, dict[str, fx.Node]]]:
+    """What acts at a placement's rows already, with its parameters, where the method runs that again."""
+    assert isinstance(placement.method, WeightMethod)
+    if not placement.method.reruns:
+        return []
+    found = []
+    for (name, _), other in splicer.placed.get(placement.site.path, {}).items():
+        if None in (other.part, placement.part) or other.part == placement.part:
+            adapter = splicer.graph.module.get_submodule(f"{ADAPTERS}.{name}")
+            assert isinstance(adapter, Adapter)
+            found.append((other, splicer.parameters(other, name, adapter, y)))
+    return found
+
+
+def _trace(splicer: Splicer, acting: list[Acting], op: fx.Node, values: list[object]) -> fx.GraphModule:
+    placement, _ = acting[0]
+    plain = {"path": "", "layer": None, "weight": "", "bias": None, "calls": ()}
     fixed = [a for a in op.args if not isinstance(a, fx.Node)]
-    forward = _forward(placement, op, names, training=splicer.graph.training)
-    key = (placement.method, site, placement.block, op.target, fixed, names)
-    return splicer.traced(key, forward, values, placement.method, placement.site.path)
+    forward = _forward(acting, op, training=splicer.graph.training)
+    methods = [(p.method, dataclasses.replace(p.view, **plain), p.block, names) for p, names in acting]
+    return splicer.traced((methods, op.target, fixed), forward, values, placement.method, placement.site.path)
 
 
-def _forward(placement: Placement, op: fx.Node, names: list[str], *, training: bool) -> Callable[..., Tensor]:
-    """A weight method's forward at one call as a function of (x, y, weight, bias, *params)."""
+def _forward(acting: list[Acting], op: fx.Node, *, training: bool) -> Callable[..., Tensor]:
+    """A weight method's forward at one call as a function of (x, y, weight, bias, *params).
+
+    It is the first of those acting; the others are what it runs again, with their parameters behind its own.
+    """
+    (placement, names), *under = acting
     bound, block, method = bind(op, placement.site), placement.block, placement.method
     assert isinstance(method, WeightMethod)
     site = dataclasses.replace(placement.view, path="")  # one trace serves every site of this signature
+    steps = [(_forward([step], op, training=training), len(step[1])) for step in under]
 
     def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:
-        base, p = placement.base(weight, bias), dict(zip(names, params, strict=True))
+        base, p = placement.base(weight, bias), dict(zip(names, params, strict=False))
+
+        def again(x: Tensor, *_: Tensor | None) -> Tensor:
+            y, at = bound(x, *whole), len(names)
+            for step, count in steps:
+                y, at = step(x, y, weight, bias, *params[at : at + count]), at + count
+            return y if block is None else block.take(y, _row_dim(site))
+
+        whole = dataclasses.replace(placement, part=None).base(weight, bias)
+        run = again if steps else bound
         if block is None:
-            return method.forward(site, bound, x, y, base, p, training)
-        rows = method.forward(site, bound, x, block.take(y, _row_dim(site)), base, p, training)
+            return method.forward(site, run, x, y, base, p, training)
+        rows = method.forward(site, run, x, block.take(y, _row_dim(site)), base, p, training)
         return block.put(y, rows, _row_dim(site))
 
     return forward

@@ -26,17 +26,22 @@ class Step:
     block: Block | None
     params: Mapping[str, str]
 
-    def fold(self, base: Base, get: Get) -> Base:
-        """The weight and bias after this step."""
+    def fold(self, start: Base, base: Base, get: Get) -> Base:
+        """The weight and bias after this step, of what they were at the start and are now."""
         p = {name: get(target).float() for name, target in self.params.items()}
         if self.block is None:
-            return self.method.fold(self.site, base, p)
-        bias = None if base.bias is None else self.block.take(base.bias, 0)
-        new = self.method.fold(self.site, Base(self.block.take(base.weight, 0), bias), p)
+            return self.method.fold_over(self.site, start, base, p)
+        now = self._rows(base)
+        bias = now.bias
+        new = self.method.fold_over(self.site, now if start is base else self._rows(start), now, p)
         whole = base.bias
         if new.bias is not bias and new.bias is not None:
             whole = self.block.put(base.weight.new_zeros(base.weight.shape[0]) if whole is None else whole, new.bias, 0)
         return Base(self.block.put(base.weight, new.weight, 0), whole)
+
+    def _rows(self, base: Base) -> Base:
+        assert self.block is not None
+        return Base(self.block.take(base.weight, 0), None if base.bias is None else self.block.take(base.bias, 0))
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Folding:
         )
         start = base
         for step in self.steps:
-            base = step.fold(base, get)
+            base = step.fold(start, base, get)
         new = base.weight.to(weight.dtype)
         rounding = Rounding.of(new, base.weight)
         new = (new.T if self.site.transposed else new).contiguous()

@@ -75,8 +75,6 @@ class Method(ABC):
     """What HF PEFT puts before a module's path in the keys of this method's files."""
     ignored: ClassVar[frozenset[str]] = frozenset()
     """Fields of HF PEFT's config that change nothing for this method, whatever their value."""
-    composes: ClassVar[bool] = True
-    """Whether other adapters may act at the same site."""
     wraps_attention: ClassVar[bool] = False
     """Whether HF PEFT adapts a `torch.nn.MultiheadAttention` by this method, its two projections at once."""
     layered: ClassVar[bool] = True
@@ -195,6 +193,18 @@ class WeightMethod(Method):
     @abstractmethod
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         """The adapted weight and bias. Called with fp32 tensors; the caller rounds once."""
+
+    @property
+    def reruns(self) -> bool:
+        """Whether `forward` runs `op` again and passes `y` by: `op` is then with all that acts at the site already."""
+        return False
+
+    def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
+        """`fold` over what acts at the site already: `under` is what that made of `base`.
+
+        As `forward`, where `y` is what acts already, and `base` is not.
+        """
+        return self.fold(site, under, p)
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
         """What `fold` does, as scales and a low-rank sum: for graphs that adapters are handed to.

@@ -47,7 +47,6 @@ class SequenceMethod(Method):
     default_target: ClassVar[str] = SEQUENCE
     kinds: ClassVar[frozenset[str]] = frozenset({SEQUENCE})
     prefix: ClassVar[str] = "base_model."
-    composes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -55,9 +55,8 @@ class IA3(WeightMethod):
         return bool(self.feedforward_modules)
 
     @property
-    def composes(self) -> bool:  # type: ignore[override]
-        """Where the input is scaled, the base's output is computed anew: what another adapter added would be lost."""
-        return not self.feedforward
+    def reruns(self) -> bool:
+        return self.feedforward
 
     @property
     def neutral(self) -> bool:
@@ -95,7 +94,8 @@ class IA3(WeightMethod):
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         scale = p[L].flatten()
         if self.feedforward:
-            return Base(base.weight * along_columns(scale, base.weight, site.groups), base.bias)
+            groups = 1 if base.weight.shape[1] == len(scale) else site.groups  # another adapter may have made it dense
+            return Base(base.weight * along_columns(scale, base.weight, groups), base.bias)
         bias = None if base.bias is None else base.bias * scale
         return Base(base.weight * along_rows(scale, base.weight), bias)
 

@@ -95,11 +95,6 @@ class LoRA(WeightMethod):
     __hash__ = WeightMethod.__hash__
 
     @property
-    def composes(self) -> bool:  # type: ignore[override]
-        """DoRA's norm is of the whole adapted weight: it leaves no room for another adapter at its site."""
-        return not self.use_dora
-
-    @property
     def neutral(self) -> bool:
         return self.init_lora_weights is not False
 
@@ -199,14 +194,24 @@ class LoRA(WeightMethod):
         update = product(site, p[A], p[B])
         if A0 in p:
             update = update - product(site, p[A0], p[B0])
-        return dense(weight, site.groups) + self.scaling * update
+        groups = 1 if weight.shape[1] == p[A].shape[1] else site.groups  # another adapter may have made it dense
+        return dense(weight, groups) + self.scaling * update
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
-        weight, gains = self._updated(site, base.weight, p), None
-        if self.use_dora:
-            gains = gain(site, p[MAGNITUDE], weight)
-            weight = weight * (gains if site.kind == "embedding" else along_rows(gains, weight))
-        return Base(weight, self._bias(base.bias, gains, p))
+        return self.fold_over(site, base, base, p)
+
+    def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
+        """As in HF PEFT, DoRA's norm is that of the base with its own update alone, and scales all that is there."""
+        weight = self._updated(site, under.weight, p)
+        if not self.use_dora:
+            return Base(weight, self._bias(under.bias, None, p))
+        alone = weight if under is base else self._updated(site, base.weight, p)
+        gains = gain(site, p[MAGNITUDE], alone)
+        bias = under.bias
+        if bias is not None and bias is not base.bias:
+            bias = bias + (gains - 1) * (bias if base.bias is None else bias - base.bias)
+        weight = weight * (gains if site.kind == "embedding" else along_rows(gains, weight))
+        return Base(weight, self._bias(bias, gains, p))
 
     def _bias(self, bias: Tensor | None, gains: Tensor | None, p: Params) -> Tensor | None:
         """The base's bias, and the one of `B`."""

@@ -144,7 +144,7 @@ def remove_one(case: Case, method: WeightMethod) -> None:
         adapted.add_adapter(name, method, seed=case.seed)
         inserts[name] = Insert(name, adapted.adapter(name))
     first = adapted.adapter("first")
-    if first.overrides or not all(p.method.composes for p in first.placements):
+    if first.overrides:
         return  # two adapters cannot both stand for one tensor of the base
     linked = adapted.graph(adapted=False).clone()
     linked.module.add_module(ADAPTERS, adapted.adapters)

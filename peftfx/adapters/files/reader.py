@@ -87,6 +87,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     placements = without_ties(placements)
     saved = saved_modules(base, method)
     overrides = overrides_of(base, method, saved, [p.site for p in placements])
+    names = set(weights.names)
     overrides += replaced_weights(base, weights, placements, overrides)
     adapter = Adapter([Placed(method, tuple(placements), tuple(overrides))], config)
     with without_memory(not fit(placements, weights, base)):  # then it is refused below
@@ -109,6 +110,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     _copy(adapter, wanted, weights)
     for placement in placements:
         _scale(adapter, placement, base)
+    again |= names - weights.names.keys()
     adapter.accounts[0] = Account(wanted, tuple(sorted(again)), {n: weights[n] for n in sorted(idle)})
     _tell_unused(idle, directory)
     return adapter
