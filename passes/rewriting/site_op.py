@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from peftfx.analysis.weight_ops import as_stored
 from peftfx.contract.method import Op
 from peftfx.errors import PeftfxError
 from peftfx.passes.base import OVERRIDES
@@ -16,31 +17,36 @@ _GROUPS = 6  #: where a conv's groups are among its arguments
 
 
 def operands(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node | None]:
-    """The nodes that read the weight and the bias at one call."""
+    """The nodes that read the weight and the bias at one call, ahead of what casts them."""
     op, y = nodes[call.op], nodes[call.y]
-    weight = _argument(op, _weight_index(op, site))
+    weight = as_stored(_argument(op, _weight_index(op, site)))
     if OVERRIDES in weight.meta and weight.op != "get_attr":
         what = "rows of this weight are trained, its tokens: a method that acts on all of it does not go with them"
         raise PeftfxError(what, site.path, "leave the site out of that rule")
     if weight.op != "get_attr":  # x @ W.T
-        weight = _argument(weight, 0)
-    return weight, bias_of(op, y)
+        weight = as_stored(_argument(weight, 0))
+    bias = bias_of(op, y)
+    return weight, None if bias is None else as_stored(bias)
 
 
 def bind(op: fx.Node, site: Site) -> Op:
-    """The operation as a function of input, weight ([out, in, ...]) and bias, everything else bound."""
+    """The operation as a function of input, weight ([out, in, ...]) and bias, everything else bound.
+
+    Where the model casts weight and bias to the input's dtype, so does the function.
+    """
     target, rest = op.target, list(op.args)
     assert callable(target)
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight.to(x.dtype), _like(bias, x))
 
     def embedding(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return target(weight, x, *rest[2:])  # type: ignore[no-any-return]
 
     def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         channels = x.shape[1 - weight.ndim]
-        return target(x, weight, bias, *filled(op)[3:_GROUPS], channels // weight.shape[1])  # type: ignore[no-any-return]
+        operands = x, weight.to(x.dtype), _like(bias, x)
+        return target(*operands, *filled(op)[3:_GROUPS], channels // weight.shape[1])  # type: ignore[no-any-return]
 
     return {"linear": linear, "embedding": embedding, "conv": conv}[site.kind]
 
@@ -51,17 +57,26 @@ def rewire(
     """Point one call at another weight and bias; `dense` makes a grouped conv one of a single group."""
     op, y = nodes[call.op], nodes[call.y]
     index = _weight_index(op, site)
-    old = _argument(op, index)
-    if old.op != "get_attr":
-        with op.graph.inserting_before(op):
-            turned = op.graph.node_copy(old, lambda n: weight if n is _argument(old, 0) else n)
-        op.update_arg(index, turned)
-    else:
-        op.update_arg(index, weight)
-    if bias is not None and bias is not bias_of(op, y):
-        _set_bias(op, y, bias)
+    op.update_arg(index, _in_place_of(_argument(op, index), weight, op))
+    old = bias_of(op, y)
+    if bias is not None and (old is None or bias is not as_stored(old)):
+        _set_bias(op, y, bias if old is None else _in_place_of(old, bias, op))
     if dense:
         op.args = (*filled(op)[:_GROUPS], 1)
+
+
+def _in_place_of(old: fx.Node, new: fx.Node, before: fx.Node) -> fx.Node:
+    """The new tensor, cast and turned as the old one is on its way from where it is read."""
+    if old.op == "get_attr":
+        return new
+    source = _argument(old, 0)
+    inner = _in_place_of(source, new, before)
+    with before.graph.inserting_before(before):
+        return before.graph.node_copy(old, lambda n: inner if n is source else n)
+
+
+def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)
 
 
 def strip_bias(op: fx.Node) -> fx.Node | None:

@@ -23,7 +23,16 @@ from peftfx.passes.base import Pass, PassResult, attribute, attributes_of, fake_
 from peftfx.passes.slots.attention import join_beside
 from peftfx.passes.slots.norms import replace_by_row
 from peftfx.passes.slots.tokens_by_row import read_apart
-from peftfx.passes.slots.weight import Acting, add_node, along_channels, conv_low, product, times, update_call
+from peftfx.passes.slots.weight import (
+    Acting,
+    add_node,
+    along_channels,
+    conv_low,
+    has_one_dtype,
+    product,
+    times,
+    update_call,
+)
 from peftfx.sites.site import Call, Site
 from peftfx.views.row_adapters import IDS, PREFIXES, PROMPTS
 
@@ -108,6 +117,9 @@ class _Rows:
 
     def update(self, site: Site, call: Call) -> None:
         """Let the rows of one call have their own."""
+        if not has_one_dtype(site, self.nodes):
+            hint = "merge an adapter that acts there, one export for each"
+            raise PeftfxError("this layer computes in a dtype of its own: rows cannot choose there", site.path, hint)
         if site.kind == "linear" and call.y == call.op and not self.apart(self.nodes[call.x]):
             call = read_apart(self.nodes, call, self.index)
         op, y = self.nodes[call.op], self.nodes[call.y].meta["val"]

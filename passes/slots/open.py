@@ -21,7 +21,7 @@ from peftfx.graph.graph import Graph, TensorSpec
 from peftfx.graph.slots import INNER, KEYS, OUTER, TOKENS, VALUES, A, B, Slot, shapes
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.slots.attention import join_beside
-from peftfx.passes.slots.weight import Acting, along_channels, low_rank, update_call
+from peftfx.passes.slots.weight import Acting, along_channels, has_one_dtype, low_rank, update_call
 from peftfx.sites.site import Site
 
 HINT = 3  #: the size that a free axis has in the graph's example
@@ -32,7 +32,7 @@ class Open(Pass):
     """Open slots at sites, by their paths.
 
     Attributes:
-        updated: sites with a weight that get a low-rank sum and a scale of their output.
+        updated: sites with a weight that get a low-rank sum and a scale of their output; one that casts gets none.
         scaled: those of them that get a scale of their input too.
         beside: attentions that get keys and values beside the text's, with the heads that the forward shows.
     """
@@ -49,7 +49,7 @@ class Open(Pass):
                 if site.path in here:
                     opening.stand_beside(dataclasses.replace(site, calls=here[site.path].calls))
             for site in graph.sites:
-                if site.weight and site.path in self.updated:
+                if site.weight and site.path in self.updated and has_one_dtype(site, opening.nodes):
                     opening.update(site, scaled=site.path in self.scaled)
         opening.graph.module.recompile()
         return PassResult(opening.graph, len(opening.slots))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from peftfx.passes.rewriting.site_op import bias_of, filled, strip_bias
+from peftfx.passes.rewriting.site_op import bias_of, filled, operands, strip_bias
 from peftfx.sites.site import Call, Site
 
 aten = torch.ops.aten
@@ -62,6 +62,15 @@ def update_call(nodes: dict[str, fx.Node], site: Site, call: Call, acting: Actin
     for user in users:
         user.replace_input_with(value, total)
     nodes[value.name] = total  # a later layer may read it as its own input
+
+
+def has_one_dtype(site: Site, nodes: dict[str, fx.Node]) -> bool:
+    """Whether a site's values have the dtype of its weight. A layer that casts has several, and a slot has one."""
+    if site.kind == "embedding":
+        return True
+    values = [nodes[name] for call in site.calls for name in (call.x, call.op, call.y)]
+    values += [operands(site, call, nodes)[0] for call in site.calls]
+    return len({value.meta["val"].dtype for value in values}) == 1
 
 
 def low_rank(site: Site, op: fx.Node, x: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:

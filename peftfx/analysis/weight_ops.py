@@ -13,11 +13,13 @@ from peftfx.graph.graph import BASE, Graph
 
 _TRANSPOSES = names("t numpy_T mT transpose permute adjoint")
 _VIEWS = names("view reshape _unsafe_view flatten")
+_CASTS = names("to _to_copy float half bfloat16 double type_as")
+_AS_IT_IS = _CASTS | names("detach alias clone contiguous lift_fresh_copy")
 
 
 @dataclass(frozen=True)
 class Occurrence:
-    """`y = op(x, weight, bias)` in a graph; `x` and `y` are outside the reshapes that some layers put around the op."""
+    """`y = op(x, weight, bias)` in a graph; `x` and `y` are outside the reshapes and casts that are put around it."""
 
     path: str
     kind: str
@@ -71,22 +73,22 @@ def find_occurrences(graph: Graph) -> Iterator[Occurrence]:
 def _weighted(
     paths: _Paths, kind: str, op: fx.Node, x: object, weight: object, bias: object, transposed: bool = False
 ) -> Iterator[Occurrence]:
-    if not isinstance(x, fx.Node) or not _is_parameter(weight) or not (bias is None or _is_parameter(bias)):
+    weight, bias_node = _parameter(weight), _parameter(bias)
+    if not isinstance(x, fx.Node) or weight is None or (bias_node is None and bias is not None):
         return
-    assert isinstance(weight, fx.Node)
     x, y = (x, op) if kind != "linear" else _outside_views(op, x)
+    x, y = (x, y) if y is not op else _outside_casts(op, x)
     shape = tuple(int(size) for size in paths.graph.get(str(weight.target)).shape)
-    target = str(bias.target) if isinstance(bias, fx.Node) else None
+    target = None if bias_node is None else str(bias_node.target)
     yield Occurrence(paths.of(op, weight), kind, op, x, y, str(weight.target), target, shape, transposed)
 
 
 def _product(paths: _Paths, op: fx.Node, x: object, weight: object, bias: object) -> Iterator[Occurrence]:
     """A linear layer written as a product: `x @ W` (W stored [in, out]) or `x @ W.T`."""
     turned = isinstance(weight, fx.Node) and op_name(weight) in _TRANSPOSES
-    stored = weight.args[0] if isinstance(weight, fx.Node) and turned else weight
-    if not _is_parameter(stored):
+    stored = _parameter(weight.args[0] if isinstance(weight, fx.Node) and turned else weight)
+    if stored is None:
         return
-    assert isinstance(stored, fx.Node)
     if paths.graph.get(str(stored.target)).ndim != 2:
         return
     for found in _weighted(paths, "linear", op, x, stored, bias, transposed=not turned):
@@ -98,9 +100,9 @@ def _with_added_bias(graph: Graph, found: Occurrence) -> Occurrence:
     user = next(iter(found.y.users), None)
     if user is None or len(found.y.users) != 1 or op_name(user) != "add" or user.args[0] is not found.y:
         return found
-    bias = user.args[1]
+    bias = _parameter(user.args[1])
     _, size = found.features
-    if not _is_parameter(bias) or not isinstance(bias, fx.Node) or tuple(graph.get(str(bias.target)).shape) != (size,):
+    if bias is None or tuple(graph.get(str(bias.target)).shape) != (size,):
         return found
     return Occurrence(
         *(found.path, found.kind, found.op, found.x, user, found.weight, str(bias.target), found.shape),
@@ -119,8 +121,31 @@ def _outside_views(op: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
     return (outer, after) if same_axes else (x, op)
 
 
-def _is_parameter(value: object) -> bool:
-    return isinstance(value, fx.Node) and value.op == "get_attr" and str(value.target).startswith(f"{BASE}.")
+def _outside_casts(op: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The values outside `cast -> op -> cast back`, else the op's own: a layer that computes in a dtype of its own."""
+    after = next(iter(op.users), None)
+    wrapped = op_name(x) in _CASTS and x.meta["val"].is_floating_point() and len(op.users) == 1
+    if not wrapped or after is None or op_name(after) not in _CASTS or not isinstance(x.args[0], fx.Node):
+        return x, op
+    outer = x.args[0]
+    return (outer, after) if outer.meta["val"].dtype == after.meta["val"].dtype else (x, op)
+
+
+def _parameter(value: object) -> fx.Node | None:
+    """The node that reads the base's tensor that this value is, whatever floating dtype it was cast to."""
+    if not isinstance(value, fx.Node):
+        return None
+    read = as_stored(value)
+    return read if read.op == "get_attr" and str(read.target).startswith(f"{BASE}.") else None
+
+
+def as_stored(node: fx.Node) -> fx.Node:
+    """What a value was before it was cast, copied or detached."""
+    while node.op == "call_function" and op_name(node) in _AS_IT_IS and node.meta["val"].is_floating_point():
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node
 
 
 def _arg(node: fx.Node, index: int) -> object:

@@ -16,6 +16,8 @@ from peftfx.errors import PeftfxError, nearest
 from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
 from peftfx.rules.token_rows import trained_tokens
+from peftfx.rules.torch_attention import as_named
+from peftfx.rules.unplaced import refuse_unplaced
 from peftfx.sites.site import Part, Site
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import Where, select
@@ -40,7 +42,14 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     if not own:
         hint = "leave them out of modules_to_save, or target others"
         raise PeftfxError("every targeted module is in modules_to_save", ", ".join(saved), hint)
+    if not isinstance(method, SequenceMethod):
+        done = {as_named(base, method, p.site).path for p in own} | set(_inside_of(base, saved))
+        refuse_unplaced(base, method, sites, where(method), done)
     return Placed(method, tuple(own), tuple(overrides_of(base, method, saved, [p.site for p in own])))
+
+
+def _inside_of(base: nn.Module, modules: Sequence[str]) -> Iterable[str]:
+    return (path for path, _ in base.named_modules() if is_inside(path, modules)) if modules else ()
 
 
 def as_items(rules: object) -> Sequence[object]:
@@ -76,12 +85,13 @@ def placements_of(base: nn.Module, method: Method, sites: Sites) -> list[Placeme
     if not isinstance(method, WeightMethod):
         raise PeftfxError(f"{type(method).__name__} does not act on weights", "rules", "use a weight method, as LoRA")
     placements = []
-    for match in select(sites, **where(method)):
+    named = {as_named(base, method, site): site for site in sites}
+    for match in select(list(named), **where(method)):
         if match.site.kind not in method.kinds:
             what = f"{type(method).__name__} does not act on a site of kind {match.site.kind}"
             raise PeftfxError(what, match.site.path, f"target sites of kind {', '.join(sorted(method.kinds))}")
         parts: list[Part | None] = [p for p in match.site.parts if p.role in match.parts]
-        placements += [Placement(method.at(match.site), match.site, part) for part in parts or [None]]
+        placements += [Placement(method.at(match.site), named[match.site], part) for part in parts or [None]]
     return placements
 
 
@@ -121,7 +131,7 @@ def without_ties(placements: Sequence[Placement]) -> list[Placement]:
 
 def placement_at(base: nn.Module, method: Method, site: Site) -> Placement:
     """A method at the whole of a site."""
-    own = method.at(site)
+    own = method.at(as_named(base, method, site))
     assert isinstance(own, WeightMethod | AttentionMethod | OverrideMethod)
     return Placement(own, site, copies=copies_of(base, own, site) if isinstance(own, OverrideMethod) else ())
 

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from peftfx.analysis.no_grad_regions import inline_no_grad
 from peftfx.analysis.roles import find_sites
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
@@ -173,6 +174,9 @@ def _as_graph(
 ) -> Graph:
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
+    inline_no_grad(
+        module, lambda node: node.op == "get_attr" and isinstance(_own(model, str(node.target)), nn.Parameter)
+    )
     constants = nn.Module()
     module.add_module(CONSTANTS, constants)  # where fx's own checks look for them
     for node in list(graph.nodes):
@@ -214,11 +218,15 @@ def _constant(size: int | torch.SymInt) -> int | None:
 
 def _owns(model: nn.Module, target: str) -> bool:
     """Whether a captured attribute is the model's own; a tensor made in its code is put beside it by torch.export."""
+    return _own(model, target) is not None
+
+
+def _own(model: nn.Module, target: str) -> object:
     path = target.removeprefix(f"{BASE}.")
     try:
-        return path != target and _attribute(model, path) is not None
+        return None if path == target else _attribute(model, path)
     except AttributeError:
-        return False
+        return None
 
 
 def _attribute(module: nn.Module, target: str) -> object:

@@ -6,15 +6,14 @@ module that is proven never to run, so that it changes nothing in HF PEFT either
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.files.names import module_of
-from peftfx.adapters.files.torch_attention import is_read_by_attention
-from peftfx.analysis.unreached import is_unreached
 from peftfx.rules.peft_files import Weights
+from peftfx.rules.unplaced import never_runs
 from peftfx.sites.sites import Sites
 
 _WRAPPERS = (".modules_to_save.", ".original_module.")
@@ -58,40 +57,5 @@ def _equal(value: Tensor, other: Tensor) -> bool:
 def unused(names: Collection[str], marks: Collection[str], base: nn.Module, sites: Sites) -> set[str]:
     """Those of these names that are of a module that no call of the base runs."""
     paths = {name: module_of(name, marks) for name in names}
-    idle = {path for path in set(paths.values()) if path not in names and _never_runs(path, base, sites)}
+    idle = {path for path in set(paths.values()) if path not in names and never_runs(path, base, sites)}
     return {name for name, path in paths.items() if path in idle}
-
-
-def _never_runs(path: str, base: nn.Module, sites: Sites) -> bool:
-    if path in sites.called or not _has(base, path):
-        return False
-    return is_read_by_attention(base, path) or is_unreached(base, path)
-
-
-def why_no_place(path: str, base: nn.Module, sites: Sites, kinds: Collection[str]) -> str:
-    """Why an adapter's module has no place here; empty where the base has no such module."""
-    if not _has(base, path):
-        return ""
-    kind = next((site.kind for site in sites if site.path == path), None)
-    if hasattr(base.get_submodule(path), "parametrizations"):
-        return "the model runs it with a weight that is computed from others (torch.nn.utils.parametrize)"
-    reads = sites.reads.get(path) or next((how for p, how in _inside(sites.reads, path)), "")
-    if kind is not None and kind not in kinds and not reads:
-        return f"it is of kind {kind} here, and the method acts on {', '.join(sorted(kinds))}"
-    if reads:
-        return f"the model runs it, but not as a layer that can be adapted: {reads}"
-    if path in sites.called:
-        return "the model runs it, but its code applies no weight of its own that can be adapted"
-    return "this call does not run it: pass inputs= of a call that does"
-
-
-def _inside(reads: Mapping[str, str], path: str) -> Iterator[tuple[str, str]]:
-    return ((p, how) for p, how in reads.items() if p.startswith(f"{path}."))
-
-
-def _has(base: nn.Module, path: str) -> bool:
-    try:
-        base.get_submodule(path)
-    except AttributeError:
-        return False
-    return True

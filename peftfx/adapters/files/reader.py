@@ -11,13 +11,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.adapters.adapter import Account, Adapter, shared_key
-from peftfx.adapters.files.accounts import repeats, unused, why_no_place
+from peftfx.adapters.files.accounts import repeats, unused
 from peftfx.adapters.files.base_weights import replaced_weights
 from peftfx.adapters.files.mismatch import refuse_mismatch
 from peftfx.adapters.files.names import module_of, name_of, override_name
 from peftfx.adapters.files.prompts import read_prompt
 from peftfx.adapters.files.sizes import fit, without_memory
-from peftfx.adapters.files.torch_attention import path_in_file, placed, times_in_use, wrapper_of
+from peftfx.adapters.files.torch_attention import path_in_file, times_in_use
 from peftfx.contract.method import Method
 from peftfx.contract.placement import Override, Placed, Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
@@ -26,11 +26,14 @@ from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_co
 from peftfx.rules.resolution import (
     is_inside,
     overrides_of,
+    placement_at,
     placements_of,
     refuse_crowding,
     saved_modules,
     without_ties,
 )
+from peftfx.rules.torch_attention import wrapper_of
+from peftfx.rules.unplaced import why_no_place
 from peftfx.sites.sites import Sites
 
 
@@ -81,7 +84,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         warnings.warn(f"{directory}: {method.doubt}", stacklevel=2)
     if isinstance(method, SequenceMethod):
         return _read_prompt(directory, weights, method, base, sites, config)
-    possible = [placed(base, method, site) for site in sites if site.kind in method.kinds]
+    possible = [placement_at(base, method, site) for site in sites if site.kind in method.kinds]
     marks = {suffix.partition(".")[0] for p in possible for suffix in p.suffixes().values()}
     placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
     placements = without_ties(placements)

@@ -1,8 +1,7 @@
 """`torch.nn.MultiheadAttention` in HF PEFT's files: one adapter for its two projections, whose weights it reads itself.
 
 HF PEFT's LoRA on the attention at `a` is `a.lora_A` and `a.lora_B` for the input projection, query, key and value in
-one weight, and the same under `a.base_layer.out_proj` for the output projection. In a graph they are two sites. A LoRA
-on the layer `a.out_proj` by itself changes nothing in HF PEFT, as nothing calls that layer.
+one weight, and the same under `a.base_layer.out_proj` for the output projection. In a graph they are two sites.
 
 HF PEFT (0.21.2, and those before) adds the update of the output projection twice, once itself and once by the layer's
 own merge, in each call and when it merges. An adapter was trained so: here its B is twice what the file has.
@@ -10,7 +9,6 @@ own merge, in each call and when it merges. An adapter was trained so: here its 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -18,26 +16,8 @@ from torch import Tensor, nn
 
 from peftfx.adapters.files.names import name_of
 from peftfx.contract.method import Method
-from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError
-from peftfx.rules.resolution import placement_at
-from peftfx.sites.site import Site
-
-IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"
-
-
-def is_read_by_attention(base: nn.Module, path: str) -> bool:
-    """Whether this is the output layer of an attention of torch's, which reads its weight and never calls it."""
-    owner, _, leaf = path.rpartition(".")
-    return leaf == OUT_PROJ and isinstance(base.get_submodule(owner), nn.MultiheadAttention)
-
-
-def wrapper_of(base: nn.Module, method: Method, path: str) -> str | None:
-    """The attention that HF PEFT adapts by this method where the site at `path` is one of its projections."""
-    owner, _, leaf = path.rpartition(".")
-    if not method.wraps_attention or leaf not in (IN_PROJ, OUT_PROJ):
-        return None
-    return owner if isinstance(base.get_submodule(owner), nn.MultiheadAttention) else None
+from peftfx.rules.torch_attention import IN_PROJ, OUT_PROJ, wrapper_of
 
 
 def path_in_file(base: nn.Module, method: Method, path: str) -> str:
@@ -52,13 +32,6 @@ def times_in_use(base: nn.Module, method: Method, path: str, suffix: str) -> flo
     """How many times what a file has under this suffix is what acts at the site."""
     doubled = suffix.startswith("lora_B") and path.endswith(OUT_PROJ) and wrapper_of(base, method, path) is not None
     return 2.0 if doubled else 1.0
-
-
-def placed(base: nn.Module, method: Method, site: Site) -> Placement:
-    """The method at the whole of a site, with the options that HF PEFT has for the module that it names there."""
-    owner = wrapper_of(base, method, site.path)
-    named = site if owner is None else dataclasses.replace(site, path=owner)
-    return dataclasses.replace(placement_at(base, method, named), site=site)
 
 
 def by_wrapper(base: nn.Module, methods: Mapping[str, Method]) -> dict[str, Method]:

@@ -1,0 +1,70 @@
+"""no_grad regions: torch.export keeps what a model runs under `torch.no_grad` as a small program that one node calls.
+
+Where such a program has weights, it is put back into the graph, so that its layers are sites as any others. What leaves
+the region is detached: no gradient passes it, into the weights and adapters in it neither, as in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx, nn
+
+from peftfx.analysis.dataflow import op_name
+
+_REGION = "wrap_with_set_grad_enabled"
+
+
+def inline_no_grad(module: fx.GraphModule, holds_weight: Callable[[fx.Node], bool]) -> None:
+    """Inline, in place, every region that a weight goes into; regions inside of it too, if a weight goes into them."""
+    todo = list(module.graph.nodes)
+    while todo:
+        node = todo.pop()
+        if op_name(node) == _REGION and any(holds_weight(n) for n in node.args[2:] if isinstance(n, fx.Node)):
+            todo += _inline(module, node)
+
+
+def _inline(module: fx.GraphModule, region: fx.Node) -> list[fx.Node]:
+    """Put one region's nodes ahead of it, and its results in its results' places; returns the new nodes."""
+    enabled, program, *operands = region.args
+    assert isinstance(program, fx.Node)
+    inner = module.get_submodule(str(program.target))
+    assert isinstance(inner, fx.GraphModule)
+    copies: dict[fx.Node, fx.Node] = {}
+    places = [n for n in inner.graph.nodes if n.op == "placeholder"]
+    copies |= {p: n for p, n in zip(places, operands, strict=True) if isinstance(n, fx.Node)}
+    with module.graph.inserting_before(region):
+        for node in inner.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            copies[node] = module.graph.node_copy(node, copies.__getitem__)
+            if node.op == "get_attr":
+                copies[node].target = _moved(module, inner, str(node.target), str(program.target))
+        results = [copies[n] for n in next(n for n in inner.graph.nodes if n.op == "output").args[0]]
+        if not enabled:
+            results = [_detached(module.graph, result) for result in results]
+    for user in list(region.users):
+        assert op_name(user) == "getitem"
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+        module.graph.erase_node(user)
+    module.graph.erase_node(region)
+    if not program.users:
+        module.graph.erase_node(program)
+    return [copies[n] for n in inner.graph.nodes if n in copies and n.op == "call_function"]
+
+
+def _detached(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    made = graph.call_function(torch.ops.aten.detach.default, (value,))
+    made.meta = dict(value.meta)
+    return made
+
+
+def _moved(module: fx.GraphModule, inner: nn.Module, target: str, region: str) -> str:
+    """An attribute of a region's program, as the graph's own: the program of another region, say."""
+    name = f"{region}_{target}".replace(".", "_")
+    value: object = inner
+    for part in target.split("."):
+        value = getattr(value, part)
+    setattr(module, name, value)
+    return name

@@ -1,0 +1,101 @@
+"""Unplaced modules: what a rule or a file names and no site stands for. Nothing of it is passed by without a word."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peftfx.analysis.unreached import is_unreached
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.method import Method
+from peftfx.contract.override import OverrideMethod
+from peftfx.errors import PeftfxError
+from peftfx.rules.torch_attention import as_named, cut_attentions, is_read_by_attention
+from peftfx.sites.expression import ALL_LINEAR
+from peftfx.sites.site import Site, layer_of
+from peftfx.sites.sites import Sites
+from peftfx.sites.target import Where, explain
+
+_MOST = 4
+
+
+def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where, done: Collection[str]) -> None:
+    """Refuse a rule whose `target_modules` name modules with weights that have no site here.
+
+    Args:
+        where: the rule's own options that say where it applies.
+        done: module paths that the rule acts at, or trains whole.
+
+    Raises:
+        PeftfxError: one of them runs, or may run in another call.
+    """
+    if method.target_modules is None or isinstance(method, AttentionMethod):
+        return
+    least = 1 if isinstance(method, OverrideMethod) else 2
+    known = {as_named(base, method, site).path for site in sites if site.weight} | set(done)
+    known -= cut_attentions(base, sites)
+    linear = method.target_modules == ALL_LINEAR
+    candidates = [
+        path
+        for path, m in base.named_modules()
+        if path not in known and _has_weight(m, least) and (not linear or isinstance(m, nn.Linear | Conv1D))
+    ]
+    mark = Site("", "linear", "linear", None, "-", None, (), False, (), ())
+    stand_ins = [dataclasses.replace(mark, path=path, layer=layer_of(path)) for path in candidates]
+    named = [r.site.path for r in explain(stand_ins, **where, kinds=("linear",)) if r.match]
+    idle = [path for path in named if never_runs(path, base, sites)]
+    reasons = {path: why_no_place(path, base, sites, method.kinds) for path in named if path not in idle}
+    if reasons:
+        more = f"; and {len(reasons) - _MOST} more" if len(reasons) > _MOST else ""
+        listed = "; ".join(f"{path}: {why}" for path, why in [*reasons.items()][:_MOST])
+        hint = "narrow target_modules (exclude_modules), or pass inputs= of a call that runs them"
+        raise PeftfxError(f"target_modules name modules that cannot be adapted here: {listed}{more}", "rules", hint)
+    if idle:
+        listed = ", ".join(idle[:_MOST])
+        warnings.warn(f"no call of the model runs {listed}: nothing is adapted there", stacklevel=2)
+
+
+def never_runs(path: str, base: nn.Module, sites: Sites) -> bool:
+    """Whether it is proven that no call runs the module at this path."""
+    if path in sites.called or not _has(base, path):
+        return False
+    return is_read_by_attention(base, path) or is_unreached(base, path)
+
+
+def why_no_place(path: str, base: nn.Module, sites: Sites, kinds: Collection[str]) -> str:
+    """Why an adapter's module has no place here; empty where the base has no such module."""
+    if not _has(base, path):
+        return ""
+    kind = next((site.kind for site in sites if site.path == path), None)
+    if hasattr(base.get_submodule(path), "parametrizations"):
+        return "the model runs it with a weight that is computed from others (torch.nn.utils.parametrize)"
+    reads = sites.reads.get(path) or next((how for p, how in _inside(sites.reads, path)), "")
+    if kind is not None and kind not in kinds and not reads:
+        return f"it is of kind {kind} here, and the method acts on {', '.join(sorted(kinds))}"
+    if reads:
+        return f"the model runs it, but not as a layer that can be adapted: {reads}"
+    if path in sites.called:
+        return "the model runs it, but its code applies no weight of its own that can be adapted"
+    return "this call does not run it: pass inputs= of a call that does"
+
+
+def _inside(reads: Mapping[str, str], path: str) -> Iterator[tuple[str, str]]:
+    return ((p, how) for p, how in reads.items() if p.startswith(f"{path}."))
+
+
+def _has(base: nn.Module, path: str) -> bool:
+    try:
+        base.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _has_weight(module: nn.Module, least: int) -> bool:
+    """Whether a module has a parameter of its own, of so many axes at least, or a weight computed from some."""
+    own = module._parameters.values()
+    return hasattr(module, "parametrizations") or any(p is not None and p.ndim >= least for p in own)

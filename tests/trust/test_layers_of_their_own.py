@@ -1,0 +1,156 @@
+"""Layers that cast, detach or run under no_grad are sites, with peft's numbers; a rule that names others is refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from support.parity import randomise
+from torch import Tensor, nn
+
+import peftfx
+from peftfx import PeftfxError
+
+SIZE = 8
+
+
+class InDouble(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.double(), self.weight.double(), self.bias.double()).to(x.dtype)
+
+
+class InBfloat16(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16()).float()
+
+
+class Detached(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.detach().clone(), self.bias)
+
+
+class WithoutGradients(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class ConvInDouble(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.double()  # peft takes it away where it has magnitudes
+        return F.conv1d(x.double(), self.weight.double(), bias).float()
+
+
+class Masked(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * (self.weight > 0), self.bias)
+
+
+class Model(nn.Module):
+    def __init__(self, layer: Callable[[], nn.Module], *, frozen: bool = False) -> None:
+        super().__init__()
+        self.before, self.layer, self.after = nn.Linear(SIZE, SIZE), layer(), nn.Linear(SIZE, 3)
+        self.frozen, self.spread = frozen, isinstance(self.layer, nn.Conv1d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(not self.frozen and torch.is_grad_enabled()):
+            x = torch.relu(self.before(x))
+            x = self.layer(x[..., None])[..., 0] if self.spread else self.layer(x)
+        return self.after(torch.relu(x))
+
+
+LAYERS = {
+    "in double": lambda: InDouble(SIZE, SIZE),
+    "in bfloat16": lambda: InBfloat16(SIZE, SIZE),
+    "detached": lambda: Detached(SIZE, SIZE),
+    "without gradients": lambda: WithoutGradients(SIZE, SIZE),
+    "a conv in double": lambda: ConvInDouble(SIZE, SIZE, 1),
+}
+NAMES = ["before", "layer", "after"]
+
+
+def both(base: nn.Module, config: peft.PeftConfig, directory: Path) -> tuple[nn.Module, nn.Module]:
+    """`peft`'s random adapter on a copy of the base, and ours, loaded from what it saved."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(base), config)
+        randomise(theirs)
+        theirs.save_pretrained(str(directory))
+    return theirs.eval(), peftfx.load(base, directory, inputs={"x": torch.randn(5, SIZE)})
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_layer_that_computes_in_its_own_way_is_adapted_as_peft_does(name: str, dora: bool, tmp_path: Path) -> None:
+    base, x = Model(LAYERS[name]).eval(), torch.randn(3, SIZE)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=NAMES, use_dora=dora)
+    theirs, ours = both(base, config, tmp_path)
+    near = {"atol": 2e-2, "rtol": 2e-2} if name == "in bfloat16" else {"atol": 1e-5, "rtol": 1e-4}
+    want = theirs(x)
+    assert (want - base(x)).abs().max() > 0.1
+    torch.testing.assert_close(ours(x=x), want, **near)
+    ours.merge()
+    torch.testing.assert_close(ours.remove()(x), want, **near)
+
+
+@pytest.mark.parametrize("name", ["in double", "without gradients"])
+def test_ia3_acts_there_too(name: str, tmp_path: Path) -> None:
+    base, x = Model(LAYERS[name]).eval(), torch.randn(3, SIZE)
+    config = peft.IA3Config(target_modules=["layer", "after"], feedforward_modules=["layer"])
+    theirs, ours = both(base, config, tmp_path)
+    torch.testing.assert_close(ours(x=x), theirs(x), atol=1e-5, rtol=1e-4)
+
+
+def test_no_gradient_passes_a_region_without_gradients(tmp_path: Path) -> None:
+    base, x = Model(lambda: nn.Linear(SIZE, SIZE), frozen=True), torch.randn(3, SIZE)
+    theirs, ours = both(base, peft.LoraConfig(r=2, target_modules=NAMES), tmp_path)
+    (got,) = (ours(x=x).sum(),)
+    got.backward()
+    theirs(x).sum().backward()
+    for path in NAMES:
+        want = [p.grad for n, p in theirs.named_parameters() if f".{path}.lora" in n]
+        have = [p.grad for n, p in ours.adapters.named_parameters() if f".{path}." in n]
+        assert [g is None for g in want] == [g is None for g in have]
+        for a, b in zip(want, have, strict=True):
+            assert a is None or torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["in double", "without gradients"])
+def test_it_is_exported_merged_and_apart(name: str, tmp_path: Path) -> None:
+    base = Model(LAYERS[name]).eval()
+    _, ours = both(base, peft.LoraConfig(r=2, target_modules=NAMES), tmp_path / "adapter")
+    for merge in (True, False):
+        report = ours.export(tmp_path / str(merge), merge=merge, inputs={"x": torch.randn(2, SIZE)})
+        assert report.max_abs < 1e-4
+        assert not merge or {"before", "layer", "after"} == set(report.merged)
+
+
+@pytest.mark.parametrize("names", [["layer", "after"], r"layer|after", "all-linear"])
+def test_a_rule_that_names_a_layer_that_cannot_be_adapted_is_refused(names: list[str] | str) -> None:
+    base = Model(lambda: Masked(SIZE, SIZE)).eval()
+    rule = peftfx.LoRA(r=2, target_modules=names)
+    with pytest.raises(PeftfxError, match="layer: the model runs it, but not as a layer"):
+        peftfx.transform(base, rule, inputs={"x": torch.randn(3, SIZE)})
+
+
+def test_a_rule_names_an_attention_of_torch_as_in_peft() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.after = nn.MultiheadAttention(SIZE, 2), nn.Linear(SIZE, SIZE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(self.attention(x, x, x)[0])
+
+    base, given = Attends().eval(), {"x": torch.randn(4, 2, SIZE)}
+    rule = peft.LoraConfig(r=2, target_modules=["attention", "after"])
+    paths = [p.site.path for p in peftfx.transform(base, rule, inputs=given).adapter("default").placements]
+    assert paths == ["attention.in_proj_weight", "attention.out_proj", "after"]
+    with pytest.warns(UserWarning, match="no call of the model runs attention.out_proj"):
+        peftfx.transform(base, peft.LoraConfig(r=2, target_modules=["out_proj", "after"]), inputs=given)
