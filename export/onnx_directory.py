@@ -86,8 +86,9 @@ def export_onnx(
             `peftfx.export.slots.batched`.
         source: where the base was read from, for who puts them there.
         force: replace the directory if it exists.
-        atol, rtol: what may differ: `atol + rtol * largest magnitude` of an output; by default 1e-4 each, and 2e-2
-            for a base in half precision, whose own rounding is of that size.
+        atol, rtol: what may differ: `atol + rtol * largest magnitude` of an output. By default it is measured: a
+            multiple of what the model in torch is from itself in float64; see
+            `peftfx.export.verification.tolerance`.
         assets: called with the new directory, to put files beside the model.
         progress: called with a line when a stage begins.
         written: called with the bytes of weights written so far, and those there will be.
@@ -104,10 +105,8 @@ def export_onnx(
     check_opset(opset)
     check_engine(engine)
     check_view(view)
-    usual = _tolerance(adapted.base)
     if quantize is not None:
         atol, rtol = 0.0, FINITE if max_error is None else max_error
-    atol, rtol = usual if atol is None else atol, usual if rtol is None else rtol
     way = _deployment(merge, slots, batched, str(source), (atol, rtol))
     refuse_memory(adapted, max_memory)
     report = Report.of(adapted, way.names(adapted))
@@ -134,10 +133,12 @@ def export_onnx(
             save_together(programs, temporary, written=written)
         with stages("verify"):
             for part in parts:
+                oracle = way.oracle(adapted, part, example)
                 found = verify(
                     temporary / part.file,
-                    way.reference(adapted, part),
-                    way.cases(adapted, part, example),
+                    oracle.reference,
+                    oracle.cases,
+                    measured=oracle.measured,
                     atol=atol,
                     rtol=rtol,
                     graph=part.graph,
@@ -155,7 +156,11 @@ def export_onnx(
 
 
 def _deployment(
-    merge: bool, slots: Slots | str | None, batched: Sequence[str], source: str, bounds: tuple[float, float]
+    merge: bool,
+    slots: Slots | str | None,
+    batched: Sequence[str],
+    source: str,
+    bounds: tuple[float | None, float | None],
 ) -> Deployment:
     if slots is None:
         return Batched(tuple(batched)) if batched else InGraph(merge)
@@ -187,8 +192,3 @@ class _Stages:
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
-
-
-def _tolerance(base: nn.Module) -> float:
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in base.parameters())
-    return 2e-2 if half else 1e-4

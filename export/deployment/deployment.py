@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-from torch import Tensor
 
 from peftfx.export.deployment.export_json import write_export_json
 from peftfx.export.deployment.genai_config import write_genai_config
 from peftfx.export.deployment.parts import Part, capture_parts
-from peftfx.export.verification.comparison import Reference, reference_of
-from peftfx.export.verification.probes import probes, view_probes
+from peftfx.export.verification.oracle import Oracle, eager_oracle
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import Decode
 
@@ -39,15 +37,9 @@ class Deployment(ABC):
         """A part's program as it is written."""
         return program
 
-    def cases(self, adapted: AdaptedModel, part: Part, example: Inputs) -> list[dict[str, Tensor]]:
-        """Calls to verify a part at."""
-        if part.view is not None:
-            return view_probes(adapted, part.view)
-        return probes(adapted, part.graph.inputs, example)
-
-    def reference(self, adapted: AdaptedModel, part: Part) -> Reference:
-        """What the part is held against in these calls."""
-        return reference_of(part.graph)
+    def oracle(self, adapted: AdaptedModel, part: Part, example: Inputs) -> Oracle:
+        """What the part is held against, and in which calls."""
+        return eager_oracle(adapted, part.graph, part.view, example)
 
     def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
         """Tell other runtimes, beside the models, how they are served."""

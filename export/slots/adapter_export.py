@@ -16,8 +16,8 @@ from torch import Tensor
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.slots.adapter_tensors import adapter_tensors
-from peftfx.export.verification.comparison import reference_of, verify
-from peftfx.export.verification.probes import probes, view_cases
+from peftfx.export.verification.comparison import verify
+from peftfx.export.verification.oracle import eager_oracle
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.files import already_there, write_file, writing
 from peftfx.graph.slots import (
@@ -129,12 +129,13 @@ def _write_checked(
         with in_eval(adapted):
             view = adapted.view(kind)
             graph = adapted.graph() if view is None else adapted.graph(view=view)
-            cases = probes(adapted, graph.inputs, adapted.example) if view is None else view_cases(adapted, view)
+            oracle = eager_oracle(adapted, graph, view, adapted.example)
             put = read_adapter_file(file_of(path, name, tuple(manifest.views)))[1]
             verify(
-                *(directory / f"{name}.onnx", reference_of(graph), cases),
+                *(directory / f"{name}.onnx", oracle.reference, oracle.cases),
                 atol=manifest.atol,
                 rtol=manifest.rtol,
+                measured=oracle.measured,
                 shown=None if view is None else view.shown,
                 put=put,
             )

@@ -21,7 +21,9 @@ from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.parts import Part, capture_parts, refuse_fixed, views_of
 from peftfx.export.slots.row_stacks import stacked, told
 from peftfx.export.verification.comparison import Reference, reference_of
-from peftfx.export.verification.probes import probes, view_cases, view_probes
+from peftfx.export.verification.eager_reference import EagerReference, no_oracle
+from peftfx.export.verification.oracle import Oracle, measured_of, named_in
+from peftfx.export.verification.probes import probes, view_cases
 from peftfx.graph.slots import PREFIX, PROMPT
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE, FORWARD
@@ -76,18 +78,21 @@ class Batched(Deployment):
                 parts.append(part)
         return parts
 
-    def cases(self, adapted: AdaptedModel, part: Part, example: Inputs) -> list[dict[str, Tensor]]:
-        """Calls in which the rows have adapters, and none, in turn."""
+    def oracle(self, adapted: AdaptedModel, part: Part, example: Inputs) -> Oracle:
+        """Each row is what the model with that row's adapter alone makes of it; rows have them, and none, in turn."""
         with adapted.disable_adapter():
             if part.view is not None and part.seen is not None:
-                view_probes(adapted, part.seen)  # the model's own code, without adapters
-                return with_ids(view_cases(adapted, part.view), len(self.adapters))
-            specs = [s for s in part.graph.inputs if s.name != IDS]
-            return with_ids(probes(adapted, specs, example), len(self.adapters))
-
-    def reference(self, adapted: AdaptedModel, part: Part) -> Reference:
-        """Each row is what the model with that row's adapter alone makes of it."""
-        return each_alone(adapted, part, self.adapters)
+                cases = view_cases(adapted, part.view, lambda view, feed: EagerReference(adapted, view)(feed))
+            else:
+                specs = [s for s in part.graph.inputs if s.name != IDS]
+                cases = probes(adapted, specs, example, EagerReference(adapted, None, example))
+        cases = with_ids(cases, len(self.adapters))
+        told = "each row alone with its adapter, by the model's own code with the adapter on its modules"
+        for name in self.adapters:
+            adapted.set_adapter(name)
+            why = no_oracle(adapted)
+            told = f"each row alone with its adapter, by its graph: {why}" if why else told
+        return Oracle(each_alone(adapted, part, self.adapters, example), cases, measured_of(adapted, cases), told)
 
     def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
         """Tell which number is which adapter's; other runtimes do not know of `adapter_ids`."""
@@ -119,7 +124,7 @@ def _forward(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow
     return dataclasses.replace(part, graph=graph, exported=graph)
 
 
-def each_alone(adapted: AdaptedModel, part: Part, names: Sequence[str]) -> Reference:
+def each_alone(adapted: AdaptedModel, part: Part, names: Sequence[str], example: Inputs) -> Reference:
     """The reference: each row is what the model with that row's adapter alone makes of it."""
 
     together = reference_of(Evaluate()(part.graph).graph)
@@ -131,13 +136,19 @@ def each_alone(adapted: AdaptedModel, part: Part, names: Sequence[str]) -> Refer
             adapted.set_adapter(names[number] if number >= 0 else ())
             rest = {name: value for name, value in feed.items() if name != IDS}
             rest = view.alone(feed, number) if isinstance(view, WithRowAdapters) else rest
-            graph = adapted.graph(rest) if part.seen is None else adapted.graph(view=part.seen)
-            for name, value in reference_of(graph)(rest).items():
+            for name, value in _alone(adapted, part, example, rest).items():
                 own = found[name][tuple(slice(size) for size in value.shape)]
                 own[ids == number] = value[ids == number]
         return found
 
     return run
+
+
+def _alone(adapted: AdaptedModel, part: Part, example: Inputs, feed: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not no_oracle(adapted):
+        return named_in(part.graph, EagerReference(adapted, part.seen, example))(feed)
+    graph = adapted.graph(feed) if part.seen is None else adapted.graph(view=part.seen)
+    return reference_of(graph)(feed)
 
 
 def with_ids(cases: Sequence[Mapping[str, Tensor]], count: int) -> list[dict[str, Tensor]]:

@@ -23,7 +23,10 @@ from peftfx.export.deployment.parts import Part, capture_parts, refuse_fixed, vi
 from peftfx.export.metadata import PERM, SOURCE
 from peftfx.export.slots.prompt_places import find_forward, hold_forward, places_of
 from peftfx.export.translation.to_onnx import every_value
-from peftfx.export.verification.probes import nested, probes
+from peftfx.export.verification.comparison import reference_of
+from peftfx.export.verification.eager_reference import EagerReference
+from peftfx.export.verification.oracle import Oracle, measured_of
+from peftfx.export.verification.probes import hold_view, is_large, probes, view_cases
 from peftfx.export.writing.quantization import FINITE
 from peftfx.graph.graph import BASE
 from peftfx.graph.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot, fingerprint
@@ -32,6 +35,7 @@ from peftfx.options import FORWARD
 from peftfx.passes.slots.open import Open, slots_of
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site, plays
 from peftfx.sites.target import select
+from peftfx.views.arguments import nested
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
@@ -67,13 +71,13 @@ class Swappable(Deployment):
     Attributes:
         slots: which.
         source: where the base was read from, or empty.
-        atol, rtol: of the verification, adapters' too.
+        atol, rtol: of the verification, adapters' too; None is measured.
     """
 
     slots: Slots = Slots()
     source: str = ""
-    atol: float = 1e-4
-    rtol: float = 1e-4
+    atol: float | None = None
+    rtol: float | None = None
 
     def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[Part]:
         """Capture the base and open its slots.
@@ -103,10 +107,20 @@ class Swappable(Deployment):
         part.slots = open_initializers(program, part.slots, adapted.base, part.graph.sites)
         return program
 
-    def cases(self, adapted: AdaptedModel, part: Part, example: Inputs) -> list[dict[str, Tensor]]:
+    def oracle(self, adapted: AdaptedModel, part: Part, example: Inputs) -> Oracle:
+        """The graph with something in each slot; with nothing in them it is held against the model's own code."""
+        cases = self._cases(adapted, part, example)
+        told = "the graph with random tensors in its slots; without them, the model's own code"
+        return Oracle(reference_of(part.graph), cases, measured_of(adapted, cases), told)
+
+    def _cases(self, adapted: AdaptedModel, part: Part, example: Inputs) -> list[dict[str, Tensor]]:
         """Calls with something in each slot."""
         if part.view is not None:
-            return filled(super().cases(adapted, part, example), part.slots)
+            cases = view_cases(adapted, part.view, lambda view, feed: EagerReference(adapted, view)(feed))
+            largest = max(cases, key=lambda case: sum(value.numel() for value in case.values()))
+            for case in [largest] if is_large(adapted.base) else cases:
+                hold_view(adapted, part.view, case)
+            return filled(cases, part.slots)
         own = {slot.name for slot in part.slots}
         given = probes(adapted, [s for s in part.graph.inputs if s.name not in own], example)
         cases = filled(given, part.slots)
@@ -129,13 +143,14 @@ class Swappable(Deployment):
             dtype=str(next(kinds, torch.float32)).removeprefix("torch."),
             views={part.stem: FORWARD if part.seen is None else part.seen.name for part in parts},
             atol=self.atol,
-            rtol=max(self._rtol(part) for part in parts),
+            rtol=self._rtol(parts),
             slots=tuple(dataclasses.replace(slot, graph=part.stem) for part in parts for slot in part.slots),
         ).write(directory)
 
-    def _rtol(self, part: Part) -> float:
+    def _rtol(self, parts: Sequence[Part]) -> float | None:
         """Of adapters: four times what random ones showed, where nobody bounded what a quantised graph loses."""
-        return self.rtol if self.rtol < FINITE else 4 * max(c.max_rel for c in part.found)
+        bounded = self.rtol is None or self.rtol < FINITE
+        return self.rtol if bounded else 4 * max(c.max_rel for part in parts for c in part.found)
 
 
 def _forward(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[Place]) -> Part:

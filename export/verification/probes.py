@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.graph.graph import TensorSpec, path_name
 from peftfx.model.adapted import AdaptedModel
+from peftfx.views.arguments import nested
 from peftfx.views.entry import Entry, forward
-from peftfx.views.view import View, without_cache
+from peftfx.views.view import Run, View, without_cache
 
 SIZES: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 9, "decoder_sequence": 4},
@@ -32,10 +33,23 @@ LARGE = 1 << 30  #: bytes of weights from which a model is one
 TOLERANCE = 1e-4  #: of the captured base against the eager one, relative to the largest output
 
 
+Accepts = Callable[[dict[str, Tensor]], object]
+"""Runs the model on the inputs of a call, or raises what its code says to sizes that it does not take."""
+
+
 def probes(
-    adapted: AdaptedModel, specs: Sequence[TensorSpec], example: Mapping[str, object]
+    adapted: AdaptedModel,
+    specs: Sequence[TensorSpec],
+    example: Mapping[str, object],
+    accepts: Accepts | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Inputs by name, at two or three sizes, that the eager model takes and the captured base answers as it does.
+    """Inputs by name, at two or three sizes that the model takes.
+
+    Args:
+        adapted: the model.
+        specs: of the inputs.
+        example: keyword arguments of a call.
+        accepts: what has to take them; by default the eager base, which the captured one is then held against.
 
     Raises:
         PeftfxError: the model takes no size but the example's.
@@ -43,17 +57,24 @@ def probes(
     """
     found: list[dict[str, Tensor]] = []
     refusal: Exception | None = None
-    large = _is_large(adapted.base)
+    large = is_large(adapted.base)
     count = len(FEW) if large else COUNT
     for seed, sizes in enumerate((*FEW, *SIZES) if large else SIZES):
         case = _case(adapted, specs, example, sizes, seed)
+        want = None
         try:
-            with without_cache(adapted.base):
-                want = _eager(adapted, nested(case, example))
+            if accepts is not None:
+                accepts(case)
+            else:
+                with without_cache(adapted.base):
+                    want = _eager(adapted, nested(case, example))
+        except VerificationError:
+            raise
         except Exception as error:  # whatever the model's code raises for a size it does not take
             refusal = error
             continue
-        _compare(adapted, case, example, want)
+        if accepts is None:
+            _compare(adapted, case, example, want)
         found.append(case)
         if len(found) == count:
             return found
@@ -63,45 +84,46 @@ def probes(
     return found
 
 
-def view_probes(adapted: AdaptedModel, view: View) -> list[dict[str, Tensor]]:
-    """Inputs of a view, one set for each of its ways of being served; the captured base answers each as the eager one.
-
-    For a large model there are fewer, and the eager one answers only the one with most tokens.
+def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> None:
+    """Hold the captured base against the eager one in a view, at one call.
 
     Raises:
-        PeftfxError: the eager model refuses one.
+        PeftfxError: the eager model refuses it.
         VerificationError: the capture is not what the model computes.
     """
     seen, entry = adapted.under_prompt(view)
     captured = adapted.graphs.captured(seen.inputs(adapted.base), entry, seen)
-    trials, found = trials_of(adapted, view), view_cases(adapted, seen)
-    held = max(trials, key=lambda sizes: sizes["batch"] * sum(sizes.values()))
-    for sizes, case in zip(trials, found, strict=True):
-        if _is_large(adapted.base) and sizes is not held:
-            continue
-        try:
-            with without_cache(adapted.base):
-                want = _seen(seen, entry, adapted.base, case)
-        except Exception as error:
-            what = f"the model does not run in its {view.name} view: {first_line(error)}"
-            raise PeftfxError(what, type(adapted.base).__name__, "export its forward view") from error
-        got = captured.run(*(case[spec.name] for spec in captured.inputs))
-        for (name, a), b in zip(want.items(), got, strict=True):
-            hold(name, view.shown(name, case, a), view.shown(name, case, b), same=a.shape == b.shape)
-    return found
+    try:
+        with without_cache(adapted.base):
+            want = _seen(seen, entry, adapted.base, case)
+    except Exception as error:
+        raise refused(adapted, view, error) from error
+    got = captured.run(*(case[spec.name] for spec in captured.inputs))
+    for (name, a), b in zip(want.items(), got, strict=True):
+        hold(name, view.shown(name, case, a), view.shown(name, case, b), same=a.shape == b.shape)
 
 
-def view_cases(adapted: AdaptedModel, view: View) -> list[dict[str, Tensor]]:
-    """Inputs of a view at each of its trials."""
-    return [view.inputs(adapted.base, sizes=sizes, seed=i + 1) for i, sizes in enumerate(trials_of(adapted, view))]
+def refused(adapted: AdaptedModel, view: View, error: Exception) -> PeftfxError:
+    """What is told where the model's own code does not run in a view."""
+    what = f"the model does not run in its {view.name} view: {first_line(error)}"
+    return PeftfxError(what, type(adapted.base).__name__, "export its forward view")
+
+
+def view_cases(adapted: AdaptedModel, view: View, run: Run) -> list[dict[str, Tensor]]:
+    """Inputs of a view at each of its trials, behind pasts that `run`, which runs the model, makes."""
+    cases = []
+    for seed, sizes in enumerate(trials_of(adapted, view), 1):
+        made = view.inputs(adapted.base, sizes=sizes, seed=seed)
+        cases.append(view.with_past(adapted.base, made, run, seed))
+    return cases
 
 
 def trials_of(adapted: AdaptedModel, view: View) -> Sequence[Mapping[str, int]]:
     """The sizes that a view is compared at: fewer for a large model."""
-    return view.trials[::2] if _is_large(adapted.base) else view.trials
+    return view.trials[::2] if is_large(adapted.base) else view.trials
 
 
-def _is_large(base: nn.Module) -> bool:
+def is_large(base: nn.Module) -> bool:
     return sum(p.numel() * p.element_size() for p in base.parameters()) > LARGE
 
 
@@ -158,16 +180,6 @@ def _eager(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
     """What the model's own code answers, through the entry of an active soft prompt; the prompt itself is zero."""
     entry = adapted.entry()
     return adapted.base(**call) if entry is None else entry(forward, adapted.base, entry.hole(adapted.base), call)
-
-
-def nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[str, object]:
-    """The call as the model takes it: nested inputs in their places, constants as in the example."""
-    leaves, spec = pytree.tree_flatten_with_path(dict(example))
-    named = {path_name(path) for path, _ in leaves}
-    if set(case) - named:
-        return dict(case)
-    values = [case.get(path_name(path), leaf) for path, leaf in leaves]
-    return dict(pytree.tree_unflatten(values, spec))
 
 
 def _compare(adapted: AdaptedModel, case: Mapping[str, Tensor], example: Mapping[str, object], want: object) -> None:

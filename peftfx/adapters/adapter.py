@@ -38,12 +38,14 @@ class Adapter(nn.Module):
         placed: the rules it was made from, with where they act.
         records: what a loaded config said of the base and the task; saved again with it.
         accounts: of the rules that were loaded, by their numbers.
+        named: the module paths that the keys of a loaded file name, whether or not a rule acts there.
     """
 
     def __init__(self, placed: Sequence[Placed], config: Mapping[str, object] | None = None) -> None:
         super().__init__()
         kept = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
         self.records = {k: v for k, v in (config or {}).items() if k in kept}
+        self.named: frozenset[str] = frozenset()
         self.placed: tuple[Placed, ...] = ()
         self.accounts: dict[int, Account] = {}
         self._rule: dict[str, int] = {}
@@ -163,6 +165,7 @@ class Adapter(nn.Module):
         first = len(self.placed)
         self._take(other.placed)
         self.records = {**other.records, **self.records}
+        self.named |= other.named
         trained = {name for name, _ in other.named_parameters()}
         moved = {
             shared_key(number, name): shared_key(first + number, name)

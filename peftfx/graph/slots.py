@@ -98,8 +98,8 @@ class Manifest:
     fingerprint: str
     dtype: str
     views: Mapping[str, str]
-    atol: float
-    rtol: float
+    atol: float | None
+    rtol: float | None
     slots: tuple[Slot, ...]
 
     def write(self, directory: Path) -> None:

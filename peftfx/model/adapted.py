@@ -99,6 +99,7 @@ class AdaptedModel(nn.Module):
         named = {name: self.adapter(name) for name in adapters}
         with fake_mode_of(self.base):
             combined = combine(self.base, named, weights, combination_type)
+        combined.named = frozenset().union(*(adapter.named for adapter in named.values()))
         self._install(adapter_name, combined)
 
     def _install(self, name: str, adapter: Adapter) -> None:

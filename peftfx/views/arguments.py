@@ -1,4 +1,4 @@
-"""A call's arguments by name, as a graph's inputs are known."""
+"""A call's arguments by name, as a graph's inputs are known, and back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftfx.graph.graph import path_name
 
 
 def named_arguments(base: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
@@ -24,3 +27,13 @@ def named_arguments(base: nn.Module, args: Sequence[object], kwargs: Mapping[str
         if name not in parameters and isinstance(value, (int, float)) and not isinstance(value, bool):
             values[name] = torch.tensor(value)
     return values
+
+
+def nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[str, object]:
+    """The call as the model takes it: nested inputs in their places, constants as in the example."""
+    leaves, spec = pytree.tree_flatten_with_path(dict(example))
+    named = {path_name(path) for path, _ in leaves}
+    if set(case) - named:
+        return dict(case)
+    values = [case.get(path_name(path), leaf) for path, leaf in leaves]
+    return dict(pytree.tree_unflatten(values, spec))

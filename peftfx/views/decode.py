@@ -20,7 +20,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
 from peftfx.views.cache import Held, cache_of, held, refuse_unknown
 from peftfx.views.dry_run import dry_run
-from peftfx.views.view import Axes
+from peftfx.views.view import Axes, Run
 
 PAST, PRESENT = "past_key_values", "present"
 SIZES: Mapping[str, int] = {"batch": 2, "sequence": 5, "past": 3}
@@ -80,6 +80,29 @@ class Decode:
                 for i, held in enumerate(self.layers)
                 for name, width in zip(cache_names(PAST, 1, i), (held.key, held.value), strict=True)
             }
+
+    def with_past(self, base: nn.Module, inputs: Mapping[str, Tensor], run: Run, seed: int = 0) -> dict[str, Tensor]:
+        """The same inputs behind a past that is what the model makes of a random text, which is padded alike.
+
+        Args:
+            base: the model; its config alone is read.
+            inputs: of this view.
+            run: runs the model.
+            seed: of the text.
+        """
+        names = cache_names(PAST, len(self.layers))
+        batch, past = inputs[names[0]].shape[0], inputs[names[0]].shape[2]
+        if not past:
+            return dict(inputs)
+        mask = inputs["attention_mask"][:, :past]
+        text = example_inputs(base, sizes={"batch": batch, "sequence": past}, seed=seed + 1)["input_ids"]
+        feed = {**inputs, "input_ids": text, "attention_mask": mask, **{n: inputs[n][:, :, :0] for n in names}}
+        if self.positions:
+            feed["position_ids"] = positions(mask)
+        made = run(self, feed)
+        presents = zip(names, cache_names(PRESENT, len(self.layers)), strict=True)
+        hidden = mask[:, None, :, None] == 0  # what is kept of padding is nobody's business, but a NaN would spread
+        return {**inputs, **{name: made[present].masked_fill(hidden, 0.0) for name, present in presents}}
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model on inputs of this view."""

@@ -28,7 +28,7 @@ from peftfx.graph.slots import PROMPT
 from peftfx.views.cache import Held, cache_of, held
 from peftfx.views.decode import PAST, PRESENT, cache_names
 from peftfx.views.dry_run import dry_run
-from peftfx.views.view import Axes
+from peftfx.views.view import Axes, Run
 
 SIZES: Mapping[str, int] = {"batch": 2, "encoder_sequence": 7, "sequence": 5, "past": 3}
 ENCODED, DECODED = "encoder", "decoder"
@@ -79,6 +79,10 @@ class Encoder:
         wanted = {**SIZES, **(sizes or {})}
         made = example_inputs(base, sizes={"batch": wanted["batch"], "sequence": wanted["encoder_sequence"]}, seed=seed)
         return {name: made[name] for name in ("input_ids", "attention_mask")}
+
+    def with_past(self, base: nn.Module, inputs: Mapping[str, Tensor], run: Run, seed: int = 0) -> dict[str, Tensor]:
+        """The same inputs: they hold no keys and values."""
+        return dict(inputs)
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the encoder, and what of the decoder reads its output alone."""
@@ -137,6 +141,30 @@ class Decoder:
             **caches,
         }
 
+    def with_past(self, base: nn.Module, inputs: Mapping[str, Tensor], run: Run, seed: int = 0) -> dict[str, Tensor]:
+        """The same inputs over a random text that the model encoded, behind what it decoded of other tokens.
+
+        Args:
+            base: the model; its config alone is read.
+            inputs: of this view.
+            run: runs the model, its encoder too.
+            seed: of the texts.
+        """
+        count, mask = len(self.layers.own), inputs["encoder_attention_mask"]
+        crossed, own = (cache_names(PAST, count, part=part) for part in (ENCODED, DECODED))
+        past = inputs[own[0]].shape[2]
+        sizes = {"batch": mask.shape[0], "sequence": mask.shape[1], "decoder_sequence": max(past, 1)}
+        text = example_inputs(base, sizes=sizes, seed=seed + 1)
+        encoder = Encoder(self.layers)
+        made = run(encoder, {"input_ids": text["input_ids"], "attention_mask": mask})
+        encoded = zip(crossed, cache_names(PRESENT, count, part=ENCODED), strict=True)
+        feed = {**inputs, **{name: _behind(inputs[name], made[present]) for name, present in encoded}}
+        if not past:
+            return feed
+        earlier = {**feed, "input_ids": text["decoder_input_ids"], **{n: inputs[n][:, :, :0] for n in own}}
+        made = run(self, earlier)
+        return {**feed, **dict(zip(own, (made[n] for n in cache_names(PRESENT, count, part=DECODED)), strict=True))}
+
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the decoder on inputs of this view."""
         given: dict[str, Any] = dict(inputs)
@@ -159,6 +187,12 @@ class Decoder:
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
         """All of it: nothing that is decoded is padding."""
         return value
+
+
+def _behind(given: Tensor, made: Tensor) -> Tensor:
+    """Keys or values that a model made, behind what is given for virtual tokens that were not ahead of its text."""
+    ahead = given[:, :, : given.shape[2] - made.shape[2]]
+    return made if not ahead.shape[2] else torch.cat([ahead * made.std(), made], dim=2)
 
 
 def _encode(base: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, list[Tensor]]:

@@ -20,7 +20,7 @@ from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import Call, Entry
 from peftfx.views.prompt_in_view import prompt_in_view, width_of
-from peftfx.views.view import Axes
+from peftfx.views.view import Axes, Run
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,12 @@ class WithPromptInputs:
         made = self.view.inputs(base, sizes=sizes, seed=seed)
         counts = {place.what: place.entry.shape[0] for place in self.places} | dict(sizes or {})
         return made | {place.what: place.rows(counts[place.what], seed + 1) for place in self.places}
+
+    def with_past(self, base: nn.Module, inputs: Mapping[str, Tensor], run: Run, seed: int = 0) -> dict[str, Tensor]:
+        """The same inputs, with keys and values that the model makes without a soft prompt."""
+        names = {place.what for place in self.places}
+        own = {name: value for name, value in inputs.items() if name not in names}
+        return {**inputs, **self.view.with_past(base, own, run, seed)}
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model on inputs of this view."""

@@ -21,7 +21,7 @@ from peftfx.views.cache_prefix import CachePrefix
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import PER_TOKEN, POSITIONS, Call, Entry, VirtualTokens
-from peftfx.views.view import Axes
+from peftfx.views.view import Axes, Run
 
 IDS = "adapter_ids"  #: the input: the number of each row's adapter, -1 for none
 BATCHED = "peftfx_adapters.json"  #: beside the model: the adapters' names, in the order of their numbers
@@ -165,6 +165,11 @@ class WithRowAdapters:
             random = torch.Generator().manual_seed(seed + 1)
             rows = made["input_ids"].shape[0]
             return made | {IDS: torch.randint(-1, len(self.lengths) - 1, (rows,), generator=random)}
+
+    def with_past(self, base: nn.Module, inputs: Mapping[str, Tensor], run: Run, seed: int = 0) -> dict[str, Tensor]:
+        """The same inputs, with keys and values that the model makes without an adapter."""
+        own = {name: value for name, value in inputs.items() if name != IDS}
+        return {**inputs, **self.view.with_past(base, own, run, seed)}
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model on inputs of this view; what is bound inside, the entry binds."""

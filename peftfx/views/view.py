@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from peftfx.bases.config_fields import collect_configs
 
 Axes = Mapping[str, tuple[str | None, ...]]
 """The name of each axis of each input; `None` where its size is the model's."""
+
+Run = Callable[["View", Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Runs a model in one of its views: given the view and its inputs, it returns the outputs by name."""
 
 
 class View(Protocol):
@@ -30,6 +33,9 @@ class View(Protocol):
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Valid inputs, of these sizes of named axes."""
+
+    def with_past(self, base: nn.Module, inputs: Mapping[str, Tensor], run: Run, seed: int = 0) -> dict[str, Tensor]:
+        """The same inputs, with what the model itself made of another text where they hold keys and values."""
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model."""

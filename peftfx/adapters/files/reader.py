@@ -14,7 +14,7 @@ from peftfx.adapters.adapter import Account, Adapter, shared_key
 from peftfx.adapters.files.accounts import repeats, unused
 from peftfx.adapters.files.base_weights import replaced_weights
 from peftfx.adapters.files.mismatch import refuse_mismatch
-from peftfx.adapters.files.names import module_of, name_of, override_name
+from peftfx.adapters.files.names import module_of, name_of, named_modules, override_name
 from peftfx.adapters.files.prompts import read_prompt
 from peftfx.adapters.files.sizes import fit, without_memory
 from peftfx.adapters.files.torch_attention import path_in_file, times_in_use
@@ -115,6 +115,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         _scale(adapter, placement, base)
     again |= names - weights.names.keys()
     adapter.accounts[0] = Account(wanted, tuple(sorted(again)), {n: weights[n] for n in sorted(idle)})
+    adapter.named = named_modules(names, base)
     _tell_unused(idle, directory)
     return adapter
 

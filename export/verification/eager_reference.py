@@ -1,0 +1,143 @@
+"""EagerReference: what an export is held against: the model's own code, with adapters on its modules by their paths.
+
+It is made by another road than the export: nothing is captured, and no site is looked for. So what a capture, a search
+for sites, or the loading of an adapter lost, shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftfx.adapters.adapter import Adapter
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.placement import SAVED
+from peftfx.contract.sequence import SequenceMethod
+from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.eager_adapters import applied
+from peftfx.graph.contexts import evaluating
+from peftfx.graph.graph import leaf_names
+from peftfx.model.adapted import AdaptedModel
+from peftfx.views.arguments import nested
+from peftfx.views.cache_prefix import Prefilled
+from peftfx.views.decode import PRESENT, Decode, cache_names
+from peftfx.views.entry import Entry, forward
+from peftfx.views.view import View, without_cache
+
+Tensors = dict[str, Tensor]
+
+
+@dataclasses.dataclass
+class EagerReference:
+    """The model's own code under the active adapters, in one view.
+
+    Attributes:
+        adapted: the model; what is active when it is called counts.
+        view: how it is run; None is its forward.
+        example: keyword arguments of the forward, whose places nested inputs go to.
+        named: the module paths that the adapters named.
+        seen: those that have run in some call.
+    """
+
+    adapted: AdaptedModel
+    view: View | None
+    example: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    named: set[str] = dataclasses.field(default_factory=set)
+    seen: set[str] = dataclasses.field(default_factory=set)
+    read_elsewhere: set[str] = dataclasses.field(default_factory=set)
+
+    def __call__(self, feed: Mapping[str, Tensor]) -> Tensors:
+        """The outputs by name, given the inputs.
+
+        Raises:
+            PeftfxError: the model's own code refuses them.
+        """
+        base, adapters = self.adapted.base, self.adapted.named.acting()
+        with torch.no_grad(), evaluating(base), without_cache(base):
+            return self._run(base, adapters, feed)
+
+    def _run(self, base: nn.Module, adapters: Sequence[Adapter], feed: Mapping[str, Tensor]) -> Tensors:
+        with applied(base, adapters, self.read_elsewhere) as state:
+            output = self._call(base, adapters, feed)
+        self.named |= state.named
+        self.seen |= state.seen
+        _refuse_lost(adapters, self.seen)
+        idle = {path for path in state.named - self.seen - self.read_elsewhere if _has_weight(base, path)}
+        if idle:  # what reads the weight of a module that does not run itself, reads the adapted one
+            self.read_elsewhere |= idle
+            with applied(base, adapters, self.read_elsewhere):
+                again = self._call(base, adapters, feed)
+            if any(not torch.equal(again[name], value) for name, value in output.items()):
+                self.seen |= idle
+            output = again
+        return output
+
+    def _call(self, base: nn.Module, adapters: Sequence[Adapter], feed: Mapping[str, Tensor]) -> Tensors:
+        entry, hole = _prompt(self.adapted, adapters)
+        if self.view is not None:
+            view, entry = (self.view, None) if entry is None else self.adapted.under_prompt(self.view)
+            if entry is None:
+                output = view(base, feed)
+            else:
+                if isinstance(entry, Prefilled):
+                    assert hole is not None
+                    assert isinstance(view, Decode)
+                    hole = _prefilled(base, view, entry, hole)
+                assert hole is not None
+                output = entry(view, base, hole, feed)  # type: ignore[assignment]
+            return {name: value for name, value in output.items() if isinstance(value, Tensor)}
+        call = nested(feed, self.example)
+        result = base(**call) if entry is None or hole is None else entry(forward, base, hole, call)
+        named = zip(leaf_names(result), pytree.tree_leaves(result), strict=True)
+        return {name: value for name, value in named if isinstance(value, Tensor)}
+
+
+def _refuse_lost(adapters: Sequence[Adapter], seen: set[str]) -> None:
+    """Refuse an adapter whose file names a module that runs, where no rule of it acts."""
+    for adapter in adapters:
+        acts = [p.key for p in adapter.placements] + [p.site.path for p in adapter.placements]
+        acts += [override.key.removeprefix(f"{SAVED}.") for override in adapter.overrides]
+        lost = sorted(path for path in adapter.named & seen if not any(f"{at}.".startswith(f"{path}.") for at in acts))
+        if lost:
+            what = f"the adapter's file has tensors for {len(lost)} modules that run, and that nothing was done at"
+            raise VerificationError(what, ", ".join(lost[:3]), "report this model, or leave these modules out")
+
+
+def _has_weight(base: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(base.get_submodule(path)._parameters.get("weight"), Tensor)
+    except AttributeError:
+        return False
+
+
+def _prompt(adapted: AdaptedModel, adapters: Sequence[Adapter]) -> tuple[Entry | None, Tensor | None]:
+    """The active soft prompt: its way into the base's forward, and what it puts there."""
+    for adapter in adapters:
+        for placement in adapter.placements:
+            if isinstance(placement.method, SequenceMethod):
+                virtual = placement.method.virtual(adapter.params(placement), False)
+                entry = adapted.entry()
+                assert entry is not None
+                return entry, virtual.to(entry.dtype)
+    return None, None
+
+
+def _prefilled(base: nn.Module, view: Decode, entry: Prefilled, hole: Tensor) -> Tensor:
+    """What virtual tokens leave in the cache of a causal model, a row for each: it is run on them, and a token."""
+    assert entry.tokens is not None
+    made = view.inputs(base, sizes={"batch": 1, "sequence": 1, "past": 0})
+    output = entry.tokens(view, base, hole, made)
+    assert isinstance(output, dict)
+    kept = [output[name][:, :, : len(hole)] for name in cache_names(PRESENT, len(view.layers))]
+    return torch.cat([rows[0].transpose(0, 1).flatten(1) for rows in kept], 1)
+
+
+def no_oracle(adapted: AdaptedModel) -> str:
+    """Why the active adapters have no eager form; empty where they have one."""
+    methods = (p.method for adapter in adapted.named.acting() for p in adapter.placements)
+    beside = next((m for m in methods if isinstance(m, AttentionMethod)), None)
+    return "" if beside is None else f"{type(beside).__name__} acts inside attentions, where no hook reaches"

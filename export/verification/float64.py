@@ -1,0 +1,112 @@
+"""float64: a mode in which torch computes in float64, whatever the dtypes of weights and of the model's own casts.
+
+Each weight is widened where it is used and let go, large ones some rows at a time: no second copy is in memory.
+What a model computes so, less what it computes in its own dtype, is how far that dtype is from exact arithmetic here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftfx.graph.lazy_weights import Stored
+
+aten = torch.ops.aten
+_WIDE: Mapping[torch.dtype, torch.dtype] = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
+    **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
+}
+_AT_ONCE = 1 << 18  #: numbers of a weight that are widened at a time
+#: Operators that pick some numbers of many, by where these are: what they give is widened.
+_PICKS = frozenset({aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.gather.default})
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """Inside, every operator on floating numbers is computed in float64."""
+    with _Checked(), _Float64():
+        yield
+
+
+class _Checked(TorchFunctionMode):
+    """What compares the dtypes of its operands before any operator is called gets them wide."""
+
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        given = dict(kwargs or {})
+        if getattr(func, "__name__", "") in _CHECKED:
+            args, given = pytree.tree_map(_wide, (args, given))
+        return func(*args, **given)
+
+
+_CHECKED = frozenset(
+    {
+        *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        *("lstm", "gru", "rnn_tanh", "rnn_relu", "scaled_dot_product_attention", "grouped_mm", "_grouped_mm"),
+    }
+)
+
+
+class _Float64(TorchDispatchMode):
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        given = dict(kwargs or {})
+        if func.is_view:  # no number is computed: what computes with the view widens it
+            return func(*args, **given)
+        if func in _PICKS:
+            return _wide(func(*args, **given))
+        if func._schema.is_mutable:
+            return func(*_as_first(args), **given)
+        large = _product(func, args)
+        if large is not None:
+            return large
+        args, given = pytree.tree_map(_wide, (args, given))
+        return pytree.tree_map(_wide, func(*args, **given))
+
+
+def _wide(value: object) -> object:
+    """A tensor of floats, or their dtype, widened; all else as it is."""
+    if isinstance(value, torch.dtype):
+        return _WIDE.get(value, value)
+    if not isinstance(value, Tensor) or value.dtype not in _WIDE:
+        return value
+    return (value.source if isinstance(value, Stored) else value).to(_WIDE[value.dtype])
+
+
+def _as_first(args: tuple[object, ...]) -> tuple[object, ...]:
+    """Operands of what is written in place: in its dtype."""
+    first = args[0] if args else None
+    if not isinstance(first, Tensor) or not first.is_floating_point():
+        return args
+    wanted = first.dtype
+    return pytree.tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, args)  # type: ignore[no-any-return]
+
+
+def _product(func: object, args: tuple[Any, ...]) -> Tensor | None:
+    """A product with a large weight, some of its columns at a time; None for anything else."""
+    if func is aten.mm.default:
+        bias, x, weight = None, *args
+    elif func is aten.addmm.default and len(args) == 3:
+        bias, x, weight = args
+    else:
+        return None
+    if weight.dtype not in _WIDE or weight.numel() <= _AT_ONCE or x.dtype not in (*_WIDE, torch.float64):
+        return None
+    x = _wide(x)
+    step = max(1, _AT_ONCE // weight.shape[0])
+    parts = [x @ _wide(weight[:, start : start + step]) for start in range(0, weight.shape[1], step)]
+    found = torch.cat(parts, 1)
+    return found if bias is None else found + _wide(bias)  # type: ignore[operator]

@@ -1,0 +1,108 @@
+"""Oracle: what an export is held against and in which calls: the model's own code, wherever that can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from peftfx.errors import PeftfxError
+from peftfx.export.translation.program import onnx_outputs
+from peftfx.export.verification.comparison import Reference, reference_of
+from peftfx.export.verification.eager_adapters import unpublished
+from peftfx.export.verification.eager_reference import EagerReference, no_oracle
+from peftfx.export.verification.probes import is_large, probes, refused, view_cases
+from peftfx.graph.graph import Graph
+from peftfx.model.adapted import AdaptedModel
+from peftfx.views.view import View
+
+Tensors = dict[str, Tensor]
+EAGER = "the model's own code"
+
+
+@dataclass
+class Oracle:
+    """A reference, and the calls that it is asked about.
+
+    Attributes:
+        reference: what is held against.
+        cases: the calls.
+        measured: the numbers of those that it answers in float64 too.
+        told: what it is, in one line.
+        eager: the same, where it is the model's own code.
+    """
+
+    reference: Reference
+    cases: list[Tensors]
+    measured: frozenset[int]
+    told: str
+    eager: EagerReference | None = None
+
+    @property
+    def idle(self) -> set[str]:
+        """The module paths that adapters act at and that no call has run."""
+        return set() if self.eager is None else self.eager.named - self.eager.seen
+
+
+def eager_oracle(adapted: AdaptedModel, graph: Graph, view: View | None, example: Mapping[str, object]) -> Oracle:
+    """The model's own code with its active adapters on its modules; where that has no such form, their graph.
+
+    Raises:
+        PeftfxError: the model takes no call of any size.
+        VerificationError: an adapter's file has tensors for a module that runs, and no rule acts there.
+    """
+    eager = EagerReference(adapted, view, example)
+    why = no_oracle(adapted)
+    asked = _Remembered(reference_of(graph) if why else named_in(graph, eager))
+    told = f"the adapted graph: {why}" if why else f"{EAGER}, with the adapter on its modules" * bool(adapted.active)
+    acting = unpublished(adapted.named.acting())
+    told = f"{told or EAGER}, {' and '.join(acting)} by its own `forward`" if acting and not why else told or EAGER
+    if view is None:
+        cases = probes(adapted, graph.inputs, example, None if why else asked.first)
+    else:
+        try:
+            runs = {view: asked}
+            cases = view_cases(adapted, view, lambda v, feed: _run(adapted, v, runs, why)(feed))
+            for case in cases:
+                asked.first(case)
+        except PeftfxError:
+            raise
+        except Exception as error:  # whatever the model's own code raises
+            raise refused(adapted, view, error) from error
+    return Oracle(asked, cases, measured_of(adapted, cases), told, None if why else eager)
+
+
+def _run(adapted: AdaptedModel, view: View, runs: Mapping[View, Reference], why: str) -> Reference:
+    if view in runs:
+        return runs[view]
+    return reference_of(adapted.graph(view=view)) if why else EagerReference(adapted, view)
+
+
+def named_in(graph: Graph, reference: Reference) -> Reference:
+    """A reference whose outputs are called as a graph's are in ONNX."""
+    names = dict(zip(graph.outputs, onnx_outputs(graph), strict=True))
+    return lambda feed: {names.get(name, name): value for name, value in reference(feed).items()}
+
+
+def measured_of(adapted: AdaptedModel, cases: Sequence[Tensors]) -> frozenset[int]:
+    """The calls to answer in float64 too: of a large model the one with most in it."""
+    if not is_large(adapted.base):
+        return frozenset(range(len(cases)))
+    return frozenset([max(range(len(cases)), key=lambda i: sum(value.numel() for value in cases[i].values()))])
+
+
+@dataclass
+class _Remembered:
+    """A reference whose answer to a call that has been tried need not be computed again."""
+
+    reference: Reference
+    kept: dict[int, Tensors] = field(default_factory=dict)
+
+    def first(self, feed: Tensors) -> None:
+        """Try a call."""
+        self.kept[id(feed)] = self.reference(feed)
+
+    def __call__(self, feed: Tensors) -> Tensors:
+        found = self.kept.pop(id(feed), None)
+        return self.reference(feed) if found is None else found

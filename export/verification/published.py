@@ -1,0 +1,107 @@
+"""The published arithmetic of methods, written once more for verification: of a weight, and of a layer's output.
+
+What is here reads an adapter's tensors by HF PEFT's names and shares no code with the methods' own `forward` and
+`fold`, which made the export that is verified.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfx.contract.method import Base, Params, WeightMethod
+from peftfx.methods.adalora import AdaLoRA
+from peftfx.methods.ia3 import IA3
+from peftfx.methods.lora import LoRA
+from peftfx.methods.vera import VeRA
+
+KNOWN = (LoRA, AdaLoRA, VeRA, IA3)
+OnOutput = Callable[[Tensor, Tensor], Tensor]
+"""A layer's adapted output, given its input and its output."""
+
+
+def on_output(method: WeightMethod, p: Params, kind: str) -> OnOutput | None:
+    """What a method does to the output of a linear layer or an embedding; None where it is told of a weight alone."""
+    if isinstance(method, IA3) and not method.feedforward:
+        return lambda x, y: (y * p["ia3_l"].flatten()).to(y.dtype)
+    if isinstance(method, LoRA) and not method.use_dora and "lora_A0" not in p:
+        a, b, bias, s = p["lora_A"], p["lora_B"], p.get("lora_B_bias"), _scaling(method)
+        if kind == "embedding":
+            return lambda x, y: (y + s * (F.embedding(x, a.T) @ b.T)).to(y.dtype)
+        return lambda x, y: (y + s * F.linear(F.linear(x.to(a.dtype), a), b, bias)).to(y.dtype)
+    if isinstance(method, VeRA):
+        d, scale = p["vera_lambda_d"], p["vera_lambda_b"]
+        return lambda x, y: (
+            y + scale * (F.linear(x.to(d.dtype), p["vera_A"][:, : x.shape[-1]]) * d @ p["vera_B"][: y.shape[-1]].T)
+        ).to(y.dtype)
+    if isinstance(method, AdaLoRA):
+        a, b, e, s = p["lora_A"], p["lora_B"], p["lora_E"].flatten(), method.lora_alpha / (method.init_r + 1e-5)
+        return lambda x, y: (y + s * F.linear(F.linear(x.to(a.dtype), a) * e, b)).to(y.dtype)
+    return None
+
+
+def on_weight(method: WeightMethod, base: Base, p: Params, kind: str, groups: int) -> Base | None:
+    """The adapted weight and bias, given the base's, [out, in, ...]; None where the arithmetic is not known here."""
+    weight, bias = base
+    if isinstance(method, IA3):
+        return _scaled(base, p["ia3_l"].flatten(), groups, of_input=method.feedforward)
+    if isinstance(method, VeRA):
+        a, b = p["vera_A"][:, : weight.shape[1]], p["vera_B"][: weight.shape[0]]
+        return Base(weight + (p["vera_lambda_b"][:, None] * b) @ (p["vera_lambda_d"][:, None] * a), bias)
+    if isinstance(method, AdaLoRA):
+        update = p["lora_B"] @ (p["lora_E"] * p["lora_A"])
+        return Base(weight + method.lora_alpha / (method.init_r + 1e-5) * update.view(weight.shape), bias)
+    if not isinstance(method, LoRA):
+        return None
+    s = _scaling(method)
+    update = _product(p["lora_A"], p["lora_B"], kind, groups)
+    if "lora_A0" in p:
+        update = update - _product(p["lora_A0"], p["lora_B0"], kind, groups)
+    weight = _dense(weight, groups) + s * update
+    added = s * p["lora_B_bias"] if "lora_B_bias" in p else None
+    if method.use_dora:
+        along = 1 if kind == "embedding" else 0
+        norms = weight.transpose(0, along).flatten(1).norm(dim=1)
+        gains = p["lora_magnitude_vector"].flatten() / norms
+        weight = weight * gains.view([-1 if i == along else 1 for i in range(weight.ndim)])
+        added = None if added is None else gains * added
+    return Base(weight, bias if added is None else added if bias is None else bias + added)
+
+
+def _scaling(method: LoRA) -> float:
+    return method.lora_alpha / (math.sqrt(method.r) if method.use_rslora else method.r)
+
+
+def _scaled(base: Base, scale: Tensor, groups: int, *, of_input: bool) -> Base:
+    weight, ones = base.weight, [1] * (base.weight.ndim - 2)
+    if not of_input:
+        return Base(weight * scale.view(-1, 1, *ones), None if base.bias is None else base.bias * scale)
+    each = weight.unflatten(0, (groups, -1)) * scale.view(groups, 1, -1, *ones)  # a group reads its own inputs
+    return Base(each.flatten(0, 1), base.bias)
+
+
+def _product(a: Tensor, b: Tensor, kind: str, groups: int) -> Tensor:
+    """`B A` in the shape of the weight; of a conv of several groups that of one."""
+    if kind == "embedding":
+        return (b @ a).T
+    if kind == "linear":
+        return b @ a
+    split = torch.einsum(
+        "gor,gri->goi", b.flatten(1).unflatten(0, (groups, -1)), a.flatten(1).unflatten(0, (groups, -1))
+    )
+    return split.flatten(0, 1).view(b.shape[0], *a.shape[1:])
+
+
+def _dense(weight: Tensor, groups: int) -> Tensor:
+    if groups == 1:
+        return weight
+    blocks = weight.flatten(1).unflatten(0, (groups, -1))
+    kernel, inner = weight.shape[2:], weight.shape[1]
+    whole = weight.new_zeros(groups, blocks.shape[1], groups, blocks.shape[2])
+    for group in range(groups):
+        whole[group, :, group] = blocks[group]
+    return whole.view(weight.shape[0], groups * inner, *kernel)
