@@ -12,6 +12,7 @@ from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of_class
 from peftfx.errors import PeftfxError
 from peftfx.export.onnx_directory import Progress
 from peftfx.export.slots.adapter_export import export_adapter
+from peftfx.export.verification.tolerance import check_tolerance
 from peftfx.graph.slots import Manifest
 from peftfx.model.api import bare
 from peftfx.rules.peft_files import read_config, rule_folders
@@ -26,6 +27,8 @@ def export_adapter_directories(
     combination: str = "cat",
     check: bool = True,
     force: bool = False,
+    atol: float | None = None,
+    rtol: float | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write HF PEFT directories as one `.onnx_adapter` file for a directory that was exported with slots.
@@ -38,11 +41,13 @@ def export_adapter_directories(
         combination: how weighted adapters are combined; see `AdaptedModel.add_weighted_adapter`.
         check: run it in ONNX Runtime against torch.
         force: replace the file if it exists.
+        atol, rtol: what may differ; by default what the graph's own export says, or it is measured.
         progress: called with a line when a stage begins.
 
     Raises:
         PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
     """
+    check_tolerance(atol, rtol)
     say = progress or (lambda line: None)
     manifest = Manifest.read(Path(graph))
     source = Path(base or manifest.base)
@@ -66,7 +71,7 @@ def export_adapter_directories(
     else:
         adapted.set_adapter(names)
     say("write and verify" if check else "write")
-    return export_adapter(adapted, graph, output, check=check, force=force)
+    return export_adapter(adapted, graph, output, check=check, force=force, atol=atol, rtol=rtol)
 
 
 def _refuse_head(folder: Path, model: str) -> None:

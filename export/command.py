@@ -17,6 +17,8 @@ from peftfx.export.assets import copy_assets
 from peftfx.export.onnx_directory import Progress, export_onnx
 from peftfx.export.report import Report
 from peftfx.export.slots.swappable import Slots
+from peftfx.export.verification.agreement import MaxError, check_text
+from peftfx.export.verification.tolerance import check_tolerance
 from peftfx.export.writing.atomic_directory import check_output
 from peftfx.export.writing.quantization import check_quantization
 from peftfx.export.writing.weights import Written
@@ -47,7 +49,10 @@ def export_directory(
     engine: str = FAST,
     optimize: str = CPU,
     quantize: str | None = None,
-    max_error: float | None = None,
+    max_error: float | str | None = None,
+    calibration: str | Path | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
     slots: Slots | str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -84,7 +89,11 @@ def export_directory(
     check_opset(opset)
     check_engine(engine)
     check_optimize(optimize)
-    check_quantization(quantize, max_error)
+    check_quantization(quantize, max_error, calibration)
+    MaxError.of(max_error)
+    check_tolerance(atol, rtol)
+    if calibration is not None:
+        check_text(Path(calibration))
     say = progress or (lambda line: None)
     inputs = Snapshot(base, *(part for folder in named.values() for part in (folder, *rule_folders(folder))))
     kept = _served_dtype(base, dtype)
@@ -107,6 +116,9 @@ def export_directory(
         optimize=optimize,
         quantize=quantize,
         max_error=max_error,
+        calibration=calibration,
+        atol=atol,
+        rtol=rtol,
         slots=slots,
         batched=tuple(batched or ()),
         source=base.resolve(),

@@ -13,16 +13,21 @@ from torch import nn
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.serving_mode import in_eval
+from peftfx.export.quantised import agreement_of, refuse_disagreement
 from peftfx.export.report import Report
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Slots, Swappable
 from peftfx.export.translation.to_onnx import to_onnx
+from peftfx.export.verification.agreement import MaxError, check_text
 from peftfx.export.verification.comparison import verify
+from peftfx.export.verification.tolerance import check_tolerance
 from peftfx.export.writing.atomic_directory import publish
+from peftfx.export.writing.finite import refuse_infinite_adapters
 from peftfx.export.writing.memory import refuse_memory
 from peftfx.export.writing.quantization import FINITE, check_quantization
 from peftfx.export.writing.quantization import quantize as quantize_model
 from peftfx.export.writing.weights import Written, save_together
+from peftfx.graph.graph import BASE
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.options import CPU, FAST, check_engine, check_opset, check_optimize, check_view
@@ -47,7 +52,8 @@ def export_onnx(
     engine: str = FAST,
     optimize: str = CPU,
     quantize: str | None = None,
-    max_error: float | None = None,
+    max_error: float | str | None = None,
+    calibration: str | Path | None = None,
     slots: Slots | str | None = None,
     batched: Sequence[str] = (),
     source: str | Path = "",
@@ -78,8 +84,12 @@ def export_onnx(
         optimize: `cpu` or `cuda`: whole attentions, rotary embeddings and norms; or `none`; see `to_onnx`.
         quantize: `int8` or `int4`: weights of products in blocks of small integers; see
             `peftfx.export.writing.quantization`.
-        max_error: what a quantised model may differ by from the same model in floating point, over the largest
-            magnitude of an output; by default that is measured and reported, and may be whatever it is.
+        max_error: what a quantised model may differ by from the same model in floating point: a number is over the
+            largest magnitude of an output; `kl=0.05` bounds the mean divergence on a text in nats, and `top1=0.9` is
+            the least share of tokens whose likeliest next one is the same. By default these are measured and
+            reported, and may be whatever they are.
+        calibration: a file of text that a quantised model is compared on, for a `source` with a tokenizer; by default
+            the model's own greedy text.
         slots: for a base without adapters: where adapters can be put when the model runs, or at which layers alone,
             as a target; see `peftfx.export.slots.swappable`.
         batched: names of adapters of the model among which each row of a batch chooses; see
@@ -100,15 +110,20 @@ def export_onnx(
     """
     adapted = model if isinstance(model, AdaptedModel) else bare(model, inputs)
     example = adapted.example if inputs is None else inputs
-    check_quantization(quantize, max_error)
+    limit = MaxError.of(max_error)
+    check_quantization(quantize, max_error, calibration)
+    check_tolerance(atol, rtol)
+    if calibration is not None:
+        check_text(Path(calibration))
     check_optimize(optimize)
     check_opset(opset)
     check_engine(engine)
     check_view(view)
     if quantize is not None:
-        atol, rtol = 0.0, FINITE if max_error is None else max_error
+        atol, rtol = 0.0, limit.value if limit is not None and limit.kind == "error" else FINITE
     way = _deployment(merge, slots, batched, str(source), (atol, rtol))
     refuse_memory(adapted, max_memory)
+    refuse_infinite_adapters(adapted, way.names(adapted))
     report = Report.of(adapted, way.names(adapted))
     say = progress or (lambda line: None)
     if any(p.dtype == torch.bfloat16 for p in adapted.base.parameters()):
@@ -130,8 +145,10 @@ def export_onnx(
             if quantize is not None:
                 report.quantized = {name: quantize_model(program, quantize) for name, program in programs.items()}
         with stages("write"):
-            save_together(programs, temporary, written=written)
+            infinite = [f"{BASE}.{name}" for name, _ in adapted.base.named_buffers(remove_duplicate=False)]
+            save_together(programs, temporary, written=written, infinite=frozenset(infinite))
         with stages("verify"):
+            idle: list[set[str]] = []
             for part in parts:
                 oracle = way.oracle(adapted, part, example)
                 found = verify(
@@ -145,7 +162,13 @@ def export_onnx(
                     shown=None if part.view is None else part.view.shown,
                 )
                 part.found = found
+                if quantize is not None:
+                    report.agreement |= agreement_of(temporary / part.file, adapted, part, oracle, source, calibration)
+                report.reference = oracle.told
+                idle.append(oracle.idle)
                 report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")
+            refuse_disagreement(report, limit, temporary)
+            report.idle = sorted(set.intersection(*idle))
         way.describe(temporary, adapted, parts, example)
         report.measure(temporary)
         if assets is not None:

@@ -13,9 +13,11 @@ import torch
 
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
 from peftfx.export.metadata import ENGINE, REPORT
-from peftfx.export.verification.comparison import Comparison
+from peftfx.export.verification.agreement import Agreement
+from peftfx.export.verification.comparison import Comparison, short_shapes
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.graph.graph import DERIVED, Graph
+from peftfx.graph.slots import listed
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FAST
 from peftfx.passes.adaptation.constants import Computed
@@ -42,12 +44,17 @@ class Report:
         opset: version of the ONNX operators.
         fused: how many operators there are that stand for a whole attention, rotary embedding or norm.
         quantized: for each graph, the names of the weights that became small integers.
+        agreement: for each of them that gives logits, how far it agrees with the model in floating point on a text.
         engine: the road to ONNX that was taken; where it is not the one asked for, why.
         nodes: in the ONNX graph.
         bytes: size of each file.
         seconds: wall time of each stage.
         verified: what ONNX Runtime ran: the model, or its float32 twin over the same weights.
-        comparisons: the verification, output by output at each shape.
+        reference: what it was held against.
+        idle: module paths that an adapter acts at and that ran in none of the calls compared.
+        probes: the shapes of each of these calls; `*` stands for every layer of a cache.
+        comparisons: the verification, output by output at each probe, by its number: the largest difference, the same
+            over the largest magnitude, what it may be, and how far the reference's own rounding is from float64.
         versions: of the libraries that made it.
     """
 
@@ -63,11 +70,15 @@ class Report:
     opset: int = 0
     fused: dict[str, int] = field(default_factory=dict)
     quantized: dict[str, list[str]] = field(default_factory=dict)
+    agreement: dict[str, Agreement] = field(default_factory=dict)
     engine: str = FAST
     nodes: int = 0
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     verified: str = ""
+    reference: str = ""
+    idle: list[str] = field(default_factory=list)
+    probes: list[dict[str, list[int]]] = field(default_factory=list)
     comparisons: list[dict[str, object]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -118,15 +129,13 @@ class Report:
         whole = Counter(node.op_type for node in program.graph if node.op_type in FUSED)
         self.fused = dict(Counter(self.fused) + whole)
         self.verified = "its float32 twin, over the same weights" if in_bfloat16(program) else "the model"
-        self.comparisons += [
-            {
-                "output": prefix + c.output,
-                "shapes": {name: list(shape) for name, shape in c.shapes.items() if name not in left_out},
-                "max_abs": c.max_abs,
-                "max_rel": c.max_rel,
-            }
-            for c in found
-        ]
+        for c in found:
+            shapes = short_shapes({name: shape for name, shape in c.shapes.items() if name not in left_out})
+            if shapes not in self.probes:
+                self.probes.append(shapes)
+            numbers = {"max_abs": c.max_abs, "max_rel": c.max_rel, "bound": c.bound, "float32": c.noise}
+            told = {name: None if n is None else float(f"{n:.3g}") for name, n in numbers.items()}
+            self.comparisons.append({"output": prefix + c.output, "probe": self.probes.index(shapes), **told})
 
     def measure(self, directory: Path) -> None:
         """Add the sizes of the files."""
@@ -134,7 +143,8 @@ class Report:
 
     def write(self, directory: Path) -> None:
         """Put `peftfx_report.json` into the directory."""
-        text = json.dumps(asdict(self), indent=2) + "\n"
+        lines = (f"{json.dumps(name)}: {_written(value)}" for name, value in asdict(self).items())
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
         (directory / REPORT).write_text(text, encoding="utf-8")
 
     def rows(self) -> list[tuple[str, str]]:
@@ -145,8 +155,9 @@ class Report:
         worst = max(self.rounding, key=lambda path: self.rounding[path]["max_rel"], default=None)
         if worst is not None:
             merged += f", rounded by at most {Rounding(**self.rounding[worst])}"
-        shapes = len({str(c["shapes"]) for c in self.comparisons})
-        agree = ("ONNX Runtime = torch", f"to {self.max_abs:.1e} at {shapes} unseen shapes")
+        shapes = len(self.probes)
+        rounding = "" if self.float32 is None else f"; torch's own rounding is up to {self.float32:.1e} from float64"
+        agree = ("ONNX Runtime = torch", f"to {self.max_abs:.1e} at {shapes} unseen shapes{rounding}")
         if self.quantized:
             lost = f"{self.max_rel:.1e} of the largest magnitude, at {shapes} unseen shapes"
             agree = ("ONNX Runtime - torch", lost)
@@ -163,7 +174,14 @@ class Report:
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
             ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes{whole}, engine {self.engine}"),
             *([("quantised", f"{small} weights")] if small else []),
+            *(("agreement", str(found)) for found in self.agreement.values()),
             agree,
+            ("held against", self.reference),
+            *(
+                [("never run", f"{len(self.idle)} modules with an adapter: {listed(self.idle, 3)}")]
+                if self.idle
+                else []
+            ),
             ("seconds", ", ".join(f"{n} {s:.1f}" for n, s in self.seconds.items())),
         ]
 
@@ -176,9 +194,22 @@ class Report:
         return max((float(str(c["max_abs"])) for c in self.comparisons), default=0.0)
 
     @property
+    def float32(self) -> float | None:
+        """The largest difference between torch in the model's own dtype and in float64; None where not measured."""
+        noises = [float(str(c["float32"])) for c in self.comparisons if c["float32"] is not None]
+        return max(noises, default=None)
+
+    @property
     def max_rel(self) -> float:
         """The largest difference over the largest magnitude of its output: of a quantised model, what it lost."""
         return max((float(str(c["max_rel"])) for c in self.comparisons), default=0.0)
+
+
+def _written(value: object) -> str:
+    """JSON, with a line for each of what there is a list of."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(f"  {json.dumps(item)}" for item in value) + "\n]"
+    return json.dumps(value)
 
 
 def _versions() -> dict[str, str]:

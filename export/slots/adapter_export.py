@@ -5,6 +5,7 @@ What goes where is told in `adapter_tensors.py`; here it is laid into the slots 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping
@@ -60,7 +61,14 @@ WORDS = {
 
 
 def export_adapter(
-    adapted: AdaptedModel, directory: str | Path, output: str | Path, *, check: bool = True, force: bool = False
+    adapted: AdaptedModel,
+    directory: str | Path,
+    output: str | Path,
+    *,
+    check: bool = True,
+    force: bool = False,
+    atol: float | None = None,
+    rtol: float | None = None,
 ) -> Path:
     """Write the active adapters as one `.onnx_adapter` for the graph in a directory.
 
@@ -75,6 +83,8 @@ def export_adapter(
         output: where to; it gets the suffix if it has none.
         check: run it.
         force: replace it if it exists.
+        atol, rtol: what may differ, `atol + rtol * largest magnitude`; by default what the export of the graph was
+            given, and else it is measured.
 
     Raises:
         PeftfxError: the graph is of another base, or has no place for what an adapter does.
@@ -82,6 +92,8 @@ def export_adapter(
     """
     directory, output = Path(directory), adapter_path(Path(output), force)
     manifest = Manifest.read(directory)
+    if atol is not None or rtol is not None:
+        manifest = dataclasses.replace(manifest, atol=atol, rtol=rtol)
     if fingerprint(adapted.base) != manifest.fingerprint:
         what = f"the graph here is of another base ({manifest.model} from {manifest.base or 'memory'})"
         raise PeftfxError(what, str(directory), "give the base that it was exported from, or export this one")

@@ -144,7 +144,7 @@ def _judged(found: Sequence[Comparison], tolerance: Tolerance, where: str) -> li
         worst = list({c.output: c for c in reversed(wrong)}.values())[::-1][:WORST]
         lines = "".join(f"\n  {c}" for c in worst)
         more = f"\n  and {names - len(worst)} more outputs" if names > len(worst) else ""
-        at = f"\n  at {told_shapes(wrong[0].shapes)}"
+        at = "\n  at " + ", ".join(f"{name} {shape}" for name, shape in short_shapes(wrong[0].shapes).items())
         raise VerificationError(f"{what}:{lines}{more}{at}", where, tolerance.told())
     return judged
 
@@ -153,13 +153,17 @@ def _badness(c: Comparison) -> tuple[bool, float]:
     return bool(c.wrong), c.max_abs / c.bound if c.bound else c.max_abs
 
 
-def told_shapes(shapes: Mapping[str, Sequence[int]]) -> str:
-    """The shapes of inputs in words; those of the layers of a cache together."""
-    grouped: dict[tuple[str, tuple[int, ...]], int] = {}
+def short_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Shapes of inputs by name; layers of a cache that are alike are told once, with a `*` for their number."""
+    starred: dict[str, list[tuple[str, list[int]]]] = {}
     for name, shape in shapes.items():
-        key = ".".join("*" if part.isdigit() else part for part in name.split(".")), tuple(shape)
-        grouped[key] = grouped.get(key, 0) + 1
-    return ", ".join(f"{name} {list(shape)}" for name, shape in grouped)
+        star = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        starred.setdefault(star, []).append((name, list(shape)))
+    found: dict[str, list[int]] = {}
+    for star, own in starred.items():
+        alike = len(own) > 1 and all(shape == own[0][1] for _, shape in own)
+        found |= {star: own[0][1]} if alike else dict(own)
+    return found
 
 
 def _widened(feed: Tensors, model: OnnxModel) -> Tensors:

@@ -31,10 +31,14 @@ _AT_ONCE = 1 << 22  #: elements that are rounded at a time
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
-def check_quantization(kind: str | None, max_error: float | None) -> None:
-    """Refuse an unknown kind, and a bound on the error of what is not quantised."""
-    if kind is None and max_error is not None:
-        raise PeftfxError("there is no quantisation whose error could be bounded", "max_error", "pass quantize too")
+_WHAT = {"max_error": "bounded", "calibration": "told"}
+
+
+def check_quantization(kind: str | None, max_error: object = None, calibration: object = None) -> None:
+    """Refuse an unknown kind, and a bound on the error of what is not quantised, or a text for it."""
+    for name, given in (("max_error", max_error), ("calibration", calibration)):
+        if kind is None and given is not None:
+            raise PeftfxError(f"there is no quantisation whose error could be {_WHAT[name]}", name, "pass quantize too")
     if kind is not None and kind not in BITS:
         raise PeftfxError(f"unknown quantisation {kind!r}", "quantize", f"one of {', '.join(BITS)}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -15,6 +15,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from peftfx.errors import PeftfxError
 from peftfx.export.metadata import PERM, SOURCE
+from peftfx.export.writing.finite import refuse_infinite
 from peftfx.export.writing.stream import PAGE, Stream
 from peftfx.files import writing
 
@@ -66,10 +67,15 @@ def save_together(
     data: str = "model.onnx.data",
     external_threshold: int = INLINE,
     written: Written | None = None,
+    infinite: Collection[str] | None = None,
 ) -> None:
     """Write models, by the names of their files, over one file of weights: what two of them read is in it once.
 
-    Otherwise as `save`.
+    Otherwise as `save`. `infinite` are the sources of tensors of the model that may hold an infinity, a mask say; with
+    None nothing is looked at.
+
+    Raises:
+        PeftfxError: as `save`; a tensor holds NaN, or an infinity that it may not.
     """
     path = Path(directory) / data
     places = list(_layout(models.values(), external_threshold))
@@ -77,7 +83,10 @@ def save_together(
         path.parent.mkdir(parents=True, exist_ok=True)
         _refuse_full_disk(places, path.parent)
         if places:
-            _write(places, path, written or (lambda done, total: None))
+            _write(places, path, written or (lambda done, total: None), infinite)
+        for value in _inline(models.values(), external_threshold):
+            assert value.const_value is not None
+            refuse_infinite(value, torch.from_numpy(value.const_value.numpy().copy()), infinite)
         with _external(places, data, path.parent):
             for name, model in models.items():
                 if _inline_size(model) > _LIMIT:
@@ -121,20 +130,30 @@ def _refuse_full_disk(places: Sequence[_Place], directory: Path) -> None:
         raise PeftfxError(what, str(directory), "free some space, or choose a directory on another disk")
 
 
-def _write(places: Sequence[_Place], path: Path, written: Written) -> None:
+def _inline(models: Iterable[ir.Model], threshold: int) -> Iterator[ir.Value]:
+    """The small tensors of plain floats."""
+    plain = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+    for value in chain.from_iterable(model.graph.initializers.values() for model in models):
+        if value.const_value is not None and value.const_value.nbytes <= threshold and value.dtype in plain:
+            yield value
+
+
+def _write(places: Sequence[_Place], path: Path, written: Written, infinite: Collection[str] | None) -> None:
     own = [place for place in places if not place.shared]
     total = own[-1].end
     with Stream(path) as stream:
         for place in own:
             stream.pad(place.offset)
-            stream.write(_bytes(place.tensor))
+            stream.write(_bytes(place, infinite))
             written(place.end, total)
 
 
-def _bytes(tensor: ir.TensorProtocol) -> memoryview:
+def _bytes(place: _Place, infinite: Collection[str] | None) -> memoryview:
+    tensor = place.tensor
     raw = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor
     if isinstance(raw, TorchTensor):
         value = raw.raw.detach().cpu().contiguous()
+        refuse_infinite(place.value, value, infinite)
         return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it has a buffer
     return memoryview(raw.tobytes())
 

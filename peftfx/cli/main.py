@@ -76,9 +76,19 @@ def export(
         str | None, typer.Option(help="int8 or int4: weights of products in blocks of small integers.")
     ] = None,
     max_error: Annotated[
-        float | None,
-        typer.Option(help="What quantisation may cost, over an output's largest magnitude; beyond it: exit 1."),
+        str | None,
+        typer.Option(
+            help="What quantisation may cost, as kl=0.05 (nats), top1=0.9 (share that agrees) or 0.1 (of an output's "
+            "largest magnitude); beyond it: exit 1."
+        ),
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text that a quantised model is compared on; by default its own greedy text.")
+    ] = None,
+    atol: Annotated[
+        float | None, typer.Option(help="What an output may differ by; by default measured against float64.")
+    ] = None,
+    rtol: Annotated[float | None, typer.Option(help="The same, over its largest magnitude.")] = None,
     batched: Annotated[
         list[str] | None, typer.Option(help="NAME=DIR of an adapter, given again: each row of a batch chooses one.")
     ] = None,
@@ -128,6 +138,9 @@ def export(
             optimize=optimize,
             quantize=quantize,
             max_error=max_error,
+            calibration=calibration,
+            atol=atol,
+            rtol=rtol,
             batched=rows,
             slots=None if target is None else Slots(target, prefix),
             force=force,
@@ -150,6 +163,10 @@ def export_adapter(
         str, typer.Option(help="How weighted adapters are combined: cat (LoRA, exactly) or linear (LoRA, IA3).")
     ] = "cat",
     check: Annotated[bool, typer.Option(help="Hold what it does in ONNX Runtime against torch.")] = True,
+    atol: Annotated[
+        float | None, typer.Option(help="What an output may differ by; by default measured against float64.")
+    ] = None,
+    rtol: Annotated[float | None, typer.Option(help="The same, over its largest magnitude.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Write an adapter of any method as an .onnx_adapter file, for a graph that has places for it.
@@ -160,7 +177,7 @@ def export_adapter(
     from peftfx.cli.progress import Progress
     from peftfx.export.adapter_command import export_adapter_directories
 
-    options = {"base": base, "combination": combination, "check": check, "force": force}
+    options = {"base": base, "combination": combination, "check": check, "force": force, "atol": atol, "rtol": rtol}
     with _quiet(), Progress() as progress:
         made = export_adapter_directories(adapter, graph, output, **options, progress=progress.stage)  # type: ignore[arg-type]
     print(f"{made}: {made.stat().st_size:,} B")

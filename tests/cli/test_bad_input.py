@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.command import Inputs, Result, assert_refused, typed
 
-from peftfx.export.deployment import deployment
+from peftfx.export.verification.eager_reference import EagerReference
 
 Damage = Callable[[Path, Path], None]
 FULL = 'mount -t tmpfs -o size=SIZE none "$1" && shift && "$@"; code=$?; ls -A "$DISK"; exit $code'
@@ -177,9 +177,9 @@ def test_in_a_process_of_its_own_an_error_is_no_traceback(tmp_path: Path) -> Non
 def test_a_failed_verification_is_exit_code_1_and_leaves_nothing(
     inputs: Inputs, peftfx: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference = deployment.reference_of
+    eager = EagerReference.__call__
     monkeypatch.setattr(
-        deployment, "reference_of", lambda graph: lambda feed: {n: v + 0.01 for n, v in reference(graph)(feed).items()}
+        EagerReference, "__call__", lambda self, feed: {n: v + 0.01 for n, v in eager(self, feed).items()}
     )
     done = peftfx("export", "--base", inputs.classifier, "--output", tmp_path / "out")
     assert_refused(done, "ONNX Runtime disagrees", "logits", "tolerance", code=1)

@@ -86,7 +86,7 @@ class TestExport:
         assert report["outputs"] == ["logits"]
         sites = [f"bert.encoder.layer.{i}.attention.self.{name}" for i in (0, 1) for name in ("query", "value")]
         assert report["merged"] == sorted([*sites, "classifier"])  # and the head that was trained with them
-        assert len({json.dumps(c["shapes"]) for c in report["comparisons"]}) >= 3
+        assert len(report["probes"]) >= 3
         assert all(c["max_abs"] < 1e-4 for c in report["comparisons"])
         assert report["bytes"]["model.onnx"] == (merged[0] / "model.onnx").stat().st_size
         assert set(report["seconds"]) == {"capture", "merge", "convert", "write", "verify"}

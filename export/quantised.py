@@ -1,0 +1,45 @@
+"""What quantisation costs: each part of an export held against the model in floating point, on a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peftfx.errors import PeftfxError
+from peftfx.export.deployment.parts import Part
+from peftfx.export.report import Report
+from peftfx.export.verification.agreement import Agreement, MaxError, agreement, read_text
+from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.oracle import Oracle
+from peftfx.model.adapted import AdaptedModel
+from peftfx.serving.onnx_model import OnnxModel
+
+
+def agreement_of(
+    path: Path, adapted: AdaptedModel, part: Part, oracle: Oracle, source: str | Path, text: str | Path | None
+) -> dict[str, Agreement]:
+    """How far a quantised part agrees with the model on a text, by the part's name."""
+    model = OnnxModel(path, mapped=True)
+    plain = part.view is part.seen and oracle.eager is not None
+    ids = None if text is None else read_text(Path(text), source)
+    view = part.view if plain else None
+    told = (ids if plain else None), Path(text or "").name
+    found = agreement(model, adapted, view, oracle.reference, oracle.cases, *told)
+    return {} if found is None else {part.stem: found}
+
+
+def refuse_disagreement(report: Report, limit: MaxError | None, where: Path) -> None:
+    """Refuse a quantised model that agrees less than was asked for.
+
+    Raises:
+        VerificationError: it does.
+        PeftfxError: the model has no logits to tell it by.
+    """
+    if limit is None or limit.kind == "error":
+        return
+    if not report.agreement:
+        hint = "bound the error over the largest magnitude: max_error=0.1"
+        raise PeftfxError(f"the model gives no logits: it has no {limit.kind}", "max_error", hint)
+    worst = next((a for a in report.agreement.values() if not a.within(limit)), None)
+    if worst is not None:
+        what = f"quantisation costs more than {limit.kind}={limit.value:g}: {worst}"
+        raise VerificationError(what, str(where), "quantise to int8, or allow more (--max-error)")

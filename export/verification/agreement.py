@@ -1,0 +1,208 @@
+"""agreement: how often a quantised model and the same model in floating point think alike, on a text.
+
+At each token of the text two distributions are compared: of what the model's own code gives, and of what ONNX Runtime
+computes with rounded weights. Told are the share of tokens whose likeliest next token is the same (top-1), and the mean
+of the Kullback-Leibler divergence, in nats: about what the loss on such a text rises by.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.errors import PeftfxError, first_line
+from peftfx.export.verification.comparison import Reference
+from peftfx.export.verification.eager_reference import EagerReference
+from peftfx.export.verification.probes import is_large
+from peftfx.model.adapted import AdaptedModel
+from peftfx.serving.onnx_model import OnnxModel
+from peftfx.views.decode import PAST, PRESENT, Decode, cache_names, positions
+from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder, Encoder
+from peftfx.views.view import View
+
+Tensors = dict[str, Tensor]
+LOGITS = "logits"
+ROWS, LENGTH = 8, 32  #: of greedy text
+LONGEST, MOST = 128, 2048  #: tokens of a row of a text that is given, and of all of it
+OWN, RANDOM = "its own greedy text", "random inputs"
+
+
+@dataclass(frozen=True)
+class MaxError:
+    """What quantisation may cost.
+
+    Attributes:
+        kind: `error`, over an output's largest magnitude; `kl`, in nats; `top1`, the least share that has to agree.
+        value: the bound.
+    """
+
+    kind: str
+    value: float
+
+    @staticmethod
+    def of(given: float | str | None) -> MaxError | None:
+        """From a number, or a text as `kl=0.05`, `top1=0.9`, `error=0.1` or `0.1`.
+
+        Raises:
+            PeftfxError: it is neither.
+        """
+        if given is None:
+            return None
+        match = re.fullmatch(r"\s*(?:(error|kl|top1)\s*=)?\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*", str(given).lower())
+        try:
+            return MaxError(match[1] or "error", float(match[2]))  # type: ignore[index]
+        except (TypeError, ValueError):
+            hint = "as in kl=0.05, top1=0.9 or 0.1"
+            raise PeftfxError(f"not a bound on an error: {given!r}", "max_error", hint) from None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two models agree.
+
+    Attributes:
+        tokens: that were compared.
+        top1: the share of them whose likeliest next token is the same.
+        kl: the mean divergence, in nats.
+        text: on what.
+    """
+
+    tokens: int
+    top1: float
+    kl: float
+    text: str
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.1%}, KL {self.kl:.2g} nats, over {self.tokens:,} tokens of {self.text}"
+
+    def within(self, bound: MaxError) -> bool:
+        """Whether it keeps to a bound of these two kinds."""
+        return bound.kind == "error" or (self.kl <= bound.value if bound.kind == "kl" else self.top1 >= bound.value)
+
+
+@torch.no_grad()
+def agreement(
+    model: OnnxModel,
+    adapted: AdaptedModel,
+    view: View | None,
+    reference: Reference,
+    cases: Sequence[Tensors],
+    text: Tensor | None,
+    named: str,
+) -> Agreement | None:
+    """How far a quantised model agrees with what it was made from; None where it gives no logits.
+
+    Args:
+        model: the quantised one.
+        adapted: what it was made from.
+        view: of both.
+        reference: what `adapted` gives in this view.
+        cases: calls that it was verified at, for what reads no text.
+        text: ids [rows, tokens] to compare on; by default the model's own greedy text.
+        named: what the text is.
+    """
+    if LOGITS not in model.outputs:
+        return None
+    feeds, told = list(cases), RANDOM
+    if isinstance(view, Decode):
+        own = _greedy(adapted, view, reference) if text is None else text
+        feeds, told = [_step(adapted, view, own)], OWN if text is None else named
+    elif isinstance(view, Decoder):
+        feeds, told = [_decoded(adapted, view, reference, text)], OWN if text is None else f"what it makes of {named}"
+    elif text is not None and "input_ids" in model.inputs:
+        feeds, told = [{"input_ids": text, "attention_mask": torch.ones_like(text)}], named
+        feeds = [{name: value for name, value in feed.items() if name in model.inputs} for feed in feeds]
+    count, same, divergence = 0, 0.0, 0.0
+    for feed in feeds:
+        want, got = reference(feed)[LOGITS].double().cpu(), model(**feed)[LOGITS].double()
+        mask = feed.get("attention_mask")
+        if mask is not None and mask.shape == want.shape[:2]:
+            want, got = want[mask != 0], got[mask != 0]
+        p, q = want.flatten(0, -2).log_softmax(-1), got.flatten(0, -2).log_softmax(-1)
+        count += len(p)
+        same += float((p.argmax(-1) == q.argmax(-1)).sum())
+        terms = torch.where(p.isfinite(), p.exp() * (p - q), 0.0)
+        divergence += float(terms.sum())
+    return Agreement(count, same / max(count, 1), divergence / max(count, 1), told)
+
+
+def read_text(path: Path, source: str | Path) -> Tensor:
+    """The ids [rows, tokens] of a text file, by the tokenizer beside a base model; at most `MOST` of them.
+
+    Raises:
+        PeftfxError: there is no such file, no tokenizer, or hardly a token.
+    """
+    from transformers import AutoTokenizer
+
+    check_text(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+    except Exception as error:  # whatever a library raises for a directory that holds none
+        what = f"the base has no tokenizer that can be read: {first_line(error)}"
+        raise PeftfxError(what, str(source), "leave --calibration out: the model's own text is used") from error
+    ids = tokenizer(path.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False)["input_ids"][:MOST]
+    length = min(LONGEST, len(ids))
+    if length < 2:
+        raise PeftfxError("the text has fewer than 2 tokens", str(path), "give a longer one")
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+def check_text(path: Path) -> None:
+    """Refuse a file that is not there."""
+    if not path.is_file():
+        raise PeftfxError("there is no such file", str(path), "give a file of plain text to --calibration")
+
+
+def _sizes(adapted: AdaptedModel) -> tuple[int, int]:
+    return (ROWS // 2, LENGTH // 2) if is_large(adapted.base) else (ROWS, LENGTH)
+
+
+def _step(adapted: AdaptedModel, view: Decode, ids: Tensor, past: Mapping[str, Tensor] | None = None) -> Tensors:
+    """A call of a decode view with these tokens, behind what an earlier call gave."""
+    rows, length = ids.shape
+    made = view.inputs(adapted.base, sizes={"batch": rows, "sequence": length, "past": 0})
+    names = cache_names(PAST, len(view.layers))
+    if past is not None:
+        made |= {n: past[present] for n, present in zip(names, cache_names(PRESENT, len(view.layers)), strict=True)}
+    mask = torch.ones(rows, made[names[0]].shape[2] + length, dtype=torch.long)
+    made |= {"input_ids": ids, "attention_mask": mask}
+    if view.positions:
+        made["position_ids"] = positions(mask)[:, -length:]
+    return made
+
+
+def _greedy(adapted: AdaptedModel, view: Decode, reference: Reference) -> Tensor:
+    """Text that the model writes itself, each row from a random token on."""
+    rows, length = _sizes(adapted)
+    ids = example_inputs(adapted.base, sizes={"batch": rows, "sequence": 1}, seed=1)["input_ids"]
+    written, past = [ids], None
+    for _ in range(length - 1):
+        past = reference(_step(adapted, view, written[-1], past))
+        written.append(past[LOGITS][:, -1:].argmax(-1))
+    return torch.cat(written, 1)
+
+
+def _decoded(adapted: AdaptedModel, view: Decoder, reference: Reference, text: Tensor | None) -> Tensors:
+    """A call of a decoder with what it writes itself about a text."""
+    rows, length = _sizes(adapted)
+    base, count = adapted.base, len(view.layers.own)
+    made = example_inputs(base, sizes={"batch": rows, "sequence": length, "decoder_sequence": 1}, seed=1)
+    ids = made["input_ids"] if text is None else text[:rows]
+    start, mask = made["decoder_input_ids"][: len(ids)], torch.ones_like(ids)
+    encoded = EagerReference(adapted, Encoder(view.layers))({"input_ids": ids, "attention_mask": mask})
+    crossed = zip(*(cache_names(kind, count, part=ENCODED) for kind in (PAST, PRESENT)), strict=True)
+    own = view.inputs(base, sizes={"batch": len(ids), "encoder_sequence": ids.shape[1], "sequence": 1, "past": 0})
+    feed = {**own, "encoder_attention_mask": mask, **{name: encoded[present] for name, present in crossed}}
+    first, written = dict(feed), [start]
+    for _ in range(length - 1):
+        found = reference({**feed, "input_ids": written[-1]})
+        written.append(found[LOGITS][:, -1:].argmax(-1))
+        held = zip(*(cache_names(kind, count, part=DECODED) for kind in (PAST, PRESENT)), strict=True)
+        feed |= {name: found[present] for name, present in held}
+    return {**first, "input_ids": torch.cat(written, 1)}

@@ -1,0 +1,39 @@
+"""Weights and adapters are finite numbers: a NaN or an infinity is an error that names its tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import onnx_ir as ir
+import torch
+
+from peftfx.errors import PeftfxError
+from peftfx.export.metadata import SOURCE
+from peftfx.graph.graph import CONSTANTS
+from peftfx.model.adapted import AdaptedModel
+
+
+def refuse_infinite_adapters(adapted: AdaptedModel, names: Sequence[str]) -> None:
+    """Refuse adapters that hold NaN or an infinity, by the tensor's name; weights are looked at as they are written."""
+    for name in names:
+        for key, tensor in adapted.adapter(name).tensors():
+            if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
+                what = f"the adapter {name!r} holds NaN or an infinity"
+                raise PeftfxError(what, key, "look at the training that made it, or at its file")
+
+
+def refuse_infinite(value: ir.Value, tensor: torch.Tensor, infinite: Collection[str] | None) -> None:
+    """Refuse a tensor with NaN, or with an infinity where its source may hold none."""
+    source = value.meta.get(SOURCE)
+    if infinite is None or not isinstance(source, str) or source.startswith(f"{CONSTANTS}."):
+        return
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.dtype.itemsize < 2:
+        return
+    low, high = tensor.aminmax()  # NaN if one is
+    if bool(low.isfinite() & high.isfinite()):
+        return
+    if bool(low.isnan()):
+        raise PeftfxError("this tensor holds NaN", source, "look at the training that made it, or at its file")
+    if source not in infinite:
+        hint = "if it is merged, export in fp32 (--dtype fp32), or with the adapter apart (--no-merge)"
+        raise PeftfxError("this tensor holds an infinity", source, hint)

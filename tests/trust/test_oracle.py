@@ -1,0 +1,205 @@
+"""What verification holds an export against is made by another road: what capture, sites or loading lost, it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from support.zoo import ZOO
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.adapters.files import reader
+from peftfx.contract.method import Base, Op, Params, Rows, WeightMethod
+from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.eager_reference import EagerReference
+from peftfx.model.adapted import AdaptedModel
+from peftfx.sites.site import Site
+from peftfx.sites.sites import Sites
+from peftfx.views import capture as capturing
+
+
+def stirred(adapted: AdaptedModel, std: float = 0.2) -> AdaptedModel:
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in adapted.adapters.parameters():
+            p.add_(torch.randn(p.shape, generator=random) * std)
+    return adapted
+
+
+def without(path: str, found: Callable[..., Sites]) -> Callable[..., Sites]:
+    """A search for sites that overlooks one."""
+    return lambda graph: Sites(tuple(site for site in found(graph) if site.path != path))
+
+
+LOST = "model.layers.1.mlp.down_proj"
+
+
+def test_a_site_that_the_search_overlooks_in_the_exported_view_is_seen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    adapted = stirred(peftfx.transform(ZOO["llama"].build(), peftfx.LoRA(r=2, target="all-linear"), seed=0))
+    monkeypatch.setattr(capturing, "find_sites", without(LOST, capturing.find_sites))
+    with pytest.raises(VerificationError, match="disagrees"):
+        adapted.export(tmp_path / "out", view="decode")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_loading_dropped_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = ZOO["llama"].build()
+    stirred(peftfx.transform(model, peftfx.LoRA(r=2, target="all-linear"), seed=0)).save_pretrained(tmp_path / "a")
+    adapted = peftfx.model.api.bare(ZOO["llama"].build())
+    whole, refuse = adapted.sites, reader._refuse_mismatch
+    monkeypatch.setattr(reader, "_refuse_mismatch", lambda w, wanted, expected, *rest: refuse(w, wanted, set(), *rest))
+    monkeypatch.setattr(AdaptedModel, "sites", Sites(tuple(site for site in whole if site.path != LOST)))
+    try:
+        adapted.load_adapter(tmp_path / "a", "x")
+    except peftfx.PeftfxError as error:  # as good: loading refuses what it cannot place
+        assert LOST in str(error)  # noqa: PT017
+        return
+    with pytest.raises(VerificationError, match="nothing was done at") as raised:
+        adapted.export(tmp_path / "out", view="forward")
+    assert LOST in str(raised.value)
+
+
+def test_a_capture_that_forgets_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    adapted = peftfx.model.api.bare(ZOO["bert"].build())
+    capture = capturing._as_graph
+
+    def spoilt(*args: object) -> object:
+        graph = capture(*args)  # type: ignore[arg-type]
+        node = next(n for n in graph.nodes() if n.target is torch.ops.aten.gelu.default)
+        node.replace_all_uses_with(node.args[0])
+        graph.module.recompile()
+        return graph
+
+    monkeypatch.setattr(capturing, "_as_graph", spoilt)
+    with pytest.raises(VerificationError, match="disagrees"):
+        adapted.export(tmp_path / "out", view="forward")
+
+
+METHODS = {
+    "lora": peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj", "embed_tokens"]),
+    "rslora": peft.LoraConfig(r=3, use_rslora=True, target_modules=["v_proj"], bias="all", lora_bias=True),
+    "dora": peft.LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "embed_tokens"]),
+    "pissa": peft.LoraConfig(r=3, init_lora_weights="pissa", target_modules=["q_proj", "up_proj"]),
+    "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "adalora": peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["q_proj", "up_proj"]),
+    "vera": peft.VeraConfig(r=4, target_modules=["q_proj"]),
+    "tokens": peft.TrainableTokensConfig(token_indices=list(range(4, 90)), target_modules=["embed_tokens"]),
+    "norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "head": peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.fixture(scope="module")
+def llama() -> AdaptedModel:
+    return peftfx.model.api.bare(ZOO["llama"].build())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_eager_reference_is_peft(name: str, llama: AdaptedModel, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(ZOO["llama"].build(), METHODS[name])
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape) * 0.2)
+    theirs.eval().save_pretrained(tmp_path)
+    adapted = llama
+    adapted.load_adapter(tmp_path, "x")
+    inputs = ZOO["llama"].inputs(2, 6, model=adapted.base)
+    reference = EagerReference(adapted, None, inputs)
+    got = reference(inputs)["logits"]
+    with torch.no_grad():
+        want = theirs(**inputs, use_cache=name == "prefix").logits
+        plain = adapted.base(**inputs, use_cache=False).logits
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[:, -6:][seen], want[:, -6:][seen], rtol=1e-4, atol=1e-4)
+    assert float((got[:, -6:] - plain)[seen].abs().max()) > 1e-3
+    assert reference.named == reference.seen
+    adapted.remove()
+    after = adapted.base(**inputs, use_cache=False).logits
+    torch.testing.assert_close(after, plain, rtol=0, atol=0)  # the module is as it was
+
+
+class Grouped(nn.Module):
+    """A conv of several groups, a packed attention that reads its projection's weight itself, an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix = nn.Embedding(32, 16), nn.Conv1d(16, 16, 3, padding=1, groups=4)
+        self.heads, self.out = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.mix(self.words(ids).transpose(1, 2)).transpose(1, 2)
+        return self.out(x + self.heads(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize(
+    "method", [peftfx.LoRA(r=4, target="all-linear | mix | words"), peftfx.IA3(target="mix | out")]
+)
+def test_modules_that_compute_in_ways_of_their_own_are_adapted_too(method: object, tmp_path: Path) -> None:
+    ids = {"ids": torch.randint(32, (2, 6))}
+    adapted = stirred(peftfx.transform(Grouped().eval(), method, inputs=ids, seed=0))
+    for merge in (True, False):
+        report = adapted.export(tmp_path / str(merge), inputs=ids, merge=merge)
+        assert report.reference.startswith("the model's own code")
+        assert not report.idle
+
+
+def test_parts_of_a_fused_projection_and_two_adapters_at_once(tmp_path: Path) -> None:
+    adapted = peftfx.transform(ZOO["gpt2"].build(), peftfx.LoRA(r=2, target="attention.query | mlp"), seed=0)
+    adapted.add_adapter("two", peftfx.IA3(target="attention.value"))
+    adapted.set_adapter(["default", "two"])
+    report = stirred(adapted).export(tmp_path / "out", view="forward")
+    assert report.max_rel < 1e-4
+
+
+class RowScale(WeightMethod):
+    """A method that nobody published."""
+
+    peft_type = "ROW_SCALE_OF_TEST"
+    default_target = "mlp"
+    __hash__ = WeightMethod.__hash__
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        return {"scale": torch.ones_like(base.weight[:, 0])}
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        return (y * p["scale"]).to(y.dtype)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        return Base(base.weight * p["scale"][:, None], None if base.bias is None else base.bias * p["scale"])
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {"scale": "row_scale"}
+
+    def whole(self, site: Site, base: Base, parts: dict[Rows, Params]) -> tuple[RowScale, dict[str, Tensor]]:
+        raise NotImplementedError
+
+
+def test_a_method_of_the_users_own_is_applied_by_its_forward_and_the_report_says_so(tmp_path: Path) -> None:
+    adapted = stirred(peftfx.transform(ZOO["bert"].build(), RowScale()))
+    report = adapted.export(tmp_path / "out", view="forward")
+    assert "RowScale by its own `forward`" in report.reference
+
+
+def test_what_no_hook_reaches_is_held_against_its_graph_and_the_report_says_so(tmp_path: Path) -> None:
+    adapted = stirred(peftfx.transform(ZOO["llama"].build(), peftfx.LlamaAdapter(adapter_len=2)))
+    assert "the adapted graph: LlamaAdapter" in adapted.export(tmp_path / "out", view="forward").reference
+
+
+def test_a_module_that_never_runs_is_named_in_the_report(tmp_path: Path) -> None:
+    config = hf.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, pad_token_id=0)
+    model = hf.T5ForConditionalGeneration(config).eval()
+    adapted = stirred(peftfx.transform(model, peftfx.LoRA(r=2, target="all-linear"), seed=0))
+    adapted.adapter("default").named = frozenset({"shared"})
+    report = adapted.export(tmp_path / "out", view="auto")
+    assert report.idle in ([], ["shared"])

@@ -1,0 +1,237 @@
+"""What may differ means something: right answers pass, wrong ones fail, NaN is named, and messages fit a screen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from support.command import Result
+from support.zoo import ZOO
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.errors import PeftfxError
+from peftfx.export.verification import probes
+from peftfx.export.verification.agreement import MaxError
+from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.eager_reference import EagerReference
+from peftfx.export.verification.float64 import float64
+from peftfx.export.writing.quantization import pack, unpack
+from peftfx.model.adapted import AdaptedModel
+from peftfx.model.api import bare
+from peftfx.views.view import without_cache
+
+
+def llama(layers: int = 2, hidden: int = 32, **more: object) -> nn.Module:
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(vocab_size=96, num_attention_heads=4, pad_token_id=0, **sizes, **more)
+    return hf.LlamaForCausalLM(config).eval()
+
+
+def stirred(model: nn.Module, std: float) -> AdaptedModel:
+    adapted = peftfx.transform(model, peftfx.LoRA(r=8, target="all-linear"), seed=0)
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in adapted.adapters.parameters():
+            p.copy_(torch.randn(p.shape, generator=random) * std)
+    return adapted
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "t5", "convnext", "deberta"])
+@torch.no_grad()
+def test_the_mode_is_what_a_model_cast_to_float64_computes(name: str) -> None:
+    model = ZOO[name].build().eval()
+    inputs = ZOO[name].inputs(model=model)
+    with without_cache(model), float64():
+        got = model(**inputs)[0]
+    assert got.dtype == torch.float64
+    wide = {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
+    with without_cache(model):
+        plain = model(**inputs)[0]
+        want = model.double()(**wide)[0]
+    # a model's own casts to float32 stay where it is cast, and not in the mode
+    assert float((got - want).abs().max()) <= float((plain - want).abs().max()) + 1e-12
+    assert 0 < float((plain - got).abs().max()) < 1e-4 * float(got.abs().max())
+
+
+def test_a_large_adapter_passes_under_what_float32_itself_loses(tmp_path: Path) -> None:
+    adapted = stirred(llama(8, 64), std=2.0)
+    report = adapted.export(tmp_path / "out", view="decode")
+    assert report.float32 is not None
+    assert report.float32 > 0
+    written = json.loads((tmp_path / "out" / "peftfx_report.json").read_text())
+    assert all(c["max_abs"] <= c["bound"] and c["float32"] is not None for c in written["comparisons"])
+
+
+@pytest.mark.parametrize("std", [0.2, 2.0])
+def test_a_wrong_answer_fails_however_large_the_adapter_is(
+    std: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    adapted = stirred(llama(4), std)
+    eager = EagerReference.__call__
+
+    def a_little_off(self: EagerReference, feed: dict[str, Tensor]) -> dict[str, Tensor]:
+        weight = next(p for n, p in self.adapted.adapters.named_parameters() if "layers.3" in n and "lora_B" in n)
+        with torch.no_grad():
+            weight.mul_(1.001)
+            found = eager(self, feed)
+            weight.div_(1.001)
+        return found
+
+    monkeypatch.setattr(EagerReference, "__call__", a_little_off)
+    with pytest.raises(VerificationError, match="torch itself is"):
+        adapted.export(tmp_path / "out", view="decode")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pasts_are_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = bare(llama())
+    view = adapted.view("decode")
+    assert view is not None
+    cases = probes.view_cases(adapted, view, lambda v, feed: EagerReference(adapted, v)(feed))
+    held = [case for case in cases if case["past_key_values.0.key"].shape[2] > 1]
+    assert held
+    for case in held:
+        random = view.inputs(adapted.base, sizes={"batch": len(case["input_ids"]), "past": 6}, seed=1)
+        drawn, real = random["past_key_values.0.value"].std(), case["past_key_values.0.value"].std()
+        assert float(real) < 0.2 * float(drawn)
+        padded = case["attention_mask"][:, : case["past_key_values.0.key"].shape[2]] == 0
+        assert not case["past_key_values.1.key"].transpose(1, 2)[padded].any()
+
+
+def test_a_past_that_the_model_made_is_where_a_whole_text_leaves_it() -> None:
+    adapted = bare(llama())
+    view = adapted.view("decode")
+    assert view is not None
+    run = EagerReference(adapted, view)
+    made = view.inputs(adapted.base, sizes={"batch": 1, "sequence": 3, "past": 4}, seed=3)
+    seen: list[Tensor] = []
+    case = view.with_past(adapted.base, made, lambda v, feed: seen.append(feed["input_ids"]) or run(feed), seed=3)
+    whole = torch.cat([seen[0], case["input_ids"]], 1)
+    want = adapted.base(input_ids=whole, use_cache=False).logits[:, 4:]
+    torch.testing.assert_close(run(case)["logits"], want, rtol=1e-5, atol=1e-5)
+
+
+class TestNaN:
+    def test_in_an_adapter_names_its_tensor(self, tmp_path: Path) -> None:
+        adapted = stirred(llama(), 0.1)
+        with torch.no_grad():
+            adapted.adapter("default").get("model.layers.1.mlp.up_proj.lora_B")[0, 0] = float("nan")
+        with pytest.raises(PeftfxError, match=r"holds NaN or an infinity \[model.layers.1.mlp.up_proj.lora_B\]"):
+            adapted.export(tmp_path / "out", view="forward")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_in_the_base_names_its_tensor(self, value: float, tmp_path: Path, peftfx: Callable[..., Result]) -> None:
+        llama().save_pretrained(tmp_path / "base")
+        file = tmp_path / "base" / "model.safetensors"
+        weights = load_file(file)
+        weights["model.embed_tokens.weight"][95, 3] = value  # of a token that no probe has
+        save_file(weights, file, {"format": "pt"})
+        done = peftfx("export", "--base", str(tmp_path / "base"), "--output", str(tmp_path / "out"))
+        assert done.code == 2
+        assert "base.model.embed_tokens.weight" in done.err
+        assert not (tmp_path / "out").exists()
+
+    def test_in_an_output_is_an_error_though_torch_gives_it_too(self, tmp_path: Path) -> None:
+        class Root(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return (x - 1000).sqrt()
+
+        with pytest.raises(VerificationError, match="the model's own code gives NaN"):
+            peftfx.export_onnx(Root(), tmp_path / "out", inputs={"x": torch.rand(2, 5)})
+
+    def test_masked_logits_are_none(self, tmp_path: Path) -> None:
+        class Masked(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.mix = nn.Linear(8, 6)
+                self.register_buffer("mask", torch.tensor([0.0, 0, float("-inf"), 0, 0, float("-inf")]))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.mix(x) + self.mask
+
+        report = peftfx.export_onnx(Masked().eval(), tmp_path / "out", inputs={"x": torch.randn(2, 8)})
+        assert report.max_abs < 1e-4
+
+
+def test_a_tolerance_that_is_given_is_the_one_that_holds(tmp_path: Path, peftfx: Callable[..., Result]) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    given = ("export", "--base", str(tmp_path / "base"), "--output", str(tmp_path / "out"), "--view", "forward")
+    done = peftfx(*given, "--atol", "0", "--rtol", "1e-12")
+    assert done.code == 1
+    assert "the tolerance is 0 + 1e-12" in done.err
+    assert peftfx(*given, "--rtol", "-1").code == 2
+    assert peftfx(*given, "--atol", "1", "--rtol", "0").code == 0
+
+
+def test_a_message_fits_a_screen_and_a_report_100_kb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    adapted = stirred(llama(30, 16), 0.1)
+    adapted.export(tmp_path / "out", view="decode")
+    assert (tmp_path / "out" / "peftfx_report.json").stat().st_size < 100_000
+    eager = EagerReference.__call__
+    monkeypatch.setattr(
+        EagerReference, "__call__", lambda self, feed: {n: v + 0.5 for n, v in eager(self, feed).items()}
+    )
+    with pytest.raises(VerificationError) as raised:
+        adapted.export(tmp_path / "other", view="decode")
+    text = str(raised.value)
+    assert len(text) < 1200
+    assert text.count("input_ids") == 1
+    assert text.count("absolute") == 3
+
+
+class TestQuantised:
+    def test_what_it_costs_is_told_on_the_models_own_text(self, tmp_path: Path) -> None:
+        adapted = stirred(llama(), 0.05)
+        costs = {}
+        for kind in ("int8", "int4"):
+            report = adapted.export(tmp_path / kind, quantize=kind)
+            costs[kind] = report.agreement["model"]
+            assert "greedy text" in str(report)
+        assert 0 <= costs["int8"].kl < costs["int4"].kl
+        assert costs["int8"].top1 >= costs["int4"].top1
+
+    def test_the_numbers_are_those_of_the_rounded_weights(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("peftfx.export.writing.quantization._ACCURACY", 1)  # activations in float
+        model = llama(tie_word_embeddings=False)
+        report = peftfx.export_onnx(model, tmp_path / "out", quantize="int4", view="decode")
+        adapted = bare(model)
+        view = adapted.view("decode")
+        from peftfx.export.verification.agreement import _greedy, _step
+
+        run = EagerReference(adapted, view)
+        feed = _step(adapted, view, _greedy(adapted, view, run))  # type: ignore[arg-type]
+        want = run(feed)["logits"].log_softmax(-1)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(unpack(*pack(module.weight.detach(), 4, 32), 4, module.in_features))
+        got = run(feed)["logits"].log_softmax(-1)
+        told = report.agreement["model"]
+        assert told.kl == pytest.approx(float((want.exp() * (want - got)).sum(-1).mean()), rel=1e-3)
+        assert told.top1 == pytest.approx(float((want.argmax(-1) == got.argmax(-1)).float().mean()))
+
+    def test_a_bound_has_a_name(self, tmp_path: Path) -> None:
+        adapted = stirred(llama(), 0.05)
+        with pytest.raises(VerificationError, match="costs more than kl=1e-09"):
+            adapted.export(tmp_path / "out", quantize="int4", max_error="kl=1e-9")
+        assert list(tmp_path.iterdir()) == []
+        adapted.export(tmp_path / "out", quantize="int8", max_error="top1=0.5")
+
+    @pytest.mark.parametrize("given", ["kl", "top2=0.5", "kl=much", ""])
+    def test_another_name_is_refused(self, given: str) -> None:
+        with pytest.raises(PeftfxError, match="not a bound"):
+            MaxError.of(given)
+
+    def test_a_text_needs_a_file(self, tmp_path: Path) -> None:
+        with pytest.raises(PeftfxError, match="no such file"):
+            peftfx.export_onnx(llama(), tmp_path / "out", quantize="int8", calibration=tmp_path / "none.txt")
+        with pytest.raises(PeftfxError, match="no quantisation"):
+            peftfx.export_onnx(llama(), tmp_path / "out", calibration=tmp_path / "none.txt")
