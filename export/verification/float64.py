@@ -105,8 +105,9 @@ def _product(func: object, args: tuple[Any, ...]) -> Tensor | None:
         return None
     if weight.dtype not in _WIDE or weight.numel() <= _AT_ONCE or x.dtype not in (*_WIDE, torch.float64):
         return None
-    x = _wide(x)
+    wide = _wide(x)
+    assert isinstance(wide, Tensor)
     step = max(1, _AT_ONCE // weight.shape[0])
-    parts = [x @ _wide(weight[:, start : start + step]) for start in range(0, weight.shape[1], step)]
+    parts = [wide @ _wide(weight[:, start : start + step]) for start in range(0, weight.shape[1], step)]
     found = torch.cat(parts, 1)
     return found if bias is None else found + _wide(bias)  # type: ignore[operator]

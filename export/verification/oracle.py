@@ -55,9 +55,6 @@ def eager_oracle(adapted: AdaptedModel, graph: Graph, view: View | None, example
     eager = EagerReference(adapted, view, example)
     why = no_oracle(adapted)
     asked = _Remembered(reference_of(graph) if why else named_in(graph, eager))
-    told = f"the adapted graph: {why}" if why else f"{EAGER}, with the adapter on its modules" * bool(adapted.active)
-    acting = unpublished(adapted.named.acting())
-    told = f"{told or EAGER}, {' and '.join(acting)} by its own `forward`" if acting and not why else told or EAGER
     if view is None:
         cases = probes(adapted, graph.inputs, example, None if why else asked.first)
     else:
@@ -70,7 +67,16 @@ def eager_oracle(adapted: AdaptedModel, graph: Graph, view: View | None, example
             raise
         except Exception as error:  # whatever the model's own code raises
             raise refused(adapted, view, error) from error
-    return Oracle(asked, cases, measured_of(adapted, cases), told, None if why else eager)
+    return Oracle(asked, cases, measured_of(adapted, cases), _told(adapted, why), None if why else eager)
+
+
+def _told(adapted: AdaptedModel, why: str) -> str:
+    """What the reference is; `why` is why it is not the model's own code."""
+    if why:
+        return f"the adapted graph: {why}"
+    own = unpublished(adapted.named.acting())
+    by_forward = f", {' and '.join(own)} by its own `forward`" if own else ""
+    return f"{EAGER}, with the adapter on its modules{by_forward}" if adapted.active else EAGER
 
 
 def _run(adapted: AdaptedModel, view: View, runs: Mapping[View, Reference], why: str) -> Reference:

@@ -169,7 +169,7 @@ class WithRowAdapters:
     def with_past(self, base: nn.Module, inputs: Mapping[str, Tensor], run: Run, seed: int = 0) -> dict[str, Tensor]:
         """The same inputs, with keys and values that the model makes without an adapter."""
         own = {name: value for name, value in inputs.items() if name != IDS}
-        return {**inputs, **self.view.with_past(base, own, run, seed)}
+        return {**inputs, **self._longer.with_past(base, own, run, seed)}
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model on inputs of this view; what is bound inside, the entry binds."""

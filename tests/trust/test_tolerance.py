@@ -79,9 +79,9 @@ def test_a_wrong_answer_fails_however_large_the_adapter_is(
     def a_little_off(self: EagerReference, feed: dict[str, Tensor]) -> dict[str, Tensor]:
         weight = next(p for n, p in self.adapted.adapters.named_parameters() if "layers.3" in n and "lora_B" in n)
         with torch.no_grad():
-            weight.mul_(1.001)
+            weight.mul_(1.05)
             found = eager(self, feed)
-            weight.div_(1.001)
+            weight.div_(1.05)
         return found
 
     monkeypatch.setattr(EagerReference, "__call__", a_little_off)
