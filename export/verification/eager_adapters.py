@@ -8,34 +8,21 @@ its own module reads is changed for the whole call. Copies of the base's tensors
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.contract.broadcast import row_index
-from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.method import Op, WeightMethod
 from peftfx.contract.placement import Override, Placement, owner_of
-from peftfx.export.verification.published import KNOWN, OnOutput, on_output, on_weight
+from peftfx.export.verification.published import KNOWN, OnOutput, on_output
+from peftfx.export.verification.swapped_weight import CONV, Step, SwappedWeight, Tensors
 
-Tensors = MutableMapping[str, Any]
 #: Modules whose forward is one product with their weight, and nothing else.
 _LINEAR = (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What one adapter does at a module."""
-
-    placement: Placement
-    method: WeightMethod
-    params: Params
 
 
 @dataclass
@@ -60,11 +47,11 @@ def applied(base: nn.Module, adapters: Sequence[Adapter], whole: Collection[str]
         adapters: in the order in which they act. Soft prompts are not the modules': see `eager_reference.py`.
         whole: module paths whose weight is changed for the whole call: something else than the module reads it.
     """
-    steps: dict[str, list[_Step]] = {}
+    steps: dict[str, list[Step]] = {}
     for adapter in adapters:
         for placement in adapter.placements:
             if isinstance(placement.method, WeightMethod):
-                step = _Step(placement, placement.method, adapter.params(placement))
+                step = Step(placement, placement.method, adapter.params(placement))
                 steps.setdefault(placement.site.path, []).append(step)
     named = {*steps, *(path for adapter in adapters for path in adapter.named)}
     found = Applied(frozenset(named))
@@ -121,7 +108,7 @@ def _holder(base: nn.Module, path: str) -> tuple[nn.Module, str]:
         return owner_of(base, path)
 
 
-def _adapt(base: nn.Module, path: str, steps: Sequence[_Step], stack: contextlib.ExitStack, *, whole: bool) -> None:
+def _adapt(base: nn.Module, path: str, steps: Sequence[Step], stack: contextlib.ExitStack, *, whole: bool) -> None:
     module, name = _holder(base, path)
     if name not in module._parameters:  # the module's weight has another name
         name = steps[0].placement.site.weight.rpartition(".")[2]
@@ -131,7 +118,7 @@ def _adapt(base: nn.Module, path: str, steps: Sequence[_Step], stack: contextlib
         for hook in hooks:
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)  # type: ignore[arg-type]
         return
-    swap = _Swap(module, name, kind, transposed, steps)
+    swap = SwappedWeight(module, name, kind, transposed, steps)
     if whole:
         swap.put()
         stack.callback(swap.back)
@@ -145,20 +132,20 @@ def _kind(module: nn.Module, placement: Placement) -> tuple[str, bool]:
     """What the module does with its weight, by its type, and whether that is stored [in, out]."""
     if isinstance(module, nn.Embedding):
         return "embedding", False
-    if isinstance(module, _CONV):
+    if isinstance(module, CONV):
         return "conv", False
     if isinstance(module, nn.Linear | Conv1D):
         return "linear", isinstance(module, Conv1D)
     return placement.site.kind, placement.site.transposed
 
 
-def _hook(module: nn.Module, kind: str, step: _Step) -> Callable[..., Tensor] | None:
+def _hook(module: nn.Module, kind: str, step: Step) -> Callable[..., Tensor] | None:
     """A forward hook that does what the method does; none where the weight has to be another one."""
     if step.placement.part is not None:
         return None
     plain_embedding = type(module) is nn.Embedding and module.max_norm is None
     if type(module) not in _LINEAR and not plain_embedding:
-        return None if isinstance(step.method, KNOWN) or type(module) not in _CONV else _own_forward(module, kind, step)
+        return None if isinstance(step.method, KNOWN) or type(module) not in CONV else _own_forward(module, kind, step)
     if not isinstance(step.method, KNOWN):
         return _own_forward(module, kind, step)
     adapted: OnOutput | None = on_output(step.method, step.params, kind)
@@ -167,7 +154,7 @@ def _hook(module: nn.Module, kind: str, step: _Step) -> Callable[..., Tensor] | 
     return lambda module, args, kwargs, y: adapted((*args, *kwargs.values())[0], y)
 
 
-def _own_forward(module: nn.Module, kind: str, step: _Step) -> Callable[..., Tensor]:
+def _own_forward(module: nn.Module, kind: str, step: Step) -> Callable[..., Tensor]:
     """A hook that calls the `forward` of a method that nobody published."""
     op = _op(module, kind)
     bias = module._parameters.get("bias")
@@ -197,56 +184,3 @@ def _op(module: nn.Module, kind: str) -> Op:
             module.groups = groups
 
     return run
-
-
-@dataclass
-class _Swap:
-    """A module's weight as these steps make it, while it is put in the place of the base's."""
-
-    module: nn.Module
-    name: str
-    kind: str
-    transposed: bool
-    steps: Sequence[_Step]
-    before: list[Callable[[], object]] = field(default_factory=list)
-
-    def put(self) -> None:
-        held = self.module._parameters
-        weight, bias = held[self.name], held.get("bias") if self.name == "weight" else None
-        assert weight is not None
-        base = Base((weight.T if self.transposed else weight).float(), None if bias is None else bias.float())
-        groups = self.module.groups if isinstance(self.module, _CONV) else 1
-        for step in self.steps:
-            base = _changed(base, step, self.kind, groups)
-        new = (base.weight.T if self.transposed else base.weight).to(weight.dtype)
-        self._set(held, self.name, new)
-        if base.bias is not None:
-            self._set(held, "bias", base.bias.to(weight.dtype))
-        if isinstance(self.module, _CONV) and new.shape != weight.shape:  # as of one group
-            self._set(self.module.__dict__, "groups", 1)
-
-    def _set(self, held: Tensors, name: str, value: object) -> None:
-        old = held[name]
-        self.before.append(lambda: held.__setitem__(name, old))
-        held[name] = value
-
-    def back(self) -> None:
-        while self.before:
-            self.before.pop()()
-
-
-@torch.no_grad()
-def _changed(base: Base, step: _Step, kind: str, groups: int) -> Base:
-    p = {name: value.float() for name, value in step.params.items()}
-    part = step.placement.part
-    if part is None:
-        found = on_weight(step.method, base, p, kind, groups)
-        return step.method.fold(step.placement.site, base, p) if found is None else found
-    index = row_index(part.rows).to(base.weight.device)
-    rows = Base(base.weight[index], None if base.bias is None else base.bias[index])
-    new = on_weight(step.method, rows, p, kind, groups)
-    new = step.method.fold(step.placement.view, rows, p) if new is None else new
-    bias = base.bias
-    if new.bias is not None:
-        bias = (base.weight.new_zeros(len(base.weight)) if bias is None else bias).index_copy(0, index, new.bias)
-    return Base(base.weight.index_copy(0, index, new.weight), bias)

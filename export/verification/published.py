@@ -44,31 +44,45 @@ def on_output(method: WeightMethod, p: Params, kind: str) -> OnOutput | None:
     return None
 
 
-def on_weight(method: WeightMethod, base: Base, p: Params, kind: str, groups: int) -> Base | None:
-    """The adapted weight and bias, given the base's, [out, in, ...]; None where the arithmetic is not known here."""
-    weight, bias = base
+def on_weight(method: WeightMethod, start: Base, under: Base, p: Params, kind: str, groups: int) -> Base | None:
+    """The adapted weight and bias, [out, in, ...]; None where the arithmetic is not known here.
+
+    Args:
+        method: a method.
+        start: the weight and bias without any adapter.
+        under: what adapters that act already made of them; a grouped conv may be one of a single group there.
+        p: the method's parameters.
+        kind: linear, conv or embedding.
+        groups: of a conv, at the start.
+    """
+    weight, bias = under
     if isinstance(method, IA3):
-        return _scaled(base, p["ia3_l"].flatten(), groups, of_input=method.feedforward)
+        return _scaled(under, p["ia3_l"].flatten(), groups, of_input=method.feedforward)
     if isinstance(method, VeRA):
         a, b = p["vera_A"][:, : weight.shape[1]], p["vera_B"][: weight.shape[0]]
         return Base(weight + (p["vera_lambda_b"][:, None] * b) @ (p["vera_lambda_d"][:, None] * a), bias)
     if isinstance(method, AdaLoRA):
         update = p["lora_B"] @ (p["lora_E"] * p["lora_A"])
-        return Base(weight + method.lora_alpha / (method.init_r + 1e-5) * update.view(weight.shape), bias)
-    if not isinstance(method, LoRA):
-        return None
-    s = _scaling(method)
+        return Base(weight + method.lora_alpha / (method.init_r + 1e-5) * update.view(start.weight.shape), bias)
+    return _low_rank(method, start, under, p, kind, groups) if isinstance(method, LoRA) else None
+
+
+def _low_rank(method: LoRA, start: Base, under: Base, p: Params, kind: str, groups: int) -> Base:
+    """LoRA's update; DoRA's norm is of the weight at the start with it, and scales all that is there but a bias."""
+    s, bias = _scaling(method), under.bias
     update = _product(p["lora_A"], p["lora_B"], kind, groups)
     if "lora_A0" in p:
         update = update - _product(p["lora_A0"], p["lora_B0"], kind, groups)
-    weight = _dense(weight, groups) + s * update
+    weight = _dense(under.weight, update) + s * update
     added = s * p["lora_B_bias"] if "lora_B_bias" in p else None
     if method.use_dora:
-        along = 1 if kind == "embedding" else 0
-        norms = weight.transpose(0, along).flatten(1).norm(dim=1)
-        gains = p["lora_magnitude_vector"].flatten() / norms
+        alone, along = _dense(start.weight, update) + s * update, 1 if kind == "embedding" else 0
+        gains = p["lora_magnitude_vector"].flatten() / alone.transpose(0, along).flatten(1).norm(dim=1)
         weight = weight * gains.view([-1 if i == along else 1 for i in range(weight.ndim)])
         added = None if added is None else gains * added
+        if bias is not None:
+            of_adapters = bias if start.bias is None else bias - start.bias
+            bias = bias + (gains - 1) * of_adapters
     return Base(weight, bias if added is None else added if bias is None else bias + added)
 
 
@@ -80,6 +94,7 @@ def _scaled(base: Base, scale: Tensor, groups: int, *, of_input: bool) -> Base:
     weight, ones = base.weight, [1] * (base.weight.ndim - 2)
     if not of_input:
         return Base(weight * scale.view(-1, 1, *ones), None if base.bias is None else base.bias * scale)
+    groups = 1 if weight.shape[1] == len(scale) else groups
     each = weight.unflatten(0, (groups, -1)) * scale.view(groups, 1, -1, *ones)  # a group reads its own inputs
     return Base(each.flatten(0, 1), base.bias)
 
@@ -96,12 +111,13 @@ def _product(a: Tensor, b: Tensor, kind: str, groups: int) -> Tensor:
     return split.flatten(0, 1).view(b.shape[0], *a.shape[1:])
 
 
-def _dense(weight: Tensor, groups: int) -> Tensor:
+def _dense(weight: Tensor, like: Tensor) -> Tensor:
+    """A grouped conv's weight as that of one group, where the update is one's."""
+    groups = like.shape[1] // weight.shape[1]
     if groups == 1:
         return weight
     blocks = weight.flatten(1).unflatten(0, (groups, -1))
-    kernel, inner = weight.shape[2:], weight.shape[1]
     whole = weight.new_zeros(groups, blocks.shape[1], groups, blocks.shape[2])
     for group in range(groups):
         whole[group, :, group] = blocks[group]
-    return whole.view(weight.shape[0], groups * inner, *kernel)
+    return whole.view(like.shape)

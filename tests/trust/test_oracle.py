@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,41 @@ def test_the_eager_reference_is_peft(name: str, llama: AdaptedModel, tmp_path: P
     adapted.remove()
     after = adapted.base(**inputs, use_cache=False).logits
     torch.testing.assert_close(after, plain, rtol=0, atol=0)  # the module is as it was
+
+
+class Feed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("kinds", [("lora", "dora"), ("dora", "lora"), ("dora", "dora"), ("ia3", "ia3")], ids=str)
+@torch.no_grad()
+def test_two_at_one_module_are_pefts_in_the_reference(kinds: tuple[str, str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = {"r": 2, "lora_alpha": 5, "target_modules": ["up", "down"]}
+    configs = {
+        "lora": lambda: peft.LoraConfig(**plain),
+        "dora": lambda: peft.LoraConfig(**plain, use_dora=True),
+        "ia3": lambda: peft.IA3Config(target_modules=["up", "down"], feedforward_modules=["down"]),
+    }
+    base = Feed().eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), configs[kinds[0]](), adapter_name="one")
+    theirs.add_adapter("two", configs[kinds[1]]())
+    theirs.base_model.set_adapter(["one", "two"])
+    for name, p in theirs.named_parameters():
+        if "one" in name or "two" in name:
+            p.add_(torch.randn(p.shape) * 0.3)
+    theirs.eval().save_pretrained(tmp_path)
+    inputs = {"x": torch.randn(3, 6)}
+    adapted = peftfx.load(base, tmp_path / "one", "one", inputs=inputs)
+    adapted.load_adapter(tmp_path / "two", "two")
+    adapted.set_adapter(["one", "two"])
+    (got,) = EagerReference(adapted, None, inputs)(inputs).values()
+    torch.testing.assert_close(got, theirs(**inputs), rtol=1e-5, atol=1e-5)
 
 
 class Grouped(nn.Module):

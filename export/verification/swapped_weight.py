@@ -1,0 +1,86 @@
+"""SwappedWeight: a module's weight as adapters make it, while it is in the place of the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftfx.contract.broadcast import row_index
+from peftfx.contract.method import Base, Params, WeightMethod
+from peftfx.contract.placement import Placement
+from peftfx.export.verification.published import on_weight
+
+Tensors = MutableMapping[str, Any]
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one adapter does at a module."""
+
+    placement: Placement
+    method: WeightMethod
+    params: Params
+
+
+@dataclass
+class SwappedWeight:
+    """A module's weight as these steps make it, while it is put in the place of the base's."""
+
+    module: nn.Module
+    name: str
+    kind: str
+    transposed: bool
+    steps: Sequence[Step]
+    before: list[Callable[[], object]] = field(default_factory=list)
+
+    def put(self) -> None:
+        """Put it there."""
+        held = self.module._parameters
+        weight, bias = held[self.name], held.get("bias") if self.name == "weight" else None
+        assert weight is not None
+        base = Base((weight.T if self.transposed else weight).float(), None if bias is None else bias.float())
+        groups = self.module.groups if isinstance(self.module, CONV) else 1
+        start = base
+        for step in self.steps:
+            base = _changed(start, base, step, self.kind, groups)
+        new = (base.weight.T if self.transposed else base.weight).to(weight.dtype)
+        self._set(held, self.name, new)
+        if base.bias is not None:
+            self._set(held, "bias", base.bias.to(weight.dtype))
+        if isinstance(self.module, CONV) and new.shape != weight.shape:  # as of one group
+            self._set(self.module.__dict__, "groups", 1)
+
+    def _set(self, held: Tensors, name: str, value: object) -> None:
+        old = held[name]
+        self.before.append(lambda: held.__setitem__(name, old))
+        held[name] = value
+
+    def back(self) -> None:
+        """Put the base's back."""
+        while self.before:
+            self.before.pop()()
+
+
+@torch.no_grad()
+def _changed(start: Base, base: Base, step: Step, kind: str, groups: int) -> Base:
+    """A weight and bias after a step, given what they were at the start and are now."""
+    p = {name: value.float() for name, value in step.params.items()}
+    part = step.placement.part
+    if part is None:
+        return _fold(step, start, base, p, kind, groups)
+    index = row_index(part.rows).to(base.weight.device)
+    first, rows = (Base(b.weight[index], None if b.bias is None else b.bias[index]) for b in (start, base))
+    new, bias = _fold(step, first, rows, p, kind, groups), base.bias
+    if new.bias is not None:
+        bias = (base.weight.new_zeros(len(base.weight)) if bias is None else bias).index_copy(0, index, new.bias)
+    return Base(base.weight.index_copy(0, index, new.weight), bias)
+
+
+def _fold(step: Step, start: Base, base: Base, p: Params, kind: str, groups: int) -> Base:
+    found = on_weight(step.method, start, base, p, kind, groups)
+    return step.method.fold_over(step.placement.view, start, base, p) if found is None else found
