@@ -55,6 +55,7 @@ def export_directory(
     rtol: float | None = None,
     slots: Slots | str | None = None,
     force: bool = False,
+    allow_fixed: bool = False,
     progress: Progress | None = None,
     written: Written | None = None,
     max_memory: int | None = None,
@@ -72,6 +73,8 @@ def export_directory(
     see `peftfx.export.slots.swappable`.
 
     `batched` has adapters by name, among which each row of a batch chooses; see `peftfx.export.slots.batched`.
+
+    `allow_fixed` exports a model whose code branches on a size, though the export is right on one side alone.
 
     The inputs are read where they are: one that changes meanwhile is an error.
 
@@ -123,6 +126,7 @@ def export_directory(
         batched=tuple(batched or ()),
         source=base.resolve(),
         force=force,
+        allow_fixed=allow_fixed,
         assets=assets,
         progress=progress,
         written=written,

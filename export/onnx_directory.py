@@ -58,6 +58,7 @@ def export_onnx(
     batched: Sequence[str] = (),
     source: str | Path = "",
     force: bool = False,
+    allow_fixed: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
     assets: Callable[[Path], object] | None = None,
@@ -96,6 +97,8 @@ def export_onnx(
             `peftfx.export.slots.batched`.
         source: where the base was read from, for who puts them there.
         force: replace the directory if it exists.
+        allow_fixed: export a model whose code branches on a size, though the export is right on the example's side
+            alone; the report and the model's metadata say for which sizes that is.
         atol, rtol: what may differ: `atol + rtol * largest magnitude` of an output. By default it is measured: a
             multiple of what the model in torch is from itself in float64; see
             `peftfx.export.verification.tolerance`.
@@ -132,6 +135,8 @@ def export_onnx(
     with publish(Path(directory), force) as temporary, in_eval(adapted):
         with stages("capture"):
             parts = way.capture(adapted, view, inputs)
+            for part in parts:
+                part.sizes = way.sizes(adapted, part, example, allow_fixed)
         if way.merges and adapted.active:
             with stages("merge"):
                 for part in parts:
@@ -142,6 +147,8 @@ def export_onnx(
                 part.file: to_onnx(part.exported, opset=opset, engine=engine, optimize=optimize) for part in parts
             }
             programs = {part.file: way.finish(adapted, part, programs[part.file]) for part in parts}
+            for part in parts:
+                report.add_sizes(programs[part.file], part.sizes.limits, "" if len(parts) == 1 else f"{part.stem}: ")
             if quantize is not None:
                 report.quantized = {name: quantize_model(program, quantize) for name, program in programs.items()}
         with stages("write"):

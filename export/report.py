@@ -12,10 +12,11 @@ import onnx_ir as ir
 import torch
 
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
-from peftfx.export.metadata import ENGINE, REPORT
+from peftfx.export.metadata import ENGINE, REPORT, SIZES
 from peftfx.export.verification.agreement import Agreement
 from peftfx.export.verification.comparison import Comparison, short_shapes
 from peftfx.export.verification.float32_twin import in_bfloat16
+from peftfx.export.verification.sizes import Limit
 from peftfx.graph.graph import DERIVED, Graph
 from peftfx.graph.slots import listed
 from peftfx.model.adapted import AdaptedModel
@@ -40,6 +41,7 @@ class Report:
             empty in fp32, which is what they are computed in.
         folded: what else became a constant of the graph: soft prompts, whatever they were computed from.
         inputs, outputs: of the ONNX model, with their shapes; those of one of several as `decoder_model.logits`.
+        sizes: conditions on the sizes of a call under which the model is right, and what is beyond; none, if all are.
         slots: how many inputs may be left out: where adapters are put when the model runs.
         opset: version of the ONNX operators.
         fused: how many operators there are that stand for a whole attention, rotary embedding or norm.
@@ -66,6 +68,7 @@ class Report:
     folded: list[str] = field(default_factory=list)
     inputs: dict[str, list[int | str]] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
+    sizes: list[str] = field(default_factory=list)
     slots: int = 0
     opset: int = 0
     fused: dict[str, int] = field(default_factory=dict)
@@ -115,6 +118,12 @@ class Report:
     def _add_rounding(self, path: str, rounding: Rounding) -> None:
         if rounding.max_abs:
             self.rounding[path] = asdict(rounding)
+
+    def add_sizes(self, program: ir.Model, limits: Sequence[Limit], prefix: str = "") -> None:
+        """Add the conditions under which a model is right, here and in its metadata."""
+        if limits:
+            program.metadata_props[SIZES] = "; ".join(map(str, limits))
+            self.sizes += [f"{prefix}{limit}" for limit in limits]
 
     def describe(self, graph: Graph, program: ir.Model, found: list[Comparison], prefix: str = "") -> None:
         """Add a graph that was written, and how it compared; a prefix tells its names from those of another graph."""
@@ -170,6 +179,7 @@ class Report:
             ("merged sites", merged),
             ("inputs", ", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in self.inputs.items())),
             ("outputs", ", ".join(self.outputs)),
+            *([("sizes", "right where " + "; ".join(self.sizes[:4]))] if self.sizes else []),
             *([("slots", f"{self.slots} inputs for adapters that may be left out")] if self.slots else []),
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
             ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes{whole}, engine {self.engine}"),

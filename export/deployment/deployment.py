@@ -13,6 +13,8 @@ from peftfx.export.deployment.export_json import write_export_json
 from peftfx.export.deployment.genai_config import write_genai_config
 from peftfx.export.deployment.parts import Part, capture_parts
 from peftfx.export.verification.oracle import Oracle, eager_oracle
+from peftfx.export.verification.size_trials import sizes_of
+from peftfx.export.verification.sizes import Sizes
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import Decode
 
@@ -39,7 +41,15 @@ class Deployment(ABC):
 
     def oracle(self, adapted: AdaptedModel, part: Part, example: Inputs) -> Oracle:
         """What the part is held against, and in which calls."""
-        return eager_oracle(adapted, part.graph, part.view, example)
+        return eager_oracle(adapted, part.graph, part.view, example, part.sizes)
+
+    def sizes(self, adapted: AdaptedModel, part: Part, example: Inputs, allow_fixed: bool) -> Sizes:
+        """Where the part is right: where the model that it is a view of is.
+
+        Raises:
+            PeftfxError: for sizes on one side of a branch in the model's code alone; not with `allow_fixed`.
+        """
+        return sizes_of(adapted, part.seen, example, allow_fixed=allow_fixed)
 
     def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
         """Tell other runtimes, beside the models, how they are served."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from peftfx.bases.tasks import task_of
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
 from peftfx.export.verification.comparison import Comparison
+from peftfx.export.verification.sizes import Sizes
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Slot
 from peftfx.model.adapted import AdaptedModel
@@ -35,6 +36,7 @@ class Part:
         slots: where adapters can be put when it runs.
         found: how what was written compares.
         places: of soft prompts, in a forward.
+        sizes: where it is right.
     """
 
     file: str
@@ -44,6 +46,7 @@ class Part:
     slots: tuple[Slot, ...] = ()
     found: Sequence[Comparison] = ()
     places: tuple[Place, ...] = ()
+    sizes: Sizes = field(default_factory=Sizes)
 
     @property
     def seen(self) -> View | None:

@@ -19,6 +19,7 @@ from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.slots.adapter_tensors import adapter_tensors
 from peftfx.export.verification.comparison import verify
 from peftfx.export.verification.oracle import eager_oracle
+from peftfx.export.verification.size_trials import sizes_of
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.files import already_there, write_file, writing
 from peftfx.graph.slots import (
@@ -141,7 +142,8 @@ def _write_checked(
         with in_eval(adapted):
             view = adapted.view(kind)
             graph = adapted.graph() if view is None else adapted.graph(view=view)
-            oracle = eager_oracle(adapted, graph, view, adapted.example)
+            sizes = sizes_of(adapted, view, adapted.example, allow_fixed=True)
+            oracle = eager_oracle(adapted, graph, view, adapted.example, sizes)
             put = read_adapter_file(file_of(path, name, tuple(manifest.views)))[1]
             verify(
                 *(directory / f"{name}.onnx", oracle.reference, oracle.cases),

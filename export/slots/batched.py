@@ -24,6 +24,7 @@ from peftfx.export.verification.comparison import Reference, reference_of
 from peftfx.export.verification.eager_reference import EagerReference, no_oracle
 from peftfx.export.verification.oracle import Oracle, measured_of, named_in
 from peftfx.export.verification.probes import probes, view_cases
+from peftfx.export.verification.sizes import Sizes
 from peftfx.graph.slots import PREFIX, PROMPT
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE, FORWARD
@@ -82,10 +83,12 @@ class Batched(Deployment):
         """Each row is what the model with that row's adapter alone makes of it; rows have them, and none, in turn."""
         with adapted.disable_adapter():
             if part.view is not None and part.seen is not None:
-                cases = view_cases(adapted, part.view, lambda view, feed: EagerReference(adapted, view)(feed))
+                cases = view_cases(
+                    adapted, part.view, lambda view, feed: EagerReference(adapted, view)(feed), part.sizes
+                )
             else:
                 specs = [s for s in part.graph.inputs if s.name != IDS]
-                cases = probes(adapted, specs, example, EagerReference(adapted, None, example))
+                cases = probes(adapted, specs, example, EagerReference(adapted, None, example), part.sizes)
         cases = with_ids(cases, len(self.adapters))
         told = "each row alone with its adapter, by the model's own code with the adapter on its modules"
         for name in self.adapters:
@@ -93,6 +96,11 @@ class Batched(Deployment):
             why = no_oracle(adapted)
             told = f"each row alone with its adapter, by its graph: {why}" if why else told
         return Oracle(each_alone(adapted, part, self.adapters, example), cases, measured_of(adapted, cases), told)
+
+    def sizes(self, adapted: AdaptedModel, part: Part, example: Inputs, allow_fixed: bool) -> Sizes:
+        """Where the model without adapters is right."""
+        with adapted.disable_adapter():
+            return super().sizes(adapted, part, example, allow_fixed)
 
     def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
         """Tell which number is which adapter's; other runtimes do not know of `adapter_ids`."""

@@ -116,13 +116,13 @@ class Swappable(Deployment):
     def _cases(self, adapted: AdaptedModel, part: Part, example: Inputs) -> list[dict[str, Tensor]]:
         """Calls with something in each slot."""
         if part.view is not None:
-            cases = view_cases(adapted, part.view, lambda view, feed: EagerReference(adapted, view)(feed))
+            cases = view_cases(adapted, part.view, lambda view, feed: EagerReference(adapted, view)(feed), part.sizes)
             largest = max(cases, key=lambda case: sum(value.numel() for value in case.values()))
             for case in [largest] if is_large(adapted.base) else cases:
                 hold_view(adapted, part.view, case)
             return filled(cases, part.slots)
         own = {slot.name for slot in part.slots}
-        given = probes(adapted, [s for s in part.graph.inputs if s.name not in own], example)
+        given = probes(adapted, [s for s in part.graph.inputs if s.name not in own], example, sizes=part.sizes)
         cases = filled(given, part.slots)
         neutral = {slot.name: neutral_of(slot) for slot in part.slots}
         for call, case in zip(given, cases, strict=True) if part.places else ():

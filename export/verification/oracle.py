@@ -13,6 +13,7 @@ from peftfx.export.verification.comparison import Reference, reference_of
 from peftfx.export.verification.eager_adapters import unpublished
 from peftfx.export.verification.eager_reference import EagerReference, no_oracle
 from peftfx.export.verification.probes import is_large, probes, refused, view_cases
+from peftfx.export.verification.sizes import EVERY, Sizes
 from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.view import View
@@ -45,7 +46,9 @@ class Oracle:
         return set() if self.eager is None else self.eager.named - self.eager.seen
 
 
-def eager_oracle(adapted: AdaptedModel, graph: Graph, view: View | None, example: Mapping[str, object]) -> Oracle:
+def eager_oracle(
+    adapted: AdaptedModel, graph: Graph, view: View | None, example: Mapping[str, object], sizes: Sizes = EVERY
+) -> Oracle:
     """The model's own code with its active adapters on its modules; where that has no such form, their graph.
 
     Raises:
@@ -56,11 +59,11 @@ def eager_oracle(adapted: AdaptedModel, graph: Graph, view: View | None, example
     why = no_oracle(adapted)
     asked = _Remembered(reference_of(graph) if why else named_in(graph, eager))
     if view is None:
-        cases = probes(adapted, graph.inputs, example, None if why else asked.first)
+        cases = probes(adapted, graph.inputs, example, None if why else asked.first, sizes)
     else:
         try:
             runs = {view: asked}
-            cases = view_cases(adapted, view, lambda v, feed: _run(adapted, v, runs, why)(feed))
+            cases = view_cases(adapted, view, lambda v, feed: _run(adapted, v, runs, why)(feed), sizes)
             for case in cases:
                 asked.first(case)
         except PeftfxError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,12 @@ from torch.utils import _pytree as pytree
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.graph.graph import TensorSpec, path_name
+from peftfx.export.verification.sizes import EVERY, Sizes
+from peftfx.graph.graph import Graph, TensorSpec, path_name
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import nested
 from peftfx.views.entry import Entry, forward
-from peftfx.views.view import Run, View, without_cache
+from peftfx.views.view import Axes, Run, View, without_cache
 
 SIZES: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 9, "decoder_sequence": 4},
@@ -24,6 +25,7 @@ SIZES: Sequence[Mapping[str, int]] = (
     {"batch": 5, "sequence": 8, "decoder_sequence": 3},
     {"batch": 2, "sequence": 16, "decoder_sequence": 7},
 )
+ONE: Mapping[str, int] = dict.fromkeys(SIZES[0], 1)
 COUNT = 3  #: how many are compared; the others stand in for sizes that the model itself refuses
 FEW: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 5, "decoder_sequence": 3},
@@ -42,14 +44,19 @@ def probes(
     specs: Sequence[TensorSpec],
     example: Mapping[str, object],
     accepts: Accepts | None = None,
+    sizes: Sizes = EVERY,
 ) -> list[dict[str, Tensor]]:
-    """Inputs by name, at two or three sizes that the model takes.
+    """Inputs by name, at several sizes that the model takes.
+
+    One call has the example's sizes, one a batch and a text of 1, some are at the bounds of `sizes`; the last row of a
+    batch is padded.
 
     Args:
         adapted: the model.
         specs: of the inputs.
         example: keyword arguments of a call.
         accepts: what has to take them; by default the eager base, which the captured one is then held against.
+        sizes: where the export is right.
 
     Raises:
         PeftfxError: the model takes no size but the example's.
@@ -58,23 +65,28 @@ def probes(
     found: list[dict[str, Tensor]] = []
     refusal: Exception | None = None
     large = is_large(adapted.base)
-    count = len(FEW) if large else COUNT
-    for seed, sizes in enumerate((*FEW, *SIZES) if large else SIZES):
-        case = _case(adapted, specs, example, sizes, seed)
+    captured = adapted.graphs.captured(example, adapted.entry())
+    own = captured.sizes_of(_tensors(example))
+    first = [*([] if large else [own]), ONE, *sizes.probes, *_varied(own)]
+    count = len(first) + (len(FEW) if large else COUNT)
+    for seed, wanted in enumerate((*first, *(FEW if large else ()), *SIZES)):
+        case = case_of(adapted, specs, example, wanted, seed)
+        if not sizes.allow(captured.sizes_of(case)):
+            continue
         want = None
         try:
             if accepts is not None:
                 accepts(case)
             else:
                 with without_cache(adapted.base):
-                    want = _eager(adapted, nested(case, example))
+                    want = eager_forward(adapted, nested(case, example))
         except VerificationError:
             raise
         except Exception as error:  # whatever the model's code raises for a size it does not take
             refusal = error
             continue
         if accepts is None:
-            _compare(adapted, case, example, want)
+            _compare(captured, case, want)
         found.append(case)
         if len(found) == count:
             return found
@@ -95,7 +107,7 @@ def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> Non
     captured = adapted.graphs.captured(seen.inputs(adapted.base), entry, seen)
     try:
         with without_cache(adapted.base):
-            want = _seen(seen, entry, adapted.base, case)
+            want = eager_view(seen, entry, adapted.base, case)
     except Exception as error:
         raise refused(adapted, view, error) from error
     got = captured.run(*(case[spec.name] for spec in captured.inputs))
@@ -109,13 +121,23 @@ def refused(adapted: AdaptedModel, view: View, error: Exception) -> PeftfxError:
     return PeftfxError(what, type(adapted.base).__name__, "export its forward view")
 
 
-def view_cases(adapted: AdaptedModel, view: View, run: Run) -> list[dict[str, Tensor]]:
-    """Inputs of a view at each of its trials, behind pasts that `run`, which runs the model, makes."""
+def view_cases(adapted: AdaptedModel, view: View, run: Run, sizes: Sizes = EVERY) -> list[dict[str, Tensor]]:
+    """Inputs of a view at each of its trials, the example's sizes and the bounds of `sizes`, where that allows it.
+
+    They are behind pasts that `run`, which runs the model, makes.
+    """
     cases = []
-    for seed, sizes in enumerate(trials_of(adapted, view), 1):
-        made = view.inputs(adapted.base, sizes=sizes, seed=seed)
-        cases.append(view.with_past(adapted.base, made, run, seed))
+    own: Sequence[Mapping[str, int]] = [] if is_large(adapted.base) else [{}]
+    for seed, wanted in enumerate((*trials_of(adapted, view), *own, *sizes.probes), 1):
+        made = view.inputs(adapted.base, sizes=wanted, seed=seed)
+        if sizes.allow(_named_sizes(view.axes, made)):
+            cases.append(view.with_past(adapted.base, made, run, seed))
     return cases
+
+
+def _named_sizes(axes: Axes, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    pairs = (zip(axes.get(name, ()), value.shape, strict=False) for name, value in inputs.items())
+    return {axis: size for pair in pairs for axis, size in pair if axis is not None}
 
 
 def trials_of(adapted: AdaptedModel, view: View) -> Sequence[Mapping[str, int]]:
@@ -127,14 +149,14 @@ def is_large(base: nn.Module) -> bool:
     return sum(p.numel() * p.element_size() for p in base.parameters()) > LARGE
 
 
-def _seen(view: View, entry: Entry | None, base: nn.Module, case: dict[str, Tensor]) -> dict[str, Tensor]:
+def eager_view(view: View, entry: Entry | None, base: nn.Module, case: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the model's own code gives in a view, under a soft prompt that is zero."""
     output = view(base, case) if entry is None else entry(view, base, entry.hole(base), case)
     assert isinstance(output, dict)
     return output
 
 
-def _case(
+def case_of(
     adapted: AdaptedModel,
     specs: Sequence[TensorSpec],
     example: Mapping[str, object],
@@ -144,18 +166,32 @@ def _case(
     """Fresh inputs of these sizes; where they cannot be made from the config, the example's own, repeated and cut."""
     names = [spec.name for spec in specs]
     try:
-        made = example_inputs(adapted.base, sizes=sizes, seed=seed + 1)
+        made = example_inputs(adapted.base, sizes={n: s for n, s in sizes.items() if n in SIZES[0]}, seed=seed + 1)
     except PeftfxError:
         made = {}
     if set(made) == set(names):
         case = {spec.name: made[spec.name].to(spec.dtype) for spec in specs}
-        if all(spec.accepts(case[spec.name]) for spec in specs):
+        if all(spec.accepts(case[spec.name]) and _sized(spec, case[spec.name], sizes) for spec in specs):
             return case
-    leaves, _ = pytree.tree_flatten_with_path(dict(example))
-    given = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
+    given = _tensors(example)
     rng = torch.Generator().manual_seed(seed)
     picked: dict[str, Tensor] = {}
     return {spec.name: _resized(given[spec.name], spec.shape, sizes, rng, picked) for spec in specs}
+
+
+def _tensors(example: Mapping[str, object]) -> dict[str, Tensor]:
+    leaves, _ = pytree.tree_flatten_with_path(dict(example))
+    return {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def _sized(spec: TensorSpec, value: Tensor, sizes: Mapping[str, int]) -> bool:
+    return all(sizes.get(str(axis), size) == size for axis, size in zip(spec.shape, value.shape, strict=True))
+
+
+def _varied(own: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Sizes for axes that have no usual ones: one and two more than the example's."""
+    free = [axis for axis in own if axis not in SIZES[0]]
+    yield from ({**SIZES[i], **{axis: own[axis] + i for axis in free}} for i in (1, 2) if free)
 
 
 def _resized(
@@ -176,18 +212,21 @@ def _resized(
     return value
 
 
-def _eager(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
+def eager_forward(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
     """What the model's own code answers, through the entry of an active soft prompt; the prompt itself is zero."""
     entry = adapted.entry()
     return adapted.base(**call) if entry is None else entry(forward, adapted.base, entry.hole(adapted.base), call)
 
 
-def _compare(adapted: AdaptedModel, case: Mapping[str, Tensor], example: Mapping[str, object], want: object) -> None:
-    base = adapted.graphs.captured(nested(case, example), adapted.entry())
-    got = base.run(*(case[spec.name] for spec in base.inputs))
-    leaves = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]
-    for name, a, b in zip(base.outputs, leaves, got, strict=True):
+def _compare(captured: Graph, case: Mapping[str, Tensor], want: object) -> None:
+    got = captured.run(*(case[spec.name] for spec in captured.inputs))
+    for name, a, b in zip(captured.outputs, tensors_in(want), got, strict=True):
         hold(name, a, b, same=a.shape == b.shape)
+
+
+def tensors_in(output: object) -> list[Tensor]:
+    """The tensors of a model's output, in order."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def hold(name: str, want: Tensor, got: Tensor, *, same: bool) -> None:

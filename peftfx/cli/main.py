@@ -105,6 +105,10 @@ def export(
         str | None,
         typer.Option(help="Refuse to start if the export needs more, as 4GB; mapped files are free."),
     ] = None,
+    allow_fixed: Annotated[
+        bool,
+        typer.Option("--allow-fixed", help="Export what is right for some sizes alone; the report says for which."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
 ) -> None:
     """Export a model, with or without an adapter, to ONNX, and check it in ONNX Runtime.
@@ -144,6 +148,7 @@ def export(
             batched=rows,
             slots=None if target is None else Slots(target, prefix),
             force=force,
+            allow_fixed=allow_fixed,
             progress=progress.stage,
             written=progress.written,
             max_memory=limit,

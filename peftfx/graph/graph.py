@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError
+from peftfx.graph.conditions import Condition, unmet
 from peftfx.graph.recipe import Recipe
 from peftfx.sites.sites import Sites
 
@@ -55,6 +56,7 @@ class Graph:
         training: whether dropout and the like are active.
         sites: the adaptable places, found on the base graph and carried through every rewrite.
         derived: recipes of the weights under `derived.`, by name.
+        conditions: on the named axes, under which this program is what the model's code computes.
     """
 
     module: fx.GraphModule = field(repr=False)
@@ -64,6 +66,7 @@ class Graph:
     training: bool
     sites: Sites = field(repr=False)
     derived: dict[str, Recipe] = field(default_factory=dict, repr=False)
+    conditions: tuple[Condition, ...] = ()
 
     @property
     def base(self) -> nn.Module:
@@ -74,6 +77,15 @@ class Graph:
     def outputs(self) -> tuple[str, ...]:
         """Names of the flat outputs: the fields of the model's output, nested ones joined by dots."""
         return leaf_names(pytree.tree_unflatten([0] * self.out_spec.num_leaves, self.out_spec))
+
+    def sizes_of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """The sizes that the named axes have in a call with these inputs."""
+        return {
+            axis: size
+            for spec in self.inputs
+            for axis, size in zip(spec.shape, tensors[spec.name].shape, strict=True)
+            if isinstance(axis, str)
+        }
 
     def nodes(self) -> Iterator[fx.Node]:
         """The graph's nodes in topological order."""
@@ -90,7 +102,7 @@ class Graph:
         return dataclasses.replace(self, module=link(graph, holders), derived=dict(self.derived))
 
     def run(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Run on positional inputs; returns the flat outputs in the order of `outputs`."""
+        """Run on positional inputs, whatever the `conditions` say; gives the flat outputs in the order of `outputs`."""
         for spec, value in zip(self.inputs, tensors, strict=True):
             if not spec.accepts(value):
                 got = TensorSpec(spec.name, value.dtype, tuple(value.shape))
@@ -100,12 +112,22 @@ class Graph:
         return list(self.module(*tensors))
 
     def __call__(self, **kwargs: torch.Tensor) -> object:
-        """Run on keyword arguments and rebuild the model's own output."""
+        """Run on keyword arguments and rebuild the model's own output.
+
+        Raises:
+            PeftfxError: an input is missing or does not fit, or the model's code branches elsewhere at these sizes.
+                A branch that only size 1 takes is not refused here: see `conditions`.
+        """
         missing = [s.name for s in self.inputs if s.name not in kwargs]
         if missing or len(kwargs) != len(self.inputs):
             names = ", ".join(s.name for s in self.inputs)
             raise PeftfxError(f"the graph takes exactly the inputs {names}", ", ".join(kwargs), "pass those, by name")
-        flat = self.run(*(kwargs[s.name] for s in self.inputs))
+        flat = [kwargs[s.name] for s in self.inputs]
+        broken = [c for c in unmet(self.conditions, self.sizes_of(kwargs), edges=False) if c.code]
+        if broken:
+            hint = "capture it again with an input of this size: the model's code computes something else there"
+            raise PeftfxError(f"the graph is the model where {broken[0]}", broken[0].where, hint)
+        flat = self.run(*flat)
         return pytree.tree_unflatten(flat, self.out_spec)
 
     def get(self, target: str) -> torch.Tensor:

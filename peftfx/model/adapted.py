@@ -262,14 +262,22 @@ class AdaptedModel(nn.Module):
         return result
 
     def graph(
-        self, inputs: Mapping[str, object] | None = None, *, adapted: bool = True, view: str | View = "forward"
+        self,
+        inputs: Mapping[str, object] | None = None,
+        *,
+        adapted: bool = True,
+        view: str | View = "forward",
+        exact: bool = False,
     ) -> Graph:
         """The graph for a call with these keyword arguments (or with example inputs), in the current mode.
 
         Args:
-            inputs: as for a call; values do not matter, sizes only where the model fixes them.
+            inputs: as for a call; values do not matter, sizes only where the model fixes them or branches on them:
+                the graph's `conditions` say for which it holds.
             adapted: with the active adapters; otherwise the base's own graph.
             view: `forward`, or another view of the model: `decode` has the key/value cache in and out.
+            exact: where a size is 1 and the model's code has a branch for that, the graph of this branch, as a call
+                takes it; otherwise one of many sizes.
         """
         shown = self.view(view) if isinstance(view, str) else view
         entry = self.entry() if adapted else None
@@ -278,7 +286,7 @@ class AdaptedModel(nn.Module):
             inputs = shown.inputs(self.base) if inputs is None else inputs
         else:
             inputs = self.example if inputs is None else named_arguments(self.base, (), inputs)
-        return self.graphs.adapted(inputs, entry, shown, self.active if adapted else ())
+        return self.graphs.adapted(inputs, entry, shown, self.active if adapted else (), exact=exact)
 
     def under_prompt(self, view: View) -> tuple[View, Entry | None]:
         """A view of the base as it is under an active soft prompt, and the way into it."""
@@ -306,7 +314,9 @@ class AdaptedModel(nn.Module):
         """
         from peftfx.model.generation import generator
 
-        return generator(self.base, self.view, lambda view: self.graph(view=view)).generate(*args, **kwargs)
+        return generator(self.base, self.view, lambda view, inputs: self.graph(inputs, view=view)).generate(
+            *args, **kwargs
+        )
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]
         """Attributes of the base (`config`, `device`, ...); not its methods, which know nothing of adapters."""
@@ -349,7 +359,7 @@ class AdaptedModel(nn.Module):
         """The graph to run for a call, and its inputs; torch.compile sees what is found and not how."""
         named = named_arguments(self.base, args, kwargs)
         leaves, _ = pytree.tree_flatten_with_path(named)
-        return self.graphs.swept(self.graph(named)), [v for _, v in leaves if isinstance(v, Tensor)]
+        return self.graphs.swept(self.graph(named, exact=True)), [v for _, v in leaves if isinstance(v, Tensor)]
 
 
 @functools.cache

@@ -18,11 +18,15 @@ from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
 from peftfx.generation.step import Generates, Step
 from peftfx.generation.step_encoder_decoder import GeneratesFromText, TextEncoder
+from peftfx.graph.conditions import unmet
 from peftfx.graph.graph import Graph
 from peftfx.views.view import View
 
+GraphOf = Callable[[View, "dict[str, Tensor] | None"], Graph]
+"""The adapted graph of a view, for inputs of these sizes; `None` stands for examples."""
 
-def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_of: Callable[[View], Graph]) -> Any:
+
+def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_of: GraphOf) -> Any:
     """A model of the base's own class, over the base's own tensors, whose forward is the adapted graph.
 
     So everything that the class has of its own for generation (inputs it prepares, tokens it suppresses) stays.
@@ -30,7 +34,7 @@ def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_o
     Args:
         base: the model, whose class generates.
         view_named: the view of a name, as it is under the active adapters.
-        graph_of: the adapted graph of a view.
+        graph_of: the adapted graph of a view. One graph is for steps of one token and of many.
 
     Raises:
         PeftfxError: the base is not a model that generates text, or has no decode view.
@@ -52,14 +56,17 @@ def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_o
     return made
 
 
-def _runner(view: View | None, graph_of: Callable[[View], Graph]) -> Step:
+def _runner(view: View | None, graph_of: GraphOf) -> Step:
     assert view is not None
-    return functools.partial(_run, graph_of(view))
+    graph = graph_of(view, None)  # the usual one: another is looked for only where the model's code branches elsewhere
 
+    def run(inputs: dict[str, Tensor], _: Cache | None) -> dict[str, Tensor]:
+        fits = not unmet(graph.conditions, graph.sizes_of(inputs), edges=False)
+        chosen = graph if fits else graph_of(view, inputs)
+        flat = chosen.run(*(inputs[spec.name] for spec in chosen.inputs))
+        return dict(zip(chosen.outputs, flat, strict=True))
 
-def _run(graph: Graph, inputs: dict[str, Tensor], _: Cache | None) -> dict[str, Tensor]:
-    flat = graph.run(*(inputs[spec.name] for spec in graph.inputs))
-    return dict(zip(graph.outputs, flat, strict=True))
+    return run
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.errors import PeftfxError
+from peftfx.graph.conditions import unmet
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.graph.graph import ADAPTERS, Graph, path_name
 from peftfx.passes.adaptation.evaluate import evaluate
@@ -22,7 +24,9 @@ from peftfx.views.capture import capture
 from peftfx.views.decode import Decode
 from peftfx.views.entry import Entry
 from peftfx.views.named_views import find_view
-from peftfx.views.view import View
+from peftfx.views.view import Axes, View, name_axes
+
+MOST = 16  #: graphs of one kind of call: of sizes at which the model's code computes something else
 
 
 class Graphs:
@@ -35,7 +39,7 @@ class Graphs:
     def __init__(self, base: nn.Module, adapters: AdapterSet) -> None:
         self.base, self.adapters = base, adapters
         self._captured: dict[object, list[Graph]] = {}
-        self._derived: dict[object, Graph] = {}
+        self._derived: dict[object, tuple[Graph, Graph]] = {}  # what it was made of too, as for those that are swept
         self._swept: dict[int, tuple[Graph, Graph]] = {}  # both: a number is of an object that lives
         self._views: dict[str, View | None] = {}
 
@@ -45,27 +49,82 @@ class Graphs:
             self._views[name] = find_view(self.base, name)
         return self._views[name]
 
-    def captured(self, inputs: Mapping[str, object], entry: Entry | None = None, view: View | None = None) -> Graph:
-        """The base's graph for such a call, by its own forward or by another way into it; an entry's hole is empty."""
+    def captured(
+        self,
+        inputs: Mapping[str, object],
+        entry: Entry | None = None,
+        view: View | None = None,
+        *,
+        exact: bool = False,
+    ) -> Graph:
+        """The base's graph for such a call, by its own forward or by another way into it; an entry's hole is empty.
+
+        It holds for the sizes of this call. A size of 1 is one of many, unless the answer has to be `exact`: then a
+        graph is captured for it alone where the model's code has a branch for it.
+        """
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
         tensors = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
-        known = self._known(inputs, entry, view)
+        known, alone = self._known(inputs, entry, view), frozenset[str]()
         for graph in known:
-            if all(s.accepts(tensors[s.name]) for s in graph.inputs):
+            if not all(s.accepts(tensors[s.name]) for s in graph.inputs):
+                continue
+            if not graph.conditions:
                 return graph
-        shown = {} if view is None else {"axes": view.axes, "call": view}
-        known.append(capture(self.base, inputs, entry=entry, **shown))  # type: ignore[arg-type]
-        return known[-1]
+            sizes = graph.sizes_of(tensors)
+            broken = unmet(graph.conditions, sizes, edges=exact)
+            if not broken:
+                return graph
+            alone |= {axis for condition in broken for axis in condition.axes if sizes[axis] == 1}
+        graph = self._capture(inputs, tensors, entry, view, alone)
+        self._remember(known, graph)
+        if alone:
+            return graph
+        if not all(s.accepts(tensors[s.name]) for s in graph.inputs):  # it fixes what stood in the place of a size of 1
+            axes = name_axes(tensors) if view is None else view.axes
+            sizes = _sizes(_all_named(axes, tensors), tensors)
+            known[-1] = self._capture(inputs, tensors, entry, view, frozenset(a for a, n in sizes.items() if n == 1))
+            return known[-1]
+        if unmet(graph.conditions, graph.sizes_of(tensors), edges=exact):  # what stood there is on the other side
+            return self.captured(inputs, entry, view, exact=exact)
+        return graph
+
+    def _capture(
+        self,
+        inputs: Mapping[str, object],
+        tensors: Mapping[str, Tensor],
+        entry: Entry | None,
+        view: View | None,
+        alone: frozenset[str],
+    ) -> Graph:
+        """Capture anew; the axes that are `alone` keep the size that they have here."""
+        axes = name_axes(tensors) if view is None else view.axes
+        if alone:
+            axes = {n: tuple(None if a in alone else a for a in own) for n, own in _all_named(axes, tensors).items()}
+        return capture(self.base, inputs, axes=axes, entry=entry, call=view)
+
+    def _remember(self, known: list[Graph], graph: Graph) -> None:
+        if len(known) == MOST:
+            what = f"this model's code computes another program for each of more than {MOST} kinds of sizes"
+            warnings.warn(f"{what}; each is captured when a call needs it, and the first are forgotten", stacklevel=2)
+            del known[0]
+            self.forget_derived()
+        known.append(graph)
 
     def adapted(
-        self, inputs: Mapping[str, object], entry: Entry | None, view: View | None, names: Sequence[str]
+        self,
+        inputs: Mapping[str, object],
+        entry: Entry | None,
+        view: View | None,
+        names: Sequence[str],
+        *,
+        exact: bool = False,
     ) -> Graph:
-        """The graph for such a call under the adapters of these names, as they are now."""
-        captured = self.captured(inputs, entry, view)
+        """The graph for such a call under the adapters of these names, as they are now; see `captured`."""
+        captured = self.captured(inputs, entry, view, exact=exact)
         if not names:
             return captured
         if isinstance(entry, Prefilled) and isinstance(view, Decode):
-            through = self.derived(self.captured(inputs, entry.tokens, view), names)
+            through = self.derived(self.captured(inputs, entry.tokens, view, exact=exact), names)
             found = self.derived(captured, names, Prefill(Left(through, view, entry)))
         else:
             found = self.derived(captured, names)
@@ -85,11 +144,11 @@ class Graphs:
             linked.module.add_module(ADAPTERS, self.adapters.module)
             inserts = [Insert(name, self.adapters[name]) for name in names]
             try:
-                self._derived[key] = PassManager([*inserts, *more], check="none")(linked)
+                self._derived[key] = captured, PassManager([*inserts, *more], check="none")(linked)
             except PeftfxError:
                 self._captured.clear()  # a method that asked for a size has bound it, for all graphs of this capture
                 raise
-        return self._derived[key]
+        return self._derived[key][1]
 
     def swept(self, graph: Graph) -> Graph:
         """One of these graphs without what it computes and nobody uses, to be run and nothing else."""
@@ -118,3 +177,12 @@ class Graphs:
         ]
         modes = tuple(module.training for module in self.base.modules())
         return self._captured.setdefault((view, tuple(kinds), modes, entry), [])
+
+
+def _all_named(axes: Axes, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str | None, ...]]:
+    """The name of every axis: one that has none of its own is free under that of its place."""
+    return {n: axes.get(n) or tuple(f"{n}.{i}" for i in range(t.ndim)) for n, t in tensors.items()}
+
+
+def _sizes(axes: Axes, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {a: n for name, own in axes.items() for a, n in zip(own, tensors[name].shape, strict=True) if a is not None}

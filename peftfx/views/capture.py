@@ -7,10 +7,11 @@ values nor the size of the model cost anything, and a module built under `FakeTe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
@@ -21,6 +22,7 @@ from peftfx.errors import PeftfxError, first_line
 from peftfx.graph.contexts import fake_mode_of, isolated
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.graph.lazy_weights import faked
+from peftfx.graph.size_conditions import Note, conditions_of, noted
 from peftfx.views.entry import Call, Entry, forward
 from peftfx.views.view import Axes, name_axes, without_cache
 
@@ -62,16 +64,17 @@ def capture(
         examples = {name: _fresh(model, t, axes.get(name)) for name, t in tensors.items()}
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
         try:
-            program = torch.export.export(
-                wrapper, tuple(examples.values()), dynamic_shapes={"flat": free}, strict=False
-            )
+            with noted() as notes:
+                program = torch.export.export(
+                    wrapper, tuple(examples.values()), dynamic_shapes={"flat": free}, strict=False
+                )
             module = program.module(check_guards=False)
         except PeftfxError:
             raise
         except Exception as error:
             raised = error.__cause__ if isinstance(error, _Raised) and error.__cause__ else error
             raise _explain(model, raised, entry) from raised
-    return _as_graph(model, module, program.call_spec.out_spec, examples, axes)
+    return _as_graph(model, module, program.call_spec.out_spec, examples, axes, notes)
 
 
 class _Flat(nn.Module):
@@ -170,7 +173,12 @@ _ASSERTIONS = frozenset(
 
 
 def _as_graph(
-    model: nn.Module, module: fx.GraphModule, out_spec: pytree.TreeSpec, tensors: Mapping[str, torch.Tensor], axes: Axes
+    model: nn.Module,
+    module: fx.GraphModule,
+    out_spec: pytree.TreeSpec,
+    tensors: Mapping[str, torch.Tensor],
+    axes: Axes,
+    notes: Sequence[Note],
 ) -> Graph:
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
@@ -195,18 +203,22 @@ def _as_graph(
     graph.eliminate_dead_code()
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     specs, sizes = [], {}
-    for node, (name, tensor) in zip(placeholders, tensors.items(), strict=True):
+    symbols: dict[str, str | int] = {}
+    sources = _sources(placeholders)
+    for place, (node, (name, tensor)) in enumerate(zip(placeholders, tensors.items(), strict=True)):
         shape: list[int | str] = []
         for i, size in enumerate(node.meta["val"].shape):
             axis = (axes.get(name) or (None,) * tensor.ndim)[i] or f"{name}.{i}"
             fixed = _constant(size)
             shape.append(axis if fixed is None else fixed)
+            symbols[str(sources.get(f"L['flat'][{place}].size()[{i}]"))] = shape[-1]
             if fixed is None:
                 sizes[axis] = int(tensor.shape[i])
         specs.append(TensorSpec(name, tensor.dtype, tuple(shape)))
         _rename(node, name.replace(".", "_"))
     linked = link(graph, {BASE: model, CONSTANTS: constants})
-    result = Graph(linked, tuple(specs), out_spec, sizes, model.training, sites=None)  # type: ignore[arg-type]
+    conditions = conditions_of(notes, symbols)
+    result = Graph(linked, tuple(specs), out_spec, sizes, model.training, None, conditions=conditions)  # type: ignore[arg-type]
     result.sites = find_sites(result)
     return result
 
@@ -214,6 +226,13 @@ def _as_graph(
 def _constant(size: int | torch.SymInt) -> int | None:
     """The size of an axis that is fixed, by the example or by the model's code; a symbol may stand for one number."""
     return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def _sources(placeholders: Sequence[fx.Node]) -> Mapping[str, object]:
+    """The symbol that a capture made for each free size, by where the size is."""
+    values = (node.meta["val"] for node in placeholders)
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    return {} if mode is None or mode.shape_env is None else mode.shape_env.source_to_var
 
 
 def _owns(model: nn.Module, target: str) -> bool:

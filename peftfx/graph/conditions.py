@@ -1,0 +1,86 @@
+"""Conditions: what a captured program takes for granted about the sizes of a call."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import sympy
+from torch.utils._sympy.printers import PythonPrinter
+
+_SAMPLES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 33, 64, 1 << 20)
+_LARGEST, _MOST = 1 << 20, 4096
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A statement about named axes, under which a captured program is what the model's code computes.
+
+    Attributes:
+        holds: the statement; its symbols are named as the axes.
+        where: the line of code that made it, as `file.py:12`.
+        code: whether Python code decided on it, and not an operator of torch's.
+        edge: whether the capture met one side of it only because it takes no size to be less than 2.
+    """
+
+    holds: sympy.Basic
+    where: str = field(default="", compare=False)
+    code: bool = False
+    edge: bool = False
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes it speaks of, sorted."""
+        return tuple(sorted(str(s) for s in self.holds.free_symbols))
+
+    @property
+    def relation(self) -> bool:
+        """Whether it says that axes have one size, or one that follows from those of others."""
+        return isinstance(self.holds, sympy.Eq) and not self.code and len(self.axes) > 1
+
+    def met(self, sizes: Mapping[str, int]) -> bool:
+        """Whether it holds for these sizes; what they do not tell is no reason to say that it does not."""
+        axes, test = _compiled(self.holds)
+        return any(axis not in sizes for axis in axes) or test(*(sizes[axis] for axis in axes))
+
+    def tried(self) -> Iterator[dict[str, int]]:
+        """Sizes of its axes, the smallest first, among them those around every number that it speaks of."""
+        numbers = {int(n) for n in self.holds.atoms(sympy.Integer) if 0 < n < _LARGEST}
+        around = {size for n in numbers for size in (n - 1, n, n + 1, 2 * n)}
+        choices = sorted({*_SAMPLES, *around} - {0})
+        most = max(2, round(_MOST ** (1 / max(1, len(self.axes)))))
+        if len(choices) > most:
+            choices = [choices[i * (len(choices) - 1) // (most - 1)] for i in range(most)]
+        product = itertools.product(choices, repeat=len(self.axes))
+        for sizes in sorted(product, key=lambda sizes: (math.prod(sizes), sizes)):
+            yield dict(zip(self.axes, sizes, strict=True))
+
+    def __str__(self) -> str:
+        return _in_words(self.holds)
+
+
+def unmet(conditions: Iterable[Condition], sizes: Mapping[str, int], *, edges: bool = True) -> list[Condition]:
+    """The conditions that do not hold for these sizes; with `edges=False`, not those that only size 1 breaks."""
+    return [c for c in conditions if (edges or not c.edge) and not c.met(sizes)]
+
+
+@functools.cache
+def _compiled(holds: sympy.Basic) -> tuple[tuple[str, ...], Callable[..., bool]]:
+    symbols = sorted(holds.free_symbols, key=str)
+    plain = {symbol: sympy.Symbol(f"size{i}", integer=True) for i, symbol in enumerate(symbols)}
+    text = PythonPrinter().doprint(holds.xreplace(plain))
+    arguments = ", ".join(str(s) for s in plain.values())
+    scope: dict[str, object] = {"math": math}
+    return tuple(map(str, symbols)), eval(f"lambda {arguments}: bool({text})", scope)
+
+
+def _in_words(holds: sympy.Basic) -> str:
+    words = {sympy.Eq: "=", sympy.Ne: "!=", sympy.Le: "<=", sympy.Lt: "<", sympy.Ge: ">=", sympy.Gt: ">"}
+    word = next((w for kind, w in words.items() if isinstance(holds, kind)), None)
+    if word is None:
+        return str(holds)
+    left, right = holds.args
+    return f"{left} {word} {right}"

@@ -1,0 +1,155 @@
+"""size_conditions: what a capture takes for granted about sizes, noted while it runs, and said of named axes.
+
+A capture runs a model's code with sizes that are symbols. Where the code asks for the truth of a comparison of them,
+torch answers with the example's, and keeps a guard. It keeps none where the answer follows from its own assumption
+that no free size is less than 2: so `if n == 1` leaves no trace. Both are noted here, by listening to the answers.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import sympy
+import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from peftfx.graph.conditions import Condition
+
+_TORCH = str(Path(torch.__file__).parent)
+_NN = str(Path(torch.nn.__file__).parent)
+#: Where torch asks in a caller's name: the caller is further out.
+_BEARERS = tuple(
+    str(Path(_TORCH, *parts))
+    for parts in (
+        ("__init__.py",),
+        ("fx", "experimental", "sym_node.py"),
+        ("fx", "experimental", "symbolic_shapes.py"),
+        ("fx", "experimental", "recording.py"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Note:
+    """An answer that a capture was given: what was asked, as it turned out, and by whom."""
+
+    holds: sympy.Basic
+    where: str
+    code: bool
+    edge: bool
+
+
+@contextmanager
+def noted() -> Iterator[list[Note]]:
+    """Inside, what this thread's captures take for granted is noted in the list. Not for two threads at once."""
+    notes: list[Note] = []
+    own, answer = threading.get_ident(), ShapeEnv.evaluate_expr
+
+    def listen(env: ShapeEnv, expr: sympy.Basic, *args: Any, **kwargs: Any) -> sympy.Basic:
+        before = len(env.guards)
+        result = answer(env, expr, *args, **kwargs)
+        if threading.get_ident() == own and getattr(expr, "free_symbols", None):
+            notes.extend(_notes(expr, result, len(env.guards) > before))
+        return result
+
+    ShapeEnv.evaluate_expr = listen  # type: ignore[method-assign]
+    try:
+        yield notes
+    finally:
+        ShapeEnv.evaluate_expr = answer  # type: ignore[method-assign]
+
+
+def _notes(expr: sympy.Basic, result: object, guarded: bool) -> Iterator[Note]:
+    if not guarded and not _differs_at_1(expr, result):
+        return
+    where, code = _asker(sys._getframe(2))
+    if guarded or code:  # torch's own operators are right at size 1, whatever they ask
+        yield Note(_held(expr, result), where, code, edge=not guarded)
+
+
+def _held(expr: sympy.Basic, result: object) -> sympy.Basic:
+    if result == sympy.true or result is True:
+        return expr
+    if result == sympy.false or result is False:
+        return sympy.Not(expr)
+    return sympy.Eq(expr, result)
+
+
+@functools.lru_cache(4096)
+def _differs_at_1(expr: sympy.Basic, result: object) -> bool:
+    """Whether the answer would be another with a size of 1."""
+    symbols = list(expr.free_symbols)
+    other = sympy.false if result in (sympy.true, True) else sympy.true
+    return any(
+        expr.xreplace(dict.fromkeys(choice, sympy.Integer(1))) == other
+        for choice in (*([symbol] for symbol in symbols), symbols)
+    )
+
+
+def _asker(frame: FrameType | None) -> tuple[str, bool]:
+    """The line that asked, and whether it is Python code of a model's; torch's operators ask too, to pick a kernel."""
+    while frame is not None and frame.f_code.co_filename in _BEARERS:
+        frame = frame.f_back
+    first = "" if frame is None else frame.f_code.co_filename
+    code = not first.startswith(_TORCH) or first.startswith(_NN)
+    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+        frame = frame.f_back
+    return ("" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"), code
+
+
+def conditions_of(notes: Sequence[Note], axes: Mapping[str, str | int]) -> tuple[Condition, ...]:
+    """The notes of a capture as statements about its axes: each once, without those that are always true.
+
+    Args:
+        notes: in order.
+        axes: the name of each free axis, by the name of its symbol; symbols of one name have one size. Where the code
+            has fixed the axis, its size.
+    """
+    names = {
+        name: sympy.Integer(axis) if isinstance(axis, int) else sympy.Symbol(axis, integer=True, positive=True)
+        for name, axis in axes.items()
+    }
+    said: dict[tuple[sympy.Basic, bool, bool], Note] = {}
+    for note in notes:
+        symbols = {symbol: names.get(str(symbol)) for symbol in note.holds.free_symbols}
+        if None not in symbols.values():  # sizes of another capture are not this one's
+            said.setdefault((note.holds.xreplace(symbols), note.code, note.edge), note)
+    order = {str(axis): i for i, axis in reversed(list(enumerate(axes.values())))}
+    found, known = list[Condition](), dict[sympy.Basic, sympy.Basic]()
+    for relations in (True, False):  # what follows from how axes are joined is not said again
+        for (holds, code, edge), note in said.items():
+            condition = Condition(_substituted(holds, known), note.where, code, edge)
+            kept = code or not isinstance(condition.holds, sympy.Ne)  # an operator's: it asks whether to be quick
+            if condition.relation == relations and kept and condition not in found and not _always(condition):
+                found.append(condition)
+                known |= _solved(condition, order) if relations else {}
+    return tuple(found)
+
+
+def _solved(relation: Condition, order: Mapping[str, int]) -> dict[sympy.Basic, sympy.Basic]:
+    """The last of the axes that a relation joins, as an expression of those before."""
+    left, right = relation.holds.args
+    pairs = [(one, other) for one, other in ((left, right), (right, left)) if one.is_Symbol]
+    pairs.sort(key=lambda pair: order[str(pair[0])], reverse=True)
+    return next(({one: other} for one, other in pairs if one not in other.free_symbols), {})
+
+
+def _substituted(holds: sympy.Basic, known: Mapping[sympy.Basic, sympy.Basic]) -> sympy.Basic:
+    for _ in known:
+        holds = holds.xreplace(dict(known))
+    return holds
+
+
+def _always(condition: Condition) -> bool:
+    """Whether a statement is true at all sizes tried."""
+    if not condition.axes:
+        return condition.holds is sympy.true  # type: ignore[no-any-return]
+    return all(map(condition.met, condition.tried()))

@@ -1,0 +1,149 @@
+"""Sizes: a program is used only where it is what the model's code computes, and an export says where that is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from support.zoo import ZOO
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.errors import PeftfxError
+from peftfx.export.onnx_directory import export_onnx
+from peftfx.model.adapted import AdaptedModel
+from peftfx.views.capture import capture
+
+
+class Branching(nn.Module):
+    """A linear layer, and code that computes something else on one side of `branch`."""
+
+    def __init__(self, branch: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.branch = nn.Linear(4, 4), branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, n = x.shape[:2]
+        y = self.layer(x)
+        return y * 3 if eval(self.branch, {"batch": batch, "n": n}) else y
+
+
+class Joined(nn.Module):
+    """Two inputs whose second axes have to be equal, and a table that ends at 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("table", torch.randn(16, 4))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.layer(x + self.table[: x.shape[1]]) * mask[..., None]
+
+
+def adapted_on(model: nn.Module, **inputs: Tensor) -> AdaptedModel:
+    adapted = peftfx.transform(model.eval(), peftfx.LoRA(r=2, target="head"), inputs=inputs, seed=0)
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.normal_()
+    return adapted
+
+
+def by_hand(adapted: AdaptedModel, x: Tensor) -> Tensor:
+    """The eager model with the low-rank product added to its layer's weight."""
+    tensors = adapted.adapter("default").state_dict()
+    a, b = (next(t for key, t in tensors.items() if key.endswith(end)) for end in ("A", "B"))
+    scale = 8 / 2
+    changed = Branching(adapted.base.branch)  # type: ignore[arg-type]
+    changed.load_state_dict(adapted.base.state_dict())
+    with torch.no_grad():
+        changed.layer.weight += scale * b @ a
+        return changed.eval()(x)
+
+
+BRANCHES = ["n > 8", "n == 1", "batch == 1", "n % 2 == 0", "n // 2 == 3", "n > 3 and batch > 2", "n >= 2 * batch"]
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_a_call_takes_the_branch_of_its_own_sizes(branch: str) -> None:
+    adapted = adapted_on(Branching(branch), x=torch.zeros(2, 5, 4))
+    for batch, n in ((2, 5), (1, 5), (2, 1), (1, 1), (3, 6), (2, 8), (2, 9), (3, 12)):
+        x = torch.randn(batch, n, 4)
+        torch.testing.assert_close(adapted(x).detach(), by_hand(adapted, x), atol=1e-5, rtol=1e-5)
+
+
+def test_graphs_of_other_branches_are_kept_and_are_few() -> None:
+    adapted = adapted_on(Branching("n % 2 == 0"), x=torch.zeros(2, 5, 4))
+    for n in range(2, 30):
+        adapted(torch.zeros(2, n, 4))
+    (graphs,) = adapted.graphs._captured.values()
+    assert len(graphs) == 2
+    assert sorted(str(c) for graph in graphs for c in graph.conditions) == ["Mod(x.1, 2) != 0", "Mod(x.1, 2) = 0"]
+
+
+def test_what_branches_everywhere_forgets_its_first_graphs_and_says_so() -> None:
+    adapted = adapted_on(Branching("n in tuple(range(2, 40))"), x=torch.zeros(2, 5, 4))
+    for n in range(2, 17):
+        adapted(torch.zeros(2, n, 4))
+    with pytest.warns(UserWarning, match="another program for each"):
+        adapted(torch.zeros(2, 17, 4))
+    assert len(next(iter(adapted.graphs._captured.values()))) == 16
+
+
+def test_a_graph_called_by_hand_refuses_the_other_side_of_a_branch() -> None:
+    graph = capture(Branching("n > 8").eval(), {"x": torch.zeros(2, 5, 4)})
+    with pytest.raises(PeftfxError, match=r"where x\.1 <= 8"):
+        graph(x=torch.zeros(2, 9, 4))
+
+
+@pytest.mark.parametrize("branch", [b for b in BRANCHES if b != "n > 3 and batch > 2"])
+def test_an_export_that_is_right_for_some_sizes_alone_is_refused(branch: str, tmp_path: Path) -> None:
+    model = Branching(branch).eval()
+    with pytest.raises(PeftfxError, match=r"branches on a size.*right only where .*\[test_sizes|<string>"):
+        export_onnx(model, tmp_path / "out", inputs={"x": torch.zeros(2, 5, 4)})
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_is_allowed_to_be_fixed_says_for_which_sizes_it_is_right(tmp_path: Path) -> None:
+    model = Branching("n > 8").eval()
+    report = export_onnx(model, tmp_path / "out", inputs={"x": torch.zeros(2, 5, 4)}, allow_fixed=True)
+    assert report.sizes == ["x.1 <= 8 (beyond, the model computes something else)"]
+    assert ("sizes", f"right where {report.sizes[0]}") in report.rows()
+    props = onnx.load(tmp_path / "out" / "model.onnx").metadata_props
+    assert {p.key: p.value for p in props}["peftfx.sizes"] == report.sizes[0]
+    tried = {tuple(c["shapes"]["x"]) for c in report.comparisons}  # type: ignore[index]
+    assert {shape[1] for shape in tried} >= {5, 8}
+    assert max(shape[1] for shape in tried) == 8
+
+
+def test_a_branch_that_changes_nothing_is_no_limit_and_both_sides_are_verified(tmp_path: Path) -> None:
+    class Chunked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] > 8:
+                return torch.cat([super().forward(x[:, :8]), super().forward(x[:, 8:])], 1)
+            return super().forward(x)
+
+    report = export_onnx(Chunked(4, 4).eval(), tmp_path / "out", inputs={"x": torch.zeros(2, 5, 4)})
+    assert report.sizes == []
+    tried = {tuple(c["shapes"]["x"])[1] for c in report.comparisons}  # type: ignore[index]
+    assert {5, 8, 9} <= tried
+
+
+def test_bounds_of_the_models_own_are_said_and_not_refused(tmp_path: Path) -> None:
+    inputs = {"x": torch.zeros(2, 5, 4), "mask": torch.ones(2, 5)}
+    report = export_onnx(Joined().eval(), tmp_path / "out", inputs=inputs)
+    assert "x.1 <= 16 (the model takes no other)" in report.sizes
+    assert any("mask.1 = x.1" in line or "x.1 = mask.1" in line for line in report.sizes)
+    assert 16 in {c["shapes"]["x"][1] for c in report.comparisons}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_transformers_own_guards_are_not_refused(name: str, tmp_path: Path) -> None:
+    model = ZOO[name].build()
+    report = export_onnx(model, tmp_path / "out", view="auto")
+    assert report.sizes == (["sequence <= 64 (the model takes no other)"] if name == "bert" else [])
+    shapes = [c["shapes"]["input_ids"] for c in report.comparisons]  # type: ignore[index]
+    assert [1, 1] in shapes
+    assert ([2, 64] in shapes) == (name == "bert")
