@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -24,6 +26,56 @@ def isolated(model: nn.Module) -> Iterator[None]:
         finally:
             for kind, enabled in before.items():
                 torch.set_autocast_enabled(kind, enabled)
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's code may set what attributes it likes; afterwards each is as it was.
+
+    Code that keeps a tensor for the next call would keep a fake one from a capture. It goes for the attributes of every
+    module, of the plain objects that they hold, and for what is in their lists, dicts and sets.
+    """
+    before: dict[int, tuple[object, object]] = {}
+    for module in model.modules():
+        _remember(vars(module), before, _DEPTH)
+    try:
+        yield
+    finally:
+        for container, contents in before.values():
+            _restore(container, contents)
+
+
+_DEPTH = 4  #: how far into what an attribute holds
+
+
+def _remember(value: object, before: dict[int, tuple[object, object]], depth: int) -> None:
+    """Keep what is in a container, and in those within it."""
+    if isinstance(value, (nn.Module, torch.Tensor, type, ModuleType)) or id(value) in before or not depth:
+        return
+    if isinstance(value, (dict, list, set)):
+        before[id(value)] = value, value.copy()
+        for item in value.values() if isinstance(value, dict) else value:
+            _remember(item, before, depth - 1)
+    elif isinstance(value, tuple):
+        for item in value:
+            _remember(item, before, depth - 1)
+    elif isinstance(own := getattr(value, "__dict__", None), dict) and not callable(value):
+        _remember(own, before, depth - 1)
+
+
+def _restore(container: object, contents: object) -> None:
+    if isinstance(container, list) and isinstance(contents, list):
+        if len(container) != len(contents) or any(a is not b for a, b in zip(container, contents)):
+            container[:] = contents
+    elif isinstance(container, set) and isinstance(contents, set):
+        if container != contents:
+            container.clear()
+            container.update(contents)
+    elif isinstance(container, dict) and isinstance(contents, dict):
+        same = list(container) == list(contents)
+        if not same or any(container[key] is not value for key, value in contents.items()):
+            container.clear()
+            container.update(contents)
 
 
 @contextlib.contextmanager
@@ -52,7 +104,9 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")  # and put back
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -19,7 +19,7 @@ from peftfx.analysis.no_grad_regions import inline_no_grad
 from peftfx.analysis.roles import find_sites
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
-from peftfx.graph.contexts import fake_mode_of, isolated
+from peftfx.graph.contexts import fake_mode_of, isolated, unchanged
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.graph.lazy_weights import faked
 from peftfx.graph.size_conditions import Note, conditions_of, noted
@@ -58,7 +58,7 @@ def capture(
     tensors = {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
     axes = name_axes(tensors) if axes is None else axes
     _refuse_checkpointing(model)
-    with isolated(model), faked(model), fake_mode_of(model), without_cache(model):
+    with isolated(model), unchanged(model), faked(model), fake_mode_of(model), without_cache(model):
         wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves], call or forward, entry)
         wrapper.train(model.training)
         examples = {name: _fresh(model, t, axes.get(name)) for name, t in tensors.items()}

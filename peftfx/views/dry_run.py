@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from peftfx.graph.contexts import evaluating, fake_mode_of
+from peftfx.graph.contexts import evaluating, fake_mode_of, unchanged
 from peftfx.graph.lazy_weights import faked
 from peftfx.views.view import without_cache
 
@@ -20,7 +20,15 @@ def dry_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Inside, `base` is in eval mode and runs on what the given function makes of tensors; no value is computed."""
     found = fake_mode_of(base)
     mode = found if isinstance(found, FakeTensorMode) else FakeTensorMode(allow_non_fake_inputs=True)
-    with faked(base), evaluating(base), without_cache(base), _batched_experts(base), torch.no_grad(), mode:
+    with (
+        unchanged(base),
+        faked(base),
+        evaluating(base),
+        without_cache(base),
+        _batched_experts(base),
+        torch.no_grad(),
+        mode,
+    ):
         yield mode.from_tensor
 
 
