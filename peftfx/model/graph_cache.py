@@ -14,6 +14,7 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import unmet
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.graph.graph import ADAPTERS, Graph, path_name
+from peftfx.model.fingerprints import ModelState, value_key
 from peftfx.passes.adaptation.evaluate import evaluate
 from peftfx.passes.adaptation.insert import Insert
 from peftfx.passes.adaptation.prefill import Left, Prefill
@@ -26,6 +27,7 @@ from peftfx.views.entry import Entry
 from peftfx.views.named_views import find_view
 from peftfx.views.view import Axes, View, name_axes
 
+MOST_STATES = 4  #: states of the base for one kind of call: training and not, and two more
 MOST = 16  #: graphs of one kind of call: of sizes at which the model's code computes something else
 
 
@@ -33,12 +35,13 @@ class Graphs:
     """What was captured from `base` and derived with its `adapters`; made when it is first asked for.
 
     A captured graph is found again by what a call like it must have in common: the view, the names, dtypes and ranks of
-    its tensors, the values of all else, the mode of each module, and the way into the base.
+    its tensors, the values of all else, and the way into the base; and by the state of the base: attributes that its
+    code may read, the mode of each module, hooks.
     """
 
     def __init__(self, base: nn.Module, adapters: AdapterSet) -> None:
         self.base, self.adapters = base, adapters
-        self._captured: dict[object, list[Graph]] = {}
+        self._captured: dict[object, list[tuple[ModelState, list[Graph]]]] = {}
         self._derived: dict[object, tuple[Graph, Graph]] = {}  # what it was made of too, as for those that are swept
         self._swept: dict[int, tuple[Graph, Graph]] = {}  # both: a number is of an object that lives
         self._views: dict[str, View | None] = {}
@@ -170,13 +173,26 @@ class Graphs:
         self.forget_derived()
 
     def _known(self, inputs: Mapping[str, object], entry: Entry | None, view: View | None) -> list[Graph]:
-        """The graphs captured for calls like this one; they differ in the sizes of axes that the model fixes."""
+        """The graphs captured for calls like this one from the base as it is now; they differ in sizes.
+
+        They are of sizes that the model fixes, or at which its code computes something else.
+        """
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
         kinds = [
-            (path_name(p), v.dtype, v.ndim) if isinstance(v, Tensor) else (path_name(p), repr(v)) for p, v in leaves
+            (path_name(p), v.dtype, v.ndim) if isinstance(v, Tensor) else (path_name(p), value_key(v))
+            for p, v in leaves
         ]
-        modes = tuple(module.training for module in self.base.modules())
-        return self._captured.setdefault((view, tuple(kinds), modes, entry), [])
+        states = self._captured.setdefault((view, tuple(kinds), entry), [])
+        for state, graphs in states:
+            if state.holds():
+                return graphs
+        if len(states) == MOST_STATES:
+            what = f"{states[-1][0].difference()} of the model, or of its parts, has changed again"
+            warnings.warn(f"{what}: each change of what its code reads makes a new graph", stacklevel=2)
+            del states[0]
+            self.forget_derived()
+        states.append((ModelState(self.base), []))
+        return states[-1][1]
 
 
 def _all_named(axes: Axes, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str | None, ...]]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import timeit
+from collections.abc import Callable
 
+import numpy as np
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -11,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import peftfx
 from peftfx.model.adapted import AdaptedModel
+from peftfx.model.fingerprints import ModelState
 
 
 class Remembers(nn.Module):
@@ -38,7 +43,7 @@ class Notes:
     y: object = None
 
 
-def lora(model: nn.Module, target: str = "head", **inputs: Tensor) -> AdaptedModel:
+def lora(model: nn.Module, target: str = "linear | head", **inputs: Tensor) -> AdaptedModel:
     return peftfx.transform(model, peftfx.LoRA(r=2, target=target), inputs=inputs or None, seed=0)
 
 
@@ -76,3 +81,103 @@ def test_phi_3_with_long_rope_computes_the_same_after_a_capture_and_trains() -> 
     adapted.train()
     adapted(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in adapted.adapters.parameters())
+
+
+class Reads(nn.Module):
+    """Code that reads attributes, a config, dropout's rate, a norm's eps, a hook's word and an argument's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.norm, self.drop = nn.Linear(4, 4), nn.LayerNorm(4), nn.Dropout(0.5)
+        self.factor, self.factors, self.offset = 2.0, [1.0, 3.0], torch.ones(4)
+        self.config = Notes()
+        self.config.scale = {"all": 1.0}
+        self.eval()
+
+    def forward(self, x: Tensor, shift: object = 0.0) -> Tensor:
+        y = self.drop(self.norm(self.layer(x)))
+        y = y * self.factor * self.factors[1] * self.config.scale["all"] + self.offset
+        return y + (shift if isinstance(shift, float) else torch.as_tensor(shift).sum())
+
+
+def set_hook(model: Reads) -> None:
+    model.layer.register_forward_hook(lambda module, args, output: output.cumsum(-1))
+
+
+def set_pre_hook(model: Reads) -> None:
+    model.norm.register_forward_pre_hook(lambda module, args: (args[0].cumsum(-1),))
+
+
+def set_eps(model: Reads) -> None:
+    model.norm.eps = 10.0
+
+
+def set_rate(model: Reads) -> None:
+    model.drop.train().p = 1.0
+
+
+def set_part(model: Reads) -> None:
+    model.norm = nn.Identity()
+
+
+def set_in_place(model: Reads) -> None:
+    model.factors[1] = 5.0
+
+
+CHANGES = [
+    lambda model: setattr(model, "factor", 7.0),
+    lambda model: setattr(model, "offset", torch.full((4,), 5.0)),
+    lambda model: model.config.scale.update(all=4.0),
+    lambda model: setattr(model.config, "scale", {"all": 4.0}),
+    *(set_hook, set_pre_hook, set_eps, set_rate, set_part, set_in_place),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_sees_what_the_models_code_sees_after_a_change(change: Callable[[Reads], object]) -> None:
+    model, x = Reads(), torch.randn(2, 3, 4)
+    adapted = lora(model, x=x)
+    torch.testing.assert_close(adapted(x), model(x))
+    before = model(x)
+    change(model)
+    torch.testing.assert_close(adapted(x), model(x))
+    assert (before - model(x)).abs().max() > 0.1
+
+
+def test_arguments_are_compared_by_value_whatever_they_are() -> None:
+    model, x = Reads(), torch.randn(2, 3, 4)
+    adapted = lora(model, x=x)
+    large = np.zeros(100_000)
+    for shift in (large.copy(), large + 1, 1.0, 2.0, np.float32(2.0), large + 1):
+        torch.testing.assert_close(adapted(x, shift=shift), model(x, shift=shift))
+    large[500] = 3.0  # its `repr` is as before
+    torch.testing.assert_close(adapted(x, shift=large), model(x, shift=large))
+
+
+def test_nothing_is_captured_again_while_all_is_the_same() -> None:
+    model, x = Reads(), torch.randn(2, 3, 4)
+    adapted = lora(model, x=x)
+    adapted(x)
+    captured = [*adapted.graphs._captured]
+    model.offset = model.offset.clone()  # another object, of equal values
+    adapted(x, shift=1.0)
+    adapted(x)
+    assert len(captured) == 1
+    assert len(adapted.graphs._captured) == 2
+    assert all(len(states) == 1 for states in adapted.graphs._captured.values())
+
+
+def test_to_look_for_changes_costs_less_than_a_fiftieth_of_a_step() -> None:
+    size = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+    model = hf.BertModel(hf.BertConfig(vocab_size=64, **size))
+    adapted = lora(model.eval(), "attention.query")
+    ids = torch.randint(64, (8, 64))
+
+    def step() -> None:
+        adapted(input_ids=ids).last_hidden_state.sum().backward()
+
+    state = ModelState(model)
+    step()
+    looks, steps = (min(timeit.repeat(run, number=n, repeat=5)) / n for run, n in ((state.holds, 50), (step, 2)))
+    assert looks < 0.02 * steps

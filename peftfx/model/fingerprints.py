@@ -1,0 +1,130 @@
+"""fingerprints: what a graph was made from, beside tensors: compared by value, and cheaply, at each call."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_hooks
+
+#: Of what torch keeps in every module, what a forward reads, and a graph does not read anew when it runs.
+_READ = frozenset({"_modules", "_forward_hooks", "_forward_pre_hooks"})
+_TORCHS = frozenset(vars(nn.Module())) - {"training"}
+_DEPTH, _MOST = 4, 1000  #: how far into what an attribute holds, and how long a collection may be
+_PLAIN = (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout, enum.Enum, type)
+
+
+class ModelState:
+    """Attributes, modes, hooks and parts of a model, as they were when this was made.
+
+    What a graph reads when it runs, parameters and buffers, is not among them. Collections that are long, and objects
+    beyond a depth, are compared by identity.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._hooks = _global_hooks()
+        self._parts: list[tuple[dict[str, object], dict[str, object]]] = []
+        seen: set[int] = set()
+        for module in model.modules():
+            own = vars(module)
+            self._parts.append((own, own.copy()))
+            for name, value in own.items():
+                if name in _READ or name not in _TORCHS:
+                    self._parts += _containers(value, seen, _DEPTH)  # type: ignore[arg-type]
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        return self.difference() is None
+
+    def difference(self) -> str | None:
+        """The name of an attribute, or the key of an item, that is another; None if all is as it was."""
+        if _global_hooks() != self._hooks:
+            return "a hook for all modules"
+        for now, then in self._parts:
+            try:
+                if now == then:
+                    continue
+            except (RuntimeError, ValueError, TypeError):  # of what has no plain answer: tensors and arrays
+                pass
+            name = _first_other(now, then)
+            if name is not None:
+                return name
+        return None
+
+
+def _global_hooks() -> tuple[int, ...]:
+    return (*torch_hooks._global_forward_hooks, *torch_hooks._global_forward_pre_hooks)
+
+
+def _containers(value: object, seen: set[int], depth: int) -> Iterator[tuple[object, object]]:
+    """Every dict, list and set that a value is, or holds, or that is an object's attributes; and a copy of it."""
+    if isinstance(value, (nn.Module, Tensor, *_PLAIN, float, ModuleType)) or callable(value) or id(value) in seen:
+        return
+    own = value if isinstance(value, (dict, list, set)) else getattr(value, "__dict__", None)
+    items = own.values() if isinstance(own, dict) else value if isinstance(value, (list, set, tuple)) else ()
+    if not depth or len(items) > _MOST:
+        return
+    seen.add(id(value))
+    if isinstance(own, (dict, list, set)):
+        yield own, own.copy()
+    for item in items:
+        yield from _containers(item, seen, depth - 1)
+
+
+def _first_other(now: object, then: object) -> str | None:
+    """What differs by value; what is equal, but another object, takes the place of the one that was remembered."""
+    if isinstance(now, dict) and isinstance(then, dict) and now.keys() == then.keys():
+        for key, value in now.items():
+            if value is not then[key]:
+                if not _equal(value, then[key]):
+                    return str(key)
+                then[key] = value
+        return None
+    if isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
+        return None if all(map(_equal, now, then)) else "an item of a list"
+    if isinstance(now, dict) and isinstance(then, dict):
+        return str(next(iter(now.keys() ^ then.keys())))
+    return "an item of a list or a set"
+
+
+def _equal(a: object, b: object) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, (dict, list, set)):
+        return False  # one object for another: the graph was made from what is in the first
+    return type(a) is type(b) and value_key(a) == value_key(b)
+
+
+def value_key(value: object, depth: int = _DEPTH) -> object:
+    """A hashable stand-in for an argument that is no tensor of a call: equal for equal contents alone."""
+    if isinstance(value, float):
+        return value.hex()
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, (np.ndarray, np.generic)):
+        array = np.asarray(value)
+        if array.dtype != object:
+            return "array", array.dtype.str, array.shape, _digest(array)
+        value = array.tolist()
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return "tensor", value.dtype, value.shape, str(value.device), _digest(flat.numpy())
+    if isinstance(value, (FunctionType, BuiltinFunctionType, MethodType, nn.Module)) or not depth:
+        return value if value.__hash__ is not None else id(value)
+    if isinstance(value, Mapping):
+        return type(value), tuple((value_key(k), value_key(v, depth - 1)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(value_key(v, depth - 1) for v in value)
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(value_key(v, depth - 1) for v in value)
+    own = getattr(value, "__dict__", None)
+    return (type(value), value_key(own, depth - 1)) if own else (type(value), repr(value))
+
+
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).digest()
