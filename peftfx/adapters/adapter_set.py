@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,15 +17,25 @@ _LONGEST = 200  #: bytes of a name: an adapter's is a folder's
 
 
 class AdapterSet:
-    """The modules in `module`, each an Adapter.
-
-    Attributes:
-        active: those that act, in this order.
-    """
+    """The modules in `module`, each an Adapter."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.active: tuple[str, ...] = ()
+        self._active: tuple[str, ...] = ()
+        self._here: dict[int, tuple[str, ...]] = {}  # by thread: inside `none_active`
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Those that act, in this order."""
+        return self._here.get(threading.get_ident(), self._active)
+
+    @active.setter
+    def active(self, names: tuple[str, ...]) -> None:
+        here = threading.get_ident()
+        if here in self._here:
+            self._here[here] = names
+        else:
+            self._active = names
 
     def names(self) -> tuple[str, ...]:
         """Of all."""
@@ -73,18 +84,24 @@ class AdapterSet:
 
     @contextmanager
     def none_active(self) -> Iterator[None]:
-        """Inside, none acts."""
-        before, self.active = self.active, ()
+        """Inside, none acts in this thread, but those that are made active there."""
+        here = threading.get_ident()
+        before = self._here.get(here)
+        self._here[here] = ()
         try:
             yield
         finally:
-            self.active = before
+            if before is None:
+                del self._here[here]
+            else:
+                self._here[here] = before
 
     def drop(self, name: str) -> None:
         """Remove one; the others stay as they are."""
         self[name]
         delattr(self.module, name)
-        self.active = tuple(a for a in self.active if a != name)
+        self._active = tuple(a for a in self._active if a != name)
+        self._here = {here: tuple(a for a in names if a != name) for here, names in self._here.items()}
 
 
 def _refuse_rivals(adapters: dict[str, Adapter]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -12,13 +13,18 @@ import torch
 from torch import nn
 from torch._guards import detect_fake_mode
 
+TRACING = threading.RLock()  #: held by the thread that captures or traces
+
 
 @contextlib.contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """The context captures and traces run in, whatever the caller's: gradients on, no inference mode, no autocast."""
+    """The context captures and traces run in, whatever the caller's: gradients on, no inference mode, no autocast.
+
+    One thread at a time is in it: torch patches modules for all threads while it traces.
+    """
     kinds = ["cpu", *({p.device.type for p in model.parameters()} - {"cpu", "meta"})]
     before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
-    with torch.inference_mode(False), torch.enable_grad(), _quiet():
+    with TRACING, torch.inference_mode(False), torch.enable_grad(), _quiet():
         for kind in kinds:
             torch.set_autocast_enabled(kind, False)
         try:

@@ -18,9 +18,10 @@ from peftfx.adapters.in_place_merge import MergeReport, merge_into, refuse_unmer
 from peftfx.adapters.state import refuse_other_state
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
-from peftfx.graph.contexts import evaluating, fake_mode_of
+from peftfx.graph.contexts import TRACING, evaluating, fake_mode_of
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.model.graph_cache import Graphs
+from peftfx.model.shared_base import shared
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.rules.peft_configs import records_of
 from peftfx.rules.resolution import as_items, place
@@ -53,9 +54,9 @@ class AdaptedModel(nn.Module):
         self.base, self.example = base, dict(example)
         self.adapters = nn.Module()
         self._sites: Sites | None = sites
-        self._grads: dict[str, bool] = {}
         self.named = AdapterSet(self.adapters)
         self.graphs = Graphs(base, self.named)
+        self._shared = shared(base, self)
         self.training = base.training
 
     @property
@@ -103,10 +104,7 @@ class AdaptedModel(nn.Module):
         self._install(adapter_name, combined)
 
     def _install(self, name: str, adapter: Adapter) -> None:
-        if not self.names():
-            named = self.base.named_parameters(remove_duplicate=False)
-            self._grads = {key: p.requires_grad for key, p in named}
-            self.base.requires_grad_(False)
+        self._shared.freeze(self.base)
         self.named.add(name, adapter)
 
     def load_adapter(self, path: str | Path, name: str) -> None:
@@ -134,7 +132,7 @@ class AdaptedModel(nn.Module):
         return self.named[name]
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
-        """Make these adapters the active ones, in this order; only they are trained."""
+        """Make these adapters the active ones, in this order; only they are trained. In every thread."""
         given = (names,) if isinstance(names, str) or not isinstance(names, Sequence | Set) else tuple(names)
         self.named.activate(given)
 
@@ -148,34 +146,42 @@ class AdaptedModel(nn.Module):
         allocate(self.named.acting(), global_step)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Inside, the model is the base."""
+        """Inside, the model is the base. In other threads it is not."""
         return self.named.none_active()
 
     def remove(self, name: str | None = None) -> nn.Module:
-        """Remove an adapter, or all of them; returns the base, which is as it was before when all are gone."""
+        """Remove an adapter, or all of them; returns the base, which is as it was before when all are gone.
+
+        It trains what it trained before when no other adapted model has adapters on it either.
+        """
         for gone in self.names() if name is None else (name,):
             self.named.drop(gone)
         self.graphs.forget_derived()
         if not self.names():
-            for key, p in self.base.named_parameters(remove_duplicate=False):
-                p.requires_grad_(self._grads.get(key, p.requires_grad))
+            self._shared.thaw(self.base)
         return self.base
 
     def merge(self) -> MergeReport:
         """Fold the active adapters into the base's own weights, in place, one site at a time, and remove them.
 
         Weights shared with a module that is not adapted (a tied head, say) are untied first. `remove()` then gives the
-        merged module. Nothing is changed if an active adapter cannot be merged.
+        merged module. Nothing is changed if an active adapter cannot be merged, or another adapted model over the
+        same base has adapters.
         """
+        self._shared.refuse_others(self)
         refuse_unmergeable({name: self.adapter(name) for name in self.active})
         with evaluating(self.base):
             merged = Merge()(self.graph()).graph
         report = merge_into(self.base, merged, self.named.acting())
         for name in self.active:
             self.remove(name)
+        self._shared.changed()
+        return report
+
+    def base_changed(self) -> None:
+        """Drop what was made from the base: its weights are others now, here or under another adapted model."""
         self.graphs.forget()
         self._sites = None
-        return report
 
     def export(
         self, directory: str | Path, *, merge: bool = True, view: str = "auto", force: bool = False, **options: object
@@ -336,11 +342,14 @@ class AdaptedModel(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave the graphs behind: they are made again, over the copy's own tensors."""
-        return {key: value for key, value in self.__dict__.items() if key != "graphs"}
+        own = {key: value for key, value in self.__dict__.items() if key not in ("graphs", "_shared")}
+        return {**own, "_trained": dict(self._shared.trained)}
 
     def __setstate__(self, state: dict[str, object]) -> None:
+        trained = state.pop("_trained")
         super().__setstate__(state)
         self.graphs = Graphs(self.base, self.named)
+        self._shared = shared(self.base, self, trained)  # type: ignore[arg-type]
 
     def __reduce__(self) -> tuple[object, ...]:
         return _blank, (type(self.base),), self.__getstate__()
@@ -359,7 +368,9 @@ class AdaptedModel(nn.Module):
         """The graph to run for a call, and its inputs; torch.compile sees what is found and not how."""
         named = named_arguments(self.base, args, kwargs)
         leaves, _ = pytree.tree_flatten_with_path(named)
-        return self.graphs.swept(self.graph(named, exact=True)), [v for _, v in leaves if isinstance(v, Tensor)]
+        with TRACING:  # a graph that another thread is making may be the one
+            graph = self.graphs.swept(self.graph(named, exact=True))
+        return graph, [v for _, v in leaves if isinstance(v, Tensor)]
 
 
 @functools.cache

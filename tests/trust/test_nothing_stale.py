@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import timeit
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import peftfx
+from peftfx.errors import PeftfxError
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.fingerprints import ModelState
 
@@ -181,3 +183,57 @@ def test_to_look_for_changes_costs_less_than_a_fiftieth_of_a_step() -> None:
     step()
     looks, steps = (min(timeit.repeat(run, number=n, repeat=5)) / n for run, n in ((state.holds, 50), (step, 2)))
     assert looks < 0.02 * steps
+
+
+def test_what_was_trained_is_trained_again_when_the_last_adapter_over_a_base_is_gone() -> None:
+    model, x = Reads(), torch.randn(2, 3, 4)
+    model.norm.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    first, second = lora(model, x=x), lora(model, x=x)
+    copied = copy.deepcopy(second)
+    first.remove()
+    assert not any(p.requires_grad for p in model.parameters())  # the second has an adapter still
+    second.remove()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert {name: p.requires_grad for name, p in copied.remove().named_parameters()} == before
+
+
+def test_a_merge_under_another_adapted_model_is_refused_and_one_without_adapters_sees_it() -> None:
+    model, x = Reads(), torch.randn(2, 3, 4)
+    first, second = lora(model, x=x), lora(model, x=x)
+    with torch.no_grad():
+        for p in first.adapters.parameters():
+            p.normal_()
+    with pytest.raises(PeftfxError, match="under another adapted model"):
+        first.merge()
+    second.remove()
+    second(x)
+    want = first(x)
+    first.merge()
+    torch.testing.assert_close(second(x), want, atol=1e-5, rtol=1e-5)
+
+
+def test_two_threads_capture_at_once_and_one_disables_adapters_for_itself_alone() -> None:
+    x, results = torch.randn(2, 3, 4), dict[int, float]()
+
+    def work(number: int) -> None:
+        model = Reads()
+        adapted = lora(model, x=x)
+        for _ in range(3):
+            model.factor += 1.0
+            results[number] = float((adapted(x) - model(x)).abs().max())
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {0: 0.0, 1: 0.0}
+
+    adapted, seen = lora(Reads(), x=x), list[tuple[str, ...]]()
+    with adapted.disable_adapter():
+        other = threading.Thread(target=lambda: seen.append(adapted.active))
+        other.start()
+        other.join()
+        assert adapted.active == ()
+    assert seen == [("default",)] == [adapted.active]
