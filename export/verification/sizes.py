@@ -152,8 +152,9 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
             what = f"the model's code branches on a size: this export would be right only where {condition}"
             raise PeftfxError(what, condition.where, hint)
         limits += [Limit(condition, why)] if why else []
-        probes += [sizes for sizes, answer in zip(tried, answers, strict=True) if answer == _SAME][:1]
-        probes += [] if condition.edge else _last(condition, around)
+        if not condition.edge:  # a size of 1 is verified at, whether the code asks for it or not
+            probes += [sizes for sizes, answer in zip(tried, answers, strict=True) if answer == _SAME][:1]
+            probes += _last(condition, around)
     found = Sizes(tuple(limits))
     probes = [sizes for sizes in probes if found.allow(sizes) and trial.affords(sizes)]
     return Sizes(found.limits, tuple(sizes for i, sizes in enumerate(probes) if sizes not in probes[:i]))

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeGuard  # type: ignore[attr-defined]
+from torch.utils._sympy.functions import Max
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.method import Method, WeightMethod
@@ -141,8 +142,9 @@ def _binds(guard: ShapeGuard) -> bool:
     """Whether a guard makes the trace one of some sizes alone.
 
     torch's own operators compare sizes too, to pick a kernel or a memory format: their inequalities bind nothing, an
-    equality of theirs does (a broadcast against a fixed size).
+    equality of theirs does (a broadcast against a fixed size), unless it says no more than that a size is at least 1.
     """
     place = guard.sloc.framework_loc
     inside = str(getattr(place, "filename", place)).startswith(_TORCH)
-    return not inside or isinstance(guard.expr, sympy.Eq)
+    expr = guard.expr.replace(Max, lambda *sizes: sizes[1] if len(sizes) == 2 and sizes[0] == 1 else Max(*sizes))
+    return not inside or isinstance(expr, sympy.Eq)

@@ -38,13 +38,23 @@ class Condition:
 
     @property
     def relation(self) -> bool:
-        """Whether it says that axes have one size, or one that follows from those of others."""
-        return isinstance(self.holds, sympy.Eq) and not self.code and len(self.axes) > 1
+        """Whether it says that an axis has the size of another, or one that follows from those of others."""
+        if not isinstance(self.holds, sympy.Eq) or self.code:
+            return False
+        left, right = self.holds.args
+        return any(
+            a.is_Symbol and b.free_symbols and a not in b.free_symbols for a, b in ((left, right), (right, left))
+        )
 
     def met(self, sizes: Mapping[str, int]) -> bool:
         """Whether it holds for these sizes; what they do not tell is no reason to say that it does not."""
         axes, test = _compiled(self.holds)
-        return any(axis not in sizes for axis in axes) or test(*(sizes[axis] for axis in axes))
+        if any(axis not in sizes for axis in axes):
+            return True
+        try:
+            return test(*(sizes[axis] for axis in axes))
+        except ZeroDivisionError:  # sizes of which it does not speak
+            return True
 
     def tried(self) -> Iterator[dict[str, int]]:
         """Sizes of its axes, the smallest first, among them those around every number that it speaks of."""

@@ -21,7 +21,7 @@ import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from peftfx.graph.conditions import Condition
+from peftfx.graph.conditions import Condition, unmet
 
 _TORCH = str(Path(torch.__file__).parent)
 _NN = str(Path(torch.nn.__file__).parent)
@@ -88,10 +88,14 @@ def _differs_at_1(expr: sympy.Basic, result: object) -> bool:
     """Whether the answer would be another with a size of 1."""
     symbols = list(expr.free_symbols)
     other = sympy.false if result in (sympy.true, True) else sympy.true
-    return any(
-        expr.xreplace(dict.fromkeys(choice, sympy.Integer(1))) == other
-        for choice in (*([symbol] for symbol in symbols), symbols)
-    )
+    return any(_at_1(expr, choice) == other for choice in (*([symbol] for symbol in symbols), symbols))
+
+
+def _at_1(expr: sympy.Basic, symbols: Sequence[sympy.Basic]) -> sympy.Basic | None:
+    try:
+        return expr.xreplace(dict.fromkeys(symbols, sympy.Integer(1)))
+    except (AssertionError, ZeroDivisionError):  # sizes for which it says nothing: it divides by what is 0 there
+        return None
 
 
 def _asker(frame: FrameType | None) -> tuple[str, bool]:
@@ -128,7 +132,7 @@ def conditions_of(notes: Sequence[Note], axes: Mapping[str, str | int]) -> tuple
         for (holds, code, edge), note in said.items():
             condition = Condition(_substituted(holds, known), note.where, code, edge)
             kept = code or not isinstance(condition.holds, sympy.Ne)  # an operator's: it asks whether to be quick
-            if condition.relation == relations and kept and condition not in found and not _always(condition):
+            if condition.relation == relations and kept and condition not in found and not _follows(condition, found):
                 found.append(condition)
                 known |= _solved(condition, order) if relations else {}
     return tuple(found)
@@ -148,8 +152,15 @@ def _substituted(holds: sympy.Basic, known: Mapping[sympy.Basic, sympy.Basic]) -
     return holds
 
 
-def _always(condition: Condition) -> bool:
-    """Whether a statement is true at all sizes tried."""
+def _follows(condition: Condition, found: Sequence[Condition]) -> bool:
+    """Whether a statement is true at all sizes tried; an operator's, at all at which the others are."""
     if not condition.axes:
         return condition.holds is sympy.true  # type: ignore[no-any-return]
-    return all(map(condition.met, condition.tried()))
+    tried = list(condition.tried())
+    if all(map(condition.met, tried)):
+        return True
+    allowed = [] if condition.code else [sizes for sizes in tried if not unmet(found, sizes)]
+    return len(allowed) > _FEW and all(map(condition.met, allowed))
+
+
+_FEW = 3  #: sizes of which one cannot tell
