@@ -23,6 +23,7 @@ from peftfx.graph.contexts import fake_mode_of, isolated, unchanged
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.graph.lazy_weights import faked
 from peftfx.graph.size_conditions import Note, conditions_of, noted
+from peftfx.graph.written import refuse_written
 from peftfx.views.entry import Call, Entry, forward
 from peftfx.views.view import Axes, name_axes, without_cache
 
@@ -49,7 +50,8 @@ def capture(
         entry: a way to make the call under something more; see `peftfx.views.entry`.
 
     Raises:
-        PeftfxError: the model's code cannot be captured (it branches on values, or returns no tensors).
+        PeftfxError: the model's code cannot be captured (it branches on values, or returns no tensors), or writes into
+            its own parameters.
     """
     inputs = example_inputs(model) if inputs is None else inputs
     if entry is not None and call is None:
@@ -219,6 +221,7 @@ def _as_graph(
     linked = link(graph, {BASE: model, CONSTANTS: constants})
     conditions = conditions_of(notes, symbols)
     result = Graph(linked, tuple(specs), out_spec, sizes, model.training, None, conditions=conditions)  # type: ignore[arg-type]
+    refuse_written(result)
     result.sites = find_sites(result)
     return result
 

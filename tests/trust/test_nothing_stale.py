@@ -18,6 +18,7 @@ import peftfx
 from peftfx.errors import PeftfxError
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.fingerprints import ModelState
+from peftfx.views.capture import capture
 
 
 class Remembers(nn.Module):
@@ -237,3 +238,17 @@ def test_two_threads_capture_at_once_and_one_disables_adapters_for_itself_alone(
         other.join()
         assert adapted.active == ()
     assert seen == [("default",)] == [adapted.active]
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_weight_that_its_own_forward_scales_is_refused_and_one_scaled_ahead_is_the_same(kind: type) -> None:
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(kind(9, 4, max_norm=1.0), nn.Linear(4, 2)).eval(), torch.randint(9, (2, 5))
+    with pytest.raises(PeftfxError, match=r"Embedding\(max_norm=\).*\[0\.weight\]"):
+        capture(model, {"input": ids})
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        scaled[0].weight.copy_(torch.renorm(scaled[0].weight, 2, 0, 1.0))
+    scaled[0].max_norm = None
+    graph = capture(scaled, {"input": ids})
+    torch.testing.assert_close(graph(input=ids), model(ids))

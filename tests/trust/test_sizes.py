@@ -85,10 +85,10 @@ def test_graphs_of_other_branches_are_kept_and_are_few() -> None:
 
 def test_what_branches_everywhere_forgets_its_first_graphs_and_says_so() -> None:
     adapted = adapted_on(Branching("n in tuple(range(2, 40))"), x=torch.zeros(2, 5, 4))
-    for n in range(2, 17):
+    for n in range(2, 18):
         adapted(torch.zeros(2, n, 4))
     with pytest.warns(UserWarning, match="another program for each"):
-        adapted(torch.zeros(2, 17, 4))
+        adapted(torch.zeros(2, 18, 4))
     (((_, graphs),),) = adapted.graphs._captured.values()
     assert len(graphs) == 16
 
@@ -148,3 +148,22 @@ def test_transformers_own_guards_are_not_refused(name: str, tmp_path: Path) -> N
     shapes = [c["shapes"]["input_ids"] for c in report.comparisons]  # type: ignore[index]
     assert [1, 1] in shapes
     assert ([2, 64] in shapes) == (name == "bert")
+
+
+@pytest.mark.parametrize("shape", [(9, 10), (18, 5)])
+def test_ia3_on_a_convolution_of_a_reshaped_input_is_one_trace(shape: tuple[int, int]) -> None:
+    class Reshaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(5, 10, 3), nn.Linear(10, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.conv(x.reshape(-1, 5, 3, 3)).flatten(1))
+
+    model = Reshaped().eval()
+    rule = peftfx.IA3(target_modules=["conv"], feedforward_modules=["conv"], init_ia3_weights=False)
+    adapted = peftfx.transform(model, rule, inputs={"x": torch.randn(*shape)})
+    (scale,) = adapted.adapters.parameters()
+    for x in (torch.randn(*shape), torch.randn(2 * shape[0], shape[1])):
+        scaled = x.reshape(-1, 5, 3, 3) * scale
+        torch.testing.assert_close(adapted(x), model.head(model.conv(scaled).flatten(1)), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,45 @@
+"""written: parameters that a program writes into when it runs, which no graph may."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from peftfx.errors import PeftfxError
+from peftfx.graph.graph import BASE, Graph
+
+
+def refuse_written(graph: Graph) -> None:
+    """Refuse code that changes one of the model's own parameters in a forward, as `Embedding(max_norm=)` does.
+
+    What is merged or trained in the parameter's place would not be changed. Buffers may be written.
+    """
+    for node in graph.nodes():
+        for written in _written(node):
+            root = _source(written)
+            if root.op == "get_attr" and isinstance(graph.get(str(root.target)), nn.Parameter):
+                path = str(root.target).removeprefix(f"{BASE}.")
+                what = f"the model's code writes into its own parameter when it runs ({node.target})"
+                hint = "compute it once ahead, and take it out of the forward"
+                if node.target is torch.ops.aten.embedding_renorm_.default:
+                    what = "an Embedding(max_norm=) scales rows of its own weight when it runs"
+                    hint = "scale them once, with torch.renorm(weight, p, 0, max_norm), and set max_norm=None"
+                raise PeftfxError(what, path, hint)
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values an operator writes into."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)
+    return [v for a, v in arguments if a.alias_info is not None and a.alias_info.is_write and isinstance(v, fx.Node)]
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a value is a view of."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
+        returned = node.target._schema.returns
+        if not returned or returned[0].alias_info is None:
+            break
+        node = node.all_input_nodes[0]
+    return node
