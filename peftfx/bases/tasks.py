@@ -77,6 +77,7 @@ PEFT_HEADS: Mapping[str, tuple[str, ...]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+HEARING = ("automatic-speech-recognition", "audio-classification")  #: whose input is sound
 _LANGUAGE = ("text-generation", "text2text-generation")
 _MULTIMODAL = ("image-text-to-text", "automatic-speech-recognition")
 

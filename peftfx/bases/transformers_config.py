@@ -1,4 +1,4 @@
-"""Configs as transformers reads them, and what its code raises where a config's fields make no sense."""
+"""Configs as transformers reads them, and what its code raises for what it cannot work with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftfx.errors import PeftfxError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-#: What transformers' checks of a config raise, and what its models' code does with fields that they do not check.
+#: What transformers' own checks raise, and what its code does with what they do not check.
 _RAISED = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
     *(ImportError, NameError, StrictDataclassError),
@@ -34,10 +34,10 @@ def read_config(directory: Path, **options: object) -> PreTrainedConfig:
 
 
 @contextlib.contextmanager
-def understanding(where: Path, what: str) -> Iterator[None]:
-    """Turn what transformers raises inside, for the files of a model, into a PeftfxError about them."""
+def understanding(where: str | Path, what: str, hint: str = "compare the file with the original") -> Iterator[None]:
+    """Turn what transformers raises inside, for a file or an input that it cannot work with, into a PeftfxError."""
     try:
         yield
     except _RAISED as error:
         told = " ".join(str(error).split()) or type(error).__name__
-        raise PeftfxError(f"{what}: {told}", str(where), "compare the file with the original") from error
+        raise PeftfxError(f"{what}: {told}", str(where), hint) from error

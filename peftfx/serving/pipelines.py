@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peftfx.bases.tasks import resolve_task, task_of_class
+from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError, first_line
 from peftfx.files import is_file, read_json
 from peftfx.serving.load import load
@@ -39,11 +40,8 @@ def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
     before = logging.get_verbosity()
     logging.set_verbosity(50)  # critical: it says that it does not know the class
     try:
-        return transformers.pipeline(task, model=served, device="cpu", **parts)  # type: ignore[call-overload]
-    except (KeyError, ValueError) as error:
-        raise PeftfxError(
-            f"transformers has no pipeline for this: {first_line(error)}", task, "name another task"
-        ) from error
+        with understanding(task, "transformers has no pipeline for this", "name another task"):
+            return transformers.pipeline(task, model=served, device="cpu", **parts)  # type: ignore[call-overload]
     finally:
         logging.set_verbosity(before)
 

@@ -9,9 +9,11 @@ from typing import Any, TextIO
 
 import torch
 
-from peftfx.errors import PeftfxError, first_line
+from peftfx.bases.tasks import HEARING, resolve_task
+from peftfx.bases.transformers_config import understanding
+from peftfx.errors import PeftfxError
 from peftfx.serving.load import load
-from peftfx.serving.pipelines import pipeline
+from peftfx.serving.pipelines import pipeline, task_of_directory
 
 
 def stream(
@@ -83,12 +85,14 @@ def classify(
     Raises:
         PeftfxError: the model is for something else, or lacks a tokenizer or image processor.
     """
-    run = pipeline(load(directory, adapter=adapter), task)
+    served = load(directory, adapter=adapter)
+    task = task_of_directory(served.directory) if task is None else resolve_task(task)
+    if task in HEARING:
+        hint = "call the model in Python (peftfx.runtime.load) with the features of the sound"
+        raise PeftfxError("this model takes sound, and the command line gives texts and images alone", task, hint)
+    run = pipeline(served, task)
     options = {"top_k": top} if run.task in ("text-classification", "image-classification") else {}
     for item in inputs:
-        try:
-            yield run(item, **options)
-        except (ValueError, OSError, TypeError) as error:
-            raise PeftfxError(
-                f"the {run.task} pipeline does not take this: {first_line(error)}", item, "see `__cause__`"
-            ) from error
+        with understanding(item, f"the {run.task} pipeline does not take this", "see `__cause__`"):
+            found = run(item, **options)
+        yield found

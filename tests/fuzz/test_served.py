@@ -7,17 +7,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from fuzz.settle import cases, settle
-from fuzz.twins import Base
+from fuzz.twins import ADAPTER
 from fuzz.values import Change, changed, changes, raw_texts, values, write_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftfx import runtime
-from peftfx.export.adapter_command import export_adapter_directories
-from peftfx.export.command import export_directory
-from peftfx.export.slots.swappable import Slots
 from peftfx.graph.slots import FILE, Manifest
 from peftfx.serving.adapter_file import read_for
 from peftfx.serving.pipelines import task_of_directory
@@ -29,7 +25,6 @@ FIELDS = {
     "peftfx_report.json": ("model", "files", "outputs"),
 }
 SLOT = ("name", "what", "at", "shape", "dtype", "perm", "least", "behind", "graph")
-ADAPTER = "adapter.onnx_adapter"
 DAMAGES = ("none", "half", "empty", "text", "gone", "folder")
 
 
@@ -76,19 +71,6 @@ spoils = st.one_of(
     st.builds(Spoiled, st.sampled_from(sorted(FIELDS)), text=raw_texts),
     st.builds(Spoiled, st.sampled_from([*FIELDS, ADAPTER, "model.onnx"]), damage=st.sampled_from(DAMAGES)),
 )
-
-
-@pytest.fixture(scope="session")
-def exported(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A graph with places for adapters, and an adapter for it."""
-    root = tmp_path_factory.mktemp("exported") / "graph"
-    export_directory(base.root / "base", root, view="decode", slots=Slots("attention.query"))
-    lora = base.root / "query"
-    base.adapted.add_adapter("query", "lora(r=2)@attention.query")
-    base.adapted.save_pretrained(lora)
-    base.adapted.remove()
-    export_adapter_directories([str(lora)], root, root / ADAPTER, check=False)
-    return root
 
 
 @cases(quick=30, many=1500)

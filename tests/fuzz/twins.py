@@ -28,6 +28,7 @@ SIZES = {
     "intermediate_size": 24,
     "max_position_embeddings": 64,
 }
+ADAPTER = "adapter.onnx_adapter"  #: the file beside an exported graph
 _LM = {"task_type": "CAUSAL_LM"}
 _PLACES = {"target_modules": ["q_proj", "down_proj"]}
 _VIRTUAL = {"num_virtual_tokens": 3, **_LM}
