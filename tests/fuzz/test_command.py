@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -170,3 +171,11 @@ def test_a_spoiled_adapter_on_the_command_line(cases: settings, typing: Typed, b
         assert tree(tmp_path) == before
 
     check()
+
+
+def test_a_sound_where_texts_are_taken(typing: Typed, exported: Path, tmp_path: Path) -> None:
+    """A model that hears is exported and served; the command line has nothing to give it."""
+    shutil.copytree(exported, tmp_path / "whisper")
+    report = {"model": "WhisperForConditionalGeneration"}
+    (tmp_path / "whisper" / "peftfx_report.json").write_text(json.dumps(report), encoding="utf-8")
+    assert typing(["run", str(tmp_path / "whisper"), "--text", "file.wav"]) == 2
