@@ -17,7 +17,8 @@ from peftfx.errors import PeftfxError, shown
 
 def misfits(made: Any) -> list[str]:
     """Each field of a dataclass whose value is of another type than its annotation, as `r='8' (int)`."""
-    kinds = _kinds(type(made))
+    cls: Any = type(made)
+    kinds = _kinds(cls)
     wrong = [f for f in fields(made) if not fits(getattr(made, f.name), kinds[f.name])]
     return [_told(f.name, getattr(made, f.name), f.type) for f in wrong]
 
@@ -55,8 +56,9 @@ def fits(value: object, kind: Any) -> bool:
     if issubclass(outer, Mapping) and len(inner) == 2:
         return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
     if issubclass(outer, Collection) and inner:
-        plain = isinstance(value, Sequence | Set) and not isinstance(value, str | bytes)
-        return plain and all(fits(item, inner[0]) for item in value)  # type: ignore[union-attr]
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence | Set):
+            return False
+        return all(fits(item, inner[0]) for item in value)
     return isinstance(value, outer)
 
 
