@@ -219,19 +219,3 @@ def test_a_key_of_a_module_that_never_runs_is_neither_missing_nor_an_error(tmp_p
     theirs.eval().save_pretrained(str(tmp_path))
     inputs = ZOO["t5"].inputs(2, 6, 1, model=base)
     same(first(peftfx.load(copy.deepcopy(base), tmp_path), inputs), first(theirs, inputs))
-
-
-@pytest.mark.parametrize("name", ["llama", "opt"])
-def test_an_embedding_that_peft_saved_whole_counts_where_it_is_not_the_bases(name: str, tmp_path: Path) -> None:
-    """As after a training that resized the vocabulary: the file has the adapted embedding's own weight too."""
-    base = ZOO[name].build()
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["embed_tokens"], r=2))
-    randomise(theirs)
-    (path,) = (n for n, _ in theirs.named_parameters() if n.endswith("embed_tokens.base_layer.weight"))
-    with torch.no_grad():
-        theirs.get_parameter(path).add_(0.1 * torch.randn(theirs.get_parameter(path).shape))
-    theirs.eval().save_pretrained(str(tmp_path))
-    assert path in load_file(tmp_path / "adapter_model.safetensors")
-    inputs = ZOO[name].inputs(2, 6, 1, model=base)
-    want = first(load_peft(copy.deepcopy(base), tmp_path), inputs)
-    same(first(peftfx.load(copy.deepcopy(base), tmp_path), inputs), want)
