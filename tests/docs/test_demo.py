@@ -120,8 +120,8 @@ def test_the_two_demos_have_directories_of_their_own(monkeypatch: pytest.MonkeyP
     from peftfx.cli.main import app
 
     made: list[Path] = []
-    for name in ("demo.run_demo", "demo_generate.run_generation"):
-        monkeypatch.setattr(f"peftfx.{name}", lambda output, force: made.append(output))
+    for name in ("demo.run_demo", "generation.run_generation"):
+        monkeypatch.setattr(f"peftfx.demo.{name}", lambda output, force: made.append(output))
     for words in (["demo"], ["demo", "--generate"], ["demo", "--output", "mine"]):
         app(words, standalone_mode=False)
     assert made == [Path("peftfx-demo"), Path("peftfx-demo-generate"), Path("mine")]
