@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import keyword
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,8 @@ from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError, nearest, shown
 
 _LONGEST = 200  #: bytes of a name: an adapter's is a folder's
+_NAME = re.compile(r'[^\x00-\x1f\x7f\ud800-\udfff./\\:*?"<>|]+')
+"""As in HF PEFT without dots, which part the names of modules; and a directory's on every system."""
 
 
 class AdapterSet:
@@ -56,10 +60,17 @@ class AdapterSet:
         return [self[name] for name in self.active]
 
     def refuse(self, name: str) -> None:
-        """A name for a new one is a folder's and an attribute's, and nobody else's here."""
-        if not isinstance(name, str) or not name.isidentifier() or len(name.encode()) > _LONGEST:
-            hint = "use letters, digits and underscores"
+        """A name for a new one is a folder's and a module's, and nobody else's here."""
+        if (
+            not isinstance(name, str)
+            or not _NAME.fullmatch(name)
+            or name != name.strip()
+            or len(name.encode()) > _LONGEST
+        ):
+            hint = "it must be a valid name of a directory, without dots, slashes, or spaces at its ends"
             raise PeftfxError(f"not a name for an adapter: {shown(name)}", "adapter_name", hint)
+        if keyword.iskeyword(name):
+            raise PeftfxError(f"a word of Python's own: {name!r}", "adapter_name", f"call it {name + '_'!r}, say")
         if name in self.names():
             hint = "give it another name, or remove it first"
             raise PeftfxError(f"there is already an adapter named {name!r}", name, hint)

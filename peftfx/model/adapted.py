@@ -71,7 +71,7 @@ class AdaptedModel(nn.Module):
         """Add an adapter and make it the active one. Two adapters may act at one site; their effects add up in order.
 
         Args:
-            name: letters, digits, underscores; not the name of another adapter.
+            name: any valid name of a directory, without dots; not the name of another adapter.
             rules: see `transform`.
             seed: of the random initial values; by default they come from torch's global generator.
         """

@@ -32,7 +32,7 @@ def transform(
         model: any module. A transformers model needs no inputs: they are made from its config and task.
         rules: a method, a text as `"lora(r=8)@attention.query"` (see `peftfx.rules.text`), a `peft` config object, or
             a sequence of them; each says where it applies.
-        adapter_name: letters, digits, underscores.
+        adapter_name: any valid name of a directory, without dots.
         inputs: keyword arguments of a call, for a model that example inputs cannot be made for.
         seed: of the adapter's random initial values; by default they come from torch's global generator.
 

@@ -30,6 +30,10 @@ def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: P
             "there is no adapter to save", str(directory), "add one with add_adapter, or save before merge()"
         )
     contents = {name: _contents(base, adapter) for name, adapter in adapters.items()}
+    own = contents.get("default", {})
+    if len(own) > 1 and (both := own.keys() & adapters.keys()):
+        hint = "save the adapters one by one, each to a directory of its own"
+        raise PeftfxError("an adapter and a rule of another would have this one folder", min(both), hint)
     for name, rules in contents.items():
         target = directory if name == "default" or len(adapters) == 1 else directory / name
         with writing(target):
