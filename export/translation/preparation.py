@@ -14,6 +14,7 @@ from peftfx.passes.rewriting.site_op import filled
 aten = torch.ops.aten
 _TRANSPOSES = {aten.transpose.int, aten.permute.default}
 _CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+_UNPROMOTED = {aten.rsub.Scalar, aten.rsub.Tensor, aten.floor_divide.Scalar, aten.floor_divide.default}
 _SDPA = aten.scaled_dot_product_attention.default
 
 
@@ -36,6 +37,8 @@ def prepare(graph: Graph) -> Graph:
                 node.args[:1],
                 {"dtype": node.meta["val"].dtype},
             )
+        elif node.target in _UNPROMOTED:
+            _promote(result.module.graph, node)
         elif node.target in _CONVS and node.args[2:3] in ((), (None,)):
             _spell_out(node)
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
@@ -45,6 +48,18 @@ def prepare(graph: Graph) -> Graph:
     sweep(result)
     result.module.recompile()
     return result
+
+
+def _promote(graph: fx.Graph, node: fx.Node) -> None:
+    """Cast operands to the result's dtype: torch's exporter does not, of a float less a mask of integers."""
+    dtype = node.meta["val"].dtype
+    with graph.inserting_before(node):
+        for operand in node.all_input_nodes:
+            value = operand.meta.get("val")
+            if isinstance(value, torch.Tensor) and value.dtype != dtype:
+                cast = graph.call_function(aten._to_copy.default, (operand,), {"dtype": dtype})
+                cast.meta = {**operand.meta, "val": value.to(dtype)}
+                node.replace_input_with(operand, cast)
 
 
 def _spell_out(node: fx.Node) -> None:

@@ -1,0 +1,41 @@
+"""Functions that torch's exporter translates with a loss near zero, translated without one.
+
+`exp(x) - 1`, `log(1 + x)` and `log(sigmoid(x))` are the difference of, or the logarithm of, numbers near 1: in float32
+nothing is left of a small result. What is here has the relative error of the operators that it is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from onnxscript import opset18 as op
+
+
+def expm1(self: Any) -> Any:
+    """`exp(x) - 1 = tanh(x / 2) (exp(x) + 1)`."""
+    half, one = op.CastLike(0.5, self), op.CastLike(1.0, self)
+    return op.Mul(op.Tanh(op.Mul(self, half)), op.Add(op.Exp(self), one))
+
+
+def log1p(self: Any) -> Any:
+    """`log(u) x / (u - 1)` with `u = 1 + x` as it is rounded (Kahan); beyond 1 plainly `log(u)`, for infinity too."""
+    one = op.CastLike(1.0, self)
+    rounded = op.Add(self, one)
+    plain = op.Log(rounded)
+    near = op.Where(op.Equal(rounded, one), self, op.Mul(plain, op.Div(self, op.Sub(rounded, one))))
+    return op.Where(op.Greater(self, one), plain, near)
+
+
+def log_sigmoid(self: Any) -> Any:
+    """`-softplus(-x)`."""
+    return op.Neg(op.Softplus(op.Neg(self)))
+
+
+EXACT: Mapping[Callable[..., object], Callable[..., object]] = {
+    torch.ops.aten.expm1.default: expm1,
+    torch.ops.aten.log1p.default: log1p,
+    torch.ops.aten.log_sigmoid.default: log_sigmoid,
+}
+"""Translations by operator, for `torch.onnx.export(custom_translation_table=...)`."""

@@ -1,0 +1,83 @@
+"""What torch's exporter refuses or rounds away is exported as torch computes it, by both roads to ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftfx
+from peftfx import LoRA
+
+
+class Functions(nn.Module):
+    """Functions of a layer's output near zero, and of a mask of integers; two of its outputs are None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> dict[str, object]:
+        y = self.layer(x)
+        return {
+            "expm1": torch.expm1(1e-4 * y),
+            "log1p": torch.log1p(1e-5 * y.abs()),
+            "log1p of any": torch.log1p(30 * y.abs() - 0.99),
+            "expm1 of any": torch.expm1(10 * y),
+            "in place": (1e-4 * y).expm1_(),
+            "nothing": None,
+            "log_sigmoid": nn.functional.logsigmoid(y + 12),
+            "less a mask": y + (1.0 - mask) * -3.0,
+            "less a part": y + torch.rsub(mask, 1.5, alpha=2),
+            "less ones": y + (1 - mask) * -3.0,
+            "floored": y + torch.floor_divide(5 * mask, 2.0),
+            "nested": (None, y),
+        }
+
+
+def inputs(rows: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return {
+        "x": torch.randn(rows, 4, generator=generator),
+        "mask": torch.randint(0, 2, (rows, 4), generator=generator),
+    }
+
+
+@pytest.mark.parametrize("engine", ["fast", "torch"])
+@torch.no_grad()
+def test_small_results_keep_their_digits_and_masks_of_integers_are_taken(engine: str, tmp_path: Path) -> None:
+    ours = peftfx.transform(Functions().eval(), LoRA(r=2, target="/.*/", init_lora_weights=False), inputs=inputs(2))
+    ours.export(tmp_path / "out", engine=engine)
+    want = ours(**inputs(5))
+    got = peftfx.runtime.load(tmp_path / "out")(**inputs(5))
+    flat = [t for t in torch.utils._pytree.tree_leaves(want) if isinstance(t, Tensor)]
+    assert len(flat) == len(got) == 11
+    for a, (name, b) in zip(flat, got.items(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(b), a, rtol=2e-5, atol=0 if name in SMALL else 1e-6, msg=name)
+
+
+SMALL = ("expm1", "log1p", "in place", "log_sigmoid")
+
+
+class Ends(nn.Module):
+    """The functions of an input as it is, and a layer to adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.expm1(x), torch.log1p(x), nn.functional.logsigmoid(x), self.layer(x.sign()[:, None])
+
+
+@torch.no_grad()
+def test_far_from_zero_they_are_torchs_too(tmp_path: Path) -> None:
+    ours = peftfx.transform(Ends().eval(), LoRA(r=1, target="/.*/"), inputs={"x": torch.rand(3)})
+    ours.export(tmp_path / "out")
+    x = torch.tensor([-1e30, -80.0, -1.0, -0.5, 0.0, 1e-20, 1.0, 80.0, 1e30, float("inf")])
+    got = peftfx.runtime.load(tmp_path / "out")(x=x)
+    for a, b in zip(ours(x=x), got.values(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(b), a, rtol=1e-5, atol=0, equal_nan=True)
