@@ -141,7 +141,7 @@ def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 def copies_of(base: nn.Module, method: OverrideMethod, site: Site) -> tuple[Override, ...]:
     """The tensors that a method trains copies of at a site: of its module, or the bare parameter that it is.
 
-    Rows are those of the tensor wherever the base uses it, in a tied head too.
+    Rows are those of the tensor wherever the base uses it, in a tied head too, if the model says that it ties.
     """
     try:
         module, own = site.path, base.get_submodule(site.path).state_dict(keep_vars=True)
@@ -151,8 +151,19 @@ def copies_of(base: nn.Module, method: OverrideMethod, site: Site) -> tuple[Over
         names = {"weight": name}
     copied = method.copied(site, list(names))
     if rows := method.rows():
+        if not ties_embeddings(base):
+            return tuple(rows_of(site.path, rows, names[n], module) for n in copied)
         return tuple(rows_of(site.path, rows, f"{module}.{names[n]}".removeprefix(".")) for n in copied)
     return tuple(Override(f"{SAVED}.{site.path}.{n}", module, names[n]) for n in copied)
+
+
+def ties_embeddings(base: nn.Module) -> bool:
+    """Whether a model says, as transformers' do, that its embeddings are tied: what HF PEFT goes by.
+
+    Where a module is tied by hand alone, HF PEFT trains the rows of the one that is named, and the others keep theirs.
+    """
+    tied = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
+    return bool(tied) and getattr(base, "_tied_weights_keys", None) is not None
 
 
 def rows_of(path: str, rows: tuple[int, ...], name: str, module: str = "") -> Override:

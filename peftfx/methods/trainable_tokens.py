@@ -1,7 +1,8 @@
 """Trainable tokens: some rows of the token embedding are trained, those of new tokens say, and nothing else.
 
-The adapter has those rows alone. Where the embedding is tied to a head, the head reads them too. HF PEFT's
-`TrainableTokensConfig`; beside a LoRA it is that rule's `trainable_token_indices`.
+The adapter has those rows alone. Where the model says that its embedding is tied to a head, the head reads them too; a
+head that is tied by hand keeps its own. HF PEFT's `TrainableTokensConfig`; beside a LoRA it is that rule's
+`trainable_token_indices`.
 """
 
 from __future__ import annotations

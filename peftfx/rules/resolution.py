@@ -125,7 +125,7 @@ def _copied(base: nn.Module, method: OverrideMethod, sites: Sites) -> list[Place
 
 def without_ties(placements: Sequence[Placement]) -> list[Placement]:
     """The placements but for those that train rows of a tensor of which another trains them, wherever it is used."""
-    rows = {p.site.weight: p for p in reversed(placements) if any(copy.rows for copy in p.copies)}
+    rows = {p.site.weight: p for p in reversed(placements) if any(c.rows and not c.module for c in p.copies)}
     return [p for p in placements if rows.get(p.site.weight, p) is p]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from peftfx.contract.placement import Override, rows_of
+from peftfx.contract.placement import Override, rows_of, ties_embeddings
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, nearest
 
@@ -16,7 +16,7 @@ Tokens = Sequence[int] | Mapping[str, Sequence[int]] | None
 def trained_tokens(base: nn.Module, given: Tokens, saved: Iterable[str] = ()) -> list[Override]:
     """The rows that these tokens are, of the token embedding or of the embeddings that are named.
 
-    A tied head reads them too, unless tokens of its own are named for it.
+    A head that the model says is tied reads them too, unless tokens of its own are named for it.
 
     Raises:
         PeftfxError: a name that no module ends with, or a module that is trained whole.
@@ -32,7 +32,7 @@ def trained_tokens(base: nn.Module, given: Tokens, saved: Iterable[str] = ()) ->
         tensors.setdefault(id(base.get_submodule(path).weight), {})[path] = rows
     found = []
     for tied in tensors.values():
-        if len(set(tied.values())) == 1:
+        if len(set(tied.values())) == 1 and ties_embeddings(base):
             path, rows = next(iter(tied.items()))
             found.append(rows_of(path, rows, f"{path}.weight"))
         else:

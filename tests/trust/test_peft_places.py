@@ -12,11 +12,13 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
+from support.adapted import randomise
+from support.adapter_files import load_peft, same
 from support.zoo import TOKENS
 from torch import Tensor, nn
 
 import peftfx
-from peftfx import LoRA, PeftfxError
+from peftfx import LoRA, PeftfxError, TrainableTokens
 from peftfx.model.api import bare
 
 SIZES = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -120,3 +122,54 @@ def test_modules_to_save_names_ends_of_paths_as_in_peft() -> None:
     )
     theirs = peft.get_peft_model(Plain(), peft.LoraConfig(target_modules=["first"], modules_to_save=["cond"]))
     assert adapted.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+
+
+class Tied(nn.Module):
+    """A head that reads the embedding's own parameter, and no config that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.mix, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mix(self.words(ids))))
+
+
+IDS = torch.tensor([[0, 3, 5, 8]])
+TOKEN_CONFIGS = {
+    "tokens": lambda: peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["words"]),
+    "lora": lambda: peft.LoraConfig(r=2, target_modules=["mix"], trainable_token_indices={"words": [3, 5]}),
+}
+TOKEN_RULES = {
+    "tokens": lambda: TrainableTokens(token_indices=[3, 5], target_modules=["words"]),
+    "lora": lambda: LoRA(r=2, target_modules=["mix"], trainable_token_indices={"words": [3, 5]}),
+}
+
+
+@pytest.mark.parametrize("kind", TOKEN_CONFIGS)
+@torch.no_grad()
+def test_the_rows_are_those_of_the_module_that_is_named(kind: str, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(Tied(), TOKEN_CONFIGS[kind]())
+    randomise(theirs)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    want = theirs(IDS)
+    ours = peftfx.load(Tied().eval(), tmp_path / "theirs", inputs={"ids": IDS})
+    same(ours(ids=IDS), want)
+    ours.save_pretrained(tmp_path / "ours")
+    same(load_peft(Tied(), tmp_path / "ours")(IDS), want)
+    ours.export(tmp_path / "out")
+    (got,) = peftfx.runtime.load(tmp_path / "out")(ids=IDS).values()
+    same(torch.as_tensor(got), want)
+    ours.merge()
+    same(ours.remove()(IDS), want)
+
+
+@pytest.mark.parametrize("kind", TOKEN_RULES)
+@torch.no_grad()
+def test_a_new_rule_trains_the_same_and_peft_reads_it(kind: str, tmp_path: Path) -> None:
+    ours = peftfx.transform(Tied().eval(), TOKEN_RULES[kind](), inputs={"ids": IDS})
+    randomise(ours.adapters)
+    ours.save_pretrained(tmp_path)
+    same(load_peft(Tied(), tmp_path)(IDS), ours(ids=IDS))
