@@ -10,18 +10,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from onnxscript import opset18 as op
+from onnxscript import opset18
+
+op: Any = opset18  # its types want tensors where it takes numbers
 
 
 def expm1(self: Any) -> Any:
     """`exp(x) - 1 = tanh(x / 2) (exp(x) + 1)`."""
-    half, one = op.CastLike(0.5, self), op.CastLike(1.0, self)
+    half, one = (op.CastLike(op.Constant(value_float=number), self) for number in (0.5, 1.0))
     return op.Mul(op.Tanh(op.Mul(self, half)), op.Add(op.Exp(self), one))
 
 
 def log1p(self: Any) -> Any:
     """`log(u) x / (u - 1)` with `u = 1 + x` as it is rounded (Kahan); beyond 1 plainly `log(u)`, for infinity too."""
-    one = op.CastLike(1.0, self)
+    one = op.CastLike(op.Constant(value_float=1.0), self)
     rounded = op.Add(self, one)
     plain = op.Log(rounded)
     near = op.Where(op.Equal(rounded, one), self, op.Mul(plain, op.Div(self, op.Sub(rounded, one))))

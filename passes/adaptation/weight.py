@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, fx
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.contract.method import WeightMethod
+from peftfx.contract.method import Op, WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.graph.graph import ADAPTERS
 from peftfx.passes.rewriting.site_op import bind, operands
@@ -53,11 +53,15 @@ def _under(splicer: Splicer, placement: Placement, y: fx.Node) -> list[tuple[Pla
 
 def _trace(splicer: Splicer, acting: list[Acting], op: fx.Node, values: list[object]) -> fx.GraphModule:
     placement, _ = acting[0]
-    plain = {"path": "", "layer": None, "weight": "", "bias": None, "calls": ()}
     fixed = [a for a in op.args if not isinstance(a, fx.Node)]
     forward = _forward(acting, op, training=splicer.graph.training)
-    methods = [(p.method, dataclasses.replace(p.view, **plain), p.block, names) for p, names in acting]
+    methods = [(p.method, _signature(p), p.block, names) for p, names in acting]
     return splicer.traced((methods, op.target, fixed), forward, values, placement.method, placement.site.path)
+
+
+def _signature(placement: Placement) -> Site:
+    """What a trace depends on of a site: one serves all that are alike."""
+    return dataclasses.replace(placement.view, path="", layer=None, weight="", bias=None, calls=())
 
 
 def _forward(acting: list[Acting], op: fx.Node, *, training: bool) -> Callable[..., Tensor]:
@@ -74,14 +78,14 @@ def _forward(acting: list[Acting], op: fx.Node, *, training: bool) -> Callable[.
     def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:
         base, p = placement.base(weight, bias), dict(zip(names, params, strict=False))
 
-        def again(x: Tensor, *_: Tensor | None) -> Tensor:
-            y, at = bound(x, *whole), len(names)
+        def again(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            y, at = bound(x, whole.weight, whole.bias), len(names)
             for step, count in steps:
-                y, at = step(x, y, weight, bias, *params[at : at + count]), at + count
+                y, at = step(x, y, *stored, *params[at : at + count]), at + count
             return y if block is None else block.take(y, _row_dim(site))
 
-        whole = dataclasses.replace(placement, part=None).base(weight, bias)
-        run = again if steps else bound
+        stored, whole = (weight, bias), dataclasses.replace(placement, part=None).base(weight, bias)
+        run: Op = again if steps else bound
         if block is None:
             return method.forward(site, run, x, y, base, p, training)
         rows = method.forward(site, run, x, block.take(y, _row_dim(site)), base, p, training)
