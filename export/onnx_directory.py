@@ -17,6 +17,7 @@ from peftfx.export.quantised import agreement_of, refuse_disagreement
 from peftfx.export.report import Report
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Slots, Swappable
+from peftfx.export.tensor_counts import NOT_RUN, count_tensors
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.verification.agreement import MaxError, check_text
 from peftfx.export.verification.comparison import verify
@@ -137,6 +138,11 @@ def export_onnx(
             parts = way.capture(adapted, view, inputs)
             for part in parts:
                 part.sizes = way.sizes(adapted, part, example, allow_fixed)
+        if isinstance(way, InGraph):
+            acting = {name: adapted.adapter(name) for name in way.names(adapted)}
+            report.tensors = count_tensors(acting, [part.graph for part in parts], merged=way.merges)
+            if NOT_RUN in report.tensors:
+                say(f"{report.tensors[NOT_RUN]} tensors of the adapter are of modules that this view does not run")
         if way.merges and adapted.active:
             with stages("merge"):
                 for part in parts:

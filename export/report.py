@@ -34,6 +34,7 @@ class Report:
     Attributes:
         model: the class of the base model.
         adapters: what was exported with it: name, method, the number of its parameters, and their bytes.
+        tensors: how many tensors of the adapters' files went where; they add up to what is in the files.
         merged: the module paths whose weights the adapters were merged into, or that trained copies took the place of;
             empty where they were left apart.
         merged_bytes: size of those weights, and of their biases where these changed.
@@ -62,6 +63,7 @@ class Report:
 
     model: str
     adapters: list[dict[str, object]] = field(default_factory=list)
+    tensors: dict[str, int] = field(default_factory=dict)
     merged: list[str] = field(default_factory=list)
     merged_bytes: int = 0
     rounding: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -159,6 +161,7 @@ class Report:
     def rows(self) -> list[tuple[str, str]]:
         """This report in words, line by line."""
         adapters = ", ".join(f"{'+'.join(a['methods'])} ({a['parameters']:,} parameters)" for a in self.adapters)  # type: ignore[arg-type]
+        went = ", ".join(f"{count} {place}" for place, count in self.tensors.items())
         apart = "none: the adapter is apart" if adapters else ""
         merged = f"{len(self.merged)}, {self.merged_bytes:,} B" if self.merged else apart
         worst = max(self.rounding, key=lambda path: self.rounding[path]["max_rel"], default=None)
@@ -176,6 +179,7 @@ class Report:
         small = len({name for names in self.quantized.values() for name in names})
         return [
             ("adapter", adapters or "none"),
+            *([("tensors", f"{sum(self.tensors.values())} in the file: {went}")] if self.tensors else []),
             ("merged sites", merged),
             ("inputs", ", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in self.inputs.items())),
             ("outputs", ", ".join(self.outputs)),

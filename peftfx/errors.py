@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -61,3 +63,11 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """`did you mean 'a', 'b'?` for the valid names closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.5)
     return f"did you mean {', '.join(repr(c) for c in close)}?" if close else ""
+
+
+def warn(text: str) -> None:
+    """Warn the user, at the line of theirs that called into this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "peftfx":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)

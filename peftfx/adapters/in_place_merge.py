@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.recipes import Derived, Folding, Rounding, foldings
 from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.method import Base
+from peftfx.contract.method import Base, WeightMethod
 from peftfx.contract.placement import Override, owner_of, site_tensors
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
@@ -76,6 +76,7 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
         PeftfxError: a merged weight would not be finite; nothing is written.
     """
     folded = foldings(merged.derived.values())
+    _refuse_left_over(folded, adapters)
     _refuse_new_biases(base, merged)
     for folding in folded.values():  # computed twice: a merge that fails halfway could not be undone
         _refuse_infinite(folding.site, folding.evaluate(merged.get))
@@ -104,6 +105,15 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
                 changed.setdefault(name.rpartition(".")[0])
     folded_in = sum(t.numel() * t.element_size() for adapter in adapters for _, t in adapter.tensors())
     return MergeReport(tuple(changed), written, folded_in, roundings, tuple(untied))
+
+
+def _refuse_left_over(folded: Mapping[str, Folding], adapters: Sequence[Adapter]) -> None:
+    """The adapters are gone after a merge: what the merged graph does not run would go with them."""
+    placements = (p for adapter in adapters for p in adapter.placements if isinstance(p.method, WeightMethod))
+    left = sorted({p.site.path for p in placements} - folded.keys())
+    if left:
+        what = f"the call that the model was transformed with does not run {', '.join(left[:4])}: nothing is merged"
+        raise PeftfxError(what, left[0], "pass inputs= of a call that runs them to transform() or load()")
 
 
 def _put(base: nn.Module, name: str, override: Override, value: Tensor) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
@@ -13,7 +12,7 @@ from peftfx.analysis.unreached import is_unreached
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method
 from peftfx.contract.override import OverrideMethod
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, warn
 from peftfx.rules.torch_attention import as_named, cut_attentions, is_read_by_attention
 from peftfx.sites.expression import ALL_LINEAR
 from peftfx.sites.site import Site, layer_of
@@ -56,7 +55,7 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
         raise PeftfxError(f"target_modules name modules that cannot be adapted here: {listed}{more}", "rules", hint)
     if idle:
         listed = ", ".join(idle[:_MOST])
-        warnings.warn(f"no call of the model runs {listed}: nothing is adapted there", stacklevel=2)
+        warn(f"no call of the model runs {listed}: nothing is adapted there")
 
 
 def never_runs(path: str, base: nn.Module, sites: Sites) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from peftfx.adapters.files.torch_attention import path_in_file, times_in_use
 from peftfx.contract.method import Method
 from peftfx.contract.placement import Override, Placed, Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, warn
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.rules.resolution import (
     is_inside,
@@ -142,10 +141,9 @@ def _read_prompt(
 def _tell_unused(names: Collection[str], where: Path) -> None:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        warnings.warn(
+        warn(
             f"{where}: no call of the model runs the modules of {', '.join(sorted(names)[:3])}{more}; these tensors "
-            "change nothing, here and in HF PEFT. They are kept, and saved again",
-            stacklevel=2,
+            "change nothing, here and in HF PEFT. They are kept, and saved again"
         )
 
 
