@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.files.names import module_of
+from peftfx.contract.placement import TOKENS
 from peftfx.rules.peft_files import Weights
 from peftfx.rules.unplaced import never_runs
 from peftfx.sites.sites import Sites
@@ -19,16 +20,24 @@ from peftfx.sites.sites import Sites
 _WRAPPERS = (".modules_to_save.", ".original_module.")
 
 
-def repeats(weights: Weights, names: Collection[str], base: nn.Module) -> set[str]:
-    """Those of these names whose tensors say nothing new: the base's own, or what the file has under the plain name.
+def repeats(weights: Weights, taken: Collection[str], base: nn.Module) -> set[str]:
+    """Names that are not taken and whose tensors say nothing new: the base's own, or those under another name.
 
-    HF PEFT writes the frozen weight of an adapted embedding, and with `bias="all"` the bias of a saved module thrice.
+    HF PEFT writes the frozen weight of an adapted embedding, with `bias="all"` the bias of a saved module thrice, and
+    the rows of trained tokens once for each module that has the tensor.
     """
-    return {name for name in names if any(_equal(weights[name], t) for t in _originals(weights, name, base))}
+    return {
+        name
+        for name in weights.names.keys() - set(taken)
+        if any(_equal(weights[name], t) for t in _originals(weights, name, taken, base))
+    }
 
 
-def _originals(weights: Weights, name: str, base: nn.Module) -> Iterator[Tensor]:
-    """What a wrapper's tensor may be a copy of."""
+def _originals(weights: Weights, name: str, taken: Collection[str], base: nn.Module) -> Iterator[Tensor]:
+    """What a tensor may be a copy of."""
+    if name.endswith(f".{TOKENS}"):
+        same = (n for n in taken if n.endswith(f".{TOKENS}") and _is_tied(base, _owner(n), _owner(name)))
+        yield from (weights[n] for n in same)
     if name.endswith((".base_layer.weight", ".base_layer.bias")):
         yield from _tensor(base, name.replace(".base_layer.", "."))
     for wrapper in _WRAPPERS:
@@ -38,6 +47,15 @@ def _originals(weights: Weights, name: str, base: nn.Module) -> Iterator[Tensor]
             plain = f"{head}.{leaf}"
             yield from [weights[plain]] if plain in weights.names else []
             yield from _tensor(base, plain)
+
+
+def _owner(name: str) -> str:
+    return name.removesuffix(f".{TOKENS}")
+
+
+def _is_tied(base: nn.Module, one: str, other: str) -> bool:
+    tensors = [*_tensor(base, f"{one}.weight"), *_tensor(base, f"{other}.weight")]
+    return len(tensors) == 2 and tensors[0].data_ptr() == tensors[1].data_ptr() and tensors[0].numel() > 0
 
 
 def _tensor(base: nn.Module, name: str) -> Iterator[Tensor]:

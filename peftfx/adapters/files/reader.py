@@ -95,9 +95,9 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     with without_memory(not fit(placements, weights, base)):  # then it is refused below
         adapter.create(base, None)
     wanted = _wanted(placements, overrides, base) | _shared(adapter, method, weights)
-    idle = unused(weights.names.keys() - wanted.keys(), marks, base, sites)
+    again = repeats(weights, wanted, base)
+    idle = unused(weights.names.keys() - wanted.keys() - again, marks, base, sites)
     _refuse_unknown_share(adapter, method, idle, directory)
-    again = repeats(weights, weights.names.keys() - wanted.keys() - idle, base)
     targeted = {path for path in _targeted(base, method, sites) if not is_inside(path, saved)}
     refuse_mismatch(
         *(weights, {n: adapter.get(k) for n, k in wanted.items()}, idle | again, directory),
