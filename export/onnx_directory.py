@@ -198,6 +198,9 @@ def _deployment(
     source: str,
     bounds: tuple[float | None, float | None],
 ) -> Deployment:
+    twice = next((name for name in batched if list(batched).count(name) > 1), None)
+    if twice is not None:
+        raise PeftfxError("an adapter that rows choose is named twice", twice, "name each once")
     if slots is None:
         return Batched(tuple(batched)) if batched else InGraph(merge)
     if batched:

@@ -34,7 +34,7 @@ from peftfx.passes.slots.weight import (
     update_call,
 )
 from peftfx.sites.site import Call, Site
-from peftfx.views.row_adapters import IDS, PREFIXES, PROMPTS
+from peftfx.views.row_adapters import IDS, NOWHERE, PREFIXES, PROMPTS
 
 aten = torch.ops.aten
 BIAS, SHOWN = "bias", "beside.shown"  #: of a stack: at a layer; beside an attention, [rows, tokens], which there are
@@ -94,14 +94,16 @@ class _Rows:
         self.taken: dict[tuple[str, int], fx.Node] = {}
 
     def _index(self) -> fx.Node:
-        """Which entry each row takes."""
+        """Which entry each row takes; see `peftfx.views.row_adapters.entries`."""
         inputs = [n for n in self.graph.nodes() if n.op == "placeholder"]
         known = next((i for i, spec in enumerate(self.graph.inputs) if spec.name == IDS), None)
         ids = self._input(inputs[-1]) if known is None else inputs[known]
         if not ids.users:  # where nothing has read it yet, nothing says that it is as long as the batch
             ids.meta = {"val": self._numbers(inputs[0].meta["val"])}
         first = next(n for n in self.graph.nodes() if n.op not in ("placeholder", "get_attr"))
-        return add_node(first, first, aten.add.Tensor, ids, 1)
+        index = add_node(first, first, aten.add.Tensor, ids, 1)
+        wrong = add_node(first, first, aten.lt.Scalar, index, 0)
+        return add_node(first, first, aten.masked_fill.Scalar, index, wrong, NOWHERE)
 
     def _input(self, last: fx.Node) -> fx.Node:
         self.graph.inputs = (*self.graph.inputs, TensorSpec(IDS, torch.long, self.graph.inputs[0].shape[:1]))

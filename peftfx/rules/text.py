@@ -106,6 +106,10 @@ def _options(inner: str, text: str, position: int) -> dict[str, object]:
         raise _unreadable(text, position, "these are no options")
     if call.args or any(keyword.arg is None for keyword in call.keywords):
         raise _unreadable(text, position, "options are given by name, as in lora(r=8)")
+    names = [str(keyword.arg) for keyword in call.keywords]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise _unreadable(text, position, f"{twice} is given twice")
     return {str(keyword.arg): _literal(keyword, text) for keyword in call.keywords}
 
 

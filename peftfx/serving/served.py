@@ -62,21 +62,28 @@ class Served:
         Raises:
             PeftfxError: the model has no such adapter, or was not exported with any to choose from.
         """
-        path = self.directory / BATCHED
-        known = read_json(path, "export it again").get("adapters") if is_file(path) else []
-        if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
-            raise PeftfxError("not a list of the adapters", str(path), "export the model again")
+        known = self._row_adapters
         unknown = next((name for name in names if name is not None and name not in known), None)
         if unknown is not None:
             hint = nearest(unknown, known) or f"adapters here: {', '.join(known) or 'none'}"
             raise PeftfxError(f"the model has no adapter {unknown!r}", str(self.directory), hint)
         return torch.tensor([-1 if name is None else known.index(name) for name in names])
 
+    @cached_property
+    def _row_adapters(self) -> list[str]:
+        """The names of the adapters that rows choose from, by their numbers."""
+        path = self.directory / BATCHED
+        known = read_json(path, "export it again").get("adapters") if is_file(path) else []
+        if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
+            raise PeftfxError("not a list of the adapters", str(path), "export the model again")
+        return known
+
     def with_ids(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs, with no adapter for rows that come without.
 
         Raises:
-            PeftfxError: rows have adapters, and the model has none to choose from; or a number is none's.
+            PeftfxError: rows have adapters, and the model has none to choose from; or they have numbers that are no
+                adapter's, or not one each.
         """
         given, first = dict(inputs), next(iter(inputs.values()))
         if IDS not in self.model.inputs:
@@ -84,7 +91,19 @@ class Served:
                 hint = "export it with --batched NAME=DIR"
                 raise PeftfxError("the rows of this model have no adapters to choose from", str(self.directory), hint)
             return given
-        return {**given, IDS: given.get(IDS, torch.full((first.shape[0],), -1)).long()}
+        ids = given.get(IDS, torch.full((first.shape[0],), -1))
+        self._check_ids(ids, first.shape[0])
+        return {**given, IDS: ids.long()}
+
+    def _check_ids(self, ids: Tensor, rows: int) -> None:
+        hint = "pass adapter_ids([name, None, ...]) of this model: a name, or None, for each row"
+        if ids.dtype not in _INTEGERS or ids.shape != (rows,):
+            what = f"not a number for each of {rows} rows: {list(ids.shape)}, {str(ids.dtype).removeprefix('torch.')}"
+            raise PeftfxError(what, IDS, hint)
+        wrong = sorted({number for number in ids.tolist() if not -1 <= number < len(self._row_adapters)})
+        if wrong:
+            what = f"no adapter has the number {wrong[0]}: they are 0 to {len(self._row_adapters) - 1}, and -1 is none"
+            raise PeftfxError(what, IDS, hint)
 
     def set_adapter(self, name: str | None) -> None:
         """Make one of the adapters that were loaded the active one; `None` is the base. It costs nothing."""
@@ -154,6 +173,7 @@ class Served:
         return found
 
 
+_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _OPTIONAL = frozenset({"token_type_ids", "attention_mask", "position_ids"})
 
 

@@ -25,6 +25,7 @@ from peftfx.views.view import Axes, Run
 
 IDS = "adapter_ids"  #: the input: the number of each row's adapter, -1 for none
 BATCHED = "peftfx_adapters.json"  #: beside the model: the adapters' names, in the order of their numbers
+NOWHERE = 1 << 31  #: an entry that no stack has
 PREFIXES, PROMPTS = "prefixes", "prompts"  #: the holes that they fill
 _MASK = "attention_mask"
 
@@ -49,7 +50,7 @@ class CachePrefixByRow(CachePrefix):
         assert isinstance(ids, Tensor)
         most, lengths = self.shape[1], _lengths(self.lengths, ids)
         shown = torch.arange(most, device=ids.device)[None] >= most - lengths
-        return self.bind(call, base, hole.index_select(0, ids + 1), shown, lengths, given)
+        return self.bind(call, base, hole.index_select(0, entries(ids)), shown, lengths, given)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class PromptsByRow(VirtualTokens):
             if isinstance(value, Tensor) and value.ndim == 2 and name != "labels":
                 own = value * (lengths == 0) if name in self.dropped else value  # dropped where there is a prompt
                 given[name] = lay(own, lengths, most, ahead, behind)
-        rows = hole.index_select(0, ids + 1)
+        rows = hole.index_select(0, entries(ids))
 
         def replaced(embedded: Tensor) -> Tensor:
             own = torch.arange(most, device=ids.device)[None, :, None] < lengths[..., None]
@@ -114,9 +115,18 @@ def lay(value: Tensor, lengths: Tensor, most: int, ahead: int, behind: int) -> T
     return torch.cat(parts, dim=1).gather(1, index)
 
 
+def entries(ids: Tensor) -> Tensor:
+    """The entry of each row: the first is of no adapter. A number below -1 gets one that no stack has.
+
+    ONNX counts a negative index from the end: without this, -2 would be the last adapter. So what reads it, fails.
+    """
+    index = ids + 1
+    return index.masked_fill(index < 0, NOWHERE)
+
+
 def _lengths(lengths: Sequence[int], ids: Tensor) -> Tensor:
     """The length of each row's, [batch, 1]."""
-    return torch.tensor(lengths, device=ids.device).index_select(0, ids + 1)[:, None]
+    return torch.tensor(lengths, device=ids.device).index_select(0, entries(ids))[:, None]
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class TestText:
             ("lora(r=8) mlp", "expected '@', ';' or the end"),
             ("lora@ ; ia3", "expected a target"),
             ("lora(target='mlp')@mlp", "given twice"),
+            ("lora(r=1, r=2)", "r is given twice"),
             ("", "expected the name of a method"),
         ],
     )

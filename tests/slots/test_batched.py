@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,40 @@ def test_rows_without_a_number_are_the_bases_and_beams_keep_theirs(llama: tuple[
     assert "low" in raised.value.hint
 
 
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        ([0, -2], "no adapter has the number -2: they are 0 to 3, and -1 is none"),
+        ([4, 0], "no adapter has the number 4"),
+        ([0.0, 1.5], "not a number for each of 2 rows: [2], float32"),
+        ([True, False], "not a number for each of 2 rows: [2], bool"),
+        ([0], "not a number for each of 2 rows: [1], int64"),
+        ([[0], [1]], "not a number for each of 2 rows: [2, 1], int64"),
+    ],
+    ids=str,
+)
+def test_what_is_no_adapters_number_is_refused(ids: list[object], text: str, llama: tuple[AdaptedModel, Path]) -> None:
+    served, given = runtime.load(llama[1]), {**prompts(2), IDS: torch.tensor(ids)}
+    for call in (lambda: served(**given), lambda: served.generate(**given, **GREEDY)):
+        with pytest.raises(PeftfxError, match=re.escape(text)):
+            call()
+
+
+def test_the_graph_itself_refuses_it_too(llama: tuple[AdaptedModel, Path]) -> None:
+    """ONNX counts a negative index from the end: -2 would be the last adapter for whoever runs the graph alone."""
+    served = runtime.load(llama[1])
+    feed = {**prompts(2), "position_ids": torch.arange(7).repeat(2, 1)}
+    sizes = {"batch": 2, "past": 0}
+    for name in served.model.inputs[len(feed) :]:
+        shape = [sizes.get(size, size) for size in served.model.axes[name]]
+        feed[name] = torch.zeros(shape) if name != IDS else torch.tensor([0, -1])
+    feed["attention_mask"] = feed["attention_mask"][:, :7]
+    served.model(**feed)
+    for wrong in (-2, -(2**31) - 1, -(2**63), 4, 2**63 - 1):
+        with pytest.raises(PeftfxError, match="out of data bounds"):
+            served.model(**{**feed, IDS: torch.tensor([0, wrong])})
+
+
 def test_classifiers_of_peft_have_heads_of_their_own(tmp_path: Path, peftfx: Run) -> None:
     base = ZOO["bert"].build()
     base.save_pretrained(tmp_path / "base")
@@ -177,6 +212,8 @@ def test_what_rows_cannot_have_apart_is_refused(tmp_path: Path, peftfx: Run) -> 
         model.export(tmp_path / "out", view="decode", batched=["low", "words"])
     assert model.active == ("words",)
     prompted = adapted_by("llama", {"low": LoRA(r=2), "prompt": PromptTuning(num_virtual_tokens=2)})
+    with pytest.raises(PeftfxError, match="named twice"):
+        prompted.export(tmp_path / "out", batched=["low", "low"])
     with pytest.raises(PeftfxError, match="slots for others"):
         prompted.export(tmp_path / "out", batched=["low"], slots="all-linear")
     assert not list(tmp_path.iterdir())
