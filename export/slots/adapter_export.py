@@ -22,6 +22,7 @@ from peftfx.export.verification.oracle import eager_oracle
 from peftfx.export.verification.size_trials import sizes_of
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.files import already_there, write_file, writing
+from peftfx.graph.fingerprint import fingerprint
 from peftfx.graph.slots import (
     INNER,
     KEYS,
@@ -34,7 +35,6 @@ from peftfx.graph.slots import (
     B,
     Manifest,
     Slot,
-    fingerprint,
     listed,
 )
 from peftfx.model.adapted import AdaptedModel
@@ -95,7 +95,7 @@ def export_adapter(
     manifest = Manifest.read(directory)
     if atol is not None or rtol is not None:
         manifest = dataclasses.replace(manifest, atol=atol, rtol=rtol)
-    if fingerprint(adapted.base) != manifest.fingerprint:
+    if fingerprint(adapted.base, manifest.fingerprint_version) != manifest.fingerprint:
         what = f"the graph here is of another base ({manifest.model} from {manifest.base or 'memory'})"
         raise PeftfxError(what, str(directory), "give the base that it was exported from, or export this one")
     with in_eval(adapted):

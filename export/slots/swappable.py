@@ -28,8 +28,9 @@ from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, measured_of
 from peftfx.export.verification.probes import hold_view, is_large, probes, view_cases
 from peftfx.export.writing.quantization import FINITE
+from peftfx.graph.fingerprint import VERSION, fingerprint
 from peftfx.graph.graph import BASE
-from peftfx.graph.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot, fingerprint
+from peftfx.graph.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FORWARD
 from peftfx.passes.slots.open import Open, slots_of
@@ -140,6 +141,7 @@ class Swappable(Deployment):
             base=self.source,
             model=type(base).__name__,
             fingerprint=fingerprint(base),
+            fingerprint_version=VERSION,
             dtype=str(next(kinds, torch.float32)).removeprefix("torch."),
             views={part.stem: FORWARD if part.seen is None else part.seen.name for part in parts},
             atol=self.atol,

@@ -5,7 +5,6 @@ A slot is an input that may be left out: an adapter's tensor, or nothing. A file
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from peftfx.errors import PeftfxError, first_line, shown
 from peftfx.field_types import misfits
 from peftfx.files import is_file, read_json
-from peftfx.graph.lazy_weights import exact
 from peftfx.sites.site import Site
 
 FILE = "peftfx_slots.json"
@@ -91,6 +88,7 @@ class Manifest:
         views: what each graph is a view of, by its file's stem.
         atol, rtol: that adapters' verification allows; see `verify`.
         slots: of all graphs.
+        fingerprint_version: how the fingerprint was made; see `peftfx.graph.fingerprint`.
     """
 
     base: str
@@ -101,6 +99,7 @@ class Manifest:
     atol: float | None
     rtol: float | None
     slots: tuple[Slot, ...]
+    fingerprint_version: int = 1
 
     def write(self, directory: Path) -> None:
         """Put `FILE` into the directory."""
@@ -155,20 +154,6 @@ def _wrong(manifest: Manifest) -> list[str]:
     if not re.fullmatch(r"[0-9a-f]{64}", manifest.fingerprint):
         wrong.append(f"fingerprint={shown(manifest.fingerprint)}")
     return wrong
-
-
-def fingerprint(base: nn.Module) -> str:
-    """A hash of a model's weights: of their names, their shapes, and some of their values in fp32."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(nn.Module.state_dict(base).items()):
-        found.update(f"{name}{list(tensor.shape)}".encode())
-        flat = exact(tensor).detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu()
-        found.update(some.float().numpy().tobytes())
-    return found.hexdigest()
-
-
-_SAMPLES = 64
 
 
 def listed(slots: Iterable[Slot] | Sequence[str], most: int = 6) -> str:

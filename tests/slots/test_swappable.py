@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from peftfx.export import OnnxModel
 from peftfx.export.adapter_command import export_adapter_directories
 from peftfx.export.slots.adapter_export import export_adapter
 from peftfx.export.slots.swappable import Slots
+from peftfx.graph.fingerprint import fingerprint
 from peftfx.graph.slots import FILE, Manifest
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes import Evaluate, Merge
@@ -183,6 +186,17 @@ def test_encoders_take_adapters_in_their_forward(bert: Deployed, rule: object, t
     bert.served.set_adapter(None)
 
 
+def test_a_graph_of_an_older_peftfx_takes_new_adapters(llama: Deployed, tmp_path: Path) -> None:
+    """Its manifest has a fingerprint of some values, and does not say so."""
+    shutil.copytree(llama.root / "graph", tmp_path / "graph")
+    path, adapted = tmp_path / "graph" / FILE, llama.with_rule(RULES["lora"])
+    old = json.loads(path.read_text())
+    assert old.pop("fingerprint_version") == 2
+    path.write_text(json.dumps({**old, "fingerprint": fingerprint(adapted.base, 1)}))
+    made = export_adapter(adapted, tmp_path / "graph", tmp_path / "x", check=False)
+    assert runtime.load(tmp_path / "graph", adapter=made).active == "x"
+
+
 def test_what_does_not_fit_is_refused(llama: Deployed, bert: Deployed, tmp_path: Path, peftfx: Run) -> None:
     graph = llama.root / "graph"
     with pytest.raises(PeftfxError, match=r"no place for a low-rank sum at model.embed_tokens"):
@@ -193,9 +207,9 @@ def test_what_does_not_fit_is_refused(llama: Deployed, bert: Deployed, tmp_path:
         export_adapter(llama.with_rule(LoRA(r=2, target="head")), graph, tmp_path / "x")
     other = ZOO["llama"].build()
     with torch.no_grad():
-        other.model.norm.weight.add_(1)
+        other.model.embed_tokens.weight.view(-1)[1].add_(1)
     with pytest.raises(PeftfxError, match="of another base"):
-        export_adapter(transform(other, RULES["lora"]), graph, tmp_path / "x")
+        export_adapter(transform(other, RULES["lora"]), graph, tmp_path / "x", check=False)
     assert not list(tmp_path.iterdir())
     path = export_adapter(bert.with_rule(IA3()), bert.root / "graph", tmp_path / "bert", check=False)
     with pytest.raises(PeftfxError, match="for another base than LlamaForCausalLM"):

@@ -1,0 +1,59 @@
+"""fingerprint: a hash of a base model's weights, by which a graph and an adapter know that they are of one base."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.errors import PeftfxError
+from peftfx.graph.lazy_weights import exact
+
+VERSION = 2  #: of how it is made; 1 saw some values of each tensor alone
+_SAMPLES = 64  #: values of a tensor that version 1 saw
+_CHUNK = 1 << 22  #: values that are in memory at a time
+
+
+def fingerprint(base: nn.Module, version: int = VERSION) -> str:
+    """A hash of a model's weights: of their names, their shapes and their values.
+
+    Values are taken in float32, so that a base is the same whether it is read in float32 or in the half precision of
+    its files. Each weight is read once, some megabytes at a time, at about two gigabytes of float32 a second.
+
+    Args:
+        base: the model.
+        version: of the hash to make; an older one is for what an older peftfx exported, and sees less.
+
+    Raises:
+        PeftfxError: no such version is known.
+    """
+    if version not in (1, VERSION):
+        what = f"the fingerprint of this base is of a later version, {version}"
+        raise PeftfxError(what, "", "update peftfx, or export the base again")
+    found, seen = hashlib.sha256(), dict[int, bytes]()
+    for name, tensor in sorted(nn.Module.state_dict(base, keep_vars=True).items()):
+        found.update(f"{name}{list(tensor.shape)}".encode())
+        if version == 1:
+            found.update(_sampled(exact(tensor).detach()))
+            continue
+        if id(tensor) not in seen:  # tied weights are one tensor under several names
+            seen[id(tensor)] = _digest(exact(tensor).detach())
+        found.update(seen[id(tensor)])
+    return found.hexdigest()
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """A hash of all values of a tensor."""
+    found = hashlib.sha256()
+    flat = torch.view_as_real(tensor).reshape(-1) if tensor.is_complex() else tensor.reshape(-1)
+    for chunk in flat.split(_CHUNK):
+        values = (chunk.float() if chunk.is_floating_point() else chunk).cpu().contiguous()
+        found.update(values.numpy().data)
+    return found.digest()
+
+
+def _sampled(tensor: Tensor) -> bytes:
+    flat = tensor.reshape(-1)
+    some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu()
+    return some.float().numpy().tobytes()
