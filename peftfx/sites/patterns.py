@@ -143,9 +143,11 @@ class _AllWays:
         if kind == "SUBPATTERN":
             return self._run(given[3], at, text, (flags | given[1]) & ~given[2])
         if kind in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self._repeat(*given, at, text, flags)
+            least, most, body = given
+            return self._repeat(least, most, body, at, text, flags)
         if kind in ("ASSERT", "ASSERT_NOT"):
-            return self._look(kind, *given, at, text, flags)
+            way, body = given
+            return self._look(kind, way, body, at, text, flags)
         if kind == "AT":
             return text.zero_width(given, flags) & at
         if kind in _ONE_CHARACTER:
