@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -140,13 +140,16 @@ class Report:
         whole = Counter(node.op_type for node in program.graph if node.op_type in FUSED)
         self.fused = dict(Counter(self.fused) + whole)
         self.verified = "its float32 twin, over the same weights" if in_bfloat16(program) else "the model"
+        self.compare(found, left_out, prefix)
+
+    def compare(self, found: Sequence[Comparison], left_out: Collection[str | None], prefix: str = "") -> None:
+        """Add how a graph compared; inputs that are left out are not told."""
         for c in found:
             shapes = short_shapes({name: shape for name, shape in c.shapes.items() if name not in left_out})
             if shapes not in self.probes:
                 self.probes.append(shapes)
             numbers = {"max_abs": c.max_abs, "max_rel": c.max_rel, "bound": c.bound, "float32": c.noise}
-            told = {name: None if n is None else float(f"{n:.3g}") for name, n in numbers.items()}
-            self.comparisons.append({"output": prefix + c.output, "probe": self.probes.index(shapes), **told})
+            self.comparisons.append({"output": prefix + c.output, "probe": self.probes.index(shapes), **numbers})
 
     def measure(self, directory: Path) -> None:
         """Add the sizes of the files."""
@@ -220,9 +223,10 @@ class Report:
 
 
 def _written(value: object) -> str:
-    """JSON, with a line for each of what there is a list of."""
+    """JSON, with a line for each of what there is a list of, whose numbers have three digits."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "[\n" + ",\n".join(f"  {json.dumps(item)}" for item in value) + "\n]"
+        rows = ({k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in item.items()} for item in value)
+        return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]"
     return json.dumps(value)
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.errors import PeftfxError
+from peftfx.export.report import Report
 from peftfx.export.verification import probes
 from peftfx.export.verification.agreement import MaxError
-from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.comparison import Comparison, VerificationError
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.float64 import float64
 from peftfx.export.writing.quantization import pack, unpack
@@ -170,20 +171,37 @@ def test_a_tolerance_that_is_given_is_the_one_that_holds(tmp_path: Path, peftfx:
     assert peftfx(*given, "--atol", "1", "--rtol", "0").code == 0
 
 
-def test_a_message_fits_a_screen_and_a_report_100_kb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    adapted = stirred(llama(30, 16), 0.1)
-    adapted.export(tmp_path / "out", view="decode")
-    assert (tmp_path / "out" / "peftfx_report.json").stat().st_size < 100_000
+def test_a_message_fits_a_screen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     eager = EagerReference.__call__
     monkeypatch.setattr(
         EagerReference, "__call__", lambda self, feed: {n: v + 0.5 for n, v in eager(self, feed).items()}
     )
     with pytest.raises(VerificationError) as raised:
-        adapted.export(tmp_path / "other", view="decode")
+        bare(llama(3, 16)).export(tmp_path / "other", view="decode")
     text = str(raised.value)
     assert len(text) < 1200
     assert text.count("input_ids") == 1
     assert text.count("absolute") == 3
+    assert "and 4 more outputs" in text
+
+
+def test_a_report_of_30_layers_is_under_100_kb(tmp_path: Path) -> None:
+    names = [f"{kind}.{i}.{what}" for i in range(30) for kind in ("past_key_values",) for what in ("key", "value")]
+    report = Report("LlamaForCausalLM", merged=[f"model.layers.{i}.self_attn.q_proj" for i in range(210)])
+    report.inputs = {name: ["batch", 4, "past", 64] for name in names}
+    found = [
+        Comparison(name.replace("past_key_values", "present"), shapes, 1.2345678e-5, 2.3456789e-6, True, 3e-5, 1e-6)
+        for shapes in (dict.fromkeys(names, (batch, 4, 7, 64)) for batch in range(1, 6))
+        for name in [*names, "logits"]
+    ]
+    report.compare(found, frozenset())
+    report.write(tmp_path)
+    file = tmp_path / "peftfx_report.json"
+    assert file.stat().st_size < 100_000
+    written = json.loads(file.read_text())
+    assert written["probes"][0] == {"past_key_values.*.key": [1, 4, 7, 64], "past_key_values.*.value": [1, 4, 7, 64]}
+    assert written["comparisons"][0]["float32"] == 1e-6
+    assert len(written["comparisons"]) == 5 * 61
 
 
 class TestQuantised:
