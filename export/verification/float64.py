@@ -81,7 +81,11 @@ def _wide(value: object) -> object:
     """A tensor of floats, or their dtype, widened; all else as it is."""
     if isinstance(value, torch.dtype):
         return _WIDE.get(value, value)
-    if not isinstance(value, Tensor) or value.dtype not in _WIDE:
+    return _widened(value) if isinstance(value, Tensor) else value
+
+
+def _widened(value: Tensor) -> Tensor:
+    if value.dtype not in _WIDE:
         return value
     return (value.source if isinstance(value, Stored) else value).to(_WIDE[value.dtype])
 
@@ -105,9 +109,8 @@ def _product(func: object, args: tuple[Any, ...]) -> Tensor | None:
         return None
     if weight.dtype not in _WIDE or weight.numel() <= _AT_ONCE or x.dtype not in (*_WIDE, torch.float64):
         return None
-    wide = _wide(x)
-    assert isinstance(wide, Tensor)
+    wide = _widened(x)
     step = max(1, _AT_ONCE // weight.shape[0])
-    parts = [wide @ _wide(weight[:, start : start + step]) for start in range(0, weight.shape[1], step)]
+    parts = [wide @ _widened(weight[:, start : start + step]) for start in range(0, weight.shape[1], step)]
     found = torch.cat(parts, 1)
-    return found if bias is None else found + _wide(bias)  # type: ignore[operator]
+    return found if bias is None else found + _widened(bias)

@@ -78,7 +78,7 @@ def test_a_wrong_answer_fails_however_large_the_adapter_is(
     eager = EagerReference.__call__
 
     def a_little_off(self: EagerReference, feed: dict[str, Tensor]) -> dict[str, Tensor]:
-        weight = next(p for n, p in self.adapted.adapters.named_parameters() if "layers.3" in n and "lora_B" in n)
+        weight = next(p for n, p in self.adapted.adapters.named_parameters() if "3.mlp.down_proj.lora_B" in n)
         with torch.no_grad():
             weight.mul_(1.05)
             found = eager(self, feed)
