@@ -54,6 +54,7 @@ class Report:
         seconds: wall time of each stage.
         verified: what ONNX Runtime ran: the model, or its float32 twin over the same weights.
         reference: what it was held against.
+        unmeasured: why the reference could not be run in float64, where it could not: the bounds are constants then.
         idle: module paths that an adapter acts at and that ran in none of the calls compared.
         probes: the shapes of each of these calls; `*` stands for every layer of a cache.
         comparisons: the verification, output by output at each probe, by its number: the largest difference, the same
@@ -82,6 +83,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     verified: str = ""
     reference: str = ""
+    unmeasured: str = ""
     idle: list[str] = field(default_factory=list)
     probes: list[dict[str, list[int]]] = field(default_factory=list)
     comparisons: list[dict[str, object]] = field(default_factory=list)
@@ -145,6 +147,7 @@ class Report:
     def compare(self, found: Sequence[Comparison], left_out: Collection[str | None], prefix: str = "") -> None:
         """Add how a graph compared; inputs that are left out are not told."""
         for c in found:
+            self.unmeasured = self.unmeasured or c.unmeasured
             shapes = short_shapes({name: shape for name, shape in c.shapes.items() if name not in left_out})
             if shapes not in self.probes:
                 self.probes.append(shapes)
@@ -194,6 +197,7 @@ class Report:
             *(("agreement", str(found)) for found in self.agreement.values()),
             agree,
             ("held against", self.reference),
+            *([("tolerance", f"a constant: float64 failed, {self.unmeasured}")] if self.unmeasured else []),
             *(
                 [("never run", f"{len(self.idle)} modules with an adapter: {listed(self.idle, 3)}")]
                 if self.idle

@@ -47,6 +47,7 @@ class Comparison:
         wrong: what is wrong with the output, where that is no difference of numbers.
         largest: the largest magnitude in the reference.
         dtype: of the reference.
+        unmeasured: why float64 could not be had, where it could not: the bound is a constant then.
     """
 
     output: str
@@ -59,6 +60,7 @@ class Comparison:
     wrong: str = ""
     largest: float = 0.0
     dtype: torch.dtype = torch.float32
+    unmeasured: str = ""
 
     def __str__(self) -> str:
         if self.wrong:
@@ -136,7 +138,8 @@ def _judged(found: Sequence[Comparison], tolerance: Tolerance, where: str) -> li
     judged = []
     for c in found:
         bound = tolerance.bound(c.output, c.largest, c.dtype)
-        judged.append(dataclasses.replace(c, bound=bound, ok=not c.wrong and c.max_abs <= bound))
+        why = "" if tolerance.noise else tolerance.failure
+        judged.append(dataclasses.replace(c, bound=bound, ok=not c.wrong and c.max_abs <= bound, unmeasured=why))
     wrong = sorted((c for c in judged if not c.ok), key=_badness, reverse=True)
     if wrong:
         names = len({c.output for c in wrong})

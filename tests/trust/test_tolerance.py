@@ -161,6 +161,21 @@ class TestNaN:
         assert report.max_abs < 1e-4
 
 
+def test_where_float64_cannot_be_had_the_report_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    eager = EagerReference.__call__
+
+    def narrow(self: EagerReference, feed: dict[str, Tensor]) -> dict[str, Tensor]:
+        if (torch.ones(1) * 1).dtype == torch.float64:
+            raise RuntimeError("no kernel for Double")
+        return eager(self, feed)
+
+    monkeypatch.setattr(EagerReference, "__call__", narrow)
+    report = bare(ZOO["bert"].build()).export(tmp_path / "out", view="forward")
+    assert report.float32 is None
+    assert report.unmeasured == "no kernel for Double"
+    assert "tolerance: a constant" in str(report)
+
+
 def test_a_tolerance_that_is_given_is_the_one_that_holds(tmp_path: Path, peftfx: Callable[..., Result]) -> None:
     llama().save_pretrained(tmp_path / "base")
     given = ("export", "--base", str(tmp_path / "base"), "--output", str(tmp_path / "out"), "--view", "forward")
