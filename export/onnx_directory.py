@@ -180,7 +180,7 @@ def export_onnx(
                 report.reference = oracle.told
                 idle.append(oracle.idle)
                 report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")
-            refuse_disagreement(report, limit, temporary)
+            refuse_disagreement(report, limit, calibration, temporary)
             report.idle = sorted(set.intersection(*idle))
         way.describe(temporary, adapted, parts, example)
         report.measure(temporary)

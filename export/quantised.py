@@ -9,9 +9,12 @@ from peftfx.export.deployment.parts import Part
 from peftfx.export.report import Report
 from peftfx.export.verification.agreement import Agreement, MaxError, agreement, read_text
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.export.verification.oracle import Oracle
+from peftfx.export.verification.eager_reference import EagerReference
+from peftfx.export.verification.oracle import Oracle, named_in
 from peftfx.model.adapted import AdaptedModel
 from peftfx.serving.onnx_model import OnnxModel
+from peftfx.views.prompt_inputs import WithPromptInputs
+from peftfx.views.row_adapters import WithRowAdapters
 
 
 def agreement_of(
@@ -19,21 +22,29 @@ def agreement_of(
 ) -> dict[str, Agreement]:
     """How far a quantised part agrees with the model on a text, by the part's name."""
     model = OnnxModel(path, mapped=True)
-    plain = part.view is part.seen and oracle.eager is not None
     ids = None if text is None else read_text(Path(text), source)
-    view = part.view if plain else None
-    told = (ids if plain else None), Path(text or "").name
-    found = agreement(model, adapted, view, oracle.reference, oracle.cases, *told)
+    view, reference = part.seen, oracle.reference
+    if isinstance(part.view, WithPromptInputs):  # what may be put into it is left out of a call
+        reference = named_in(part.graph, EagerReference(adapted, view))
+    elif isinstance(part.view, WithRowAdapters):
+        if text is not None:
+            hint = "leave --calibration out, or export each adapter merged"
+            raise PeftfxError("rows with adapters of their own are compared on no text", str(text), hint)
+        view = None
+    found = agreement(model, adapted, view, reference, oracle.cases, ids, Path(text or "").name)
     return {} if found is None else {part.stem: found}
 
 
-def refuse_disagreement(report: Report, limit: MaxError | None, where: Path) -> None:
+def refuse_disagreement(report: Report, limit: MaxError | None, text: str | Path | None, where: Path) -> None:
     """Refuse a quantised model that agrees less than was asked for.
 
     Raises:
         VerificationError: it does.
         PeftfxError: the model has no logits to tell it by.
     """
+    if text is not None and not report.agreement:
+        hint = "leave --calibration out: its error is measured at random inputs"
+        raise PeftfxError("the model gives no logits to compare on a text", str(text), hint)
     if limit is None or limit.kind == "error":
         return
     if not report.agreement:

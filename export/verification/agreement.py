@@ -118,6 +118,9 @@ def agreement(
     elif text is not None and "input_ids" in model.inputs:
         feeds, told = [{"input_ids": text, "attention_mask": torch.ones_like(text)}], named
         feeds = [{name: value for name, value in feed.items() if name in model.inputs} for feed in feeds]
+    elif text is not None:
+        hint = "leave --calibration out: its error is measured at random inputs"
+        raise PeftfxError("the model reads no text", named, hint)
     count, same, divergence = 0, 0.0, 0.0
     for feed in feeds:
         want, got = reference(feed)[LOGITS].double().cpu(), model(**feed)[LOGITS].double()

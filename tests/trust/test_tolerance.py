@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.errors import PeftfxError
+from peftfx.export.command import export_directory
 from peftfx.export.report import Report
 from peftfx.export.verification import probes
 from peftfx.export.verification.agreement import MaxError
@@ -257,6 +258,27 @@ class TestQuantised:
             adapted.export(tmp_path / "out", quantize="int4", max_error="kl=1e-9")
         assert list(tmp_path.iterdir()) == []
         adapted.export(tmp_path / "out", quantize="int8", max_error="top1=0.5")
+
+    def test_a_text_of_the_users_is_what_it_is_compared_on(self, tmp_path: Path) -> None:
+        import tokenizers
+
+        model = llama()
+        model.save_pretrained(tmp_path / "base")
+        words = tokenizers.models.WordLevel({"[UNK]": 0, **{f"w{i}": i for i in range(1, 96)}}, unk_token="[UNK]")
+        plain = tokenizers.Tokenizer(words)
+        plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        hf.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]").save_pretrained(tmp_path / "base")
+        text = tmp_path / "text.txt"
+        text.write_text(" ".join(f"w{1 + i * 7 % 95}" for i in range(300)))
+        done = export_directory(
+            *(tmp_path / "base", tmp_path / "out"), view="decode", quantize="int8", calibration=text, max_error="kl=1"
+        )
+        assert done.agreement["model"].tokens == 256  # two whole rows
+        assert done.agreement["model"].text == "text.txt"
+        swappable = export_directory(
+            *(tmp_path / "base", tmp_path / "slots"), view="decode", quantize="int8", slots="mlp", calibration=text
+        )
+        assert swappable.agreement["model"].kl == pytest.approx(done.agreement["model"].kl, rel=0.1)
 
     @pytest.mark.parametrize("given", ["kl", "top2=0.5", "kl=much", ""])
     def test_another_name_is_refused(self, given: str) -> None:
