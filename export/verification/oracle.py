@@ -63,7 +63,7 @@ def eager_oracle(
     else:
         try:
             runs = {view: asked}
-            cases = view_cases(adapted, view, lambda v, feed: _run(adapted, v, runs, why)(feed), sizes)
+            cases = view_cases(adapted, view, lambda v, feed: _run(adapted, v, runs, why)(dict(feed)), sizes)
             for case in cases:
                 asked.first(case)
         except PeftfxError:

@@ -132,7 +132,7 @@ def _kinds(files: Sequence[Path]) -> dict[str, str]:
     """The dtype of each tensor in the files, as safetensors names it."""
     from safetensors import safe_open
 
-    kinds = {}
+    kinds: dict[str, str] = {}
     for file in files:
         with safe_open(file, "pt") as opened:
             kinds |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
@@ -163,7 +163,7 @@ def _load_transformers(
     extra = {} if num_labels is None else {"num_labels": num_labels}
     config = read_config(directory, **extra)
     maker = maker_of(config, resolve_task(task, config=config), directory)
-    wanted = dtype or config.dtype or on_disk or torch.float32
+    wanted: torch.dtype = dtype or config.dtype or on_disk or torch.float32  # type: ignore[assignment]
 
     def blank() -> nn.Module:
         with no_init_weights():

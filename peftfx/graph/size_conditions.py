@@ -60,7 +60,7 @@ def noted() -> Iterator[list[Note]]:
             notes.extend(_notes(expr, result, len(env.guards) > before))
         return result
 
-    ShapeEnv.evaluate_expr = listen  # type: ignore[method-assign]
+    ShapeEnv.evaluate_expr = listen  # type: ignore[method-assign, assignment]
     try:
         yield notes
     finally:

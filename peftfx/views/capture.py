@@ -154,7 +154,7 @@ def _refuse_checkpointing(model: nn.Module) -> None:
         )
 
 
-def _explain(model: nn.Module, error: Exception, entry: Entry | None) -> PeftfxError:
+def _explain(model: nn.Module, error: BaseException, entry: Entry | None) -> PeftfxError:
     hint = "see `__cause__` for torch.export's own report"
     if "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         hint = "its forward branches on the values of a tensor; pass arguments or a config that avoid the branch"

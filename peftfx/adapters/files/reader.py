@@ -80,7 +80,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     method = method_from_config(config, str(directory / CONFIG))
     weights = Weights(directory, method.prefix)
     if method.doubt:
-        warnings.warn(f"{directory}: {method.doubt}", stacklevel=2)
+        warn(f"{directory}: {method.doubt}")
     if isinstance(method, SequenceMethod):
         return _read_prompt(directory, weights, method, base, sites, config)
     possible = [placement_at(base, method, site) for site in sites if site.kind in method.kinds]

@@ -63,6 +63,7 @@ def other_projections(base: nn.Module, methods: Mapping[str, Method], like: Iter
         if owner is None or f"{owner}.{other}".removeprefix(".") in methods:
             continue
         attention = base.get_submodule(owner)
+        assert isinstance(attention, nn.MultiheadAttention)
         weight = attention.in_proj_weight if other == IN_PROJ else attention.out_proj.weight
         assert isinstance(weight, Tensor)
         rank, name = int(getattr(method, "r")), path_in_file(base, method, name_of(owner, other))  # noqa: B009
