@@ -60,14 +60,14 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
 
 def never_runs(path: str, base: nn.Module, sites: Sites) -> bool:
     """Whether it is proven that no call runs the module at this path."""
-    if path in sites.called or not _has(base, path):
+    if path in sites.called or not has_module(base, path):
         return False
     return is_read_by_attention(base, path) or is_unreached(base, path)
 
 
 def why_no_place(path: str, base: nn.Module, sites: Sites, kinds: Collection[str]) -> str:
     """Why an adapter's module has no place here; empty where the base has no such module."""
-    if not _has(base, path):
+    if not has_module(base, path):
         return ""
     kind = next((site.kind for site in sites if site.path == path), None)
     if hasattr(base.get_submodule(path), "parametrizations"):
@@ -86,7 +86,8 @@ def _inside(reads: Mapping[str, str], path: str) -> Iterator[tuple[str, str]]:
     return ((p, how) for p, how in reads.items() if p.startswith(f"{path}."))
 
 
-def _has(base: nn.Module, path: str) -> bool:
+def has_module(base: nn.Module, path: str) -> bool:
+    """Whether the base has a module at this path."""
     try:
         base.get_submodule(path)
     except AttributeError:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftfx.adapters.files.names import module_of
 from peftfx.contract.placement import TOKENS
 from peftfx.rules.peft_files import Weights
-from peftfx.rules.unplaced import never_runs
+from peftfx.rules.unplaced import has_module, never_runs
 from peftfx.sites.sites import Sites
 
 _WRAPPERS = (".modules_to_save.", ".original_module.")
@@ -54,8 +54,8 @@ def _owner(name: str) -> str:
 
 
 def _is_tied(base: nn.Module, one: str, other: str) -> bool:
-    tensors = [*_tensor(base, f"{one}.weight"), *_tensor(base, f"{other}.weight")]
-    return len(tensors) == 2 and tensors[0].data_ptr() == tensors[1].data_ptr() and tensors[0].numel() > 0
+    weights = [getattr(base.get_submodule(path), "weight", None) for path in (one, other) if has_module(base, path)]
+    return len(weights) == 2 and weights[0] is not None and weights[0] is weights[1]
 
 
 def _tensor(base: nn.Module, name: str) -> Iterator[Tensor]:
@@ -69,7 +69,7 @@ def _tensor(base: nn.Module, name: str) -> Iterator[Tensor]:
 
 
 def _equal(value: Tensor, other: Tensor) -> bool:
-    return value.shape == other.shape and torch.equal(value.to(other), other)
+    return value.shape == other.shape and torch.equal(value.to(other.device, other.dtype), other)
 
 
 def unused(names: Collection[str], marks: Collection[str], base: nn.Module, sites: Sites) -> set[str]:
