@@ -88,12 +88,13 @@ def both(base: nn.Module, config: peft.PeftConfig, directory: Path) -> tuple[nn.
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_a_layer_that_computes_in_its_own_way_is_adapted_as_peft_does(name: str, dora: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     base, x = Model(LAYERS[name]).eval(), torch.randn(3, SIZE)
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=NAMES, use_dora=dora)
     theirs, ours = both(base, config, tmp_path)
     near = {"atol": 2e-2, "rtol": 2e-2} if name == "in bfloat16" else {"atol": 1e-5, "rtol": 1e-4}
     want = theirs(x)
-    assert (want - base(x)).abs().max() > 0.1
+    assert (want - base(x)).abs().max() > 1e-2
     torch.testing.assert_close(ours(x=x), want, **near)
     ours.merge()
     torch.testing.assert_close(ours.remove()(x), want, **near)
