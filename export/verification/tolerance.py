@@ -84,7 +84,7 @@ class Tolerance:
     def told(self) -> str:
         """How the bounds were made, in words."""
         if self.measures and self.noise:
-            return f"it may be {MULTIPLE} times what torch's own rounding is off from float64, or --atol and --rtol"
+            return f"the tolerance is {MULTIPLE} times what torch is from float64 here; --atol and --rtol set another"
         usual = USUAL_HALF if self.half else USUAL
         atol, rtol = (usual if given is None else given for given in (self.atol, self.rtol))
         return f"the tolerance is {atol:g} + {rtol:g} * the largest magnitude"
