@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,17 @@ from torch.utils import _pytree as pytree
 from peftfx.graph.graph import path_name
 
 
+@functools.lru_cache(64)
+def _parameters(forward: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(forward).parameters
+
+
 def named_arguments(base: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
     """The arguments of a call of `base`, absent ones left out; numbers that fall into `**kwargs` become tensors.
 
     Such a number changes from call to call (`num_items_in_batch`), and would be burned into the graph.
     """
-    parameters = inspect.signature(type(base).forward).parameters
+    parameters = _parameters(type(base).forward)
     plain = [n for n, p in list(parameters.items())[1:] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(args) > len(plain):
         raise TypeError(f"forward takes {len(plain)} positional arguments, {len(args)} were given")
