@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.onnx_directory import Progress
 from peftfx.export.slots.adapter_export import export_adapter
 from peftfx.export.verification.tolerance import check_tolerance
+from peftfx.files import is_folder
 from peftfx.graph.slots import Manifest
 from peftfx.model.api import bare
 from peftfx.rules.peft_files import read_config, rule_folders
@@ -51,7 +53,7 @@ def export_adapter_directories(
     say = progress or (lambda line: None)
     manifest = Manifest.read(Path(graph))
     source = Path(base or manifest.base)
-    if not (base or manifest.base) or not source.is_dir():
+    if not (base or manifest.base) or not is_folder(source):
         what = (
             f"the base model is not where it was: {manifest.base}" if manifest.base else "it is not said of which base"
         )
@@ -86,7 +88,7 @@ def _refuse_head(folder: Path, model: str) -> None:
 def _weighted(text: str) -> tuple[Path, float | None]:
     """A directory, and its weight if it has one: `DIR=0.5`."""
     folder, _, weight = text.rpartition("=")
-    if not folder or Path(text).exists():
+    if not folder or os.path.exists(text):
         return Path(text), None
     try:
         return Path(folder), float(weight)

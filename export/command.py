@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -200,7 +201,7 @@ def _refuse_output(base: Path, output: str | Path, adapters: Sequence[Path], for
     if any(target == i or target in i.parents for i in inputs):
         raise PeftfxError("the output would replace an input", str(output), "choose another output directory")
     check_output(output, force)
-    free = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free
+    free = shutil.disk_usage(next(p for p in (target, *target.parents) if os.path.exists(p))).free
     needed = sum(p.stat().st_size for p in base.glob("*.safetensors")) if base.is_dir() else 0
     if needed > free:
         raise PeftfxError(

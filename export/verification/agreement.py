@@ -20,6 +20,7 @@ from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.comparison import Reference
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.probes import is_large
+from peftfx.files import is_file
 from peftfx.model.adapted import AdaptedModel
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.decode import PAST, PRESENT, Decode, cache_names, positions
@@ -158,7 +159,7 @@ def read_text(path: Path, source: str | Path) -> Tensor:
 
 def check_text(path: Path) -> None:
     """Refuse a file that is not there."""
-    if not path.is_file():
+    if not is_file(path):
         raise PeftfxError("there is no such file", str(path), "give a file of plain text to --calibration")
 
 

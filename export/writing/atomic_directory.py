@@ -67,13 +67,14 @@ def check_output(directory: str | Path, force: bool, made: Mark = is_export) -> 
 
 
 def _safe(directory: str | Path) -> Path:
-    target = _resolved(Path(directory))
+    with writing(Path(directory)):
+        target = _resolved(Path(directory))
     for place, what in _homes():
         if any(_same(target, above) for above in (place, *place.parents)):
             is_it = "is" if _same(target, place) else "holds"
             hint = "name a directory to make, as in --output out"
             raise PeftfxError(f"the output {is_it} {what}", str(target), hint)
-    if target.is_symlink():
+    if os.path.islink(target):
         raise PeftfxError("the output is a link", str(target), "pass the directory that it leads to, or remove it")
     return target
 
@@ -104,8 +105,8 @@ def _homes() -> Iterator[tuple[Path, str]]:
 def _same(one: Path, other: Path) -> bool:
     """Whether two paths are one directory, however they are written."""
     try:
-        return one == other or (not one.is_symlink() and os.path.samefile(one, other))
-    except OSError:
+        return one == other or (not os.path.islink(one) and os.path.samefile(one, other))
+    except (OSError, ValueError):  # a ValueError: no file system takes the path
         return False
 
 

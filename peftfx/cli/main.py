@@ -268,7 +268,7 @@ def run(
 
     if (prompt is None) == (not text and not image):
         raise PeftfxError("nothing to run on, or two things", "run", "pass --prompt, or --text, or --image")
-    missing = next((path for path in image or () if not path.is_file()), None)
+    missing = next((path for path in image or () if not os.path.isfile(path)), None)
     if missing is not None:
         raise PeftfxError("there is no such image", str(missing), "check the path")
     from peftfx.serving.run import classify, stream

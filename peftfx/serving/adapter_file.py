@@ -6,6 +6,7 @@ a directory, with a file for each.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import onnxruntime as ort
 from torch import Tensor
 
 from peftfx.errors import PeftfxError, first_line
-from peftfx.files import is_file
+from peftfx.files import is_file, is_folder
 from peftfx.graph.slots import Manifest, listed
 from peftfx.serving.onnx_model import to_ort, to_torch
 
@@ -41,7 +42,7 @@ def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
 
 def is_adapter_file(path: Path) -> bool:
     """Whether this is an `.onnx_adapter` file, and no link to one."""
-    if path.is_symlink() or not path.is_file():
+    if os.path.islink(path) or not is_file(path):
         return False
     with path.open("rb") as file:
         return file.read(8)[4:] == _MARK
@@ -49,7 +50,7 @@ def is_adapter_file(path: Path) -> bool:
 
 def holds_adapter(directory: Path) -> bool:
     """Whether this is a directory of `.onnx_adapter` files and of nothing else."""
-    return directory.is_dir() and not directory.is_symlink() and all(map(is_adapter_file, directory.iterdir()))
+    return is_folder(directory) and not os.path.islink(directory) and all(map(is_adapter_file, directory.iterdir()))
 
 
 def read_for(path: Path, directory: Path) -> dict[str, dict[str, ort.OrtValue]]:

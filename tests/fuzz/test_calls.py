@@ -130,6 +130,7 @@ CALLS: Mapping[str, Callable[[Base], object]] = {
     "rules that are none": lambda base: peftfx.plan(nn.Linear(2, 2), 5, inputs={"input": torch.ones(1, 2)}),
     "a path that is none": lambda base: runtime.load("x" * 300),
     "an empty path": lambda base: runtime.load(base.root / "lora"),
+    "an export to no path": lambda base: base.adapted.export("\u0000"),
     "an export to nowhere": lambda base: base.adapted.export(base.root / ("x" * 300)),
 }
 

@@ -64,6 +64,7 @@ CHOICES = {
     "--seed": ("1", "-1", "99999999999999999999999"),
     "--for": ("GRAPH", "BASE"),
     "--combination": ("cat", "linear", "svd"),
+    "--output": ("OUTPUT", "x" * 300, "", "BASE"),
     "--base": ("BASE", "LORA", "SPOILED"),
 }
 FLAGS = ("--force", "--swappable", "--no-merge", "--no-prefix", "--no-check", "--chat", "--json", "--help", "--nothing")
@@ -77,9 +78,19 @@ COMMANDS = {
     "none": [],
 }
 OPTIONS = {
-    "export": ("--task", "--view", "--dtype", "--engine", "--optimize", "--quantize", "--max-error", "--opset"),
+    "export": (
+        "--task",
+        "--view",
+        "--dtype",
+        "--engine",
+        "--optimize",
+        "--quantize",
+        "--max-error",
+        "--opset",
+        "--output",
+    ),
     "adapted": ("--task", "--max-memory", "--batched", "--slots", "--adapter", "--base", "--dtype"),
-    "export-adapter": ("--adapter", "--for", "--base", "--combination"),
+    "export-adapter": ("--adapter", "--for", "--base", "--combination", "--output"),
     "inspect": ("--task", "--target", "--rules"),
     "run": (
         "--prompt",

@@ -109,11 +109,12 @@ class Base:
             model = peft.PeftModel.from_pretrained(copy.deepcopy(self.model), str(directory)).eval()
             with torch.no_grad():
                 found = model(**self.call()).logits
+            taken = peft.get_peft_model_state_dict(model).keys()
         except Exception:  # whatever it raises: there is nothing to compare with
             return None
         if not isinstance(model, peft.PeftModelForCausalLM) and model.active_peft_config.is_prompt_learning:
             return None  # without a task type it has no way to put a prompt ahead of the text, and leaves it out
-        dropped = load_file(directory / "adapter_model.safetensors").keys() - peft.get_peft_model_state_dict(model)
+        dropped = load_file(directory / "adapter_model.safetensors").keys() - taken
         return found if torch.isfinite(found).all() and not dropped else None
 
     def call(self) -> dict[str, Tensor]:
