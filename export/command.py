@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from peftfx.adapters.files.base_weights import resize_vocabulary
 from peftfx.bases.gguf import takes_gguf
 from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.tasks import resolve_task
@@ -149,7 +150,7 @@ def load_directories(
 ) -> AdaptedModel:
     """A base model with adapters on it by name, all from directories; the last is active.
 
-    A head that an adapter holds sets the number of labels, whatever the base's config says.
+    A head that an adapter holds sets the number of labels, and embeddings that of tokens, whatever the config says.
     """
     config = read_base_config(base)
     if not adapters:
@@ -166,6 +167,7 @@ def load_directories(
         labels = labels or _labels(load_base(base, task=task, weights=False), weights[folder], methods[folder])
     given = {name.replace(".base_layer.", ".") for own in weights.values() for name in own.names}
     model = load_base(base, task=task, num_labels=labels, given=given, dtype=dtype)
+    resize_vocabulary(model, weights.values())
     adapted = bare(model)
     for name, adapter in adapters.items():
         adapted.load_adapter(adapter, name)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx import LoRA, PeftfxError
+from peftfx.export.command import load_directories
 
 
 def distilbert() -> nn.Module:
@@ -87,6 +88,17 @@ class TestEmbeddingLayers:
         same(first(load_peft(copy.deepcopy(resized), tmp_path / "ours"), inputs), first(oracle, inputs))
         ours.merge()
         same(first(ours.remove(), inputs), first(oracle, inputs))
+
+    @pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+    def test_a_base_directory_gets_the_tokens_that_the_file_has(self, tied: bool, tmp_path: Path) -> None:
+        base, inputs = llama(tie_word_embeddings=tied), {"input_ids": torch.tensor([[3, 102, 99, 7, 101]])}
+        base.save_pretrained(tmp_path / "base")
+        base.resize_token_embeddings(103)
+        theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+        randomise(theirs)
+        theirs.eval().save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        ours = load_directories(tmp_path / "base", {"default": tmp_path / "adapter"})
+        same(first(ours, inputs), first(theirs, inputs))
 
     def test_embeddings_that_are_the_bases_own_are_passed_over(self, tmp_path: Path) -> None:
         base, inputs = llama(), tokens()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.contract.placement import SAVED, Override, Placement
+from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError
 from peftfx.rules.peft_files import Weights
 
@@ -48,6 +49,34 @@ def replaced_weights(
                 raise PeftfxError(f"one tensor in this model, and {before} differs in the file", key, hint)
             weights.names.pop(key)
     return [override for _, override in found.values()]
+
+
+def resize_vocabulary(base: nn.Module, files: Iterable[Weights]) -> None:
+    """Give a base as many tokens as the embeddings in the files of its adapters have, where those are more.
+
+    Raises:
+        PeftfxError: a file has no rows of the output for the new tokens, and the output is not tied to the embedding.
+    """
+    embedding, output = input_embeddings(base), getattr(base, "get_output_embeddings", lambda: None)()
+    tables: dict[int, list[str]] = {}
+    for path, module in base.named_modules():
+        if module in (embedding, output) and isinstance(getattr(module, "weight", None), Tensor):
+            names = tables.setdefault(id(module.weight), [])
+            names += [f"{path}.weight", f"{path}{_LAYER}weight"]
+    own = getattr(embedding, "weight", None)
+    if not isinstance(own, Tensor) or id(own) not in tables:
+        return
+    rows = len(own)
+    for file in files:
+        sizes = {key: next((file.shapes[n][0] for n in names if n in file.shapes), 0) for key, names in tables.items()}
+        if sizes[id(own)] <= rows:
+            continue
+        rows = sizes[id(own)]
+        if set(sizes.values()) != {rows}:
+            what = f"{rows} tokens in the file and {len(own)} in the base, and the new ones have no rows of the output"
+            raise PeftfxError(what, str(file.path), "save it in peft with save_embedding_layers=True")
+    if rows > len(own):
+        base.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
 
 
 def _base_name(key: str, own: Mapping[str, Tensor], adapted: set[str]) -> str | None:
