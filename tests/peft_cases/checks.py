@@ -1,0 +1,216 @@
+"""HF PEFT's cases, each run here and there: what has to be equal, and what is said where it is not.
+
+A case is a small model, a method and its options; both sides have the same random adapter. What both give is compared
+at sizes other than the example's: forward; merged in place; saved here and loaded there, and the other way round;
+exported, in ONNX Runtime; and the gradient of each tensor of the adapter, in training, dropout included.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import peft
+import torch
+from peft_cases.models import MODELS
+from peft_cases.peft_is_wrong import Mend, mend_of
+from safetensors.torch import load_file
+from support.parity import changed, farthest, outputs, randomise
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.errors import PeftfxError
+from peftfx.export import OnnxModel
+from peftfx.model.adapted import AdaptedModel
+from peftfx.rules.peft_files import WEIGHTS
+
+TOLERANCE = 1e-5  #: what may differ, relative to the largest value
+CHECKS = ("forward", "merged", "PEFT reads ours", "saved again", "ONNX Runtime", "gradients")
+_ROWS = json.loads((Path(__file__).parent / "cases.json").read_text(encoding="utf-8"))
+ELSEWHERE: Mapping[str, int] = _ROWS["elsewhere"]  #: how many rows each method has that is not here
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of HF PEFT's table: the method by its `peft_type`, a model of `models.py`, options of its config."""
+
+    method: str
+    model: str
+    options: Mapping[str, object]
+
+    def __str__(self) -> str:
+        return f"{self.method}/{self.model}/{self.shown}"
+
+    @property
+    def shown(self) -> str:
+        """The options in short."""
+        return " ".join(f"{name}={json.dumps(value)}" for name, value in self.options.items())
+
+    def config(self) -> peft.PeftConfig:
+        """HF PEFT's config."""
+        return peft.get_peft_config({"peft_type": self.method, **copy.deepcopy(dict(self.options))})
+
+
+@dataclass
+class Result:
+    """What each check came to: `equal`, `refused`, `PEFT stops` or `PEFT is wrong`, else what is wrong; and notes."""
+
+    checks: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def cases() -> list[Case]:
+    """HF PEFT's rows whose method is here."""
+    return [Case(*row) for row in _ROWS["here"]]
+
+
+def run(case: Case, made: Path) -> Result:
+    """Run a case, its files in an empty directory."""
+    bench, result = Bench(case, made), Result()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"peft\.")  # HF PEFT's own
+        for name, check in bench.checks().items():
+            result.checks[name], note = _said(bench, check)
+            result.notes |= {name: note} if note else {}
+    return result
+
+
+def _said(bench: Bench, check: Callable[[], float]) -> tuple[str, str]:
+    """What a check came to, and a note."""
+    bench.mend = None
+    try:
+        error = check()
+        if error <= TOLERANCE:
+            return "equal", ""
+        bench.mend = mend_of(bench.case.options, bench.base)
+        if bench.mend is not None and check() <= TOLERANCE:
+            return "PEFT is wrong", bench.mend.why
+        return "differs", f"{error:.1e} of the largest value"
+    except PeftfxError as refused:
+        return "refused", refused.what
+    except PeftStops as stops:
+        return "PEFT stops", str(stops)
+    except Exception as failed:  # of any kind: it is this case's result
+        return "fails", f"{type(failed).__name__}: {_first_line(failed)}"
+
+
+class PeftStops(Exception):
+    """HF PEFT raises an error."""
+
+
+class Bench:
+    """A case set up: the base, HF PEFT's model of it, and ours, read from what HF PEFT saved."""
+
+    def __init__(self, case: Case, made: Path) -> None:
+        self.case, self.made, self.built = case, made, MODELS[case.model]
+        self.base = self.built.module()
+        self.example, *self.calls = self.built.calls()
+        self.mend: Mend | None = None
+
+    def checks(self) -> Mapping[str, Callable[[], float]]:
+        """What is compared, by its name."""
+        found = (self.forward, self.merged, self.read_by_peft, self.saved_again, self.served, self.gradients)
+        return dict(zip(CHECKS, found, strict=True))
+
+    def theirs(self) -> nn.Module:
+        """HF PEFT's model, every adapter off its start, and saved."""
+        with peft_runs():
+            torch.manual_seed(2)
+            theirs = peft.get_peft_model(copy.deepcopy(self.base), self.case.config())
+            randomise(theirs)
+            theirs.save_pretrained(str(self.made / "theirs"))
+        return self._mended(theirs)
+
+    def _loaded(self, name: str) -> nn.Module:
+        """HF PEFT's model of what is in a directory."""
+        with peft_runs():
+            return self._mended(peft.PeftModel.from_pretrained(copy.deepcopy(self.base), str(self.made / name)))
+
+    def _mended(self, theirs: nn.Module) -> nn.Module:
+        if self.mend is not None:
+            self.mend.apply(theirs)
+        return theirs.eval()
+
+    def ours(self) -> AdaptedModel:
+        """The same adapter, read."""
+        self.theirs()
+        return peftfx.load(copy.deepcopy(self.base), self.made / "theirs", inputs=self.example).eval()
+
+    def forward(self) -> float:
+        """Ours against HF PEFT's."""
+        return self._apart(self.ours(), self.theirs())
+
+    def merged(self) -> float:
+        """Ours merged into a copy of the base against HF PEFT's forward."""
+        ours = self.ours()
+        assert ours.merge().sites
+        return self._apart(ours.remove(), self.theirs())
+
+    def read_by_peft(self) -> float:
+        """An adapter that we make and save, in HF PEFT, against ours."""
+        ours = peftfx.transform(copy.deepcopy(self.base), self.case.config(), inputs=self.example).eval()
+        randomise(ours)
+        ours.save_pretrained(self.made / "ours")
+        self.theirs()
+        _same_keys(*(load_file(self.made / name / WEIGHTS) for name in ("ours", "theirs")))
+        return self._apart(self._loaded("ours"), ours)
+
+    def saved_again(self) -> float:
+        """What we read from HF PEFT, saved again, in HF PEFT against the first."""
+        self.ours().save_pretrained(self.made / "again")
+        return self._apart(self._loaded("again"), self.theirs())
+
+    def served(self) -> float:
+        """ONNX Runtime on our export against HF PEFT."""
+        self.ours().export(self.made / "out", view="forward", force=True)
+        served, theirs = OnnxModel(self.made / "out"), self.theirs()
+        return max(farthest(served(**call), outputs(theirs, call), call) for call in self.calls)
+
+    def gradients(self) -> float:
+        """Ours against HF PEFT's, in training. Saved in the adapter's place, each has its tensor's name in a file."""
+        found = []
+        for model, name in ((self.ours(), "our gradients"), (self.theirs(), "their gradients")):
+            backward(model.train(), self.calls[0])
+            for p in (p for p in model.parameters() if p.requires_grad):
+                p.data = torch.zeros_like(p) if p.grad is None else p.grad
+            model.save_pretrained(str(self.made / name))  # type: ignore[operator]
+            found.append(load_file(self.made / name / WEIGHTS))
+        _same_keys(*found)
+        return farthest(*found, {})
+
+    def _apart(self, got: nn.Module, want: nn.Module) -> float:
+        plain = [outputs(self.base, call) for call in self.calls]
+        wanted = [outputs(want, call) for call in self.calls]
+        assert any(changed(a, b) for a, b in zip(wanted, plain, strict=True)), "the adapter changes nothing"
+        pairs = zip(self.calls, wanted, strict=True)
+        return max(farthest(outputs(got, call), expected, call) for call, expected in pairs)
+
+
+def backward(model: nn.Module, call: Mapping[str, Tensor]) -> None:
+    """Gradients of a sum in which each output has its own weight, the same dropout drawn each time."""
+    torch.manual_seed(5)
+    out = model(**call)
+    weights = torch.linspace(-3, 3, out.numel()).view_as(out).sin()
+    (out * weights).sum().backward()
+
+
+def _same_keys(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys(), f"in one file alone: {', '.join(sorted(ours.keys() ^ theirs.keys()))}"
+
+
+@contextmanager
+def peft_runs() -> Iterator[None]:
+    """Inside, an error is HF PEFT's."""
+    try:
+        yield
+    except Exception as error:  # of any kind
+        raise PeftStops(f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
