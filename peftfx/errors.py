@@ -1,4 +1,4 @@
-"""The one error a user of peftfx can cause: what is wrong, where, and what to do about it."""
+"""The one error a user of peftfx can cause, and the one warning: what is wrong, where, and what to do about it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ class PeftfxError(Exception):
         place = f" [{_cut(where, 2, 300)}]" if where else ""
         advice = f"\n  hint: {_cut(hint, 6, 600)}" if hint else ""
         super().__init__(f"{_cut(what, 16, 1300)}{place}{advice}")
+
+
+class PeftfxWarning(UserWarning):
+    """What a user has to know and decide on; the command line shows it too."""
 
 
 def _cut(text: str, lines: int, characters: int) -> str:
@@ -70,4 +74,4 @@ def warn(text: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "peftfx":
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
+    warnings.warn(text, PeftfxWarning, stacklevel=level)

@@ -11,7 +11,7 @@ import typer
 
 from peftfx.cli.signals import Terminated, orderly_end
 from peftfx.cli.words import check_slots, check_target, named_directories
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.options import (
     COMBINATIONS,
     QUANTIZATIONS,
@@ -317,11 +317,18 @@ class _quiet:
         standard.raiseExceptions = False  # what cannot be logged, with no memory left, is no traceback either
         standard.getLogger("torch._subclasses.fake_tensor").setLevel(standard.CRITICAL)  # of what it raises too
         warnings.filterwarnings("ignore")
+        warnings.simplefilter("always", PeftfxWarning)
+        warnings.showwarning = _show_warning
         logging.set_verbosity_error()
         logging.disable_progress_bar()
 
     def __exit__(self, *details: object) -> None:
         pass
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as a line of its own, without the place in the code."""
+    typer.echo(f"warning: {message}", err=True)
 
 
 def _print_report(report: object, output: Path) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError, nearest
@@ -217,6 +217,10 @@ class WeightMethod(Method):
     @abstractmethod
     def keys(self, site: Site) -> dict[str, str]:
         """For each parameter that is saved, its suffix in a HF PEFT checkpoint."""
+
+    def apart_from_peft(self, site: Site, module: nn.Module) -> str:
+        """Why HF PEFT computes something else at this module, for a warning; empty where it computes the same."""
+        return ""
 
     def written(self, p: Params) -> tuple[Self, dict[str, Tensor]]:
         """The method and parameters that a checkpoint gets, given the parameters and what is remembered here."""

@@ -18,10 +18,10 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype, row_index
-from peftfx.contract.common.low_rank import check_options
+from peftfx.contract.common.low_rank import check_options, padding_in_peft
 from peftfx.contract.method import Base, Method, Op, Params, WeightMethod
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
@@ -151,6 +151,9 @@ class AdaLoRA(WeightMethod):
             raise PeftfxError(what, site.path, hint)
         a = self._scaled(p).float()
         return Update(a=a.view(-1, *base.weight.shape[1:]), b=p[B].float())
+
+    def apart_from_peft(self, site: Site, module: nn.Module) -> str:
+        return padding_in_peft(module) if site.kind == "conv" else ""
 
     def _scaled(self, p: Params) -> Tensor:
         """`s diag(E) A`: the scale is applied where it is cheapest."""

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype, along_channels, along_rows, row_index
 from peftfx.contract.common.dora import gain, row_norms
@@ -35,7 +35,7 @@ from peftfx.contract.common.lora_init import (
     obstacle_of,
     starts_from_weight,
 )
-from peftfx.contract.common.low_rank import check_options, dense, product, summed, weighted_sum
+from peftfx.contract.common.low_rank import check_options, dense, padding_in_peft, product, summed, weighted_sum
 from peftfx.contract.method import Base, Method, Op, Params, Weighted, WeightMethod
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
@@ -230,6 +230,15 @@ class LoRA(WeightMethod):
             b = gains[:, None] * b
         bias = self._bias(base.bias, gains, q)
         return Update(outer=gains, a=joined[A], b=b, bias=None if bias is base.bias else bias)
+
+    def apart_from_peft(self, site: Site, module: nn.Module) -> str:
+        if site.kind != "conv":
+            return ""
+        if any(step != 1 for step in getattr(module, "dilation", ())):
+            return "its forward leaves the conv's dilation out, until it is merged"
+        if self.use_dora and site.groups > 1:
+            return "at a grouped conv DoRA divides by the norms of another matrix than the update"
+        return padding_in_peft(module)
 
     def written(self, p: Params) -> tuple[LoRA, dict[str, Tensor]]:
         """A random start cannot be made again: what is written is LoRA of twice the rank, with the start in it."""

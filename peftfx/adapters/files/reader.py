@@ -17,6 +17,7 @@ from peftfx.adapters.files.names import module_of, name_of, named_modules, overr
 from peftfx.adapters.files.prompts import read_prompt
 from peftfx.adapters.files.sizes import fit, without_memory
 from peftfx.adapters.files.torch_attention import path_in_file, times_in_use
+from peftfx.adapters.files.unlike_peft import warn_unlike_peft
 from peftfx.contract.method import Method
 from peftfx.contract.placement import Override, Placed, Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
@@ -53,6 +54,7 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         _refuse_conflict(adapter, other, folder)
         adapter.add(other)
     refuse_crowding(adapter.placed)
+    warn_unlike_peft(base, adapter.placements, str(directory))
     return adapter
 
 

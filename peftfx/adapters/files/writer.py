@@ -15,6 +15,7 @@ from peftfx.adapters.adapter import Adapter, shared_key, whole
 from peftfx.adapters.files.names import name_of, override_name
 from peftfx.adapters.files.prompts import Contents, written_prompt
 from peftfx.adapters.files.torch_attention import by_wrapper, other_projections, path_in_file, times_in_use
+from peftfx.adapters.files.unlike_peft import warn_unlike_peft
 from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.placement import Placed, Placement
 from peftfx.contract.sequence import SequenceMethod
@@ -36,6 +37,7 @@ def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: P
         raise PeftfxError("an adapter and a rule of another would have this one folder", min(both), hint)
     for name, rules in contents.items():
         target = directory if name == "default" or len(adapters) == 1 else directory / name
+        warn_unlike_peft(base, adapters[name].placements, str(target))
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
             _write(target, rules)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
@@ -20,6 +20,14 @@ def check_options(method: Method, lora_dropout: float, bias: str) -> None:
         raise PeftfxError(what, "lora_dropout", f"{type(method).__name__}(lora_dropout=0.05)")
     if bias not in ("none", "all", "lora_only"):
         raise PeftfxError(f"unknown choice {bias!r}", "bias", "one of 'none', 'all', 'lora_only'")
+
+
+def padding_in_peft(module: nn.Module) -> str:
+    """Why HF PEFT pads an adapter's input in another way than a conv pads its own; empty where it does not."""
+    how, padding = getattr(module, "padding_mode", "zeros"), getattr(module, "padding", 0)
+    if how == "zeros" or padding == "valid" or not any(padding if isinstance(padding, tuple) else (padding,)):
+        return ""
+    return f"its forward pads with zeros where the conv pads by {how!r}, until it is merged"
 
 
 def product(site: Site, a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,24 @@
+"""Where an adapter's outputs are not those that HF PEFT computes: it is said when its files are read or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from peftfx.contract.method import WeightMethod
+from peftfx.contract.placement import Placement
+from peftfx.errors import warn
+
+
+def warn_unlike_peft(base: nn.Module, placements: Iterable[Placement], where: str) -> None:
+    """Name the modules at which HF PEFT computes something else, and why."""
+    found: dict[str, list[str]] = {}
+    for placement in placements:
+        if isinstance(placement.method, WeightMethod):
+            why = placement.method.apart_from_peft(placement.site, base.get_submodule(placement.site.path))
+            found.setdefault(why, []).append(placement.site.path)
+    for why, paths in found.items():
+        if why:
+            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            warn(f"{where}: HF PEFT gives other outputs at {', '.join(paths[:3])}{more}: {why}")

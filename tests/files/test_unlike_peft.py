@@ -1,0 +1,66 @@
+"""Where HF PEFT computes something else than peftfx, a warning says so when files are read and written."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from support.adapted import CONVS, Convs, randomise
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.errors import PeftfxWarning
+
+X = torch.randn(2, 8, 12, 10)
+REASONS = {
+    "grouped": ("grouped conv", {"use_dora": True}),
+    "dilated": ("dilation", {}),
+    "reflected": ("pads with zeros", {}),
+}
+
+
+class Alone(nn.Module):
+    """One of the convolutions of `Convs`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, getattr(Convs(), name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_submodule(self.name)(x)
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_a_conv_that_peft_computes_otherwise_is_named_on_reading_and_on_writing(name: str, tmp_path: Path) -> None:
+    said, options = REASONS[name]
+    torch.manual_seed(0)
+    base = Alone(name).eval()
+    x = torch.randn(2, base.get_submodule(name).in_channels, 12, 10)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=[name], **options)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    with pytest.warns(PeftfxWarning, match=f"HF PEFT gives other outputs at {name}: .*{said}") as caught:
+        ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs", inputs={"x": x})
+    assert caught[0].filename == __file__, "the warning points at the caller's line"
+    with pytest.warns(PeftfxWarning, match=f"ours: .* {name}: .*{said}"):
+        ours.save_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        apart = (ours(x) - theirs(x)).abs().max() / theirs(x).abs().max()
+        assert apart > 1e-3, "peft computes the same: there is nothing to say"
+        if name != "grouped":  # peft cannot merge it
+            torch.testing.assert_close(theirs.merge_and_unload()(x), ours(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_nothing_is_said_where_peft_computes_the_same(options: dict[str, object], tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, stride=2), nn.Conv2d(8, 4, 3, padding_mode="circular"))
+    ours = peftfx.transform(base, peftfx.LoRA(r=4, target_modules=["0", "1"], **options), inputs={"input": X[:, :4]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftfxWarning)
+        ours.save_pretrained(tmp_path)
+        peftfx.load(base, tmp_path, inputs={"input": X[:, :4]})
