@@ -14,9 +14,11 @@ from peftfx.errors import warn
 def warn_unlike_peft(base: nn.Module, placements: Iterable[Placement], where: str) -> None:
     """Name the modules at which HF PEFT computes something else, and why."""
     found: dict[str, list[str]] = {}
+    modules = dict(base.named_modules(remove_duplicate=False))
     for placement in placements:
-        if isinstance(placement.method, WeightMethod):
-            why = placement.method.apart_from_peft(placement.site, base.get_submodule(placement.site.path))
+        module = modules.get(placement.site.path)
+        if module is not None and isinstance(placement.method, WeightMethod):
+            why = placement.method.apart_from_peft(placement.site, module)
             found.setdefault(why, []).append(placement.site.path)
     for why, paths in found.items():
         if why:
