@@ -89,7 +89,7 @@ def _said(bench: Bench, check: Callable[[], float]) -> tuple[str, str]:
         if error <= TOLERANCE:
             return "equal", ""
         bench.mend = mend_of(bench.case.options, bench.base)
-        if bench.mend is not None and _with_a_word(check) <= TOLERANCE:
+        if bench.mend is not None and _told(check, bench.mend) <= TOLERANCE:
             return "PEFT is wrong", bench.mend.why
         return "differs", f"{error:.1e} of the largest value"
     except PeftfxError as refused:
@@ -100,11 +100,11 @@ def _said(bench: Bench, check: Callable[[], float]) -> tuple[str, str]:
         return "fails", f"{type(failed).__name__}: {_first_line(failed)}"
 
 
-def _with_a_word(check: Callable[[], float]) -> float:
-    """A check whose files are told to mean something else to HF PEFT: where it is wrong, a user is warned."""
+def _told(check: Callable[[], float], mend: Mend) -> float:
+    """A check with HF PEFT mended. Where its outputs are others, a user has to be warned."""
     with warnings.catch_warnings(record=True, action="always") as said:
         error = check()
-    assert any(issubclass(warning.category, PeftfxWarning) for warning in said), "nobody is told"
+    assert not mend.told or any(issubclass(warning.category, PeftfxWarning) for warning in said), "nobody is told"
     return error
 
 
@@ -181,16 +181,23 @@ class Bench:
         return max(farthest(served(**call), given(theirs, call), call) for call in self.calls)
 
     def gradients(self) -> float:
-        """Ours against HF PEFT's, in training. Saved in the adapter's place, each has its tensor's name in a file."""
-        found = []
-        for model, name in ((self.ours(), "our gradients"), (self.theirs(), "their gradients")):
-            backward(model.train(), self.calls[0])
-            for p in (p for p in model.parameters() if p.requires_grad):
-                p.data = torch.zeros_like(p) if p.grad is None else p.grad
-            model.save_pretrained(str(self.made / name))  # type: ignore[operator]
-            found.append(load_file(self.made / name / WEIGHTS))
-        _same_keys(*found)
-        return farthest(*found, {})
+        """Ours against HF PEFT's, in training: by the names that their tensors have in a file."""
+        ours, theirs = (backward(model.train(), self.calls[0]) for model in (self.ours(), self.theirs()))
+        found, wanted = self._in_file(ours, lambda p: p.grad), self._in_file(theirs, lambda p: p.grad)
+        _same_keys(found, wanted)
+        # A file may have a multiple of what acts here; by the chain rule its gradient has the multiple's inverse.
+        units = self._in_file(ours, torch.ones_like)
+        return farthest({name: value / units[name] ** 2 for name, value in found.items()}, wanted, {})
+
+    def _in_file(self, model: nn.Module, value: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
+        """What is saved of a model whose trained parameters are replaced, each by a value of its own."""
+        copied = copy.deepcopy(model)
+        for p, other in zip(copied.parameters(), model.parameters(), strict=True):
+            if p.requires_grad:
+                found = value(other)
+                p.data = torch.zeros_like(p) if found is None else found
+        copied.save_pretrained(str(self.made / "values"))  # type: ignore[operator]
+        return load_file(self.made / "values" / WEIGHTS)
 
     def _apart(self, got: nn.Module, want: nn.Module) -> float:
         wanted = [given(want, call) for call in self.calls]
@@ -207,12 +214,16 @@ def given(model: nn.Module, call: dict[str, Tensor]) -> dict[str, Tensor]:
         return outputs(model, call)
 
 
-def backward(model: nn.Module, call: Mapping[str, Tensor]) -> None:
-    """Gradients of a sum in which each output has its own weight, the same dropout drawn each time."""
+def backward(model: nn.Module, call: Mapping[str, Tensor]) -> nn.Module:
+    """The model with gradients of a sum in which each output has its own weight, the same dropout drawn each time."""
     torch.manual_seed(5)
-    out = model(**call)
-    weights = torch.linspace(-3, 3, out.numel()).view_as(out).sin()
-    (out * weights).sum().backward()
+    weighed(model(**call)).backward()
+    return model
+
+
+def weighed(out: Tensor) -> Tensor:
+    """The sum."""
+    return (out * torch.linspace(-3, 3, out.numel(), dtype=out.dtype).view_as(out).sin()).sum()
 
 
 def _same_keys(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:

@@ -18,16 +18,19 @@ CONVS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 @dataclass(frozen=True)
 class Mend:
-    """What is mended in HF PEFT's model, in place, and why."""
+    """What is mended in HF PEFT's model, in place, and why; `told`: a user is warned, for outputs are others."""
 
     apply: Callable[[nn.Module], None]
     why: str
+    told: bool = True
 
 
 def mend_of(options: Mapping[str, object], model: nn.Module) -> Mend | None:
     """The mend of a case, by its options and its model."""
     grouped = any(getattr(module, "groups", 1) > 1 for module in model.modules())
-    return GROUPED_DORA if options.get("use_dora") and grouped else None
+    if options.get("use_dora") and grouped:
+        return GROUPED_DORA
+    return HALF_OF_IT if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()) else None
 
 
 def _norms_of_what_is_computed(theirs: nn.Module) -> None:
@@ -66,4 +69,19 @@ GROUPED_DORA = Mend(
     "reshapes it to [out / g, r] and multiplies it by A, [r, in * kernel]: rows of that product mix outputs, and it is "
     "not the update that `lora_B(lora_A(x))` computes. With the norms of that update, whose kernel is read from HF "
     "PEFT's own layers by single ones as inputs, HF PEFT's own formula gives our numbers.",
+)
+
+
+def _whole_gradient(theirs: nn.Module) -> None:
+    for name, parameter in theirs.named_parameters():
+        if ".out_proj.lora_" in name:
+            parameter.register_hook(lambda gradient: 2 * gradient)
+
+
+HALF_OF_IT = Mend(
+    _whole_gradient,
+    "HF PEFT adds the update of an attention's output projection twice, and differentiates one of the two: its "
+    "gradient there is half of what its own loss changes by (central differences in float64: "
+    "`test_pefts_gradient_at_an_attentions_output_is_half_of_what_its_loss_changes_by`). Twice that is our gradient.",
+    told=False,
 )

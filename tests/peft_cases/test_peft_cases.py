@@ -6,7 +6,8 @@ from pathlib import Path
 
 import peft
 import pytest
-from peft_cases.checks import CHECKS, ELSEWHERE, Case, cases, run
+import torch
+from peft_cases.checks import CHECKS, ELSEWHERE, Bench, Case, backward, cases, run, weighed
 from peft_cases_page import PAGE, SAID, statuses
 
 from peftfx.methods import methods
@@ -18,6 +19,7 @@ QUICK = frozenset(
         'LORA/embedding and Conv1D/target_modules=["conv1d"] trainable_token_indices={"emb": [0, 10]}',
         'LORA/conv2d of 2 groups/target_modules=["conv2d"] use_dora=true',
         'LORA/MLP/target_modules=["lin0"] r=4 kasa_config={}',
+        'LORA/attention/target_modules=["mha", "lin0"]',
         'IA3/conv2d/target_modules=["conv2d", "lin0"] feedforward_modules=["conv2d"]',
         'ADALORA/conv2d/target_modules=["conv2d", "lin0"] init_lora_weights=false total_step=1',
         'VERA/MLP/target_modules=["lin0"] modules_to_save=["lin1"]',
@@ -25,8 +27,6 @@ QUICK = frozenset(
         'TRAINABLE_TOKENS/embedding and Conv1D/target_modules=["emb"] token_indices=[0, 1, 3] init_weights=false',
     }
 )
-#: A `nn.MultiheadAttention` runs without being a site.
-WRONG = frozenset({'LORA/attention/target_modules=["mha"]', 'LORA/attention/target_modules=["mha", "lin0"]'})
 WHOLE = (pytest.mark.peft_cases, pytest.mark.slow)
 PAGE_SAYS = statuses(PAGE.read_text(encoding="utf-8"))
 
@@ -42,7 +42,7 @@ def test_a_case_is_what_the_page_says(case: Case, tmp_path: Path) -> None:
 def test_the_page_has_all_of_pefts_table_and_nothing_on_it_is_wrong() -> None:
     assert PAGE_SAYS.keys() == {str(case) for case in cases()} >= QUICK
     wrong = {case for case, checks in PAGE_SAYS.items() if not set(checks.values()) <= set(SAID)}
-    assert wrong == WRONG
+    assert not wrong
     assert len(cases()) + sum(ELSEWHERE.values()) == 331
 
 
@@ -50,3 +50,20 @@ def test_a_method_is_counted_as_missing_only_while_it_is() -> None:
     assert ELSEWHERE.keys() <= {kind.value for kind in peft.PeftType} - methods().keys()
     assert {case.method for case in cases()} <= methods().keys()
     assert all(checks.keys() == set(CHECKS) for checks in PAGE_SAYS.values())
+
+
+def test_pefts_gradient_at_an_attentions_output_is_half_of_what_its_loss_changes_by(tmp_path: Path) -> None:
+    bench = Bench(Case("LORA", "attention", {"target_modules": ["mha"]}), tmp_path)
+    theirs, x = bench.theirs().double(), bench.calls[0]["x"].double()
+    backward(theirs, {"x": x})
+    factors = {}
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            step, losses = 1e-5 * torch.randn(parameter.shape, dtype=torch.float64), []
+            with torch.no_grad():
+                for sign in (1, -2, 1):  # ahead, behind, back
+                    parameter.add_(sign * step)
+                    losses.append(weighed(theirs(x)).item())
+            factors[name] = (losses[0] - losses[1]) / 2 / (parameter.grad * step).sum().item()
+    assert factors == {name: pytest.approx(2 if ".out_proj." in name else 1, rel=1e-5) for name in factors}
+    assert len(factors) == 4
