@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -80,6 +81,8 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
     _refuse_new_biases(base, merged)
     for folding in folded.values():  # computed twice: a merge that fails halfway could not be undone
         _refuse_infinite(folding.site, folding.evaluate(merged.get))
+    trained = {override.module for adapter in adapters for override in adapter.overrides if override.module}
+    _part(base, {f.site.path for f in folded.values()} | trained, [site.path for site in merged.sites])
     sharing = _names_by_tensor(base)
     everywhere = {name: names for names in sharing.values() for name in names}
     groups: dict[str, list[Folding]] = {}
@@ -138,6 +141,42 @@ def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:
         if leaf not in module._parameters:
             hint = "leave it out of the rule, set lora_bias=False, or export: the graph can hold the bias"
             raise PeftfxError("this module has no place for the merged bias", derived.folding.site.path, hint)
+
+
+def _part(base: nn.Module, changed: Iterable[str], called: Sequence[str]) -> None:
+    """Give each module that changes an object of its own, where it is called by another path too.
+
+    Under the other path it stays what it is, or changes in another way.
+    """
+    names: dict[int, list[str]] = {}
+    for path in (p for p in called if _has(base, p)):
+        names.setdefault(id(base.get_submodule(path)), []).append(path)
+    for path in sorted(p for p in changed if _has(base, p)):
+        for twin in names.get(id(base.get_submodule(path)), ()):
+            if twin != path:
+                _part_from(base, path.split("."), twin.split("."))
+
+
+def _part_from(base: nn.Module, path: Sequence[str], twin: Sequence[str]) -> None:
+    """Copy the modules along a path from the first that is along the other too, behind what the paths begin with."""
+    apart = next((i for i, (a, b) in enumerate(zip(path, twin, strict=False)) if a != b), min(len(path), len(twin)))
+    others = {id(base.get_submodule(".".join(twin[: i + 1]))) for i in range(apart, len(twin))}
+    node, own = base, False
+    for i, name in enumerate(path):
+        child = node.get_submodule(name)
+        own = own or (i >= apart and id(child) in others)
+        if own:
+            child = _shallow(child)
+            node._modules[name] = child
+        node = child
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A module of its own with the same tensors and the same modules in it."""
+    copied = copy.copy(module)
+    for held in ("_parameters", "_buffers", "_modules"):
+        object.__setattr__(copied, held, dict(getattr(module, held)))
+    return copied
 
 
 def _names_by_tensor(base: nn.Module) -> dict[int, list[str]]:
