@@ -88,7 +88,9 @@ class TestCall:
     def test_sizes_do_not_capture_again_and_an_image_of_another_size_does(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        adapted = peftfx.transform(ZOO["segformer"].build(), LoRA(target="all-linear"))
+        model = ZOO["segformer"].build()
+        model(torch.randn(1, 3, 32, 32))  # its first call installs transformers' own hooks, which are read
+        adapted = peftfx.transform(model, LoRA(target="all-linear"))
         with captures(monkeypatch) as made:
             for batch, size in ((1, 32), (3, 32), (2, 64), (1, 64)):
                 pixels = torch.randn(batch, 3, size, size)
