@@ -186,7 +186,9 @@ class Bench:
         found, wanted = self._in_file(ours, lambda p: p.grad), self._in_file(theirs, lambda p: p.grad)
         _same_keys(found, wanted)
         # A file may have a multiple of what acts here; by the chain rule its gradient has the multiple's inverse.
-        units = self._in_file(ours, torch.ones_like)
+        ones, zeros = self._in_file(ours, torch.ones_like), self._in_file(ours, torch.zeros_like)
+        units = {name: ones[name] - zeros[name] for name in found}  # 0 for what is saved and not trained
+        units = {name: torch.where(unit == 0, 1, unit) for name, unit in units.items()}
         return farthest({name: value / units[name] ** 2 for name, value in found.items()}, wanted, {})
 
     def _in_file(self, model: nn.Module, value: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
