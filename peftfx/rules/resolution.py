@@ -34,7 +34,8 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     if method.obstacle is not None:
         raise method.obstacle
     saved = saved_modules(base, method)
-    _refuse_unsaved(base, method, saved)
+    if error := no_module_to_save(base, method, saved):
+        raise error
     if isinstance(method, SequenceMethod):
         own = [prompt_placement(method, base, sites)]
     else:
@@ -164,11 +165,13 @@ def saved_modules(base: nn.Module, method: Method) -> tuple[str, ...]:
     return tuple(p for p in found if not any(p.startswith(f"{q}.") for q in found))
 
 
-def _refuse_unsaved(base: nn.Module, method: Method, saved: Sequence[str]) -> None:
+def no_module_to_save(base: nn.Module, method: Method, saved: Sequence[str]) -> PeftfxError | None:
+    """That `modules_to_save` names no module of this base, where that is so."""
     names = tuple(method.modules_to_save or ())
-    if names and not saved:
-        ends = sorted({path.rpartition(".")[2] for path, _ in base.named_modules() if path})
-        raise PeftfxError(f"no module is named {' or '.join(names)}", "modules_to_save", nearest(names[0], ends))
+    if not names or saved:
+        return None
+    ends = sorted({path.rpartition(".")[2] for path, _ in base.named_modules() if path})
+    return PeftfxError(f"no module is named {' or '.join(names)}", "modules_to_save", nearest(names[0], ends))
 
 
 def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: Iterable[Site]) -> list[Override]:

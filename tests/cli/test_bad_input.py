@@ -95,10 +95,6 @@ DAMAGES: Mapping[str, tuple[Damage, tuple[str, ...]]] = {
         lambda b, a: change(a, task_type="SEQ_CLASS"),
         ("task type 'SEQ_CLASS'", "'SEQ_CLS'"),
     ),
-    "no such module to save": (
-        lambda b, a: change(a, modules_to_save=["clasifier"]),
-        ("clasifier", "did you mean 'classifier'"),
-    ),
 }
 
 
@@ -112,6 +108,20 @@ def test_bad_input_is_one_message(name: str, inputs: Inputs, peftfx: Callable[..
     before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
     assert_refused(peftfx("export", "--base", base, "--adapter", adapter, "--output", output), *texts)
     assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
+
+
+def test_a_module_to_save_that_the_base_does_not_have_is_told(
+    inputs: Inputs, peftfx: Callable[..., Result], tmp_path: Path
+) -> None:
+    """HF PEFT passes over it, and loads the file's head by its name."""
+    shutil.copytree(inputs.lora, tmp_path / "adapter")
+    change(tmp_path / "adapter", modules_to_save=["clasifier"])
+    words = ("export", "--base", inputs.classifier, "--adapter", tmp_path / "adapter")
+    result = peftfx(*words, "--output", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert "warning: " in result.err
+    assert "no module is named clasifier" in result.err
+    assert "did you mean 'classifier'" in result.err
 
 
 def test_a_target_that_matches_nothing(inputs: Inputs, peftfx: Callable[..., Result], tmp_path: Path) -> None:

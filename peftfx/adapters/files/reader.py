@@ -25,6 +25,7 @@ from peftfx.errors import PeftfxError, warn
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.rules.resolution import (
     is_inside,
+    no_module_to_save,
     overrides_of,
     placement_at,
     placements_of,
@@ -90,6 +91,8 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
     placements = without_ties(placements)
     saved = saved_modules(base, method)
+    if idle_name := no_module_to_save(base, method, saved):  # HF PEFT passes over it, and its files may be whole
+        warn(f"{directory}: {idle_name}")
     overrides = overrides_of(base, method, saved, [p.site for p in placements])
     names = set(weights.names)
     overrides += replaced_weights(base, weights, placements, overrides)
