@@ -193,12 +193,12 @@ def _shared(adapter: Adapter, method: Method, weights: Weights) -> dict[str, str
     return wanted
 
 
-def _refuse_unknown_share(adapter: Adapter, method: Method, inert: Collection[str], where: Path) -> None:
+def _refuse_unknown_share(adapter: Adapter, method: Method, idle: Collection[str], where: Path) -> None:
     """What places share depends on all of them: if some do not run here, it cannot be made again."""
     unsaved = adapter.shared(0).keys() - method.shared_keys().keys()
-    if unsaved and inert:
+    if unsaved and idle:
         what = f"{', '.join(sorted(unsaved))} are not in the file, and depend on modules that this model never runs"
-        raise PeftfxError(what, f"{where}: {min(inert)}", "save the adapter with them in the file")
+        raise PeftfxError(what, f"{where}: {min(idle)}", "save the adapter with them in the file")
 
 
 def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:
