@@ -89,12 +89,16 @@ class Trial:
         return max((math.prod(shape) for shape in shapes), default=1)
 
     def whole(self, sizes: Sized) -> dict[str, int]:
-        """A size for each axis, given some."""
+        """A size for each axis, given some: the usual ones, or 1 where such a call is too large to be tried."""
+        found = self._whole(sizes, self.usual)
+        return found if self.affords(found) else self._whole(sizes, dict.fromkeys(self.usual, 1))
+
+    def _whole(self, sizes: Sized, others: Sized) -> dict[str, int]:
         found = dict(sizes)
         for condition in self.graph.conditions:
             if condition.relation:
-                found |= _related(condition, {**self.usual, **found}, found)
-        return {**self.usual, **found}
+                found |= _related(condition, {**others, **found}, found)
+        return {**others, **found}
 
     def reach(self, condition: Condition, sizes: Sized) -> Case | None:
         """Inputs of these sizes, for which a condition does not hold; nothing if no such call can be made."""

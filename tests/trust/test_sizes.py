@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.errors import PeftfxError
 from peftfx.export.onnx_directory import export_onnx
+from peftfx.export.verification import sizes
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.capture import capture
 
@@ -148,6 +149,13 @@ def test_transformers_own_guards_are_not_refused(name: str, tmp_path: Path) -> N
     shapes = [shapes["input_ids"] for shapes in report.probes]
     assert [1, 1] in shapes
     assert ([2, 64] in shapes) == (name == "bert")
+
+
+def test_of_a_large_model_the_smallest_call_is_tried_on_the_other_side(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sizes, "MOST_WORK", 0)  # as little as is tried of any model
+    assert export_onnx(ZOO["llama"].build(), tmp_path / "out", view="decode").sizes == []
 
 
 @pytest.mark.parametrize("shape", [(9, 10), (18, 5)])
