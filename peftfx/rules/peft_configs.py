@@ -13,9 +13,6 @@ from peftfx.contract.method import Method
 from peftfx.rules.peft_files import RECORDS, method_from_config
 from peftfx.sites.expression import ALL_LINEAR
 
-_TABLED = {"target_modules": "TARGET", "feedforward_modules": "FEEDFORWARD"}
-"""Options that HF PEFT has tables for, and the word that tells them apart in the tables' names."""
-
 
 def is_peft_config(rule: object) -> bool:
     """Whether a rule is an object as HF PEFT's configs are."""
