@@ -20,7 +20,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.parts import Part, capture_parts, refuse_fixed, views_of
 from peftfx.export.slots.row_stacks import stacked, told
-from peftfx.export.verification.comparison import Reference, reference_of
+from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
 from peftfx.export.verification.eager_reference import EagerReference, no_oracle
 from peftfx.export.verification.oracle import Oracle, measured_of, named_in
 from peftfx.export.verification.probes import probes, view_cases
@@ -89,6 +89,11 @@ class Batched(Deployment):
             else:
                 specs = [s for s in part.graph.inputs if s.name != IDS]
                 cases = probes(adapted, specs, example, EagerReference(adapted, None, example), part.sizes)
+        if part.view is None or part.seen is None:
+            cases = [case for case in cases if self._takes(adapted, case, example)]
+        if not cases:
+            what = "the model's own code takes no call under each of the adapters, of any size that was tried"
+            raise PeftfxError(what, ", ".join(self.adapters), "leave out adapters that do not run on this base")
         cases = with_ids(cases, len(self.adapters))
         told = "each row alone with its adapter, by the model's own code with the adapter on its modules"
         for name in self.adapters:
@@ -96,6 +101,18 @@ class Batched(Deployment):
             why = no_oracle(adapted)
             told = f"each row alone with its adapter, by its graph: {why}" if why else told
         return Oracle(each_alone(adapted, part, self.adapters, example), cases, measured_of(adapted, cases), told)
+
+    def _takes(self, adapted: AdaptedModel, case: dict[str, Tensor], example: Inputs) -> bool:
+        """Whether the model takes a call under each adapter: its longest text has no room for virtual tokens."""
+        try:
+            for name in self.adapters:
+                adapted.set_adapter(name)
+                EagerReference(adapted, None, example)(case)
+        except VerificationError:
+            raise
+        except Exception:  # whatever the model's code raises for a size it does not take
+            return False
+        return True
 
     def sizes(self, adapted: AdaptedModel, part: Part, example: Inputs, allow_fixed: bool) -> Sizes:
         """Where the model without adapters is right."""

@@ -125,12 +125,18 @@ class Swappable(Deployment):
         own = {slot.name for slot in part.slots}
         given = probes(adapted, [s for s in part.graph.inputs if s.name not in own], example, sizes=part.sizes)
         cases = filled(given, part.slots)
-        neutral = {slot.name: neutral_of(slot) for slot in part.slots}
-        for call, case in zip(given, cases, strict=True) if part.places else ():
+        if not part.places:
+            return cases
+        neutral, held = {slot.name: neutral_of(slot) for slot in part.slots}, []
+        for call, case in zip(given, cases, strict=True):
             rows = {place.what: case[place.what] for place in part.places}
             inputs = {**neutral, **call, **rows}
-            hold_forward(adapted.base, part.graph, part.places, inputs, nested(call, example))
-        return cases
+            if hold_forward(adapted.base, part.graph, part.places, inputs, nested(call, example)):
+                held.append(case)
+        if not held:
+            what = "the model's own code takes no call with virtual tokens, of any size that was tried"
+            raise PeftfxError(what, type(adapted.base).__name__, "export without them: --no-prefix")
+        return held
 
     def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
         """Tell which slots there are, too, and of which base the model is."""

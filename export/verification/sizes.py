@@ -79,6 +79,16 @@ class Trial:
     usual: Sized
     parameters: int
 
+    def is_of_images(self, condition: Condition) -> bool:
+        """Whether a condition is on the sizes of images alone: a model is made for one, and which it is can be said."""
+        images = [spec.shape[2:] for spec in self.graph.inputs if len(spec.shape) > 3 and spec.dtype.is_floating_point]
+        return bool(condition.axes) and set(condition.axes) <= {axis for shape in images for axis in shape}
+
+    def tells(self, condition: Condition, sizes: Sized) -> bool:
+        """Whether a wrong answer at these sizes says something of this condition: those of other axes hold there."""
+        others = (c for c in self.graph.conditions if not c.relation and not set(c.axes) & set(condition.axes))
+        return all(other.met(sizes) for other in others)
+
     def affords(self, sizes: Sized) -> bool:
         """Whether a call of these sizes may be tried."""
         most = max(LEAST_ROWS, min(MOST_ROWS, MOST_WORK // max(1, self.parameters)))
@@ -89,9 +99,9 @@ class Trial:
         return max((math.prod(shape) for shape in shapes), default=1)
 
     def whole(self, sizes: Sized) -> dict[str, int]:
-        """A size for each axis, given some: the usual ones, or 1 where such a call is too large to be tried."""
+        """A size for each axis, given some: the usual ones, or 2 where such a call is too large to be tried."""
         found = self._whole(sizes, self.usual)
-        return found if self.affords(found) else self._whole(sizes, dict.fromkeys(self.usual, 1))
+        return found if self.affords(found) else self._whole(sizes, dict.fromkeys(self.usual, 2))
 
     def _whole(self, sizes: Sized, others: Sized) -> dict[str, int]:
         found = dict(sizes)
@@ -127,7 +137,8 @@ class Trial:
 def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
     """Try every condition of a graph on its other side: does the model take such sizes, and is the graph right there?
 
-    A condition that makes no difference is none. One that splits the sizes that the model takes is refused.
+    A condition that makes no difference is none. One that splits the sizes that the model takes is refused, but for the
+    sizes of images, where it is said.
 
     Raises:
         PeftfxError: the graph is right on one side of a branch in the model's code, and the model takes the other;
@@ -141,7 +152,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
             continue
         around = [trial.whole(sizes) for sizes in condition.tried()]
         beyond = [sizes for sizes in around if not condition.met(sizes)]
-        tried = [sizes for sizes in beyond if trial.affords(sizes)][:TRIALS]
+        tried = [sizes for sizes in beyond if trial.affords(sizes) and trial.tells(condition, sizes)][:TRIALS]
         answers = []
         for sizes in tried:
             key, case = tuple(sorted(sizes.items())), trial.reach(condition, sizes)
@@ -149,7 +160,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
                 known[key] = trial.answer(case)
             answers.append(_UNREACHED if case is None else known[key])
         why = _verdict(answers)
-        if why == BRANCHES and not allow_fixed:
+        if why == BRANCHES and not allow_fixed and not trial.is_of_images(condition):
             hint = (
                 "export with inputs=... of the sizes you will serve and --allow-fixed (allow_fixed=True), or rewrite it"
             )

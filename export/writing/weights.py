@@ -86,7 +86,9 @@ def save_together(
             _write(places, path, written or (lambda done, total: None), infinite)
         for value in _inline(models.values(), external_threshold):
             assert value.const_value is not None
-            refuse_infinite(value, torch.from_numpy(value.const_value.numpy().copy()), infinite)
+            read = value.const_value.numpy()
+            refuse_infinite(value, torch.from_numpy(read.copy()), infinite)
+            value.const_value = ir.Tensor(read, dtype=value.const_value.dtype, name=value.const_value.name)
         with _external(places, data, path.parent):
             for name, model in models.items():
                 if _inline_size(model) > _LIMIT:

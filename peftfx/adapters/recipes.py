@@ -30,14 +30,20 @@ class Step:
         """The weight and bias after this step, of what they were at the start and are now."""
         p = {name: get(target).float() for name, target in self.params.items()}
         if self.block is None:
-            return self.method.fold_over(self.site, start, base, p)
+            return self._over(start, base, p)
         now = self._rows(base)
         bias = now.bias
-        new = self.method.fold_over(self.site, now if start is base else self._rows(start), now, p)
+        new = self._over(now if start is base else self._rows(start), now, p)
         whole = base.bias
         if new.bias is not bias and new.bias is not None:
             whole = self.block.put(base.weight.new_zeros(base.weight.shape[0]) if whole is None else whole, new.bias, 0)
         return Base(self.block.put(base.weight, new.weight, 0), whole)
+
+    def _over(self, start: Base, now: Base, p: Mapping[str, Tensor]) -> Base:
+        """What the method makes of a weight, alone or over what acts there already."""
+        if start is now:
+            return self.method.fold(self.site, now, p)
+        return self.method.fold_over(self.site, start, now, p)
 
     def _rows(self, base: Base) -> Base:
         assert self.block is not None

@@ -161,6 +161,10 @@ class TestExport:
         assert "exists already" in refused.err
         assert "--force" in refused.err
         assert [p.name for p in output.iterdir()] == ["old.txt"]
+        refused = peftfx(*words, "--force")
+        assert refused.code == 2
+        assert "no export made what is there" in refused.err
+        (output / "peftfx_report.json").write_text("{}", encoding="utf-8")  # the mark of an export
         # The classifier has a pooler, and a head that this task does not need.
         done = peftfx(*words, "--force")
         assert done.code == 0, done.err

@@ -257,7 +257,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "a shard that the index does not name": (forget, ("model.embed_tokens.weight", "base")),
     "a corrupt index": (
         lambda b: (b / "model.safetensors.index.json").write_text('{"weight_map": '),
-        ("not an index", "model.safetensors.index.json"),
+        ("not valid JSON", "model.safetensors.index.json"),
     ),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,17 @@ _LAYER = ".base_layer."
 
 
 def replaced_weights(
-    base: nn.Module, weights: Weights, placements: Sequence[Placement], overrides: Iterable[Override]
+    base: nn.Module,
+    weights: Weights,
+    placements: Sequence[Placement],
+    overrides: Iterable[Override],
+    own_names: Collection[str] = (),
 ) -> list[Override]:
     """The base's tensors that a file has of its own, under their own names or as the `base_layer` of what adapts them.
 
     HF PEFT puts them in the base's place when it loads: after a vocabulary was resized its file has the embeddings.
     Those that are the base's own are taken off the file's list; the others act as the adapter's, and are not trained.
+    `own_names` are those that the method itself has under such names: BitFit's biases are its parameters.
 
     Raises:
         PeftfxError: tied tensors differ in the file, or tokens of a tensor are trained that the file has another of.
@@ -33,7 +38,7 @@ def replaced_weights(
     found: dict[int, tuple[str, Override]] = {}
     for key in list(weights.names):
         path = _base_name(key, own, adapted)
-        if path is None or path in trained:
+        if path is None or path in trained or key in own_names:
             continue
         if not _differs(weights, key, own[path]):
             weights.names.pop(key)

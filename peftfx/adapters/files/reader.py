@@ -95,7 +95,8 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         warn(f"{directory}: {idle_name}")
     overrides = overrides_of(base, method, saved, [p.site for p in placements])
     names = set(weights.names)
-    overrides += replaced_weights(base, weights, placements, overrides)
+    own_names = {name for placement in placements for name in _names(placement, base)}
+    overrides += replaced_weights(base, weights, placements, overrides, own_names)
     adapter = Adapter([Placed(method, tuple(placements), tuple(overrides))], config)
     with without_memory(not fit(placements, weights, base)):  # then it is refused below
         adapter.create(base, None)
