@@ -56,4 +56,4 @@ def _digest(tensor: Tensor) -> bytes:
 def _sampled(tensor: Tensor) -> bytes:
     flat = tensor.reshape(-1)
     some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu()
-    return some.float().numpy().tobytes()
+    return (some.real if some.is_complex() else some).float().numpy().tobytes()
