@@ -92,8 +92,8 @@ def _orthogonal(site: Site, a: Tensor, b: Tensor, rng: torch.Generator | None) -
         hint = "leave convs and embeddings out of this rule"
         raise PeftfxError(f"an orthogonal start is for linear weights, not for a {site.kind}", site.path, hint)
     r = a.shape[0]
-    if r % 2:
-        raise PeftfxError(f"an orthogonal start needs an even rank, and this is {r}", site.path, "choose an even r")
+    if error := obstacle_of("orthogonal", (r,)):
+        raise error
     rotation = torch.linalg.qr(torch.empty(r, r, device=a.device).normal_(generator=rng))[0]
     down, up = (torch.empty(n, r // 2, device=a.device).normal_(generator=rng) for n in (a.shape[1], b.shape[0]))
     a.copy_((down @ rotation[0::2]).T / 10)
