@@ -109,15 +109,11 @@ def _join_at(
     y = splicer.latest.get(anchor.name, anchor)
     query = splicer.latest.get(call.x, splicer.nodes[call.x])
     arguments = [query, y, *(splicer.latest.get(n.name, n) for n in projected), *params.values()]
-    plain = dataclasses.replace(heads, key="", value="", weight="", output="")
-    own, names = dataclasses.replace(site, path="", layer=None, calls=(), heads=plain), list(params)
+    own, names = anonymous(site), list(params)
 
     def attend(query: Tensor, y: Tensor, keys: Tensor, values: Tensor, *given: Tensor) -> Tensor:
         p = dict(zip(names, given, strict=True))
-        key, value = split_heads(keys, heads.key_rows, heads.kept), split_heads(values, heads.value_rows, heads.kept)
-        output = y.unflatten(-1, (heads.count, -1)).transpose(1, 2) if behind else unstack(y, heads)
-        new = method.attend(own, unstack(query, heads), output, key, value, p, splicer.graph.training)
-        return new.transpose(1, 2).reshape(y.shape) if behind else new.reshape(y.shape)
+        return attended(method, own, query, y, (keys, values), p, training=splicer.graph.training)
 
     given = [n.meta["val"] for n in arguments]
     traced = splicer.traced(("attend", method, own, behind, names), attend, given, method, site.path)
@@ -125,6 +121,36 @@ def _join_at(
     users = list(y.users)
     result = splicer.splice(traced, arguments, before=y.next, like=y, region=region)
     splicer.replace(y, result, users)
+
+
+def anonymous(site: Site) -> Site:
+    """An attention as its method sees it: without what tells it from others that are alike."""
+    assert site.heads is not None
+    heads = dataclasses.replace(site.heads, key="", value="", weight="", output="")
+    return dataclasses.replace(site, path="", layer=None, calls=(), heads=heads)
+
+
+def attended(
+    method: AttentionMethod,
+    site: Site,
+    query: Tensor,
+    y: Tensor,
+    projected: tuple[Tensor, Tensor],
+    p: Mapping[str, Tensor],
+    *,
+    training: bool,
+) -> Tensor:
+    """What a method makes of `y`: what the attention gives for `query`, or what leaves its module if it acts there.
+
+    `projected` are the outputs of the attention's key and value layers for what the method `reads`, [1, n, rows].
+    """
+    heads, behind = site.heads, method.is_behind(site)
+    assert heads is not None
+    key = split_heads(projected[0], heads.key_rows, heads.kept)
+    value = split_heads(projected[1], heads.value_rows, heads.kept)
+    output = y.unflatten(-1, (heads.count, -1)).transpose(1, 2) if behind else unstack(y, heads)
+    new = method.attend(site, unstack(query, heads), output, key, value, p, training)
+    return new.transpose(1, 2).reshape(y.shape) if behind else new.reshape(y.shape)
 
 
 def leaving(

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from torch import Tensor, fx
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.contract.method import Op, WeightMethod
+from peftfx.contract.acting import Acting, adapted, overlap
+from peftfx.contract.method import WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.graph.graph import ADAPTERS
 from peftfx.passes.rewriting.site_op import bind, operands
 from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.site import Call, Site
 
-Acting = tuple[Placement, list[str]]
+Named = tuple[Placement, list[str]]
 """What acts at a site, and the names of its parameters."""
 
 
@@ -44,14 +45,14 @@ def _under(splicer: Splicer, placement: Placement, y: fx.Node) -> list[tuple[Pla
         return []
     found = []
     for (name, _), other in splicer.placed.get(placement.site.path, {}).items():
-        if None in (other.part, placement.part) or other.part == placement.part:
+        if overlap(other, placement):
             adapter = splicer.graph.module.get_submodule(f"{ADAPTERS}.{name}")
             assert isinstance(adapter, Adapter)
             found.append((other, splicer.parameters(other, name, adapter, y)))
     return found
 
 
-def _trace(splicer: Splicer, acting: list[Acting], op: fx.Node, values: list[object]) -> fx.GraphModule:
+def _trace(splicer: Splicer, acting: list[Named], op: fx.Node, values: list[object]) -> fx.GraphModule:
     placement, _ = acting[0]
     fixed = [a for a in op.args if not isinstance(a, fx.Node)]
     forward = _forward(acting, op, training=splicer.graph.training)
@@ -64,36 +65,17 @@ def _signature(placement: Placement) -> Site:
     return dataclasses.replace(placement.view, path="", layer=None, weight="", bias=None, calls=())
 
 
-def _forward(acting: list[Acting], op: fx.Node, *, training: bool) -> Callable[..., Tensor]:
+def _forward(acting: list[Named], op: fx.Node, *, training: bool) -> Callable[..., Tensor]:
     """A weight method's forward at one call as a function of (x, y, weight, bias, *params).
 
     It is the first of those acting; the others are what it runs again, with their parameters behind its own.
     """
-    (placement, names), *under = acting
-    bound, block, method = bind(op, placement.site), placement.block, placement.method
-    assert isinstance(method, WeightMethod)
-    site = dataclasses.replace(placement.view, path="")  # one trace serves every site of this signature
-    steps = [(_forward([step], op, training=training), len(step[1])) for step in under]
+    bound = bind(op, acting[0][0].site)
+    places = [(Acting.of(placement), names) for placement, names in acting]
 
     def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:
-        base, p = placement.base(weight, bias), dict(zip(names, params, strict=False))
-
-        def again(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            y, at = bound(x, whole.weight, whole.bias), len(names)
-            for step, count in steps:
-                y, at = step(x, y, *stored, *params[at : at + count]), at + count
-            return y if block is None else block.take(y, _row_dim(site))
-
-        stored, whole = (weight, bias), dataclasses.replace(placement, part=None).base(weight, bias)
-        run: Op = again if steps else bound
-        if block is None:
-            return method.forward(site, run, x, y, base, p, training)
-        rows = method.forward(site, run, x, block.take(y, _row_dim(site)), base, p, training)
-        return block.put(y, rows, _row_dim(site))
+        values = iter(params)
+        (first, p), *under = [(at, {name: next(values) for name in names}) for at, names in places]
+        return adapted(first, p, bound, x, y, (weight, bias), under, training=training)
 
     return forward
-
-
-def _row_dim(site: Site) -> int:
-    """Which dimension of a site's output its weight's rows are."""
-    return -1 if site.kind != "conv" else 1 - len(site.shape)

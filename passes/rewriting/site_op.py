@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from peftfx.analysis.weight_ops import as_stored
-from peftfx.contract.method import Op
 from peftfx.errors import PeftfxError
 from peftfx.passes.base import OVERRIDES
 from peftfx.sites.site import Call, Site
@@ -29,26 +30,37 @@ def operands(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[fx.Node
     return weight, None if bias is None else as_stored(bias)
 
 
-def bind(op: fx.Node, site: Site) -> Op:
-    """The operation as a function of input, weight ([out, in, ...]) and bias, everything else bound.
+class Operation:
+    """A site's own operation as a function of input, weight ([out, in, ...]) and bias, everything else bound.
 
     Where the model casts weight and bias to the input's dtype, so does the function.
+
+    Args:
+        kind: of the site.
+        name: of the operator, in `torch.ops`.
+        fixed: the operator's other arguments.
     """
-    target, rest = op.target, list(op.args)
-    assert callable(target)
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight.to(x.dtype), _like(bias, x))
+    def __init__(self, kind: str, name: str, fixed: tuple[object, ...]) -> None:
+        self.kind, self.name, self.fixed = kind, name, fixed
+        self.target = operator.attrgetter(name)(torch.ops)
 
-    def embedding(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return target(weight, x, *rest[2:])  # type: ignore[no-any-return]
+    def __reduce__(self) -> tuple[object, ...]:
+        return Operation, (self.kind, self.name, self.fixed)  # an operator has no pickle
 
-    def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        channels = x.shape[1 - weight.ndim]
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.kind == "linear":
+            return F.linear(x, weight.to(x.dtype), _like(bias, x))
+        if self.kind == "embedding":
+            return self.target(weight, x, *self.fixed)  # type: ignore[no-any-return]
         operands = x, weight.to(x.dtype), _like(bias, x)
-        return target(*operands, *filled(op)[3:_GROUPS], channels // weight.shape[1])  # type: ignore[no-any-return]
+        return self.target(*operands, *self.fixed, x.shape[1 - weight.ndim] // weight.shape[1])  # type: ignore[no-any-return]
 
-    return {"linear": linear, "embedding": embedding, "conv": conv}[site.kind]
+
+def bind(op: fx.Node, site: Site) -> Operation:
+    """The operation of a site at one of its calls."""
+    fixed = {"linear": lambda: (), "embedding": lambda: op.args[2:], "conv": lambda: filled(op)[3:_GROUPS]}[site.kind]()
+    return Operation(site.kind, str(op.target), tuple(fixed))
 
 
 def rewire(

@@ -128,6 +128,8 @@ class Adapter(nn.Module):
         """What its rules add to the model's loss: each the mean over its places."""
         total = None
         for rule in self.placed:
+            if type(rule.method).penalty is Method.penalty:
+                continue
             terms = [p.method.penalty(self.params(p)) for p in rule.placements]
             found = [term for term in terms if term is not None]
             if found:

@@ -14,6 +14,7 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.contract.placement import Placed
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.graph.contexts import fake_mode_of
+from peftfx.graph.guests import own_parameters
 from peftfx.rules.resolution import is_inside, place, saved_modules, where
 from peftfx.rules.text import write_rule
 from peftfx.sites.site import Site
@@ -100,7 +101,7 @@ def make_plan(base: nn.Module, sites: Sites, rules: object) -> Plan:
     adapter = _shapes(base, placed)
     sizes = {name: p.numel() for name, p in adapter.named_parameters()}
     standing = sum(sizes[o.key] for o in adapter.overrides if o.stands)
-    total = sum(p.numel() for p in base.parameters()) + sum(sizes.values()) - standing
+    total = sum(p.numel() for _, p in own_parameters(base)) + sum(sizes.values()) - standing
     plans = tuple(_plan(base, sites, rule, sizes, adapter) for rule in placed)
     return Plan(plans, sum(sizes.values()), total)
 

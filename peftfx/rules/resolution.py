@@ -13,6 +13,7 @@ from peftfx.contract.override import OverrideMethod
 from peftfx.contract.placement import SAVED, Override, Placed, Placement, copies_of
 from peftfx.contract.sequence import SequenceMethod, sequence_site
 from peftfx.errors import PeftfxError, nearest
+from peftfx.graph.guests import own_modules, own_parameters
 from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
 from peftfx.rules.token_rows import trained_tokens
@@ -50,7 +51,7 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
 
 
 def _inside_of(base: nn.Module, modules: Sequence[str]) -> Iterable[str]:
-    return (path for path, _ in base.named_modules() if is_inside(path, modules)) if modules else ()
+    return (path for path, _ in own_modules(base) if is_inside(path, modules)) if modules else ()
 
 
 def as_items(rules: object) -> Sequence[object]:
@@ -161,7 +162,7 @@ def saved_modules(base: nn.Module, method: Method) -> tuple[str, ...]:
     `classifier` names DistilBERT's `pre_classifier` too.
     """
     names = tuple(method.modules_to_save or ())
-    found = tuple(path for path, _ in base.named_modules() if path and path.endswith(names)) if names else ()
+    found = tuple(path for path, _ in own_modules(base) if path and path.endswith(names)) if names else ()
     return tuple(p for p in found if not any(p.startswith(f"{q}.") for q in found))
 
 
@@ -170,7 +171,7 @@ def no_module_to_save(base: nn.Module, method: Method, saved: Sequence[str]) -> 
     names = tuple(method.modules_to_save or ())
     if not names or saved:
         return None
-    ends = sorted({path.rpartition(".")[2] for path, _ in base.named_modules() if path})
+    ends = sorted({path.rpartition(".")[2] for path, _ in own_modules(base) if path})
     return PeftfxError(f"no module is named {' or '.join(names)}", "modules_to_save", nearest(names[0], ends))
 
 
@@ -182,7 +183,7 @@ def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: I
         found += [Override(f"{SAVED}.{path}.{name}", path, name) for name in names]
     which = getattr(method, "bias", "none")
     if which == "all":
-        names = [n for n, _ in base.named_parameters() if n.rpartition(".")[2] == "bias" and not is_inside(n, saved)]
+        names = [n for n, _ in own_parameters(base) if n.rpartition(".")[2] == "bias" and not is_inside(n, saved)]
         found += [Override(f"{SAVED}.{name}", "", name) for name in names]
     elif which.endswith("_only"):
         names = [site.bias.partition(".")[2] for site in sites if site.bias is not None]

@@ -13,6 +13,7 @@ from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method
 from peftfx.contract.override import OverrideMethod
 from peftfx.errors import PeftfxError, warn
+from peftfx.graph.guests import own_modules
 from peftfx.rules.torch_attention import as_named, cut_attentions, is_read_by_attention
 from peftfx.sites.expression import ALL_LINEAR
 from peftfx.sites.site import Site, layer_of
@@ -40,7 +41,7 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
     linear = method.target_modules == ALL_LINEAR
     candidates = [
         path
-        for path, m in base.named_modules()
+        for path, m in own_modules(base)
         if path not in known and _has_weight(m, least) and (not linear or isinstance(m, nn.Linear | Conv1D))
     ]
     mark = Site("", "linear", "linear", None, "-", None, (), False, (), ())

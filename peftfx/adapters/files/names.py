@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from torch import nn
 
 from peftfx.contract.placement import SAVED, Override
+from peftfx.graph.guests import own_modules
 
 
 def name_of(path: str, suffix: str) -> str:
@@ -31,7 +32,7 @@ def module_of(name: str, marks: Iterable[str]) -> str:
 
 def named_modules(names: Collection[str], base: nn.Module) -> frozenset[str]:
     """The modules that the keys of a file name by something that is the adapter's own, sites or not."""
-    modules = dict(base.named_modules())
+    modules = dict(own_modules(base))
     found = set()
     for name in names:
         parts = name.split(".")

@@ -24,6 +24,7 @@ from peftfx.contract.placement import SAVED, Override, Placed, Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file
+from peftfx.graph.guests import own_modules
 from peftfx.rules.peft_files import STATE, WEIGHTS, Weights
 from peftfx.rules.resolution import is_inside, overrides_of, prompt_placement, saved_modules
 from peftfx.sites.sites import Sites
@@ -67,7 +68,7 @@ def read_prompt(
 def _heads(base: nn.Module, kind: object) -> list[str]:
     """The modules that HF PEFT saves with every prompt of this task type."""
     ends = PEFT_HEADS.get(str(kind), ())
-    return [path for path, _ in base.named_modules() if path.endswith(ends)] if ends else []
+    return [path for path, _ in own_modules(base) if path.endswith(ends)] if ends else []
 
 
 def _other_heads(base: nn.Module, weights: Weights, saved: Sequence[str], kind: object) -> list[str]:

@@ -22,6 +22,7 @@ from peftfx.contract.method import Method
 from peftfx.contract.placement import Override, Placed, Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError, warn
+from peftfx.graph.guests import own_modules
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.rules.resolution import (
     is_inside,
@@ -110,7 +111,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         expected={path for path in targeted if wrapper_of(base, method, path) is None},
         module_of=lambda name: module_of(name, marks),
         why=lambda path: why_no_place(path, base, sites, method.kinds),
-        modules=[name for name, _ in base.named_modules()],
+        modules=[name for name, _ in own_modules(base)],
     )
     if not wanted and not idle:
         what = f"the file holds no tensor of {type(method).__name__} for a module that this model runs"
@@ -135,7 +136,7 @@ def _read_prompt(
 ) -> Adapter:
     names = set(weights.names)
     adapter, wanted = read_prompt(directory, weights, method, base, sites, config)
-    modules = [name for name, _ in base.named_modules()]
+    modules = [name for name, _ in own_modules(base)]
     refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, (), directory, modules=modules)
     _copy(adapter, wanted, weights)
     (placement,) = adapter.placements

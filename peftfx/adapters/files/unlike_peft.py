@@ -9,12 +9,13 @@ from torch import nn
 from peftfx.contract.method import WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.errors import warn
+from peftfx.graph.guests import own_modules
 
 
 def warn_unlike_peft(base: nn.Module, placements: Iterable[Placement], where: str) -> None:
     """Name the modules at which HF PEFT computes something else, and why."""
     found: dict[str, list[str]] = {}
-    modules = dict(base.named_modules(remove_duplicate=False))
+    modules = dict(own_modules(base, remove_duplicate=False))
     for placement in placements:
         module = modules.get(placement.site.path)
         if module is not None and isinstance(placement.method, WeightMethod):

@@ -21,6 +21,7 @@ from peftfx.contract.placement import Placed, Placement
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.files import write_file, writing
+from peftfx.graph.guests import own_modules
 from peftfx.rules.peft_files import CONFIG, RULES, STATE, WEIGHTS
 
 
@@ -134,7 +135,7 @@ def _by_site(placements: Iterable[Placement]) -> dict[str, list[Placement]]:
 
 def _config(base: nn.Module, adapter: Adapter, rule: Placed, method: Method, paths: Sequence[str]) -> dict[str, object]:
     """HF PEFT's config of an adapter: its records are kept from the one it was loaded with, if any."""
-    method = method.naming(paths, [name for name, _ in base.named_modules()])
+    method = method.naming(paths, [name for name, _ in own_modules(base)])
     options: dict[str, object] = {f: getattr(method, f) for f in method.options()}
     if any(p.site.transposed for p in rule.placements) and "fan_in_fan_out" in options:
         options["fan_in_fan_out"] = True

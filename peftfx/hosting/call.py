@@ -1,0 +1,29 @@
+"""What acts in a call of a base's modules: which adapters, in this thread; nothing outside of an adapted model's call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+Keys = tuple[str, ...]
+"""Adapters, each by the number of its model and its name, in the order in which they act."""
+
+
+class _Current(threading.local):
+    keys: Keys = ()
+    inner: bool = False  #: whether the forward of torch's own layer has run, within a module that computes more
+
+
+CURRENT = _Current()  #: read by every module that hosts something, each time that it runs
+
+
+@contextmanager
+def acting(keys: Keys) -> Iterator[None]:
+    """Inside, in this thread, these adapters act."""
+    before = CURRENT.keys
+    CURRENT.keys = keys
+    try:
+        yield
+    finally:
+        CURRENT.keys = before
