@@ -1,4 +1,4 @@
-"""What acts in a call of a base's modules: which adapters, in this thread; nothing outside of an adapted model's call."""
+"""What acts in a call of a base's modules, in this thread; outside of an adapted model's call it is nothing."""
 
 from __future__ import annotations
 

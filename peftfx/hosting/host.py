@@ -7,6 +7,7 @@ class, without guests.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from typing import Any
 
@@ -96,6 +97,8 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
         make, args, state, *rest = super(made, self).__reduce_ex__(protocol)
         if isinstance(state, dict) and "_modules" in state:
             state = {**state, "_modules": {n: m for n, m in state["_modules"].items() if n != GUESTS}}
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            make = _new  # pickle would hold that one to the object's class
         return (make, tuple(own if arg is type(self) else arg for arg in args), state, *rest)
 
     members = {_OWN: own, "forward": forward, "__reduce_ex__": reduce, "__module__": own.__module__}
@@ -104,6 +107,10 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
     made: type[nn.Module] = type(own.__name__, bases, members)
     made.forward.__wrapped__ = own.forward  # type: ignore[attr-defined]
     return made
+
+
+def _new(cls: type, *args: Any) -> Any:
+    return cls.__new__(cls, *args)
 
 
 @functools.cache

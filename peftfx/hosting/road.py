@@ -1,4 +1,4 @@
-"""ModulesRoad: the adapters of one model inside the modules of its base: they take their seats, act in calls, and leave."""
+"""ModulesRoad: the adapters of one model in its base's modules: they take their seats, act in calls, and leave."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ LAYERS = (
     *("peftfx.contract", "peftfx.contract.common", "peftfx.methods", "peftfx.rules"),
     *("peftfx.adapters", "peftfx.adapters.files"),
     *("peftfx.passes.base", "peftfx.passes.rewriting", "peftfx.passes.optimization", "peftfx.passes.adaptation"),
-    *("peftfx.passes.slots", "peftfx.model", "peftfx.serving"),
+    *("peftfx.passes.slots", "peftfx.hosting", "peftfx.model", "peftfx.serving"),
     *("peftfx.export.metadata", "peftfx.export.translation", "peftfx.export.writing", "peftfx.export.verification"),
     *("peftfx.export.deployment", "peftfx.export.slots", "peftfx.export"),
     *("peftfx.demo", "peftfx.cli"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfx.analysis.roles import find_sites
 from peftfx.contract.attention import AttentionMethod
@@ -154,6 +154,13 @@ class IsNoisyInEval(Scale):
         return y * (1 + p["l"] * torch.rand_like(y))
 
 
+class LooksAtTheTrace(Scale):
+    """Does in a graph, where its parameters are fake tensors while it is traced, what it does not do in a module."""
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        return y * (1 + p["l"] * (1 if type(p["l"]) in (Tensor, nn.Parameter) else 2))
+
+
 @dataclasses.dataclass(frozen=True)
 class Glance(AttentionMethod):
     """A right attention method, small enough to break: each query attends to a gated prompt, too."""
@@ -223,6 +230,13 @@ class DetachesThePrompt(Glance):
 
     def reads(self, p: Params) -> Tensor:
         return p["prompt"].detach()
+
+
+class ReadsAnotherPromptInAGraph(Glance):
+    """Reads another prompt where it is traced."""
+
+    def reads(self, p: Params) -> Tensor:
+        return p["prompt"] if type(p["prompt"]) in (Tensor, nn.Parameter) else 2 * p["prompt"]
 
 
 class SavesNoGate(Glance):

@@ -14,6 +14,7 @@ from laws.setup import LOOSE, adapt, assert_close, assert_untouched, bare, snaps
 from torch import Tensor
 
 from peftfx.analysis.roles import find_sites
+from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Base, Method, WeightMethod
 from peftfx.contract.placement import SHARED, Placement, site_tensors
 from peftfx.errors import PeftfxError
@@ -224,6 +225,27 @@ def sizes(case: Case, method: Method) -> None:
     for i in range(case.batch):
         alone = adapted(**{name: t[i : i + 1] for name, t in inputs.items()})
         assert_close(whole[i : i + 1], alone, LOOSE[case.spec.dtype], f"row {i}")
+
+
+def roads(case: Case, method: Method) -> None:
+    """The base's own modules with the method inside them are the graph: in training, outputs and gradients."""
+    for training in (True, False):
+        adapted = adapt(case, method, training=training)
+        apart = isinstance(method, AttentionMethod) or "reflect" in repr(
+            case.spec
+        )  # the model's code may run elsewhere
+        assert adapted.road == "modules" or apart, adapted.obstacle
+        found = []
+        for road in ("modules", "graph") if adapted.road == "modules" else ():
+            adapted.wanted = road
+            adapted.zero_grad()
+            torch.manual_seed(case.seed)
+            output = adapted(**case.inputs())
+            output.float().square().sum().backward()
+            trained = {name: p.grad for name, p in adapted.adapter("default").named_parameters()}
+            found.append({"the output": output.detach(), **trained})
+        for name, want in found[1].items() if found else ():
+            assert_close(found[0][name], want, LOOSE[case.spec.dtype], f"{name} by the two roads")
 
 
 @torch.no_grad()

@@ -108,6 +108,13 @@ def test_rows_of_a_batch_of_any_size_are_independent(cls: type[Method], data: st
 
 
 @every_method
+@examples(15)
+@given(data=st.data())
+def test_the_bases_own_modules_are_the_graph(cls: type[Method], data: st.DataObject) -> None:
+    laws.roads(*data.draw(cases(cls)))
+
+
+@every_method
 @examples(6)
 @given(data=st.data())
 def test_onnx_runtime_is_the_graph(cls: type[Method], data: st.DataObject) -> None:
