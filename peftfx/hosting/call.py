@@ -11,7 +11,7 @@ Keys = tuple[str, ...]
 
 
 class _Current(threading.local):
-    keys: Keys = ()
+    keys: Keys | None = None  #: None outside of a call
     inner: bool = False  #: whether the forward of torch's own layer has run, within a module that computes more
 
 
@@ -19,7 +19,7 @@ CURRENT = _Current()  #: read by every module that hosts something, each time th
 
 
 @contextmanager
-def acting(keys: Keys) -> Iterator[None]:
+def acting(keys: Keys | None) -> Iterator[None]:
     """Inside, in this thread, these adapters act."""
     before = CURRENT.keys
     CURRENT.keys = keys

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftfx.errors import PeftfxError
@@ -27,14 +28,24 @@ class Bound:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> object:
-        if not CURRENT.keys:
-            return self.checkpoint(function, *args, **kwargs)
-        return self.checkpoint(functools.partial(_run, CURRENT.keys, function), *args, **kwargs)
+        return self.checkpoint(functools.partial(_run, CURRENT.keys or (), function), *args, **kwargs)
 
 
 def _run(keys: Keys, function: Callable[..., object], *args: Any, **kwargs: Any) -> object:
     with acting(keys):
         return function(*args, **kwargs)
+
+
+def refuse_recomputed() -> None:
+    """Refuse to run outside of a call, in a backward: nobody says which adapters acted when this was computed first.
+
+    Raises:
+        PeftfxError: so it is.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        what = "a layer is computed again in the backward by a checkpoint that peftfx does not know of"
+        hint = "call gradient_checkpointing_enable() of the adapted model, or wrap the layers ahead of peftfx.transform"
+        raise PeftfxError(what, "gradient checkpointing", hint)
 
 
 def bind(base: nn.Module) -> None:
@@ -69,3 +80,4 @@ def stop_checkpointing(base: nn.Module) -> None:
     disable = getattr(base, "activation_checkpointing_disable", None)
     if disable is not None:
         disable()
+        base.disable_input_require_grads()  # type: ignore[operator]

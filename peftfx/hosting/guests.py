@@ -110,7 +110,7 @@ class Hosted(Guests):
 
     def read(self, name: str, own: Tensor) -> Tensor:
         """A tensor of the module, as the adapters that act have it."""
-        for key in CURRENT.keys:
+        for key in CURRENT.keys or ():
             copy = self.copies[name].get(key)
             own = own if copy is None else copy.read(own)
         return own
@@ -118,7 +118,7 @@ class Hosted(Guests):
     def weigh(self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], y: object) -> object:
         """The module's output with all weight methods that act."""
         before: list[WeightGuest] = []
-        for key in CURRENT.keys:
+        for key in CURRENT.keys or ():
             for guest in self.weights.get(key, ()):
                 x = _only_tensor(guest.seat.path, args, kwargs)
                 if not isinstance(y, Tensor):

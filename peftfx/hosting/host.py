@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peftfx.errors import PeftfxError
 from peftfx.graph.guests import GUESTS
 from peftfx.hosting.call import CURRENT
+from peftfx.hosting.checkpointing import refuse_recomputed
 from peftfx.hosting.guests import Attending, Hosted, other_call
 from peftfx.hosting.seating import layer_of
 
@@ -78,6 +79,8 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
         guests = self._modules.get(GUESTS)
+        if CURRENT.keys is None:
+            refuse_recomputed()
         if not CURRENT.keys or not isinstance(guests, Hosted):
             return own.forward(self, *args, **kwargs)
         attending = guests.attending(CURRENT.keys)

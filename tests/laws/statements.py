@@ -231,9 +231,7 @@ def roads(case: Case, method: Method) -> None:
     """The base's own modules with the method inside them are the graph: in training, outputs and gradients."""
     for training in (True, False):
         adapted = adapt(case, method, training=training)
-        apart = isinstance(method, AttentionMethod) or "reflect" in repr(
-            case.spec
-        )  # the model's code may run elsewhere
+        apart = isinstance(method, AttentionMethod) or "reflect" in repr(case.spec)
         assert adapted.road == "modules" or apart, adapted.obstacle
         found = []
         for road in ("modules", "graph") if adapted.road == "modules" else ():
