@@ -42,7 +42,7 @@ def dress(module: nn.Module, *, inner: bool = False) -> None:
     copied = frozenset(guests_of(module).copies)
     own, before = own_class(module), type(module)
     inner = inner or issubclass(before, _Inner)
-    wanted = _hosting(own, copied, layer_of(own) if inner else None)
+    wanted = _hosting(own, copied, layer_of(own) if inner else None)  # type: ignore[arg-type]
     if _OWN in vars(before) or before is own:
         module.__class__ = wanted
     elif not (copied <= _copied(before) and inner == issubclass(before, _Inner)):
@@ -97,7 +97,7 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
         return output
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        make, args, state, *rest = super(made, self).__reduce_ex__(protocol)
+        make, args, state, *rest = super(made, self).__reduce_ex__(protocol)  # type: ignore[str-unpack]
         if isinstance(state, dict) and "_modules" in state:
             state = {**state, "_modules": {n: m for n, m in state["_modules"].items() if n != GUESTS}}
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
@@ -106,7 +106,7 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
 
     members = {_OWN: own, "forward": forward, "__reduce_ex__": reduce, "__module__": own.__module__}
     members |= {"__qualname__": own.__qualname__, "__doc__": own.__doc__, **{name: _Read(name) for name in copied}}
-    bases = (own,) if layer is None else (own, _within(layer))
+    bases = (own,) if layer is None else (own, _within(layer))  # type: ignore[arg-type]
     made: type[nn.Module] = type(own.__name__, bases, members)
     made.forward.__wrapped__ = own.forward  # type: ignore[attr-defined]
     return made
