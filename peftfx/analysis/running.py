@@ -14,6 +14,7 @@ from torch import fx, nn
 from peftfx.analysis.dataflow import op_name
 from peftfx.analysis.weight_ops import module_path
 from peftfx.graph.graph import BASE, Graph
+from peftfx.graph.guests import own_modules
 from peftfx.sites.site import Site
 
 _REGIONS = {
@@ -56,7 +57,7 @@ def parameter_reads(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
 def _owners(base: nn.Module) -> dict[int, list[tuple[str, str]]]:
     """The path and the name by which each module has each parameter."""
     owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    for path, module in base.named_modules():
+    for path, module in own_modules(base):
         for name, p in module._parameters.items():
             if p is not None:
                 owners[id(p)].append((path, name))

@@ -54,7 +54,7 @@ def _only_there(base: nn.Module, path: str) -> bool:
     """Whether this is the module's only path: one that has another name too is reached by that."""
     module = base.get_submodule(path)
     inner = {id(m) for m in module.modules()}
-    paths = [p for p, m in base.named_modules(remove_duplicate=False) if id(m) in inner]
+    paths = [p for p, m in own_modules(base, remove_duplicate=False) if id(m) in inner]
     return all(p == path or p.startswith(f"{path}.") for p in paths)
 
 
