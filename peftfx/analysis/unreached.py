@@ -15,6 +15,8 @@ from types import CodeType, FunctionType, MethodType
 
 from torch import nn
 
+from peftfx.graph.guests import own_modules
+
 #: Names by which code reaches submodules without naming them. Code that reads one of these proves nothing.
 _WALKS = frozenset({"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "__dict__"})
 #: Libraries whose code knows no model's attributes by name, and what in them are models after all.
