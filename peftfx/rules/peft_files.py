@@ -91,7 +91,8 @@ class Weights:
             self._file = safe_open(self.path, framework="pt")
             keys = list(self._file.keys())
             self.names = {self._strip(k): k for k in keys}
-            self.shapes = {n: tuple(self._file.get_slice(k).get_shape()) for n, k in self.names.items()}
+            slices = {n: self._file.get_slice(k) for n, k in self.names.items()}
+            self.shapes = {n: tuple(read.get_shape()) for n, read in slices.items()}
         except (SafetensorError, OSError) as error:
             hint = "the file is truncated or damaged; copy or save it again"
             raise PeftfxError(f"cannot be read as safetensors: {error}", str(self.path), hint) from error
@@ -99,6 +100,10 @@ class Weights:
         if lost is not None:
             what = f"two keys are one tensor: {lost} and {self.names[self._strip(lost)]}"
             raise PeftfxError(what, str(self.path), "keep the one that was trained, and save the file again")
+        complex_names = [self.names[n] for n, read in slices.items() if read.get_dtype().startswith("C")]
+        if complex_names:
+            what = f"complex numbers, whose imaginary part would be lost: {shown(complex_names[0])}"
+            raise PeftfxError(what, str(self.path), "save the adapter again with real tensors")
 
     def __getitem__(self, name: str) -> Tensor:
         try:

@@ -7,7 +7,7 @@ a directory, with a file for each.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import onnxruntime as ort
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError, first_line
 from peftfx.files import is_file, is_folder
-from peftfx.graph.slots import Manifest, listed
+from peftfx.graph.slots import FILE, Manifest, listed
 from peftfx.serving.onnx_model import to_ort, to_torch
 
 SUFFIX = ".onnx_adapter"
@@ -53,14 +53,20 @@ def holds_adapter(directory: Path) -> bool:
     return is_folder(directory) and not os.path.islink(directory) and all(map(is_adapter_file, directory.iterdir()))
 
 
-def read_for(path: Path, directory: Path) -> dict[str, dict[str, ort.OrtValue]]:
+def read_for(path: Path, directory: Path, served: Collection[str] = ()) -> dict[str, dict[str, ort.OrtValue]]:
     """The tensors of an `.onnx_adapter` for the graphs in a directory, by the graphs' names.
+
+    Args:
+        served: the graphs that the model runs: each must be one of those that the directory lists.
 
     Raises:
         PeftfxError: the graphs have no slots, or the adapter is for another base or has what fits into none of them.
     """
     manifest = Manifest.read(directory)
     graphs = tuple(manifest.views)
+    if unlisted := sorted(set(served) - set(graphs)):
+        what = f"it lists no graph {unlisted[0]!r}, which the model runs"
+        raise PeftfxError(what, str(directory / FILE), "export the base again")
     if len(graphs) > 1 and is_file(path):
         hint = "write it for this model: peftfx export-adapter --for"
         raise PeftfxError(f"the model is {len(graphs)} graphs, and this is a file for one", str(path), hint)

@@ -52,7 +52,7 @@ class Served:
 
         path = Path(path)
         name = path.stem if name is None else name
-        self.adapters[name] = read_for(path, self.directory)
+        self.adapters[name] = read_for(path, self.directory, tuple(self.graphs))
         self.set_adapter(name)
         return name
 
