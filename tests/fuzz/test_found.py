@@ -124,6 +124,12 @@ def test_complex_numbers_in_an_adapter(base: Base, tmp_path: Path) -> None:
     assert "imaginary part would be lost" in settle(lambda: base.ours(tmp_path / "adapter")).message
 
 
+@pytest.mark.parametrize(("twin", "field"), [("adalora", "init_r"), ("lora", "r")])
+def test_a_rank_without_end(twin: str, field: str, base: Base, tmp_path: Path) -> None:
+    Adapter(twin, (Change(field, 10**18),)).write(base.twins, tmp_path / "adapter")
+    assert "a tensor that no memory holds" in settle(lambda: base.ours(tmp_path / "adapter")).message
+
+
 def test_a_manifest_without_the_graph_that_runs(exported: Path, tmp_path: Path) -> None:
     directory = tmp_path / "graph"
     shutil.copytree(exported, directory)
