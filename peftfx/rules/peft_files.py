@@ -24,7 +24,10 @@ RECORDS = frozenset(
 )
 """Fields of a HF PEFT config that describe it and change no number."""
 INERT = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}, "ensure_weight_tying": False}
-"""Fields that do nothing at these values; every other field that peftfx does not know must be empty."""
+"""Fields that do nothing at these values; every other field that peftfx does not know must be null or false.
+
+An empty object is a value: HF PEFT asks of many whether they are None, and `kasa_config: {}` starts KaSA.
+"""
 
 
 def read_config(directory: Path) -> dict[str, object]:
@@ -66,7 +69,7 @@ def method_from_config(config: Mapping[str, object], where: str) -> Method:
     options = {k: v for k, v in config.items() if k in cls.options() and v is not None}
     known = {*cls.options(), *cls.ignored, *RECORDS}
     unknown = {k: v for k, v in config.items() if k not in known}
-    active = {k: v for k, v in unknown.items() if v not in (None, False, 0, "", [], {}, ()) and INERT.get(k) != v}
+    active = {k: v for k, v in unknown.items() if v not in (None, False) and INERT.get(k) != v}
     if active:
         names = ", ".join(f"{k}={shown(v)}" for k, v in active.items())
         raise PeftfxError(
