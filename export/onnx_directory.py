@@ -33,7 +33,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.options import CPU, FAST, check_engine, check_opset, check_optimize, check_view
 from peftfx.passes.adaptation.merge import Merge
-from peftfx.passes.base import PassManager
+from peftfx.passes.manager import PassManager
 
 Progress = Callable[[str], object]
 _BFLOAT16 = (
@@ -146,7 +146,7 @@ def export_onnx(
         if way.merges and adapted.active:
             with stages("merge"):
                 for part in parts:
-                    part.exported = PassManager([Merge()])(part.graph)
+                    part.exported = PassManager([Merge()])(part.graph).graph
                     report.add_merged(part.exported)
         with stages("convert"):
             programs = {

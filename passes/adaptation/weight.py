@@ -27,12 +27,12 @@ def apply_at(splicer: Splicer, placement: Placement, call: Call, name: str, adap
     params = splicer.parameters(placement, name, adapter, y)
     under = _under(splicer, placement, y)
     arguments = [x, y, weight, bias, *params.values(), *(n for _, read in under for n in read.values())]
-    values = [None if n is None else n.meta["val"] for n in arguments]
     acting = [(placement, list(params)), *((p, list(read)) for p, read in under)]
-    traced = _trace(splicer, acting, op, values)
     region = splicer.region(placement, name, splicer.nodes[call.y], params)
     users = list(y.users)
-    result = splicer.splice(traced, arguments, before=y.next, like=y, region=region)
+    forward, key = _forward(acting, op, training=splicer.graph.training), _key(acting, op)
+    named = type(placement.method).__name__
+    result = splicer.at(y.next, y, region).trace(forward, *arguments, key=key, what=named, where=placement.site.path)
     splicer.weighted[call.y] = result
     splicer.replace(y, result, users)
 
@@ -51,12 +51,10 @@ def _under(splicer: Splicer, placement: Placement, y: fx.Node) -> list[tuple[Pla
     return found
 
 
-def _trace(splicer: Splicer, acting: list[Acting], op: fx.Node, values: list[object]) -> fx.GraphModule:
-    placement, _ = acting[0]
+def _key(acting: list[Acting], op: fx.Node) -> object:
+    """What a trace depends on, beside its operands."""
     fixed = [a for a in op.args if not isinstance(a, fx.Node)]
-    forward = _forward(acting, op, training=splicer.graph.training)
-    methods = [(p.method, _signature(p), p.block, names) for p, names in acting]
-    return splicer.traced((methods, op.target, fixed), forward, values, placement.method, placement.site.path)
+    return [(p.method, _signature(p), p.block, names) for p, names in acting], op.target, fixed
 
 
 def _signature(placement: Placement) -> Site:

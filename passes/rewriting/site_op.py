@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from peftfx.analysis.weight_ops import as_stored
 from peftfx.contract.method import Op
 from peftfx.errors import PeftfxError
-from peftfx.passes.base import OVERRIDES
+from peftfx.graph.rewriter import OVERRIDES, Cursor, Rewriter
 from peftfx.sites.site import Call, Site
 
 _ADDMM = torch.ops.aten.addmm.default
@@ -52,27 +52,32 @@ def bind(op: fx.Node, site: Site) -> Op:
 
 
 def rewire(
-    site: Site, call: Call, nodes: dict[str, fx.Node], weight: fx.Node, bias: fx.Node | None, dense: bool
+    rewriter: Rewriter,
+    site: Site,
+    call: Call,
+    nodes: dict[str, fx.Node],
+    weight: fx.Node,
+    bias: fx.Node | None,
+    dense: bool,
 ) -> None:
     """Point one call at another weight and bias; `dense` makes a grouped conv one of a single group."""
     op, y = nodes[call.op], nodes[call.y]
     index = _weight_index(op, site)
-    op.update_arg(index, _in_place_of(_argument(op, index), weight, op))
+    at = rewriter.before(op)
+    op.update_arg(index, _in_place_of(_argument(op, index), weight, at))
     old = bias_of(op, y)
     if bias is not None and (old is None or bias is not as_stored(old)):
-        _set_bias(op, y, bias if old is None else _in_place_of(old, bias, op))
+        _set_bias(rewriter, op, y, bias if old is None else _in_place_of(old, bias, at))
     if dense:
         op.args = (*filled(op)[:_GROUPS], 1)
 
 
-def _in_place_of(old: fx.Node, new: fx.Node, before: fx.Node) -> fx.Node:
+def _in_place_of(old: fx.Node, new: fx.Node, at: Cursor) -> fx.Node:
     """The new tensor, cast and turned as the old one is on its way from where it is read."""
     if old.op == "get_attr":
         return new
     source = _argument(old, 0)
-    inner = _in_place_of(source, new, before)
-    with before.graph.inserting_before(before):
-        return before.graph.node_copy(old, lambda n: inner if n is source else n)
+    return at.copy(old, {source: _in_place_of(source, new, at)}, anew=True)
 
 
 def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
@@ -110,7 +115,7 @@ def bias_of(op: fx.Node, y: fx.Node) -> fx.Node | None:
     return _argument(y, 1) if added else None
 
 
-def _set_bias(op: fx.Node, y: fx.Node, bias: fx.Node) -> None:
+def _set_bias(rewriter: Rewriter, op: fx.Node, y: fx.Node, bias: fx.Node) -> None:
     if op.target is _ADDMM:
         op.update_arg(0, bias)
     elif _takes_bias(op):
@@ -119,10 +124,7 @@ def _set_bias(op: fx.Node, y: fx.Node, bias: fx.Node) -> None:
     elif bias_of(op, y) is not None:
         y.update_arg(1, bias)
     else:
-        with op.graph.inserting_after(op):
-            total = op.graph.call_function(torch.ops.aten.add.Tensor, (op, bias))
-        total.meta = dict(op.meta)
-        op.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+        rewriter.extend(op, rewriter.after(op).call(torch.ops.aten.add.Tensor, op, bias, value=op.meta["val"]))
 
 
 def _takes_bias(op: fx.Node) -> bool:

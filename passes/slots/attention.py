@@ -8,8 +8,8 @@ from torch import Tensor, fx
 
 from peftfx.contract.attention import attend_beside
 from peftfx.graph.graph import Graph
+from peftfx.graph.trace import trace
 from peftfx.passes.adaptation.attention import leaving, unstack
-from peftfx.passes.rewriting.splice import trace
 from peftfx.sites.site import Site
 
 

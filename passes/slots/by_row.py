@@ -18,8 +18,9 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import BASE, CONSTANTS, DERIVED, Graph, TensorSpec
 from peftfx.graph.recipe import Get
+from peftfx.graph.rewriter import Rewriter
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
-from peftfx.passes.base import Pass, PassResult, attribute, attributes_of, fake_like
+from peftfx.passes.base import Pass, PassResult, attributes_of, fake_like
 from peftfx.passes.slots.attention import join_beside
 from peftfx.passes.slots.norms import replace_by_row
 from peftfx.passes.slots.tokens_by_row import read_apart
@@ -208,7 +209,7 @@ class _Rows:
     def _table(self, name: str, value: Tensor) -> fx.Node:
         self.graph.derived[name] = Given(value)
         fake = fake_like(self.index.meta["val"], value)
-        return attribute(self.graph.module.graph, f"{DERIVED}.{name}", fake, self.attributes)
+        return Rewriter(self.graph.module.graph).attribute(f"{DERIVED}.{name}", fake)
 
     def fill(self) -> None:
         """Put the soft prompts into their hole."""

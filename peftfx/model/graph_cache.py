@@ -18,7 +18,8 @@ from peftfx.model.fingerprints import ModelState, value_key
 from peftfx.passes.adaptation.evaluate import evaluate
 from peftfx.passes.adaptation.insert import Insert
 from peftfx.passes.adaptation.prefill import Left, Prefill
-from peftfx.passes.base import Pass, PassManager
+from peftfx.passes.base import Pass
+from peftfx.passes.manager import PassManager
 from peftfx.passes.optimization.dead_code import Sweep
 from peftfx.views.cache_prefix import Prefilled
 from peftfx.views.capture import capture
@@ -147,7 +148,7 @@ class Graphs:
             linked.module.add_module(ADAPTERS, self.adapters.module)
             inserts = [Insert(name, self.adapters[name]) for name in names]
             try:
-                self._derived[key] = captured, PassManager([*inserts, *more], check="none")(linked)
+                self._derived[key] = captured, PassManager([*inserts, *more], check="none")(linked).graph
             except PeftfxError:
                 self._captured.clear()  # a method that asked for a size has bound it, for all graphs of this capture
                 raise

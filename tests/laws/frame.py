@@ -10,7 +10,7 @@ from torch import fx
 
 from peftfx.contract.method import Method
 from peftfx.graph.graph import ADAPTERS, Graph
-from peftfx.passes.base import OVERRIDES, REGION, REPLACES
+from peftfx.graph.rewriter import OVERRIDES, REGION, REPLACES
 
 
 def frame(case: Case, method: Method) -> None:

@@ -20,8 +20,8 @@ from peftfx.errors import PeftfxError
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.writing.weights import save
 from peftfx.graph.graph import ADAPTERS, Graph
+from peftfx.graph.rewriter import OVERRIDES
 from peftfx.passes import Evaluate, Insert, Merge, PassManager, Remove
-from peftfx.passes.base import OVERRIDES
 from peftfx.passes.rewriting.site_op import bind
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.sites.site import Site
@@ -91,7 +91,7 @@ def merge(case: Case, method: Method) -> None:
     adapted, before = adapt(case, method), snapshot(captured(case.spec).model)
     inputs = tuple(case.inputs().values())
     graph = adapted.graph()
-    merged = PassManager([Merge(), Evaluate()], check="metadata")(graph)
+    merged = PassManager([Merge(), Evaluate()], check="metadata")(graph).graph
     (want,), (got,) = graph.run(*inputs), merged.run(*inputs)
     assert_close(got, want, LOOSE[case.spec.dtype], "merged")
     read = [n for n in merged.nodes() if n.op == "get_attr" and str(n.target).startswith(f"{ADAPTERS}.")]

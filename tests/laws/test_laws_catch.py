@@ -14,8 +14,8 @@ from laws.models import Text
 
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method, WeightMethod
+from peftfx.graph.rewriter import REGION
 from peftfx.passes import Insert, PassResult, Remove
-from peftfx.passes.base import REGION
 
 CASE = Case(Text((Dense(), Dense())), batch=3, sequence=4)
 TARGET = ("blocks.0", "blocks.1")
