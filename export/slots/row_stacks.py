@@ -20,7 +20,8 @@ from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, A, B
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE
-from peftfx.passes.slots.by_row import BIAS, SHOWN
+from peftfx.passes.slots.by_row import SHOWN
+from peftfx.passes.slots.layer_by_row import BIAS
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
 from peftfx.views.decode import Decode
 

@@ -17,8 +17,6 @@ from torch import fx
 
 from peftfx.graph.graph import Graph
 from peftfx.graph.trace import trace
-from peftfx.sites.site import Call
-from peftfx.sites.sites import Sites
 
 REGION = "peftfx_region"  #: in `node.meta` of every inserted node: its `Region`
 REPLACES = "peftfx_replaces"  #: in `node.meta` of a region's result: the name of the node whose place it took
@@ -119,7 +117,7 @@ class Rewriter:
     def close(self, graph: Graph) -> None:
         """End a rewrite of a graph: what its sites' calls and its insertions name are its nodes again."""
         if self._became or self._extended:
-            graph.sites = _renamed(graph.sites, self._now)
+            graph.sites = graph.sites.renamed(self._now)
             regions: dict[int, Any] = {}
             for node in self.graph.nodes:
                 if REPLACES in node.meta:
@@ -252,20 +250,3 @@ def _computed(target: Any, args: Any, kwargs: Any) -> object:
 
 def _keyed(tags: Mapping[str, object]) -> dict[str, object]:
     return {f"peftfx_{name}": value for name, value in tags.items()}
-
-
-def _renamed(sites: Sites, now: Callable[[str, str], str]) -> Sites:
-    """Sites whose calls name what stands for their values; a call one of whose values nothing stands for is gone."""
-    made = []
-    for site in sites:
-        calls = tuple(_renamed_calls(site.calls, now))
-        made.append(site if calls == site.calls else dataclasses.replace(site, calls=calls))
-    return dataclasses.replace(sites, items=tuple(made))
-
-
-def _renamed_calls(calls: Iterable[Call], now: Callable[[str, str], str]) -> Iterable[Call]:
-    for call in calls:
-        given = {f.name: getattr(call, f.name) for f in dataclasses.fields(call)}
-        named = {what: name and now(name, what) for what, name in given.items()}
-        if all(named[what] for what, name in given.items() if name):
-            yield call if named == given else Call(**named)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.sites.expression import Target
-from peftfx.sites.site import Site, plays
+from peftfx.sites.site import Call, Site, plays
 from peftfx.sites.target import Match, select
 
 if TYPE_CHECKING:
@@ -67,6 +68,16 @@ class Sites(Sequence[Site]):
             raise PeftfxError("there is no site at this path", path, hint)
         return next((site for site in found if site.kind != "attention"), found[0])
 
+    def renamed(self, now: Callable[[str, str], str]) -> Sites:
+        """These sites in a graph whose nodes have changed.
+
+        Args:
+            now: gives for the name of a node, and what it is of a call, the name of what stands for it; empty where
+                nothing does: the call is gone then.
+        """
+        items = (dataclasses.replace(site, calls=tuple(_renamed(site.calls, now))) for site in self.items)
+        return dataclasses.replace(self, items=tuple(items))
+
     def roles(self) -> Counter[str]:
         """How many sites have each role."""
         return Counter(site.role for site in self.items)
@@ -91,6 +102,14 @@ class Sites(Sequence[Site]):
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(6)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
         return "\n".join([f"{len(self)} sites: {counts}", *(line.rstrip() for line in lines)])
+
+
+def _renamed(calls: Iterable[Call], now: Callable[[str, str], str]) -> Iterator[Call]:
+    for call in calls:
+        given = {what: name for what, name in dataclasses.asdict(call).items() if name}
+        named = {what: now(name, what) for what, name in given.items()}
+        if all(named.values()):
+            yield Call(**named)
 
 
 def _cells(site: Site) -> list[str]:

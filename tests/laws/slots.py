@@ -19,7 +19,8 @@ from peftfx.graph.slots import INNER, OUTER, A, B, Slot, shapes
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes import Evaluate
 from peftfx.passes.rewriting.site_op import bind
-from peftfx.passes.slots.by_row import BIAS, ByRow
+from peftfx.passes.slots.by_row import ByRow
+from peftfx.passes.slots.layer_by_row import BIAS
 from peftfx.passes.slots.open import Open, slots_of, slotted
 from peftfx.sites.site import WEIGHT_KINDS, Site
 

@@ -85,7 +85,7 @@ def test_sites_found_by_name_are_caught() -> None:
     ("law", "where", "breaker"),
     [
         (law_slots.slots, "peftfx.passes.slots.open.acted", wrong.forgets_the_low_rank_sum),
-        (law_slots.rows, "peftfx.passes.slots.by_row.acted", wrong.adds_the_bias_twice),
+        (law_slots.rows, "peftfx.passes.slots.layer_by_row.acted", wrong.adds_the_bias_twice),
         (law_slots.rows, "peftfx.passes.slots.by_row._Rows._index", wrong.takes_the_next_entry),
     ],
     ids=["a slot without its sum", "a row with its bias twice", "a row that takes the next one's"],
