@@ -140,7 +140,7 @@ class Rewriter:
         shapes = [(v.dtype, v.shape) if isinstance(v, torch.Tensor) else v for v in values]
         full = repr((key, shapes))
         if full not in self._traces:
-            self._traces[full] = trace(function, values, what, where)
+            self._traces[full] = trace(function, _apart(values), what, where)
         return self._traces[full]
 
     def _now(self, name: str, what: str = "") -> str:
@@ -242,6 +242,17 @@ def program_of(
 def values_of(arguments: Any) -> Any:
     """Arguments with the nodes among them, however deep, as the values that they were captured with."""
     return fx.node.map_arg(arguments, lambda node: node.meta["val"])
+
+
+def _apart(values: Sequence[object]) -> list[object]:
+    """Values of which no two are one tensor: nodes of one program, put in twice, share theirs, and a trace tells inputs
+    apart by identity alone.
+    """
+    found: list[object] = []
+    for value in values:
+        known = isinstance(value, torch.Tensor) and any(value is other for other in found)
+        found.append(torch.ops.aten.alias.default(value) if known else value)
+    return found
 
 
 def _computed(target: Any, args: Any, kwargs: Any) -> object:

@@ -17,6 +17,7 @@ from peftfx.export.translation.to_onnx import ENGINE, to_onnx
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import REPLACES, Rewriter
 from peftfx.passes import Cleanup, Evaluate, Fuse, Merge, Pass, PassManager, PassResult, Remove, parse_pass
+from peftfx.passes.base import output_nodes
 from peftfx.passes.slots.open import Open
 from peftfx.views.capture import capture
 
@@ -218,3 +219,15 @@ def test_what_a_pass_took_the_calls_of_is_refused_and_not_lost(case: Captured) -
     opened.module.add_module("adapters", model.adapters)
     with pytest.raises(PeftfxError, match="a pass took the calls of this site out of the graph"):
         peftfx.passes.Insert("default", model.adapter("default"))(opened)
+
+
+def test_operands_that_share_a_value_are_told_apart(case: Captured) -> None:
+    new = case.graph.clone()
+    rewriter, last = Rewriter(new.module.graph), output_nodes(new)[0]
+    at = rewriter.after(last)
+    one, two = (at.trace(lambda x: x * 2, last, key="twice") for _ in range(2))  # from one trace: one value
+    assert one.meta["val"] is two.meta["val"]
+    three = at.trace(lambda x: x.exp(), two)
+    made = at.trace(lambda x, y: x - 3 * y, one, two, key="apart")
+    assert set(made.all_input_nodes) | {n for m in made.all_input_nodes for n in m.all_input_nodes} >= {one, two}
+    assert three.all_input_nodes == [two]
