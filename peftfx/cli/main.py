@@ -10,19 +10,10 @@ from typing import Annotated
 import typer
 
 from peftfx.cli.signals import Terminated, orderly_end
-from peftfx.cli.words import check_slots, check_target, named_directories
+from peftfx.cli.words import check_looks, check_run, chosen_slots, named_directories
 from peftfx.errors import PeftfxError, PeftfxWarning
-from peftfx.options import (
-    COMBINATIONS,
-    QUANTIZATIONS,
-    check_choice,
-    check_dtype,
-    check_engine,
-    check_opset,
-    check_optimize,
-    check_view,
-    parse_size,
-)
+from peftfx.export_options.adapter import AdapterDirectoryOptions
+from peftfx.export_options.directory import DirectoryOptions
 from peftfx.version import __version__
 
 app = typer.Typer(
@@ -33,8 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-FAILED, USAGE = 1, 2
 
 
 @app.callback(invoke_without_command=True)
@@ -116,43 +105,32 @@ def export(
     Writes OUTPUT/model.onnx (and model.onnx.data), the config, tokenizer and processor files, and
     peftfx_report.json. Exit codes: 0 done; 1 ONNX Runtime and torch disagree, nothing is left; 2 bad input.
     """
-    check_view(view)
-    check_dtype(dtype)
-    check_opset(opset)
-    check_engine(engine)
-    check_optimize(optimize)
-    check_choice(quantize, QUANTIZATIONS, "quantize", "unknown quantisation")
-    limit = None if max_memory is None else parse_size(max_memory)
-    target = check_slots(slots, swappable=swappable, prefix=prefix)
-    rows = named_directories(batched or ())
+    chosen = {
+        "adapter": adapter,
+        "merge": merge,
+        "task": task,
+        "view": view,
+        "dtype": dtype,
+        "engine": engine,
+        "optimize": optimize,
+        "quantize": quantize,
+        "opset": opset,
+        "max_error": max_error,
+        "calibration": calibration,
+        "atol": atol,
+        "rtol": rtol,
+        "batched": named_directories(batched or ()),
+        "slots": chosen_slots(slots, swappable=swappable, prefix=prefix),
+        "force": force,
+        "allow_fixed": allow_fixed,
+        "max_memory": max_memory,
+    }
+    asked = DirectoryOptions.of(None, chosen)
     from peftfx.cli.progress import Progress
     from peftfx.export.command import export_directory
-    from peftfx.export.slots.swappable import Slots
 
     with _quiet(), Progress() as progress:
-        report = export_directory(
-            *(base, output),
-            adapter=adapter,
-            merge=merge,
-            task=task,
-            view=view,
-            opset=opset,
-            dtype=dtype,
-            engine=engine,
-            optimize=optimize,
-            quantize=quantize,
-            max_error=max_error,
-            calibration=calibration,
-            atol=atol,
-            rtol=rtol,
-            batched=rows,
-            slots=None if target is None else Slots(target, prefix),
-            force=force,
-            allow_fixed=allow_fixed,
-            progress=progress.stage,
-            written=progress.written,
-            max_memory=limit,
-        )
+        report = export_directory(base, output, asked, progress=progress.stage, written=progress.written)
     _print_report(report, output)
 
 
@@ -178,13 +156,13 @@ def export_adapter(
 
     Exit codes: as of export.
     """
-    check_choice(combination, COMBINATIONS, "combination", "unknown way to combine:")
+    options = {"base": base, "combination": combination, "check": check, "force": force, "atol": atol, "rtol": rtol}
+    asked = AdapterDirectoryOptions.of(None, options)
     from peftfx.cli.progress import Progress
     from peftfx.export.adapter_command import export_adapter_directories
 
-    options = {"base": base, "combination": combination, "check": check, "force": force, "atol": atol, "rtol": rtol}
     with _quiet(), Progress() as progress:
-        made = export_adapter_directories(adapter, graph, output, **options, progress=progress.stage)  # type: ignore[arg-type]
+        made = export_adapter_directories(adapter, graph, output, asked, progress=progress.stage)
     print(f"{made}: {made.stat().st_size:,} B")
 
 
@@ -204,15 +182,12 @@ def inspect(
     """Print where adapters can act: each site's module path, kind, role, layer and shape; or what rules would do."""
     import json
 
-    if target is not None:
-        check_target(target)
+    check_looks(task, target, rules)
     from rich.console import Console
 
     from peftfx.export.command import inspect_directory, plan_directory
 
     if rules is not None:
-        if target is not None:
-            raise PeftfxError("a target and rules", "inspect", "put the target into the rule, as in lora@mlp")
         with _quiet():
             plan = plan_directory(model, rules, task=task)
         print(json.dumps(plan.to_dict(), indent=2) if as_json else plan)
@@ -266,11 +241,7 @@ def run(
     """
     import json
 
-    if (prompt is None) == (not text and not image):
-        raise PeftfxError("nothing to run on, or two things", "run", "pass --prompt, or --text, or --image")
-    missing = next((path for path in image or () if not os.path.isfile(path)), None)
-    if missing is not None:
-        raise PeftfxError("there is no such image", str(missing), "check the path")
+    check_run(prompt, [*(text or ()), *(image or ())], image or (), task)
     from peftfx.serving.run import classify, stream
 
     with _quiet():
@@ -348,8 +319,9 @@ def _print_report(report: object, output: Path) -> None:
 def main() -> None:
     """Run the command line.
 
-    A PeftfxError is a message on stderr and exit code 2, or 1 for a failed verification. SIGTERM and SIGHUP end the
-    command as an error does: what is half-written goes away, and the exit code is 128 and the signal's number.
+    A PeftfxError is a message on stderr and its class's exit code: 2, or 1 for a failed verification. SIGTERM and
+    SIGHUP end the command as an error does: what is half-written goes away, and the exit code is 128 and the signal's
+    number.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -358,15 +330,14 @@ def main() -> None:
         with orderly_end():
             app()
     except PeftfxError as error:
-        failed = type(error).__name__ == "VerificationError"
         print(f"peftfx: error: {error}", file=sys.stderr)
-        sys.exit(FAILED if failed else USAGE)
+        sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):  # torch's words
             raise
         first = str(error).strip().partition("\n")[0] or "no more can be had"
         print(f"peftfx: error: out of memory: {first}\n  hint: free some; nothing was written", file=sys.stderr)
-        sys.exit(USAGE)
+        sys.exit(PeftfxError.exit_code)
     except KeyboardInterrupt:
         print("peftfx: interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)

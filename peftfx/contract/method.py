@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError, nearest
-from peftfx.field_types import misfits
+from peftfx.field_types import refuse_misfit_fields
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 
@@ -82,9 +82,7 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         """Options are of their fields' types; sequences become tuples, so that a method can be hashed and compared."""
-        if wrong := misfits(self):
-            hint = "give a value of the type in parentheses"
-            raise PeftfxError(f"of another type: {', '.join(wrong)}", type(self).__name__, hint)
+        refuse_misfit_fields(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (list, set)):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from peftfx.adapters.in_place_merge import MergeReport, merge_into, refuse_unmer
 from peftfx.adapters.state import refuse_other_state
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
+from peftfx.export_options.checked import takes
+from peftfx.export_options.export import ExportChanges, ExportOptions
 from peftfx.graph.contexts import TRACING, evaluating, fake_mode_of
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.model.graph_cache import Graphs
@@ -30,6 +33,9 @@ from peftfx.views.arguments import named_arguments
 from peftfx.views.entry import Entry
 from peftfx.views.prompt_in_view import prompt_in_view
 from peftfx.views.view import View
+
+if TYPE_CHECKING:
+    from peftfx.export.report import Report
 
 LOSS = "loss"  #: the output that methods add their penalties to
 Rules = object
@@ -183,17 +189,30 @@ class AdaptedModel(nn.Module):
         self.graphs.forget()
         self._sites = None
 
+    @takes(ExportOptions)
     def export(
-        self, directory: str | Path, *, merge: bool = True, view: str = "auto", force: bool = False, **options: object
-    ) -> object:
-        """Write an ONNX model to a new directory and verify it; see `peftfx.export.export_onnx`.
+        self,
+        directory: str | Path,
+        options: ExportOptions | None = None,
+        *,
+        inputs: Mapping[str, object] | None = None,
+        source: str | Path = "",
+        assets: Callable[[Path], object] | None = None,
+        progress: Callable[[str], object] | None = None,
+        written: Callable[[int, int], object] | None = None,
+        **changes: Unpack[ExportChanges],
+    ) -> Report:
+        """Write an ONNX model to a new directory and verify it; the arguments are those of `peftfx.export_onnx`.
 
-        A model that generates text is exported in its decode view, with the key/value cache in and out, as on the
-        command line; `view="forward"` exports its forward.
+        A model that generates text is exported in its decode view, with the key/value cache in and out;
+        `view="forward"` exports its forward.
         """
         from peftfx.export.onnx_directory import export_onnx
 
-        return export_onnx(self, directory, merge=merge, view=view, force=force, **options)  # type: ignore[arg-type]
+        asked = ExportOptions.of(options, changes)
+        return export_onnx(
+            *(self, directory, asked), inputs=inputs, source=source, assets=assets, progress=progress, written=written
+        )
 
     def save_pretrained(
         self,

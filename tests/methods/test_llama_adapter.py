@@ -257,7 +257,7 @@ def test_what_peft_wrote_is_exported_as_peft_computes_it(name: str, tmp_path: Pa
     theirs.save_pretrained(str(tmp_path / "adapter"))
     for merge in (True, False):
         out = tmp_path / str(merge)
-        report = export_directory(tmp_path / "base", out, adapter=tmp_path / "adapter", merge=merge)
+        report = export_directory(tmp_path / "base", out, adapter=tmp_path / "adapter", merge=merge, view="forward")
         assert len(report.folded) == (4 if merge else 0)
         served = OnnxModel(out)
         for batch, sequence in ((3, 11), (1, 1)):
