@@ -20,6 +20,7 @@ from peftfx.analysis.attentions import Attention, find_attentions
 from peftfx.analysis.dataflow import ACTIVATED, GATED, NORMED, SPLIT, trace_flow
 from peftfx.analysis.embeddings import embedding_role
 from peftfx.analysis.facts import Analysis, WeightFacts
+from peftfx.analysis.links import find_links
 from peftfx.analysis.model_heads import reaches_output
 from peftfx.analysis.norms import find_norms
 from peftfx.analysis.rows import as_ranges
@@ -53,7 +54,7 @@ def find_sites(graph: Graph) -> Sites:
     sites = [*weighted, *_attention_sites(analysis), *find_norms(graph, analysis.flows)]
     nodes = {node.name: order[node] for node in order}
     ordered = tuple(sorted(sites, key=lambda site: nodes[site.calls[0].op]))
-    return Sites(ordered, called_modules(graph), parameter_reads(graph, ordered))
+    return Sites(ordered, called_modules(graph), parameter_reads(graph, ordered), find_links(graph, ordered))
 
 
 def _analyse(graph: Graph) -> Analysis:

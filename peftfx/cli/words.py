@@ -12,14 +12,17 @@ from peftfx.export_options.values import SLOTS, Slots
 from peftfx.sites.expression import parse
 
 
-def check_looks(task: str | None, target: str | None, rules: str | None) -> None:
-    """Refuse an unknown task, a target that cannot be read, and a target beside rules."""
+def check_looks(task: str | None, target: str | None, rules: str | None, *, drawn: bool = False) -> None:
+    """Refuse an unknown task, a target that cannot be read, and what does not go together."""
     if task is not None:
         check_task(task)
     if target is not None:
         parse(target)
     if target is not None and rules is not None:
         raise PeftfxError("a target and rules", "inspect", "put the target into the rule, as in lora@mlp")
+    if drawn and (target is not None or rules is not None):
+        what = "the network is of all sites, not of those that a target or rules pick"
+        raise PeftfxError(what, "inspect", "leave out --target and --rules")
 
 
 def check_run(prompt: str | None, given: Sequence[object], images: Iterable[Path], task: str | None) -> None:

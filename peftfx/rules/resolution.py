@@ -87,7 +87,7 @@ def placements_of(base: nn.Module, method: Method, sites: Sites) -> list[Placeme
         raise PeftfxError(f"{type(method).__name__} does not act on weights", "rules", "use a weight method, as LoRA")
     placements = []
     named = {as_named(base, method, site): site for site in sites}
-    for match in select(list(named), **where(method)):
+    for match in select(dataclasses.replace(sites, items=tuple(named)), **where(method)):
         if match.site.kind not in method.kinds:
             what = f"{type(method).__name__} does not act on a site of kind {match.site.kind}"
             raise PeftfxError(what, match.site.path, f"target sites of kind {', '.join(sorted(method.kinds))}")

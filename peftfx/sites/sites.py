@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 from peftfx.errors import PeftfxError, nearest
+from peftfx.sites.dataflow import Dataflow
 from peftfx.sites.expression import Target
 from peftfx.sites.site import Call, Site, plays
 from peftfx.sites.target import Match, select
 
 if TYPE_CHECKING:
+    import networkx as nx
     from rich.table import Table
 
 
@@ -25,11 +28,13 @@ class Sites(Sequence[Site]):
         items: the sites.
         called: the paths of all modules that the graph calls, sites or not.
         reads: for each module that has parameters which the graph reads, and is no site, what reads them.
+        flow: what is between the sites; None of a selection, which has not all of them.
     """
 
     items: tuple[Site, ...] = ()
     called: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     reads: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    flow: Dataflow | None = field(default=None, repr=False, compare=False)
 
     @overload
     def __getitem__(self, index: int) -> Site: ...
@@ -81,6 +86,35 @@ class Sites(Sequence[Site]):
     def roles(self) -> Counter[str]:
         """How many sites have each role."""
         return Counter(site.role for site in self.items)
+
+    def network(self) -> nx.DiGraph:
+        """The network of these sites; see `peftfx.sites.network`. It is made once, and cannot be changed.
+
+        Raises:
+            PeftfxError: these are not all sites of a base model, as `peftfx.inspect` gives them.
+        """
+        return self._network
+
+    @functools.cached_property
+    def _network(self) -> nx.DiGraph:
+        from peftfx.sites.network import make_network
+
+        if self.flow is None:
+            hint = "ask the sites of the whole base, as peftfx.inspect(model) gives them"
+            raise PeftfxError("what is between these sites is not known", "network", hint)
+        return make_network(self.items, self.flow)
+
+    def equal_layers(self) -> list[tuple[str, ...]]:
+        """The layers of the model, by their paths, in groups that are alike."""
+        from peftfx.sites.network import equal_layers
+
+        return equal_layers(self.network())
+
+    def layer_ends(self) -> dict[str, str]:
+        """The node of the network where each layer ends: all data pass it; see `peftfx.sites.network.layer_ends`."""
+        from peftfx.sites.network import layer_ends
+
+        return layer_ends(self.network())
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One JSON-ready row for each site."""

@@ -115,7 +115,10 @@ def explain(
             target_modules,
             "give the modules as a list, put the layers into the expression, or say target= instead",
         )
-    picker = _modules(target_modules) if target_modules is not None else parse(default if target is None else target)
+    if target_modules is not None:
+        picker = _modules(target_modules)
+    else:
+        picker = parse(default if target is None else target)(sites)
     excluded = (lambda site: False) if not exclude_modules else _named(exclude_modules, "exclude_modules")
     layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform or ())
     names = (layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern or ())

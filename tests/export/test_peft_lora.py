@@ -43,7 +43,9 @@ def test_a_lora_of_peft_is_served_as_peft_computes_it(name: str, tmp_path: Path)
     model.save_pretrained(tmp_path / "base")
     base = copy.deepcopy(model)
     want = adapt(model, tmp_path / "adapter", exclude_modules=LEFT_OUT.get(name))
-    report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=entry.task, view="forward")
+    report = export_directory(
+        tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=entry.task, view="forward"
+    )
     assert report.merged
     written = json.loads((tmp_path / "out" / "peftfx_report.json").read_text())
     assert written["merged"] == report.merged

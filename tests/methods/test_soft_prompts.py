@@ -147,7 +147,9 @@ def test_what_peft_wrote_is_exported_as_peft_computes_it(soft: Soft, name: str, 
     base = bare(theirs)
     base.save_pretrained(tmp_path / "base")
     theirs.save_pretrained(str(tmp_path / "adapter"))
-    report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=task(name), view="forward")
+    report = export_directory(
+        tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=task(name), view="forward"
+    )
     assert len(report.folded) == 1
     served = OnnxModel(tmp_path / "out")
     for batch, sequence in ((3, 11), (1, 6)):

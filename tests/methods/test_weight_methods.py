@@ -98,7 +98,9 @@ def test_merged_it_is_served_as_peft_computes_it(trial: Trial, tmp_path: Path) -
     base = entry.build()
     base.save_pretrained(tmp_path / "base")
     want = trial.adapt(base, tmp_path / "adapter")
-    report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=entry.task, view="forward")
+    report = export_directory(
+        tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=entry.task, view="forward"
+    )
     assert report.merged
     check(entry, want, OnnxModel(tmp_path / "out"), base, base)
 
