@@ -12,11 +12,12 @@ import onnx_ir as ir
 import torch
 
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
-from peftfx.export.metadata import ENGINE, REPORT, SIZES
+from peftfx.export.metadata import ENGINE, SIZES
 from peftfx.export.verification.agreement import Agreement
 from peftfx.export.verification.comparison import Comparison, short_shapes
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.sizes import Limit
+from peftfx.formats import REPORT, stamped
 from peftfx.graph.graph import DERIVED, Graph
 from peftfx.graph.slots import listed
 from peftfx.model.adapted import AdaptedModel
@@ -160,7 +161,7 @@ class Report:
 
     def write(self, directory: Path) -> None:
         """Put `peftfx_report.json` into the directory."""
-        lines = (f"{json.dumps(name)}: {_written(value)}" for name, value in asdict(self).items())
+        lines = (f"{json.dumps(name)}: {_written(value)}" for name, value in stamped(REPORT, asdict(self)).items())
         text = "{\n" + ",\n".join(lines) + "\n}\n"
         (directory / REPORT).write_text(text, encoding="utf-8")
 

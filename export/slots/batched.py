@@ -25,6 +25,7 @@ from peftfx.export.verification.eager_reference import EagerReference, no_oracle
 from peftfx.export.verification.oracle import Oracle, measured_of, named_in
 from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.verification.sizes import Sizes
+from peftfx.formats import BATCHED, stamped
 from peftfx.graph.slots import PREFIX, PROMPT
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE, FORWARD
@@ -33,7 +34,7 @@ from peftfx.passes.slots.by_row import ByRow
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens
-from peftfx.views.row_adapters import BATCHED, IDS, PromptsByRow, WithRowAdapters
+from peftfx.views.row_adapters import IDS, PromptsByRow, WithRowAdapters
 
 _SOFT = (("", PREFIX), ("", PROMPT))  #: the places of soft prompts
 
@@ -121,7 +122,7 @@ class Batched(Deployment):
 
     def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
         """Tell which number is which adapter's; other runtimes do not know of `adapter_ids`."""
-        told = json.dumps({"adapters": list(self.adapters)}, indent=1)
+        told = json.dumps(stamped(BATCHED, {"adapters": list(self.adapters)}), indent=1)
         (directory / BATCHED).write_text(f"{told}\n", encoding="utf-8")
 
 

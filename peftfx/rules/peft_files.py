@@ -11,11 +11,11 @@ from torch import Tensor
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError, shown
 from peftfx.files import is_file, is_folder, read_json
+from peftfx.formats import RULES, read_stamped
 from peftfx.methods import method_named
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 STATE = "peftfx_state.safetensors"  #: ours: what a saved prompt was computed from, so that training can go on
-RULES = "peftfx_rules.json"  #: ours: the folders, one a rule, of an adapter that several rules made
 RECORDS = frozenset(
     {
         *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode"),
@@ -54,7 +54,7 @@ def rule_folders(directory: Path) -> tuple[Path, ...]:
     path = directory / RULES
     if not is_file(path):
         return (directory,)
-    names = read_json(path, "save the adapter again").get("rules")
+    names = read_stamped(path, "save the adapter again").get("rules")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise PeftfxError("not a list of an adapter's rules", str(path), "save the adapter again")
     folders = tuple(directory / name for name in names)

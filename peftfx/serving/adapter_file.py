@@ -15,11 +15,11 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError, first_line
 from peftfx.files import is_file, is_folder
+from peftfx.formats import ADAPTER, VERSIONS, refuse_newer
 from peftfx.graph.slots import FILE, Manifest, listed
 from peftfx.serving.onnx_model import to_ort, to_torch
 
-SUFFIX = ".onnx_adapter"
-VERSION = 1  #: of the format
+SUFFIX = ADAPTER
 _MARK = b"TORT"  #: of the format, behind a file's first four bytes
 
 
@@ -37,6 +37,7 @@ def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
         values = {name: to_ort(to_torch(value).clone()) for name, value in read.get_parameters().items()}
     except Exception as error:
         raise PeftfxError(f"cannot be read: {first_line(error)}", str(path), "write it again") from error
+    refuse_newer(read.get_adapter_version(), ADAPTER, path, "write it again")
     return int(read.get_model_version()), values
 
 
@@ -95,7 +96,7 @@ def write_adapter_file(tensors: Mapping[str, Tensor], version: int, path: Path) 
     """Write an `.onnx_adapter` file for the base of this number."""
     values = {name: to_ort(tensor) for name, tensor in tensors.items()}
     made = ort.AdapterFormat()
-    made.set_adapter_version(VERSION)
+    made.set_adapter_version(VERSIONS[ADAPTER])
     made.set_model_version(version)
     made.set_parameters(values)
     made.export_adapter(str(path))

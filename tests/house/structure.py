@@ -28,7 +28,8 @@ UNBOUNDED = ("peftfx/methods",)  #: one file a method, and nothing else
 
 #: From the ground up: a file imports from its own folder, or from a folder that stands before it here.
 LAYERS = (
-    *("peftfx.version", "peftfx.errors", "peftfx.field_types", "peftfx.options", "peftfx.files", "peftfx.discovery"),
+    *("peftfx.version", "peftfx.errors", "peftfx.field_types", "peftfx.options", "peftfx.files", "peftfx.formats"),
+    "peftfx.discovery",
     *("peftfx.sites", "peftfx.graph", "peftfx.bases", "peftfx.export_options", "peftfx.analysis", "peftfx.views"),
     *("peftfx.generation", "peftfx.contract", "peftfx.contract.common", "peftfx.methods", "peftfx.rules"),
     *("peftfx.adapters", "peftfx.adapters.files"),

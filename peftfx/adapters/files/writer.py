@@ -21,7 +21,8 @@ from peftfx.contract.placement import Placed, Placement
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.files import write_file, writing
-from peftfx.rules.peft_files import CONFIG, RULES, STATE, WEIGHTS
+from peftfx.formats import RULES, stamped
+from peftfx.rules.peft_files import CONFIG, STATE, WEIGHTS
 
 
 def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: Path) -> None:
@@ -65,7 +66,7 @@ def _write(directory: Path, rules: dict[str, Contents]) -> None:
     for name, contents in rules.items():
         (directory / name).mkdir(exist_ok=True)
         _write_rule(directory / name, *contents)
-    write_file(directory / RULES, functools.partial(_save_json, {"rules": list(rules)}))
+    write_file(directory / RULES, functools.partial(_save_json, stamped(RULES, {"rules": list(rules)})))
     for file in (CONFIG, WEIGHTS, STATE):
         (directory / file).unlink(missing_ok=True)
 
