@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -14,7 +15,7 @@ from torch import nn
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.quantised import agreement_of, refuse_disagreement
-from peftfx.export.report import Report
+from peftfx.export.report import Report, tell_rounding
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Swappable
 from peftfx.export.tensor_counts import NOT_RUN, count_tensors
@@ -91,9 +92,10 @@ def export_onnx(
     stages = _Stages(report.seconds, say)
     with publish(Path(directory), asked.force) as temporary, in_eval(adapted):
         with stages("capture"):
-            parts = way.capture(adapted, asked.view, inputs)
-            for part in parts:
-                part.sizes = way.sizes(adapted, part, example, asked.allow_fixed)
+            parts = [
+                replace(part, sizes=way.sizes(adapted, part, example, asked.allow_fixed))
+                for part in way.capture(adapted, asked.view, inputs)
+            ]
         if isinstance(way, InGraph):
             acting = {name: adapted.adapter(name) for name in way.names(adapted)}
             report.tensors = count_tensors(acting, [part.graph for part in parts], merged=way.merges)
@@ -101,15 +103,17 @@ def export_onnx(
                 say(f"{report.tensors[NOT_RUN]} tensors of the adapter are of modules that this view does not run")
         if way.merges and adapted.active:
             with stages("merge"):
-                for part in parts:
-                    part.exported = PassManager([Merge()])(part.graph).graph
-                    report.add_merged(part.exported)
+                merged = [PassManager([Merge()])(part.graph).graph for part in parts]
+                report.add_merged(merged)
+                told = [tell_rounding(graph, report.add_rounding) for graph in merged]
+                parts = [replace(part, exported=graph) for part, graph in zip(parts, told, strict=True)]
         with stages("convert"):
             programs = {
                 part.file: to_onnx(part.exported, opset=asked.opset, engine=asked.engine, optimize=asked.optimize)
                 for part in parts
             }
-            programs = {part.file: way.finish(adapted, part, programs[part.file]) for part in parts}
+            finished = [way.finish(adapted, part, programs[part.file]) for part in parts]
+            parts, programs = [part for part, _ in finished], {part.file: program for part, program in finished}
             for part in parts:
                 report.add_sizes(programs[part.file], part.sizes.limits, "" if len(parts) == 1 else f"{part.stem}: ")
             if asked.quantize is not None:
@@ -119,6 +123,7 @@ def export_onnx(
             save_together(programs, temporary, written=written, infinite=frozenset(infinite))
         with stages("verify"):
             idle: list[set[str]] = []
+            verified = []
             for part in parts:
                 oracle = way.oracle(adapted, part, example)
                 found = verify(
@@ -131,7 +136,7 @@ def export_onnx(
                     graph=part.graph,
                     shown=None if part.view is None else part.view.shown,
                 )
-                part.found = found
+                verified.append(replace(part, found=found))
                 if asked.quantize is not None:
                     text = asked.calibration
                     report.agreement |= agreement_of(temporary / part.file, adapted, part, oracle, source, text)
@@ -140,7 +145,7 @@ def export_onnx(
                 report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")
             refuse_disagreement(report, limit, asked.calibration, temporary)
             report.idle = sorted(set.intersection(*idle))
-        way.describe(temporary, adapted, parts, example)
+        way.describe(temporary, adapted, verified, example)
         report.measure(temporary)
         if assets is not None:
             assets(temporary)

@@ -63,9 +63,9 @@ class Batched(Deployment):
             raise PeftfxError(what, type(base).__name__, "export the adapter merged, or swappable")
         prompts = _prompts(adapted, self.adapters, lengths)
         beside = tuple(site for site in adapted.sites if site.heads is not None)
-        by_row = ByRow(stacked(adapted, each), beside)
         parts = []
         with adapted.disable_adapter():
+            by_row = ByRow(stacked(adapted, each), beside)
             for file, name in views.items():
                 shown = adapted.view(name)
                 if shown is None:
@@ -76,8 +76,8 @@ class Batched(Deployment):
                     graph = adapted.graphs.captured(rowwise.inputs(base), rowwise.entry, rowwise)
                     refuse_fixed(graph, rowwise.axes)
                     part = Part(file, rowwise, graph, graph)
-                part.graph = part.exported = by_row(part.graph).graph
-                parts.append(part)
+                graph = by_row(part.graph).graph
+                parts.append(dataclasses.replace(part, graph=graph, exported=graph))
         return parts
 
     def oracle(self, adapted: AdaptedModel, part: Part, example: Inputs) -> Oracle:
@@ -98,8 +98,8 @@ class Batched(Deployment):
         cases = with_ids(cases, len(self.adapters))
         told = "each row alone with its adapter, by the model's own code with the adapter on its modules"
         for name in self.adapters:
-            adapted.set_adapter(name)
-            why = no_oracle(adapted)
+            with adapted.named.acting_as((name,)):
+                why = no_oracle(adapted)
             told = f"each row alone with its adapter, by its graph: {why}" if why else told
         return Oracle(each_alone(adapted, part, self.adapters, example), cases, measured_of(adapted, cases), told)
 
@@ -107,8 +107,8 @@ class Batched(Deployment):
         """Whether the model takes a call under each adapter: its longest text has no room for virtual tokens."""
         try:
             for name in self.adapters:
-                adapted.set_adapter(name)
-                EagerReference(adapted, None, example)(case)
+                with adapted.named.acting_as((name,)):
+                    EagerReference(adapted, None, example)(case)
         except VerificationError:
             raise
         except Exception:  # whatever the model's code raises for a size it does not take
@@ -129,8 +129,8 @@ class Batched(Deployment):
 def _prompts(adapted: AdaptedModel, names: Sequence[str], lengths: tuple[int, ...]) -> PromptsByRow | None:
     """What puts virtual tokens ahead of each row's text, if an adapter has any."""
     for name in names:
-        adapted.set_adapter(name)
-        entry = adapted.entry()
+        with adapted.named.acting_as((name,)):
+            entry = adapted.entry()
         if isinstance(entry, VirtualTokens):
             shape, own = (len(lengths), max(lengths), entry.shape[1]), size_of(adapted.base, "pad_token_id")
             given = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
@@ -159,10 +159,11 @@ def each_alone(adapted: AdaptedModel, part: Part, names: Sequence[str], example:
         ids, view = feed[IDS], part.view
         found = together(feed)  # what is padding, behind what is compared
         for number in sorted(set(ids.tolist())):
-            adapted.set_adapter(names[number] if number >= 0 else ())
             rest = {name: value for name, value in feed.items() if name != IDS}
             rest = view.alone(feed, number) if isinstance(view, WithRowAdapters) else rest
-            for name, value in _alone(adapted, part, example, rest).items():
+            with adapted.named.acting_as((names[number],) if number >= 0 else ()):
+                alone = _alone(adapted, part, example, rest)
+            for name, value in alone.items():
                 own = found[name][tuple(slice(size) for size in value.shape)]
                 own[ids == number] = value[ids == number]
         return found

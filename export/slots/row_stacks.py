@@ -28,8 +28,8 @@ from peftfx.views.decode import Decode
 
 def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, str], Tensor]:
     """What one adapter does at layers, as updates alone, and its prefix."""
-    adapted.set_adapter(name)
-    told = adapter_tensors(adapted, decodes=decodes)
+    with adapted.named.acting_as((name,)):
+        told = adapter_tensors(adapted, decodes=decodes)
     layers = [site for site in adapted.sites if site.kind in WEIGHT_KINDS]
     sites = {site.weight.removeprefix(f"{BASE}."): site for site in layers if site.kind == "linear"}
     biases = {site.bias.removeprefix(f"{BASE}."): site for site in layers if site.bias}

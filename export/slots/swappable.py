@@ -84,10 +84,10 @@ class Swappable(Deployment):
         ]
         return [_opened(adapted, part, self.slots.target) for part in parts]
 
-    def finish(self, adapted: AdaptedModel, part: Part, program: ir.Model) -> ir.Model:
-        """The program, whose slots may be left out of a call."""
-        part.slots = open_initializers(program, part.slots, adapted.base, part.graph.sites)
-        return program
+    def finish(self, adapted: AdaptedModel, part: Part, program: ir.Model) -> tuple[Part, ir.Model]:
+        """The part with all its slots, and the program, whose slots may be left out of a call."""
+        slots = open_initializers(program, part.slots, adapted.base, part.graph.sites)
+        return dataclasses.replace(part, slots=slots), program
 
     def oracle(self, adapted: AdaptedModel, part: Part, example: Inputs) -> Oracle:
         """The graph with something in each slot; with nothing in them it is held against the model's own code."""

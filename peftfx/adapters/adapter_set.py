@@ -26,7 +26,7 @@ class AdapterSet:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._active: tuple[str, ...] = ()
-        self._here: dict[int, tuple[str, ...]] = {}  # by thread: inside `none_active`
+        self._here: dict[int, tuple[str, ...]] = {}  # by thread: inside `acting_as`
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -83,22 +83,30 @@ class AdapterSet:
         self.activate((name,))
 
     def activate(self, names: Sequence[str]) -> None:
-        """Make these the active ones, in this order; only they are trained."""
+        """Make these the active ones, in this order; only they are trained.
+
+        Inside `acting_as` that is for as long as it lasts, and what is trained stays as it is.
+        """
+        self._check(names)
+        self.active = tuple(names)
+        if threading.get_ident() not in self._here:
+            for name in self.names():
+                self[name].requires_grad_(name in names)
+
+    def _check(self, names: Sequence[str]) -> None:
         found = [self[name] for name in names]
         for name in names:
             if names.count(name) > 1:
                 raise PeftfxError("an adapter acts once", name, "name each adapter once")
         _refuse_rivals(dict(zip(names, found, strict=True)))
-        self.active = tuple(names)
-        for name in self.names():
-            self[name].requires_grad_(name in names)
 
     @contextmanager
-    def none_active(self) -> Iterator[None]:
-        """Inside, none acts in this thread, but those that are made active there."""
+    def acting_as(self, names: Sequence[str] = ()) -> Iterator[None]:
+        """Inside, these act in this thread, or those that are made active there; afterwards all is as it was."""
+        self._check(names)
         here = threading.get_ident()
         before = self._here.get(here)
-        self._here[here] = ()
+        self._here[here] = tuple(names)
         try:
             yield
         finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -283,27 +285,34 @@ def demo(
     run_demo(output or Path("peftfx-demo"), force=force)
 
 
-class _quiet:
-    """Other libraries' warnings and bars do not belong in this program's output."""
-
-    def __enter__(self) -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Other libraries' warnings and bars do not belong in this program's output; afterwards they speak again."""
+    with contextlib.ExitStack() as undone:
         import logging as standard
         import warnings
 
         from tqdm import tqdm
         from transformers.utils import logging
 
+        fake = standard.getLogger("torch._subclasses.fake_tensor")
+        undone.callback(setattr, tqdm, "monitor_interval", tqdm.monitor_interval)
+        undone.callback(setattr, standard, "raiseExceptions", standard.raiseExceptions)
+        undone.callback(fake.setLevel, fake.level)
+        undone.callback(logging.set_verbosity, logging.get_verbosity())
+        undone.callback(
+            logging.enable_progress_bar if logging.is_progress_bar_enabled() else logging.disable_progress_bar
+        )
+        undone.enter_context(warnings.catch_warnings())
         tqdm.monitor_interval = 0  # no thread for bars nobody sees: to start one with no memory left waits for ever
         standard.raiseExceptions = False  # what cannot be logged, with no memory left, is no traceback either
-        standard.getLogger("torch._subclasses.fake_tensor").setLevel(standard.CRITICAL)  # of what it raises too
+        fake.setLevel(standard.CRITICAL)  # of what it raises too
         warnings.filterwarnings("ignore")
         warnings.simplefilter("always", PeftfxWarning)
         warnings.showwarning = _show_warning
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-
-    def __exit__(self, *details: object) -> None:
-        pass
+        yield
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -153,7 +153,7 @@ class AdaptedModel(nn.Module):
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Inside, the model is the base. In other threads it is not."""
-        return self.named.none_active()
+        return self.named.acting_as()
 
     def remove(self, name: str | None = None) -> nn.Module:
         """Remove an adapter, or all of them; returns the base, which is as it was before when all are gone.
