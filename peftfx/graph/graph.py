@@ -88,6 +88,15 @@ class Graph:
             if isinstance(axis, str)
         }
 
+    def mixed(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """An axis that has two sizes in a call with these inputs, where this program reads one of them; or None."""
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            for axis, size in zip(spec.shape, tensors[spec.name].shape, strict=False):
+                if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
+                    return axis
+        return None
+
     def nodes(self) -> Iterator[fx.Node]:
         """The graph's nodes in topological order."""
         return iter(self.module.graph.nodes)
@@ -124,6 +133,10 @@ class Graph:
             names = ", ".join(s.name for s in self.inputs)
             raise PeftfxError(f"the graph takes exactly the inputs {names}", ", ".join(kwargs), "pass those, by name")
         flat = [kwargs[s.name] for s in self.inputs]
+        mixed = self.mixed(kwargs)
+        if mixed is not None:
+            hint = "capture it again with such inputs, their axes under other names"
+            raise PeftfxError(f"two inputs have different sizes along {mixed}", mixed, hint)
         broken = [c for c in unmet(self.conditions, self.sizes_of(kwargs), edges=False) if c.code]
         if broken:
             hint = "capture it again with an input of this size: the model's code computes something else there"
