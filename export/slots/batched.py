@@ -22,7 +22,7 @@ from peftfx.export.deployment.parts import Part, capture_parts, refuse_fixed, vi
 from peftfx.export.slots.row_stacks import stacked, told
 from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
 from peftfx.export.verification.eager_reference import EagerReference, no_oracle
-from peftfx.export.verification.oracle import Oracle, measured_of, named_in
+from peftfx.export.verification.oracle import Oracle, Remembered, measured_of, named_in
 from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.verification.sizes import Sizes
 from peftfx.formats import BATCHED, stamped
@@ -82,6 +82,8 @@ class Batched(Deployment):
 
     def oracle(self, adapted: AdaptedModel, part: Part, example: Inputs) -> Oracle:
         """Each row is what the model with that row's adapter alone makes of it; rows have them, and none, in turn."""
+        acting = [*((name,) for name in self.adapters), ()]
+        alone = [Remembered(_alone(adapted, part, names, example)) for names in acting]
         with adapted.disable_adapter():
             if part.view is not None and part.seen is not None:
                 cases = view_cases(
@@ -89,9 +91,9 @@ class Batched(Deployment):
                 )
             else:
                 specs = [s for s in part.graph.inputs if s.name != IDS]
-                cases = probes(adapted, specs, example, EagerReference(adapted, None, example), part.sizes)
+                cases = probes(adapted, specs, example, alone[-1].first, part.sizes)
         if part.view is None or part.seen is None:
-            cases = [case for case in cases if self._takes(adapted, case, example)]
+            cases = [case for case in cases if self._takes(adapted, alone, case, example)]
         if not cases:
             what = "the model's own code takes no call under each of the adapters, of any size that was tried"
             raise PeftfxError(what, ", ".join(self.adapters), "leave out adapters that do not run on this base")
@@ -101,14 +103,17 @@ class Batched(Deployment):
             with adapted.named.acting_as((name,)):
                 why = no_oracle(adapted)
             told = f"each row alone with its adapter, by its graph: {why}" if why else told
-        return Oracle(each_alone(adapted, part, self.adapters, example), cases, measured_of(adapted, cases), told)
+        return Oracle(each_alone(part, alone), cases, measured_of(adapted, cases), told)
 
-    def _takes(self, adapted: AdaptedModel, case: dict[str, Tensor], example: Inputs) -> bool:
+    def _takes(
+        self, adapted: AdaptedModel, alone: Sequence[Remembered], case: dict[str, Tensor], example: Inputs
+    ) -> bool:
         """Whether the model takes a call under each adapter: its longest text has no room for virtual tokens."""
         try:
-            for name in self.adapters:
+            for name, reference in zip(self.adapters, alone, strict=False):
                 with adapted.named.acting_as((name,)):
-                    EagerReference(adapted, None, example)(case)
+                    accepts = EagerReference(adapted, None, example) if no_oracle(adapted) else reference.first
+                    accepts(case)
         except VerificationError:
             raise
         except Exception:  # whatever the model's code raises for a size it does not take
@@ -150,9 +155,13 @@ def _forward(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow
     return dataclasses.replace(part, graph=graph, exported=graph)
 
 
-def each_alone(adapted: AdaptedModel, part: Part, names: Sequence[str], example: Inputs) -> Reference:
-    """The reference: each row is what the model with that row's adapter alone makes of it."""
+def each_alone(part: Part, alone: Sequence[Reference]) -> Reference:
+    """The reference: each row is what the model with that row's adapter alone makes of it.
 
+    Args:
+        part: what is held against it.
+        alone: the model with each of the adapters alone, and, last, without any.
+    """
     together = reference_of(Evaluate()(part.graph).graph)
 
     def run(feed: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,9 +170,7 @@ def each_alone(adapted: AdaptedModel, part: Part, names: Sequence[str], example:
         for number in sorted(set(ids.tolist())):
             rest = {name: value for name, value in feed.items() if name != IDS}
             rest = view.alone(feed, number) if isinstance(view, WithRowAdapters) else rest
-            with adapted.named.acting_as((names[number],) if number >= 0 else ()):
-                alone = _alone(adapted, part, example, rest)
-            for name, value in alone.items():
+            for name, value in alone[number](rest).items():
                 own = found[name][tuple(slice(size) for size in value.shape)]
                 own[ids == number] = value[ids == number]
         return found
@@ -171,11 +178,21 @@ def each_alone(adapted: AdaptedModel, part: Part, names: Sequence[str], example:
     return run
 
 
-def _alone(adapted: AdaptedModel, part: Part, example: Inputs, feed: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not no_oracle(adapted):
-        return named_in(part.graph, EagerReference(adapted, part.seen, example))(feed)
-    graph = adapted.graph(feed) if part.seen is None else adapted.graph(view=part.seen)
-    return reference_of(graph)(feed)
+def _alone(adapted: AdaptedModel, part: Part, names: tuple[str, ...], example: Inputs) -> Reference:
+    """The model under these adapters, by its own code where that can be had."""
+    acting = adapted.named.acting_as
+    with acting(names):
+        if not no_oracle(adapted):
+            own = named_in(part.graph, EagerReference(adapted, part.seen, example))
+        else:
+            graph = adapted.graph if part.seen is None else lambda _: adapted.graph(view=part.seen)
+            own = lambda feed: reference_of(graph(feed))(feed)  # noqa: E731
+
+    def run(feed: dict[str, Tensor]) -> dict[str, Tensor]:
+        with acting(names):
+            return own(feed)
+
+    return run
 
 
 def with_ids(cases: Sequence[Mapping[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
