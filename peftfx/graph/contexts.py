@@ -21,8 +21,8 @@ TRACING = threading.RLock()  #: held by the thread that captures or traces
 def isolated(model: nn.Module) -> Iterator[None]:
     """The context captures and traces run in, whatever the caller's: gradients on, no inference mode, no autocast.
 
-    Nodes get no stack traces: nobody reads them, and a tenth of a capture went to them. One thread at a time is in
-    it: torch patches modules for all threads while it traces.
+    Nodes get no stack traces: nobody reads them, and they are a tenth of a capture. One thread at a time is in it:
+    torch patches modules for all threads while it traces.
     """
     kinds = ["cpu", *({p.device.type for p in model.parameters()} - {"cpu", "meta"})]
     before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
