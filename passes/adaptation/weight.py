@@ -11,7 +11,7 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.contract.method import Op, WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.graph.graph import ADAPTERS
-from peftfx.passes.rewriting.site_op import bind, operands
+from peftfx.passes.rewriting.site_op import bind, held, operands
 from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.site import Call, Site
 
@@ -26,7 +26,8 @@ def apply_at(splicer: Splicer, placement: Placement, call: Call, name: str, adap
     weight, bias = operands(placement.site, call, splicer.nodes)
     params = splicer.parameters(placement, name, adapter, y)
     under = _under(splicer, placement, y)
-    arguments = [x, y, weight, bias, *params.values(), *(n for _, read in under for n in read.values())]
+    others = (n for _, read in under for n in read.values())
+    arguments = [x, y, weight, bias, *held(op, placement.site), *params.values(), *others]
     acting = [(placement, list(params)), *((p, list(read)) for p, read in under)]
     region = splicer.region(placement, name, splicer.nodes[call.y], params)
     users = list(y.users)
@@ -63,23 +64,25 @@ def _signature(placement: Placement) -> Site:
 
 
 def _forward(acting: list[Acting], op: fx.Node, *, training: bool) -> Callable[..., Tensor]:
-    """A weight method's forward at one call as a function of (x, y, weight, bias, *params).
+    """A weight method's forward at one call as a function of (x, y, weight, bias, *held, *params).
 
     It is the first of those acting; the others are what it runs again, with their parameters behind its own.
     """
     (placement, names), *under = acting
-    bound, block, method = bind(op, placement.site), placement.block, placement.method
+    block, method, count = placement.block, placement.method, len(held(op, placement.site))
     assert isinstance(method, WeightMethod)
     site = dataclasses.replace(placement.view, path="")  # one trace serves every site of this signature
     steps = [(_forward([step], op, training=training), len(step[1])) for step in under]
 
-    def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:
+    def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor) -> Tensor:
+        own, params = rest[:count], rest[count:]
+        bound = bind(op, placement.site, own)
         base, p = placement.base(weight, bias), dict(zip(names, params, strict=False))
 
         def again(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             y, at = bound(x, whole.weight, whole.bias), len(names)
-            for step, count in steps:
-                y, at = step(x, y, *stored, *params[at : at + count]), at + count
+            for step, size in steps:
+                y, at = step(x, y, *stored, *own, *params[at : at + size]), at + size
             return y if block is None else block.take(y, _row_dim(site))
 
         stored, whole = (weight, bias), dataclasses.replace(placement, part=None).base(weight, bias)

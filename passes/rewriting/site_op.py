@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
@@ -10,7 +12,7 @@ from peftfx.analysis.weight_ops import as_stored
 from peftfx.contract.method import Op
 from peftfx.errors import PeftfxError
 from peftfx.graph.rewriter import OVERRIDES, Cursor, Rewriter
-from peftfx.sites.site import Call, Site
+from peftfx.sites.site import EXPERTS, Call, Site
 
 _ADDMM = torch.ops.aten.addmm.default
 _GROUPS = 6  #: where a conv's groups are among its arguments
@@ -29,10 +31,15 @@ def operands(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[fx.Node
     return weight, None if bias is None else as_stored(bias)
 
 
-def bind(op: fx.Node, site: Site) -> Op:
+def held(op: fx.Node, site: Site) -> list[fx.Node]:
+    """The nodes that the operation reads beside input, weight and bias: of experts, where the rows of each end."""
+    return [_argument(op, 2)] if site.kind == EXPERTS else []
+
+
+def bind(op: fx.Node, site: Site, own: Sequence[Tensor] = ()) -> Op:
     """The operation as a function of input, weight ([out, in, ...]) and bias, everything else bound.
 
-    Where the model casts weight and bias to the input's dtype, so does the function.
+    `own` are the values of what it holds. Where the model casts weight and bias to the input's dtype, so does the function.
     """
     target, rest = op.target, list(op.args)
     assert callable(target)
@@ -48,7 +55,10 @@ def bind(op: fx.Node, site: Site) -> Op:
         operands = x, weight.to(x.dtype), _like(bias, x)
         return target(*operands, *filled(op)[3:_GROUPS], channels // weight.shape[1])  # type: ignore[no-any-return]
 
-    return {"linear": linear, "embedding": embedding, "conv": conv}[site.kind]
+    def experts(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return target(x, weight.to(x.dtype).transpose(-2, -1), *own)  # type: ignore[no-any-return]
+
+    return {"linear": linear, "embedding": embedding, "conv": conv, EXPERTS: experts}[site.kind]
 
 
 def rewire(

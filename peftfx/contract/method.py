@@ -28,7 +28,10 @@ from peftfx.field_types import refuse_misfit_fields
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 
-PLACING = ("target", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+PLACING = (
+    *("target", "target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern"),
+)
 """The options that say where a method applies."""
 Params = Mapping[str, Tensor]
 

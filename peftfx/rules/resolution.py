@@ -13,12 +13,13 @@ from peftfx.contract.override import OverrideMethod
 from peftfx.contract.placement import SAVED, Override, Placed, Placement, copies_of
 from peftfx.contract.sequence import SequenceMethod, sequence_site
 from peftfx.errors import PeftfxError, nearest
+from peftfx.rules.parameters import TARGET_PARAMETERS, as_parameter, refuse_unknown_parameters
 from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
 from peftfx.rules.token_rows import trained_tokens
 from peftfx.rules.torch_attention import as_named
 from peftfx.rules.unplaced import refuse_unplaced
-from peftfx.sites.site import Part, Site
+from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Part, Site
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import Where, select
 
@@ -46,6 +47,7 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     if not isinstance(method, SequenceMethod):
         done = {as_named(base, method, p.site).path for p in own} | set(_inside_of(base, saved))
         refuse_unplaced(base, method, sites, where(method), done)
+        refuse_unknown_parameters(base, method, sites, {p.site.parameter for p in own})
     return Placed(method, tuple(own), tuple(overrides_of(base, method, saved, [p.site for p in own])))
 
 
@@ -87,12 +89,14 @@ def placements_of(base: nn.Module, method: Method, sites: Sites) -> list[Placeme
         raise PeftfxError(f"{type(method).__name__} does not act on weights", "rules", "use a weight method, as LoRA")
     placements = []
     named = {as_named(base, method, site): site for site in sites}
-    for match in select(dataclasses.replace(sites, items=tuple(named)), **where(method)):
+    chosen = dataclasses.replace(sites, items=tuple(named))
+    for match in select(chosen, **where(method), kinds=(*WEIGHT_KINDS, EXPERTS)):
         if match.site.kind not in method.kinds:
             what = f"{type(method).__name__} does not act on a site of kind {match.site.kind}"
             raise PeftfxError(what, match.site.path, f"target sites of kind {', '.join(sorted(method.kinds))}")
         parts: list[Part | None] = [p for p in match.site.parts if p.role in match.parts]
-        placements += [Placement(method.at(match.site), named[match.site], part) for part in parts or [None]]
+        own = method.at(as_parameter(method, match.site))
+        placements += [Placement(own, named[match.site], part) for part in parts or [None]]
     return placements
 
 
@@ -132,7 +136,7 @@ def without_ties(placements: Sequence[Placement]) -> list[Placement]:
 
 def placement_at(base: nn.Module, method: Method, site: Site) -> Placement:
     """A method at the whole of a site."""
-    own = method.at(as_named(base, method, site))
+    own = method.at(as_parameter(method, as_named(base, method, site)))
     assert isinstance(own, WeightMethod | AttentionMethod | OverrideMethod)
     return Placement(own, site, copies=copies_of(base, own, site) if isinstance(own, OverrideMethod) else ())
 
@@ -142,6 +146,7 @@ def where(method: Method) -> Where:
     return {
         "target": method.target,
         "target_modules": method.target_modules,
+        "target_parameters": getattr(method, TARGET_PARAMETERS, None),
         "exclude_modules": method.exclude_modules,
         "layers_to_transform": method.layers_to_transform,
         "layers_pattern": method.layers_pattern,
