@@ -15,6 +15,7 @@ from peftfx.graph.rewriter import OVERRIDES, Cursor, Rewriter
 from peftfx.sites.site import EXPERTS, Call, Site
 
 _ADDMM = torch.ops.aten.addmm.default
+_GROUPED = torch.ops.aten._grouped_mm.default  #: torch's own, of bfloat16, in rows of whole multiples of 16 bytes
 _GROUPS = 6  #: where a conv's groups are among its arguments
 
 
@@ -56,9 +57,20 @@ def bind(op: fx.Node, site: Site, own: Sequence[Tensor] = ()) -> Op:
         return target(*operands, *filled(op)[3:_GROUPS], channels // weight.shape[1])  # type: ignore[no-any-return]
 
     def experts(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if target is _GROUPED:
+            return _aligned(x, weight, own[0])
         return target(x, weight.to(x.dtype).transpose(-2, -1), *own)  # type: ignore[no-any-return]
 
     return {"linear": linear, "embedding": embedding, "conv": conv, EXPERTS: experts}[site.kind]
+
+
+def _aligned(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """torch's own grouped product of any dtype and any sizes; computed in bfloat16, the one that it knows."""
+    each = 8  # numbers in 16 bytes
+    out, inner = weight.shape[-2:]
+    padded = F.pad(weight.to(torch.bfloat16), (0, -inner % each, 0, -out % each)).contiguous()
+    rows = F.pad(x.to(torch.bfloat16), (0, -inner % each))
+    return _GROUPED(rows, padded.transpose(-2, -1), ends)[:, :out].to(x.dtype)
 
 
 def rewire(

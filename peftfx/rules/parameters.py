@@ -13,6 +13,7 @@ from peftfx.rules.unplaced import why_no_place
 from peftfx.sites.expression import ends_with
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
+from peftfx.sites.target import BY_PARAMETER
 
 TARGET_PARAMETERS = "target_parameters"
 
@@ -28,24 +29,24 @@ def as_parameter(method: Method, site: Site) -> Site:
     return dataclasses.replace(site, path=site.parameter) if picks(method, site.parameter) else site
 
 
-def refuse_unknown_parameters(base: nn.Module, method: Method, sites: Sites, done: Collection[str]) -> None:
+def refuse_unknown_parameters(base: nn.Module, method: Method, sites: Sites) -> None:
     """Refuse a rule whose `target_parameters` name a parameter that has no site here, or none at all.
 
-    Args:
-        done: the parameters that the rule acts at.
-
     Raises:
-        PeftfxError: one such name.
+        PeftfxError: one such name, and why it has no site.
     """
+    if not getattr(method, TARGET_PARAMETERS, None):
+        return
+    known = {site.parameter for site in sites if site.kind in BY_PARAMETER}
     every = [name for name, _ in base.named_parameters(remove_duplicate=False)]
-    for name in getattr(method, TARGET_PARAMETERS, None) or ():
+    for name in getattr(method, TARGET_PARAMETERS):
         named = [parameter for parameter in every if ends_with(parameter, name)]
         if not named:
             hint = "name it as the model does: `experts.down_proj`"
-            raise PeftfxError("there is no parameter of this name", f"{TARGET_PARAMETERS}: {name}", hint)
-        left = next((parameter for parameter in named if parameter not in done), None)
+            raise PeftfxError("target_parameters name none of the model's", name, hint)
+        left = next((parameter for parameter in named if parameter not in known), None)
         if left is not None:
             owner = left.rpartition(".")[0]
             why = why_no_place(owner, base, sites, method.kinds) or "it is no linear weight"
-            hint = "leave it out; experts are sites where they run as grouped products"
+            hint = "experts can where they run as grouped products: model.set_experts_implementation('grouped_mm')"
             raise PeftfxError(f"this parameter cannot be adapted here: {why}", left, hint)

@@ -34,6 +34,7 @@ def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
 def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     if method.obstacle is not None:
         raise method.obstacle
+    refuse_unknown_parameters(base, method, sites)
     saved = saved_modules(base, method)
     if error := no_module_to_save(base, method, saved):
         raise error
@@ -47,7 +48,6 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     if not isinstance(method, SequenceMethod):
         done = {as_named(base, method, p.site).path for p in own} | set(_inside_of(base, saved))
         refuse_unplaced(base, method, sites, where(method), done)
-        refuse_unknown_parameters(base, method, sites, {p.site.parameter for p in own})
     return Placed(method, tuple(own), tuple(overrides_of(base, method, saved, [p.site for p in own])))
 
 

@@ -133,7 +133,7 @@ def explain(
     def reason(site: Site) -> Reason:
         if site.kind not in kinds:
             return Reason(site, None, f"its kind, {site.kind}, is not one of {', '.join(kinds)}")
-        if any(ends_with(site.parameter, name) for name in target_parameters or ()) and site.kind in _PARAMETERS:
+        if any(ends_with(site.parameter, name) for name in target_parameters or ()) and site.kind in BY_PARAMETER:
             return Reason(site, Match(site), "target_parameters name its weight")
         match = _match(site, picker(site))
         if match is None:
@@ -188,7 +188,7 @@ def _layer(path: str, patterns: Sequence[re.Pattern[str]]) -> int | None:
     return next((int(found["layer"]) for found in matches if found), None)
 
 
-_PARAMETERS = ("linear", EXPERTS)  #: kinds of sites whose weights `target_parameters` name
+BY_PARAMETER = ("linear", EXPERTS)  #: kinds of sites whose weights `target_parameters` name
 _FEW = 8  #: words of a target that are looked up among the model's
 _OF_PEFT = "peft has adapted this model, and its layers are called base_layer: pass the model without adapters"
 

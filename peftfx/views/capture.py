@@ -159,6 +159,8 @@ def _explain(model: nn.Module, error: BaseException, entry: Entry | None) -> Pef
     hint = "see `__cause__` for torch.export's own report"
     if "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         hint = "its forward branches on the values of a tensor; pass arguments or a config that avoid the branch"
+        if getattr(getattr(model, "config", None), "_experts_implementation", None) == "eager":
+            hint = "its experts run in a loop over those that are hit: model.set_experts_implementation('grouped_mm')"
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
     return PeftfxError(f"{what}: {first_line(error)}", type(model).__name__, hint)
 
