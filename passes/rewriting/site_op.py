@@ -40,7 +40,8 @@ def held(op: fx.Node, site: Site) -> list[fx.Node]:
 def bind(op: fx.Node, site: Site, own: Sequence[Tensor] = ()) -> Op:
     """The operation as a function of input, weight ([out, in, ...]) and bias, everything else bound.
 
-    `own` are the values of what it holds. Where the model casts weight and bias to the input's dtype, so does the function.
+    `own` are the values of what it holds. Where the model casts weight and bias to the input's dtype, so does the
+    function.
     """
     target, rest = op.target, list(op.args)
     assert callable(target)

@@ -102,7 +102,7 @@ def _product(paths: _Paths, op: fx.Node, x: object, weight: object, bias: object
 
 
 def _grouped(paths: _Paths, op: fx.Node) -> Iterator[Occurrence]:
-    """A stack of linear layers, `x[i] @ W[group of i]`: W stored [groups, in, out], or turned from [groups, out, in]."""
+    """A stack of linear layers, `x[i] @ W[group of i]`: W [groups, in, out], or turned from [groups, out, in]."""
     x, weight, _ = op.args
     turned = isinstance(weight, fx.Node) and op_name(weight) in _TRANSPOSES
     stored = _parameter(weight.args[0] if isinstance(weight, fx.Node) and turned else weight)

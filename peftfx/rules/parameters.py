@@ -1,4 +1,4 @@
-"""`target_parameters`: parameters that a rule names by themselves, as HF PEFT's LoRA does: experts' weights above all."""
+"""`target_parameters`: parameters that a rule names by themselves, as HF PEFT's LoRA does: experts' weights mostly."""
 
 from __future__ import annotations
 

@@ -9,7 +9,9 @@ from typing import Any
 #: Kinds of sites that have a weight that mixes features, or a row for each index. A norm's weight does neither; an
 #: attention is a computation between weights.
 WEIGHT_KINDS = ("linear", "conv", "embedding")
-EXPERTS = "experts"  #: a kind of site: a stack of linear weights, one for each expert, and each row of values has its own
+EXPERTS = (
+    "experts"  #: a kind of site: a stack of linear weights, one for each expert, and each row of values has its own
+)
 NORM = "norm"  #: a kind of site, and its role
 ROUTER = "router"  #: the role of a linear layer whose output says which expert a value meets
 

@@ -10,10 +10,22 @@ import transformers as hf
 _SIZE = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2}
 _ONE = {**_SIZE, "num_key_value_heads": 2, "num_hidden_layers": 1, "num_experts_per_tok": 2}
 _LATENT = {
-    **{**_SIZE, "num_key_value_heads": 4, "num_hidden_layers": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    **{"intermediate_size": 40, "moe_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 1},
-    **{"kv_lora_rank": 8, "q_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
-    **{"n_group": 2, "topk_group": 1},
+    **_SIZE,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 2,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_group": 2,
+    "topk_group": 1,
 }
 _CONFIGS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "mixtral": ("Mixtral", {**_ONE, "intermediate_size": 24, "num_local_experts": 4}),

@@ -47,17 +47,24 @@ def naming_parameters(method: Method, names: Mapping[str, str]) -> Method:
 
 
 def refuse_turned(base: nn.Module, placements: Iterable[Placement]) -> None:
-    """Refuse experts that HF PEFT takes for stored the other way round, by their module's `is_transposed`.
+    """Refuse parameters that HF PEFT takes for stored the other way round.
+
+    Of experts the module's `is_transposed` says how; a single weight is always taken for [out, in].
 
     Raises:
         PeftfxError: its A would be our B.
     """
-    for site in (p.site for p in placements if p.site.kind == EXPERTS):
-        owner, _ = owner_of(base, site.path)
-        if bool(getattr(owner, "is_transposed", False)) != site.transposed:
-            stored = "[experts, in, out]" if site.transposed else "[experts, out, in]"
-            what = f"it is stored {stored}, and HF PEFT takes it for the other: is_transposed of its module says so"
-            raise PeftfxError(what, site.path, f"set is_transposed = {site.transposed} on the module's class")
+    for placement in placements:
+        site = placement.site
+        stored = "[in, out]" if site.transposed else "[out, in]"
+        if site.kind == EXPERTS:
+            owner, _ = owner_of(base, site.path)
+            if bool(getattr(owner, "is_transposed", False)) != site.transposed:
+                what = f"each expert's is stored {stored}, and HF PEFT takes it for the other, by its module"
+                raise PeftfxError(what, site.path, f"set is_transposed = {site.transposed} on the module's class")
+        elif site.transposed and picks(placement.method, site.parameter):
+            what = f"it is stored {stored}, and HF PEFT takes what target_parameters name for [out, in]"
+            raise PeftfxError(what, site.parameter, "name the module in target_modules, if it is a layer")
 
 
 def _is_bare(base: nn.Module, method: Method, site: Site) -> bool:

@@ -1,6 +1,6 @@
-"""LoRA on a stack of experts' weights, as HF PEFT's `target_parameters` has it: its factors, their start, their limits.
+"""LoRA on a stack of experts' weights, as HF PEFT's `target_parameters` has it: its factors, start and limits.
 
-The update of expert e is `s B_e A_e`. The factors of all experts are kept as HF PEFT keeps them: of A, [experts * r, in],
+The update of expert e is `s B_e A_e`. The factors of all are kept as HF PEFT keeps them: of A, [experts * r, in],
 the rows of one expert lie together; of B, [out, r * experts], the columns of one lie apart.
 """
 
