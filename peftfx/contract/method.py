@@ -37,7 +37,10 @@ Params = Mapping[str, Tensor]
 
 
 class Base(NamedTuple):
-    """The frozen tensors of a site. `weight` is [out, in, *kernel] ([num, dim] for an embedding), however stored."""
+    """The frozen tensors of a site, however they are stored.
+
+    `weight` is [out, in, *kernel]; [num, dim] for an embedding, [experts, out, in] for experts.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -47,6 +50,7 @@ class Op(Protocol):
     """A site's own operation, with stride, padding, dilation, padding index and the like bound.
 
     A conv's groups follow from its weight: a [out, in, *kernel] weight at a site of several groups is a dense conv.
+    At experts each row of `x` meets the weight of its own: any [experts, out, in] weight will do.
     """
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...

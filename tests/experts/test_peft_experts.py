@@ -15,6 +15,7 @@ import peftfx
 import peftfx.runtime
 
 GENERATE = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+QUICK = ("mixtral", "qwen3_moe", "gpt_oss")  #: the others are exported in the slow tests
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
@@ -30,7 +31,10 @@ def theirs(name: str, *, parameters: list[str], **options: object) -> nn.Module:
     return made.eval()
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+EACH = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MIXTURES]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_what_peft_wrote_is_loaded_merged_and_exported_with_the_cache(name: str, tmp_path: Path) -> None:
     wanted = theirs(name, parameters=EXPERTS, target_modules=["o_proj"])
     wanted.save_pretrained(str(tmp_path / "adapter"))
