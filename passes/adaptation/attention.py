@@ -21,7 +21,6 @@ from peftfx.passes.rewriting.site_op import operands
 from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.blocks import Block
 from peftfx.sites.site import Call, Heads, Part, Site
-from peftfx.sites.sites import Sites
 
 aten = torch.ops.aten
 
@@ -77,7 +76,7 @@ def _project(splicer: Splicer, site: Site, x: fx.Node, before: fx.Node, region: 
     splicer.nodes |= {node.name: node for node in (x, op, y)}
     splicer.sites[site.path] = dataclasses.replace(site, calls=(*site.calls, call))
     sites = (splicer.sites.get(s.path, s) if s.weight else s for s in splicer.graph.sites)
-    splicer.graph.sites = Sites(tuple(sites))
+    splicer.graph.sites = dataclasses.replace(splicer.graph.sites, items=tuple(sites))
     for (name, _), placed in splicer.placed.get(site.path, {}).items():
         adapter = splicer.graph.module.get_submodule(f"{ADAPTERS}.{name}")
         assert isinstance(adapter, Adapter)

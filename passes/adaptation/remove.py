@@ -13,7 +13,6 @@ from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.graph.rewriter import OVERRIDES, REGION, REPLACES, Rewriter
 from peftfx.passes.adaptation.insert import Insert
 from peftfx.passes.base import Pass, PassResult, attributes_of, results
-from peftfx.sites.sites import Sites
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Remove(Pass):
             gone.update(call.y for call in added)
             kept = tuple(c for c in site.calls if c not in added)
             sites.append(dataclasses.replace(site, calls=kept) if added else site)
-        graph.sites = Sites(tuple(sites)) if gone else graph.sites
+        graph.sites = dataclasses.replace(graph.sites, items=tuple(sites)) if gone else graph.sites
         return gone
 
     def _restore(self, graph: Graph) -> int:

@@ -26,7 +26,7 @@ from peftfx.analysis.links import find_links
 from peftfx.analysis.model_heads import reaches_output
 from peftfx.analysis.norms import find_norms
 from peftfx.analysis.rows import as_ranges
-from peftfx.analysis.running import called_modules, parameter_reads
+from peftfx.analysis.running import called_modules, parameter_reads, run_elsewhere
 from peftfx.analysis.weight_ops import Occurrence, find_occurrences, module_path
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
@@ -59,7 +59,11 @@ def find_sites(graph: Graph) -> Sites:
     sites = [*weighted, *_attention_sites(analysis), *find_norms(graph, analysis.flows)]
     nodes = {node.name: order[node] for node in order}
     ordered = tuple(sorted(sites, key=lambda site: nodes[site.calls[0].op]))
-    return Sites(ordered, called_modules(graph), parameter_reads(graph, ordered), find_links(graph, ordered))
+    called = called_modules(graph)
+    elsewhere = run_elsewhere(graph.base, called)
+    others = {name for names in elsewhere.values() for name in names}
+    ordered = tuple(site for site in ordered if site.path not in others)
+    return Sites(ordered, called, parameter_reads(graph, ordered), elsewhere, find_links(graph, ordered))
 
 
 def _analyse(graph: Graph) -> Analysis:

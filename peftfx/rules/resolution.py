@@ -13,12 +13,13 @@ from peftfx.contract.override import OverrideMethod
 from peftfx.contract.placement import SAVED, Override, Placed, Placement, copies_of
 from peftfx.contract.sequence import SequenceMethod, sequence_site
 from peftfx.errors import PeftfxError, nearest
+from peftfx.graph.places import places_of
 from peftfx.rules.parameters import TARGET_PARAMETERS, as_parameter, refuse_unknown_parameters
 from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
 from peftfx.rules.token_rows import trained_tokens
 from peftfx.rules.torch_attention import as_named
-from peftfx.rules.unplaced import refuse_unplaced
+from peftfx.rules.unplaced import refuse_unplaced, tell_elsewhere
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Part, Site
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import Where, select
@@ -28,7 +29,17 @@ def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
     """Each rule with where it acts, and the base's tensors that are trained with it."""
     placed = tuple(_place(base, sites, method) for method in as_methods(rules, base))
     refuse_crowding(placed)
+    tell_elsewhere(sites, acted_at(placed))
     return placed
+
+
+def acted_at(placed: Iterable[Placed]) -> set[str]:
+    """The module paths that rules act at, or whose tensors they train copies of."""
+    return {
+        path
+        for rule in placed
+        for path in (*(p.site.path for p in rule.placements), *(o.module for o in rule.overrides))
+    }
 
 
 def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
@@ -182,7 +193,11 @@ def no_module_to_save(base: nn.Module, method: Method, saved: Sequence[str]) -> 
 def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: Iterable[Site]) -> list[Override]:
     """The tensors of the base that are trained: whole modules, and biases."""
     found = []
+    places = places_of(base) if saved else {}
     for path in saved:
+        if path in places and any(base.get_submodule(path).children()):
+            what = f"the base holds this module under other names too: {', '.join(places[path][1:4])}"
+            raise PeftfxError(what, path, "name the layers in it, or leave it out of modules_to_save")
         names = list(base.get_submodule(path).state_dict(keep_vars=True))
         found += [Override(f"{SAVED}.{path}.{name}", path, name) for name in names]
     which = getattr(method, "bias", "none")

@@ -58,6 +58,14 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
         warn(f"no call of the model runs {listed}: nothing is adapted there")
 
 
+def tell_elsewhere(sites: Sites, adapted: Collection[str]) -> None:
+    """Say which adapted modules the model also runs under other names: nothing acts there, as in HF PEFT."""
+    told = [f"{path} as {', '.join(sites.elsewhere[path])}" for path in sites.elsewhere if path in adapted]
+    if told:
+        more = f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""
+        warn(f"the model also runs {'; '.join(told[:_MOST])}{more}: nothing is adapted there, as in HF PEFT")
+
+
 def never_runs(path: str, base: nn.Module, sites: Sites) -> bool:
     """Whether it is proven that no call runs the module at this path."""
     if path in sites.called or not has_module(base, path):

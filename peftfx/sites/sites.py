@@ -28,12 +28,14 @@ class Sites(Sequence[Site]):
         items: the sites.
         called: the paths of all modules that the graph calls, sites or not.
         reads: for each module that has parameters which the graph reads, and is no site, what reads them.
+        elsewhere: for a site whose module the graph also runs in other places, their names: no adapter acts there.
         flow: what is between the sites; None of a selection, which has not all of them.
     """
 
     items: tuple[Site, ...] = ()
     called: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     reads: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
     flow: Dataflow | None = field(default=None, repr=False, compare=False)
 
     @overload

@@ -22,6 +22,7 @@ from peftfx.graph.axis_symbols import place_of, symbols_of, tied
 from peftfx.graph.contexts import fake_mode_of, isolated, unchanged
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.graph.lazy_weights import faked
+from peftfx.graph.places import name_places
 from peftfx.graph.size_conditions import Note, conditions_of, noted
 from peftfx.graph.written import refuse_written
 from peftfx.views.entry import Call, Entry, forward
@@ -221,6 +222,7 @@ def _as_graph(
                 sizes[axis] = int(tensor.shape[i])
         specs.append(TensorSpec(name, tensor.dtype, tuple(shape)))
         _rename(node, name.replace(".", "_"))
+    name_places(module, model)
     linked = link(graph, {BASE: model, CONSTANTS: constants})
     conditions = conditions_of(notes, symbols)
     result = Graph(linked, tuple(specs), out_spec, sizes, model.training, None, conditions=conditions)  # type: ignore[arg-type]

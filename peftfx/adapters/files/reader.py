@@ -26,6 +26,7 @@ from peftfx.errors import PeftfxError, warn
 from peftfx.rules.parameters import TARGET_PARAMETERS, picks
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.rules.resolution import (
+    acted_at,
     is_inside,
     no_module_to_save,
     overrides_of,
@@ -36,7 +37,7 @@ from peftfx.rules.resolution import (
     without_ties,
 )
 from peftfx.rules.torch_attention import wrapper_of
-from peftfx.rules.unplaced import why_no_place
+from peftfx.rules.unplaced import tell_elsewhere, why_no_place
 from peftfx.sites.site import EXPERTS
 from peftfx.sites.sites import Sites
 
@@ -58,6 +59,7 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         _refuse_conflict(adapter, other, folder)
         adapter.add(other)
     refuse_crowding(adapter.placed)
+    tell_elsewhere(sites, acted_at(adapter.placed))
     warn_unlike_peft(base, adapter.placements, str(directory))
     return adapter
 
