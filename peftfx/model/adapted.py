@@ -83,6 +83,7 @@ class AdaptedModel(nn.Module):
         """
         self.named.refuse(name)
         adapter = Adapter(place(self.base, self.sites, rules), records_of(as_items(rules)))
+        adapter.ran = self.sites.called.union(site.path for site in self.sites)
         device = next((p.device for p in self.base.parameters()), torch.device("cpu"))
         rng = None if seed is None else torch.Generator(device).manual_seed(seed)
         with fake_mode_of(self.base):

@@ -15,6 +15,7 @@ from peftfx.graph.conditions import unmet
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.graph.graph import ADAPTERS, Graph, path_name
 from peftfx.model.fingerprints import ModelState, value_key
+from peftfx.model.late_modules import refuse_late
 from peftfx.passes.adaptation.evaluate import evaluate
 from peftfx.passes.adaptation.insert import Insert
 from peftfx.passes.adaptation.prefill import Left, Prefill
@@ -155,6 +156,8 @@ class Graphs:
         """A captured graph with the adapters of these names in it, in order, and what more passes make of that."""
         key = (id(captured), tuple(names))
         if key not in self._derived:
+            for name in names:
+                refuse_late(self.base, self.adapters[name], captured.sites)
             linked = captured.clone()
             linked.module.add_module(ADAPTERS, self.adapters.module)
             inserts = [Insert(name, self.adapters[name]) for name in names]

@@ -135,6 +135,34 @@ def test_a_layer_that_the_example_call_does_not_run_is_refused_and_inputs_that_r
     torch.testing.assert_close(ours.train()(x=x), theirs.train()(x=x))
 
 
+class Mlps(nn.Module):
+    """One MLP, or another, by an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = (nn.ModuleList([nn.Linear(SIZE, SIZE) for _ in range(2)]) for _ in range(3))
+
+    def forward(self, x: Tensor, other: bool = False) -> Tensor:
+        up, down = self.two if other else self.one
+        return self.head[0](x + down(torch.relu(up(x))))
+
+
+@pytest.mark.parametrize("method", [peftfx.LoRA(r=2, target="mlp"), peftfx.IA3(target="mlp.down")], ids=str)
+def test_a_call_that_runs_other_layers_that_a_rule_picks_is_refused_by_name(method: object, tmp_path: Path) -> None:
+    base, x = Mlps().eval(), torch.randn(3, SIZE)
+    model = peftfx.transform(base, method, inputs={"x": x})
+    model(x=x)
+    with pytest.raises(PeftfxError, match=r"(?s)that a rule picks.*two\..*inputs="):
+        model(x=x, other=True)
+    with pytest.raises(PeftfxError, match=r"that a rule picks"):
+        model.export(tmp_path / "out", inputs={"x": x, "other": True})
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x=x, other=True), base(x, other=True))
+    model.remove()
+    both = peftfx.transform(base, peftfx.LoRA(r=2, target="head"), inputs={"x": x})
+    both(x=x, other=True)  # the rule picks nothing of the other branch
+
+
 def test_cross_attention_that_the_example_call_does_not_run_is_refused(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True)
     base = GPT2LMHeadModel(config).eval()
