@@ -12,12 +12,15 @@ import torch
 from peftfx.bases.load import load_base
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of_class
 from peftfx.errors import PeftfxError
+from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.onnx_directory import Progress
 from peftfx.export.slots.adapter_export import export_adapter
+from peftfx.export.tensor_counts import SLOTS, count_tensors
 from peftfx.export_options.adapter import AdapterDirectoryChanges, AdapterDirectoryOptions
 from peftfx.export_options.checked import takes
 from peftfx.files import is_folder
 from peftfx.graph.slots import Manifest
+from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.rules.peft_files import read_config, rule_folders
 
@@ -69,7 +72,18 @@ def export_adapter_directories(
     else:
         adapted.set_adapter(names)
     say("write and verify" if asked.check else "write")
-    return export_adapter(adapted, graph, output, asked)
+    made = export_adapter(adapted, graph, output, asked)
+    say(_counted(adapted, manifest, names))
+    return made
+
+
+def _counted(adapted: AdaptedModel, manifest: Manifest, names: Sequence[str]) -> str:
+    """Where the tensors of the adapters' files went."""
+    with adapted.named.acting_as(tuple(names)), in_eval(adapted):
+        views = (adapted.view(kind) for kind in manifest.views.values())
+        graphs = [adapted.graph() if view is None else adapted.graph(view=view) for view in views]
+    counts = count_tensors({name: adapted.adapter(name) for name in names}, graphs, SLOTS)
+    return f"{sum(counts.values())} tensors in the files: {', '.join(f'{n} {place}' for place, n in counts.items())}"
 
 
 def _refuse_head(folder: Path, model: str) -> None:

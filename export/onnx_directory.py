@@ -18,7 +18,7 @@ from peftfx.export.quantised import agreement_of, refuse_disagreement
 from peftfx.export.report import Report, tell_rounding
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Swappable
-from peftfx.export.tensor_counts import NOT_RUN, count_tensors
+from peftfx.export.tensor_counts import APART, MERGED, NOT_RUN, count_row_tensors, count_tensors
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.verification.comparison import verify
 from peftfx.export.writing.atomic_directory import publish
@@ -96,11 +96,13 @@ def export_onnx(
                 replace(part, sizes=way.sizes(adapted, part, example, asked.allow_fixed))
                 for part in way.capture(adapted, asked.view, inputs)
             ]
-        if isinstance(way, InGraph):
-            acting = {name: adapted.adapter(name) for name in way.names(adapted)}
-            report.tensors = count_tensors(acting, [part.graph for part in parts], merged=way.merges)
-            if NOT_RUN in report.tensors:
-                say(f"{report.tensors[NOT_RUN]} tensors of the adapter are of modules that this view does not run")
+        acting, graphs = {name: adapted.adapter(name) for name in way.names(adapted)}, [part.graph for part in parts]
+        if isinstance(way, Batched):
+            report.tensors = count_row_tensors(acting, graphs)
+        elif acting:
+            report.tensors = count_tensors(acting, graphs, MERGED if way.merges else APART)
+        if NOT_RUN in report.tensors:
+            say(f"{report.tensors[NOT_RUN]} tensors of the adapter are of modules that this view does not run")
         if way.merges and adapted.active:
             with stages("merge"):
                 merged = [PassManager([Merge()])(part.graph).graph for part in parts]

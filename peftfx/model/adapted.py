@@ -101,12 +101,13 @@ class AdaptedModel(nn.Module):
             combination_type: for LoRA, `cat` sums the effects exactly, at the sum of the ranks, and `linear` sums A
                 and B, each times the root of its weight, which is an approximation; IA3 has `linear` alone.
         """
-        from peftfx.adapters.combination import combine
+        from peftfx.adapters.combination import combine, tell_left_out
 
         self.named.refuse(adapter_name)
         named = {name: self.adapter(name) for name in adapters}
         with fake_mode_of(self.base):
             combined = combine(self.base, named, weights, combination_type)
+        tell_left_out(named)
         combined.named = frozenset().union(*(adapter.named for adapter in named.values()))
         self._install(adapter_name, combined)
 
