@@ -4,6 +4,7 @@ from peftfx import runtime as runtime
 from peftfx.errors import PeftfxError as PeftfxError
 from peftfx.export.onnx_directory import export_onnx as export_onnx
 from peftfx.export.slots.adapter_export import export_adapter as export_adapter
+from peftfx.export_options.export import ExportOptions as ExportOptions
 from peftfx.graph.graph import Graph as Graph
 from peftfx.methods.adalora import AdaLoRA as AdaLoRA
 from peftfx.methods.bitfit import BitFit as BitFit
@@ -31,6 +32,7 @@ __all__ = [
     "AdaLoRA",
     "AdaptedModel",
     "BitFit",
+    "ExportOptions",
     "Graph",
     "IA3",
     "LNTuning",

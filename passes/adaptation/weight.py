@@ -12,7 +12,7 @@ from peftfx.contract.acting import Acting, adapted, overlap
 from peftfx.contract.method import WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.graph.graph import ADAPTERS
-from peftfx.passes.rewriting.site_op import bind, operands
+from peftfx.passes.rewriting.site_op import bind, held, operands
 from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.site import Call, Site
 
@@ -27,13 +27,14 @@ def apply_at(splicer: Splicer, placement: Placement, call: Call, name: str, adap
     weight, bias = operands(placement.site, call, splicer.nodes)
     params = splicer.parameters(placement, name, adapter, y)
     under = _under(splicer, placement, y)
-    arguments = [x, y, weight, bias, *params.values(), *(n for _, read in under for n in read.values())]
-    values = [None if n is None else n.meta["val"] for n in arguments]
+    others = (n for _, read in under for n in read.values())
+    arguments = [x, y, weight, bias, *held(op, placement.site), *params.values(), *others]
     acting = [(placement, list(params)), *((p, list(read)) for p, read in under)]
-    traced = _trace(splicer, acting, op, values)
     region = splicer.region(placement, name, splicer.nodes[call.y], params)
     users = list(y.users)
-    result = splicer.splice(traced, arguments, before=y.next, like=y, region=region)
+    forward, key = _forward(acting, op, training=splicer.graph.training), _key(acting, op)
+    named = type(placement.method).__name__
+    result = splicer.at(y.next, y, region).trace(forward, *arguments, key=key, what=named, where=placement.site.path)
     splicer.weighted[call.y] = result
     splicer.replace(y, result, users)
 
@@ -52,12 +53,10 @@ def _under(splicer: Splicer, placement: Placement, y: fx.Node) -> list[tuple[Pla
     return found
 
 
-def _trace(splicer: Splicer, acting: list[Named], op: fx.Node, values: list[object]) -> fx.GraphModule:
-    placement, _ = acting[0]
+def _key(acting: list[Named], op: fx.Node) -> object:
+    """What a trace depends on, beside its operands."""
     fixed = [a for a in op.args if not isinstance(a, fx.Node)]
-    forward = _forward(acting, op, training=splicer.graph.training)
-    methods = [(p.method, _signature(p), p.block, names) for p, names in acting]
-    return splicer.traced((methods, op.target, fixed), forward, values, placement.method, placement.site.path)
+    return [(p.method, _signature(p), p.block, names) for p, names in acting], op.target, fixed
 
 
 def _signature(placement: Placement) -> Site:
@@ -66,16 +65,17 @@ def _signature(placement: Placement) -> Site:
 
 
 def _forward(acting: list[Named], op: fx.Node, *, training: bool) -> Callable[..., Tensor]:
-    """A weight method's forward at one call as a function of (x, y, weight, bias, *params).
+    """A weight method's forward at one call as a function of (x, y, weight, bias, *held, *params).
 
     It is the first of those acting; the others are what it runs again, with their parameters behind its own.
     """
-    bound = bind(op, acting[0][0].site)
-    places = [(Acting.of(placement), names) for placement, names in acting]
+    site = acting[0][0].site
+    places, count = [(Acting.of(placement), names) for placement, names in acting], len(held(op, site))
 
-    def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:
-        values = iter(params)
+    def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor) -> Tensor:
+        values = iter(rest[count:])
         (first, p), *under = [(at, {name: next(values) for name in names}) for at, names in places]
+        bound = bind(op, site, rest[:count])
         return adapted(first, p, bound, x, y, (weight, bias), under, training=training)
 
     return forward

@@ -21,7 +21,7 @@ _NAME = re.compile(r'[^\x00-\x1f\x7f\ud800-\udfff./\\:*?"<>|]+')
 
 
 class _Here(threading.local):
-    """What is active in one thread, inside `none_active`; None outside."""
+    """What is active in one thread, inside `acting_as`; None outside."""
 
     names: tuple[str, ...] | None = None
 
@@ -95,21 +95,29 @@ class AdapterSet:
         self.activate((name,))
 
     def activate(self, names: Sequence[str]) -> None:
-        """Make these the active ones, in this order; only they are trained."""
+        """Make these the active ones, in this order; only they are trained.
+
+        Inside `acting_as` that is for as long as it lasts, and what is trained stays as it is.
+        """
+        self._check(names)
+        self.active = tuple(names)
+        if self._here.names is None:
+            for name in self.names():
+                self[name].requires_grad_(name in names)
+
+    def _check(self, names: Sequence[str]) -> None:
         found = [self[name] for name in names]
         for name in names:
             if names.count(name) > 1:
                 raise PeftfxError("an adapter acts once", name, "name each adapter once")
         _refuse_rivals(dict(zip(names, found, strict=True)))
-        self.active = tuple(names)
-        for name in self.names():
-            self[name].requires_grad_(name in names)
 
     @contextmanager
-    def none_active(self) -> Iterator[None]:
-        """Inside, none acts in this thread, but those that are made active there."""
+    def acting_as(self, names: Sequence[str] = ()) -> Iterator[None]:
+        """Inside, these act in this thread, or those that are made active there; afterwards all is as it was."""
+        self._check(names)
         before = self._here.names
-        self._here.names = ()
+        self._here.names = tuple(names)
         try:
             yield
         finally:

@@ -15,8 +15,8 @@ from torch import fx, nn
 
 from peftfx.analysis.dataflow import ELEMENTWISE, MOVEMENT, NORMED, PRODUCTS, Flow, names, op_name
 from peftfx.analysis.weight_ops import module_path
+from peftfx.bases.guests import own_parameters
 from peftfx.graph.graph import BASE, Graph
-from peftfx.graph.guests import own_parameters
 from peftfx.sites.site import NORM, Call, Site, layer_of
 
 _NORMS = names("layer_norm rms_norm group_norm batch_norm instance_norm")

@@ -15,7 +15,7 @@ from types import CodeType, FunctionType, MethodType
 
 from torch import nn
 
-from peftfx.graph.guests import own_modules
+from peftfx.bases.guests import own_modules
 
 #: Names by which code reaches submodules without naming them. Code that reads one of these proves nothing.
 _WALKS = frozenset({"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "__dict__"})

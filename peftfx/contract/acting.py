@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftfx.contract.method import Base, Op, Params, WeightMethod
 from peftfx.contract.placement import Placement
-from peftfx.sites.blocks import Block
+from peftfx.sites.blocks import Block, turned
 from peftfx.sites.site import Site
 
 
@@ -38,10 +38,10 @@ class Acting(NamedTuple):
 
     def base(self, weight: Tensor, bias: Tensor | None) -> Base:
         """The site's tensors, as they are stored, as the method sees them."""
-        weight = weight.T if self.transposed else weight
+        weight = turned(weight, self.transposed)
         if self.block is None:
             return Base(weight, bias)
-        return Base(self.block.take(weight, 0), None if bias is None else self.block.take(bias, 0))
+        return Base(self.block.take(weight, self.site.rows_axis), None if bias is None else self.block.take(bias, 0))
 
 
 def adapted(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
-from peftfx.graph.guests import own_modules
 from peftfx.hosting.call import CURRENT, Keys, acting
 
 #: Where transformers' layers, and torch's wrapper of any module, keep the function that checkpoints them.

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.bases.guests import Guests
 from peftfx.contract.acting import Acting, adapted, overlap
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.placement import owner_of
 from peftfx.errors import PeftfxError
-from peftfx.graph.guests import Guests
 from peftfx.hosting.call import CURRENT, Keys
 from peftfx.hosting.seats import AttentionSeat, CopySeat, WeightSeat
 from peftfx.passes.adaptation.attention import anonymous, attended

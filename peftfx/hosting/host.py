@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftfx.bases.guests import GUESTS
 from peftfx.errors import PeftfxError
-from peftfx.graph.guests import GUESTS
 from peftfx.hosting.call import CURRENT
 from peftfx.hosting.checkpointing import refuse_recomputed
 from peftfx.hosting.guests import Attending, Hosted, other_call

@@ -11,9 +11,9 @@ from torch import nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.adapter_set import AdapterSet
+from peftfx.bases.guests import GUESTS
 from peftfx.contract.placement import Placement, owner_of
 from peftfx.contract.sequence import SequenceMethod
-from peftfx.graph.guests import GUESTS
 from peftfx.hosting.call import Keys, acting
 from peftfx.hosting.checkpointing import bind
 from peftfx.hosting.guests import AttentionGuest, Copy, Hosted, WeightGuest

@@ -15,17 +15,17 @@ from transformers.pytorch_utils import Conv1D
 from peftfx.adapters.adapter import Adapter
 from peftfx.analysis.dataflow import FUSED_ATTENTION, op_name
 from peftfx.analysis.weight_ops import module_path
+from peftfx.bases.guests import own_modules
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import WeightMethod
 from peftfx.contract.placement import Override, Placement, owner_of
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE, Graph
-from peftfx.graph.guests import own_modules
 from peftfx.hosting.regions import Regions
 from peftfx.hosting.seats import AttentionSeat, CopySeat, Seat, Seating, WeightSeat
 from peftfx.passes.adaptation.attention import leaving
 from peftfx.passes.rewriting.site_op import bind
-from peftfx.sites.site import Site
+from peftfx.sites.site import EXPERTS, Site
 
 #: torch's own layers, whose forward is one operation on their weight.
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
@@ -103,6 +103,8 @@ class _Finder:
         module, site = self.host(path), self.site(placement.site.path)
         if module._parameters.get("weight") is not self.graph.get(site.weight):
             raise Unhostable(f"{path}: its weight is another module's")
+        if site.kind == EXPERTS:
+            raise Unhostable(f"{path}: experts' weights, of which its code reads some at a time")
         operation = bind(self.nodes[site.calls[0].op], site)
         whole = all(self.is_whole(site, i) for i in range(len(site.calls)))
         if not whole and not all(self.is_inner(module, site, i) for i in range(len(site.calls))):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
+from peftfx.export_options.checked import takes
+from peftfx.export_options.export import ExportChanges, ExportOptions
 from peftfx.graph.contexts import TRACING
 from peftfx.graph.graph import BASE, Graph
 from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
@@ -23,6 +26,9 @@ from peftfx.views.arguments import named_arguments
 from peftfx.views.entry import Entry
 from peftfx.views.prompt_in_view import prompt_in_view
 from peftfx.views.view import View
+
+if TYPE_CHECKING:
+    from peftfx.export.report import Report
 
 LOSS = "loss"  #: the output that methods add their penalties to
 
@@ -41,17 +47,30 @@ class AdaptedModel(AdaptersByName):
         """A model without adapters yet, whose `forward` has the base's signature: `Trainer` reads it."""
         return _subclass(own_class(base))(base, sites, example, road)  # type: ignore[arg-type]
 
+    @takes(ExportOptions)
     def export(
-        self, directory: str | Path, *, merge: bool = True, view: str = "auto", force: bool = False, **options: object
-    ) -> object:
-        """Write an ONNX model to a new directory and verify it; see `peftfx.export.export_onnx`.
+        self,
+        directory: str | Path,
+        options: ExportOptions | None = None,
+        *,
+        inputs: Mapping[str, object] | None = None,
+        source: str | Path = "",
+        assets: Callable[[Path], object] | None = None,
+        progress: Callable[[str], object] | None = None,
+        written: Callable[[int, int], object] | None = None,
+        **changes: Unpack[ExportChanges],
+    ) -> Report:
+        """Write an ONNX model to a new directory and verify it; the arguments are those of `peftfx.export_onnx`.
 
-        A model that generates text is exported in its decode view, with the key/value cache in and out, as on the
-        command line; `view="forward"` exports its forward.
+        A model that generates text is exported in its decode view, with the key/value cache in and out;
+        `view="forward"` exports its forward.
         """
         from peftfx.export.onnx_directory import export_onnx
 
-        return export_onnx(self, directory, merge=merge, view=view, force=force, **options)  # type: ignore[arg-type]
+        asked = ExportOptions.of(options, changes)
+        return export_onnx(
+            *(self, directory, asked), inputs=inputs, source=source, assets=assets, progress=progress, written=written
+        )
 
     def print_readable(self) -> str:
         """Print the adapted graph as Python code; returns the text."""

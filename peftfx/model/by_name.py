@@ -77,6 +77,7 @@ class AdaptersByName(nn.Module):
         """
         self.named.refuse(name)
         adapter = Adapter(place(self.base, self.sites, rules), records_of(as_items(rules)))
+        adapter.ran = self.sites.called.union(site.path for site in self.sites)
         device = next((p.device for p in self.base.parameters()), torch.device("cpu"))
         rng = None if seed is None else torch.Generator(device).manual_seed(seed)
         with fake_mode_of(self.base):
@@ -94,12 +95,13 @@ class AdaptersByName(nn.Module):
             combination_type: for LoRA, `cat` sums the effects exactly, at the sum of the ranks, and `linear` sums A
                 and B, each times the root of its weight, which is an approximation; IA3 has `linear` alone.
         """
-        from peftfx.adapters.combination import combine
+        from peftfx.adapters.combination import combine, tell_left_out
 
         self.named.refuse(adapter_name)
         named = {name: self.adapter(name) for name in adapters}
         with fake_mode_of(self.base):
             combined = combine(self.base, named, weights, combination_type)
+        tell_left_out(named)
         combined.named = frozenset().union(*(adapter.named for adapter in named.values()))
         self._install(adapter_name, combined)
 
@@ -174,7 +176,7 @@ class AdaptersByName(nn.Module):
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Inside, the model is the base. In other threads it is not."""
-        return self.named.none_active()
+        return self.named.acting_as()
 
     def remove(self, name: str | None = None) -> nn.Module:
         """Remove an adapter, or all of them; returns the base, which is as it was before when all are gone.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_hooks
 
-from peftfx.graph.guests import GUESTS, own_modules
+from peftfx.bases.guests import GUESTS, own_modules
 
 #: Of what torch keeps in every module, what a forward reads, and a graph does not read anew when it runs.
 _READ = frozenset({"_modules", "_forward_hooks", "_forward_pre_hooks"})

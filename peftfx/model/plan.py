@@ -11,10 +11,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.bases.guests import own_parameters
 from peftfx.contract.placement import Placed
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.graph.contexts import fake_mode_of
-from peftfx.graph.guests import own_parameters
 from peftfx.rules.resolution import is_inside, place, saved_modules, where
 from peftfx.rules.text import write_rule
 from peftfx.sites.site import Site

@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
+from peftfx.bases.guests import own_parameters
 from peftfx.errors import PeftfxError
-from peftfx.graph.guests import own_parameters
 
 
 class OverBase(Protocol):

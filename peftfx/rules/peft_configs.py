@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from peftfx.bases.guests import own_modules
 from peftfx.bases.tasks import PEFT_HEADS
 from peftfx.contract.method import Method
-from peftfx.graph.guests import own_modules
 from peftfx.rules.peft_files import RECORDS, method_from_config
 from peftfx.sites.expression import ALL_LINEAR
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from peftfx.bases.guests import own_modules
 from peftfx.contract.placement import Override, rows_of, ties_embeddings
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, nearest
-from peftfx.graph.guests import own_modules
 
 Tokens = Sequence[int] | Mapping[str, Sequence[int]] | None
 

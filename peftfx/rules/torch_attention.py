@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
-from peftfx.graph.guests import own_modules
 from peftfx.sites.expression import ALL_LINEAR
 from peftfx.sites.site import Site
 

@@ -9,11 +9,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftfx.analysis.unreached import is_unreached
+from peftfx.bases.guests import own_modules
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method
 from peftfx.contract.override import OverrideMethod
 from peftfx.errors import PeftfxError, warn
-from peftfx.graph.guests import own_modules
 from peftfx.rules.torch_attention import as_named, cut_attentions, is_read_by_attention
 from peftfx.sites.expression import ALL_LINEAR
 from peftfx.sites.site import Site, layer_of
@@ -57,6 +57,14 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
     if idle:
         listed = ", ".join(idle[:_MOST])
         warn(f"no call of the model runs {listed}: nothing is adapted there")
+
+
+def tell_elsewhere(sites: Sites, adapted: Collection[str]) -> None:
+    """Say which adapted modules the model also runs under other names: nothing acts there, as in HF PEFT."""
+    told = [f"{path} as {', '.join(sites.elsewhere[path])}" for path in sites.elsewhere if path in adapted]
+    if told:
+        more = f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""
+        warn(f"the model also runs {'; '.join(told[:_MOST])}{more}: nothing is adapted there, as in HF PEFT")
 
 
 def never_runs(path: str, base: nn.Module, sites: Sites) -> bool:

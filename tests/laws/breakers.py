@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from peftfx.analysis.roles import find_sites
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Base, Op, Params, WeightMethod
 from peftfx.graph.graph import Graph
+from peftfx.passes.slots.by_row import _Rows
+from peftfx.passes.slots.layer import Acting, acted
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
@@ -260,3 +262,25 @@ def sites_by_name(graph: Graph) -> Sites:
     named = {"q": "attention.query", "up": "mlp.up"}
     sites = (dataclasses.replace(s, role=named.get(s.path.rpartition(".")[2], "linear")) for s in find_sites(graph))
     return Sites(tuple(sites))
+
+
+def forgets_the_low_rank_sum(
+    site: Site, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, acting: Acting
+) -> Tensor:
+    """A layer with slots that reads no factors."""
+    return acted(site, op, x, weight, bias, dataclasses.replace(acting, low=None))
+
+
+def adds_the_bias_twice(site: Site, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, acting: Acting) -> Tensor:
+    """A layer whose operation has its bias still."""
+    y = acted(site, op, x, weight, bias, acting)
+    return y if bias is None else y + bias
+
+
+def takes_the_next_entry(rows: _Rows) -> fx.Node:
+    """Rows that take what is another adapter's: the entry behind their own, and the last for the first."""
+    index = _INDEX(rows)
+    return rows.rewriter.after(index).trace(lambda index: 1 - index, index, where="entries")
+
+
+_INDEX = _Rows._index

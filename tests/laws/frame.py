@@ -8,10 +8,10 @@ from laws.pool import captured
 from laws.setup import adapt, assert_untouched, snapshot
 from torch import fx
 
+from peftfx.bases.guests import own_parameters
 from peftfx.contract.method import Method
 from peftfx.graph.graph import ADAPTERS, Graph
-from peftfx.graph.guests import own_parameters
-from peftfx.passes.base import OVERRIDES, REGION, REPLACES
+from peftfx.graph.rewriter import OVERRIDES, REGION, REPLACES
 
 
 def frame(case: Case, method: Method) -> None:

@@ -21,8 +21,8 @@ from peftfx.errors import PeftfxError
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.writing.weights import save
 from peftfx.graph.graph import ADAPTERS, Graph
+from peftfx.graph.rewriter import OVERRIDES
 from peftfx.passes import Evaluate, Insert, Merge, PassManager, Remove
-from peftfx.passes.base import OVERRIDES
 from peftfx.passes.rewriting.site_op import bind
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.sites.site import Site
@@ -52,7 +52,7 @@ def fold(case: Case, method: WeightMethod) -> None:
         base = placement.base(weight + torch.randn(weight.shape, generator=rng), bias)
         before = Base(base.weight.clone(), bias if base.bias is None else base.bias.clone())
         p = {name: t.double() for name, t in adapted.adapter("default").params(placement).items()}
-        x, op = _input_of(case, site, rng), bind(nodes[placement.site.calls[0].op], placement.site)
+        x, op = input_of(case, site, rng), bind(nodes[placement.site.calls[0].op], placement.site)
         y = op(x, *base)
         want, got = op(x, *own.fold(site, base, p)), own.forward(site, op, x, y.clone(), base, p, False)
         assert_close(got, want, 1e-6, f"forward at {site.path}")
@@ -76,7 +76,8 @@ def update(case: Case, method: WeightMethod) -> None:
                 assert_close(a, b, 1e-4, f"the update at {placement.site.path}")
 
 
-def _input_of(case: Case, site: Site, rng: torch.Generator) -> Tensor:
+def input_of(case: Case, site: Site, rng: torch.Generator) -> Tensor:
+    """What a site of this shape reads, at a case's sizes."""
     if site.kind == "embedding":
         return torch.randint(site.shape[0], (case.batch, case.sequence), generator=rng)
     inner = site.shape[0 if site.transposed else 1]
@@ -92,7 +93,7 @@ def merge(case: Case, method: Method) -> None:
     adapted, before = adapt(case, method), snapshot(captured(case.spec).model)
     inputs = tuple(case.inputs().values())
     graph = adapted.graph()
-    merged = PassManager([Merge(), Evaluate()], check="metadata")(graph)
+    merged = PassManager([Merge(), Evaluate()], check="metadata")(graph).graph
     (want,), (got,) = graph.run(*inputs), merged.run(*inputs)
     assert_close(got, want, LOOSE[case.spec.dtype], "merged")
     read = [n for n in merged.nodes() if n.op == "get_attr" and str(n.target).startswith(f"{ADAPTERS}.")]

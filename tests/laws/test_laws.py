@@ -6,13 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import frame as law_frame
+from laws import slots as law_slots
 from laws import statements as laws
 from laws.cases import METHODS, WEIGHT_METHODS, Case, cases, examples
+from laws.models import Spec
 from laws.pool import POOL
 
 from peftfx.contract.method import Method
 
 every_method = pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS)
+UPDATING = {name: cls for name, cls in WEIGHT_METHODS.items() if name in ("LoRA", "IA3")}  # a product, and scales
 FLOAT32 = tuple(spec for spec in POOL if spec.dtype == "float32")
 
 
@@ -119,6 +122,25 @@ def test_the_bases_own_modules_are_the_graph(cls: type[Method], data: st.DataObj
 @given(data=st.data())
 def test_onnx_runtime_is_the_graph(cls: type[Method], data: st.DataObject) -> None:
     laws.onnx(*data.draw(cases(cls, FLOAT32)))
+
+
+@pytest.mark.parametrize("cls", UPDATING.values(), ids=UPDATING)
+@examples(8)
+@given(data=st.data())
+def test_a_slot_that_is_filled_is_the_adapter_inserted(cls: type[Method], data: st.DataObject) -> None:
+    law_slots.slots(*data.draw(cases(cls, FLOAT32)))
+
+
+@pytest.mark.parametrize("cls", UPDATING.values(), ids=UPDATING)
+@examples(8)
+@given(data=st.data())
+def test_a_row_is_the_model_with_its_adapter_alone(cls: type[Method], data: st.DataObject) -> None:
+    law_slots.rows(*data.draw(cases(cls, FLOAT32)))
+
+
+@pytest.mark.parametrize("spec", FLOAT32, ids=[str(i) for i in range(len(FLOAT32))])
+def test_a_layer_with_slots_is_the_layer_with_the_weight_that_they_make(spec: Spec) -> None:
+    law_slots.slot_fold(Case(spec, batch=3, sequence=4))
 
 
 @pytest.mark.parametrize("spec", POOL, ids=[str(i) for i in range(len(POOL))])

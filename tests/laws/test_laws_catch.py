@@ -7,15 +7,17 @@ from collections.abc import Callable
 import pytest
 from laws import breakers as wrong
 from laws import frame as law_frame
+from laws import slots as law_slots
 from laws import statements as laws
 from laws.blocks import Attention, Dense
 from laws.cases import Case
 from laws.models import Text
 
+from peftfx import LoRA
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method, WeightMethod
+from peftfx.graph.rewriter import REGION
 from peftfx.passes import Insert, PassResult, Remove
-from peftfx.passes.base import REGION
 
 CASE = Case(Text((Dense(), Dense())), batch=3, sequence=4)
 TARGET = ("blocks.0", "blocks.1")
@@ -81,6 +83,32 @@ def test_sites_found_by_name_are_caught() -> None:
     laws.roles(case)
     with pytest.raises(AssertionError):
         laws.roles(case, wrong.sites_by_name)
+
+
+@pytest.mark.parametrize(
+    ("law", "where", "breaker"),
+    [
+        (law_slots.slots, "peftfx.passes.slots.open.acted", wrong.forgets_the_low_rank_sum),
+        (law_slots.rows, "peftfx.passes.slots.layer_by_row.acted", wrong.adds_the_bias_twice),
+        (law_slots.rows, "peftfx.passes.slots.by_row._Rows._index", wrong.takes_the_next_entry),
+    ],
+    ids=["a slot without its sum", "a row with its bias twice", "a row that takes the next one's"],
+)
+def test_a_slot_or_a_row_that_computes_something_else_is_caught(
+    law: Callable[..., None], where: str, breaker: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = LoRA(r=2, target=TARGET)
+    law(CASE, method)
+    monkeypatch.setattr(where, breaker)
+    with pytest.raises(AssertionError):
+        law(CASE, method)
+
+
+def test_slots_that_make_another_weight_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    law_slots.slot_fold(CASE)
+    monkeypatch.setattr("peftfx.passes.slots.open.acted", wrong.adds_the_bias_twice)
+    with pytest.raises(AssertionError):
+        law_slots.slot_fold(CASE)
 
 
 def test_an_insertion_that_changes_its_surroundings_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx import LlamaAdapter, LoRA, PeftfxError
+from peftfx.bases.guests import own_parameters
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
-from peftfx.graph.guests import own_parameters
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes import Remove
 
@@ -258,7 +258,7 @@ def test_what_peft_wrote_is_exported_as_peft_computes_it(name: str, tmp_path: Pa
     theirs.save_pretrained(str(tmp_path / "adapter"))
     for merge in (True, False):
         out = tmp_path / str(merge)
-        report = export_directory(tmp_path / "base", out, adapter=tmp_path / "adapter", merge=merge)
+        report = export_directory(tmp_path / "base", out, adapter=tmp_path / "adapter", merge=merge, view="forward")
         assert len(report.folded) == (4 if merge else 0)
         served = OnnxModel(out)
         for batch, sequence in ((3, 11), (1, 1)):

@@ -18,8 +18,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import peftfx
+from peftfx.bases.guests import GUESTS
 from peftfx.errors import PeftfxError
-from peftfx.graph.guests import GUESTS
 from peftfx.model.adapted import AdaptedModel
 
 EVERYWHERE = peftfx.LoRA(target="all-linear", lora_dropout=0.2, modules_to_save=["lm_head"])

@@ -15,8 +15,8 @@ from support.zoo import ZOO
 from torch import Tensor
 
 import peftfx
+from peftfx.bases.guests import own_parameters
 from peftfx.errors import PeftfxError
-from peftfx.graph.guests import own_parameters
 from peftfx.methods.lora import LoRA
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare

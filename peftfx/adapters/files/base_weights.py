@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.placement import SAVED, Override, Placement
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError
-from peftfx.graph.guests import own_modules, own_parameters
 from peftfx.rules.peft_files import Weights
 
 _ROWS = ".token_adapter.base_layer."

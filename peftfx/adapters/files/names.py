@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
+from peftfx.bases.guests import own_modules
 from peftfx.contract.placement import SAVED, Override
-from peftfx.graph.guests import own_modules
 
 
 def name_of(path: str, suffix: str) -> str:

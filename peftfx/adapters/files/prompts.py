@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.base_weights import replaced_weights
 from peftfx.adapters.files.sizes import without_memory
+from peftfx.bases.guests import own_modules
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.method import PLACING
@@ -24,7 +25,6 @@ from peftfx.contract.placement import SAVED, Override, Placed, Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file
-from peftfx.graph.guests import own_modules
 from peftfx.rules.peft_files import STATE, WEIGHTS, Weights
 from peftfx.rules.resolution import is_inside, overrides_of, prompt_placement, saved_modules
 from peftfx.sites.sites import Sites

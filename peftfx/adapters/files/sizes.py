@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from peftfx.adapters.files.names import name_of
+from peftfx.adapters.files.torch_attention import path_in_file
 from peftfx.contract.placement import Placement
+from peftfx.errors import PeftfxError
 from peftfx.rules.peft_files import Weights
 
 
@@ -24,7 +27,14 @@ def fit(placements: Iterable[Placement], weights: Weights, base: nn.Module) -> b
 
 
 def _fits(placement: Placement, weights: Weights, base: nn.Module) -> bool:
-    with without_memory(), torch.no_grad():
-        made = placement.init(base, None)
-    names = {name: f"{placement.site.path}.{suffix}" for name, suffix in placement.suffixes().items()}
+    try:
+        with without_memory(), torch.no_grad():
+            made = placement.init(base, None)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        hint = "look at the ranks in adapter_config.json"
+        raise PeftfxError("its config asks for a tensor that no memory holds", placement.site.path, hint) from error
+    path = path_in_file(base, placement.method, placement.site.path)
+    names = {name: name_of(path, suffix) for name, suffix in placement.suffixes().items()}
     return all(weights.shapes.get(names[n], t.shape) == tuple(t.shape) for n, t in made.items() if n in names)

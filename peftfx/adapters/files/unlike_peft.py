@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from peftfx.bases.guests import own_modules
 from peftfx.contract.method import WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.errors import warn
-from peftfx.graph.guests import own_modules
 
 
 def warn_unlike_peft(base: nn.Module, placements: Iterable[Placement], where: str) -> None:
