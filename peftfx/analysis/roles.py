@@ -20,10 +20,9 @@ from peftfx.analysis.attention_heads import read_heads
 from peftfx.analysis.attentions import Attention, find_attentions
 from peftfx.analysis.dataflow import ACTIVATED, GATED, NORMED, SPLIT, trace_flow
 from peftfx.analysis.embeddings import embedding_role
-from peftfx.analysis.experts import find_routers
 from peftfx.analysis.facts import Analysis, WeightFacts
+from peftfx.analysis.heads_and_routers import find_routers, reaches_output
 from peftfx.analysis.links import find_links
-from peftfx.analysis.model_heads import reaches_output
 from peftfx.analysis.norms import find_norms
 from peftfx.analysis.rows import as_ranges
 from peftfx.analysis.running import called_modules, parameter_reads, run_elsewhere

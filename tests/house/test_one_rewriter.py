@@ -17,8 +17,9 @@ MAKERS = {
     "node_copy",
     "graph_copy",
 }
-#: Beside the Rewriter itself: what copies a whole graph with all its values.
-SANCTIONED = {"peftfx/graph/rewriter.py", "peftfx/graph/graph.py"}
+#: Beside the Rewriter itself: what copies a whole graph with all its values; and what names modules in a graph that
+#: torch.export has just made, as none of ours.
+SANCTIONED = {"peftfx/graph/rewriter.py", "peftfx/graph/graph.py", "peftfx/graph/places.py"}
 ONNX = {"SOURCE"}  #: keys of the `meta` of values of an ONNX program, which are no nodes of fx
 
 
