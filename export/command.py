@@ -85,9 +85,18 @@ def _export(
 
 
 def _served_dtype(base: Path, wanted: str | None) -> torch.dtype | None:
-    """What to load the base in; None is its own."""
+    """What to load the base in; None is its own.
+
+    Raises:
+        PeftfxError: a quantised base is to be served in another dtype than fp32.
+    """
+    config = read_base_config(base)
+    if QUANTISED in config:
+        if wanted not in (None, "fp32"):
+            what = f"the operators that hold a quantised base's codes compute in fp32, not in {wanted}"
+            raise PeftfxError(what, str(base), "leave --dtype out")
+        return torch.float32
     if wanted is None:
-        config = read_base_config(base)
         own = config.get("dtype", config.get("torch_dtype"))
         return torch.float32 if own == "bfloat16" else None
     return _DTYPES[wanted]

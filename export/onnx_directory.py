@@ -12,6 +12,7 @@ from typing import Unpack
 import torch
 from torch import nn
 
+from peftfx.export.coded.place import place_codes
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.quantised import agreement_of, refuse_disagreement
@@ -33,6 +34,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.manager import PassManager
+from peftfx.quantisation.coded import Coded
 
 Progress = Callable[[str], object]
 _BFLOAT16 = (
@@ -82,7 +84,8 @@ def export_onnx(
     adapted = model if isinstance(model, AdaptedModel) else bare(model, inputs)
     example = adapted.example if inputs is None else inputs
     limit, (atol, rtol) = asked.bound, _bounds(asked)
-    way = _deployment(asked, str(source))
+    coded = any(isinstance(p, Coded) for p in adapted.base.parameters())
+    way = _deployment(asked, str(source), merges=asked.merges(coded))
     refuse_memory(adapted, asked.memory)
     refuse_infinite_adapters(adapted, way.names(adapted))
     report = Report.of(adapted, way.names(adapted))
@@ -116,6 +119,7 @@ def export_onnx(
             }
             finished = [way.finish(adapted, part, programs[part.file]) for part in parts]
             parts, programs = [part for part, _ in finished], {part.file: program for part, program in finished}
+            report.add_codes({part.stem: place_codes(programs[part.file], part.exported) for part in parts})
             for part in parts:
                 report.add_sizes(programs[part.file], part.sizes.limits, "" if len(parts) == 1 else f"{part.stem}: ")
             if asked.quantize is not None:
@@ -156,10 +160,10 @@ def export_onnx(
     return report
 
 
-def _deployment(asked: ExportOptions, source: str) -> Deployment:
+def _deployment(asked: ExportOptions, source: str, *, merges: bool) -> Deployment:
     if asked.places is not None:
         return Swappable(asked.places, source, *_bounds(asked))
-    return Batched(tuple(asked.batched)) if asked.batched else InGraph(asked.merge)
+    return Batched(tuple(asked.batched)) if asked.batched else InGraph(merges)
 
 
 def _bounds(asked: ExportOptions) -> tuple[float | None, float | None]:

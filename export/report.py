@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
+from peftfx.export.coded.place import Choice
 from peftfx.export.metadata import ENGINE, SIZES
 from peftfx.export.verification.agreement import Agreement
 from peftfx.export.verification.comparison import Comparison, short_shapes
@@ -48,6 +49,8 @@ class Report:
         opset: version of the ONNX operators.
         fused: how many operators there are that stand for a whole attention, rotary embedding or norm.
         quantized: for each graph, the names of the weights that became small integers.
+        codes: for each graph, how weights of a quantised base are written: their format, the operator that holds their
+            codes, or `float32`, and the reason.
         agreement: for each of them that gives logits, how far it agrees with the model in floating point on a text.
         engine: the road to ONNX that was taken; where it is not the one asked for, why.
         nodes: in the ONNX graph.
@@ -77,6 +80,7 @@ class Report:
     opset: int = 0
     fused: dict[str, int] = field(default_factory=dict)
     quantized: dict[str, list[str]] = field(default_factory=dict)
+    codes: dict[str, list[Choice]] = field(default_factory=dict)
     agreement: dict[str, Agreement] = field(default_factory=dict)
     engine: str = FAST
     nodes: int = 0
@@ -123,6 +127,10 @@ class Report:
         """Add what a merged weight lost to its dtype."""
         if rounding.max_abs:
             self.rounding[path] = asdict(rounding)
+
+    def add_codes(self, codes: dict[str, list[Choice]]) -> None:
+        """Add how the quantised weights of the base are written, graph by graph."""
+        self.codes = {graph: found for graph, found in codes.items() if found}
 
     def add_sizes(self, program: ir.Model, limits: Sequence[Limit], prefix: str = "") -> None:
         """Add the conditions under which a model is right, here and in its metadata."""
@@ -195,6 +203,7 @@ class Report:
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
             ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes{whole}, engine {self.engine}"),
             *([("quantised", f"{small} weights")] if small else []),
+            *(("base, as it is", ", ".join(map(str, found))) for found in self.codes.values()),
             *(("agreement", str(found)) for found in self.agreement.values()),
             agree,
             ("held against", self.reference),

@@ -17,7 +17,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.translation.exact_functions import EXACT
 from peftfx.export.translation.torchlib import collected_once
 from peftfx.graph.graph import DERIVED, Graph, TensorSpec
-from peftfx.graph.lazy_weights import exact
+from peftfx.graph.lazy_weights import identity
 from peftfx.graph.rewriter import Cursor, Rewriter
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
@@ -110,10 +110,7 @@ def _identity(graph: Graph, target: str) -> object:
     """Equal for two targets that read one tensor: tied weights are stored once."""
     if target.startswith(f"{DERIVED}."):
         return target
-    tensor = exact(graph.get(target))
-    if tensor.device.type == "meta" or not tensor.numel():
-        return id(tensor)
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    return identity(graph.get(target))
 
 
 def name_axes(specs: Sequence[TensorSpec], values: Sequence[torch.Tensor]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftfx.graph.lazy_weights import Stored
+from peftfx.graph.lazy_weights import exact
 
 aten = torch.ops.aten
 _WIDE: Mapping[torch.dtype, torch.dtype] = {
@@ -87,7 +87,7 @@ def _wide(value: object) -> object:
 def _widened(value: Tensor) -> Tensor:
     if value.dtype not in _WIDE:
         return value
-    return (value.source if isinstance(value, Stored) else value).to(_WIDE[value.dtype])
+    return exact(value).to(_WIDE[value.dtype])
 
 
 def _as_first(args: tuple[object, ...]) -> tuple[object, ...]:
@@ -109,7 +109,7 @@ def _product(func: object, args: tuple[Any, ...]) -> Tensor | None:
         return None
     if weight.dtype not in _WIDE or weight.numel() <= _AT_ONCE or x.dtype not in (*_WIDE, torch.float64):
         return None
-    wide = _widened(x)
+    wide, weight = _widened(x), exact(weight)
     step = max(1, _AT_ONCE // weight.shape[0])
     parts = [wide @ _widened(weight[:, start : start + step]) for start in range(0, weight.shape[1], step)]
     found = torch.cat(parts, 1)

@@ -9,7 +9,8 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -46,7 +47,7 @@ def quantize(model: ir.Model, kind: str, block: int = BLOCK) -> list[str]:
         for value in inputs:
             model.graph.initializers[str(value.name)] = value
         for product in products:
-            product.replace(packed, inputs)
+            product.replace(functools.partial(packed.nodes, inputs))
         done.append(str(weight.name))
         if not weight.uses():
             del model.graph.initializers[str(weight.name)]
@@ -56,51 +57,55 @@ def quantize(model: ir.Model, kind: str, block: int = BLOCK) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Product:
+class Reader:
     """A node `x @ W`, or `x @ W.T + b`."""
 
     node: ir.Node
     transposed: bool  #: whether the weight is stored [out, in]
 
-    def replace(self, packed: _Packed, weight: list[ir.Value]) -> None:
+    @property
+    def x(self) -> ir.Value:
+        """What is multiplied by the weight."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    def replace(self, make: Callable[[ir.Value, ir.Value | None], Sequence[ir.Node]]) -> None:
+        """Put nodes in its place, made of `x` and the bias; the last has the result."""
         node, graph = self.node, self.node.graph
         assert graph is not None
-        attributes = {
-            "K": packed.columns,
-            "N": packed.rows,
-            "bits": packed.bits,
-            "block_size": packed.block,
-            "accuracy_level": _ACCURACY,
-        }
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        inputs = [node.inputs[0], *weight, *([] if bias is None else [None, None, bias])]
-        new = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=node.name)
-        old, result = node.outputs[0], new.outputs[0]
+        made = make(self.x, node.inputs[2] if len(node.inputs) > 2 else None)
+        for number, new in enumerate(made):
+            new.name = node.name if new is made[-1] else f"{node.name}.{number}"
+        old, result = node.outputs[0], made[-1].outputs[0]
         result.type, result.shape, result.name = old.type, old.shape, old.name
-        graph.insert_before(node, new)
+        graph.insert_before(node, made)
         ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
         graph.remove(node, safe=True)
 
 
-def _products(weight: ir.Value, block: int) -> Iterator[_Product]:
-    """The products that read a weight, all of one layout."""
-    if str(weight.name).startswith(f"{ADAPTERS}.") or weight.dtype not in _FLOATS or weight.is_graph_input():
-        return
-    if weight.shape is None or len(weight.shape) != 2:
-        return
-    layouts = set()
+def readers(weight: ir.Value) -> Iterator[Reader]:
+    """The products that read a weight as a matrix."""
     for use in weight.uses():
         node, plain = use.node, use.node.attributes.get_int
         if node.op_type == "MatMul" and use.idx == 1:
-            transposed = False
+            yield Reader(node, transposed=False)
         elif node.op_type == "Gemm" and use.idx == 1 and not plain("transA", 0) and _is_linear(node):
-            transposed = bool(plain("transB", 0))
-        else:
-            continue
-        if int(str(weight.shape[1 if transposed else 0])) >= block:
-            layouts.add(transposed)
+            yield Reader(node, transposed=bool(plain("transB", 0)))
+
+
+def _products(weight: ir.Value, block: int) -> Iterator[Reader]:
+    """The products that read a weight, all of one layout."""
+    if str(weight.name).startswith(f"{ADAPTERS}.") or weight.dtype not in _FLOATS or weight.is_graph_input():
+        return
+    if weight.shape is None or len(weight.shape) != 2 or isinstance(weight.meta.get(SOURCE), tuple):
+        return
+    layouts = set()
+    for reader in readers(weight):
+        if int(str(weight.shape[1 if reader.transposed else 0])) >= block:
+            layouts.add(reader.transposed)
             if len(layouts) == 1:
-                yield _Product(node, transposed)
+                yield reader
 
 
 def _is_linear(node: ir.Node) -> bool:
@@ -129,6 +134,18 @@ class _Packed:
             self._value(f"{name}.blocks", ir.DataType.UINT8, (self.rows, count, blob), self._blocks),
             self._value(f"{name}.scales", kind, (self.rows, count), self._scales),
         ]
+
+    def nodes(self, weight: Sequence[ir.Value], x: ir.Value, bias: ir.Value | None) -> list[ir.Node]:
+        """The product with it."""
+        attributes = {
+            "K": self.columns,
+            "N": self.rows,
+            "bits": self.bits,
+            "block_size": self.block,
+            "accuracy_level": _ACCURACY,
+        }
+        inputs = [x, *weight, *([] if bias is None else [None, None, bias])]
+        return [ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN)]
 
     def _value(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], read: Callable[[], Tensor]) -> ir.Value:
         tensor = ir.LazyTensor(

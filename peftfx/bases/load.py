@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftfx.bases.quantised import QUANTISED, load_quantised
 from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.bases.transformers_config import read_config, understanding
 from peftfx.errors import PeftfxError, nearest, shown
 from peftfx.files import is_file, is_folder, is_gguf, read_json
 from peftfx.graph.lazy_weights import store
+from peftfx.quantisation.checkpoint import format_of
 
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _MOST = {"labels": 10**7, "layer": 10**4, "layers": 10**4}
@@ -52,11 +54,12 @@ def load_base(
         return load_gguf(directory, task=task, weights=weights, dtype=dtype)
     config = read_base_config(directory)
     files = _check_weights(directory) if weights else []
-    if "quantization_config" in config:
-        quantized = config["quantization_config"]
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        what = f"the base model is quantised ({shown(method or 'unknown')})"
-        raise PeftfxError(what, str(directory), "use the unquantised model")
+    if QUANTISED in config and "_class_name" not in config:
+        format_of(config[QUANTISED], directory)
+        with understanding(directory, "cannot load the base model"):
+            model, info = load_quantised(directory, files, task=task, num_labels=num_labels, dtype=dtype)
+            _refuse_random(model, info, given, directory)
+            return model.eval()
     with understanding(directory, "cannot load the base model"):
         on_disk = _dtype_of(files) if weights else None
         if "_class_name" in config:

@@ -23,6 +23,8 @@ class ExportOptions(Checked):
 
     Args:
         merge: fold the adapters into the weights; otherwise they stay apart, as initializers under their own names.
+            By default they are folded, but for a quantised base, which is exported as it is: its codes are not
+            rounded again, and the adapters stay beside them; see `peftfx.export.coded`.
         view: `forward`, `decode`, with the key/value cache in and out, or `auto`: `decode` for a model that generates
             text, without `inputs` of a forward call.
         opset: version of the ONNX operators; by default torch's choice.
@@ -53,7 +55,7 @@ class ExportOptions(Checked):
         PeftfxError: an option has another type or is none of its choices, or two contradict each other.
     """
 
-    merge: bool = True
+    merge: bool | None = None
     view: Literal["forward", "decode", "auto"] = AUTO
     opset: int | None = None
     engine: Literal["fast", "torch"] = FAST
@@ -96,6 +98,10 @@ class ExportOptions(Checked):
         """`slots`, as an object."""
         return None if self.slots is None else Slots.of(self.slots)
 
+    def merges(self, quantised: bool) -> bool:
+        """Whether adapters are folded into a base that is quantised, or is not."""
+        return not quantised if self.merge is None else self.merge
+
     def _check_quantization(self) -> None:
         told = {"max_error": (self.max_error, "bounded"), "calibration": (self.calibration, "told")}
         for name, (given, done) in told.items():
@@ -125,7 +131,7 @@ class ExportOptions(Checked):
 class Choices(TypedDict, total=False):
     """Options that both kinds of exports have, by name, for type checkers."""
 
-    merge: bool
+    merge: bool | None
     view: Literal["forward", "decode", "auto"]
     opset: int | None
     engine: Literal["fast", "torch"]

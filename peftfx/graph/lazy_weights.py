@@ -42,6 +42,15 @@ class Stored(Tensor):
         made.source = source
         return made
 
+    def moved(self, view: Callable[[Tensor], Tensor]) -> Stored:
+        """A view of it."""
+        return Stored(view(self.source), self.dtype)
+
+    @property
+    def identity(self) -> object:
+        """Equal for two that are one tensor."""
+        return identity(self.source)
+
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
         return f"Stored({list(self.shape)}, {self.source.dtype} as {self.dtype})"
 
@@ -55,7 +64,7 @@ class Stored(Tensor):
     ) -> object:
         first = args[0] if args else None
         if func in _VIEWS and isinstance(first, Stored):
-            return Stored(func(first.source, *args[1:], **(kwargs or {})), first.dtype)
+            return first.moved(lambda tensor: func(tensor, *args[1:], **(kwargs or {})))
         if func._schema.is_mutable and isinstance(first, Stored):
             raise PeftfxError(
                 "this weight stays in its file: it cannot be written", repr(first), "load the model first"
@@ -72,6 +81,15 @@ def load(tensor: Tensor) -> Tensor:
 def exact(tensor: Tensor) -> Tensor:
     """The tensor's values as they are stored, unrounded."""
     return tensor.source if isinstance(tensor, Stored) else tensor
+
+
+def identity(tensor: Tensor) -> object:
+    """Equal for two tensors that are one."""
+    if isinstance(tensor, Stored):
+        return tensor.identity
+    if tensor.device.type == "meta" or not tensor.numel():
+        return id(tensor)
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 @contextmanager

@@ -1,0 +1,96 @@
+"""place_codes: products with quantised weights of the base become operators that hold these weights' codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from peftfx.export.coded.operators import Product, product_for
+from peftfx.export.metadata import PERM, SOURCE
+from peftfx.export.translation.layout import name_apart
+from peftfx.export.writing.quantization import DOMAIN, Reader, readers
+from peftfx.graph.graph import BASE, Graph
+from peftfx.quantisation.coded import Coded
+
+FLOAT = "float32"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How some weights of the base are written.
+
+    Attributes:
+        format: of their codes.
+        operator: that holds them, or `float32`.
+        reason: why this one.
+        weights: their names.
+    """
+
+    format: str
+    operator: str
+    reason: str
+    weights: list[str] = field(default_factory=list, compare=False)
+
+    def __str__(self) -> str:
+        return f"{len(self.weights)} of {self.format} in {self.operator}"
+
+
+def place_codes(model: ir.Model, graph: Graph) -> list[Choice]:
+    """Put codes in the place of the weights that they stand for; tells what was chosen.
+
+    A weight that something else than a product reads (an embedding) stays float32 for that, dequantised as it is
+    written. Weights that a merge made are not the base's.
+    """
+    chosen: dict[Choice, Choice] = {}
+    for weight in list(model.graph.initializers.values()):
+        coded = _coded(weight, graph)
+        if coded is None:
+            continue
+        for choice in _placed(model, weight, coded):
+            found = chosen.setdefault(choice, choice)
+            found.weights.append(str(weight.name))
+    if chosen:
+        name_apart(model)
+    if any(choice.operator.startswith("MatMul") for choice in chosen):
+        model.graph.opset_imports.setdefault(DOMAIN, 1)
+    return list(chosen.values())
+
+
+def _coded(weight: ir.Value, graph: Graph) -> Coded | None:
+    source = weight.meta.get(SOURCE)
+    if not isinstance(source, str) or not source.startswith(f"{BASE}.") or weight.is_graph_input():
+        return None
+    tensor = graph.get(source)
+    return tensor if isinstance(tensor, Coded) else None
+
+
+def _placed(model: ir.Model, weight: ir.Value, coded: Coded) -> Iterator[Choice]:
+    """Replace what can be replaced of a weight's readers, and tell how it is written."""
+    codes, why = coded.codes, "something else than a product reads it"
+    found = [reader for reader in readers(weight) if _fits(reader, weight, coded)]
+    if weight.dtype != ir.DataType.FLOAT:
+        found, why = [], "its operator is of float32 alone"
+    if found:
+        made = product_for(codes, str(weight.name), weight.meta[SOURCE], model.graph.opset_imports[""])
+        if isinstance(made, Product):
+            for value in made.initializers:
+                model.graph.initializers[str(value.name)] = value
+            for reader in found:
+                reader.replace(made.nodes)
+            yield Choice(codes.format, made.operator, made.reason)
+        else:
+            why = made
+    if weight.uses():
+        yield Choice(codes.format, FLOAT, why)
+    else:
+        del model.graph.initializers[str(weight.name)]
+
+
+def _fits(reader: Reader, weight: ir.Value, coded: Coded) -> bool:
+    """Whether a reader multiplies by the transpose of the matrix [out, in] of the codes."""
+    if coded.transposed is None or reader.x.shape is None:
+        return False
+    turns = [coded.transposed, weight.metadata_props.get(PERM) == "1 0", reader.transposed]
+    return sum(turns) % 2 == 1

@@ -1,0 +1,85 @@
+"""Quantised bases: transformers' model without its quantiser, over the codes of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.bases.tasks import maker_of, resolve_task
+from peftfx.bases.transformers_config import read_config
+from peftfx.errors import PeftfxError
+from peftfx.quantisation.checkpoint import read_checkpoint
+from peftfx.quantisation.coded import Coded
+
+QUANTISED = "quantization_config"
+
+
+def load_quantised(
+    directory: Path,
+    files: Sequence[Path],
+    *,
+    task: str | None,
+    num_labels: int | None,
+    dtype: torch.dtype | None,
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """A model whose quantised weights stay in their files (`Coded`), and what transformers says of the loading.
+
+    Args:
+        directory: of transformers' layout; its config has a `quantization_config`.
+        files: of the weights; none leave the parameters uninitialised.
+        task: makes the head; by default the class named in the config.
+        num_labels: of a classification head.
+        dtype: what weights are computed in; by default float32.
+
+    Raises:
+        PeftfxError: the format is not read here, or what is stored does not fit.
+    """
+    extra = {} if num_labels is None else {"num_labels": num_labels}
+    config = read_config(directory, **extra)
+    said = config.quantization_config
+    del config.quantization_config
+    maker = maker_of(config, resolve_task(task, config=config), directory)
+    wanted = dtype or torch.float32
+    if not files:
+        return blank(maker, config, wanted), {"missing_keys": (), "mismatched_keys": ()}
+    said = said if isinstance(said, dict) else said.to_dict()
+    return fill(maker, config, read_checkpoint(files, said, directory, wanted), wanted)
+
+
+def fill(maker: Any, config: object, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """A model of these tensors, by the names of its checkpoint, and what transformers says of the loading.
+
+    Raises:
+        PeftfxError: a weight is one that the model does not have.
+    """
+    coded = {id(t.codes): name for name, t in tensors.items() if isinstance(t, Coded)}
+    model, info = maker.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        dtype=dtype,
+    )
+    held = {id(p.codes) for p in model.parameters() if isinstance(p, Coded)}
+    wrong = {name for name, *_ in info["mismatched_keys"]}
+    lost = [name for key, name in coded.items() if key not in held and name not in wrong]
+    if lost:
+        what = f"{len(lost)} quantised weights are of no layer of a {type(model).__name__}"
+        hint = "name the task the base is for; weights that transformers puts together are not read quantised"
+        raise PeftfxError(what, ", ".join(lost[:3]), hint)
+    return model.eval(), info
+
+
+def blank(maker: Any, config: object, dtype: torch.dtype) -> nn.Module:
+    """A model whose parameters hold nothing."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        made = maker._from_config(config, dtype=dtype)
+    assert isinstance(made, nn.Module)
+    return made

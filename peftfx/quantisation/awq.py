@@ -1,0 +1,54 @@
+"""AWQ, as AutoAWQ saves it (version `gemm`): 4 bits, eight columns of the transposed weight in a word, out of order.
+
+https://github.com/casper-hansen/AutoAWQ/blob/main/awq/utils/packing_utils.py
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from peftfx.quantisation.codes import Blocks, Unpacked
+from peftfx.quantisation.packed import Packed, nibbles
+
+MARKS = ("qweight",)
+NAMES = frozenset({"qweight", "qzeros", "scales"})
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  #: the row that each of a word's codes is of
+
+
+def read(packed: Packed) -> Blocks:
+    """A layer's codes.
+
+    Raises:
+        PeftfxError: another version than `gemm`, another number of bits than 4, or their shapes do not fit.
+    """
+    packed.integer("bits", 4)
+    version = str(packed.config.get("version", "gemm")).lower()
+    if version != "gemm":
+        raise packed.wrong(f"its version is {version!r} (known is gemm)")
+    weight, zeros = packed.get("qweight", torch.int32), packed.get("qzeros", torch.int32)
+    scales = packed.get("scales", torch.float16, torch.bfloat16, torch.float32)
+    if weight.ndim != 2 or scales.ndim != 2:
+        raise packed.wrong(f"qweight is {list(weight.shape)}, scales {list(scales.shape)}")
+    columns, rows = weight.shape[0], weight.shape[1] * 8
+    size = packed.integer("group_size")
+    block = columns if size == -1 else size
+    if block < 1 or columns % block:
+        raise packed.wrong(f"group_size is {size}, for {columns} columns")
+    packed.check("scales", (columns // block, rows))
+    packed.check("qzeros", (columns // block, rows // 8))
+    unpack = functools.partial(_unpack, weight, zeros, scales)
+    return Blocks("AWQ int4", rows, columns, 4, block, unpack, own_zeros=True)
+
+
+def _unpack(weight: Tensor, zeros: Tensor, scales: Tensor) -> Unpacked:
+    return Unpacked(_rows(weight).contiguous(), scales.T.float(), _rows(zeros).to(torch.int16))
+
+
+def _rows(words: Tensor) -> Tensor:
+    """uint8 [out, n] of words int32 [n, out / 8]."""
+    codes = nibbles(words, 4).unflatten(1, (-1, 8))
+    back = torch.argsort(torch.tensor(_ORDER))
+    return codes[:, :, back].flatten(1).T

@@ -1,0 +1,30 @@
+"""bitsandbytes in 8 bits, as transformers saves it: integers and, for each row, its largest magnitude.
+
+Its own product rounds activations to 8 bits too, and keeps outliers in half precision: that is not done here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from peftfx.quantisation.codes import Blocks
+from peftfx.quantisation.grids import bytes_by_row
+from peftfx.quantisation.packed import Packed
+
+MARKS = ("SCB",)
+NAMES = frozenset({"SCB", "weight", "weight_format"})
+_STEP = 7.874015718698502e-3  #: bitsandbytes' 1 / 127
+
+
+def read(packed: Packed) -> Blocks:
+    """A layer's codes.
+
+    Raises:
+        PeftfxError: they are laid out for a GPU, or their shapes do not fit.
+    """
+    weight, scales = packed.get("weight", torch.int8), packed.get("SCB", torch.float32)
+    if "weight_format" in packed.tensors and int(packed.get("weight_format")) != 0:
+        raise packed.wrong("its weight is laid out in tiles, not row by row")
+    if weight.ndim != 2 or scales.numel() != len(weight):
+        raise packed.wrong(f"weight is {list(weight.shape)}, SCB {list(scales.shape)}")
+    return bytes_by_row("bitsandbytes int8", weight, lambda: scales.reshape(-1, 1) * _STEP)

@@ -1,0 +1,117 @@
+"""read_checkpoint: the tensors of a quantised base's files, each quantised weight as the codes that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peftfx.errors import PeftfxError, nearest, shown
+from peftfx.graph.lazy_weights import Stored
+from peftfx.quantisation import awq, bitsandbytes4, bitsandbytes8, compressed, fp8, gptq
+from peftfx.quantisation.coded import Coded
+from peftfx.quantisation.codes import Codes
+from peftfx.quantisation.packed import Packed
+
+_NOT_PLAIN = "use the unquantised model, or one in a format that is read"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How layers are stored.
+
+    Attributes:
+        marks: names after a module's path, one of which each quantised layer has.
+        names: all that such a layer may have.
+        read: reads one.
+    """
+
+    marks: tuple[str, ...]
+    names: frozenset[str]
+    read: Callable[[Packed], Codes]
+
+
+_FORMATS = {
+    "bitsandbytes 4 bits": Format(bitsandbytes4.MARKS, bitsandbytes4.NAMES, bitsandbytes4.read),
+    "bitsandbytes 8 bits": Format(bitsandbytes8.MARKS, bitsandbytes8.NAMES, bitsandbytes8.read),
+    "gptq": Format(gptq.MARKS, gptq.NAMES, gptq.read),
+    "awq": Format(awq.MARKS, awq.NAMES, awq.read),
+    "compressed-tensors": Format(compressed.MARKS, compressed.NAMES, compressed.read),
+    "fp8": Format(fp8.MARKS, fp8.NAMES, fp8.read),
+    "fbgemm_fp8": Format(fp8.MARKS, fp8.NAMES, fp8.read),
+}
+KNOWN = ("bitsandbytes", *(name for name in _FORMATS if " " not in name))
+
+
+def format_of(config: object, where: Path) -> Format:
+    """The format that a `quantization_config` names.
+
+    Raises:
+        PeftfxError: it names none, or one that is not read here.
+    """
+    if not isinstance(config, Mapping):
+        raise PeftfxError(f"quantization_config is no object: {shown(config)}", str(where), "download the file again")
+    name = str(config.get("quant_method", "bitsandbytes" if _bits(config) else "unknown"))
+    if name == "bitsandbytes":
+        name = f"bitsandbytes {_bits(config) or 4} bits"
+    if name not in _FORMATS:
+        hint = nearest(name, KNOWN) or f"use the unquantised model, or one of {', '.join(KNOWN)}"
+        raise PeftfxError(f"the base model is quantised in a way that is not read here: {shown(name)}", str(where), hint)
+    return _FORMATS[name]
+
+
+def _bits(config: Mapping[str, object]) -> int:
+    """What bitsandbytes' config says, 0 where it says nothing."""
+    names = {4: ("load_in_4bit", "_load_in_4bit"), 8: ("load_in_8bit", "_load_in_8bit")}
+    return next((bits for bits, own in names.items() if any(config.get(name) is True for name in own)), 0)
+
+
+def read_checkpoint(
+    files: Iterable[Path], config: Mapping[str, object], where: Path, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of these safetensors files, by the names of a model that is not quantised.
+
+    Nothing is in memory: what is plain is mapped and shown in `dtype`, what is quantised is a `Coded`.
+
+    Raises:
+        PeftfxError: a layer's tensors are incomplete or do not fit, or integers belong to no layer.
+    """
+    layers = format_of(config, where)
+    tensors = _mapped(files)
+    marks = {name: mark for name in tensors for mark in layers.marks if name.endswith(f".{mark}")}
+    paths = dict.fromkeys(name.removesuffix(f".{mark}") for name, mark in marks.items())
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        own = {name: tensors.pop(f"{path}.{name}") for name in layers.names if f"{path}.{name}" in tensors}
+        found[f"{path}.weight"] = Coded(layers.read(Packed(path, own, config, str(where))), dtype)
+    if not paths:
+        what = "no layer of the base is quantised as its config says"
+        raise PeftfxError(what, str(where), f"expected tensors that are called {' or '.join(layers.marks)}")
+    _refuse_left(tensors, layers, where)
+    floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
+    return found | {n: t if t.dtype == dtype else Stored(t, dtype) for n, t in floating.items()}
+
+
+def _mapped(files: Iterable[Path]) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return tensors
+
+
+def _refuse_left(tensors: Mapping[str, Tensor], layers: Format, where: Path) -> None:
+    """Refuse what is left of a layer that is incomplete: integers without their scales say nothing."""
+    parts = tuple(f".{name}" for name in layers.names if name != "weight")
+    narrow = (torch.int8, torch.uint8, torch.int32, fp8.E4M3, torch.float8_e5m2)
+    left = [n for n, t in tensors.items() if n.endswith(parts) or (n.endswith("weight") and t.dtype in narrow)]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        kind = str(tensors[left[0]].dtype).removeprefix("torch.")
+        what = f"a quantised layer is incomplete: {left[0]} is {kind}{more}, without {' or '.join(layers.marks)}"
+        raise PeftfxError(what, str(where), "download the base again, or save it again with its quantiser")

@@ -1,0 +1,77 @@
+"""Packed: the tensors of one quantised layer in a file, by the names that its format has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from peftfx.errors import PeftfxError
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A layer of a checkpoint.
+
+    Attributes:
+        path: of its module.
+        tensors: what is after the path in their names, and what they hold.
+        config: the base's `quantization_config`.
+        where: the base's directory.
+    """
+
+    path: str
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    config: Mapping[str, object]
+    where: str
+
+    def get(self, name: str, *dtypes: torch.dtype) -> Tensor:
+        """A tensor of the layer.
+
+        Raises:
+            PeftfxError: there is none, or it is of none of these dtypes, where some are given.
+        """
+        if name not in self.tensors:
+            raise self.wrong(f"there is no {name}")
+        found = self.tensors[name]
+        if dtypes and found.dtype not in dtypes:
+            raise self.wrong(f"{name} is {str(found.dtype).removeprefix('torch.')}")
+        return found
+
+    def integer(self, name: str, *known: int) -> int:
+        """A number of the config, one of those that are known.
+
+        Raises:
+            PeftfxError: it is none of them.
+        """
+        value = self.config.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or (known and value not in known):
+            told = f" (known are {', '.join(map(str, known))})" if known else ""
+            raise self.wrong(f"{name} is {value!r}{told}")
+        return value
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor of another shape.
+
+        Raises:
+            PeftfxError: it has one.
+        """
+        have = tuple(self.get(name).shape)
+        if have != shape:
+            raise self.wrong(f"{name} is {list(have)}, and the other tensors of the layer want {list(shape)}")
+
+    def wrong(self, what: str) -> PeftfxError:
+        """An error about this layer."""
+        hint = "download the base again, or export from its unquantised original"
+        return PeftfxError(f"a quantised layer cannot be read: {what}", f"{self.where}: {self.path}", hint)
+
+
+def nibbles(words: Tensor, bits: int) -> Tensor:
+    """uint8 [..., n * 32 / bits]: the codes in int32 words, or those in bytes, lowest first."""
+    values = words.contiguous().view(torch.uint8)  # little-endian: bytes are in order
+    if bits == 8:
+        return values
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return (values.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)
