@@ -43,8 +43,13 @@ def export(
     output: Annotated[Path, typer.Option(help="Directory to make; it appears when it is complete and verified.")],
     adapter: Annotated[Path | None, typer.Option(help="HF PEFT directory; without one the base is exported.")] = None,
     merge: Annotated[
-        bool, typer.Option(help="Fold the adapter into the weights, or leave it apart in the graph.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--merge/--no-merge",
+            help="Fold the adapter into the weights, or leave it apart in the graph; by default it is folded, "
+            "but for a quantised base, whose weights stay what they are.",
+        ),
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help="Pipeline name, as text-classification; by default the adapter's or the model's.")
     ] = None,

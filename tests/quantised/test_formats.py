@@ -1,0 +1,79 @@
+"""Each format of quantised bases: its codes stand for the matrix of its definition, and ONNX has them as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+import peftfx
+from peftfx.bases.load import load_base
+from peftfx.export.command import export_directory
+from peftfx.export.report import Report
+from peftfx.quantisation.coded import Coded
+from support import quantised as q
+
+BNB4, BNB8 = {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "bitsandbytes", "load_in_8bit": True}
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+FP8 = {"quant_method": "fp8"}
+
+
+def gptq(bits: int = 4, group: int = 32) -> dict[str, object]:
+    return {"quant_method": "gptq", "bits": bits, "group_size": group}
+
+
+FORMATS: dict[str, tuple[dict[str, object], q.Pack, str]] = {
+    "nf4": (BNB4, q.table4(), "MatMulBnb4"),
+    "nf4-double": (BNB4, q.table4(double=True), "MatMulBnb4"),
+    "nf4-blocks-of-512": (BNB4, q.table4(block=512), "MatMulBnb4"),
+    "bnb-int8": (BNB8, q.int8(), "MatMulNBits"),
+    "gptq": (gptq(), q.gptq(), "MatMulNBits"),
+    "gptq-zeros": (gptq(), q.gptq(symmetric=False), "MatMulNBits"),
+    "gptq-zero-of-16": (gptq(), q.gptq(symmetric=False, top=True), "MatMulNBits"),
+    "gptq-act": (gptq(), q.gptq(act=True), "MatMulNBits"),
+    "gptq-whole-rows": (gptq(group=-1), q.gptq(group=-1), "MatMulNBits"),
+    "gptq-8": (gptq(8), q.gptq(8), "MatMulNBits"),
+    "gptq-8-zero-of-256": (gptq(8), q.gptq(8, symmetric=False, top=True), "MatMulNBits"),
+    "gptq-2": (gptq(2), q.gptq(2), "MatMulNBits"),
+    "gptq-groups-of-8": (gptq(group=8), q.gptq(group=8), "float32"),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, q.awq(), "MatMulNBits"),
+    "compressed": (PACKED, q.compressed(), "MatMulNBits"),
+    "compressed-zeros": (PACKED, q.compressed(symmetric=False), "MatMulNBits"),
+    "compressed-8": (PACKED, q.compressed(8), "MatMulNBits"),
+    "compressed-int8": ({**PACKED, "format": "int-quantized"}, q.int8("weight_scale"), "MatMulNBits"),
+    "fp8": (FP8, q.fp8(), "DequantizeLinear"),
+    "fp8-rows": ({"quant_method": "fbgemm_fp8"}, q.fp8(by_row=True, name="weight_scale"), "DequantizeLinear"),
+    "fp8-blocks": ({**FP8, "weight_block_size": [48, 32]}, q.fp8((48, 32)), "DequantizeLinear"),
+}
+IDS = torch.tensor([[1, 5, 9, 30, 4, 77, 8], [1, 7, 7, 12, 3, 0, 2]])
+
+
+def adapt(model: torch.nn.Module, directory: Path) -> peft.PeftModel:
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    adapted.save_pretrained(directory)
+    return adapted
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_codes_and_what_onnx_makes_of_them(name: str, tmp_path: Path) -> None:
+    said, pack, operator = FORMATS[name]
+    model = q.tiny()
+    q.write(tmp_path / "base", model, said, pack)
+    read = dict(load_base(tmp_path / "base").named_parameters())
+    coded = {path: p for path, p in read.items() if isinstance(p, Coded)}
+    assert len(coded) == 14
+    for path, p in coded.items():
+        torch.testing.assert_close(p.codes.dequantise(), model.get_parameter(path).detach(), rtol=3e-7, atol=0)
+    adapted = adapt(model, tmp_path / "adapter")
+    report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter")
+    assert isinstance(report, Report)
+    assert [(c.operator, len(c.weights)) for c in report.codes["model"]] == [(operator, 14)]
+    assert not report.merged
+    served = peftfx.runtime.load(tmp_path / "out")
+    with torch.no_grad():
+        want = adapted(IDS).logits
+    got = served(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1.0, float(want.abs().max())))
