@@ -104,6 +104,7 @@ def _gemm(x: ir.Value, weight: ir.Value, rank: int) -> list[ir.Node]:
         return [ir.node("Gemm", [x, weight], {"transB": 1})]
     flat = _constant([-1, int(str(rows))])
     folded = ir.node("Reshape", [x, flat.outputs[0]])
+    folded.outputs[0].type, folded.outputs[0].shape = x.type, ir.Shape([None, int(str(rows))])
     gemm = ir.node("Gemm", [folded.outputs[0], weight], {"transB": 1})
     leading = ir.node("Shape", [x], {"start": 0, "end": rank - 1})
     width = _constant([int(str(columns))])

@@ -1,22 +1,26 @@
-"""Base models from GGUF files, as llama.cpp has them: what is stored in blocks of small integers, in floating point.
+"""Base models from GGUF files, as llama.cpp has them.
 
-transformers reads the file, for the architectures that it knows there; the package `gguf` undoes the quantisation. The
-weights are those of the quantised model, and take as much memory as in floating point.
+transformers knows the architectures and the names of their tensors; the package `gguf` reads the file. Weights of layers
+stay in their blocks (`Coded`) where the file has them row by row; the others are dequantised. An architecture that
+transformers reads in a way of its own is dequantised whole, and takes as much memory as in floating point.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftfx.bases.gguf_tensors import read_tensors
+from peftfx.bases.quantised import QUANTISED, blank, fill
 from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.errors import PeftfxError, first_line
 from peftfx.files import is_gguf
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 NEEDED = ("gguf", "accelerate")  #: by transformers, which reads the files
+METHOD, LINK = "gguf", "weights.gguf"  #: of a directory that stands in for a file
 
 
 def gguf_config(file: Path) -> PreTrainedConfig:
@@ -40,49 +45,89 @@ def gguf_config(file: Path) -> PreTrainedConfig:
 
 
 def load_gguf(
-    file: Path, *, task: str | None = None, weights: bool = True, dtype: torch.dtype | None = None
+    file: Path,
+    *,
+    task: str | None = None,
+    num_labels: int | None = None,
+    weights: bool = True,
+    dtype: torch.dtype | None = None,
+    given: Collection[str] = (),
 ) -> PreTrainedModel:
     """The model in a file, in eval mode.
 
     Args:
         file: the weights, config and tokenizer in one.
         task: makes the head; by default that of a language model.
+        num_labels: of a classification head.
         weights: read them; otherwise parameters stay uninitialised.
         dtype: of the parameters; by default float32.
+        given: names of tensors that an adapter brings; these alone may be missing.
 
     Raises:
         PeftfxError: as above, or the file lacks a weight of the model.
     """
-    from transformers import GgufConfig
-    from transformers.initialization import no_init_weights
-
     config, dtype = gguf_config(file), dtype or torch.float32
+    if num_labels is not None:
+        config.num_labels = num_labels
     language = "text2text-generation" if config.is_encoder_decoder else "text-generation"
     maker: Any = maker_of(config, resolve_task(task or language), file)
+    empty = blank(maker, config, dtype)
     if not weights:
-        with no_init_weights():
-            return maker._from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
+        return empty.eval()  # type: ignore[return-value]
     with _reading(file):
-        model, info = maker.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            config=config,
-            quantization_config=GgufConfig(dequantize=True),
-            local_files_only=True,
-            output_loading_info=True,
-            dtype=dtype,
-        )
-    if missing := sorted(info["missing_keys"]):
+        tensors = read_tensors(file, empty, dtype)
+        model, info = _whole(file, maker, config, dtype) if tensors is None else fill(maker, config, tensors, dtype)
+    lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])} - set(given)
+    if missing := sorted(lacking):
         hint = f"name the task that the file's model is for (this is a {maker.__name__})"
         raise PeftfxError(f"the file lacks the weights of {', '.join(missing[:8])}", str(file), hint)
+    model.config.architectures = [type(model).__name__]
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _whole(file: Path, maker: Any, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model dequantised by transformers, and what it says of the loading."""
+    from transformers import GgufConfig
+
+    return maker.from_pretrained(  # type: ignore[no-any-return]
+        file.parent,
+        gguf_file=file.name,
+        config=config,
+        quantization_config=GgufConfig(dequantize=True),
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        dtype=dtype,
+    )
 
 
 def unpack(file: Path, directory: Path) -> None:
     """Write a file's model and tokenizer as transformers' own: config, safetensors, tokenizer files."""
+    config = gguf_config(file)
+    language = "text2text-generation" if config.is_encoder_decoder else "text-generation"
+    with _reading(file):
+        model, _ = _whole(file, maker_of(config, resolve_task(language), file), config, torch.float32)
+    model.save_pretrained(directory)
+    _write_tokenizer(file, directory)
+
+
+def stand_in(file: Path, directory: Path) -> None:
+    """Write a directory that `load_base` takes for the file: config, tokenizer files and a link to the weights."""
+    config = gguf_config(file).to_dict()
+    config[QUANTISED] = {"quant_method": METHOD}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (directory / LINK).symlink_to(file.resolve())
+    _write_tokenizer(file, directory)
+
+
+def stood_for(base: Path) -> Path | None:
+    """The GGUF file that a base is, or that its directory stands in for."""
+    return base if is_gguf(base) else base / LINK if is_gguf(base / LINK) else None
+
+
+def _write_tokenizer(file: Path, directory: Path) -> None:
     from transformers import AutoTokenizer
 
-    load_gguf(file).save_pretrained(directory)
     with _reading(file):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     tokenizer.save_pretrained(directory)
@@ -90,12 +135,12 @@ def unpack(file: Path, directory: Path) -> None:
 
 @contextlib.contextmanager
 def as_directory(base: Path) -> Iterator[Path]:
-    """A base model's directory as it is; a GGUF file, unpacked for a while."""
+    """A base model's directory as it is; for a GGUF file, one that stands in for it for a while."""
     if not is_gguf(base):
         yield base
         return
     with tempfile.TemporaryDirectory(prefix="peftfx-") as directory:
-        unpack(base, Path(directory))
+        stand_in(base, Path(directory))
         yield Path(directory)
 
 

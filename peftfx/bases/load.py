@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftfx.bases.gguf import load_gguf, stood_for
 from peftfx.bases.quantised import QUANTISED, load_quantised
 from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.bases.transformers_config import read_config, understanding
 from peftfx.errors import PeftfxError, nearest, shown
-from peftfx.files import is_file, is_folder, is_gguf, read_json
+from peftfx.files import is_file, is_folder, read_json
 from peftfx.graph.lazy_weights import store
 from peftfx.quantisation.checkpoint import format_of
 
@@ -48,10 +49,9 @@ def load_base(
         PeftfxError: there is no such model here, its files are broken or lack a weight, or it cannot do the task.
     """
     directory = Path(directory)
-    if is_gguf(directory):
-        from peftfx.bases.gguf import load_gguf
-
-        return load_gguf(directory, task=task, weights=weights, dtype=dtype)
+    file = stood_for(directory)
+    if file is not None:
+        return load_gguf(file, task=task, num_labels=num_labels, weights=weights, dtype=dtype, given=given)
     config = read_base_config(directory)
     files = _check_weights(directory) if weights else []
     if QUANTISED in config and "_class_name" not in config:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import peft
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch
 import peftfx
 from peftfx.bases.load import load_base
 from peftfx.export.command import export_directory
+from peftfx.export.coded.operators import Product, product_for
 from peftfx.export.report import Report
 from peftfx.quantisation.coded import Coded
 from support import quantised as q
@@ -57,21 +61,54 @@ def adapt(model: torch.nn.Module, directory: Path) -> peft.PeftModel:
     return adapted
 
 
+WHOLE = ("nf4", "nf4-double", "bnb-int8", "gptq-zeros", "gptq-act", "awq", "fp8-blocks")
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_codes_and_what_onnx_makes_of_them(name: str, tmp_path: Path) -> None:
+def test_codes_are_the_matrix_and_the_operator_has_it(name: str, tmp_path: Path) -> None:
+    said, pack, operator = FORMATS[name]
+    model = q.tiny(num_hidden_layers=1)
+    q.write(tmp_path, model, said, pack)
+    coded = {path: p for path, p in load_base(tmp_path).named_parameters() if isinstance(p, Coded)}
+    assert len(coded) == 7
+    for path, p in coded.items():
+        torch.testing.assert_close(p.codes.dequantise(), model.get_parameter(path).detach(), rtol=3e-7, atol=0)
+    weight = coded["model.layers.0.mlp.down_proj.weight"]
+    made = product_for(weight.codes, "w", "w", 23)
+    if isinstance(made, str):
+        assert operator == "float32"
+        return
+    assert made.operator == operator
+    got = on_identity(made, weight.codes.columns)
+    torch.testing.assert_close(got, weight.codes.dequantise().T, rtol=2e-6, atol=2e-6 * float(got.abs().max()))
+
+
+def on_identity(made: Product, columns: int) -> torch.Tensor:
+    """What ONNX Runtime computes of the identity: the weight, transposed."""
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", columns]))
+    nodes = made.nodes(x, None)
+    graph = ir.Graph([x], [nodes[-1].outputs[0]], nodes=nodes, initializers=made.initializers)
+    graph.opset_imports.update({"": 23, "com.microsoft": 1})
+    nodes[-1].outputs[0].name, nodes[-1].outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    model = ir.serde.serialize_model(ir.Model(graph, ir_version=11)).SerializeToString()
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"x": np.eye(columns, dtype=np.float32)})[0])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_base_is_exported_as_it_is(name: str, tmp_path: Path) -> None:
     said, pack, operator = FORMATS[name]
     model = q.tiny()
     q.write(tmp_path / "base", model, said, pack)
-    read = dict(load_base(tmp_path / "base").named_parameters())
-    coded = {path: p for path, p in read.items() if isinstance(p, Coded)}
-    assert len(coded) == 14
-    for path, p in coded.items():
-        torch.testing.assert_close(p.codes.dequantise(), model.get_parameter(path).detach(), rtol=3e-7, atol=0)
     adapted = adapt(model, tmp_path / "adapter")
     report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter")
     assert isinstance(report, Report)
     assert [(c.operator, len(c.weights)) for c in report.codes["model"]] == [(operator, 14)]
     assert not report.merged
+    linear = sum(p.numel() for path, p in model.named_parameters() if ".layers." in path and p.ndim == 2)
+    other = sum(p.numel() for path, p in adapted.named_parameters() if p.ndim == 2) - linear
+    bits = {"MatMulBnb4": 6, "MatMulNBits": 10 if "int8" in name else 6, "DequantizeLinear": 9.1}[operator]
+    assert report.bytes["model.onnx.data"] < linear * bits / 8 + other * 4 + 70_000
     served = peftfx.runtime.load(tmp_path / "out")
     with torch.no_grad():
         want = adapted(IDS).logits

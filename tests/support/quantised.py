@@ -71,7 +71,7 @@ def gptq(bits: int = 4, group: int = 32, *, symmetric: bool = True, act: bool = 
     def pack(random: np.random.Generator, rows: int, columns: int) -> Layer:
         size = columns if group == -1 else group
         q = random.integers(0, 1 << bits, (columns, rows))
-        scale = scales(random, columns // size, rows)
+        scale = scales(random, columns // size, rows) / np.float32(1 << bits - 1)
         zero = np.full(scale.shape, 1 << bits - 1) if symmetric else random.integers(1, 1 << bits, scale.shape)
         if top:
             zero[0, :3] = 1 << bits
@@ -109,7 +109,7 @@ def compressed(bits: int = 4, group: int = 32, *, symmetric: bool = True) -> Pac
     def pack(random: np.random.Generator, rows: int, columns: int) -> Layer:
         half = 1 << bits - 1
         q = random.integers(-half, half, (rows, columns))
-        scale = scales(random, rows, columns // group)
+        scale = scales(random, rows, columns // group) / np.float32(1 << bits - 1)
         zero = np.zeros(scale.shape, np.int64) if symmetric else random.integers(-half, half, scale.shape)
         weight = (q - zero.repeat(group, 1)).astype(np.float32) * scale.repeat(group, 1)
         own = {
