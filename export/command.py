@@ -14,6 +14,7 @@ from torch import nn
 from peftfx.adapters.files.base_weights import resize_vocabulary
 from peftfx.bases.gguf import as_directory
 from peftfx.bases.load import load_base, read_base_config
+from peftfx.bases.quantised import QUANTISED, quantise
 from peftfx.bases.tasks import resolve_task
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets
@@ -70,9 +71,9 @@ def _export(
     folders = asked.folders
     say = progress or (lambda line: None)
     inputs = Snapshot(base, *(part for folder in folders.values() for part in (folder, *rule_folders(folder))))
-    kept = _served_dtype(base, asked.dtype)
+    kept = _served_dtype(base, asked.dtype, asked.quantize_base)
     say("load" if kept is None else f"load in {str(kept).removeprefix('torch.')}")
-    adapted = load_directories(base, folders, task=asked.task, dtype=kept)
+    adapted = load_directories(base, folders, task=asked.task, dtype=kept, quantize_base=asked.quantize_base)
 
     def assets(directory: Path) -> None:
         links = [link for own in reversed(folders.values()) for link in copy_assets(own, directory, "config.json")]
@@ -84,14 +85,14 @@ def _export(
     return export_onnx(adapted, output, asked, source=base.resolve(), assets=assets, progress=progress, written=written)
 
 
-def _served_dtype(base: Path, wanted: str | None) -> torch.dtype | None:
+def _served_dtype(base: Path, wanted: str | None, quantize_base: str | None) -> torch.dtype | None:
     """What to load the base in; None is its own.
 
     Raises:
         PeftfxError: a quantised base is to be served in another dtype than fp32.
     """
     config = read_base_config(base)
-    if QUANTISED in config:
+    if QUANTISED in config or quantize_base is not None:
         if wanted not in (None, "fp32"):
             what = f"the operators that hold a quantised base's codes compute in fp32, not in {wanted}"
             raise PeftfxError(what, str(base), "leave --dtype out")
@@ -103,15 +104,25 @@ def _served_dtype(base: Path, wanted: str | None) -> torch.dtype | None:
 
 
 def load_directories(
-    base: Path, adapters: Mapping[str, Path], *, task: str | None = None, dtype: torch.dtype | None = None
+    base: Path,
+    adapters: Mapping[str, Path],
+    *,
+    task: str | None = None,
+    dtype: torch.dtype | None = None,
+    quantize_base: str | None = None,
 ) -> AdaptedModel:
     """A base model with adapters on it by name, all from directories; the last is active.
+
+    With `quantize_base` the base is quantised on the way: see `peftfx.bases.quantised.quantise`.
 
     A head that an adapter holds sets the number of labels, and embeddings that of tokens, whatever the config says.
     """
     config = read_base_config(base)
     if not adapters:
-        return bare(load_base(base, task=task, dtype=dtype))
+        model = load_base(base, task=task, dtype=dtype)
+        if quantize_base is not None:
+            quantise(model, quantize_base)
+        return bare(model)
     folders = [folder for adapter in adapters.values() for folder in rule_folders(adapter)]
     configs = {folder: read_config(folder) for folder in folders}
     methods = {folder: method_from_config(own, str(folder / CONFIG)) for folder, own in configs.items()}
@@ -125,6 +136,8 @@ def load_directories(
     given = {name.replace(".base_layer.", ".") for own in weights.values() for name in own.names}
     model = load_base(base, task=task, num_labels=labels, given=given, dtype=dtype)
     resize_vocabulary(model, weights.values())
+    if quantize_base is not None:
+        quantise(model, quantize_base)
     adapted = bare(model)
     for name, adapter in adapters.items():
         adapted.load_adapter(adapter, name)

@@ -43,9 +43,7 @@ class Product(ABC):
     def nodes(self, x: ir.Value, bias: ir.Value | None) -> list[ir.Node]:
         """Nodes for one product with it; the last has its result."""
 
-    def constant(
-        self, what: str, kind: ir.DataType, shape: tuple[int, ...], read: Callable[[], Tensor]
-    ) -> ir.Value:
+    def constant(self, what: str, kind: ir.DataType, shape: tuple[int, ...], read: Callable[[], Tensor]) -> ir.Value:
         """An initializer that is computed when it is written."""
         name = f"{self.name}.{what}"
 
@@ -70,7 +68,7 @@ class TableProduct(Product):
         self.codes, self.block = codes, min(codes.block, _LARGEST_TABLE_BLOCK)
         count = codes.rows * codes.columns
         repeats, blocks = codes.block // self.block, -(-count // self.block)
-        self.packed = self.constant("codes", _UINT8, (len(codes.packed),), lambda: codes.packed)
+        self.packed = self.constant("codes", _UINT8, (-(-count // 2),), codes.packed)
         self.magnitudes = self.constant(
             *("magnitudes", _FLOAT, (blocks,)), lambda: codes.magnitudes().repeat_interleave(repeats)[:blocks]
         )

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.bases.transformers_config import read_config
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, shown
+from peftfx.graph.lazy_weights import exact
 from peftfx.quantisation.checkpoint import read_checkpoint
 from peftfx.quantisation.coded import Coded
+from peftfx.quantisation.tables import MADE, tabled
 
 QUANTISED = "quantization_config"
 
@@ -73,6 +76,36 @@ def fill(maker: Any, config: object, tensors: dict[str, Tensor], dtype: torch.dt
         hint = "name the task the base is for; weights that transformers puts together are not read quantised"
         raise PeftfxError(what, ", ".join(lost[:3]), hint)
     return model.eval(), info
+
+
+def quantise(model: nn.Module, table: str) -> None:
+    """Make of a base in floating point what `load_in_4bit` would make of it, with the modules that it leaves out.
+
+    Nothing is computed: each weight stays where it is, and its codes are made whenever they are needed.
+
+    Args:
+        model: transformers'; its linear layers' weights are replaced.
+        table: `nf4`.
+
+    Raises:
+        PeftfxError: another table, or the base is quantised already.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    if table not in MADE:
+        hint = f"one of {', '.join(MADE)}"
+        raise PeftfxError(f"no quantisation of a base is called {shown(table)}", "quantize_base", hint)
+    if any(isinstance(p, Coded) for p in model.parameters()):
+        raise PeftfxError("the base is quantised already", "quantize_base", "leave --quantize-base out")
+    apart = set(get_keys_to_not_convert(model)) if hasattr(model, "config") else set()  # type: ignore[arg-type]
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or any(f"{path}.".startswith(f"{key}.") for key in apart):
+            continue
+        weight, turned = module.weight, isinstance(module, Conv1D)
+        stored = exact(weight.detach())
+        views = (torch.t,) if turned else ()
+        coded = Coded(tabled(stored.T if turned else stored, table), weight.dtype, views=views)
+        module._parameters["weight"] = nn.Parameter(coded, requires_grad=False)
 
 
 def blank(maker: Any, config: object, dtype: torch.dtype) -> nn.Module:

@@ -71,6 +71,10 @@ def export(
     quantize: Annotated[
         str | None, typer.Option(help="int8 or int4: weights of products in blocks of small integers.")
     ] = None,
+    quantize_base: Annotated[
+        str | None,
+        typer.Option(help="nf4: make of a base in floating point what a QLoRA was trained on (load_in_4bit)."),
+    ] = None,
     max_error: Annotated[
         str | None,
         typer.Option(
@@ -121,6 +125,7 @@ def export(
         "engine": engine,
         "optimize": optimize,
         "quantize": quantize,
+        "quantize_base": quantize_base,
         "opset": opset,
         "max_error": max_error,
         "calibration": calibration,

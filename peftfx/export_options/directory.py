@@ -21,13 +21,17 @@ class DirectoryOptions(ExportOptions):
         batched: HF PEFT directories by name, among which each row of a batch chooses.
         task: name of a pipeline; by default the adapter's or the model's.
         dtype: `fp32`, `fp16` or `bf16`, of the weights, which are merged in fp32 and rounded once; by default the
-            base's own, but fp32 for a bfloat16 base: ONNX Runtime's CPU provider has no kernels for it.
+            base's own, but fp32 for a bfloat16 base: ONNX Runtime's CPU provider has no kernels for it. A quantised
+            base is served in fp32.
+        quantize_base: `nf4` makes of a base in floating point what `load_in_4bit` makes of it, which is what a QLoRA
+            was trained on.
     """
 
     adapter: str | Path | None = None
     batched: Mapping[str, str | Path] = field(default_factory=dict, hash=False)
     task: str | None = None
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    quantize_base: Literal["nf4"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +47,9 @@ class DirectoryOptions(ExportOptions):
             raise PeftfxError(what, f"adapter, slots: {self.adapter}", hint)
         if self.quantize is not None and self.dtype == "bf16":
             raise PeftfxError("weights in bfloat16 are not quantised", "quantize, dtype", "pass dtype='fp32' or 'fp16'")
+        if self.quantize_base is not None and self.dtype not in (None, "fp32"):
+            what = f"the operators that hold a quantised base's codes compute in fp32, not in {self.dtype}"
+            raise PeftfxError(what, "quantize_base, dtype", "leave dtype out")
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -58,3 +65,4 @@ class DirectoryChanges(Choices, total=False):
     batched: Mapping[str, str | Path]
     task: str | None
     dtype: Literal["fp32", "fp16", "bf16"] | None
+    quantize_base: Literal["nf4"] | None

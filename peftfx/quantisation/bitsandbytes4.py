@@ -50,7 +50,7 @@ def read(packed: Packed) -> Tabled:
         raise packed.wrong(f"its quant_map is not that of {table}")
     magnitudes = absmax if absmax.dtype == torch.float32 else _nested(packed, absmax, said)
     read = functools.partial(_magnitudes, magnitudes)
-    return Tabled(f"bitsandbytes {table}", rows, columns, table, block, codes, read)
+    return Tabled(f"bitsandbytes {table}", rows, columns, table, block, lambda: codes, read)
 
 
 _Nested = tuple[Tensor, Tensor, Tensor, int, float]

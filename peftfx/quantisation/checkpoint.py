@@ -59,7 +59,9 @@ def format_of(config: object, where: Path) -> Format:
         name = f"bitsandbytes {_bits(config) or 4} bits"
     if name not in _FORMATS:
         hint = nearest(name, KNOWN) or f"use the unquantised model, or one of {', '.join(KNOWN)}"
-        raise PeftfxError(f"the base model is quantised in a way that is not read here: {shown(name)}", str(where), hint)
+        raise PeftfxError(
+            f"the base model is quantised in a way that is not read here: {shown(name)}", str(where), hint
+        )
     return _FORMATS[name]
 
 

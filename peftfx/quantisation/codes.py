@@ -116,20 +116,20 @@ class Tabled(Codes):
     Attributes:
         table: `nf4` or `fp4`.
         block: how many numbers share a magnitude, across rows too.
-        packed: uint8, two codes in a byte, the first in the high half.
+        packed: reads uint8 [numbers / 2], two codes in a byte, the first in the high half.
         magnitudes: reads float32 [blocks].
     """
 
     table: str
     block: int
-    packed: Tensor = field(repr=False, compare=False)
+    packed: Callable[[], Tensor] = field(repr=False, compare=False)
     magnitudes: Callable[[], Tensor] = field(repr=False, compare=False)
 
     def dequantise(self) -> Tensor:
         count = self.rows * self.columns
         table = torch.tensor(TABLES[self.table])
         pairs = torch.cartesian_prod(table, table)  # of a byte, the two numbers
-        values = pairs[self.packed.int()].reshape(-1)
+        values = pairs[self.packed().int()].reshape(-1)
         largest = self.magnitudes()
         padded = torch.nn.functional.pad(values, (0, len(largest) * self.block - len(values)))
         scaled = padded.view(-1, self.block).mul_(largest.unsqueeze(1)).view(-1)

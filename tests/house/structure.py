@@ -30,8 +30,9 @@ UNBOUNDED = ("peftfx/methods",)  #: one file a method, and nothing else
 LAYERS = (
     *("peftfx.version", "peftfx.errors", "peftfx.field_types", "peftfx.options", "peftfx.files", "peftfx.formats"),
     "peftfx.discovery",
-    *("peftfx.sites", "peftfx.graph", "peftfx.bases", "peftfx.export_options", "peftfx.analysis", "peftfx.views"),
-    *("peftfx.generation", "peftfx.contract", "peftfx.contract.common", "peftfx.methods", "peftfx.rules"),
+    *("peftfx.sites", "peftfx.graph", "peftfx.quantisation", "peftfx.bases", "peftfx.export_options"),
+    *("peftfx.analysis", "peftfx.views", "peftfx.generation"),
+    *("peftfx.contract", "peftfx.contract.common", "peftfx.methods", "peftfx.rules"),
     *("peftfx.adapters", "peftfx.adapters.files"),
     *(
         "peftfx.passes.base",
@@ -42,7 +43,8 @@ LAYERS = (
         "peftfx.passes.adaptation",
     ),
     *("peftfx.passes.slots", "peftfx.passes.text", "peftfx.hosting", "peftfx.model", "peftfx.serving"),
-    *("peftfx.export.metadata", "peftfx.export.translation", "peftfx.export.writing", "peftfx.export.verification"),
+    *("peftfx.export.metadata", "peftfx.export.translation", "peftfx.export.writing", "peftfx.export.coded"),
+    "peftfx.export.verification",
     *("peftfx.export.deployment", "peftfx.export.slots", "peftfx.export"),
     *("peftfx.demo", "peftfx.cli"),
 )

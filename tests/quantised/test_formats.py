@@ -19,7 +19,10 @@ from peftfx.export.report import Report
 from peftfx.quantisation.coded import Coded
 from support import quantised as q
 
-BNB4, BNB8 = {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "bitsandbytes", "load_in_8bit": True}
+BNB4, BNB8 = (
+    {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    {"quant_method": "bitsandbytes", "load_in_8bit": True},
+)
 PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 FP8 = {"quant_method": "fp8"}
 

@@ -41,7 +41,6 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-
 def in_halves(weight: Tensor, heads: int) -> Tensor:
     """Back from llama.cpp's order."""
     return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
@@ -108,5 +107,3 @@ def write(path: Path, kind: Callable[[str], str] = lambda name: "Q8_0", **fields
     writer.write_tensors_to_file()
     writer.close()
     return model
-
-

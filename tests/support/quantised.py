@@ -175,7 +175,9 @@ def table4(table: str = NF4, kind: str = "nf4", block: int = 64, *, double: bool
         own |= {
             "weight": torch.from_numpy((q[::2] << 4 | q[1::2]).astype(np.uint8)).view(-1, 1),
             "weight.quant_map": torch.from_numpy(numbers),
-            f"weight.quant_state.bitsandbytes__{kind}": torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8),
+            f"weight.quant_state.bitsandbytes__{kind}": torch.tensor(
+                list(json.dumps(said).encode()), dtype=torch.uint8
+            ),
         }
         return own, torch.from_numpy(np.array(flat, np.float32).reshape(rows, columns))
 
