@@ -92,7 +92,7 @@ def _served_dtype(base: Path, wanted: str | None, quantize_base: str | None) -> 
         PeftfxError: a quantised base is to be served in another dtype than fp32.
     """
     config = read_base_config(base)
-    if QUANTISED in config or quantize_base is not None:
+    if config.get(QUANTISED) is not None or quantize_base is not None:
         if wanted not in (None, "fp32"):
             what = f"the operators that hold a quantised base's codes compute in fp32, not in {wanted}"
             raise PeftfxError(what, str(base), "leave --dtype out")

@@ -1,6 +1,6 @@
 """Base models from GGUF files, as llama.cpp has them.
 
-transformers knows the architectures and the names of their tensors; the package `gguf` reads the file. Weights of layers
+transformers knows architectures and the names of their tensors; the package `gguf` reads the file. Weights of layers
 stay in their blocks (`Coded`) where the file has them row by row; the others are dequantised. An architecture that
 transformers reads in a way of its own is dequantised whole, and takes as much memory as in floating point.
 """
@@ -12,7 +12,7 @@ import io
 import json
 import struct
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,9 @@ def load_gguf(
         return empty.eval()  # type: ignore[return-value]
     with _reading(file):
         tensors = read_tensors(file, empty, dtype)
-        model, info = _whole(file, maker, config, dtype) if tensors is None else fill(maker, config, tensors, dtype)
+        found = _whole(file, maker, config, dtype) if tensors is None else fill(maker, config, tensors, dtype)
+    model: Any = found[0]
+    info: Mapping[str, Any] = found[1]
     lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])} - set(given)
     if missing := sorted(lacking):
         hint = f"name the task that the file's model is for (this is a {maker.__name__})"

@@ -1,4 +1,4 @@
-"""read_tensors: what a GGUF file holds, by the names of transformers' model, weights of layers still in their blocks."""
+"""read_tensors: what a GGUF file holds, by the names of transformers' model, layers' weights still in their blocks."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def load_base(
         return load_gguf(file, task=task, num_labels=num_labels, weights=weights, dtype=dtype, given=given)
     config = read_base_config(directory)
     files = _check_weights(directory) if weights else []
-    if QUANTISED in config and "_class_name" not in config:
+    if config.get(QUANTISED) is not None and "_class_name" not in config:
         format_of(config[QUANTISED], directory)
         with understanding(directory, "cannot load the base model"):
             model, info = load_quantised(directory, files, task=task, num_labels=num_labels, dtype=dtype)

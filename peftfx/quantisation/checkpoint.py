@@ -16,8 +16,6 @@ from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.codes import Codes
 from peftfx.quantisation.packed import Packed
 
-_NOT_PLAIN = "use the unquantised model, or one in a format that is read"
-
 
 @dataclass(frozen=True)
 class Format:
@@ -53,7 +51,9 @@ def format_of(config: object, where: Path) -> Format:
         PeftfxError: it names none, or one that is not read here.
     """
     if not isinstance(config, Mapping):
-        raise PeftfxError(f"quantization_config is no object: {shown(config)}", str(where), "download the file again")
+        raise PeftfxError(
+            f"the base model is quantised, and how is no object: {shown(config)}", str(where), "download the file again"
+        )
     name = str(config.get("quant_method", "bitsandbytes" if _bits(config) else "unknown"))
     if name == "bitsandbytes":
         name = f"bitsandbytes {_bits(config) or 4} bits"

@@ -1,4 +1,4 @@
-"""fp8 (e4m3): one scale for a weight, for each row, or for each square block, of DeepSeek's, FBGEMM's and others' files.
+"""fp8 (e4m3): one scale for a weight, for each row, or for each block: DeepSeek's, FBGEMM's and others' files.
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/finegrained_fp8.py
 """
@@ -49,9 +49,9 @@ def floats8(packed: Packed, name: str, weight: Tensor, scale: Tensor) -> Floats8
 def _block(packed: Packed, rows: int, columns: int, grid: tuple[int, ...]) -> tuple[int, int] | None:
     """The rows and columns that share a scale."""
     said = packed.config.get("weight_block_size")
-    if isinstance(said, list) and len(said) == 2 and all(isinstance(n, int) and n > 0 for n in said):
-        if grid == (-(-rows // said[0]), -(-columns // said[1])):
-            return min(said[0], rows), min(said[1], columns)
+    known = isinstance(said, list) and len(said) == 2 and all(isinstance(n, int) and n > 0 for n in said)
+    if known and grid == (-(-rows // said[0]), -(-columns // said[1])):  # type: ignore[index]
+        return min(said[0], rows), min(said[1], columns)  # type: ignore[index]
     if rows % grid[0] or columns % grid[1]:
         return None
     return rows // grid[0], columns // grid[1]

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from support.gguf_files import TOKENS, write
 
 import peftfx
 from peftfx.bases.load import load_base
 from peftfx.cli.main import app
 from peftfx.errors import PeftfxError
 from peftfx.files import is_gguf
-from support.gguf_files import TOKENS, write
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import quantised as q
 from torch import Tensor, nn
 
 from peftfx.bases.load import load_base
@@ -16,7 +17,6 @@ from peftfx.errors import PeftfxError
 from peftfx.export.command import export_directory
 from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.tables import tabled
-from support import quantised as q
 
 Q = "model.layers.0.self_attn.q_proj"
 STATE = f"{Q}.weight.quant_state.bitsandbytes__nf4"

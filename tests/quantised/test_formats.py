@@ -10,14 +10,14 @@ import onnxruntime as ort
 import peft
 import pytest
 import torch
+from support import quantised as q
 
 import peftfx
 from peftfx.bases.load import load_base
-from peftfx.export.command import export_directory
 from peftfx.export.coded.operators import Product, product_for
+from peftfx.export.command import export_directory
 from peftfx.export.report import Report
 from peftfx.quantisation.coded import Coded
-from support import quantised as q
 
 BNB4, BNB8 = (
     {"quant_method": "bitsandbytes", "load_in_4bit": True},

@@ -9,13 +9,13 @@ import numpy as np
 import peft
 import pytest
 import torch
+from support.gguf_files import write
 
 import peftfx
 from peftfx.bases.load import load_base
 from peftfx.export.command import export_directory
 from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.ggml import LAYOUTS, blocks
-from support.gguf_files import write
 
 IDS = torch.tensor([[1, 5, 9, 30, 4], [1, 7, 7, 12, 3]])
 
