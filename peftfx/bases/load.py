@@ -54,7 +54,10 @@ def load_base(
         return load_gguf(file, task=task, num_labels=num_labels, weights=weights, dtype=dtype, given=given)
     config = read_base_config(directory)
     files = _check_weights(directory) if weights else []
-    if config.get(QUANTISED) is not None and "_class_name" not in config:
+    if config.get(QUANTISED) is not None:
+        if "_class_name" in config:
+            what = "quantised models of diffusers are not read"
+            raise PeftfxError(what, str(directory), "use the unquantised model")
         format_of(config[QUANTISED], directory)
         with understanding(directory, "cannot load the base model"):
             model, info = load_quantised(directory, files, task=task, num_labels=num_labels, dtype=dtype)
