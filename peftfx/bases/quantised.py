@@ -12,11 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.bases.transformers_config import read_config
-from peftfx.errors import PeftfxError, shown
+from peftfx.errors import PeftfxError
 from peftfx.graph.lazy_weights import exact
+from peftfx.options import BASE_QUANTIZATIONS, check_choice
 from peftfx.quantisation.checkpoint import read_checkpoint
 from peftfx.quantisation.coded import Coded
-from peftfx.quantisation.tables import MADE, tabled
+from peftfx.quantisation.tables import tabled
 
 QUANTISED = "quantization_config"
 
@@ -92,9 +93,7 @@ def quantise(model: nn.Module, table: str) -> None:
     """
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    if table not in MADE:
-        hint = f"one of {', '.join(MADE)}"
-        raise PeftfxError(f"no quantisation of a base is called {shown(table)}", "quantize_base", hint)
+    check_choice(table, BASE_QUANTIZATIONS, "quantize_base", "unknown quantisation of a base:")
     if any(isinstance(p, Coded) for p in model.parameters()):
         raise PeftfxError("the base is quantised already", "quantize_base", "leave --quantize-base out")
     apart = set(get_keys_to_not_convert(model)) if hasattr(model, "config") else set()  # type: ignore[arg-type]

@@ -123,6 +123,9 @@ class ExportOptions(Checked):
         if names and places is not None:
             what = "adapters that rows choose from, and slots for others"
             raise PeftfxError(what, f"batched, slots: {', '.join(names)}", "export two directories")
+        if self.merge and (names or places is not None):
+            what = "merged adapters, and a graph whose adapters are chosen when it runs"
+            raise PeftfxError(what, "merge, batched" if names else "merge, slots", "leave merge out")
         if names and self.calibration is not None:
             hint = "leave the calibration text out, or export each adapter merged"
             raise PeftfxError("rows with adapters of their own are compared on no text", "batched, calibration", hint)

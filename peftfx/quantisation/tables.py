@@ -9,7 +9,6 @@ from torch import Tensor
 
 from peftfx.quantisation.codes import TABLES, Tabled
 
-MADE = ("nf4",)
 BLOCK = 64  #: bitsandbytes' own
 _AT_ONCE = 1 << 16  #: blocks that are rounded at a time
 

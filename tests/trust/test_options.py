@@ -38,7 +38,7 @@ WRONG: list[tuple[dict[str, object], str]] = [
     ({"engine": "fastest"}, "one of fast, torch"),
     ({"optimize": "gpu"}, "one of cpu, cuda, none"),
     ({"quantize": "int2"}, "one of int8, int4"),
-    ({"merge": "no"}, r"merge='no' \(bool\)"),
+    ({"merge": "no"}, r"merge='no' \(bool \| None\)"),
     ({"force": 1}, r"force=1 \(bool\)"),
     ({"opset": 3}, "18 to 25"),
     ({"opset": "21"}, r"opset='21' \(int \| None\)"),
@@ -53,6 +53,8 @@ WRONG: list[tuple[dict[str, object], str]] = [
     ({"batched": "one"}, "batched='one'"),
     ({"batched": ("one", "one")}, "named twice"),
     ({"batched": ("one",), "slots": "mlp"}, "slots for others"),
+    ({"batched": ("one",), "merge": True}, "leave merge out"),
+    ({"slots": "mlp", "merge": True}, "chosen when it runs"),
     ({"batched": ("one",), "quantize": "int8", "calibration": __file__}, "compared on no text"),
     ({"veiw": "decode"}, "did you mean 'view'"),
 ]
@@ -62,6 +64,8 @@ OF_DIRECTORIES: list[tuple[dict[str, object], str]] = [
     ({"adapter": "a", "batched": {"one": "b"}}, "for all rows, and some to choose from"),
     ({"adapter": "a", "slots": "mlp"}, "of the base alone"),
     ({"dtype": "bf16", "quantize": "int8"}, "not quantised"),
+    ({"quantize_base": "fp4"}, "one of nf4"),
+    ({"quantize_base": "nf4", "dtype": "fp16"}, "compute in fp32, not in fp16"),
     ({"batched": ("one",)}, "batched="),
 ]
 
