@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, fx
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.contract.completeness import asking, refuse_output
 from peftfx.contract.method import Op, WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.graph.graph import ADAPTERS
@@ -72,7 +73,7 @@ def _forward(acting: list[Acting], op: fx.Node, *, training: bool) -> Callable[.
     (placement, names), *under = acting
     bound, block, method = bind(op, placement.site), placement.block, placement.method
     assert isinstance(method, WeightMethod)
-    site = dataclasses.replace(placement.view, path="")  # one trace serves every site of this signature
+    where, site = placement.site.path, dataclasses.replace(placement.view, path="")  # one trace serves every site of this signature
     steps = [(_forward([step], op, training=training), len(step[1])) for step in under]
 
     def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:
@@ -86,10 +87,11 @@ def _forward(acting: list[Acting], op: fx.Node, *, training: bool) -> Callable[.
 
         stored, whole = (weight, bias), dataclasses.replace(placement, part=None).base(weight, bias)
         run: Op = again if steps else bound
-        if block is None:
-            return method.forward(site, run, x, y, base, p, training)
-        rows = method.forward(site, run, x, block.take(y, _row_dim(site)), base, p, training)
-        return block.put(y, rows, _row_dim(site))
+        own = y if block is None else block.take(y, _row_dim(site))
+        with asking(method, "forward", where):
+            rows = method.forward(site, run, x, own, base, p, training)
+        refuse_output(method, where, rows, own)
+        return rows if block is None else block.put(y, rows, _row_dim(site))
 
     return forward
 

@@ -26,8 +26,6 @@ class BitFit(OverrideMethod):
     peft_type: ClassVar[str] = "BITFIT"
     default_target: ClassVar[str] = "/.*/"
 
-    __hash__ = Method.__hash__
-
     def copied(self, site: Site, names: Sequence[str]) -> Sequence[str]:
         return [name for name in names if name == "bias"]
 

@@ -51,8 +51,6 @@ class LlamaAdapter(AttentionMethod):
             if least is not None and least < 1:
                 raise PeftfxError(f"{name} must be 1 or more, not {least}", name, "LlamaAdapter(adapter_len=10)")
 
-    __hash__ = Method.__hash__
-
     def among(self, sites: Sequence[Site]) -> Sequence[Site]:
         count = len(sites) if self.adapter_layers is None else self.adapter_layers
         if count > len(sites):

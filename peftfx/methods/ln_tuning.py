@@ -27,8 +27,6 @@ class LNTuning(OverrideMethod):
     default_target: ClassVar[str] = NORM
     layered: ClassVar[bool] = False
 
-    __hash__ = Method.__hash__
-
     def copied(self, site: Site, names: Sequence[str]) -> Sequence[str]:
         return names
 

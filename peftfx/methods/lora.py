@@ -92,8 +92,6 @@ class LoRA(WeightMethod):
         check_options(self, self.lora_dropout, self.bias)
         object.__setattr__(self, "init_lora_weights", known_start(self.init_lora_weights))
 
-    __hash__ = WeightMethod.__hash__
-
     @property
     def neutral(self) -> bool:
         return self.init_lora_weights is not False

@@ -51,8 +51,6 @@ class PTuning(PromptMethod):
             hint = "PTuning(encoder_hidden_size=128, encoder_num_layers=2, encoder_dropout=0.1)"
             raise PeftfxError("an encoder of this size cannot be made", "encoder_hidden_size", hint)
 
-    __hash__ = Method.__hash__
-
     def sized(self, base: nn.Module, site: Site) -> PTuning:
         sized = with_text_sizes(self, base, site)
         return dataclasses.replace(sized, encoder_hidden_size=sized.encoder_hidden_size or sized.token_dim)

@@ -50,8 +50,6 @@ class PrefixTuning(SequenceMethod):
         if (self.encoder_hidden_size or 1) < 1:
             raise PeftfxError("an encoder of this size cannot be made", "encoder_hidden_size", "1 or more")
 
-    __hash__ = Method.__hash__
-
     def sized(self, base: nn.Module, site: Site) -> PrefixTuning:
         layers, heads, features = cache_shape(base, encodes_and_decodes(base))
         sizes = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * features}

@@ -48,8 +48,6 @@ class PromptTuning(PromptMethod):
             if not getattr(self, name):
                 raise PeftfxError(f"prompt_tuning_init='TEXT' needs {name}", name, "give it, or start at 'RANDOM'")
 
-    __hash__ = Method.__hash__
-
     def sized(self, base: nn.Module, site: Site) -> PromptTuning:
         return with_text_sizes(self, base, site)
 

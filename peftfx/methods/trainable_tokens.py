@@ -40,8 +40,6 @@ class TrainableTokens(OverrideMethod):
         if not self.token_indices:
             raise PeftfxError("no tokens are named", "token_indices", "TrainableTokens(token_indices=[32000, 32001])")
 
-    __hash__ = Method.__hash__
-
     def copied(self, site: Site, names: Sequence[str]) -> Sequence[str]:
         return [name for name in names if name == "weight"]
 

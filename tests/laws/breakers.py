@@ -27,8 +27,6 @@ class Scale(WeightMethod):
     default_target: ClassVar[str] = "all-linear"
     peft_type: ClassVar[str] = "SCALE"
 
-    __hash__ = WeightMethod.__hash__
-
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         return {"l": torch.zeros(base.weight.shape[0]), "seen": torch.rand(1, generator=rng)}
 
@@ -159,8 +157,6 @@ class Glance(AttentionMethod):
     """A right attention method, small enough to break: each query attends to a gated prompt, too."""
 
     peft_type: ClassVar[str] = "GLANCE"
-
-    __hash__ = AttentionMethod.__hash__
 
     def init(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
         assert site.heads is not None

@@ -8,9 +8,9 @@ import pytest
 from laws import breakers as wrong
 from laws import frame as law_frame
 from laws import statements as laws
-from laws.blocks import Attention, Dense
-from laws.cases import Case
-from laws.models import Text
+from peftfx.testing.blocks import Attention, Dense
+from peftfx.testing.cases import Case
+from peftfx.testing.models import Text
 
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method, WeightMethod

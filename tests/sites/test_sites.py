@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from laws.renaming import identity, renamed
 from support.zoo import ZOO, Captured
 
 from peftfx.analysis.roles import find_sites
@@ -25,6 +24,7 @@ from peftfx.graph.graph import Graph
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
 from peftfx.views.capture import capture
+from peftfx.testing.renaming import identity, renamed
 
 GOLDEN = Path(__file__).parent / "golden" / "sites.json"
 

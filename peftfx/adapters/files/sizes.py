@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftfx.contract.placement import Placement
+from peftfx.contract.placement import Placed, Placement, shared_by
 from peftfx.rules.peft_files import Weights
 
 
@@ -18,13 +18,13 @@ def without_memory(needed: bool = True) -> contextlib.AbstractContextManager[obj
     return FakeTensorMode(allow_non_fake_inputs=True) if needed else contextlib.nullcontext()
 
 
-def fit(placements: Iterable[Placement], weights: Weights, base: nn.Module) -> bool:
-    """Whether what a method makes at these places has the shapes that it has in the file, where it is there."""
-    return all(_fits(placement, weights, base) for placement in placements)
-
-
-def _fits(placement: Placement, weights: Weights, base: nn.Module) -> bool:
+def fit(rule: Placed, weights: Weights, base: nn.Module) -> bool:
+    """Whether what a rule's method makes at its places has the shapes that it has in the file, where it is there."""
     with without_memory(), torch.no_grad():
-        made = placement.init(base, None)
+        shared = shared_by(rule, base, None)
+        return all(_fits(placement, placement.init(base, None, shared), weights) for placement in rule.placements)
+
+
+def _fits(placement: Placement, made: Mapping[str, Tensor], weights: Weights) -> bool:
     names = {name: f"{placement.site.path}.{suffix}" for name, suffix in placement.suffixes().items()}
     return all(weights.shapes.get(names[n], t.shape) == tuple(t.shape) for n, t in made.items() if n in names)

@@ -7,8 +7,8 @@ import functools
 from dataclasses import dataclass
 from random import Random
 
-from laws.blocks import WIDTH, Attention, Block, Branch, Conv, Dense, Mix, Mlp, Norm, Product, Residual, Twice
-from laws.models import Image, Spec, Text
+from peftfx.testing.blocks import WIDTH, Attention, Block, Branch, Conv, Dense, Mix, Mlp, Norm, Product, Residual, Twice
+from peftfx.testing.models import Causal, Image, Spec, Text
 from torch import nn
 
 from peftfx.graph.graph import BASE, Graph, link
@@ -76,6 +76,9 @@ def random_spec(seed: int) -> Spec:
     blocks = tuple(random_block(random) for _ in range(random.choice((2, 3))))
     return Text(blocks, tied=random.random() < 0.5, positions=random.random() < 0.5, dtype=dtype)
 
+
+#: What soft prompts go ahead of: a model of plain torch, and one that keeps keys and values, as prefixes need.
+PROMPTED: tuple[Spec, ...] = (Causal(()), Causal((), layers=2, groups=2))
 
 POOL: tuple[Spec, ...] = tuple(
     sorted({*SMALL, *map(random_spec, range(8))}, key=lambda spec: (len(repr(spec)), repr(spec)))

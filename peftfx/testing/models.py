@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from laws.blocks import CHANNELS, WIDTH, Block
+from peftfx.testing.blocks import CHANNELS, WIDTH, Block
 from torch import Tensor, nn
 
 WORDS = 11
@@ -93,3 +93,22 @@ class _Image(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(self.blocks(pixels).mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class Causal(Spec):
+    """A LLaMA of transformers': token ids to scores of words, with a cache of keys and values where one is handed in."""
+
+    layers: int = 1
+    groups: int = 1
+
+    def module(self) -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"hidden_size": WIDTH, "intermediate_size": 12, "vocab_size": WORDS, "max_position_embeddings": 64}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2 // self.groups, "num_hidden_layers": self.layers}
+        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False))
+
+    def inputs(self, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
+        ids = torch.randint(WORDS, (batch, sequence), generator=torch.Generator().manual_seed(seed))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

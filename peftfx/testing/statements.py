@@ -1,4 +1,4 @@
-"""The laws (DESIGN.md, section 7): functions of a case and a method that raise AssertionError."""
+"""What the laws say: functions of a case and a method that raise AssertionError."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from laws.cases import Case
-from laws.pool import captured
-from laws.setup import LOOSE, adapt, assert_close, assert_untouched, bare, snapshot, stir
+from peftfx.testing.cases import Case
+from peftfx.testing.pool import captured
+from peftfx.testing.setup import LOOSE, adapt, assert_close, assert_untouched, bare, output, snapshot, stir
 from torch import Tensor
 
 from peftfx.analysis.roles import find_sites
@@ -35,8 +35,8 @@ def identity(case: Case, method: Method) -> None:
         return
     adapted, inputs = adapt(case, method, stirred=False), case.inputs()
     with adapted.disable_adapter():
-        want = adapted(**inputs)
-    assert_close(adapted(**inputs), want, LOOSE[case.spec.dtype], "with a new adapter")
+        want = output(adapted, inputs)
+    assert_close(output(adapted, inputs), want, LOOSE[case.spec.dtype], "with a new adapter")
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def merge(case: Case, method: Method) -> None:
     inputs = tuple(case.inputs().values())
     graph = adapted.graph()
     merged = PassManager([Merge(), Evaluate()], check="metadata")(graph)
-    (want,), (got,) = graph.run(*inputs), merged.run(*inputs)
+    (want, *_), (got, *_) = graph.run(*inputs), merged.run(*inputs)
     assert_close(got, want, LOOSE[case.spec.dtype], "merged")
     read = [n for n in merged.nodes() if n.op == "get_attr" and str(n.target).startswith(f"{ADAPTERS}.")]
     assert all(OVERRIDES in n.meta for n in read), f"still read: {read}"
@@ -103,15 +103,15 @@ def merge(case: Case, method: Method) -> None:
 def merge_in_place(case: Case, method: Method) -> None:
     """A base that its adapter was merged into is the adapted model, as a graph and as plain code; or it is refused."""
     adapted, before, inputs = adapt(case, method), snapshot(captured(case.spec).model), case.inputs()
-    want = adapted(**inputs)
+    want = output(adapted, inputs)
     try:
         adapted.merge()
     except PeftfxError:  # a module whose code has no place for a bias cannot be given one
         assert_untouched(adapted.base, before)
         return
     assert adapted.names() == ()
-    assert_close(adapted(**inputs), want, LOOSE[case.spec.dtype], "captured again")
-    assert_close(adapted.remove()(**inputs), want, LOOSE[case.spec.dtype], "run eagerly")
+    assert_close(output(adapted, inputs), want, LOOSE[case.spec.dtype], "captured again")
+    assert_close(output(adapted.remove(), inputs), want, LOOSE[case.spec.dtype], "run eagerly")
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def remove(case: Case, method: Method) -> None:
     text = base.text()
     adapted.add_adapter("default", method, seed=case.seed)
     stir(adapted.adapter("default"), case.seed)
-    adapted(**case.inputs())
+    output(adapted, case.inputs())
     removed = Remove()(adapted.graph()).graph
     removed.lint()
     assert removed.text() == text == base.text()
@@ -132,7 +132,7 @@ def remove(case: Case, method: Method) -> None:
     model = adapted.remove()
     assert_untouched(model, before)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == grads
-    assert torch.equal(adapted(**case.inputs()), want[0])
+    assert torch.equal(output(adapted, case.inputs()), want[0])
 
 
 def remove_one(case: Case, method: WeightMethod) -> None:
@@ -160,7 +160,7 @@ def idempotence(case: Case, method: Method) -> None:
     """Doing it again changes nothing: to merge, evaluate or remove twice, or transform with the same seed."""
     adapted, again, inputs = adapt(case, method), adapt(case, method), case.inputs()
     assert adapted.graph().text() == again.graph().text()
-    assert torch.equal(adapted(**inputs), again(**inputs)), "another adapter from the same seed"
+    assert torch.equal(output(adapted, inputs), output(again, inputs)), "another adapter from the same seed"
     merged = Merge()(adapted.graph()).graph
     for step, graph in (
         (Merge(), merged),
@@ -186,7 +186,7 @@ def commute(case: Case, method: Method) -> None:
             if not name.startswith(f"{SHARED}."):  # what its places share is each rule's own
                 value.copy_(one.adapter("default").get(name))
         merged = Merge()(adapted.graph()).graph
-        results.append([adapted(**case.inputs()), *(merged.get(f"derived.{name}") for name in sorted(merged.derived))])
+        results.append([output(adapted, case.inputs()), *(merged.get(f"derived.{name}") for name in sorted(merged.derived))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -205,12 +205,12 @@ def save_and_load(case: Case, method: Method) -> None:
             return
         other.load_adapter(directory, "default")
     with torch.no_grad():
-        assert_close(other(**case.inputs()), adapted(**case.inputs()), LOOSE[case.spec.dtype], "loaded")
+        assert_close(output(other, case.inputs()), output(adapted, case.inputs()), LOOSE[case.spec.dtype], "loaded")
 
 
 def roles(case: Case, finder: Callable[[Graph], Sites] = find_sites) -> None:
     """The sites of a model whose modules are all renamed are the same but for their paths."""
-    from laws.renaming import identity, renamed
+    from peftfx.testing.renaming import identity, renamed
 
     graph = captured(case.spec).graph
     assert [identity(s) for s in finder(renamed(graph))] == [identity(s) for s in finder(graph)]
@@ -220,9 +220,9 @@ def roles(case: Case, finder: Callable[[Graph], Sites] = find_sites) -> None:
 def sizes(case: Case, method: Method) -> None:
     """At sizes the capture never saw, each row of a batch is what it is alone."""
     adapted, inputs = adapt(case, method), case.inputs()
-    whole = adapted(**inputs)
+    whole = output(adapted, inputs)
     for i in range(case.batch):
-        alone = adapted(**{name: t[i : i + 1] for name, t in inputs.items()})
+        alone = output(adapted, {name: t[i : i + 1] for name, t in inputs.items()})
         assert_close(whole[i : i + 1], alone, LOOSE[case.spec.dtype], f"row {i}")
 
 
@@ -233,5 +233,5 @@ def onnx(case: Case, method: Method) -> None:
     graph = Merge()(adapted.graph()).graph if case.seed % 2 else adapted.graph()
     with tempfile.TemporaryDirectory() as directory:
         save(to_onnx(graph), Path(directory))
-        (got,) = OnnxModel(directory, threads=1)(**inputs).values()
-    assert_close(got, adapted(**inputs), LOOSE["float32"], "in ONNX Runtime")
+        got = next(iter(OnnxModel(directory, threads=1)(**inputs).values()))
+    assert_close(got, output(adapted, inputs), LOOSE["float32"], "in ONNX Runtime")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from laws.cases import Case
-from laws.pool import captured
-from laws.setup import adapt, assert_untouched, snapshot
+from peftfx.testing.cases import Case
+from peftfx.testing.pool import captured
+from peftfx.testing.setup import adapt, assert_untouched, output, snapshot
 from torch import fx
 
 from peftfx.contract.method import Method
@@ -27,7 +27,7 @@ def gradients(case: Case, method: Method) -> None:
     constants = {name: t.clone() for name, t in adapter.named_buffers()}
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
     torch.manual_seed(case.seed)
-    adapted(**case.inputs()).float().square().sum().backward()
+    output(adapted, case.inputs()).float().square().sum().backward()
     optimizer.step()
     adapted(**case.inputs())
     assert [n for n, p in adapted.base.named_parameters() if p.grad is not None] == []
