@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from hypothesis import HealthCheck, reject, settings
+from hypothesis import HealthCheck, Phase, reject, settings
 from hypothesis import strategies as st
 from peftfx.testing.models import Spec
 from peftfx.testing.pool import POOL, PROMPTED, captured
@@ -34,9 +34,10 @@ _LAWS = settings(
 )
 
 
-def examples(count: int) -> settings:
-    """So many examples a test, the same in every run."""
-    return settings(_LAWS, max_examples=count)
+def examples(count: int, *, shrink: bool = True) -> settings:
+    """So many examples a test, the same in every run; one that fails is made as small as it can be, if asked."""
+    phases = tuple(Phase) if shrink else (Phase.generate,)
+    return settings(_LAWS, max_examples=count, phases=phases)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Law:
         count = self.examples if whole else _QUICK
 
         @seed(zlib.crc32(f"{self.name} {cls.peft_type}".encode()))
-        @examples(count)
+        @examples(count, shrink=whole)
         @given(data=st.data())
         def held(data: Any) -> None:
             self.statement(*data.draw(cases(cls, choices, pool, self.least)))
