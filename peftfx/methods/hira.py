@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype, row_index
 from peftfx.contract.common.delta import dropped
+from peftfx.contract.common.low_rank import product
 from peftfx.contract.common.patterns import by_path, pattern_of
 from peftfx.contract.method import Base, Method, Op, Params, WeightMethod
 from peftfx.errors import PeftfxError
@@ -27,7 +28,7 @@ A, B = "hira_A", "hira_B"
 
 @dataclass(frozen=True, kw_only=True)
 class HiRA(WeightMethod):
-    """A low-rank factor of each element of linear and embedding weights.
+    """A low-rank factor of each element of linear, conv and embedding weights.
 
     Args:
         r: rank.
@@ -45,7 +46,7 @@ class HiRA(WeightMethod):
 
     peft_type: ClassVar[str] = "HIRA"
     default_target: ClassVar[str] = "attention.query | attention.value"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,9 +71,12 @@ class HiRA(WeightMethod):
         return {A: "hira_embedding_A", B: "hira_embedding_B"} if site.kind == "embedding" else {A: A, B: B}
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
-        out, inner = base.weight.shape[::-1] if site.kind == "embedding" else base.weight.shape
+        if site.groups > 1:
+            raise PeftfxError("HiRA does not act on convs of several groups", site.path, "exclude this module")
+        out, inner = base.weight.shape[:2][:: -1 if site.kind == "embedding" else 1]
+        kernel = base.weight.shape[2:]
         like = torch.zeros((), dtype=adapter_dtype(base.weight.dtype), device=base.weight.device)
-        p = {A: like.new_zeros(self.r, inner), B: like.new_zeros(out, self.r)}
+        p = {A: like.new_zeros(self.r, inner, *kernel), B: like.new_zeros(out, self.r, *(1,) * len(kernel))}
         if self.init_weights is False:
             return {name: t.normal_(generator=rng) for name, t in p.items()}
         if site.kind == "embedding":
@@ -80,7 +84,7 @@ class HiRA(WeightMethod):
         elif self.init_weights == "gaussian":
             p[A].normal_(std=1 / self.r, generator=rng)
         else:
-            p[A].uniform_(-1, 1, generator=rng).mul_(inner**-0.5)
+            p[A].uniform_(-1, 1, generator=rng).mul_(p[A][0].numel() ** -0.5)
         return p
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
@@ -97,8 +101,7 @@ class HiRA(WeightMethod):
         return Base(under.weight + self._delta(site, base.weight, p), under.bias)
 
     def _delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
-        product = p[B] @ p[A]
-        return weight * (product.T if site.kind == "embedding" else product)
+        return weight * product(site, p[A], p[B])
 
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[HiRA, dict[str, Tensor]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.common.delta import DeltaMethod, dropped_rows
+from peftfx.contract.common.delta import DeltaMethod, dropped_rows, kept
 from peftfx.contract.common.low_rank import dense
 from peftfx.contract.common.patterns import by_path, pattern_of
 from peftfx.contract.method import Base, Method, Op, Params
@@ -104,9 +104,11 @@ class LoHa(DeltaMethod):
         return p
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        if training:
+            p = {**p, W1A: p[W1A] * kept(p[W1A], self.module_dropout)}
         delta = self.delta(site, base.weight, p)
         if training:
-            delta = dropped_rows(delta, self.rank_dropout, self.module_dropout)
+            delta = dropped_rows(delta, self.rank_dropout)
         return (y + op(x.to(delta.dtype), delta)).to(y.dtype)
 
     def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:

@@ -27,7 +27,9 @@ def gradients(case: Case, method: Method) -> None:
     constants = {name: t.clone() for name, t in adapter.named_buffers()}
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
     torch.manual_seed(case.seed)
-    output(adapted, case.inputs()).float().square().sum().backward()
+    given = output(adapted, case.inputs())
+    assert given.requires_grad, "the output depends on nothing that is trained"
+    given.float().square().sum().backward()
     optimizer.step()
     adapted(**case.inputs())
     assert [n for n, p in adapted.base.named_parameters() if p.grad is not None] == []

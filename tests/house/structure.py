@@ -36,7 +36,7 @@ LAYERS = (
     *("peftfx.passes.slots", "peftfx.model", "peftfx.serving"),
     *("peftfx.export.metadata", "peftfx.export.translation", "peftfx.export.writing", "peftfx.export.verification"),
     *("peftfx.export.deployment", "peftfx.export.slots", "peftfx.export"),
-    *("peftfx.demo", "peftfx.cli"),
+    *("peftfx.demo", "peftfx.cli", "peftfx.testing"),
 )
 
 #: What hands on names to users and nothing else: on top of all, so that no file of the package imports it.

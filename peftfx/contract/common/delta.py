@@ -27,15 +27,18 @@ class DeltaMethod(WeightMethod):
         return Base(base.weight + self.delta(site, base.weight, p), base.bias)
 
 
-def dropped_rows(delta: Tensor, rank_dropout: float, module_dropout: float, *, rescaled: bool = True) -> Tensor:
-    """LyCORIS's dropout of an update in training: of its rows, and of all of it at once."""
-    if rank_dropout:
-        kept = (torch.rand(delta.shape[0], device=delta.device) > rank_dropout).to(delta.dtype)
-        kept = kept / kept.mean() if rescaled else kept
-        delta = delta * kept.view(-1, *(1,) * (delta.ndim - 1))
-    if module_dropout:
-        delta = delta * (torch.rand(1, device=delta.device) > module_dropout).to(delta.dtype)
-    return delta
+def kept(like: Tensor, dropout: float) -> Tensor:
+    """1, or in training and by this chance 0; a number is drawn whatever the chance, as in HF PEFT."""
+    return (torch.rand(1, device=like.device) > dropout).to(like.dtype)
+
+
+def dropped_rows(delta: Tensor, dropout: float, *, rescaled: bool = True) -> Tensor:
+    """LyCORIS's dropout of an update's rows in training."""
+    if not dropout:
+        return delta
+    rows = (torch.rand(delta.shape[0], device=delta.device) > dropout).to(delta.dtype)
+    rows = rows / rows.mean() if rescaled else rows
+    return delta * rows.view(-1, *(1,) * (delta.ndim - 1))
 
 
 def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
