@@ -1,7 +1,8 @@
 """RowScale keeps every law of peftfx."""
 
-import peftfx.testing
 from peftfx_row_scale import RowScale
+
+import peftfx.testing
 
 
 def test_it_keeps_the_laws() -> None:

@@ -12,13 +12,13 @@ OUT = Path(sys.argv[1])
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 torch.manual_seed(0)
 base = BertModel(BertConfig(vocab_size=64, **SIZE)).eval()
-ids = torch.randint(64, (4, 9))
+ids, target = torch.randint(64, (4, 9)), torch.randn(4, 9, 32)
 
 adapted = peftfx.transform(base, "row_scale@attention.value | mlp.up")
 optimizer = torch.optim.Adam(adapted.adapters.parameters(), lr=0.05)
 losses = []
 for _ in range(20):
-    loss = (adapted(input_ids=ids).last_hidden_state - 1).square().mean()
+    loss = (adapted(input_ids=ids).last_hidden_state - target).square().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

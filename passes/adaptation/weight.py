@@ -73,7 +73,10 @@ def _forward(acting: list[Acting], op: fx.Node, *, training: bool) -> Callable[.
     (placement, names), *under = acting
     bound, block, method = bind(op, placement.site), placement.block, placement.method
     assert isinstance(method, WeightMethod)
-    where, site = placement.site.path, dataclasses.replace(placement.view, path="")  # one trace serves every site of this signature
+    where, site = (
+        placement.site.path,
+        dataclasses.replace(placement.view, path=""),
+    )  # one trace serves every site of this signature
     steps = [(_forward([step], op, training=training), len(step[1])) for step in under]
 
     def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:

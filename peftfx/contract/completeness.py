@@ -46,9 +46,7 @@ class Frozen(Protocol):
     def frozen(self) -> frozenset[str]: ...
 
 
-def refuse_parameters(
-    method: Frozen, where: str, made: object, keys: object = None, member: str = "init"
-) -> None:
+def refuse_parameters(method: Frozen, where: str, made: object, keys: object = None, member: str = "init") -> None:
     """Refuse what a member made that is no parameters, or whose trained ones have no key to be saved under.
 
     Args:

@@ -201,9 +201,7 @@ class WeightMethod(Method):
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         """New parameters, by HF PEFT's names; with them `forward` is the identity on `y` if it is `neutral`."""
 
-    def start(
-        self, site: Site, base: Base, shared: Params, rng: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def start(self, site: Site, base: Base, shared: Params, rng: torch.Generator | None) -> dict[str, Tensor]:
         """New parameters beside those of `init`, made of what the rule's places share."""
         return {}
 
@@ -252,7 +250,9 @@ class WeightMethod(Method):
 
         HF PEFT knows no parts: this is how they are saved. By default parts cannot be.
         """
-        what = f"what {type(self).__name__} does to some rows of a weight is not one of it to the whole, as files have it"
+        what = (
+            f"what {type(self).__name__} does to some rows of a weight is not one of it to the whole, as files have it"
+        )
         raise PeftfxError(what, site.path, f"target {site.role}, or export the adapter merged")
 
     @classmethod

@@ -23,10 +23,53 @@ M = TypeVar("M", bound=type[Method])
 _registered: dict[str, type[Method]] = {}
 #: HF PEFT's types, so that one which is not here is not taken for a slip of the hand.
 _PEFT = frozenset(
-    """ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3
-    LILY LN_TUNING LOHA LOKR LORA MISS MULTITASK_PROMPT_TUNING OFT OSF PEANUT POLY PREFIX_TUNING PROMPT_TUNING PSOFT
-    PVERA P_TUNING RANDLORA ROAD SHADOW SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT
-    XLORA""".split()
+    [
+        "ADALORA",
+        "ADAMSS",
+        "ADAPTION_PROMPT",
+        "BEFT",
+        "BOFT",
+        "C3A",
+        "CARTRIDGE",
+        "CPT",
+        "DEFT",
+        "DELORA",
+        "FOURIERFT",
+        "FROD",
+        "GLORA",
+        "GRALORA",
+        "HIRA",
+        "HRA",
+        "IA3",
+        "LILY",
+        "LN_TUNING",
+        "LOHA",
+        "LOKR",
+        "LORA",
+        "MISS",
+        "MULTITASK_PROMPT_TUNING",
+        "OFT",
+        "OSF",
+        "PEANUT",
+        "POLY",
+        "PREFIX_TUNING",
+        "PROMPT_TUNING",
+        "PSOFT",
+        "PVERA",
+        "P_TUNING",
+        "RANDLORA",
+        "ROAD",
+        "SHADOW",
+        "SHIRA",
+        "SUPERTUNING",
+        "TINYLORA",
+        "TRAINABLE_TOKENS",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+        "XLORA",
+    ]
 )
 
 
@@ -98,7 +141,7 @@ def _installed() -> dict[str, type[Method]]:
             if taken := _taken(cls, [*_own().values(), *found.values()]):
                 raise PeftfxError(f"its name is taken: {taken}")
             found[cls.peft_type] = cls
-        except Exception as error:  # noqa: BLE001, another package's code
+        except Exception as error:
             package = point.dist.name if point.dist is not None else point.module
             warn(f"the method {point.name} of the package {package} is left out: {first_line(error)}")
     return found

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peftfx.contract.method import Method
 from peftfx.contract.override import OverrideMethod
 from peftfx.sites.site import Site
 

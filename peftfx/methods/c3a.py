@@ -57,7 +57,8 @@ class C3A(DeltaMethod):
         return dataclasses.replace(self, block_size=size, block_size_pattern={})
 
     def gather(self, methods: Mapping[str, Method]) -> C3A:
-        return dataclasses.replace(self, block_size_pattern=pattern_of(methods, "block_size", self.block_size))
+        sizes = pattern_of(methods, "block_size", self.block_size, escaped=False)
+        return dataclasses.replace(self, block_size_pattern=sizes)
 
     def keys(self, site: Site) -> dict[str, str]:
         return {KERNEL: KERNEL}

@@ -68,7 +68,8 @@ class FourierFT(DeltaMethod):
         return dataclasses.replace(self, n_frequency=count, n_frequency_pattern={})
 
     def gather(self, methods: Mapping[str, Method]) -> FourierFT:
-        return dataclasses.replace(self, n_frequency_pattern=pattern_of(methods, "n_frequency", self.n_frequency))
+        counts = pattern_of(methods, "n_frequency", self.n_frequency, escaped=False)
+        return dataclasses.replace(self, n_frequency_pattern=counts)
 
     def frozen(self) -> frozenset[str]:
         return frozenset({PLACES})
@@ -80,7 +81,9 @@ class FourierFT(DeltaMethod):
         (out, inner), device = base.weight.shape, base.weight.device
         if self.n_frequency > out * inner:
             what = f"{self.n_frequency} coefficients of a weight of {out} x {inner}"
-            raise PeftfxError(what, site.path, f"n_frequency={out * inner} or less, in n_frequency_pattern for it alone")
+            raise PeftfxError(
+                what, site.path, f"n_frequency={out * inner} or less, in n_frequency_pattern for it alone"
+            )
         own = torch.Generator().manual_seed(self.random_loc_seed)
         places = torch.randperm(out * inner, generator=own)[: self.n_frequency]
         spectrum = torch.zeros(self.n_frequency, dtype=adapter_dtype(base.weight.dtype), device=device)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from peftfx.contract.attention import AttentionMethod, attend_beside
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.method import Method, Params
+from peftfx.contract.method import Params
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.prompt_networks import EMBEDDING, embedding, layer, lstm, perceptron, run_lstm
-from peftfx.contract.method import Method, Params
+from peftfx.contract.method import Params
 from peftfx.contract.sequence import PROMPT, PromptMethod, with_text_sizes
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.prompt_networks import EMBEDDING, embedding, layer, perceptron
-from peftfx.contract.method import Method, Params
+from peftfx.contract.method import Params
 from peftfx.contract.sequence import PROMPT, SequenceMethod, encodes_and_decodes, stream_dtype, submodules_of, untyped
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.method import Method, Params
+from peftfx.contract.method import Params
 from peftfx.contract.sequence import PROMPT, PromptMethod, with_text_sizes
 from peftfx.errors import PeftfxError, first_line
 from peftfx.sites.site import Site

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 from hypothesis import HealthCheck, Phase, reject, settings
 from hypothesis import strategies as st
-from peftfx.testing.models import Spec
-from peftfx.testing.pool import POOL, PROMPTED, captured
 
 from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.method import Method
 from peftfx.contract.override import OverrideMethod
 from peftfx.contract.placement import Placement, copies_of, site_tensors
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.rules.resolution import prompt_placement
 from peftfx.sites.site import Site
+from peftfx.testing.models import Spec
+from peftfx.testing.pool import POOL, PROMPTED, captured
 
 Choices = Mapping[str, Sequence[object]]
 """For options whose values their type does not tell: which to draw from."""

@@ -94,7 +94,7 @@ def check(
 def _tried(name: str, text: str, run: Callable[[], None]) -> Finding:
     try:
         run()
-    except Exception as error:  # noqa: BLE001, whatever a method's own code raises breaks the law
+    except Exception as error:
         told = str(error) if isinstance(error, PeftfxError) else f"{type(error).__name__}: {first_line(error)}"
         return Finding(name, text, broken="\n".join([told, *getattr(error, "__notes__", ())])[:_MOST])
     return Finding(name, text)

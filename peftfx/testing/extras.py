@@ -20,4 +20,6 @@ def needed(name: str) -> ModuleType:
         if error.name != name:
             raise
         hint = "pip install 'peftfx[testing]'"
-        raise PeftfxError(f"the laws need the package {name}, which is not installed", "peftfx.testing", hint) from error
+        raise PeftfxError(
+            f"the laws need the package {name}, which is not installed", "peftfx.testing", hint
+        ) from error

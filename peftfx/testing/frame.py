@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from peftfx.testing.cases import Case
-from peftfx.testing.pool import captured
-from peftfx.testing.setup import adapt, assert_untouched, output, snapshot
 from torch import fx
 
 from peftfx.contract.method import Method
 from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.passes.base import OVERRIDES, REGION, REPLACES
+from peftfx.testing.cases import Case
+from peftfx.testing.pool import captured
+from peftfx.testing.setup import adapt, assert_untouched, output, snapshot
 
 
 def frame(case: Case, method: Method) -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from peftfx.testing.blocks import CHANNELS, WIDTH, Block
 from torch import Tensor, nn
+
+from peftfx.testing.blocks import CHANNELS, WIDTH, Block
 
 WORDS = 11
 

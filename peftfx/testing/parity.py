@@ -38,7 +38,9 @@ _SIZES = ((3, 5), (1, 4))
 def config_class(cls: type[Method]) -> Any:
     """HF PEFT's config of this type; None where it has none, or the method acts on no weights."""
     mapping = needed("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING
-    return next((c for kind, c in mapping.items() if kind.value == cls.peft_type and issubclass(cls, WeightMethod)), None)
+    return next(
+        (c for kind, c in mapping.items() if kind.value == cls.peft_type and issubclass(cls, WeightMethod)), None
+    )
 
 
 def compare(cls: type[Method], options: Mapping[str, object], *, gradients: bool = True) -> None:
@@ -69,8 +71,12 @@ def _compare_on(cls: type[Method], options: Mapping[str, object], spec: Spec, *,
             if gradients:
                 _same_gradients(ours, theirs, spec)
         with tempfile.TemporaryDirectory() as folder:
-            made = transform(copy.deepcopy(base), cls.from_options({"target_modules": targets, **options}), seed=3,
-                             inputs=spec.inputs(2, 3))
+            made = transform(
+                copy.deepcopy(base),
+                cls.from_options({"target_modules": targets, **options}),
+                seed=3,
+                inputs=spec.inputs(2, 3),
+            )
             stir(made.adapter("default"), 1)
             made.save_pretrained(folder)
             read = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder)

@@ -7,11 +7,11 @@ import functools
 from dataclasses import dataclass
 from random import Random
 
-from peftfx.testing.blocks import WIDTH, Attention, Block, Branch, Conv, Dense, Mix, Mlp, Norm, Product, Residual, Twice
-from peftfx.testing.models import Causal, Image, Spec, Text
 from torch import nn
 
 from peftfx.graph.graph import BASE, Graph, link
+from peftfx.testing.blocks import WIDTH, Attention, Block, Branch, Conv, Dense, Mix, Mlp, Norm, Product, Residual, Twice
+from peftfx.testing.models import Causal, Image, Spec, Text
 from peftfx.views.capture import capture
 
 #: One of each kind of block on its own: what a failing example shrinks to.

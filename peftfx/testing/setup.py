@@ -6,14 +6,14 @@ import zlib
 from collections.abc import Mapping
 
 import torch
-from peftfx.testing.cases import Case
-from peftfx.testing.pool import captured
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.method import Method
 from peftfx.model.adapted import AdaptedModel
+from peftfx.testing.cases import Case
+from peftfx.testing.pool import captured
 
 LOOSE = {"float32": 1e-4, "bfloat16": 0.1}  #: largest error by dtype, relative to the largest output
 

@@ -8,10 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peftfx.testing.cases import Case
-from peftfx.testing.pool import captured
-from peftfx.testing.setup import LOOSE, adapt, assert_close, assert_untouched, bare, output, snapshot, stir
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfx.analysis.roles import find_sites
 from peftfx.contract.method import Base, Method, WeightMethod
@@ -27,6 +24,9 @@ from peftfx.passes.rewriting.site_op import bind
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
+from peftfx.testing.cases import Case
+from peftfx.testing.pool import captured
+from peftfx.testing.setup import LOOSE, adapt, assert_close, assert_untouched, bare, output, snapshot, stir
 
 
 @torch.no_grad()
@@ -187,10 +187,13 @@ def commute(case: Case, method: Method) -> None:
     for order in (rules, rules[::-1]):
         adapted = adapt(case, *order)
         for name, value in adapted.adapter("default").tensors():
-            if not name.startswith(f"{SHARED}."):  # what its places share is each rule's own
-                value.copy_(one.adapter("default").get(name))
+            own = not name.startswith(f"{SHARED}.")  # what its places share is each rule's own: here, of the same value
+            if own or isinstance(value, nn.Parameter):
+                value.copy_(one.adapter("default").get(name if own else f"{SHARED}.0.{name.rpartition('.')[2]}"))
         merged = Merge()(adapted.graph()).graph
-        results.append([output(adapted, case.inputs()), *(merged.get(f"derived.{name}") for name in sorted(merged.derived))])
+        results.append(
+            [output(adapted, case.inputs()), *(merged.get(f"derived.{name}") for name in sorted(merged.derived))]
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -46,9 +46,9 @@ def test_it_is_trained_saved_loaded_and_exported_by_its_name(found: Path) -> Non
 
 def test_it_keeps_the_laws_and_the_command_line_knows_it(found: Path) -> None:
     code = (
-        "import runpy, sys, peftfx.testing; from peftfx_row_scale import RowScale;"
+        "import sys, peftfx.testing; from peftfx_row_scale import RowScale;"
         "print(peftfx.testing.check(RowScale)); sys.argv = ['peftfx', 'methods', 'row_scale'];"
-        "runpy.run_module('peftfx')"
+        "from peftfx.cli.main import main; main()"
     )
     out = run(["-c", code], installed(found / "site"))
     assert "RowScale: all" in out

@@ -9,9 +9,9 @@ from laws import breakers as wrong
 
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import WeightMethod
-from peftfx.passes import Insert, PassResult, Remove
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
+from peftfx.passes import Insert, PassResult, Remove
 from peftfx.passes.base import REGION
 from peftfx.testing import frame as law_frame
 from peftfx.testing import prompts as law_prompts

@@ -67,7 +67,7 @@ class Bank(Scale):
         return {"mix": torch.ones(len(shared["bank"]))}
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
-        return y * (1 + p["l"] * (p["mix"] @ p["bank"]))
+        return (y * (1 + p["l"] * (p["mix"] @ p["bank"]))).to(y.dtype)
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         return super().fold(site, base, {"l": p["l"] * (p["mix"] @ p["bank"])})
@@ -155,9 +155,15 @@ def test_a_class_that_is_half_done_is_refused_with_what_it_lacks(cls: type[Metho
 
 Members = Mapping[str, object]
 WRONG: Mapping[str, tuple[Members, str]] = {
-    "init gives nothing": ({"init": lambda *_: None}, r"Wrong\.init gave None(?s:.*)init must give dict\[str, Tensor\]"),
+    "init gives nothing": (
+        {"init": lambda *_: None},
+        r"Wrong\.init gave None(?s:.*)init must give dict\[str, Tensor\]",
+    ),
     "init needs a name": ({"init": lambda *_: {}["x"]}, r"Wrong\.init failed with KeyError(?s:.*)New parameters"),
-    "keys gives a list": ({"keys": lambda *_: ["l"]}, r"Wrong\.keys gave \['l'\](?s:.*)keys must give dict\[str, str\]"),
+    "keys gives a list": (
+        {"keys": lambda *_: ["l"]},
+        r"Wrong\.keys gave \['l'\](?s:.*)keys must give dict\[str, str\]",
+    ),
     "keys of nothing": ({"keys": lambda *_: {"l": "l", "m": "m"}}, r"Wrong\.keys names m, and there is no such tensor"),
     "keys are one": ({"keys": lambda *_: {"l": "l", "seen": "l"}}, r"Wrong\.keys gives two tensors one key"),
     "forward gives nothing": ({"forward": lambda *_: None}, r"Wrong\.forward gave None(?s:.*)must give Tensor"),

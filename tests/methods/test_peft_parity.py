@@ -16,7 +16,7 @@ CASES: tuple[tuple[str, Mapping[str, object]], ...] = (
     ("LOHA", {"r": 3, "alpha": 5, "rank_pattern": {"blocks.0": 2}}),
     ("MISS", {"r": 3}),
     ("MISS", {"r": 4, "init_weights": "mini"}),
-    ("FOURIERFT", {"n_frequency": 20, "n_frequency_pattern": {"blocks.0": 7}}),
+    ("FOURIERFT", {"n_frequency": 20, "n_frequency_pattern": {"up": 7}}),
     ("HIRA", {"r": 3}),
     ("HRA", {"r": 4}),
     ("HRA", {"r": 3, "apply_GS": True}),
@@ -40,4 +40,6 @@ def test_gradients_that_hf_peft_writes_out_are_not_those_of_its_forward() -> Non
     new = lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64).requires_grad_()  # noqa: E731
     cores = [t for _ in range(2) for t in (new(2, 2, 3, 3), new(2, 4), new(2, 5))]
     assert not torch.autograd.gradcheck(HadaWeightCP.apply, cores, raise_exception=False)
-    assert not torch.autograd.gradcheck(BlockCircularConvolution.apply, (new(3, 8), new(2, 2, 4)), raise_exception=False)
+    assert not torch.autograd.gradcheck(
+        BlockCircularConvolution.apply, (new(3, 8), new(2, 2, 4)), raise_exception=False
+    )

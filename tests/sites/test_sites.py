@@ -23,8 +23,8 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
-from peftfx.views.capture import capture
 from peftfx.testing.renaming import identity, renamed
+from peftfx.views.capture import capture
 
 GOLDEN = Path(__file__).parent / "golden" / "sites.json"
 

@@ -15,7 +15,10 @@ def by_path(patterns: Mapping[str, float], option: str, path: str, default: floa
     return next(found, default)
 
 
-def pattern_of(methods: Mapping[str, Method], name: str, default: object) -> dict[str, object]:
-    """The pattern that gives each module path the value that its method has of an option, where that is another."""
+def pattern_of(methods: Mapping[str, Method], name: str, default: object, *, escaped: bool = True) -> dict[str, object]:
+    """The pattern that gives each module path the value that its method has of an option, where that is another.
+
+    Not `escaped`, keys are paths as they are: some methods of HF PEFT take no expression for a whole path.
+    """
     own = {path: getattr(method, name) for path, method in methods.items()}
-    return {re.escape(path): value for path, value in own.items() if value != default}
+    return {re.escape(path) if escaped else path: value for path, value in own.items() if value != default}
