@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -119,7 +119,7 @@ def _said(cls: type, member: str) -> str:
     if not owners:
         return member
     found = vars(owners[0])[member]
-    function = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+    function: Any = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
     kind = inspect.get_annotations(function).get("return", "")
     return f"{kind}: {(inspect.getdoc(function) or '').partition(chr(10))[0]}"
 

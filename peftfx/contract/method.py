@@ -152,7 +152,7 @@ class Method(ABC):
     def shared(
         self, sites: Sequence[Site], bases: Iterable[Base], like: Tensor, rng: torch.Generator | None
     ) -> dict[str, Tensor]:
-        """What all places of a rule read, whose sites these are: kept once, in each place's `p`, trained if not `frozen`.
+        """What all places of a rule read, whose sites these are: kept once, in each `p`, trained if not `frozen`.
 
         `bases` are the sites' tensors, made one by one as they are asked for; none where the sites have no weights.
         `like` is one of the base's weights: it has the device and the dtype.

@@ -126,9 +126,9 @@ def _own() -> dict[str, type[Method]]:
 def _methods_in(names: dict[str, object], home: str) -> Iterator[type[Method]]:
     """The methods among a module's names: classes of its own that say their `peft_type`; a base of several does not."""
     for value in names.values():
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == home:
-            if "peft_type" in vars(value):
-                yield value
+        own = isinstance(value, type) and issubclass(value, Method) and value.__module__ == home
+        if own and "peft_type" in vars(value):
+            yield value  # type: ignore[misc]
 
 
 @functools.cache

@@ -109,6 +109,6 @@ class FourierFT(DeltaMethod):
 
 
 def _angles(size: int, frequencies: Tensor) -> Tensor:
-    """`2 pi k n / size` for each frequency `k` and place `n`, [frequencies, size]; the turns that are whole go first."""
+    """`2 pi k n / size` for each frequency `k` and place `n`, [frequencies, size]; whole turns go first."""
     places = torch.arange(size, dtype=frequencies.dtype, device=frequencies.device)
     return (frequencies[:, None] * places).remainder(size) * (2 * math.pi / size)

@@ -1,7 +1,7 @@
 """HiRA: a low-rank matrix times the weight, element by element, is added to it (Huang et al. 2025).
 
-`W + W * (B A)`, with `A` [r, in] and `B` [out, r]. The product is of as high a rank as the weight's: there is no low-rank
-sum to tell. At an embedding the table is [num, dim], and `A` has its rows.
+`W + W * (B A)`, with `A` [r, in] and `B` [out, r]. The product is of as high a rank as the weight's: there is no
+low-rank sum to tell. At an embedding the table is [num, dim], and `A` has its rows.
 """
 
 from __future__ import annotations

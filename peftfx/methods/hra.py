@@ -1,7 +1,8 @@
 """HRA: a chain of trained reflections ahead of a linear layer (Yuan et al. 2024, arXiv:2405.17484).
 
-`W H`, with `H` the product of `r` Householder reflections `I - 2 u u^T`; with `apply_GS` the vectors are made orthonormal
-first. `forward` reflects the input: `op(H x, W, b)`. Two equal neighbours undo each other: so a new adapter starts.
+`W H`, with `H` the product of `r` Householder reflections `I - 2 u u^T`; with `apply_GS` the vectors are made
+orthonormal first. `forward` reflects the input: `op(H x, W, b)`. Two equal neighbours undo each other: so a new adapter
+starts.
 """
 
 from __future__ import annotations

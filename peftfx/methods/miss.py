@@ -1,7 +1,7 @@
 """MiSS: one matrix for all shards of a layer's input (Kang and Yin 2024, arXiv:2409.15371).
 
-The input is cut into shards of `r` features, which are summed: `y + sum(shards of dropout(x)) B`, `B` being [r, out]. So
-each `r` columns of the weight get `B`; what is told of it where an adapter is put into a graph is of rank `r`.
+The input is cut into shards of `r` features, which are summed: `y + sum(shards of dropout(x)) B`, `B` being [r, out].
+So each `r` columns of the weight get `B`; what is told of it where an adapter is put into a graph is of rank `r`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class MiSS(WeightMethod):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     def __post_init__(self) -> None:
-        if self.init_weights == "bat":
+        if str(self.init_weights) == "bat":
             what = "MiSS's bat starts from products with the weight, which is another method"
             raise PeftfxError(what, "init_weights", "True, False or 'mini'; or merge it with peft")
         super().__post_init__()

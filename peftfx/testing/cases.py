@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, Phase, reject, settings
 from hypothesis import strategies as st
 
 from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.method import Method
+from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.override import OverrideMethod
-from peftfx.contract.placement import Placement, copies_of, site_tensors
+from peftfx.contract.placement import Placement, copies_of
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.rules.resolution import prompt_placement
@@ -84,7 +84,7 @@ def _starts(cls: type[Method], field: dataclasses.Field[object]) -> bool:
 
 def _configured(cls: type[Method], options: Mapping[str, object]) -> Method:
     try:
-        return cls(**options)
+        return cls.from_options(options)
     except PeftfxError:  # these options contradict each other, and the method says so
         reject()
 
@@ -128,9 +128,10 @@ def acts_at(spec: Spec, method: Method, site: Site) -> bool:
         return site.heads is not None
     if isinstance(method, OverrideMethod):
         return bool(copies_of(captured(spec).model, method, site))
-    placement = Placement(method.at(site), site)
+    own = method.at(site)
+    assert isinstance(own, WeightMethod)
     try:
-        placement.method.init(site, placement.base(*site_tensors(captured(spec).model, site)), torch.Generator())
+        Placement(own, site).init(captured(spec).model, torch.Generator())
     except PeftfxError:
         return False
     return True

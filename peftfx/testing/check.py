@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,8 +50,8 @@ class Report:
         return tuple(finding for finding in self.findings if finding.broken)
 
     def __str__(self) -> str:
-        count = len(self.broken)
-        head = f"{self.method}: {f'{count} of ' if count else 'all '}{len(self.findings)} laws {'broken' if count else 'hold'}"
+        count, total = len(self.broken), len(self.findings)
+        head = f"{self.method}: {count} of {total} laws broken" if count else f"{self.method}: all {total} laws hold"
         return "\n".join([head, *map(str, self.findings)])
 
 
@@ -83,7 +84,7 @@ def check(
 
     with known(cls):
         laws = (law for law in LAWS if law.is_about(cls))
-        findings = [_tried(law.name, law.text, lambda law=law: law.hold(cls, choices, whole=whole)) for law in laws]
+        findings = [_tried(law.name, law.text, functools.partial(law.hold, cls, choices, whole=whole)) for law in laws]
         findings += [_compared(cls, options) for options in configs]
     report = Report(cls.__name__, tuple(findings))
     if report.broken:

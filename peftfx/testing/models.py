@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftfx.testing.blocks import CHANNELS, WIDTH, Block
 
 WORDS = 11
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Spec(ABC):
     """The spec of a whole model: its blocks, and the dtype of its parameters."""
 
     blocks: tuple[Block, ...]
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", kw_only=True)
+    dtype: Dtype = field(default="float32", kw_only=True)
 
     @abstractmethod
     def module(self) -> nn.Module:
@@ -98,7 +99,7 @@ class _Image(nn.Module):
 
 @dataclass(frozen=True)
 class Causal(Spec):
-    """A LLaMA of transformers': token ids to scores of words, with a cache of keys and values where one is handed in."""
+    """A LLaMA of transformers': token ids to scores of words, behind the keys and values of a cache."""
 
     layers: int = 1
     groups: int = 1
@@ -106,9 +107,17 @@ class Causal(Spec):
     def module(self) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        sizes = {"hidden_size": WIDTH, "intermediate_size": 12, "vocab_size": WORDS, "max_position_embeddings": 64}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 2 // self.groups, "num_hidden_layers": self.layers}
-        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False))
+        config = LlamaConfig(
+            hidden_size=WIDTH,
+            intermediate_size=12,
+            vocab_size=WORDS,
+            max_position_embeddings=64,
+            num_attention_heads=2,
+            num_key_value_heads=2 // self.groups,
+            num_hidden_layers=self.layers,
+            use_cache=False,
+        )
+        return LlamaForCausalLM(config)
 
     def inputs(self, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
         ids = torch.randint(WORDS, (batch, sequence), generator=torch.Generator().manual_seed(seed))

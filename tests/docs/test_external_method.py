@@ -1,4 +1,4 @@
-"""The package in `examples/row_scale` is found by its entry point, as it would be once installed, and keeps the laws."""
+"""The package in `examples/row_scale` is found by its entry point, as once installed, and keeps the laws."""
 
 from __future__ import annotations
 

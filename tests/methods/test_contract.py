@@ -43,7 +43,7 @@ def adapted(method: Method) -> Tensor:
 
 
 class Bank(Scale):
-    """A scale whose vector is a mixture of trained vectors that all places share, as VB-LoRA's are; drawn from the base."""
+    """A scale by a mixture of trained numbers that all places share, as VB-LoRA's vectors are; drawn from the base."""
 
     peft_type: ClassVar[str] = "BANK"
 

@@ -106,6 +106,7 @@ def _hadamard(layer: nn.Module, adapter: str, **_: object) -> Tensor:
 CORES = Mend(
     _gradients_of_cores,
     "HF PEFT writes out the gradients of LoHa's update with a core (`HadaWeightCP.backward`), and takes the other "
-    "product's core for those of `hada_w1_a` and `hada_w2_a`. By torch's own gradients of the same forward they are ours.",
+    "product's core for those of `hada_w1_a` and `hada_w2_a`. By torch's own gradients of the same forward "
+    "they are ours.",
     told=False,
 )

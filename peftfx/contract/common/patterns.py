@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
 from peftfx.contract.method import Method
 from peftfx.sites.patterns import compiled
+
+N = TypeVar("N", int, float)
 
 
 def by_path(patterns: Mapping[str, float], option: str, path: str, default: float) -> float:
@@ -15,7 +18,7 @@ def by_path(patterns: Mapping[str, float], option: str, path: str, default: floa
     return next(found, default)
 
 
-def pattern_of(methods: Mapping[str, Method], name: str, default: object, *, escaped: bool = True) -> dict[str, object]:
+def pattern_of(methods: Mapping[str, Method], name: str, default: N, *, escaped: bool = True) -> dict[str, N]:
     """The pattern that gives each module path the value that its method has of an option, where that is another.
 
     Not `escaped`, keys are paths as they are: some methods of HF PEFT take no expression for a whole path.
