@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.override import OverrideMethod
-from peftfx.contract.placement import Placement, copies_of
+from peftfx.contract.placement import Placed, Placement, copies_of, shared_by
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.rules.resolution import prompt_placement
@@ -130,8 +130,9 @@ def acts_at(spec: Spec, method: Method, site: Site) -> bool:
         return bool(copies_of(captured(spec).model, method, site))
     own = method.at(site)
     assert isinstance(own, WeightMethod)
+    rng, model, placement = torch.Generator(), captured(spec).model, Placement(own, site)
     try:
-        Placement(own, site).init(captured(spec).model, torch.Generator())
+        placement.init(model, rng, shared_by(Placed(method, (placement,)), model, rng))
     except PeftfxError:
         return False
     return True
