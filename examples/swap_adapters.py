@@ -34,7 +34,7 @@ for name, config in (("lora", peft.LoraConfig(task_type="SEQ_CLS")), ("ia3", pef
         want[name] = trained(**text).logits
     trained.save_pretrained(root / name)
 
-peftfx.export_onnx(base, root / "graph", slots="all-linear")
+peftfx.export_onnx(base, root / "graph", slots="all-linear", view="forward")
 weights = root / "graph" / "model.onnx.data"
 for name in want:
     adapted = peftfx.load(base, root / name)

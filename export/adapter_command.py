@@ -5,33 +5,35 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 
 from peftfx.bases.load import load_base
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of_class
 from peftfx.errors import PeftfxError
+from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.onnx_directory import Progress
 from peftfx.export.slots.adapter_export import export_adapter
-from peftfx.export.verification.tolerance import check_tolerance
+from peftfx.export.tensor_counts import SLOTS, count_tensors
+from peftfx.export_options.adapter import AdapterDirectoryChanges, AdapterDirectoryOptions
+from peftfx.export_options.checked import takes
 from peftfx.files import is_folder
 from peftfx.graph.slots import Manifest
+from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.rules.peft_files import read_config, rule_folders
 
 
+@takes(AdapterDirectoryOptions)
 def export_adapter_directories(
     adapters: Sequence[str],
     graph: str | Path,
     output: str | Path,
+    options: AdapterDirectoryOptions | None = None,
     *,
-    base: str | Path | None = None,
-    combination: str = "cat",
-    check: bool = True,
-    force: bool = False,
-    atol: float | None = None,
-    rtol: float | None = None,
     progress: Progress | None = None,
+    **changes: Unpack[AdapterDirectoryChanges],
 ) -> Path:
     """Write HF PEFT directories as one `.onnx_adapter` file for a directory that was exported with slots.
 
@@ -39,21 +41,18 @@ def export_adapter_directories(
         adapters: directories; their effects add up, each times a weight where it is given: `DIR=0.5`.
         graph: the exported directory.
         output: the file.
-        base: the base model's directory; by default the one that the graph was exported from.
-        combination: how weighted adapters are combined; see `AdaptedModel.add_weighted_adapter`.
-        check: run it in ONNX Runtime against torch.
-        force: replace the file if it exists.
-        atol, rtol: what may differ; by default what the graph's own export says, or it is measured.
+        options: see `AdapterDirectoryOptions`. They can be given by name as well.
         progress: called with a line when a stage begins.
+        changes: options by name; they come before those in `options`.
 
     Raises:
         PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
     """
-    check_tolerance(atol, rtol)
+    asked = AdapterDirectoryOptions.of(options, changes)
     say = progress or (lambda line: None)
     manifest = Manifest.read(Path(graph))
-    source = Path(base or manifest.base)
-    if not (base or manifest.base) or not is_folder(source):
+    source = Path(asked.base or manifest.base)
+    if not (asked.base or manifest.base) or not is_folder(source):
         what = (
             f"the base model is not where it was: {manifest.base}" if manifest.base else "it is not said of which base"
         )
@@ -69,11 +68,22 @@ def export_adapter_directories(
         adapted.load_adapter(folder, name)
     if any(weight is not None for _, weight in given):
         weights = [1.0 if weight is None else weight for _, weight in given]
-        adapted.add_weighted_adapter(names, weights, "weighted", combination)
+        adapted.add_weighted_adapter(names, weights, "weighted", asked.combination)
     else:
         adapted.set_adapter(names)
-    say("write and verify" if check else "write")
-    return export_adapter(adapted, graph, output, check=check, force=force, atol=atol, rtol=rtol)
+    say("write and verify" if asked.check else "write")
+    made = export_adapter(adapted, graph, output, asked)
+    say(_counted(adapted, manifest, names))
+    return made
+
+
+def _counted(adapted: AdaptedModel, manifest: Manifest, names: Sequence[str]) -> str:
+    """Where the tensors of the adapters' files went."""
+    with adapted.named.acting_as(tuple(names)), in_eval(adapted):
+        views = (adapted.view(kind) for kind in manifest.views.values())
+        graphs = [adapted.graph() if view is None else adapted.graph(view=view) for view in views]
+    counts = count_tensors({name: adapted.adapter(name) for name in names}, graphs, SLOTS)
+    return f"{sum(counts.values())} tensors in the files: {', '.join(f'{n} {place}' for place, n in counts.items())}"
 
 
 def _refuse_head(folder: Path, model: str) -> None:

@@ -6,29 +6,27 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import nn
 
 from peftfx.adapters.files.base_weights import resize_vocabulary
-from peftfx.bases.gguf import takes_gguf
+from peftfx.bases.gguf import as_directory
 from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.tasks import resolve_task
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets
 from peftfx.export.onnx_directory import Progress, export_onnx
 from peftfx.export.report import Report
-from peftfx.export.slots.swappable import Slots
-from peftfx.export.verification.agreement import MaxError, check_text
-from peftfx.export.verification.tolerance import check_tolerance
 from peftfx.export.writing.atomic_directory import check_output
-from peftfx.export.writing.quantization import check_quantization
 from peftfx.export.writing.weights import Written
+from peftfx.export_options.checked import takes
+from peftfx.export_options.directory import DirectoryChanges, DirectoryOptions
 from peftfx.files import Snapshot
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare, plan
 from peftfx.model.plan import Plan
-from peftfx.options import CPU, FAST, check_dtype, check_engine, check_opset, check_optimize, check_view
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.rules.resolution import saved_modules
 from peftfx.sites.sites import Sites
@@ -36,104 +34,54 @@ from peftfx.sites.sites import Sites
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@takes_gguf
+@takes(DirectoryOptions)
 def export_directory(
-    base: Path,
+    base: str | Path,
     output: str | Path,
+    options: DirectoryOptions | None = None,
     *,
-    adapter: str | Path | None = None,
-    batched: Mapping[str, str | Path] | None = None,
-    merge: bool = True,
-    task: str | None = None,
-    view: str = "forward",
-    opset: int | None = None,
-    dtype: str | None = None,
-    engine: str = FAST,
-    optimize: str = CPU,
-    quantize: str | None = None,
-    max_error: float | str | None = None,
-    calibration: str | Path | None = None,
-    atol: float | None = None,
-    rtol: float | None = None,
-    slots: Slots | str | None = None,
-    force: bool = False,
-    allow_fixed: bool = False,
     progress: Progress | None = None,
     written: Written | None = None,
-    max_memory: int | None = None,
+    **changes: Unpack[DirectoryChanges],
 ) -> Report:
-    """Export a base model's directory, with a HF PEFT adapter's or without, to a directory that ONNX Runtime serves.
+    """Export a base model's directory, with HF PEFT adapters' or without, to a directory that ONNX Runtime serves.
 
-    `base` may be a GGUF file.
-
-    `dtype` (`fp32`, `fp16`, `bf16`) is that of the weights, merged in fp32 and rounded once; by default the base's own,
-    but fp32 for a bfloat16 base: ONNX Runtime's CPU provider has no kernels for it.
-
-    `view` is `forward`, `decode`, with the key/value cache in and out, or `auto`: `decode` for what generates text.
-
-    `slots` makes a graph of the base in which adapters are put when it runs: a target that says at which layers;
-    see `peftfx.export.slots.swappable`.
-
-    `batched` has adapters by name, among which each row of a batch chooses; see `peftfx.export.slots.batched`.
-
-    `allow_fixed` exports a model whose code branches on a size, though the export is right on one side alone.
-
-    The inputs are read where they are: one that changes meanwhile is an error.
+    Args:
+        base: the base model's directory, or a GGUF file. The inputs are read where they are: one that changes
+            meanwhile is an error.
+        output: where to; it appears when it is complete.
+        options: see `DirectoryOptions`. They can be given by name as well, as in `view="decode"`.
+        progress: called with a line when a stage begins.
+        written: called with the bytes of weights written so far, and those there will be.
+        changes: options by name; they come before those in `options`.
 
     Raises:
         PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
     """
-    named = {name: Path(folder) for name, folder in (batched or {}).items()}
-    if adapter is not None:
-        if named:
-            raise PeftfxError("an adapter for all rows, and some to choose from", str(adapter), "give it a name too")
-        named = {"default": Path(adapter)}
-    _refuse_output(base, output, list(named.values()), force)
-    check_view(view)
-    check_dtype(dtype)
-    check_opset(opset)
-    check_engine(engine)
-    check_optimize(optimize)
-    check_quantization(quantize, max_error, calibration)
-    MaxError.of(max_error)
-    check_tolerance(atol, rtol)
-    if calibration is not None:
-        check_text(Path(calibration))
+    asked = DirectoryOptions.of(options, changes)
+    _refuse_output(Path(base), output, list(asked.folders.values()), asked.force)
+    with as_directory(Path(base)) as directory:
+        return _export(directory, output, asked, progress, written)
+
+
+def _export(
+    base: Path, output: str | Path, asked: DirectoryOptions, progress: Progress | None, written: Written | None
+) -> Report:
+    folders = asked.folders
     say = progress or (lambda line: None)
-    inputs = Snapshot(base, *(part for folder in named.values() for part in (folder, *rule_folders(folder))))
-    kept = _served_dtype(base, dtype)
+    inputs = Snapshot(base, *(part for folder in folders.values() for part in (folder, *rule_folders(folder))))
+    kept = _served_dtype(base, asked.dtype)
     say("load" if kept is None else f"load in {str(kept).removeprefix('torch.')}")
-    adapted = load_directories(base, named, task=task, dtype=kept)
+    adapted = load_directories(base, folders, task=asked.task, dtype=kept)
 
     def assets(directory: Path) -> None:
-        links = [link for folder in reversed(named.values()) for link in copy_assets(folder, directory, "config.json")]
+        links = [link for own in reversed(folders.values()) for link in copy_assets(own, directory, "config.json")]
         links += copy_assets(base, directory)  # behind the adapters': a tokenizer trained with one is its own
         if links:
             say(f"not copied, links that leave their directory: {', '.join(map(str, links))}")
         inputs.check()
 
-    return export_onnx(
-        *(adapted, output),
-        merge=merge,
-        view=view,
-        opset=opset,
-        engine=engine,
-        optimize=optimize,
-        quantize=quantize,
-        max_error=max_error,
-        calibration=calibration,
-        atol=atol,
-        rtol=rtol,
-        slots=slots,
-        batched=tuple(batched or ()),
-        source=base.resolve(),
-        force=force,
-        allow_fixed=allow_fixed,
-        assets=assets,
-        progress=progress,
-        written=written,
-        max_memory=max_memory,
-    )
+    return export_onnx(adapted, output, asked, source=base.resolve(), assets=assets, progress=progress, written=written)
 
 
 def _served_dtype(base: Path, wanted: str | None) -> torch.dtype | None:

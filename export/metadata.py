@@ -5,5 +5,4 @@ from __future__ import annotations
 SOURCE = "peftfx.source"  #: in the `meta` of an initializer: what it is read from, equal for equal contents
 PERM = "peftfx.perm"  #: metadata key of a weight that is stored permuted: how, as `1 0`
 ENGINE = "peftfx.engine"  #: metadata key: the road a model came by, and why not the fast one
-REPORT = "peftfx_report.json"  #: beside a model: what the export did; the mark of a directory that an export made
 SIZES = "peftfx.sizes"  #: metadata key: conditions on the sizes of a call under which the model is right

@@ -7,10 +7,11 @@ from pathlib import Path
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.parts import Part
 from peftfx.export.report import Report
-from peftfx.export.verification.agreement import Agreement, MaxError, agreement, read_text
+from peftfx.export.verification.agreement import Agreement, agreement, read_text
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, named_in
+from peftfx.export_options.values import MaxError
 from peftfx.model.adapted import AdaptedModel
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.prompt_inputs import WithPromptInputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -12,11 +12,12 @@ import onnx_ir as ir
 import torch
 
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
-from peftfx.export.metadata import ENGINE, REPORT, SIZES
+from peftfx.export.metadata import ENGINE, SIZES
 from peftfx.export.verification.agreement import Agreement
 from peftfx.export.verification.comparison import Comparison, short_shapes
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.sizes import Limit
+from peftfx.formats import REPORT, stamped
 from peftfx.graph.graph import DERIVED, Graph
 from peftfx.graph.slots import listed
 from peftfx.model.adapted import AdaptedModel
@@ -103,23 +104,23 @@ class Report:
         ]
         return cls(type(adapted.base).__name__, adapters, versions=_versions())
 
-    def add_merged(self, graph: Graph) -> None:
-        """Add the sites that a graph reads merged weights at, and what else was folded.
+    def add_merged(self, graphs: Sequence[Graph]) -> None:
+        """Add the sites that graphs read merged weights at, and what else was folded.
 
         How merged weights are rounded is added when they are computed, which is when they are written.
         """
-        copies = (name.rpartition(".")[0] for name, recipe in graph.derived.items() if isinstance(recipe, Own))
-        self.merged = sorted({*self.merged, *foldings(graph.derived.values()), *copies})
-        sizes = {n: a.meta["val"].nbytes for n, a in attributes_of(graph).items() if n.startswith(f"{DERIVED}.")}
-        for name, recipe in graph.derived.items():
-            if isinstance(recipe, Derived | Own):
-                self.merged_bytes += sizes.get(f"{DERIVED}.{name}", 0)
-            if isinstance(recipe, Derived):
-                graph.derived[name] = replace(recipe, tell=self._add_rounding)
-        folded = (name for name, recipe in graph.derived.items() if isinstance(recipe, Computed | Left))
-        self.folded = sorted({*self.folded, *folded})
+        merged, folded = set(self.merged), set(self.folded)
+        for graph in graphs:
+            copies = (name.rpartition(".")[0] for name, recipe in graph.derived.items() if isinstance(recipe, Own))
+            merged |= {*foldings(graph.derived.values()), *copies}
+            sizes = {n: a.meta["val"].nbytes for n, a in attributes_of(graph).items() if n.startswith(f"{DERIVED}.")}
+            own = (name for name, recipe in graph.derived.items() if isinstance(recipe, Derived | Own))
+            self.merged_bytes += sum(sizes.get(f"{DERIVED}.{name}", 0) for name in own)
+            folded |= {name for name, recipe in graph.derived.items() if isinstance(recipe, Computed | Left)}
+        self.merged, self.folded = sorted(merged), sorted(folded)
 
-    def _add_rounding(self, path: str, rounding: Rounding) -> None:
+    def add_rounding(self, path: str, rounding: Rounding) -> None:
+        """Add what a merged weight lost to its dtype."""
         if rounding.max_abs:
             self.rounding[path] = asdict(rounding)
 
@@ -160,7 +161,7 @@ class Report:
 
     def write(self, directory: Path) -> None:
         """Put `peftfx_report.json` into the directory."""
-        lines = (f"{json.dumps(name)}: {_written(value)}" for name, value in asdict(self).items())
+        lines = (f"{json.dumps(name)}: {_written(value)}" for name, value in stamped(REPORT, asdict(self)).items())
         text = "{\n" + ",\n".join(lines) + "\n}\n"
         (directory / REPORT).write_text(text, encoding="utf-8")
 
@@ -224,6 +225,12 @@ class Report:
     def max_rel(self) -> float:
         """The largest difference over the largest magnitude of its output: of a quantised model, what it lost."""
         return max((float(str(c["max_rel"])) for c in self.comparisons), default=0.0)
+
+
+def tell_rounding(graph: Graph, tell: Callable[[str, Rounding], None]) -> Graph:
+    """A graph like this one that tells how each merged weight is rounded, when it is computed."""
+    derived = {n: replace(r, tell=tell) if isinstance(r, Derived) else r for n, r in graph.derived.items()}
+    return replace(graph, derived=derived)
 
 
 def _written(value: object) -> str:

@@ -13,23 +13,44 @@ from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.passes.base import attributes_of
 
 MERGED, CONSTANTS, APART, COPIES = "merged into weights", "made constants", "left apart", "trained copies"
+ROWS, SLOTS = "in the rows' stacks", "put into slots"
 PROMPTS, NOT_RUN, REPEATS, UNUSED = "prompts", "not run here", "repeats of the base", "never run"
 
 
-def count_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph], *, merged: bool) -> dict[str, int]:
+def count_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph], to: str) -> dict[str, int]:
     """How many tensors of these adapters' files went where; of an adapter that is new, of the file that it would be.
 
     Args:
         adapters: by name.
         graphs: those that are exported, with the adapters in them, before anything is merged.
-        merged: whether what acts on weights is merged into them.
+        to: where what the graphs read goes: `MERGED`, `APART` or `SLOTS`.
     """
     read = {target for graph in graphs for target in attributes_of(graph) if target.startswith(f"{ADAPTERS}.")}
+    own = {name: {t.split(".", 2)[2] for t in read if t.startswith(f"{ADAPTERS}.{name}.")} for name in adapters}
+    return _count(adapters, own, to)
+
+
+def count_row_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph]) -> dict[str, int]:
+    """The same for adapters that rows choose from: these graphs read all of them in one stack at each place."""
+    runs = {path for graph in graphs for path in (*graph.sites.called, *(site.path for site in graph.sites))}
+    return _count(adapters, {name: set(_acting(adapter, runs)) for name, adapter in adapters.items()}, ROWS)
+
+
+def _acting(adapter: Adapter, runs: Collection[str]) -> Iterator[str]:
+    """Where an adapter keeps what acts at modules that run."""
+    for placement in adapter.placements:
+        if placement.site.path in runs:
+            yield from adapter.keys(placement).values()
+    for override in adapter.overrides:
+        if override.key.removeprefix(f"{SAVED}.").rpartition(".")[0] in runs:
+            yield override.key
+
+
+def _count(adapters: Mapping[str, Adapter], read: Mapping[str, Collection[str]], to: str) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for name, adapter in adapters.items():
-        own = {target.split(".", 2)[2] for target in read if target.startswith(f"{ADAPTERS}.{name}.")}
         for number, rule in enumerate(adapter.placed):
-            counts.update(_where(rule, key, own, merged=merged) for key in _keys(adapter, rule, number))
+            counts.update(_where(rule, key, read[name], to) for key in _keys(adapter, rule, number))
             account = adapter.accounts.get(number)
             counts.update({REPEATS: len(account.repeats), UNUSED: len(account.unused)} if account else {})
     return {place: count for place, count in counts.items() if count}
@@ -47,13 +68,13 @@ def _keys(adapter: Adapter, rule: Placed, number: int) -> Iterator[str]:
     yield from (shared_key(number, name) for name in rule.method.shared_keys())
 
 
-def _where(rule: Placed, key: str, read: Collection[str], *, merged: bool) -> str:
+def _where(rule: Placed, key: str, read: Collection[str], to: str) -> str:
     if isinstance(rule.method, SequenceMethod) and key.partition(".")[0] == SEQUENCE:
         return PROMPTS
     if key not in read:
         return NOT_RUN
+    if to in (ROWS, SLOTS):
+        return to
     if key.startswith(f"{SAVED}."):
         return COPIES
-    if not merged:
-        return APART
-    return CONSTANTS if isinstance(rule.method, AttentionMethod) else MERGED
+    return CONSTANTS if to == MERGED and isinstance(rule.method, AttentionMethod) else to

@@ -7,10 +7,12 @@ from peftfx.passes.adaptation.evaluate import Evaluate
 from peftfx.passes.adaptation.insert import Insert
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.adaptation.remove import Remove
-from peftfx.passes.base import Pass, PassManager, PassResult, Region
+from peftfx.passes.base import Pass, PassResult, Region
+from peftfx.passes.manager import PassManager
 from peftfx.passes.optimization.cleanup import Cleanup
 from peftfx.passes.optimization.dead_code import Sweep
 from peftfx.passes.optimization.fuse import Fuse
+from peftfx.passes.text import parse_pass
 
 __all__ = [
     "Cleanup",
@@ -24,4 +26,5 @@ __all__ = [
     "Region",
     "Remove",
     "Sweep",
+    "parse_pass",
 ]

@@ -1,26 +1,20 @@
-"""Pass: how a graph is rewritten, `Graph -> PassResult`; and the manager that runs passes and checks what they did."""
+"""Pass: how a graph is rewritten, `Graph -> PassResult`; what it asks of a graph, and what it promises."""
 
 from __future__ import annotations
 
 import contextlib
-import time
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 
 from peftfx.contract.placement import Placement
-from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
-
-Level = Literal["none", "lint", "metadata", "numeric"]
-REGION = "peftfx_region"  #: in `node.meta` of every inserted node: its `Region`
-REPLACES = "peftfx_replaces"  #: in `node.meta` of a region's result: the name of the node whose place it took
-OVERRIDES = "peftfx_overrides"  #: in `node.meta` of an adapter's tensor: the target of the base's tensor it stands for
+from peftfx.graph.rewriter import REPLACES
 
 
 @dataclass(frozen=True)
@@ -33,17 +27,43 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """A rewrite. Its fields are its options; it never changes its input."""
+    """A rewrite. Its fields are its options; it never changes its input.
 
-    preserves = False
-    """Whether the outputs stay what they were: what the numeric level checks."""
+    Attributes:
+        preserves: whether the outputs stay what they were: what the manager's numeric level checks.
+        requires: names of properties that a graph must have, checked ahead of it; see `peftfx.passes.properties`.
+        ensures: names of properties that its result has, checked behind it.
+    """
+
+    preserves: ClassVar[bool] = False
+    requires: ClassVar[tuple[str, ...]] = ()
+    ensures: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def __call__(self, graph: Graph) -> PassResult:
         """Rewrite a copy of `graph`."""
 
     def __str__(self) -> str:
-        return type(self).__name__
+        """The pass with its options, those at their defaults left out: what `peftfx.passes.parse_pass` reads."""
+        return written(self)
+
+
+def written(value: object) -> str:
+    """A pass or an option as text. What is neither plain data nor a record of it, a tensor say, is `...`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f for f in dataclasses.fields(value) if f.repr and f.init]
+        given = [(f.name, getattr(value, f.name)) for f in fields if not _is_default(f, getattr(value, f.name))]
+        options = ", ".join(f"{name}={written(own)}" for name, own in given)
+        return type(value).__name__ + (f"({options})" if options else "")
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(written, value))}{',' if len(value) == 1 else ''})"
+    return repr(value) if isinstance(value, (str, int, float, type(None))) else "..."
+
+
+def _is_default(field: dataclasses.Field[object], value: object) -> bool:
+    if field.default is dataclasses.MISSING:
+        return field.default_factory is not dataclasses.MISSING and value == field.default_factory()
+    return value is field.default or (isinstance(value, (str, int, float, tuple)) and value == field.default)
 
 
 @dataclass(frozen=True)
@@ -56,69 +76,6 @@ class Region:
     params: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class Timing:
-    """What one pass did and what it cost, in seconds of wall time."""
-
-    name: str
-    seconds: float
-    changed: int
-
-
-@dataclass
-class PassManager:
-    """Runs passes in order, checks the graph after each, and keeps the time each took.
-
-    Args:
-        passes: what to run.
-        check: `lint` checks structure; `metadata` also that shapes and dtypes of the outputs are kept; `numeric` also
-            that passes which promise to keep the outputs do (to `tolerance`, relative to the largest output).
-        inputs: the tensors that the numeric check runs on, in the graph's order.
-    """
-
-    passes: Sequence[Pass]
-    check: Level = "lint"
-    inputs: Sequence[torch.Tensor] = ()
-    tolerance: float = 1e-5
-    timings: list[Timing] = field(default_factory=list)
-
-    def __call__(self, graph: Graph) -> Graph:
-        """Run every pass; an error inside one names it."""
-        if self.check == "numeric" and len(self.inputs) != len(graph.inputs):
-            raise PeftfxError(
-                "the numeric check needs a tensor for each input", "inputs", "pass PassManager(inputs=...)"
-            )
-        for step in self.passes:
-            before, start = graph, time.perf_counter()
-            try:
-                result = step(graph)
-            except PeftfxError as error:
-                raise PeftfxError(f"{step}: {error.what}", error.where, error.hint) from error
-            graph = result.graph
-            self.timings.append(Timing(str(step), time.perf_counter() - start, result.changed))
-            self._verify(step, before, graph)
-        return graph
-
-    def _verify(self, step: Pass, before: Graph, after: Graph) -> None:
-        if self.check == "none":
-            return
-        after.lint()
-        if self.check in ("metadata", "numeric"):
-            for name, old, new in zip(before.outputs, output_nodes(before), output_nodes(after), strict=True):
-                want, got = old.meta["val"], new.meta["val"]
-                if (want.dtype, str(want.shape)) != (got.dtype, str(got.shape)):
-                    kinds = f"{want.dtype} {list(want.shape)} to {got.dtype} {list(got.shape)}"
-                    what = f"{step} changed an output from {kinds}"
-                    raise PeftfxError(what, name, "this is a fault of the pass")
-        if self.check == "numeric" and step.preserves:
-            with torch.no_grad():
-                pairs = zip(before.outputs, before.run(*self.inputs), after.run(*self.inputs), strict=True)
-            for name, want, got in pairs:
-                error = float((want - got).abs().max() / want.abs().max().clamp_min(1e-12)) if want.numel() else 0.0
-                if not error <= self.tolerance:
-                    raise PeftfxError(f"{step} changed an output by {error:.2e}", name, "this is a fault of the pass")
-
-
 def output_nodes(graph: Graph) -> list[fx.Node]:
     """The nodes that the graph returns."""
     (output,) = (n for n in graph.nodes() if n.op == "output")
@@ -128,17 +85,6 @@ def output_nodes(graph: Graph) -> list[fx.Node]:
 def results(graph: Graph) -> list[fx.Node]:
     """The result nodes of all insertions, in the order in which they apply."""
     return [n for n in graph.nodes() if REPLACES in n.meta]
-
-
-def attribute(graph: fx.Graph, target: str, value: object, attributes: dict[str, fx.Node]) -> fx.Node:
-    """The `get_attr` node for a target, made ahead of the graph's first other node when there is none yet."""
-    if target not in attributes:
-        first = next(n for n in graph.nodes if n.op != "get_attr")
-        with graph.inserting_before(first):
-            node = graph.create_node("get_attr", target, name=target.replace(".", "_"))
-        node.meta["val"] = value
-        attributes[target] = node
-    return attributes[target]
 
 
 def attributes_of(graph: Graph) -> dict[str, fx.Node]:

@@ -14,6 +14,7 @@ if not os.path.isdir(os.path.join(__path__[0], "passes")):  # a clone whose link
 # Names are imported when first used: torch and transformers take seconds, and `peftfx --help` needs neither.
 _HOME = {
     "AdaptedModel": "peftfx.model.adapted",
+    "ExportOptions": "peftfx.export_options.export",
     "Graph": "peftfx.graph.graph",
     "PeftfxError": "peftfx.errors",
     "RankAllocation": "peftfx.model.trainer_callbacks",

@@ -5,6 +5,7 @@ from peftfx import testing as testing
 from peftfx.errors import PeftfxError as PeftfxError
 from peftfx.export.onnx_directory import export_onnx as export_onnx
 from peftfx.export.slots.adapter_export import export_adapter as export_adapter
+from peftfx.export_options.export import ExportOptions as ExportOptions
 from peftfx.graph.graph import Graph as Graph
 from peftfx.methods import register as register
 from peftfx.methods.adalora import AdaLoRA as AdaLoRA
@@ -40,6 +41,7 @@ __all__ = [
     "AdaptedModel",
     "BitFit",
     "C3A",
+    "ExportOptions",
     "FourierFT",
     "Graph",
     "HRA",

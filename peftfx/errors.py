@@ -7,6 +7,7 @@ import reprlib
 import sys
 import warnings
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class PeftfxError(Exception):
@@ -19,6 +20,9 @@ class PeftfxError(Exception):
         where: the module path, checkpoint key or file it is about; empty when there is no one place.
         hint: what to do, with the nearest valid name where one exists.
     """
+
+    exit_code: ClassVar[int] = 2
+    """What a command ends with that meets this error."""
 
     def __init__(self, what: str, where: str = "", hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint

@@ -14,6 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from peftfx.errors import PeftfxError, shown
 
+_HINT = "give a value of the type in parentheses"
+
 
 def misfits(made: Any) -> list[str]:
     """Each field of a dataclass whose value is of another type than its annotation, as `r='8' (int)`."""
@@ -23,6 +25,12 @@ def misfits(made: Any) -> list[str]:
     return [_told(f.name, getattr(made, f.name), f.type) for f in wrong]
 
 
+def refuse_misfit_fields(made: Any) -> None:
+    """Refuse a dataclass with a field whose value is of another type than its annotation."""
+    if wrong := misfits(made):
+        raise PeftfxError(f"of another type: {', '.join(wrong)}", type(made).__name__, _HINT)
+
+
 def refuse_misfits(values: Mapping[str, object], kind: type, where: str) -> None:
     """Refuse values that are not of the types that a TypedDict has for their names."""
     kinds, told = _hints(kind), inspect.get_annotations(kind)
@@ -30,7 +38,7 @@ def refuse_misfits(values: Mapping[str, object], kind: type, where: str) -> None
         _told(n, v, getattr(told[n], "__forward_arg__", told[n])) for n, v in values.items() if not fits(v, kinds[n])
     ]
     if wrong:
-        raise PeftfxError(f"of another type: {', '.join(wrong)}", where, "give a value of the type in parentheses")
+        raise PeftfxError(f"of another type: {', '.join(wrong)}", where, _HINT)
 
 
 def _told(name: str, value: object, kind: object) -> str:

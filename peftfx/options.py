@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Final
 
 from peftfx.errors import PeftfxError, nearest, shown
 
-FORWARD, DECODE, AUTO = VIEWS = ("forward", "decode", "auto")
-FAST, TORCH = ENGINES = ("fast", "torch")
-CPU, CUDA, NONE = PROVIDERS = ("cpu", "cuda", "none")  #: that have kernels for what `Fuse` makes, or no matter which
+FORWARD: Final = "forward"
+DECODE: Final = "decode"
+AUTO: Final = "auto"
+VIEWS = (FORWARD, DECODE, AUTO)
+FAST: Final = "fast"
+TORCH: Final = "torch"
+ENGINES = (FAST, TORCH)
+CPU: Final = "cpu"
+CUDA: Final = "cuda"
+NONE: Final = "none"
+PROVIDERS = (CPU, CUDA, NONE)  #: that have kernels for what `Fuse` makes, or no matter which
 DTYPES = ("fp32", "fp16", "bf16")
 QUANTIZATIONS = ("int8", "int4")
-COMBINATIONS = ("cat", "linear")
+CAT: Final = "cat"
+LINEAR: Final = "linear"
+COMBINATIONS = (CAT, LINEAR)
 FIRST_OPSET, LAST_OPSET = 18, 25
+_CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
+    "view": (VIEWS, "unknown view"),
+    "engine": (ENGINES, "unknown engine"),
+    "optimize": (PROVIDERS, "unknown optimize target"),
+    "quantize": (QUANTIZATIONS, "unknown quantisation"),
+    "combination": (COMBINATIONS, "unknown way to combine:"),
+    "dtype": (DTYPES, "unknown dtype"),
+}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -30,9 +49,15 @@ def check_choice(value: str | None, choices: Iterable[str], option: str, what: s
         raise PeftfxError(f"{what} {shown(value)}", option, hint)
 
 
+def check_choices(options: object) -> None:
+    """Refuse options of an export, each an attribute, of which one is none of its choices."""
+    for name, (choices, what) in _CHOICES.items():
+        check_choice(getattr(options, name, None), choices, name, what)
+
+
 def check_view(view: str) -> None:
     """Refuse an unknown view."""
-    check_choice(view, VIEWS, "view", "nothing is exported in a view")
+    check_choice(view, *_choice("view"))
 
 
 def check_opset(opset: int | None) -> None:
@@ -43,17 +68,19 @@ def check_opset(opset: int | None) -> None:
 
 def check_engine(engine: str) -> None:
     """Refuse an unknown road to ONNX."""
-    check_choice(engine, ENGINES, "engine", "unknown engine")
+    check_choice(engine, *_choice("engine"))
 
 
 def check_optimize(optimize: str) -> None:
     """Refuse an unknown way of optimising."""
-    check_choice(optimize, PROVIDERS, "optimize", "nothing is optimized for")
+    check_choice(optimize, *_choice("optimize"))
 
 
-def check_dtype(dtype: str | None) -> None:
-    """Refuse an unknown dtype."""
-    check_choice(dtype, DTYPES, "dtype", "unknown dtype")
+def check_tolerance(atol: float | None, rtol: float | None) -> None:
+    """Refuse what is no number to hold a difference to."""
+    for name, value in (("atol", atol), ("rtol", rtol)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise PeftfxError(f"a tolerance of 0 or more, not {value}", name, "leave it out: it is measured")
 
 
 def parse_size(text: str) -> int:
@@ -62,3 +89,8 @@ def parse_size(text: str) -> int:
     if not match:
         raise PeftfxError(f"not a size: {text!r}", "max_memory", "as in 4GB, 1.5GiB or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _choice(option: str) -> tuple[tuple[str, ...], str, str]:
+    choices, what = _CHOICES[option]
+    return choices, option, what

@@ -35,9 +35,9 @@ class Deployment(ABC):
     def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[Part]:
         """The graphs to write; see `capture_parts`."""
 
-    def finish(self, adapted: AdaptedModel, part: Part, program: ir.Model) -> ir.Model:
-        """A part's program as it is written."""
-        return program
+    def finish(self, adapted: AdaptedModel, part: Part, program: ir.Model) -> tuple[Part, ir.Model]:
+        """A part and its program as it is written."""
+        return part, program
 
     def oracle(self, adapted: AdaptedModel, part: Part, example: Inputs) -> Oracle:
         """What the part is held against, and in which calls."""

@@ -24,9 +24,9 @@ from peftfx.views.view import View, name_axes
 FREE = frozenset({"batch", "sequence", "decoder_sequence", "encoder_sequence", "encoder_total", "past", "total"})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
-    """A graph on its way to a file.
+    """A graph on its way to a file, as it is after a stage of the export: the next one makes another of it.
 
     Attributes:
         file: its name.

@@ -1,4 +1,4 @@
-"""The mode that a model is exported in: eval, without gradients; afterwards mode and active adapters are as before."""
+"""The mode that a model is exported in: eval, without gradients; afterwards the mode is as before."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from peftfx.model.adapted import AdaptedModel
 
 @contextmanager
 def in_eval(adapted: AdaptedModel) -> Iterator[None]:
-    """Without gradients, the base and the model's own flag in eval mode; what is active is so again afterwards."""
-    training, active = adapted.training, adapted.active
+    """Without gradients, the base and the model's own flag in eval mode; afterwards the flag is as it was."""
+    training = adapted.training
     adapted.training = False
     try:
         with evaluating(adapted.base), torch.no_grad():
             yield
     finally:
         adapted.training = training
-        if adapted.active != active:
-            adapted.set_adapter(active)

@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from peftfx.export.verification.comparison import verify
 from peftfx.export.verification.oracle import eager_oracle
 from peftfx.export.verification.size_trials import sizes_of
 from peftfx.export.writing.atomic_directory import publish
+from peftfx.export_options.adapter import AdapterChanges, AdapterOptions
+from peftfx.export_options.checked import takes
 from peftfx.files import already_there, write_file, writing
 from peftfx.graph.fingerprint import fingerprint
 from peftfx.graph.slots import (
@@ -61,15 +64,13 @@ WORDS = {
 }
 
 
+@takes(AdapterOptions)
 def export_adapter(
     adapted: AdaptedModel,
     directory: str | Path,
     output: str | Path,
-    *,
-    check: bool = True,
-    force: bool = False,
-    atol: float | None = None,
-    rtol: float | None = None,
+    options: AdapterOptions | None = None,
+    **changes: Unpack[AdapterChanges],
 ) -> Path:
     """Write the active adapters as one `.onnx_adapter` for the graph in a directory.
 
@@ -82,32 +83,31 @@ def export_adapter(
         adapted: the base that the graph was exported from, with its adapters.
         directory: that `peftfx export --swappable` wrote.
         output: where to; it gets the suffix if it has none.
-        check: run it.
-        force: replace it if it exists.
-        atol, rtol: what may differ, `atol + rtol * largest magnitude`; by default what the export of the graph was
-            given, and else it is measured.
+        options: see `AdapterOptions`. They can be given by name as well, as in `check=False`.
+        changes: options by name; they come before those in `options`.
 
     Raises:
         PeftfxError: the graph is of another base, or has no place for what an adapter does.
         VerificationError: ONNX Runtime and torch disagree; nothing is left.
     """
-    directory, output = Path(directory), adapter_path(Path(output), force)
+    asked = AdapterOptions.of(options, changes)
+    directory, output = Path(directory), adapter_path(Path(output), asked.force)
     manifest = Manifest.read(directory)
-    if atol is not None or rtol is not None:
-        manifest = dataclasses.replace(manifest, atol=atol, rtol=rtol)
+    if asked.atol is not None or asked.rtol is not None:
+        manifest = dataclasses.replace(manifest, atol=asked.atol, rtol=asked.rtol)
     if fingerprint(adapted.base, manifest.fingerprint_version) != manifest.fingerprint:
         what = f"the graph here is of another base ({manifest.model} from {manifest.base or 'memory'})"
         raise PeftfxError(what, str(directory), "give the base that it was exported from, or export this one")
     with in_eval(adapted):
         tensors = slot_tensors(adapted, manifest)
-    write = functools.partial(_write_checked, adapted, directory, manifest, tensors, check)
+    write = functools.partial(_write_checked, adapted, directory, manifest, tensors, asked.check)
     if len(manifest.views) > 1:
-        with publish(output, force, holds_adapter) as temporary:
+        with publish(output, asked.force, holds_adapter) as temporary:
             write(temporary)
         return output
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_file(output, write, replace=force)
+        write_file(output, write, replace=asked.force)
     return output
 
 

@@ -22,9 +22,10 @@ from peftfx.export.deployment.parts import Part, capture_parts, refuse_fixed, vi
 from peftfx.export.slots.row_stacks import stacked, told
 from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
 from peftfx.export.verification.eager_reference import EagerReference, no_oracle
-from peftfx.export.verification.oracle import Oracle, measured_of, named_in
+from peftfx.export.verification.oracle import Oracle, Remembered, measured_of, named_in
 from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.verification.sizes import Sizes
+from peftfx.formats import BATCHED, stamped
 from peftfx.graph.slots import PREFIX, PROMPT
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE, FORWARD
@@ -33,7 +34,7 @@ from peftfx.passes.slots.by_row import ByRow
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens
-from peftfx.views.row_adapters import BATCHED, IDS, PromptsByRow, WithRowAdapters
+from peftfx.views.row_adapters import IDS, PromptsByRow, WithRowAdapters
 
 _SOFT = (("", PREFIX), ("", PROMPT))  #: the places of soft prompts
 
@@ -62,9 +63,9 @@ class Batched(Deployment):
             raise PeftfxError(what, type(base).__name__, "export the adapter merged, or swappable")
         prompts = _prompts(adapted, self.adapters, lengths)
         beside = tuple(site for site in adapted.sites if site.heads is not None)
-        by_row = ByRow(stacked(adapted, each), beside)
         parts = []
         with adapted.disable_adapter():
+            by_row = ByRow(stacked(adapted, each), beside)
             for file, name in views.items():
                 shown = adapted.view(name)
                 if shown is None:
@@ -75,12 +76,14 @@ class Batched(Deployment):
                     graph = adapted.graphs.captured(rowwise.inputs(base), rowwise.entry, rowwise)
                     refuse_fixed(graph, rowwise.axes)
                     part = Part(file, rowwise, graph, graph)
-                part.graph = part.exported = by_row(part.graph).graph
-                parts.append(part)
+                graph = by_row(part.graph).graph
+                parts.append(dataclasses.replace(part, graph=graph, exported=graph))
         return parts
 
     def oracle(self, adapted: AdaptedModel, part: Part, example: Inputs) -> Oracle:
         """Each row is what the model with that row's adapter alone makes of it; rows have them, and none, in turn."""
+        acting = [*((name,) for name in self.adapters), ()]
+        alone = [Remembered(_alone(adapted, part, names, example)) for names in acting]
         with adapted.disable_adapter():
             if part.view is not None and part.seen is not None:
                 cases = view_cases(
@@ -88,26 +91,29 @@ class Batched(Deployment):
                 )
             else:
                 specs = [s for s in part.graph.inputs if s.name != IDS]
-                cases = probes(adapted, specs, example, EagerReference(adapted, None, example), part.sizes)
+                cases = probes(adapted, specs, example, alone[-1].first, part.sizes)
         if part.view is None or part.seen is None:
-            cases = [case for case in cases if self._takes(adapted, case, example)]
+            cases = [case for case in cases if self._takes(adapted, alone, case, example)]
         if not cases:
             what = "the model's own code takes no call under each of the adapters, of any size that was tried"
             raise PeftfxError(what, ", ".join(self.adapters), "leave out adapters that do not run on this base")
         cases = with_ids(cases, len(self.adapters))
         told = "each row alone with its adapter, by the model's own code with the adapter on its modules"
         for name in self.adapters:
-            adapted.set_adapter(name)
-            why = no_oracle(adapted)
+            with adapted.named.acting_as((name,)):
+                why = no_oracle(adapted)
             told = f"each row alone with its adapter, by its graph: {why}" if why else told
-        return Oracle(each_alone(adapted, part, self.adapters, example), cases, measured_of(adapted, cases), told)
+        return Oracle(each_alone(part, alone), cases, measured_of(adapted, cases), told)
 
-    def _takes(self, adapted: AdaptedModel, case: dict[str, Tensor], example: Inputs) -> bool:
+    def _takes(
+        self, adapted: AdaptedModel, alone: Sequence[Remembered], case: dict[str, Tensor], example: Inputs
+    ) -> bool:
         """Whether the model takes a call under each adapter: its longest text has no room for virtual tokens."""
         try:
-            for name in self.adapters:
-                adapted.set_adapter(name)
-                EagerReference(adapted, None, example)(case)
+            for name, reference in zip(self.adapters, alone, strict=False):
+                with adapted.named.acting_as((name,)):
+                    accepts = EagerReference(adapted, None, example) if no_oracle(adapted) else reference.first
+                    accepts(case)
         except VerificationError:
             raise
         except Exception:  # whatever the model's code raises for a size it does not take
@@ -121,15 +127,15 @@ class Batched(Deployment):
 
     def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
         """Tell which number is which adapter's; other runtimes do not know of `adapter_ids`."""
-        told = json.dumps({"adapters": list(self.adapters)}, indent=1)
+        told = json.dumps(stamped(BATCHED, {"adapters": list(self.adapters)}), indent=1)
         (directory / BATCHED).write_text(f"{told}\n", encoding="utf-8")
 
 
 def _prompts(adapted: AdaptedModel, names: Sequence[str], lengths: tuple[int, ...]) -> PromptsByRow | None:
     """What puts virtual tokens ahead of each row's text, if an adapter has any."""
     for name in names:
-        adapted.set_adapter(name)
-        entry = adapted.entry()
+        with adapted.named.acting_as((name,)):
+            entry = adapted.entry()
         if isinstance(entry, VirtualTokens):
             shape, own = (len(lengths), max(lengths), entry.shape[1]), size_of(adapted.base, "pad_token_id")
             given = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
@@ -149,19 +155,22 @@ def _forward(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow
     return dataclasses.replace(part, graph=graph, exported=graph)
 
 
-def each_alone(adapted: AdaptedModel, part: Part, names: Sequence[str], example: Inputs) -> Reference:
-    """The reference: each row is what the model with that row's adapter alone makes of it."""
+def each_alone(part: Part, alone: Sequence[Reference]) -> Reference:
+    """The reference: each row is what the model with that row's adapter alone makes of it.
 
+    Args:
+        part: what is held against it.
+        alone: the model with each of the adapters alone, and, last, without any.
+    """
     together = reference_of(Evaluate()(part.graph).graph)
 
     def run(feed: dict[str, Tensor]) -> dict[str, Tensor]:
         ids, view = feed[IDS], part.view
         found = together(feed)  # what is padding, behind what is compared
         for number in sorted(set(ids.tolist())):
-            adapted.set_adapter(names[number] if number >= 0 else ())
             rest = {name: value for name, value in feed.items() if name != IDS}
             rest = view.alone(feed, number) if isinstance(view, WithRowAdapters) else rest
-            for name, value in _alone(adapted, part, example, rest).items():
+            for name, value in alone[number](rest).items():
                 own = found[name][tuple(slice(size) for size in value.shape)]
                 own[ids == number] = value[ids == number]
         return found
@@ -169,11 +178,21 @@ def each_alone(adapted: AdaptedModel, part: Part, names: Sequence[str], example:
     return run
 
 
-def _alone(adapted: AdaptedModel, part: Part, example: Inputs, feed: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not no_oracle(adapted):
-        return named_in(part.graph, EagerReference(adapted, part.seen, example))(feed)
-    graph = adapted.graph(feed) if part.seen is None else adapted.graph(view=part.seen)
-    return reference_of(graph)(feed)
+def _alone(adapted: AdaptedModel, part: Part, names: tuple[str, ...], example: Inputs) -> Reference:
+    """The model under these adapters, by its own code where that can be had."""
+    acting = adapted.named.acting_as
+    with acting(names):
+        if not no_oracle(adapted):
+            own = named_in(part.graph, EagerReference(adapted, part.seen, example))
+        else:
+            graph = adapted.graph if part.seen is None else lambda _: adapted.graph(view=part.seen)
+            own = lambda feed: reference_of(graph(feed))(feed)  # noqa: E731
+
+    def run(feed: dict[str, Tensor]) -> dict[str, Tensor]:
+        with acting(names):
+            return own(feed)
+
+    return run
 
 
 def with_ids(cases: Sequence[Mapping[str, Tensor]], count: int) -> list[dict[str, Tensor]]:

@@ -20,15 +20,16 @@ from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, A, B
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE
-from peftfx.passes.slots.by_row import BIAS, SHOWN
+from peftfx.passes.slots.by_row import SHOWN
+from peftfx.passes.slots.layer_by_row import BIAS
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
 from peftfx.views.decode import Decode
 
 
 def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, str], Tensor]:
     """What one adapter does at layers, as updates alone, and its prefix."""
-    adapted.set_adapter(name)
-    told = adapter_tensors(adapted, decodes=decodes)
+    with adapted.named.acting_as((name,)):
+        told = adapter_tensors(adapted, decodes=decodes)
     layers = [site for site in adapted.sites if site.kind in WEIGHT_KINDS]
     sites = {site.weight.removeprefix(f"{BASE}."): site for site in layers if site.kind == "linear"}
     biases = {site.bias.removeprefix(f"{BASE}."): site for site in layers if site.bias}

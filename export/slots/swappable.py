@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -28,6 +28,7 @@ from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, measured_of
 from peftfx.export.verification.probes import hold_view, is_large, probes, view_cases
 from peftfx.export.writing.quantization import FINITE
+from peftfx.export_options.values import Slots
 from peftfx.graph.fingerprint import VERSION, fingerprint
 from peftfx.graph.graph import BASE
 from peftfx.graph.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot
@@ -41,28 +42,8 @@ from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
 
-SLOTS = "all-linear"  #: the sites that get slots where nobody chose
 #: Roles of layers whose input IA3 scales. HF PEFT names modules: for BERT both that end in `output.dense`.
 SCALED = ("mlp.down", "attention.output")
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Which slots a graph gets.
-
-    Attributes:
-        target: the linear layers, convs and embeddings with slots.
-        prefix: whether there are places for soft prompts. For one ahead of the past each step copies the past behind
-            what is in it, nothing too.
-    """
-
-    target: str = SLOTS
-    prefix: bool = True
-
-    @staticmethod
-    def of(given: Slots | str) -> Slots:
-        """As it is, or for a target alone."""
-        return Slots(given) if isinstance(given, str) else given
 
 
 @dataclass(frozen=True)
@@ -75,7 +56,7 @@ class Swappable(Deployment):
         atol, rtol: of the verification, adapters' too; None is measured.
     """
 
-    slots: Slots = Slots()
+    slots: Slots = field(default_factory=Slots)
     source: str = ""
     atol: float | None = None
     rtol: float | None = None
@@ -103,10 +84,10 @@ class Swappable(Deployment):
         ]
         return [_opened(adapted, part, self.slots.target) for part in parts]
 
-    def finish(self, adapted: AdaptedModel, part: Part, program: ir.Model) -> ir.Model:
-        """The program, whose slots may be left out of a call."""
-        part.slots = open_initializers(program, part.slots, adapted.base, part.graph.sites)
-        return program
+    def finish(self, adapted: AdaptedModel, part: Part, program: ir.Model) -> tuple[Part, ir.Model]:
+        """The part with all its slots, and the program, whose slots may be left out of a call."""
+        slots = open_initializers(program, part.slots, adapted.base, part.graph.sites)
+        return dataclasses.replace(part, slots=slots), program
 
     def oracle(self, adapted: AdaptedModel, part: Part, example: Inputs) -> Oracle:
         """The graph with something in each slot; with nothing in them it is held against the model's own code."""

@@ -26,6 +26,8 @@ from torch.export.graph_signature import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from peftfx.graph.rewriter import Rewriter
+
 Table = Mapping[OpOverload, Callable[..., object]]
 
 
@@ -204,12 +206,7 @@ def _decompose(graph: fx.Graph, node: fx.Node, table: Table) -> None:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     traced = make_fx(call, decomposition_table=dict(table))(*(source.meta["val"] for source in sources))
-    inside: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
-    with graph.inserting_before(node):
-        result = graph.graph_copy(traced.graph, inside)
-    for old, new in inside.items():
-        if old.op != "placeholder":
-            new.meta = {**node.meta, "val": old.meta["val"]}
+    result = Rewriter(graph).before(node).splice(traced, sources)
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(result)
     else:

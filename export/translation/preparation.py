@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from peftfx.graph.graph import Graph
+from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.optimization.cleanup import CASTS, Cleanup, source, writes
 from peftfx.passes.optimization.dead_code import sweep
 from peftfx.passes.optimization.slice_masks import slice_grid
@@ -26,10 +27,11 @@ def prepare(graph: Graph) -> Graph:
     again. SDPA without heads gets one head: its translation wants four axes.
     """
     result = Cleanup()(graph).graph  # a copy
+    rewriter = Rewriter(result.module.graph)
     written = any(writes(node) for node in result.nodes())  # then a gather, which copies, is more than its value
     for node in list(result.nodes()):
         if node.target is _SDPA and _rank(node) == 3:
-            _widen(result.module.graph, node)
+            _widen(rewriter, node)
         elif node.target in CASTS and isinstance(node.meta.get("val"), torch.Tensor):
             # One form for all casts, and one that the translation knows.
             node.target, node.args, node.kwargs = (
@@ -38,28 +40,26 @@ def prepare(graph: Graph) -> Graph:
                 {"dtype": node.meta["val"].dtype},
             )
         elif node.target in _UNPROMOTED:
-            _promote(result.module.graph, node)
+            _promote(rewriter, node)
         elif node.target in _CONVS and node.args[2:3] in ((), (None,)):
             _spell_out(node)
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
-            _make_contiguous(result.module.graph, node)
+            _make_contiguous(rewriter, node)
         elif not written:
-            slice_grid(result.module.graph, node)
-    sweep(result)
-    result.module.recompile()
+            slice_grid(rewriter, node)
+    sweep(rewriter)
+    rewriter.close(result)
     return result
 
 
-def _promote(graph: fx.Graph, node: fx.Node) -> None:
+def _promote(rewriter: Rewriter, node: fx.Node) -> None:
     """Cast operands to the result's dtype: torch's exporter does not, of a float less a mask of integers."""
     dtype = node.meta["val"].dtype
-    with graph.inserting_before(node):
-        for operand in node.all_input_nodes:
-            value = operand.meta.get("val")
-            if isinstance(value, torch.Tensor) and value.dtype != dtype:
-                cast = graph.call_function(aten._to_copy.default, (operand,), {"dtype": dtype})
-                cast.meta = {**operand.meta, "val": value.to(dtype)}
-                node.replace_input_with(operand, cast)
+    for operand in node.all_input_nodes:
+        value = operand.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dtype != dtype:
+            cast = rewriter.before(node).call(aten._to_copy.default, operand, dtype=dtype)
+            node.replace_input_with(operand, cast)
 
 
 def _spell_out(node: fx.Node) -> None:
@@ -69,11 +69,9 @@ def _spell_out(node: fx.Node) -> None:
     node.args = (*node.args[:2], None, stride, padding, dilation, False, [0] * len(stride), groups)  # type: ignore[arg-type]
 
 
-def _make_contiguous(graph: fx.Graph, node: fx.Node) -> None:
-    with graph.inserting_after(node):
-        copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
-    copy.meta = dict(node.meta)
-    node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
+def _make_contiguous(rewriter: Rewriter, node: fx.Node) -> None:
+    at, options = rewriter.after(node), {"memory_format": torch.contiguous_format}
+    rewriter.extend(node, at.call(aten.clone.default, node, value=node.meta["val"], **options))
 
 
 def _rank(node: fx.Node) -> int:
@@ -81,15 +79,12 @@ def _rank(node: fx.Node) -> int:
     return value.ndim if isinstance(value, torch.Tensor) else 0
 
 
-def _widen(graph: fx.Graph, node: fx.Node) -> None:
+def _widen(rewriter: Rewriter, node: fx.Node) -> None:
     """SDPA over (batch, length, width) becomes SDPA over (batch, 1, length, width)."""
-    with graph.inserting_before(node):
-        wide = [graph.call_function(aten.unsqueeze.default, (x, 1)) for x in node.args[:3]]
-        mask = node.args[3:4]
-        if mask and isinstance(mask[0], fx.Node) and mask[0].meta["val"].ndim == 3:
-            mask = (graph.call_function(aten.unsqueeze.default, (mask[0], 1)),)
-    node.args = (*wide, *mask, *node.args[4:])
-    with graph.inserting_after(node):
-        narrow = graph.call_function(aten.squeeze.dim, (node, 1))
-    narrow.meta = dict(node.meta)
-    node.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)
+    at = rewriter.before(node)
+    wide = [at.call(aten.unsqueeze.default, x, 1) for x in node.args[:3]]
+    mask = node.args[3:4]
+    if mask and isinstance(mask[0], fx.Node) and mask[0].meta["val"].ndim == 3:
+        mask = (at.call(aten.unsqueeze.default, mask[0], 1),)
+    rewriter.update(node, node.target, *wide, *mask, *node.args[4:], **node.kwargs)
+    rewriter.extend(node, rewriter.after(node).call(aten.squeeze.dim, node, 1))

@@ -18,6 +18,7 @@ from peftfx.export.translation.exact_functions import EXACT
 from peftfx.export.translation.torchlib import collected_once
 from peftfx.graph.graph import DERIVED, Graph, TensorSpec
 from peftfx.graph.lazy_weights import exact
+from peftfx.graph.rewriter import Cursor, Rewriter
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 
@@ -78,15 +79,14 @@ def flatten_outputs(graph: Graph) -> tuple[str, ...]:
     """Leave out outputs that are None and make tensors of plain numbers; returns the names that remain."""
     (output,) = (node for node in graph.nodes() if node.op == "output")
     named = [(n, v) for n, v in zip(onnx_outputs(graph), output.args[0], strict=True) if v is not None]  # type: ignore[arg-type]
-    with graph.module.graph.inserting_before(output):
-        output.args = (tuple(v if isinstance(v, fx.Node) else _full(graph.module.graph, v) for _, v in named),)
+    at = Rewriter(graph.module.graph).before(output)
+    output.args = (tuple(v if isinstance(v, fx.Node) else _full(at, v) for _, v in named),)
     return tuple(name for name, _ in named)
 
 
-def _full(graph: fx.Graph, number: fx.node.Argument) -> fx.Node:
-    node = graph.call_function(torch.ops.aten.full.default, ([], number))
-    node.meta["val"] = torch.full((), cast("float", number), device="meta")
-    return node
+def _full(at: Cursor, number: fx.node.Argument) -> fx.Node:
+    value = torch.full((), cast("float", number), device="meta")
+    return at.call(torch.ops.aten.full.default, [], number, value=value)
 
 
 def weights_of(graph: Graph) -> dict[fx.Node, str]:
@@ -96,8 +96,6 @@ def weights_of(graph: Graph) -> dict[fx.Node, str]:
     for node in graph.nodes():
         if node.op == "get_attr" and not isinstance(_attribute(graph, node), nn.Module):
             found[node] = names.setdefault(_identity(graph, str(node.target)), f"w{len(names)}")
-            if not isinstance(node.meta.get("val"), torch.Tensor):
-                node.meta["val"] = graph.get(str(node.target))
     return found
 
 

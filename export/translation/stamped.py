@@ -22,6 +22,7 @@ from peftfx.export.translation.preparation import prepare
 from peftfx.export.translation.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph
+from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.optimization.fuse import OPSET, Fuse
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -127,24 +128,22 @@ class _Word(str):
 
 def _program(units: Sequence[_Unit]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:
     """A graph of unconnected operations: every operand is an input, every result an output."""
-    graph = fx.Graph()
+    rewriter = Rewriter(fx.Graph())
     maps: list[dict[fx.Node, fx.Node]] = []
     inputs: list[fx.Node] = []
     for unit in units:
         maps.append({})
         for source in unit.sources:
-            new = graph.placeholder(f"operand_{len(inputs)}")
-            new.meta = {"val": source.meta["val"]}
-            inputs.append(new)
-            maps[-1][source] = new
+            last = inputs[-1] if inputs else None
+            inputs.append(rewriter.placeholder(f"operand_{len(inputs)}", source.meta["val"], last))
+            maps[-1][source] = inputs[-1]
     outputs = []
     for unit, known in zip(units, maps, strict=True):
         for node in dict.fromkeys((unit.node, *unit.results)):
-            known[node] = graph.node_copy(node, lambda n, known=known: known[n])  # type: ignore[misc]
-            known[node].meta = {"val": node.meta.get("val")}
+            known[node] = rewriter.end().copy(node, known)
         outputs += [known[node] for node in unit.results]
-    graph.output(tuple(outputs))
-    return graph, inputs, outputs
+    rewriter.graph.output(tuple(outputs))
+    return rewriter.graph, inputs, outputs
 
 
 def _templates(small: ir.Model, units: Sequence[_Unit]) -> dict[str, _Template]:

@@ -15,6 +15,7 @@ from peftfx.export.translation.preparation import prepare
 from peftfx.export.translation.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph, link
+from peftfx.graph.rewriter import Rewriter
 
 _WEIGHTS = "weights"
 
@@ -53,10 +54,11 @@ def _use_one_mode(program: ExportedProgram) -> None:
     mode = next((n.meta["val"].fake_mode for n in places if n.name in used), None)
     if mode is None:
         return
+    rewriter = Rewriter(program.graph)
     with mode:
         for node in places:
             if node.meta["val"].fake_mode is not mode:
-                node.meta["val"] = _empty_like(node.meta["val"])
+                rewriter.revalue(node, _empty_like(node.meta["val"]))
         for name, tensor in program.state_dict.items():
             if isinstance(tensor, FakeTensor) and tensor.fake_mode is not mode:
                 program.state_dict[name] = _empty_like(tensor)

@@ -7,7 +7,6 @@ of the Kullback-Leibler divergence, in nats: about what the loss on such a text 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.comparison import Reference
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.probes import is_large
-from peftfx.files import is_file
+from peftfx.export_options.values import MaxError, check_text
 from peftfx.model.adapted import AdaptedModel
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.decode import PAST, PRESENT, Decode, cache_names, positions
@@ -32,35 +31,6 @@ LOGITS = "logits"
 ROWS, LENGTH = 8, 32  #: of greedy text
 LONGEST, MOST = 128, 2048  #: tokens of a row of a text that is given, and of all of it
 OWN, RANDOM = "its own greedy text", "random inputs"
-
-
-@dataclass(frozen=True)
-class MaxError:
-    """What quantisation may cost.
-
-    Attributes:
-        kind: `error`, over an output's largest magnitude; `kl`, in nats; `top1`, the least share that has to agree.
-        value: the bound.
-    """
-
-    kind: str
-    value: float
-
-    @staticmethod
-    def of(given: float | str | None) -> MaxError | None:
-        """From a number, or a text as `kl=0.05`, `top1=0.9`, `error=0.1` or `0.1`.
-
-        Raises:
-            PeftfxError: it is neither.
-        """
-        if given is None:
-            return None
-        match = re.fullmatch(r"\s*(?:(error|kl|top1)\s*=)?\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*", str(given).lower())
-        try:
-            return MaxError(match[1] or "error", float(match[2]))  # type: ignore[index]
-        except (TypeError, ValueError):
-            hint = "as in kl=0.05, top1=0.9 or 0.1"
-            raise PeftfxError(f"not a bound on an error: {given!r}", "max_error", hint) from None
 
 
 @dataclass(frozen=True)
@@ -155,12 +125,6 @@ def read_text(path: Path, source: str | Path) -> Tensor:
     if length < 2:
         raise PeftfxError("the text has fewer than 2 tokens", str(path), "give a longer one")
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-
-
-def check_text(path: Path) -> None:
-    """Refuse a file that is not there."""
-    if not is_file(path):
-        raise PeftfxError("there is no such file", str(path), "give a file of plain text to --calibration")
 
 
 def _sizes(adapted: AdaptedModel) -> tuple[int, int]:

@@ -31,6 +31,8 @@ WORST = 3  #: how many outputs a message names
 class VerificationError(PeftfxError):
     """The saved model and its reference disagree."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -20,6 +20,7 @@ from peftfx.contract.method import Op, WeightMethod
 from peftfx.contract.placement import Override, Placement, owner_of
 from peftfx.export.verification.published import KNOWN, OnOutput, on_output
 from peftfx.export.verification.swapped_weight import CONV, Step, SwappedWeight, Tensors
+from peftfx.graph.places import places_of, twin
 
 #: Modules whose forward is one product with their weight, and nothing else.
 _LINEAR = (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -56,6 +57,9 @@ def applied(base: nn.Module, adapters: Sequence[Adapter], whole: Collection[str]
     named = {*steps, *(path for adapter in adapters for path in adapter.named)}
     found = Applied(frozenset(named))
     with contextlib.ExitStack() as stack:
+        places = places_of(base)
+        for path in {*named, *(o.module for adapter in adapters for o in adapter.overrides)} & places.keys():
+            _stand_alone(base, path, stack)
         for adapter in adapters:
             for override in adapter.overrides:
                 _replace_copies(base, adapter, override, stack)
@@ -70,6 +74,15 @@ def unpublished(adapters: Sequence[Adapter]) -> list[str]:
     """The methods of weights whose arithmetic is not known here: it is their own `forward`."""
     methods = (p.method for adapter in adapters for p in adapter.placements)
     return sorted({type(m).__name__ for m in methods if isinstance(m, WeightMethod) and not isinstance(m, KNOWN)})
+
+
+def _stand_alone(base: nn.Module, path: str, stack: contextlib.ExitStack) -> None:
+    """Put a copy of a module in the place of this path, as HF PEFT does: in other places it stays what it is."""
+    owner, leaf = owner_of(base, path)
+    held = owner._modules[leaf]
+    assert held is not None
+    stack.callback(owner._modules.__setitem__, leaf, held)
+    owner._modules[leaf] = twin(held)
 
 
 def _replace_copies(base: nn.Module, adapter: Adapter, override: Override, stack: contextlib.ExitStack) -> None:

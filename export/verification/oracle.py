@@ -57,7 +57,7 @@ def eager_oracle(
     """
     eager = EagerReference(adapted, view, example)
     why = no_oracle(adapted)
-    asked = _Remembered(reference_of(graph) if why else named_in(graph, eager))
+    asked = Remembered(reference_of(graph) if why else named_in(graph, eager))
     if view is None:
         cases = probes(adapted, graph.inputs, example, None if why else asked.first, sizes)
     else:
@@ -102,19 +102,23 @@ def measured_of(adapted: AdaptedModel, cases: Sequence[Tensors]) -> frozenset[in
 
 
 @dataclass
-class _Remembered:
+class Remembered:
     """A reference whose answer to a call that has been tried need not be computed again.
 
-    A call is known by its identity, and kept with its answer: no other can get its number meanwhile.
+    A call is known by its tensors' identity. They are kept with its answer: no others can get their numbers meanwhile.
     """
 
     reference: Reference
-    kept: dict[int, tuple[Tensors, Tensors]] = field(default_factory=dict)
+    kept: dict[frozenset[tuple[str, int]], tuple[Tensors, Tensors]] = field(default_factory=dict)
 
     def first(self, feed: Tensors) -> None:
         """Try a call."""
-        self.kept[id(feed)] = feed, self.reference(feed)
+        self.kept[_identity(feed)] = feed, self.reference(feed)
 
     def __call__(self, feed: Tensors) -> Tensors:
-        found = self.kept.pop(id(feed), None)
+        found = self.kept.pop(_identity(feed), None)
         return self.reference(feed) if found is None else found[1]
+
+
+def _identity(feed: Tensors) -> frozenset[tuple[str, int]]:
+    return frozenset((name, id(value)) for name, value in feed.items())

@@ -18,6 +18,7 @@ from peftfx.methods.adalora import AdaLoRA
 from peftfx.methods.ia3 import IA3
 from peftfx.methods.lora import LoRA
 from peftfx.methods.vera import VeRA
+from peftfx.sites.site import EXPERTS
 
 KNOWN = (LoRA, AdaLoRA, VeRA, IA3)
 OnOutput = Callable[[Tensor, Tensor], Tensor]
@@ -52,8 +53,8 @@ def on_weight(method: WeightMethod, start: Base, under: Base, p: Params, kind: s
         start: the weight and bias without any adapter.
         under: what adapters that act already made of them; a grouped conv may be one of a single group there.
         p: the method's parameters.
-        kind: linear, conv or embedding.
-        groups: of a conv, at the start.
+        kind: linear, conv, embedding or experts.
+        groups: of a conv, at the start; of experts, how many they are.
     """
     weight, bias = under
     if isinstance(method, IA3):
@@ -105,6 +106,9 @@ def _product(a: Tensor, b: Tensor, kind: str, groups: int) -> Tensor:
         return (b @ a).T
     if kind == "linear":
         return b @ a
+    if kind == EXPERTS:  # A is [experts * r, in], B is [out, r * experts]
+        down = a.unflatten(0, (groups, -1))
+        return torch.einsum("ore,eri->eoi", b.unflatten(1, (-1, groups)), down)
     split = torch.einsum(
         "gor,gri->goi", b.flatten(1).unflatten(0, (groups, -1)), a.flatten(1).unflatten(0, (groups, -1))
     )

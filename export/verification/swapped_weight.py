@@ -13,6 +13,8 @@ from peftfx.contract.broadcast import row_index
 from peftfx.contract.method import Base, Params, WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.export.verification.published import on_weight
+from peftfx.sites.blocks import turned
+from peftfx.sites.site import EXPERTS
 
 Tensors = MutableMapping[str, Any]
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -43,12 +45,13 @@ class SwappedWeight:
         held = self.module._parameters
         weight, bias = held[self.name], held.get("bias") if self.name == "weight" else None
         assert weight is not None
-        base = Base((weight.T if self.transposed else weight).float(), None if bias is None else bias.float())
+        base = Base(turned(weight, self.transposed).float(), None if bias is None else bias.float())
         groups = self.module.groups if isinstance(self.module, CONV) else 1
+        groups = len(weight) if self.kind == EXPERTS else groups
         start = base
         for step in self.steps:
             base = _changed(start, base, step, self.kind, groups)
-        new = (base.weight.T if self.transposed else base.weight).to(weight.dtype)
+        new = turned(base.weight, self.transposed).to(weight.dtype)
         self._set(held, self.name, new)
         if base.bias is not None:
             self._set(held, "bias", base.bias.to(weight.dtype))
@@ -73,12 +76,14 @@ def _changed(start: Base, base: Base, step: Step, kind: str, groups: int) -> Bas
     part = step.placement.part
     if part is None:
         return _fold(step, start, base, p, kind, groups)
-    index = row_index(part.rows).to(base.weight.device)
-    first, rows = (Base(b.weight[index], None if b.bias is None else b.bias[index]) for b in (start, base))
+    index, axis = row_index(part.rows).to(base.weight.device), step.placement.site.rows_axis
+    first, rows = (
+        Base(b.weight.index_select(axis, index), None if b.bias is None else b.bias[index]) for b in (start, base)
+    )
     new, bias = _fold(step, first, rows, p, kind, groups), base.bias
     if new.bias is not None:
         bias = (base.weight.new_zeros(len(base.weight)) if bias is None else bias).index_copy(0, index, new.bias)
-    return Base(base.weight.index_copy(0, index, new.weight), bias)
+    return Base(base.weight.index_copy(axis, index, new.weight), bias)
 
 
 def _fold(step: Step, start: Base, base: Base, p: Params, kind: str, groups: int) -> Base:

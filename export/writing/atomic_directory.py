@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peftfx.errors import PeftfxError
-from peftfx.export.metadata import REPORT
 from peftfx.export.writing.file_lock import locked
 from peftfx.files import already_there, writing
+from peftfx.formats import REPORT
 
 Mark = Callable[[Path], bool]
 _NEW, _OLD = "new", "old"

@@ -17,7 +17,6 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
-from peftfx.errors import PeftfxError
 from peftfx.export.metadata import SOURCE
 from peftfx.export.translation.layout import value_of
 from peftfx.graph.graph import ADAPTERS
@@ -29,18 +28,6 @@ FINITE = 1e30  #: the bound on the error where nobody gave one: what is lost dep
 _ACCURACY = 4  #: activations are rounded to int8 on the fly: several times faster than in float, and what others do
 _AT_ONCE = 1 << 22  #: elements that are rounded at a time
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-
-
-_WHAT = {"max_error": "bounded", "calibration": "told"}
-
-
-def check_quantization(kind: str | None, max_error: object = None, calibration: object = None) -> None:
-    """Refuse an unknown kind, and a bound on the error of what is not quantised, or a text for it."""
-    for name, given in (("max_error", max_error), ("calibration", calibration)):
-        if kind is None and given is not None:
-            raise PeftfxError(f"there is no quantisation whose error could be {_WHAT[name]}", name, "pass quantize too")
-    if kind is not None and kind not in BITS:
-        raise PeftfxError(f"unknown quantisation {kind!r}", "quantize", f"one of {', '.join(BITS)}")
 
 
 def quantize(model: ir.Model, kind: str, block: int = BLOCK) -> list[str]:

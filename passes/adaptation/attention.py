@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -14,13 +14,13 @@ from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import ADAPTERS
+from peftfx.graph.rewriter import REGION
 from peftfx.passes.adaptation.weight import apply_at
-from peftfx.passes.base import REGION, Region
+from peftfx.passes.base import Region
 from peftfx.passes.rewriting.site_op import operands
 from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.blocks import Block
 from peftfx.sites.site import Call, Heads, Part, Site
-from peftfx.sites.sites import Sites
 
 aten = torch.ops.aten
 
@@ -31,15 +31,16 @@ def join(splicer: Splicer, placement: Placement, method: AttentionMethod) -> int
     site = next((s for s in splicer.graph.sites if s.kind == placement.site.kind and s.path == path), None)
     if site is None:  # this view does not run it
         return 0
+    splicer.called(site)
     assert heads is not None
-    first = splicer.nodes[site.calls[0].op]
+    first, named = splicer.nodes[site.calls[0].op], type(method).__name__
     params = splicer.parameters(placement, splicer.name, splicer.adapter, first)
     region = splicer.region(placement, splicer.name, first, params)
     weights = {
         name: operands(splicer.sites[name], splicer.sites[name].calls[0], splicer.nodes)[0] for name in _layers(heads)
     }
-    read = _trace_reads(splicer, method, params, weights[heads.key], path)
-    x = splicer.splice(read, list(params.values()), before=first, like=first, region=region)
+    at = splicer.at(first, first, region)
+    x = at.trace(*_reads(method, params, weights[heads.key]), key=("reads", method), what=named, where=path)
     made = {name: _project(splicer, splicer.sites[name], x, first, region) for name in _layers(heads)}
     for index, call in enumerate(site.calls):
         _join_at(splicer, placement, method, call, index, [made[heads.key], made[heads.value]], params)
@@ -50,41 +51,32 @@ def _layers(heads: Heads) -> list[str]:
     return list(dict.fromkeys((heads.key, heads.value)))
 
 
-def _trace_reads(
-    splicer: Splicer, method: AttentionMethod, params: dict[str, fx.Node], weight: fx.Node, where: str
-) -> fx.GraphModule:
-    names, values = list(params), [n.meta["val"] for n in params.values()]
-    dtype = weight.meta["val"].dtype
+def _reads(
+    method: AttentionMethod, params: dict[str, fx.Node], weight: fx.Node
+) -> tuple[Callable[..., Tensor], fx.Node, *tuple[fx.Node, ...]]:
+    """What the projections read, of the dtype of their weight, as a function of nodes."""
 
-    def reads(*given: Tensor) -> Tensor:
-        read = method.reads(dict(zip(names, given, strict=True)))
-        return read if read.dtype == dtype else read.to(dtype)
+    def reads(weight: Tensor, *given: Tensor) -> Tensor:
+        read = method.reads(dict(zip(params, given, strict=True)))
+        return read if read.dtype == weight.dtype else read.to(weight.dtype)
 
-    return splicer.traced(("reads", method, dtype), reads, values, method, where)
+    return reads, weight, *params.values()
 
 
 def _project(splicer: Splicer, site: Site, x: fx.Node, before: fx.Node, region: Region) -> fx.Node:
     """One more call of a linear site, on `x`; what was placed at the site acts there too. Gives the call's output."""
-    like = splicer.nodes[site.calls[0].op]
     weight, bias = operands(site, site.calls[0], splicer.nodes)
-
-    def node(target: torch._ops.OpOverload, *args: fx.Node) -> fx.Node:
-        with splicer.fx.inserting_before(before):
-            made = splicer.fx.call_function(target, args)
-        splicer.tag(made, target(*(a.meta["val"] for a in args)), like, region)
-        splicer.nodes[made.name] = made
-        return made
-
+    at = splicer.at(before, splicer.nodes[site.calls[0].op], region)
     if site.transposed:
-        op = node(aten.matmul.default, x, weight)
-        y = op if bias is None else node(aten.add.Tensor, op, bias)
+        op = at.call(aten.matmul.default, x, weight)
+        y = op if bias is None else at.call(aten.add.Tensor, op, bias)
     else:
-        op = y = node(aten.linear.default, x, weight, *(() if bias is None else (bias,)))
+        op = y = at.call(aten.linear.default, x, weight, *(() if bias is None else (bias,)))
     call = Call(x.name, op.name, y.name)
-    splicer.nodes[x.name] = x
+    splicer.nodes |= {node.name: node for node in (x, op, y)}
     splicer.sites[site.path] = dataclasses.replace(site, calls=(*site.calls, call))
     sites = (splicer.sites.get(s.path, s) if s.weight else s for s in splicer.graph.sites)
-    splicer.graph.sites = Sites(tuple(sites))
+    splicer.graph.sites = dataclasses.replace(splicer.graph.sites, items=tuple(sites))
     for (name, _), placed in splicer.placed.get(site.path, {}).items():
         adapter = splicer.graph.module.get_submodule(f"{ADAPTERS}.{name}")
         assert isinstance(adapter, Adapter)
@@ -109,22 +101,47 @@ def _join_at(
     y = splicer.latest.get(anchor.name, anchor)
     query = splicer.latest.get(call.x, splicer.nodes[call.x])
     arguments = [query, y, *(splicer.latest.get(n.name, n) for n in projected), *params.values()]
-    plain = dataclasses.replace(heads, key="", value="", weight="", output="")
-    own, names = dataclasses.replace(site, path="", layer=None, calls=(), heads=plain), list(params)
+    own, names = anonymous(site), list(params)
 
     def attend(query: Tensor, y: Tensor, keys: Tensor, values: Tensor, *given: Tensor) -> Tensor:
         p = dict(zip(names, given, strict=True))
-        key, value = split_heads(keys, heads.key_rows, heads.kept), split_heads(values, heads.value_rows, heads.kept)
-        output = y.unflatten(-1, (heads.count, -1)).transpose(1, 2) if behind else unstack(y, heads)
-        new = method.attend(own, unstack(query, heads), output, key, value, p, splicer.graph.training)
-        return new.transpose(1, 2).reshape(y.shape) if behind else new.reshape(y.shape)
+        return attended(method, own, query, y, (keys, values), p, training=splicer.graph.training)
 
-    given = [n.meta["val"] for n in arguments]
-    traced = splicer.traced(("attend", method, own, behind, names), attend, given, method, site.path)
     region = splicer.region(placement, splicer.name, anchor, params)
     users = list(y.users)
-    result = splicer.splice(traced, arguments, before=y.next, like=y, region=region)
+    key, named = ("attend", method, own, behind, names), type(method).__name__
+    result = splicer.at(y.next, y, region).trace(attend, *arguments, key=key, what=named, where=site.path)
     splicer.replace(y, result, users)
+
+
+def anonymous(site: Site) -> Site:
+    """An attention as its method sees it: without what tells it from others that are alike."""
+    assert site.heads is not None
+    heads = dataclasses.replace(site.heads, key="", value="", weight="", output="")
+    return dataclasses.replace(site, path="", layer=None, calls=(), heads=heads)
+
+
+def attended(
+    method: AttentionMethod,
+    site: Site,
+    query: Tensor,
+    y: Tensor,
+    projected: tuple[Tensor, Tensor],
+    p: Mapping[str, Tensor],
+    *,
+    training: bool,
+) -> Tensor:
+    """What a method makes of `y`: what the attention gives for `query`, or what leaves its module if it acts there.
+
+    `projected` are the outputs of the attention's key and value layers for what the method `reads`, [1, n, rows].
+    """
+    heads, behind = site.heads, method.is_behind(site)
+    assert heads is not None
+    key = split_heads(projected[0], heads.key_rows, heads.kept)
+    value = split_heads(projected[1], heads.value_rows, heads.kept)
+    output = y.unflatten(-1, (heads.count, -1)).transpose(1, 2) if behind else unstack(y, heads)
+    new = method.attend(site, unstack(query, heads), output, key, value, p, training)
+    return new.transpose(1, 2).reshape(y.shape) if behind else new.reshape(y.shape)
 
 
 def leaving(

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from peftfx.graph.graph import ADAPTERS, DERIVED, Graph, link
 from peftfx.graph.recipe import Get
-from peftfx.passes.base import OVERRIDES, REGION, attribute, attributes_of
+from peftfx.graph.rewriter import OVERRIDES, REGION, Rewriter, program_of
 
 aten = torch.ops.aten
 #: Operators that move or repeat values and compute none.
@@ -51,17 +51,17 @@ def freeze(graph: Graph) -> int:
     """
     free = _input_free(graph)
     edges = [n for n in free if any(user not in free for user in n.users)]
-    attributes = attributes_of(graph)
+    rewriter = Rewriter(graph.module.graph)
     cuts = dict.fromkeys(_before_repetition(node) for node in edges)
     for node in cuts:
         ancestors = list(_ancestors(node))
         name = _name(node, ancestors, graph.derived)
         graph.derived[name] = _recipe(node, ancestors)
-        derived = attribute(graph.module.graph, f"{DERIVED}.{name}", node.meta["val"], attributes)
-        node.replace_all_uses_with(derived)
+        rewriter.replace(node, rewriter.attribute(f"{DERIVED}.{name}", node.meta["val"]))
     for node in reversed(list(graph.nodes())):
         if not node.users and (node in free or node.op == "get_attr"):
-            graph.module.graph.erase_node(node)
+            rewriter.erase(node)
+    rewriter.close(graph)
     return len(cuts)
 
 
@@ -112,16 +112,8 @@ def _name(node: fx.Node, ancestors: list[fx.Node], taken: Container[str]) -> str
 
 
 def _recipe(node: fx.Node, order: list[fx.Node]) -> Computed:
-    program = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
     weights = [n for n in order if n.op == "get_attr"]
-    for weight in weights:
-        copies[weight] = program.placeholder(weight.name)
-    for n in order:
-        if n.op != "get_attr":
-            copies[n] = program.node_copy(n, lambda x: copies[x])
-    program.output(copies[node])
-    return Computed(link(program, {}), tuple(str(n.target) for n in weights))
+    return Computed(link(program_of(weights, order, [node], single=True), {}), tuple(str(n.target) for n in weights))
 
 
 def _ancestors(node: fx.Node) -> Iterator[fx.Node]:

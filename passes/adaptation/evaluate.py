@@ -15,6 +15,7 @@ class Evaluate(Pass):
     """Give every derived weight a value; the graph can then run in torch."""
 
     preserves = True
+    ensures = ("evaluated",)
 
     def __call__(self, graph: Graph) -> PassResult:
         if graph.evaluated >= graph.derived.keys():

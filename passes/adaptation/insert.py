@@ -18,7 +18,7 @@ from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.passes.adaptation.attention import join
 from peftfx.passes.adaptation.sequence import TARGET, first_operation, trace_virtual
 from peftfx.passes.adaptation.weight import apply_at
-from peftfx.passes.base import OVERRIDES, Pass, PassResult, fake_like
+from peftfx.passes.base import Pass, PassResult, fake_like
 from peftfx.passes.rewriting.splice import Splicer
 
 
@@ -41,7 +41,7 @@ class Insert(Pass):
         ordered = sorted(self.adapter.placements, key=lambda p: not isinstance(p.method, AttentionMethod))
         with isolated(graph.base):
             changed = _override(splicer) + sum(_insert(splicer, p) for p in ordered)
-        graph.module.recompile()
+        splicer.rewriter.close(graph)
         return PassResult(graph, changed)
 
 
@@ -73,17 +73,14 @@ def _override(splicer: Splicer) -> int:
 def _own(splicer: Splicer, override: Override, node: fx.Node) -> fx.Node:
     """What is read in the place of the base's tensor: the adapter's, or the base's with the adapter's rows."""
     if not override.rows:
-        own = splicer.attribute(f"{ADAPTERS}.{splicer.name}.{override.key}", node.meta["val"])
-        own.meta[OVERRIDES] = str(node.target)
-        return own
+        target = f"{ADAPTERS}.{splicer.name}.{override.key}"
+        return splicer.attribute(target, node.meta["val"], overrides=str(node.target))
     indices, rows = (
         splicer.attribute(f"{ADAPTERS}.{splicer.name}.{key}", fake_like(node.meta["val"], splicer.adapter.get(key)))
         for key in (override.indices, override.key)
     )
-    with splicer.fx.inserting_before(first_operation(splicer.fx)):
-        own = splicer.fx.call_function(torch.ops.aten.index_put.default, (node, [indices], rows))
-    own.meta = {"val": node.meta["val"], OVERRIDES: str(node.target)}
-    return own
+    at = splicer.rewriter.before(first_operation(splicer.rewriter.graph), node, overrides=str(node.target))
+    return at.call(torch.ops.aten.index_put.default, node, [indices], rows)
 
 
 def _targets_by_tensor(splicer: Splicer) -> dict[int, list[str]]:
@@ -106,7 +103,7 @@ def _insert(splicer: Splicer, placement: Placement) -> int:
     site = splicer.sites.get(placement.site.path)  # a view may not run it: `inputs_embeds` passes an embedding by
     if site is None:
         return 0
-    for call in site.calls:
+    for call in splicer.called(site).calls:
         apply_at(splicer, placement, call, splicer.name, splicer.adapter)
     splicer.note(splicer.name, placement)
     return len(site.calls)
@@ -122,6 +119,7 @@ def _fill(splicer: Splicer, placement: Placement, method: SequenceMethod) -> int
     traced = trace_virtual(method, hole.meta["val"], list(params), fake, training=splicer.graph.training)
     region = splicer.region(placement, splicer.name, hole, params)
     users = list(hole.users)
-    result = splicer.splice(traced, list(params.values()), before=first_operation(splicer.fx), like=hole, region=region)
+    first = first_operation(splicer.rewriter.graph)
+    result = splicer.at(first, hole, region).splice(traced, list(params.values()))
     splicer.replace(hole, result, users)
     return 1

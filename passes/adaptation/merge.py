@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from peftfx.adapters.recipes import Derived, Folding, Own, Step
 from peftfx.contract.method import WeightMethod
 from peftfx.graph.graph import ADAPTERS, DERIVED, Graph
+from peftfx.graph.rewriter import OVERRIDES, REGION, Rewriter
 from peftfx.passes.adaptation.constants import freeze
-from peftfx.passes.base import OVERRIDES, REGION, Pass, PassResult, Region, attribute, attributes_of, fake_like, results
+from peftfx.passes.base import Pass, PassResult, Region, attributes_of, fake_like, results
 from peftfx.passes.rewriting.site_op import operands, rewire
 from peftfx.sites.site import Site
 
@@ -27,16 +28,19 @@ class Merge(Pass):
     """
 
     preserves = True
+    requires = ("intact",)
+    ensures = ("merged",)
 
     def __call__(self, graph: Graph) -> PassResult:
         steps = _steps(graph)
         if not results(graph) and not any(OVERRIDES in n.meta for n in graph.nodes()):
             return PassResult(graph, 0)
         merged = _without_regions(graph)
-        nodes, attributes = {n.name: n for n in merged.nodes()}, attributes_of(merged)
+        nodes, rewriter = {n.name: n for n in merged.nodes()}, Rewriter(merged.module.graph)
         sites = {site.path: site for site in merged.sites if site.weight}
         for path, regions in steps.items():
-            _fold_site(merged, sites[path], regions, nodes, attributes)
+            _fold_site(rewriter, merged, sites[path], regions, nodes)
+        rewriter.close(merged)
         frozen = freeze(merged)
         for node in attributes_of(merged).values():
             if not node.users:
@@ -86,9 +90,7 @@ def _acts_on_weights(node: fx.Node) -> bool:
     return REGION in node.meta and isinstance(node.meta[REGION].placement.method, WeightMethod)
 
 
-def _fold_site(
-    graph: Graph, site: Site, regions: list[Region], nodes: dict[str, fx.Node], attributes: dict[str, fx.Node]
-) -> None:
+def _fold_site(rewriter: Rewriter, graph: Graph, site: Site, regions: list[Region], nodes: dict[str, fx.Node]) -> None:
     weight, bias = operands(site, site.calls[0], nodes)
     steps = tuple(
         Step(r.placement.method, r.placement.view, r.placement.block, dict(r.params))
@@ -98,12 +100,12 @@ def _fold_site(
     folding = Folding(site, str(weight.target), None if bias is None else str(bias.target), steps)
     new_weight, new_bias = _meta(folding, graph, weight, bias)
     graph.derived[f"{site.path}.weight"] = Derived(folding, "weight")
-    derived = attribute(graph.module.graph, f"{DERIVED}.{site.path}.weight", new_weight, attributes)
+    derived = rewriter.attribute(f"{DERIVED}.{site.path}.weight", new_weight)
     if new_bias is not None:
         graph.derived[f"{site.path}.bias"] = Derived(folding, "bias")
-        bias = attribute(graph.module.graph, f"{DERIVED}.{site.path}.bias", new_bias, attributes)
+        bias = rewriter.attribute(f"{DERIVED}.{site.path}.bias", new_bias)
     for call in site.calls:
-        rewire(site, call, nodes, derived, bias, dense=new_weight.shape != weight.meta["val"].shape)
+        rewire(rewriter, site, call, nodes, derived, bias, dense=new_weight.shape != weight.meta["val"].shape)
 
 
 def _meta(folding: Folding, graph: Graph, weight: fx.Node, bias: fx.Node | None) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import CONSTANTS, DERIVED, Graph
 from peftfx.graph.recipe import Get
-from peftfx.passes.base import Pass, PassResult, attribute, attributes_of
+from peftfx.graph.rewriter import Rewriter
+from peftfx.passes.base import Pass, PassResult, attributes_of
 from peftfx.views.cache_prefix import Prefilled
 from peftfx.views.decode import PRESENT, Decode, cache_names
 
@@ -90,8 +91,8 @@ class Prefill(Pass):
         new = graph.clone()
         hole = attributes_of(new)[f"{CONSTANTS}.{self.left.entry.name}"]
         new.derived[NAME] = self.left
-        derived = attribute(new.module.graph, f"{DERIVED}.{NAME}", hole.meta["val"], {})
-        hole.replace_all_uses_with(derived)
-        new.module.graph.erase_node(hole)
-        new.module.recompile()
+        rewriter = Rewriter(new.module.graph)
+        rewriter.replace(hole, rewriter.attribute(f"{DERIVED}.{NAME}", hole.meta["val"]))
+        rewriter.erase(hole)
+        rewriter.close(new)
         return PassResult(new, 1)

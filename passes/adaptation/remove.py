@@ -10,9 +10,9 @@ from torch import fx
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.graph.graph import ADAPTERS, Graph
+from peftfx.graph.rewriter import OVERRIDES, REGION, REPLACES, Rewriter
 from peftfx.passes.adaptation.insert import Insert
-from peftfx.passes.base import OVERRIDES, REGION, REPLACES, Pass, PassResult, attributes_of, results
-from peftfx.sites.sites import Sites
+from peftfx.passes.base import Pass, PassResult, attributes_of, results
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,24 @@ class Remove(Pass):
     """
 
     name: str | None = None
+    requires = ("intact",)
+
+    @property
+    def ensures(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Nothing of adapters is left where all are removed."""
+        return ("bare",) if self.name is None else ()
 
     def __call__(self, graph: Graph) -> PassResult:
         if self.name is not None and self._is_run_again(graph):
             return self._without(graph)
         graph = graph.clone()
+        rewriter = Rewriter(graph.module.graph)
         nodes = {n.name: n for n in graph.nodes()}
         stands_for: dict[str, str] = {}
         changed = 0
         for result in results(graph):
             replaced = stands_for.get(result.meta[REPLACES], result.meta[REPLACES])
-            result.meta[REPLACES] = replaced
+            rewriter.tag(result, replaces=replaced)
             if self._mine(result.meta[REGION].adapter):
                 result.replace_all_uses_with(nodes[replaced])
                 stands_for[result.name] = replaced
@@ -80,7 +87,7 @@ class Remove(Pass):
             gone.update(call.y for call in added)
             kept = tuple(c for c in site.calls if c not in added)
             sites.append(dataclasses.replace(site, calls=kept) if added else site)
-        graph.sites = Sites(tuple(sites)) if gone else graph.sites
+        graph.sites = dataclasses.replace(graph.sites, items=tuple(sites)) if gone else graph.sites
         return gone
 
     def _restore(self, graph: Graph) -> int:

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from torch import Tensor, fx
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.contract.completeness import asking, refuse_output
-from peftfx.contract.method import Op, WeightMethod
+from peftfx.contract.acting import Acting, adapted, overlap
+from peftfx.contract.method import WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.graph.graph import ADAPTERS
-from peftfx.passes.rewriting.site_op import bind, operands
+from peftfx.passes.rewriting.site_op import bind, held, operands
 from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.site import Call, Site
 
-Acting = tuple[Placement, list[str]]
+Named = tuple[Placement, list[str]]
 """What acts at a site, and the names of its parameters."""
 
 
@@ -27,13 +27,14 @@ def apply_at(splicer: Splicer, placement: Placement, call: Call, name: str, adap
     weight, bias = operands(placement.site, call, splicer.nodes)
     params = splicer.parameters(placement, name, adapter, y)
     under = _under(splicer, placement, y)
-    arguments = [x, y, weight, bias, *params.values(), *(n for _, read in under for n in read.values())]
-    values = [None if n is None else n.meta["val"] for n in arguments]
+    others = (n for _, read in under for n in read.values())
+    arguments = [x, y, weight, bias, *held(op, placement.site), *params.values(), *others]
     acting = [(placement, list(params)), *((p, list(read)) for p, read in under)]
-    traced = _trace(splicer, acting, op, values)
     region = splicer.region(placement, name, splicer.nodes[call.y], params)
     users = list(y.users)
-    result = splicer.splice(traced, arguments, before=y.next, like=y, region=region)
+    forward, key = _forward(acting, op, training=splicer.graph.training), _key(acting, op)
+    named = type(placement.method).__name__
+    result = splicer.at(y.next, y, region).trace(forward, *arguments, key=key, what=named, where=placement.site.path)
     splicer.weighted[call.y] = result
     splicer.replace(y, result, users)
 
@@ -45,19 +46,17 @@ def _under(splicer: Splicer, placement: Placement, y: fx.Node) -> list[tuple[Pla
         return []
     found = []
     for (name, _), other in splicer.placed.get(placement.site.path, {}).items():
-        if None in (other.part, placement.part) or other.part == placement.part:
+        if overlap(other, placement):
             adapter = splicer.graph.module.get_submodule(f"{ADAPTERS}.{name}")
             assert isinstance(adapter, Adapter)
             found.append((other, splicer.parameters(other, name, adapter, y)))
     return found
 
 
-def _trace(splicer: Splicer, acting: list[Acting], op: fx.Node, values: list[object]) -> fx.GraphModule:
-    placement, _ = acting[0]
+def _key(acting: list[Named], op: fx.Node) -> object:
+    """What a trace depends on, beside its operands."""
     fixed = [a for a in op.args if not isinstance(a, fx.Node)]
-    forward = _forward(acting, op, training=splicer.graph.training)
-    methods = [(p.method, _signature(p), p.block, names) for p, names in acting]
-    return splicer.traced((methods, op.target, fixed), forward, values, placement.method, placement.site.path)
+    return [(p.method, _signature(p), p.block, names) for p, names in acting], op.target, fixed
 
 
 def _signature(placement: Placement) -> Site:
@@ -65,40 +64,18 @@ def _signature(placement: Placement) -> Site:
     return dataclasses.replace(placement.view, path="", layer=None, weight="", bias=None, calls=())
 
 
-def _forward(acting: list[Acting], op: fx.Node, *, training: bool) -> Callable[..., Tensor]:
-    """A weight method's forward at one call as a function of (x, y, weight, bias, *params).
+def _forward(acting: list[Named], op: fx.Node, *, training: bool) -> Callable[..., Tensor]:
+    """A weight method's forward at one call as a function of (x, y, weight, bias, *held, *params).
 
     It is the first of those acting; the others are what it runs again, with their parameters behind its own.
     """
-    (placement, names), *under = acting
-    bound, block, method = bind(op, placement.site), placement.block, placement.method
-    assert isinstance(method, WeightMethod)
-    where, site = (
-        placement.site.path,
-        dataclasses.replace(placement.view, path=""),
-    )  # one trace serves every site of this signature
-    steps = [(_forward([step], op, training=training), len(step[1])) for step in under]
+    site = acting[0][0].site
+    places, count = [(Acting.of(placement), names) for placement, names in acting], len(held(op, site))
 
-    def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *params: Tensor) -> Tensor:
-        base, p = placement.base(weight, bias), dict(zip(names, params, strict=False))
-
-        def again(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            y, at = bound(x, whole.weight, whole.bias), len(names)
-            for step, count in steps:
-                y, at = step(x, y, *stored, *params[at : at + count]), at + count
-            return y if block is None else block.take(y, _row_dim(site))
-
-        stored, whole = (weight, bias), dataclasses.replace(placement, part=None).base(weight, bias)
-        run: Op = again if steps else bound
-        own = y if block is None else block.take(y, _row_dim(site))
-        with asking(method, "forward", where):
-            rows = method.forward(site, run, x, own, base, p, training)
-        refuse_output(method, where, rows, own)
-        return rows if block is None else block.put(y, rows, _row_dim(site))
+    def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor) -> Tensor:
+        values = iter(rest[count:])
+        (first, p), *under = [(at, {name: next(values) for name in names}) for at, names in places]
+        bound = bind(op, site, rest[:count])
+        return adapted(first, p, bound, x, y, (weight, bias), under, training=training)
 
     return forward
-
-
-def _row_dim(site: Site) -> int:
-    """Which dimension of a site's output its weight's rows are."""
-    return -1 if site.kind != "conv" else 1 - len(site.shape)

@@ -9,6 +9,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from peftfx.graph.graph import Graph
+from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.optimization.dead_code import sweep
 from peftfx.passes.rewriting.matching import have_one_shape
@@ -29,17 +30,19 @@ class Cleanup(Pass):
     """
 
     preserves = True
+    requires = ("inference",)
 
     def __call__(self, graph: Graph) -> PassResult:
         result = graph.clone()
+        rewriter = Rewriter(result.module.graph)
         before = len(result.module.graph.nodes)
         written = any(writes(node) for node in result.nodes())  # then a copy is more than its value
         for node in list(result.nodes()):
             if _does_nothing(node) or (_is_neutral(node) and not written):
-                node.replace_all_uses_with(source(node))
-                result.module.graph.erase_node(node)
-        sweep(result)
-        result.module.recompile()
+                rewriter.replace(node, source(node))
+                rewriter.erase(node)
+        sweep(rewriter)
+        rewriter.close(result)
         return PassResult(result, before - len(result.module.graph.nodes))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peftfx.graph.graph import Graph
+from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.base import Pass, PassResult
 
 
@@ -19,16 +20,17 @@ class Sweep(Pass):
 
     def __call__(self, graph: Graph) -> PassResult:
         result = graph.clone()
-        dropped = sweep(result)
-        result.module.recompile()
+        rewriter = Rewriter(result.module.graph)
+        dropped = sweep(rewriter)
+        rewriter.close(result)
         return PassResult(result, dropped) if dropped else PassResult(graph, 0)
 
 
-def sweep(graph: Graph) -> int:
+def sweep(rewriter: Rewriter) -> int:
     """Erase nodes without users, in place; returns how many. fx's own pass wants derived weights to exist by now."""
     dropped = 0
-    for node in reversed(list(graph.nodes())):
+    for node in reversed(list(rewriter.graph.nodes)):
         if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure():
-            graph.module.graph.erase_node(node)
+            rewriter.erase(node)
             dropped += 1
     return dropped

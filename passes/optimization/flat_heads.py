@@ -9,20 +9,21 @@ import torch
 import torch.onnx.ops  # registers torch.ops.onnx
 from torch import fx
 
-from peftfx.passes.rewriting.matching import COPIES, RESHAPES, has_axes, have_one_shape, operand, same_size, values
+from peftfx.graph.rewriter import Rewriter
+from peftfx.passes.rewriting.matching import COPIES, RESHAPES, has_axes, have_one_shape, operand, same_size
 
 aten, onnx = torch.ops.aten, torch.ops.onnx
 Size = int | fx.Node
 
 
-def flatten_heads(graph: fx.Graph, attention: fx.Node, sizes: Mapping[str, fx.Node]) -> bool:
+def flatten_heads(rewriter: Rewriter, attention: fx.Node, sizes: Mapping[str, fx.Node]) -> bool:
     """Give an attention, and rotary embeddings right before it, their values with the heads side by side.
 
     Only where query, key, value and what the attention gives are all transposed to [batch, heads, length, width] and
     back: the operator takes all in one form, and does itself what they did.
 
     Args:
-        graph: is rewritten.
+        rewriter: of the graph.
         attention: an `Attention` over four axes.
         sizes: see `sizes_of`.
     """
@@ -35,18 +36,17 @@ def flatten_heads(graph: fx.Graph, attention: fx.Node, sizes: Mapping[str, fx.No
     query, key, value = given
     if query.width != value.width:  # what torch makes of such values for other sizes has the queries' width
         return False
-    with graph.inserting_before(attention):
-        flat = tuple(x.flatten(graph) for x in given)
-        heads = {"q_num_heads": query.heads, "kv_num_heads": key.heads}
-        arguments, options = (*flat, *attention.args[3:]), {**attention.kwargs, **heads}
-        call = graph.call_function(onnx.Attention.opset23, arguments, options)
-    made = call.target(*values(arguments), **options)  # type: ignore[operator]
-    call.meta = {**attention.meta, "val": (made[0], *attention.meta["val"][1:3], made[3])}
-    attention.replace_all_uses_with(call)
-    graph.erase_node(attention)
-    output.meta = {**output.meta, "val": made[0]}
+    flat = [x.flatten(rewriter, attention) for x in given]
+    heads = {"q_num_heads": query.heads, "kv_num_heads": key.heads}
+    at = rewriter.before(attention)
+    call = at.call(onnx.Attention.opset23, *flat, *attention.args[3:], **attention.kwargs, **heads)
+    made = call.meta["val"]
+    rewriter.revalue(call, (made[0], *attention.meta["val"][1:3], made[3]))
+    rewriter.replace(attention, call)
+    rewriter.erase(attention)
+    rewriter.revalue(output, made[0])
     for turn in turns:
-        _view(graph, output, turn, [*query.leading, query.heads, query.width])
+        _view(rewriter, output, turn, [*query.leading, query.heads, query.width])
     return True
 
 
@@ -79,16 +79,16 @@ class _Input:
             return None
         return _Input(rows, rotary, leading, heads, width)  # type: ignore[arg-type]
 
-    def flatten(self, graph: fx.Graph) -> fx.Node:
+    def flatten(self, rewriter: Rewriter, attention: fx.Node) -> fx.Node:
         """It as [batch, length, heads * width]."""
         plain = _flat(self.rows)
         if plain is None:
             shape = [*self.leading, self.heads * self.width]
-            plain = _call(graph, aten.reshape.default, (self.rows, shape), self.rows)
+            plain = rewriter.before(attention, self.rows).call(aten.reshape.default, self.rows, shape)
         if self.rotary is None:
             return plain
-        arguments = (plain, *self.rotary.args[1:])
-        return _call(graph, onnx.RotaryEmbedding.opset23, arguments, self.rotary, num_heads=self.heads)
+        at = rewriter.before(attention, self.rotary)
+        return at.call(onnx.RotaryEmbedding.opset23, plain, *self.rotary.args[1:], num_heads=self.heads)
 
 
 def sizes_of(graph: fx.Graph) -> dict[str, fx.Node]:
@@ -134,22 +134,11 @@ def _turns(output: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _view(graph: fx.Graph, flat: fx.Node, turn: fx.Node, shape: Sequence[object]) -> None:
+def _view(rewriter: Rewriter, flat: fx.Node, turn: fx.Node, shape: Sequence[object]) -> None:
     """Put an attention's output in the place of a transpose of the old one, cut into heads where anything sees them."""
-    with graph.inserting_before(turn):
-        view = _call(graph, aten.reshape.default, (flat, list(shape)), turn)
-    turn.replace_all_uses_with(view)
+    view = rewriter.before(turn).call(aten.reshape.default, flat, list(shape))
+    rewriter.replace(turn, view)
     for user in list(view.users):
         for rows in list(user.users) if user.target in COPIES else [user]:
             if rows.target in RESHAPES and have_one_shape(rows, flat):
-                rows.replace_all_uses_with(flat)
-
-
-def _call(graph: fx.Graph, target: object, args: tuple[object, ...], like: fx.Node, **kwargs: int) -> fx.Node:
-    node = graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-    node.meta = {**like.meta, "val": target(*_deep(args), **kwargs)}  # type: ignore[operator]
-    return node
-
-
-def _deep(args: tuple[object, ...]) -> list[object]:
-    return [values(tuple(a)) if isinstance(a, list) else a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
+                rewriter.replace(rows, flat)

@@ -18,12 +18,13 @@ import torch.onnx.ops  # registers torch.ops.onnx
 from torch import fx
 
 from peftfx.graph.graph import Graph
+from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.optimization.cleanup import Cleanup
 from peftfx.passes.optimization.flat_heads import flatten_heads, sizes_of
 from peftfx.passes.optimization.rms_norm import fuse_norm
 from peftfx.passes.optimization.rotary import fuse_rotary
-from peftfx.passes.rewriting.matching import RESHAPES, has_axes, operand, pair, same_size, values
+from peftfx.passes.rewriting.matching import RESHAPES, has_axes, operand, pair, same_size
 
 OPSET = 23  #: the first version of ONNX's operators that has what this makes
 FUSED = ("Attention", "RotaryEmbedding", "RMSNormalization")
@@ -32,21 +33,27 @@ aten, onnx = torch.ops.aten, torch.ops.onnx
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Replace what these operators stand for, and drop what then nobody uses."""
+    """Replace what these operators stand for, and drop what then nobody uses.
+
+    The calls of what is fused are gone: adapters come ahead of it.
+    """
 
     preserves = True
+    requires = ("inference",)
 
     def __call__(self, graph: Graph) -> PassResult:
         result = graph.clone()
-        inner, halves = result.module.graph, dict[fx.Node, fx.Node]()
-        sizes = sizes_of(inner)
+        rewriter, halves = Rewriter(result.module.graph), dict[fx.Node, fx.Node]()
+        sizes = sizes_of(rewriter.graph)
         changed = 0
-        for node in list(inner.nodes):
-            changed += fuse_norm(inner, node) or fuse_rotary(inner, node, halves) or _fuse_attention(inner, node, sizes)
+        for node in list(result.nodes()):
+            fused = fuse_norm(rewriter, node) or fuse_rotary(rewriter, node, halves)
+            changed += fused or _fuse_attention(rewriter, node, sizes)
+        rewriter.close(result)
         return PassResult(Cleanup()(result).graph if changed else graph, changed)
 
 
-def _fuse_attention(graph: fx.Graph, node: fx.Node, sizes: Mapping[str, fx.Node]) -> bool:
+def _fuse_attention(rewriter: Rewriter, node: fx.Node, sizes: Mapping[str, fx.Node]) -> bool:
     """Attention over a cache: keys and values are what was there and the new ones, repeated for groups of heads."""
     if node.target is not aten.scaled_dot_product_attention.default or not has_axes(node, ndim=4):
         return False
@@ -60,17 +67,14 @@ def _fuse_attention(graph: fx.Graph, node: fx.Node, sizes: Mapping[str, fx.Node]
     (past_key, new_key), (past_value, new_value) = pairs
     arguments = (query, new_key, new_value, mask, past_key, past_value)
     scale = node.kwargs.get("scale")
-    with graph.inserting_before(node):
-        call = graph.call_function(onnx.Attention.opset23, arguments, {} if scale is None else {"scale": scale})
-        outputs = [graph.call_function(operator.getitem, (call, i)) for i in range(3)]
-    olds = (node, *grown)
-    scores = call.target(*values(arguments))[3]  # type: ignore[operator]
-    call.meta = {**node.meta, "val": (*(old.meta["val"] for old in olds), scores)}
+    at, olds = rewriter.before(node), (node, *grown)
+    call = at.call(onnx.Attention.opset23, *arguments, **({} if scale is None else {"scale": scale}))
+    rewriter.revalue(call, (*(old.meta["val"] for old in olds), call.meta["val"][3]))
+    outputs = [at.call(operator.getitem, call, i) for i in range(3)]
     for old, new in zip(olds, outputs, strict=True):
-        new.meta = dict(old.meta)
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user > call)
-    graph.erase_node(node)  # it is said to draw random numbers, and would stay
-    flatten_heads(graph, call, sizes)
+        rewriter.replace(old, new, [user for user in old.users if user > call])
+    rewriter.erase(node)  # it is said to draw random numbers, and would stay
+    flatten_heads(rewriter, call, sizes)
     return True
 
 

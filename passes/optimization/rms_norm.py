@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.rewriting.matching import ADDS, MULS, either_way, has_axes, operand, peel, replace, same_size
 
 aten = torch.ops.aten
 
 
-def fuse_norm(graph: fx.Graph, node: fx.Node) -> bool:
+def fuse_norm(rewriter: Rewriter, node: fx.Node) -> bool:
     """`weight * x / sqrt(mean(x^2) + eps)`, over the last axis."""
     if node.target not in MULS:
         return False
@@ -23,8 +24,7 @@ def fuse_norm(graph: fx.Graph, node: fx.Node) -> bool:
             if eps is None or not same_size(weight, 0, x, -1) or not (scaled is normed or _is_cast(x, scaled)):
                 continue
             plain = x if scaled is normed else operand(x)
-            arguments = (plain, [weight.meta["val"].shape[0]], weight, eps)
-            replace(graph, node, aten.rms_norm.default, arguments)
+            replace(rewriter, node, aten.rms_norm.default, plain, [weight.meta["val"].shape[0]], weight, eps)
             return True
     return False
 

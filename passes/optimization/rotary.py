@@ -6,13 +6,14 @@ import torch
 import torch.onnx.ops  # registers torch.ops.onnx
 from torch import fx
 
-from peftfx.passes.rewriting.matching import MULS, either_way, has_axes, operand, pair, replace, same_size, values
+from peftfx.graph.rewriter import Rewriter
+from peftfx.passes.rewriting.matching import MULS, either_way, has_axes, operand, pair, replace, same_size
 
 aten, onnx = torch.ops.aten, torch.ops.onnx
 _END = 2**63 - 1
 
 
-def fuse_rotary(graph: fx.Graph, node: fx.Node, halves: dict[fx.Node, fx.Node]) -> bool:
+def fuse_rotary(rewriter: Rewriter, node: fx.Node, halves: dict[fx.Node, fx.Node]) -> bool:
     """`x * cos + rotate_half(x) * sin`, x of [batch, heads, length, width]."""
     if node.target is not aten.add.Tensor or node.kwargs or not has_axes(node, ndim=4):
         return False
@@ -26,8 +27,8 @@ def fuse_rotary(graph: fx.Graph, node: fx.Node, halves: dict[fx.Node, fx.Node]) 
             for same, cos in either_way(straight):
                 tables = [_table(angle, same) for angle in (cos, sin)]
                 if same is x and None not in tables:
-                    first = [_half(graph, table, halves) for table in tables if table is not None]
-                    replace(graph, node, onnx.RotaryEmbedding.opset23, (x, *first))
+                    first = [_half(rewriter, table, halves) for table in tables if table is not None]
+                    replace(rewriter, node, onnx.RotaryEmbedding.opset23, x, *first)
                     return True
     return False
 
@@ -65,14 +66,12 @@ def _made_of(table: fx.Node) -> list[fx.Node]:
     return [*steps, operand(table)] if table.target in (aten.cos.default, aten.sin.default) else steps
 
 
-def _half(graph: fx.Graph, table: fx.Node, halves: dict[fx.Node, fx.Node]) -> fx.Node:
+def _half(rewriter: Rewriter, table: fx.Node, halves: dict[fx.Node, fx.Node]) -> fx.Node:
     """The first half of a table's width, made of the first half of its angles; made once for all layers."""
     if table not in halves:
         *steps, angles = _made_of(table)
         half = angles.args[0][0]  # type: ignore[index]
         for step in reversed(steps):
-            with graph.inserting_before(table):
-                half = graph.create_node(step.op, step.target, (half, *step.args[1:]), step.kwargs)  # type: ignore[arg-type]
-            half.meta["val"] = half.target(*values(half.args), **half.kwargs)  # type: ignore[operator]
+            half = rewriter.before(table, step).call(step.target, half, *step.args[1:], **step.kwargs)
         halves[table] = half  # type: ignore[assignment]
     return halves[table]

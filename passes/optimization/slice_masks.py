@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.rewriting.matching import operand, same_size
 
 aten = torch.ops.aten
 Size = int | fx.Node
 
 
-def slice_grid(graph: fx.Graph, node: fx.Node) -> bool:
+def slice_grid(rewriter: Rewriter, node: fx.Node) -> bool:
     """`x[i, j]`, where i counts from 0 along one axis of the result and j along a later one: slices of x from 0.
 
     What is counted is no longer than x, else the gather were an error; so the slices take as much.
@@ -27,23 +28,18 @@ def slice_grid(graph: fx.Graph, node: fx.Node) -> bool:
     taken = x
     for place, (axis, end) in enumerate(found):
         if not same_size(x, place, node, axis):  # type: ignore[arg-type]
-            taken = _slice(graph, node, taken, place, axis, end)  # type: ignore[arg-type]
+            taken = _slice(rewriter, node, taken, place, axis, end)  # type: ignore[arg-type]
     for axis in (i for i in range(node.meta["val"].ndim) if i not in axes):
-        with graph.inserting_before(node):
-            wide = graph.call_function(aten.unsqueeze.default, (taken, axis))
-        wide.meta["val"] = taken.meta["val"].unsqueeze(axis)  # type: ignore[union-attr]
-        taken = wide
-    node.replace_all_uses_with(taken)  # type: ignore[arg-type]
+        taken = rewriter.before(node).call(aten.unsqueeze.default, taken, axis)
+    rewriter.replace(node, taken)  # type: ignore[arg-type]
     return True
 
 
-def _slice(graph: fx.Graph, node: fx.Node, x: fx.Node, place: int, axis: int, end: Size) -> fx.Node:
-    with graph.inserting_before(node):
-        part = graph.call_function(aten.slice.Tensor, (x, place, 0, end))
-    before, sizes = x.meta["val"], list(x.meta["val"].shape)
+def _slice(rewriter: Rewriter, node: fx.Node, x: fx.Node, place: int, axis: int, end: Size) -> fx.Node:
+    sizes = list(x.meta["val"].shape)
     sizes[place] = node.meta["val"].shape[axis]
-    part.meta["val"] = before.new_empty(sizes)
-    return part
+    value = x.meta["val"].new_empty(sizes)  # computed, it were a size of its own: the least of two
+    return rewriter.before(node).call(aten.slice.Tensor, x, place, 0, end, value=value)
 
 
 def _count(index: fx.Node, node: fx.Node) -> tuple[int, Size] | None:

@@ -7,18 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from peftfx.graph.rewriter import Rewriter
+
 aten = torch.ops.aten
 COPIES = {aten.clone.default, aten.contiguous.default}
 RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 ADDS, MULS = {aten.add.Tensor, aten.add.Scalar}, {aten.mul.Tensor, aten.mul.Scalar}
 
 
-def replace(graph: fx.Graph, node: fx.Node, target: Callable[..., object], args: tuple[object, ...]) -> None:
+def replace(rewriter: Rewriter, node: fx.Node, target: Callable[..., object], *args: object) -> None:
     """Put an operator in a node's place; what it computes has the same type and sizes."""
-    with graph.inserting_before(node):
-        new = graph.call_function(target, args)  # type: ignore[arg-type]
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
+    rewriter.replace(node, rewriter.before(node).call(target, *args, value=node.meta["val"]))
 
 
 def operand(node: fx.Node) -> fx.Node:
@@ -58,11 +57,6 @@ def have_one_shape(one: fx.Node, other: fx.Node) -> bool:
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False
     return a.ndim == b.ndim and all(same_size(one, axis, other, axis) for axis in range(a.ndim))
-
-
-def values(arguments: tuple[object, ...]) -> list[object]:
-    """What was captured for the nodes among some arguments."""
-    return [a.meta["val"] if isinstance(a, fx.Node) else a for a in arguments]
 
 
 def pair(node: fx.Node, axes: tuple[int, int]) -> tuple[fx.Node, fx.Node] | None:

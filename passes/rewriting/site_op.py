@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from peftfx.analysis.weight_ops import as_stored
-from peftfx.contract.method import Op
 from peftfx.errors import PeftfxError
-from peftfx.passes.base import OVERRIDES
-from peftfx.sites.site import Call, Site
+from peftfx.graph.rewriter import OVERRIDES, Cursor, Rewriter
+from peftfx.sites.site import EXPERTS, Call, Site
 
 _ADDMM = torch.ops.aten.addmm.default
+_GROUPED = torch.ops.aten._grouped_mm.default  #: torch's own, of bfloat16, in rows of whole multiples of 16 bytes
 _GROUPS = 6  #: where a conv's groups are among its arguments
 
 
@@ -29,50 +32,88 @@ def operands(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[fx.Node
     return weight, None if bias is None else as_stored(bias)
 
 
-def bind(op: fx.Node, site: Site) -> Op:
-    """The operation as a function of input, weight ([out, in, ...]) and bias, everything else bound.
+def held(op: fx.Node, site: Site) -> list[fx.Node]:
+    """The nodes that the operation reads beside input, weight and bias: of experts, where the rows of each end."""
+    return [_argument(op, 2)] if site.kind == EXPERTS else []
+
+
+class Operation:
+    """A site's own operation as a function of input, weight ([out, in, ...]) and bias, everything else bound.
 
     Where the model casts weight and bias to the input's dtype, so does the function.
+
+    Args:
+        kind: of the site.
+        name: of the operator, in `torch.ops`.
+        fixed: the operator's other arguments, tensors that it holds among them.
     """
-    target, rest = op.target, list(op.args)
-    assert callable(target)
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight.to(x.dtype), _like(bias, x))
+    def __init__(self, kind: str, name: str, fixed: tuple[object, ...]) -> None:
+        self.kind, self.name, self.fixed = kind, name, fixed
+        self.target = operator.attrgetter(name)(torch.ops)
 
-    def embedding(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return target(weight, x, *rest[2:])  # type: ignore[no-any-return]
+    def __reduce__(self) -> tuple[object, ...]:
+        return Operation, (self.kind, self.name, self.fixed)  # an operator has no pickle
 
-    def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        channels = x.shape[1 - weight.ndim]
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.kind == "linear":
+            return F.linear(x, weight.to(x.dtype), _like(bias, x))
+        if self.kind == "embedding":
+            return self.target(weight, x, *self.fixed)  # type: ignore[no-any-return]
+        if self.kind == EXPERTS and self.target is _GROUPED:
+            return _aligned(x, weight, *self.fixed)  # type: ignore[arg-type]
+        if self.kind == EXPERTS:
+            return self.target(x, weight.to(x.dtype).transpose(-2, -1), *self.fixed)  # type: ignore[no-any-return]
         operands = x, weight.to(x.dtype), _like(bias, x)
-        return target(*operands, *filled(op)[3:_GROUPS], channels // weight.shape[1])  # type: ignore[no-any-return]
+        return self.target(*operands, *self.fixed, x.shape[1 - weight.ndim] // weight.shape[1])  # type: ignore[no-any-return]
 
-    return {"linear": linear, "embedding": embedding, "conv": conv}[site.kind]
+
+def bind(op: fx.Node, site: Site, own: Sequence[Tensor] = ()) -> Operation:
+    """The operation of a site at one of its calls; `own` are the values of what it holds."""
+    fixed: Sequence[object] = own
+    if site.kind == "embedding":
+        fixed = op.args[2:]
+    if site.kind == "conv":
+        fixed = filled(op)[3:_GROUPS]
+    return Operation(site.kind, str(op.target), tuple(fixed))
+
+
+def _aligned(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """torch's own grouped product of any dtype and any sizes; computed in bfloat16, the one that it knows."""
+    each = 8  # numbers in 16 bytes
+    out, inner = weight.shape[-2:]
+    padded = F.pad(weight.to(torch.bfloat16), (0, -inner % each, 0, -out % each)).contiguous()
+    rows = F.pad(x.to(torch.bfloat16), (0, -inner % each))
+    return _GROUPED(rows, padded.transpose(-2, -1), ends)[:, :out].to(x.dtype)
 
 
 def rewire(
-    site: Site, call: Call, nodes: dict[str, fx.Node], weight: fx.Node, bias: fx.Node | None, dense: bool
+    rewriter: Rewriter,
+    site: Site,
+    call: Call,
+    nodes: dict[str, fx.Node],
+    weight: fx.Node,
+    bias: fx.Node | None,
+    dense: bool,
 ) -> None:
     """Point one call at another weight and bias; `dense` makes a grouped conv one of a single group."""
     op, y = nodes[call.op], nodes[call.y]
     index = _weight_index(op, site)
-    op.update_arg(index, _in_place_of(_argument(op, index), weight, op))
+    at = rewriter.before(op)
+    op.update_arg(index, _in_place_of(_argument(op, index), weight, at))
     old = bias_of(op, y)
     if bias is not None and (old is None or bias is not as_stored(old)):
-        _set_bias(op, y, bias if old is None else _in_place_of(old, bias, op))
+        _set_bias(rewriter, op, y, bias if old is None else _in_place_of(old, bias, at))
     if dense:
         op.args = (*filled(op)[:_GROUPS], 1)
 
 
-def _in_place_of(old: fx.Node, new: fx.Node, before: fx.Node) -> fx.Node:
+def _in_place_of(old: fx.Node, new: fx.Node, at: Cursor) -> fx.Node:
     """The new tensor, cast and turned as the old one is on its way from where it is read."""
     if old.op == "get_attr":
         return new
     source = _argument(old, 0)
-    inner = _in_place_of(source, new, before)
-    with before.graph.inserting_before(before):
-        return before.graph.node_copy(old, lambda n: inner if n is source else n)
+    return at.copy(old, {source: _in_place_of(source, new, at)}, anew=True)
 
 
 def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
@@ -110,7 +151,7 @@ def bias_of(op: fx.Node, y: fx.Node) -> fx.Node | None:
     return _argument(y, 1) if added else None
 
 
-def _set_bias(op: fx.Node, y: fx.Node, bias: fx.Node) -> None:
+def _set_bias(rewriter: Rewriter, op: fx.Node, y: fx.Node, bias: fx.Node) -> None:
     if op.target is _ADDMM:
         op.update_arg(0, bias)
     elif _takes_bias(op):
@@ -119,10 +160,7 @@ def _set_bias(op: fx.Node, y: fx.Node, bias: fx.Node) -> None:
     elif bias_of(op, y) is not None:
         y.update_arg(1, bias)
     else:
-        with op.graph.inserting_after(op):
-            total = op.graph.call_function(torch.ops.aten.add.Tensor, (op, bias))
-        total.meta = dict(op.meta)
-        op.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+        rewriter.extend(op, rewriter.after(op).call(torch.ops.aten.add.Tensor, op, bias, value=op.meta["val"]))
 
 
 def _takes_bias(op: fx.Node) -> bool:

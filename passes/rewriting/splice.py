@@ -1,30 +1,23 @@
-"""splice: graphs of methods put into a graph: traced once for each signature, tagged, and read in a node's place."""
+"""Splicer: what methods compute put into a graph: tagged, and read in the place of what it adapts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
-import sympy
-import torch
-from torch import Tensor, fx
-from torch._guards import detect_fake_mode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeGuard  # type: ignore[attr-defined]
-from torch.utils._sympy.functions import Max
+from torch import fx
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.method import WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import ADAPTERS, Graph
-from peftfx.passes.base import REGION, REPLACES, Region, attribute, attributes_of, fake_like, results
-
-_TORCH = str(Path(torch.__file__).parent)
+from peftfx.graph.rewriter import REGION, REPLACES, Cursor, Rewriter
+from peftfx.passes.base import Region, attributes_of, fake_like, results
+from peftfx.sites.site import Site
 
 
 class Splicer:
-    """One insertion in progress: the graph's nodes, what stands for each call's output, and the traces made.
+    """One insertion in progress: the graph's nodes, what stands for each call's output.
 
     Attributes:
         nodes: by name.
@@ -36,7 +29,7 @@ class Splicer:
 
     def __init__(self, graph: Graph, name: str, adapter: Adapter) -> None:
         self.graph, self.name, self.adapter = graph, name, adapter
-        self.fx = graph.module.graph
+        self.rewriter = Rewriter(graph.module.graph)
         self.nodes = {n.name: n for n in graph.nodes()}
         self.sites = {site.path: site for site in graph.sites if site.weight}
         self.attributes = attributes_of(graph)
@@ -50,7 +43,17 @@ class Splicer:
             if isinstance(region.placement.method, WeightMethod):
                 self.weighted[region.y] = result
                 self.note(region.adapter, region.placement)
-        self.traces: dict[str, fx.GraphModule] = {}
+
+    def called(self, site: Site) -> Site:
+        """A site of the graph, which something calls.
+
+        Raises:
+            PeftfxError: nothing does any more: what acts there would be lost.
+        """
+        if not site.calls:
+            what = "a pass took the calls of this site out of the graph: what acts there would be lost"
+            raise PeftfxError(what, site.path, "put adapters in ahead of Fuse, Sweep and Open")
+        return site
 
     def note(self, adapter: str, placement: Placement) -> None:
         """Remember that a placement of this adapter acts at its site."""
@@ -72,79 +75,19 @@ class Splicer:
             user.replace_input_with(y, result)
         later = self.instead.pop(y.name, None)
         if later is not None:  # it joined `y` from elsewhere, and now joins the result
-            later.meta[REPLACES], self.instead[result.name] = result.name, later
-        result.meta[REPLACES], self.instead[y.name] = y.name, result
+            self.rewriter.tag(later, replaces=result.name)
+            self.instead[result.name] = later
+        self.rewriter.tag(result, replaces=y.name)
+        self.instead[y.name] = result
         for name in (y.name, result.meta[REGION].y):
             if self.latest.get(name, y) is y:
                 self.latest[name] = result
 
-    def traced(
-        self, key: object, function: Callable[..., Tensor], values: Sequence[object], method: Method, where: str
-    ) -> fx.GraphModule:
-        """The graph of a function of fake tensors, that of an earlier one of this key and these shapes if there is one.
+    def at(self, before: fx.Node, like: fx.Node, region: Region) -> Cursor:
+        """Where nodes of a region are made: before a node, as code of the module that made `like`."""
+        return self.rewriter.before(before, like, region=region)
 
-        Raises:
-            PeftfxError: it is one of some sizes alone.
-        """
-        shapes = [(v.dtype, v.shape) if isinstance(v, Tensor) else v for v in values]
-        full = repr((key, shapes))
-        if full not in self.traces:
-            self.traces[full] = trace(function, values, type(method).__name__, where)
-        return self.traces[full]
-
-    def splice(
-        self,
-        traced: fx.GraphModule,
-        arguments: Sequence[fx.Node | None],
-        *,
-        before: fx.Node,
-        like: fx.Node,
-        region: Region,
-    ) -> fx.Node:
-        """Copy a trace to before a node, as code of the module that made `like`; gives the node of its result."""
-        mapped = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), arguments, strict=True))
-        for node in traced.graph.nodes:
-            if node.op == "placeholder":
-                continue
-            if node.op == "output":
-                (result,) = fx.node.map_arg(node.args, lambda n: mapped[n])
-                break
-            with self.fx.inserting_before(before):
-                new = self.fx.node_copy(node, lambda n: mapped[n])
-            self.tag(new, node.meta.get("val"), like, region)
-            mapped[node] = new
-        return result
-
-    def tag(self, node: fx.Node, value: object, like: fx.Node, region: Region) -> None:
-        """Mark a node that was added: its value, the module that it belongs to, and its region."""
-        node.meta = {"val": value, "nn_module_stack": like.meta.get("nn_module_stack"), REGION: region}
-
-    def attribute(self, target: str, value: object) -> fx.Node:
+    def attribute(self, target: str, value: object, **tags: object) -> fx.Node:
         """The `get_attr` node for a target."""
-        return attribute(self.fx, target, value, self.attributes)
-
-
-def trace(function: Callable[..., Tensor], values: Sequence[object], name: str, where: str) -> fx.GraphModule:
-    """A function of fake tensors as a graph; one that holds for some sizes alone is refused."""
-    mode = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
-    guards = mode.shape_env.guards if mode is not None and mode.shape_env is not None else []
-    before = len(guards)
-    graph = make_fx(function, tracing_mode="symbolic", pre_dispatch=True)(*values)
-    for guard in guards[before:]:
-        if _binds(guard):
-            what = f"{name} branches on a shape: {guard.expr}"
-            raise PeftfxError(what, where, "write it without the branch: one trace serves all sizes")
-    graph.graph.eliminate_dead_code()
-    return graph
-
-
-def _binds(guard: ShapeGuard) -> bool:
-    """Whether a guard makes the trace one of some sizes alone.
-
-    torch's own operators compare sizes too, to pick a kernel or a memory format: their inequalities bind nothing, an
-    equality of theirs does (a broadcast against a fixed size), unless it says no more than that a size is at least 1.
-    """
-    place = guard.sloc.framework_loc
-    inside = str(getattr(place, "filename", place)).startswith(_TORCH)
-    expr = guard.expr.replace(Max, lambda *sizes: sizes[1] if len(sizes) == 2 and sizes[0] == 1 else Max(*sizes))
-    return not inside or isinstance(expr, sympy.Eq)
+        self.attributes[target] = self.rewriter.attribute(target, value, **tags)
+        return self.attributes[target]

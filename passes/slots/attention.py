@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 
 from torch import Tensor, fx
 
 from peftfx.contract.attention import attend_beside
 from peftfx.graph.graph import Graph
 from peftfx.passes.adaptation.attention import leaving, unstack
-from peftfx.passes.rewriting.splice import trace
+from peftfx.passes.slots.layer import Layers
 from peftfx.sites.site import Site
 
 
 def join_beside(
     graph: Graph,
-    nodes: Mapping[str, fx.Node],
+    layers: Layers,
     site: Site,
     index: int,
     keys: fx.Node,
     values: fx.Node,
     shown: fx.Node | None = None,
 ) -> None:
-    """Add to what leaves an attention, in place, where `AttentionMethod`s do.
+    """Add to what leaves an attention, where `AttentionMethod`s do.
 
     Args:
         graph: that has it.
-        nodes: of the graph, by name.
+        layers: of the graph.
         site: the attention, its calls those of this graph.
         index: which call.
         keys, values: [heads that are kept, tokens, features], or such for each row of the batch.
@@ -35,23 +35,18 @@ def join_beside(
     heads, call = site.heads, site.calls[index]
     assert heads is not None
     output = next((s for s in graph.sites if s.weight and s.path == heads.output), None)
-    y = leaving(site, output, index, nodes, {}) if heads.packed else nodes[call.y]
+    y = leaving(site, output, index, layers.nodes, {}) if heads.packed else layers.nodes[call.y]
+    plain = dataclasses.replace(heads, key="", value="", weight="", output="")
+    alike = dataclasses.replace(site, path="", layer=None, calls=(), heads=plain)
 
     def attend(query: Tensor, y: Tensor, keys: Tensor, values: Tensor, *shown: Tensor) -> Tensor:
-        added = attend_beside(site, unstack(query, heads), keys, values, *shown)
+        added = attend_beside(alike, unstack(query, plain), keys, values, *shown)
         if heads.packed:
             return y + added.transpose(1, 2).reshape(y.shape).to(y.dtype)
         return y + added.reshape(y.shape).to(y.dtype)
 
-    arguments = [nodes[call.x], y, keys, values, *([] if shown is None else [shown])]
-    traced = trace(attend, [n.meta["val"] for n in arguments], "what stands beside it", site.path)
-    mapped = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), arguments, strict=True))
+    arguments = [layers.nodes[call.x], y, keys, values, *([] if shown is None else [shown])]
     users = list(y.users)
-    with graph.module.graph.inserting_before(y.next):
-        result = graph.module.graph.graph_copy(traced.graph, mapped)
-    for old, new in mapped.items():
-        if old.op != "placeholder":
-            new.meta = {"val": old.meta.get("val"), "nn_module_stack": y.meta.get("nn_module_stack")}
-    assert isinstance(result, fx.Node)
-    for user in users:
-        user.replace_input_with(y, result)
+    at = layers.rewriter.after(y)
+    result = at.trace(attend, *arguments, key=("beside", alike), what="what stands beside it", where=site.path)
+    layers.rewriter.replace(y, result, users)

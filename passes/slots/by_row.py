@@ -18,26 +18,20 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import BASE, CONSTANTS, DERIVED, Graph, TensorSpec
 from peftfx.graph.recipe import Get
+from peftfx.graph.rewriter import Rewriter
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
-from peftfx.passes.base import Pass, PassResult, attribute, attributes_of, fake_like
+from peftfx.passes.adaptation.sequence import first_operation
+from peftfx.passes.base import Pass, PassResult, attributes_of, fake_like
+from peftfx.passes.optimization.dead_code import sweep
 from peftfx.passes.slots.attention import join_beside
+from peftfx.passes.slots.layer import Layers
+from peftfx.passes.slots.layer_by_row import BIAS, by_rows, lists_rows
 from peftfx.passes.slots.norms import replace_by_row
-from peftfx.passes.slots.tokens_by_row import read_apart
-from peftfx.passes.slots.weight import (
-    Acting,
-    add_node,
-    along_channels,
-    conv_low,
-    has_one_dtype,
-    product,
-    times,
-    update_call,
-)
 from peftfx.sites.site import Call, Site
 from peftfx.views.row_adapters import IDS, NOWHERE, PREFIXES, PROMPTS
 
 aten = torch.ops.aten
-BIAS, SHOWN = "bias", "beside.shown"  #: of a stack: at a layer; beside an attention, [rows, tokens], which there are
+SHOWN = "beside.shown"  #: of a stack beside an attention: [rows, tokens], which there are
 _AT_LAYERS = (INNER, OUTER, A, B, BIAS)
 
 
@@ -62,6 +56,8 @@ class ByRow(Pass):
         beside: attentions, with the heads that the forward shows.
     """
 
+    requires = ("inference", "bare")
+
     stacks: Mapping[tuple[str, str], Tensor]
     beside: tuple[Site, ...] = ()
 
@@ -80,7 +76,8 @@ class ByRow(Pass):
             for name in (name for name, what in self.stacks if what == OWN):
                 rows.norm(name)
             rows.fill()
-        new.module.recompile()
+        sweep(rows.rewriter)
+        rows.rewriter.close(new)
         return PassResult(new, len(self.stacks))
 
 
@@ -89,26 +86,29 @@ class _Rows:
 
     def __init__(self, graph: Graph, stacks: Mapping[tuple[str, str], Tensor]) -> None:
         self.graph, self.stacks = graph, stacks
-        self.nodes, self.attributes = {n.name: n for n in graph.nodes()}, attributes_of(graph)
-        self.index = self._index()
+        self.rewriter = Rewriter(graph.module.graph)
+        self.attributes, self.index = attributes_of(graph), self._index()
+        self.layers = Layers(self.rewriter)
         self.taken: dict[tuple[str, int], fx.Node] = {}
 
     def _index(self) -> fx.Node:
         """Which entry each row takes; see `peftfx.views.row_adapters.entries`."""
         inputs = [n for n in self.graph.nodes() if n.op == "placeholder"]
         known = next((i for i, spec in enumerate(self.graph.inputs) if spec.name == IDS), None)
-        ids = self._input(inputs[-1]) if known is None else inputs[known]
+        numbers = self._numbers(inputs[0].meta["val"])
+        if known is None:
+            self.graph.inputs = (*self.graph.inputs, TensorSpec(IDS, torch.long, self.graph.inputs[0].shape[:1]))
+            ids = self.rewriter.placeholder(IDS, numbers, inputs[-1])
+        else:
+            ids = inputs[known]
         if not ids.users:  # where nothing has read it yet, nothing says that it is as long as the batch
-            ids.meta = {"val": self._numbers(inputs[0].meta["val"])}
-        first = next(n for n in self.graph.nodes() if n.op not in ("placeholder", "get_attr"))
-        index = add_node(first, first, aten.add.Tensor, ids, 1)
-        wrong = add_node(first, first, aten.lt.Scalar, index, 0)
-        return add_node(first, first, aten.masked_fill.Scalar, index, wrong, NOWHERE)
+            self.rewriter.revalue(ids, numbers)
 
-    def _input(self, last: fx.Node) -> fx.Node:
-        self.graph.inputs = (*self.graph.inputs, TensorSpec(IDS, torch.long, self.graph.inputs[0].shape[:1]))
-        with self.graph.module.graph.inserting_after(last):
-            return self.graph.module.graph.placeholder(IDS)
+        def entries(ids: Tensor) -> Tensor:
+            index = ids + 1
+            return index.masked_fill(index < 0, NOWHERE)
+
+        return self.rewriter.before(first_operation(self.rewriter.graph)).trace(entries, ids, where=IDS)  # type: ignore[no-any-return]
 
     def _numbers(self, like: Tensor) -> Tensor:
         """A fake number for each row of a batch."""
@@ -119,18 +119,23 @@ class _Rows:
 
     def update(self, site: Site, call: Call) -> None:
         """Let the rows of one call have their own."""
-        if not has_one_dtype(site, self.nodes):
+        if not self.layers.has_one_dtype(site):
             hint = "merge an adapter that acts there, one export for each"
             raise PeftfxError("this layer computes in a dtype of its own: rows cannot choose there", site.path, hint)
-        if site.kind == "linear" and call.y == call.op and not self.apart(self.nodes[call.x]):
-            call = read_apart(self.nodes, call, self.index)
-        op, y = self.nodes[call.op], self.nodes[call.y].meta["val"]
-        self.check(self.nodes[call.x], site.path)
-        given = [what for what in (INNER, OUTER, BIAS) if (site.path, what) in self.stacks]
-        ndim = 2 if site.kind == "conv" else y.ndim
-        parts = {what: along_channels(op, self.row(site.path, what, ndim), site) for what in given}
-        low = self.low(site, call) if (site.path, A) in self.stacks else None
-        update_call(self.nodes, site, call, Acting(parts.get(INNER), parts.get(OUTER), low, parts.get(BIAS)))
+        op, x = self.layers.nodes[call.op], self.layers.nodes[call.x]
+        listed = site.kind == "linear" and call.y == call.op and lists_rows(x, self.index)
+        if not listed:
+            self.check(x, site.path)
+        axes = 3 if listed else self.layers.nodes[call.y].meta["val"].ndim
+        given = {
+            what: self.row(site.path, what, 2 if site.kind == "conv" else axes)
+            for what in (INNER, OUTER, BIAS)
+            if (site.path, what) in self.stacks
+        }
+        factors = [] if (site.path, A) not in self.stacks else self.factors(site, axes)
+        function = by_rows(site, op, tuple(given), bool(factors), listed)
+        key = "rows", tuple(given), bool(factors), listed
+        self.layers.act(site, call, key, function, self.index, *given.values(), *factors)
 
     def apart(self, value: fx.Node) -> bool:
         """Whether a value's first axis is the batch's."""
@@ -152,44 +157,26 @@ class _Rows:
             self.check(value, name)
             return self.row(name, OWN, axes)
 
-        replace_by_row(tensor, row, name)
+        replace_by_row(self.rewriter, tensor, row, name)
 
     def stand_beside(self, site: Site) -> None:
         """Let rows have keys and values of their own beside each call of an attention."""
         keys, values = (self.row(site.path, what, 4) for what in (KEYS, VALUES))
         shown = self.row(site.path, SHOWN, 2)
         for index in range(len(site.calls)):
-            join_beside(self.graph, self.nodes, site, index, keys, values, shown)
+            join_beside(self.graph, self.layers, site, index, keys, values, shown)
 
-    def low(self, site: Site, call: Call) -> fx.Node:
-        """The low-rank sum of each row's own factors."""
-        op, x = self.nodes[call.op], self.nodes[call.x]
-        if site.kind == "conv":
-            return self.conv_low(site, op, x)
-        y_axes = self.nodes[call.y].meta["val"].ndim
-        b = self.row(site.path, B, y_axes)
+    def factors(self, site: Site, axes: int) -> list[fx.Node]:
+        """What `by_rows` takes of a layer's factors: those of each row, or for all rows what it takes them from."""
+        a, b = self.stacks[site.path, A], self.stacks[site.path, B]
         if site.kind == "linear":
-            return product(op, x, self.row(site.path, A, y_axes), b)
-        table = self._table(f"{site.path}.{A}", self.stacks[site.path, A].flatten(0, 1))
-        first = add_node(op, op, aten.mul.Tensor, self.index, site.shape[0])
-        for _ in range(x.meta["val"].ndim - 1):
-            first = add_node(op, op, aten.unsqueeze.default, first, -1)
-        numbers = add_node(op, op, aten.add.Tensor, x, first)
-        return times(op, add_node(op, op, aten.embedding.default, table, numbers), b)
-
-    def conv_low(self, site: Site, op: fx.Node, x: fx.Node) -> fx.Node:
-        """All adapters' factors are one conv, and each row takes what its own give: a conv has one weight for all."""
-        a, b = self.stacks[site.path, A][1:].flatten(0, 1), self.stacks[site.path, B].flatten(2)
-        own = (
-            torch.block_diag(*b[1:].transpose(1, 2)).unflatten(1, b[1:].shape[:2]).transpose(0, 1)
-        )  # [adapters, all, out]
-        table = torch.cat([torch.zeros_like(own[:1]), own])
-        low = conv_low(op, x, self._table(f"{site.path}.{A}", a))
-        axes = list(range(low.meta["val"].ndim))
-        last = add_node(op, op, aten.permute.default, low, [0, *axes[2:], 1])
-        rows = self.entry(f"{site.path}.{B}", table, len(axes))
-        added = add_node(op, op, aten.matmul.default, last, rows)
-        return add_node(op, op, aten.permute.default, added, [0, axes[-1], *axes[1:-1]])
+            return [self.row(site.path, what, axes) for what in (A, B)]
+        if site.kind == "embedding":
+            return [self._table(f"{site.path}.{A}", a.flatten(0, 1)), self.row(site.path, B, axes)]
+        b = b.flatten(2)[1:]
+        own = torch.block_diag(*b.transpose(1, 2)).unflatten(1, b.shape[:2]).transpose(0, 1)  # [adapters, all, out]
+        rows = self.entry(f"{site.path}.{B}", torch.cat([torch.zeros_like(own[:1]), own]), axes)
+        return [self._table(f"{site.path}.{A}", a[1:].flatten(0, 1)), rows]
 
     def row(self, path: str, what: str, ndim: int) -> fx.Node:
         """The entry of each row, with axes to broadcast along a layer's of so many."""
@@ -197,23 +184,26 @@ class _Rows:
 
     def entry(self, name: str, stack: Tensor, ndim: int) -> fx.Node:
         """The entry of each row in a stack."""
+
+        def entry(index: Tensor, table: Tensor) -> Tensor:
+            taken = table.index_select(0, index)
+            for _ in range(ndim - taken.ndim):
+                taken = taken.unsqueeze(1)
+            return taken
+
         if (name, ndim) not in self.taken:
-            after = self.index.next
-            taken = add_node(after, self.index, aten.index_select.default, self._table(name, stack), 0, self.index)
-            for _ in range(ndim - taken.meta["val"].ndim):
-                taken = add_node(after, self.index, aten.unsqueeze.default, taken, 1)
-            self.taken[name, ndim] = taken
+            at, table = self.rewriter.after(self.index), self._table(name, stack)
+            self.taken[name, ndim] = at.trace(entry, self.index, table, key=("entry", ndim), where=name)
         return self.taken[name, ndim]
 
     def _table(self, name: str, value: Tensor) -> fx.Node:
         self.graph.derived[name] = Given(value)
-        fake = fake_like(self.index.meta["val"], value)
-        return attribute(self.graph.module.graph, f"{DERIVED}.{name}", fake, self.attributes)
+        return self.rewriter.attribute(f"{DERIVED}.{name}", fake_like(self.index.meta["val"], value))
 
     def fill(self) -> None:
         """Put the soft prompts into their hole."""
         for name, what in ((PREFIXES, PREFIX), (PROMPTS, PROMPT)):
             hole = self.attributes.get(f"{CONSTANTS}.{name}")
             if hole is not None:
-                hole.replace_all_uses_with(self._table(f"sequence.{what}", self.stacks["", what]))
-                self.graph.module.graph.erase_node(hole)
+                self.rewriter.replace(hole, self._table(f"sequence.{what}", self.stacks["", what]))
+                self.rewriter.erase(hole)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from peftfx.analysis.dataflow import ELEMENTWISE, names, op_name
 from peftfx.errors import PeftfxError
-from peftfx.passes.slots.weight import add_node
+from peftfx.graph.rewriter import Cursor, Rewriter
 
 aten = torch.ops.aten
 _UNSQUEEZE = aten.unsqueeze.default
@@ -24,73 +24,71 @@ Row = Callable[[fx.Node, int], fx.Node]
 """The node of each row's tensor, for a value that it meets, with so many axes."""
 
 
-def replace_by_row(tensor: fx.Node, row: Row, where: str) -> None:
+def replace_by_row(rewriter: Rewriter, tensor: fx.Node, row: Row, where: str) -> None:
     """Let what reads a norm's tensor read one for each row, in place.
 
     Raises:
         PeftfxError: it is given another shape before it meets what is normed.
     """
-    _follow(tensor, (), row, where)
+    _follow(rewriter, tensor, (), row, where)
 
 
-def _follow(node: fx.Node, through: Sequence[fx.Node], row: Row, where: str) -> None:
+def _follow(rewriter: Rewriter, node: fx.Node, through: Sequence[fx.Node], row: Row, where: str) -> None:
     for user in list(node.users):
         if op_name(user) in _LAST | _SECOND:
-            _apart(user, node, through, row)
+            _apart(rewriter, user, node, through, row)
         elif len(user.all_input_nodes) > 1:
             axes = user.meta["val"].ndim - sum(step.target is _UNSQUEEZE for step in through)
-            user.replace_input_with(node, _through(user, row(user, axes), through))
+            user.replace_input_with(node, _through(rewriter.before(user), row(user, axes), through))
         elif op_name(user) in ELEMENTWISE or user.target is _UNSQUEEZE:
-            _follow(user, (*through, user), row, where)
+            _follow(rewriter, user, (*through, user), row, where)
         elif user.meta["val"].shape == node.meta["val"].shape:  # all of it: `weight[:]`
-            _follow(user, through, row, where)
+            _follow(rewriter, user, through, row, where)
         else:
             what = "this norm's tensor is given another shape by the model's code: rows cannot have their own"
             raise PeftfxError(what, where, "export the adapter merged, or swappable")
 
 
-def _apart(norm: fx.Node, tensor: fx.Node, through: Sequence[fx.Node], row: Row) -> None:
+def _apart(rewriter: Rewriter, norm: fx.Node, tensor: fx.Node, through: Sequence[fx.Node], row: Row) -> None:
     """Take a tensor out of a norm's arguments, and do behind it what it did, for each row."""
-    places = {a.name: i for i, a in enumerate(norm.target._schema.arguments)}  # type: ignore[union-attr]
-    given = {name: norm.args[i] if i < len(norm.args) else norm.kwargs.get(name) for name, i in places.items()}
+    names = [a.name for a in norm.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, norm.args, strict=False)) | norm.kwargs
     along = 0 if op_name(norm) in _LAST else norm.meta["val"].ndim - 2
-    users, after, total = list(norm.users), norm.next, norm
-    own = _through(after, row(norm, norm.meta["val"].ndim - along), through)
-    if given["weight"] is tensor:
-        total = add_node(after, norm, aten.mul.Tensor, total, _spread(after, own, along))
-        added = given.get("bias")
-    else:
-        added = own
-    if isinstance(added, fx.Node):
-        total = add_node(after, norm, aten.add.Tensor, total, _spread(after, added, along))
-    for name in ("weight", "bias") if given["weight"] is tensor else ("bias",):
-        if name in norm.kwargs:
-            norm.update_kwarg(name, None)
-        elif places.get(name, len(norm.args)) < len(norm.args):
-            norm.update_arg(places[name], None)
-    for user in users:
-        user.replace_input_with(norm, total)
+    scales = given["weight"] is tensor
+    gone = ("weight", "bias") if scales else ("bias",)
+    left = {name: None if name in gone else value for name, value in given.items()}
+    nodes = [value for value in left.values() if isinstance(value, fx.Node)]
+    added = [given["bias"]] if scales and isinstance(given.get("bias"), fx.Node) else []
+
+    def apart(own: Tensor, *values: Tensor) -> Tensor:
+        found = iter(values)
+        arguments = {name: next(found) if isinstance(value, fx.Node) else value for name, value in left.items()}
+        y = norm.target(**arguments)  # type: ignore[operator]
+        y = y * spread(own, along) if scales else y + spread(own, along)
+        return y + spread(next(found), along) if added else y
+
+    users, at = list(norm.users), rewriter.after(norm)
+    own = _through(at, row(norm, norm.meta["val"].ndim - along), through)
+    fixed = {name: value for name, value in left.items() if not isinstance(value, fx.Node)}
+    key = "norm", norm.target, fixed, scales, along
+    total = at.trace(apart, own, *nodes, *added, key=key, where=str(tensor.target))
+    rewriter.replace(norm, total, users)
+    rewriter.erase(norm)
 
 
-def _spread(before: fx.Node, vector: fx.Node, axes: int) -> fx.Node:
+def spread(vector: Tensor, axes: int) -> Tensor:
+    """A vector of channels, with so many axes behind it."""
     for _ in range(axes):
-        vector = add_node(before, before, _UNSQUEEZE, vector, -1)
+        vector = vector.unsqueeze(-1)
     return vector
 
 
-def _through(before: fx.Node, value: fx.Node, through: Sequence[fx.Node]) -> fx.Node:
+def _through(at: Cursor, value: fx.Node, through: Sequence[fx.Node]) -> fx.Node:
     """What becomes of a value on the way of another."""
     for step in through:
         if step.target is _UNSQUEEZE:  # counted from the end: there is an axis of rows ahead
             dim = int(str(step.args[1]))
-            value = add_node(before, step, _UNSQUEEZE, value, dim - step.meta["val"].ndim if dim >= 0 else dim)
-            continue
-        with before.graph.inserting_before(before):
-            value = before.graph.node_copy(step, _always(value))
-        arguments, options = fx.node.map_arg((value.args, value.kwargs), lambda n: n.meta["val"])
-        value.meta["val"] = step.target(*arguments, **options)  # type: ignore[operator]
+            value = at.call(_UNSQUEEZE, value, dim - step.meta["val"].ndim if dim >= 0 else dim)
+        else:
+            value = at.copy(step, {step.all_input_nodes[0]: value}, anew=True)
     return value
-
-
-def _always(value: fx.Node) -> Callable[[fx.Node], fx.Node]:
-    return lambda _: value

@@ -7,7 +7,7 @@ What they do where nothing is put changes nothing: the base's graph is a case of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph, TensorSpec
+from peftfx.graph.rewriter import Rewriter
 from peftfx.graph.slots import INNER, KEYS, OUTER, TOKENS, VALUES, A, B, Slot, shapes
 from peftfx.passes.base import Pass, PassResult
+from peftfx.passes.optimization.dead_code import sweep
 from peftfx.passes.slots.attention import join_beside
-from peftfx.passes.slots.weight import Acting, along_channels, has_one_dtype, low_rank, update_call
+from peftfx.passes.slots.layer import Acting, Layers, acted, low_rank, operation
 from peftfx.sites.site import Site
 
 HINT = 3  #: the size that a free axis has in the graph's example
@@ -37,21 +39,25 @@ class Open(Pass):
         beside: attentions that get keys and values beside the text's, with the heads that the forward shows.
     """
 
+    requires = ("inference", "bare")
+
     updated: tuple[str, ...] = ()
     scaled: tuple[str, ...] = ()
     beside: tuple[Site, ...] = ()
 
     def __call__(self, graph: Graph) -> PassResult:
         opening = _Opening(graph.clone())
+        layers = Layers(opening.rewriter)
         with isolated(graph.base):
             here = {site.path: site for site in graph.sites if not site.weight}
             for site in self.beside:  # first: what leaves them is found by what reads their last layer
                 if site.path in here:
-                    opening.stand_beside(dataclasses.replace(site, calls=here[site.path].calls))
+                    opening.stand_beside(layers, dataclasses.replace(site, calls=here[site.path].calls))
             for site in graph.sites:
-                if site.weight and site.path in self.updated and has_one_dtype(site, opening.nodes):
-                    opening.update(site, scaled=site.path in self.scaled)
-        opening.graph.module.recompile()
+                if site.weight and site.path in self.updated and layers.has_one_dtype(site):
+                    opening.update(layers, site, scaled=site.path in self.scaled)
+        sweep(opening.rewriter)
+        opening.rewriter.close(opening.graph)
         return PassResult(opening.graph, len(opening.slots))
 
 
@@ -71,12 +77,24 @@ def slots_of(graph: Graph, beside: Iterable[Site]) -> list[Slot]:
     return found
 
 
+def slotted(site: Site, node: fx.Node) -> Callable[..., Tensor]:
+    """A layer with slots, as a function of its input, weight and bias, and of what is in the slots."""
+    op = operation(node, site)
+
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, outer: Tensor, *inner: Tensor
+    ) -> Tensor:
+        low = low_rank(site, op, node, x, a, b)
+        return acted(site, op, x, weight, bias, Acting(inner[0] if inner else None, outer, low))
+
+    return forward
+
+
 class _Opening:
     """Slots being opened in a graph."""
 
     def __init__(self, graph: Graph) -> None:
-        self.graph, self.fx = graph, graph.module.graph
-        self.nodes = {n.name: n for n in graph.nodes()}
+        self.graph, self.rewriter = graph, Rewriter(graph.module.graph)
         self.last = [n for n in graph.nodes() if n.op == "placeholder"][-1]
         mode = detect_fake_mode([self.last.meta["val"]])
         assert mode is not None
@@ -84,38 +102,33 @@ class _Opening:
         self.slots: list[TensorSpec] = []
         self.free: dict[str, torch.SymInt] = {}
 
-    def update(self, site: Site, *, scaled: bool) -> None:
+    def update(self, layers: Layers, site: Site, *, scaled: bool) -> None:
         """A low-rank sum and scales at each call of a site."""
-        like = self.nodes[site.calls[0].op].meta["val"]
+        like = layers.nodes[site.calls[0].op].meta["val"]
         words = (A, B, OUTER, INNER) if scaled else (A, B, OUTER)
-        made = {what: self.slot(f"{site.path}.{what}", shapes(site)[what], like) for what in words}
+        made = [self.slot(f"{site.path}.{what}", shapes(site)[what], like) for what in words]
         for call in site.calls:
-            op, x = self.nodes[call.op], self.nodes[call.x]
-            scales = {what: along_channels(op, made[what], site) for what in words[2:]}
-            low = low_rank(site, op, x, made[A], made[B])
-            update_call(self.nodes, site, call, Acting(scales.get(INNER), scales[OUTER], low))
+            layers.act(site, call, ("slots", scaled), slotted(site, layers.nodes[call.op]), *made)
 
-    def stand_beside(self, site: Site) -> None:
+    def stand_beside(self, layers: Layers, site: Site) -> None:
         """Keys and values beside each call of an attention."""
         heads = site.heads
         assert heads is not None
-        like = self.nodes[site.calls[0].y].meta["val"]
+        like = layers.nodes[site.calls[0].y].meta["val"]
         widths = [sum(end - start for start, end in rows) // heads.kept for rows in (heads.key_rows, heads.value_rows)]
         keys, values = (
             self.slot(f"{site.path}.{what}", (heads.kept, TOKENS, width), like)
             for what, width in zip((KEYS, VALUES), widths, strict=True)
         )
         for index in range(len(site.calls)):
-            join_beside(self.graph, self.nodes, site, index, keys, values)
+            join_beside(self.graph, layers, site, index, keys, values)
 
     def slot(self, name: str, shape: tuple[int | str, ...], like: Tensor) -> fx.Node:
         """A new input, of the dtype of what it joins."""
         sizes = [self.size(s) if isinstance(s, str) else s for s in shape]
         with self.mode:
             value = torch.empty(sizes, dtype=like.dtype, device=like.device)
-        with self.fx.inserting_after(self.last):
-            self.last = self.fx.placeholder(name.replace(".", "_"))
-        self.last.meta = {"val": value}
+        self.last = self.rewriter.placeholder(name.replace(".", "_"), value, self.last)
         spec = TensorSpec(name, like.dtype, shape)
         self.slots.append(spec)
         self.graph.inputs = (*self.graph.inputs, spec)

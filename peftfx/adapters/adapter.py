@@ -39,6 +39,7 @@ class Adapter(nn.Module):
         records: what a loaded config said of the base and the task; saved again with it.
         accounts: of the rules that were loaded, by their numbers.
         named: the module paths that the keys of a loaded file name, whether or not a rule acts there.
+        ran: of new adapters, the modules that the call ran from which the rules were placed.
     """
 
     def __init__(self, placed: Sequence[Placed], config: Mapping[str, object] | None = None) -> None:
@@ -46,6 +47,7 @@ class Adapter(nn.Module):
         kept = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
         self.records = {k: v for k, v in (config or {}).items() if k in kept}
         self.named: frozenset[str] = frozenset()
+        self.ran: frozenset[str] = frozenset()
         self.placed: tuple[Placed, ...] = ()
         self.accounts: dict[int, Account] = {}
         self._rule: dict[str, int] = {}
@@ -126,6 +128,8 @@ class Adapter(nn.Module):
         """What its rules add to the model's loss: each the mean over its places."""
         total = None
         for rule in self.placed:
+            if type(rule.method).penalty is Method.penalty:
+                continue
             terms = [p.method.penalty(self.params(p)) for p in rule.placements]
             found = [term for term in terms if term is not None]
             if found:

@@ -20,26 +20,38 @@ _NAME = re.compile(r'[^\x00-\x1f\x7f\ud800-\udfff./\\:*?"<>|]+')
 """As in HF PEFT without dots, which part the names of modules; and a directory's on every system."""
 
 
+class _Here(threading.local):
+    """What is active in one thread, inside `acting_as`; None outside."""
+
+    names: tuple[str, ...] | None = None
+
+
 class AdapterSet:
     """The modules in `module`, each an Adapter."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._active: tuple[str, ...] = ()
-        self._here: dict[int, tuple[str, ...]] = {}  # by thread: inside `none_active`
+        self._here = _Here()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in vars(self).items() if key != "_here"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state, _here=_Here())
 
     @property
     def active(self) -> tuple[str, ...]:
         """Those that act, in this order."""
-        return self._here.get(threading.get_ident(), self._active)
+        here = self._here.names
+        return self._active if here is None else tuple([name for name in here if name in self.module._modules])
 
     @active.setter
     def active(self, names: tuple[str, ...]) -> None:
-        here = threading.get_ident()
-        if here in self._here:
-            self._here[here] = names
-        else:
+        if self._here.names is None:
             self._active = names
+        else:
+            self._here.names = names
 
     def names(self) -> tuple[str, ...]:
         """Of all."""
@@ -83,36 +95,39 @@ class AdapterSet:
         self.activate((name,))
 
     def activate(self, names: Sequence[str]) -> None:
-        """Make these the active ones, in this order; only they are trained."""
+        """Make these the active ones, in this order; only they are trained.
+
+        Inside `acting_as` that is for as long as it lasts, and what is trained stays as it is.
+        """
+        self._check(names)
+        self.active = tuple(names)
+        if self._here.names is None:
+            for name in self.names():
+                self[name].requires_grad_(name in names)
+
+    def _check(self, names: Sequence[str]) -> None:
         found = [self[name] for name in names]
         for name in names:
             if names.count(name) > 1:
                 raise PeftfxError("an adapter acts once", name, "name each adapter once")
         _refuse_rivals(dict(zip(names, found, strict=True)))
-        self.active = tuple(names)
-        for name in self.names():
-            self[name].requires_grad_(name in names)
 
     @contextmanager
-    def none_active(self) -> Iterator[None]:
-        """Inside, none acts in this thread, but those that are made active there."""
-        here = threading.get_ident()
-        before = self._here.get(here)
-        self._here[here] = ()
+    def acting_as(self, names: Sequence[str] = ()) -> Iterator[None]:
+        """Inside, these act in this thread, or those that are made active there; afterwards all is as it was."""
+        self._check(names)
+        before = self._here.names
+        self._here.names = tuple(names)
         try:
             yield
         finally:
-            if before is None:
-                del self._here[here]
-            else:
-                self._here[here] = before
+            self._here.names = before
 
     def drop(self, name: str) -> None:
         """Remove one; the others stay as they are."""
         self[name]
         delattr(self.module, name)
         self._active = tuple(a for a in self._active if a != name)
-        self._here = {here: tuple(a for a in names if a != name) for here, names in self._here.items()}
 
 
 def _refuse_rivals(adapters: dict[str, Adapter]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from peftfx.adapters.adapter import Adapter, whole
 from peftfx.contract.method import PLACING, Method, Params, Weighted, WeightMethod
 from peftfx.contract.placement import Placed, Placement
-from peftfx.errors import PeftfxError, shown
+from peftfx.errors import PeftfxError, shown, warn
 from peftfx.field_types import fits
 from peftfx.options import COMBINATIONS, check_choice
 
@@ -54,6 +54,15 @@ def combine(base: nn.Module, adapters: Mapping[str, Adapter], weights: Sequence[
         method, values[key] = cls.combined(first.view, how, [w for _, w in given])
         placements.setdefault(cls, []).append(dataclasses.replace(first, method=method))
     return _made(base, adapters, list(placements.values()), values)
+
+
+def tell_left_out(adapters: Mapping[str, Adapter]) -> None:
+    """Name the tensors of these adapters' files that no call runs: they are kept there, and a sum has none of them."""
+    for name, adapter in adapters.items():
+        left = sorted({key for account in adapter.accounts.values() for key in account.unused})
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            warn(f"the sum leaves out tensors of {name!r} that no call of the model runs: {', '.join(left[:3])}{more}")
 
 
 def _made(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ from peftfx.contract.placement import Override, owner_of, site_tensors
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
+from peftfx.graph.places import twin
 from peftfx.sites.site import Site
 
 
@@ -82,7 +82,7 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
     for folding in folded.values():  # computed twice: a merge that fails halfway could not be undone
         _refuse_infinite(folding.site, folding.evaluate(merged.get))
     trained = {override.module for adapter in adapters for override in adapter.overrides if override.module}
-    _part(base, {f.site.path for f in folded.values()} | trained, [site.path for site in merged.sites])
+    _part(base, {f.site.path for f in folded.values()} | trained, _run(merged))
     sharing = _names_by_tensor(base)
     everywhere = {name: names for names in sharing.values() for name in names}
     groups: dict[str, list[Folding]] = {}
@@ -143,6 +143,11 @@ def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:
             raise PeftfxError("this module has no place for the merged bias", derived.folding.site.path, hint)
 
 
+def _run(merged: Graph) -> list[str]:
+    """The places in which the graph runs its sites' modules, those where no adapter acts too."""
+    return [site.path for site in merged.sites] + [n for names in merged.sites.elsewhere.values() for n in names]
+
+
 def _part(base: nn.Module, changed: Iterable[str], called: Sequence[str]) -> None:
     """Give each module that changes an object of its own, where it is called by another path too.
 
@@ -152,31 +157,23 @@ def _part(base: nn.Module, changed: Iterable[str], called: Sequence[str]) -> Non
     for path in (p for p in called if _has(base, p)):
         names.setdefault(id(base.get_submodule(path)), []).append(path)
     for path in sorted(p for p in changed if _has(base, p)):
-        for twin in names.get(id(base.get_submodule(path)), ()):
-            if twin != path:
-                _part_from(base, path.split("."), twin.split("."))
+        for other in names.get(id(base.get_submodule(path)), ()):
+            if other != path:
+                _part_from(base, path.split("."), other.split("."))
 
 
-def _part_from(base: nn.Module, path: Sequence[str], twin: Sequence[str]) -> None:
-    """Copy the modules along a path from the first that is along the other too, behind what the paths begin with."""
-    apart = next((i for i, (a, b) in enumerate(zip(path, twin, strict=False)) if a != b), min(len(path), len(twin)))
-    others = {id(base.get_submodule(".".join(twin[: i + 1]))) for i in range(apart, len(twin))}
-    node, own = base, False
+def _part_from(base: nn.Module, path: Sequence[str], other: Sequence[str]) -> None:
+    """Copy the first module along a path that is along the other too, behind what the paths begin with."""
+    shorter = min(len(path), len(other))
+    apart = next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), shorter)
+    others = {id(base.get_submodule(".".join(other[: i + 1]))) for i in range(apart, len(other))}
+    node = base
     for i, name in enumerate(path):
         child = node.get_submodule(name)
-        own = own or (i >= apart and id(child) in others)
-        if own:
-            child = _shallow(child)
-            node._modules[name] = child
+        if i >= apart and id(child) in others:
+            node._modules[name] = twin(child)
+            return
         node = child
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    """A module of its own with the same tensors and the same modules in it."""
-    copied = copy.copy(module)
-    for held in ("_parameters", "_buffers", "_modules"):
-        object.__setattr__(copied, held, dict(getattr(module, held)))
-    return copied
 
 
 def _names_by_tensor(base: nn.Module) -> dict[int, list[str]]:

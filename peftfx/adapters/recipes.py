@@ -14,7 +14,7 @@ from peftfx.contract.completeness import asking, refuse_fold
 from peftfx.contract.method import Base, WeightMethod
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.recipe import Get, Recipe
-from peftfx.sites.blocks import Block
+from peftfx.sites.blocks import Block, turned
 from peftfx.sites.site import Site
 
 
@@ -38,7 +38,7 @@ class Step:
         whole = base.bias
         if new.bias is not bias and new.bias is not None:
             whole = self.block.put(base.weight.new_zeros(base.weight.shape[0]) if whole is None else whole, new.bias, 0)
-        return Base(self.block.put(base.weight, new.weight, 0), whole)
+        return Base(self.block.put(base.weight, new.weight, self.site.rows_axis), whole)
 
     def _over(self, start: Base, now: Base, p: Mapping[str, Tensor]) -> Base:
         """What the method makes of a weight, alone or over what acts there already."""
@@ -50,7 +50,8 @@ class Step:
 
     def _rows(self, base: Base) -> Base:
         assert self.block is not None
-        return Base(self.block.take(base.weight, 0), None if base.bias is None else self.block.take(base.bias, 0))
+        weight = self.block.take(base.weight, self.site.rows_axis)
+        return Base(weight, None if base.bias is None else self.block.take(base.bias, 0))
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,14 @@ class Folding:
         """What `evaluate` gives, and what rounding took from the weight."""
         weight, bias = get(self.weight), None if self.bias is None else get(self.bias)
         stored = exact(weight)
-        base = Base(
-            (stored.T if self.site.transposed else stored).float(), None if bias is None else exact(bias).float()
-        )
+        seen = turned(stored, self.site.transposed)
+        base = Base(seen.float(), None if bias is None else exact(bias).float())
         start = base
         for step in self.steps:
             base = step.fold(start, base, get)
         new = base.weight.to(weight.dtype)
         rounding = Rounding.of(new, base.weight)
-        new = (new.T if self.site.transposed else new).contiguous()
+        new = turned(new, self.site.transposed).contiguous()
         if base.bias is None or base.bias is start.bias:
             return Base(new, bias), rounding  # the very tensor: this is how callers see that it did not change
         return Base(new, base.bias.to(weight.dtype if bias is None else bias.dtype)), rounding

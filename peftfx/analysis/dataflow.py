@@ -55,6 +55,7 @@ RESAMPLING = names(
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d"
     " avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d max_pool2d sum amax"
 )
+PICKS = names("index index_select gather take_along_dim")  #: ops that pick values by others that say where these are
 TRANSPARENT = MOVEMENT | ELEMENTWISE | NORMS | RESAMPLING
 MATMULS = names("matmul bmm baddbmm einsum mm")
 SOFTMAX = frozenset({"softmax", "_softmax"})
@@ -122,10 +123,11 @@ def _flow(node: fx.Node, flows: Mapping[fx.Node, Flow], weight_ops: Collection[f
         return NOTHING
     if node in weight_ops:
         return source
-    inputs = [flow for n in node.all_input_nodes if (flow := flows[n]).origins]
+    name = op_name(node)
+    sources = node.all_input_nodes[:1] if name in PICKS else node.all_input_nodes
+    inputs = [flow for n in sources if (flow := flows[n]).origins]
     if not inputs:
         return NOTHING
-    name = op_name(node)
     if name in SOFTMAX:
         return Flow({node: 0}, softmax=node)
     if name in MATMULS:

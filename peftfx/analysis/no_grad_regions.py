@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from peftfx.analysis.dataflow import op_name
+from peftfx.graph.rewriter import Rewriter
 
 _REGION = "wrap_with_set_grad_enabled"
 
@@ -34,16 +35,16 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> list[fx.Node]:
     copies: dict[fx.Node, fx.Node] = {}
     places = [n for n in inner.graph.nodes if n.op == "placeholder"]
     copies |= {p: n for p, n in zip(places, operands, strict=True) if isinstance(n, fx.Node)}
-    with module.graph.inserting_before(region):
-        for node in inner.graph.nodes:
-            if node.op in ("placeholder", "output"):
-                continue
-            copies[node] = module.graph.node_copy(node, copies.__getitem__)
-            if node.op == "get_attr":
-                copies[node].target = _moved(module, inner, str(node.target), str(program.target))
-        results = [copies[n] for n in next(n for n in inner.graph.nodes if n.op == "output").args[0]]
-        if not enabled:
-            results = [_detached(module.graph, result) for result in results]
+    rewriter = Rewriter(module.graph)
+    for node in inner.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        copies[node] = rewriter.before(region, node).copy(node, copies)
+        if node.op == "get_attr":
+            copies[node].target = _moved(module, inner, str(node.target), str(program.target))
+    results = [copies[n] for n in next(n for n in inner.graph.nodes if n.op == "output").args[0]]
+    if not enabled:
+        results = [rewriter.before(region, result).call(torch.ops.aten.detach.default, result) for result in results]
     for user in list(region.users):
         assert op_name(user) == "getitem"
         user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
@@ -52,12 +53,6 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> list[fx.Node]:
     if not program.users:
         module.graph.erase_node(program)
     return [copies[n] for n in inner.graph.nodes if n in copies and n.op == "call_function"]
-
-
-def _detached(graph: fx.Graph, value: fx.Node) -> fx.Node:
-    made = graph.call_function(torch.ops.aten.detach.default, (value,))
-    made.meta = dict(value.meta)
-    return made
 
 
 def _moved(module: fx.GraphModule, inner: nn.Module, target: str, region: str) -> str:

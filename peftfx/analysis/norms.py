@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from peftfx.analysis.dataflow import ELEMENTWISE, MOVEMENT, NORMED, PRODUCTS, Flow, names, op_name
 from peftfx.analysis.weight_ops import module_path
+from peftfx.bases.guests import own_parameters
 from peftfx.graph.graph import BASE, Graph
 from peftfx.sites.site import NORM, Call, Site, layer_of
 
@@ -90,7 +91,7 @@ def _path(graph: Graph, node: fx.Node, target: str) -> str:
     path, (owner, _, name) = module_path(node), target.removeprefix(f"{BASE}.").rpartition(".")
     module = graph.base.get_submodule(path)
     own = {id(p) for p in module.parameters(recurse=False)}
-    if id(graph.get(target)) in own and own == {id(p) for p in module.parameters()}:
+    if id(graph.get(target)) in own and own == {id(p) for _, p in own_parameters(module)}:
         return path
     return owner if name == "weight" else f"{owner}.{name}".removeprefix(".")
 

@@ -5,7 +5,8 @@ Nothing here knows an architecture or the name of a module. In order, and first 
 1. attention: the weights that queries, keys and values come from, and the first weight that reads the result;
 2. heads: weights whose output is an output of the graph;
 3. embeddings, by where their indices come from;
-4. MLPs: a linear layer whose input is another linear layer's output behind an activation.
+4. MLPs: a linear layer whose input is another linear layer's output behind an activation, or experts that are so;
+5. routers: the linear layers whose output says which expert a value meets.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from peftfx.analysis.attentions import Attention, find_attentions
 from peftfx.analysis.dataflow import ACTIVATED, GATED, NORMED, SPLIT, trace_flow
 from peftfx.analysis.embeddings import embedding_role
 from peftfx.analysis.facts import Analysis, WeightFacts
-from peftfx.analysis.model_heads import reaches_output
+from peftfx.analysis.heads_and_routers import find_routers, reaches_output
+from peftfx.analysis.links import find_links
 from peftfx.analysis.norms import find_norms
 from peftfx.analysis.rows import as_ranges
-from peftfx.analysis.running import called_modules, parameter_reads
+from peftfx.analysis.running import called_modules, parameter_reads, run_elsewhere
 from peftfx.analysis.weight_ops import Occurrence, find_occurrences, module_path
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
-from peftfx.sites.site import Call, Heads, Part, Site, layer_of
+from peftfx.sites.site import EXPERTS, ROUTER, Call, Heads, Part, Site, layer_of
 from peftfx.sites.sites import Sites
 
+_LINEAR = ("linear", EXPERTS)  #: kinds of weights that MLPs are made of
 _FUSED = {
     frozenset({"query", "key", "value"}): "attention.qkv",
     frozenset({"key", "value"}): "attention.kv",
@@ -48,12 +51,18 @@ def find_sites(graph: Graph) -> Sites:
         if first.kind == "embedding":
             weight.role = embedding_role(graph, first.x)
     _assign_mlps(analysis)
+    for router in find_routers(analysis):
+        router.role = router.role or ROUTER
     order = {node: i for i, node in enumerate(graph.nodes())}
     weighted = (_site(weight) for weight in analysis.weights.values())
     sites = [*weighted, *_attention_sites(analysis), *find_norms(graph, analysis.flows)]
     nodes = {node.name: order[node] for node in order}
     ordered = tuple(sorted(sites, key=lambda site: nodes[site.calls[0].op]))
-    return Sites(ordered, called_modules(graph), parameter_reads(graph, ordered))
+    called = called_modules(graph)
+    elsewhere = run_elsewhere(graph.base, called)
+    others = {name for names in elsewhere.values() for name in names}
+    ordered = tuple(site for site in ordered if site.path not in others)
+    return Sites(ordered, called, parameter_reads(graph, ordered), elsewhere, find_links(graph, ordered))
 
 
 def _analyse(graph: Graph) -> Analysis:
@@ -130,7 +139,7 @@ def _assign_heads(analysis: Analysis) -> None:
 def _assign_mlps(analysis: Analysis) -> None:
     for found in analysis.occurrences():
         weight = analysis.owner[found.op]
-        if found.kind != "linear" or weight.role:
+        if found.kind not in _LINEAR or weight.role:
             continue
         origins = {o: marks for o, marks in analysis.flows[found.x].origins.items() if o.op != "placeholder"}
         if all(_feeds_only(analysis, origin, weight) for origin in origins):
@@ -138,9 +147,9 @@ def _assign_mlps(analysis: Analysis) -> None:
 
 
 def _feeds_only(analysis: Analysis, origin: fx.Node, down: WeightFacts) -> bool:
-    """Whether this is an unassigned linear layer that no other layer than `down` reads."""
+    """Whether this is an unassigned layer, linear as `down` is, that no other than `down` reads."""
     up = analysis.owner.get(origin)
-    if up is None or up is down or up.role or up.occurrences[0].kind != "linear":
+    if up is None or up is down or up.role or up.occurrences[0].kind != down.occurrences[0].kind:
         return False
     return all(analysis.owner[reader.op] is down for reader, _ in analysis.readers[origin])
 
@@ -152,25 +161,31 @@ def _assign_mlp(analysis: Analysis, down: Occurrence, origins: Mapping[fx.Node, 
     if active == [True]:
         _assign_up(analysis, ups[0], *ordered[0], down)
     elif active == [True, False] and all(marks & GATED for _, marks in ordered):
-        ups[0].role, ups[1].role = "mlp.gate", "mlp.up"
+        ups[0].role, ups[1].role = _of_mlp(down, "gate"), _of_mlp(down, "up")
     else:
         return
-    analysis.owner[down.op].role = "mlp.down"
+    analysis.owner[down.op].role = _of_mlp(down, "down")
 
 
 def _assign_up(analysis: Analysis, up: WeightFacts, op: fx.Node, marks: int, down: Occurrence) -> None:
-    up.role = "mlp.up"
+    up.role = _of_mlp(down, "up")
     # Both halves of a fused gate and up have one origin; `glu` splits and multiplies at once.
     halves = analysis.tracer(op).gate_and_up(down.x) if marks else None
     if halves:
-        up.role = "mlp.gate_up"
-        up.parts = (Part("mlp.gate", as_ranges(halves[0])), Part("mlp.up", as_ranges(halves[1])))
+        up.role = _of_mlp(down, "gate_up")
+        up.parts = tuple(
+            Part(_of_mlp(down, name), as_ranges(rows)) for name, rows in zip(("gate", "up"), halves, strict=True)
+        )
+
+
+def _of_mlp(down: Occurrence, name: str) -> str:
+    return f"{EXPERTS if down.kind == EXPERTS else 'mlp'}.{name}"
 
 
 def _site(weight: WeightFacts) -> Site:
     first = weight.occurrences[0]
     calls = tuple(Call(found.x.name, found.op.name, found.y.name) for found in weight.occurrences)
-    role = weight.role or ("conv" if first.kind == "conv" else "linear")
+    role = weight.role or (first.kind if first.kind in ("conv", EXPERTS) else "linear")
     return Site(
         *(first.path, first.kind, role, layer_of(first.path), first.weight, first.bias, first.shape, first.transposed),
         parts=weight.parts,

@@ -6,14 +6,16 @@ What is written here is for messages: a module that runs and is no site cannot b
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import fx, nn
 
 from peftfx.analysis.dataflow import op_name
 from peftfx.analysis.weight_ops import module_path
+from peftfx.bases.guests import own_modules
 from peftfx.graph.graph import BASE, Graph
+from peftfx.graph.places import places_of
 from peftfx.sites.site import Site
 
 _REGIONS = {
@@ -31,6 +33,12 @@ def called_modules(graph: Graph) -> frozenset[str]:
             if path.partition(".")[0] == BASE:
                 paths.add(path.removeprefix(BASE).removeprefix("."))
     return frozenset(paths)
+
+
+def run_elsewhere(base: nn.Module, called: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """For each module that runs in the place of its first name: the other places in which it runs too."""
+    runs = {path: tuple(name for name in names if name in called) for path, names in places_of(base).items()}
+    return {path: tuple(n for n in names if n != path) for path, names in runs.items() if path in names and names[1:]}
 
 
 def parameter_reads(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
@@ -56,7 +64,7 @@ def parameter_reads(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
 def _owners(base: nn.Module) -> dict[int, list[tuple[str, str]]]:
     """The path and the name by which each module has each parameter."""
     owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    for path, module in base.named_modules():
+    for path, module in own_modules(base):
         for name, p in module._parameters.items():
             if p is not None:
                 owners[id(p)].append((path, name))

@@ -15,6 +15,8 @@ from types import CodeType, FunctionType, MethodType
 
 from torch import nn
 
+from peftfx.bases.guests import own_modules
+
 #: Names by which code reaches submodules without naming them. Code that reads one of these proves nothing.
 _WALKS = frozenset({"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "__dict__"})
 #: Libraries whose code knows no model's attributes by name, and what in them are models after all.
@@ -54,7 +56,7 @@ def _only_there(base: nn.Module, path: str) -> bool:
     """Whether this is the module's only path: one that has another name too is reached by that."""
     module = base.get_submodule(path)
     inner = {id(m) for m in module.modules()}
-    paths = [p for p, m in base.named_modules(remove_duplicate=False) if id(m) in inner]
+    paths = [p for p, m in own_modules(base, remove_duplicate=False) if id(m) in inner]
     return all(p == path or p.startswith(f"{path}.") for p in paths)
 
 

@@ -10,9 +10,11 @@ from torch import fx, nn
 
 from peftfx.analysis.dataflow import is_depthwise, names, op_name
 from peftfx.graph.graph import BASE, Graph
+from peftfx.sites.site import EXPERTS
 
 _TRANSPOSES = names("t numpy_T mT transpose permute adjoint")
 _VIEWS = names("view reshape _unsafe_view flatten")
+_GROUPED = names("_grouped_mm transformers::grouped_mm_fallback")
 _CASTS = names("to _to_copy float half bfloat16 double type_as")
 _AS_IT_IS = _CASTS | names("detach alias clone contiguous lift_fresh_copy")
 
@@ -48,6 +50,8 @@ class Occurrence:
         """The axis of the op's output that runs over the weight's output rows, and its size."""
         if self.kind == "conv":
             return 1, self.shape[0]
+        if self.kind == EXPERTS:
+            return -1, self.shape[2 if self.transposed else 1]
         return -1, self.shape[-1 if self.transposed or self.kind == "embedding" else 0]
 
 
@@ -68,6 +72,8 @@ def find_occurrences(graph: Graph) -> Iterator[Occurrence]:
             yield from _product(paths, node, node.args[1], node.args[2], node.args[0])
         elif name in ("mm", "matmul"):
             yield from _product(paths, node, node.args[0], node.args[1], None)
+        elif name in _GROUPED and len(node.args) == 3 and not node.kwargs:
+            yield from _grouped(paths, node)
 
 
 def _weighted(
@@ -93,6 +99,18 @@ def _product(paths: _Paths, op: fx.Node, x: object, weight: object, bias: object
         return
     for found in _weighted(paths, "linear", op, x, stored, bias, transposed=not turned):
         yield _with_added_bias(paths.graph, found) if found.bias is None else found
+
+
+def _grouped(paths: _Paths, op: fx.Node) -> Iterator[Occurrence]:
+    """A stack of linear layers, `x[i] @ W[group of i]`: W [groups, in, out], or turned from [groups, out, in]."""
+    x, weight, _ = op.args
+    turned = isinstance(weight, fx.Node) and op_name(weight) in _TRANSPOSES
+    stored = _parameter(weight.args[0] if isinstance(weight, fx.Node) and turned else weight)
+    if not isinstance(x, fx.Node) or stored is None:
+        return
+    shape = tuple(int(size) for size in paths.graph.get(str(stored.target)).shape)
+    path = paths.of(op, stored)
+    yield Occurrence(path, EXPERTS, op, x, op, str(stored.target), None, shape, transposed=not turned)
 
 
 def _with_added_bias(graph: Graph, found: Occurrence) -> Occurrence:

@@ -7,14 +7,13 @@ weights are those of the quantised model, and take as much memory as in floating
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 NEEDED = ("gguf", "accelerate")  #: by transformers, which reads the files
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def gguf_config(file: Path) -> PreTrainedConfig:
@@ -92,19 +88,9 @@ def unpack(file: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def takes_gguf(command: Callable[Concatenate[Path, P], R]) -> Callable[Concatenate[str | Path, P], R]:
-    """A command on a base model's directory that takes a GGUF file too: for it, the file is unpacked for a while."""
-
-    @functools.wraps(command)
-    def run(base: str | Path, *args: P.args, **kwargs: P.kwargs) -> R:
-        with _directory(Path(base)) as directory:
-            return command(directory, *args, **kwargs)
-
-    return run  # type: ignore[return-value]
-
-
 @contextlib.contextmanager
-def _directory(base: Path) -> Iterator[Path]:
+def as_directory(base: Path) -> Iterator[Path]:
+    """A base model's directory as it is; a GGUF file, unpacked for a while."""
     if not is_gguf(base):
         yield base
         return

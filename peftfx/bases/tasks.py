@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from peftfx.errors import PeftfxError, nearest
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig
 
 
@@ -89,7 +88,7 @@ def resolve_task(task: str | None, *, peft_task_type: str | None = None, config:
     architecture decides.
     """
     if task is not None:
-        return _known(task)
+        return check_task(task)
     own = next((t for name in getattr(config, "architectures", None) or () if (t := task_of_class(name))), None)
     if peft_task_type is not None:
         if peft_task_type not in PEFT_TASKS:
@@ -118,11 +117,12 @@ def task_of_class(name: str) -> str | None:
 
 def task_of(model: nn.Module) -> str:
     """The task of a built model, by its class or one it derives from; a headless model extracts features."""
-    found = (task_of_class(kind.__name__) for kind in type(model).__mro__ if kind is not nn.Module)
+    found = (task_of_class(kind.__name__) for kind in type(model).__mro__)
     return next((task for task in found if task), "feature-extraction")
 
 
-def _known(task: str) -> str:
+def check_task(task: str) -> str:
+    """The task's own name; one that nobody knows is refused."""
     if (name := ALIASES.get(task, task)) not in TASKS:
         hint = nearest(task, [*TASKS, *ALIASES]) or f"the tasks are {', '.join(TASKS)}"
         raise PeftfxError(f"unknown task {task!r}", "task", hint)

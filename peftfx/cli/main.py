@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from peftfx.cli.signals import Terminated, orderly_end
-from peftfx.cli.words import check_slots, check_target, named_directories
+from peftfx.cli.words import check_looks, check_run, chosen_slots, named_directories
 from peftfx.errors import PeftfxError, PeftfxWarning
-from peftfx.options import (
-    COMBINATIONS,
-    QUANTIZATIONS,
-    check_choice,
-    check_dtype,
-    check_engine,
-    check_opset,
-    check_optimize,
-    check_view,
-    parse_size,
-)
+from peftfx.export_options.adapter import AdapterDirectoryOptions
+from peftfx.export_options.directory import DirectoryOptions
 from peftfx.version import __version__
 
 app = typer.Typer(
@@ -33,8 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-FAILED, USAGE = 1, 2
 
 
 @app.callback(invoke_without_command=True)
@@ -116,43 +107,32 @@ def export(
     Writes OUTPUT/model.onnx (and model.onnx.data), the config, tokenizer and processor files, and
     peftfx_report.json. Exit codes: 0 done; 1 ONNX Runtime and torch disagree, nothing is left; 2 bad input.
     """
-    check_view(view)
-    check_dtype(dtype)
-    check_opset(opset)
-    check_engine(engine)
-    check_optimize(optimize)
-    check_choice(quantize, QUANTIZATIONS, "quantize", "unknown quantisation")
-    limit = None if max_memory is None else parse_size(max_memory)
-    target = check_slots(slots, swappable=swappable, prefix=prefix)
-    rows = named_directories(batched or ())
+    chosen = {
+        "adapter": adapter,
+        "merge": merge,
+        "task": task,
+        "view": view,
+        "dtype": dtype,
+        "engine": engine,
+        "optimize": optimize,
+        "quantize": quantize,
+        "opset": opset,
+        "max_error": max_error,
+        "calibration": calibration,
+        "atol": atol,
+        "rtol": rtol,
+        "batched": named_directories(batched or ()),
+        "slots": chosen_slots(slots, swappable=swappable, prefix=prefix),
+        "force": force,
+        "allow_fixed": allow_fixed,
+        "max_memory": max_memory,
+    }
+    asked = DirectoryOptions.of(None, chosen)
     from peftfx.cli.progress import Progress
     from peftfx.export.command import export_directory
-    from peftfx.export.slots.swappable import Slots
 
     with _quiet(), Progress() as progress:
-        report = export_directory(
-            *(base, output),
-            adapter=adapter,
-            merge=merge,
-            task=task,
-            view=view,
-            opset=opset,
-            dtype=dtype,
-            engine=engine,
-            optimize=optimize,
-            quantize=quantize,
-            max_error=max_error,
-            calibration=calibration,
-            atol=atol,
-            rtol=rtol,
-            batched=rows,
-            slots=None if target is None else Slots(target, prefix),
-            force=force,
-            allow_fixed=allow_fixed,
-            progress=progress.stage,
-            written=progress.written,
-            max_memory=limit,
-        )
+        report = export_directory(base, output, asked, progress=progress.stage, written=progress.written)
     _print_report(report, output)
 
 
@@ -178,13 +158,13 @@ def export_adapter(
 
     Exit codes: as of export.
     """
-    check_choice(combination, COMBINATIONS, "combination", "unknown way to combine:")
+    options = {"base": base, "combination": combination, "check": check, "force": force, "atol": atol, "rtol": rtol}
+    asked = AdapterDirectoryOptions.of(None, options)
     from peftfx.cli.progress import Progress
     from peftfx.export.adapter_command import export_adapter_directories
 
-    options = {"base": base, "combination": combination, "check": check, "force": force, "atol": atol, "rtol": rtol}
     with _quiet(), Progress() as progress:
-        made = export_adapter_directories(adapter, graph, output, **options, progress=progress.stage)  # type: ignore[arg-type]
+        made = export_adapter_directories(adapter, graph, output, asked, progress=progress.stage)
     print(f"{made}: {made.stat().st_size:,} B")
 
 
@@ -200,26 +180,32 @@ def inspect(
         typer.Option(help="Show what these would do, as 'lora(r=8)@attention.query; ia3@mlp'; see `peftfx methods`."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    network: Annotated[
+        bool, typer.Option("--network", help="Print which site reads what another gave, as JSON (node-link).")
+    ] = False,
+    graphml: Annotated[Path | None, typer.Option(help="File to write the same to, as GraphML.")] = None,
 ) -> None:
     """Print where adapters can act: each site's module path, kind, role, layer and shape; or what rules would do."""
     import json
 
-    if target is not None:
-        check_target(target)
+    check_looks(task, target, rules, drawn=network or graphml is not None)
     from rich.console import Console
 
     from peftfx.export.command import inspect_directory, plan_directory
+    from peftfx.sites.network import to_json, write_graphml
 
     if rules is not None:
-        if target is not None:
-            raise PeftfxError("a target and rules", "inspect", "put the target into the rule, as in lora@mlp")
         with _quiet():
             plan = plan_directory(model, rules, task=task)
         print(json.dumps(plan.to_dict(), indent=2) if as_json else plan)
         return
     with _quiet():
         sites = inspect_directory(model, task=task, target=target)
-    if as_json:
+    if graphml is not None:
+        write_graphml(sites.network(), graphml)
+    if network:
+        print(json.dumps(to_json(sites.network()), indent=2))
+    elif as_json:
         print(json.dumps([site.to_dict() for site in sites], indent=2))
     else:
         Console(width=None if sys.stdout.isatty() else 160).print(sites.table())
@@ -266,11 +252,7 @@ def run(
     """
     import json
 
-    if (prompt is None) == (not text and not image):
-        raise PeftfxError("nothing to run on, or two things", "run", "pass --prompt, or --text, or --image")
-    missing = next((path for path in image or () if not os.path.isfile(path)), None)
-    if missing is not None:
-        raise PeftfxError("there is no such image", str(missing), "check the path")
+    check_run(prompt, [*(text or ()), *(image or ())], image or (), task)
     from peftfx.serving.run import classify, stream
 
     with _quiet():
@@ -303,27 +285,34 @@ def demo(
     run_demo(output or Path("peftfx-demo"), force=force)
 
 
-class _quiet:
-    """Other libraries' warnings and bars do not belong in this program's output."""
-
-    def __enter__(self) -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Other libraries' warnings and bars do not belong in this program's output; afterwards they speak again."""
+    with contextlib.ExitStack() as undone:
         import logging as standard
         import warnings
 
         from tqdm import tqdm
         from transformers.utils import logging
 
+        fake = standard.getLogger("torch._subclasses.fake_tensor")
+        undone.callback(setattr, tqdm, "monitor_interval", tqdm.monitor_interval)
+        undone.callback(setattr, standard, "raiseExceptions", standard.raiseExceptions)
+        undone.callback(fake.setLevel, fake.level)
+        undone.callback(logging.set_verbosity, logging.get_verbosity())
+        undone.callback(
+            logging.enable_progress_bar if logging.is_progress_bar_enabled() else logging.disable_progress_bar
+        )
+        undone.enter_context(warnings.catch_warnings())
         tqdm.monitor_interval = 0  # no thread for bars nobody sees: to start one with no memory left waits for ever
         standard.raiseExceptions = False  # what cannot be logged, with no memory left, is no traceback either
-        standard.getLogger("torch._subclasses.fake_tensor").setLevel(standard.CRITICAL)  # of what it raises too
+        fake.setLevel(standard.CRITICAL)  # of what it raises too
         warnings.filterwarnings("ignore")
         warnings.simplefilter("always", PeftfxWarning)
         warnings.showwarning = _show_warning
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-
-    def __exit__(self, *details: object) -> None:
-        pass
+        yield
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -348,8 +337,9 @@ def _print_report(report: object, output: Path) -> None:
 def main() -> None:
     """Run the command line.
 
-    A PeftfxError is a message on stderr and exit code 2, or 1 for a failed verification. SIGTERM and SIGHUP end the
-    command as an error does: what is half-written goes away, and the exit code is 128 and the signal's number.
+    A PeftfxError is a message on stderr and its class's exit code: 2, or 1 for a failed verification. SIGTERM and
+    SIGHUP end the command as an error does: what is half-written goes away, and the exit code is 128 and the signal's
+    number.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -358,15 +348,14 @@ def main() -> None:
         with orderly_end():
             app()
     except PeftfxError as error:
-        failed = type(error).__name__ == "VerificationError"
         print(f"peftfx: error: {error}", file=sys.stderr)
-        sys.exit(FAILED if failed else USAGE)
+        sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):  # torch's words
             raise
         first = str(error).strip().partition("\n")[0] or "no more can be had"
         print(f"peftfx: error: out of memory: {first}\n  hint: free some; nothing was written", file=sys.stderr)
-        sys.exit(USAGE)
+        sys.exit(PeftfxError.exit_code)
     except KeyboardInterrupt:
         print("peftfx: interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)

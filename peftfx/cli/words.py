@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from peftfx.bases.tasks import check_task
 from peftfx.errors import PeftfxError
+from peftfx.export_options.values import SLOTS, Slots
+from peftfx.sites.expression import parse
 
 
-def check_target(target: str) -> None:
-    """Refuse a target that cannot be read; what it picks is known later."""
-    from peftfx.sites.expression import parse
+def check_looks(task: str | None, target: str | None, rules: str | None, *, drawn: bool = False) -> None:
+    """Refuse an unknown task, a target that cannot be read, and what does not go together."""
+    if task is not None:
+        check_task(task)
+    if target is not None:
+        parse(target)
+    if target is not None and rules is not None:
+        raise PeftfxError("a target and rules", "inspect", "put the target into the rule, as in lora@mlp")
+    if drawn and (target is not None or rules is not None):
+        what = "the network is of all sites, not of those that a target or rules pick"
+        raise PeftfxError(what, "inspect", "leave out --target and --rules")
 
-    parse(target)
+
+def check_run(prompt: str | None, given: Sequence[object], images: Iterable[Path], task: str | None) -> None:
+    """Refuse an unknown task, images that are not there, and nothing to run on, or a prompt beside other things."""
+    if task is not None:
+        check_task(task)
+    if (prompt is None) == (not given):
+        raise PeftfxError("nothing to run on, or two things", "run", "pass --prompt, or --text, or --image")
+    missing = next((path for path in images if not os.path.isfile(path)), None)
+    if missing is not None:
+        raise PeftfxError("there is no such image", str(missing), "check the path")
 
 
-def check_slots(slots: str | None, *, swappable: bool, prefix: bool) -> str | None:
-    """The target of `--slots`, by default all linear layers; None without `--swappable`.
+def chosen_slots(target: str | None, *, swappable: bool, prefix: bool) -> Slots | None:
+    """The slots of `--slots`, by default of all linear layers; None without `--swappable`.
 
     Raises:
-        PeftfxError: it cannot be read, or is given without `--swappable`, where it would do nothing.
+        PeftfxError: the target cannot be read, or is given without `--swappable`, where it would do nothing.
     """
-    if not swappable:
-        lost = "--slots" if slots is not None else "" if prefix else "--no-prefix"
-        if lost:
-            raise PeftfxError(f"{lost} says what a graph with --swappable has", lost, "pass --swappable too")
-        return None
-    target = "all-linear" if slots is None else slots
-    check_target(target)
-    return target
+    if swappable:
+        return Slots(SLOTS if target is None else target, prefix)
+    lost = "--slots" if target is not None else "" if prefix else "--no-prefix"
+    if lost:
+        raise PeftfxError(f"{lost} says what a graph with --swappable has", lost, "pass --swappable too")
+    return None
 
 
 def named_directories(texts: Iterable[str]) -> dict[str, Path]:

@@ -25,17 +25,23 @@ from torch import Tensor, nn
 from peftfx.contract.completeness import refuse_incomplete
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError, nearest
-from peftfx.field_types import misfits
+from peftfx.field_types import refuse_misfit_fields
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 
-PLACING = ("target", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+PLACING = (
+    *("target", "target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern"),
+)
 """The options that say where a method applies."""
 Params = Mapping[str, Tensor]
 
 
 class Base(NamedTuple):
-    """The frozen tensors of a site. `weight` is [out, in, *kernel] ([num, dim] for an embedding), however stored."""
+    """The frozen tensors of a site, however they are stored.
+
+    `weight` is [out, in, *kernel]; [num, dim] for an embedding, [experts, out, in] for experts.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -45,6 +51,7 @@ class Op(Protocol):
     """A site's own operation, with stride, padding, dilation, padding index and the like bound.
 
     A conv's groups follow from its weight: a [out, in, *kernel] weight at a site of several groups is a dense conv.
+    At experts each row of `x` meets the weight of its own: any [experts, out, in] weight will do.
     """
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
@@ -94,9 +101,7 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         """Options are of their fields' types; sequences become tuples, so that a method can be hashed and compared."""
-        if wrong := misfits(self):
-            hint = "give a value of the type in parentheses"
-            raise PeftfxError(f"of another type: {', '.join(wrong)}", type(self).__name__, hint)
+        refuse_misfit_fields(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (list, set)):

@@ -12,7 +12,7 @@ from peftfx.contract.completeness import asking, refuse_keys, refuse_parameters
 from peftfx.contract.method import Base, Method, Params, WeightMethod
 from peftfx.contract.override import OverrideMethod
 from peftfx.contract.sequence import SEQUENCE, SequenceMethod, embedding_path
-from peftfx.sites.blocks import Block, part_site
+from peftfx.sites.blocks import Block, part_site, turned
 from peftfx.sites.site import Part, Site
 
 SAVED = "saved"  #: the folder of an adapter in which it keeps copies of the base's own tensors
@@ -78,7 +78,7 @@ class Placement:
         """The rows of the part."""
         if self.part is None:
             return None
-        return Block.of(self.part, self.site.shape[1 if self.site.transposed else 0])
+        return Block.of(self.part, self.site.rows)
 
     @property
     def view(self) -> Site:
@@ -120,11 +120,11 @@ class Placement:
             return self.method.keys(self.site)
 
     def base(self, weight: Tensor, bias: Tensor | None) -> Base:
-        """The site's tensors as the method sees them: [out, in], and the part's rows alone."""
-        weight = weight.T if self.site.transposed else weight
+        """The site's tensors as the method sees them: [out, in] or [experts, out, in], and the part's rows alone."""
+        weight = turned(weight, self.site.transposed)
         if self.block is None:
             return Base(weight, bias)
-        return Base(self.block.take(weight, 0), None if bias is None else self.block.take(bias, 0))
+        return Base(self.block.take(weight, self.site.rows_axis), None if bias is None else self.block.take(bias, 0))
 
 
 @dataclass(frozen=True)

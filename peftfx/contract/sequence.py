@@ -50,7 +50,7 @@ class SequenceMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in PLACING if getattr(self, name) is not None]
+        given = [name for name in PLACING if getattr(self, name, None) is not None]
         if given:
             what = f"{type(self).__name__} acts on the stream of tokens, and has no {given[0]}"
             raise PeftfxError(what, given[0], "leave it out")

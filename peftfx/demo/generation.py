@@ -31,8 +31,9 @@ from peftfx.demo.passages import Passages, load_passages
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets
 from peftfx.export.slots.adapter_export import export_adapter
-from peftfx.export.slots.swappable import SLOTS
 from peftfx.export.writing.atomic_directory import publish
+from peftfx.export_options.export import ExportOptions
+from peftfx.export_options.values import SLOTS
 from peftfx.methods.lora import LoRA
 from peftfx.methods.prefix_tuning import PrefixTuning
 from peftfx.model.api import bare
@@ -152,7 +153,8 @@ def run_generation(
                     made = place / SWAPPABLE
                     file = export_adapter(adapted, made, place / name, check=False)
                 else:
-                    adapted.export(made, view="decode", quantize=None if kind == MERGED else kind, assets=assets)
+                    chosen = {"view": "decode", "quantize": None if kind == MERGED else kind}
+                    adapted.export(made, ExportOptions.of(None, chosen), assets=assets)
                 serve(load(made, adapter=file), made, kind, outcome, passages, new_tokens)
                 if look is not None:
                     outcome.said[kind] = look(made, file, outcome.tokens[kind])

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode
+from torch.fx import config as fx_config
 
 TRACING = threading.RLock()  #: held by the thread that captures or traces
 
@@ -20,11 +21,12 @@ TRACING = threading.RLock()  #: held by the thread that captures or traces
 def isolated(model: nn.Module) -> Iterator[None]:
     """The context captures and traces run in, whatever the caller's: gradients on, no inference mode, no autocast.
 
-    One thread at a time is in it: torch patches modules for all threads while it traces.
+    Nodes get no stack traces: nobody reads them, and they are a tenth of a capture. One thread at a time is in it:
+    torch patches modules for all threads while it traces.
     """
     kinds = ["cpu", *({p.device.type for p in model.parameters()} - {"cpu", "meta"})]
     before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
-    with TRACING, torch.inference_mode(False), torch.enable_grad(), _quiet():
+    with TRACING, torch.inference_mode(False), torch.enable_grad(), _quiet(), _without_stack_traces():
         for kind in kinds:
             torch.set_autocast_enabled(kind, False)
         try:
@@ -32,6 +34,16 @@ def isolated(model: nn.Module) -> Iterator[None]:
         finally:
             for kind, enabled in before.items():
                 torch.set_autocast_enabled(kind, enabled)
+
+
+@contextlib.contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    before = fx_config.do_not_emit_stack_traces
+    fx_config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        fx_config.do_not_emit_stack_traces = before
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import Condition, unmet
+from peftfx.graph.lint import check_calls, check_interface, check_order, check_values
 from peftfx.graph.recipe import Recipe
 from peftfx.sites.sites import Sites
 
@@ -87,6 +88,15 @@ class Graph:
             if isinstance(axis, str)
         }
 
+    def mixed(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """An axis that has two sizes in a call with these inputs, where this program reads one of them; or None."""
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            for axis, size in zip(spec.shape, tensors[spec.name].shape, strict=False):
+                if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
+                    return axis
+        return None
+
     def nodes(self) -> Iterator[fx.Node]:
         """The graph's nodes in topological order."""
         return iter(self.module.graph.nodes)
@@ -123,6 +133,10 @@ class Graph:
             names = ", ".join(s.name for s in self.inputs)
             raise PeftfxError(f"the graph takes exactly the inputs {names}", ", ".join(kwargs), "pass those, by name")
         flat = [kwargs[s.name] for s in self.inputs]
+        mixed = self.mixed(kwargs)
+        if mixed is not None:
+            hint = "capture it again with such inputs, their axes under other names"
+            raise PeftfxError(f"two inputs have different sizes along {mixed}", mixed, hint)
         broken = [c for c in unmet(self.conditions, self.sizes_of(kwargs), edges=False) if c.code]
         if broken:
             hint = "capture it again with an input of this size: the model's code computes something else there"
@@ -156,22 +170,15 @@ class Graph:
         return "\n".join(re.sub(r"\bcpu\b|device\(type='cpu'\)", "cpu", line) for line in lines)
 
     def lint(self) -> None:
-        """Check structure: values are made before they are used, names are unique, and every tensor is there.
+        """Check structure: order and names, values and holders, inputs and outputs, and the calls of the sites.
 
-        A derived weight need not be: it may not be computed yet.
+        Raises:
+            PeftfxError: the first thing that is wrong, and where.
         """
-        seen: set[fx.Node] = set()
-        names: set[str] = set()
-        for node in self.nodes():
-            early = next((n for n in node.all_input_nodes if n not in seen), None)
-            if early is not None:
-                raise PeftfxError(f"%{node.name} uses %{early.name} before it is made", node.format_node() or "")
-            if node.name in names:
-                raise PeftfxError("two nodes have one name", node.name)
-            if node.op == "get_attr" and str(node.target).removeprefix(f"{DERIVED}.") not in self.derived:
-                operator.attrgetter(str(node.target))(self.module)  # a tensor, or the body of a higher-order operator
-            seen.add(node)
-            names.add(node.name)
+        check_order(self.module)
+        check_values(self.module, {f"{DERIVED}.{name}" for name in self.derived})
+        check_interface(self.module, self.inputs, self.out_spec.num_leaves)
+        check_calls(self.module, self.sites)
 
 
 class _Name(str):

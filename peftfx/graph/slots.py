@@ -16,10 +16,11 @@ import torch
 
 from peftfx.errors import PeftfxError, first_line, shown
 from peftfx.field_types import misfits
-from peftfx.files import is_file, read_json
+from peftfx.files import is_file
+from peftfx.formats import SLOTS, read_stamped, stamped
 from peftfx.sites.site import Site
 
-FILE = "peftfx_slots.json"
+FILE = SLOTS
 #: What slots hold. At a layer `W' = diag(OUTER) W diag(INNER) + B A`; ahead of the text embeddings, or keys and values
 #: of all layers; beside an attention keys and values of a softmax of their own; and a tensor of the base itself.
 A, B, INNER, OUTER, PROMPT, PREFIX, KEYS, VALUES, OWN = (
@@ -103,7 +104,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Put `FILE` into the directory."""
-        (directory / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        (directory / FILE).write_text(json.dumps(stamped(FILE, asdict(self)), indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def read(directory: Path) -> Manifest:
@@ -116,7 +117,7 @@ class Manifest:
         if not is_file(path):
             hint = "export it with --swappable"
             raise PeftfxError(f"the model here takes no adapters: there is no {FILE}", str(directory), hint)
-        raw: Any = read_json(path, "export the base again")
+        raw: Any = read_stamped(path, "export the base again")
         try:
             slots = tuple(Slot(**{**s, "shape": tuple(s["shape"]), "perm": tuple(s["perm"])}) for s in raw.pop("slots"))
             found = Manifest(**raw, slots=slots)

@@ -120,6 +120,12 @@ class AdaLoRA(WeightMethod):
         """Which ranks are left, of this method as it is `at` a site."""
         return tuple(self.rank_pattern.get(_key(""), (True,) * self.init_r))
 
+    @property
+    def _rank(self) -> int:
+        """How many ranks are left: counted without a tuple, as a file may say any number."""
+        kept = self.rank_pattern.get(_key(""))
+        return self.init_r if kept is None else sum(kept)
+
     def remembered(self) -> frozenset[str]:
         return frozenset({KEPT} | {f"{name}_{kind}" for name in (A, B, E) for kind in ("importance", "uncertainty")})
 
@@ -127,7 +133,7 @@ class AdaLoRA(WeightMethod):
         return {A: A, B: B, E: E}
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
-        weight, rank = base.weight, sum(self.left)
+        weight, rank = base.weight, self._rank
         new = functools.partial(torch.zeros, dtype=adapter_dtype(weight.dtype), device=weight.device)
         p = {A: new(rank, weight[0].numel()), E: new(rank, 1), B: new(weight.shape[0], rank)}
         spread = {A: 0.02, B: 0.02, E: 0.0} if self.init_lora_weights else dict.fromkeys((A, E, B), 1.0)

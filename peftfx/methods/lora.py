@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype, along_channels, along_rows, row_index
 from peftfx.contract.common.dora import gain, row_norms
+from peftfx.contract.common.experts import fill_experts, of_experts, of_parts, refuse_on_parameters
 from peftfx.contract.common.lora_init import (
     doubt_of,
     factors_of,
@@ -41,10 +42,12 @@ from peftfx.contract.method import Base, Method, Op, Params, Weighted, WeightMet
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
-from peftfx.sites.site import Site
+from peftfx.sites.expression import ends_with
+from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Site
 
 A, B, MAGNITUDE, B_BIAS = "lora_A", "lora_B", "lora_magnitude_vector", "lora_B_bias"
 A0, B0 = "lora_A0", "lora_B0"
+_AT_LAYERS = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,8 @@ class LoRA(WeightMethod):
         lora_bias: give B a bias.
         init_lora_weights: True (Kaiming A, zero B), False (both random), "gaussian", "orthogonal", "pissa",
             "pissa_niter_[n]", "olora", "mica". Files that began with "eva" or "lora_ga" are read.
+        target_parameters: parameters by their full names or the ends of these, as in HF PEFT: experts' stacked weights
+            (`experts.down_proj`), or a layer's `weight`. They come on top of the other targets.
         trainable_token_indices: tokens whose rows of the token embedding are trained, or the tokens of each embedding
             by its path; see `TrainableTokens`.
     """
@@ -78,9 +83,11 @@ class LoRA(WeightMethod):
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     init_lora_weights: bool | str = True
+    target_parameters: Sequence[str] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
 
     peft_type: ClassVar[str] = "LORA"
+    kinds: ClassVar[frozenset[str]] = frozenset({*WEIGHT_KINDS, EXPERTS})
     wraps_attention: ClassVar[bool] = True
     default_target: ClassVar[str] = "attention.query | attention.value"
     ignored: ClassVar[frozenset[str]] = frozenset({"eva_config", "lora_ga_config", "corda_config", "loftq_config"})
@@ -97,10 +104,22 @@ class LoRA(WeightMethod):
         return self.init_lora_weights is not False
 
     def at(self, site: Site) -> LoRA:
-        """With the rank and alpha that the patterns give this site."""
+        """With the rank and alpha that the patterns give this site.
+
+        Raises:
+            PeftfxError: it is a parameter without a layer of its own, and an option needs one.
+        """
+        if site.kind == EXPERTS or any(ends_with(site.path, name) for name in self.target_parameters or ()):
+            refuse_on_parameters(site, self._only_at_layers())
         r = int(by_path(self.rank_pattern, "rank_pattern", site.path, self.r))
         alpha = by_path(self.alpha_pattern, "alpha_pattern", site.path, self.lora_alpha)
         return dataclasses.replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def _only_at_layers(self) -> list[str]:
+        """The options that HF PEFT has for layers and not for parameters, of those that are set."""
+        given = [name for name in _AT_LAYERS if getattr(self, name)]
+        plain = self.init_lora_weights in (True, False, "gaussian", "eva")
+        return given if plain else [*given, f"init_lora_weights={self.init_lora_weights!r}"]
 
     @property
     def scaling(self) -> float:
@@ -131,6 +150,8 @@ class LoRA(WeightMethod):
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         r, weight = self.r, base.weight
+        if site.kind == EXPERTS:
+            return self._init_experts(site, weight, rng)
         if site.groups > 1 and r % site.groups:
             hint = f"take a multiple of {site.groups}, in rank_pattern for this module alone"
             raise PeftfxError(f"a conv of {site.groups} groups cannot have rank {r}", site.path, hint)
@@ -158,6 +179,13 @@ class LoRA(WeightMethod):
             p[MAGNITUDE] = row_norms(site, weight.to(p[A].dtype))
         return p
 
+    def _init_experts(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
+        count, out, inner = weight.shape
+        new = functools.partial(torch.zeros, dtype=adapter_dtype(weight.dtype), device=weight.device)
+        p = {A: new(count * self.r, inner), B: new(out, self.r * count)}
+        fill_experts(self.init_lora_weights, self.r, p[A], p[B], rng)
+        return p
+
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         drops = training and self.lora_dropout > 0 and site.kind != "embedding"
         dropped = F.dropout(x, self.lora_dropout, training=True) if drops else x
@@ -179,6 +207,9 @@ class LoRA(WeightMethod):
         """`B(s A(x))`, in the adapter's own precision: the scale is where the least has to be scaled."""
         if site.kind == "embedding":
             return F.linear(self.scaling * op(x, a.T), b)
+        if site.kind == EXPERTS:
+            down, up = of_experts(site.shape[0], a, b)
+            return op(self.scaling * op(x.to(a.dtype), down), up)
         low, bias = self.scaling * op(x.to(a.dtype), a), None if bias is None else self.scaling * bias
         if site.kind == "linear":
             return F.linear(low, b, bias)
@@ -219,6 +250,9 @@ class LoRA(WeightMethod):
         return added if bias is None else bias + added
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
+        if site.kind == EXPERTS:
+            what = "experts' weights have no place in a graph that adapters are handed to"
+            raise PeftfxError(what, site.path, "export the adapter merged")
         q = {name: t.float() for name, t in p.items()}
         joined, gains = (_joined(q) if A0 in q else q), None
         b = self.scaling * dense(joined[B], site.groups).flatten(1)
@@ -254,6 +288,14 @@ class LoRA(WeightMethod):
         alphas = {re.escape(path): m.lora_alpha for path, m in own.items() if m.lora_alpha != self.lora_alpha}
         return dataclasses.replace(self, rank_pattern=ranks, alpha_pattern=alphas, init_lora_weights=starts.pop())
 
+    def naming(self, paths: Sequence[str], modules: Sequence[str]) -> LoRA:
+        """As of any method; of parameters that the rule names, the names stay."""
+        own = [p for p in paths if not any(ends_with(p, name) for name in self.target_parameters or ())]
+        named = super().naming(own, modules)
+        if len(own) == len(paths) or named.target_modules:
+            return named
+        return dataclasses.replace(named, target_modules=())  # HF PEFT takes its own choice where there are none
+
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[LoRA, dict[str, Tensor]]:
         """A stacked, B block-structured; alpha grows with the rank so that the scale stays what it is."""
@@ -263,6 +305,9 @@ class LoRA(WeightMethod):
         grown = self.lora_alpha * (math.sqrt(count) if self.use_rslora else count)
         method = dataclasses.replace(self, r=self.r * count, lora_alpha=grown)
         first = next(iter(parts.values()))
+        if site.kind == EXPERTS:
+            factors = [(rows, q[A], q[B]) for rows, q in parts.items()]
+            return method, dict(zip((A, B), of_parts(site.shape[0], site.rows, factors), strict=True))
         r = first[A].shape[0]
         p = {A: torch.cat([q[A] for q in parts.values()]), B: first[B].new_zeros(base.weight.shape[0], r * len(parts))}
         if self.lora_bias:
@@ -295,7 +340,8 @@ class LoRA(WeightMethod):
         first = given[0].method
         assert isinstance(first, LoRA)
         plain = dataclasses.replace(first, use_rslora=False, init_lora_weights=True, bias="none")
-        return dataclasses.replace(plain, r=len(a), lora_alpha=len(a), lora_bias=bool(biased)), new
+        r = len(a) // (site.shape[0] if site.kind == EXPERTS else 1)
+        return dataclasses.replace(plain, r=r, lora_alpha=r, lora_bias=bool(biased)), new
 
     def _plain(self, parts: Iterable[Params]) -> LoRA:
         """LoRA of twice the rank: where a part starts from factors of its own rows, the whole has no such start."""

@@ -23,6 +23,7 @@ def transform(
     *,
     inputs: Mapping[str, object] | None = None,
     seed: int | None = None,
+    road: str | None = None,
 ) -> AdaptedModel:
     """Adapt a model by rules. Its parameters are shared and frozen, never copied; only the adapter's are trained.
 
@@ -35,25 +36,35 @@ def transform(
         adapter_name: any valid name of a directory, without dots.
         inputs: keyword arguments of a call, for a model that example inputs cannot be made for.
         seed: of the adapter's random initial values; by default they come from torch's global generator.
+        road: how calls are run: `modules`, by the methods inside the model's own modules, or `graph`, by a captured
+            graph. By default the modules, and a graph where no module can host the adapter; `AdaptedModel.road` says
+            which.
 
     Raises:
         PeftfxError: the model cannot be captured, or a rule matches nothing.
     """
-    adapted = bare(model, inputs)
+    adapted = bare(model, inputs, road)
     adapted.add_adapter(adapter_name, rules, seed=seed)
     return adapted
 
 
 def load(
-    model: nn.Module, path: str | Path, adapter_name: str = "default", *, inputs: Mapping[str, object] | None = None
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str = "default",
+    *,
+    inputs: Mapping[str, object] | None = None,
+    road: str | None = None,
 ) -> AdaptedModel:
     """Adapt a model by a HF PEFT directory: `adapter_config.json` and `adapter_model.safetensors`.
+
+    `road` says how calls are run, as in `transform`.
 
     Raises:
         PeftfxError: there is no such adapter, or it is not for this model: every key that is missing, unexpected or of
             another shape is listed.
     """
-    adapted = bare(model, inputs)
+    adapted = bare(model, inputs, road)
     adapted.load_adapter(path, adapter_name)
     return adapted
 
@@ -68,7 +79,7 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
     return make_plan(model, inspect(model, inputs=inputs), rules)
 
 
-def bare(model: nn.Module, inputs: Mapping[str, object] | None = None) -> AdaptedModel:
+def bare(model: nn.Module, inputs: Mapping[str, object] | None = None, road: str | None = None) -> AdaptedModel:
     """A model captured, its sites found, without adapters yet."""
     if not isinstance(model, nn.Module):
         raise PeftfxError(f"not a model: {shown(model)}", "model", "pass a torch module, as from_pretrained gives")
@@ -77,7 +88,7 @@ def bare(model: nn.Module, inputs: Mapping[str, object] | None = None) -> Adapte
     example = example_inputs(model) if inputs is None else inputs
     with evaluating(model):
         graph = capture(model, example)
-    adapted = AdaptedModel.on(model, graph.sites, example)
+    adapted = AdaptedModel.on(model, graph.sites, example, road)
     with evaluating(model):
         adapted.graphs.keep(graph, example)
     return adapted

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_hooks
 
+from peftfx.bases.guests import GUESTS, own_modules
+
 #: Of what torch keeps in every module, what a forward reads, and a graph does not read anew when it runs.
 _READ = frozenset({"_modules", "_forward_hooks", "_forward_pre_hooks"})
 _TORCHS = frozenset(vars(nn.Module())) - {"training"}
@@ -30,7 +32,7 @@ class ModelState:
         self._hooks = _global_hooks()
         self._parts: list[tuple[dict[str, object], dict[str, object]]] = []
         seen: set[int] = set()
-        for module in model.modules():
+        for _, module in own_modules(model):
             own = vars(module)
             self._parts.append((own, own.copy()))
             for name, value in own.items():
@@ -51,7 +53,7 @@ class ModelState:
                     continue
             except (RuntimeError, ValueError, TypeError):  # of what has no plain answer: tensors and arrays
                 pass
-            name = _first_other(now, then)
+            name = _first_other(_without_guests(now), _without_guests(then))
             if name is not None:
                 return name
         return None
@@ -74,6 +76,11 @@ def _containers(value: object, seen: set[int], depth: int) -> Iterator[tuple[obj
         yield own, own.copy()
     for item in items:
         yield from _containers(item, seen, depth - 1)
+
+
+def _without_guests(value: object) -> object:
+    """A dict of modules without what adapters put there, which no capture reads."""
+    return {k: v for k, v in value.items() if k != GUESTS} if isinstance(value, dict) and GUESTS in value else value
 
 
 def _first_other(now: object, then: object) -> str | None:

@@ -15,17 +15,19 @@ from peftfx.graph.conditions import unmet
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.graph.graph import ADAPTERS, Graph, path_name
 from peftfx.model.fingerprints import ModelState, value_key
+from peftfx.model.late_modules import refuse_late
 from peftfx.passes.adaptation.evaluate import evaluate
 from peftfx.passes.adaptation.insert import Insert
 from peftfx.passes.adaptation.prefill import Left, Prefill
-from peftfx.passes.base import Pass, PassManager
+from peftfx.passes.base import Pass
+from peftfx.passes.manager import PassManager
 from peftfx.passes.optimization.dead_code import Sweep
 from peftfx.views.cache_prefix import Prefilled
 from peftfx.views.capture import capture
 from peftfx.views.decode import Decode
 from peftfx.views.entry import Entry
 from peftfx.views.named_views import find_view
-from peftfx.views.view import Axes, View, name_axes
+from peftfx.views.view import Axes, View, apart, name_axes
 
 MOST_STATES = 4  #: states of the base for one kind of call: training and not, and two more
 MOST = 16  #: graphs of one kind of call: of sizes at which the model's code computes something else
@@ -69,7 +71,7 @@ class Graphs:
         tensors = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
         known, alone = self._known(inputs, entry, view), frozenset[str]()
         for graph in known:
-            if not all(s.accepts(tensors[s.name]) for s in graph.inputs):
+            if not all(s.accepts(tensors[s.name]) for s in graph.inputs) or graph.mixed(tensors) is not None:
                 continue
             if not graph.conditions:
                 return graph
@@ -83,7 +85,7 @@ class Graphs:
         if alone:
             return graph
         if not all(s.accepts(tensors[s.name]) for s in graph.inputs):  # it fixes what stood in the place of a size of 1
-            axes = name_axes(tensors) if view is None else view.axes
+            axes = name_axes(tensors) if view is None else apart(view.axes, tensors)
             sizes = _sizes(_all_named(axes, tensors), tensors)
             known[-1] = self._capture(inputs, tensors, entry, view, frozenset(a for a, n in sizes.items() if n == 1))
             return known[-1]
@@ -99,11 +101,22 @@ class Graphs:
         view: View | None,
         alone: frozenset[str],
     ) -> Graph:
-        """Capture anew; the axes that are `alone` keep the size that they have here."""
-        axes = name_axes(tensors) if view is None else view.axes
+        """Capture anew; the axes that are `alone` keep the size that they have here.
+
+        So does an axis of 1 beside longer ones, as positions that all rows share, where it is no size among others.
+        """
+        axes = name_axes(tensors) if view is None else apart(view.axes, tensors)
+        named = _all_named(axes, tensors)
         if alone:
-            axes = {n: tuple(None if a in alone else a for a in own) for n, own in _all_named(axes, tensors).items()}
-        return capture(self.base, inputs, axes=axes, entry=entry, call=view)
+            axes = {n: tuple(None if a in alone else a for a in own) for n, own in named.items()}
+        try:
+            return capture(self.base, inputs, axes=axes, entry=entry, call=view)
+        except PeftfxError:
+            places = {f"{name}.{i}" for name, own in named.items() for i in range(len(own))}
+            shared = frozenset(a for a, size in _sizes(named, tensors).items() if size == 1 and a in places)
+            if shared <= alone:
+                raise
+        return self._capture(inputs, tensors, entry, view, alone | shared)
 
     def _remember(self, known: list[Graph], graph: Graph) -> None:
         if len(known) == MOST:
@@ -143,11 +156,13 @@ class Graphs:
         """A captured graph with the adapters of these names in it, in order, and what more passes make of that."""
         key = (id(captured), tuple(names))
         if key not in self._derived:
+            for name in names:
+                refuse_late(self.base, self.adapters[name], captured.sites)
             linked = captured.clone()
             linked.module.add_module(ADAPTERS, self.adapters.module)
             inserts = [Insert(name, self.adapters[name]) for name in names]
             try:
-                self._derived[key] = captured, PassManager([*inserts, *more], check="none")(linked)
+                self._derived[key] = captured, PassManager([*inserts, *more], check="none")(linked).graph
             except PeftfxError:
                 self._captured.clear()  # a method that asked for a size has bound it, for all graphs of this capture
                 raise

@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.bases.guests import own_parameters
 from peftfx.contract.placement import Placed
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.graph.contexts import fake_mode_of
@@ -100,7 +101,7 @@ def make_plan(base: nn.Module, sites: Sites, rules: object) -> Plan:
     adapter = _shapes(base, placed)
     sizes = {name: p.numel() for name, p in adapter.named_parameters()}
     standing = sum(sizes[o.key] for o in adapter.overrides if o.stands)
-    total = sum(p.numel() for p in base.parameters()) + sum(sizes.values()) - standing
+    total = sum(p.numel() for _, p in own_parameters(base)) + sum(sizes.values()) - standing
     plans = tuple(_plan(base, sites, rule, sizes, adapter) for rule in placed)
     return Plan(plans, sum(sizes.values()), total)
 

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
+from peftfx.bases.guests import own_parameters
 from peftfx.errors import PeftfxError
 
 
@@ -36,14 +37,14 @@ class SharedBase:
         """The first adapter over the base is there: remember what is trained, and freeze it."""
         if not any(user.names() for user in self.users):
             # What a model that is gone has left frozen was trained before.
-            named = base.named_parameters(remove_duplicate=False)
+            named = own_parameters(base, remove_duplicate=False)
             self.trained = {key: p.requires_grad or self.trained.get(key, False) for key, p in named}
             base.requires_grad_(False)
 
     def thaw(self, base: nn.Module) -> None:
         """The last adapter over the base is gone: what was trained before is so again."""
         if not any(user.names() for user in self.users):
-            for key, p in base.named_parameters(remove_duplicate=False):
+            for key, p in own_parameters(base, remove_duplicate=False):
                 p.requires_grad_(self.trained.get(key, p.requires_grad))
             self.trained = {}
 

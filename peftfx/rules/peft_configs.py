@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from peftfx.bases.guests import own_modules
 from peftfx.bases.tasks import PEFT_HEADS
 from peftfx.contract.method import Method
 from peftfx.rules.peft_files import RECORDS, method_from_config
@@ -64,7 +65,7 @@ def _tables(kind: str) -> dict[str, Mapping[str, object]]:
 def _every_linear(base: nn.Module) -> list[str]:
     """The modules that HF PEFT's `all-linear` stands for."""
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
-    return [path for path, module in base.named_modules() if path and _is_linear(module) and module is not head]
+    return [path for path, module in own_modules(base) if path and _is_linear(module) and module is not head]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -77,4 +78,4 @@ def _heads(base: nn.Module, options: Mapping[str, object]) -> list[str]:
     """The ends of the heads that HF PEFT trains with the config's task, if the base has any."""
     kind = options.get("task_type")
     ends = PEFT_HEADS.get(str(getattr(kind, "value", kind)), ())
-    return [end for end in ends if any(path.endswith(end) for path, _ in base.named_modules())]
+    return [end for end in ends if any(path.endswith(end) for path, _ in own_modules(base))]

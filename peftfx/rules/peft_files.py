@@ -11,11 +11,11 @@ from torch import Tensor
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError, shown
 from peftfx.files import is_file, is_folder, read_json
+from peftfx.formats import RULES, read_stamped
 from peftfx.methods import method_named
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 STATE = "peftfx_state.safetensors"  #: ours: what a saved prompt was computed from, so that training can go on
-RULES = "peftfx_rules.json"  #: ours: the folders, one a rule, of an adapter that several rules made
 RECORDS = frozenset(
     {
         *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode"),
@@ -24,7 +24,10 @@ RECORDS = frozenset(
 )
 """Fields of a HF PEFT config that describe it and change no number."""
 INERT = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}, "ensure_weight_tying": False}
-"""Fields that do nothing at these values; every other field that peftfx does not know must be empty."""
+"""Fields that do nothing at these values; every other field that peftfx does not know must be null or false.
+
+An empty object is a value: HF PEFT asks of many whether they are None, and `kasa_config: {}` starts KaSA.
+"""
 
 
 def read_config(directory: Path) -> dict[str, object]:
@@ -51,7 +54,7 @@ def rule_folders(directory: Path) -> tuple[Path, ...]:
     path = directory / RULES
     if not is_file(path):
         return (directory,)
-    names = read_json(path, "save the adapter again").get("rules")
+    names = read_stamped(path, "save the adapter again").get("rules")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise PeftfxError("not a list of an adapter's rules", str(path), "save the adapter again")
     folders = tuple(directory / name for name in names)
@@ -66,7 +69,7 @@ def method_from_config(config: Mapping[str, object], where: str) -> Method:
     options = {k: v for k, v in config.items() if k in cls.options() and v is not None}
     known = {*cls.options(), *cls.ignored, *RECORDS}
     unknown = {k: v for k, v in config.items() if k not in known}
-    active = {k: v for k, v in unknown.items() if v not in (None, False, 0, "", [], {}, ()) and INERT.get(k) != v}
+    active = {k: v for k, v in unknown.items() if v not in (None, False) and INERT.get(k) != v}
     if active:
         names = ", ".join(f"{k}={shown(v)}" for k, v in active.items())
         raise PeftfxError(
@@ -91,7 +94,8 @@ class Weights:
             self._file = safe_open(self.path, framework="pt")
             keys = list(self._file.keys())
             self.names = {self._strip(k): k for k in keys}
-            self.shapes = {n: tuple(self._file.get_slice(k).get_shape()) for n, k in self.names.items()}
+            slices = {n: self._file.get_slice(k) for n, k in self.names.items()}
+            self.shapes = {n: tuple(read.get_shape()) for n, read in slices.items()}
         except (SafetensorError, OSError) as error:
             hint = "the file is truncated or damaged; copy or save it again"
             raise PeftfxError(f"cannot be read as safetensors: {error}", str(self.path), hint) from error
@@ -99,6 +103,10 @@ class Weights:
         if lost is not None:
             what = f"two keys are one tensor: {lost} and {self.names[self._strip(lost)]}"
             raise PeftfxError(what, str(self.path), "keep the one that was trained, and save the file again")
+        complex_names = [self.names[n] for n, read in slices.items() if read.get_dtype().startswith("C")]
+        if complex_names:
+            what = f"complex numbers, whose imaginary part would be lost: {shown(complex_names[0])}"
+            raise PeftfxError(what, str(self.path), "save the adapter again with real tensors")
 
     def __getitem__(self, name: str) -> Tensor:
         try:

@@ -7,18 +7,21 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.override import OverrideMethod
 from peftfx.contract.placement import SAVED, Override, Placed, Placement, copies_of
 from peftfx.contract.sequence import SequenceMethod, sequence_site
 from peftfx.errors import PeftfxError, nearest
+from peftfx.graph.places import places_of
+from peftfx.rules.parameters import TARGET_PARAMETERS, as_parameter, refuse_unknown_parameters
 from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
 from peftfx.rules.token_rows import trained_tokens
 from peftfx.rules.torch_attention import as_named
-from peftfx.rules.unplaced import refuse_unplaced
-from peftfx.sites.site import Part, Site
+from peftfx.rules.unplaced import refuse_unplaced, tell_elsewhere
+from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Part, Site
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import Where, select
 
@@ -27,12 +30,23 @@ def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
     """Each rule with where it acts, and the base's tensors that are trained with it."""
     placed = tuple(_place(base, sites, method) for method in as_methods(rules, base))
     refuse_crowding(placed)
+    tell_elsewhere(sites, acted_at(placed))
     return placed
+
+
+def acted_at(placed: Iterable[Placed]) -> set[str]:
+    """The module paths that rules act at, or whose tensors they train copies of."""
+    return {
+        path
+        for rule in placed
+        for path in (*(p.site.path for p in rule.placements), *(o.module for o in rule.overrides))
+    }
 
 
 def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     if method.obstacle is not None:
         raise method.obstacle
+    refuse_unknown_parameters(base, method, sites)
     saved = saved_modules(base, method)
     if error := no_module_to_save(base, method, saved):
         raise error
@@ -50,7 +64,7 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
 
 
 def _inside_of(base: nn.Module, modules: Sequence[str]) -> Iterable[str]:
-    return (path for path, _ in base.named_modules() if is_inside(path, modules)) if modules else ()
+    return (path for path, _ in own_modules(base) if is_inside(path, modules)) if modules else ()
 
 
 def as_items(rules: object) -> Sequence[object]:
@@ -87,12 +101,14 @@ def placements_of(base: nn.Module, method: Method, sites: Sites) -> list[Placeme
         raise PeftfxError(f"{type(method).__name__} does not act on weights", "rules", "use a weight method, as LoRA")
     placements = []
     named = {as_named(base, method, site): site for site in sites}
-    for match in select(list(named), **where(method)):
+    chosen = dataclasses.replace(sites, items=tuple(named))
+    for match in select(chosen, **where(method), kinds=(*WEIGHT_KINDS, EXPERTS)):
         if match.site.kind not in method.kinds:
             what = f"{type(method).__name__} does not act on a site of kind {match.site.kind}"
             raise PeftfxError(what, match.site.path, f"target sites of kind {', '.join(sorted(method.kinds))}")
         parts: list[Part | None] = [p for p in match.site.parts if p.role in match.parts]
-        placements += [Placement(method.at(match.site), named[match.site], part) for part in parts or [None]]
+        own = method.at(as_parameter(method, match.site))
+        placements += [Placement(own, named[match.site], part) for part in parts or [None]]
     return placements
 
 
@@ -132,7 +148,7 @@ def without_ties(placements: Sequence[Placement]) -> list[Placement]:
 
 def placement_at(base: nn.Module, method: Method, site: Site) -> Placement:
     """A method at the whole of a site."""
-    own = method.at(as_named(base, method, site))
+    own = method.at(as_parameter(method, as_named(base, method, site)))
     assert isinstance(own, WeightMethod | AttentionMethod | OverrideMethod)
     return Placement(own, site, copies=copies_of(base, own, site) if isinstance(own, OverrideMethod) else ())
 
@@ -142,6 +158,7 @@ def where(method: Method) -> Where:
     return {
         "target": method.target,
         "target_modules": method.target_modules,
+        "target_parameters": getattr(method, TARGET_PARAMETERS, None),
         "exclude_modules": method.exclude_modules,
         "layers_to_transform": method.layers_to_transform,
         "layers_pattern": method.layers_pattern,
@@ -161,7 +178,7 @@ def saved_modules(base: nn.Module, method: Method) -> tuple[str, ...]:
     `classifier` names DistilBERT's `pre_classifier` too.
     """
     names = tuple(method.modules_to_save or ())
-    found = tuple(path for path, _ in base.named_modules() if path and path.endswith(names)) if names else ()
+    found = tuple(path for path, _ in own_modules(base) if path and path.endswith(names)) if names else ()
     return tuple(p for p in found if not any(p.startswith(f"{q}.") for q in found))
 
 
@@ -170,19 +187,23 @@ def no_module_to_save(base: nn.Module, method: Method, saved: Sequence[str]) -> 
     names = tuple(method.modules_to_save or ())
     if not names or saved:
         return None
-    ends = sorted({path.rpartition(".")[2] for path, _ in base.named_modules() if path})
+    ends = sorted({path.rpartition(".")[2] for path, _ in own_modules(base) if path})
     return PeftfxError(f"no module is named {' or '.join(names)}", "modules_to_save", nearest(names[0], ends))
 
 
 def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: Iterable[Site]) -> list[Override]:
     """The tensors of the base that are trained: whole modules, and biases."""
     found = []
+    places = places_of(base) if saved else {}
     for path in saved:
+        if path in places and any(base.get_submodule(path).children()):
+            what = f"the base holds this module under other names too: {', '.join(places[path][1:4])}"
+            raise PeftfxError(what, path, "name the layers in it, or leave it out of modules_to_save")
         names = list(base.get_submodule(path).state_dict(keep_vars=True))
         found += [Override(f"{SAVED}.{path}.{name}", path, name) for name in names]
     which = getattr(method, "bias", "none")
     if which == "all":
-        names = [n for n, _ in base.named_parameters() if n.rpartition(".")[2] == "bias" and not is_inside(n, saved)]
+        names = [n for n, _ in own_parameters(base) if n.rpartition(".")[2] == "bias" and not is_inside(n, saved)]
         found += [Override(f"{SAVED}.{name}", "", name) for name in names]
     elif which.endswith("_only"):
         names = [site.bias.partition(".")[2] for site in sites if site.bias is not None]

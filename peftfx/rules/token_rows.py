@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from peftfx.bases.guests import own_modules
 from peftfx.contract.placement import Override, rows_of, ties_embeddings
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, nearest
@@ -43,7 +44,7 @@ def trained_tokens(base: nn.Module, given: Tokens, saved: Iterable[str] = ()) ->
 def _embedding(base: nn.Module) -> str:
     """The path of the token embedding."""
     wanted = input_embeddings(base)
-    path = next((path for path, module in base.named_modules() if module is wanted), None)
+    path = next((path for path, module in own_modules(base) if module is wanted), None)
     if path is None:
         hint = "name the embedding: {'path': [...]}"
         raise PeftfxError("the model does not tell its token embedding", "trainable_token_indices", hint)
@@ -52,7 +53,7 @@ def _embedding(base: nn.Module) -> str:
 
 def _named(base: nn.Module, given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """The tokens by the paths of the modules that end with each name."""
-    paths = [path for path, module in base.named_modules() if isinstance(getattr(module, "weight", None), nn.Parameter)]
+    paths = [path for path, module in own_modules(base) if isinstance(getattr(module, "weight", None), nn.Parameter)]
     found: dict[str, tuple[int, ...]] = {}
     for name, rows in given.items():
         matches = [path for path in paths if path == name or path.endswith(f".{name}")]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.sites.expression import ALL_LINEAR
 from peftfx.sites.site import Site
@@ -42,5 +43,5 @@ def as_named(base: nn.Module, method: Method, site: Site) -> Site:
 def cut_attentions(base: nn.Module, sites: Iterable[Site]) -> set[str]:
     """The attentions of torch's that run with their input projection cut into several, which is no site then."""
     paths = {site.path for site in sites}
-    own = {path for path, m in base.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    own = {path for path, m in own_modules(base) if isinstance(m, nn.MultiheadAttention)}
     return {path for path in own if f"{path}.{IN_PROJ}".removeprefix(".") not in paths}

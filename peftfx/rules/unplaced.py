@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftfx.analysis.unreached import is_unreached
+from peftfx.bases.guests import own_modules
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method
 from peftfx.contract.override import OverrideMethod
@@ -40,7 +41,7 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
     linear = method.target_modules == ALL_LINEAR
     candidates = [
         path
-        for path, m in base.named_modules()
+        for path, m in own_modules(base)
         if path not in known and _has_weight(m, least) and (not linear or isinstance(m, nn.Linear | Conv1D))
     ]
     mark = Site("", "linear", "linear", None, "-", None, (), False, (), ())
@@ -56,6 +57,14 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
     if idle:
         listed = ", ".join(idle[:_MOST])
         warn(f"no call of the model runs {listed}: nothing is adapted there")
+
+
+def tell_elsewhere(sites: Sites, adapted: Collection[str]) -> None:
+    """Say which adapted modules the model also runs under other names: nothing acts there, as in HF PEFT."""
+    told = [f"{path} as {', '.join(sites.elsewhere[path])}" for path in sites.elsewhere if path in adapted]
+    if told:
+        more = f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""
+        warn(f"the model also runs {'; '.join(told[:_MOST])}{more}: nothing is adapted there, as in HF PEFT")
 
 
 def never_runs(path: str, base: nn.Module, sites: Sites) -> bool:

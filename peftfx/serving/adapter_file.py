@@ -7,7 +7,7 @@ a directory, with a file for each.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import onnxruntime as ort
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError, first_line
 from peftfx.files import is_file, is_folder
-from peftfx.graph.slots import Manifest, listed
+from peftfx.formats import ADAPTER, VERSIONS, refuse_newer
+from peftfx.graph.slots import FILE, Manifest, listed
 from peftfx.serving.onnx_model import to_ort, to_torch
 
-SUFFIX = ".onnx_adapter"
-VERSION = 1  #: of the format
+SUFFIX = ADAPTER
 _MARK = b"TORT"  #: of the format, behind a file's first four bytes
 
 
@@ -37,6 +37,7 @@ def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
         values = {name: to_ort(to_torch(value).clone()) for name, value in read.get_parameters().items()}
     except Exception as error:
         raise PeftfxError(f"cannot be read: {first_line(error)}", str(path), "write it again") from error
+    refuse_newer(read.get_adapter_version(), ADAPTER, path, "write it again")
     return int(read.get_model_version()), values
 
 
@@ -53,14 +54,20 @@ def holds_adapter(directory: Path) -> bool:
     return is_folder(directory) and not os.path.islink(directory) and all(map(is_adapter_file, directory.iterdir()))
 
 
-def read_for(path: Path, directory: Path) -> dict[str, dict[str, ort.OrtValue]]:
+def read_for(path: Path, directory: Path, served: Collection[str] = ()) -> dict[str, dict[str, ort.OrtValue]]:
     """The tensors of an `.onnx_adapter` for the graphs in a directory, by the graphs' names.
+
+    Args:
+        served: the graphs that the model runs: each must be one of those that the directory lists.
 
     Raises:
         PeftfxError: the graphs have no slots, or the adapter is for another base or has what fits into none of them.
     """
     manifest = Manifest.read(directory)
     graphs = tuple(manifest.views)
+    if unlisted := sorted(set(served) - set(graphs)):
+        what = f"it lists no graph {unlisted[0]!r}, which the model runs"
+        raise PeftfxError(what, str(directory / FILE), "export the base again")
     if len(graphs) > 1 and is_file(path):
         hint = "write it for this model: peftfx export-adapter --for"
         raise PeftfxError(f"the model is {len(graphs)} graphs, and this is a file for one", str(path), hint)
@@ -89,7 +96,7 @@ def write_adapter_file(tensors: Mapping[str, Tensor], version: int, path: Path) 
     """Write an `.onnx_adapter` file for the base of this number."""
     values = {name: to_ort(tensor) for name, tensor in tensors.items()}
     made = ort.AdapterFormat()
-    made.set_adapter_version(VERSION)
+    made.set_adapter_version(VERSIONS[ADAPTER])
     made.set_model_version(version)
     made.set_parameters(values)
     made.export_adapter(str(path))

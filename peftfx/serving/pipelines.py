@@ -9,10 +9,10 @@ from peftfx.bases.tasks import resolve_task, task_of_class
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError, first_line
 from peftfx.files import is_file, read_json
+from peftfx.formats import REPORT, read_stamped
 from peftfx.serving.load import load
 from peftfx.serving.served import Served
 
-REPORT = "peftfx_report.json"
 _IMAGES = frozenset({"image-classification", "image-segmentation"})
 
 
@@ -55,7 +55,8 @@ def task_of_directory(directory: Path) -> str:
     for name, key in ((REPORT, "model"), ("config.json", "architectures")):
         path = directory / name
         if is_file(path):
-            found = read_json(path, "export the model again").get(key)
+            read = read_stamped if name == REPORT else read_json
+            found = read(path, "export the model again").get(key)
             named = found[0] if isinstance(found, list) and found else found
             if isinstance(named, str) and (task := task_of_class(named)) is not None:
                 return task

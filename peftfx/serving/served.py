@@ -15,9 +15,10 @@ from transformers.utils.generic import ModelOutput
 from peftfx.bases.transformers_config import read_config
 from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.files import is_file, read_json
+from peftfx.formats import BATCHED, read_stamped
 from peftfx.graph.slots import MODEL
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.views.row_adapters import BATCHED, IDS
+from peftfx.views.row_adapters import IDS
 
 DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 
@@ -52,7 +53,7 @@ class Served:
 
         path = Path(path)
         name = path.stem if name is None else name
-        self.adapters[name] = read_for(path, self.directory)
+        self.adapters[name] = read_for(path, self.directory, tuple(self.graphs))
         self.set_adapter(name)
         return name
 
@@ -73,7 +74,7 @@ class Served:
     def _row_adapters(self) -> list[str]:
         """The names of the adapters that rows choose from, by their numbers."""
         path = self.directory / BATCHED
-        known = read_json(path, "export it again").get("adapters") if is_file(path) else []
+        known = read_stamped(path, "export it again").get("adapters") if is_file(path) else []
         if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
             raise PeftfxError("not a list of the adapters", str(path), "export the model again")
         return known

@@ -54,6 +54,13 @@ class Block:
 
 def part_site(site: Site, part: Part, block: Block) -> Site:
     """A part of a fused site, seen as a site of its own."""
-    rows = block.count * block.length
-    shape = (site.shape[0], rows) if site.transposed else (rows, *site.shape[1:])
-    return dataclasses.replace(site, role=part.role, shape=shape, parts=())
+    shape = list(site.shape)
+    shape[site.rows_axis + site.transposed] = block.count * block.length
+    return dataclasses.replace(site, role=part.role, shape=tuple(shape), parts=())
+
+
+def turned(weight: Tensor, transposed: bool) -> Tensor:
+    """A weight as it is stored seen as [out, in, ...], or [experts, out, in]; and one seen so as it is stored."""
+    if not transposed:
+        return weight
+    return weight.T if weight.ndim == 2 else weight.transpose(-2, -1)

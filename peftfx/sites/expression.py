@@ -2,18 +2,23 @@
 
     expression := term ('|' term)*        union
     term       := factor ('&' factor)*    intersection
-    factor     := '~' factor | '(' expression ')' | atom
+    factor     := '~' factor | '(' expression ')' | relation | atom
+    relation   := 'upstream' '(' expression ')' | 'downstream' '(' expression ')'
+                | 'between' '(' expression ',' expression ')'
     atom       := a role or group of roles (`attention.query`, `mlp`) | `all-linear`
                 | a module path or the end of one (`q_proj`, `layers.0.mlp.up_proj`) | /a regular expression/
 
 A word that is a role is a role; write `/(.*\\.)?head/` for a module of that name. A fused site is the set of its parts,
 so `attention.query` picks the query rows of a fused projection, and `~attention.query` its other rows.
+
+`upstream(T)` are the sites whose values reach one that T picks, `downstream(T)` those that such values reach, and
+`between(A, B)` is `downstream(A) & upstream(B)`; see `peftfx.sites.network`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from peftfx.errors import PeftfxError, pointed, shown
 from peftfx.sites.patterns import compiled
@@ -23,9 +28,15 @@ ALL_LINEAR = "all-linear"
 Target = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 Units = frozenset[str]  #: the parts of a site that are picked: their roles, or "" for a site that has no parts
 Picker = Callable[[Site], Units]
+Reading = Callable[[Iterable[Site]], Picker]  #: a target, to be read against a model's sites
+RELATIONS = {
+    "upstream": 1,
+    "downstream": 1,
+    "between": 2,
+}  #: what asks for the sites around others: of how many targets
 
-_TOKEN = re.compile(r"\s*(?:(?P<regex>/(?:[^/\\]|\\.)+/)|(?P<word>[\w.-]+)|(?P<sign>[|&~()]))")
-_SIGN = re.compile(r"\s*([|&~()]?)")
+_TOKEN = re.compile(r"\s*(?:(?P<regex>/(?:[^/\\]|\\.)+/)|(?P<word>[\w.-]+)|(?P<sign>[|&~(),]))")
+_SIGN = re.compile(r"\s*([|&~(),]?)")
 _DEEPEST = 100  #: parentheses inside one another
 _GROUPS = frozenset(role.partition(".")[0] for role in ROLES)
 
@@ -45,71 +56,78 @@ def all_linear(site: Site) -> Units:
     return units(site) if site.kind == "linear" and site.role != "head" else frozenset()
 
 
-def parse(target: Target) -> Picker:
-    """A target as a function from a site to the parts of it that are picked."""
+def parse(target: Target) -> Reading:
+    """A target as a function from a model's sites to one from a site to the parts of it that are picked."""
     if isinstance(target, re.Pattern):
-        return lambda site: units(site) if target.fullmatch(site.path) else frozenset()
+        return _alone(lambda site: units(site) if target.fullmatch(site.path) else frozenset())
     if isinstance(target, str):
         return _Parser(target).parse()
     if not isinstance(target, Collection) or not all(isinstance(item, str | re.Pattern) for item in target):
         raise PeftfxError(f"not a target: {shown(target)}", "target", "pass a text, as 'attention.query | mlp'")
-    return _joined(frozenset.union, [parse(item) for item in target] or [lambda site: frozenset()])
+    return _joined(frozenset.union, [parse(item) for item in target] or [_alone(lambda site: frozenset())])
 
 
 class _Parser:
-    """A recursive-descent parser of one expression, into pickers."""
+    """A recursive-descent parser of one expression, into a reading."""
 
     def __init__(self, text: str) -> None:
         self.text, self.position, self.depth = text, 0, 0
 
-    def parse(self) -> Picker:
-        picker = self._union()
+    def parse(self) -> Reading:
+        reading = self._union()
         if self.text[self.position :].strip():
             raise self._error("expected '|', '&' or the end")
-        return picker
+        return reading
 
-    def _union(self) -> Picker:
+    def _union(self) -> Reading:
         return self._joined("|", frozenset.union, self._intersection)
 
-    def _intersection(self) -> Picker:
+    def _intersection(self) -> Reading:
         return self._joined("&", frozenset.intersection, self._factor)
 
-    def _joined(self, sign: str, combine: Callable[..., Units], read: Callable[[], Picker]) -> Picker:
-        pickers = [read()]
+    def _joined(self, sign: str, combine: Callable[..., Units], read: Callable[[], Reading]) -> Reading:
+        readings = [read()]
         while self._take(sign):
-            pickers.append(read())
-        return _joined(combine, pickers)
+            readings.append(read())
+        return _joined(combine, readings)
 
-    def _factor(self) -> Picker:
+    def _factor(self) -> Reading:
         negated = False
         while self._take("~"):
             negated = not negated
-        picker = self._inner() if self._take("(") else self._atom()
-        return (lambda site: units(site) - picker(site)) if negated else picker
+        reading = self._inner(1)[0] if self._take("(") else self._atom()
+        return _without(reading) if negated else reading
 
-    def _inner(self) -> Picker:
+    def _inner(self, count: int) -> list[Reading]:
+        """This many expressions with commas between them, and the parenthesis behind."""
         self.depth += 1
         if self.depth > _DEEPEST:
             raise self._error(f"more than {_DEEPEST} parentheses inside one another")
-        picker = self._union()
+        readings = [self._union()]
+        while len(readings) < count:
+            if not self._take(","):
+                raise self._error("expected ',' and another target")
+            readings.append(self._union())
         if not self._take(")"):
             raise self._error("expected ')'")
         self.depth -= 1
-        return picker
+        return readings
 
-    def _atom(self) -> Picker:
+    def _atom(self) -> Reading:
         found = _TOKEN.match(self.text, self.position)
         if not found or found["sign"]:
             raise self._error("expected a role, a module name, /a regular expression/, '~' or '('")
         if found["word"]:
             self.position = found.end()
-            return _atom(found["word"])
+            if found["word"] in RELATIONS and self._take("("):
+                return _relation(found["word"], self._inner(RELATIONS[found["word"]]))
+            return _alone(_atom(found["word"]))
         try:
             pattern = compiled(found["regex"][1:-1], "target")
         except PeftfxError as error:
             raise self._error(error.what) from error
         self.position = found.end()
-        return lambda site: units(site) if pattern.fullmatch(site.path) else frozenset()
+        return _alone(lambda site: units(site) if pattern.fullmatch(site.path) else frozenset())
 
     def _take(self, sign: str) -> bool:
         found = _SIGN.match(self.text, self.position)
@@ -122,8 +140,43 @@ class _Parser:
         return PeftfxError(f"cannot read the target: {what}", self.text, pointed(self.text, self.position))
 
 
-def _joined(combine: Callable[..., Units], pickers: Sequence[Picker]) -> Picker:
-    return pickers[0] if len(pickers) == 1 else lambda site: combine(*(picker(site) for picker in pickers))
+def _alone(picker: Picker) -> Reading:
+    """What looks at one site at a time."""
+    return lambda sites: picker
+
+
+def _without(reading: Reading) -> Reading:
+    def read(sites: Iterable[Site]) -> Picker:
+        picker = reading(sites)
+        return lambda site: units(site) - picker(site)
+
+    return read
+
+
+def _joined(combine: Callable[..., Units], readings: Sequence[Reading]) -> Reading:
+    def read(sites: Iterable[Site]) -> Picker:
+        pickers = [reading(sites) for reading in readings]
+        return lambda site: combine(*(picker(site) for picker in pickers))
+
+    return readings[0] if len(readings) == 1 else read
+
+
+def _relation(name: str, readings: Sequence[Reading]) -> Reading:
+    def read(sites: Iterable[Site]) -> Picker:
+        from peftfx.sites.network import keys_of, picked_by
+
+        network = getattr(sites, "network", None)
+        if network is None:
+            hint = "ask the sites of the whole base, as peftfx.inspect(model) gives them"
+            raise PeftfxError(f"{name}(...) is about a model, and these are sites alone", "target", hint)
+        listed = list(sites)
+        keys = {(site.path, site.kind): key for site, key in zip(listed, keys_of(listed), strict=True)}
+        pickers = [reading(sites) for reading in readings]
+        around = [[keys[site.path, site.kind] for site in listed if picker(site)] for picker in pickers]
+        found = picked_by(name, network(), *around)
+        return lambda site: units(site) if keys.get((site.path, site.kind)) in found else frozenset()
+
+    return read
 
 
 def _atom(word: str) -> Picker:

@@ -9,15 +9,20 @@ from typing import Any
 #: Kinds of sites that have a weight that mixes features, or a row for each index. A norm's weight does neither; an
 #: attention is a computation between weights.
 WEIGHT_KINDS = ("linear", "conv", "embedding")
+EXPERTS = (
+    "experts"  #: a kind of site: a stack of linear weights, one for each expert, and each row of values has its own
+)
 NORM = "norm"  #: a kind of site, and its role
+ROUTER = "router"  #: the role of a linear layer whose output says which expert a value meets
 
 #: What a site can be for. A fused site's own role names all it holds; its parts have the plain roles.
 ROLES = (
     *("attention.query", "attention.key", "attention.value", "attention.output"),
     *("attention.qkv", "attention.kv", "attention.qk", "attention.qv"),
     *("mlp.up", "mlp.gate", "mlp.gate_up", "mlp.down"),
+    *("experts.up", "experts.gate", "experts.gate_up", "experts.down"),
     *("embedding.token", "embedding.position", "embedding.type"),
-    *("attention", "conv", "head", "linear", NORM),
+    *("attention", "conv", EXPERTS, "head", "linear", NORM, ROUTER),
 )
 
 
@@ -82,13 +87,13 @@ class Site:
     Attributes:
         path: the module that owns the weight (`model.layers.0.self_attn.q_proj`); for a parameter that is not its
             module's `weight`, the parameter's own path. For attention, the module that computes it.
-        kind: linear, conv, embedding, norm or attention.
+        kind: linear, conv, embedding, experts, norm or attention.
         role: one of `ROLES`.
         layer: the first number in the path.
         weight: `get_attr` target of the weight; tied sites share one. Empty for attention.
         bias: `get_attr` target of the bias.
-        shape: the weight's shape as stored; `()` for attention.
-        transposed: whether the weight is stored [in, out].
+        shape: the weight's shape as stored, of experts with their number first; `()` for attention.
+        transposed: whether the weight, or each expert's, is stored [in, out].
         parts: what the rows of the weight are for, where they differ or some are for nothing of the role.
         calls: where the site runs, in order.
         groups: of a conv.
@@ -109,6 +114,22 @@ class Site:
     groups: int = 1
     heads: Heads | None = None
     headless: str = ""
+
+    @property
+    def parameter(self) -> str:
+        """The full name of the weight in the model, under the module that it is read for."""
+        own = self.weight.partition(".")[2] == self.path
+        return self.path if own else f"{self.path}.weight".removeprefix(".")
+
+    @property
+    def rows_axis(self) -> int:
+        """Which axis of the weight its output rows are, where it is seen as [out, in, ...] or [experts, out, in]."""
+        return 1 if self.kind == EXPERTS else 0
+
+    @property
+    def rows(self) -> int:
+        """How many output rows a linear weight has, or each expert's."""
+        return self.shape[self.rows_axis + self.transposed]
 
     def to_dict(self) -> dict[str, Any]:
         """This site as JSON-ready values."""

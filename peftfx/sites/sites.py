@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 from peftfx.errors import PeftfxError, nearest
+from peftfx.sites.dataflow import Dataflow
 from peftfx.sites.expression import Target
-from peftfx.sites.site import Site, plays
+from peftfx.sites.site import Call, Site, plays
 from peftfx.sites.target import Match, select
 
 if TYPE_CHECKING:
+    import networkx as nx
     from rich.table import Table
 
 
@@ -24,11 +28,15 @@ class Sites(Sequence[Site]):
         items: the sites.
         called: the paths of all modules that the graph calls, sites or not.
         reads: for each module that has parameters which the graph reads, and is no site, what reads them.
+        elsewhere: for a site whose module the graph also runs in other places, their names: no adapter acts there.
+        flow: what is between the sites; None of a selection, which has not all of them.
     """
 
     items: tuple[Site, ...] = ()
     called: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     reads: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
+    flow: Dataflow | None = field(default=None, repr=False, compare=False)
 
     @overload
     def __getitem__(self, index: int) -> Site: ...
@@ -67,9 +75,48 @@ class Sites(Sequence[Site]):
             raise PeftfxError("there is no site at this path", path, hint)
         return next((site for site in found if site.kind != "attention"), found[0])
 
+    def renamed(self, now: Callable[[str, str], str]) -> Sites:
+        """These sites in a graph whose nodes have changed.
+
+        Args:
+            now: gives for the name of a node, and what it is of a call, the name of what stands for it; empty where
+                nothing does: the call is gone then.
+        """
+        items = (dataclasses.replace(site, calls=tuple(_renamed(site.calls, now))) for site in self.items)
+        return dataclasses.replace(self, items=tuple(items))
+
     def roles(self) -> Counter[str]:
         """How many sites have each role."""
         return Counter(site.role for site in self.items)
+
+    def network(self) -> nx.DiGraph:
+        """The network of these sites; see `peftfx.sites.network`. It is made once, and cannot be changed.
+
+        Raises:
+            PeftfxError: these are not all sites of a base model, as `peftfx.inspect` gives them.
+        """
+        return self._network
+
+    @functools.cached_property
+    def _network(self) -> nx.DiGraph:
+        from peftfx.sites.network import make_network
+
+        if self.flow is None:
+            hint = "ask the sites of the whole base, as peftfx.inspect(model) gives them"
+            raise PeftfxError("what is between these sites is not known", "network", hint)
+        return make_network(self.items, self.flow)
+
+    def equal_layers(self) -> list[tuple[str, ...]]:
+        """The layers of the model, by their paths, in groups that are alike."""
+        from peftfx.sites.network import equal_layers
+
+        return equal_layers(self.network())
+
+    def layer_ends(self) -> dict[str, str]:
+        """The node of the network where each layer ends: all data pass it; see `peftfx.sites.network.layer_ends`."""
+        from peftfx.sites.network import layer_ends
+
+        return layer_ends(self.network())
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One JSON-ready row for each site."""
@@ -91,6 +138,14 @@ class Sites(Sequence[Site]):
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(6)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
         return "\n".join([f"{len(self)} sites: {counts}", *(line.rstrip() for line in lines)])
+
+
+def _renamed(calls: Iterable[Call], now: Callable[[str, str], str]) -> Iterator[Call]:
+    for call in calls:
+        given = {what: name for what, name in dataclasses.asdict(call).items() if name}
+        named = {what: now(name, what) for what, name in given.items()}
+        if all(named.values()):
+            yield Call(**named)
 
 
 def _cells(site: Site) -> list[str]:

@@ -12,7 +12,7 @@ from peftfx.errors import PeftfxError, nearest
 from peftfx.field_types import refuse_misfits
 from peftfx.sites.expression import ALL_LINEAR, Picker, Target, Units, all_linear, ends_with, parse, units
 from peftfx.sites.patterns import compiled, quick
-from peftfx.sites.site import ROLES, WEIGHT_KINDS, Site
+from peftfx.sites.site import EXPERTS, ROLES, WEIGHT_KINDS, Site
 
 Modules = str | Collection[str]
 
@@ -30,6 +30,7 @@ class Where(TypedDict, total=False):
 
     target: Target | None
     target_modules: Modules | None
+    target_parameters: Collection[str] | None
     exclude_modules: Modules | None
     layers_to_transform: int | Collection[int] | None
     layers_pattern: str | Collection[str] | None
@@ -50,6 +51,7 @@ def select(
     *,
     target: Target | None = None,
     target_modules: Modules | None = None,
+    target_parameters: Collection[str] | None = None,
     exclude_modules: Modules | None = None,
     layers_to_transform: int | Collection[int] | None = None,
     layers_pattern: str | Collection[str] | None = None,
@@ -64,6 +66,8 @@ def select(
             expressions, any of which may match.
         target_modules, exclude_modules, layers_to_transform, layers_pattern: as in HF PEFT. A list holds paths or ends
             of paths; a string is a regular expression that must match a whole path, or "all-linear".
+        target_parameters: as in HF PEFT: parameters by their full names or the ends of these, beside what else is
+            targeted, or alone.
         default: the expression where neither `target` nor `target_modules` is given.
         kinds: the kinds of sites that may be picked.
 
@@ -74,6 +78,7 @@ def select(
         sites,
         target=target,
         target_modules=target_modules,
+        target_parameters=target_parameters,
         exclude_modules=exclude_modules,
         layers_to_transform=layers_to_transform,
         layers_pattern=layers_pattern,
@@ -82,7 +87,7 @@ def select(
     )
     matches = [reason.match for reason in reasons if reason.match]
     if not matches:
-        raise _nothing_matches(reasons, target, target_modules, default)
+        raise _nothing_matches(reasons, target, target_modules or target_parameters, default)
     return matches
 
 
@@ -91,6 +96,7 @@ def explain(
     *,
     target: Target | None = None,
     target_modules: Modules | None = None,
+    target_parameters: Collection[str] | None = None,
     exclude_modules: Modules | None = None,
     layers_to_transform: int | Collection[int] | None = None,
     layers_pattern: str | Collection[str] | None = None,
@@ -101,6 +107,7 @@ def explain(
     given: dict[str, object] = {
         "target": target,
         "target_modules": target_modules,
+        "target_parameters": target_parameters,
         "exclude_modules": exclude_modules,
         "layers_to_transform": layers_to_transform,
         "layers_pattern": layers_pattern,
@@ -115,7 +122,7 @@ def explain(
             target_modules,
             "give the modules as a list, put the layers into the expression, or say target= instead",
         )
-    picker = _modules(target_modules) if target_modules is not None else parse(default if target is None else target)
+    picker = _picker(sites, target, target_modules, target_parameters, default)
     excluded = (lambda site: False) if not exclude_modules else _named(exclude_modules, "exclude_modules")
     layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform or ())
     names = (layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern or ())
@@ -126,6 +133,8 @@ def explain(
     def reason(site: Site) -> Reason:
         if site.kind not in kinds:
             return Reason(site, None, f"its kind, {site.kind}, is not one of {', '.join(kinds)}")
+        if any(ends_with(site.parameter, name) for name in target_parameters or ()) and site.kind in BY_PARAMETER:
+            return Reason(site, Match(site), "target_parameters name its weight")
         match = _match(site, picker(site))
         if match is None:
             return Reason(site, None, "the target does not match its path or role")
@@ -139,11 +148,25 @@ def explain(
     return [reason(site) for site in sites]
 
 
+def _picker(
+    sites: Iterable[Site],
+    target: Target | None,
+    modules: Modules | None,
+    parameters: Collection[str] | None,
+    default: str,
+) -> Picker:
+    if modules is not None:
+        return _modules(modules)
+    if target is None and parameters:
+        return lambda site: frozenset()
+    return parse(default if target is None else target)(sites)
+
+
 def _modules(modules: Modules) -> Picker:
     if isinstance(modules, str) and modules.lower() == ALL_LINEAR:
         return all_linear
     named = _named(modules, "target_modules")
-    return lambda site: units(site) if named(site) else frozenset()
+    return lambda site: units(site) if site.kind != EXPERTS and named(site) else frozenset()
 
 
 def _named(modules: Modules, option: str) -> Callable[[Site], bool]:
@@ -165,6 +188,7 @@ def _layer(path: str, patterns: Sequence[re.Pattern[str]]) -> int | None:
     return next((int(found["layer"]) for found in matches if found), None)
 
 
+BY_PARAMETER = ("linear", EXPERTS)  #: kinds of sites whose weights `target_parameters` name
 _FEW = 8  #: words of a target that are looked up among the model's
 _OF_PEFT = "peft has adapted this model, and its layers are called base_layer: pass the model without adapters"
 

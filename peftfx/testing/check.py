@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import peftfx.methods as table
 from peftfx.contract.completeness import refuse_incomplete
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError, first_line
@@ -80,7 +82,6 @@ def check(
     refuse_incomplete(cls)
     needed("hypothesis")
     from peftfx.testing.laws import LAWS
-    from peftfx.testing.registered import known
 
     with known(cls):
         laws = (law for law in LAWS if law.is_about(cls))
@@ -111,3 +112,15 @@ def _compared(cls: type[Method], options: Mapping[str, object]) -> Finding:
     if config_class(cls) is None:
         return Finding(name, text, skipped=f"HF PEFT has no type {cls.peft_type}, or no weights that it adapts by it")
     return _tried(name, text, lambda: compare(cls, options))
+
+
+@contextmanager
+def known(cls: type[Method]) -> Iterator[None]:
+    """Inside, the method's type is this class."""
+    before = dict(table._registered)
+    table._registered[cls.peft_type] = cls
+    try:
+        yield
+    finally:
+        table._registered.clear()
+        table._registered.update(before)

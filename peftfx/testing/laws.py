@@ -14,7 +14,7 @@ from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.override import OverrideMethod
 from peftfx.contract.sequence import SequenceMethod
-from peftfx.testing import frame, prompts, statements
+from peftfx.testing import frame, prompts, slots, statements
 from peftfx.testing.cases import Choices, cases, examples
 from peftfx.testing.pool import POOL
 
@@ -88,5 +88,8 @@ LAWS = (
     Law(frame.gradients, 15, _ALL),
     Law(statements.save_and_load, 25, _ALL),
     Law(statements.sizes, 15, _ALL),
+    Law(statements.roads, 15),
+    Law(slots.slots, 8, (WeightMethod,), dtypes=("float32",)),
+    Law(slots.rows, 8, (WeightMethod,), dtypes=("float32",)),
     Law(statements.onnx, 6, _ALL, dtypes=("float32",)),
 )

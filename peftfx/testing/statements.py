@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.analysis.roles import find_sites
+from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Base, Method, WeightMethod
 from peftfx.contract.placement import SHARED, Placement, site_tensors
 from peftfx.contract.sequence import SequenceMethod
@@ -18,11 +19,12 @@ from peftfx.errors import PeftfxError
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.writing.weights import save
 from peftfx.graph.graph import ADAPTERS, Graph
+from peftfx.graph.rewriter import OVERRIDES
 from peftfx.passes.adaptation.evaluate import Evaluate
 from peftfx.passes.adaptation.insert import Insert
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.adaptation.remove import Remove
-from peftfx.passes.base import OVERRIDES, PassManager
+from """How graphs are rewritten: one pass a file, each `Graph -> PassResult`, run and checked by `PassManager`.""" import PassManager
 from peftfx.passes.rewriting.site_op import bind
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.sites.site import Site
@@ -57,7 +59,7 @@ def fold(case: Case, method: WeightMethod) -> None:
         base = placement.base(weight + torch.randn(weight.shape, generator=rng), bias)
         before = Base(base.weight.clone(), None if base.bias is None else base.bias.clone())
         p = {name: t.double() for name, t in adapted.adapter("default").params(placement).items()}
-        x, op = _input_of(case, site, rng), bind(nodes[placement.site.calls[0].op], placement.site)
+        x, op = input_of(case, site, rng), bind(nodes[placement.site.calls[0].op], placement.site)
         y = op(x, *base)
         want, got = op(x, *own.fold(site, base, p)), own.forward(site, op, x, y.clone(), base, p, False)
         assert_close(got, want, 1e-6, f"forward at {site.path}")
@@ -87,7 +89,8 @@ def update(case: Case, method: WeightMethod) -> None:
                 assert_close(a, b, 1e-4, f"the update at {placement.site.path}")
 
 
-def _input_of(case: Case, site: Site, rng: torch.Generator) -> Tensor:
+def input_of(case: Case, site: Site, rng: torch.Generator) -> Tensor:
+    """What a site of this shape reads, at a case's sizes."""
     if site.kind == "embedding":
         return torch.randint(site.shape[0], (case.batch, case.sequence), generator=rng)
     inner = site.shape[0 if site.transposed else 1]
@@ -103,7 +106,7 @@ def merge(case: Case, method: Method) -> None:
     adapted, before = adapt(case, method), snapshot(captured(case.spec).model)
     inputs = tuple(case.inputs().values())
     graph = adapted.graph()
-    merged = PassManager([Merge(), Evaluate()], check="metadata")(graph)
+    merged = PassManager([Merge(), Evaluate()], check="metadata")(graph).graph
     (want, *_), (got, *_) = graph.run(*inputs), merged.run(*inputs)
     assert_close(got, want, LOOSE[case.spec.dtype], "merged")
     read = [n for n in merged.nodes() if n.op == "get_attr" and str(n.target).startswith(f"{ADAPTERS}.")]
@@ -241,6 +244,27 @@ def sizes(case: Case, method: Method) -> None:
     for i in range(case.batch):
         alone = output(adapted, {name: t[i : i + 1] for name, t in inputs.items()})
         assert_close(whole[i : i + 1], alone, LOOSE[case.spec.dtype], f"row {i}")
+
+
+def roads(case: Case, method: Method) -> None:
+    """The base's own modules with the method inside them are the graph: in training, outputs and gradients."""
+    for training in (True, False):
+        adapted = adapt(case, method, training=training)
+        apart = isinstance(method, AttentionMethod) or "reflect" in repr(case.spec)
+        assert adapted.road == "modules" or apart, adapted.obstacle
+        found = []
+        for road in ("modules", "graph") if adapted.road == "modules" else ():
+            adapted.wanted = road
+            adapted.zero_grad()
+            torch.manual_seed(case.seed)
+            given = output(adapted, case.inputs())
+            given.float().square().sum().backward()
+            trained = {name: p.grad for name, p in adapted.adapter("default").named_parameters()}
+            found.append({"the output": given.detach(), **trained})
+        for name, want in found[1].items() if found else ():
+            got = found[0][name]
+            assert got is not None and want is not None, f"no gradient of {name}"
+            assert_close(got, want, LOOSE[case.spec.dtype], f"{name} by the two roads")
 
 
 @torch.no_grad()

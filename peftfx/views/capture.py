@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
@@ -19,9 +18,11 @@ from peftfx.analysis.no_grad_regions import inline_no_grad
 from peftfx.analysis.roles import find_sites
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
+from peftfx.graph.axis_symbols import place_of, symbols_of, tied
 from peftfx.graph.contexts import fake_mode_of, isolated, unchanged
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.graph.lazy_weights import faked
+from peftfx.graph.places import name_places
 from peftfx.graph.size_conditions import Note, conditions_of, noted
 from peftfx.graph.written import refuse_written
 from peftfx.views.entry import Call, Entry, forward
@@ -65,8 +66,9 @@ def capture(
         wrapper.train(model.training)
         examples = {name: _fresh(model, t, axes.get(name)) for name, t in tensors.items()}
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
+        named = [axes.get(name) or (None,) * t.ndim for name, t in examples.items()]
         try:
-            with noted() as notes:
+            with noted() as notes, tied(named):
                 program = torch.export.export(
                     wrapper, tuple(examples.values()), dynamic_shapes={"flat": free}, strict=False
                 )
@@ -158,6 +160,8 @@ def _explain(model: nn.Module, error: BaseException, entry: Entry | None) -> Pef
     hint = "see `__cause__` for torch.export's own report"
     if "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         hint = "its forward branches on the values of a tensor; pass arguments or a config that avoid the branch"
+        if getattr(getattr(model, "config", None), "_experts_implementation", None) == "eager":
+            hint = "its experts run in a loop over those that are hit: model.set_experts_implementation('grouped_mm')"
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
     return PeftfxError(f"{what}: {first_line(error)}", type(model).__name__, hint)
 
@@ -206,18 +210,19 @@ def _as_graph(
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     specs, sizes = [], {}
     symbols: dict[str, str | int] = {}
-    sources = _sources(placeholders)
+    sources = symbols_of(node.meta["val"] for node in placeholders)
     for place, (node, (name, tensor)) in enumerate(zip(placeholders, tensors.items(), strict=True)):
         shape: list[int | str] = []
         for i, size in enumerate(node.meta["val"].shape):
             axis = (axes.get(name) or (None,) * tensor.ndim)[i] or f"{name}.{i}"
             fixed = _constant(size)
             shape.append(axis if fixed is None else fixed)
-            symbols[str(sources.get(f"L['flat'][{place}].size()[{i}]"))] = shape[-1]
+            symbols[str(sources.get(place_of(place, i)))] = shape[-1]
             if fixed is None:
                 sizes[axis] = int(tensor.shape[i])
         specs.append(TensorSpec(name, tensor.dtype, tuple(shape)))
         _rename(node, name.replace(".", "_"))
+    name_places(module, model)
     linked = link(graph, {BASE: model, CONSTANTS: constants})
     conditions = conditions_of(notes, symbols)
     result = Graph(linked, tuple(specs), out_spec, sizes, model.training, None, conditions=conditions)  # type: ignore[arg-type]
@@ -229,13 +234,6 @@ def _as_graph(
 def _constant(size: int | torch.SymInt) -> int | None:
     """The size of an axis that is fixed, by the example or by the model's code; a symbol may stand for one number."""
     return size if isinstance(size, int) else size.node.maybe_as_int()
-
-
-def _sources(placeholders: Sequence[fx.Node]) -> Mapping[str, object]:
-    """The symbol that a capture made for each free size, by where the size is."""
-    values = (node.meta["val"] for node in placeholders)
-    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
-    return {} if mode is None or mode.shape_env is None else mode.shape_env.source_to_var
 
 
 def _owns(model: nn.Module, target: str) -> bool:

@@ -24,7 +24,6 @@ from peftfx.views.entry import PER_TOKEN, POSITIONS, Call, Entry, VirtualTokens
 from peftfx.views.view import Axes, Run
 
 IDS = "adapter_ids"  #: the input: the number of each row's adapter, -1 for none
-BATCHED = "peftfx_adapters.json"  #: beside the model: the adapters' names, in the order of their numbers
 NOWHERE = 1 << 31  #: an entry that no stack has
 PREFIXES, PROMPTS = "prefixes", "prompts"  #: the holes that they fill
 _MASK = "attention_mask"

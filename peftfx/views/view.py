@@ -71,16 +71,30 @@ def name_axes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str | None, ...]
     ranked = sorted(tensors, key=lambda name: name not in _AXES)  # inputs of known meaning say how long an axis is
     first = next((tensors[name] for name in ranked if tensors[name].ndim), None)
     lengths = {} if first is None else {"batch": first.shape[0]}
-    named: dict[str, tuple[str | None, ...]] = {}
-    for name in ranked:
-        axes = _axes_of(name, tensors)
-        sizes = tensors[name].shape
-        for axis, size in zip(axes, sizes, strict=True):
-            if axis is not None:
-                lengths.setdefault(axis, size)
-        pairs = enumerate(zip(axes, sizes, strict=True))
-        named[name] = tuple(a if a is None or lengths[a] == n else f"{name}.{i}" for i, (a, n) in pairs)
+    named = apart({name: _axes_of(name, tensors) for name in ranked}, tensors, lengths)
     return {name: named[name] for name in tensors}
+
+
+def apart(
+    axes: Axes, tensors: Mapping[str, Tensor], lengths: Mapping[str, int] | None = None
+) -> dict[str, tuple[str | None, ...]]:
+    """These names, but where an axis is not as long as the first of its name: there that of its place, `input.1`.
+
+    Args:
+        axes: the name of each axis of each input.
+        tensors: the inputs, in an order in which the first says how long an axis is.
+        lengths: of axes whose length is known before.
+    """
+    known = dict(lengths or {})
+    named: dict[str, tuple[str | None, ...]] = {}
+    for name, own in axes.items():
+        sizes = tensors[name].shape
+        for axis, size in zip(own, sizes, strict=True):
+            if axis is not None:
+                known.setdefault(axis, size)
+        pairs = enumerate(zip(own, sizes, strict=True))
+        named[name] = tuple(a if a is None or known[a] == n else f"{name}.{i}" for i, (a, n) in pairs)
+    return named
 
 
 def _axes_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str | None, ...]:

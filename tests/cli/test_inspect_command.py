@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import networkx as nx
 from support.command import Inputs, Result, assert_refused
 
 
@@ -53,6 +54,20 @@ class TestInspect:
         assert_refused(inspect("lora(rr=8)"), "no option 'rr'", "did you mean 'r'")
         assert_refused(inspect("lora@atention.query"), "matches no site", "'attention.query'")
         assert_refused(inspect("lora", "--target", "mlp"), "put the target into the rule")
+
+    def test_the_network_is_printed_and_written(
+        self, inputs: Inputs, peftfx: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        done = peftfx("inspect", inputs.classifier, "--network", "--graphml", tmp_path / "sites.graphml")
+        assert done.code == 0, done.err
+        printed = nx.node_link_graph(json.loads(done.out), edges="edges")
+        written = nx.read_graphml(tmp_path / "sites.graphml")
+        assert set(printed.edges) == set(written.edges)
+        assert written.nodes["classifier"]["role"] == "head"
+        assert written.nodes["classifier"]["shape"] == "3x32"
+        assert "tanh" in written.edges["bert.pooler.dense", "classifier"]["ops"]
+        assert_refused(peftfx("inspect", inputs.classifier, "--network", "--target", "mlp"), "of all sites")
+        assert_refused(peftfx("inspect", inputs.classifier, "--graphml", tmp_path / "no" / "x"), "cannot write")
 
     def test_a_missing_directory(self, peftfx: Callable[..., Result], tmp_path: Path) -> None:
         assert_refused(peftfx("inspect", tmp_path / "nowhere"), "no such directory", "nowhere")

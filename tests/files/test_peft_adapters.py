@@ -44,7 +44,9 @@ def test_it_is_served_as_peft_computes_it(method: str, name: str, tmp_path: Path
     base, theirs = adapted(method, name)
     base.save_pretrained(tmp_path / "base")  # type: ignore[operator]
     theirs.save_pretrained(str(tmp_path / "adapter"))
-    report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=task(name))
+    report = export_directory(
+        tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=task(name), view="forward"
+    )
     assert report.merged or report.folded
     served = OnnxModel(tmp_path / "out")
     for seed, (batch, sequence) in enumerate(UNSEEN):

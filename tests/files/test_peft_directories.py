@@ -48,8 +48,8 @@ NAMED = [
 ]
 QUICK = {
     *(("gpt2", o) for o in ("dora", "gaussian", "patterns", "a regular expression")),
-    *(("llama", o) for o in ("rslora", "olora", "all linears")),
-    *(("roberta", o) for o in ("pissa", "pissa with dora", "every bias", "one layer", "a head of its own")),
+    *(("llama", o) for o in ("olora", "all linears")),
+    *(("roberta", o) for o in ("pissa with dora", "rslora", "every bias", "one layer", "a head of its own")),
     ("convnext", "dora"),
 }  #: each option, on one model; `pytest -m slow` has every pair
 REST = [("t5", "plain"), ("t5", "dora"), ("convnext", "plain"), ("convnext", "dora"), ("convnext", "rslora")]
@@ -73,7 +73,10 @@ def test_an_adapter_crosses_in_both_directions(name: str, option: str, tmp_path:
 
     ours.save_pretrained(tmp_path / "ours")
     same(first(load_peft(copy.deepcopy(base), tmp_path / "ours"), inputs), want)
-    same(first(peftfx.load(copy.deepcopy(base), tmp_path / "ours"), inputs), want)
+    ours.load_adapter(tmp_path / "ours", "again")
+    same(first(ours, inputs), want)
+    ours.remove("again")
+    ours.set_adapter("default")
     mine, given = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("ours", "theirs"))
     assert set(mine) == {k for k in given if not k.endswith("base_layer.weight")}
     assert all(torch.equal(mine[k], given[k]) for k in mine)
@@ -127,7 +130,8 @@ def test_a_rule_on_part_of_a_fused_projection_is_saved_as_one_lora_on_the_whole(
     want = first(ours, inputs)
     ours.save_pretrained(tmp_path)
     same(first(load_peft(copy.deepcopy(base), tmp_path), inputs), want)
-    same(first(peftfx.load(copy.deepcopy(base), tmp_path), inputs), want)
+    ours.load_adapter(tmp_path, "again")
+    same(first(ours, inputs), want)
 
 
 def test_a_half_precision_base_gets_an_adapter_in_fp32_as_in_peft(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -16,6 +17,7 @@ import peftfx
 from peftfx.contract.method import Method
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.methods import methods
+from peftfx.model.adapted import AdaptedModel
 from peftfx.rules.peft_files import WEIGHTS
 
 SHARED = {name: cls for name, cls in methods().items() if name in peft.PeftType.__members__}
@@ -25,21 +27,26 @@ SIZES: dict[str, dict[str, int]] = {"C3A": {"block_size": 4}, "MISS": {"r": 4}, 
 
 
 @pytest.mark.parametrize("cls", SHARED.values(), ids=SHARED)
-def test_a_head_of_its_own_crosses_in_both_directions(cls: type[Method], tmp_path: Path) -> None:
+def test_a_head_of_its_own_crosses_in_both_directions(
+    cls: type[Method], bare: Callable[[str], AdaptedModel], tmp_path: Path
+) -> None:
+    """One model takes all three adapters, one after another: its capture serves them all."""
     weights = not issubclass(cls, SequenceMethod)
     name, head = ("llama", "lm_head") if "attention" in cls.kinds else ("bert", "classifier")
     options = {"target_modules": ["query", "value"]} if weights and name == "bert" else {}
     options |= SIZES.get(cls.peft_type, {})
     if cls is peftfx.TrainableTokens:
         options = {"token_indices": [1, 5]}
-    ours = peftfx.transform(ZOO[name].build(), cls.from_options({**options, "modules_to_save": [head]}), seed=0)
-    randomise(ours)
+    ours = bare(name)
+    ours.add_adapter("default", cls.from_options({**options, "modules_to_save": [head]}), seed=0)
+    randomise(ours.adapters)
     inputs = ZOO[name].inputs(3, 5, 4, model=ours.base)
     want = first(ours, inputs)
     ours.save_pretrained(tmp_path / "ours")
     written = load_file(tmp_path / "ours" / WEIGHTS)
     assert any(key.endswith(f"{head}.weight") for key in written)
-    same(first(peftfx.load(ZOO[name].build(), tmp_path / "ours"), inputs), want)
+    _reloaded(ours, tmp_path / "ours")
+    same(first(ours, inputs), want)
 
     theirs = load_peft(ZOO[name].build(), tmp_path / "ours")
     if cls is peftfx.PrefixTuning:  # peft reads and writes it, and cannot run it
@@ -51,7 +58,16 @@ def test_a_head_of_its_own_crosses_in_both_directions(cls: type[Method], tmp_pat
     again = load_file(tmp_path / "theirs" / WEIGHTS)
     if cls in (peftfx.LlamaAdapter, peftfx.TrainableTokens):  # peft reads the head, runs it, and leaves it out
         assert written.keys() - again.keys() == {key for key in written if f".{head}." in key}
+        ours.remove()
         return
     assert again.keys() == written.keys()
     assert all(torch.equal(again[key], written[key]) for key in again)
-    same(first(peftfx.load(ZOO[name].build(), tmp_path / "theirs"), inputs), want)
+    _reloaded(ours, tmp_path / "theirs")
+    same(first(ours, inputs), want)
+    ours.remove()
+
+
+def _reloaded(model: AdaptedModel, directory: Path) -> None:
+    """Put the adapter in a directory in the place of the model's own."""
+    model.remove()
+    model.load_adapter(directory, "default")

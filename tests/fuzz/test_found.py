@@ -10,16 +10,18 @@ from pathlib import Path
 
 import peft
 import pytest
+import torch
 import transformers as hf
 from fuzz.adapter_directories import Adapter, Spoil
 from fuzz.settle import settle
 from fuzz.test_bases import Model, load
-from fuzz.twins import SIZES, Base
+from fuzz.twins import ADAPTER, SIZES, Base
 from fuzz.values import Change, deep, nested
 
 import peftfx
-from peftfx import LoRA, PeftfxError
+from peftfx import LoRA, PeftfxError, runtime
 from peftfx.bases.load import load_base
+from peftfx.graph.slots import FILE, Manifest
 from peftfx.model.plan import make_plan
 from peftfx.rules.text import parse_rules
 from peftfx.sites.target import explain
@@ -47,6 +49,7 @@ FIELDS: Mapping[str, tuple[str, str, object, str]] = {
     "adapter_layers": ("adaption", "adapter_layers", 0.5, "of another type: adapter_layers"),
     "infinity": ("lora", "lora_alpha", float("inf"), "of another type: lora_alpha"),
     "depth": ("lora", "rank_pattern", deep(110), "nested too deeply"),
+    "a variant that an empty object turns on": ("lora", "kasa_config", {}, "does not support kasa_config"),
 }
 RULES: Mapping[str, tuple[str, str]] = {
     "a list as a key": ("lora(r={[]:1})", "not a Python literal"),
@@ -117,9 +120,27 @@ def test_the_pair_of_vera(what: str, base: Base, tmp_path: Path) -> None:
     assert settle(lambda: base.ours(tmp_path / "adapter")).message
 
 
-def test_a_manifest_with_another_fingerprint(exported: Path, tmp_path: Path) -> None:
-    from peftfx.graph.slots import FILE, Manifest
+def test_complex_numbers_in_an_adapter(base: Base, tmp_path: Path) -> None:
+    Adapter("lora", tensors=(Spoil("dtype", 0, torch.complex64),)).write(base.twins, tmp_path / "adapter")
+    assert "imaginary part would be lost" in settle(lambda: base.ours(tmp_path / "adapter")).message
 
+
+@pytest.mark.parametrize(("twin", "field"), [("adalora", "init_r"), ("lora", "r")])
+def test_a_rank_without_end(twin: str, field: str, base: Base, tmp_path: Path) -> None:
+    Adapter(twin, (Change(field, 10**18),)).write(base.twins, tmp_path / "adapter")
+    assert "a tensor that no memory holds" in settle(lambda: base.ours(tmp_path / "adapter")).message
+
+
+def test_a_manifest_without_the_graph_that_runs(exported: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "graph"
+    shutil.copytree(exported, directory)
+    path = directory / FILE
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "views": {}}), encoding="utf-8")
+    found = settle(lambda: runtime.load(directory, threads=1, adapter=directory / ADAPTER))
+    assert "lists no graph 'model', which the model runs" in found.message
+
+
+def test_a_manifest_with_another_fingerprint(exported: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "graph")
     path = tmp_path / "graph" / FILE
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "fingerprint": "no"}), encoding="utf-8")

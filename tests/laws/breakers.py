@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from peftfx.analysis.roles import find_sites
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Base, Op, Params, WeightMethod
 from peftfx.contract.sequence import PROMPT, PromptMethod, with_text_sizes
 from peftfx.graph.graph import Graph
+from peftfx.passes.slots.by_row import _Rows
+from peftfx.passes.slots.layer import Acting, acted
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
@@ -159,6 +161,13 @@ class IsNoisyInEval(Scale):
         return y * (1 + p["l"] * torch.rand_like(y))
 
 
+class LooksAtTheTrace(Scale):
+    """Does in a graph, where its parameters are fake tensors while it is traced, what it does not do in a module."""
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        return y * (1 + p["l"] * (1 if type(p["l"]) in (Tensor, nn.Parameter) else 2))
+
+
 @dataclasses.dataclass(frozen=True)
 class Glance(AttentionMethod):
     """A right attention method, small enough to break: each query attends to a gated prompt, too."""
@@ -226,6 +235,13 @@ class DetachesThePrompt(Glance):
 
     def reads(self, p: Params) -> Tensor:
         return p["prompt"].detach()
+
+
+class ReadsAnotherPromptInAGraph(Glance):
+    """Reads another prompt where it is traced."""
+
+    def reads(self, p: Params) -> Tensor:
+        return p["prompt"] if type(p["prompt"]) in (Tensor, nn.Parameter) else 2 * p["prompt"]
 
 
 class KeepsItsPrompt(Glance):
@@ -320,3 +336,25 @@ def sites_by_name(graph: Graph) -> Sites:
     named = {"q": "attention.query", "up": "mlp.up"}
     sites = (dataclasses.replace(s, role=named.get(s.path.rpartition(".")[2], "linear")) for s in find_sites(graph))
     return Sites(tuple(sites))
+
+
+def forgets_the_low_rank_sum(
+    site: Site, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, acting: Acting
+) -> Tensor:
+    """A layer with slots that reads no factors."""
+    return acted(site, op, x, weight, bias, dataclasses.replace(acting, low=None))
+
+
+def adds_the_bias_twice(site: Site, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, acting: Acting) -> Tensor:
+    """A layer whose operation has its bias still."""
+    y = acted(site, op, x, weight, bias, acting)
+    return y if bias is None else y + bias
+
+
+def takes_the_next_entry(rows: _Rows) -> fx.Node:
+    """Rows that take what is another adapter's: the entry behind their own, and the last for the first."""
+    index = _INDEX(rows)
+    return rows.rewriter.after(index).trace(lambda index: 1 - index, index, where="entries")
+
+
+_INDEX = _Rows._index

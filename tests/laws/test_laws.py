@@ -7,17 +7,24 @@ from laws.choices import CHOICES, whole
 
 from peftfx.contract.method import Method
 from peftfx.methods import methods
-from peftfx.testing import statements
+from peftfx.testing import slots, statements
 from peftfx.testing.cases import Case
 from peftfx.testing.laws import LAWS, Law
+from peftfx.testing.models import Spec
 from peftfx.testing.pool import POOL
 
+FLOAT32 = tuple(spec for spec in POOL if spec.dtype == "float32")
 PAIRS = [(law, cls) for cls in methods().values() for law in LAWS if law.is_about(cls)]
 
 
 @pytest.mark.parametrize(("law", "cls"), PAIRS, ids=[f"{law.name}-{cls.peft_type}" for law, cls in PAIRS])
 def test_a_law_holds_for_a_method(law: Law, cls: type[Method]) -> None:
     law.hold(cls, CHOICES.get(cls.peft_type), whole=whole())
+
+
+@pytest.mark.parametrize("spec", FLOAT32, ids=[str(i) for i in range(len(FLOAT32))])
+def test_a_layer_with_slots_is_the_layer_with_the_weight_that_they_make(spec: Spec) -> None:
+    slots.slot_fold(Case(spec, batch=3, sequence=4))
 
 
 @pytest.mark.parametrize("spec", POOL, ids=[str(i) for i in range(len(POOL))])

@@ -7,23 +7,27 @@ from collections.abc import Callable
 import pytest
 from laws import breakers as wrong
 
+from peftfx import LoRA
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import WeightMethod
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
+from peftfx.graph.rewriter import REGION
 from peftfx.passes import Insert, PassResult, Remove
-from peftfx.passes.base import REGION
 from peftfx.testing import frame as law_frame
 from peftfx.testing import prompts as law_prompts
+from peftfx.testing import slots as law_slots
 from peftfx.testing import statements as laws
 from peftfx.testing.blocks import Attention, Dense
 from peftfx.testing.cases import Case
+from peftfx.testing.check import known
 from peftfx.testing.models import Causal, Text
-from peftfx.testing.registered import known
 
 CASE = Case(Text((Dense(), Dense())), batch=3, sequence=4)
 TARGET = ("blocks.0", "blocks.1")
 
+#: The gradients' breakers need a second place that is not adapted; an attention that is written out has no modules.
+_TARGETS: dict[Callable[..., None], tuple[str, ...]] = {law_frame.gradients: ("blocks.1",), laws.roads: ("blocks.0",)}
 ATTENDING = Case(Text((Attention(), Attention("softmax", "heads"))), batch=3, sequence=4)
 PROMPTED = Case(Causal(()), batch=3, sequence=4)
 
@@ -41,6 +45,7 @@ BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod | S
     (laws.save_and_load, wrong.SharesAnotherEachTime),
     (laws.sizes, wrong.LooksAtTheBatch),
     (laws.onnx, wrong.IsNoisyInEval),
+    (laws.roads, wrong.LooksAtTheTrace),
     (laws.identity, wrong.StartsWithAnOpenGate),
     (laws.merge, wrong.PromptsAtRandom),
     (laws.remove, wrong.ScalesTheKeys),
@@ -56,6 +61,7 @@ BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod | S
     (laws.remove, wrong.ScalesTheEmbedding),
     (laws.idempotence, wrong.DrawsItsOwnWords),
     (law_frame.gradients, wrong.DetachesItsWords),
+    (laws.roads, wrong.ReadsAnotherPromptInAGraph),
 )
 
 RIGHT = ((wrong.Scale, CASE), (wrong.Glance, ATTENDING), (wrong.Words, PROMPTED))
@@ -66,11 +72,11 @@ def test_the_law_catches_its_breaker_and_no_right_method(
     law: Callable[..., None], cls: type[WeightMethod | AttentionMethod | SequenceMethod]
 ) -> None:
     right, case = next((r, c) for r, c in RIGHT if issubclass(cls, r))
-    target = {} if right is wrong.Words else {"target": ("blocks.1",) if law is law_frame.gradients else TARGET}
+    of, wrongly = ({}, {}) if right is wrong.Words else ({"target": TARGET}, {"target": _TARGETS.get(law, TARGET)})
     with known(right):
-        law(case, right(**target))
+        law(case, right(**of))
     with known(cls), pytest.raises(AssertionError):
-        law(case, cls(**target))
+        law(case, cls(**wrongly))
 
 
 def test_what_files_would_lose_is_refused_before_any_law() -> None:
@@ -83,6 +89,32 @@ def test_sites_found_by_name_are_caught() -> None:
     laws.roles(case)
     with pytest.raises(AssertionError):
         laws.roles(case, wrong.sites_by_name)
+
+
+@pytest.mark.parametrize(
+    ("law", "where", "breaker"),
+    [
+        (law_slots.slots, "peftfx.passes.slots.open.acted", wrong.forgets_the_low_rank_sum),
+        (law_slots.rows, "peftfx.passes.slots.layer_by_row.acted", wrong.adds_the_bias_twice),
+        (law_slots.rows, "peftfx.passes.slots.by_row._Rows._index", wrong.takes_the_next_entry),
+    ],
+    ids=["a slot without its sum", "a row with its bias twice", "a row that takes the next one's"],
+)
+def test_a_slot_or_a_row_that_computes_something_else_is_caught(
+    law: Callable[..., None], where: str, breaker: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = LoRA(r=2, target=TARGET)
+    law(CASE, method)
+    monkeypatch.setattr(where, breaker)
+    with pytest.raises(AssertionError):
+        law(CASE, method)
+
+
+def test_slots_that_make_another_weight_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    law_slots.slot_fold(CASE)
+    monkeypatch.setattr("peftfx.passes.slots.open.acted", wrong.adds_the_bias_twice)
+    with pytest.raises(AssertionError):
+        law_slots.slot_fold(CASE)
 
 
 def test_an_insertion_that_changes_its_surroundings_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,9 @@ class Bench:
     def _served(self, made: Path, want: list[dict[str, Tensor]]) -> float:
         if in_transformers(self.base):
             base = self.directory / "base"
-            report = export_directory(base, made / "out", adapter=made / "adapter", task=self.entry.task)
+            report = export_directory(
+                base, made / "out", adapter=made / "adapter", task=self.entry.task, view="forward"
+            )
         else:  # a class that no directory names
             report = peftfx.load(copy.deepcopy(self.untouched), made / "adapter").export(made / "out", view="forward")
         assert report.merged or report.folded  # type: ignore[attr-defined]

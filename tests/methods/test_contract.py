@@ -18,8 +18,8 @@ from peftfx.contract.method import Base, Method, Op, Params, WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 from peftfx.testing import check
+from peftfx.testing.check import known
 from peftfx.testing.laws import LAWS
-from peftfx.testing.registered import known
 
 X = torch.randn(3, 4)
 

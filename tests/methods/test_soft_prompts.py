@@ -42,8 +42,8 @@ from peftfx.rules.peft_files import STATE
 
 #: T5 is proved where its files are exported; of models that place tokens alike, one has a prompt and one a prefix.
 QUICK = {
-    "prompt": {"gpt2", "bloom", "deberta", "bert"},
-    "prefix": {"gpt2", "bloom", "llama", "gemma2", FEATURES},
+    "prompt": {"bloom", "deberta", "bert"},
+    "prefix": {"gpt2", "llama", "gemma2", FEATURES},
 }
 
 
@@ -129,9 +129,9 @@ def test_an_encoder_is_kept_beside_the_prompt_that_peft_reads(soft: Soft, name: 
     ours.save_pretrained(tmp_path)
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
     close_all(outputs(back, inputs), want)
-    again = peftfx.load(copy.deepcopy(base), tmp_path)
-    assert dict(again.adapter("default").named_parameters()).keys() == trained(theirs).keys()
-    close_all(outputs(again, inputs), want)
+    ours.load_adapter(tmp_path, "again")
+    assert dict(ours.adapter("again").named_parameters()).keys() == trained(theirs).keys()
+    close_all(outputs(ours, inputs), want)
 
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file({k: 2 * t for k, t in tensors.items()}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
@@ -147,7 +147,9 @@ def test_what_peft_wrote_is_exported_as_peft_computes_it(soft: Soft, name: str, 
     base = bare(theirs)
     base.save_pretrained(tmp_path / "base")
     theirs.save_pretrained(str(tmp_path / "adapter"))
-    report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=task(name))
+    report = export_directory(
+        tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=task(name), view="forward"
+    )
     assert len(report.folded) == 1
     served = OnnxModel(tmp_path / "out")
     for batch, sequence in ((3, 11), (1, 6)):

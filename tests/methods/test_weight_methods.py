@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.adapter_files import first, load_peft, same
-from support.few import few
+from support.few import but_for
 from support.parity import check, randomise
 from support.zoo import ZOO
 from torch import nn
@@ -98,7 +98,9 @@ def test_merged_it_is_served_as_peft_computes_it(trial: Trial, tmp_path: Path) -
     base = entry.build()
     base.save_pretrained(tmp_path / "base")
     want = trial.adapt(base, tmp_path / "adapter")
-    report = export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=entry.task)
+    report = export_directory(
+        tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=entry.task, view="forward"
+    )
     assert report.merged
     check(entry, want, OnnxModel(tmp_path / "out"), base, base)
 
@@ -120,7 +122,9 @@ def test_gradients_are_those_of_peft(trial: Trial, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", few(["gpt2", "bloom", "gpt_neox", "llama", "bert", "t5"]))
+@pytest.mark.parametrize(
+    "name", but_for({"gpt2", "gpt_neox", "t5"}, ["gpt2", "bloom", "gpt_neox", "llama", "bert", "t5"])
+)
 def test_ia3_by_roles_is_saved_for_peft_parts_of_fused_weights_too(name: str, tmp_path: Path) -> None:
     base = ZOO[name].build()
     ours = peftfx.transform(copy.deepcopy(base), IA3(init_ia3_weights=False), seed=0)

@@ -1,29 +1,31 @@
-"""A module that is called under two names is merged under the name that is adapted alone."""
+"""A module of several names: an adapter acts where HF PEFT puts it, in the graph, in verification, and when merged."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 from support.adapted import randomise
 from torch import Tensor, nn
 
 import peftfx
-from peftfx import IA3, LoRA
+from peftfx import IA3, LNTuning, LoRA, PeftfxError
 
 
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.lin, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.lin, self.norm, self.out = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.lin(x).tanh())
+        return self.out(self.norm(self.lin(x)).tanh())
 
 
 class Twice(nn.Module):
-    """One block under two names."""
+    """One block under two names: its layers are each in one place, which two paths lead to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,21 +36,85 @@ class Twice(nn.Module):
         return self.head(self.second(self.first(x)).tanh())
 
 
-RULES = {
-    "one name": LoRA(r=3, target_modules=["first.lin"]),
-    "the other name": LoRA(r=3, target_modules=["second.lin"]),
-    "both, each its own": LoRA(r=3, target_modules=["first.lin", "second.lin"]),
-    "input scaled": IA3(target_modules=["second.out"], feedforward_modules=["second.out"]),
-    "trained whole": LoRA(r=3, target_modules=["head"], modules_to_save=["first.lin"]),
+class Places(nn.Module):
+    """Layers that are in two places each: under two names in one module, and twice in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.norm, self.head = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+        self.other, self.after = self.lin, self.norm
+        self.layers = nn.ModuleList([layer := nn.Linear(6, 6), layer])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.after(self.other(self.norm(self.lin(x)).tanh()))
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+CONFIGS = {
+    "one layer, two paths": (Twice, peft.LoraConfig(r=3, target_modules=["first.lin"])),
+    "by the end of a name": (Twice, peft.LoraConfig(r=3, target_modules=["lin", "out"])),
+    "input scaled": (Twice, peft.IA3Config(target_modules=["lin", "out"], feedforward_modules=["out"])),
+    "norms": (Twice, peft.LNTuningConfig(target_modules=["norm"])),
+    "trained whole": (Twice, peft.LoraConfig(r=3, target_modules=["head"], modules_to_save=["lin"])),
+    "one of two places": (Places, peft.LoraConfig(r=3, target_modules=["lin"], use_dora=True)),
+    "both names given": (Places, peft.LoraConfig(r=3, target_modules=["lin", "other", "layers.0", "layers.1"])),
+    "all linear": (Places, peft.LoraConfig(r=3, target_modules="all-linear")),
+    "a norm in two places": (Places, peft.LNTuningConfig(target_modules=["norm"])),
+    "trained whole, in two places": (Places, peft.LoraConfig(r=3, target_modules=["head"], modules_to_save=["lin"])),
+    "with its biases": (Places, peft.LoraConfig(r=3, target_modules=["lin"], bias="all")),
 }
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_a_module_of_two_names_merges_to_what_it_computed(rule: object) -> None:
+@pytest.mark.parametrize(("make", "config"), CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.filterwarnings("ignore:the model also runs")
+def test_a_module_of_several_names_is_adapted_where_peft_adapts_it(
+    make: type[nn.Module], config: peft.PeftConfig, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
+    base, x = make().eval(), torch.randn(5, 6)
+    theirs = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape) * 0.3)
+    theirs.eval().save_pretrained(str(tmp_path / "theirs"))
+    ours = peftfx.load(base, tmp_path / "theirs", inputs={"x": torch.randn(2, 6)}).eval()
+    with torch.no_grad():
+        want = theirs(x)
+        torch.testing.assert_close(ours(x), want)
+        assert ours.export(tmp_path / "out").reference.startswith("the model's own code")
+        ours.save_pretrained(tmp_path / "ours")
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))
+        torch.testing.assert_close(again.eval()(x), want)
+        ours.merge()
+        torch.testing.assert_close(ours.remove()(x), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [LoRA(r=3, target="all-linear"), LNTuning(), LoRA(target_modules=["lin"])], ids=str)
+def test_the_places_that_are_not_adapted_are_told(rule: object) -> None:
+    with pytest.warns(UserWarning, match=r"the model also runs (lin as other|norm as after)"):
+        peftfx.transform(Places().eval(), rule, inputs={"x": torch.randn(2, 6)})
+
+
+@pytest.mark.parametrize("rule", [LoRA(target_modules=["other"]), IA3(target_modules=["second.lin"])], ids=str)
+def test_a_name_that_is_not_the_first_is_no_name_as_in_peft(rule: LoRA | IA3) -> None:
+    base = (Places if isinstance(rule, LoRA) else Twice)().eval()
+    with pytest.raises(PeftfxError, match=r"other|second\.lin"):
+        peftfx.transform(base, rule, inputs={"x": torch.randn(2, 6)})
+
+
+def test_a_block_of_two_names_that_is_trained_whole_is_refused() -> None:
+    rule = LoRA(r=3, target_modules=["head"], modules_to_save=["first"])
+    with pytest.raises(PeftfxError, match=r"(?s)under other names too: second.*first"):
+        peftfx.transform(Twice().eval(), rule, inputs={"x": torch.randn(2, 6)})
+
+
+def test_what_merges_in_place_is_what_it_computed(tmp_path: Path) -> None:
     base, x = Twice().eval(), torch.randn(5, 6)
     plain = copy.deepcopy(base)
-    model = peftfx.transform(base, rule, inputs={"x": torch.randn(2, 6)}).eval()
+    model = peftfx.transform(base, LoRA(r=3, target="all-linear"), inputs={"x": torch.randn(2, 6)}).eval()
     randomise(model)
     with torch.no_grad():
         want = model(x)

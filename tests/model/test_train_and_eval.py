@@ -103,8 +103,8 @@ class TestTraining:
         torch.testing.assert_close(loaded(**inputs).logits, want, rtol=0, atol=0)
         torch.testing.assert_close(theirs(**inputs).logits, want, rtol=0, atol=1e-5)
 
-    def test_gradient_checkpointing_is_refused(self) -> None:
-        with pytest.raises(PeftfxError, match="checkpointing"):
+    def test_a_model_without_gradient_checkpointing_is_refused_it(self) -> None:
+        with pytest.raises(PeftfxError, match="no gradient checkpointing of its own"):
             adapt("custom", LoRA()).gradient_checkpointing_enable()
 
 

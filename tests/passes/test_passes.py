@@ -63,7 +63,7 @@ def test_the_manager_keeps_the_time_and_the_count_of_every_pass(adapted: Graph) 
 
 
 def test_the_numeric_level_passes_what_keeps_the_outputs(case: Captured, adapted: Graph) -> None:
-    merged = PassManager([Cleanup(), Cleanup()], check="numeric", inputs=inputs(case))(adapted)
+    merged = PassManager([Cleanup(), Cleanup()], check="numeric", inputs=inputs(case))(adapted).graph
     assert merged.outputs == adapted.outputs
 
 

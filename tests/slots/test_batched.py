@@ -11,6 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.command import Result
 from support.decoding import prompts
 from support.parity import randomise
@@ -59,6 +60,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[AdaptedModel, Path]
     report = export_directory(root / "base", root / "out", batched=folders, view="auto")
     assert [a["name"] for a in report.adapters] == list(RULES)
     assert report.inputs[IDS] == ["batch"]
+    files = (load_file(path) for name in RULES for path in (root / name).rglob("*.safetensors"))
+    assert sum(report.tensors.values()) == sum(map(len, files))
+    assert report.tensors["in the rows' stacks"] > report.tensors["prompts"] > 0
     return adapted, root / "out"
 
 

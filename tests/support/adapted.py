@@ -22,10 +22,11 @@ def randomise(model: nn.Module, seed: int = 7) -> None:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
-def adapt(name: str, rules: object, adapter_name: str = "default") -> AdaptedModel:
+def adapt(name: str, rules: object, adapter_name: str = "default", road: str | None = None) -> AdaptedModel:
     """A model of the zoo with random adapters."""
     entry = ZOO[name]
-    adapted = peftfx.transform(entry.build(), rules, adapter_name, inputs=entry.inputs() if entry.custom else None)
+    inputs = entry.inputs() if entry.custom else None
+    adapted = peftfx.transform(entry.build(), rules, adapter_name, inputs=inputs, road=road)
     randomise(adapted)
     return adapted
 

@@ -135,6 +135,34 @@ def test_a_layer_that_the_example_call_does_not_run_is_refused_and_inputs_that_r
     torch.testing.assert_close(ours.train()(x=x), theirs.train()(x=x))
 
 
+class Mlps(nn.Module):
+    """One MLP, or another, by an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = (nn.ModuleList([nn.Linear(SIZE, SIZE) for _ in range(2)]) for _ in range(3))
+
+    def forward(self, x: Tensor, other: bool = False) -> Tensor:
+        up, down = self.two if other else self.one
+        return self.head[0](x + down(torch.relu(up(x))))
+
+
+@pytest.mark.parametrize("method", [peftfx.LoRA(r=2, target="mlp"), peftfx.IA3(target="mlp.down")], ids=str)
+def test_a_call_that_runs_other_layers_that_a_rule_picks_is_refused_by_name(method: object, tmp_path: Path) -> None:
+    base, x = Mlps().eval(), torch.randn(3, SIZE)
+    model = peftfx.transform(base, method, inputs={"x": x})
+    model(x=x)
+    with pytest.raises(PeftfxError, match=r"(?s)that a rule picks.*two\..*inputs="):
+        model(x=x, other=True)
+    with pytest.raises(PeftfxError, match=r"that a rule picks"):
+        model.export(tmp_path / "out", inputs={"x": x, "other": True})
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x=x, other=True), base(x, other=True))
+    model.remove()
+    both = peftfx.transform(base, peftfx.LoRA(r=2, target="head"), inputs={"x": x})
+    both(x=x, other=True)  # the rule picks nothing of the other branch
+
+
 def test_cross_attention_that_the_example_call_does_not_run_is_refused(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True)
     base = GPT2LMHeadModel(config).eval()
@@ -158,6 +186,8 @@ def test_what_no_call_can_run_is_told_and_saved_again(idle: str, tmp_path: Path)
     want, got = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
     assert want.keys() == got.keys()
     assert all(torch.equal(want[key], got[key]) for key in want)
+    with pytest.warns(UserWarning, match=rf"the sum leaves out tensors of 'default' .*{idle}\."):
+        ours.add_weighted_adapter(["default"], [0.5], "scaled")
 
 
 def test_the_attention_of_torch_is_adapted_at_both_projections_as_peft_does_it(tmp_path: Path) -> None:
@@ -176,6 +206,7 @@ def test_the_attention_of_torch_is_adapted_at_both_projections_as_peft_does_it(t
 
 @pytest.mark.parametrize("role", ["attention.qkv", "attention.output"])
 def test_one_projection_of_an_attention_of_torch_is_saved_as_peft_reads_it(role: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     base, x = Attends().eval(), torch.randn(2, 5, SIZE)
     ours = peftfx.transform(base, peftfx.LoRA(r=2, target=role), inputs={"x": x})
     for p in ours.adapters.parameters():

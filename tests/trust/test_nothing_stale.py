@@ -45,7 +45,7 @@ class Notes:
 
 
 def lora(model: nn.Module, target: str = "linear | head", **inputs: Tensor) -> AdaptedModel:
-    return peftfx.transform(model, peftfx.LoRA(r=2, target=target), inputs=inputs or None, seed=0)
+    return peftfx.transform(model, peftfx.LoRA(r=2, target=target), inputs=inputs or None, seed=0, road="graph")
 
 
 def test_capture_leaves_every_attribute_as_it_was() -> None:

@@ -16,7 +16,9 @@ from torch.utils import _pytree as pytree
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
+from peftfx.model.api import bare
 from peftfx.views.capture import capture
+from peftfx.views.decode import decode_view
 from peftfx.views.view import name_axes, without_cache
 
 Get = Callable[[str], Captured]
@@ -163,6 +165,39 @@ def test_an_axis_keeps_its_size_unless_it_is_named() -> None:
 def test_a_free_axis_that_the_code_fixes_is_reported_as_fixed() -> None:
     graph = capture(nn.Linear(6, 4).eval(), {"input": torch.zeros(2, 6)})
     assert graph.inputs[0].shape == ("batch", 6)
+
+
+class Rows(nn.Module):
+    """Reads how many rows there are from one input, and adds those of the other."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.new_zeros(y.shape[0], 3) + x.reshape(x.shape[0], 3) + y.expand(x.shape[0], 3)
+
+
+def test_axes_of_one_name_are_one_size() -> None:
+    graph = capture(Rows(), {"x": torch.ones(2, 3), "y": torch.ones(2, 3)})
+    sizes = {str(n.meta["val"].shape[0]) for n in graph.nodes() if n.op == "placeholder"}
+    assert len(sizes) == 1
+    assert graph.conditions == ()
+    x, y = torch.randn(5, 3), torch.randn(5, 3)
+    assert_same(leaves(graph(x=x, y=y)), [Rows()(x, y)])
+    with pytest.raises(PeftfxError, match="different sizes along batch"):
+        graph(x=x, y=y[:1])
+
+
+def test_axes_of_one_name_are_apart_where_a_call_has_two_sizes() -> None:
+    adapted = bare(Rows(), {"x": torch.ones(2, 3), "y": torch.ones(2, 3)})
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    for call in ({"x": x, "y": y}, {"x": x, "y": y[:1]}, {"x": x[:3], "y": y[:3]}):
+        assert_same(leaves(adapted(**call)), [Rows()(**call)])
+
+
+def test_a_capture_has_a_symbol_for_each_name(captured: Get) -> None:
+    model = captured("llama").model
+    view = decode_view(model)
+    graph = capture(model, view.inputs(model), axes=view.axes, call=view)
+    shapes = [node.meta["val"].shape for node in graph.nodes() if node.op == "placeholder"]
+    assert len({size for shape in shapes for size in map(str, shape) if not size.isdigit()}) == len(graph.sizes) == 4
 
 
 def test_axes_are_named_by_what_inputs_mean() -> None:

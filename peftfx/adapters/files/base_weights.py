@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.placement import SAVED, Override, Placement
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError
@@ -32,7 +33,7 @@ def replaced_weights(
     Raises:
         PeftfxError: tied tensors differ in the file, or tokens of a tensor are trained that the file has another of.
     """
-    own = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
+    own = dict(own_parameters(base, remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     adapted = {p.site.path for p in placements}
     trained = {override.key.removeprefix(f"{SAVED}.") for override in overrides}
     found: dict[int, tuple[str, Override]] = {}
@@ -64,7 +65,7 @@ def resize_vocabulary(base: nn.Module, files: Iterable[Weights]) -> None:
     """
     embedding, output = input_embeddings(base), getattr(base, "get_output_embeddings", lambda: None)()
     tables: dict[int, list[str]] = {}
-    for path, module in base.named_modules():
+    for path, module in own_modules(base):
         if module in (embedding, output) and isinstance(getattr(module, "weight", None), Tensor):
             names = tables.setdefault(id(module.weight), [])
             names += [f"{path}.weight", f"{path}{_LAYER}weight"]

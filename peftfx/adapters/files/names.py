@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
+from peftfx.bases.guests import own_modules
 from peftfx.contract.placement import SAVED, Override
 
 
@@ -31,7 +32,7 @@ def module_of(name: str, marks: Iterable[str]) -> str:
 
 def named_modules(names: Collection[str], base: nn.Module) -> frozenset[str]:
     """The modules that the keys of a file name by something that is the adapter's own, sites or not."""
-    modules = dict(base.named_modules())
+    modules = dict(own_modules(base))
     found = set()
     for name in names:
         parts = name.split(".")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.base_weights import replaced_weights
 from peftfx.adapters.files.sizes import without_memory
+from peftfx.bases.guests import own_modules
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.method import PLACING
@@ -67,7 +68,7 @@ def read_prompt(
 def _heads(base: nn.Module, kind: object) -> list[str]:
     """The modules that HF PEFT saves with every prompt of this task type."""
     ends = PEFT_HEADS.get(str(kind), ())
-    return [path for path, _ in base.named_modules() if path.endswith(ends)] if ends else []
+    return [path for path, _ in own_modules(base) if path.endswith(ends)] if ends else []
 
 
 def _other_heads(base: nn.Module, weights: Weights, saved: Sequence[str], kind: object) -> list[str]:

@@ -14,16 +14,20 @@ from peftfx.adapters.files.accounts import repeats, unused
 from peftfx.adapters.files.base_weights import replaced_weights
 from peftfx.adapters.files.mismatch import refuse_mismatch
 from peftfx.adapters.files.names import module_of, name_of, named_modules, override_name
+from peftfx.adapters.files.parameters import refuse_turned
 from peftfx.adapters.files.prompts import read_prompt
 from peftfx.adapters.files.sizes import fit, without_memory
 from peftfx.adapters.files.torch_attention import path_in_file, times_in_use
 from peftfx.adapters.files.unlike_peft import warn_unlike_peft
+from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.contract.placement import Override, Placed, Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError, warn
+from peftfx.rules.parameters import TARGET_PARAMETERS, picks
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.rules.resolution import (
+    acted_at,
     is_inside,
     no_module_to_save,
     overrides_of,
@@ -34,7 +38,8 @@ from peftfx.rules.resolution import (
     without_ties,
 )
 from peftfx.rules.torch_attention import wrapper_of
-from peftfx.rules.unplaced import why_no_place
+from peftfx.rules.unplaced import tell_elsewhere, why_no_place
+from peftfx.sites.site import EXPERTS
 from peftfx.sites.sites import Sites
 
 
@@ -55,6 +60,7 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         _refuse_conflict(adapter, other, folder)
         adapter.add(other)
     refuse_crowding(adapter.placed)
+    tell_elsewhere(sites, acted_at(adapter.placed))
     warn_unlike_peft(base, adapter.placements, str(directory))
     return adapter
 
@@ -86,10 +92,12 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         warn(f"{directory}: {method.doubt}")
     if isinstance(method, SequenceMethod):
         return _read_prompt(directory, weights, method, base, sites, config)
-    possible = [placement_at(base, method, site) for site in sites if site.kind in method.kinds]
+    able = (s for s in sites if s.kind in method.kinds and (s.kind != EXPERTS or picks(method, s.parameter)))
+    possible = [placement_at(base, method, site) for site in able]
     marks = {suffix.partition(".")[0] for p in possible for suffix in p.suffixes().values()}
     placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
     placements = without_ties(placements)
+    refuse_turned(base, placements)
     saved = saved_modules(base, method)
     if idle_name := no_module_to_save(base, method, saved):  # HF PEFT passes over it, and its files may be whole
         warn(f"{directory}: {idle_name}")
@@ -111,7 +119,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         expected={path for path in targeted if wrapper_of(base, method, path) is None},
         module_of=lambda name: module_of(name, marks),
         why=lambda path: why_no_place(path, base, sites, method.kinds),
-        modules=[name for name, _ in base.named_modules()],
+        modules=[name for name, _ in own_modules(base)],
     )
     if not wanted and not idle:
         what = f"the file holds no tensor of {type(method).__name__} for a module that this model runs"
@@ -136,7 +144,7 @@ def _read_prompt(
 ) -> Adapter:
     names = set(weights.names)
     adapter, wanted = read_prompt(directory, weights, method, base, sites, config)
-    modules = [name for name, _ in base.named_modules()]
+    modules = [name for name, _ in own_modules(base)]
     refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, (), directory, modules=modules)
     _copy(adapter, wanted, weights)
     (placement,) = adapter.placements
@@ -205,7 +213,9 @@ def _refuse_unknown_share(adapter: Adapter, method: Method, idle: Collection[str
 
 def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:
     """The sites that the config's own targets match; they may name none that this model runs."""
+    names = method.target_modules or getattr(method, TARGET_PARAMETERS, None)
     try:
-        return {p.site.path for p in placements_of(base, method, sites)} if method.target_modules else set()
+        placements = placements_of(base, method, sites) if names else []
     except PeftfxError:
         return set()
+    return {p.site.path if p.site.kind != EXPERTS else path_in_file(base, p.method, p.site.path) for p in placements}

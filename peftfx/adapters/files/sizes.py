@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from peftfx.adapters.files.names import name_of
+from peftfx.adapters.files.torch_attention import path_in_file
+from peftfx.contract.method import Params
 from peftfx.contract.placement import Placed, Placement, shared_by
+from peftfx.errors import PeftfxError
 from peftfx.rules.peft_files import Weights
 
 
@@ -23,11 +26,19 @@ def fit(rule: Placed, weights: Weights, base: nn.Module) -> bool:
     try:
         with without_memory(), torch.no_grad():
             shared = shared_by(rule, base, None)
-            return all(_fits(placement, placement.init(base, None, shared), weights) for placement in rule.placements)
+            return all(_fits(placement, shared, weights, base) for placement in rule.placements)
     except DataDependentOutputException:  # a start that looks at the base's numbers
         return True
 
 
-def _fits(placement: Placement, made: Mapping[str, Tensor], weights: Weights) -> bool:
-    names = {name: f"{placement.site.path}.{suffix}" for name, suffix in placement.suffixes().items()}
+def _fits(placement: Placement, shared: Params, weights: Weights, base: nn.Module) -> bool:
+    try:
+        made = placement.init(base, None, shared)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        hint = "look at the ranks in adapter_config.json"
+        raise PeftfxError("its config asks for a tensor that no memory holds", placement.site.path, hint) from error
+    path = path_in_file(base, placement.method, placement.site.path)
+    names = {name: name_of(path, suffix) for name, suffix in placement.suffixes().items()}
     return all(weights.shapes.get(names[n], t.shape) == tuple(t.shape) for n, t in made.items() if n in names)

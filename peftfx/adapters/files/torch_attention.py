@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.files.names import name_of
+from peftfx.adapters.files.parameters import parameter_path
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
 from peftfx.rules.torch_attention import IN_PROJ, OUT_PROJ, wrapper_of
@@ -24,7 +25,7 @@ def path_in_file(base: nn.Module, method: Method, path: str) -> str:
     """A site's module path as HF PEFT names it in its keys."""
     owner = wrapper_of(base, method, path)
     if owner is None:
-        return path
+        return parameter_path(base, method, path)
     return owner if path.endswith(IN_PROJ) else name_of(owner, f"base_layer.{OUT_PROJ}")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from peftfx.bases.guests import own_modules
 from peftfx.contract.method import WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.errors import warn
@@ -14,7 +15,7 @@ from peftfx.errors import warn
 def warn_unlike_peft(base: nn.Module, placements: Iterable[Placement], where: str) -> None:
     """Name the modules at which HF PEFT computes something else, and why."""
     found: dict[str, list[str]] = {}
-    modules = dict(base.named_modules(remove_duplicate=False))
+    modules = dict(own_modules(base, remove_duplicate=False))
     for placement in placements:
         module = modules.get(placement.site.path)
         if module is not None and isinstance(placement.method, WeightMethod):

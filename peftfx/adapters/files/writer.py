@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter, shared_key, whole
 from peftfx.adapters.files.names import name_of, override_name
+from peftfx.adapters.files.parameters import as_parameters, naming_parameters, refuse_turned
 from peftfx.adapters.files.prompts import Contents, written_prompt
 from peftfx.adapters.files.torch_attention import by_wrapper, other_projections, path_in_file, times_in_use
 from peftfx.adapters.files.unlike_peft import warn_unlike_peft
+from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.placement import Placed, Placement
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.files import write_file, writing
-from peftfx.rules.peft_files import CONFIG, RULES, STATE, WEIGHTS
+from peftfx.formats import RULES, stamped
+from peftfx.rules.peft_files import CONFIG, STATE, WEIGHTS
 
 
 def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: Path) -> None:
@@ -65,7 +68,7 @@ def _write(directory: Path, rules: dict[str, Contents]) -> None:
     for name, contents in rules.items():
         (directory / name).mkdir(exist_ok=True)
         _write_rule(directory / name, *contents)
-    write_file(directory / RULES, functools.partial(_save_json, {"rules": list(rules)}))
+    write_file(directory / RULES, functools.partial(_save_json, stamped(RULES, {"rules": list(rules)})))
     for file in (CONFIG, WEIGHTS, STATE):
         (directory / file).unlink(missing_ok=True)
 
@@ -103,20 +106,23 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     rule = adapter.placed[number]
     if isinstance(rule.method, SequenceMethod):
         return written_prompt(base, adapter, rule)
+    refuse_turned(base, rule.placements)
+    parameters = as_parameters(base, rule)
+    named_by = naming_parameters(rule.method, parameters)
     tensors: dict[str, Tensor] = {}
     methods: dict[str, Method] = {}
     for path, group in _by_site(rule.placements).items():
         method, params = whole(base, adapter, group)
         placement = dataclasses.replace(group[0], method=method)
-        named_path = path_in_file(base, method, path)
+        named_path = path_in_file(base, named_by, path)
         for key, suffix in placement.suffixes().items():
             times = times_in_use(base, method, path, suffix)
             tensors[name_of(named_path, suffix)] = params[key] if times == 1 else params[key] / times
         methods[path] = method
     tensors |= other_projections(base, methods, tensors.values())
     tensors |= {override_name(override, set(methods)): adapter.get(override.key) for override in rule.overrides}
-    methods = by_wrapper(base, methods)
-    config = _config(base, adapter, rule, rule.method.gather(methods), sorted(methods))
+    methods = {parameters.get(path, path): method for path, method in by_wrapper(base, methods).items()}
+    config = _config(base, adapter, rule, named_by.gather(methods), sorted(methods))
     prefix = rule.method.prefix
     named = {f"{prefix}{name}": t for name, t in tensors.items()}
     account = adapter.accounts.get(number)
@@ -134,9 +140,9 @@ def _by_site(placements: Iterable[Placement]) -> dict[str, list[Placement]]:
 
 def _config(base: nn.Module, adapter: Adapter, rule: Placed, method: Method, paths: Sequence[str]) -> dict[str, object]:
     """HF PEFT's config of an adapter: its records are kept from the one it was loaded with, if any."""
-    method = method.naming(paths, [name for name, _ in base.named_modules()])
+    method = method.naming(paths, [name for name, _ in own_modules(base)])
     options: dict[str, object] = {f: getattr(method, f) for f in method.options()}
-    if any(p.site.transposed for p in rule.placements) and "fan_in_fan_out" in options:
+    if any(p.site.transposed and p.site.kind == "linear" for p in rule.placements) and "fan_in_fan_out" in options:
         options["fan_in_fan_out"] = True
     name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
     records = {"task_type": None, "base_model_name_or_path": name, **adapter.records}

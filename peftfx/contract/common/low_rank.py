@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from peftfx.contract.common.experts import of_experts
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
-from peftfx.sites.site import Site
+from peftfx.sites.site import EXPERTS, Site
 
 
 def check_options(method: Method, lora_dropout: float, bias: str) -> None:
@@ -34,6 +35,9 @@ def product(site: Site, a: Tensor, b: Tensor) -> Tensor:
     """`B A` in the shape of the site's weight."""
     if site.kind == "linear":
         return b @ a
+    if site.kind == EXPERTS:
+        down, up = of_experts(site.shape[0], a, b)
+        return torch.bmm(up, down)
     if site.kind == "embedding":
         return (b @ a).T
     r, out = a.shape[0], b.shape[0]
@@ -68,7 +72,8 @@ def summed(
     """
     down, up = zip(*factors, strict=True)
     if how == "cat":
-        rows = [(s * a).unflatten(0, (site.groups, -1)) for s, a in zip(scales, down, strict=True)]
+        groups = site.shape[0] if site.kind == EXPERTS else site.groups
+        rows = [(s * a).unflatten(0, (groups, -1)) for s, a in zip(scales, down, strict=True)]
         return torch.cat(rows, 1).flatten(0, 1), torch.cat(up, 1)
     ranks = [len(a) for a in down]
     if len(set(ranks)) > 1:

@@ -68,7 +68,7 @@ class TestWhatIsCopied:
         for name in (*lies, "tokenizer_config.json", "Genai_Config.json"):
             (base / name).write_text('{"from": "the base"}')
         export_directory(base, tmp_path / "decode", view="decode")
-        export_directory(base, tmp_path / "forward")
+        export_directory(base, tmp_path / "forward", view="forward")
         names = {view: {p.name for p in (tmp_path / view).iterdir()} for view in ("decode", "forward")}
         told = {"decode": {"genai_config.json"}, "forward": {"export.json"}}
         shared = {"config.json", "generation_config.json", "tokenizer_config.json", "peftfx_report.json"}

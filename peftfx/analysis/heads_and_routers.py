@@ -1,13 +1,20 @@
-"""Heads: values that a graph puts out as they are, found by one walk back from its outputs."""
+"""Heads and routers, each found by one walk back: from a graph's outputs, and from where experts' rows end.
+
+A head's value is put out as it is. A router says which of a stack of experts a row of values meets: rows are sorted by
+their experts and meet the weights in one grouped product, and where each expert's rows end is computed from the
+indices that the router's scores gave.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import fx
 
 from peftfx.analysis.dataflow import ACTIVATIONS, ELEMENTWISE, MOVEMENT, PRODUCTS, Flow, op_name
+from peftfx.analysis.facts import Analysis, WeightFacts
 from peftfx.graph.graph import Graph
+from peftfx.sites.site import EXPERTS
 
 
 def reaches_output(graph: Graph, flows: Mapping[fx.Node, Flow]) -> set[fx.Node]:
@@ -38,3 +45,19 @@ def _scales(node: object) -> bool:
 
 def _data(node: fx.Node, flows: Mapping[fx.Node, Flow]) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if flows[n].origins]
+
+
+def find_routers(analysis: Analysis) -> Iterator[WeightFacts]:
+    """The linear layers that the ends of a grouped product's groups come from, once each, by one walk back."""
+    ends = [found.op.args[2] for found in analysis.occurrences() if found.kind == EXPERTS]
+    todo = [node for node in ends if isinstance(node, fx.Node)]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        weight = analysis.owner.get(node)
+        if weight is not None:
+            yield weight
+            continue
+        new = [n for n in node.all_input_nodes if n not in seen]
+        todo += new
+        seen.update(new)

@@ -1,0 +1,146 @@
+"""What training costs on each road and in `peft`, in one process: seconds and memory of a step, as ratios of one run.
+
+    python benchmarks/scale.py [--lengths 32 256 512] [--pairs 15]
+
+Prints a Markdown table. A row's models have the same weights, adapter and batch, and step in turns, so that what else
+runs slows all; a ratio to `peft` is the median over rounds. A step is forward, backward and AdamW. Memory is the most
+that torch has allocated in a step beyond what it had before. `equal` says whether the losses and every gradient of a
+step are `peft`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import peft
+import torch
+import transformers as hf
+from measure import versions
+from torch import Tensor, nn
+from training import peak, ratio, stepper
+
+import peftfx
+from peftfx.bases.example_inputs import example_inputs
+
+LAYERS, WIDTH, VOCABULARY, BATCH, WARM_UP = 8, 256, 4000, 4, 2
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CHECKPOINT = {"use_reentrant": False}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, and whether layers are checkpointed."""
+
+    name: str
+    options: Mapping[str, object]
+    checkpointed: bool = False
+
+
+ROWS = (
+    Row("LoRA, queries and values", {"target_modules": ["q_proj", "v_proj"]}),
+    Row("LoRA, all linears", {"target_modules": LINEARS}),
+    Row("LoRA, all linears, checkpointed", {"target_modules": LINEARS}, checkpointed=True),
+    Row("DoRA, all linears", {"target_modules": LINEARS, "use_dora": True}),
+)
+
+
+@dataclass
+class Cost:
+    """What the steps of one model cost."""
+
+    memory: int
+    wall: list[float] = field(default_factory=list)
+
+
+def base(layers: int = LAYERS, width: int = WIDTH) -> nn.Module:
+    """A decoder with grouped heads."""
+    sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_hidden_layers": layers}
+    return hf.LlamaForCausalLM(
+        hf.LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4, vocab_size=VOCABULARY)
+    )
+
+
+def contenders(row: Row, model: nn.Module) -> dict[str, nn.Module]:
+    """One base and adapter in `peft`, and on each of our roads."""
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, **row.options))  # type: ignore[arg-type]
+    made: dict[str, nn.Module] = {"peft": theirs}
+    with tempfile.TemporaryDirectory() as directory:
+        theirs.save_pretrained(directory)
+        for road in ("modules",) if row.checkpointed else ("modules", "graph"):
+            made[road] = peftfx.load(copy.deepcopy(model), Path(directory), road=road)
+    for each in made.values() if row.checkpointed else ():
+        each.gradient_checkpointing_enable(CHECKPOINT)  # type: ignore[operator]
+        if each is theirs:
+            each.enable_input_require_grads()  # type: ignore[operator]
+    return made
+
+
+def are_equal(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor]) -> bool:
+    """Whether a step has the same loss and gradients in all of them."""
+    found = []
+    for model in models.values():
+        loss = model.train()(**batch).loss
+        loss.backward()
+        sums = [float(p.grad.double().norm()) for p in model.parameters() if p.grad is not None]
+        found.append(torch.tensor([float(loss), *sorted(sums)]))
+        model.zero_grad()
+    return all(f.shape == found[0].shape and torch.allclose(f, found[0], rtol=1e-4, atol=1e-7) for f in found)
+
+
+def measure(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], rounds: int) -> dict[str, Cost]:
+    """What steps of these models cost, in turns."""
+    steps: dict[str, Callable[[], None]] = {name: stepper(model, batch) for name, model in models.items()}
+    found = {name: Cost(peak(step)) for name, step in steps.items()}
+    for turn in range(WARM_UP + rounds):
+        order: Sequence[str] = list(steps) if turn % 2 else list(steps)[::-1]
+        for name in order:
+            start = time.perf_counter()
+            steps[name]()
+            if turn >= WARM_UP:
+                found[name].wall.append(time.perf_counter() - start)
+    return found
+
+
+def lines(row: Row, length: int, rounds: int) -> list[str]:
+    """The lines of a row at one length, as Markdown."""
+    torch.manual_seed(0)
+    model = base()
+    batch = example_inputs(model, sizes={"batch": BATCH, "sequence": length}, labels=True)
+    models = contenders(row, model)
+    same = "equal" if are_equal(models, batch) else "NOT EQUAL"
+    costs = measure(models, batch, rounds)
+    theirs = costs["peft"]
+    return [
+        f"| {row.name} | {length} | {name} | {1e3 * median(cost.wall):.0f} | {ratio(cost.wall, theirs.wall):.2f} "
+        f"| {cost.memory / 2**20:.0f} | {cost.memory / theirs.memory:.3f} | {same} |"
+        for name, cost in costs.items()
+    ]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 256, 512], help="tokens of a text")
+    parser.add_argument("--pairs", type=int, default=15, help="how many steps of each")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print("| | tokens | road | ms | time to `peft` | MB | memory to `peft` | a step |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for row in ROWS:
+        for length in args.lengths:
+            print(*lines(row, length, args.pairs), sep="\n", flush=True)
+    print(f"\n{date.today()}; {', '.join(f'{n} {v}' for n, v in versions().items())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""PassManager: runs passes, checks what each asks for and what it did, and keeps the time; it is a pass itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from peftfx.errors import PeftfxError
+from peftfx.graph.graph import Graph
+from peftfx.passes.base import Pass, PassResult, output_nodes
+from peftfx.passes.properties import check
+
+Level = Literal["none", "lint", "metadata", "numeric"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one pass did and what it cost, in seconds of wall time."""
+
+    name: str
+    seconds: float
+    changed: int
+
+
+@dataclass(frozen=True)
+class PassManager(Pass):
+    """Runs passes in order, checks the graph ahead of each and behind it, and keeps the time each took.
+
+    Args:
+        passes: what to run; a manager may be among them.
+        check: `none` checks nothing; `lint` what passes require and ensure, and structure; `metadata` also that shapes
+            and dtypes of the outputs are kept; `numeric` also that passes which promise to keep the outputs do (to
+            `tolerance`, relative to the largest output).
+        inputs: the tensors that the numeric check runs on, in the graph's order.
+        timings: of all passes run so far.
+    """
+
+    passes: Sequence[Pass]
+    check: Level = "lint"
+    inputs: Sequence[torch.Tensor] = field(default=(), compare=False)
+    tolerance: float = 1e-5
+    timings: list[Timing] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Passes are kept as a tuple, so that managers can be compared."""
+        object.__setattr__(self, "passes", tuple(self.passes))
+
+    @property
+    def preserves(self) -> bool:  # type: ignore[override]
+        """Whether all of them keep the outputs."""
+        return all(step.preserves for step in self.passes)
+
+    @property
+    def requires(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the first of them requires."""
+        return self.passes[0].requires if self.passes else ()
+
+    @property
+    def ensures(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the last of them ensures."""
+        return self.passes[-1].ensures if self.passes else ()
+
+    def __call__(self, graph: Graph) -> PassResult:
+        """Run every pass.
+
+        Raises:
+            PeftfxError: of a pass, which is named; or a property is missing ahead of a pass, or behind it.
+        """
+        if self.check == "numeric" and len(self.inputs) != len(graph.inputs):
+            raise PeftfxError(
+                "the numeric check needs a tensor for each input", "inputs", "pass PassManager(inputs=...)"
+            )
+        changed = 0
+        for step in self.passes:
+            before, start = graph, time.perf_counter()
+            if self.check != "none":
+                check(step.requires, graph, f"{step} cannot run")
+            try:
+                result = step(graph)
+            except PeftfxError as error:
+                raise PeftfxError(f"{step}: {error.what}", error.where, error.hint) from error
+            graph, changed = result.graph, changed + result.changed
+            self.timings.append(Timing(str(step), time.perf_counter() - start, result.changed))
+            self._verify(step, before, graph)
+        return PassResult(graph, changed)
+
+    def _verify(self, step: Pass, before: Graph, after: Graph) -> None:
+        if self.check == "none":
+            return
+        try:
+            after.lint()
+        except PeftfxError as found:
+            what = f"{step} left a graph that is not sound: {found.what}"
+            raise PeftfxError(what, found.where, found.hint) from found
+        check(step.ensures, after, f"{step} did not do what it says")
+        if self.check in ("metadata", "numeric"):
+            for name, old, new in zip(before.outputs, output_nodes(before), output_nodes(after), strict=True):
+                want, got = old.meta["val"], new.meta["val"]
+                if (want.dtype, str(want.shape)) != (got.dtype, str(got.shape)):
+                    kinds = f"{want.dtype} {list(want.shape)} to {got.dtype} {list(got.shape)}"
+                    what = f"{step} changed an output from {kinds}"
+                    raise PeftfxError(what, name, "this is a fault of the pass")
+        if self.check == "numeric" and step.preserves:
+            with torch.no_grad():
+                pairs = zip(before.outputs, before.run(*self.inputs), after.run(*self.inputs), strict=True)
+            for name, want, got in pairs:
+                error = float((want - got).abs().max() / want.abs().max().clamp_min(1e-12)) if want.numel() else 0.0
+                if not error <= self.tolerance:
+                    raise PeftfxError(f"{step} changed an output by {error:.2e}", name, "this is a fault of the pass")

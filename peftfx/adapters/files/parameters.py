@@ -1,0 +1,78 @@
+"""Parameters that HF PEFT adapts without a layer of their own (`target_parameters`), in its files.
+
+PEFT wraps the module that holds such a parameter, and the wrapper again for the next one: the factors of the last, in
+the order in which the module has them, are under the module's path, of the one before under its `base_layer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peftfx.contract.method import Method
+from peftfx.contract.placement import Placed, Placement, owner_of
+from peftfx.errors import PeftfxError
+from peftfx.rules.parameters import TARGET_PARAMETERS, picks
+from peftfx.rules.unplaced import has_module
+from peftfx.sites.site import EXPERTS, Site
+
+
+def parameter_path(base: nn.Module, method: Method, path: str) -> str:
+    """Where a file has the factors of the parameter at a path; the path itself where it is a module's."""
+    if has_module(base, path) or not picks(method, path):
+        return path
+    owner, leaf = owner_of(base, path)
+    names = [name for name, _ in owner.named_parameters(recurse=False)]
+    holder = path.removesuffix(leaf).removesuffix(".")
+    inside = [name for name in names if picks(method, f"{holder}.{name}")]
+    return holder + ".base_layer" * (len(inside) - 1 - inside.index(leaf))
+
+
+def as_parameters(base: nn.Module, rule: Placed) -> dict[str, str]:
+    """The parameters' names of the sites that HF PEFT adapts as such, by the sites' paths."""
+    if TARGET_PARAMETERS not in rule.method.options():
+        return {}
+    sites = {p.site.path: p.site for p in rule.placements}
+    return {path: site.parameter for path, site in sites.items() if _is_bare(base, rule.method, site)}
+
+
+def naming_parameters(method: Method, names: Mapping[str, str]) -> Method:
+    """A rule that names these parameters, as it does already if it was given their names."""
+    if not names or (method.target is None and getattr(method, TARGET_PARAMETERS)):
+        return method
+    return dataclasses.replace(method, **{TARGET_PARAMETERS: tuple(sorted(names.values()))})  # type: ignore[arg-type]
+
+
+def refuse_turned(base: nn.Module, placements: Iterable[Placement]) -> None:
+    """Refuse parameters that HF PEFT takes for stored the other way round.
+
+    Of experts the module's `is_transposed` says how; a single weight is always taken for [out, in].
+
+    Raises:
+        PeftfxError: its A would be our B.
+    """
+    for placement in placements:
+        site = placement.site
+        stored = "[in, out]" if site.transposed else "[out, in]"
+        if site.kind == EXPERTS:
+            owner, _ = owner_of(base, site.path)
+            if bool(getattr(owner, "is_transposed", False)) != site.transposed:
+                what = f"each expert's is stored {stored}, and HF PEFT takes it for the other, by its module"
+                raise PeftfxError(what, site.path, f"set is_transposed = {site.transposed} on the module's class")
+        elif site.transposed and picks(placement.method, site.parameter):
+            what = f"it is stored {stored}, and HF PEFT takes what target_parameters name for [out, in]"
+            raise PeftfxError(what, site.parameter, "name the module in target_modules, if it is a layer")
+
+
+def _is_bare(base: nn.Module, method: Method, site: Site) -> bool:
+    """Whether HF PEFT has no layer for a site: experts, and layers of the model's own classes, as routers are."""
+    if site.kind == EXPERTS or picks(method, site.parameter):
+        return True
+    if site.kind != "linear" or site.transposed or not has_module(base, site.path):
+        return False
+    module = base.get_submodule(site.path)
+    known = isinstance(module, nn.Linear | Conv1D | nn.MultiheadAttention)
+    return not known and isinstance(module._parameters.get("weight"), nn.Parameter)

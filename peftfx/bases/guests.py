@@ -1,0 +1,38 @@
+"""Guests: adapters' parameters beside the base's own, in the modules that they act in; and the base without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+GUESTS = "peftfx_adapters"  #: the child of a base's module that holds what acts there
+
+
+class Guests(nn.Module):
+    """What acts in one module of a base: a child of that module, so that its parameters go where the module goes.
+
+    The base's own `state_dict` is without them: they are saved as the adapters' (`AdaptedModel.state_dict`).
+    """
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
+        """Nothing: what is given as `destination` stays as it is."""
+        given = kwargs.get("destination", args[0] if args else None)
+        return given if isinstance(given, dict) else {}
+
+
+def is_guest(name: str) -> bool:
+    """Whether a dotted name is that of a guest, or of a module or a tensor in one."""
+    return GUESTS in name.split(".")
+
+
+def own_modules(base: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """The base's modules by their paths, without what adapters put beside them."""
+    named = base.named_modules(remove_duplicate=remove_duplicate)
+    return ((path, module) for path, module in named if not is_guest(path))
+
+
+def own_parameters(base: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's parameters by their names, without the adapters'."""
+    named = base.named_parameters(remove_duplicate=remove_duplicate)
+    return ((name, p) for name, p in named if not is_guest(name))

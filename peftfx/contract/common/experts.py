@@ -1,0 +1,52 @@
+"""LoRA on a stack of experts' weights, as HF PEFT's `target_parameters` has it: its factors, start and limits.
+
+The update of expert e is `s B_e A_e`. The factors of all are kept as HF PEFT keeps them: of A, [experts * r, in],
+the rows of one expert lie together; of B, [out, r * experts], the columns of one lie apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from peftfx.contract.broadcast import row_index
+from peftfx.errors import PeftfxError
+from peftfx.sites.blocks import Rows
+from peftfx.sites.site import Site
+
+
+def of_experts(count: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of each of so many experts, [experts, r, in] and [experts, out, r]."""
+    return a.unflatten(0, (count, -1)), b.unflatten(1, (-1, count)).permute(2, 0, 1)
+
+
+def of_parts(count: int, rows: int, parts: Sequence[tuple[Rows, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Factors of whole weights of so many rows from those of some rows each: A stacked, B block-structured."""
+    each = [(index, *of_experts(count, a, b)) for index, a, b in parts]
+    down = torch.cat([a for _, a, _ in each], 1)
+    up = down.new_zeros(count, rows, down.shape[1])
+    at = 0
+    for index, a, b in each:
+        up[:, row_index(index), at : at + a.shape[1]] = b
+        at += a.shape[1]
+    return down.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
+
+
+def fill_experts(how: bool | str, r: int, a: Tensor, b: Tensor, rng: torch.Generator | None) -> None:
+    """Random factors in place of zeros, of all experts at once, as HF PEFT draws them."""
+    if how == "gaussian":
+        a.normal_(std=1 / r, generator=rng)
+        return
+    for factor in (a, b) if how is False else (a,):
+        torch.nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=rng)
+
+
+def refuse_on_parameters(site: Site, wrong: Iterable[str]) -> None:
+    """Refuse options that have no meaning at a weight without a layer of its own, as HF PEFT refuses them."""
+    names = ", ".join(wrong)
+    if names:
+        hint = "leave it out, or give the parameters a rule of their own"
+        raise PeftfxError(f"a LoRA on a parameter without a layer cannot have {names}", site.path, hint)

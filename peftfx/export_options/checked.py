@@ -1,0 +1,55 @@
+"""Checked: options that are made from others and changes to them, and how a function shows that it takes such."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, Self, TypeVar
+
+from peftfx.errors import PeftfxError, nearest, shown
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Checked:
+    """Options that are made from others and changes to them."""
+
+    @classmethod
+    def of(cls, given: Self | None, changes: Mapping[str, object]) -> Self:
+        """These options with changes; without options, the changes are from the defaults.
+
+        Raises:
+            PeftfxError: they are no such options, there is no option of a name, or the result makes no sense.
+        """
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        wrong = next((name for name in changes if name not in known), None)
+        if wrong is not None:
+            raise PeftfxError(f"no option is named {wrong!r}", cls.__name__, nearest(wrong, known) or ", ".join(known))
+        if given is None:
+            return cls(**changes)
+        if not isinstance(given, cls):
+            hint = "pass options by name, as in view='decode'"
+            raise PeftfxError(f"not {cls.__name__}: {shown(given)}", "options", hint)
+        return dataclasses.replace(given, **changes)  # type: ignore[type-var]
+
+
+def takes(options: type) -> Callable[[Function], Function]:
+    """Show a function's `**changes` as the options that they are: in `help`, and in the hints of notebooks."""
+
+    def mark(function: Function) -> Function:
+        own = inspect.signature(function)
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=_default(f), annotation=f.type)
+            for f in fields(options)
+        ]
+        function.__signature__ = own.replace(parameters=[*named, *added])  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def _default(option: dataclasses.Field[Any]) -> object:
+    return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()

@@ -1,0 +1,60 @@
+"""DirectoryOptions: what may be asked of the export of a base model's directory, checked whole when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from peftfx.bases.tasks import check_task
+from peftfx.errors import PeftfxError
+from peftfx.export_options.export import Choices, ExportOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectoryOptions(ExportOptions):
+    """What may be asked of the export of a base model's directory: all of `ExportOptions`, and what to load.
+
+    Args:
+        adapter: a HF PEFT directory; without one the base is exported.
+        batched: HF PEFT directories by name, among which each row of a batch chooses.
+        task: name of a pipeline; by default the adapter's or the model's.
+        dtype: `fp32`, `fp16` or `bf16`, of the weights, which are merged in fp32 and rounded once; by default the
+            base's own, but fp32 for a bfloat16 base: ONNX Runtime's CPU provider has no kernels for it.
+    """
+
+    adapter: str | Path | None = None
+    batched: Mapping[str, str | Path] = field(default_factory=dict, hash=False)
+    task: str | None = None
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "batched", dict(self.batched))
+        if self.task is not None:
+            check_task(self.task)
+        if self.adapter is not None and self.batched:
+            what = "an adapter for all rows, and some to choose from"
+            raise PeftfxError(what, f"adapter, batched: {self.adapter}", "give it a name too")
+        if self.adapter is not None and self.slots is not None:
+            what = "a graph for swappable adapters is of the base alone"
+            hint = "leave the adapter out, and write it to a file of its own (export-adapter)"
+            raise PeftfxError(what, f"adapter, slots: {self.adapter}", hint)
+        if self.quantize is not None and self.dtype == "bf16":
+            raise PeftfxError("weights in bfloat16 are not quantised", "quantize, dtype", "pass dtype='fp32' or 'fp16'")
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The directories of all adapters, by name."""
+        alone = {} if self.adapter is None else {"default": Path(self.adapter)}
+        return alone | {name: Path(folder) for name, folder in self.batched.items()}
+
+
+class DirectoryChanges(Choices, total=False):
+    """Options of `DirectoryOptions` by name, for type checkers."""
+
+    adapter: str | Path | None
+    batched: Mapping[str, str | Path]
+    task: str | None
+    dtype: Literal["fp32", "fp16", "bf16"] | None

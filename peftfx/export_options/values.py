@@ -1,0 +1,72 @@
+"""Values of options that are more than a choice: which slots a graph gets, and what quantisation may cost."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftfx.errors import PeftfxError
+from peftfx.field_types import refuse_misfit_fields
+from peftfx.files import is_file
+from peftfx.sites.expression import parse
+
+SLOTS = "all-linear"  #: the sites that get slots where nobody chose
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Which slots a graph gets.
+
+    Attributes:
+        target: the linear layers, convs and embeddings with slots.
+        prefix: whether there are places for soft prompts. For one ahead of the past each step copies the past behind
+            what is in it, nothing too.
+    """
+
+    target: str = SLOTS
+    prefix: bool = True
+
+    def __post_init__(self) -> None:
+        refuse_misfit_fields(self)
+        parse(self.target)
+
+    @staticmethod
+    def of(given: Slots | str) -> Slots:
+        """As it is, or for a target alone."""
+        return Slots(given) if isinstance(given, str) else given
+
+
+@dataclass(frozen=True)
+class MaxError:
+    """What quantisation may cost.
+
+    Attributes:
+        kind: `error`, over an output's largest magnitude; `kl`, in nats; `top1`, the least share that has to agree.
+        value: the bound.
+    """
+
+    kind: str
+    value: float
+
+    @staticmethod
+    def of(given: float | str | None) -> MaxError | None:
+        """From a number, or a text as `kl=0.05`, `top1=0.9`, `error=0.1` or `0.1`.
+
+        Raises:
+            PeftfxError: it is neither.
+        """
+        if given is None:
+            return None
+        match = re.fullmatch(r"\s*(?:(error|kl|top1)\s*=)?\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*", str(given).lower())
+        try:
+            return MaxError(match[1] or "error", float(match[2]))  # type: ignore[index]
+        except (TypeError, ValueError):
+            hint = "as in kl=0.05, top1=0.9 or 0.1"
+            raise PeftfxError(f"not a bound on an error: {given!r}", "max_error", hint) from None
+
+
+def check_text(path: Path) -> None:
+    """Refuse a file that is not there."""
+    if not is_file(path):
+        raise PeftfxError("there is no such file", str(path), "give a file of plain text to --calibration")

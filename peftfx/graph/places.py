@@ -1,0 +1,79 @@
+"""Places: where modules are held. A place is an attribute of the module that holds it, and has one name.
+
+One module may be held in several places, and one place be reached by several paths, where a module around it is held
+in several. HF PEFT replaces what is in a place: every path there then runs the adapter, and no other place does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from peftfx.graph.graph import BASE
+
+Places = Mapping[str, tuple[str, ...]]
+
+
+def places_of(base: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For the path of each module that is held in several places: the names of all, the path's own first.
+
+    The path is the first in `named_modules`, which is the one that HF PEFT knows.
+    """
+    first = _first_paths(base)
+    held: dict[str, list[str]] = {}
+    for path, module in base.named_modules():
+        for leaf, child in module._modules.items():
+            if child is not None:
+                held.setdefault(first[id(child)], []).append(f"{path}.{leaf}".removeprefix("."))
+    return {path: tuple(names) for path, names in held.items() if len(names) > 1}
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A copy of a module and of the modules in it, with the same tensors, hooks and attributes."""
+    return _twin(module, {})
+
+
+def _twin(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    if id(module) not in made:
+        copied = made[id(module)] = copy.copy(module)
+        for name, value in vars(copied).items():
+            if isinstance(value, dict):
+                object.__setattr__(copied, name, copy.copy(value))
+        inner = {n: None if child is None else _twin(child, made) for n, child in module._modules.items()}
+        object.__setattr__(copied, "_modules", inner)
+    return made[id(module)]
+
+
+def name_places(module: fx.GraphModule, base: nn.Module) -> None:
+    """Write the names of places, in the metadata of a graph that was captured from `base`, for the paths it has."""
+    renamed = _renamed(base)
+    if not renamed:
+        return
+    for inner in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in inner.graph.nodes:
+            stack = node.meta.get("nn_module_stack")
+            if stack:
+                node.meta["nn_module_stack"] = {k: (_place(path, renamed), *more) for k, (path, *more) in stack.items()}
+
+
+def _place(path: str, renamed: Mapping[str, str]) -> str:
+    name, mark, call = path.partition("@")
+    return f"{renamed.get(name, name)}{mark}{call}"
+
+
+def _renamed(base: nn.Module) -> dict[str, str]:
+    """For each path into the base, as a graph has it, that is not its place's name: that name."""
+    first, modules = _first_paths(base), dict(base.named_modules(remove_duplicate=False))
+    found = {}
+    for path in filter(None, modules):
+        owner, _, leaf = path.rpartition(".")
+        name = f"{first[id(modules[owner])]}.{leaf}".removeprefix(".")
+        if name != path:
+            found[f"{BASE}.{path}"] = f"{BASE}.{name}"
+    return found
+
+
+def _first_paths(base: nn.Module) -> dict[int, str]:
+    return {id(module): path for path, module in base.named_modules()}

@@ -1,0 +1,44 @@
+"""trace: a plain torch function of fake tensors as a graph that serves all sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeGuard  # type: ignore[attr-defined]
+from torch.utils._sympy.functions import Max
+
+from peftfx.errors import PeftfxError
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def trace(function: Callable[..., object], values: Sequence[object], name: str, where: str) -> fx.GraphModule:
+    """A function of fake tensors as a graph; one that holds for some sizes alone is refused."""
+    mode = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
+    guards = mode.shape_env.guards if mode is not None and mode.shape_env is not None else []
+    before = len(guards)
+    graph = make_fx(function, tracing_mode="symbolic", pre_dispatch=True)(*values)
+    for guard in guards[before:]:
+        if _binds(guard):
+            what = f"{name} branches on a shape: {guard.expr}"
+            raise PeftfxError(what, where, "write it without the branch: one trace serves all sizes")
+    graph.graph.eliminate_dead_code()
+    return graph
+
+
+def _binds(guard: ShapeGuard) -> bool:
+    """Whether a guard makes the trace one of some sizes alone.
+
+    torch's own operators compare sizes too, to pick a kernel or a memory format: their inequalities bind nothing, an
+    equality of theirs does (a broadcast against a fixed size), unless it says no more than that a size is at least 1.
+    """
+    place = guard.sloc.framework_loc
+    inside = str(getattr(place, "filename", place)).startswith(_TORCH)
+    expr = guard.expr.replace(Max, lambda *sizes: sizes[1] if len(sizes) == 2 and sizes[0] == 1 else Max(*sizes))
+    return not inside or isinstance(expr, sympy.Eq)

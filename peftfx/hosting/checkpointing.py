@@ -1,0 +1,83 @@
+"""Gradient checkpointing: what a layer is computed by again in the backward are the adapters that it was computed by.
+
+A layer runs again outside of the adapted model's call, and perhaps in another thread. So the function by which the
+base's layers are checkpointed is bound to the adapters that act when a layer runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftfx.bases.guests import own_modules
+from peftfx.errors import PeftfxError
+from peftfx.hosting.call import CURRENT, Keys, acting
+
+#: Where transformers' layers, and torch's wrapper of any module, keep the function that checkpoints them.
+_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
+
+
+class Bound:
+    """A function that checkpoints, of functions that compute with the adapters that act now."""
+
+    def __init__(self, checkpoint: Callable[..., object]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> object:
+        return self.checkpoint(functools.partial(_run, CURRENT.keys or (), function), *args, **kwargs)
+
+
+def _run(keys: Keys, function: Callable[..., object], *args: Any, **kwargs: Any) -> object:
+    with acting(keys):
+        return function(*args, **kwargs)
+
+
+def refuse_recomputed() -> None:
+    """Refuse to run outside of a call, in a backward: nobody says which adapters acted when this was computed first.
+
+    Raises:
+        PeftfxError: so it is.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        what = "a layer is computed again in the backward by a checkpoint that peftfx does not know of"
+        hint = "call gradient_checkpointing_enable() of the adapted model, or wrap the layers ahead of peftfx.transform"
+        raise PeftfxError(what, "gradient checkpointing", hint)
+
+
+def bind(base: nn.Module) -> None:
+    """Bind the functions that the base's layers are checkpointed by."""
+    for _, module in own_modules(base):
+        for name in _FUNCTIONS:
+            function = vars(module).get(name)
+            if callable(function) and not isinstance(function, Bound):
+                setattr(module, name, Bound(function))
+
+
+def checkpoint_base(base: nn.Module, given: Mapping[str, object] | None, options: Mapping[str, object]) -> None:
+    """Checkpoint the base's layers as its own code does it.
+
+    Raises:
+        PeftfxError: it has none that can be.
+    """
+    enable = getattr(base, "activation_checkpointing_enable", None)
+    if enable is None:
+        what = "this model has no gradient checkpointing of its own"
+        hint = "wrap its layers in torch.distributed.algorithms._checkpoint.checkpoint_wrapper before you adapt it"
+        raise PeftfxError(what, type(base).__name__, hint)
+    try:
+        enable(None if given is None else dict(given), **options)
+    except ValueError as error:
+        raise PeftfxError(str(error), type(base).__name__, "train with a smaller batch") from error
+    bind(base)
+
+
+def stop_checkpointing(base: nn.Module) -> None:
+    """Keep activations again."""
+    disable = getattr(base, "activation_checkpointing_disable", None)
+    if disable is not None:
+        disable()
+        base.disable_input_require_grads()  # type: ignore[operator]

@@ -1,0 +1,182 @@
+"""What acts in one module: weight methods, attention methods and copies, by the adapters that brought them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from peftfx.adapters.adapter import Adapter
+from peftfx.bases.guests import Guests
+from peftfx.contract.acting import Acting, adapted, overlap
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.placement import owner_of
+from peftfx.errors import PeftfxError
+from peftfx.hosting.call import CURRENT, Keys
+from peftfx.hosting.seats import AttentionSeat, CopySeat, WeightSeat
+from peftfx.passes.adaptation.attention import anonymous, attended
+
+
+class Parameters:
+    """The parameters of a placement, read anew at each call from the modules of the adapter that hold them."""
+
+    def __init__(self, adapter: Adapter, keys: Mapping[str, str]) -> None:
+        self.held = [(name, *owner_of(adapter, key)) for name, key in keys.items()]
+
+    def __call__(self) -> dict[str, Tensor]:
+        return {name: getattr(owner, leaf) for name, owner, leaf in self.held}
+
+
+class WeightGuest:
+    """A weight method at a module's output."""
+
+    def __init__(self, seat: WeightSeat, adapter: Adapter) -> None:
+        self.seat, self.placement, self.acting = seat, seat.placement, Acting.of(seat.placement)
+        self.params = Parameters(adapter, adapter.keys(seat.placement))
+
+    def act(self, module: nn.Module, x: Tensor, y: Tensor, before: Sequence[WeightGuest]) -> Tensor:
+        """The module's output with what this one does; `before` are those that have acted there."""
+        stored = module.weight, None if self.seat.bias is None else getattr(module, self.seat.bias)
+        under = [(g.acting, g.params()) for g in before if overlap(g.placement, self.placement)]
+        rerun = under if self.acting.method.reruns else ()
+        operation, p = self.seat.operation, self.params()
+        return adapted(self.acting, p, operation, x, y, stored, rerun, training=module.training)  # type: ignore[arg-type]
+
+
+class AttentionGuest:
+    """An attention method at the fused attention that a module calls."""
+
+    def __init__(self, seat: AttentionSeat, adapter: Adapter, base: nn.Module) -> None:
+        assert isinstance(seat.placement.method, AttentionMethod)
+        assert seat.placement.site.heads is not None
+        self.behind, self.method, self.site = seat.behind, seat.placement.method, anonymous(seat.placement.site)
+        self.params = Parameters(adapter, adapter.keys(seat.placement))
+        heads = seat.placement.site.heads
+        self.layers = base.get_submodule(heads.key), base.get_submodule(heads.value)
+
+    def act(self, module: nn.Module, query: Tensor, y: Tensor) -> Tensor:
+        """What the attention gives, or what leaves the module, with what this one does."""
+        p, (key, value) = self.params(), self.layers
+        read = self.method.reads(p)
+        weight = key.weight
+        read = read.to(weight.dtype) if weight.dtype.is_floating_point else read  # type: ignore[union-attr, arg-type]
+        keys = key(read)
+        values = keys if value is key else value(read)
+        return attended(self.method, self.site, query, y, (keys, values), p, training=module.training)
+
+
+class Copy:
+    """An adapter's copy of a module's tensor, or of rows of it."""
+
+    def __init__(self, seat: CopySeat, adapter: Adapter) -> None:
+        self.owner, self.leaf = owner_of(adapter, seat.override.key)
+        self.indices = owner_of(adapter, seat.override.indices) if seat.override.rows else None
+
+    def read(self, own: Tensor) -> Tensor:
+        """What the module reads in the place of its own."""
+        value: Tensor = getattr(self.owner, self.leaf)
+        return value if self.indices is None else torch.index_put(own, (getattr(*self.indices),), value)
+
+
+class Hosted(Guests):
+    """What acts in one module, by adapter; their parameters are its children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: dict[str, list[WeightGuest]] = {}
+        self.attentions: dict[str, list[AttentionGuest]] = {}
+        self.copies: dict[str, dict[str, Copy]] = {}
+        self.kept: dict[str, list[str]] = {}
+
+    def keep(self, key: str, owner: nn.Module) -> None:
+        """Have an adapter's parameters as a child, once."""
+        if not any(child is owner for child in self.children()):
+            number = next(n for n in itertools.count() if f"{key}_{n}" not in self._modules)
+            self.add_module(f"{key}_{number}", owner)
+            self.kept.setdefault(key, []).append(f"{key}_{number}")
+
+    def drop(self, key: str) -> bool:
+        """Let go of what an adapter brought; returns whether anything is left."""
+        for table in (self.weights, self.attentions, *self.copies.values()):
+            table.pop(key, None)  # type: ignore[attr-defined]
+        for child in self.kept.pop(key, ()):
+            del self._modules[child]
+        self.copies = {name: table for name, table in self.copies.items() if table}
+        return bool(self.weights or self.attentions or self.copies)
+
+    def read(self, name: str, own: Tensor) -> Tensor:
+        """A tensor of the module, as the adapters that act have it."""
+        for key in CURRENT.keys or ():
+            copy = self.copies[name].get(key)
+            own = own if copy is None else copy.read(own)
+        return own
+
+    def weigh(self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], y: object) -> object:
+        """The module's output with all weight methods that act."""
+        before: list[WeightGuest] = []
+        for key in CURRENT.keys or ():
+            for guest in self.weights.get(key, ()):
+                x = _only_tensor(guest.seat.path, args, kwargs)
+                if not isinstance(y, Tensor):
+                    raise other_call(guest.seat.path, f"it returned a {type(y).__name__}")
+                y = guest.act(module, x, y, before)
+                before.append(guest)
+        return y
+
+    def attending(self, keys: Keys) -> list[AttentionGuest]:
+        """The attention methods that act, in order."""
+        return [guest for key in keys for guest in self.attentions.get(key, ())]
+
+
+class Attending(TorchFunctionMode):
+    """Inside, attention methods act where a module calls torch's fused attention."""
+
+    def __init__(self, module: nn.Module, guests: Sequence[AttentionGuest]) -> None:
+        super().__init__()
+        self.module, self.guests = module, guests
+        self.query: Tensor | None = None
+
+    def __torch_function__(
+        self, func: object, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        y = func(*args, **(kwargs or {}))  # type: ignore[operator]
+        if func is F.scaled_dot_product_attention:
+            query = args[0] if args else (kwargs or {})["query"]
+            assert isinstance(query, Tensor)
+            self.query = query
+            for guest in self.guests:
+                y = y if guest.behind else guest.act(self.module, query, y)
+        return y
+
+    def leaving(self, output: object) -> object:
+        """What leaves the module, with the methods that act there.
+
+        Raises:
+            PeftfxError: the module has not called torch's fused attention.
+        """
+        if self.query is None:
+            raise other_call(type(self.module).__name__, "it did not call torch's fused attention")
+        for guest in self.guests:
+            if guest.behind and isinstance(output, tuple):
+                output = (guest.act(self.module, self.query, output[0]), *output[1:])
+            elif guest.behind:
+                assert isinstance(output, Tensor)
+                output = guest.act(self.module, self.query, output)
+        return output
+
+
+def _only_tensor(path: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if len(tensors) != 1:
+        raise other_call(path, f"it was called with {len(tensors)} tensors")
+    return tensors[0]
+
+
+def other_call(where: str, what: str) -> PeftfxError:
+    """What to raise where a module runs in another way than the graph says: nothing may be passed by."""
+    said = f"this module is not called as it was when the model was transformed: {what}"
+    return PeftfxError(said, where, 'take the other road: peftfx.transform(..., road="graph")')

@@ -1,0 +1,144 @@
+"""host: a module gets a class of its own beside its own one, and its own one back.
+
+The forward of that class runs the module's, and then what acts there in this call; a tensor that adapters have copies
+of is a property. Outside of an adapted model's call the module is what it was. Copies and pickles of it are of its own
+class, without guests.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftfx.bases.guests import GUESTS
+from peftfx.errors import PeftfxError
+from peftfx.hosting.call import CURRENT
+from peftfx.hosting.checkpointing import refuse_recomputed
+from peftfx.hosting.guests import Attending, Hosted, other_call
+from peftfx.hosting.seating import layer_of
+
+_OWN = "peftfx_own_class"  #: of a class that was made here: the one that it stands beside
+
+
+def guests_of(module: nn.Module) -> Hosted:
+    """What acts in a module; made, and empty, where nothing does."""
+    found = module._modules.get(GUESTS)
+    if isinstance(found, Hosted):
+        return found
+    made = Hosted()
+    module._modules[GUESTS] = made
+    return made
+
+
+def dress(module: nn.Module, *, inner: bool = False) -> None:
+    """Give a module the class that runs its guests.
+
+    Raises:
+        PeftfxError: it got another class since it has guests, and that has no place for these.
+    """
+    copied = frozenset(guests_of(module).copies)
+    own, before = own_class(module), type(module)
+    inner = inner or issubclass(before, _Inner)
+    wanted = _hosting(own, copied, layer_of(own) if inner else None)  # type: ignore[arg-type]
+    if _OWN in vars(before) or before is own:
+        module.__class__ = wanted
+    elif not (copied <= _copied(before) and inner == issubclass(before, _Inner)):
+        what = f"this module's class is {before.__name__}, made since an adapter came"
+        raise PeftfxError(what, type(module).__name__, "add all adapters first, and wrap or shard the model then")
+
+
+def undress(module: nn.Module) -> None:
+    """Give a module without guests its own class back, if nobody has put another over it since."""
+    del module._modules[GUESTS]
+    if _OWN in vars(type(module)):
+        module.__class__ = own_class(module)
+
+
+class _Inner:
+    """Beside a class whose forward calls that of torch's layer: marks that guests act there."""
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's own class, whatever it hosts."""
+    made = next((cls for cls in type(module).__mro__ if _OWN in vars(cls)), None)
+    return type(module) if made is None else vars(made)[_OWN]
+
+
+def _copied(cls: type) -> frozenset[str]:
+    return frozenset(
+        name for c in cls.__mro__ if _OWN in vars(c) for name in vars(c) if isinstance(vars(c)[name], _Read)
+    )
+
+
+@functools.cache
+def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module] | None) -> type[nn.Module]:
+    """The class beside a module's own: with these tensors as properties, acting inside the forward of this layer."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
+        guests = self._modules.get(GUESTS)
+        if CURRENT.keys is None:
+            refuse_recomputed()
+        if not CURRENT.keys or not isinstance(guests, Hosted):
+            return own.forward(self, *args, **kwargs)
+        attending = guests.attending(CURRENT.keys)
+        if attending:
+            with Attending(self, attending) as mode:
+                output = own.forward(self, *args, **kwargs)
+            return mode.leaving(output)
+        CURRENT.inner = False
+        output = own.forward(self, *args, **kwargs)
+        if layer is None:
+            return guests.weigh(self, args, kwargs, output)
+        if not CURRENT.inner:
+            raise other_call(own.__name__, f"it passed the forward of {layer.__name__} by")
+        return output
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        make, args, state, *rest = super(made, self).__reduce_ex__(protocol)  # type: ignore[str-unpack]
+        if isinstance(state, dict) and "_modules" in state:
+            state = {**state, "_modules": {n: m for n, m in state["_modules"].items() if n != GUESTS}}
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            make = _new  # pickle would hold that one to the object's class
+        return (make, tuple(own if arg is type(self) else arg for arg in args), state, *rest)
+
+    members = {_OWN: own, "forward": forward, "__reduce_ex__": reduce, "__module__": own.__module__}
+    members |= {"__qualname__": own.__qualname__, "__doc__": own.__doc__, **{name: _Read(name) for name in copied}}
+    bases = (own,) if layer is None else (own, _within(layer))  # type: ignore[arg-type]
+    made: type[nn.Module] = type(own.__name__, bases, members)
+    made.forward.__wrapped__ = own.forward  # type: ignore[attr-defined]
+    return made
+
+
+def _new(cls: type, *args: Any) -> Any:
+    return cls.__new__(cls, *args)
+
+
+@functools.cache
+def _within(layer: type[nn.Module]) -> type[nn.Module]:
+    """A class that stands before torch's own layer, where a module's forward looks for the layer's."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
+        output = layer.forward(self, *args, **kwargs)
+        guests, CURRENT.inner = self._modules.get(GUESTS), True
+        return guests.weigh(self, args, kwargs, output) if isinstance(guests, Hosted) else output
+
+    return type(layer.__name__, (layer, _Inner), {"forward": forward, "__module__": layer.__module__})
+
+
+class _Read(property):
+    """A tensor of a module, as the adapters that act have it."""
+
+    def __init__(self, name: str) -> None:
+        def read(module: nn.Module) -> Tensor | None:
+            held = module._parameters if name in module._parameters else module._buffers
+            if name not in held:
+                raise AttributeError(name)
+            own, guests = held[name], module._modules.get(GUESTS)
+            if own is None or not CURRENT.keys or not isinstance(guests, Hosted) or name not in guests.copies:
+                return own
+            return guests.read(name, own)
+
+        super().__init__(read)

@@ -1,0 +1,57 @@
+"""Regions: what a module computes in one call, in a graph: what enters it, and what leaves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from peftfx.graph.graph import BASE, Graph
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes that one call of a module runs.
+
+    Attributes:
+        nodes: what it runs, modules within it included.
+        inputs: the tensors that they read and that are made elsewhere, weights and constants aside.
+        outputs: the tensors that are read elsewhere.
+    """
+
+    nodes: frozenset[fx.Node]
+
+    @property
+    def inputs(self) -> set[fx.Node]:
+        read = {n for node in self.nodes for n in node.all_input_nodes} - self.nodes
+        return {n for n in read if n.op != "get_attr" and _is_tensor(n)}
+
+    @property
+    def outputs(self) -> set[fx.Node]:
+        return {node for node in self.nodes if _is_tensor(node) and any(user not in self.nodes for user in node.users)}
+
+
+class Regions:
+    """The regions of a graph, by the paths of their modules and by their nodes."""
+
+    def __init__(self, graph: Graph) -> None:
+        found: dict[str, dict[str, list[fx.Node]]] = {}
+        for node in graph.nodes():
+            if node.op == "call_function":
+                for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+                    if path.partition(".")[0] == BASE:
+                        calls = found.setdefault(path.removeprefix(BASE).removeprefix("."), {})
+                        calls.setdefault(key, []).append(node)
+        self._found = {path: [Region(frozenset(n)) for n in calls.values()] for path, calls in found.items()}
+
+    def of(self, path: str) -> list[Region]:
+        """Those of a module, one for each call."""
+        return self._found.get(path, [])
+
+    def around(self, path: str, node: fx.Node) -> Region | None:
+        """That of the module's call that runs this node."""
+        return next((region for region in self.of(path) if node in region.nodes), None)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)

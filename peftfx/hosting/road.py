@@ -1,0 +1,120 @@
+"""ModulesRoad: the adapters of one model in its base's modules: they take their seats, act in calls, and leave."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.adapter_set import AdapterSet
+from peftfx.bases.guests import GUESTS
+from peftfx.contract.placement import Placement, owner_of
+from peftfx.contract.sequence import SequenceMethod
+from peftfx.hosting.call import Keys, acting
+from peftfx.hosting.checkpointing import bind
+from peftfx.hosting.guests import AttentionGuest, Copy, Hosted, WeightGuest
+from peftfx.hosting.host import dress, guests_of, undress
+from peftfx.hosting.seats import AttentionSeat, CopySeat, Seat, Seating, WeightSeat
+from peftfx.views.entry import Entry, forward
+
+_NUMBERS = itertools.count()
+
+
+class ModulesRoad:
+    """The adapters of one model, in the modules of its base.
+
+    Attributes:
+        seatings: of each adapter, by name.
+        prompts: the soft prompts among them, which act ahead of the modules.
+    """
+
+    def __init__(self, base: nn.Module, adapters: AdapterSet) -> None:
+        self.base, self.adapters = base, adapters
+        self.number = next(_NUMBERS)
+        self.seatings: dict[str, Seating] = {}
+        self.prompts: dict[str, tuple[SequenceMethod, Placement]] = {}
+
+    def enter(self, name: str, adapter: Adapter, seating: Seating) -> None:
+        """Seat an adapter."""
+        self.seatings[name] = seating
+        for placement in adapter.placements:
+            if isinstance(placement.method, SequenceMethod):
+                self.prompts[name] = placement.method, placement
+        for place in seating.seats:
+            self._sit(name, adapter, place)
+        bind(self.base)
+
+    def leave(self, name: str) -> None:
+        """Take an adapter out of the modules; those without another one are what they were before."""
+        seating = self.seatings.pop(name, Seating())
+        self.prompts.pop(name, None)
+        for path in dict.fromkeys(s.path for s in seating.seats):
+            module = self.base.get_submodule(path)
+            guests = module._modules.get(GUESTS)
+            if not isinstance(guests, Hosted):
+                continue
+            if guests.drop(self.key(name)):
+                dress(module)
+            else:
+                undress(module)
+
+    def key(self, name: str) -> str:
+        """An adapter as the modules know it: another model's over this base may have the same name."""
+        return f"{self.number}_{name}"
+
+    def obstacle(self, names: Sequence[str]) -> str:
+        """Why these adapters cannot act in the modules; empty where they can."""
+        for name in names:
+            seating = self.seatings.get(name)
+            if seating is None:
+                return f"{name}: it has no seats"
+            if seating.obstacle:
+                return seating.obstacle
+        return ""
+
+    def keys(self, names: Sequence[str]) -> Keys:
+        """These adapters, as the modules know them."""
+        return tuple([self.key(name) for name in names])
+
+    def acting(self, names: Sequence[str]) -> AbstractContextManager[None]:
+        """Inside, in this thread, these adapters act in the modules."""
+        return acting(self.keys(names))
+
+    def entry(self, names: Sequence[str]) -> Entry | None:
+        """The way into the base that a soft prompt among these adapters takes; None is the base's own forward."""
+        found = (self.prompts[name] for name in names if name in self.prompts)
+        return next((method.entry(self.base, p.site) for method, p in found), None)
+
+    def run(
+        self, names: Sequence[str], entry: Entry | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> object:
+        """Call the base with these adapters, through the way in that a soft prompt takes; its arguments are named."""
+        with self.acting(names):
+            if entry is None:
+                return self.base(*args, **kwargs)
+            entry.check(kwargs)
+            return entry(forward, self.base, self._virtual(names, entry), kwargs)
+
+    def _virtual(self, names: Sequence[str], entry: Entry) -> Any:
+        """What fills the hole of a soft prompt's entry."""
+        name = next(name for name in names if name in self.prompts)
+        method, placement = self.prompts[name]
+        return method.virtual(self.adapters[name].params(placement), self.base.training).to(entry.dtype)
+
+    def _sit(self, name: str, adapter: Adapter, place: Seat) -> None:
+        module, key = self.base.get_submodule(place.path), self.key(name)
+        guests = guests_of(module)
+        if isinstance(place, CopySeat):
+            guests.copies.setdefault(place.name, {})[key] = Copy(place, adapter)
+            guests.keep(key, owner_of(adapter, place.override.key)[0])
+        else:
+            if isinstance(place, WeightSeat):
+                guests.weights.setdefault(key, []).append(WeightGuest(place, adapter))
+            if isinstance(place, AttentionSeat):
+                guests.attentions.setdefault(key, []).append(AttentionGuest(place, adapter, self.base))
+            guests.keep(key, adapter.get_submodule(place.placement.key))
+        dress(module, inner=isinstance(place, WeightSeat) and place.inner)

@@ -1,0 +1,202 @@
+"""seat: where an adapter's placements act in the base's own modules, told from the graph; or why a module cannot host.
+
+A module hosts a weight method where all that it computes is the site's operation: its input is the operation's, and so
+is its output. Where it computes more and calls the forward of torch's own layer for the operation, as embeddings that
+are scaled or count positions do, the method acts at the output of that. What is left is said, and runs as a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, fx, nn
+from transformers.pytorch_utils import Conv1D
+
+from peftfx.adapters.adapter import Adapter
+from peftfx.analysis.dataflow import FUSED_ATTENTION, op_name
+from peftfx.analysis.weight_ops import module_path
+from peftfx.bases.guests import own_modules
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.method import WeightMethod
+from peftfx.contract.placement import Override, Placement, owner_of
+from peftfx.errors import PeftfxError
+from peftfx.graph.graph import BASE, Graph
+from peftfx.hosting.regions import Regions
+from peftfx.hosting.seats import AttentionSeat, CopySeat, Seat, Seating, WeightSeat
+from peftfx.passes.adaptation.attention import leaving
+from peftfx.passes.rewriting.site_op import bind
+from peftfx.sites.site import EXPERTS, Site
+
+#: torch's own layers, whose forward is one operation on their weight.
+LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+_FUSES = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  #: they pass their own layers by where it is faster
+
+
+class Unhostable(Exception):
+    """Why a placement cannot act inside a module."""
+
+
+def seat(graph: Graph, adapter: Adapter) -> Seating:
+    """Where an adapter acts in the modules of a graph's base."""
+    finder = _Finder(graph)
+    try:
+        copies = [seat for override in adapter.overrides for seat in finder.copies(override)]
+        placed = [seat for placement in adapter.placements for seat in finder.seats(placement)]
+    except Unhostable as obstacle:
+        return Seating(obstacle=str(obstacle))
+    rows = {(c.path, c.name) for c in copies if isinstance(c, CopySeat) and c.override.rows}
+    for found in placed:
+        if (found.path, "weight") in rows:
+            return Seating(obstacle=f"{found.path}: rows of its weight are trained, and all of it is adapted")
+    return Seating((*copies, *placed))
+
+
+class _Finder:
+    """Finds seats in one graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.base = graph, graph.base
+        self.nodes = {node.name: node for node in graph.nodes()}
+        self.regions = Regions(graph)
+        self.weights = {site.path: site for site in graph.sites if site.weight}
+        self.attentions = {site.path: site for site in graph.sites if not site.weight}
+        self.modules = dict(own_modules(self.base, remove_duplicate=False))
+        self.called: dict[int, set[str]] = {}
+        for path in graph.sites.called & self.modules.keys():
+            self.called.setdefault(id(self.modules[path]), set()).add(path)
+        self.readers: dict[int, list[fx.Node]] = {}
+        for node in graph.nodes():
+            if node.op == "get_attr" and str(node.target).startswith(f"{BASE}."):
+                self.readers.setdefault(id(graph.get(str(node.target))), []).extend(node.users)
+
+    def seats(self, placement: Placement) -> Iterator[Seat]:
+        """Where one placement acts, its copies aside."""
+        if isinstance(placement.method, WeightMethod):
+            yield self.weight(placement)
+        if isinstance(placement.method, AttentionMethod):
+            yield self.attention(placement)
+
+    def host(self, path: str) -> nn.Module:
+        """The module at a path, if what acts there acts in no other place, and its forward runs whenever it is used."""
+        module = self.modules.get(path)
+        if module is None:
+            raise Unhostable(f"{path}: a bare parameter, of no module of its own")
+        if len(self.called.get(id(module), ())) > 1:
+            raise Unhostable(f"{path}: one module under several names")
+        above = (self.modules.get(path[:i]) for i, letter in enumerate(path) if letter == ".")
+        fusing = next((m for m in above if isinstance(m, _FUSES)), None)
+        if fusing is not None:
+            raise Unhostable(f"{path}: a {type(fusing).__name__} does not always call it")
+        if "forward" in vars(module) and not hasattr(module, "_old_forward"):
+            raise Unhostable(f"{path}: its forward was set on the module itself")
+        return module
+
+    def site(self, path: str) -> Site:
+        """The site of a weight, as the graph runs it."""
+        if path not in self.weights:
+            raise Unhostable(f"{path}: the call that the model was transformed with does not run it")
+        return self.weights[path]
+
+    def weight(self, placement: Placement) -> WeightSeat:
+        """Where a weight method acts."""
+        path = placement.site.path
+        module, site = self.host(path), self.site(placement.site.path)
+        if module._parameters.get("weight") is not self.graph.get(site.weight):
+            raise Unhostable(f"{path}: its weight is another module's")
+        if site.kind == EXPERTS:
+            raise Unhostable(f"{path}: experts' weights, of which its code reads some at a time")
+        operation = bind(self.nodes[site.calls[0].op], site)
+        whole = all(self.is_whole(site, i) for i in range(len(site.calls)))
+        if not whole and not all(self.is_inner(module, site, i) for i in range(len(site.calls))):
+            raise Unhostable(f"{path}: its module computes more than the operation on its weight")
+        return WeightSeat(path, placement, operation, self.bias(module, site), inner=not whole)
+
+    def is_whole(self, site: Site, index: int) -> bool:
+        """Whether all that the module computes in a call is the site's operation."""
+        call = site.calls[index]
+        region = self.regions.around(site.path, self.nodes[call.op])
+        x, y = self.nodes[call.x], self.nodes[call.y]
+        return region is not None and region.inputs == {x} and region.outputs <= {y}
+
+    def is_inner(self, module: nn.Module, site: Site, index: int) -> bool:
+        """Whether the module's forward calls that of torch's layer for the site's operation."""
+        layer = layer_of(type(module))
+        call = site.calls[index]
+        op = self.nodes[call.op]
+        inside = self.regions.around(site.path, op) is not None
+        own = layer is not None and type(module).forward is not layer.forward
+        return inside and own and call.y == call.op and self.nodes[call.x] in op.all_input_nodes
+
+    def bias(self, module: nn.Module, site: Site) -> str | None:
+        """The name of a site's bias in its module."""
+        if site.bias is None:
+            return None
+        tensor = self.graph.get(site.bias)
+        name = next((name for name, own in module._parameters.items() if own is tensor), None)
+        if name is None:
+            raise Unhostable(f"{site.path}: its bias is another module's")
+        return name
+
+    def attention(self, placement: Placement) -> AttentionSeat:
+        """Where an attention method acts."""
+        path, heads, method = placement.site.path, placement.site.heads, placement.method
+        self.host(path)
+        site = self.attentions.get(path)
+        if site is None:
+            raise Unhostable(f"{path}: the call that the model was transformed with does not run it")
+        assert heads is not None
+        assert isinstance(method, AttentionMethod)
+        for layer in {heads.key, heads.value}:
+            self.host(layer)
+            if not all(self.is_whole(self.site(layer), i) for i in range(len(self.site(layer).calls))):
+                raise Unhostable(f"{layer}: its module computes more than the operation on its weight")
+        behind = method.is_behind(placement.site)
+        for index, call in enumerate(site.calls):
+            op = self.nodes[call.op]
+            region = self.regions.around(path, op)
+            if op_name(op) != FUSED_ATTENTION or call.y != call.op or region is None:
+                raise Unhostable(f"{path}: it does not call torch's fused attention")
+            if sum(op_name(node) == FUSED_ATTENTION for node in region.nodes) > 1:
+                raise Unhostable(f"{path}: it calls torch's fused attention more than once")
+            if behind:
+                try:
+                    last = leaving(site, self.weights.get(heads.output), index, self.nodes, {})
+                except PeftfxError as error:
+                    raise Unhostable(f"{path}: {error.what}") from error
+                if region.outputs != {last}:
+                    raise Unhostable(f"{path}: more leaves it than what the attention gives")
+        return AttentionSeat(path, placement, behind)
+
+    def copies(self, override: Override) -> Iterator[CopySeat]:
+        """The modules that read an adapter's copy in the place of their own tensor."""
+        within = f"{override.module}." if override.module else ""
+        tensor = getattr(*owner_of(self.base.get_submodule(override.module), override.name))
+        owners = {path: name for path, m in self.modules.items() if (name := _name_of(m, tensor)) is not None}
+        inside = {path: name for path, name in owners.items() if f"{path}.".startswith(within)}
+        others = owners.keys() - inside.keys()
+        for user in self.readers.get(id(tensor), ()):
+            path = module_path(user)
+            if path not in owners and (others or not f"{path}.".startswith(within)):
+                raise Unhostable(f"{path or 'the model'}: it reads a tensor of another module, {override.name}")
+        for path, name in inside.items():
+            module = self.modules[path]
+            if override.module and len(self.called.get(id(module), ())) > 1:
+                raise Unhostable(f"{path}: one module under several names")
+            if any(_holds(value, tensor) for value in vars(module).values()):
+                raise Unhostable(f"{path}: it keeps a list of its parameters")
+            yield CopySeat(path, name, override)
+
+
+def layer_of(own: type[nn.Module]) -> type[nn.Module] | None:
+    """torch's own layer that a class of modules derives from."""
+    return next((layer for layer in LAYERS if issubclass(own, layer)), None)
+
+
+def _name_of(module: nn.Module, tensor: Tensor) -> str | None:
+    held = (*module._parameters.items(), *module._buffers.items())
+    return next((name for name, own in held if own is tensor), None)
+
+
+def _holds(value: object, tensor: Tensor) -> bool:
+    """Whether a module's attribute is a list of tensors, this one among them."""
+    return isinstance(value, list | tuple) and any(item is tensor for item in value)

@@ -1,0 +1,300 @@
+"""AdaptersByName: the adapters over a base, by name: added, loaded, made active, merged, removed, saved."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence, Set
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.adapter_set import AdapterSet
+from peftfx.adapters.in_place_merge import MergeReport, merge_into, refuse_unmergeable
+from peftfx.adapters.state import refuse_other_state
+from peftfx.errors import PeftfxError
+from peftfx.graph.contexts import evaluating, fake_mode_of
+from peftfx.graph.graph import ADAPTERS, BASE, Graph
+from peftfx.hosting.road import ModulesRoad
+from peftfx.hosting.seating import seat
+from peftfx.hosting.seats import Seating
+from peftfx.model.graph_cache import Graphs
+from peftfx.model.shared_base import shared
+from peftfx.passes.adaptation.merge import Merge
+from peftfx.rules.peft_configs import records_of
+from peftfx.rules.resolution import as_items, place
+from peftfx.sites.sites import Sites
+
+Rules = object
+"""What `transform` takes as rules: a Method, a text, a `peft` config object, or a sequence of them."""
+ROADS = ("modules", "graph")
+
+
+class AdaptersByName(nn.Module):
+    """A base, shared and frozen, and the adapters on it.
+
+    Args:
+        base: the model.
+        sites: where adapters can act.
+        example: a call of the base, by the names of its arguments.
+        wanted: the road that calls take, `modules` or `graph`; None is the modules where they can host all that acts.
+    """
+
+    def __init__(self, base: nn.Module, sites: Sites, example: Mapping[str, object], wanted: str | None = None) -> None:
+        super().__init__()
+        if wanted not in (None, *ROADS):
+            raise PeftfxError(f"unknown road {wanted!r}", "road", "one of 'modules', 'graph'")
+        self.adapters = nn.Module()  # ahead of the base, which has what they hold again: by these names it is known
+        self.base, self.example, self.wanted = base, dict(example), wanted
+        self._sites: Sites | None = sites
+        self.named = AdapterSet(self.adapters)
+        self.graphs = Graphs(base, self.named)
+        self.modules_road = ModulesRoad(base, self.named)
+        self._shared = shared(base, self)
+        self.training = base.training
+
+    @abstractmethod
+    def graph(self, *, adapted: bool = True) -> Graph:
+        """The graph of an example call."""
+
+    @property
+    def sites(self) -> Sites:
+        """The adaptable places of the base as it is now; a merge can change a shape, or untie a weight."""
+        if self._sites is None:
+            with evaluating(self.base):
+                self._sites = self.graph(adapted=False).sites
+        return self._sites
+
+    def add_adapter(self, name: str, rules: Rules, *, seed: int | None = None) -> None:
+        """Add an adapter and make it the active one. Two adapters may act at one site; their effects add up in order.
+
+        Args:
+            name: any valid name of a directory, without dots; not the name of another adapter.
+            rules: see `transform`.
+            seed: of the random initial values; by default they come from torch's global generator.
+        """
+        self.named.refuse(name)
+        adapter = Adapter(place(self.base, self.sites, rules), records_of(as_items(rules)))
+        adapter.ran = self.sites.called.union(site.path for site in self.sites)
+        device = next((p.device for p in self.base.parameters()), torch.device("cpu"))
+        rng = None if seed is None else torch.Generator(device).manual_seed(seed)
+        with fake_mode_of(self.base):
+            adapter.create(self.base, rng)
+        self._install(name, adapter)
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that stands for others, each times its weight, and make it the active one. As in HF PEFT.
+
+        Args:
+            adapters, weights: names of adapters of one method, and their weights; these may be negative.
+            adapter_name: the new one's.
+            combination_type: for LoRA, `cat` sums the effects exactly, at the sum of the ranks, and `linear` sums A
+                and B, each times the root of its weight, which is an approximation; IA3 has `linear` alone.
+        """
+        from peftfx.adapters.combination import combine, tell_left_out
+
+        self.named.refuse(adapter_name)
+        named = {name: self.adapter(name) for name in adapters}
+        with fake_mode_of(self.base):
+            combined = combine(self.base, named, weights, combination_type)
+        tell_left_out(named)
+        combined.named = frozenset().union(*(adapter.named for adapter in named.values()))
+        self._install(adapter_name, combined)
+
+    def _install(self, name: str, adapter: Adapter) -> None:
+        seating = self._seat(adapter)
+        self._shared.freeze(self.base)
+        self.named.add(name, adapter)
+        self.modules_road.enter(name, adapter, seating)
+
+    def _seat(self, adapter: Adapter) -> Seating:
+        """Where an adapter acts in the base's modules.
+
+        Raises:
+            PeftfxError: no module can host it, and that road was asked for.
+        """
+        if self.wanted == "graph":
+            return Seating(obstacle=self.obstacle)
+        with evaluating(self.base):
+            seating = seat(self.graph(adapted=False), adapter)
+        if seating.obstacle and self.wanted == "modules":
+            what = f"no module of the base can host this adapter: {seating.obstacle}"
+            raise PeftfxError(what, "road", 'leave road out, or pass road="graph": calls then run a graph')
+        return seating
+
+    @property
+    def road(self) -> str:
+        """How calls are run under the active adapters: by the base's own `modules`, or by a `graph`."""
+        return "graph" if self.obstacle else "modules"
+
+    @property
+    def obstacle(self) -> str:
+        """Why calls do not take the modules road; empty where they do."""
+        return 'road="graph" was asked for' if self.wanted == "graph" else self.modules_road.obstacle(self.active)
+
+    def load_adapter(self, path: str | Path, name: str) -> None:
+        """Add an adapter from a HF PEFT directory, and make it the active one.
+
+        Raises:
+            PeftfxError: it is not for this base, or the base has no values: fake tensors, or such on the meta device.
+        """
+        from peftfx.adapters.files.reader import read_adapter
+
+        self.named.refuse(name)
+        self._install(name, read_adapter(Path(path), self.base, self.sites))
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The names of the adapters that act."""
+        return self.named.active
+
+    def names(self) -> tuple[str, ...]:
+        """The names of all adapters."""
+        return self.named.names()
+
+    def adapter(self, name: str) -> Adapter:
+        """One adapter's state."""
+        return self.named[name]
+
+    def set_adapter(self, names: str | Sequence[str]) -> None:
+        """Make these adapters the active ones, in this order; only they are trained. In every thread."""
+        given = (names,) if isinstance(names, str) or not isinstance(names, Sequence | Set) else tuple(names)
+        self.named.activate(given)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Give out the rank budgets of the active adapters anew; see `peftfx.adapters.rank_allocation`.
+
+        Call it in each step of training, after `optimizer.step()` and before gradients are zeroed. Steps count from 0.
+        """
+        from peftfx.adapters.rank_allocation import allocate
+
+        allocate(self.named.acting(), global_step)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Inside, the model is the base. In other threads it is not."""
+        return self.named.acting_as()
+
+    def remove(self, name: str | None = None) -> nn.Module:
+        """Remove an adapter, or all of them; returns the base, which is as it was before when all are gone.
+
+        It trains what it trained before when no other adapted model has adapters on it either.
+        """
+        for gone in self.names() if name is None else (name,):
+            self.named.drop(gone)
+            self.modules_road.leave(gone)
+        self.graphs.forget_derived()
+        if not self.names():
+            self._shared.thaw(self.base)
+        return self.base
+
+    def merge(self) -> MergeReport:
+        """Fold the active adapters into the base's own weights, in place, one site at a time, and remove them.
+
+        Weights shared with a module that is not adapted (a tied head, say) are untied first. `remove()` then gives the
+        merged module. Nothing is changed if an active adapter cannot be merged, or another adapted model over the
+        same base has adapters.
+        """
+        self._shared.refuse_others(self)
+        refuse_unmergeable({name: self.adapter(name) for name in self.active})
+        with evaluating(self.base):
+            merged = Merge()(self.graph()).graph
+        seated = {name: self.named[name] for name in self.modules_road.seatings}
+        for name in seated:
+            self.modules_road.leave(name)
+        try:
+            report = merge_into(self.base, merged, self.named.acting())
+            for name in self.active:
+                self.remove(name)
+        finally:
+            self._shared.changed()
+            for name in seated.keys() & set(self.names()):
+                self.modules_road.enter(name, seated[name], self._seat(seated[name]))
+        return report
+
+    def base_changed(self) -> None:
+        """Drop what was made from the base: its weights are others now, here or under another adapted model."""
+        self.graphs.forget()
+        self._sites = None
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        adapter_name: str | None = None,
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        safe_serialization: bool = True,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        save_embedding_layers: str | bool = "auto",
+    ) -> None:
+        """Write HF PEFT directories: one adapter in `directory`, others in folders of their names below it.
+
+        Args:
+            adapter_name: the one to write; by default all.
+            selected_adapters: those to write, as in HF PEFT.
+            safe_serialization: safetensors; pickles are not written.
+            is_main_process: where it is false, nothing is written.
+            state_dict, save_embedding_layers: refused; the adapters' own tensors are what is written.
+
+        Raises:
+            PeftfxError: there is no such adapter, or an argument asks for what is not written.
+        """
+        from peftfx.adapters.files.writer import refuse_arguments, save_adapters
+
+        refuse_arguments(safe_serialization, state_dict, save_embedding_layers)
+        if adapter_name is not None and selected_adapters is not None:
+            raise PeftfxError("both say what to save", "adapter_name, selected_adapters", "give one of them")
+        chosen = self.names() if adapter_name is None else (adapter_name,)
+        chosen = chosen if selected_adapters is None else tuple(selected_adapters)
+        adapters = {name: self.adapter(name) for name in chosen}
+        if is_main_process:
+            save_adapters(self.base, adapters, Path(directory))
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """The number of trainable parameters, and of all; a trained bias stands for the base's own, as in HF PEFT."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        own = {o.key: self.adapter(n).get(o.key) for n in self.names() for o in self.adapter(n).overrides if o.stands}
+        return trained, sum(p.numel() for p in self.parameters()) - sum(t.numel() for t in own.values())
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, in HF PEFT's words."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
+        """The adapters' tensors, as `adapters.<name>.<path>.<parameter>`; the base's are not the adapter's to save."""
+        prefix = f"{kwargs.get('prefix', '')}{BASE}."
+        own: dict[str, Tensor] = super().state_dict(*args, **kwargs)  # type: ignore[call-overload]
+        for key in [k for k in own if k.startswith(prefix)]:
+            del own[key]
+        return own
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
+        """Load what `state_dict` gave. With `strict`, every key must fit and none may be missing."""
+        own: dict[str, Tensor] = super().state_dict()
+        refuse_other_state(own, state_dict, {name: self.adapter(name) for name in self.names()}, strict)
+        for name in self.names():
+            start = f"{ADAPTERS}.{name}."
+            self.adapter(name).recall({k.removeprefix(start): t for k, t in state_dict.items() if k.startswith(start)})
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        result.missing_keys[:] = [k for k in result.missing_keys if k.startswith(f"{ADAPTERS}.")]
+        return result
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles leave the graphs behind: they are made again, over the copy's own tensors."""
+        left = ("graphs", "_shared", "modules_road")
+        own = {key: value for key, value in self.__dict__.items() if key not in left}
+        return {**own, "_trained": dict(self._shared.trained), "_seatings": dict(self.modules_road.seatings)}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        trained, seatings = state.pop("_trained"), state.pop("_seatings")
+        super().__setstate__(state)
+        self.graphs = Graphs(self.base, self.named)
+        self.modules_road = ModulesRoad(self.base, self.named)
+        for name, seating in seatings.items():  # type: ignore[attr-defined]
+            self.modules_road.enter(name, self.named[name], seating)
+        self._shared = shared(self.base, self, trained)  # type: ignore[arg-type]

@@ -1,0 +1,52 @@
+"""`target_parameters`: parameters that a rule names by themselves, as HF PEFT's LoRA does: experts' weights mostly."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+from torch import nn
+
+from peftfx.contract.method import Method
+from peftfx.errors import PeftfxError
+from peftfx.rules.unplaced import why_no_place
+from peftfx.sites.expression import ends_with
+from peftfx.sites.site import Site
+from peftfx.sites.sites import Sites
+from peftfx.sites.target import BY_PARAMETER
+
+TARGET_PARAMETERS = "target_parameters"
+
+
+def picks(method: Method, parameter: str) -> bool:
+    """Whether a rule names this parameter."""
+    names: Collection[str] = getattr(method, TARGET_PARAMETERS, None) or ()
+    return any(ends_with(parameter, name) for name in names)
+
+
+def as_parameter(method: Method, site: Site) -> Site:
+    """A site at the name by which HF PEFT's patterns know it, if the rule names its parameter."""
+    return dataclasses.replace(site, path=site.parameter) if picks(method, site.parameter) else site
+
+
+def refuse_unknown_parameters(base: nn.Module, method: Method, sites: Sites) -> None:
+    """Refuse a rule whose `target_parameters` name a parameter that has no site here, or none at all.
+
+    Raises:
+        PeftfxError: one such name, and why it has no site.
+    """
+    if not getattr(method, TARGET_PARAMETERS, None):
+        return
+    known = {site.parameter for site in sites if site.kind in BY_PARAMETER}
+    every = [name for name, _ in base.named_parameters(remove_duplicate=False)]
+    for name in getattr(method, TARGET_PARAMETERS):
+        named = [parameter for parameter in every if ends_with(parameter, name)]
+        if not named:
+            hint = "name it as the model does: `experts.down_proj`"
+            raise PeftfxError("target_parameters name none of the model's", name, hint)
+        left = next((parameter for parameter in named if parameter not in known), None)
+        if left is not None:
+            owner = left.rpartition(".")[0]
+            why = why_no_place(owner, base, sites, method.kinds) or "it is no linear weight"
+            hint = "experts can where they run as grouped products: model.set_experts_implementation('grouped_mm')"
+            raise PeftfxError(f"this parameter cannot be adapted here: {why}", left, hint)

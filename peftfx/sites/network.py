@@ -1,0 +1,157 @@
+"""The network of a model's sites: which reads what another gave, and what happens on the way.
+
+Beside the sites there are *junctions*: inputs, outputs, and joins, where values of different sites are added, as a
+residual connection does. So the network is as long as the model, and no site is tied to all that come before it.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+
+from peftfx.files import writing
+from peftfx.sites.dataflow import INPUT, OUTPUT, Dataflow
+from peftfx.sites.site import Site, layer_of
+
+_LAYER = re.compile(r"(?:^|.*?\.)\d+(?=\.|$)")
+
+
+def keys_of(sites: Sequence[Site]) -> list[str]:
+    """A name for each site: its path; of an attention in a module that is a site by its weight too, another."""
+    weighted = {site.path for site in sites if site.kind != "attention"}
+    return [f"{s.path}:attention" if s.kind == "attention" and s.path in weighted else s.path for s in sites]
+
+
+def make_network(sites: Sequence[Site], flow: Dataflow) -> nx.DiGraph:
+    """The network, which cannot be changed.
+
+    Nodes are named by paths, joins and the rest as `join:add_3`, `input:input_ids`; they have `path`, `kind`, `role`,
+    `layer` and `shape`. Edges have `ops`.
+    """
+    network = nx.DiGraph()
+    names = [*keys_of(sites), *(f"{j.kind}:{j.name}" for j in flow.junctions)]
+    for name, site in zip(names, sites, strict=False):
+        network.add_node(
+            name, path=site.path, kind=site.kind, role=site.role, layer=site.layer, shape=tuple(site.shape)
+        )
+    for name, junction in zip(names[len(sites) :], flow.junctions, strict=True):
+        layer = layer_of(junction.path)
+        network.add_node(name, path=junction.path, kind=junction.kind, role=junction.kind, layer=layer, shape=())
+    network.add_edges_from((names[link.source], names[link.target], {"ops": link.ops}) for link in flow.links)
+    return nx.freeze(network)
+
+
+def reached(neighbours: Mapping[str, Iterable[str]], start: Iterable[str]) -> frozenset[str]:
+    """What is reached from any of these nodes by one step or more; each node is looked at once."""
+    found: set[str] = set()
+    waiting = deque(start)
+    while waiting:
+        for other in neighbours[waiting.popleft()]:
+            if other not in found:
+                found.add(other)
+                waiting.append(other)
+    return frozenset(found)
+
+
+@lru_cache(1 << 16)
+def layer_path(path: str) -> str:
+    """The path of the layer that a module is in, up to the first number: `model.layers.3`; empty where none is."""
+    found = _LAYER.match(path)
+    return found[0] if found else ""
+
+
+def equal_layers(network: nx.DiGraph) -> list[tuple[str, ...]]:
+    """The layers, by their paths, in groups that are alike: the same sites of the same shapes, linked alike."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for name, path in network.nodes(data="path"):
+        if layer_path(path):
+            members[layer_path(path)].append(name)
+    labels = {name: f"{d['kind']} {d['role']} {d['shape']}" for name, d in network.nodes(data=True)}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for layer, names in members.items():
+        inner = nx.DiGraph()
+        inner.add_nodes_from((name, {"label": labels[name]}) for name in names)
+        own = set(names)
+        for name in names:
+            links = ((other, link) for other, link in network.adj[name].items() if other in own)
+            inner.add_edges_from((name, other, {"ops": " ".join(link["ops"])}) for other, link in links)
+        groups[_hash(inner)].append(layer)
+    return [tuple(layers) for layers in groups.values()]
+
+
+def _hash(layer: nx.DiGraph) -> str:
+    with warnings.catch_warnings():  # networkx warns that its hashes are not those of 3.4: none is kept
+        warnings.simplefilter("ignore", UserWarning)
+        return nx.weisfeiler_lehman_graph_hash(layer, node_attr="label", edge_attr="ops")  # type: ignore[no-any-return]
+
+
+def layer_ends(network: nx.DiGraph) -> dict[str, str]:
+    """The last node of each layer that all data pass on their way from a start of the model to an output.
+
+    A start is a site that reads an input of the model, and no site before it: an embedding of tokens, a conv of
+    patches. A layer of which there is no such node (two values leave it) is left out.
+    """
+    plain = nx.DiGraph()
+    plain.add_nodes_from(n for n, kind in network.nodes(data="kind") if kind != INPUT)
+    plain.add_edges_from((a, b) for a, b in network.edges if a in plain)
+    outputs = [name for name, kind in network.nodes(data="kind") if kind == OUTPUT]
+    ends: dict[str, str] = {}
+    for start in (name for name in plain if not plain.pred[name] and network.pred[name]):
+        above = nx.immediate_dominators(plain, start)
+        spines = [_spine(above, output, start) for output in outputs if output in above]
+        shared = set.intersection(*map(set, spines)) if spines else set()
+        for name in (node for node in reversed(spines[0]) if node in shared) if spines else ():
+            layer = layer_path(network.nodes[name]["path"])
+            if layer:
+                ends[layer] = name
+    return ends
+
+
+def _spine(above: Mapping[str, str | None], node: str, start: str) -> list[str]:
+    """From a node back to the start, all that every way passes."""
+    spine = [node]
+    while node != start and (parent := above[node]) is not None:
+        spine.append(parent)
+        node = parent
+    return spine
+
+
+def to_json(network: nx.DiGraph) -> dict[str, Any]:
+    """The network as JSON-ready values: networkx's node-link form."""
+    return nx.node_link_data(network, edges="edges")  # type: ignore[no-any-return]
+
+
+def to_graphml(network: nx.DiGraph) -> str:
+    """The network as GraphML, whose attributes are plain: a shape as `64x32`, operators as words."""
+    plain = nx.DiGraph()
+    for name, data in network.nodes(data=True):
+        shape = {"shape": "x".join(map(str, data["shape"]))}
+        plain.add_node(name, **{key: value for key, value in {**data, **shape}.items() if value is not None})
+    plain.add_edges_from((a, b, {"ops": " ".join(data["ops"])}) for a, b, data in network.edges(data=True))
+    return "\n".join(nx.generate_graphml(plain)) + "\n"
+
+
+def write_graphml(network: nx.DiGraph, file: Path) -> None:
+    """Write the network to a file; one that is there is replaced.
+
+    Raises:
+        PeftfxError: it cannot be written.
+    """
+    with writing(file):
+        file.write_text(to_graphml(network), encoding="utf-8")
+
+
+def picked_by(relation: str, network: nx.DiGraph, *given: Iterable[str]) -> frozenset[str]:
+    """The nodes that `upstream`, `downstream` or `between` picks: what is before, behind, or in between."""
+    if relation == "upstream":
+        return reached(network.pred, given[0])
+    if relation == "downstream":
+        return reached(network.succ, given[0])
+    return reached(network.succ, given[0]) & reached(network.pred, given[1])

@@ -1,0 +1,123 @@
+"""Laws of slots and rows: a filled slot is the adapter inserted, and a row is the model with its adapter alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftfx.contract.broadcast import along_columns, along_rows
+from peftfx.contract.common.low_rank import dense
+from peftfx.contract.method import WeightMethod
+from peftfx.contract.placement import site_tensors
+from peftfx.contract.update import Update
+from peftfx.errors import PeftfxError
+from peftfx.graph.slots import INNER, OUTER, A, B, Slot, shapes
+from peftfx.model.adapted import AdaptedModel
+from peftfx.passes.adaptation.evaluate import Evaluate
+from peftfx.passes.rewriting.site_op import bind
+from peftfx.passes.slots.by_row import ByRow
+from peftfx.passes.slots.layer_by_row import BIAS
+from peftfx.passes.slots.open import Open, slots_of, slotted
+from peftfx.sites.site import WEIGHT_KINDS, Site
+from peftfx.testing.cases import Case
+from peftfx.testing.pool import captured
+from peftfx.testing.setup import adapt, assert_close
+from peftfx.testing.statements import input_of
+
+
+@torch.no_grad()
+def slot_fold(case: Case) -> None:
+    """A layer with slots is the layer with the weight that they make, at every kind of site; in float64."""
+    graph, rng = captured(case.spec).graph, torch.Generator().manual_seed(case.seed)
+    nodes = {node.name: node for node in graph.nodes()}
+    for site in (site for site in graph.sites if site.kind in WEIGHT_KINDS):
+        stored, bias = site_tensors(graph.base, site)
+        stored, bias = stored.double(), None if bias is None else bias.double()
+        given = {what: torch.randn(_sized(shape), generator=rng).double() for what, shape in shapes(site).items()}
+        node, x = nodes[site.calls[0].op], input_of(case, site, rng)
+        inner = () if site.kind == "embedding" else (given[INNER],)
+        got = slotted(site, node)(x, stored, bias, given[A], given[B], given[OUTER], *inner)
+        weight = _folded(site, stored, given[A], given[B], given[OUTER], *inner)
+        assert_close(got, bind(node, site)(x, weight, bias), 1e-6, f"slots at {site.path}")
+
+
+def _sized(shape: tuple[int | str, ...]) -> list[int]:
+    return [2 if isinstance(size, str) else size for size in shape]
+
+
+def _folded(site: Site, stored: Tensor, a: Tensor, b: Tensor, outer: Tensor, inner: Tensor | None = None) -> Tensor:
+    if site.kind == "embedding":
+        return stored * outer + a @ b
+    weight = dense(stored.T if site.transposed else stored, site.groups)
+    assert inner is not None
+    scaled = weight * along_rows(outer, weight) * along_columns(inner, weight, groups=1)
+    return scaled + (torch.einsum("or...,ri...->oi...", b.flatten(1), a) if site.kind == "conv" else (a @ b).T)
+
+
+def updates_of(adapted: AdaptedModel) -> dict[str, tuple[Site, Update]]:
+    """What the adapter does at each site, by its path; nothing where a method does not tell it."""
+    adapter, found = adapted.adapter("default"), dict[str, tuple[Site, Update]]()
+    for placement in adapter.placements:
+        site, method = placement.site, placement.method
+        assert isinstance(method, WeightMethod)
+        base = placement.base(*site_tensors(adapted.base, site))
+        update = method.update(placement.view, base, adapter.params(placement))
+        if placement.block is not None:
+            update = update.spread(placement.block, site.shape[1 if site.transposed else 0], site.path)
+        found[site.path] = site, found[site.path][1].then(update) if site.path in found else update
+    return found
+
+
+@torch.no_grad()
+def slots(case: Case, method: WeightMethod) -> None:
+    """A graph with an adapter in its slots is the graph with the adapter inserted; with nothing in them, the base."""
+    adapted, inputs = adapt(case, method), tuple(case.inputs().values())
+    try:
+        told = updates_of(adapted)
+    except PeftfxError:  # it scales what only some rows of a fused weight read
+        return
+    if any(update.bias is not None for _, update in told.values()) or adapted.adapter("default").overrides:
+        return  # those are tensors of the base's own, for the exported program
+    scaled = tuple(path for path, (site, _) in told.items() if site.kind != "embedding")
+    opened = Open(tuple(told), scaled)(adapted.graph(adapted=False)).graph
+    opened.lint()
+    filled = [_filled(slot, *told[slot.at]) for slot in slots_of(opened, ())]
+    (want,), (got,) = adapted.graph().run(*inputs), opened.run(*inputs, *filled)
+    assert_close(got, want, 1e-4, "filled")
+    empty = [_filled(slot, told[slot.at][0], Update()) for slot in slots_of(opened, ())]
+    (want,), (got,) = adapted.graph(adapted=False).run(*inputs), opened.run(*inputs, *empty)
+    assert_close(got, want, 1e-6, "empty")
+
+
+def _filled(slot: Slot, site: Site, update: Update) -> Tensor:
+    a, b = update.factors(site)
+    value = {A: a, B: b, INNER: update.inner, OUTER: update.outer}[slot.what]
+    return (torch.ones if slot.what in (INNER, OUTER) else torch.zeros)(slot.empty) if value is None else value
+
+
+@torch.no_grad()
+def rows(case: Case, method: WeightMethod) -> None:
+    """Rows of a batch that have an adapter are the adapted model's, and the others are the base's."""
+    adapted, inputs = adapt(case, method), tuple(case.inputs().values())
+    try:
+        stacks = {key: value for path, told in updates_of(adapted).items() for key, value in _stacked(path, *told)}
+        by_row = Evaluate()(ByRow(stacks)(adapted.graph(adapted=False)).graph).graph
+    except PeftfxError:  # it reads the tokens of all rows as one, as position embeddings do
+        return
+    if adapted.adapter("default").overrides:
+        return
+    by_row.lint()
+    ids = torch.arange(case.batch) % 2 - 1
+    (got,), (own,) = by_row.run(*inputs, ids), adapted.graph().run(*inputs)
+    (none,) = adapted.graph(adapted=False).run(*inputs)
+    for row, number in enumerate(ids.tolist()):
+        assert_close(got[row], (none if number < 0 else own)[row], 1e-4, f"row {row}")
+
+
+def _stacked(path: str, site: Site, update: Update) -> list[tuple[tuple[str, str], Tensor]]:
+    a, b = update.factors(site)
+    ones = {INNER: update.inner, OUTER: update.outer}
+    found = {what: torch.stack([torch.ones_like(value), value]) for what, value in ones.items() if value is not None}
+    zeros = {A: a, B: b, BIAS: update.bias}
+    found |= {what: torch.stack([torch.zeros_like(v), v]) for what, v in zeros.items() if v is not None}
+    return [((path, what), value) for what, value in found.items()]

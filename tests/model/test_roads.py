@@ -1,0 +1,200 @@
+"""The modules road: methods inside the base's own modules, checkpointed, compiled, copied, and gone without a trace."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from support.adapted import adapt, both, gradients, our_name
+from support.zoo import ZOO
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import peftfx
+from peftfx.bases.guests import GUESTS
+from peftfx.errors import PeftfxError
+from peftfx.model.adapted import AdaptedModel
+
+EVERYWHERE = peftfx.LoRA(target="all-linear", lora_dropout=0.2, modules_to_save=["lm_head"])
+REENTRANT = [None, {"use_reentrant": False}, {"use_reentrant": True}]
+
+
+@pytest.fixture(scope="module")
+def adapted() -> AdaptedModel:
+    return adapt("llama", EVERYWHERE).train()
+
+
+def step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loss and the gradients of a call, from one seed."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = model(**inputs).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{name: g.clone() for name, g in gradients(model).items()}}
+
+
+def example(model: AdaptedModel) -> dict[str, Tensor]:
+    return ZOO["llama"].inputs(model=model.base, labels=True)
+
+
+SOFT = [peftfx.PromptTuning(num_virtual_tokens=3), peftfx.PTuning(num_virtual_tokens=3, encoder_hidden_size=8)]
+METHODS = [EVERYWHERE, *SOFT, peftfx.PrefixTuning(num_virtual_tokens=3), peftfx.LlamaAdapter(), peftfx.LNTuning()]
+
+
+@pytest.mark.parametrize("rule", METHODS, ids=lambda rule: type(rule).__name__)
+def test_a_step_is_that_of_the_graph(rule: object) -> None:
+    model = adapt("llama", rule).train()
+    assert (model.road, model.obstacle) == ("modules", "")
+    got = step(model, example(model))
+    model.wanted = "graph"
+    assert model.road == "graph"
+    torch.testing.assert_close(got, step(model, example(model)), rtol=1e-5, atol=1e-6)
+
+
+def test_the_trained_parameters_are_children_of_the_bases_modules(adapted: AdaptedModel) -> None:
+    layer = adapted.base.model.layers[0].self_attn.q_proj
+    own = {id(p) for p in layer._modules[GUESTS].parameters()}
+    assert own == {id(p) for n, p in adapted.named_parameters() if "layers.0.self_attn.q_proj" in n and "lora" in n}
+    assert isinstance(layer, nn.Linear)
+    assert not any("lora" in name for name in adapted.base.state_dict())
+    assert all(name.startswith("adapters.") for name in adapted.state_dict())
+
+
+class TestCheckpointing:
+    @pytest.mark.parametrize("options", REENTRANT, ids=str)
+    def test_a_step_is_the_same(self, adapted: AdaptedModel, options: dict[str, bool] | None) -> None:
+        want = step(adapted, example(adapted))
+        adapted.gradient_checkpointing_enable(options)
+        got = step(adapted, example(adapted))
+        adapted.gradient_checkpointing_disable()
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+    def test_layers_are_computed_again_by_the_adapters_that_acted(self, adapted: AdaptedModel) -> None:
+        want = step(adapted, example(adapted))
+        adapted.gradient_checkpointing_enable()
+        adapted.zero_grad()
+        torch.manual_seed(3)
+        loss = adapted(**example(adapted)).loss
+        with adapted.disable_adapter():
+            adapted(**example(adapted)).loss  # noqa: B018
+            loss.backward()
+        adapted.gradient_checkpointing_disable()
+        for name, grad in gradients(adapted).items():
+            torch.testing.assert_close(grad, want[name], rtol=0, atol=0)
+
+    def test_a_checkpoint_that_nobody_told_us_of_is_refused(self) -> None:
+        model = adapt("custom", peftfx.LoRA())
+        real = model.base.forward
+        model.base.forward = lambda *ids, **given: checkpoint(real, *ids, use_reentrant=False, **given)
+        with pytest.raises(PeftfxError, match="computed again in the backward"):
+            model(**ZOO["custom"].inputs()).sum().backward()
+
+    def test_on_the_graph_road_it_is_refused(self) -> None:
+        with pytest.raises(PeftfxError, match='road="modules"'):
+            adapt("custom", peftfx.LoRA(), road="graph").gradient_checkpointing_enable()
+
+    def test_trainer_trains_with_it(self, tmp_path: Path) -> None:
+        rows = [{name: t[0] for name, t in ZOO["llama"].inputs(1, 6, labels=True).items()}] * 4
+        seen = []
+        for kept in (False, True):
+            model = peftfx.transform(ZOO["llama"].build(), peftfx.LoRA(), seed=1)
+            options = {"max_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+            arguments = hf.TrainingArguments(str(tmp_path), activation_checkpointing=kept, **options)
+            seen.append(hf.Trainer(model, arguments, train_dataset=rows).train().training_loss)
+        assert seen[0] == seen[1]
+
+
+def test_compiled_it_is_one_graph_without_breaks(adapted: AdaptedModel) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(adapted, backend=counter, fullgraph=True)
+    torch.manual_seed(0)
+    want = adapted(**example(adapted)).loss
+    torch.manual_seed(0)
+    torch.testing.assert_close(compiled(**example(adapted)).loss, want)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_acts_by_itself_and_a_copy_of_the_base_is_plain(how: Callable[[nn.Module], nn.Module]) -> None:
+    model = adapt("llama", EVERYWHERE)
+    other, plain = how(model), how(model.base)
+    assert other.road == "modules"
+    torch.testing.assert_close(step(other, example(model)), step(model, example(model)), rtol=0, atol=0)
+    assert not any(GUESTS in name for name, _ in plain.named_modules())
+    assert type(plain.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+def test_the_last_adapter_leaves_each_module_as_it_was() -> None:
+    base = ZOO["llama"].build()
+    before = {path: (type(m), dict(vars(m)), set(m._modules)) for path, m in base.named_modules()}
+    model = peftfx.transform(base, EVERYWHERE)
+    model.add_adapter("second", peftfx.LNTuning())
+    model.train()
+    step(model, example(model))
+    model.eval().remove()
+    after = {path: (type(m), dict(vars(m)), set(m._modules)) for path, m in base.named_modules()}
+    assert after.keys() == before.keys()
+    for path, (kind, attributes, children) in after.items():
+        assert (kind, children) == (before[path][0], before[path][2])
+        assert attributes.keys() == before[path][1].keys()
+
+
+def test_two_models_over_one_base_in_two_threads() -> None:
+    base = ZOO["llama"].build()
+    models = [peftfx.transform(base, peftfx.LoRA(init_lora_weights=False), seed=seed) for seed in (0, 1)]
+    inputs = ZOO["llama"].inputs(model=base)
+    with torch.no_grad():
+        want = [model(**inputs).logits for model in models]
+        plain = base(**inputs).logits
+    assert not torch.allclose(want[0], want[1])
+    assert not torch.allclose(want[0], plain)
+    wrong: list[int] = []
+
+    def run(which: int) -> None:
+        with torch.no_grad():
+            for _ in range(5):
+                if not torch.equal(models[which](**inputs).logits, want[which]):
+                    wrong.append(which)
+
+    threads = [threading.Thread(target=run, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_dropout_draws_what_it_draws_in_peft(tmp_path: Path) -> None:
+    ours, theirs = both("bert", tmp_path, lora_dropout=0.3)
+    inputs = ZOO["bert"].inputs(model=ours.base, labels=True)
+    got, want = step(ours.train(), inputs), step(theirs.train(), inputs)
+    assert ours.road == "modules"
+    named = {name if name == "loss" else f"adapters.default.{our_name(name)}": t for name, t in want.items()}
+    torch.testing.assert_close(got, named, rtol=0, atol=1e-5)
+
+
+def test_what_no_module_can_host_runs_as_a_graph_and_says_why() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(nn.functional.linear(x, self.one.weight, self.one.bias))
+
+    inputs = {"x": torch.randn(2, 4)}
+    model = peftfx.transform(Tied(), peftfx.LoRA(target_modules=["one"]), inputs=inputs)
+    assert model.road == "graph"
+    assert "one" in model.obstacle
+    with pytest.raises(PeftfxError, match="no module of the base can host"):
+        peftfx.transform(Tied(), peftfx.LoRA(target_modules=["one"]), inputs=inputs, road="modules")
+    with pytest.raises(PeftfxError, match="unknown road"):
+        peftfx.transform(Tied(), peftfx.LoRA(), inputs=inputs, road="rail")
