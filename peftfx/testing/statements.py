@@ -24,7 +24,7 @@ from peftfx.passes.adaptation.evaluate import Evaluate
 from peftfx.passes.adaptation.insert import Insert
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.adaptation.remove import Remove
-from """How graphs are rewritten: one pass a file, each `Graph -> PassResult`, run and checked by `PassManager`.""" import PassManager
+from peftfx.passes.manager import PassManager
 from peftfx.passes.rewriting.site_op import bind
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.sites.site import Site
