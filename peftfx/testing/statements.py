@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from peftfx.analysis.roles import find_sites
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Base, Method, WeightMethod
 from peftfx.contract.placement import SHARED, Placement, site_tensors
@@ -18,7 +16,7 @@ from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.writing.weights import save
-from peftfx.graph.graph import ADAPTERS, Graph
+from peftfx.graph.graph import ADAPTERS
 from peftfx.graph.rewriter import OVERRIDES
 from peftfx.passes.adaptation.evaluate import Evaluate
 from peftfx.passes.adaptation.insert import Insert
@@ -28,7 +26,6 @@ from peftfx.passes.manager import PassManager
 from peftfx.passes.rewriting.site_op import bind
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.sites.site import Site
-from peftfx.sites.sites import Sites
 from peftfx.testing.cases import Case
 from peftfx.testing.pool import captured
 from peftfx.testing.setup import LOOSE, adapt, assert_close, assert_untouched, bare, output, snapshot, stir
@@ -228,14 +225,6 @@ def save_and_load(case: Case, method: Method) -> None:
         assert_close(output(other, case.inputs()), output(adapted, case.inputs()), LOOSE[case.spec.dtype], "loaded")
 
 
-def roles(case: Case, finder: Callable[[Graph], Sites] = find_sites) -> None:
-    """The sites of a model whose modules are all renamed are the same but for their paths."""
-    from peftfx.testing.renaming import identity, renamed
-
-    graph = captured(case.spec).graph
-    assert [identity(s) for s in finder(renamed(graph))] == [identity(s) for s in finder(graph)]
-
-
 @torch.no_grad()
 def sizes(case: Case, method: Method) -> None:
     """At sizes the capture never saw, each row of a batch is what it is alone."""
@@ -263,7 +252,8 @@ def roads(case: Case, method: Method) -> None:
             found.append({"the output": given.detach(), **trained})
         for name, want in found[1].items() if found else ():
             got = found[0][name]
-            assert got is not None and want is not None, f"no gradient of {name}"
+            assert got is not None, f"no gradient of {name} in the modules"
+            assert want is not None, f"no gradient of {name} in the graph"
             assert_close(got, want, LOOSE[case.spec.dtype], f"{name} by the two roads")
 
 

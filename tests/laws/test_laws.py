@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 from laws.choices import CHOICES, whole
+from laws.renaming import roles
 
 from peftfx.contract.method import Method
 from peftfx.methods import methods
-from peftfx.testing import slots, statements
+from peftfx.testing import slots
 from peftfx.testing.cases import Case
 from peftfx.testing.laws import LAWS, Law
 from peftfx.testing.models import Spec
@@ -29,4 +30,4 @@ def test_a_layer_with_slots_is_the_layer_with_the_weight_that_they_make(spec: Sp
 
 @pytest.mark.parametrize("spec", POOL, ids=[str(i) for i in range(len(POOL))])
 def test_sites_do_not_depend_on_names(spec: object) -> None:
-    statements.roles(Case(spec))
+    roles(Case(spec))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from laws import breakers as wrong
+from laws.renaming import roles
 
 from peftfx import LoRA
 from peftfx.contract.attention import AttentionMethod
@@ -86,9 +87,9 @@ def test_what_files_would_lose_is_refused_before_any_law() -> None:
 
 def test_sites_found_by_name_are_caught() -> None:
     case = Case(Text((Attention("softmax"),)))
-    laws.roles(case)
+    roles(case)
     with pytest.raises(AssertionError):
-        laws.roles(case, wrong.sites_by_name)
+        roles(case, wrong.sites_by_name)
 
 
 @pytest.mark.parametrize(

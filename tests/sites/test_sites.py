@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from laws.renaming import identity, renamed
 from support.zoo import ZOO, Captured
 
 from peftfx.analysis.roles import find_sites
@@ -23,7 +24,6 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
-from peftfx.testing.renaming import identity, renamed
 from peftfx.views.capture import capture
 
 GOLDEN = Path(__file__).parent / "golden" / "sites.json"
