@@ -26,7 +26,9 @@ _HOME = {
     "inspect": "peftfx.model.api",
     "load": "peftfx.model.api",
     "plan": "peftfx.model.api",
+    "register": "peftfx.methods",
     "runtime": "",  # a module
+    "testing": "",
     "transform": "peftfx.model.api",
 }
 

@@ -1,17 +1,25 @@
 """Made by `python tests/house/public_stub.py`; what is public is told in `__init__.py`."""
 
 from peftfx import runtime as runtime
+from peftfx import testing as testing
 from peftfx.errors import PeftfxError as PeftfxError
 from peftfx.export.onnx_directory import export_onnx as export_onnx
 from peftfx.export.slots.adapter_export import export_adapter as export_adapter
 from peftfx.export_options.export import ExportOptions as ExportOptions
 from peftfx.graph.graph import Graph as Graph
+from peftfx.methods import register as register
 from peftfx.methods.adalora import AdaLoRA as AdaLoRA
 from peftfx.methods.bitfit import BitFit as BitFit
+from peftfx.methods.c3a import C3A as C3A
+from peftfx.methods.fourierft import FourierFT as FourierFT
+from peftfx.methods.hira import HiRA as HiRA
+from peftfx.methods.hra import HRA as HRA
 from peftfx.methods.ia3 import IA3 as IA3
 from peftfx.methods.llama_adapter import LlamaAdapter as LlamaAdapter
 from peftfx.methods.ln_tuning import LNTuning as LNTuning
+from peftfx.methods.loha import LoHa as LoHa
 from peftfx.methods.lora import LoRA as LoRA
+from peftfx.methods.miss import MiSS as MiSS
 from peftfx.methods.p_tuning import PTuning as PTuning
 from peftfx.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from peftfx.methods.prompt_tuning import PromptTuning as PromptTuning
@@ -32,12 +40,18 @@ __all__ = [
     "AdaLoRA",
     "AdaptedModel",
     "BitFit",
+    "C3A",
     "ExportOptions",
+    "FourierFT",
     "Graph",
+    "HRA",
+    "HiRA",
     "IA3",
     "LNTuning",
     "LlamaAdapter",
+    "LoHa",
     "LoRA",
+    "MiSS",
     "PTuning",
     "PeftfxError",
     "PrefixTuning",
@@ -54,6 +68,8 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "register",
     "runtime",
+    "testing",
     "transform",
 ]

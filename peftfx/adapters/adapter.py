@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.override import OverrideMethod
-from peftfx.contract.placement import SHARED, Override, Placed, Placement, owner_of, site_tensors
+from peftfx.contract.placement import SHARED, Override, Placed, Placement, owner_of, shared_by, site_tensors
 from peftfx.errors import PeftfxError
 
 
@@ -76,22 +76,21 @@ class Adapter(nn.Module):
 
     def create(self, base: nn.Module, rng: torch.Generator | None) -> None:
         """Make every parameter, at its method's initial values; overrides start as copies of the base's tensors."""
-        for placement in self.placements:
-            with torch.no_grad():
-                params = placement.init(base, rng)
-            for name, value in params.items():
-                self.put(f"{placement.key}.{name}", value, trained=name not in placement.method.frozen())
-        self.share(base)
+        self.share(base, rng)
+        for number, rule in enumerate(self.placed):
+            for placement in rule.placements:
+                with torch.no_grad():
+                    params = placement.init(base, rng, self.shared(number))
+                for name, value in params.items():
+                    self.put(f"{placement.key}.{name}", value, trained=name not in placement.method.frozen())
         self.copy_overridden(base)
 
-    def share(self, base: nn.Module) -> None:
+    @torch.no_grad()
+    def share(self, base: nn.Module, rng: torch.Generator | None = None) -> None:
         """Make what the places of each rule share."""
-        like = next((p.detach() for p in base.parameters() if p.is_floating_point()), torch.empty(0))
         for number, rule in enumerate(self.placed):
-            if not rule.placements:
-                continue
-            for name, value in rule.method.shared([p.view for p in rule.placements], like).items():
-                self.put(shared_key(number, name), value, trained=False)
+            for name, value in shared_by(rule, base, rng).items():
+                self.put(shared_key(number, name), value, trained=name not in rule.method.frozen())
 
     def copy_overridden(self, base: nn.Module) -> None:
         """Start the overrides as copies of the base's tensors."""
@@ -119,12 +118,11 @@ class Adapter(nn.Module):
         """What the places of a rule share, by name."""
         folder = self._modules.get(SHARED)
         rule = None if folder is None else folder._modules.get(str(number))
-        return {} if rule is None else dict(rule.named_buffers(recurse=False))
+        return {} if rule is None else _tensors_of(rule)
 
     def all_of(self, placement: Placement) -> dict[str, Tensor]:
         """The parameters of one placement, and what training remembers beside them."""
-        holder = self.get_submodule(placement.key)
-        return {**dict(holder.named_parameters(recurse=False)), **dict(holder.named_buffers(recurse=False))}
+        return _tensors_of(self.get_submodule(placement.key))
 
     def penalty(self) -> Tensor | None:
         """What its rules add to the model's loss: each the mean over its places."""
@@ -201,6 +199,10 @@ def _refuse_rows(override: Override, count: int) -> None:
         what = f"tokens that the embedding of {count} does not have, or that are named twice: {wrong[:5]}"
         hint = "resize the base's embedding before you adapt it (resize_token_embeddings), and name each token once"
         raise PeftfxError(what, override.name, hint)
+
+
+def _tensors_of(holder: nn.Module) -> dict[str, Tensor]:
+    return {**dict(holder.named_parameters(recurse=False)), **dict(holder.named_buffers(recurse=False))}
 
 
 def shared_key(number: int, name: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from peftfx.contract.completeness import asking, refuse_fold
 from peftfx.contract.method import Base, WeightMethod
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.recipe import Get, Recipe
@@ -41,9 +42,11 @@ class Step:
 
     def _over(self, start: Base, now: Base, p: Mapping[str, Tensor]) -> Base:
         """What the method makes of a weight, alone or over what acts there already."""
-        if start is now:
-            return self.method.fold(self.site, now, p)
-        return self.method.fold_over(self.site, start, now, p)
+        with asking(self.method, "fold", self.site.path):
+            alone, method = start is now, self.method
+            made = method.fold(self.site, now, p) if alone else method.fold_over(self.site, start, now, p)
+        refuse_fold(self.method, self.site.path, made)
+        return Base(*made)
 
     def _rows(self, base: Base) -> Base:
         assert self.block is not None

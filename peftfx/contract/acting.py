@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from peftfx.contract.completeness import asking, refuse_output
 from peftfx.contract.method import Base, Op, Params, WeightMethod
 from peftfx.contract.placement import Placement
 from peftfx.sites.blocks import Block, turned
@@ -75,10 +76,11 @@ def adapted(
         return y if block is None else block.take(y, dim)
 
     run: Op = again if under else op
-    if block is None:
-        return acting.method.forward(acting.site, run, x, y, base, p, training)
-    rows = acting.method.forward(acting.site, run, x, block.take(y, dim), base, p, training)
-    return block.put(y, rows, dim)
+    own, where = y if block is None else block.take(y, dim), acting.site.role
+    with asking(acting.method, "forward", where):
+        rows = acting.method.forward(acting.site, run, x, own, base, p, training)
+    refuse_output(acting.method, where, rows, own)
+    return rows if block is None else block.put(y, rows, dim)
 
 
 def overlap(one: Placement, other: Placement) -> bool:

@@ -15,13 +15,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from peftfx.contract.completeness import refuse_incomplete
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError, nearest
 from peftfx.field_types import refuse_misfit_fields
@@ -87,6 +88,17 @@ class Method(ABC):
     layered: ClassVar[bool] = True
     """Whether HF PEFT's config has `layers_to_transform`; else the modules that it leaves are named."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Hashed as `Method` is: what a dataclass makes of its fields cannot hash a dict."""
+        super().__init_subclass__(**options)
+        if "__hash__" not in vars(cls):
+            cls.__hash__ = Method.__hash__  # type: ignore[method-assign]
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """A method that is half done is refused, by what it lacks."""
+        refuse_incomplete(cls)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Options are of their fields' types; sequences become tuples, so that a method can be hashed and compared."""
         refuse_misfit_fields(self)
@@ -135,16 +147,19 @@ class Method(ABC):
         return ""
 
     def frozen(self) -> frozenset[str]:
-        """Names of parameters that are constants: kept beside the adapter, not trained, not saved."""
+        """Names of those of `init` and of `shared` that are constants: kept beside the adapter, and not trained."""
         return frozenset()
 
     def remembered(self) -> frozenset[str]:
         """Names of tensors that training keeps beside the parameters, once there are any; no graph reads them."""
         return frozenset()
 
-    def shared(self, sites: Sequence[Site], like: Tensor) -> dict[str, Tensor]:
-        """Constants that all places of a rule read, whose sites these are: kept once, and in each place's `p`.
+    def shared(
+        self, sites: Sequence[Site], bases: Iterable[Base], like: Tensor, rng: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """What all places of a rule read, whose sites these are: kept once, in each `p`, trained if not `frozen`.
 
+        `bases` are the sites' tensors, made one by one as they are asked for; none where the sites have no weights.
         `like` is one of the base's weights: it has the device and the dtype.
         """
         return {}
@@ -152,7 +167,7 @@ class Method(ABC):
     def shared_keys(self) -> dict[str, str]:
         """For each of these that is saved, its key in a HF PEFT checkpoint, prefix included.
 
-        One that is not is made again when an adapter is loaded.
+        What is trained must be. What is not is made again when an adapter is loaded.
         """
         return {}
 
@@ -190,6 +205,10 @@ class WeightMethod(Method):
     @abstractmethod
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         """New parameters, by HF PEFT's names; with them `forward` is the identity on `y` if it is `neutral`."""
+
+    def start(self, site: Site, base: Base, shared: Params, rng: torch.Generator | None) -> dict[str, Tensor]:
+        """New parameters beside those of `init`, made of what the rule's places share."""
+        return {}
 
     @abstractmethod
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
@@ -231,12 +250,15 @@ class WeightMethod(Method):
         """The method and parameters that a checkpoint gets, given the parameters and what is remembered here."""
         return self, dict(p)
 
-    @abstractmethod
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[Self, dict[str, Tensor]]:
         """A method and parameters for a fused site that do what the given ones do at its parts, by the parts' rows.
 
-        HF PEFT knows no parts: this is how they are saved.
+        HF PEFT knows no parts: this is how they are saved. By default parts cannot be.
         """
+        what = (
+            f"what {type(self).__name__} does to some rows of a weight is not one of it to the whole, as files have it"
+        )
+        raise PeftfxError(what, site.path, f"target {site.role}, or export the adapter merged")
 
     @classmethod
     def combined(cls, site: Site, how: str, given: Sequence[Weighted]) -> tuple[WeightMethod, dict[str, Tensor]]:

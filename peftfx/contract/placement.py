@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.contract.attention import ATTENTION, AttentionMethod, key_weight
-from peftfx.contract.method import Base, Method, WeightMethod
+from peftfx.contract.completeness import asking, refuse_keys, refuse_parameters
+from peftfx.contract.method import Base, Method, Params, WeightMethod
 from peftfx.contract.override import OverrideMethod
 from peftfx.contract.sequence import SEQUENCE, SequenceMethod, embedding_path
 from peftfx.sites.blocks import Block, part_site, turned
@@ -84,15 +85,30 @@ class Placement:
         """The site as the method sees it."""
         return self.site if self.part is None else part_site(self.site, self.part, self.block)  # type: ignore[arg-type]
 
-    def init(self, base: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
-        """New parameters for this place in the base module; not the copies that it has."""
+    def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
+        """New parameters for this place in the base module; not the copies that it has.
+
+        Raises:
+            PeftfxError: the method's `init` or `keys` give something else than they must.
+        """
         if isinstance(self.method, OverrideMethod):
             return {}
+        with asking(self.method, "init", self.site.path):
+            params = self._start(base, rng, shared or {})
+        keys = None if isinstance(self.method, SequenceMethod) else self.suffixes()
+        refuse_parameters(self.method, self.site.path, params, keys)
+        return params
+
+    def _start(self, base: nn.Module, rng: torch.Generator | None, shared: Params) -> dict[str, Tensor]:
         if isinstance(self.method, SequenceMethod):
             return self.method.init(self.site, base.get_submodule(embedding_path(self.site)), rng)
         if isinstance(self.method, AttentionMethod):
             return self.method.init(self.site, key_weight(base, self.site), rng)
-        return self.method.init(self.view, self.base(*site_tensors(base, self.site)), rng)
+        assert isinstance(self.method, WeightMethod)
+        own = self.base(*site_tensors(base, self.site))
+        params = self.method.init(self.view, own, rng)
+        more = self.method.start(self.view, own, shared, rng)
+        return {**params, **more} if more else params
 
     def suffixes(self) -> dict[str, str]:
         """For each parameter that is saved, its suffix in a HF PEFT checkpoint."""
@@ -100,7 +116,8 @@ class Placement:
             names = (override.key.rpartition(".")[2] for override in self.copies)
             return {name: self.method.suffix(name) for name in names}
         assert isinstance(self.method, WeightMethod | AttentionMethod)
-        return self.method.keys(self.site)
+        with asking(self.method, "keys", self.site.path):
+            return self.method.keys(self.site)
 
     def base(self, weight: Tensor, bias: Tensor | None) -> Base:
         """The site's tensors as the method sees them: [out, in] or [experts, out, in], and the part's rows alone."""
@@ -123,6 +140,25 @@ class Placed:
     method: Method
     placements: tuple[Placement, ...]
     overrides: tuple[Override, ...] = ()
+
+
+def shared_by(rule: Placed, base: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+    """What the places of a rule share, new.
+
+    Raises:
+        PeftfxError: the method's `shared` gives no tensors by name, or `shared_keys` leaves out what is trained.
+    """
+    if not rule.placements:
+        return {}
+    method, sites = rule.method, [p.view for p in rule.placements]
+    like = next((p.detach() for p in base.parameters() if p.is_floating_point()), torch.empty(0))
+    bases = (p.base(*site_tensors(base, p.site)) for p in rule.placements if isinstance(p.method, WeightMethod))
+    with asking(method, "shared", ""):
+        made = method.shared(sites, bases, like, rng)
+        keys = method.shared_keys()
+    refuse_parameters(method, "", made, member="shared")
+    refuse_keys(method, "shared_keys", "", keys, made.keys())
+    return made
 
 
 def site_tensors(base: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:

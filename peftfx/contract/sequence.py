@@ -58,8 +58,6 @@ class SequenceMethod(Method):
             what = f"the number of virtual tokens must be 1 or more, not {self.num_virtual_tokens}"
             raise PeftfxError(what, "num_virtual_tokens", f"{type(self).__name__}(num_virtual_tokens=20)")
 
-    __hash__ = Method.__hash__
-
     @abstractmethod
     def sized(self, base: nn.Module, site: Site) -> Self:
         """This method with every size that it was not given read off the model.

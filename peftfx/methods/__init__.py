@@ -1,32 +1,165 @@
-"""The methods, one file each. A file in this folder that defines a `Method` is all it takes to add one."""
+"""The methods, one file each. A file in this folder that defines a `Method` is all it takes to add one.
+
+A method of another package is added by `register`, or found by that package's entry point of the group
+`peftfx.methods`, which names its class. Rules as text, the command line and files know it then by its `peft_type`.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import pkgutil
+from collections.abc import Iterable, Iterator
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
 
+from peftfx.contract.completeness import refuse_incomplete
 from peftfx.contract.method import Method
-from peftfx.errors import PeftfxError, nearest
+from peftfx.errors import PeftfxError, first_line, nearest, warn
+
+GROUP = "peftfx.methods"
+M = TypeVar("M", bound=type[Method])
+
+_registered: dict[str, type[Method]] = {}
+#: HF PEFT's types, so that one which is not here is not taken for a slip of the hand.
+_PEFT = frozenset(
+    [
+        "ADALORA",
+        "ADAMSS",
+        "ADAPTION_PROMPT",
+        "BEFT",
+        "BOFT",
+        "C3A",
+        "CARTRIDGE",
+        "CPT",
+        "DEFT",
+        "DELORA",
+        "FOURIERFT",
+        "FROD",
+        "GLORA",
+        "GRALORA",
+        "HIRA",
+        "HRA",
+        "IA3",
+        "LILY",
+        "LN_TUNING",
+        "LOHA",
+        "LOKR",
+        "LORA",
+        "MISS",
+        "MULTITASK_PROMPT_TUNING",
+        "OFT",
+        "OSF",
+        "PEANUT",
+        "POLY",
+        "PREFIX_TUNING",
+        "PROMPT_TUNING",
+        "PSOFT",
+        "PVERA",
+        "P_TUNING",
+        "RANDLORA",
+        "ROAD",
+        "SHADOW",
+        "SHIRA",
+        "SUPERTUNING",
+        "TINYLORA",
+        "TRAINABLE_TOKENS",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+        "XLORA",
+    ]
+)
 
 
-@functools.cache
 def methods() -> dict[str, type[Method]]:
-    """Every method in this folder, by its HF PEFT type (`LORA`)."""
-    found: dict[str, type[Method]] = {}
-    for module in pkgutil.iter_modules(__path__):
-        home = importlib.import_module(f"{__name__}.{module.name}")
-        for value in vars(home).values():
-            if isinstance(value, type) and issubclass(value, Method) and value.__module__ == home.__name__:
-                found[value.peft_type] = value
-    return found
+    """Every method there is, by its HF PEFT type (`LORA`): of this folder, of other packages, and those registered."""
+    return {**_own(), **_installed(), **_registered}
+
+
+def register(cls: M) -> M:
+    """Make a method known by its `peft_type` to rules, the command line and files; a decorator, or called on the class.
+
+    A class that is defined again, in a notebook say, takes the place of the one before.
+
+    Raises:
+        PeftfxError: the class is half done, or its name is another method's.
+    """
+    refuse_incomplete(cls)
+    if taken := _taken(cls, methods().values()):
+        raise PeftfxError(f"{cls.__name__} has a name that is taken: {taken}", "peft_type", "give it another")
+    _registered[cls.peft_type] = cls
+    return cls
 
 
 def method_named(peft_type: str) -> type[Method]:
     """The method of this HF PEFT type; unknown ones are an error that names those there are."""
     known = methods()
     if peft_type not in known:
-        names = ", ".join(sorted(known))
-        hint = nearest(peft_type, known) or f"methods that peftfx knows: {names}"
-        raise PeftfxError(f"unknown method {peft_type!r}", "peft_type", hint)
+        raise unknown(peft_type, "peft_type", known)
     return known[peft_type]
+
+
+def unknown(name: str, where: str, known: Iterable[str]) -> PeftfxError:
+    """That there is no method of this name, and what can be done."""
+    if name.upper() in _PEFT:
+        what = f"HF PEFT has the method {name.upper()}, and peftfx does not"
+        hint = "merge it with peft where peft can, and export the base; or write it as a method of your own"
+        return PeftfxError(what, where, f"{hint} (CONTRIBUTING.md)")
+    hint = nearest(name, known) or f"methods that peftfx knows: {', '.join(sorted(known))}"
+    elsewhere = f"; one of another package needs peftfx.register, or an entry point of the group {GROUP!r}"
+    return PeftfxError(f"unknown method {name!r}", where, f"{hint}{elsewhere}")
+
+
+def plain(name: str) -> str:
+    """A method's type or class name as rules compare it: `prefix_tuning` is `PrefixTuning`."""
+    return name.replace("_", "").replace("-", "").lower()
+
+
+@functools.cache
+def _own() -> dict[str, type[Method]]:
+    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    return {cls.peft_type: cls for module in modules for cls in _methods_in(vars(module), module.__name__)}
+
+
+def _methods_in(names: dict[str, object], home: str) -> Iterator[type[Method]]:
+    """The methods among a module's names: classes of its own that say their `peft_type`; a base of several does not."""
+    for value in names.values():
+        own = isinstance(value, type) and issubclass(value, Method) and value.__module__ == home
+        if own and "peft_type" in vars(value):
+            yield value  # type: ignore[misc]
+
+
+@functools.cache
+def _installed() -> dict[str, type[Method]]:
+    """The methods of other packages. One that cannot be had is told, and stops no other."""
+    found: dict[str, type[Method]] = {}
+    for point in entry_points(group=GROUP):
+        try:
+            cls = _loaded(point)
+            if taken := _taken(cls, [*_own().values(), *found.values()]):
+                raise PeftfxError(f"its name is taken: {taken}")
+            found[cls.peft_type] = cls
+        except Exception as error:
+            package = point.dist.name if point.dist is not None else point.module
+            warn(f"the method {point.name} of the package {package} is left out: {first_line(error)}")
+    return found
+
+
+def _loaded(point: EntryPoint) -> type[Method]:
+    cls = point.load()
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise PeftfxError(f"{point.value} is no class of a Method")
+    refuse_incomplete(cls)
+    return cls
+
+
+def _taken(cls: type[Method], others: Iterable[type[Method]]) -> str:
+    """The other method that a name of this one is a name of, in words; empty where there is none."""
+    names = {plain(cls.peft_type), plain(cls.__name__)}
+    for other in others:
+        same = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+        if not same and names & {plain(other.peft_type), plain(other.__name__)}:
+            return f"{other.peft_type} is {other.__module__}.{other.__qualname__}"
+    return ""

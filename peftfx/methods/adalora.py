@@ -98,8 +98,6 @@ class AdaLoRA(WeightMethod):
         pattern = {_key(name.rpartition(f".{E}")[0]): tuple(kept) for name, kept in given.items()}
         object.__setattr__(self, "rank_pattern", pattern)
 
-    __hash__ = WeightMethod.__hash__
-
     @property
     def neutral(self) -> bool:
         return bool(self.init_lora_weights)

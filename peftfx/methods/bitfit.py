@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peftfx.contract.method import Method
 from peftfx.contract.override import OverrideMethod
 from peftfx.sites.site import Site
 
@@ -25,8 +24,6 @@ class BitFit(OverrideMethod):
 
     peft_type: ClassVar[str] = "BITFIT"
     default_target: ClassVar[str] = "/.*/"
-
-    __hash__ = Method.__hash__
 
     def copied(self, site: Site, names: Sequence[str]) -> Sequence[str]:
         return [name for name in names if name == "bias"]

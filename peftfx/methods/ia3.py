@@ -47,8 +47,6 @@ class IA3(WeightMethod):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     layered: ClassVar[bool] = False
 
-    __hash__ = WeightMethod.__hash__
-
     @property
     def feedforward(self) -> bool:
         """Whether this method, as it is `at` a site, scales the input."""

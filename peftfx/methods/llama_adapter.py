@@ -22,7 +22,7 @@ from torch import Tensor
 
 from peftfx.contract.attention import AttentionMethod, attend_beside
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.method import Method, Params
+from peftfx.contract.method import Params
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 
@@ -50,8 +50,6 @@ class LlamaAdapter(AttentionMethod):
         for name, least in (("adapter_len", self.adapter_len), ("adapter_layers", self.adapter_layers)):
             if least is not None and least < 1:
                 raise PeftfxError(f"{name} must be 1 or more, not {least}", name, "LlamaAdapter(adapter_len=10)")
-
-    __hash__ = Method.__hash__
 
     def among(self, sites: Sequence[Site]) -> Sequence[Site]:
         count = len(sites) if self.adapter_layers is None else self.adapter_layers

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peftfx.contract.method import Method
 from peftfx.contract.override import OverrideMethod
 from peftfx.sites.site import NORM, Site
 
@@ -26,8 +25,6 @@ class LNTuning(OverrideMethod):
     peft_type: ClassVar[str] = "LN_TUNING"
     default_target: ClassVar[str] = NORM
     layered: ClassVar[bool] = False
-
-    __hash__ = Method.__hash__
 
     def copied(self, site: Site, names: Sequence[str]) -> Sequence[str]:
         return names

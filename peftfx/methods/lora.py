@@ -37,12 +37,12 @@ from peftfx.contract.common.lora_init import (
     starts_from_weight,
 )
 from peftfx.contract.common.low_rank import check_options, dense, padding_in_peft, product, summed, weighted_sum
+from peftfx.contract.common.patterns import by_path
 from peftfx.contract.method import Base, Method, Op, Params, Weighted, WeightMethod
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
 from peftfx.sites.expression import ends_with
-from peftfx.sites.patterns import compiled
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Site
 
 A, B, MAGNITUDE, B_BIAS = "lora_A", "lora_B", "lora_magnitude_vector", "lora_B_bias"
@@ -99,8 +99,6 @@ class LoRA(WeightMethod):
         check_options(self, self.lora_dropout, self.bias)
         object.__setattr__(self, "init_lora_weights", known_start(self.init_lora_weights))
 
-    __hash__ = WeightMethod.__hash__
-
     @property
     def neutral(self) -> bool:
         return self.init_lora_weights is not False
@@ -113,8 +111,8 @@ class LoRA(WeightMethod):
         """
         if site.kind == EXPERTS or any(ends_with(site.path, name) for name in self.target_parameters or ()):
             refuse_on_parameters(site, self._only_at_layers())
-        r = int(_pattern(self.rank_pattern, "rank_pattern", site.path, self.r))
-        alpha = _pattern(self.alpha_pattern, "alpha_pattern", site.path, self.lora_alpha)
+        r = int(by_path(self.rank_pattern, "rank_pattern", site.path, self.r))
+        alpha = by_path(self.alpha_pattern, "alpha_pattern", site.path, self.lora_alpha)
         return dataclasses.replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def _only_at_layers(self) -> list[str]:
@@ -356,9 +354,3 @@ def _joined(p: Params) -> dict[str, Tensor]:
     """Factors whose product is `B A - B0 A0`."""
     joined = {A: torch.cat([p[A], p[A0]]), B: torch.cat([p[B], -p[B0]], 1)}
     return {name: joined.get(name, t) for name, t in p.items() if name not in (A0, B0)}
-
-
-def _pattern(patterns: Mapping[str, float], option: str, path: str, default: float) -> float:
-    """HF PEFT's lookup: the first key that the path ends with, a regular expression."""
-    found = (v for key, v in patterns.items() if compiled(key, option, r"^(.*\.)?({})$").fullmatch(path))
-    return next(found, default)

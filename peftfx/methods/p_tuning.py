@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.prompt_networks import EMBEDDING, embedding, layer, lstm, perceptron, run_lstm
-from peftfx.contract.method import Method, Params
+from peftfx.contract.method import Params
 from peftfx.contract.sequence import PROMPT, PromptMethod, with_text_sizes
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
@@ -50,8 +50,6 @@ class PTuning(PromptMethod):
         if self.encoder_num_layers < 1 or (self.encoder_hidden_size or 1) < 1 or not 0 <= self.encoder_dropout < 1:
             hint = "PTuning(encoder_hidden_size=128, encoder_num_layers=2, encoder_dropout=0.1)"
             raise PeftfxError("an encoder of this size cannot be made", "encoder_hidden_size", hint)
-
-    __hash__ = Method.__hash__
 
     def sized(self, base: nn.Module, site: Site) -> PTuning:
         sized = with_text_sizes(self, base, site)

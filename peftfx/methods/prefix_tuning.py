@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.prompt_networks import EMBEDDING, embedding, layer, perceptron
-from peftfx.contract.method import Method, Params
+from peftfx.contract.method import Params
 from peftfx.contract.sequence import PROMPT, SequenceMethod, encodes_and_decodes, stream_dtype, submodules_of, untyped
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
@@ -49,8 +49,6 @@ class PrefixTuning(SequenceMethod):
             raise PeftfxError(f"unknown start {self.init_weights!r}", "init_weights", "None (random) or 'zero'")
         if (self.encoder_hidden_size or 1) < 1:
             raise PeftfxError("an encoder of this size cannot be made", "encoder_hidden_size", "1 or more")
-
-    __hash__ = Method.__hash__
 
     def sized(self, base: nn.Module, site: Site) -> PrefixTuning:
         layers, heads, features = cache_shape(base, encodes_and_decodes(base))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.method import Method, Params
+from peftfx.contract.method import Params
 from peftfx.contract.sequence import PROMPT, PromptMethod, with_text_sizes
 from peftfx.errors import PeftfxError, first_line
 from peftfx.sites.site import Site
@@ -47,8 +47,6 @@ class PromptTuning(PromptMethod):
         for name in ("prompt_tuning_init_text", "tokenizer_name_or_path") if how == "TEXT" else ():
             if not getattr(self, name):
                 raise PeftfxError(f"prompt_tuning_init='TEXT' needs {name}", name, "give it, or start at 'RANDOM'")
-
-    __hash__ = Method.__hash__
 
     def sized(self, base: nn.Module, site: Site) -> PromptTuning:
         return with_text_sizes(self, base, site)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peftfx.contract.method import Method
 from peftfx.contract.override import OverrideMethod
 from peftfx.contract.placement import TOKENS
 from peftfx.errors import PeftfxError
@@ -39,8 +38,6 @@ class TrainableTokens(OverrideMethod):
         super().__post_init__()
         if not self.token_indices:
             raise PeftfxError("no tokens are named", "token_indices", "TrainableTokens(token_indices=[32000, 32001])")
-
-    __hash__ = Method.__hash__
 
     def copied(self, site: Site, names: Sequence[str]) -> Sequence[str]:
         return [name for name in names if name == "weight"]

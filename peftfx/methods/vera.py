@@ -8,7 +8,7 @@ each reads its first rows and columns. It is drawn from a seed as HF PEFT draws 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,7 +20,6 @@ from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.method import Base, Op, Params, WeightMethod
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
-from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 
 A, B, D, SCALE = "vera_A", "vera_B", "vera_lambda_d", "vera_lambda_b"
@@ -65,20 +64,23 @@ class VeRA(WeightMethod):
         if self.bias not in ("none", "all", "vera_only"):
             raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'vera_only'")
 
-    __hash__ = WeightMethod.__hash__
-
     @property
     def neutral(self) -> bool:
         return self.init_weights
 
-    def shared(self, sites: Sequence[Site], like: Tensor) -> dict[str, Tensor]:
+    def frozen(self) -> frozenset[str]:
+        return frozenset({A, B})
+
+    def shared(
+        self, sites: Sequence[Site], bases: Iterable[Base], like: Tensor, rng: torch.Generator | None
+    ) -> dict[str, Tensor]:
         shapes = [site.shape[::-1] if site.transposed else site.shape for site in sites]
         out, inner = (max(sizes) for sizes in zip(*shapes, strict=True))
-        rng = torch.Generator().manual_seed(self.projection_prng_key)
+        own = torch.Generator().manual_seed(self.projection_prng_key)
         pair = {A: torch.empty(self.r, inner), B: torch.empty(out, self.r)}
         for t in pair.values():  # A first; Kaiming's bound is that of what a row reads
             bound = math.sqrt(3) * math.sqrt(2) / math.sqrt(t.shape[1])
-            t.uniform_(-bound, bound, generator=rng)
+            t.uniform_(-bound, bound, generator=own)
         # HF PEFT rounds it to the dtype of the base.
         return {name: t.to(like).to(adapter_dtype(like.dtype)) for name, t in pair.items()}
 
@@ -105,10 +107,6 @@ class VeRA(WeightMethod):
     def update(self, site: Site, base: Base, p: Params) -> Update:
         a, b = _own(base, p)
         return Update(a=a * p[D][:, None], b=b * p[SCALE][:, None])
-
-    def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[VeRA, dict[str, Tensor]]:
-        what = "HF PEFT's files have no vectors for some rows of a weight alone"
-        raise PeftfxError(what, site.path, f"target {site.role}, or export the adapter merged")
 
 
 def _own(base: Base, p: Params) -> tuple[Tensor, Tensor]:

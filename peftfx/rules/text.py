@@ -14,8 +14,8 @@ import dataclasses
 import re
 
 from peftfx.contract.method import Method
-from peftfx.errors import PeftfxError, nearest, pointed
-from peftfx.methods import methods
+from peftfx.errors import PeftfxError, pointed
+from peftfx.methods import methods, plain, unknown
 
 _STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _REGEX = r"/(?:[^/\\]|\\.)+/"
@@ -60,16 +60,10 @@ def _default(field: dataclasses.Field[object]) -> object:
 
 def method_by_name(name: str) -> type[Method]:
     """The method of this HF PEFT type or class name, however it is written: `prefix_tuning`, `PrefixTuning`."""
-    known = {_plain(n): cls for cls in methods().values() for n in (cls.peft_type, cls.__name__)}
-    if _plain(name) not in known:
-        names = sorted(peft_type.lower() for peft_type in methods())
-        hint = nearest(name.lower(), names) or f"methods that peftfx knows: {', '.join(names)}"
-        raise PeftfxError(f"unknown method {name!r}", "rules", hint)
-    return known[_plain(name)]
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[_-]", "", name).lower()
+    known = {plain(n): cls for cls in methods().values() for n in (cls.peft_type, cls.__name__)}
+    if plain(name) not in known:
+        raise unknown(name.lower(), "rules", [peft_type.lower() for peft_type in methods()])
+    return known[plain(name)]
 
 
 def _rule(text: str, position: int) -> tuple[Method, int]:

@@ -22,6 +22,9 @@ from peftfx.rules.peft_files import WEIGHTS
 
 SHARED = {name: cls for name, cls in methods().items() if name in peft.PeftType.__members__}
 
+#: Options of methods whose defaults are for larger layers.
+SIZES: dict[str, dict[str, int]] = {"C3A": {"block_size": 4}, "MISS": {"r": 4}, "FOURIERFT": {"n_frequency": 20}}
+
 
 @pytest.mark.parametrize("cls", SHARED.values(), ids=SHARED)
 def test_a_head_of_its_own_crosses_in_both_directions(
@@ -31,6 +34,7 @@ def test_a_head_of_its_own_crosses_in_both_directions(
     weights = not issubclass(cls, SequenceMethod)
     name, head = ("llama", "lm_head") if "attention" in cls.kinds else ("bert", "classifier")
     options = {"target_modules": ["query", "value"]} if weights and name == "bert" else {}
+    options |= SIZES.get(cls.peft_type, {})
     if cls is peftfx.TrainableTokens:
         options = {"token_indices": [1, 5]}
     ours = bare(name)

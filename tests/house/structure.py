@@ -46,7 +46,7 @@ LAYERS = (
     *("peftfx.export.metadata", "peftfx.export.translation", "peftfx.export.writing", "peftfx.export.coded"),
     "peftfx.export.verification",
     *("peftfx.export.deployment", "peftfx.export.slots", "peftfx.export"),
-    *("peftfx.demo", "peftfx.cli"),
+    *("peftfx.demo", "peftfx.cli", "peftfx.testing"),
 )
 
 #: What hands on names to users and nothing else: on top of all, so that no file of the package imports it.

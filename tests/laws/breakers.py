@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from peftfx.analysis.roles import find_sites
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.sequence import PROMPT, PromptMethod, with_text_sizes
 from peftfx.graph.graph import Graph
 from peftfx.passes.slots.by_row import _Rows
 from peftfx.passes.slots.layer import Acting, acted
@@ -28,8 +29,6 @@ class Scale(WeightMethod):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     default_target: ClassVar[str] = "all-linear"
     peft_type: ClassVar[str] = "SCALE"
-
-    __hash__ = WeightMethod.__hash__
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         return {"l": torch.zeros(base.weight.shape[0]), "seen": torch.rand(1, generator=rng)}
@@ -119,23 +118,29 @@ class TrainsAConstant(Scale):
         return super().forward(site, op, x, y, base, p, training)
 
 
+class ReadsWhatItDoesNotSave(Scale):
+    """Takes for a constant what is drawn anew on loading."""
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        return y * (1 + p["l"] * p["seen"])
+
+
 class SavesHalf(Scale):
     """Leaves a parameter out of the file."""
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         return {"l": torch.zeros(base.weight.shape[0]), "m": torch.zeros(base.weight.shape[0])}
 
-    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
-        return y * (1 + p["l"] + p["m"])
-
-    def frozen(self) -> frozenset[str]:
-        return frozenset()
-
 
 class SharesAnotherEachTime(Scale):
     """Draws what its places share without a seed, and saves it nowhere."""
 
-    def shared(self, sites: Sequence[Site], like: Tensor) -> dict[str, Tensor]:
+    def frozen(self) -> frozenset[str]:
+        return frozenset({"seen", "common"})
+
+    def shared(
+        self, sites: Sequence[Site], bases: Iterable[Base], like: Tensor, rng: torch.Generator | None
+    ) -> dict[str, Tensor]:
         return {"common": torch.rand(())}
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
@@ -168,8 +173,6 @@ class Glance(AttentionMethod):
     """A right attention method, small enough to break: each query attends to a gated prompt, too."""
 
     peft_type: ClassVar[str] = "GLANCE"
-
-    __hash__ = AttentionMethod.__hash__
 
     def init(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
         assert site.heads is not None
@@ -241,11 +244,14 @@ class ReadsAnotherPromptInAGraph(Glance):
         return p["prompt"] if type(p["prompt"]) in (Tensor, nn.Parameter) else 2 * p["prompt"]
 
 
-class SavesNoGate(Glance):
-    """Leaves a parameter out of the file."""
+class KeepsItsPrompt(Glance):
+    """Takes for a constant what is drawn anew on loading."""
+
+    def frozen(self) -> frozenset[str]:
+        return frozenset({"prompt"})
 
     def keys(self, site: Site) -> dict[str, str]:
-        return {"prompt": "glance_prompt"}
+        return {"gate": "glance_gate"}
 
 
 class MixesRows(Glance):
@@ -255,6 +261,74 @@ class MixesRows(Glance):
         self, site: Site, query: Tensor, output: Tensor, key: Tensor, value: Tensor, p: Params, training: bool
     ) -> Tensor:
         return output + p["gate"] * (query @ key.transpose(-1, -2)).softmax(0) @ value
+
+
+@dataclasses.dataclass(frozen=True)
+class Words(PromptMethod):
+    """A right soft prompt, small enough to break: virtual tokens, each an embedding of its own."""
+
+    peft_type: ClassVar[str] = "WORDS"
+
+    def sized(self, base: nn.Module, site: Site) -> Words:
+        return with_text_sizes(self, base, site)
+
+    def init(self, site: Site, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+        return {PROMPT: torch.randn(self.saved_shape(), generator=rng)}
+
+    def saved(self, p: Params, training: bool = False) -> Tensor:
+        return p[PROMPT]
+
+
+class SaysAnotherShape(Words):
+    """Counts a token that it has not."""
+
+    def saved_shape(self) -> tuple[int, ...]:
+        rows, width = super().saved_shape()
+        return rows + 1, width
+
+    def init(self, site: Site, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+        return {PROMPT: torch.randn(super().saved_shape(), generator=rng)}
+
+
+class ScalesWhatIsSaved(Words):
+    """Does something to the saved prompt that no file tells: an encoder that is left out."""
+
+    def init(self, site: Site, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+        return {**super().init(site, embed, rng), "gain": torch.rand(1, generator=rng)}
+
+    def virtual(self, p: Params, training: bool) -> Tensor:
+        return super().virtual(p, training) * p.get("gain", 1)
+
+
+class DrawsItsOwnWords(Words):
+    """Starts from a generator of its own."""
+
+    def init(self, site: Site, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+        return super().init(site, embed, self._generator)
+
+    _generator: ClassVar[torch.Generator] = torch.Generator()
+
+
+class DetachesItsWords(Words):
+    """Keeps the gradient from what it trains."""
+
+    def virtual(self, p: Params, training: bool) -> Tensor:
+        return super().virtual(p, training).detach()
+
+
+class WordsAtRandom(Words):
+    """Draws its words anew in every call: there is nothing that an export could keep."""
+
+    def virtual(self, p: Params, training: bool) -> Tensor:
+        return super().virtual(p, training) + torch.randn(p[PROMPT].shape)
+
+
+class ScalesTheEmbedding(Words):
+    """Takes something out of the embedding when it starts."""
+
+    def init(self, site: Site, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+        embed.weight.mul_(0.5)
+        return super().init(site, embed, rng)
 
 
 def sites_by_name(graph: Graph) -> Sites:

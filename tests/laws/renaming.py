@@ -7,8 +7,12 @@ from collections.abc import Callable
 
 from torch import fx, nn
 
+from peftfx.analysis.roles import find_sites
 from peftfx.graph.graph import BASE, Graph, link
 from peftfx.sites.site import Site
+from peftfx.sites.sites import Sites
+from peftfx.testing.cases import Case
+from peftfx.testing.pool import captured
 
 
 def identity(site: Site) -> tuple[object, ...]:
@@ -56,3 +60,9 @@ def rename_node(node: fx.Node, rename: Callable[[str], str]) -> None:
         node.target = ".".join(filter(None, (BASE, rename(path) if path else "", name)))
     stack = node.meta.get("nn_module_stack", {})
     node.meta["nn_module_stack"] = {key: (renamed_module(path, rename), kind) for key, (path, kind) in stack.items()}
+
+
+def roles(case: Case, finder: Callable[[Graph], Sites] = find_sites) -> None:
+    """The sites of a model whose modules are all renamed are the same but for their paths."""
+    graph = captured(case.spec).graph
+    assert [identity(s) for s in finder(renamed(graph))] == [identity(s) for s in finder(graph)]

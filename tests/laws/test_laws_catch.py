@@ -6,18 +6,23 @@ from collections.abc import Callable
 
 import pytest
 from laws import breakers as wrong
-from laws import frame as law_frame
-from laws import slots as law_slots
-from laws import statements as laws
-from laws.blocks import Attention, Dense
-from laws.cases import Case
-from laws.models import Text
+from laws.renaming import roles
 
 from peftfx import LoRA
 from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.method import WeightMethod
+from peftfx.contract.sequence import SequenceMethod
+from peftfx.errors import PeftfxError
 from peftfx.graph.rewriter import REGION
 from peftfx.passes import Insert, PassResult, Remove
+from peftfx.testing import frame as law_frame
+from peftfx.testing import prompts as law_prompts
+from peftfx.testing import slots as law_slots
+from peftfx.testing import statements as laws
+from peftfx.testing.blocks import Attention, Dense
+from peftfx.testing.cases import Case
+from peftfx.testing.check import known
+from peftfx.testing.models import Causal, Text
 
 CASE = Case(Text((Dense(), Dense())), batch=3, sequence=4)
 TARGET = ("blocks.0", "blocks.1")
@@ -25,8 +30,9 @@ TARGET = ("blocks.0", "blocks.1")
 #: The gradients' breakers need a second place that is not adapted; an attention that is written out has no modules.
 _TARGETS: dict[Callable[..., None], tuple[str, ...]] = {law_frame.gradients: ("blocks.1",), laws.roads: ("blocks.0",)}
 ATTENDING = Case(Text((Attention(), Attention("softmax", "heads"))), batch=3, sequence=4)
+PROMPTED = Case(Causal(()), batch=3, sequence=4)
 
-BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod]], ...] = (
+BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod | SequenceMethod]], ...] = (
     (laws.identity, wrong.StartsAtRandom),
     (laws.fold, wrong.ForgetsTheBias),
     (laws.merge, wrong.FoldsInPlace),
@@ -36,7 +42,7 @@ BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod]], 
     (laws.commute, wrong.CountsSites),
     (law_frame.gradients, wrong.DecaysTheBase),
     (law_frame.gradients, wrong.TrainsAConstant),
-    (laws.save_and_load, wrong.SavesHalf),
+    (laws.save_and_load, wrong.ReadsWhatItDoesNotSave),
     (laws.save_and_load, wrong.SharesAnotherEachTime),
     (laws.sizes, wrong.LooksAtTheBatch),
     (laws.onnx, wrong.IsNoisyInEval),
@@ -47,42 +53,43 @@ BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod]], 
     (laws.idempotence, wrong.DrawsForItself),
     (laws.commute, wrong.CountsAttentions),
     (law_frame.gradients, wrong.DetachesThePrompt),
-    (laws.save_and_load, wrong.SavesNoGate),
+    (laws.save_and_load, wrong.KeepsItsPrompt),
     (laws.sizes, wrong.MixesRows),
     (laws.onnx, wrong.PromptsAtRandom),
+    (law_prompts.saved, wrong.SaysAnotherShape),
+    (law_prompts.saved, wrong.ScalesWhatIsSaved),
+    (laws.merge, wrong.WordsAtRandom),
+    (laws.remove, wrong.ScalesTheEmbedding),
+    (laws.idempotence, wrong.DrawsItsOwnWords),
+    (law_frame.gradients, wrong.DetachesItsWords),
     (laws.roads, wrong.ReadsAnotherPromptInAGraph),
 )
 
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading finds the methods of these tests by their type, too."""
-    monkeypatch.setattr("peftfx.rules.peft_files.method_named", lambda _: Loaded.cls)
-
-
-class Loaded:
-    """The class that a checkpoint of these tests is of."""
-
-    cls: type[Method] = wrong.Scale
+RIGHT = ((wrong.Scale, CASE), (wrong.Glance, ATTENDING), (wrong.Words, PROMPTED))
 
 
 @pytest.mark.parametrize(("law", "cls"), BROKEN, ids=[f"{law.__name__}-{cls.__name__}" for law, cls in BROKEN])
 def test_the_law_catches_its_breaker_and_no_right_method(
-    law: Callable[..., None], cls: type[WeightMethod | AttentionMethod]
+    law: Callable[..., None], cls: type[WeightMethod | AttentionMethod | SequenceMethod]
 ) -> None:
-    right, case = (wrong.Scale, CASE) if issubclass(cls, wrong.Scale) else (wrong.Glance, ATTENDING)
-    Loaded.cls = right
-    law(case, right(target=TARGET))
-    Loaded.cls = cls
-    with pytest.raises(AssertionError):
-        law(case, cls(target=_TARGETS.get(law, TARGET)))
+    right, case = next((r, c) for r, c in RIGHT if issubclass(cls, r))
+    of, wrongly = ({}, {}) if right is wrong.Words else ({"target": TARGET}, {"target": _TARGETS.get(law, TARGET)})
+    with known(right):
+        law(case, right(**of))
+    with known(cls), pytest.raises(AssertionError):
+        law(case, cls(**wrongly))
+
+
+def test_what_files_would_lose_is_refused_before_any_law() -> None:
+    with pytest.raises(PeftfxError, match=r"SavesHalf\.keys leaves out m"):
+        laws.idempotence(CASE, wrong.SavesHalf(target=TARGET))
 
 
 def test_sites_found_by_name_are_caught() -> None:
     case = Case(Text((Attention("softmax"),)))
-    laws.roles(case)
+    roles(case)
     with pytest.raises(AssertionError):
-        laws.roles(case, wrong.sites_by_name)
+        roles(case, wrong.sites_by_name)
 
 
 @pytest.mark.parametrize(

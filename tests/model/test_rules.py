@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from laws.cases import configs, examples
+from laws.choices import CHOICES
 from safetensors.torch import load_file, save_file
 from support.adapted import randomise
 from support.adapter_files import first, load_peft, same
@@ -24,6 +24,7 @@ from peftfx.methods import methods
 from peftfx.model.adapted import AdaptedModel
 from peftfx.rules.peft_files import RULES, WEIGHTS, rule_folders
 from peftfx.rules.text import parse_rules, write_rule
+from peftfx.testing.cases import configs, examples
 
 every_method = pytest.mark.parametrize("cls", methods().values(), ids=methods())
 
@@ -73,10 +74,10 @@ class TestText:
             parse_rules(text)
 
     @every_method
-    @examples(30)
+    @examples(6)
     @given(data=st.data())
     def test_what_is_written_is_read_as_the_same_rule(self, cls: type[Method], data: st.DataObject) -> None:
-        rule = data.draw(configs(cls))
+        rule = data.draw(configs(cls, CHOICES.get(cls.peft_type)))
         assert parse_rules(write_rule(rule)) == (rule,)
 
 

@@ -126,6 +126,9 @@ MODELS: Mapping[str, Built] = {
     "MLP with norms": Built(Normed, ROWS),
     "embedding and Conv1D": Built(TokensAndConv1D, ((2, 3), (5, 7), (1, 2)), tokens=100),
     "conv1d": Built(lambda: Conv(nn.Conv1d(3, 6, 2)), ((2, 3, 8), (5, 3, 11), (1, 3, 4))),
+    "conv1d of 64 channels": Built(lambda: Conv(nn.Conv1d(64, 16, 2)), ((2, 64, 8), (5, 64, 11), (1, 64, 4))),
+    "conv1d of 2 groups": Built(lambda: Conv(nn.Conv1d(8, 8, 3, groups=2)), ((2, 8, 8), (5, 8, 11), (1, 8, 4))),
+    "conv2d of kernel 1": Built(lambda: Conv(nn.Conv2d(5, 10, 1)), ((2, 5, 7, 6), (4, 5, 9, 8), (1, 5, 4, 4))),
     "conv2d": Built(lambda: Conv(nn.Conv2d(5, 10, 3)), ((2, 5, 7, 6), (4, 5, 9, 8), (1, 5, 4, 4))),
     "conv2d of 8 groups": Built(lambda: Conv(nn.Conv2d(16, 16, 3, groups=8)), ((2, 16, 7, 6), (4, 16, 9, 8))),
     "conv2d of 2 groups": Built(

@@ -6,6 +6,7 @@ HF PEFT's and is equal to what it gives when mended is right.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ class Mend:
 
 def mend_of(options: Mapping[str, object], model: nn.Module) -> Mend | None:
     """The mend of a case, by its options and its model."""
+    if options.get("use_effective_conv2d"):
+        return CORES
     grouped = any(getattr(module, "groups", 1) > 1 for module in model.modules())
     if options.get("use_dora") and grouped:
         return GROUPED_DORA
@@ -83,5 +86,27 @@ HALF_OF_IT = Mend(
     "HF PEFT adds the update of an attention's output projection twice, and differentiates one of the two: its "
     "gradient there is half of what its own loss changes by (central differences in float64: "
     "`test_pefts_gradient_at_an_attentions_output_is_half_of_what_its_loss_changes_by`). Twice that is our gradient.",
+    told=False,
+)
+
+
+def _gradients_of_cores(theirs: nn.Module) -> None:
+    """LoHa's update of a conv with a core, by torch's own gradients."""
+    for layer in list(theirs.modules()):
+        if getattr(layer, "hada_t1", {}):
+            layer.get_delta_weight = functools.partial(_hadamard, layer)
+
+
+def _hadamard(layer: nn.Module, adapter: str, **_: object) -> Tensor:
+    sides = ((layer.hada_t1, layer.hada_w1_a, layer.hada_w1_b), (layer.hada_t2, layer.hada_w2_a, layer.hada_w2_b))
+    one, other = (torch.einsum("ijkl,ip,jq->pqkl", *(part[adapter] for part in side)) for side in sides)
+    return (one * other * layer.scaling[adapter]).reshape(layer.get_base_layer().weight.shape)
+
+
+CORES = Mend(
+    _gradients_of_cores,
+    "HF PEFT writes out the gradients of LoHa's update with a core (`HadaWeightCP.backward`), and takes the other "
+    "product's core for those of `hada_w1_a` and `hada_w2_a`. By torch's own gradients of the same forward "
+    "they are ours.",
     told=False,
 )

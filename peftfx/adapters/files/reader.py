@@ -105,8 +105,9 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     names = set(weights.names)
     own_names = {name for placement in placements for name in _names(placement, base)}
     overrides += replaced_weights(base, weights, placements, overrides, own_names)
-    adapter = Adapter([Placed(method, tuple(placements), tuple(overrides))], config)
-    with without_memory(not fit(placements, weights, base)):  # then it is refused below
+    rule = Placed(method, tuple(placements), tuple(overrides))
+    adapter = Adapter([rule], config)
+    with without_memory(not fit(rule, weights, base)):  # then it is refused below
         adapter.create(base, None)
     wanted = _wanted(placements, overrides, base) | _shared(adapter, method, weights)
     again = repeats(weights, wanted, base)
@@ -198,7 +199,7 @@ def _shared(adapter: Adapter, method: Method, weights: Weights) -> dict[str, str
     for key, kept in wanted.items():
         shape, value = weights.shapes.get(key, ()), adapter.get(kept)
         if len(shape) == value.ndim and all(a >= b for a, b in zip(shape, value.shape, strict=True)):
-            adapter.put(kept, value.new_empty(shape), trained=False)
+            adapter.put(kept, value.new_empty(shape), trained=isinstance(value, nn.Parameter))
     return wanted
 
 

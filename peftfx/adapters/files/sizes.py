@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from peftfx.adapters.files.names import name_of
 from peftfx.adapters.files.torch_attention import path_in_file
-from peftfx.contract.placement import Placement
+from peftfx.contract.method import Params
+from peftfx.contract.placement import Placed, Placement, shared_by
 from peftfx.errors import PeftfxError
 from peftfx.rules.peft_files import Weights
 
@@ -21,15 +21,19 @@ def without_memory(needed: bool = True) -> contextlib.AbstractContextManager[obj
     return FakeTensorMode(allow_non_fake_inputs=True) if needed else contextlib.nullcontext()
 
 
-def fit(placements: Iterable[Placement], weights: Weights, base: nn.Module) -> bool:
-    """Whether what a method makes at these places has the shapes that it has in the file, where it is there."""
-    return all(_fits(placement, weights, base) for placement in placements)
-
-
-def _fits(placement: Placement, weights: Weights, base: nn.Module) -> bool:
+def fit(rule: Placed, weights: Weights, base: nn.Module) -> bool:
+    """Whether what a rule's method makes at its places has the shapes that it has in the file, where it is there."""
     try:
         with without_memory(), torch.no_grad():
-            made = placement.init(base, None)
+            shared = shared_by(rule, base, None)
+            return all(_fits(placement, shared, weights, base) for placement in rule.placements)
+    except DataDependentOutputException:  # a start that looks at the base's numbers
+        return True
+
+
+def _fits(placement: Placement, shared: Params, weights: Weights, base: nn.Module) -> bool:
+    try:
+        made = placement.init(base, None, shared)
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from laws.cases import Case
-from laws.pool import captured
-from laws.setup import adapt, assert_untouched, snapshot
 from torch import fx
 
 from peftfx.bases.guests import own_parameters
 from peftfx.contract.method import Method
 from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.graph.rewriter import OVERRIDES, REGION, REPLACES
+from peftfx.testing.cases import Case
+from peftfx.testing.pool import captured
+from peftfx.testing.setup import adapt, assert_untouched, output, snapshot
 
 
 def frame(case: Case, method: Method) -> None:
@@ -28,7 +28,9 @@ def gradients(case: Case, method: Method) -> None:
     constants = {name: t.clone() for name, t in adapter.named_buffers()}
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
     torch.manual_seed(case.seed)
-    adapted(**case.inputs()).float().square().sum().backward()
+    given = output(adapted, case.inputs())
+    assert given.requires_grad, "the output depends on nothing that is trained"
+    given.float().square().sum().backward()
     optimizer.step()
     adapted(**case.inputs())
     assert [n for n, p in own_parameters(adapted.base) if p.grad is not None] == []

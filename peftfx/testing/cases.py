@@ -10,27 +10,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from hypothesis import HealthCheck, reject, settings
+from hypothesis import HealthCheck, Phase, reject, settings
 from hypothesis import strategies as st
-from laws.models import Spec
-from laws.pool import POOL, captured
 
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.override import OverrideMethod
-from peftfx.contract.placement import Placement, copies_of, site_tensors
+from peftfx.contract.placement import Placed, Placement, copies_of, shared_by
+from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
-from peftfx.methods import methods
+from peftfx.rules.resolution import prompt_placement
 from peftfx.sites.site import Site
+from peftfx.testing.models import Spec
+from peftfx.testing.pool import POOL, PROMPTED, captured
 
-#: Every method there is that acts at sites of a graph; a new file in `peftfx/methods` is under these laws without an
-#: edit here.
-_ACTS = WeightMethod | AttentionMethod | OverrideMethod
-METHODS = {name: cls for name, cls in methods().items() if issubclass(cls, _ACTS)}
-WEIGHT_METHODS = {name: cls for name, cls in METHODS.items() if issubclass(cls, WeightMethod)}
-
-
-WHOLE = "whole"  #: the profile of hypothesis in which laws have all of their examples, and by default a fifth
+Choices = Mapping[str, Sequence[object]]
+"""For options whose values their type does not tell: which to draw from."""
 _LAWS = settings(
     deadline=None,
     derandomize=True,  # the same examples in every run: a law that fails fails for everybody
@@ -39,10 +34,10 @@ _LAWS = settings(
 )
 
 
-def examples(count: int) -> settings:
-    """So many examples a test in `pytest --hypothesis-profile=whole`."""
-    whole = settings.get_current_profile_name() == WHOLE
-    return settings(_LAWS, max_examples=count if whole else -(-count // 5))
+def examples(count: int, *, shrink: bool = True) -> settings:
+    """So many examples a test, the same in every run; one that fails is made as small as it can be, if asked."""
+    phases = tuple(Phase) if shrink else (Phase.generate,)
+    return settings(_LAWS, max_examples=count, phases=phases)
 
 
 @dataclass(frozen=True)
@@ -59,40 +54,37 @@ class Case:
         return self.spec.inputs(self.batch, self.sequence, self.seed)
 
 
-_INITIALISATIONS = (True, False, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal", "mica")
-
-#: Options whose values their type does not tell, by HF PEFT type.
-CHOICES: Mapping[str, Mapping[str, st.SearchStrategy[object]]] = {
-    "LORA": {
-        "init_lora_weights": st.sampled_from(_INITIALISATIONS),
-        "rank_pattern": st.sampled_from(({}, {"words": 4, "head": 4, r"blocks\.0\.\w+": 4})),
-        "alpha_pattern": st.sampled_from(({}, {"0": 5.0, "o|up|conv": 3.0})),
-    },
-    "ADALORA": {
-        "rank_pattern": st.sampled_from(({}, {f"{path}.lora_E": (True, False) * 6 for path in ("blocks.0", "head")})),
-        "total_step": st.sampled_from((None, 20)),
-        **dict.fromkeys(("beta1", "beta2"), st.sampled_from((0.5, 0.85))),
-    },
-    "IA3": {"feedforward_modules": st.sampled_from((None, (), ".*", ("o", "0", "head")))},
-    "ADAPTION_PROMPT": {"adapter_layers": st.none()},
-    "TRAINABLE_TOKENS": {"token_indices": st.sampled_from(((0, 2), (1,)))},
-}
-
-
-def configs(cls: type[Method]) -> st.SearchStrategy[Method]:
+def configs(cls: type[Method], choices: Choices | None = None) -> st.SearchStrategy[Method]:
     """Methods of a class without a target. They shrink to the one with no options given."""
-    shared = {f.name for f in dataclasses.fields(Method)}
+    shared = _sizes() if issubclass(cls, SequenceMethod) else {f.name for f in dataclasses.fields(Method)}
     hints = typing.get_type_hints(cls)
-    known = CHOICES.get(cls.peft_type, {})
+    known = {name: st.sampled_from(values) for name, values in (choices or {}).items()}
     fields = [f for f in dataclasses.fields(cls) if f.name not in shared and f.init]
     options = {f.name: known.get(f.name, _values(f.name, hints[f.name])) for f in fields}
     drawn = {name: values for name, values in options.items() if values is not None}
-    return st.fixed_dictionaries({}, optional=drawn).map(functools.partial(_configured, cls))
+    needed = {f.name: drawn.pop(f.name) for f in fields if f.name in known and not _starts(cls, f)}
+    return st.fixed_dictionaries(needed, optional=drawn).map(functools.partial(_configured, cls))
+
+
+def _sizes() -> set[str]:
+    """The options of a soft prompt that are read off the model, with those that it has no use for."""
+    return {f.name for f in dataclasses.fields(SequenceMethod)} - {"num_virtual_tokens"}
+
+
+def _starts(cls: type[Method], field: dataclasses.Field[object]) -> bool:
+    """Whether a method can be made without this option."""
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return False
+    try:
+        cls()
+    except PeftfxError as error:
+        return error.where != field.name
+    return True
 
 
 def _configured(cls: type[Method], options: Mapping[str, object]) -> Method:
     try:
-        return cls(**options)
+        return cls.from_options(options)
     except PeftfxError:  # these options contradict each other, and the method says so
         reject()
 
@@ -136,24 +128,51 @@ def acts_at(spec: Spec, method: Method, site: Site) -> bool:
         return site.heads is not None
     if isinstance(method, OverrideMethod):
         return bool(copies_of(captured(spec).model, method, site))
-    placement = Placement(method.at(site), site)
+    own = method.at(site)
+    assert isinstance(own, WeightMethod)
+    rng, model, placement = torch.Generator(), captured(spec).model, Placement(own, site)
     try:
-        placement.method.init(site, placement.base(*site_tensors(captured(spec).model, site)), torch.Generator())
+        placement.init(model, rng, shared_by(Placed(method, (placement,)), model, rng))
     except PeftfxError:
         return False
     return True
 
 
 @st.composite
-def cases(draw: st.DrawFn, cls: type[Method], pool: Sequence[Spec] = POOL, least: int = 1) -> tuple[Case, Method]:
+def cases(
+    draw: st.DrawFn,
+    cls: type[Method],
+    choices: Choices | None = None,
+    pool: Sequence[Spec] = POOL,
+    least: int = 1,
+) -> tuple[Case, Method]:
     """A case, and a method with a target of at least so many places in its model."""
+    if issubclass(cls, SequenceMethod):
+        case, prompt = draw(_calls(PROMPTED)), draw(configs(cls, choices))
+        if not _fits(case.spec, prompt):
+            reject()
+        return case, prompt
     if issubclass(cls, AttentionMethod):
         pool = [spec for spec in pool if repr(spec).count("Attention(") >= least]
-    spec, method = draw(st.sampled_from(pool)), draw(configs(cls))
+    case, method = draw(_calls(pool)), draw(configs(cls, choices))
     saved = draw(st.sampled_from((None, None, ("head",))))
-    found = [place for place in places(spec, method) if saved is None or place != "head"]
+    found = [place for place in places(case.spec, method) if saved is None or place != "head"]
     if len(found) < least:
         reject()
     target = tuple(draw(st.lists(st.sampled_from(found), min_size=least, max_size=4, unique=True)))
-    case = Case(spec, draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(0, 9)))
     return case, dataclasses.replace(method, target=target, modules_to_save=saved)
+
+
+def _fits(spec: Spec, method: Method) -> bool:
+    """Whether a soft prompt has a place in a model."""
+    try:
+        prompt_placement(method, captured(spec).model, captured(spec).graph.sites)  # type: ignore[arg-type]
+    except PeftfxError:
+        return False
+    return True
+
+
+@st.composite
+def _calls(draw: st.DrawFn, pool: Sequence[Spec]) -> Case:
+    spec = draw(st.sampled_from(pool))
+    return Case(spec, draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(0, 9)))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 import torch
-from laws.cases import Case
-from laws.pool import captured
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.method import Method
 from peftfx.model.adapted import AdaptedModel
+from peftfx.testing.cases import Case
+from peftfx.testing.pool import captured
 
 LOOSE = {"float32": 1e-4, "bfloat16": 0.1}  #: largest error by dtype, relative to the largest output
 
@@ -31,6 +33,13 @@ def adapt(case: Case, *rules: Method, training: bool = False, stirred: bool = Tr
     if stirred:
         stir(adapted.adapter("default"), case.seed)
     return adapted
+
+
+def output(adapted: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What a model gives for a call: its one tensor, or the first where a model returns several."""
+    first = pytree.tree_leaves(adapted(**inputs))[0]
+    assert isinstance(first, Tensor)
+    return first
 
 
 @torch.no_grad()

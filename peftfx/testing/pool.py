@@ -6,12 +6,13 @@ import copy
 import functools
 from dataclasses import dataclass
 from random import Random
+from typing import Literal
 
-from laws.blocks import WIDTH, Attention, Block, Branch, Conv, Dense, Mix, Mlp, Norm, Product, Residual, Twice
-from laws.models import Image, Spec, Text
 from torch import nn
 
 from peftfx.graph.graph import BASE, Graph, link
+from peftfx.testing.blocks import WIDTH, Attention, Block, Branch, Conv, Dense, Mix, Mlp, Norm, Product, Residual, Twice
+from peftfx.testing.models import Causal, Dtype, Image, Spec, Text
 from peftfx.views.capture import capture
 
 #: One of each kind of block on its own: what a failing example shrinks to.
@@ -35,6 +36,12 @@ SMALL = (
 )
 
 
+_DTYPES: tuple[Dtype, ...] = ("float32", "float32", "bfloat16")
+_STYLES: tuple[Literal["softmax", "sdpa"], ...] = ("softmax", "sdpa")
+_LAYOUTS: tuple[Literal["apart", "thirds", "heads"], ...] = ("apart", "thirds", "heads")
+_MODES: tuple[Literal["zeros", "reflect"], ...] = ("zeros", "reflect")
+
+
 def random_block(random: Random, depth: int = 1) -> Block:
     """A block of a text model; `depth` is how far blocks may hold blocks."""
     flag = lambda: random.random() < 0.5  # noqa: E731
@@ -49,7 +56,7 @@ def random_block(random: Random, depth: int = 1) -> Block:
         case "mlp":
             return Mlp(random.choice(("none", "beside", "fused")), transposed=flag())
         case "attention":
-            style, layout = random.choice(("softmax", "sdpa")), random.choice(("apart", "thirds", "heads"))
+            style, layout = random.choice(_STYLES), random.choice(_LAYOUTS)
             return Attention(style, layout, flag(), flag(), random.choice((0.0, 0.2)))
         case "residual":
             return Residual(random_block(random, depth - 1), random.choice(("layer", "rms")), random.choice((0.0, 0.2)))
@@ -63,19 +70,22 @@ def random_conv(random: Random) -> Block:
     """A block of an image model."""
     padding = random.choice((0, 1, 2, "same", "valid"))
     stride = 1 if padding == "same" else random.choice((1, 2))
-    mode = random.choice(("zeros", "reflect"))
+    mode = random.choice(_MODES)
     return Conv(stride, padding, random.choice((1, 2)), random.choice((1, 2, 4)), mode, random.random() < 0.5)
 
 
 def random_spec(seed: int) -> Spec:
     """A whole model."""
     random = Random(seed)
-    dtype = random.choice(("float32", "float32", "bfloat16"))
+    dtype: Dtype = random.choice(_DTYPES)
     if random.random() < 0.3:
         return Image((random_conv(random), random_conv(random)), dtype=dtype)
     blocks = tuple(random_block(random) for _ in range(random.choice((2, 3))))
     return Text(blocks, tied=random.random() < 0.5, positions=random.random() < 0.5, dtype=dtype)
 
+
+#: What soft prompts go ahead of: a model of plain torch, and one that keeps keys and values, as prefixes need.
+PROMPTED: tuple[Spec, ...] = (Causal(()), Causal((), layers=2, groups=2))
 
 POOL: tuple[Spec, ...] = tuple(
     sorted({*SMALL, *map(random_spec, range(8))}, key=lambda spec: (len(repr(spec)), repr(spec)))

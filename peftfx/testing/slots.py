@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import torch
-from laws.cases import Case
-from laws.pool import captured
-from laws.setup import adapt, assert_close
-from laws.statements import input_of
 from torch import Tensor
 
 from peftfx.contract.broadcast import along_columns, along_rows
@@ -17,12 +13,16 @@ from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.graph.slots import INNER, OUTER, A, B, Slot, shapes
 from peftfx.model.adapted import AdaptedModel
-from peftfx.passes import Evaluate
+from peftfx.passes.adaptation.evaluate import Evaluate
 from peftfx.passes.rewriting.site_op import bind
 from peftfx.passes.slots.by_row import ByRow
 from peftfx.passes.slots.layer_by_row import BIAS
 from peftfx.passes.slots.open import Open, slots_of, slotted
 from peftfx.sites.site import WEIGHT_KINDS, Site
+from peftfx.testing.cases import Case
+from peftfx.testing.pool import captured
+from peftfx.testing.setup import adapt, assert_close
+from peftfx.testing.statements import input_of
 
 
 @torch.no_grad()
@@ -31,7 +31,8 @@ def slot_fold(case: Case) -> None:
     graph, rng = captured(case.spec).graph, torch.Generator().manual_seed(case.seed)
     nodes = {node.name: node for node in graph.nodes()}
     for site in (site for site in graph.sites if site.kind in WEIGHT_KINDS):
-        stored, bias = (t if t is None else t.double() for t in site_tensors(graph.base, site))
+        stored, bias = site_tensors(graph.base, site)
+        stored, bias = stored.double(), None if bias is None else bias.double()
         given = {what: torch.randn(_sized(shape), generator=rng).double() for what, shape in shapes(site).items()}
         node, x = nodes[site.calls[0].op], input_of(case, site, rng)
         inner = () if site.kind == "embedding" else (given[INNER],)

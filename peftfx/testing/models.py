@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from laws.blocks import CHANNELS, WIDTH, Block
 from torch import Tensor, nn
 
+from peftfx.testing.blocks import CHANNELS, WIDTH, Block
+
 WORDS = 11
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Spec(ABC):
     """The spec of a whole model: its blocks, and the dtype of its parameters."""
 
     blocks: tuple[Block, ...]
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", kw_only=True)
+    dtype: Dtype = field(default="float32", kw_only=True)
 
     @abstractmethod
     def module(self) -> nn.Module:
@@ -93,3 +95,30 @@ class _Image(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(self.blocks(pixels).mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class Causal(Spec):
+    """A LLaMA of transformers': token ids to scores of words, behind the keys and values of a cache."""
+
+    layers: int = 1
+    groups: int = 1
+
+    def module(self) -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            hidden_size=WIDTH,
+            intermediate_size=12,
+            vocab_size=WORDS,
+            max_position_embeddings=64,
+            num_attention_heads=2,
+            num_key_value_heads=2 // self.groups,
+            num_hidden_layers=self.layers,
+            use_cache=False,
+        )
+        return LlamaForCausalLM(config)
+
+    def inputs(self, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
+        ids = torch.randint(WORDS, (batch, sequence), generator=torch.Generator().manual_seed(seed))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -1,0 +1,128 @@
+"""Completeness: what the contract asks of a method, held against the method; what is half done is told by its name.
+
+An error names the method, the member, and what the contract says that this member gives.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from peftfx.errors import PeftfxError, first_line, shown
+
+_CONTRACT = "peftfx.contract."
+_SAID = {
+    "peft_type": 'its name in files and rules, as "ROW_SCALE"',
+    "default_target": 'where it acts if a rule does not say, as "attention.value | mlp.up"',
+    "kinds": "the kinds of sites it acts at: derive from WeightMethod, AttentionMethod, PromptMethod or OverrideMethod",
+}
+_BARE = (AttributeError, KeyError, TypeError, NotImplementedError)  #: what Python raises where code is half done
+
+
+def refuse_incomplete(cls: type) -> None:
+    """Refuse the class of a method that does not have what the contract asks for.
+
+    Raises:
+        PeftfxError: all that it lacks, each with what it must give.
+    """
+    lacking = [f"{name}: {_said(cls, name)}" for name in sorted(getattr(cls, "__abstractmethods__", ()))]
+    lacking += [f"{name}: {text}" for name, text in _SAID.items() if not getattr(cls, name, None)]
+    if lacking:
+        hint = "CONTRIBUTING.md has a whole example"
+        raise PeftfxError(f"{cls.__name__} is no whole method; it lacks\n  " + "\n  ".join(lacking), _home(cls), hint)
+    fields = [name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)]
+    if fields and "__dataclass_params__" not in vars(cls):
+        what = f"{cls.__name__} has options ({', '.join(fields)}) and is no dataclass: they would be passed by"
+        raise PeftfxError(what, _home(cls), "write @dataclass(frozen=True, kw_only=True) above the class")
+
+
+class Frozen(Protocol):
+    """What says which of its tensors are constants: a method."""
+
+    def frozen(self) -> frozenset[str]: ...
+
+
+def refuse_parameters(method: Frozen, where: str, made: object, keys: object = None, member: str = "init") -> None:
+    """Refuse what a member made that is no parameters, or whose trained ones have no key to be saved under.
+
+    Args:
+        made: what it gave.
+        keys: what `keys` gives, where the method has files of its own.
+    """
+    if not isinstance(made, Mapping) or not all(map(_is_parameter, made.items())):
+        raise _gave(type(method), member, where, shown(made))
+    if keys is not None:
+        refuse_keys(method, "keys", where, keys, made.keys())
+
+
+def _is_parameter(item: tuple[object, object]) -> bool:
+    name, value = item
+    return isinstance(name, str) and name.isidentifier() and isinstance(value, Tensor)
+
+
+def refuse_keys(method: Frozen, member: str, where: str, keys: object, names: Collection[str]) -> None:
+    """Refuse keys that leave out what is trained, name what there is not, or give two tensors one key."""
+    cls, frozen = type(method), method.frozen()
+    if not isinstance(keys, Mapping) or not all(isinstance(key, str) for key in keys.values()):
+        raise _gave(cls, member, where, shown(keys))
+    if lost := sorted(set(names) - set(frozen) - set(keys)):
+        what = f"{cls.__name__}.{member} leaves out {', '.join(lost)}, which is trained: files would lose it"
+        raise PeftfxError(what, where, f"give it a key in {member}(), or name it in frozen() if it is a constant")
+    if unknown := sorted(set(keys) - set(names)):
+        what = f"{cls.__name__}.{member} names {', '.join(unknown)}, and there is no such tensor"
+        raise PeftfxError(what, where, f"there are {', '.join(sorted(names)) or 'none'}")
+    if len(set(keys.values())) < len(keys):
+        what = f"{cls.__name__}.{member} gives two tensors one key: {', '.join(sorted(keys.values()))}"
+        raise PeftfxError(what, where, "each tensor needs a key of its own")
+
+
+def refuse_output(method: object, where: str, got: object, like: Tensor) -> None:
+    """Refuse what `forward` gave that is not of the shape and dtype of `y`."""
+    if not isinstance(got, Tensor):
+        raise _gave(type(method), "forward", where, shown(got))
+    if tuple(got.shape) != tuple(like.shape) or got.dtype != like.dtype:
+        given, wanted = (f"{t.dtype}{list(t.shape)}" for t in (got, like))
+        raise _gave(type(method), "forward", where, f"{given} where y is {wanted}")
+
+
+def refuse_fold(method: object, where: str, got: object) -> None:
+    """Refuse what `fold` gave that is no weight and bias."""
+    if not (isinstance(got, tuple) and len(got) == 2 and isinstance(got[0], Tensor)):
+        raise _gave(type(method), "fold", where, shown(got))
+
+
+@contextmanager
+def asking(method: object, member: str, where: str) -> Iterator[None]:
+    """Inside, a bare error of a method's own code is told as one of this member; the bare one is its cause."""
+    try:
+        yield
+    except _BARE as error:
+        cls, what = type(method), f"{type(error).__name__}: {first_line(error)}"
+        raise PeftfxError(f"{cls.__name__}.{member} failed with {what}", where, _must(cls, member)) from error
+
+
+def _gave(cls: type, member: str, where: str, what: str) -> PeftfxError:
+    return PeftfxError(f"{cls.__name__}.{member} gave {what}", where, _must(cls, member))
+
+
+def _must(cls: type, member: str) -> str:
+    return f"{member} must give {_said(cls, member)}"
+
+
+def _said(cls: type, member: str) -> str:
+    """What the contract says that a member gives: the type, and the first line of its documentation."""
+    owners = [c for c in cls.__mro__ if c.__module__.startswith(_CONTRACT) and member in vars(c)]
+    if not owners:
+        return member
+    found = vars(owners[0])[member]
+    function: Any = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+    kind = inspect.get_annotations(function).get("return", "")
+    return f"{kind}: {(inspect.getdoc(function) or '').partition(chr(10))[0]}"
+
+
+def _home(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

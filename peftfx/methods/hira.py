@@ -1,0 +1,114 @@
+"""HiRA: a low-rank matrix times the weight, element by element, is added to it (Huang et al. 2025).
+
+`W + W * (B A)`, with `A` [r, in] and `B` [out, r]. The product is of as high a rank as the weight's: there is no
+low-rank sum to tell. At an embedding the table is [num, dim], and `A` has its rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from peftfx.contract.broadcast import adapter_dtype, row_index
+from peftfx.contract.common.delta import dropped
+from peftfx.contract.common.low_rank import product
+from peftfx.contract.common.patterns import by_path, pattern_of
+from peftfx.contract.method import Base, Method, Op, Params, WeightMethod
+from peftfx.errors import PeftfxError
+from peftfx.sites.blocks import Rows
+from peftfx.sites.site import Site
+
+A, B = "hira_A", "hira_B"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiRA(WeightMethod):
+    """A low-rank factor of each element of linear, conv and embedding weights.
+
+    Args:
+        r: rank.
+        hira_dropout: dropout on the adapter's input in training; embeddings have none, as in HF PEFT.
+        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        init_weights: start as the identity: True (Kaiming A, zero B) or "gaussian"; at random: False.
+        rank_pattern: another `r` for module paths that match a key.
+    """
+
+    r: int = 32
+    hira_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool | Literal["gaussian"] = True
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+
+    peft_type: ClassVar[str] = "HIRA"
+    default_target: ClassVar[str] = "attention.query | attention.value"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
+            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "HiRA(r=32)")
+        if not 0 <= self.hira_dropout < 1:
+            what = f"a probability below 1, not {self.hira_dropout}"
+            raise PeftfxError(what, "hira_dropout", "HiRA(hira_dropout=0.05)")
+
+    @property
+    def neutral(self) -> bool:
+        return self.init_weights is not False
+
+    def at(self, site: Site) -> HiRA:
+        r = int(by_path(self.rank_pattern, "rank_pattern", site.path, self.r))
+        return dataclasses.replace(self, r=r, rank_pattern={})
+
+    def gather(self, methods: Mapping[str, Method]) -> HiRA:
+        return dataclasses.replace(self, rank_pattern=pattern_of(methods, "r", self.r))
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {A: "hira_embedding_A", B: "hira_embedding_B"} if site.kind == "embedding" else {A: A, B: B}
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        if site.groups > 1:
+            raise PeftfxError("HiRA does not act on convs of several groups", site.path, "exclude this module")
+        out, inner = base.weight.shape[:2][:: -1 if site.kind == "embedding" else 1]
+        kernel = base.weight.shape[2:]
+        like = torch.zeros((), dtype=adapter_dtype(base.weight.dtype), device=base.weight.device)
+        p = {A: like.new_zeros(self.r, inner, *kernel), B: like.new_zeros(out, self.r, *(1,) * len(kernel))}
+        if self.init_weights is False:
+            return {name: t.normal_(generator=rng) for name, t in p.items()}
+        if site.kind == "embedding":
+            p[B].normal_(generator=rng)
+        elif self.init_weights == "gaussian":
+            p[A].normal_(std=1 / self.r, generator=rng)
+        else:
+            p[A].uniform_(-1, 1, generator=rng).mul_(p[A][0].numel() ** -0.5)
+        return p
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        delta = self._delta(site, base.weight, p)
+        if site.kind == "embedding":
+            return (y + op(x, delta)).to(y.dtype)
+        return (y + op(dropped(x, self.hira_dropout, training).to(delta.dtype), delta)).to(y.dtype)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        return self.fold_over(site, base, base, p)
+
+    def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
+        """As in `forward`, the factors are those of the base's weight, not of what acts already."""
+        return Base(under.weight + self._delta(site, base.weight, p), under.bias)
+
+    def _delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
+        return weight * product(site, p[A], p[B])
+
+    @torch.no_grad()
+    def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[HiRA, dict[str, Tensor]]:
+        """A stacked, B block-structured, of the sum of the ranks."""
+        some = list(parts.values())
+        ranks = [len(q[A]) for q in some]
+        p = {A: torch.cat([q[A] for q in some]), B: some[0][B].new_zeros(base.weight.shape[0], sum(ranks))}
+        for (rows, q), block in zip(parts.items(), p[B].split(ranks, 1), strict=True):
+            block[row_index(rows)] = q[B]
+        return dataclasses.replace(self, r=sum(ranks)), p

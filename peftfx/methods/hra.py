@@ -1,0 +1,99 @@
+"""HRA: a chain of trained reflections ahead of a linear layer (Yuan et al. 2024, arXiv:2405.17484).
+
+`W H`, with `H` the product of `r` Householder reflections `I - 2 u u^T`; with `apply_GS` the vectors are made
+orthonormal first. `forward` reflects the input: `op(H x, W, b)`. Two equal neighbours undo each other: so a new adapter
+starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.update import Update
+from peftfx.errors import PeftfxError
+from peftfx.sites.site import Site
+
+U = "hra_u"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRA(WeightMethod):
+    """Householder reflections of the input of linear layers, and of the patches that a conv reads.
+
+    Args:
+        r: how many reflections; an even number starts as the identity.
+        apply_GS: make their vectors orthonormal (Gram-Schmidt).
+        bias: which of the base's own biases are trained: none, all, or those of the adapted modules (hra_only).
+        init_weights: start as the identity; otherwise at random.
+    """
+
+    r: int = 8
+    apply_GS: bool = False
+    bias: Literal["none", "all", "hra_only"] = "none"
+    init_weights: bool = True
+
+    peft_type: ClassVar[str] = "HRA"
+    # A reflection of the input is one of all rows: fused projections are adapted as wholes.
+    default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1:
+            raise PeftfxError(f"the number of reflections must be 1 or more, not {self.r}", "r", "HRA(r=8)")
+
+    @property
+    def neutral(self) -> bool:
+        return self.init_weights and self.r % 2 == 0 and not self.apply_GS
+
+    @property
+    def reruns(self) -> bool:
+        return True
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {U: U}
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        if site.groups > 1:
+            raise PeftfxError("HRA does not act on convs of several groups", site.path, "exclude this module")
+        count = self.r // 2 if self.init_weights and self.r % 2 == 0 else self.r
+        half = base.weight.new_empty(base.weight[0].numel(), count, dtype=adapter_dtype(base.weight.dtype))
+        half.uniform_(-1, 1, generator=rng).mul_(count**-0.5)
+        return {U: half.repeat_interleave(self.r // count, 1)}
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        if site.kind == "conv":
+            return op(x.to(p[U].dtype), *self.fold(site, base, p)).to(y.dtype)
+        reflected = x.to(p[U].dtype)
+        for u in reversed(self._vectors(p)):
+            reflected = reflected - 2 * (reflected @ u)[..., None] * u
+        return op(reflected.to(x.dtype), base.weight, base.bias).to(y.dtype)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        weight = base.weight.flatten(1)
+        for u in self._vectors(p):
+            weight = weight - 2 * torch.outer(weight @ u, u)
+        return Base(weight.view(base.weight.shape), base.bias)
+
+    def update(self, site: Site, base: Base, p: Params) -> Update:
+        """`W H - W` is of rank `r`: each reflection adds one column of what is left of the weight, and one vector."""
+        weight, columns, vectors = base.weight.float().flatten(1), [], self._vectors({U: p[U].float()})
+        for u in vectors:
+            columns.append(-2 * (weight @ u))
+            weight = weight + torch.outer(columns[-1], u)
+        return Update(a=torch.stack(vectors).view(-1, *base.weight.shape[1:]), b=torch.stack(columns, 1))
+
+    def _vectors(self, p: Params) -> list[Tensor]:
+        """The unit vectors that are reflected along, in the order in which the weight meets them."""
+        found: list[Tensor] = []
+        for u in p[U].unbind(1):
+            for other in found if self.apply_GS else ():
+                u = u - (other @ u) * other
+            found.append(u / u.norm())
+        return found

@@ -1,0 +1,107 @@
+"""MiSS: one matrix for all shards of a layer's input (Kang and Yin 2024, arXiv:2409.15371).
+
+The input is cut into shards of `r` features, which are summed: `y + sum(shards of dropout(x)) B`, `B` being [r, out].
+So each `r` columns of the weight get `B`; what is told of it where an adapter is put into a graph is of rank `r`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfx.contract.broadcast import adapter_dtype, row_index
+from peftfx.contract.common.delta import dropped
+from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.update import Update
+from peftfx.errors import PeftfxError
+from peftfx.sites.blocks import Rows
+from peftfx.sites.site import Site
+
+BLOCK = "miss_block"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiSS(WeightMethod):
+    """One trained matrix that all shards of the input of a linear layer go through.
+
+    Args:
+        r: features of a shard.
+        miss_dropout: dropout on the adapter's input in training.
+        mini_r: with `init_weights="mini"`, how many outputs the matrix has; they are repeated.
+        bias: which of the base's own biases are trained: none, all, or those of the adapted modules (MiSS_only).
+        init_weights: start as the identity (True), or at random (False); "mini" is a smaller matrix.
+    """
+
+    r: int = 64
+    miss_dropout: float = 0.0
+    mini_r: int = 1
+    bias: Literal["none", "all", "MiSS_only"] = "none"
+    init_weights: bool | Literal["mini"] = True
+
+    peft_type: ClassVar[str] = "MISS"
+    default_target: ClassVar[str] = "attention.query | attention.value"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+
+    def __post_init__(self) -> None:
+        if str(self.init_weights) == "bat":
+            what = "MiSS's bat starts from products with the weight, which is another method"
+            raise PeftfxError(what, "init_weights", "True, False or 'mini'; or merge it with peft")
+        super().__post_init__()
+        if self.r < 1 or self.mini_r < 1:
+            raise PeftfxError("sizes must be 1 or more", "r, mini_r", "MiSS(r=64)")
+        if not 0 <= self.miss_dropout < 1:
+            what = f"a probability below 1, not {self.miss_dropout}"
+            raise PeftfxError(what, "miss_dropout", "MiSS(miss_dropout=0.05)")
+
+    @property
+    def neutral(self) -> bool:
+        return bool(self.init_weights)
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {BLOCK: BLOCK}
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        out, inner = base.weight.shape
+        if self.r > inner:
+            raise PeftfxError(f"shards of {self.r} features of an input of {inner}", site.path, f"r={inner} or less")
+        if self.init_weights == "mini" and out % self.mini_r:
+            raise PeftfxError(f"mini_r={self.mini_r} does not divide {out} outputs", site.path, "mini_r=1")
+        columns = self.mini_r if self.init_weights == "mini" else out
+        block = base.weight.new_zeros(self.r, columns, dtype=adapter_dtype(base.weight.dtype))
+        if not self.init_weights:
+            block.uniform_(-1, 1, generator=rng).mul_(out**-0.5)
+        return {BLOCK: block}
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        block = self._block(base.weight, p)
+        given = dropped(x, self.miss_dropout, training).to(block.dtype)
+        short = -base.weight.shape[1] % self.r
+        shards = (F.pad(given, (0, short)) if short else given).unflatten(-1, (-1, self.r))
+        return (y + shards.sum(-2) @ block).to(y.dtype)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        return Base(self.update(site, base, p).apply(base.weight), base.bias)
+
+    def update(self, site: Site, base: Base, p: Params) -> Update:
+        block, inner = self._block(base.weight, p), base.weight.shape[1]
+        shards = torch.eye(self.r, dtype=block.dtype, device=block.device).repeat(1, -(-inner // self.r))
+        return Update(a=shards[:, :inner], b=block.T)
+
+    def _block(self, weight: Tensor, p: Params) -> Tensor:
+        out, columns = weight.shape[0], p[BLOCK].shape[1]
+        return p[BLOCK] if columns == out else p[BLOCK].repeat(1, out // columns)
+
+    @torch.no_grad()
+    def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[MiSS, dict[str, Tensor]]:
+        """One matrix, 0 at the rows of no part."""
+        if self.init_weights == "mini":
+            return super().whole(site, base, parts)  # type: ignore[return-value]
+        block = next(iter(parts.values()))[BLOCK].new_zeros(self.r, base.weight.shape[0])
+        for rows, p in parts.items():
+            block[:, row_index(rows)] = p[BLOCK]
+        return self, {BLOCK: block}

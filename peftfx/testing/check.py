@@ -1,0 +1,126 @@
+"""check: the laws, and the comparison with HF PEFT, run on one method; what they found, in words."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import peftfx.methods as table
+from peftfx.contract.completeness import refuse_incomplete
+from peftfx.contract.method import Method
+from peftfx.errors import PeftfxError, first_line
+from peftfx.testing.extras import needed
+
+_MOST = 1500  #: characters of what broke a law
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one law.
+
+    Attributes:
+        name: of the law.
+        text: what it says.
+        broken: how it was broken, and by which case; empty where it holds.
+        skipped: why it was not tried; empty where it was.
+    """
+
+    name: str
+    text: str
+    broken: str = ""
+    skipped: str = ""
+
+    def __str__(self) -> str:
+        mark = "broken" if self.broken else "skipped" if self.skipped else "holds"
+        more = "".join(f"\n      {line}" for line in (self.broken or self.skipped).splitlines())
+        return f"  {mark:8}{self.name}: {self.text}{more}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found of a method."""
+
+    method: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def broken(self) -> tuple[Finding, ...]:
+        """The laws that do not hold."""
+        return tuple(finding for finding in self.findings if finding.broken)
+
+    def __str__(self) -> str:
+        count, total = len(self.broken), len(self.findings)
+        head = f"{self.method}: {count} of {total} laws broken" if count else f"{self.method}: all {total} laws hold"
+        return "\n".join([head, *map(str, self.findings)])
+
+
+def check(
+    cls: type[Method],
+    choices: Mapping[str, Sequence[object]] | None = None,
+    *,
+    configs: Sequence[Mapping[str, object]] = ({},),
+    whole: bool = False,
+) -> Report:
+    """Run every law that is about a method, and compare it with HF PEFT's where HF PEFT has its type.
+
+    Args:
+        choices: for options whose values their type does not tell (a string, a dict), those to draw from. Options
+            that are switches, numbers or `Literal` are drawn without.
+        configs: the options that are compared with HF PEFT, one comparison each.
+        whole: on all examples of each law; by default on a simple and a random one.
+
+    Returns:
+        What was found, a line a law when printed.
+
+    Raises:
+        AssertionError: a law is broken; its text is the report.
+        PeftfxError: the class is half done, or hypothesis is not installed.
+    """
+    refuse_incomplete(cls)
+    needed("hypothesis")
+    from peftfx.testing.laws import LAWS
+
+    with known(cls):
+        laws = (law for law in LAWS if law.is_about(cls))
+        findings = [_tried(law.name, law.text, functools.partial(law.hold, cls, choices, whole=whole)) for law in laws]
+        findings += [_compared(cls, options) for options in configs]
+    report = Report(cls.__name__, tuple(findings))
+    if report.broken:
+        raise AssertionError(str(report))
+    return report
+
+
+def _tried(name: str, text: str, run: Callable[[], None]) -> Finding:
+    try:
+        run()
+    except Exception as error:
+        told = str(error) if isinstance(error, PeftfxError) else f"{type(error).__name__}: {first_line(error)}"
+        return Finding(name, text, broken="\n".join([told, *getattr(error, "__notes__", ())])[:_MOST])
+    return Finding(name, text)
+
+
+def _compared(cls: type[Method], options: Mapping[str, object]) -> Finding:
+    shown = f" with {', '.join(f'{k}={v!r}' for k, v in options.items())}" if options else ""
+    name, text = "parity", f"HF PEFT computes the same, and trains by the same gradients, files both ways{shown}."
+    if importlib.util.find_spec("peft") is None:
+        return Finding(name, text, skipped="the package peft is not installed (pip install 'peftfx[testing]')")
+    from peftfx.testing.parity import compare, config_class
+
+    if config_class(cls) is None:
+        return Finding(name, text, skipped=f"HF PEFT has no type {cls.peft_type}, or no weights that it adapts by it")
+    return _tried(name, text, lambda: compare(cls, options))
+
+
+@contextmanager
+def known(cls: type[Method]) -> Iterator[None]:
+    """Inside, the method's type is this class."""
+    before = dict(table._registered)
+    table._registered[cls.peft_type] = cls
+    try:
+        yield
+    finally:
+        table._registered.clear()
+        table._registered.update(before)

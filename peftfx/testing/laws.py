@@ -1,0 +1,95 @@
+"""The laws, by name: what each says, of which methods, and on how many examples."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import given, seed
+from hypothesis import strategies as st
+
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.override import OverrideMethod
+from peftfx.contract.sequence import SequenceMethod
+from peftfx.testing import frame, prompts, slots, statements
+from peftfx.testing.cases import Choices, cases, examples
+from peftfx.testing.pool import POOL
+
+_ACTS = (WeightMethod, AttentionMethod, OverrideMethod)
+_ALL = (*_ACTS, SequenceMethod)
+_QUICK = 2  #: examples by default: hypothesis begins with the simplest case there is, and draws the other
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law of methods.
+
+    Attributes:
+        statement: a function of a case and a method; it raises where the law does not hold.
+        examples: on how many it is tried as a whole.
+        of: the kinds of methods that it is about.
+        least: at how many places the method acts at least.
+        dtypes: of the models.
+    """
+
+    statement: Callable[..., None]
+    examples: int
+    of: tuple[type[Method], ...] = _ACTS
+    least: int = 1
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+    @property
+    def name(self) -> str:
+        """Of its function."""
+        return self.statement.__name__
+
+    @property
+    def text(self) -> str:
+        """What it says."""
+        return (self.statement.__doc__ or "").partition("\n")[0]
+
+    def is_about(self, cls: type[Method]) -> bool:
+        """Whether it is one of this method."""
+        return issubclass(cls, self.of)
+
+    def hold(self, cls: type[Method], choices: Choices | None = None, *, whole: bool = False) -> None:
+        """Try it on random cases of a method, on all of its examples or on a simple and a random one.
+
+        Raises:
+            Exception: what the statement raised, with the case and the method in its notes.
+        """
+        pool = [spec for spec in POOL if spec.dtype in self.dtypes]
+        count = self.examples if whole else _QUICK
+
+        @seed(zlib.crc32(f"{self.name} {cls.peft_type}".encode()))
+        @examples(count, shrink=whole)
+        @given(data=st.data())
+        def held(data: Any) -> None:
+            self.statement(*data.draw(cases(cls, choices, pool, self.least)))
+
+        held()
+
+
+LAWS = (
+    Law(statements.identity, 20),
+    Law(statements.fold, 60, (WeightMethod,)),
+    Law(statements.update, 30, (WeightMethod,)),
+    Law(prompts.saved, 15, (SequenceMethod,)),
+    Law(statements.merge, 30, _ALL),
+    Law(statements.merge_in_place, 12, _ALL),
+    Law(statements.remove, 20, _ALL),
+    Law(statements.remove_one, 12),
+    Law(statements.idempotence, 15, _ALL),
+    Law(statements.commute, 12, least=2),
+    Law(frame.frame, 12),
+    Law(frame.gradients, 15, _ALL),
+    Law(statements.save_and_load, 25, _ALL),
+    Law(statements.sizes, 15, _ALL),
+    Law(statements.roads, 15),
+    Law(slots.slots, 8, (WeightMethod,), dtypes=("float32",)),
+    Law(slots.rows, 8, (WeightMethod,), dtypes=("float32",)),
+    Law(statements.onnx, 6, _ALL, dtypes=("float32",)),
+)

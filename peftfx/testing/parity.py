@@ -1,0 +1,132 @@
+"""Parity: a method against HF PEFT's of the same type, on random adapters: forward, gradients, files both ways.
+
+The oracle is `peft`'s own forward. Of the adapted modules are linear layers with and without a bias, stored both ways
+where `peft` takes both, convs and embeddings: what the method acts on and `peft` adapts.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.contract.method import Method, WeightMethod
+from peftfx.errors import first_line
+from peftfx.model.adapted import AdaptedModel
+from peftfx.model.api import load, transform
+from peftfx.testing.blocks import Conv, Dense, Mlp
+from peftfx.testing.extras import needed
+from peftfx.testing.models import Image, Spec, Text
+from peftfx.testing.setup import assert_close, stir
+
+TOLERANCE = 2e-5  #: relative to the largest value
+_MODELS: tuple[Spec, ...] = (
+    Text((Dense(outer=12), Dense(bias=False, inner=12), Mlp())),
+    Text((Dense(transposed=True, outer=12), Dense(transposed=True, inner=12))),
+    Image((Conv(), Conv(stride=2))),
+)
+_TYPES: Mapping[str, tuple[type[nn.Module], ...]] = {"linear": (nn.Linear,), "conv": (nn.Conv2d,)}
+_SIZES = ((3, 5), (1, 4))
+
+
+def config_class(cls: type[Method]) -> Any:
+    """HF PEFT's config of this type; None where it has none, or the method acts on no weights."""
+    mapping = needed("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING
+    return next(
+        (c for kind, c in mapping.items() if kind.value == cls.peft_type and issubclass(cls, WeightMethod)), None
+    )
+
+
+def compare(cls: type[Method], options: Mapping[str, object], *, gradients: bool = True) -> None:
+    """Hold a method against HF PEFT's, with these options, on each model that both can adapt."""
+    tried = [spec for spec in _MODELS if _compare_on(cls, options, spec, gradients=gradients)]
+    assert tried, "HF PEFT adapts none of the models"
+
+
+def _compare_on(cls: type[Method], options: Mapping[str, object], spec: Spec, *, gradients: bool) -> bool:
+    """Whether HF PEFT adapts this model at all; what differs is raised."""
+    peft, base = needed("peft"), spec.build()
+    targets = _targets(cls, base)
+    if not targets:
+        return False
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            theirs = peft.get_peft_model(copy.deepcopy(base), config_class(cls)(target_modules=targets, **options))
+        except (ValueError, NotImplementedError, TypeError) as error:
+            if spec is _MODELS[0]:
+                raise AssertionError(f"peft refuses these options: {first_line(error)}") from error
+            return False
+        _stir(theirs)
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            ours = load(copy.deepcopy(base), Path(folder), inputs=spec.inputs(2, 3))
+            _same_forward(ours, theirs.eval(), spec, "loaded from peft")
+            if gradients:
+                _same_gradients(ours, theirs, spec)
+        with tempfile.TemporaryDirectory() as folder:
+            made = transform(
+                copy.deepcopy(base),
+                cls.from_options({"target_modules": targets, **options}),
+                seed=3,
+                inputs=spec.inputs(2, 3),
+            )
+            stir(made.adapter("default"), 1)
+            made.save_pretrained(folder)
+            read = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder)
+            _same_forward(made, read.eval(), spec, "loaded by peft")
+    return True
+
+
+def _targets(cls: type[Method], base: nn.Module) -> list[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    types = tuple(t for kind in sorted(cls.kinds) for t in _TYPES.get(kind, ()))
+    types += (Conv1D,) if "linear" in cls.kinds else ()
+    return [path for path, module in base.named_modules() if isinstance(module, types) and path != "head"]
+
+
+@torch.no_grad()
+def _stir(model: nn.Module) -> None:
+    rng = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng).to(parameter.dtype))
+
+
+@torch.no_grad()
+def _same_forward(ours: AdaptedModel, theirs: nn.Module, spec: Spec, what: str) -> None:
+    for seed, (batch, sequence) in enumerate(_SIZES):
+        inputs = spec.inputs(batch, sequence, seed)
+        assert_close(ours.eval()(**inputs), theirs(**inputs), TOLERANCE, what)
+        with ours.disable_adapter():
+            assert not torch.allclose(ours(**inputs), theirs(**inputs), atol=1e-4), "the adapter changes nothing"
+
+
+def _same_gradients(ours: AdaptedModel, theirs: nn.Module, spec: Spec) -> None:
+    """Of each tensor that both train, found by its key in the files."""
+    inputs = spec.inputs(3, 5, 4)
+    for model in (ours, theirs):
+        model(**inputs).square().sum().backward()
+    adapter = ours.adapter("default")
+    trained = {_plain(n): p for n, p in theirs.named_parameters() if p.requires_grad}
+    own = {_plain(n): adapter.get(key) for n, key in adapter.accounts[0].taken.items()}
+    own = {name: t for name, t in own.items() if isinstance(t, nn.Parameter)}
+    assert own.keys() == trained.keys(), f"peft trains others: {sorted(own.keys() ^ trained.keys())[:4]}"
+    for name, mine in own.items():
+        got, want = mine.grad, trained[name].grad
+        assert isinstance(got, Tensor), f"{name} gets no gradient"
+        assert isinstance(want, Tensor), f"{name} gets no gradient in peft"
+        assert_close(got, want, 10 * TOLERANCE, f"the gradient of {name}")
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what only files, or only `peft`'s modules, have around it."""
+    return name.replace(".default", "").removeprefix("base_model.").removeprefix("model.").removesuffix(".weight")

@@ -1,0 +1,31 @@
+"""What a soft prompt must satisfy beside the laws of all methods: what is saved of it is all that it does."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from peftfx.contract.sequence import PROMPT, SequenceMethod
+from peftfx.rules.peft_files import STATE
+from peftfx.testing.cases import Case
+from peftfx.testing.setup import LOOSE, adapt, assert_close, bare, output
+
+
+@torch.no_grad()
+def saved(case: Case, method: SequenceMethod) -> None:
+    """What is saved has the shape that the method says, and the same outputs follow from it alone."""
+    adapted = adapt(case, method)
+    (placement,) = adapted.adapter("default").placements
+    sized, p = placement.method, adapted.adapter("default").params(placement)
+    assert isinstance(sized, SequenceMethod)
+    table = sized.saved(p)
+    assert tuple(table.shape) == tuple(sized.saved_shape()), f"saved {list(table.shape)}, not {sized.saved_shape()}"
+    assert_close(sized.virtual({PROMPT: table}, False), sized.virtual(p, False), 1e-6, "of the saved prompt")
+    with tempfile.TemporaryDirectory() as directory:
+        adapted.save_pretrained(directory)
+        (Path(directory) / STATE).unlink(missing_ok=True)
+        other = bare(case)
+        other.load_adapter(directory, "default")
+    assert_close(output(other, case.inputs()), output(adapted, case.inputs()), LOOSE[case.spec.dtype], "loaded")

@@ -1,0 +1,38 @@
+"""Options of the package's methods whose values their type does not tell, by HF PEFT type: what the laws draw from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hypothesis import settings
+
+from peftfx.testing.cases import Choices
+
+WHOLE = "whole"  #: the profile of hypothesis in which laws have all of their examples
+
+CHOICES: Mapping[str, Choices] = {
+    "LORA": {
+        "init_lora_weights": (True, False, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal", "mica"),
+        "rank_pattern": ({}, {"words": 4, "head": 4, r"blocks\.0\.\w+": 4}),
+        "alpha_pattern": ({}, {"0": 5.0, "o|up|conv": 3.0}),
+    },
+    "ADALORA": {
+        "rank_pattern": ({}, {f"{path}.lora_E": (True, False) * 6 for path in ("blocks.0", "head")}),
+        "total_step": (None, 20),
+        **dict.fromkeys(("beta1", "beta2"), (0.5, 0.85)),
+    },
+    "IA3": {"feedforward_modules": (None, (), ".*", ("o", "0", "head"))},
+    "ADAPTION_PROMPT": {"adapter_layers": (None,)},
+    "TRAINABLE_TOKENS": {"token_indices": ((0, 2), (1,))},
+    "LOHA": {"rank_pattern": ({}, {"words|head": 4}), "alpha_pattern": ({}, {"0": 5.0})},
+    "MISS": {"init_weights": (True, False, "mini")},
+    "FOURIERFT": {"n_frequency": (5, 12), "random_loc_seed": (777, 3), "n_frequency_pattern": ({}, {"head|0": 7})},
+    "C3A": {"block_size": (4, 2, 1), "block_size_pattern": ({}, {"head|0": 1})},
+    "HIRA": {"rank_pattern": ({}, {"words|head": 4})},
+    "PROMPT_TUNING": {"prompt_tuning_init": ("RANDOM", "SAMPLE_VOCAB")},
+}
+
+
+def whole() -> bool:
+    """Whether this run is one of all examples."""
+    return settings.get_current_profile_name() == WHOLE

@@ -1,0 +1,45 @@
+"""Methods against HF PEFT's: forward, gradients and files both ways, at the options that make them differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from peft.tuners.c3a.utils import BlockCircularConvolution
+from peft.tuners.loha.layer import HadaWeightCP
+
+from peftfx.methods import method_named
+from peftfx.testing.parity import compare
+
+CASES: tuple[tuple[str, Mapping[str, object]], ...] = (
+    ("LOHA", {"r": 3, "alpha": 5, "rank_pattern": {"blocks.0": 2}}),
+    ("MISS", {"r": 3}),
+    ("MISS", {"r": 4, "init_weights": "mini"}),
+    ("FOURIERFT", {"n_frequency": 20, "n_frequency_pattern": {"up": 7}}),
+    ("HIRA", {"r": 3}),
+    ("HRA", {"r": 4}),
+    ("HRA", {"r": 3, "apply_GS": True}),
+)
+#: Where the gradients that HF PEFT writes out are not those of its forward; the tests below show it.
+FORWARD = (("LOHA", {"r": 3, "use_effective_conv2d": True}), ("C3A", {"block_size": 4}))
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=lambda value: str(value))
+def test_it_computes_and_trains_as_hf_peft(kind: str, options: Mapping[str, object]) -> None:
+    compare(method_named(kind), options)
+
+
+@pytest.mark.parametrize(("kind", "options"), FORWARD, ids=lambda value: str(value))
+def test_it_computes_as_hf_peft(kind: str, options: Mapping[str, object]) -> None:
+    compare(method_named(kind), options, gradients=False)
+
+
+def test_gradients_that_hf_peft_writes_out_are_not_those_of_its_forward() -> None:
+    rng = torch.Generator().manual_seed(0)
+    new = lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64).requires_grad_()  # noqa: E731
+    cores = [t for _ in range(2) for t in (new(2, 2, 3, 3), new(2, 4), new(2, 5))]
+    assert not torch.autograd.gradcheck(HadaWeightCP.apply, cores, raise_exception=False)
+    assert not torch.autograd.gradcheck(
+        BlockCircularConvolution.apply, (new(3, 8), new(2, 2, 4)), raise_exception=False
+    )
