@@ -157,7 +157,7 @@ def cases(
     case, method = draw(_calls(pool)), draw(configs(cls, choices))
     saved = draw(st.sampled_from((None, None, ("head",))))
     found = [place for place in places(case.spec, method) if saved is None or place != "head"]
-    if len(found) < least:
+    if len(found) < least or method.obstacle is not None:
         reject()
     target = tuple(draw(st.lists(st.sampled_from(found), min_size=least, max_size=4, unique=True)))
     return case, dataclasses.replace(method, target=target, modules_to_save=saved)
