@@ -13,6 +13,7 @@ Keys = tuple[str, ...]
 class _Current(threading.local):
     keys: Keys | None = None  #: None outside of a call
     inner: bool = False  #: whether the forward of torch's own layer has run, within a module that computes more
+    called: bool = False  #: whether the adapted model's own forward has run, in a call whose forward others have set
 
 
 CURRENT = _Current()  #: read by every module that hosts something, each time that it runs
