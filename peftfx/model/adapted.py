@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.contract.sequence import SequenceMethod
+from peftfx.errors import PeftfxError, shown
 from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
 from peftfx.graph.contexts import TRACING
 from peftfx.graph.graph import BASE, Graph
-from peftfx.hosting.call import CURRENT
+from peftfx.hosting.call import CURRENT, acting_by_row
 from peftfx.hosting.host import own_class
 from peftfx.hosting.other_forward import run_other
+from peftfx.hosting.road import NO_ADAPTER
 from peftfx.model.peft_surface import PeftSurface
 from peftfx.sites.sites import Sites
 from peftfx.views.arguments import named_arguments
@@ -40,6 +42,9 @@ class AdaptedModel(PeftSurface):
     methods inside them, or a graph, made when it is first needed, where no module can host what acts: `road` says
     which. Weights are never edited to switch an adapter or a mode. `state_dict` is that of the adapters alone:
     whatever saves a module (`Trainer` too) saves them.
+
+    In eval mode a call takes `adapter_names`, as in HF PEFT: the name of the adapter of each row of the batch,
+    `"__base__"` for none.
     """
 
     @classmethod
@@ -161,6 +166,10 @@ class AdaptedModel(PeftSurface):
 
     def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         CURRENT.called = True
+        names = kwargs.get("adapter_names")
+        kwargs = {key: value for key, value in kwargs.items() if key != "adapter_names"}
+        if names is not None:
+            return self._run_by_row(names, args, kwargs)
         if self.road == "graph":
             return self._run_graph(args, kwargs)
         if not torch.compiler.is_compiling():
@@ -170,6 +179,17 @@ class AdaptedModel(PeftSurface):
         if entry is not None:
             args, kwargs = (), named_arguments(self.base, args, kwargs)
         return self._penalised(self.modules_road.run(self.active, entry, args, kwargs))
+
+    def _run_by_row(self, names: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        """A call in which each row has the adapter of its name."""
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise PeftfxError(f"not a list of names: {shown(names)}", "adapter_names", "give the name of each row's")
+        if self.training:
+            raise PeftfxError("rows have adapters of their own in eval mode", "adapter_names", "call eval() first")
+        for name in set(names) - {NO_ADAPTER}:
+            self.adapter(name)
+        with self.modules_road.acting(()), acting_by_row(self.modules_road.rows(names)):
+            return self.base(*args, **kwargs)
 
     def _penalised(self, output: object) -> object:
         loss, penalties = output.get(LOSS) if isinstance(output, dict) else None, self._penalties()

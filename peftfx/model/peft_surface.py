@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 
 from torch import nn
 
-from peftfx.errors import PeftfxError
+from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.files.hub import upload
+from peftfx.adapters.files.writer import config_and_tensors
+from peftfx.errors import PeftfxError, warn
 from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
 from peftfx.model.by_name import AdaptersByName
+from peftfx.model.peft_status import LayerStatus, ModelStatus, layer_status, model_status
 from peftfx.model.reference import Reference
+
+
+class PeftConfig(SimpleNamespace):
+    """An adapter's config, its fields HF PEFT's; `to_dict` gives them."""
+
+    @classmethod
+    def of(cls, base: nn.Module, adapter: Adapter, trained: bool) -> PeftConfig:
+        """That of an adapter, as its file would have it."""
+        config, _ = config_and_tensors(base, adapter)
+        return cls(**{**config, "inference_mode": not trained})
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether it is a soft prompt, ahead of the text."""
+        return str(self.peft_type) in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+
+    def to_dict(self) -> dict[str, object]:
+        """Its fields."""
+        return dict(vars(self))
 
 
 class PeftSurface(AdaptersByName):
@@ -20,6 +45,16 @@ class PeftSurface(AdaptersByName):
         return self.base
 
     @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The config of each adapter, as `save_pretrained` writes it; `add_adapter` takes one as a rule.
+
+        Raises:
+            PeftfxError: an adapter was made from several rules.
+        """
+        trained = set(self.active)
+        return {name: PeftConfig.of(self.base, self.adapter(name), name in trained) for name in self.names()}
+
+    @property
     def active_adapters(self) -> list[str]:
         """The names of the adapters that act."""
         return list(self.active)
@@ -28,6 +63,72 @@ class PeftSurface(AdaptersByName):
     def active_adapter(self) -> str | list[str]:
         """The name of the adapter that acts; a list where it is not one."""
         return self.active[0] if len(self.active) == 1 else self.active_adapters
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If none is active then, the first that is left becomes active, as in HF PEFT."""
+        self.remove(adapter_name)
+        left = self.names()
+        if left and not self.active:
+            warn(f"no adapter was active without {adapter_name!r}: {left[0]!r} is now")
+            self.set_adapter(left[0])
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Whether these adapters are trained, until `set_adapter` says it anew."""
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            self.adapter(name).requires_grad_(requires_grad)
+
+    def unload(self) -> nn.Module:
+        """Remove all adapters; returns the base as it was before."""
+        return self.remove()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Fold adapters into the base's own weights, remove all, and return the base; see `merge`.
+
+        Args:
+            progressbar: ignored.
+            safe_merge: every merge is safe: nothing is written where a weight would not be finite.
+            adapter_names: those to fold; by default the active ones.
+        """
+        before = self.active
+        try:
+            if adapter_names is not None:
+                self.set_adapter(adapter_names)
+            self.merge()
+        except PeftfxError:
+            self.set_adapter(before)
+            raise
+        return self.remove()
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """The adapters in each module, in HF PEFT's words."""
+        return layer_status(self.base, self._by_name(), self.active)
+
+    def get_model_status(self) -> ModelStatus:
+        """The adapters of the model, in HF PEFT's words."""
+        return model_status(self.base, self._by_name(), self.active, self.get_nb_trainable_parameters())
+
+    def _by_name(self) -> dict[str, Adapter]:
+        return {name: self.adapter(name) for name in self.names()}
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload adapter",
+    ) -> str:
+        """Save the adapters and upload the files to a repository of the Hugging Face Hub; returns its address.
+
+        Raises:
+            PeftfxError: the hub cannot be reached, or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, token, private, revision, commit_message)
 
     def get_input_embeddings(self) -> nn.Module:
         """The base's."""
