@@ -23,11 +23,14 @@ _HOME = {
     "capture": "peftfx.views.capture",
     "export_adapter": "peftfx.export.slots.adapter_export",
     "export_onnx": "peftfx.export.onnx_directory",
+    "get_peft_model_state_dict": "peftfx.model.api",
+    "hotswap_adapter": "peftfx.model.api",
     "inspect": "peftfx.model.api",
     "load": "peftfx.model.api",
     "plan": "peftfx.model.api",
     "register": "peftfx.methods",
     "runtime": "",  # a module
+    "set_peft_model_state_dict": "peftfx.model.api",
     "testing": "",
     "transform": "peftfx.model.api",
 }

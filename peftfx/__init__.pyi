@@ -26,9 +26,12 @@ from peftfx.methods.prompt_tuning import PromptTuning as PromptTuning
 from peftfx.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from peftfx.methods.vera import VeRA as VeRA
 from peftfx.model.adapted import AdaptedModel as AdaptedModel
+from peftfx.model.api import get_peft_model_state_dict as get_peft_model_state_dict
+from peftfx.model.api import hotswap_adapter as hotswap_adapter
 from peftfx.model.api import inspect as inspect
 from peftfx.model.api import load as load
 from peftfx.model.api import plan as plan
+from peftfx.model.api import set_peft_model_state_dict as set_peft_model_state_dict
 from peftfx.model.api import transform as transform
 from peftfx.model.trainer_callbacks import RankAllocation as RankAllocation
 from peftfx.sites.site import Site as Site
@@ -65,11 +68,14 @@ __all__ = [
     "capture",
     "export_adapter",
     "export_onnx",
+    "get_peft_model_state_dict",
+    "hotswap_adapter",
     "inspect",
     "load",
     "plan",
     "register",
     "runtime",
+    "set_peft_model_state_dict",
     "testing",
     "transform",
 ]

@@ -6,13 +6,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 Keys = tuple[str, ...]
 """Adapters, each by the number of its model and its name, in the order in which they act."""
+Rows = tuple[tuple[Keys, Tensor], ...]
+"""The rows of a batch by the adapters that act in them: for each set of these, the numbers of its rows."""
 
 
 class _Current(threading.local):
     keys: Keys | None = None  #: None outside of a call
     inner: bool = False  #: whether the forward of torch's own layer has run, within a module that computes more
+    rows: Rows | None = None  #: in a call of rows with an adapter each: which rows have which; `keys` is empty then
+    called: bool = False  #: whether the adapted model's own forward has run, in a call whose forward others have set
 
 
 CURRENT = _Current()  #: read by every module that hosts something, each time that it runs
@@ -27,3 +33,14 @@ def acting(keys: Keys | None) -> Iterator[None]:
         yield
     finally:
         CURRENT.keys = before
+
+
+@contextmanager
+def acting_by_row(rows: Rows | None) -> Iterator[None]:
+    """Inside, in this thread, each row of a batch has its adapters; None ends that, for what runs some rows alone."""
+    before = CURRENT.rows
+    CURRENT.rows = rows
+    try:
+        yield
+    finally:
+        CURRENT.rows = before

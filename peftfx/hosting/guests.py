@@ -108,6 +108,11 @@ class Hosted(Guests):
         self.copies = {name: table for name, table in self.copies.items() if table}
         return bool(self.weights or self.attentions or self.copies)
 
+    def hosts(self, keys: Keys) -> bool:
+        """Whether one of these adapters acts here."""
+        tables: tuple[Mapping[str, object], ...] = (self.weights, self.attentions, *self.copies.values())
+        return any(key in table for table in tables for key in keys)
+
     def read(self, name: str, own: Tensor) -> Tensor:
         """A tensor of the module, as the adapters that act have it."""
         for key in CURRENT.keys or ():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peftfx.bases.guests import GUESTS
 from peftfx.errors import PeftfxError
+from peftfx.hosting.by_row import run_by_row
 from peftfx.hosting.call import CURRENT
 from peftfx.hosting.checkpointing import refuse_recomputed
 from peftfx.hosting.guests import Attending, Hosted, other_call
@@ -81,6 +82,8 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
         guests = self._modules.get(GUESTS)
         if CURRENT.keys is None:
             refuse_recomputed()
+        if CURRENT.rows is not None and isinstance(guests, Hosted):
+            return run_by_row(self, guests, args, kwargs)
         if not CURRENT.keys or not isinstance(guests, Hosted):
             return own.forward(self, *args, **kwargs)
         attending = guests.attending(CURRENT.keys)

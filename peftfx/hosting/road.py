@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
@@ -14,13 +15,15 @@ from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.bases.guests import GUESTS
 from peftfx.contract.placement import Placement, owner_of
 from peftfx.contract.sequence import SequenceMethod
-from peftfx.hosting.call import Keys, acting
+from peftfx.errors import PeftfxError
+from peftfx.hosting.call import Keys, Rows, acting
 from peftfx.hosting.checkpointing import bind
 from peftfx.hosting.guests import AttentionGuest, Copy, Hosted, WeightGuest
 from peftfx.hosting.host import dress, guests_of, undress
 from peftfx.hosting.seats import AttentionSeat, CopySeat, Seat, Seating, WeightSeat
 from peftfx.views.entry import Entry, forward
 
+NO_ADAPTER = "__base__"  #: the name of none, as in HF PEFT
 _NUMBERS = itertools.count()
 
 
@@ -98,6 +101,25 @@ class ModulesRoad:
                 return self.base(*args, **kwargs)
             entry.check(kwargs)
             return entry(forward, self.base, self._virtual(names, entry), kwargs)
+
+    def rows(self, names: Sequence[str]) -> Rows:
+        """The rows of a batch by adapter, given the name of each row's; `__base__` is none.
+
+        Raises:
+            PeftfxError: one of them does not act in the modules of the base.
+        """
+        for name in dict.fromkeys(names):
+            reason = "" if name == NO_ADAPTER else self.obstacle((name,))
+            if not reason and name in self.prompts:
+                reason = "a soft prompt makes its rows longer than others"
+            if reason:
+                hint = "call the model for the rows of each adapter by themselves"
+                raise PeftfxError(f"no adapter for some rows alone: {reason}", name, hint)
+        found: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            found.setdefault(name, []).append(row)
+        keys = {name: () if name == NO_ADAPTER else self.keys((name,)) for name in found}
+        return tuple((keys[name], torch.tensor(at)) for name, at in found.items())
 
     def _virtual(self, names: Sequence[str], entry: Entry) -> Any:
         """What fills the hole of a soft prompt's entry."""

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.contract.sequence import SequenceMethod
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, shown
 from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
 from peftfx.graph.contexts import TRACING
 from peftfx.graph.graph import BASE, Graph
-from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
+from peftfx.hosting.call import CURRENT, acting_by_row
 from peftfx.hosting.host import own_class
-from peftfx.model.by_name import AdaptersByName
+from peftfx.hosting.other_forward import run_other
+from peftfx.hosting.road import NO_ADAPTER
+from peftfx.model.peft_surface import PeftSurface
 from peftfx.sites.sites import Sites
 from peftfx.views.arguments import named_arguments
 from peftfx.views.entry import Entry
@@ -33,13 +35,16 @@ if TYPE_CHECKING:
 LOSS = "loss"  #: the output that methods add their penalties to
 
 
-class AdaptedModel(AdaptersByName):
+class AdaptedModel(PeftSurface):
     """What `peftfx.transform` returns. Called as the base is, with the same arguments and the same output.
 
     It holds the base (shared, frozen) and the adapters' parameters. A call runs the base's own modules with the
     methods inside them, or a graph, made when it is first needed, where no module can host what acts: `road` says
     which. Weights are never edited to switch an adapter or a mode. `state_dict` is that of the adapters alone:
     whatever saves a module (`Trainer` too) saves them.
+
+    In eval mode a call takes `adapter_names`, as in HF PEFT: the name of the adapter of each row of the batch,
+    `"__base__"` for none.
     """
 
     @classmethod
@@ -75,45 +80,6 @@ class AdaptedModel(AdaptersByName):
     def print_readable(self) -> str:
         """Print the adapted graph as Python code; returns the text."""
         return str(self.graph().module.print_readable())
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, object] | None = None, **options: object
-    ) -> None:
-        """Keep the inputs of the base's layers alone, and compute the rest again in the backward.
-
-        Args:
-            gradient_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`, as `{"use_reentrant": False}`.
-            options: of the base's own `activation_checkpointing_enable`.
-
-        Raises:
-            PeftfxError: the base's layers cannot be checkpointed, or calls run a graph, which keeps its activations.
-        """
-        if self.road == "graph":
-            what = f"a graph keeps its activations, and calls run one: {self.obstacle}"
-            raise PeftfxError(what, "road", 'adapt with road="modules", or train with a smaller batch')
-        checkpoint_base(self.base, gradient_checkpointing_kwargs, options)
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: Mapping[str, object] | None = None, **options: object
-    ) -> None:
-        """The same by transformers' new name: see `gradient_checkpointing_enable`."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
-        stop_checkpointing(self.base)
-
-    def activation_checkpointing_disable(self) -> None:
-        """The same by transformers' new name."""
-        stop_checkpointing(self.base)
-
-    def enable_input_require_grads(self) -> None:
-        """Have what the base embeds require gradients, as checkpoints need that take them through their inputs."""
-        self.base.enable_input_require_grads()  # type: ignore[operator]
-
-    def disable_input_require_grads(self) -> None:
-        """What the base embeds is again what it was."""
-        self.base.disable_input_require_grads()  # type: ignore[operator]
 
     def graph(  # type: ignore[override]
         self,
@@ -191,7 +157,19 @@ class AdaptedModel(AdaptersByName):
     def __reduce__(self) -> tuple[object, ...]:
         return _blank, (own_class(self.base),), self.__getstate__()
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base, with the active adapters; those in modules act in a forward that others set, too."""
+        if "forward" not in vars(self):
+            return super().__call__(*args, **kwargs)
+        call = functools.partial(super().__call__, *args, **kwargs)
+        return run_other(self.modules_road, self.active, call, self._penalised)
+
     def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        CURRENT.called = True
+        names = kwargs.get("adapter_names")
+        kwargs = {key: value for key, value in kwargs.items() if key != "adapter_names"}
+        if names is not None:
+            return self._run_by_row(names, args, kwargs)
         if self.road == "graph":
             return self._run_graph(args, kwargs)
         if not torch.compiler.is_compiling():
@@ -200,7 +178,20 @@ class AdaptedModel(AdaptersByName):
         entry = self.modules_road.entry(self.active)
         if entry is not None:
             args, kwargs = (), named_arguments(self.base, args, kwargs)
-        output = self.modules_road.run(self.active, entry, args, kwargs)
+        return self._penalised(self.modules_road.run(self.active, entry, args, kwargs))
+
+    def _run_by_row(self, names: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        """A call in which each row has the adapter of its name."""
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise PeftfxError(f"not a list of names: {shown(names)}", "adapter_names", "give the name of each row's")
+        if self.training:
+            raise PeftfxError("rows have adapters of their own in eval mode", "adapter_names", "call eval() first")
+        for name in set(names) - {NO_ADAPTER}:
+            self.adapter(name)
+        with self.modules_road.acting(()), acting_by_row(self.modules_road.rows(names)):
+            return self.base(*args, **kwargs)
+
+    def _penalised(self, output: object) -> object:
         loss, penalties = output.get(LOSS) if isinstance(output, dict) else None, self._penalties()
         if loss is not None and penalties:
             output[LOSS] = sum(penalties, loss)  # type: ignore[index]

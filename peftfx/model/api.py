@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
+from peftfx.adapters.files.swap import swap_file, swap_state
+from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, shown
 from peftfx.graph.contexts import evaluating
@@ -92,3 +94,28 @@ def bare(model: nn.Module, inputs: Mapping[str, object] | None = None, road: str
     with evaluating(model):
         adapted.graphs.keep(graph, example)
     return adapted
+
+
+def get_peft_model_state_dict(model: AdaptedModel, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The tensors of an adapter by their names in HF PEFT's file, as `peft.get_peft_model_state_dict` gives them."""
+    return config_and_tensors(model.base, model.adapter(adapter_name))[1]
+
+
+def set_peft_model_state_dict(
+    model: AdaptedModel, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Give an adapter the tensors of such a state, in place.
+
+    Raises:
+        PeftfxError: the state is not of this adapter: keys are missing or unexpected, or of another shape.
+    """
+    swap_state(model.base, model.sites, model.adapter(adapter_name), peft_model_state_dict)
+
+
+def hotswap_adapter(model: AdaptedModel, path: str | Path, adapter_name: str = "default") -> None:
+    """Give an adapter the tensors of a HF PEFT directory, in place: a compiled model is not compiled again.
+
+    Raises:
+        PeftfxError: that adapter differs from this one in places, ranks or options, or is not for this model.
+    """
+    swap_file(model.base, model.sites, model.adapter(adapter_name), Path(path))

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter, shared_key, whole
+from peftfx.adapters.files.model_card import write_card
 from peftfx.adapters.files.names import name_of, override_name
 from peftfx.adapters.files.parameters import as_parameters, naming_parameters, refuse_turned
 from peftfx.adapters.files.prompts import Contents, written_prompt
@@ -44,6 +45,23 @@ def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: P
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
             _write(target, rules)
+            write_card(target, base, adapters[name])
+
+
+def config_and_tensors(base: nn.Module, adapter: Adapter) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The config that HF PEFT has for an adapter, and its tensors by their names in the file.
+
+    Raises:
+        PeftfxError: several rules made it, each of which has a config of its own.
+    """
+    contents = list(_contents(base, adapter).values())
+    if len(contents) != 1:
+        what = f"an adapter of {len(contents)} rules has a config for each"
+        raise PeftfxError(
+            what, "peft_config", "make an adapter of each rule (add_adapter), or save it: save_pretrained"
+        )
+    config, files = contents[0]
+    return config, files[WEIGHTS]
 
 
 def refuse_arguments(safe: bool, state: Mapping[str, Tensor] | None, embeddings: str | bool) -> None:
@@ -62,18 +80,18 @@ def refuse_arguments(safe: bool, state: Mapping[str, Tensor] | None, embeddings:
 def _write(directory: Path, rules: dict[str, Contents]) -> None:
     """Write an adapter: one rule as HF PEFT does, of several each in a folder of its own."""
     if len(rules) == 1:
-        _write_rule(directory, *rules.popitem()[1])
+        write_rule(directory, *rules.popitem()[1])
         (directory / RULES).unlink(missing_ok=True)  # another adapter's, that was here before
         return
     for name, contents in rules.items():
         (directory / name).mkdir(exist_ok=True)
-        _write_rule(directory / name, *contents)
+        write_rule(directory / name, *contents)
     write_file(directory / RULES, functools.partial(_save_json, stamped(RULES, {"rules": list(rules)})))
     for file in (CONFIG, WEIGHTS, STATE):
         (directory / file).unlink(missing_ok=True)
 
 
-def _write_rule(directory: Path, config: dict[str, object], files: dict[str, dict[str, Tensor]]) -> None:
+def write_rule(directory: Path, config: dict[str, object], files: dict[str, dict[str, Tensor]]) -> None:
     for file, tensors in files.items():
         write_file(directory / file, functools.partial(_save_tensors, tensors))
     if STATE not in files:

@@ -1,0 +1,38 @@
+"""The model card of a saved adapter: a README.md, as HF PEFT writes one, where there is none yet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from peftfx.adapters.adapter import Adapter
+from peftfx.files import is_file, write_file
+
+CARD = "README.md"
+
+
+def write_card(directory: Path, base: nn.Module, adapter: Adapter) -> None:
+    """Write a card that says what the adapter is for, for hubs and readers; one that is there stays as it is."""
+    path = directory / CARD
+    if not is_file(path):
+        text = _card(base, adapter)
+        write_file(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def _card(base: nn.Module, adapter: Adapter) -> str:
+    name = adapter.records.get("base_model_name_or_path") or getattr(
+        getattr(base, "config", None), "_name_or_path", None
+    )
+    methods = sorted({rule.peft_type.lower() for rule in adapter.rules})
+    tags = sorted({*methods, *([f"base_model:adapter:{name}"] if name else []), *_given_tags(base)})
+    head = {"base_model": name or None, "library_name": "peft", "tags": tags}
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items() if value is not None]
+    what = f"An adapter ({', '.join(methods)}) for {f'`{name}`' if name else 'a base model'}, in HF PEFT's format."
+    return "\n".join(["---", *lines, "---", "", what, ""])
+
+
+def _given_tags(base: nn.Module) -> list[str]:
+    """What `add_model_tags` noted."""
+    return [str(tag) for tag in getattr(base, "model_tags", None) or ()]

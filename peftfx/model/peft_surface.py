@@ -1,0 +1,189 @@
+"""PeftSurface: what trainers and users of HF PEFT call a model by, with HF PEFT's names and meanings."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+
+from torch import nn
+
+from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.files.hub import upload
+from peftfx.adapters.files.writer import config_and_tensors
+from peftfx.errors import PeftfxError, warn
+from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
+from peftfx.model.by_name import AdaptersByName
+from peftfx.model.peft_status import LayerStatus, ModelStatus, layer_status, model_status
+from peftfx.model.reference import Reference
+
+
+class PeftConfig(SimpleNamespace):
+    """An adapter's config, its fields HF PEFT's; `to_dict` gives them."""
+
+    @classmethod
+    def of(cls, base: nn.Module, adapter: Adapter, trained: bool) -> PeftConfig:
+        """That of an adapter, as its file would have it."""
+        config, _ = config_and_tensors(base, adapter)
+        return cls(**{**config, "inference_mode": not trained})
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether it is a soft prompt, ahead of the text."""
+        return str(self.peft_type) in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+
+    def to_dict(self) -> dict[str, object]:
+        """Its fields."""
+        return dict(vars(self))
+
+
+class PeftSurface(AdaptersByName):
+    """An adapted model by HF PEFT's names. What is named otherwise, or differs: `docs/coming-from-peft.md`."""
+
+    def get_base_model(self) -> nn.Module:
+        """The base, with the adapters' parameters in its modules: called by itself it is without adapters."""
+        return self.base
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The config of each adapter, as `save_pretrained` writes it; `add_adapter` takes one as a rule.
+
+        Raises:
+            PeftfxError: an adapter was made from several rules.
+        """
+        trained = set(self.active)
+        return {name: PeftConfig.of(self.base, self.adapter(name), name in trained) for name in self.names()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters that act."""
+        return list(self.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name of the adapter that acts; a list where it is not one."""
+        return self.active[0] if len(self.active) == 1 else self.active_adapters
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If none is active then, the first that is left becomes active, as in HF PEFT."""
+        self.remove(adapter_name)
+        left = self.names()
+        if left and not self.active:
+            warn(f"no adapter was active without {adapter_name!r}: {left[0]!r} is now")
+            self.set_adapter(left[0])
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Whether these adapters are trained, until `set_adapter` says it anew."""
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            self.adapter(name).requires_grad_(requires_grad)
+
+    def unload(self) -> nn.Module:
+        """Remove all adapters; returns the base as it was before."""
+        return self.remove()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Fold adapters into the base's own weights, remove all, and return the base; see `merge`.
+
+        Args:
+            progressbar: ignored.
+            safe_merge: every merge is safe: nothing is written where a weight would not be finite.
+            adapter_names: those to fold; by default the active ones.
+        """
+        before = self.active
+        try:
+            if adapter_names is not None:
+                self.set_adapter(adapter_names)
+            self.merge()
+        except PeftfxError:
+            self.set_adapter(before)
+            raise
+        return self.remove()
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """The adapters in each module, in HF PEFT's words."""
+        return layer_status(self.base, self._by_name(), self.active)
+
+    def get_model_status(self) -> ModelStatus:
+        """The adapters of the model, in HF PEFT's words."""
+        return model_status(self.base, self._by_name(), self.active, self.get_nb_trainable_parameters())
+
+    def _by_name(self) -> dict[str, Adapter]:
+        return {name: self.adapter(name) for name in self.names()}
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload adapter",
+    ) -> str:
+        """Save the adapters and upload the files to a repository of the Hugging Face Hub; returns its address.
+
+        Raises:
+            PeftfxError: the hub cannot be reached, or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, token, private, revision, commit_message)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's."""
+        return self.base.get_input_embeddings()  # type: ignore[operator, no-any-return]
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The base's: None where it has no head of that kind."""
+        return self.base.get_output_embeddings()  # type: ignore[operator, no-any-return]
+
+    def add_model_tags(self, tags: Sequence[str] | str) -> None:
+        """Note what a model card is to say; see `save_pretrained`."""
+        self.base.add_model_tags(tags)  # type: ignore[operator]
+
+    def reference(self, names: str | Sequence[str] = ()) -> Reference:
+        """The base, or the base with these adapters, as a model of its own over the same tensors.
+
+        For trainers that hold a model against another one: TRL's `DPOTrainer(adapted, adapted.reference())`.
+        """
+        return Reference(self, (names,) if isinstance(names, str) else names)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, object] | None = None, **options: object
+    ) -> None:
+        """Keep the inputs of the base's layers alone, and compute the rest again in the backward.
+
+        Args:
+            gradient_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`, as `{"use_reentrant": False}`.
+            options: of the base's own `activation_checkpointing_enable`.
+
+        Raises:
+            PeftfxError: the base's layers cannot be checkpointed, or calls run a graph, which keeps its activations.
+        """
+        if self.road == "graph":
+            what = f"a graph keeps its activations, and calls run one: {self.obstacle}"
+            raise PeftfxError(what, "road", 'adapt with road="modules", or train with a smaller batch')
+        checkpoint_base(self.base, gradient_checkpointing_kwargs, options)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, object] | None = None, **options: object
+    ) -> None:
+        """The same by transformers' new name: see `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        stop_checkpointing(self.base)
+
+    def activation_checkpointing_disable(self) -> None:
+        """The same by transformers' new name."""
+        stop_checkpointing(self.base)
+
+    def enable_input_require_grads(self) -> None:
+        """Have what the base embeds require gradients, as checkpoints need that take them through their inputs."""
+        self.base.enable_input_require_grads()  # type: ignore[operator]
+
+    def disable_input_require_grads(self) -> None:
+        """What the base embeds is again what it was."""
+        self.base.disable_input_require_grads()  # type: ignore[operator]

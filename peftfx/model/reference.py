@@ -1,0 +1,52 @@
+"""Reference: an adapted model under other adapters, or none, as the model that a trainer holds another one against."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftfx.errors import warn
+from peftfx.hosting.other_forward import run_other
+from peftfx.model.by_name import AdaptersByName
+
+
+class Reference(nn.Module):
+    """A model whose calls are an adapted model's under these adapters, without gradients.
+
+    It has no parameters of its own, and the adapted model is no child of it: modes, devices and optimizers do not reach
+    that from here.
+    """
+
+    def __init__(self, model: AdaptersByName, names: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._held, self._names = (model,), tuple(names)
+        with model.named.acting_as(self._names):
+            pass
+        rates = [getattr(rule, "lora_dropout", 0.0) for name in model.names() for rule in model.adapter(name).rules]
+        if any(rates):
+            what = f"an adapter's own dropout ({max(rates):g}) is no module, and TRL's disable_dropout does not find it"
+            warn(f"{what}: losses have its noise. Adapt with lora_dropout=0.0 to be without it")
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """What the adapted model returns."""
+        model = self._held[0]
+        return type(model).forward(model, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the adapted model under the reference's adapters; in a forward that others set, too."""
+        model, call = self._held[0], functools.partial(super().__call__, *args, **kwargs)
+        with torch.no_grad(), model.named.acting_as(self._names):
+            if "forward" not in vars(self):
+                return call()
+            return run_other(model.modules_road, model.active, call, lambda output: output)
+
+    def __getattr__(self, name: str) -> object:  # type: ignore[override]
+        """Attributes of the adapted model (`config`, `device`, ...)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_held"][0], name)

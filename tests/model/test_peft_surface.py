@@ -1,0 +1,198 @@
+"""HF PEFT's names on an adapted model, each held to `peft`: the same adapters on the same base, asked the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft.utils.hotswap import hotswap_adapter
+from support.adapted import adapt, randomise
+from support.zoo import ZOO
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.errors import PeftfxError, PeftfxWarning
+from peftfx.model.adapted import AdaptedModel
+
+FIRST = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+SECOND = {"r": 2, "target_modules": ["q_proj", "up_proj"]}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two random adapters that `peft` saved, `one` and `two`."""
+    directory = tmp_path_factory.mktemp("adapters")
+    model = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(**FIRST), "one")
+    model.add_adapter("two", peft.LoraConfig(**SECOND))
+    model.base_model.set_adapter(["two"])
+    randomise(model, 3)
+    model.set_adapter("one")
+    randomise(model, 5)
+    model.save_pretrained(str(directory))
+    return directory
+
+
+@pytest.fixture
+def pair(saved: Path) -> tuple[AdaptedModel, peft.PeftModel]:
+    """The first adapter active, the second beside it: ours, and `peft`'s own."""
+    ours = peftfx.load(ZOO["llama"].build(), saved / "one", "one")
+    ours.load_adapter(saved / "two", "two")
+    ours.set_adapter("one")
+    theirs = peft.PeftModel.from_pretrained(ZOO["llama"].build(), str(saved / "one"), "one", is_trainable=True)
+    theirs.load_adapter(str(saved / "two"), "two")
+    return ours.eval(), theirs.eval()
+
+
+def inputs(model: nn.Module, batch: int = 5) -> dict[str, Tensor]:
+    return ZOO["llama"].inputs(batch, 6, model=model)
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_names_states_and_status(pair: tuple[AdaptedModel, peft.PeftModel]) -> None:
+    ours, theirs = pair
+    assert isinstance(ours.get_base_model(), type(theirs.get_base_model()))
+    assert (ours.active_adapter, ours.active_adapters) == (theirs.active_adapter, theirs.active_adapters)
+    assert ours.get_input_embeddings() is ours.base.model.embed_tokens
+    assert ours.get_output_embeddings() is ours.base.lm_head
+    for name, config in theirs.peft_config.items():
+        mine = ours.peft_config[name]
+        assert mine.peft_type == config.peft_type
+        assert (mine.r, set(mine.target_modules), mine.is_prompt_learning) == (config.r, config.target_modules, False)
+        assert mine.inference_mode == (name != "one")
+        want = peft.get_peft_model_state_dict(theirs, adapter_name=name)
+        got = peftfx.get_peft_model_state_dict(ours, name)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    got_layers = {layer.name: dataclasses.asdict(layer) for layer in ours.get_layer_status()}
+    want_layers = {layer.name: dataclasses.asdict(layer) for layer in theirs.get_layer_status()}
+    assert got_layers == want_layers
+    got, want = (dataclasses.asdict(model.get_model_status()) for model in pair)
+    assert {**got, "adapter_model_type": "", "total_params": 0} == {**want, "adapter_model_type": "", "total_params": 0}
+
+
+def test_set_requires_grad_and_delete(pair: tuple[AdaptedModel, peft.PeftModel]) -> None:
+    for model in pair:
+        model.set_requires_grad("one", False)
+        model.set_requires_grad(["two"])
+    assert [m.get_model_status().requires_grad for m in pair] == [{"one": False, "two": True}] * 2
+    ours, theirs = pair
+    with pytest.warns(PeftfxWarning, match="'two' is now"):
+        ours.delete_adapter("one")
+    theirs.delete_adapter("one")
+    assert ours.active_adapters == theirs.active_adapters == ["two"]
+    close(ours(**inputs(ours.base)).logits, theirs(**inputs(ours.base)).logits)
+    with pytest.raises(PeftfxError, match="no adapter named"):
+        ours.delete_adapter("one")
+
+
+def test_each_row_with_its_adapter(pair: tuple[AdaptedModel, peft.PeftModel]) -> None:
+    ours, theirs = pair
+    names = ["two", "__base__", "one", "one", "two"]
+    given = inputs(ours.base)
+    with torch.no_grad():
+        got = ours(**given, adapter_names=names).logits
+        close(got, theirs(**given, adapter_names=names).logits)
+        for row, name in enumerate(names):
+            alone = {key: value[row : row + 1] for key, value in given.items()}
+            ours.set_adapter(() if name == "__base__" else name)
+            close(got[row : row + 1], ours(**alone).logits)
+    with pytest.raises(PeftfxError, match="no adapter named 'three'"):
+        ours(**given, adapter_names=["three"] * 5)
+    with pytest.raises(PeftfxError, match="one tensor of 4 rows"):
+        ours(**given, adapter_names=["one"] * 4)
+    with pytest.raises(PeftfxError, match="eval"):
+        ours.train()(**given, adapter_names=names)
+
+
+def test_each_row_has_its_own_copies_of_modules_and_embeddings() -> None:
+    ours = adapt("llama", peftfx.LoRA(target_modules=["embed_tokens"], modules_to_save=["lm_head"]))
+    given = inputs(ours.eval().base, 3)
+    with torch.no_grad():
+        got = ours(**given, adapter_names=["default", "__base__", "default"]).logits
+        whole = ours(**given).logits
+        with ours.disable_adapter():
+            plain = ours(**given).logits
+    close(got, torch.stack([whole[0], plain[1], whole[2]]))
+    assert not torch.allclose(whole[1], plain[1])
+
+
+@pytest.mark.parametrize("names", [None, ["two"]])
+def test_merge_and_unload(pair: tuple[AdaptedModel, peft.PeftModel], names: list[str] | None) -> None:
+    ours, theirs = (model.merge_and_unload(safe_merge=True, adapter_names=names) for model in pair)
+    assert type(ours) is type(theirs)
+    close(ours(**inputs(ours)).logits, theirs(**inputs(ours)).logits)
+
+
+def test_unload_gives_the_base_back(pair: tuple[AdaptedModel, peft.PeftModel]) -> None:
+    ours, theirs = (model.unload() for model in pair)
+    assert torch.equal(ours(**inputs(ours)).logits, theirs(**inputs(ours)).logits)
+
+
+def test_other_tensors_in_place(pair: tuple[AdaptedModel, peft.PeftModel], tmp_path: Path) -> None:
+    ours, theirs = pair
+    kept = {name: id(t) for name, t in ours.adapter("one").tensors()}
+    state = {name: 1.5 * t for name, t in peftfx.get_peft_model_state_dict(ours, "one").items()}
+    peftfx.set_peft_model_state_dict(ours, state, "one")
+    peft.set_peft_model_state_dict(theirs, state, "one")
+    given = inputs(ours.base)
+    close(ours(**given).logits, theirs(**given).logits)
+    theirs.set_adapter("two")
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".two" in name:
+                parameter.mul_(0.5)
+    theirs.save_pretrained(str(tmp_path), selected_adapters=["two"])
+    peftfx.hotswap_adapter(ours, tmp_path / "two", "two")
+    ours.set_adapter("two")
+    close(ours(**given).logits, theirs(**given).logits)
+    hotswap_adapter(theirs, str(tmp_path / "two"), "two")
+    close(ours(**given).logits, theirs(**given).logits)
+    assert kept == {name: id(t) for name, t in ours.adapter("one").tensors()}
+    with pytest.raises(PeftfxError, match="places, ranks or options differ"):
+        peftfx.hotswap_adapter(ours, tmp_path / "two", "one")
+
+
+def test_a_config_is_a_rule(pair: tuple[AdaptedModel, peft.PeftModel]) -> None:
+    ours, _ = pair
+    ours.add_adapter("three", ours.peft_config["one"])
+    own, other = ours.adapter("one"), ours.adapter("three")
+    assert {n: t.shape for n, t in own.tensors()} == {n: t.shape for n, t in other.tensors()}
+
+
+def test_a_card_is_saved_where_there_is_none(tmp_path: Path) -> None:
+    ours = adapt("llama", peftfx.LoRA())
+    ours.add_model_tags(["sft", 'it\'s "mine"'])
+    ours.base.config._name_or_path = "some/base"
+    ours.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("peft", "some/base")
+    assert card.data.tags == sorted(["base_model:adapter:some/base", "lora", "sft", 'it\'s "mine"'])
+    (tmp_path / "README.md").write_text("mine")
+    ours.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_hub_is_asked_online_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PeftfxError, match="HF_HUB_OFFLINE"):
+        adapt("llama", peftfx.LoRA()).push_to_hub("someone/adapter")
+
+
+def test_what_has_no_answer_is_refused() -> None:
+    model = adapt("llama", [peftfx.LoRA(target="attention"), peftfx.IA3(target="mlp.down")])
+    with pytest.raises(PeftfxError, match="an adapter of 2 rules"):
+        model.peft_config  # noqa: B018
+    prompt = adapt("llama", peftfx.PromptTuning(num_virtual_tokens=3)).eval()
+    with pytest.raises(PeftfxError, match="ahead of the modules"):
+        prompt.get_layer_status()
+    with pytest.raises(PeftfxError, match="soft prompt"):
+        prompt(**inputs(prompt.base, 2), adapter_names=["default", "__base__"])
+    with pytest.raises(PeftfxError, match="soft prompt"):
+        prompt.merge_and_unload()
+    assert prompt.active == ("default",)
