@@ -49,7 +49,7 @@ def adapted(
     p: Params,
     op: Op,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     stored: tuple[Tensor, Tensor | None],
     under: Sequence[tuple[Acting, Params]] = (),
     *,
@@ -61,7 +61,7 @@ def adapted(
         acting: the method.
         p: its parameters.
         op: the site's own operation.
-        x, y: its input and output.
+        x, y: its input and output; no output where the method reads none (`WeightMethod.reruns`).
         stored: its weight and bias, as they are stored.
         under: what acts there already, which the method runs again (`WeightMethod.reruns`).
         training: whether dropout is on.
@@ -76,7 +76,8 @@ def adapted(
 
     run: Op = again if under else op
     if block is None:
-        return acting.method.forward(acting.site, run, x, y, base, p, training)
+        return acting.method.forward(acting.site, run, x, y, base, p, training)  # type: ignore[arg-type]
+    assert y is not None
     rows = acting.method.forward(acting.site, run, x, block.take(y, dim), base, p, training)
     return block.put(y, rows, dim)
 
