@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 GUESTS = "peftfx_adapters"  #: the child of a base's module that holds what acts there
 
@@ -12,13 +13,22 @@ GUESTS = "peftfx_adapters"  #: the child of a base's module that holds what acts
 class Guests(nn.Module):
     """What acts in one module of a base: a child of that module, so that its parameters go where the module goes.
 
-    The base's own `state_dict` is without them: they are saved as the adapters' (`AdaptedModel.state_dict`).
+    The base's own `state_dict` is without them, and its `load_state_dict` misses none of them: they are saved as the
+    adapters' (`AdaptedModel.state_dict`).
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_without_guests)
 
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
         """Nothing: what is given as `destination` stays as it is."""
         given = kwargs.get("destination", args[0] if args else None)
         return given if isinstance(given, dict) else {}
+
+
+def _without_guests(_: nn.Module, keys: _IncompatibleKeys) -> None:
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not is_guest(key)]
 
 
 def is_guest(name: str) -> bool:

@@ -50,7 +50,7 @@ def adapted(
     p: Params,
     op: Op,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     stored: tuple[Tensor, Tensor | None],
     under: Sequence[tuple[Acting, Params]] = (),
     *,
@@ -62,7 +62,7 @@ def adapted(
         acting: the method.
         p: its parameters.
         op: the site's own operation.
-        x, y: its input and output.
+        x, y: its input and output; no output where the method reads none (`WeightMethod.reruns`).
         stored: its weight and bias, as they are stored.
         under: what acts there already, which the method runs again (`WeightMethod.reruns`).
         training: whether dropout is on.
@@ -76,11 +76,13 @@ def adapted(
         return y if block is None else block.take(y, dim)
 
     run: Op = again if under else op
-    own, where = y if block is None else block.take(y, dim), acting.site.role
+    assert block is None or y is not None
+    own, where = y if y is None or block is None else block.take(y, dim), acting.site.role
     with asking(acting.method, "forward", where):
-        rows = acting.method.forward(acting.site, run, x, own, base, p, training)
-    refuse_output(acting.method, where, rows, own)
-    return rows if block is None else block.put(y, rows, dim)
+        rows = acting.method.forward(acting.site, run, x, own, base, p, training)  # type: ignore[arg-type]
+    if own is not None:  # else the method does not read it, and nothing tells what its output is like
+        refuse_output(acting.method, where, rows, own)
+    return rows if y is None or block is None else block.put(y, rows, dim)
 
 
 def overlap(one: Placement, other: Placement) -> bool:

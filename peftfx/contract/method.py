@@ -220,7 +220,10 @@ class WeightMethod(Method):
 
     @property
     def reruns(self) -> bool:
-        """Whether `forward` runs `op` again and passes `y` by: `op` is then with all that acts at the site already."""
+        """Whether `forward` runs `op` again and never reads `y`: `op` is then with all that acts at the site already.
+
+        In a module `y` is not computed then, and is None.
+        """
         return False
 
     def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:

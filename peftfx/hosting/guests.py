@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +32,18 @@ class Parameters:
 
 
 class WeightGuest:
-    """A weight method at a module's output."""
+    """A weight method at a module's output.
+
+    Attributes:
+        alone: whether it reads nothing of that output, which need not be computed then.
+    """
 
     def __init__(self, seat: WeightSeat, adapter: Adapter) -> None:
         self.seat, self.placement, self.acting = seat, seat.placement, Acting.of(seat.placement)
+        self.alone = self.acting.method.reruns and self.acting.block is None
         self.params = Parameters(adapter, adapter.keys(seat.placement))
 
-    def act(self, module: nn.Module, x: Tensor, y: Tensor, before: Sequence[WeightGuest]) -> Tensor:
+    def act(self, module: nn.Module, x: Tensor, y: Tensor | None, before: Sequence[WeightGuest]) -> Tensor:
         """The module's output with what this one does; `before` are those that have acted there."""
         stored = module.weight, None if self.seat.bias is None else getattr(module, self.seat.bias)
         under = [(g.acting, g.params()) for g in before if overlap(g.placement, self.placement)]
@@ -120,16 +125,18 @@ class Hosted(Guests):
             own = own if copy is None else copy.read(own)
         return own
 
-    def weigh(self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], y: object) -> object:
-        """The module's output with all weight methods that act."""
-        before: list[WeightGuest] = []
-        for key in CURRENT.keys or ():
-            for guest in self.weights.get(key, ()):
-                x = _only_tensor(guest.seat.path, args, kwargs)
-                if not isinstance(y, Tensor):
-                    raise other_call(guest.seat.path, f"it returned a {type(y).__name__}")
-                y = guest.act(module, x, y, before)
-                before.append(guest)
+    def weigh(
+        self, own: Callable[..., object], module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> object:
+        """What a module's own forward gives, with all weight methods that act."""
+        found = [guest for key in CURRENT.keys or () for guest in self.weights.get(key, ())]
+        alone = [i for i, guest in enumerate(found) if guest.alone]
+        y = None if alone else own(module, *args, **kwargs)
+        for i in range(alone[-1] if alone else 0, len(found)):
+            path = found[i].seat.path
+            if not (isinstance(y, Tensor) or (y is None and alone)):
+                raise other_call(path, f"it returned a {type(y).__name__}")
+            y = found[i].act(module, _only_tensor(path, args, kwargs), y, found[:i])
         return y
 
     def attending(self, keys: Keys) -> list[AttentionGuest]:

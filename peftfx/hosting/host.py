@@ -91,10 +91,10 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
             with Attending(self, attending) as mode:
                 output = own.forward(self, *args, **kwargs)
             return mode.leaving(output)
+        if layer is None:
+            return guests.weigh(own.forward, self, args, kwargs)
         CURRENT.inner = False
         output = own.forward(self, *args, **kwargs)
-        if layer is None:
-            return guests.weigh(self, args, kwargs, output)
         if not CURRENT.inner:
             raise other_call(own.__name__, f"it passed the forward of {layer.__name__} by")
         return output
@@ -124,9 +124,10 @@ def _within(layer: type[nn.Module]) -> type[nn.Module]:
     """A class that stands before torch's own layer, where a module's forward looks for the layer's."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
-        output = layer.forward(self, *args, **kwargs)
         guests, CURRENT.inner = self._modules.get(GUESTS), True
-        return guests.weigh(self, args, kwargs, output) if isinstance(guests, Hosted) else output
+        if not isinstance(guests, Hosted):
+            return layer.forward(self, *args, **kwargs)
+        return guests.weigh(layer.forward, self, args, kwargs)
 
     return type(layer.__name__, (layer, _Inner), {"forward": forward, "__module__": layer.__module__})
 

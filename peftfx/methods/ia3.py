@@ -86,7 +86,7 @@ class IA3(WeightMethod):
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         scale = along_channels(p[L].flatten(), site)
         if self.feedforward:
-            return op((x * scale).to(x.dtype), base.weight, base.bias).to(y.dtype)
+            return op((x * scale).to(x.dtype), base.weight, base.bias)
         return (y * scale).to(y.dtype)
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:

@@ -7,6 +7,7 @@ fills (`passes/adaptation/insert.py`). Unfilled it is zero. What an entry does i
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -122,10 +123,12 @@ class VirtualTokens(Entry):
         self, call: Call, base: nn.Module, replaced: Callable[[Tensor], Tensor], given: Mapping[str, object]
     ) -> object:
         """Call the base with something else in the place of what it embeds first, which is the text."""
-        calls = 0
+        calls, thread = 0, threading.get_ident()
 
         def replace(module: nn.Module, args: tuple[object, ...], embedded: Tensor) -> Tensor | None:
             nonlocal calls
+            if threading.get_ident() != thread:
+                return None  # another call of the base, in another thread
             calls += 1
             return replaced(embedded) if calls == 1 else None
 

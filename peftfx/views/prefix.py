@@ -54,6 +54,7 @@ class Prefix(Entry):
             raise PeftfxError("the prefix is itself the cache of this call", given, "leave it out")
 
     def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+        _refuse_checkpointing(base)
         given = {name: value for name, value in arguments.items() if name not in self.dropped}
         count, mask, positions = hole.shape[0], given.get(self._masks), given.get(_positions(self.decodes))
         if isinstance(mask, Tensor):
@@ -96,6 +97,15 @@ def cache_shape(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
 
 def _shape(keys: object) -> tuple[int, int] | None:
     return (int(keys.shape[1]), int(keys.shape[3])) if isinstance(keys, Tensor) and keys.ndim == 4 else None
+
+
+def _refuse_checkpointing(base: nn.Module) -> None:
+    """Layers that are checkpointed drop the cache, and would fill it twice if they did not; HF PEFT refuses it too."""
+    checkpointed = (module for module in base.modules() if getattr(module, "gradient_checkpointing", False))
+    if base.training and torch.is_grad_enabled() and next(checkpointed, None) is not None:
+        what = "a prefix does not work with gradient checkpointing: it is a cache, which checkpointed layers drop"
+        hint = "call gradient_checkpointing_disable(), or train another method, as PromptTuning"
+        raise PeftfxError(what, type(base).__name__, hint)
 
 
 def _no_place(base: nn.Module) -> PeftfxError:

@@ -15,10 +15,12 @@ from support.adapted import adapt, both, gradients, our_name
 from support.zoo import ZOO
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import peftfx
 from peftfx.bases.guests import GUESTS
+from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
 from peftfx.model.adapted import AdaptedModel
 
@@ -67,6 +69,35 @@ def test_the_trained_parameters_are_children_of_the_bases_modules(adapted: Adapt
     assert all(name.startswith("adapters.") for name in adapted.state_dict())
 
 
+def test_the_base_is_saved_and_loaded_as_if_it_had_no_guests(adapted: AdaptedModel) -> None:
+    plain = ZOO["llama"].build()
+    assert adapted.base.state_dict().keys() == plain.state_dict().keys()
+    adapted.base.load_state_dict(adapted.base.state_dict(), strict=True)
+    lacking = {name: t for name, t in plain.state_dict().items() if "q_proj" not in name}
+    with pytest.raises(RuntimeError, match="q_proj") as refused:
+        adapted.base.load_state_dict(lacking, strict=True)
+    assert GUESTS not in str(refused.value)
+
+
+def test_what_reads_no_output_has_none_computed() -> None:
+    class Products(TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(
+            self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
+        ) -> object:
+            self.count += func is nn.functional.linear
+            return func(*args, **(kwargs or {}))  # type: ignore[dict-item]
+
+    model, counts = adapt("llama", peftfx.IA3(init_ia3_weights=False)), []
+    for name in ("with", "without"):
+        with Products() as products, torch.no_grad():
+            (model if name == "with" else model.base)(**example(model))
+        counts.append(products.count)
+    assert model.road == "modules"
+    assert counts[0] == counts[1]
+
+
 class TestCheckpointing:
     @pytest.mark.parametrize("options", REENTRANT, ids=str)
     def test_a_step_is_the_same(self, adapted: AdaptedModel, options: dict[str, bool] | None) -> None:
@@ -95,6 +126,14 @@ class TestCheckpointing:
         model.base.forward = lambda *ids, **given: checkpoint(real, *ids, use_reentrant=False, **given)
         with pytest.raises(PeftfxError, match="computed again in the backward"):
             model(**ZOO["custom"].inputs()).sum().backward()
+
+    def test_a_prefix_is_refused_with_it_as_in_peft(self) -> None:
+        model = adapt("llama", peftfx.PrefixTuning(num_virtual_tokens=3))
+        want = model(**example(model)).logits
+        model.gradient_checkpointing_enable()
+        assert torch.equal(model(**example(model)).logits, want)  # evaluated, layers keep the cache
+        with pytest.raises(PeftfxError, match="prefix does not work with gradient checkpointing"):
+            model.train()(**example(model))
 
     def test_on_the_graph_road_it_is_refused(self) -> None:
         with pytest.raises(PeftfxError, match='road="modules"'):
@@ -147,16 +186,23 @@ def test_the_last_adapter_leaves_each_module_as_it_was() -> None:
         assert attributes.keys() == before[path][1].keys()
 
 
-def test_two_models_over_one_base_in_two_threads() -> None:
+@pytest.mark.parametrize("rule", [peftfx.LoRA(init_lora_weights=False), SOFT[0]], ids=lambda rule: type(rule).__name__)
+def test_two_models_over_one_base_in_two_threads(rule: Method) -> None:
     base = ZOO["llama"].build()
-    models = [peftfx.transform(base, peftfx.LoRA(init_lora_weights=False), seed=seed) for seed in (0, 1)]
+    models = [peftfx.transform(base, rule, seed=seed) for seed in (0, 1)]
     inputs = ZOO["llama"].inputs(model=base)
     with torch.no_grad():
         want = [model(**inputs).logits for model in models]
         plain = base(**inputs).logits
     assert not torch.allclose(want[0], want[1])
-    assert not torch.allclose(want[0], plain)
+    assert not torch.allclose(want[0][:, -1], plain[:, -1])
     wrong: list[int] = []
+    both_in = threading.Barrier(2, timeout=20)
+
+    def meet(*_: object) -> None:
+        both_in.wait()
+
+    base.model.embed_tokens.register_forward_pre_hook(meet)
 
     def run(which: int) -> None:
         with torch.no_grad():
