@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
@@ -26,6 +26,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_finish() -> None:
     """What was imported by now lives to the end: no collection of garbage needs to walk through it again."""
+    gc.set_threshold(10_000, 10, 10)  # a capture makes objects by the hundred thousand, and few are in circles
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> Iterator[None]:
+    """After a module its garbage is gone, and what it imported, or captured for all, is not walked through again."""
+    yield
+    gc.collect()
     gc.freeze()
 
 

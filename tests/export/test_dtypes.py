@@ -53,7 +53,8 @@ def test_weights_are_merged_in_float32_and_rounded_once(half: Path, wanted: str,
     }
     for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         a, b = (adapter[f"base_model.model.{path}.lora_{x}.weight"].double() for x in "AB")
-        exact = base[f"{path}.weight"].double() + 1.5 * b @ a
+        weight = base[f"{path}.weight"].double()
+        exact = weight + 1.5 * b @ a
         got = stored[f"{path}.weight"]
         got = got if got.shape == exact.shape and torch.allclose(got, exact, atol=0.1) else got.T
         if dtype == torch.float32:
@@ -62,7 +63,11 @@ def test_weights_are_merged_in_float32_and_rounded_once(half: Path, wanted: str,
         largest, lost = float(exact.abs().max()), float((got - exact).abs().max())
         assert report.rounding[path] == pytest.approx({"max_abs": lost, "max_rel": lost / largest}, rel=1e-2)
         spacing = (exact.abs().clamp_min(torch.finfo(dtype).tiny).log2().floor() - MANTISSA[dtype]).exp2()
-        assert float(((got - exact).abs() / spacing).max()) < 0.51  # rounded twice, it is off by up to 0.75
+        # What float32 itself may be off by, in a sum of four products and two operations more: where terms cancel out,
+        # it is a part of the spacing. Rounded twice, a weight is off by up to 0.75 of that.
+        slack = 6 * torch.finfo(torch.float32).eps / 2 * (weight.abs() + 1.5 * b.abs() @ a.abs())
+        assert bool(((got - exact).abs() <= spacing / 2 + slack).all())
+        assert float((slack / spacing).median()) < 0.01  # so it hides nothing
     assert torch.equal(stored["model.embed_tokens.weight"], base["model.embed_tokens.weight"].to(dtype).double())
     own = {torch.float32: {}}.get(dtype, report.merged)
     assert set(report.rounding) == set(own)

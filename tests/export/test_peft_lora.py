@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -11,12 +12,13 @@ import pytest
 import torch
 from support.few import ALIKE, but_for
 from support.parity import adaptable, check, randomise
-from support.zoo import ZOO
+from support.zoo import ZOO, Captured
 from torch import Tensor, nn
 
 import peftfx
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
+from peftfx.sites.sites import Sites
 
 #: Their layers are of kinds that others here have: convolutions and attentions of vision, a gated text model.
 COSTLY = {"unet", "gemma2"}
@@ -25,9 +27,8 @@ COSTLY = {"unet", "gemma2"}
 LEFT_OUT = {"whisper": ["conv1", "conv2", "embed_positions"]}
 
 
-def adapt(model: nn.Module, directory: Path, **options: object) -> nn.Module:
+def adapt(model: nn.Module, sites: Sites, directory: Path, **options: object) -> nn.Module:
     """`peft` puts LoRA with random values on every linear, conv and embedding that it can; saved to `directory`."""
-    sites = peftfx.inspect(model, inputs=options.pop("inputs", None))
     grouped = {n for n, m in model.named_modules() if getattr(m, "groups", 1) > 1}
     chosen = [s.path for s in sites if s.kind in ("linear", "conv", "embedding") and s.role != "head"]
     # peft takes a module's input for its indices, which is wrong for OPT's positions: it computes them itself.
@@ -40,12 +41,15 @@ def adapt(model: nn.Module, directory: Path, **options: object) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", but_for({*ALIKE, *COSTLY}, (n for n in ZOO if n != "custom")))
-def test_a_lora_of_peft_is_served_as_peft_computes_it(name: str, tmp_path: Path) -> None:
+def test_a_lora_of_peft_is_served_as_peft_computes_it(
+    name: str, captured: Callable[[str], Captured], tmp_path: Path
+) -> None:
     entry = ZOO[name]
     model = entry.build()
     model.save_pretrained(tmp_path / "base")
     base = copy.deepcopy(model)
-    want = adapt(model, tmp_path / "adapter", exclude_modules=LEFT_OUT.get(name))
+    sites = captured(name).graph.sites
+    want = adapt(model, sites, tmp_path / "adapter", exclude_modules=LEFT_OUT.get(name))
     report = export_directory(
         tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=entry.task, view="forward"
     )
@@ -57,12 +61,12 @@ def test_a_lora_of_peft_is_served_as_peft_computes_it(name: str, tmp_path: Path)
     check(entry, want, OnnxModel(tmp_path / "out"), base, base)
 
 
-def test_a_custom_module_goes_the_same_way(tmp_path: Path) -> None:
+def test_a_custom_module_goes_the_same_way(captured: Callable[[str], Captured], tmp_path: Path) -> None:
     entry = ZOO["custom"]
     model = entry.build()
     base = copy.deepcopy(model)
     example = entry.inputs()
-    want = adapt(model, tmp_path / "adapter", inputs=example)
+    want = adapt(model, captured("custom").graph.sites, tmp_path / "adapter")
     adapted = peftfx.load(copy.deepcopy(base), tmp_path / "adapter", inputs=example)
     adapted.export(tmp_path / "out")
     check(entry, want, OnnxModel(tmp_path / "out"), base, base)

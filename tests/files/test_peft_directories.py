@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import peft
@@ -17,6 +17,7 @@ from support.zoo import ZOO
 
 import peftfx
 from peftfx import PeftfxError
+from peftfx.model.adapted import AdaptedModel
 
 TARGETS: Mapping[str, list[str]] = {
     "gpt2": ["c_attn", "c_proj"],
@@ -119,19 +120,20 @@ def test_an_adapted_embedding_crosses_with_its_scale_and_leaves_a_tied_head_alon
     ids=["both", "plain", "dora"],
 )
 def test_a_rule_on_part_of_a_fused_projection_is_saved_as_one_lora_on_the_whole(
-    name: str, options: dict[str, bool], tmp_path: Path
+    name: str, options: dict[str, bool], bare: Callable[[str], AdaptedModel], tmp_path: Path
 ) -> None:
-    base = ZOO[name].build()
-    ours = peftfx.transform(copy.deepcopy(base), peftfx.LoRA(r=3, lora_alpha=5, **options), seed=0)
+    ours = bare(name)
+    ours.add_adapter("default", peftfx.LoRA(r=3, lora_alpha=5, **options), seed=0)
     with torch.no_grad():
         for p in ours.adapters.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-    inputs = ZOO[name].inputs(2, 6, 1, model=base)
+    inputs = ZOO[name].inputs(2, 6, 1, model=ours.base)
     want = first(ours, inputs)
     ours.save_pretrained(tmp_path)
-    same(first(load_peft(copy.deepcopy(base), tmp_path), inputs), want)
+    same(first(load_peft(ZOO[name].build(), tmp_path), inputs), want)
     ours.load_adapter(tmp_path, "again")
     same(first(ours, inputs), want)
+    ours.remove()
 
 
 def test_a_half_precision_base_gets_an_adapter_in_fp32_as_in_peft(tmp_path: Path) -> None:
@@ -153,13 +155,22 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def refused(directory: Path, name: str = "llama") -> str:
-    with pytest.raises(PeftfxError) as caught:
-        peftfx.load(ZOO[name].build(), directory)
-    return str(caught.value)
+Refused = Callable[..., str]
 
 
-def test_all_that_does_not_fit_is_listed_at_once(saved: Path) -> None:
+@pytest.fixture
+def refused(bare: Callable[[str], AdaptedModel]) -> Refused:
+    """`refused(directory)`: why it is no adapter of the zoo's LLaMA, or of another of its models."""
+
+    def message(directory: Path, name: str = "llama") -> str:
+        with pytest.raises(PeftfxError) as caught:
+            bare(name).load_adapter(directory, "default")
+        return str(caught.value)
+
+    return message
+
+
+def test_all_that_does_not_fit_is_listed_at_once(saved: Path, refused: Refused) -> None:
     tensors = load_file(saved / "adapter_model.safetensors")
     stem = "base_model.model.model.layers.0.self_attn"
     del tensors[f"{stem}.q_proj.lora_A.weight"]
@@ -174,24 +185,24 @@ def test_all_that_does_not_fit_is_listed_at_once(saved: Path) -> None:
     assert "[4, 31] in the file, [4, 32] in this model" in message
 
 
-def test_an_adapter_of_another_model_is_refused(saved: Path) -> None:
+def test_an_adapter_of_another_model_is_refused(saved: Path, refused: Refused) -> None:
     assert "does not fit" in refused(saved, "gpt2")
 
 
-def test_a_target_of_the_config_that_has_no_keys_is_missing(saved: Path) -> None:
+def test_a_target_of_the_config_that_has_no_keys_is_missing(saved: Path, refused: Refused) -> None:
     tensors = load_file(saved / "adapter_model.safetensors")
     kept = {k: v for k, v in tensors.items() if "layers.1.self_attn.v_proj" not in k}
     save_file(kept, saved / "adapter_model.safetensors")
     assert "every key of model.layers.1.self_attn.v_proj" in refused(saved)
 
 
-def test_nothing_is_unpickled(saved: Path) -> None:
+def test_nothing_is_unpickled(saved: Path, refused: Refused) -> None:
     torch.save({}, saved / "adapter_model.bin")
     (saved / "adapter_model.safetensors").unlink()
     assert "does not unpickle" in refused(saved)
 
 
-def test_a_truncated_file_is_refused(saved: Path) -> None:
+def test_a_truncated_file_is_refused(saved: Path, refused: Refused) -> None:
     file = saved / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert "truncated or damaged" in refused(saved)
@@ -209,7 +220,9 @@ def test_a_truncated_file_is_refused(saved: Path) -> None:
         ({"r": 0}, "rank must be 1 or more"),
     ],
 )
-def test_an_option_that_would_change_numbers_is_refused(saved: Path, change: dict[str, object], expected: str) -> None:
+def test_an_option_that_would_change_numbers_is_refused(
+    saved: Path, change: dict[str, object], expected: str, refused: Refused
+) -> None:
     file = saved / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     assert expected in refused(saved)

@@ -40,9 +40,11 @@ def theirs_on(base: nn.Module, layers: int = 1) -> nn.Module:
     return made
 
 
-def stirred(base: nn.Module, rules: object = None, **options: object) -> AdaptedModel:
-    """Our model with everything that is trained off its start."""
-    adapted = peftfx.transform(base, rules or LlamaAdapter(adapter_len=COUNT, **options), seed=0).eval()
+def stirred(adapted: AdaptedModel, rules: object = None) -> AdaptedModel:
+    """A model with an adapter by these rules alone, and everything that is trained off its start."""
+    adapted.remove()
+    adapted.add_adapter("default", rules or LlamaAdapter(adapter_len=COUNT), seed=0)
+    adapted.eval()
     with torch.no_grad():
         for seed, p in enumerate(adapted.adapters.parameters()):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
@@ -62,12 +64,13 @@ def close_all(got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: 
 
 
 @pytest.mark.parametrize("name", but_for({"mistral"}, PEFT_HAS))
-def test_the_numbers_and_files_are_pefts(name: str, tmp_path: Path) -> None:
-    base = ZOO[name].build()
+def test_the_numbers_and_files_are_pefts(name: str, bare: Callable[[str], AdaptedModel], tmp_path: Path) -> None:
+    ours, base = bare(name), ZOO[name].build()
     for layers in (1, 2):
         theirs = theirs_on(base, layers)
         theirs.save_pretrained(str(tmp_path / "theirs"))
-        ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs")
+        ours.remove()
+        ours.load_adapter(tmp_path / "theirs", "default")
         ours.save_pretrained(tmp_path / "ours")
         back = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
         mine, given = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("ours", "theirs"))
@@ -79,6 +82,7 @@ def test_the_numbers_and_files_are_pefts(name: str, tmp_path: Path) -> None:
             assert float((want["logits"] - outputs(base, inputs)["logits"]).abs().max()) > 1e-3
             close_all(outputs(ours, inputs), want)
             close_all(outputs(back, inputs), want)
+    ours.remove()
 
 
 @pytest.mark.parametrize("name", but_for({"llama", "mistral"}, PEFT_HAS))
@@ -140,10 +144,9 @@ MORE = (
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
-def test_elsewhere_it_is_the_same_formula(name: str) -> None:
-    base = ZOO[name].build()
-    ours = stirred(base)
-    hand = ByHand(name, ours)
+def test_elsewhere_it_is_the_same_formula(name: str, bare: Callable[[str], AdaptedModel]) -> None:
+    ours = stirred(bare(name))
+    hand, base = ByHand(name, ours), ours.base
     for batch, sequence in ((3, 5), (1, 1)):
         inputs = ZOO[name].inputs(batch, sequence, 4, model=base)
         with hand.hooked():
@@ -151,16 +154,18 @@ def test_elsewhere_it_is_the_same_formula(name: str) -> None:
         close_all(outputs(ours, inputs), want)
         plain = outputs(base, inputs)
         assert any(float((want[key] - plain[key]).abs().max()) > 1e-3 for key in want)
+    ours.remove()
 
 
-def test_a_cross_attention_has_no_place_for_it() -> None:
-    base = ZOO["bart"].build()
-    adapted = peftfx.transform(base, LlamaAdapter())
+def test_a_cross_attention_has_no_place_for_it(bare: Callable[[str], AdaptedModel]) -> None:
+    adapted = bare("bart")
+    adapted.add_adapter("default", LlamaAdapter())
     paths = {p.site.path for p in adapted.adapter("default").placements}
     assert len(paths) == 4
     assert not any("encoder_attn" in path for path in paths)
+    adapted.remove()
     with pytest.raises(PeftfxError, match=r"it is a cross-attention.*model\.decoder\.layers\.0\.encoder_attn"):
-        peftfx.transform(base, LlamaAdapter(target_modules="encoder_attn"))
+        adapted.add_adapter("default", LlamaAdapter(target_modules="encoder_attn"))
 
 
 @pytest.mark.parametrize(
@@ -179,22 +184,23 @@ def test_what_makes_no_sense_is_refused(
         bare("llama").add_adapter("default", rule())
 
 
-def test_it_is_not_merged_into_weights() -> None:
-    adapted = stirred(ZOO["llama"].build(), [LlamaAdapter(), LoRA()])
+def test_it_is_not_merged_into_weights(bare: Callable[[str], AdaptedModel]) -> None:
+    adapted = stirred(bare("llama"), [LlamaAdapter(), LoRA()])
     before = {name: p.clone() for name, p in adapted.base.named_parameters()}
     with pytest.raises(PeftfxError, match="LlamaAdapter adds to an attention has no place in the base's weights"):
         adapted.merge()
     assert all(torch.equal(p, before[name]) for name, p in adapted.base.named_parameters())
+    adapted.remove()
 
 
-def test_it_uses_the_projections_as_they_are_adapted() -> None:
+def test_it_uses_the_projections_as_they_are_adapted(bare: Callable[[str], AdaptedModel]) -> None:
     """As in peft, which calls the modules: a LoRA at keys and values adapts the prompt's too, in any order."""
-    base = ZOO["llama"].build()
-    adapted = stirred(base, [LlamaAdapter(adapter_len=COUNT), LoRA(r=3, target="attention")])
-    adapter, inputs = adapted.adapter("default"), ZOO["llama"].inputs(3, 5, 4, model=base)
-    got = outputs(adapted, inputs)
+    two = stirred(bare("llama"), [LlamaAdapter(adapter_len=COUNT), LoRA(r=3, target="attention")])
+    adapter, inputs = two.adapter("default"), ZOO["llama"].inputs(3, 5, 4, model=two.base)
+    got = outputs(two, inputs)
+    two.remove()
 
-    merged = peftfx.transform(copy.deepcopy(base), LoRA(r=3, target="attention"))
+    merged = peftfx.transform(ZOO["llama"].build(), LoRA(r=3, target="attention"))
     for key, value in merged.adapter("default").named_parameters():
         value.data.copy_(adapter.get(key))
     merged.merge()
@@ -204,9 +210,8 @@ def test_it_uses_the_projections_as_they_are_adapted() -> None:
     close_all(got, outputs(alone, inputs))
 
     names = {"lora": LoRA(r=3, target="attention"), "prompt": LlamaAdapter(adapter_len=COUNT)}
-    two = peftfx.transform(copy.deepcopy(base), names["lora"], adapter_name="lora").eval()
-    two.add_adapter("prompt", names["prompt"])
-    for name in names:
+    for name, rule in names.items():
+        two.add_adapter(name, rule)
         for key, value in two.adapter(name).named_parameters():
             value.data.copy_(adapter.get(key))
     for order in (("lora", "prompt"), ("prompt", "lora")):
@@ -220,6 +225,7 @@ def test_it_uses_the_projections_as_they_are_adapted() -> None:
             assert [len(s.calls) for s in left.sites] == [len(s.calls) for s in two.graph().sites]
         two.set_adapter(order)
         assert Remove()(two.graph()).graph.text() == two.graph(adapted=False).text()
+    two.remove()
 
 
 @pytest.mark.parametrize("order", [("lora", "prompt"), ("prompt", "lora")])
@@ -266,15 +272,15 @@ def test_what_peft_wrote_is_exported_as_peft_computes_it(name: str, tmp_path: Pa
             close_all(served(**inputs), outputs(theirs, inputs), 1e-4)
 
 
-def test_with_lora_it_is_exported_merged_and_apart(tmp_path: Path) -> None:
-    base = ZOO["gpt2"].build()
-    adapted = stirred(base, [LlamaAdapter(adapter_len=COUNT), LoRA(r=3, target="attention | mlp")])
-    inputs = ZOO["gpt2"].inputs(3, 9, 4, model=base)
+def test_with_lora_it_is_exported_merged_and_apart(bare: Callable[[str], AdaptedModel], tmp_path: Path) -> None:
+    adapted = stirred(bare("gpt2"), [LlamaAdapter(adapter_len=COUNT), LoRA(r=3, target="attention | mlp")])
+    inputs = ZOO["gpt2"].inputs(3, 9, 4, model=adapted.base)
     want = outputs(adapted, inputs)
     for merge in (True, False):
         report = adapted.export(tmp_path / str(merge), merge=merge, view="forward")
         assert (bool(report.merged), bool(report.folded)) == (merge, merge)
         close(OnnxModel(tmp_path / str(merge))(**inputs)["logits"], want["logits"], 1e-4)
+    adapted.remove()
 
 
 def test_a_bias_of_the_output_projection_is_added_once() -> None:
@@ -293,8 +299,10 @@ def test_a_bias_of_the_output_projection_is_added_once() -> None:
 
 
 @pytest.mark.parametrize("name", but_for({"gpt2"}, ["llama", "gpt2"]))
-def test_it_generates_as_its_forward_says_and_onnx_runtime_does_too(name: str, tmp_path: Path) -> None:
-    adapted = stirred(ZOO[name].build())
+def test_it_generates_as_its_forward_says_and_onnx_runtime_does_too(
+    name: str, bare: Callable[[str], AdaptedModel], tmp_path: Path
+) -> None:
+    adapted = stirred(bare(name))
     ids = torch.randint(4, 90, (3, 6), generator=torch.Generator().manual_seed(0))
     want = ids
     with torch.no_grad():
@@ -306,6 +314,7 @@ def test_it_generates_as_its_forward_says_and_onnx_runtime_does_too(name: str, t
     assert not adapted(input_ids=ids).logits.allclose(adapted.base(input_ids=ids).logits)
     adapted.export(tmp_path / "out", view="decode")
     assert peftfx.runtime.load(tmp_path / "out").generate(**prompt, **options).equal(want)
+    adapted.remove()
 
 
 def test_a_plan_says_which_attentions_its_options_leave_out() -> None:

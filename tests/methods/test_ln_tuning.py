@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.errors import PeftfxError
 from peftfx.export import OnnxModel
+from peftfx.model import api
+from peftfx.model.adapted import AdaptedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")
 
@@ -24,16 +27,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")
 MODELS = ("qwen3", "gemma", "bert", "t5", "segformer")
 
 
-def norms(model: nn.Module) -> list[str]:
-    return [site.path for site in peftfx.inspect(model) if site.kind == "norm"]
+Bare = Callable[[str], AdaptedModel]
 
 
-def tuned(name: str, target: list[str] | None = None) -> tuple[nn.Module, nn.Module]:
-    """A base, and `peft`'s model on a copy of it, every trained copy off its start."""
-    base = ZOO[name].build()
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LNTuningConfig(target_modules=target or norms(base)))
+def norms(ours: AdaptedModel) -> list[str]:
+    return [site.path for site in ours.sites if site.kind == "norm"]
+
+
+def tuned(name: str, target: list[str], directory: Path) -> nn.Module:
+    """`peft`'s model, every trained copy off its start, and saved."""
+    theirs = peft.get_peft_model(ZOO[name].build(), peft.LNTuningConfig(target_modules=target))
     randomise(theirs)
-    return base, theirs.eval()
+    theirs.save_pretrained(str(directory))
+    return theirs.eval()
 
 
 def call(name: str, base: nn.Module, batch: int, sequence: int) -> dict[str, Tensor]:
@@ -41,10 +47,10 @@ def call(name: str, base: nn.Module, batch: int, sequence: int) -> dict[str, Ten
 
 
 @pytest.mark.parametrize("name", but_for({"t5", "qwen3"}, MODELS))
-def test_an_adapter_of_peft_computes_the_same_and_goes_back(name: str, tmp_path: Path) -> None:
-    base, theirs = tuned(name)
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    ours = peftfx.load(base, tmp_path / "theirs")
+def test_an_adapter_of_peft_computes_the_same_and_goes_back(name: str, bare: Bare, tmp_path: Path) -> None:
+    ours, base = bare(name), ZOO[name].build()
+    theirs = tuned(name, norms(ours), tmp_path / "theirs")
+    ours.load_adapter(tmp_path / "theirs", "default")
     ours.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
     for batch, sequence in ((1, 1), (3, 7)):
@@ -54,43 +60,49 @@ def test_an_adapter_of_peft_computes_the_same_and_goes_back(name: str, tmp_path:
         want = outputs(theirs, given)
         assert farthest(outputs(ours, given), want, given) <= 1e-5
         assert farthest(outputs(again, given), want, given) <= 1e-5
+    ours.remove()
 
 
 @pytest.mark.parametrize("name", ["gemma", "segformer"])
 def test_merged_it_is_the_module_with_the_copies_in_place(name: str, tmp_path: Path) -> None:
-    base, theirs = tuned(name)
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    ours = peftfx.load(base, tmp_path / "theirs")
+    base = ZOO[name].build()
+    ours = api.bare(base)
+    copied = norms(ours)
+    theirs = tuned(name, copied, tmp_path / "theirs")
+    ours.load_adapter(tmp_path / "theirs", "default")
     report = ours.export(tmp_path / "onnx", view="forward")
     given = call(name, base, 2, 5)
     want = outputs(theirs, given)
     served = {key.removesuffix(".output"): value for key, value in OnnxModel(tmp_path / "onnx")(**given).items()}
     assert farthest(served, want, given) <= 1e-4
-    assert report.merged == sorted(norms(base))  # type: ignore[attr-defined]
-    assert sorted(ours.merge().sites) == sorted(norms(base))
+    assert report.merged == sorted(copied)  # type: ignore[attr-defined]
+    assert sorted(ours.merge().sites) == sorted(copied)
     assert farthest(outputs(ours.remove(), given), want, given) <= 1e-6
 
 
-def test_any_module_is_copied_if_it_is_named_as_in_peft(tmp_path: Path) -> None:
-    base, theirs = tuned("llama", ["input_layernorm", "embed_tokens", "up_proj"])
-    theirs.save_pretrained(str(tmp_path))
-    ours = peftfx.load(base, tmp_path)
-    given = call("llama", base, 2, 5)
+def test_any_module_is_copied_if_it_is_named_as_in_peft(bare: Bare, tmp_path: Path) -> None:
+    ours, theirs = bare("llama"), tuned("llama", ["input_layernorm", "embed_tokens", "up_proj"], tmp_path)
+    ours.load_adapter(tmp_path, "default")
+    given = call("llama", ours.base, 2, 5)
     assert farthest(outputs(ours, given), outputs(theirs, given), given) <= 1e-5
     assert {p.site.role for p in ours.adapter("default").placements} == {"norm", "embedding.token", "mlp.up"}
+    ours.remove()
 
 
-def test_by_default_it_is_every_norm_and_nothing_else() -> None:
-    model = ZOO["llama"].build()
-    adapted = peftfx.transform(model, "ln_tuning")
-    size = sum(model.get_submodule(path).weight.numel() for path in norms(model))  # type: ignore[misc]
+def test_by_default_it_is_every_norm_and_nothing_else(bare: Bare) -> None:
+    adapted = bare("llama")
+    adapted.add_adapter("default", "ln_tuning")
+    size = sum(adapted.base.get_submodule(path).weight.numel() for path in norms(adapted))  # type: ignore[misc]
     assert adapted.get_nb_trainable_parameters()[0] == size
+    adapted.remove()
     assert peftfx.plan(ZOO["llama"].build(), "ln_tuning").parameters == size
 
 
-def test_layers_are_named_for_peft_which_has_no_option_for_them(tmp_path: Path) -> None:
-    rule = peftfx.LNTuning(target_modules=["input_layernorm"], layers_to_transform=1)
-    peftfx.transform(ZOO["llama"].build(), rule).save_pretrained(tmp_path)
+def test_layers_are_named_for_peft_which_has_no_option_for_them(bare: Bare, tmp_path: Path) -> None:
+    ours = bare("llama")
+    ours.add_adapter("default", peftfx.LNTuning(target_modules=["input_layernorm"], layers_to_transform=1))
+    ours.save_pretrained(tmp_path)
+    ours.remove()
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["model.layers.1.input_layernorm"]
     assert "layers_to_transform" not in config
@@ -132,9 +144,9 @@ def test_a_norm_that_has_no_module_is_its_parameters(tmp_path: Path) -> None:
     assert {name for name, _ in again.named_parameters()} == {"saved.gain.weight", "saved.shift.weight"}
 
 
-def test_rows_of_a_fused_weight_cannot_be_copied_apart() -> None:
+def test_rows_of_a_fused_weight_cannot_be_copied_apart(bare: Bare) -> None:
     with pytest.raises(PeftfxError, match=r"attention\.query is rows of one"):
-        peftfx.transform(ZOO["gpt2"].build(), peftfx.LNTuning(target="attention.query"))
+        bare("gpt2").add_adapter("default", peftfx.LNTuning(target="attention.query"))
 
 
 def test_lora_beside_it_is_merged_into_the_copy() -> None:

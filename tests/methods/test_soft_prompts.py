@@ -26,6 +26,7 @@ from support.soft_cases import (
     inputs_of,
     of,
     on,
+    shared,
     task,
     trained,
 )
@@ -57,7 +58,7 @@ QUICK = {
 )
 def test_the_forward_is_pefts(soft: Soft, name: str) -> None:
     theirs = soft.theirs(name)
-    ours = soft.ours(theirs)
+    ours = soft.ours(theirs, shared(name))
     for batch, sequence in ((3, 5), (1, 6)):
         inputs = inputs_of(name, batch, sequence)
         close_all(outputs(ours, inputs), outputs(theirs, inputs))
@@ -110,7 +111,9 @@ def test_files_cross_in_both_directions(soft: Soft, name: str, tmp_path: Path) -
     theirs.save_pretrained(str(tmp_path / "theirs"))
     inputs = inputs_of(name, 3, 5)
     want = outputs(theirs, inputs)
-    ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs")
+    ours = shared(name)
+    ours.remove()
+    ours.load_adapter(tmp_path / "theirs", "default")
     close_all(outputs(ours, inputs), want)
     ours.save_pretrained(tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
@@ -125,7 +128,7 @@ def test_an_encoder_is_kept_beside_the_prompt_that_peft_reads(soft: Soft, name: 
     theirs = soft.theirs(name)
     base, inputs = bare(theirs), inputs_of(name, 3, 5)
     want = outputs(theirs, inputs)
-    ours = soft.ours(theirs)
+    ours = soft.ours(theirs, shared(name))
     ours.save_pretrained(tmp_path)
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
     close_all(outputs(back, inputs), want)
@@ -135,9 +138,10 @@ def test_an_encoder_is_kept_beside_the_prompt_that_peft_reads(soft: Soft, name: 
 
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file({k: 2 * t for k, t in tensors.items()}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
-    moved = peftfx.load(copy.deepcopy(base), tmp_path)  # the prompt is no longer the encoder's
-    assert list(dict(moved.adapter("default").named_parameters())) == [f"sequence.{PROMPT}"]
-    moved.save_pretrained(tmp_path)
+    ours.remove()
+    ours.load_adapter(tmp_path, "default")  # the prompt is no longer the encoder's
+    assert list(dict(ours.adapter("default").named_parameters())) == [f"sequence.{PROMPT}"]
+    ours.save_pretrained(tmp_path)
     assert not (tmp_path / STATE).exists()
 
 
@@ -206,10 +210,11 @@ def test_adapters_are_switched_and_removed(soft: Soft) -> None:
         for p in theirs[1].prompt_encoder.parameters():
             p.mul_(1.5)
     inputs = ZOO["gpt2"].inputs(3, 5, 4, model=bare(theirs[0]))
-    ours = soft.ours(theirs[0])
+    other = soft.ours(theirs[1]).adapter("default")
+    ours = soft.ours(theirs[0], shared("gpt2"))
     base = outputs(bare(theirs[0]), inputs)
     ours.add_adapter("second", soft.method(num_virtual_tokens=COUNT, **soft.options))
-    for key, value in soft.ours(theirs[1]).adapter("default").named_parameters():
+    for key, value in other.named_parameters():
         ours.adapter("second").get(key).data.copy_(value)
     close_all(outputs(ours, inputs), outputs(theirs[1], inputs))
     ours.set_adapter("default")
@@ -228,7 +233,7 @@ def test_adapters_are_switched_and_removed(soft: Soft) -> None:
 
 @on("gpt2", kinds=("prompt", "projected"), slow=("t5",))
 def test_removing_a_prompt_leaves_the_program_that_it_was_put_into(soft: Soft, name: str) -> None:
-    ours = soft.ours(soft.theirs(name))
+    ours = soft.ours(soft.theirs(name), shared(name))
     inputs = inputs_of(name, 3, 5)
     empty = ours.graphs.captured(inputs, ours.entry())
     assert Remove()(ours.graph(inputs)).graph.text() == empty.text()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import peft
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.errors import PeftfxError
 from peftfx.export import OnnxModel
+from peftfx.model import api
+from peftfx.model.adapted import AdaptedModel
 
 ROWS = [1, 5, 40]
 ALONE = peft.TrainableTokensConfig(token_indices=ROWS)
@@ -25,7 +27,7 @@ SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "n
 
 def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    config = hf.LlamaConfig(vocab_size=64, num_hidden_layers=2, tie_word_embeddings=tied, **SIZE)
+    config = hf.LlamaConfig(vocab_size=64, num_hidden_layers=1, tie_word_embeddings=tied, **SIZE)
     return hf.LlamaForCausalLM(config).eval().to(dtype)
 
 
@@ -58,10 +60,12 @@ def call(rows: Sequence[int] = ROWS, batch: int = 2) -> dict[str, Tensor]:
         ("llama", beside("q_proj", {"embed_tokens": ROWS, "lm_head": [2]})),
     ],
 )
-def test_what_peft_trained_computes_the_same_and_goes_back(name: str, config: peft.PeftConfig, tmp_path: Path) -> None:
-    base = ZOO[name].build()
+def test_what_peft_trained_computes_the_same_and_goes_back(
+    name: str, config: peft.PeftConfig, bare: Callable[[str], AdaptedModel], tmp_path: Path
+) -> None:
+    ours, base = bare(name), ZOO[name].build()
     theirs = trained(base, config, tmp_path / "theirs")
-    ours = peftfx.load(base, tmp_path / "theirs")
+    ours.load_adapter(tmp_path / "theirs", "default")
     ours.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
     given = ZOO[name].inputs(3, 7, 5, model=base)
@@ -71,6 +75,7 @@ def test_what_peft_trained_computes_the_same_and_goes_back(name: str, config: pe
     assert farthest(outputs(again, given), want, given) <= 1e-5
     assert farthest(outputs(base, given), want, given) > 1e-3
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    ours.remove()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -109,9 +114,21 @@ def test_ten_steps_give_pefts_rows() -> None:
     assert all(p.equal(before[name]) for name, p in base.named_parameters())
 
 
-def test_two_adapters_have_rows_of_their_own_and_leave_none_behind() -> None:
-    base = llama(tied=True)
-    adapted = peftfx.transform(base, peftfx.TrainableTokens(token_indices=[1, 5]), adapter_name="first")
+@pytest.fixture(scope="module")
+def _tied() -> AdaptedModel:
+    return api.bare(llama(tied=True))
+
+
+@pytest.fixture
+def tied(_tied: AdaptedModel) -> Iterator[AdaptedModel]:
+    """`llama(tied=True)` captured once, without adapters."""
+    yield _tied
+    _tied.remove()
+
+
+def test_two_adapters_have_rows_of_their_own_and_leave_none_behind(tied: AdaptedModel) -> None:
+    adapted, base = tied, tied.base
+    adapted.add_adapter("first", peftfx.TrainableTokens(token_indices=[1, 5]))
     adapted.add_adapter("second", peftfx.LoRA(target="attention.query", trainable_token_indices=[7]))
     adapted.add_adapter("third", peftfx.TrainableTokens(token_indices=[5]))
     for name in adapted.names():
@@ -157,9 +174,14 @@ def test_in_bfloat16_rows_are_rounded_to_the_base_as_in_peft(tmp_path: Path) -> 
         (lambda: peftfx.LoRA(trainable_token_indices=[3], target="head"), "rows of this weight are trained"),
     ],
 )
-def test_what_cannot_be_is_refused(rule: object, what: str) -> None:
+def test_what_cannot_be_is_refused(rule: Callable[[], object], what: str, tied: AdaptedModel) -> None:
     with pytest.raises(PeftfxError, match=what):
-        peftfx.transform(llama(tied=True), rule())(**call())  # type: ignore[operator]
+        _called(tied, rule())
+
+
+def _called(model: AdaptedModel, rule: object) -> None:
+    model.add_adapter("default", rule)
+    model(**call())
 
 
 def test_a_graph_for_many_adapters_says_that_it_has_no_place(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.errors import PeftfxError
 from peftfx.export import OnnxModel
+from peftfx.model.adapted import AdaptedModel
 
 #: Linear layers of several sizes, and GPT-2's, stored [in, out] and fused.
 TARGETS = {
@@ -39,11 +41,12 @@ def adapted(name: str, **options: object) -> tuple[nn.Module, nn.Module]:
     ("name", "options"), [*((name, {}) for name in TARGETS), ("bert", {"bias": "vera_only"}), ("bert", {"bias": "all"})]
 )
 def test_an_adapter_of_peft_computes_the_same_and_goes_back(
-    name: str, options: dict[str, object], tmp_path: Path
+    name: str, options: dict[str, object], bare: Callable[[str], AdaptedModel], tmp_path: Path
 ) -> None:
     base, theirs = adapted(name, **options)
     theirs.save_pretrained(str(tmp_path / "theirs"))
-    ours = peftfx.load(base, tmp_path / "theirs")
+    ours = bare(name)
+    ours.load_adapter(tmp_path / "theirs", "default")
     ours.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
     for batch, sequence in ((1, 1), (3, 7)):
@@ -51,6 +54,7 @@ def test_an_adapter_of_peft_computes_the_same_and_goes_back(
         want = outputs(theirs, given)
         assert farthest(outputs(ours, given), want, given) <= 1e-5
         assert farthest(outputs(again, given), want, given) <= 1e-5
+    ours.remove()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,11 +70,14 @@ def test_the_pair_is_drawn_as_peft_draws_it(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Specified to not")
-def test_a_pair_that_is_not_saved_is_drawn_again(tmp_path: Path) -> None:
+def test_a_pair_that_is_not_saved_is_drawn_again(bare: Callable[[str], AdaptedModel], tmp_path: Path) -> None:
     base, theirs = adapted("bert", save_projection=False)
     theirs.save_pretrained(str(tmp_path))
     given = ZOO["bert"].inputs(2, 5, 1, model=base)
-    assert farthest(outputs(peftfx.load(base, tmp_path), given), outputs(theirs, given), given) <= 1e-5
+    ours = bare("bert")
+    ours.load_adapter(tmp_path, "default")
+    assert farthest(outputs(ours, given), outputs(theirs, given), given) <= 1e-5
+    ours.remove()
 
 
 class Idle(nn.Module):
@@ -119,22 +126,28 @@ def test_the_graph_and_its_export_have_the_pair_once(tmp_path: Path) -> None:
     assert farthest(outputs(ours.remove(), given), want, given) <= 1e-5
 
 
-def test_by_default_fused_projections_are_adapted_whole(tmp_path: Path) -> None:
-    adapted = peftfx.transform(ZOO["gpt2"].build(), "vera(r=4)")
+def test_by_default_fused_projections_are_adapted_whole(bare: Callable[[str], AdaptedModel], tmp_path: Path) -> None:
+    adapted = bare("gpt2")
+    adapted.add_adapter("default", "vera(r=4)")
     assert {p.part for p in adapted.adapter("default").placements} == {None}
     adapted.remove()
     adapted.add_adapter("rows", peftfx.VeRA(r=4, target="attention.query"))
     with pytest.raises(PeftfxError, match="some rows of a weight"):
         adapted.save_pretrained(tmp_path)
+    adapted.remove()
 
 
-def test_rules_of_two_keys_are_saved_and_loaded_each_with_its_own_pair(tmp_path: Path) -> None:
-    base = ZOO["llama"].build()
+def test_rules_of_two_keys_are_saved_and_loaded_each_with_its_own_pair(
+    bare: Callable[[str], AdaptedModel], tmp_path: Path
+) -> None:
     rules = [peftfx.VeRA(r=4, target="mlp.up"), peftfx.VeRA(r=3, target="mlp.down", projection_prng_key=1)]
-    first = peftfx.transform(base, rules)
+    first = bare("llama")
+    first.add_adapter("default", rules)
     randomise(first)
     first.save_pretrained(tmp_path)
-    given = ZOO["llama"].inputs(2, 5, 1, model=base)
+    given = ZOO["llama"].inputs(2, 5, 1, model=first.base)
     want = outputs(first, given)
     first.remove()
-    assert farthest(outputs(peftfx.load(base, tmp_path), given), want, given) == 0
+    first.load_adapter(tmp_path, "default")
+    assert farthest(outputs(first, given), want, given) == 0
+    first.remove()

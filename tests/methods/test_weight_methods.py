@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import peftfx
 from peftfx import IA3, PeftfxError
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
+from peftfx.model.adapted import AdaptedModel
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,10 @@ def test_an_adapter_crosses_in_both_directions(trial: Trial, tmp_path: Path) -> 
 
     ours.save_pretrained(tmp_path / "ours")
     same(first(load_peft(copy.deepcopy(base), tmp_path / "ours"), inputs), want)
-    same(first(peftfx.load(copy.deepcopy(base), tmp_path / "ours"), inputs), want)
+    ours.load_adapter(tmp_path / "ours", "again")
+    same(first(ours, inputs), want)
+    ours.remove("again")
+    ours.set_adapter("default")
     mine, given = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("ours", "theirs"))
     assert mine.keys() == given.keys()
     assert all(torch.equal(mine[k], given[k]) for k in mine)
@@ -125,32 +129,40 @@ def test_gradients_are_those_of_peft(trial: Trial, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", but_for({"gpt2", "gpt_neox", "t5"}, ["gpt2", "bloom", "gpt_neox", "llama", "bert", "t5"])
 )
-def test_ia3_by_roles_is_saved_for_peft_parts_of_fused_weights_too(name: str, tmp_path: Path) -> None:
-    base = ZOO[name].build()
-    ours = peftfx.transform(copy.deepcopy(base), IA3(init_ia3_weights=False), seed=0)
-    inputs = ZOO[name].inputs(2, 6, 1, model=base)
+def test_ia3_by_roles_is_saved_for_peft_parts_of_fused_weights_too(
+    name: str, bare: Callable[[str], AdaptedModel], tmp_path: Path
+) -> None:
+    ours = bare(name)
+    ours.add_adapter("default", IA3(init_ia3_weights=False), seed=0)
+    inputs = ZOO[name].inputs(2, 6, 1, model=ours.base)
     want = first(ours, inputs)
     assert {p.method.feedforward for p in ours.adapter("default").placements} == {True, False}
     ours.save_pretrained(tmp_path)
-    same(first(load_peft(copy.deepcopy(base), tmp_path), inputs), want)
-    same(first(peftfx.load(copy.deepcopy(base), tmp_path), inputs), want)
+    same(first(load_peft(ZOO[name].build(), tmp_path), inputs), want)
+    ours.remove()
+    ours.load_adapter(tmp_path, "default")
+    same(first(ours, inputs), want)
+    ours.remove()
 
 
-def test_layers_that_ia3_leaves_out_are_left_out_by_peft(tmp_path: Path) -> None:
-    base = ZOO["llama"].build()
+def test_layers_that_ia3_leaves_out_are_left_out_by_peft(bare: Callable[[str], AdaptedModel], tmp_path: Path) -> None:
+    ours = bare("llama")
     rule = IA3(target_modules=["k_proj", "down_proj"], layers_to_transform=[1], init_ia3_weights=False)
-    ours = peftfx.transform(copy.deepcopy(base), rule, seed=0)
-    inputs = ZOO["llama"].inputs(2, 6, 1, model=base)
+    ours.add_adapter("default", rule, seed=0)
+    inputs = ZOO["llama"].inputs(2, 6, 1, model=ours.base)
     ours.save_pretrained(tmp_path)
-    theirs = load_peft(copy.deepcopy(base), tmp_path)
+    theirs = load_peft(ZOO["llama"].build(), tmp_path)
     assert {n.split(".")[4] for n, _ in theirs.named_parameters() if "ia3_l" in n} == {"1"}
     same(first(theirs, inputs), first(ours, inputs))
+    ours.remove()
 
 
-def test_the_scale_of_the_input_of_a_part_cannot_be_saved(tmp_path: Path) -> None:
-    ours = peftfx.transform(ZOO["gpt2"].build(), IA3(target="attention.value", feedforward_modules=".*"))
+def test_the_scale_of_the_input_of_a_part_cannot_be_saved(bare: Callable[[str], AdaptedModel], tmp_path: Path) -> None:
+    ours = bare("gpt2")
+    ours.add_adapter("default", IA3(target="attention.value", feedforward_modules=".*"))
     with pytest.raises(PeftfxError, match="input of some rows"):
         ours.save_pretrained(tmp_path)
+    ours.remove()
 
 
 def test_ia3_follows_another_adapter_at_its_site() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -140,11 +141,12 @@ class TestMixed:
         for folder in folders:
             theirs = load_peft(theirs, tmp_path / folder).merge_and_unload()
         same(first(theirs, inputs), want)
-        again = peftfx.load(ZOO[name].build(), tmp_path)
-        same(first(again, inputs), want)
-        assert [type(rule) for rule in again.adapter("default").rules] == [LoRA, IA3, LoRA]
-        again.merge()
-        same(first(again.remove(), inputs), want)
+        ours.remove()
+        ours.load_adapter(tmp_path, "default")
+        same(first(ours, inputs), want)
+        assert [type(rule) for rule in ours.adapter("default").rules] == [LoRA, IA3, LoRA]
+        ours.merge()
+        same(first(ours.remove(), inputs), want)
 
     def test_rules_commute(self) -> None:
         rules = parse_rules("lora(r=2)@attention.query; ia3@attention.value; lora(use_dora=True)@mlp.up")
@@ -160,10 +162,12 @@ class TestMixed:
         ours = adapt("bert", rules)
         inputs = ZOO["bert"].inputs(2, 6, 1, model=ours.base, labels=True)
         ours.save_pretrained(tmp_path)
-        again = peftfx.load(ZOO["bert"].build(), tmp_path)
-        same(first(again, inputs), first(ours, inputs))
-        again.train()(**inputs).loss.backward()
-        assert all(p.grad is not None for p in again.adapters.parameters())
+        want = first(ours, inputs)
+        ours.remove()
+        ours.load_adapter(tmp_path, "default")
+        same(first(ours, inputs), want)
+        ours.train()(**inputs).loss.backward()
+        assert all(p.grad is not None for p in ours.adapters.parameters())
 
     def test_each_folder_has_the_head_and_two_heads_are_refused(self, tmp_path: Path) -> None:
         ours = adapt("bert", [PromptTuning(num_virtual_tokens=3), LoRA(r=2, modules_to_save=["classifier"])])
@@ -174,14 +178,18 @@ class TestMixed:
         assert torch.equal(lora["base_model.model.classifier.weight"], head)
         save_file({**prompt, "base_model.classifier.weight": head + 1}, tmp_path / "1-prompt_tuning" / WEIGHTS)
         with pytest.raises(PeftfxError, match=r"other values of classifier\.weight.*2-lora"):
-            peftfx.load(ZOO["bert"].build(), tmp_path)
+            ours.load_adapter(tmp_path, "again")
 
-    def test_what_was_there_before_is_not_mistaken_for_it(self, tmp_path: Path) -> None:
-        mixed, plain = adapt("bert", MIXED), adapt("bert", LoRA(r=2))
+    def test_what_was_there_before_is_not_mistaken_for_it(
+        self, bare: Callable[[str], AdaptedModel], tmp_path: Path
+    ) -> None:
+        mixed, plain, loaded = adapt("bert", MIXED), adapt("bert", LoRA(r=2)), bare("bert")
         inputs = ZOO["bert"].inputs(2, 6, 1, model=plain.base)
         for saved in (mixed, plain, mixed):
             saved.save_pretrained(tmp_path)
-            same(first(peftfx.load(ZOO["bert"].build(), tmp_path), inputs), first(saved, inputs))
+            loaded.load_adapter(tmp_path, "default")
+            same(first(loaded, inputs), first(saved, inputs))
+            loaded.remove()
 
     def test_rules_on_parts_of_one_module_cannot_be_saved_apart(self, tmp_path: Path) -> None:
         ours = peftfx.transform(ZOO["gpt2"].build(), "lora@attention.query; lora(r=2)@attention.value")

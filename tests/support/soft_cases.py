@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import peft
 import pytest
@@ -18,6 +19,7 @@ import peftfx
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.tasks import PEFT_TASKS
 from peftfx.contract.sequence import PROMPT
+from peftfx.model import api
 from peftfx.model.adapted import AdaptedModel
 
 COUNT = 4  #: of virtual tokens
@@ -44,6 +46,12 @@ FEATURES = "features"  #: BERT without a head: peft 0.21.2 raises for every clas
 def build(name: str) -> nn.Module:
     """A model of the zoo, or `FEATURES`."""
     return ZOO["bert"].build().bert if name == FEATURES else ZOO[name].build()
+
+
+@cache
+def shared(name: str) -> AdaptedModel:
+    """Our model of `build(name)`, captured once; whoever takes it puts other adapters on it, and leaves the base."""
+    return api.bare(build(name))
 
 
 def task(name: str) -> str:
@@ -74,11 +82,16 @@ class Soft:
         randomise(made)
         return made.eval()
 
-    def ours(self, theirs: nn.Module) -> AdaptedModel:
-        """Our model of the same base, with the same adapter, its encoder and the heads that peft trains included."""
+    def ours(self, theirs: nn.Module, adapted: AdaptedModel | None = None) -> AdaptedModel:
+        """Our model of the same base, with the same adapter, its encoder and the heads that peft trains included.
+
+        It is of a base of its own, or `adapted`, which loses the adapters that it has.
+        """
         config = theirs.peft_config["default"]
         rule = self.method(num_virtual_tokens=COUNT, modules_to_save=heads(theirs) or None, **self.options)
-        adapted = peftfx.transform(bare(theirs), rule, seed=0)
+        adapted = adapted or api.bare(bare(theirs))
+        adapted.remove()
+        adapted.add_adapter("default", rule, seed=0)
         own = dict(adapted.adapter("default").tensors())
         with torch.no_grad():
             for key, value in theirs.prompt_encoder["default"].state_dict().items():
