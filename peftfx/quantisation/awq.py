@@ -51,4 +51,4 @@ def _rows(words: Tensor) -> Tensor:
     """uint8 [out, n] of words int32 [n, out / 8]."""
     codes = nibbles(words, 4).unflatten(1, (-1, 8))
     back = torch.argsort(torch.tensor(_ORDER))
-    return codes[:, :, back].flatten(1).T
+    return codes.index_select(2, back).flatten(1).T

@@ -72,4 +72,4 @@ def _magnitudes(kept: Tensor | _Nested) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     absmax, table, outer, size, offset = kept
-    return table[absmax.int()] * outer.repeat_interleave(size)[: len(absmax)] + offset
+    return table.index_select(0, absmax.int()) * outer.repeat_interleave(size)[: len(absmax)] + offset

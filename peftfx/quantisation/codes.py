@@ -6,7 +6,7 @@ Nothing is unpacked until it is asked for: a weight holds the tensors of its fil
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -101,12 +101,12 @@ class Blocks(Codes):
     def dequantise(self) -> Tensor:
         found = self.unpack()
         values = found.integers.float()
-        for at, columns in enumerate(values.split(self.block, 1)):
-            columns -= self.zero if found.zeros is None else found.zeros[:, at : at + 1].float()
-            columns *= found.scales[:, at : at + 1]
+        for blocks, at in _by_block(values, self.block):
+            blocks -= self.zero if found.zeros is None else found.zeros[:, at, None].float()
+            blocks *= found.scales[:, at, None]
             if found.least is not None:
-                columns -= found.least[:, at : at + 1]
-        return values if self.order is None else torch.empty_like(values).index_copy_(1, self.order, values)
+                blocks -= found.least[:, at, None]
+        return values if self.order is None else values.index_select(1, torch.argsort(self.order))
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ class Tabled(Codes):
     def dequantise(self) -> Tensor:
         count = self.rows * self.columns
         table = torch.tensor(TABLES[self.table])
-        pairs = torch.cartesian_prod(table, table)  # of a byte, the two numbers
-        values = pairs[self.packed().int()].reshape(-1)
+        pairs = torch.cartesian_prod(table, table).view(torch.int64).view(-1)  # of a byte, the two numbers as one
+        values = pairs.index_select(0, self.packed().int()).view(torch.float32)
         largest = self.magnitudes()
         padded = torch.nn.functional.pad(values, (0, len(largest) * self.block - len(values)))
         scaled = padded.view(-1, self.block).mul_(largest.unsqueeze(1)).view(-1)
@@ -151,5 +151,17 @@ class Floats8(Codes):
     scales: Callable[[], Tensor] = field(repr=False, compare=False)
 
     def dequantise(self) -> Tensor:
-        wide = self.scales().repeat_interleave(self.block, 1)[:, : self.columns]
-        return self.values.float() * wide
+        values, scales = self.values.float(), self.scales()
+        for blocks, at in _by_block(values, self.block):
+            blocks *= scales[:, at, None]
+        return values
+
+
+def _by_block(values: Tensor, block: int) -> Iterator[tuple[Tensor, slice]]:
+    """Views [out, blocks, columns] of a matrix, and which blocks they are: the whole ones, then a shorter last one."""
+    whole = values.shape[1] // block
+    cut = whole * block
+    if whole:
+        yield values[:, :cut].unflatten(1, (whole, block)), slice(whole)
+    if cut < values.shape[1]:
+        yield values[:, cut:].unsqueeze(1), slice(whole, whole + 1)
