@@ -14,6 +14,7 @@ from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.override import OverrideMethod
 from peftfx.contract.placement import SHARED, Override, Placed, Placement, owner_of, shared_by, site_tensors
 from peftfx.errors import PeftfxError
+from peftfx.sharding import full, is_part
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,22 @@ class Account:
     unused: Mapping[str, Tensor]
 
 
-class Adapter(nn.Module):
+class Holder(nn.Module):
+    """A module of an adapter's tree.
+
+    Attributes:
+        hosted: whether a module of the base has it as a child too. It is that one's then, to who goes through children
+            and must meet each parameter once, as `fully_shard` does.
+    """
+
+    hosted = False
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Those that no module of the base has."""
+        return ((n, m) for n, m in super().named_children() if not (isinstance(m, Holder) and m.hosted))
+
+
+class Adapter(Holder):
     """The state of one adapter. Parameters live in modules that mirror the base's paths.
 
     Attributes:
@@ -96,7 +112,7 @@ class Adapter(nn.Module):
         """Start the overrides as copies of the base's tensors."""
         for override in self.overrides:
             owner, leaf = owner_of(base.get_submodule(override.module), override.name)
-            tensor = getattr(owner, leaf).detach()
+            tensor = full(getattr(owner, leaf).detach())
             if override.rows:
                 _refuse_rows(override, len(tensor))
                 indices = torch.tensor(override.rows, device=tensor.device)
@@ -155,7 +171,7 @@ class Adapter(nn.Module):
         holder: nn.Module = self
         for part in path.split(".") if path else ():
             if part not in holder._modules:
-                holder.add_module(part, nn.Module())
+                holder.add_module(part, Holder())
             holder = holder.get_submodule(part)
         if trained:
             holder.register_parameter(name, nn.Parameter(value))
@@ -179,6 +195,17 @@ class Adapter(nn.Module):
             self.accounts[first + number] = dataclasses.replace(account, taken=taken)
         for name, value in other.tensors():
             self.put(moved.get(name, name), value.detach(), trained=name in trained)
+
+    def gathered(self) -> Adapter:
+        """The same with all of its tensors, of which each process may have a part; they are gathered one at a time."""
+        if not any(is_part(tensor) for _, tensor in self.tensors()):
+            return self
+        made = Adapter(())
+        made.add(self)
+        made.ran, trained = self.ran, {name for name, _ in made.named_parameters()}
+        for name, value in list(made.tensors()):
+            made.put(name, full(value.detach()), trained=name in trained)
+        return made
 
     def get(self, key: str) -> Tensor:
         """The tensor kept under a dotted name."""

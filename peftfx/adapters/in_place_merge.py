@@ -18,6 +18,7 @@ from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.graph.places import twin
+from peftfx.sharding import full, is_part, overwrite
 from peftfx.sites.site import Site
 
 
@@ -76,21 +77,26 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
     Raises:
         PeftfxError: a merged weight would not be finite; nothing is written.
     """
+
+    def read(target: str) -> Tensor:
+        return full(merged.get(target))
+
     folded = foldings(merged.derived.values())
     _refuse_left_over(folded, adapters)
     _refuse_new_biases(base, merged)
     for folding in folded.values():  # computed twice: a merge that fails halfway could not be undone
-        _refuse_infinite(folding.site, folding.evaluate(merged.get))
+        _refuse_infinite(folding.site, folding.evaluate(read))
     trained = {override.module for adapter in adapters for override in adapter.overrides if override.module}
     _part(base, {f.site.path for f in folded.values()} | trained, _run(merged))
     sharing = _names_by_tensor(base)
+    _refuse_untying(base, sharing, [f.site for f in folded.values()])
     everywhere = {name: names for names in sharing.values() for name in names}
     groups: dict[str, list[Folding]] = {}
     for folding in folded.values():
         groups.setdefault(folding.weight, []).append(folding)
     written, roundings, untied = 0, dict[str, Rounding](), list[str]()
     for group in groups.values():
-        values = [folding.measure(merged.get) for folding in group]
+        values = [folding.measure(read) for folding in group]
         shared = len(sharing.get(id(site_tensors(base, group[0].site)[0]), ())) > 1
         for folding, (value, rounding) in zip(group, values, strict=True):
             written += _write(base, folding.site, value, untie=shared)
@@ -104,7 +110,7 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
             if not override.module:  # wherever the tensor is used: of two tied modules one may have a folding
                 name = next((other for other in everywhere.get(name, ()) if other not in written_names), name)
             if name not in written_names:  # a trained bias at a merged site went into its folding
-                written += _put(base, name, override, adapter.get(override.key))
+                written += _put(base, name, override, full(adapter.get(override.key)))
                 changed.setdefault(name.rpartition(".")[0])
     folded_in = sum(t.numel() * t.element_size() for adapter in adapters for _, t in adapter.tensors())
     return MergeReport(tuple(changed), written, folded_in, roundings, tuple(untied))
@@ -124,11 +130,12 @@ def _put(base: nn.Module, name: str, override: Override, value: Tensor) -> int:
     if not override.rows:
         return _assign(base, name, value, untie=bool(override.module))
     holder, leaf = owner_of(base, name)
-    whole = getattr(holder, leaf)
+    whole = full(getattr(holder, leaf))
     indices = torch.tensor(override.rows, device=whole.device)
     if override.module:  # in this module alone, though others may share the tensor
         return _assign(base, name, whole.index_copy(0, indices, value), untie=True)
     whole[indices] = value
+    _assign(base, name, whole, untie=False)
     return value.numel() * value.element_size()
 
 
@@ -141,6 +148,15 @@ def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:
         if leaf not in module._parameters:
             hint = "leave it out of the rule, set lora_bias=False, or export: the graph can hold the bias"
             raise PeftfxError("this module has no place for the merged bias", derived.folding.site.path, hint)
+
+
+def _refuse_untying(base: nn.Module, sharing: Mapping[int, Sequence[str]], sites: Iterable[Site]) -> None:
+    """What FSDP2 has sharded stays: a parameter that is put in its place would be forgotten at the next call."""
+    for site in sites:
+        tensor = site_tensors(base, site)[0]
+        if is_part(tensor) and len(sharing.get(id(tensor), ())) > 1:
+            what = f"its weight is {', '.join(sharing[id(tensor)])} in one, of which each process has a part"
+            raise PeftfxError(what, site.path, "export it merged, or save the adapter and merge in one process")
 
 
 def _run(merged: Graph) -> list[str]:
@@ -222,9 +238,9 @@ def _has(base: nn.Module, path: str) -> bool:
 def _assign(base: nn.Module, name: str, value: Tensor, *, untie: bool) -> int:
     module, leaf = owner_of(base, name)
     old = getattr(module, leaf, None)
-    if isinstance(old, Tensor) and not untie and old.shape == value.shape:
+    if isinstance(old, Tensor) and (not untie or is_part(old)) and old.shape == value.shape:
         if old is not value:
-            old.copy_(value)
+            overwrite(old, value)
     elif leaf in module._buffers:
         module._buffers[leaf] = value.detach().clone()
     else:

@@ -12,6 +12,7 @@ from peftfx.contract.completeness import asking, refuse_keys, refuse_parameters
 from peftfx.contract.method import Base, Method, Params, WeightMethod
 from peftfx.contract.override import OverrideMethod
 from peftfx.contract.sequence import SEQUENCE, SequenceMethod, embedding_path
+from peftfx.sharding import full, is_part
 from peftfx.sites.blocks import Block, part_site, turned
 from peftfx.sites.site import Part, Site
 
@@ -103,9 +104,9 @@ class Placement:
         if isinstance(self.method, SequenceMethod):
             return self.method.init(self.site, base.get_submodule(embedding_path(self.site)), rng)
         if isinstance(self.method, AttentionMethod):
-            return self.method.init(self.site, key_weight(base, self.site), rng)
+            return self.method.init(self.site, full(key_weight(base, self.site)), rng)
         assert isinstance(self.method, WeightMethod)
-        own = self.base(*site_tensors(base, self.site))
+        own = self.base(*whole_tensors(base, self.site))
         params = self.method.init(self.view, own, rng)
         more = self.method.start(self.view, own, shared, rng)
         return {**params, **more} if more else params
@@ -151,14 +152,21 @@ def shared_by(rule: Placed, base: nn.Module, rng: torch.Generator | None) -> dic
     if not rule.placements:
         return {}
     method, sites = rule.method, [p.view for p in rule.placements]
-    like = next((p.detach() for p in base.parameters() if p.is_floating_point()), torch.empty(0))
-    bases = (p.base(*site_tensors(base, p.site)) for p in rule.placements if isinstance(p.method, WeightMethod))
+    first = next((p.detach() for p in base.parameters() if p.is_floating_point()), torch.empty(0))
+    like = torch.empty(0, dtype=first.dtype, device=first.device) if is_part(first) else first
+    bases = (p.base(*whole_tensors(base, p.site)) for p in rule.placements if isinstance(p.method, WeightMethod))
     with asking(method, "shared", ""):
         made = method.shared(sites, bases, like, rng)
         keys = method.shared_keys()
     refuse_parameters(method, "", made, member="shared")
     refuse_keys(method, "shared_keys", "", keys, made.keys())
     return made
+
+
+def whole_tensors(base: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
+    """The same as `site_tensors`, gathered where each process has a part of them."""
+    weight, bias = site_tensors(base, site)
+    return full(weight), None if bias is None else full(bias)
 
 
 def site_tensors(base: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:

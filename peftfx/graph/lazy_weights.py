@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError
+from peftfx.sharding import is_part, unhooked
 
 aten = torch.ops.aten
 #: Operators that move no data: they are done on the stored tensor, and the cast waits.
@@ -94,11 +95,15 @@ def identity(tensor: Tensor) -> object:
 
 @contextmanager
 def faked(model: nn.Module) -> Iterator[None]:
-    """Inside, stored parameters are fake tensors of their dtypes: what captures a model need not know of storage."""
+    """Inside, parameters that are stored, or of which this process has a part, are fake tensors of their dtypes.
+
+    What captures a model need not know of storage, nor of sharding.
+    """
     found = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
-    stored = [(module, name, p) for module, name, p in found if p is not None and isinstance(p, Stored)]
+    stored = [(module, name, p) for module, name, p in found if p is not None and (isinstance(p, Stored) or is_part(p))]
     if not stored:
-        yield
+        with unhooked(model):
+            yield
         return
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes: dict[int, nn.Parameter] = {}
@@ -108,7 +113,8 @@ def faked(model: nn.Module) -> Iterator[None]:
                 fakes[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad)
         module._parameters[name] = fakes[id(p)]
     try:
-        yield
+        with unhooked(model):
+            yield
     finally:
         for module, name, p in stored:
             module._parameters[name] = p  # type: ignore[assignment]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.adapter import Adapter, Holder
 from peftfx.bases.guests import Guests
 from peftfx.contract.acting import Acting, adapted, overlap
 from peftfx.contract.attention import AttentionMethod
@@ -102,6 +102,8 @@ class Hosted(Guests):
         if not any(child is owner for child in self.children()):
             number = next(n for n in itertools.count() if f"{key}_{n}" not in self._modules)
             self.add_module(f"{key}_{number}", owner)
+            if isinstance(owner, Holder):
+                owner.hosted = True
             self.kept.setdefault(key, []).append(f"{key}_{number}")
 
     def drop(self, key: str) -> bool:
@@ -109,7 +111,9 @@ class Hosted(Guests):
         for table in (self.weights, self.attentions, *self.copies.values()):
             table.pop(key, None)  # type: ignore[attr-defined]
         for child in self.kept.pop(key, ()):
-            del self._modules[child]
+            owner = self._modules.pop(child)
+            if isinstance(owner, Holder):
+                owner.hosted = False
         self.copies = {name: table for name, table in self.copies.items() if table}
         return bool(self.weights or self.attentions or self.copies)
 

@@ -20,6 +20,7 @@ from peftfx.hosting.call import CURRENT
 from peftfx.hosting.checkpointing import refuse_recomputed
 from peftfx.hosting.guests import Attending, Hosted, other_call
 from peftfx.hosting.seating import layer_of
+from peftfx.sharding import without_fsdp
 
 _OWN = "peftfx_own_class"  #: of a class that was made here: the one that it stands beside
 
@@ -65,7 +66,7 @@ class _Inner:
 def own_class(module: nn.Module) -> type[nn.Module]:
     """A module's own class, whatever it hosts."""
     made = next((cls for cls in type(module).__mro__ if _OWN in vars(cls)), None)
-    return type(module) if made is None else vars(made)[_OWN]
+    return without_fsdp(type(module)) if made is None else vars(made)[_OWN]
 
 
 def _copied(cls: type) -> frozenset[str]:

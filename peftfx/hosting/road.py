@@ -21,6 +21,7 @@ from peftfx.hosting.checkpointing import bind
 from peftfx.hosting.guests import AttentionGuest, Copy, Hosted, WeightGuest
 from peftfx.hosting.host import dress, guests_of, undress
 from peftfx.hosting.seats import AttentionSeat, CopySeat, Seat, Seating, WeightSeat
+from peftfx.sharding import settle, share_whole
 from peftfx.views.entry import Entry, forward
 
 NO_ADAPTER = "__base__"  #: the name of none, as in HF PEFT
@@ -96,6 +97,9 @@ class ModulesRoad:
         self, names: Sequence[str], entry: Entry | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> object:
         """Call the base with these adapters, through the way in that a soft prompt takes; its arguments are named."""
+        part = settle(self.base)
+        if part is not None:
+            share_whole((t for name in names for _, t in self.adapters[name].tensors()), part)
         with self.acting(names):
             if entry is None:
                 return self.base(*args, **kwargs)

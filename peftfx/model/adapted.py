@@ -6,12 +6,13 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from peftfx.adapters.adapter import Adapter
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError, shown
 from peftfx.export_options.checked import takes
@@ -22,7 +23,9 @@ from peftfx.hosting.call import CURRENT, acting_by_row
 from peftfx.hosting.host import own_class
 from peftfx.hosting.other_forward import run_other
 from peftfx.hosting.road import NO_ADAPTER
+from peftfx.model.gathered import gathering, refuse_graph, whole_base
 from peftfx.model.peft_surface import PeftSurface
+from peftfx.sharding import is_sharded, on_first
 from peftfx.sites.sites import Sites
 from peftfx.views.arguments import named_arguments
 from peftfx.views.entry import Entry
@@ -32,6 +35,7 @@ from peftfx.views.view import View
 if TYPE_CHECKING:
     from peftfx.export.report import Report
 
+T = TypeVar("T")
 LOSS = "loss"  #: the output that methods add their penalties to
 
 
@@ -73,9 +77,43 @@ class AdaptedModel(PeftSurface):
         from peftfx.export.onnx_directory import export_onnx
 
         asked = ExportOptions.of(options, changes)
-        return export_onnx(
-            *(self, directory, asked), inputs=inputs, source=source, assets=assets, progress=progress, written=written
-        )
+
+        def write(whole: AdaptedModel) -> Report:
+            return export_onnx(
+                *(whole, directory, asked),
+                inputs=inputs,
+                source=source,
+                assets=assets,
+                progress=progress,
+                written=written,
+            )
+
+        return self.gathered("export", write) if is_sharded(self.base) else write(self)
+
+    def gathered(self, what: str, work: Callable[[AdaptedModel], T]) -> T:
+        """What a function makes, in the first process, of a model of which each process has a part, gathered there.
+
+        Its weights are gathered one at a time, into memory-mapped files. The other processes wait, and get the same.
+
+        Args:
+            what: the name of what every process calls.
+            work: called in the first process, with the whole model.
+
+        Raises:
+            PeftfxError: another process does not call it.
+        """
+        gathering(self.base, what)
+        adapters = {name: self.adapter(name).gathered() for name in self.names()}
+        with whole_base(self.base) as base:
+            return on_first(lambda: work(self._over(base, adapters)))  # type: ignore[arg-type]
+
+    def _over(self, base: nn.Module, adapters: Mapping[str, Adapter]) -> AdaptedModel:
+        """The same adapters over another base of the same parts."""
+        made = AdaptedModel.on(base, self.sites, self.example, self.wanted)
+        for name, adapter in adapters.items():
+            made._install(name, adapter)
+        made.set_adapter(self.active)
+        return made
 
     def print_readable(self) -> str:
         """Print the adapted graph as Python code; returns the text."""
@@ -171,6 +209,7 @@ class AdaptedModel(PeftSurface):
         if names is not None:
             return self._run_by_row(names, args, kwargs)
         if self.road == "graph":
+            refuse_graph(self.base, self.obstacle)
             return self._run_graph(args, kwargs)
         if not torch.compiler.is_compiling():
             with TRACING:  # torch patches modules for all threads while one of them traces

@@ -14,6 +14,7 @@ from peftfx.errors import PeftfxError, shown
 from peftfx.graph.contexts import evaluating
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.plan import Plan, make_plan
+from peftfx.sharding import refuse_other_wrappings
 from peftfx.sites.sites import Sites
 from peftfx.views.capture import capture
 
@@ -87,6 +88,7 @@ def bare(model: nn.Module, inputs: Mapping[str, object] | None = None, road: str
         raise PeftfxError(f"not a model: {shown(model)}", "model", "pass a torch module, as from_pretrained gives")
     if inputs is not None and not isinstance(inputs, Mapping):
         raise PeftfxError(f"not the arguments of a call: {shown(inputs)}", "inputs", "pass a dict, by their names")
+    refuse_other_wrappings(model)
     example = example_inputs(model) if inputs is None else inputs
     with evaluating(model):
         graph = capture(model, example)

@@ -20,11 +20,13 @@ from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.hosting.road import ModulesRoad
 from peftfx.hosting.seating import seat
 from peftfx.hosting.seats import Seating
+from peftfx.model.gathered import gathering
 from peftfx.model.graph_cache import Graphs
 from peftfx.model.shared_base import shared
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.rules.peft_configs import records_of
 from peftfx.rules.resolution import as_items, place
+from peftfx.sharding import rank
 from peftfx.sites.sites import Sites
 
 Rules = object
@@ -199,6 +201,7 @@ class AdaptersByName(nn.Module):
         same base has adapters.
         """
         self._shared.refuse_others(self)
+        gathering(self.base, "merge")
         refuse_unmergeable({name: self.adapter(name) for name in self.active})
         with evaluating(self.base):
             merged = Merge()(self.graph()).graph
@@ -251,6 +254,9 @@ class AdaptersByName(nn.Module):
         chosen = self.names() if adapter_name is None else (adapter_name,)
         chosen = chosen if selected_adapters is None else tuple(selected_adapters)
         adapters = {name: self.adapter(name) for name in chosen}
+        if gathering(self.base, "save_pretrained"):
+            adapters = {name: adapter.gathered() for name, adapter in adapters.items()}
+            is_main_process = is_main_process and rank() == 0
         if is_main_process:
             save_adapters(self.base, adapters, Path(directory))
 

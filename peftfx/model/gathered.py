@@ -1,0 +1,86 @@
+"""Gathered: a model of which each process has a part, as one whole in the first process, its weights in files."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.bases.guests import GUESTS, own_modules
+from peftfx.errors import PeftfxError
+from peftfx.hosting.host import own_class
+from peftfx.sharding import full, is_part, is_sharded, rank, refuse_other_wrappings, reshard, together, unhooked
+
+
+def gathering(base: nn.Module, what: str) -> bool:
+    """Get ready to gather a base's weights, if processes have parts of it; returns whether they have.
+
+    Args:
+        what: the method that every process is to call.
+
+    Raises:
+        PeftfxError: another process does not call it.
+    """
+    refuse_other_wrappings(base)
+    if not is_sharded(base):
+        return False
+    together(what)
+    reshard(base)
+    return True
+
+
+def refuse_graph(base: nn.Module, obstacle: str) -> None:
+    """A graph reads weights outside of the modules that FSDP2 gathers them for.
+
+    Raises:
+        PeftfxError: processes have parts of the base.
+    """
+    if is_sharded(base):
+        what = f"each process has a part of this model's weights, and calls run a graph, which gathers none: {obstacle}"
+        raise PeftfxError(what, "road", "adapt places that modules can host, or train under DDP")
+
+
+@contextmanager
+def whole_base(base: nn.Module) -> Iterator[nn.Module | None]:
+    """Inside, in the first process, a base with all of its weights, in memory-mapped files; None in the others.
+
+    Its weights are gathered one at a time.
+    """
+    with tempfile.TemporaryDirectory(prefix="peftfx-gathered-") as folder, unhooked(base):
+        made: dict[int, Tensor] = {}
+        for _, module in own_modules(base):
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if is_part(tensor) and id(tensor) not in made:
+                    assert tensor is not None
+                    value = full(tensor.detach())
+                    if rank() == 0:
+                        kept = _kept(value, Path(folder) / str(len(made)))
+                        made[id(tensor)] = nn.Parameter(kept, False) if isinstance(tensor, nn.Parameter) else kept
+                    del value
+        yield _whole(base, made, {}) if rank() == 0 else None
+
+
+def _kept(value: Tensor, file: Path) -> Tensor:
+    """A tensor in a file."""
+    value = value.cpu().contiguous()
+    value.reshape(-1).view(torch.uint8).numpy().tofile(file)
+    return torch.from_file(str(file), shared=False, size=value.numel(), dtype=value.dtype).view(value.shape)
+
+
+def _whole(module: nn.Module, tensors: dict[int, Tensor], made: dict[int, nn.Module]) -> nn.Module:
+    """A copy of a module, of its own class, without what adapters put there, with these tensors for its own."""
+    if id(module) in made:
+        return made[id(module)]
+    copied = made[id(module)] = object.__new__(own_class(module))
+    state = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()}
+    for name in ("_parameters", "_buffers"):
+        state[name] = {k: tensors.get(id(t), t) for k, t in vars(module)[name].items()}
+    children = {k: m for k, m in module._modules.items() if k != GUESTS}
+    vars(copied).update(state)
+    vars(copied)["_modules"] = {k: None if m is None else _whole(m, tensors, made) for k, m in children.items()}
+    return copied

@@ -1,0 +1,209 @@
+"""Sharding: tensors of which each process has a part (FSDP2's), gathered one at a time, by all processes together."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from peftfx.errors import PeftfxError
+
+T = TypeVar("T")
+PATIENCE = datetime.timedelta(seconds=60)  #: for how long a process waits for the others to do what it does
+_CALLS: dict[str, int] = {}
+
+
+def is_part(tensor: object) -> bool:
+    """Whether a tensor is a DTensor: this process has a part of it."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor. Of a part it is gathered: every process must ask, in the same order."""
+    return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """Write all of a tensor, of which each process may have a part; nothing is sent."""
+    if not is_part(tensor):
+        tensor.copy_(value)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    tensor.copy_(distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None))
+
+
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that `fully_shard` was called on."""
+    if not dist.is_available():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes have parts of a model."""
+    return bool(sharded_modules(model)) or any(is_part(p) for p in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the weights that FSDP2 keeps gathered after a forward: what is written, is written to the parts."""
+    for module in sharded_modules(model):
+        module.reshard()  # type: ignore[operator]
+
+
+def settle(model: nn.Module) -> Tensor | None:
+    """Have FSDP2 look at the modules' parameters now, and not within the first call, where adapters' copies are seen.
+
+    Returns:
+        A part of one of its tensors; None where no process has parts.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    sharded = sharded_modules(model)
+    for module in sharded:
+        module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+    return next((p for p in model.parameters() if is_part(p)), None) if sharded else None
+
+
+@contextmanager
+def unhooked(model: nn.Module) -> Iterator[None]:
+    """Inside, the modules run without FSDP2's hooks, which gather weights."""
+    found = []
+    for module in sharded_modules(model):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            found.append((hooks, dict(hooks)))
+            for key in [k for k, hook in hooks.items() if _is_fsdps(hook)]:
+                del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in found:
+            hooks.clear()
+            hooks.update(before)
+
+
+def without_fsdp(own: type[nn.Module]) -> type[nn.Module]:
+    """The class that a module had before `fully_shard` gave it one."""
+    if not dist.is_available():
+        return own
+    from torch.distributed.fsdp import FSDPModule
+
+    return own.__mro__[2] if FSDPModule in own.__bases__ else own
+
+
+def rank() -> int:
+    """The number of this process; 0 where there is one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def share_whole(tensors: Iterable[Tensor], like: Tensor) -> None:
+    """Start tensors that each process has all of at the first one's values, and average their gradients, as DDP does.
+
+    Args:
+        like: a part of a tensor of the model that they are in: the processes are those that have its other parts.
+    """
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+
+    def average(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        for axis in range(mesh.ndim):
+            dist.all_reduce(parameter.grad, group=mesh.get_group(axis))
+        parameter.grad.div_(mesh.size())
+
+    for tensor in tensors:
+        if is_part(tensor) or hasattr(tensor, _SHARED):
+            continue
+        setattr(tensor, _SHARED, True)
+        for axis in range(mesh.ndim):
+            group = mesh.get_group(axis)
+            dist.broadcast(tensor.detach(), src=dist.get_global_rank(group, 0), group=group)
+        if tensor.requires_grad:
+            tensor.register_post_accumulate_grad_hook(average)  # type: ignore[arg-type]
+
+
+_SHARED = "peftfx_shared"
+
+
+def refuse_other_wrappings(model: nn.Module) -> None:
+    """Refuse the ways of sharing a model out among processes that are not supported.
+
+    Raises:
+        PeftfxError: FSDP1, DeepSpeed's ZeRO-3, or tensor parallel layers.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    found = next((what for what in map(_other_wrapping, model.parameters()) if what), None)
+    if found is not None:
+        hint = "use FSDP2, torch.distributed.fsdp.fully_shard on the layers; see docs/training.md"
+        raise PeftfxError(
+            f"{found}: methods inside its modules would read parts of weights", type(model).__name__, hint
+        )
+
+
+def _other_wrapping(parameter: Tensor) -> str | None:
+    if hasattr(parameter, "ds_id"):
+        return "this model is partitioned by DeepSpeed's ZeRO-3"
+    if getattr(parameter, "_fsdp_flattened", False) or hasattr(parameter, "_sharded_size"):
+        return "this model is wrapped in FSDP1 (FullyShardedDataParallel)"
+    if is_part(parameter) and not _is_fsdp2s(parameter):
+        return "this model has tensor parallel layers"
+    return None
+
+
+def _is_fsdp2s(parameter: Tensor) -> bool:
+    """Whether a tensor has parts along its first axis alone, and one axis of processes, as `fully_shard` leaves it."""
+    parted = [placement for placement in parameter.placements if not placement.is_replicate()]  # type: ignore[attr-defined]
+    return len(parted) == 1 and parted[0].is_shard()
+
+
+def together(what: str) -> None:
+    """Wait until every process is about to do the same, ahead of the first gathering.
+
+    Raises:
+        PeftfxError: another one does not come: gathering would wait for it without an end.
+    """
+    call, size = _CALLS.get(what, 0), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    keys = [f"peftfx/{what}/{call}/{number}" for number in range(size)]
+    store.set(keys[rank()], "here")
+    try:
+        store.wait(keys, PATIENCE)
+    except RuntimeError:
+        late = [number for number, key in enumerate(keys) if not store.check([key])]
+        store.delete_key(keys[rank()])
+        named = ", ".join(str(number) for number in late)
+        said = f"{what}() gathers weights of which each process has a part, and rank {named} has not called it"
+        raise PeftfxError(said, what, f"call it in every process, outside of `if rank == 0`: {_WRITES}") from None
+    _CALLS[what] = call + 1
+
+
+_WRITES = "rank 0 alone writes"
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """Do something in the first process, while the others wait; all return what it gave, or raise what it raised."""
+    told: list[object] = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = work()
+        except Exception as error:
+            told[1] = error
+    dist.broadcast_object_list(told, src=0)
+    if isinstance(told[1], Exception):
+        raise told[1]
+    return told[0]  # type: ignore[return-value]
+
+
+def _is_fsdps(hook: object) -> bool:
+    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
