@@ -15,7 +15,7 @@ from types import CodeType, FunctionType, MethodType
 
 from torch import nn
 
-from peftfx.bases.guests import own_modules
+from peftfx.bases.guests import own_class, own_modules
 
 #: Names by which code reaches submodules without naming them. Code that reads one of these proves nothing.
 _WALKS = frozenset({"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "__dict__"})
@@ -66,12 +66,12 @@ class _Unknown(Exception):
 
 def _read_by_calls(base: nn.Module) -> _Names:
     """Every name that code reads which a call of the model can reach, as an attribute or as a text."""
-    modules = list(base.modules())
+    modules = [module for _, module in own_modules(base)]
     own = [f for m in modules for f in vars(m).values() if isinstance(f, (FunctionType, MethodType))]
     hooks = [h for m in modules for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     if any(not isinstance(h, (FunctionType, MethodType)) for h in hooks):
         raise _Unknown
-    return _names_of(tuple(dict.fromkeys(type(m) for m in modules)), (*own, *hooks))
+    return _names_of(tuple(dict.fromkeys(own_class(m) for m in modules)), (*own, *hooks))
 
 
 @functools.lru_cache(maxsize=8)

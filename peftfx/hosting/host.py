@@ -13,16 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftfx.bases.guests import GUESTS
+from peftfx.bases.guests import GUESTS, OWN, own_class
 from peftfx.errors import PeftfxError
 from peftfx.hosting.by_row import run_by_row
 from peftfx.hosting.call import CURRENT
 from peftfx.hosting.checkpointing import refuse_recomputed
 from peftfx.hosting.guests import Attending, Hosted, other_call
 from peftfx.hosting.seating import layer_of
-from peftfx.sharding import without_fsdp
-
-_OWN = "peftfx_own_class"  #: of a class that was made here: the one that it stands beside
 
 
 def guests_of(module: nn.Module) -> Hosted:
@@ -45,7 +42,7 @@ def dress(module: nn.Module, *, inner: bool = False) -> None:
     own, before = own_class(module), type(module)
     inner = inner or issubclass(before, _Inner)
     wanted = _hosting(own, copied, layer_of(own) if inner else None)  # type: ignore[arg-type]
-    if _OWN in vars(before) or before is own:
+    if OWN in vars(before) or before is own:
         module.__class__ = wanted
     elif not (copied <= _copied(before) and inner == issubclass(before, _Inner)):
         what = f"this module's class is {before.__name__}, made since an adapter came"
@@ -55,7 +52,7 @@ def dress(module: nn.Module, *, inner: bool = False) -> None:
 def undress(module: nn.Module) -> None:
     """Give a module without guests its own class back, if nobody has put another over it since."""
     del module._modules[GUESTS]
-    if _OWN in vars(type(module)):
+    if OWN in vars(type(module)):
         module.__class__ = own_class(module)
 
 
@@ -63,15 +60,9 @@ class _Inner:
     """Beside a class whose forward calls that of torch's layer: marks that guests act there."""
 
 
-def own_class(module: nn.Module) -> type[nn.Module]:
-    """A module's own class, whatever it hosts."""
-    made = next((cls for cls in type(module).__mro__ if _OWN in vars(cls)), None)
-    return without_fsdp(type(module)) if made is None else vars(made)[_OWN]
-
-
 def _copied(cls: type) -> frozenset[str]:
     return frozenset(
-        name for c in cls.__mro__ if _OWN in vars(c) for name in vars(c) if isinstance(vars(c)[name], _Read)
+        name for c in cls.__mro__ if OWN in vars(c) for name in vars(c) if isinstance(vars(c)[name], _Read)
     )
 
 
@@ -108,7 +99,7 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
             make = _new  # pickle would hold that one to the object's class
         return (make, tuple(own if arg is type(self) else arg for arg in args), state, *rest)
 
-    members = {_OWN: own, "forward": forward, "__reduce_ex__": reduce, "__module__": own.__module__}
+    members = {OWN: own, "forward": forward, "__reduce_ex__": reduce, "__module__": own.__module__}
     members |= {"__qualname__": own.__qualname__, "__doc__": own.__doc__, **{name: _Read(name) for name in copied}}
     bases = (own,) if layer is None else (own, _within(layer))  # type: ignore[arg-type]
     made: type[nn.Module] = type(own.__name__, bases, members)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.bases.guests import own_class
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError, shown
 from peftfx.export_options.checked import takes
@@ -20,7 +21,6 @@ from peftfx.export_options.export import ExportChanges, ExportOptions
 from peftfx.graph.contexts import TRACING
 from peftfx.graph.graph import BASE, Graph
 from peftfx.hosting.call import CURRENT, acting_by_row
-from peftfx.hosting.host import own_class
 from peftfx.hosting.other_forward import run_other
 from peftfx.hosting.road import NO_ADAPTER
 from peftfx.model.gathered import gathering, refuse_graph, whole_base

@@ -22,6 +22,7 @@ from peftfx.hosting.seating import seat
 from peftfx.hosting.seats import Seating
 from peftfx.model.gathered import gathering
 from peftfx.model.graph_cache import Graphs
+from peftfx.model.late_modules import may_run_late
 from peftfx.model.shared_base import shared
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.rules.peft_configs import records_of
@@ -123,6 +124,8 @@ class AdaptersByName(nn.Module):
             return Seating(obstacle=self.obstacle)
         with evaluating(self.base):
             seating = seat(self.graph(adapted=False), adapter)
+        if late := may_run_late(self.base, adapter, self.sites):
+            seating = Seating(obstacle=late)
         if seating.obstacle and self.wanted == "modules":
             what = f"no module of the base can host this adapter: {seating.obstacle}"
             raise PeftfxError(what, "road", 'leave road out, or pass road="graph": calls then run a graph')

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftfx.bases.guests import GUESTS, own_modules
+from peftfx.bases.guests import GUESTS, own_class, own_modules
 from peftfx.errors import PeftfxError
-from peftfx.hosting.host import own_class
 from peftfx.sharding import full, is_part, is_sharded, rank, refuse_other_wrappings, reshard, together, unhooked
 
 

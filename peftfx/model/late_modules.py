@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.analysis.unreached import is_unreached
+from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
@@ -29,6 +31,24 @@ def refuse_late(base: nn.Module, adapter: Adapter, sites: Sites) -> None:
         what = f"this call runs {len(named)} modules that a rule picks, and that the model was not adapted at"
         hint = "give transform() inputs= of a call that runs them, or narrow the rule's target"
         raise PeftfxError(what, ", ".join(named[:4]), hint)
+
+
+def may_run_late(base: nn.Module, adapter: Adapter, sites: Sites) -> str:
+    """A module that another call may run and that a rule of a new adapter would pick there by its role, and why not.
+
+    In a graph each call is looked at; inside modules none is, so such an adapter does not act there. Empty where every
+    module with parameters has run, cannot run, or is none that a rule picks by role.
+    """
+    by_role = any(not isinstance(rule, SequenceMethod) and rule.target_modules is None for rule in adapter.rules)
+    if not adapter.ran or not by_role:
+        return ""
+    seen = {*adapter.ran, *sites.reads}
+    for path, module in own_modules(base):
+        if path in seen or not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if not is_unreached(base, path):
+            return f"{path}: the call that the adapter was placed from does not run it, and another call may"
+    return ""
 
 
 def _picked(base: nn.Module, rule: Method, sites: Sites) -> set[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 
 from peftfx.analysis.no_grad_regions import inline_no_grad
 from peftfx.analysis.roles import find_sites
@@ -160,10 +161,15 @@ def _explain(model: nn.Module, error: BaseException, entry: Entry | None) -> Pef
     hint = "see `__cause__` for torch.export's own report"
     if "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         hint = "its forward branches on the values of a tensor; pass arguments or a config that avoid the branch"
-        if getattr(getattr(model, "config", None), "_experts_implementation", None) == "eager":
+        if _loops_over_experts(model):
             hint = "its experts run in a loop over those that are hit: model.set_experts_implementation('grouped_mm')"
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
     return PeftfxError(f"{what}: {first_line(error)}", type(model).__name__, hint)
+
+
+def _loops_over_experts(model: nn.Module) -> bool:
+    chosen = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    return chosen == "eager" and isinstance(model, PreTrainedModel) and bool(model._can_set_experts_implementation())
 
 
 #: What torch.export adds to hold a program to the example's types and sizes. Autocast crashes on the first, and the

@@ -45,7 +45,9 @@ class Joined(nn.Module):
 
 
 def adapted_on(model: nn.Module, **inputs: Tensor) -> AdaptedModel:
-    adapted = peftfx.transform(model.eval(), peftfx.LoRA(r=2, target="head"), inputs=inputs, seed=0)
+    """On the graph road: inside the model's own modules, its code branches by itself."""
+    rules = peftfx.LoRA(r=2, target="head")
+    adapted = peftfx.transform(model.eval(), rules, inputs=inputs, seed=0, road="graph")
     with torch.no_grad():
         for parameter in adapted.adapters.parameters():
             parameter.normal_()
