@@ -143,7 +143,8 @@ def refuse_other_wrappings(model: nn.Module) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    found = next((what for what in map(_other_wrapping, model.parameters()) if what), None)
+    fsdp2 = bool(sharded_modules(model))
+    found = next((what for p in model.parameters() if (what := _other_wrapping(p, fsdp2))), None)
     if found is not None:
         hint = "use FSDP2, torch.distributed.fsdp.fully_shard on the layers; see docs/training.md"
         raise PeftfxError(
@@ -151,18 +152,18 @@ def refuse_other_wrappings(model: nn.Module) -> None:
         )
 
 
-def _other_wrapping(parameter: Tensor) -> str | None:
+def _other_wrapping(parameter: Tensor, fsdp2: bool) -> str | None:
     if hasattr(parameter, "ds_id"):
         return "this model is partitioned by DeepSpeed's ZeRO-3"
     if getattr(parameter, "_fsdp_flattened", False) or hasattr(parameter, "_sharded_size"):
         return "this model is wrapped in FSDP1 (FullyShardedDataParallel)"
-    if is_part(parameter) and not _is_fsdp2s(parameter):
+    if is_part(parameter) and not (fsdp2 and _is_fsdp2s(parameter)):
         return "this model has tensor parallel layers"
     return None
 
 
 def _is_fsdp2s(parameter: Tensor) -> bool:
-    """Whether a tensor has parts along its first axis alone, and one axis of processes, as `fully_shard` leaves it."""
+    """Whether a tensor has parts along one axis of processes alone, as `fully_shard` leaves it."""
     parted = [placement for placement in parameter.placements if not placement.is_replicate()]  # type: ignore[attr-defined]
     return len(parted) == 1 and parted[0].is_shard()
 

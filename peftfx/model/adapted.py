@@ -88,7 +88,7 @@ class AdaptedModel(PeftSurface):
                 written=written,
             )
 
-        return self.gathered("export", write) if is_sharded(self.base) else write(self)
+        return self.gathered("export", write) if is_sharded(self) else write(self)
 
     def gathered(self, what: str, work: Callable[[AdaptedModel], T]) -> T:
         """What a function makes, in the first process, of a model of which each process has a part, gathered there.
@@ -102,7 +102,7 @@ class AdaptedModel(PeftSurface):
         Raises:
             PeftfxError: another process does not call it.
         """
-        gathering(self.base, what)
+        gathering(self, what)
         adapters = {name: self.adapter(name).gathered() for name in self.names()}
         with whole_base(self.base) as base:
             return on_first(lambda: work(self._over(base, adapters)))  # type: ignore[arg-type]
@@ -209,7 +209,7 @@ class AdaptedModel(PeftSurface):
         if names is not None:
             return self._run_by_row(names, args, kwargs)
         if self.road == "graph":
-            refuse_graph(self.base, self.obstacle)
+            refuse_graph(self, self.obstacle)
             return self._run_graph(args, kwargs)
         if not torch.compiler.is_compiling():
             with TRACING:  # torch patches modules for all threads while one of them traces

@@ -204,7 +204,7 @@ class AdaptersByName(nn.Module):
         same base has adapters.
         """
         self._shared.refuse_others(self)
-        gathering(self.base, "merge")
+        gathering(self, "merge")
         refuse_unmergeable({name: self.adapter(name) for name in self.active})
         with evaluating(self.base):
             merged = Merge()(self.graph()).graph
@@ -257,7 +257,7 @@ class AdaptersByName(nn.Module):
         chosen = self.names() if adapter_name is None else (adapter_name,)
         chosen = chosen if selected_adapters is None else tuple(selected_adapters)
         adapters = {name: self.adapter(name) for name in chosen}
-        if gathering(self.base, "save_pretrained"):
+        if gathering(self, "save_pretrained"):
             adapters = {name: adapter.gathered() for name, adapter in adapters.items()}
             is_main_process = is_main_process and rank() == 0
         if is_main_process:

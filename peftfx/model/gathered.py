@@ -16,8 +16,8 @@ from peftfx.errors import PeftfxError
 from peftfx.sharding import full, is_part, is_sharded, rank, refuse_other_wrappings, reshard, together, unhooked
 
 
-def gathering(base: nn.Module, what: str) -> bool:
-    """Get ready to gather a base's weights, if processes have parts of it; returns whether they have.
+def gathering(model: nn.Module, what: str) -> bool:
+    """Get ready to gather a model's weights, if processes have parts of it; returns whether they have.
 
     Args:
         what: the method that every process is to call.
@@ -25,21 +25,21 @@ def gathering(base: nn.Module, what: str) -> bool:
     Raises:
         PeftfxError: another process does not call it.
     """
-    refuse_other_wrappings(base)
-    if not is_sharded(base):
+    refuse_other_wrappings(model)
+    if not is_sharded(model):
         return False
     together(what)
-    reshard(base)
+    reshard(model)
     return True
 
 
-def refuse_graph(base: nn.Module, obstacle: str) -> None:
+def refuse_graph(model: nn.Module, obstacle: str) -> None:
     """A graph reads weights outside of the modules that FSDP2 gathers them for.
 
     Raises:
-        PeftfxError: processes have parts of the base.
+        PeftfxError: processes have parts of the model.
     """
-    if is_sharded(base):
+    if is_sharded(model):
         what = f"each process has a part of this model's weights, and calls run a graph, which gathers none: {obstacle}"
         raise PeftfxError(what, "road", "adapt places that modules can host, or train under DDP")
 
