@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.processes import LORA, WAYS, adapted, in_two, llama, mean_of_all, train, two, whole_state
+from sharded.processes import LORA, WAYS, adapted, in_two, llama, mean_of_all, train, two, whole_state
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
