@@ -3,7 +3,8 @@
 accelerate launch --cpu --num_processes 2 examples/accelerate_launch.py OUT
 
 FSDP2 on GPUs: --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP
---fsdp_cpu_ram_efficient_loading false, in the place of --cpu. `python examples/accelerate_launch.py` runs it in one process.
+--fsdp_cpu_ram_efficient_loading false, in the place of --cpu.
+`python examples/accelerate_launch.py` runs it in one process.
 """
 
 import sys
