@@ -121,7 +121,7 @@ class TestExport:
         randomise(adapted)
         adapted.save_pretrained(adapter)
         folders = ["1-lora", "2-ia3", "3-prompt_tuning"]
-        assert [p.name for p in sorted(adapter.iterdir())] == [*folders, "peftfx_rules.json"]
+        assert [p.name for p in sorted(adapter.iterdir())] == [*folders, "README.md", "peftfx_rules.json"]
         words = ("export", "--base", base, "--adapter", adapter, "--task", "text-classification", "--output", output)
         done = peftfx(*words)
         assert done.code == 0, done.err

@@ -58,7 +58,11 @@ def training_helped(result: DemoResult) -> None:
 def every_part_is_there_and_nothing_else(output: Path) -> None:
     assert {p.name for p in output.parent.iterdir()} == {output.name}
     assert {p.name for p in output.iterdir()} == set(demo.PARTS)
-    assert {p.name for p in (output / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in (output / "adapter").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     for part in ("onnx-base", "onnx"):
         names = {p.name for p in (output / part).iterdir()}
         assert names >= {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json"}
