@@ -69,11 +69,12 @@ class HRA(WeightMethod):
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         if site.kind == "conv":
-            return op(x.to(p[U].dtype), *self.fold(site, base, p)).to(y.dtype)
+            like = x if y is None else y  # there is none where nothing else reads it: see `reruns`
+            return op(x.to(p[U].dtype), *self.fold(site, base, p)).to(like.dtype)
         reflected = x.to(p[U].dtype)
         for u in reversed(self._vectors(p)):
             reflected = reflected - 2 * (reflected @ u)[..., None] * u
-        return op(reflected.to(x.dtype), base.weight, base.bias).to(y.dtype)
+        return op(reflected.to(x.dtype), base.weight, base.bias)
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         weight = base.weight.flatten(1)

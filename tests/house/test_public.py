@@ -11,7 +11,7 @@ import pytest
 from house.public_stub import STUB, stub
 
 import peftfx
-from peftfx.methods import methods
+from peftfx.discovery import method_classes
 
 #: Import paths of README, CONTRIBUTING and the documents, and what they import from there.
 DOCUMENTED = {
@@ -29,7 +29,7 @@ DOCUMENTED = {
 def test_the_package_shows_its_public_names_and_no_others() -> None:
     shown = dir(peftfx)
     assert shown == sorted(peftfx.__all__)
-    assert {cls.__name__ for cls in methods().values()} <= set(shown)
+    assert set(method_classes()) <= set(shown)
     assert not [name for name in shown if name.startswith("_") and name != "__version__"]
     for name in shown:
         assert getattr(peftfx, name) is not None
@@ -42,8 +42,8 @@ def test_help_shows_them() -> None:
 
 
 def test_a_method_is_found_by_its_file_alone(tmp_path: object) -> None:
-    for cls in methods().values():
-        assert getattr(peftfx, cls.__name__) is cls
+    for name, module in method_classes().items():
+        assert getattr(peftfx, name) is getattr(importlib.import_module(module), name)
 
 
 def test_what_is_not_public_is_an_attribute_error() -> None:
