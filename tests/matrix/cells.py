@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import peftfx
+from peftfx.bases.guests import own_parameters
 from peftfx.contract.method import Method, WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.export import OnnxModel
@@ -169,7 +170,7 @@ def falls(adapted: AdaptedModel, call: Mapping[str, Tensor]) -> None:
         if step == 0:
             idle = [name for name, p in own.items() if p.requires_grad and (p.grad is None or not p.grad.any())]
             assert not idle, f"no gradient reaches {idle}"
-            assert all(p.grad is None for p in adapted.base.parameters())
+            assert all(p.grad is None for _, p in own_parameters(adapted.base))
         optimizer.step()
         optimizer.zero_grad()
     adapted.eval()
