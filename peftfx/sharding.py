@@ -15,6 +15,9 @@ from peftfx.errors import PeftfxError
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(seconds=60)  #: for how long a process waits for the others to do what it does
 _CALLS: dict[str, int] = {}
+_SHARED = (
+    "peftfx_shared"  #: an attribute of a tensor that was started alike in all processes, whose gradients are averaged
+)
 
 
 def is_part(tensor: object) -> bool:
@@ -130,9 +133,6 @@ def share_whole(tensors: Iterable[Tensor], like: Tensor) -> None:
             dist.broadcast(tensor.detach(), src=dist.get_global_rank(group, 0), group=group)
         if tensor.requires_grad:
             tensor.register_post_accumulate_grad_hook(average)  # type: ignore[arg-type]
-
-
-_SHARED = "peftfx_shared"
 
 
 def refuse_other_wrappings(model: nn.Module) -> None:

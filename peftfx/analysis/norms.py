@@ -89,10 +89,7 @@ def _note(graph: Graph, found: dict[str, _Found], node: fx.Node, x: fx.Node, aff
 def _path(graph: Graph, node: fx.Node, target: str) -> str:
     """The module that ran the node, if this is its parameter and no module in it has any; else the parameter's path."""
     path, (owner, _, name) = module_path(node), target.removeprefix(f"{BASE}.").rpartition(".")
-    try:
-        module = graph.base.get_submodule(path)
-    except AttributeError:  # a list that the code cuts out of another as it runs: `self.layers[:2]`
-        path, module = owner, graph.base.get_submodule(owner)
+    module = graph.base.get_submodule(path)
     own = {id(p) for p in module.parameters(recurse=False)}
     if id(graph.get(target)) in own and own == {id(p) for _, p in own_parameters(module)}:
         return path

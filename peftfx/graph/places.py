@@ -7,13 +7,14 @@ in several. HF PEFT replaces what is in a place: every path there then runs the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import functools
+import re
 
 from torch import fx, nn
 
 from peftfx.graph.graph import BASE
 
-Places = Mapping[str, tuple[str, ...]]
+_CUT = re.compile(r"\.slice\((None|-?\d+), (None|-?\d+), (None|-?\d+)\)(?:\.(?P<leaf>[^.]+))?")
 
 
 def places_of(base: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -49,18 +50,34 @@ def _twin(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
 def name_places(module: fx.GraphModule, base: nn.Module) -> None:
     """Write the names of places, in the metadata of a graph that was captured from `base`, for the paths it has."""
     renamed = _renamed(base)
-    if not renamed:
-        return
+
+    @functools.cache
+    def name(path: str) -> str:
+        own, mark, call = path.partition("@")
+        own = whole_path(own, base)
+        return f"{renamed.get(own, own)}{mark}{call}"
+
     for inner in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
         for node in inner.graph.nodes:
             stack = node.meta.get("nn_module_stack")
             if stack:
-                node.meta["nn_module_stack"] = {k: (_place(path, renamed), *more) for k, (path, *more) in stack.items()}
+                node.meta["nn_module_stack"] = {k: (name(path), *more) for k, (path, *more) in stack.items()}
 
 
-def _place(path: str, renamed: Mapping[str, str]) -> str:
-    name, mark, call = path.partition("@")
-    return f"{renamed.get(name, name)}{mark}{call}"
+def whole_path(path: str, base: nn.Module) -> str:
+    """A path through a part of a list of modules, which code cuts out as it runs, as the path through the list.
+
+    torch.export writes `layers.slice(1, 3, None).0` for the first of `layers[1:3]`. A list counts its modules anew,
+    and an `nn.Sequential` keeps their names.
+    """
+    while cut := _CUT.search(path):
+        held, leaf = path[: cut.start()], cut["leaf"]
+        modules = base.get_submodule(held.removeprefix(BASE).removeprefix("."))
+        if leaf is not None and not isinstance(modules, nn.Sequential):
+            start, stop, step = (None if bound == "None" else int(bound) for bound in cut.group(1, 2, 3))
+            leaf = list(modules._modules)[start:stop:step][int(leaf)]
+        path = ".".join(filter(None, (held, leaf))) + path[cut.end() :]
+    return path
 
 
 def _renamed(base: nn.Module) -> dict[str, str]:

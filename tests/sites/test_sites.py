@@ -12,16 +12,21 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 import transformers as hf
 from laws.renaming import identity, renamed
 from support.zoo import ZOO, Captured
+from torch import Tensor, nn
 
+import peftfx
+from peftfx import LoRA
 from peftfx.analysis.roles import find_sites
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
+from peftfx.graph.places import whole_path
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
 from peftfx.views.capture import capture
@@ -182,3 +187,32 @@ def test_sites_print_filter_and_become_json(gpt2: Graph) -> None:
 def test_a_path_without_a_site_names_the_nearest(gpt2: Graph) -> None:
     with pytest.raises(PeftfxError, match=r"did you mean 'transformer\.h\.0\.mlp\.c_fc'"):
         gpt2.sites.by_path("transformer.h.0.mlp.c_fx")
+
+
+class Cut(nn.Module):
+    """Runs parts of its lists alone, cut out as it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(5))
+        self.tail = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[1:5:2]:
+            x = layer(x)
+        return self.tail[1:](x)
+
+
+@pytest.mark.parametrize("road", ["modules", "graph"])
+def test_modules_of_a_list_that_is_cut_have_their_own_paths(road: Literal["modules", "graph"]) -> None:
+    base = Cut().eval()
+    adapted = peftfx.transform(base, LoRA(r=2, target_modules=["tail.2"]), inputs={"x": torch.randn(2, 4)}, road=road)
+    sites = adapted.graph(adapted=False).sites
+    assert {"layers.1.0", "layers.3.0", "tail.1", "tail.2"} <= sites.called
+    assert [site.path for site in sites] == ["layers.1.0", "layers.1.1", "layers.3.0", "layers.3.1", "tail.1", "tail.2"]
+    assert sites.called <= dict(base.named_modules()).keys()
+
+
+def test_the_paths_that_torch_writes_for_a_cut_list_are_read() -> None:
+    paths = {"layers.slice(1, 5, 2).1.0": "layers.3.0", "tail.slice(1, None, None).2": "tail.2", "layers.2": "layers.2"}
+    assert {path: whole_path(path, Cut()) for path in paths} == paths
