@@ -15,6 +15,7 @@ from peftfx.formats import REPORT
 
 Mark = Callable[[Path], bool]
 _NEW, _OLD = "new", "old"
+_RESERVE = 1 << 20  #: bytes kept back for the clean-up
 
 
 def is_export(directory: Path) -> bool:
@@ -44,6 +45,7 @@ def publish(directory: str | Path, force: bool = False, made: Mark = is_export) 
         with locked(area, target):
             _recover(area, target, made)
             _refuse_standing(target, force, made)
+            reserve: bytearray | None = bytearray(_RESERVE)
             try:
                 (area / _NEW).mkdir()
                 yield area / _NEW
@@ -51,6 +53,7 @@ def publish(directory: str | Path, force: bool = False, made: Mark = is_export) 
                 _move(area, target)
                 _remove(area / _OLD)
             finally:
+                reserve = None  # noqa: F841  (where memory has ended, listing a directory needs some)
                 _recover(area, target, made)
 
 

@@ -6,7 +6,9 @@ import contextlib
 import json
 import random
 import shutil
+import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +202,31 @@ class TestMemory:
         done = inputs.server.run(*inputs.words(tmp_path / "out"), setup="out_of_memory", option=stage)
         assert names(tmp_path) == []
         refused(done, text)
+
+    def test_where_not_a_byte_is_left_the_clean_up_has_its_own(self, tmp_path: Path) -> None:
+        script = """
+            import resource, sys
+            from pathlib import Path
+            from peftfx.export.writing.atomic_directory import publish
+
+            held, size, endless = [], 1 << 20, resource.RLIM_INFINITY
+            with publish(sys.argv[1]) as directory:
+                for name in range(40):
+                    (directory / str(name)).touch()
+                now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (now, endless))
+                while True:
+                    try:
+                        held.append(bytearray(size))
+                    except MemoryError:
+                        size //= 2
+                        if size < 64:
+                            raise
+        """
+        words = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "out")]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert "MemoryError" in done.stderr
+        assert names(tmp_path) == []
 
     @pytest.mark.parametrize(
         "lacks", [lambda: torch.empty(1 << 58), lambda: bytearray(1 << 62)], ids=["torch", "python"]

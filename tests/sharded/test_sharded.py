@@ -7,73 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from sharded.processes import LORA, WAYS, adapted, in_two, llama, mean_of_all, train, two, whole_state
-from torch import Tensor, nn
-from torch import distributed as dist
-from torch.distributed import checkpoint as dcp
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from torch.nn.parallel import DistributedDataParallel
+from sharded.processes import LORA, in_two, llama
+from sharded.work import alone, everything, methods, refused, resumed
 
 import peftfx
-from peftfx import sharding
-from peftfx.errors import PeftfxError
-
-PROMPT = peftfx.PromptTuning(num_virtual_tokens=3)
-METHODS = [
-    *(LORA, peftfx.LoRA(r=4, target="all-linear", use_dora=True), peftfx.VeRA(r=8), peftfx.IA3(), peftfx.LNTuning()),
-    *(PROMPT, peftfx.PrefixTuning(num_virtual_tokens=3), peftfx.LlamaAdapter()),
-]
-
-
-def alone(rule: object, steps: int = 3) -> tuple[Tensor, peftfx.AdaptedModel]:
-    """The losses of one process, and its model."""
-    model = peftfx.transform(llama(), rule, seed=0)
-    return train(model, steps), model
-
-
-def off(rule: object, model: nn.Module, of: peftfx.AdaptedModel) -> tuple[float, float]:
-    """What training in two processes differs from one by: losses, and the adapter."""
-    losses, one = alone(rule)
-    got = mean_of_all(train(model, rank=dist.get_rank()))
-    state, want = whole_state(of), one.state_dict()
-    return float((got - losses).abs().max()), max(float((state[k] - want[k]).abs().max()) for k in want)
-
-
-def message(call: Any) -> str:
-    """Of the error that a call raises."""
-    try:
-        call()
-    except PeftfxError as error:
-        return str(error)
-    return "no error"
-
-
-def everything(folder: Path) -> dict[str, Any]:
-    """What one process sees of what both do."""
-    found: dict[str, Any] = {}
-    ddp = peftfx.transform(llama(), LORA, seed=0)
-    found["ddp"] = off(LORA, DistributedDataParallel(ddp), ddp)
-    model = adapted(LORA, "before")
-    found["before"] = off(LORA, model, model)
-    prompt = adapted(PROMPT, "layers")  # nobody shards the prompt
-    found["prompt"] = off(PROMPT, prompt, prompt)
-    model = adapted(LORA, "adapted")
-    found["adapted"] = off(LORA, model, model)
-    found["kinds"] = sorted({type(p).__name__ for p in model.parameters()})
-    sharding.PATIENCE /= 20
-    found["alone"] = message(lambda: model.save_pretrained(folder / "none")) if dist.get_rank() == 0 else ""
-    dist.barrier()
-    sharding.PATIENCE *= 20
-    model.save_pretrained(folder / "adapter")
-    report = model.export(folder / "onnx", view="forward")
-    found["report"] = report.tensors
-    with torch.no_grad():
-        model.eval()(input_ids=torch.arange(3, 13)[None])  # the root keeps its weights gathered
-    model.merge()
-    with torch.no_grad():
-        found["merged"] = model.eval()(input_ids=torch.arange(3, 13)[None]).logits.detach()
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -110,48 +47,6 @@ def test_one_process_alone_is_refused_before_it_waits_for_the_others(
     assert "rank 1 has not called it" in said
     assert "in every process" in said
     assert not (seen[0] / "none").exists()
-
-
-def resumed(folder: Path) -> tuple[float, list[str]]:
-    """What a run that DCP saved, and another took up, is off from one run by; and the names that were saved."""
-    model = adapted(LORA, "adapted")
-    train(model, 3, dist.get_rank())
-    want = whole_state(model)
-    state = model.state_dict()
-    dcp.save({"model": state}, checkpoint_id=folder / "dcp")
-    other = adapted(LORA, "adapted")
-    state = other.state_dict()
-    dcp.load({"model": state}, checkpoint_id=folder / "dcp")
-    other.load_state_dict(state)
-    got = whole_state(other)
-    again = mean_of_all(train(other, 2, dist.get_rank())) - mean_of_all(train(model, 2, dist.get_rank()))
-    differs = max(float((got[k] - want[k]).abs().max()) for k in want)
-    return max(differs, float(again.abs().max())), sorted(state)
-
-
-def refused(folder: Path) -> list[str]:
-    """What is said of other ways of sharing a model out."""
-    plan = {"q_proj": ColwiseParallel()}
-    parallel = llama()
-    for layer in parallel.model.layers:
-        parallelize_module(layer.self_attn, two(), plan)
-    tied = llama()
-    tied.lm_head.weight = tied.model.embed_tokens.weight
-    head = peftfx.transform(tied, peftfx.LoRA(r=2, target="lm_head"))
-    fully_shard(head, mesh=two())
-    return [
-        message(lambda: peftfx.transform(parallel, LORA)),
-        message(head.merge),
-    ]
-
-
-def methods(folder: Path) -> dict[str, tuple[float, float]]:
-    found = {}
-    for rule in METHODS:
-        for way in WAYS:
-            model = adapted(rule, way)
-            found[f"{rule}: {way}"] = off(rule, model, model)
-    return found
 
 
 @pytest.mark.slow
