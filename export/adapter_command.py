@@ -13,8 +13,8 @@ from peftfx.bases.load import load_base
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of_class
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.serving_mode import in_eval
-from peftfx.export.onnx_directory import Progress
 from peftfx.export.slots.adapter_export import export_adapter
+from peftfx.export.stages import Progress
 from peftfx.export.tensor_counts import SLOTS, count_tensors
 from peftfx.export_options.adapter import AdapterDirectoryChanges, AdapterDirectoryOptions
 from peftfx.export_options.checked import takes

@@ -6,12 +6,22 @@ import os
 import shutil
 from pathlib import Path
 
+from torch import nn
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
 
 from peftfx.export.deployment import genai_config
 
 _ENDINGS = frozenset({".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".tiktoken", ".vocab"})
-_NOT = (".", "adapter_", "readme", "peftfx_", genai_config.FILE, EXPORT_MANIFEST_FILE)
+_NOT = (
+    ".",
+    "adapter_",
+    "readme",
+    "peftfx_",
+    "quantize_config",
+    "quant_config",
+    genai_config.FILE,
+    EXPORT_MANIFEST_FILE,
+)
 """How names begin, in small letters, of what is no asset, or is told by the export that made it, for that alone."""
 
 
@@ -38,6 +48,16 @@ def copy_assets(source: Path, target: Path, *leave: str) -> list[Path]:
         else:
             shutil.copyfile(path, target / path.name)
     return left_out
+
+
+def write_configs(base: nn.Module, directory: Path) -> None:
+    """Write the config of the model as it is, with the labels of an adapter's head say, and how it generates."""
+    write = getattr(getattr(base, "config", None), "to_json_file", None)
+    if write is not None:
+        write(directory / "config.json")
+    generation = getattr(base, "generation_config", None)
+    if generation is not None and base.can_generate():  # type: ignore[operator]
+        generation.to_json_file(directory / "generation_config.json")
 
 
 def _leaves(path: Path, source: Path) -> bool:

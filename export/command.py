@@ -18,8 +18,9 @@ from peftfx.bases.quantised import QUANTISED, quantise
 from peftfx.bases.tasks import resolve_task
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets
-from peftfx.export.onnx_directory import Progress, export_onnx
+from peftfx.export.onnx_directory import export_onnx
 from peftfx.export.report import Report
+from peftfx.export.stages import Progress
 from peftfx.export.writing.atomic_directory import check_output
 from peftfx.export.writing.weights import Written
 from peftfx.export_options.checked import takes
@@ -32,7 +33,7 @@ from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_co
 from peftfx.rules.resolution import saved_modules
 from peftfx.sites.sites import Sites
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @takes(DirectoryOptions)
@@ -60,7 +61,7 @@ def export_directory(
         PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
     """
     asked = DirectoryOptions.of(options, changes)
-    _refuse_output(Path(base), output, list(asked.folders.values()), asked.force)
+    refuse_output(Path(base), output, list(asked.folders.values()), asked.force)
     with as_directory(Path(base)) as directory:
         return _export(directory, output, asked, progress, written)
 
@@ -100,7 +101,7 @@ def _served_dtype(base: Path, wanted: str | None, quantize_base: str | None) -> 
     if wanted is None:
         own = config.get("dtype", config.get("torch_dtype"))
         return torch.float32 if own == "bfloat16" else None
-    return _DTYPES[wanted]
+    return DTYPES[wanted]
 
 
 def load_directories(
@@ -166,7 +167,7 @@ def _labels(model: nn.Module, weights: Weights, method: object) -> int | None:
     return None
 
 
-def _refuse_output(base: Path, output: str | Path, adapters: Sequence[Path], force: bool) -> None:
+def refuse_output(base: Path, output: str | Path, adapters: Sequence[Path], force: bool) -> None:
     """Refuse at once what would be refused after minutes of work."""
     target = Path(output).resolve()
     inputs = [base.resolve(), *(adapter.resolve() for adapter in adapters)]

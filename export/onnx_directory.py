@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
@@ -12,6 +10,7 @@ from typing import Unpack
 import torch
 from torch import nn
 
+from peftfx.export.assets import write_configs
 from peftfx.export.coded.place import place_codes
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.serving_mode import in_eval
@@ -19,6 +18,7 @@ from peftfx.export.quantised import agreement_of, refuse_disagreement
 from peftfx.export.report import Report, tell_rounding
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Swappable
+from peftfx.export.stages import Progress, Stages
 from peftfx.export.tensor_counts import APART, MERGED, NOT_RUN, count_row_tensors, count_tensors
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.verification.comparison import verify
@@ -36,7 +36,6 @@ from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.manager import PassManager
 from peftfx.quantisation.coded import Coded
 
-Progress = Callable[[str], object]
 _BFLOAT16 = (
     "bfloat16: ONNX Runtime's CPU provider has no kernels for it; serve this model on another (CUDA). "
     "It is verified here in float32, over the same weights"
@@ -92,7 +91,7 @@ def export_onnx(
     say = progress or (lambda line: None)
     if any(p.dtype == torch.bfloat16 for p in adapted.base.parameters()):
         say(_BFLOAT16)
-    stages = _Stages(report.seconds, say)
+    stages = Stages(report.seconds, say)
     with publish(Path(directory), asked.force) as temporary, in_eval(adapted):
         with stages("capture"):
             parts = [
@@ -155,7 +154,7 @@ def export_onnx(
         report.measure(temporary)
         if assets is not None:
             assets(temporary)
-        _write_configs(adapted.base, temporary)
+        write_configs(adapted.base, temporary)
         report.write(temporary)
     return report
 
@@ -171,27 +170,3 @@ def _bounds(asked: ExportOptions) -> tuple[float | None, float | None]:
     if asked.quantize is None:
         return asked.atol, asked.rtol
     return 0.0, asked.bound.value if asked.bound is not None and asked.bound.kind == "error" else FINITE
-
-
-def _write_configs(base: nn.Module, directory: Path) -> None:
-    """Write the config of the model as it is, with the labels of an adapter's head say, and how it generates."""
-    write = getattr(getattr(base, "config", None), "to_json_file", None)
-    if write is not None:
-        write(directory / "config.json")
-    generation = getattr(base, "generation_config", None)
-    if generation is not None and base.can_generate():  # type: ignore[operator]
-        generation.to_json_file(directory / "generation_config.json")
-
-
-class _Stages:
-    """Times the stages of an export, and says when each begins."""
-
-    def __init__(self, seconds: dict[str, float], progress: Progress) -> None:
-        self.seconds, self.progress = seconds, progress
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.progress(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)

@@ -106,7 +106,7 @@ class Report:
             }
             for name in names
         ]
-        return cls(type(adapted.base).__name__, adapters, versions=_versions())
+        return cls(type(adapted.base).__name__, adapters, versions=versions())
 
     def add_merged(self, graphs: Sequence[Graph]) -> None:
         """Add the sites that graphs read merged weights at, and what else was folded.
@@ -250,7 +250,8 @@ def _written(value: object) -> str:
     return json.dumps(value)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the libraries that make what is exported."""
     import onnxruntime
     import transformers
 

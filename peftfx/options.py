@@ -85,11 +85,11 @@ def check_tolerance(atol: float | None, rtol: float | None) -> None:
             raise PeftfxError(f"a tolerance of 0 or more, not {value}", name, "leave it out: it is measured")
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "max_memory") -> int:
     """Bytes, from `4GB`, `1.5GiB` or a plain number."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?", text.strip().lower())
     if not match:
-        raise PeftfxError(f"not a size: {text!r}", "max_memory", "as in 4GB, 1.5GiB or a number of bytes")
+        raise PeftfxError(f"not a size: {text!r}", option, "as in 4GB, 1.5GiB or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 

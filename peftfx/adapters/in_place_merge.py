@@ -3,76 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.deferred import Deferred
+from peftfx.adapters.merge_report import MergeReport
 from peftfx.adapters.recipes import Derived, Folding, Rounding, foldings
-from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Base, WeightMethod
 from peftfx.contract.placement import Override, owner_of, site_tensors
-from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
+from peftfx.graph.lazy_weights import Stored
 from peftfx.graph.places import twin
+from peftfx.graph.recipe import Get
 from peftfx.sharding import full, is_part, overwrite
 from peftfx.sites.site import Site
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did.
-
-    Attributes:
-        sites: the module paths whose weights changed.
-        bytes: of the weights and biases that were written, trained copies included.
-        adapter_bytes: of what went into them, and is no longer needed.
-        roundings: what each site's weight lost to the base's dtype: nothing where that is fp32.
-        untied: the weights that another module shared until now, and that are their own now.
-    """
-
-    sites: tuple[str, ...]
-    bytes: int
-    adapter_bytes: int = 0
-    roundings: Mapping[str, Rounding] = field(default_factory=dict)
-    untied: tuple[str, ...] = ()
-
-    @property
-    def worst(self) -> tuple[str, Rounding]:
-        """The site that rounding took most from, relative to its weight; nothing from none if all are exact."""
-        return max(self.roundings.items(), key=lambda item: item[1].max_rel, default=("", Rounding()))
-
-    def __str__(self) -> str:
-        path, worst = self.worst
-        lines = [
-            f"merged {len(self.sites)} sites: {self.bytes:,} bytes written, {self.adapter_bytes:,} of adapters folded",
-            f"rounding: at most {worst}, at {path}" if worst.max_abs else "rounding: none, the weights are fp32's",
-        ]
-        return "\n".join([*lines, *([f"untied: {', '.join(self.untied)}"] if self.untied else [])])
-
-
-def refuse_unmergeable(adapters: Mapping[str, Adapter]) -> None:
-    """What acts beside the weights has no place in them."""
-    placements = [p for adapter in adapters.values() for p in adapter.placements]
-    if any(isinstance(p.method, SequenceMethod) for p in placements):
-        hint = "export it: there it becomes a constant of the graph; or make adapters of weights alone active"
-        raise PeftfxError("a soft prompt has no place in the base's weights", ", ".join(adapters), hint)
-    beside = next((p for p in placements if isinstance(p.method, AttentionMethod)), None)
-    if beside is not None:
-        what = f"what {type(beside.method).__name__} adds to an attention has no place in the base's weights"
-        hint = "export it: there its keys and values become constants; or make adapters of weights alone active"
-        raise PeftfxError(what, beside.site.path, hint)
-
-
 @torch.no_grad()
-def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> MergeReport:
+def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter], *, late: bool = False) -> MergeReport:
     """Write the derived weights of a merged graph, and the adapters' overrides, into the base's parameters.
 
     One site at a time; sites that share a tensor are computed together before any is written. A tensor that a module
     outside the merge uses too is untied: the merged site gets a parameter of its own.
+
+    With `late` nothing is computed: the base, of which the graph has another copy, gets parameters that are `Deferred`,
+    and the report's roundings are there when these have been made. What is not finite is for who asks for them to see.
 
     Raises:
         PeftfxError: a merged weight would not be finite; nothing is written.
@@ -84,7 +43,7 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
     folded = foldings(merged.derived.values())
     _refuse_left_over(folded, adapters)
     _refuse_new_biases(base, merged)
-    for folding in folded.values():  # computed twice: a merge that fails halfway could not be undone
+    for folding in () if late else folded.values():  # computed twice: what fails halfway could not be undone
         _refuse_infinite(folding.site, folding.evaluate(read))
     trained = {override.module for adapter in adapters for override in adapter.overrides if override.module}
     _part(base, {f.site.path for f in folded.values()} | trained, _run(merged))
@@ -96,11 +55,10 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
         groups.setdefault(folding.weight, []).append(folding)
     written, roundings, untied = 0, dict[str, Rounding](), list[str]()
     for group in groups.values():
-        values = [folding.measure(read) for folding in group]
+        values = [(_later if late else _now)(folding, read, roundings) for folding in group]
         shared = len(sharing.get(id(site_tensors(base, group[0].site)[0]), ())) > 1
-        for folding, (value, rounding) in zip(group, values, strict=True):
+        for folding, value in zip(group, values, strict=True):
             written += _write(base, folding.site, value, untie=shared)
-            roundings[folding.site.path] = rounding
             untied += [own_names(base, folding.site)[0]] if shared else []
     changed: dict[str, object] = dict(folded)
     written_names = {name for f in folded.values() for name in own_names(base, f.site)}
@@ -114,6 +72,31 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter]) -> M
                 changed.setdefault(name.rpartition(".")[0])
     folded_in = sum(t.numel() * t.element_size() for adapter in adapters for _, t in adapter.tensors())
     return MergeReport(tuple(changed), written, folded_in, roundings, tuple(untied))
+
+
+def _now(folding: Folding, read: Get, roundings: dict[str, Rounding]) -> Base:
+    value, roundings[folding.site.path] = folding.measure(read)
+    return value
+
+
+def _later(folding: Folding, read: Get, roundings: dict[str, Rounding]) -> Base:
+    """What a folding will give, known by its shapes."""
+    memo: dict[str, Tensor] = {}
+
+    def blank(target: str) -> Tensor:
+        tensor = read(target)
+        return memo.setdefault(target, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+
+    like = folding.evaluate(blank)
+    same = like.bias is None or like.bias is blank(str(folding.bias))
+    likes = [like.weight] if same or like.bias is None else [like.weight, like.bias]
+
+    def make() -> list[Tensor]:
+        return [t for t in _now(folding, read, roundings)[: len(likes)] if t is not None]
+
+    made = Deferred.of(make, likes)
+    bias = None if folding.bias is None else read(folding.bias)
+    return Base(made[0], bias if same else made[1])
 
 
 def _refuse_left_over(folded: Mapping[str, Folding], adapters: Sequence[Adapter]) -> None:
@@ -132,11 +115,17 @@ def _put(base: nn.Module, name: str, override: Override, value: Tensor) -> int:
     holder, leaf = owner_of(base, name)
     whole = full(getattr(holder, leaf))
     indices = torch.tensor(override.rows, device=whole.device)
-    if override.module:  # in this module alone, though others may share the tensor
-        return _assign(base, name, whole.index_copy(0, indices, value), untie=True)
-    whole[indices] = value
-    _assign(base, name, whole, untie=False)
+    # under a module: in this one alone, though others may share the tensor
+    _assign(base, name, _with_rows(whole, indices, value), untie=bool(override.module))
     return value.numel() * value.element_size()
+
+
+def _with_rows(whole: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """A tensor with other rows; of one that stays in its file, when it is asked for."""
+    if not isinstance(whole, Stored):
+        return whole.index_copy(0, indices, rows)
+    like = torch.empty(whole.shape, dtype=whole.dtype, device="meta")
+    return Deferred.of(lambda: [whole.index_copy(0, indices, rows)], [like])[0]
 
 
 def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:
@@ -238,12 +227,21 @@ def _has(base: nn.Module, path: str) -> bool:
 def _assign(base: nn.Module, name: str, value: Tensor, *, untie: bool) -> int:
     module, leaf = owner_of(base, name)
     old = getattr(module, leaf, None)
-    if isinstance(old, Tensor) and (not untie or is_part(old)) and old.shape == value.shape:
+    fixed = isinstance(value, Deferred) or isinstance(old, Stored | Deferred)  # what cannot be written, or not yet
+    if isinstance(old, Tensor) and not fixed and (not untie or is_part(old)) and old.shape == value.shape:
         if old is not value:
             overwrite(old, value)
     elif leaf in module._buffers:
         module._buffers[leaf] = value.detach().clone()
     else:
         grad = bool(isinstance(old, Tensor) and old.requires_grad)
-        module.register_parameter(leaf, nn.Parameter(value.detach().clone(), requires_grad=grad))
+        new = nn.Parameter(value.detach().clone(), requires_grad=grad)
+        holders = [(module, leaf)] if untie or old is None else _holders(base, old)
+        for holder, own in holders:
+            holder.register_parameter(own, new)
     return value.numel() * value.element_size()
+
+
+def _holders(base: nn.Module, tensor: Tensor) -> list[tuple[nn.Module, str]]:
+    """The modules that have a parameter, and its names there."""
+    return [(m, name) for m in base.modules() for name, p in m._parameters.items() if p is tensor]

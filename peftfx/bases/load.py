@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftfx.bases.dtypes import dtype_of, dtype_plan, kinds_of
 from peftfx.bases.gguf import load_gguf, stood_for
 from peftfx.bases.quantised import QUANTISED, load_quantised
 from peftfx.bases.tasks import maker_of, resolve_task
@@ -64,7 +65,7 @@ def load_base(
             _refuse_random(model, info, given, directory)
             return model.eval()
     with understanding(directory, "cannot load the base model"):
-        on_disk = _dtype_of(files) if weights else None
+        on_disk = dtype_of(files) if weights else None
         if "_class_name" in config:
             model = _load_diffusers(directory, str(config["_class_name"]), on_disk, dtype)
         else:
@@ -119,35 +120,6 @@ def _check_weights(directory: Path) -> list[Path]:
     return files
 
 
-def _dtype_of(files: Sequence[Path]) -> torch.dtype:
-    """The dtype of the first floating tensor in the files: what they can be mapped as, without a copy.
-
-    Raises:
-        PeftfxError: there is none.
-    """
-    kinds = _kinds(files)
-    found = next((_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES), None)
-    if found is None:
-        what = f"all tensors are {', '.join(sorted(set(kinds.values())))}" if kinds else "there is no tensor"
-        hint = f"use the unquantised model: weights in one of {', '.join(_DTYPES)}"
-        raise PeftfxError(f"no weights in floating point: {what}", ", ".join(map(str, files[:3])), hint)
-    return found
-
-
-def _kinds(files: Sequence[Path]) -> dict[str, str]:
-    """The dtype of each tensor in the files, as safetensors names it."""
-    from safetensors import safe_open
-
-    kinds: dict[str, str] = {}
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            kinds |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
-    return kinds
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 def _load_transformers(
     directory: Path,
     raw: Mapping[str, object],
@@ -191,8 +163,7 @@ def _load_transformers(
     assert isinstance(model, nn.Module)
     _refuse_random(model, info, given, directory)
     if wanted != on_disk:
-        plan = model._get_dtype_plan(wanted)  # type: ignore[operator]  # modules that stay in fp32
-        _present(model, blank(), lambda name: next((plan[k] for k in plan if k in name.split(".")), wanted))
+        _present(model, blank(), dtype_plan(model, wanted))
         model.config.dtype = wanted  # type: ignore[union-attr]
     return model
 
@@ -231,7 +202,7 @@ def _refuse_random(model: nn.Module, info: Mapping[str, Any], given: Collection[
 
 def _refuse_integers(model: nn.Module, files: Sequence[Path]) -> None:
     """Refuse weights that are stored as integers: without their scales, which nothing here reads, they say nothing."""
-    integers = {name: kind for name, kind in _kinds(files).items() if not kind.startswith(("F", "BF"))}
+    integers = {name: kind for name, kind in kinds_of(files).items() if not kind.startswith(("F", "BF"))}
     ours = {name for name, p in model.named_parameters() if p.is_floating_point()}
     found = [n for n in integers if any(n == p or n.endswith(f".{p}") or p.endswith(f".{n}") for p in ours)]
     if found:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.adapter_set import AdapterSet
-from peftfx.adapters.in_place_merge import MergeReport, merge_into, refuse_unmergeable
+from peftfx.adapters.in_place_merge import merge_into
+from peftfx.adapters.merge_report import MergeReport, refuse_unmergeable
 from peftfx.adapters.state import refuse_other_state
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import evaluating, fake_mode_of

@@ -64,6 +64,11 @@ def whole_base(base: nn.Module) -> Iterator[nn.Module | None]:
         yield _whole(base, made, {}) if rank() == 0 else None
 
 
+def copied(base: nn.Module) -> nn.Module:
+    """A base of the same tensors in modules of its own, without what adapters put there."""
+    return _whole(base, {}, {})
+
+
 def _kept(value: Tensor, file: Path) -> Tensor:
     """A tensor in a file."""
     value = value.cpu().contiguous()

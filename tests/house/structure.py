@@ -45,7 +45,7 @@ LAYERS = (
     ),
     *("peftfx.passes.slots", "peftfx.passes.text", "peftfx.hosting", "peftfx.model", "peftfx.serving"),
     *("peftfx.export.metadata", "peftfx.export.translation", "peftfx.export.writing", "peftfx.export.coded"),
-    "peftfx.export.verification",
+    *("peftfx.export.verification", "peftfx.export.checkpoint"),
     *("peftfx.export.deployment", "peftfx.export.slots", "peftfx.export"),
     *("peftfx.demo", "peftfx.cli", "peftfx.testing"),
 )

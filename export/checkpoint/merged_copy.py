@@ -1,0 +1,34 @@
+"""merged_copy: a base with adapters folded in, none of whose merged weights is made before it is asked for."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from peftfx.adapters.in_place_merge import merge_into
+from peftfx.adapters.merge_report import MergeReport, refuse_unmergeable
+from peftfx.graph.contexts import evaluating
+from peftfx.model.adapted import AdaptedModel
+from peftfx.model.gathered import copied
+from peftfx.passes.adaptation.merge import Merge
+
+
+def merged_copy(adapted: AdaptedModel) -> tuple[nn.Module, MergeReport]:
+    """Modules like the base's, with its tensors, and with `Deferred` ones where the active adapters act.
+
+    The adapted model stays what it is. The report's roundings are there when the weights have been made.
+
+    Raises:
+        PeftfxError: an active adapter cannot be merged.
+    """
+    refuse_unmergeable({name: adapted.adapter(name) for name in adapted.active})
+    made, memo = copied(adapted.base), dict[int, object]()
+    for module in made.modules():  # what a merge unties, configs tell
+        if "config" in vars(module):
+            vars(module)["config"] = copy.deepcopy(vars(module)["config"], memo)
+    if not adapted.active:
+        return made, MergeReport((), 0)
+    with evaluating(adapted.base):
+        merged = Merge()(adapted.graph()).graph
+    return made, merge_into(made, merged, adapted.named.acting(), late=True)

@@ -1,0 +1,141 @@
+"""write_shards: tensors become safetensors files, and an index of them, with one tensor in memory at a time.
+
+https://huggingface.co/docs/safetensors/index#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+
+from peftfx.errors import PeftfxError
+from peftfx.export.writing.stream import Stream
+from peftfx.export.writing.weights import Written
+from peftfx.files import writing
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+_HEADER = {"__metadata__": {"format": "pt"}}
+
+
+@dataclass(frozen=True)
+class Content:
+    """A tensor that will be written.
+
+    Attributes:
+        shape, dtype: of it.
+        make: makes it, when its turn comes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_shards(
+    contents: Mapping[str, Content],
+    directory: Path,
+    size: int,
+    written: Written | None = None,
+    name: str = "model",
+) -> list[Path]:
+    """Write `name.safetensors`, or `name-00001-of-00003.safetensors` and so on with `name.safetensors.index.json`.
+
+    Args:
+        contents: by their names.
+        directory: that is there.
+        size: bytes that a file may have, unless one tensor has more.
+        written: called with the bytes written so far, and those there will be.
+        name: of the files.
+
+    Raises:
+        PeftfxError: the disk refuses or has not the room, a tensor holds NaN or an infinity, or one is of a dtype that
+            the format does not have.
+    """
+    odd = next(
+        (f"{n} is {str(c.dtype).removeprefix('torch.')}" for n, c in contents.items() if c.dtype not in _NAMES), ""
+    )
+    if odd:
+        raise PeftfxError("safetensors has no such dtype", odd, "save this model by its own library")
+    total, free = sum(c.nbytes for c in contents.values()), shutil.disk_usage(directory).free
+    if total > free:
+        what = f"{total:,} bytes are needed, {free:,} are free"
+        raise PeftfxError(what, str(directory), "free some space, or choose a directory on another disk")
+    plan = split_state_dict_into_shards_factory(
+        contents,  # type: ignore[arg-type]  # it looks at their sizes alone
+        get_storage_size=lambda content: content.nbytes,  # type: ignore[arg-type, attr-defined]
+        filename_pattern=f"{name}{{suffix}}.safetensors",
+        max_shard_size=size,
+    )
+    done, files = 0, []
+    for file, names in plan.filename_to_tensors.items():
+        own = {name: contents[name] for name in names}
+        with writing(directory / file):
+            _write(own, directory / file, lambda now, before=done: (written or _silent)(before + now, total))  # type: ignore[misc]
+        done += sum(content.nbytes for content in own.values())
+        files.append(directory / file)
+    if plan.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (directory / f"{name}.safetensors.index.json").write_text(text, encoding="utf-8")
+    return files
+
+
+def _silent(done: int, total: int) -> None: ...
+
+
+def _write(contents: Mapping[str, Content], path: Path, written: Callable[[int], object]) -> None:
+    offset, header = 0, dict[str, object](_HEADER)
+    for name, content in contents.items():
+        place = {
+            "dtype": _NAMES[content.dtype],
+            "shape": content.shape,
+            "data_offsets": (offset, offset + content.nbytes),
+        }
+        header[name], offset = place, offset + content.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    done = 0
+    with Stream(path) as stream:
+        stream.write(memoryview(struct.pack("<Q", len(text)) + text))
+        for name, content in contents.items():
+            stream.write(_bytes(name, content))
+            done += content.nbytes
+            written(done)
+
+
+def _bytes(name: str, content: Content) -> memoryview:
+    value = content.make().detach().contiguous()
+    assert (tuple(value.shape), value.dtype) == (content.shape, content.dtype), name
+    if value.is_floating_point() and value.numel() and value.dtype.itemsize > 1:
+        low, high = value.aminmax()  # NaN if one is
+        if not bool(low.isfinite() & high.isfinite()):
+            hint = "look at the training that made it, or merge in fp32 (--dtype fp32)"
+            raise PeftfxError("this tensor holds NaN or an infinity", name, hint)
+    return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it has a buffer

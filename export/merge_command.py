@@ -1,0 +1,171 @@
+"""merge_directory: a base and an adapter become one directory of transformers' own, streamed weight by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.bases.dtypes import dtype_plan
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.gguf import as_directory
+from peftfx.bases.load import load_base, read_base_config
+from peftfx.bases.quantised import QUANTISED
+from peftfx.errors import PeftfxError
+from peftfx.export.assets import copy_assets, write_configs
+from peftfx.export.checkpoint.contents import contents_of, refuse_unlike
+from peftfx.export.checkpoint.merged_copy import merged_copy
+from peftfx.export.checkpoint.merged_report import Difference, MergedReport
+from peftfx.export.checkpoint.shards import write_shards
+from peftfx.export.command import DTYPES, load_directories, refuse_output
+from peftfx.export.report import versions
+from peftfx.export.stages import Progress, Stages
+from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.eager_reference import EagerReference
+from peftfx.export.verification.probes import FEW, SIZES, is_large
+from peftfx.export.writing.atomic_directory import publish
+from peftfx.export.writing.weights import Written
+from peftfx.export_options.checked import takes
+from peftfx.export_options.merge import MergeChanges, MergeOptions
+from peftfx.files import Snapshot
+from peftfx.graph.lazy_weights import exact
+from peftfx.model.adapted import AdaptedModel
+from peftfx.quantisation.coded import Coded
+from peftfx.rules.peft_files import rule_folders
+
+Tensors = Mapping[str, Tensor]
+#: What an output may differ by, over its largest magnitude: beyond it, what was written is not what was merged.
+_BOUNDS = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
+
+
+@takes(MergeOptions)
+def merge_directory(
+    base: str | Path,
+    output: str | Path,
+    options: MergeOptions | None = None,
+    *,
+    progress: Progress | None = None,
+    written: Written | None = None,
+    **changes: Unpack[MergeChanges],
+) -> MergedReport:
+    """Write a base with an adapter folded into its weights as transformers' `save_pretrained` would.
+
+    Config, tokenizer and, in safetensors files of at most `max_shard_size`, the weights, which are made one at a time
+    as they are written. The directory is loaded again, and held against the base as it is with the adapter beside it,
+    before it appears.
+
+    Args:
+        base: a transformers model's directory, quantised or not, or a GGUF file.
+        output: where to; it appears when it is complete.
+        options: see `MergeOptions`. They can be given by name as well.
+        progress: called with a line when a stage begins.
+        written: called with the bytes of weights written so far, and those there will be.
+        changes: options by name; they come before those in `options`.
+
+    Raises:
+        PeftfxError: bad input, or an adapter that has no place in weights (a soft prompt).
+        VerificationError: what was written computes something else. Either way nothing is left.
+    """
+    asked = MergeOptions.of(options, changes)
+    refuse_output(Path(base), output, list(asked.folders.values()), asked.force)
+    report = MergedReport("")
+    stages = Stages(report.seconds, progress or (lambda line: None))
+    with as_directory(Path(base)) as directory, publish(output, asked.force) as temporary:
+        folders = [part for folder in asked.folders.values() for part in (folder, *rule_folders(folder))]
+        inputs = Snapshot(directory, *folders)
+        with stages("load"):
+            adapted = _load(directory, asked)
+        with stages("write"):
+            model = _write(directory, temporary, adapted, asked, report, written)
+        for folder in asked.folders.values():
+            copy_assets(folder, temporary, "config.json")
+        copy_assets(directory, temporary)  # behind the adapter's: a tokenizer trained with one is its own
+        write_configs(model, temporary)
+        inputs.check()
+        with stages("verify"):
+            _verify(temporary, adapted, report)
+        report.versions = versions()
+        report.measure(temporary)
+        report.write(temporary)
+    return report
+
+
+def _load(base: Path, asked: MergeOptions) -> AdaptedModel:
+    """In float32, whatever is stored: weights are folded in it, and rounded when they are written."""
+    if "_class_name" in read_base_config(base):
+        hint = "export it to ONNX, or merge it in Python: peftfx.load(model, adapter).merge()"
+        raise PeftfxError("models of diffusers are not written", str(base), hint)
+    return load_directories(
+        base, asked.folders, task=asked.task, dtype=torch.float32, quantize_base=asked.quantize_base
+    )
+
+
+def _write(
+    base: Path,
+    directory: Path,
+    adapted: AdaptedModel,
+    asked: MergeOptions,
+    report: MergedReport,
+    written: Written | None,
+) -> nn.Module:
+    """The merged model, whose weights are in the directory now."""
+    merged, done = merged_copy(adapted)
+    model: Any = merged
+    refuse_unlike(adapted.base.state_dict(keep_vars=True), model.state_dict(keep_vars=True))
+    wanted = DTYPES[asked.dtype] if asked.dtype is not None else _own_dtype(base, adapted.base)
+    contents = contents_of(model, dtype_plan(model, wanted))
+    model.config.dtype, model.config.architectures = wanted, [type(model).__name__]
+    report.model, report.dtype = type(model).__name__, str(wanted).removeprefix("torch.")
+    report.methods = [type(rule).__name__ for name in adapted.active for rule in adapted.adapter(name).rules]
+    report.add_merge(done)
+    write_shards(contents.tensors, directory, asked.shard, written)
+    rounded = {name.removesuffix(".weight"): r for name, r in contents.roundings.items() if name.endswith(".weight")}
+    report.rounding = {path: asdict(rounded[path]) for path in report.merged if path in rounded}
+    return merged
+
+
+def _own_dtype(base: Path, model: nn.Module) -> torch.dtype:
+    """What a base is in: its config's dtype, or its files'; float32 where its weights are codes."""
+    if any(isinstance(p, Coded) for p in model.parameters()):
+        return torch.float32
+    config = read_base_config(base)
+    said = config.get("dtype", config.get("torch_dtype"))
+    named = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    if config.get(QUANTISED) is None and isinstance(said, str) and said in named:
+        return named[said]
+    return next((exact(p).dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+@torch.no_grad()
+def _verify(directory: Path, adapted: AdaptedModel, report: MergedReport) -> None:
+    """Load what was written, and hold it against the base with the adapter beside it, at sizes that nobody saw.
+
+    Raises:
+        VerificationError: it computes something else.
+    """
+    loaded = load_base(directory, task=None, dtype=torch.float32)
+    again = AdaptedModel.on(loaded, adapted.sites, adapted.example)
+    want, got = (EagerReference(model, None, model.example) for model in (adapted, again))
+    for number, sizes in enumerate(FEW if is_large(adapted.base) else SIZES[:2]):
+        feed = example_inputs(adapted.base, sizes=sizes, seed=number + 1)
+        shapes = {name: list(value.shape) for name, value in feed.items()}
+        found, wanted = got(feed), want(feed)
+        report.differences += [_difference(name, shapes, wanted[name], found.get(name)) for name in wanted]
+    bound = _BOUNDS[getattr(torch, report.dtype)]
+    worst = max(report.differences, key=lambda d: d.max_rel)
+    if not worst.max_rel <= bound:
+        what = f"{worst.output} of what was written is {worst.max_rel:.2g} of its largest magnitude off"
+        raise VerificationError(what, str(directory), f"report this model: it may be {bound:g}")
+
+
+def _difference(name: str, shapes: dict[str, list[int]], want: Tensor, got: Tensor | None) -> Difference:
+    if got is None or got.shape != want.shape:
+        return Difference(name, shapes, float("inf"), float("inf"))
+    if not want.numel():
+        return Difference(name, shapes, 0.0, 0.0)
+    off, largest = float((got.double() - want.double()).abs().max()), float(want.double().abs().max())
+    return Difference(name, shapes, off, off / max(largest, torch.finfo(torch.float32).tiny))

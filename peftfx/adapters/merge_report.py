@@ -1,0 +1,57 @@
+"""MergeReport: what a merge into a base's own weights did, and which adapters have no place there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.recipes import Rounding
+from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.sequence import SequenceMethod
+from peftfx.errors import PeftfxError
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        sites: the module paths whose weights changed.
+        bytes: of the weights and biases that were written, trained copies included.
+        adapter_bytes: of what went into them, and is no longer needed.
+        roundings: what each site's weight lost to the base's dtype: nothing where that is fp32.
+        untied: the weights that another module shared until now, and that are their own now.
+    """
+
+    sites: tuple[str, ...]
+    bytes: int
+    adapter_bytes: int = 0
+    roundings: Mapping[str, Rounding] = field(default_factory=dict)
+    untied: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> tuple[str, Rounding]:
+        """The site that rounding took most from, relative to its weight; nothing from none if all are exact."""
+        return max(self.roundings.items(), key=lambda item: item[1].max_rel, default=("", Rounding()))
+
+    def __str__(self) -> str:
+        path, worst = self.worst
+        lines = [
+            f"merged {len(self.sites)} sites: {self.bytes:,} bytes written, {self.adapter_bytes:,} of adapters folded",
+            f"rounding: at most {worst}, at {path}" if worst.max_abs else "rounding: none, the weights are fp32's",
+        ]
+        return "\n".join([*lines, *([f"untied: {', '.join(self.untied)}"] if self.untied else [])])
+
+
+def refuse_unmergeable(adapters: Mapping[str, Adapter]) -> None:
+    """What acts beside the weights has no place in them."""
+    placements = [p for adapter in adapters.values() for p in adapter.placements]
+    if any(isinstance(p.method, SequenceMethod) for p in placements):
+        hint = "export it: there it becomes a constant of the graph; or make adapters of weights alone active"
+        raise PeftfxError("a soft prompt has no place in the base's weights", ", ".join(adapters), hint)
+    beside = next((p for p in placements if isinstance(p.method, AttentionMethod)), None)
+    if beside is not None:
+        what = f"what {type(beside.method).__name__} adds to an attention has no place in the base's weights"
+        hint = "export it: there its keys and values become constants; or make adapters of weights alone active"
+        raise PeftfxError(what, beside.site.path, hint)

@@ -1,0 +1,45 @@
+"""Dtypes of weights: those in files, and those that a model wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from peftfx.errors import PeftfxError
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def dtype_of(files: Sequence[Path]) -> torch.dtype:
+    """The dtype of the first floating tensor in the files: what they can be mapped as, without a copy.
+
+    Raises:
+        PeftfxError: there is none.
+    """
+    kinds = kinds_of(files)
+    found = next((_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES), None)
+    if found is None:
+        what = f"all tensors are {', '.join(sorted(set(kinds.values())))}" if kinds else "there is no tensor"
+        hint = f"use the unquantised model: weights in one of {', '.join(_DTYPES)}"
+        raise PeftfxError(f"no weights in floating point: {what}", ", ".join(map(str, files[:3])), hint)
+    return found
+
+
+def kinds_of(files: Sequence[Path]) -> dict[str, str]:
+    """The dtype of each tensor in the files, as safetensors names it."""
+    from safetensors import safe_open
+
+    kinds: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            kinds |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    return kinds
+
+
+def dtype_plan(model: nn.Module, wanted: torch.dtype) -> Callable[[str], torch.dtype]:
+    """The dtype of a parameter of a transformers model in this dtype, by its name: some modules stay in fp32."""
+    plan = model._get_dtype_plan(wanted)  # type: ignore[operator]
+    return lambda name: next((plan[key] for key in plan if key in name.split(".")), wanted)

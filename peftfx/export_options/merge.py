@@ -1,0 +1,68 @@
+"""MergeOptions: what may be asked of a merge into a transformers directory, checked whole when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypedDict
+
+from peftfx.bases.tasks import check_task
+from peftfx.errors import PeftfxError
+from peftfx.export_options.checked import Checked
+from peftfx.field_types import refuse_misfit_fields
+from peftfx.options import check_choices, parse_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(Checked):
+    """What may be asked of a merge into a transformers directory.
+
+    Args:
+        adapter: a HF PEFT directory; without one the base is written, a quantised one in floating point.
+        task: name of a pipeline; by default the adapter's or the model's.
+        dtype: `fp32`, `fp16` or `bf16`, of the weights, which are merged in fp32 and rounded once; by default the
+            base's own, and fp32 for a quantised base, which no code of it is rounded to.
+        quantize_base: `nf4` makes of a base in floating point what `load_in_4bit` makes of it, ahead of the merge.
+        max_shard_size: bytes of a file of weights, as a number or as `5GB`.
+        force: replace the directory if an export made it.
+
+    Raises:
+        PeftfxError: an option has another type or is none of its choices.
+    """
+
+    adapter: str | Path | None = None
+    task: str | None = None
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    quantize_base: Literal["nf4"] | None = None
+    max_shard_size: int | str = "5GB"
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_misfit_fields(self)
+        check_choices(self)
+        if self.task is not None:
+            check_task(self.task)
+        if self.shard < 1:
+            raise PeftfxError("a file of weights holds one byte or more", "max_shard_size", "as in 5GB")
+
+    @property
+    def shard(self) -> int:
+        """`max_shard_size` in bytes."""
+        size = self.max_shard_size
+        return parse_size(size, "max_shard_size") if isinstance(size, str) else size
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The adapter's directory, by its name."""
+        return {} if self.adapter is None else {"default": Path(self.adapter)}
+
+
+class MergeChanges(TypedDict, total=False):
+    """Options of `MergeOptions` by name, for type checkers."""
+
+    adapter: str | Path | None
+    task: str | None
+    dtype: Literal["fp32", "fp16", "bf16"] | None
+    quantize_base: Literal["nf4"] | None
+    max_shard_size: int | str
+    force: bool

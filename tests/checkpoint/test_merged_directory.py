@@ -1,0 +1,151 @@
+"""A merged directory is what HF PEFT writes of a float base, and of a quantised one had it left the codes alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support import quantised as q
+from support.command import Result, assert_refused
+from support.mixtures import MIXTURES, mixture
+from support.zoo import ZOO
+from torch import Tensor
+
+import peftfx as px
+from peftfx.errors import PeftfxError
+from peftfx.export.merge_command import merge_directory
+
+IDS = torch.tensor([[1, 5, 9, 30, 4, 77, 8], [1, 7, 7, 12, 3, 0, 2]])
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+def written(directory: Path) -> dict[str, Tensor]:
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def adapted(model: torch.nn.Module, directory: Path, **options: object) -> peft.PeftModel:
+    """Under a random adapter, which is in a directory too."""
+    fields = {"r": 3, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **options}
+    torch.manual_seed(1)
+    made = peft.get_peft_model(model, peft.LoraConfig(**fields)).eval()
+    made.save_pretrained(directory)
+    return made
+
+
+def same(got: dict[str, Tensor], want: dict[str, Tensor], near: float = 1e-6) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype, name
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=near, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+def test_it_is_what_peft_writes(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = q.tiny(num_hidden_layers=1).to(dtype)
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    made = adapted(model, tmp_path / "adapter")
+    report = merge_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", max_shard_size=40_000)
+    made.merge_and_unload().save_pretrained(tmp_path / "peft")
+    same(written(tmp_path / "out"), written(tmp_path / "peft"), 1e-6 if dtype == torch.float32 else 2e-3)
+    assert report.dtype == str(dtype).removeprefix("torch.")
+    assert len(report.merged) == 2
+    assert bool(report.rounding) == (dtype == torch.bfloat16)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"} <= names
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / "out" / file, "pt") as opened:
+            assert name in opened.keys()  # noqa: SIM118
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == dtype
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
+        (tmp_path / "peft" / "config.json").read_text()
+    )
+
+
+def test_a_quantised_base_is_written_in_floating_point(tmp_path: Path) -> None:
+    model = q.tiny(num_hidden_layers=1)
+    q.write(tmp_path / "base", model, BNB, q.table4(double=True))
+    made = adapted(model, tmp_path / "adapter")
+    merge_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "float32"
+    made.merge_and_unload().save_pretrained(tmp_path / "peft")
+    same(written(tmp_path / "out"), written(tmp_path / "peft"))
+
+
+def test_a_head_that_is_tied_to_the_words_becomes_two(tmp_path: Path) -> None:
+    model = q.tiny(tie_word_embeddings=True, num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "base")
+    made = adapted(model, tmp_path / "adapter", target_modules=["lm_head"])
+    with torch.no_grad():
+        want = made(IDS).logits
+    report = merge_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter")
+    assert report.untied == ["lm_head.weight"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(loaded(IDS).logits, want)
+    assert loaded.model.embed_tokens.weight.equal(model.model.embed_tokens.weight)
+    merge_directory(tmp_path / "base", tmp_path / "same")
+    assert "lm_head.weight" not in written(tmp_path / "same")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_taken_apart_as_in_the_files_that_they_came_from(name: str, tmp_path: Path) -> None:
+    model = mixture(name)
+    model.save_pretrained(tmp_path / "base")
+    rule = px.LoRA(r=2, target="experts.up | attention.output")
+    trained = randomised(px.transform(model, rule))
+    trained.save_pretrained(tmp_path / "adapter")
+    merge_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter")
+    trained.merge()
+    trained.remove().save_pretrained(tmp_path / "whole")
+    same(written(tmp_path / "out"), written(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.custom is None])
+def test_every_architecture(name: str, tmp_path: Path) -> None:
+    model = ZOO[name].build()
+    model.save_pretrained(tmp_path / "base")
+    trained = randomised(px.transform(model, px.LoRA(r=2, target="all-linear")))
+    trained.save_pretrained(tmp_path / "adapter")
+    merge_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=ZOO[name].task)
+    trained.merge()
+    trained.remove().save_pretrained(tmp_path / "whole")
+    same(written(tmp_path / "out"), written(tmp_path / "whole"))
+
+
+def randomised(model: px.AdaptedModel) -> px.AdaptedModel:
+    with torch.no_grad():
+        for p in model.adapters.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
+    return model.eval()
+
+
+def test_the_command_line_takes_it_and_writes_nothing_half(tmp_path: Path, peftfx: Callable[..., Result]) -> None:
+    ZOO["llama"].build().save_pretrained(tmp_path / "base")
+    base, out = tmp_path / "base", tmp_path / "out"
+    done = peftfx("merge", "--base", base, "--output", out, "--dtype", "fp16")
+    assert done.code == 0, done.err
+    assert "float16" in done.out
+    assert_refused(peftfx("merge", "--base", base, "--output", out), "exists already")
+    assert_refused(peftfx("merge", "--base", base, "--output", tmp_path / "b", "--max-shard-size", "big"), "not a size")
+    model = ZOO["llama"].build()
+    peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path / "prompt"
+    )
+    with pytest.raises(PeftfxError, match="a soft prompt has no place"):
+        merge_directory(base, tmp_path / "c", adapter=tmp_path / "prompt")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "out", "prompt"}
