@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from peftfx.adapters.adapter import Adapter, shared_key
-from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.placement import SAVED, Placed
-from peftfx.contract.sequence import SEQUENCE, SequenceMethod
+from peftfx.contract.override import SAVED
+from peftfx.contract.placed import Placed
 from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.passes.base import attributes_of
+from peftfx.sites.site import SEQUENCE
 
 MERGED, CONSTANTS, APART, COPIES = "merged into weights", "made constants", "left apart", "trained copies"
 ROWS, SLOTS = "in the rows' stacks", "put into slots"
@@ -62,14 +62,13 @@ def _keys(adapter: Adapter, rule: Placed, number: int) -> Iterator[str]:
         yield from adapter.accounts[number].taken.values()
         return
     for placement in rule.placements:
-        names = ("prompt",) if isinstance(placement.method, SequenceMethod) else placement.suffixes()
-        yield from (f"{placement.key}.{name}" for name in names)
+        yield from (f"{placement.key}.{name}" for name in placement.suffixes())
     yield from (override.key for override in rule.overrides)
     yield from (shared_key(number, name) for name in rule.method.shared_keys())
 
 
 def _where(rule: Placed, key: str, read: Collection[str], to: str) -> str:
-    if isinstance(rule.method, SequenceMethod) and key.partition(".")[0] == SEQUENCE:
+    if rule.placements.prompts and key.partition(".")[0] == SEQUENCE:
         return PROMPTS
     if key not in read:
         return NOT_RUN
@@ -77,4 +76,4 @@ def _where(rule: Placed, key: str, read: Collection[str], to: str) -> str:
         return to
     if key.startswith(f"{SAVED}."):
         return COPIES
-    return CONSTANTS if to == MERGED and isinstance(rule.method, AttentionMethod) else to
+    return CONSTANTS if to == MERGED and rule.placements.attentions else to

@@ -23,10 +23,10 @@ from peftfx.passes.optimization.dead_code import Sweep
 from peftfx.passes.optimization.fuse import Fuse
 from peftfx.passes.slots.by_row import ByRow
 from peftfx.passes.slots.open import Open
-from peftfx.sites.site import Call, Heads, Part, Site
+from peftfx.sites.site import Call, HeadedSite, Heads, Part
 
 KNOWN = (Cleanup, Evaluate, Fuse, Insert, Merge, Prefill, Remove, Sweep, ByRow, Open, PassManager)
-_RECORDS = (Call, Heads, Part, Site)  #: what options are made of, beside literals
+_RECORDS = (Call, HeadedSite, Heads, Part)  #: what options are made of, beside literals
 _TOO_DEEP = (RecursionError, MemoryError)  #: what Python's parser raises for what is nested too deeply
 
 

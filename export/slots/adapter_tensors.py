@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.method import Base, WeightMethod
-from peftfx.contract.placement import SAVED, Override, Placement, owner_of, site_tensors
-from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.method import Base
+from peftfx.contract.override import SAVED, Override
+from peftfx.contract.placed import Placements
+from peftfx.contract.placement import WeightPlacement, owner_of, site_tensors
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import DERIVED
@@ -50,8 +50,8 @@ def _overrides(adapted: AdaptedModel) -> Iterator[tuple[str, Override]]:
     return ((name, override) for name in adapted.active for override in adapted.adapter(name).overrides)
 
 
-def _placements(adapted: AdaptedModel) -> Iterator[tuple[str, Placement]]:
-    return ((name, placement) for name in adapted.active for placement in adapted.adapter(name).placements)
+def _placements(adapted: AdaptedModel) -> Iterator[tuple[str, Placements]]:
+    return ((name, adapted.adapter(name).placements) for name in adapted.active)
 
 
 def updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, Update]:
@@ -62,13 +62,11 @@ def updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, Up
         own: tensors that stand in the place of the base's, by their names.
     """
     updates: dict[str, Update] = {}
-    for name, placement in _placements(adapted):
-        method, site = placement.method, placement.site
-        if not isinstance(method, WeightMethod):
-            continue
+    for name, placement in ((name, p) for name, placements in _placements(adapted) for p in placements.weights):
+        site = placement.site
         before = updates.get(site.path, Update())
         p = adapted.adapter(name).params(placement)
-        updates[site.path] = before.then(_update_at(placement, method, _base(adapted, site, before, own), p))
+        updates[site.path] = before.then(_update_at(placement, _base(adapted, site, before, own), p))
     return updates
 
 
@@ -82,8 +80,8 @@ def _base(adapted: AdaptedModel, site: Site, before: Update, own: Mapping[str, T
     return Base(stored.T if site.transposed else stored, None if bias is None else exact(bias).float())
 
 
-def _update_at(placement: Placement, method: WeightMethod, base: Base, p: Mapping[str, Tensor]) -> Update:
-    block = placement.block
+def _update_at(placement: WeightPlacement, base: Base, p: Mapping[str, Tensor]) -> Update:
+    method, block = placement.method, placement.block
     if block is None:
         return method.update(placement.view, base, p)
     rows = base.weight.shape[0]
@@ -110,11 +108,8 @@ def _updated(adapted: AdaptedModel, updates: Mapping[str, Update]) -> AdapterTen
 def _beside(adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[str, Tensor]) -> AdapterTensors:
     """Keys and values beside attentions, from what reads them through the projections as they are adapted."""
     found: AdapterTensors = {}
-    for name, placement in _placements(adapted):
+    for name, placement in ((name, p) for name, placements in _placements(adapted) for p in placements.attentions):
         method, heads = placement.method, placement.site.heads
-        if not isinstance(method, AttentionMethod):
-            continue
-        assert heads is not None
         p = {key: t.float() for key, t in adapted.adapter(name).params(placement).items()}
         made = []
         for path, rows in ((heads.key, heads.key_rows), (heads.value, heads.value_rows)):
@@ -132,9 +127,7 @@ def _beside(adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[s
 
 def _ahead(adapted: AdaptedModel, decodes: bool) -> AdapterTensors:
     """A soft prompt, a row for each of its tokens: embeddings, or keys and values."""
-    for name, placement in _placements(adapted):
-        if not isinstance(placement.method, SequenceMethod):
-            continue
+    for name, placement in ((name, p) for name, placements in _placements(adapted) for p in placements.prompts):
         embedded = isinstance(adapted.entry(), VirtualTokens)
         if embedded and decodes:
             return {("", PREFIX): adapted.graph(view=DECODE).get(f"{DERIVED}.{NAME}")}

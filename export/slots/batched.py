@@ -62,7 +62,7 @@ class Batched(Deployment):
             what = "rows have prefixes of their own in a decoder alone, where the positions behind them are inputs"
             raise PeftfxError(what, type(base).__name__, "export the adapter merged, or swappable")
         prompts = _prompts(adapted, self.adapters, lengths)
-        beside = tuple(site for site in adapted.sites if site.heads is not None)
+        beside = adapted.sites.headed
         parts = []
         with adapted.disable_adapter():
             by_row = ByRow(stacked(adapted, each), beside)

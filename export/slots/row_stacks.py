@@ -17,12 +17,12 @@ from peftfx.errors import PeftfxError
 from peftfx.export.slots.adapter_tensors import AdapterTensors, adapter_tensors
 from peftfx.graph.graph import BASE
 from peftfx.graph.lazy_weights import exact
-from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, A, B
+from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE
 from peftfx.passes.slots.by_row import SHOWN
 from peftfx.passes.slots.layer_by_row import BIAS
-from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
+from peftfx.sites.site import WEIGHT_KINDS, Site
 from peftfx.views.decode import Decode
 
 
@@ -33,7 +33,7 @@ def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, 
     layers = [site for site in adapted.sites if site.kind in WEIGHT_KINDS]
     sites = {site.weight.removeprefix(f"{BASE}."): site for site in layers if site.kind == "linear"}
     biases = {site.bias.removeprefix(f"{BASE}."): site for site in layers if site.bias}
-    norms = {str(name).removeprefix(f"{BASE}.") for s in adapted.sites if s.kind == NORM for name in (s.weight, s.bias)}
+    norms = {str(name).removeprefix(f"{BASE}.") for s in adapted.sites.norms for name in (s.weight, s.bias)}
     made: dict[tuple[str, str], Tensor] = {}
     for (at, what), value in told.items():
         if what != OWN:
@@ -94,8 +94,11 @@ def _dtype(adapted: AdaptedModel, at: str, what: str) -> torch.dtype:
         return view.layers[0].dtype
     if what == OWN:
         return _tensor(adapted, at).dtype
+    if what in (KEYS, VALUES):
+        attention = next(site for site in adapted.sites.headed if site.path == at)
+        return key_weight(adapted.base, attention).dtype
     site = adapted.sites.by_path(at)
-    return (key_weight(adapted.base, site) if site.heads else site_tensors(adapted.base, site)[0]).dtype
+    return site_tensors(adapted.base, site)[0].dtype
 
 
 def _tensor(adapted: AdaptedModel, name: str) -> Tensor:

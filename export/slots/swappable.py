@@ -7,7 +7,7 @@ which is the base model. ONNX Runtime's `.onnx_adapter` files are named tensors 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +35,8 @@ from peftfx.graph.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FORWARD
 from peftfx.passes.slots.open import Open, slots_of
-from peftfx.sites.site import NORM, WEIGHT_KINDS, Site, plays
+from peftfx.sites.site import WEIGHT_KINDS, plays
+from peftfx.sites.sites import Sites
 from peftfx.sites.target import select
 from peftfx.views.arguments import nested
 from peftfx.views.decode import Decode
@@ -169,14 +170,12 @@ def _opened(adapted: AdaptedModel, part: Part, target: str) -> Part:
     """A part with the slots of its layers."""
     sites = {match.site.path: match.site for match in select(adapted.sites, target=target, kinds=WEIGHT_KINDS)}
     scaled = tuple(path for path, site in sites.items() if any(plays(site, role) for role in SCALED))
-    beside = tuple(site for site in adapted.sites if site.heads is not None)
+    beside = adapted.sites.headed
     graph = Open(tuple(sites), scaled, beside)(part.graph).graph
     return dataclasses.replace(part, graph=graph, exported=graph, slots=(*part.slots, *slots_of(graph, beside)))
 
 
-def open_initializers(
-    program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Iterable[Site]
-) -> tuple[Slot, ...]:
+def open_initializers(program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Sites) -> tuple[Slot, ...]:
     """Let the slots of a program be left out of a call, and let tensors of the base be replaced; returns all slots.
 
     These are the biases at sites with slots, norms, and the heads that HF PEFT trains with an adapter.
@@ -195,11 +194,11 @@ def open_initializers(
     return (*slots, *_own(program, slots, base, sites))
 
 
-def _own(program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Iterable[Site]) -> Iterator[Slot]:
+def _own(program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Sites) -> Iterator[Slot]:
     """Tensors of the base, as inputs that may be left out."""
     at = {slot.at for slot in slots if slot.what == OUTER}
     wanted = dict.fromkeys(site.bias for site in sites if site.path in at and site.bias is not None)
-    norms = [site.path for site in sites if site.kind == NORM]
+    norms = [site.path for site in sites.norms]
     names = [f"{path}.{name}" for path in norms for name, _ in base.get_submodule(path).named_parameters(recurse=False)]
     wanted |= dict.fromkeys(f"{BASE}.{name}" for name in (*names, *head_tensors(base)))
     found = {value.meta.get(SOURCE): value for value in program.graph.initializers.values()}

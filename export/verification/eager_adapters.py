@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.contract.method import Op, WeightMethod
-from peftfx.contract.placement import Override, Placement, owner_of
+from peftfx.contract.method import Op
+from peftfx.contract.override import Override
+from peftfx.contract.placement import WeightPlacement, owner_of
 from peftfx.export.verification.published import KNOWN, OnOutput, on_output
 from peftfx.export.verification.swapped_weight import CONV, Step, SwappedWeight, Tensors
 from peftfx.graph.places import places_of, twin
@@ -50,10 +51,8 @@ def applied(base: nn.Module, adapters: Sequence[Adapter], whole: Collection[str]
     """
     steps: dict[str, list[Step]] = {}
     for adapter in adapters:
-        for placement in adapter.placements:
-            if isinstance(placement.method, WeightMethod):
-                step = Step(placement, placement.method, adapter.params(placement))
-                steps.setdefault(placement.site.path, []).append(step)
+        for placement in adapter.placements.weights:
+            steps.setdefault(placement.site.path, []).append(Step(placement, adapter.params(placement)))
     named = {*steps, *(path for adapter in adapters for path in adapter.named)}
     found = Applied(frozenset(named))
     with contextlib.ExitStack() as stack:
@@ -72,8 +71,8 @@ def applied(base: nn.Module, adapters: Sequence[Adapter], whole: Collection[str]
 
 def unpublished(adapters: Sequence[Adapter]) -> list[str]:
     """The methods of weights whose arithmetic is not known here: it is their own `forward`."""
-    methods = (p.method for adapter in adapters for p in adapter.placements)
-    return sorted({type(m).__name__ for m in methods if isinstance(m, WeightMethod) and not isinstance(m, KNOWN)})
+    methods = (p.method for adapter in adapters for p in adapter.placements.weights)
+    return sorted({type(m).__name__ for m in methods if not isinstance(m, KNOWN)})
 
 
 def _stand_alone(base: nn.Module, path: str, stack: contextlib.ExitStack) -> None:
@@ -141,7 +140,7 @@ def _adapt(base: nn.Module, path: str, steps: Sequence[Step], stack: contextlib.
     stack.callback(module.register_forward_hook(lambda *_: swap.back()).remove)
 
 
-def _kind(module: nn.Module, placement: Placement) -> tuple[str, bool]:
+def _kind(module: nn.Module, placement: WeightPlacement) -> tuple[str, bool]:
     """What the module does with its weight, by its type, and whether that is stored [in, out]."""
     if isinstance(module, nn.Embedding):
         return "embedding", False
@@ -156,12 +155,13 @@ def _hook(module: nn.Module, kind: str, step: Step) -> Callable[..., Tensor] | N
     """A forward hook that does what the method does; none where the weight has to be another one."""
     if step.placement.part is not None:
         return None
+    known = isinstance(step.placement.method, KNOWN)
     plain_embedding = type(module) is nn.Embedding and module.max_norm is None
     if type(module) not in _LINEAR and not plain_embedding:
-        return None if isinstance(step.method, KNOWN) or type(module) not in CONV else _own_forward(module, kind, step)
-    if not isinstance(step.method, KNOWN):
+        return None if known or type(module) not in CONV else _own_forward(module, kind, step)
+    if not known:
         return _own_forward(module, kind, step)
-    adapted: OnOutput | None = on_output(step.method, step.params, kind)
+    adapted: OnOutput | None = on_output(step.placement.method, step.params, kind)
     if adapted is None:
         return None
     return lambda module, args, kwargs, y: adapted((*args, *kwargs.values())[0], y)
@@ -177,7 +177,7 @@ def _own_forward(module: nn.Module, kind: str, step: Step) -> Callable[..., Tens
         assert isinstance(weight, Tensor)
         base = step.placement.base(weight, bias)
         x = (*args, *kwargs.values())[0]
-        return step.method.forward(step.placement.view, op, x, y, base, step.params, False)
+        return step.placement.method.forward(step.placement.view, op, x, y, base, step.params, False)
 
     return run
 

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.placement import SAVED
-from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.override import SAVED
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager_adapters import applied
 from peftfx.graph.contexts import evaluating
@@ -117,12 +115,11 @@ def _has_weight(base: nn.Module, path: str) -> bool:
 def _prompt(adapted: AdaptedModel, adapters: Sequence[Adapter]) -> tuple[Entry | None, Tensor | None]:
     """The active soft prompt: its way into the base's forward, and what it puts there."""
     for adapter in adapters:
-        for placement in adapter.placements:
-            if isinstance(placement.method, SequenceMethod):
-                virtual = placement.method.virtual(adapter.params(placement), False)
-                entry = adapted.entry()
-                assert entry is not None
-                return entry, virtual.to(entry.dtype)
+        for placement in adapter.placements.prompts:
+            virtual = placement.method.virtual(adapter.params(placement), False)
+            entry = adapted.entry()
+            assert entry is not None
+            return entry, virtual.to(entry.dtype)
     return None, None
 
 
@@ -138,6 +135,6 @@ def _prefilled(base: nn.Module, view: Decode, entry: Prefilled, hole: Tensor) ->
 
 def no_oracle(adapted: AdaptedModel) -> str:
     """Why the active adapters have no eager form; empty where they have one."""
-    methods = (p.method for adapter in adapted.named.acting() for p in adapter.placements)
-    beside = next((m for m in methods if isinstance(m, AttentionMethod)), None)
+    attentions = (p.method for adapter in adapted.named.acting() for p in adapter.placements.attentions)
+    beside = next(attentions, None)
     return "" if beside is None else f"{type(beside).__name__} acts inside attentions, where no hook reaches"

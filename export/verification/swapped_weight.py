@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from peftfx.contract.broadcast import row_index
-from peftfx.contract.method import Base, Params, WeightMethod
-from peftfx.contract.placement import Placement
+from peftfx.contract.method import Base, Params
+from peftfx.contract.placement import WeightPlacement
 from peftfx.export.verification.published import on_weight
 from peftfx.sites.blocks import turned
 from peftfx.sites.site import EXPERTS
@@ -24,8 +24,7 @@ CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Step:
     """What one adapter does at a module."""
 
-    placement: Placement
-    method: WeightMethod
+    placement: WeightPlacement
     params: Params
 
 
@@ -87,5 +86,5 @@ def _changed(start: Base, base: Base, step: Step, kind: str, groups: int) -> Bas
 
 
 def _fold(step: Step, start: Base, base: Base, p: Params, kind: str, groups: int) -> Base:
-    found = on_weight(step.method, start, base, p, kind, groups)
-    return step.method.fold_over(step.placement.view, start, base, p) if found is None else found
+    found = on_weight(step.placement.method, start, base, p, kind, groups)
+    return step.placement.method.fold_over(step.placement.view, start, base, p) if found is None else found

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from peftfx.adapters.adapter import Adapter
 from peftfx.analysis.weight_ops import module_path
 from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.placement import Placement
+from peftfx.contract.placement import AttentionPlacement
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import ADAPTERS
 from peftfx.graph.rewriter import REGION
@@ -20,19 +20,18 @@ from peftfx.passes.base import Region
 from peftfx.passes.rewriting.site_op import operands
 from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.blocks import Block
-from peftfx.sites.site import Call, Heads, Part, Site
+from peftfx.sites.site import Call, HeadedSite, Heads, Part, Site, WeightSite
 
 aten = torch.ops.aten
 
 
-def join(splicer: Splicer, placement: Placement, method: AttentionMethod) -> int:
+def join(splicer: Splicer, placement: AttentionPlacement) -> int:
     """Splice an attention method in at each call of its attention; returns how many there were."""
-    path, heads = placement.site.path, placement.site.heads
-    site = next((s for s in splicer.graph.sites if s.kind == placement.site.kind and s.path == path), None)
+    method, path, heads = placement.method, placement.site.path, placement.site.heads
+    site = next((s for s in splicer.graph.sites.attentions if s.path == path), None)
     if site is None:  # this view does not run it
         return 0
     splicer.called(site)
-    assert heads is not None
     first, named = splicer.nodes[site.calls[0].op], type(method).__name__
     params = splicer.parameters(placement, splicer.name, splicer.adapter, first)
     region = splicer.region(placement, splicer.name, first, params)
@@ -43,7 +42,7 @@ def join(splicer: Splicer, placement: Placement, method: AttentionMethod) -> int
     x = at.trace(*_reads(method, params, weights[heads.key]), key=("reads", method), what=named, where=path)
     made = {name: _project(splicer, splicer.sites[name], x, first, region) for name in _layers(heads)}
     for index, call in enumerate(site.calls):
-        _join_at(splicer, placement, method, call, index, [made[heads.key], made[heads.value]], params)
+        _join_at(splicer, placement, call, index, [made[heads.key], made[heads.value]], params)
     return len(site.calls)
 
 
@@ -63,7 +62,7 @@ def _reads(
     return reads, weight, *params.values()
 
 
-def _project(splicer: Splicer, site: Site, x: fx.Node, before: fx.Node, region: Region) -> fx.Node:
+def _project(splicer: Splicer, site: WeightSite, x: fx.Node, before: fx.Node, region: Region) -> fx.Node:
     """One more call of a linear site, on `x`; what was placed at the site acts there too. Gives the call's output."""
     weight, bias = operands(site, site.calls[0], splicer.nodes)
     at = splicer.at(before, splicer.nodes[site.calls[0].op], region)
@@ -75,7 +74,8 @@ def _project(splicer: Splicer, site: Site, x: fx.Node, before: fx.Node, region: 
     call = Call(x.name, op.name, y.name)
     splicer.nodes |= {node.name: node for node in (x, op, y)}
     splicer.sites[site.path] = dataclasses.replace(site, calls=(*site.calls, call))
-    sites = (splicer.sites.get(s.path, s) if s.weight else s for s in splicer.graph.sites)
+    weights = splicer.graph.sites.weights_by_path
+    sites = (splicer.sites[s.path] if weights.get(s.path) is s else s for s in splicer.graph.sites)
     splicer.graph.sites = dataclasses.replace(splicer.graph.sites, items=tuple(sites))
     for (name, _), placed in splicer.placed.get(site.path, {}).items():
         adapter = splicer.graph.module.get_submodule(f"{ADAPTERS}.{name}")
@@ -86,15 +86,13 @@ def _project(splicer: Splicer, site: Site, x: fx.Node, before: fx.Node, region: 
 
 def _join_at(
     splicer: Splicer,
-    placement: Placement,
-    method: AttentionMethod,
+    placement: AttentionPlacement,
     call: Call,
     index: int,
     projected: Sequence[fx.Node],
     params: dict[str, fx.Node],
 ) -> None:
-    site, heads = placement.site, placement.site.heads
-    assert heads is not None
+    method, site, heads = placement.method, placement.site, placement.site.heads
     behind = method.is_behind(site)
     output = splicer.sites.get(heads.output)
     anchor = leaving(site, output, index, splicer.nodes, splicer.latest) if behind else splicer.nodes[call.y]
@@ -114,16 +112,15 @@ def _join_at(
     splicer.replace(y, result, users)
 
 
-def anonymous(site: Site) -> Site:
+def anonymous(site: HeadedSite) -> HeadedSite:
     """An attention as its method sees it: without what tells it from others that are alike."""
-    assert site.heads is not None
     heads = dataclasses.replace(site.heads, key="", value="", weight="", output="")
     return dataclasses.replace(site, path="", layer=None, calls=(), heads=heads)
 
 
 def attended(
     method: AttentionMethod,
-    site: Site,
+    site: HeadedSite,
     query: Tensor,
     y: Tensor,
     projected: tuple[Tensor, Tensor],
@@ -136,7 +133,6 @@ def attended(
     `projected` are the outputs of the attention's key and value layers for what the method `reads`, [1, n, rows].
     """
     heads, behind = site.heads, method.is_behind(site)
-    assert heads is not None
     key = split_heads(projected[0], heads.key_rows, heads.kept)
     value = split_heads(projected[1], heads.value_rows, heads.kept)
     output = y.unflatten(-1, (heads.count, -1)).transpose(1, 2) if behind else unstack(y, heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,8 @@ from torch import fx
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.analysis.weight_ops import module_path
-from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.override import OverrideMethod
-from peftfx.contract.placement import Override, Placement
-from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.override import Override
+from peftfx.contract.placement import AttentionPlacement, Placement, SequencePlacement, WeightPlacement
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.passes.adaptation.attention import join
@@ -38,9 +37,10 @@ class Insert(Pass):
         graph = graph.clone()
         splicer = Splicer(graph, self.name, self.adapter)
         # A projection gets the calls that attentions add before what adapts it, so that all of them are adapted.
-        ordered = sorted(self.adapter.placements, key=lambda p: not isinstance(p.method, AttentionMethod))
+        first = self.adapter.placements.attentions
+        ordered = (*first, *(p for p in self.adapter.placements if p not in first))
         with isolated(graph.base):
-            changed = _override(splicer) + sum(_insert(splicer, p) for p in ordered)
+            changed = _override(splicer) + sum(_insert(p, splicer) for p in ordered)
         splicer.rewriter.close(graph)
         return PassResult(graph, changed)
 
@@ -92,14 +92,19 @@ def _targets_by_tensor(splicer: Splicer) -> dict[int, list[str]]:
     return found
 
 
-def _insert(splicer: Splicer, placement: Placement) -> int:
+@functools.singledispatch
+def _insert(placement: Placement, splicer: Splicer) -> int:
     """Splice a placement in at each call of its site in this view; returns how many there were."""
-    if isinstance(placement.method, SequenceMethod):
-        return _fill(splicer, placement, placement.method)
-    if isinstance(placement.method, AttentionMethod):
-        return join(splicer, placement, placement.method)
-    if isinstance(placement.method, OverrideMethod):
-        return 0  # its copies are in place
+    return 0  # it has copies alone, and they are in place
+
+
+@_insert.register
+def _(placement: AttentionPlacement, splicer: Splicer) -> int:
+    return join(splicer, placement)
+
+
+@_insert.register
+def _(placement: WeightPlacement, splicer: Splicer) -> int:
     site = splicer.sites.get(placement.site.path)  # a view may not run it: `inputs_embeds` passes an embedding by
     if site is None:
         return 0
@@ -109,14 +114,15 @@ def _insert(splicer: Splicer, placement: Placement) -> int:
     return len(site.calls)
 
 
-def _fill(splicer: Splicer, placement: Placement, method: SequenceMethod) -> int:
-    """Put a soft prompt into the hole of the entry that this view was captured through, if it has one."""
+@_insert.register
+def _(placement: SequencePlacement, splicer: Splicer) -> int:
+    # A soft prompt goes into the hole of the entry that this view was captured through, if it has one.
     hole = splicer.attributes.get(TARGET)
     if hole is None:  # the view does not see the prompt, or sees what another pass makes of it
         return 0
     params = splicer.parameters(placement, splicer.name, splicer.adapter, hole)
     fake = [n.meta["val"] for n in params.values()]
-    traced = trace_virtual(method, hole.meta["val"], list(params), fake, training=splicer.graph.training)
+    traced = trace_virtual(placement.method, hole.meta["val"], list(params), fake, training=splicer.graph.training)
     region = splicer.region(placement, splicer.name, hole, params)
     users = list(hole.users)
     first = first_operation(splicer.rewriter.graph)

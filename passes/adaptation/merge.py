@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx
 
 from peftfx.adapters.recipes import Derived, Folding, Own, Step
-from peftfx.contract.method import WeightMethod
 from peftfx.graph.graph import ADAPTERS, DERIVED, Graph
 from peftfx.graph.rewriter import OVERRIDES, REGION, Rewriter
 from peftfx.passes.adaptation.constants import freeze
@@ -37,7 +36,7 @@ class Merge(Pass):
             return PassResult(graph, 0)
         merged = _without_regions(graph)
         nodes, rewriter = {n.name: n for n in merged.nodes()}, Rewriter(merged.module.graph)
-        sites = {site.path: site for site in merged.sites if site.weight}
+        sites = merged.sites.weights_by_path
         for path, regions in steps.items():
             _fold_site(rewriter, merged, sites[path], regions, nodes)
         rewriter.close(merged)
@@ -65,7 +64,7 @@ def _steps(graph: Graph) -> dict[str, list[Region]]:
     """The insertions at each site, in order, once each however often the site is called."""
     steps: dict[str, list[Region]] = {}
     for region in (result.meta[REGION] for result in results(graph)):
-        if not isinstance(region.placement.method, WeightMethod):
+        if region.placement.on_weight is None:
             continue
         regions = steps.setdefault(region.placement.site.path, [])
         if all((r.adapter, r.placement) != (region.adapter, region.placement) for r in regions):
@@ -87,16 +86,13 @@ def _without_regions(graph: Graph) -> Graph:
 
 
 def _acts_on_weights(node: fx.Node) -> bool:
-    return REGION in node.meta and isinstance(node.meta[REGION].placement.method, WeightMethod)
+    return REGION in node.meta and node.meta[REGION].placement.on_weight is not None
 
 
 def _fold_site(rewriter: Rewriter, graph: Graph, site: Site, regions: list[Region], nodes: dict[str, fx.Node]) -> None:
     weight, bias = operands(site, site.calls[0], nodes)
-    steps = tuple(
-        Step(r.placement.method, r.placement.view, r.placement.block, dict(r.params))
-        for r in regions
-        if isinstance(r.placement.method, WeightMethod)
-    )
+    acting = ((r.placement.on_weight, r.params) for r in regions)
+    steps = tuple(Step(p.method, p.view, p.block, dict(params)) for p, params in acting if p is not None)
     folding = Folding(site, str(weight.target), None if bias is None else str(bias.target), steps)
     new_weight, new_bias = _meta(folding, graph, weight, bias)
     graph.derived[f"{site.path}.weight"] = Derived(folding, "weight")

@@ -9,18 +9,19 @@ from torch import Tensor, fx
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.acting import Acting, adapted, overlap
-from peftfx.contract.method import WeightMethod
-from peftfx.contract.placement import Placement
+from peftfx.contract.placement import WeightPlacement
 from peftfx.graph.graph import ADAPTERS
 from peftfx.passes.rewriting.site_op import bind, held, operands
 from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.site import Call, Site
 
-Named = tuple[Placement, list[str]]
+Named = tuple[WeightPlacement, list[str]]
 """What acts at a site, and the names of its parameters."""
+Read = tuple[WeightPlacement, dict[str, fx.Node]]
+"""What acts at a site, and the nodes that read its parameters."""
 
 
-def apply_at(splicer: Splicer, placement: Placement, call: Call, name: str, adapter: Adapter) -> None:
+def apply_at(splicer: Splicer, placement: WeightPlacement, call: Call, name: str, adapter: Adapter) -> None:
     """Splice a weight method's placement, of the adapter of this name, in at one call of its site."""
     op, x = splicer.nodes[call.op], splicer.latest.get(call.x, splicer.nodes[call.x])
     y = splicer.weighted.get(call.y, splicer.nodes[call.y])
@@ -39,9 +40,8 @@ def apply_at(splicer: Splicer, placement: Placement, call: Call, name: str, adap
     splicer.replace(y, result, users)
 
 
-def _under(splicer: Splicer, placement: Placement, y: fx.Node) -> list[tuple[Placement, dict[str, fx.Node]]]:
+def _under(splicer: Splicer, placement: WeightPlacement, y: fx.Node) -> list[Read]:
     """What acts at a placement's rows already, with its parameters, where the method runs that again."""
-    assert isinstance(placement.method, WeightMethod)
     if not placement.method.reruns:
         return []
     found = []
@@ -59,7 +59,7 @@ def _key(acting: list[Named], op: fx.Node) -> object:
     return [(p.method, _signature(p), p.block, names) for p, names in acting], op.target, fixed
 
 
-def _signature(placement: Placement) -> Site:
+def _signature(placement: WeightPlacement) -> Site:
     """What a trace depends on of a site: one serves all that are alike."""
     return dataclasses.replace(placement.view, path="", layer=None, weight="", bias=None, calls=())
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from torch import fx
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.contract.method import WeightMethod
-from peftfx.contract.placement import Placement
+from peftfx.contract.placement import Placement, WeightPlacement
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.graph.rewriter import REGION, REPLACES, Cursor, Rewriter
 from peftfx.passes.base import Region, attributes_of, fake_like, results
 from peftfx.sites.site import Site
+
+S = TypeVar("S", bound=Site)
 
 
 class Splicer:
@@ -31,20 +33,20 @@ class Splicer:
         self.graph, self.name, self.adapter = graph, name, adapter
         self.rewriter = Rewriter(graph.module.graph)
         self.nodes = {n.name: n for n in graph.nodes()}
-        self.sites = {site.path: site for site in graph.sites if site.weight}
+        self.sites = dict(graph.sites.weights_by_path)
         self.attributes = attributes_of(graph)
         self.latest: dict[str, fx.Node] = {}
         self.weighted: dict[str, fx.Node] = {}
         self.instead: dict[str, fx.Node] = {}
-        self.placed: dict[str, dict[tuple[str, str], Placement]] = {}
+        self.placed: dict[str, dict[tuple[str, str], WeightPlacement]] = {}
         for result in results(graph):
             region = result.meta[REGION]
             self.latest[region.y] = self.instead[result.meta[REPLACES]] = result
-            if isinstance(region.placement.method, WeightMethod):
+            if placement := region.placement.on_weight:
                 self.weighted[region.y] = result
-                self.note(region.adapter, region.placement)
+                self.note(region.adapter, placement)
 
-    def called(self, site: Site) -> Site:
+    def called(self, site: S) -> S:
         """A site of the graph, which something calls.
 
         Raises:
@@ -55,7 +57,7 @@ class Splicer:
             raise PeftfxError(what, site.path, "put adapters in ahead of Fuse, Sweep and Open")
         return site
 
-    def note(self, adapter: str, placement: Placement) -> None:
+    def note(self, adapter: str, placement: WeightPlacement) -> None:
         """Remember that a placement of this adapter acts at its site."""
         self.placed.setdefault(placement.site.path, {})[adapter, placement.key] = placement
 

@@ -10,13 +10,13 @@ from peftfx.contract.attention import attend_beside
 from peftfx.graph.graph import Graph
 from peftfx.passes.adaptation.attention import leaving, unstack
 from peftfx.passes.slots.layer import Layers
-from peftfx.sites.site import Site
+from peftfx.sites.site import HeadedSite
 
 
 def join_beside(
     graph: Graph,
     layers: Layers,
-    site: Site,
+    site: HeadedSite,
     index: int,
     keys: fx.Node,
     values: fx.Node,
@@ -33,8 +33,7 @@ def join_beside(
         shown: [rows, tokens], which of them there are.
     """
     heads, call = site.heads, site.calls[index]
-    assert heads is not None
-    output = next((s for s in graph.sites if s.weight and s.path == heads.output), None)
+    output = graph.sites.weights_by_path.get(heads.output)
     y = leaving(site, output, index, layers.nodes, {}) if heads.packed else layers.nodes[call.y]
     plain = dataclasses.replace(heads, key="", value="", weight="", output="")
     alike = dataclasses.replace(site, path="", layer=None, calls=(), heads=plain)

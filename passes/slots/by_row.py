@@ -27,7 +27,7 @@ from peftfx.passes.slots.attention import join_beside
 from peftfx.passes.slots.layer import Layers
 from peftfx.passes.slots.layer_by_row import BIAS, by_rows, lists_rows
 from peftfx.passes.slots.norms import replace_by_row
-from peftfx.sites.site import Call, Site
+from peftfx.sites.site import Call, HeadedSite, Site
 from peftfx.views.row_adapters import IDS, NOWHERE, PREFIXES, PROMPTS
 
 aten = torch.ops.aten
@@ -59,20 +59,20 @@ class ByRow(Pass):
     requires = ("inference", "bare")
 
     stacks: Mapping[tuple[str, str], Tensor]
-    beside: tuple[Site, ...] = ()
+    beside: tuple[HeadedSite, ...] = ()
 
     def __call__(self, graph: Graph) -> PassResult:
         new = graph.clone()
         with isolated(graph.base):
             rows = _Rows(new, self.stacks)
-            here = {site.path: site for site in new.sites if not site.weight}
+            here = {site.path: site for site in new.sites.attentions}
             for site in self.beside:  # first: what leaves them is found by what reads their last layer
                 if (site.path, KEYS) in self.stacks and site.path in here:
                     rows.stand_beside(dataclasses.replace(site, calls=here[site.path].calls))
             for path in dict.fromkeys(path for path, what in self.stacks if what in _AT_LAYERS):
-                for site in (site for site in new.sites if site.weight and site.path == path):
-                    for call in site.calls:
-                        rows.update(site, call)
+                for layer in (site for site in new.sites.weights if site.path == path):
+                    for call in layer.calls:
+                        rows.update(layer, call)
             for name in (name for name, what in self.stacks if what == OWN):
                 rows.norm(name)
             rows.fill()
@@ -159,7 +159,7 @@ class _Rows:
 
         replace_by_row(self.rewriter, tensor, row, name)
 
-    def stand_beside(self, site: Site) -> None:
+    def stand_beside(self, site: HeadedSite) -> None:
         """Let rows have keys and values of their own beside each call of an attention."""
         keys, values = (self.row(site.path, what, 4) for what in (KEYS, VALUES))
         shown = self.row(site.path, SHOWN, 2)

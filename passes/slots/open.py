@@ -24,7 +24,7 @@ from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.optimization.dead_code import sweep
 from peftfx.passes.slots.attention import join_beside
 from peftfx.passes.slots.layer import Acting, Layers, acted, low_rank, operation
-from peftfx.sites.site import Site
+from peftfx.sites.site import HeadedSite, Site
 
 HINT = 3  #: the size that a free axis has in the graph's example
 
@@ -43,28 +43,28 @@ class Open(Pass):
 
     updated: tuple[str, ...] = ()
     scaled: tuple[str, ...] = ()
-    beside: tuple[Site, ...] = ()
+    beside: tuple[HeadedSite, ...] = ()
 
     def __call__(self, graph: Graph) -> PassResult:
         opening = _Opening(graph.clone())
         layers = Layers(opening.rewriter)
         with isolated(graph.base):
-            here = {site.path: site for site in graph.sites if not site.weight}
+            here = {site.path: site for site in graph.sites.attentions}
             for site in self.beside:  # first: what leaves them is found by what reads their last layer
                 if site.path in here:
                     opening.stand_beside(layers, dataclasses.replace(site, calls=here[site.path].calls))
-            for site in graph.sites:
-                if site.weight and site.path in self.updated and layers.has_one_dtype(site):
-                    opening.update(layers, site, scaled=site.path in self.scaled)
+            for layer in graph.sites.weights:
+                if layer.path in self.updated and layers.has_one_dtype(layer):
+                    opening.update(layers, layer, scaled=layer.path in self.scaled)
         sweep(opening.rewriter)
         opening.rewriter.close(opening.graph)
         return PassResult(opening.graph, len(opening.slots))
 
 
-def slots_of(graph: Graph, beside: Iterable[Site]) -> list[Slot]:
+def slots_of(graph: Graph, beside: Iterable[HeadedSite]) -> list[Slot]:
     """The slots among a graph's inputs that `Open` made."""
     convs = {site.path for site in graph.sites if site.kind == "conv"}
-    behind = {site.path: site.heads is not None and site.heads.packed for site in beside}
+    behind = {site.path: site.heads.packed for site in beside}
     found = []
     for spec in graph.inputs:
         what = next((w for w in (A, B, INNER, OUTER, KEYS, VALUES) if spec.name.endswith(f".{w}")), None)
@@ -110,10 +110,9 @@ class _Opening:
         for call in site.calls:
             layers.act(site, call, ("slots", scaled), slotted(site, layers.nodes[call.op]), *made)
 
-    def stand_beside(self, layers: Layers, site: Site) -> None:
+    def stand_beside(self, layers: Layers, site: HeadedSite) -> None:
         """Keys and values beside each call of an attention."""
         heads = site.heads
-        assert heads is not None
         like = layers.nodes[site.calls[0].y].meta["val"]
         widths = [sum(end - start for start, end in rows) // heads.kept for rows in (heads.key_rows, heads.value_rows)]
         keys, values = (

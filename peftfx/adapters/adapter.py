@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.method import Method, WeightMethod
-from peftfx.contract.override import OverrideMethod
-from peftfx.contract.placement import SHARED, Override, Placed, Placement, owner_of, shared_by, site_tensors
+from peftfx.contract.method import Method
+from peftfx.contract.override import Override
+from peftfx.contract.placed import SHARED, Placed, Placements, shared_by
+from peftfx.contract.placement import Placement, owner_of
 from peftfx.errors import PeftfxError
 from peftfx.sharding import full, is_part
 
@@ -80,9 +80,9 @@ class Adapter(Holder):
         return tuple(rule.method for rule in self.placed)
 
     @property
-    def placements(self) -> tuple[Placement, ...]:
+    def placements(self) -> Placements:
         """Where its rules act."""
-        return tuple(p for rule in self.placed for p in rule.placements)
+        return Placements(p for rule in self.placed for p in rule.placements)
 
     @property
     def overrides(self) -> tuple[Override, ...]:
@@ -235,24 +235,3 @@ def _tensors_of(holder: nn.Module) -> dict[str, Tensor]:
 def shared_key(number: int, name: str) -> str:
     """Where an adapter keeps what the places of a rule share, by the rule's number."""
     return f"{SHARED}.{number}.{name}"
-
-
-def whole(
-    base: nn.Module, adapter: Adapter, group: Sequence[Placement]
-) -> tuple[WeightMethod | AttentionMethod | OverrideMethod, Mapping[str, Tensor]]:
-    """A method and parameters that do at a whole site what the placements of this group do there, or at its parts."""
-    first = group[0]
-    if isinstance(first.method, AttentionMethod | OverrideMethod):
-        return first.method, adapter.params(first)
-    assert isinstance(first.method, WeightMethod)
-    if first.part is None:
-        return first.method.written(adapter.all_of(first))
-    written = {p.part.rows: _written(adapter, p) for p in group if p.part is not None}
-    method, _ = next(iter(written.values()))
-    tensors = dataclasses.replace(first, part=None).base(*site_tensors(base, first.site))
-    return method.whole(first.site, tensors, {rows: p for rows, (_, p) in written.items()})
-
-
-def _written(adapter: Adapter, placement: Placement) -> tuple[WeightMethod, dict[str, Tensor]]:
-    assert isinstance(placement.method, WeightMethod)
-    return placement.method.written(adapter.all_of(placement))

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.contract.placement import Override
-from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.override import Override
 from peftfx.errors import PeftfxError, nearest, shown
 
 _LONGEST = 200  #: bytes of a name: an adapter's is a folder's
@@ -132,7 +131,7 @@ class AdapterSet:
 
 def _refuse_rivals(adapters: dict[str, Adapter]) -> None:
     """Effects of adapters add up, but two copies of one of the base's tensors cannot both be in its place."""
-    soft = [n for n, a in adapters.items() if any(isinstance(p.method, SequenceMethod) for p in a.placements)]
+    soft = [n for n, a in adapters.items() if a.placements.prompts]
     if len(soft) > 1:
         what = f"the soft prompts of {soft[0]!r} and {soft[1]!r} cannot both be ahead of the text"
         raise PeftfxError(what, soft[1], "make one of them active at a time")

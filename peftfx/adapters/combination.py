@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from peftfx.adapters.adapter import Adapter, whole
-from peftfx.contract.method import PLACING, Method, Params, Weighted, WeightMethod
-from peftfx.contract.placement import Placed, Placement
+from peftfx.adapters.adapter import Adapter
+from peftfx.contract.method import PLACING, Method, Params, Weighted
+from peftfx.contract.placed import Placed, Placements
+from peftfx.contract.placement import WeightPlacement
 from peftfx.errors import PeftfxError, shown, warn
 from peftfx.field_types import fits
 from peftfx.options import COMBINATIONS, check_choice
@@ -38,13 +39,12 @@ def combine(base: nn.Module, adapters: Mapping[str, Adapter], weights: Sequence[
         raise PeftfxError(what, "weights", "give a weight for each adapter")
     _refuse_copies(adapters)
     meeting = _meeting(adapters)
-    found: dict[str, list[tuple[Placement, Weighted]]] = {}
+    found: dict[str, list[tuple[WeightPlacement, Weighted]]] = {}
     for (name, adapter), weight in zip(adapters.items(), weights, strict=True):
         for placement, params in _places(base, name, adapter, meeting):
-            assert isinstance(placement.method, WeightMethod)
             found.setdefault(placement.key, []).append((placement, Weighted(weight, placement.method, params)))
     values: dict[str, Params] = {}
-    placements: dict[type[Method], list[Placement]] = {}
+    placements: dict[type[Method], list[WeightPlacement]] = {}
     for key, given in found.items():
         first, classes = given[0][0], {type(w.method) for _, w in given}
         if len(classes) > 1:
@@ -66,7 +66,7 @@ def tell_left_out(adapters: Mapping[str, Adapter]) -> None:
 
 
 def _made(
-    base: nn.Module, adapters: Mapping[str, Adapter], rules: list[list[Placement]], values: Mapping[str, Params]
+    base: nn.Module, adapters: Mapping[str, Adapter], rules: list[list[WeightPlacement]], values: Mapping[str, Params]
 ) -> Adapter:
     overrides = {o.key: (adapter, o) for adapter in adapters.values() for o in adapter.overrides}
     saved = tuple(sorted({o.module for _, o in overrides.values()})) or None
@@ -76,7 +76,7 @@ def _made(
         first = own[0].method
         options: dict[str, object] = {name: getattr(first, name) for name in first.options() if name not in PLACING}
         options |= {"target": tuple(_expression(p) for p in own), "modules_to_save": saved if i == 0 else None}
-        placed.append(Placed(type(first).from_options(options), tuple(own), tuple(copies)))
+        placed.append(Placed(type(first).from_options(options), Placements(own), tuple(copies)))
     made = Adapter(placed, next(iter(adapters.values())).records)
     for placement in made.placements:
         for name, value in values[placement.key].items():
@@ -88,7 +88,7 @@ def _made(
     return made
 
 
-def _expression(placement: Placement) -> str:
+def _expression(placement: WeightPlacement) -> str:
     """A target that picks this place alone."""
     path = f"/{re.escape(placement.site.path)}/"
     return path if placement.part is None else f"{path} & {placement.part.role}"
@@ -111,21 +111,23 @@ def _refuse_copies(adapters: Mapping[str, Adapter]) -> None:
 
 def _meeting(adapters: Mapping[str, Adapter]) -> set[str]:
     """The fused sites of which one adapter has the whole and another parts."""
-    placements = [p for adapter in adapters.values() for p in adapter.placements]
+    placements = [p for adapter in adapters.values() for p in adapter.placements.weights]
     return {p.site.path for p in placements if p.part} & {p.site.path for p in placements if p.part is None}
 
 
-def _places(base: nn.Module, name: str, adapter: Adapter, meeting: set[str]) -> Iterator[tuple[Placement, Params]]:
+def _places(
+    base: nn.Module, name: str, adapter: Adapter, meeting: set[str]
+) -> Iterator[tuple[WeightPlacement, Params]]:
     """Where an adapter acts, with its parameters; parts of a site that meets a whole one are made whole."""
-    groups: dict[str, list[Placement]] = {}
-    for placement in adapter.placements:
-        if not isinstance(placement.method, WeightMethod):
-            what = f"{type(placement.method).__name__} has no sum"
-            raise PeftfxError(what, name, "make one of the adapters active at a time")
+    groups: dict[str, list[WeightPlacement]] = {}
+    if beside := adapter.placements.beside_weights:
+        what = f"{type(beside[0].method).__name__} has no sum"
+        raise PeftfxError(what, name, "make one of the adapters active at a time")
+    for placement in adapter.placements.weights:
         groups.setdefault(placement.site.path, []).append(placement)
     for path, group in groups.items():
         if path in meeting:
-            method, params = whole(base, adapter, group)
+            method, params = group[0].whole(base, {p: adapter.all_of(p) for p in group})
             yield dataclasses.replace(group[0], method=method, part=None), params
         else:
             yield from ((placement, adapter.params(placement)) for placement in group)

@@ -12,8 +12,9 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.deferred import Deferred
 from peftfx.adapters.merge_report import MergeReport
 from peftfx.adapters.recipes import Derived, Folding, Rounding, foldings
-from peftfx.contract.method import Base, WeightMethod
-from peftfx.contract.placement import Override, owner_of, site_tensors
+from peftfx.contract.method import Base
+from peftfx.contract.override import Override
+from peftfx.contract.placement import owner_of, site_tensors
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.graph.lazy_weights import Stored
@@ -101,8 +102,8 @@ def _later(folding: Folding, read: Get, roundings: dict[str, Rounding]) -> Base:
 
 def _refuse_left_over(folded: Mapping[str, Folding], adapters: Sequence[Adapter]) -> None:
     """The adapters are gone after a merge: what the merged graph does not run would go with them."""
-    placements = (p for adapter in adapters for p in adapter.placements if isinstance(p.method, WeightMethod))
-    left = sorted({p.site.path for p in placements} - folded.keys())
+    wanted = {p.site.path for adapter in adapters for p in adapter.placements.weights}
+    left = sorted(wanted - folded.keys())
     if left:
         what = f"the call that the model was transformed with does not run {', '.join(left[:4])}: nothing is merged"
         raise PeftfxError(what, left[0], "pass inputs= of a call that runs them to transform() or load()")

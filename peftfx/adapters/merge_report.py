@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.recipes import Rounding
-from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.placed import Placements
 from peftfx.errors import PeftfxError
 
 
@@ -46,12 +45,11 @@ class MergeReport:
 
 def refuse_unmergeable(adapters: Mapping[str, Adapter]) -> None:
     """What acts beside the weights has no place in them."""
-    placements = [p for adapter in adapters.values() for p in adapter.placements]
-    if any(isinstance(p.method, SequenceMethod) for p in placements):
+    placements = Placements(p for adapter in adapters.values() for p in adapter.placements)
+    if placements.prompts:
         hint = "export it: there it becomes a constant of the graph; or make adapters of weights alone active"
         raise PeftfxError("a soft prompt has no place in the base's weights", ", ".join(adapters), hint)
-    beside = next((p for p in placements if isinstance(p.method, AttentionMethod)), None)
-    if beside is not None:
+    for beside in placements.attentions:
         what = f"what {type(beside.method).__name__} adds to an attention has no place in the base's weights"
         hint = "export it: there its keys and values become constants; or make adapters of weights alone active"
         raise PeftfxError(what, beside.site.path, hint)

@@ -17,7 +17,7 @@ from peftfx.analysis.dataflow import ELEMENTWISE, MOVEMENT, NORMED, PRODUCTS, Fl
 from peftfx.analysis.weight_ops import module_path
 from peftfx.bases.guests import own_parameters
 from peftfx.graph.graph import BASE, Graph
-from peftfx.sites.site import NORM, Call, Site, layer_of
+from peftfx.sites.site import NORM, Call, NormSite, layer_of
 
 _NORMS = names("layer_norm rms_norm group_norm batch_norm instance_norm")
 _STATISTICS = names("mean var var_mean std linalg_vector_norm norm")
@@ -33,7 +33,7 @@ class _Found:
     calls: list[Call] = field(default_factory=list)
 
 
-def find_norms(graph: Graph, flows: Mapping[fx.Node, Flow]) -> Iterator[Site]:
+def find_norms(graph: Graph, flows: Mapping[fx.Node, Flow]) -> Iterator[NormSite]:
     """The norms of a graph that have a weight or a bias, in the order in which they first run."""
     found: dict[str, _Found] = {}
     parameters: dict[fx.Node, str] = {}  # what comes from one parameter alone, however it is cast, shaped or shifted
@@ -96,7 +96,7 @@ def _path(graph: Graph, node: fx.Node, target: str) -> str:
     return owner if name == "weight" else f"{owner}.{name}".removeprefix(".")
 
 
-def _site(graph: Graph, path: str, norm: _Found) -> Site:
+def _site(graph: Graph, path: str, norm: _Found) -> NormSite:
     weight = norm.weight or str(norm.bias)
     shape = tuple(graph.get(weight).shape)
-    return Site(path, NORM, NORM, layer_of(path), weight, norm.bias, shape, False, (), tuple(norm.calls))
+    return NormSite(path, NORM, NORM, layer_of(path), weight, norm.bias, shape, False, (), tuple(norm.calls))

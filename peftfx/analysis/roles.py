@@ -29,7 +29,18 @@ from peftfx.analysis.running import called_modules, parameter_reads, run_elsewhe
 from peftfx.analysis.weight_ops import Occurrence, find_occurrences, module_path
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
-from peftfx.sites.site import EXPERTS, ROUTER, Call, Heads, Part, Site, layer_of
+from peftfx.sites.site import (
+    ATTENTION,
+    EXPERTS,
+    ROUTER,
+    AttentionSite,
+    Call,
+    HeadedSite,
+    Heads,
+    Part,
+    WeightSite,
+    layer_of,
+)
 from peftfx.sites.sites import Sites
 
 _LINEAR = ("linear", EXPERTS)  #: kinds of weights that MLPs are made of
@@ -182,11 +193,11 @@ def _of_mlp(down: Occurrence, name: str) -> str:
     return f"{EXPERTS if down.kind == EXPERTS else 'mlp'}.{name}"
 
 
-def _site(weight: WeightFacts) -> Site:
+def _site(weight: WeightFacts) -> WeightSite:
     first = weight.occurrences[0]
     calls = tuple(Call(found.x.name, found.op.name, found.y.name) for found in weight.occurrences)
     role = weight.role or (first.kind if first.kind in ("conv", EXPERTS) else "linear")
-    return Site(
+    return WeightSite(
         *(first.path, first.kind, role, layer_of(first.path), first.weight, first.bias, first.shape, first.transposed),
         parts=weight.parts,
         calls=calls,
@@ -194,14 +205,15 @@ def _site(weight: WeightFacts) -> Site:
     )
 
 
-def _attention_sites(analysis: Analysis) -> Iterator[Site]:
+def _attention_sites(analysis: Analysis) -> Iterator[AttentionSite]:
     groups: dict[str, list[Attention]] = defaultdict(list)
     for found in analysis.attentions:
         groups[module_path(found.op)].append(found)
     for path, own in groups.items():
         calls = tuple(Call(a.query.name, a.op.name, a.op.name, a.key.name, a.value.name) for a in own)
         heads, why = _heads(analysis, own)
-        yield Site(path, "attention", "attention", layer_of(path), "", None, (), False, (), calls, 1, heads, why)
+        place = (path, ATTENTION, ATTENTION, layer_of(path), "", None, (), False, (), calls)
+        yield AttentionSite(*place, headless=why) if heads is None else HeadedSite(*place, heads=heads)
 
 
 def _heads(analysis: Analysis, attentions: list[Attention]) -> tuple[Heads | None, str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftfx.contract.completeness import asking, refuse_output
 from peftfx.contract.method import Base, Op, Params, WeightMethod
-from peftfx.contract.placement import Placement
+from peftfx.contract.placement import WeightPlacement
 from peftfx.sites.blocks import Block, turned
 from peftfx.sites.site import Site
 
@@ -31,9 +31,8 @@ class Acting(NamedTuple):
     transposed: bool
 
     @staticmethod
-    def of(placement: Placement) -> Acting:
+    def of(placement: WeightPlacement) -> Acting:
         """That of a placement."""
-        assert isinstance(placement.method, WeightMethod)
         site = dataclasses.replace(placement.view, path="")
         return Acting(placement.method, site, placement.block, placement.site.transposed)
 
@@ -85,7 +84,7 @@ def adapted(
     return rows if y is None or block is None else block.put(y, rows, dim)
 
 
-def overlap(one: Placement, other: Placement) -> bool:
+def overlap(one: WeightPlacement, other: WeightPlacement) -> bool:
     """Whether two placements of one site act on common rows."""
     return None in (one.part, other.part) or one.part == other.part
 

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from peftfx.contract.method import Method, Params
 from peftfx.errors import PeftfxError
-from peftfx.sites.site import Site
-
-ATTENTION = "attention"
+from peftfx.sites.site import ATTENTION, HeadedSite
 
 
 class AttentionMethod(Method):
@@ -29,7 +27,7 @@ class AttentionMethod(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({ATTENTION})
 
     @abstractmethod
-    def init(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
+    def init(self, site: HeadedSite, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
         """New parameters, by HF PEFT's names; `weight` is the key projection's, as it is stored."""
 
     @abstractmethod
@@ -38,7 +36,7 @@ class AttentionMethod(Method):
 
     @abstractmethod
     def attend(
-        self, site: Site, query: Tensor, output: Tensor, key: Tensor, value: Tensor, p: Params, training: bool
+        self, site: HeadedSite, query: Tensor, output: Tensor, key: Tensor, value: Tensor, p: Params, training: bool
     ) -> Tensor:
         """The adapted output, of the shape and dtype of `output`.
 
@@ -52,7 +50,7 @@ class AttentionMethod(Method):
             training: whether dropout is on.
         """
 
-    def beside(self, site: Site, key: Tensor, value: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+    def beside(self, site: HeadedSite, key: Tensor, value: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         """What `attend` adds, as keys and values, [heads that are kept, n, features], of a softmax of their own.
 
         `attend` is then `output + softmax(query key^T) value`: what a graph can be given when it runs.
@@ -61,25 +59,24 @@ class AttentionMethod(Method):
         raise PeftfxError(what, site.path, "export the adapter merged")
 
     @abstractmethod
-    def keys(self, site: Site) -> dict[str, str]:
+    def keys(self, site: HeadedSite) -> dict[str, str]:
         """For each parameter that is saved, its suffix in a HF PEFT checkpoint."""
 
-    def is_behind(self, site: Site) -> bool:
+    def is_behind(self, site: HeadedSite) -> bool:
         """Whether `output` is what leaves the attention's module, behind the output projection."""
         return False
 
-    def among(self, sites: Sequence[Site]) -> Sequence[Site]:
+    def among(self, sites: Sequence[HeadedSite]) -> Sequence[HeadedSite]:
         """The attentions to act at, of those targeted, in the order in which they run."""
         return sites
 
 
-def attend_beside(site: Site, query: Tensor, key: Tensor, value: Tensor, shown: Tensor | None = None) -> Tensor:
+def attend_beside(site: HeadedSite, query: Tensor, key: Tensor, value: Tensor, shown: Tensor | None = None) -> Tensor:
     """`softmax(query key^T) value`, the softmax in fp32; keys and values of each kept head serve a row of heads.
 
     Of no keys and values it is 0. Rows may have their own, [rows, heads, tokens, features]; `shown` [rows, tokens] then
     says which there are, and the values of the others are 0.
     """
-    assert site.heads is not None
     keys, values = key.to(query.dtype), value.to(query.dtype)
     if site.heads.count == site.heads.kept:
         return _attend(query, keys, values, None if shown is None else shown[:, None, None])
@@ -96,9 +93,8 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, shown: Tensor | None) -
     return scores.softmax(-1, torch.float32).to(query.dtype) @ values
 
 
-def key_weight(base: nn.Module, site: Site) -> Tensor:
+def key_weight(base: nn.Module, site: HeadedSite) -> Tensor:
     """The weight of an attention's key projection in the base module."""
-    assert site.heads is not None
     weight = operator.attrgetter(site.heads.weight.partition(".")[2])(base)
     assert isinstance(weight, Tensor)
     return weight

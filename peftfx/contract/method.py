@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -87,6 +87,8 @@ class Method(ABC):
     """Whether HF PEFT adapts a `torch.nn.MultiheadAttention` by this method, its two projections at once."""
     layered: ClassVar[bool] = True
     """Whether HF PEFT's config has `layers_to_transform`; else the modules that it leaves are named."""
+    targeted: ClassVar[bool] = True
+    """Whether the options say at which sites it acts; else there is one place for it."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Hashed as `Method` is: what a dataclass makes of its fields cannot hash a dict."""
@@ -130,6 +132,30 @@ class Method(ABC):
         names = tuple(sorted(ends if not ends & others else chosen))
         filters: dict[str, Any] = dict.fromkeys(("target", "exclude_modules", "layers_to_transform", "layers_pattern"))
         return dataclasses.replace(self, target_modules=names, **filters)
+
+    @property
+    def bias(self) -> str:
+        """Which of the base's biases are trained with it: `none`, `all`, or those of its sites, `lora_only` say."""
+        return "none"
+
+    @property
+    def target_parameters(self) -> Collection[str] | None:
+        """Parameters that are targeted by their own names, as experts' weights are."""
+        return None
+
+    @property
+    def trainable_token_indices(self) -> Sequence[int] | Mapping[str, Sequence[int]] | None:
+        """Rows of embeddings that are trained beside it."""
+        return None
+
+    @property
+    def dropout(self) -> float:
+        """The rate of a dropout that the method has itself, and that is no module of the model."""
+        return 0.0
+
+    def needs_place(self, module: nn.Module) -> bool:
+        """Whether a module must be a site where `target_modules` name it: else the rule is refused."""
+        return False
 
     @property
     def neutral(self) -> bool:
@@ -202,6 +228,9 @@ class WeightMethod(Method):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
 
+    def needs_place(self, module: nn.Module) -> bool:
+        return has_parameter(module, axes=2)
+
     @abstractmethod
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         """New parameters, by HF PEFT's names; with them `forward` is the identity on `y` if it is `neutral`."""
@@ -271,3 +300,9 @@ class WeightMethod(Method):
         """
         what = f"adapters of {cls.__name__} have no sum"
         raise PeftfxError(what, site.path, "make them active together (set_adapter), or one at a time")
+
+
+def has_parameter(module: nn.Module, axes: int) -> bool:
+    """Whether a module has a parameter of its own, of so many axes at least, or a weight computed from some."""
+    own = module._parameters.values()
+    return hasattr(module, "parametrizations") or any(p is not None and p.ndim >= axes for p in own)

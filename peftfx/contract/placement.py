@@ -1,122 +1,111 @@
-"""Placement: where a rule acts, and on what: a method at a site, and the base's tensors that it trains copies of."""
+"""Placements: where a rule acts, and on what. Each family of methods has a placement of its own."""
 
 from __future__ import annotations
 
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from peftfx.contract.attention import ATTENTION, AttentionMethod, key_weight
-from peftfx.contract.completeness import asking, refuse_keys, refuse_parameters
+from peftfx.contract.attention import AttentionMethod, key_weight
+from peftfx.contract.completeness import asking, refuse_parameters
 from peftfx.contract.method import Base, Method, Params, WeightMethod
-from peftfx.contract.override import OverrideMethod
-from peftfx.contract.sequence import SEQUENCE, SequenceMethod, embedding_path
-from peftfx.sharding import full, is_part
+from peftfx.contract.override import SAVED, Override, OverrideMethod
+from peftfx.contract.sequence import PROMPT, SequenceMethod
+from peftfx.sharding import full
 from peftfx.sites.blocks import Block, part_site, turned
-from peftfx.sites.site import Part, Site
-
-SAVED = "saved"  #: the folder of an adapter in which it keeps copies of the base's own tensors
-TOKENS = "trainable_tokens_delta"  #: HF PEFT's name for the rows of an embedding that an adapter trains
-SHARED = "shared_by_rule"  #: the folder in which each rule, by its number, keeps what its places share
+from peftfx.sites.site import ATTENTION, SEQUENCE, HeadedSite, Part, SequenceSite, Site, WeightSite
 
 
 @dataclass(frozen=True)
-class Override:
-    """A tensor of the base that an adapter replaces by one of its own, or rows of it, within one module.
+class Placement(ABC):
+    """A method at a site."""
 
-    Attributes:
-        key: where the adapter keeps its tensor, a dotted name.
-        module: the module path within which uses of the base's tensor are replaced.
-        name: the tensor's name, relative to the module.
-        rows: which of its rows the adapter's tensor is; empty for the whole.
-        trained: whether the adapter trains it; one that a file brought is as it is.
-    """
-
-    key: str
-    module: str
-    name: str
-    rows: tuple[int, ...] = ()
-    trained: bool = True
-
-    @property
-    def stands(self) -> bool:
-        """Whether it is counted as the base's own, as HF PEFT counts a trained bias; copies and rows come on top."""
-        return self.trained and not self.module and not self.rows
-
-    @property
-    def indices(self) -> str:
-        """Where the adapter keeps the rows' indices."""
-        return f"{self.key.rpartition('.')[0]}.token_indices"
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A method at a site, or at one part of a fused site.
-
-    Attributes:
-        copies: the base's tensors that the method trains copies of here.
-    """
-
-    method: WeightMethod | AttentionMethod | SequenceMethod | OverrideMethod
+    method: Method
     site: Site
-    part: Part | None = None
-    copies: tuple[Override, ...] = ()
 
     @property
+    @abstractmethod
     def key(self) -> str:
-        """Where its parameters are in the adapter: the site's path, and the part's role in short."""
-        if self.site.kind == SEQUENCE:
-            return SEQUENCE
-        if self.site.kind == ATTENTION:
-            return self.site.path or ATTENTION  # a module without a path computes it itself
-        if isinstance(self.method, OverrideMethod):
-            return f"{SAVED}.{self.site.path}"
-        return self.site.path if self.part is None else f"{self.site.path}.{self.part.role.rpartition('.')[2]}"
-
-    @property
-    def block(self) -> Block | None:
-        """The rows of the part."""
-        if self.part is None:
-            return None
-        return Block.of(self.part, self.site.rows)
+        """Where its parameters are in the adapter."""
 
     @property
     def view(self) -> Site:
         """The site as the method sees it."""
-        return self.site if self.part is None else part_site(self.site, self.part, self.block)  # type: ignore[arg-type]
+        return self.site
 
+    @property
+    def copies(self) -> tuple[Override, ...]:
+        """The base's tensors that the method trains copies of here."""
+        return ()
+
+    @property
+    def on_weight(self) -> WeightPlacement | None:
+        """This placement, where what it does belongs into a weight."""
+        return None
+
+    @abstractmethod
     def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
         """New parameters for this place in the base module; not the copies that it has.
 
         Raises:
             PeftfxError: the method's `init` or `keys` give something else than they must.
         """
-        if isinstance(self.method, OverrideMethod):
-            return {}
-        with asking(self.method, "init", self.site.path):
-            params = self._start(base, rng, shared or {})
-        keys = None if isinstance(self.method, SequenceMethod) else self.suffixes()
-        refuse_parameters(self.method, self.site.path, params, keys)
-        return params
 
-    def _start(self, base: nn.Module, rng: torch.Generator | None, shared: Params) -> dict[str, Tensor]:
-        if isinstance(self.method, SequenceMethod):
-            return self.method.init(self.site, base.get_submodule(embedding_path(self.site)), rng)
-        if isinstance(self.method, AttentionMethod):
-            return self.method.init(self.site, full(key_weight(base, self.site)), rng)
-        assert isinstance(self.method, WeightMethod)
-        own = self.base(*whole_tensors(base, self.site))
-        params = self.method.init(self.view, own, rng)
-        more = self.method.start(self.view, own, shared, rng)
-        return {**params, **more} if more else params
-
+    @abstractmethod
     def suffixes(self) -> dict[str, str]:
         """For each parameter that is saved, its suffix in a HF PEFT checkpoint."""
-        if isinstance(self.method, OverrideMethod):
-            names = (override.key.rpartition(".")[2] for override in self.copies)
-            return {name: self.method.suffix(name) for name in names}
-        assert isinstance(self.method, WeightMethod | AttentionMethod)
+
+    def whole(self, base: nn.Module, group: Mapping[Self, Params]) -> tuple[Method, Params]:
+        """A method and parameters that do at the whole site what this group of placements does there.
+
+        Args:
+            base: the base module.
+            group: all placements of a rule at this site, this one among them, with all that the adapter keeps of each.
+        """
+        return self.method, group[self]
+
+
+@dataclass(frozen=True)
+class WeightPlacement(Placement):
+    """A method at a site with a weight, or at one part of a fused one."""
+
+    method: WeightMethod
+    site: WeightSite
+    part: Part | None = None
+
+    @property
+    def key(self) -> str:
+        """The site's path, and the part's role in short."""
+        return self.site.path if self.part is None else f"{self.site.path}.{self.part.role.rpartition('.')[2]}"
+
+    @property
+    def block(self) -> Block | None:
+        """The rows of the part."""
+        return None if self.part is None else Block.of(self.part, self.site.rows)
+
+    @property
+    def view(self) -> Site:
+        return self.site if self.part is None else part_site(self.site, self.part, self.block)  # type: ignore[arg-type]
+
+    @property
+    def on_weight(self) -> WeightPlacement:
+        return self
+
+    def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
+        with asking(self.method, "init", self.site.path):
+            own = self.base(*whole_tensors(base, self.site))
+            params = self.method.init(self.view, own, rng)
+            more = self.method.start(self.view, own, shared or {}, rng)
+            params = {**params, **more} if more else params
+        refuse_parameters(self.method, self.site.path, params, self.suffixes())
+        return params
+
+    def suffixes(self) -> dict[str, str]:
         with asking(self.method, "keys", self.site.path):
             return self.method.keys(self.site)
 
@@ -127,40 +116,78 @@ class Placement:
             return Base(weight, bias)
         return Base(self.block.take(weight, self.site.rows_axis), None if bias is None else self.block.take(bias, 0))
 
+    def whole(self, base: nn.Module, group: Mapping[Self, Params]) -> tuple[WeightMethod, Params]:
+        if self.part is None:
+            return self.method.written(group[self])
+        written = {p.part.rows: p.method.written(params) for p, params in group.items() if p.part is not None}
+        method, _ = next(iter(written.values()))
+        tensors = dataclasses.replace(self, part=None).base(*site_tensors(base, self.site))
+        return method.whole(self.site, tensors, {rows: p for rows, (_, p) in written.items()})
+
 
 @dataclass(frozen=True)
-class Placed:
-    """A rule resolved against a model.
+class AttentionPlacement(Placement):
+    """A method at an attention."""
 
-    Attributes:
-        method: as the rule has it.
-        placements: where it acts.
-        overrides: the base's tensors it trains copies of (`modules_to_save`, `bias`).
-    """
+    method: AttentionMethod
+    site: HeadedSite
 
-    method: Method
-    placements: tuple[Placement, ...]
-    overrides: tuple[Override, ...] = ()
+    @property
+    def key(self) -> str:
+        """The path of the attention's module; one without a path computes it itself."""
+        return self.site.path or ATTENTION
+
+    def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
+        with asking(self.method, "init", self.site.path):
+            params = self.method.init(self.site, full(key_weight(base, self.site)), rng)
+        refuse_parameters(self.method, self.site.path, params, self.suffixes())
+        return params
+
+    def suffixes(self) -> dict[str, str]:
+        with asking(self.method, "keys", self.site.path):
+            return self.method.keys(self.site)
 
 
-def shared_by(rule: Placed, base: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
-    """What the places of a rule share, new.
+@dataclass(frozen=True)
+class SequencePlacement(Placement):
+    """A soft prompt ahead of the text. Its file has what it computes, and none of its parameters."""
 
-    Raises:
-        PeftfxError: the method's `shared` gives no tensors by name, or `shared_keys` leaves out what is trained.
-    """
-    if not rule.placements:
+    method: SequenceMethod
+    site: SequenceSite
+
+    @property
+    def key(self) -> str:
+        """There is one stream of tokens."""
+        return SEQUENCE
+
+    def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
+        with asking(self.method, "init", self.site.path):
+            params = self.method.init(self.site, base.get_submodule(self.site.embedding), rng)
+        refuse_parameters(self.method, self.site.path, params)
+        return params
+
+    def suffixes(self) -> dict[str, str]:
+        return {PROMPT: PROMPT}
+
+
+@dataclass(frozen=True)
+class OverridePlacement(Placement):
+    """A method that trains copies of the tensors of a site's module."""
+
+    method: OverrideMethod
+    copies: tuple[Override, ...] = ()  # type: ignore[assignment]
+
+    @property
+    def key(self) -> str:
+        """The folder of the copies."""
+        return f"{SAVED}.{self.site.path}"
+
+    def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
         return {}
-    method, sites = rule.method, [p.view for p in rule.placements]
-    first = next((p.detach() for p in base.parameters() if p.is_floating_point()), torch.empty(0))
-    like = torch.empty(0, dtype=first.dtype, device=first.device) if is_part(first) else first
-    bases = (p.base(*whole_tensors(base, p.site)) for p in rule.placements if isinstance(p.method, WeightMethod))
-    with asking(method, "shared", ""):
-        made = method.shared(sites, bases, like, rng)
-        keys = method.shared_keys()
-    refuse_parameters(method, "", made, member="shared")
-    refuse_keys(method, "shared_keys", "", keys, made.keys())
-    return made
+
+    def suffixes(self) -> dict[str, str]:
+        names = (override.key.rpartition(".")[2] for override in self.copies)
+        return {name: self.method.suffix(name) for name in names}
 
 
 def whole_tensors(base: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
@@ -180,36 +207,3 @@ def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The submodule that holds a tensor of this dotted name, and the name's last part."""
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
-
-
-def copies_of(base: nn.Module, method: OverrideMethod, site: Site) -> tuple[Override, ...]:
-    """The tensors that a method trains copies of at a site: of its module, or the bare parameter that it is.
-
-    Rows are those of the tensor wherever the base uses it, in a tied head too, if the model says that it ties.
-    """
-    try:
-        module, own = site.path, base.get_submodule(site.path).state_dict(keep_vars=True)
-        names = {name: name for name in own if "." not in name}
-    except AttributeError:
-        module, _, name = site.weight.partition(".")[2].rpartition(".")
-        names = {"weight": name}
-    copied = method.copied(site, list(names))
-    if rows := method.rows():
-        if not ties_embeddings(base):
-            return tuple(rows_of(site.path, rows, names[n], module) for n in copied)
-        return tuple(rows_of(site.path, rows, f"{module}.{names[n]}".removeprefix(".")) for n in copied)
-    return tuple(Override(f"{SAVED}.{site.path}.{n}", module, names[n]) for n in copied)
-
-
-def ties_embeddings(base: nn.Module) -> bool:
-    """Whether a model says, as transformers' do, that its embeddings are tied: what HF PEFT goes by.
-
-    Where a module is tied by hand alone, HF PEFT trains the rows of the one that is named, and the others keep theirs.
-    """
-    tied = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
-    return bool(tied) and getattr(base, "_tied_weights_keys", None) is not None
-
-
-def rows_of(path: str, rows: tuple[int, ...], name: str, module: str = "") -> Override:
-    """Rows of the tensor of this name, as the adapter of a module's own: of the one at `path`."""
-    return Override(f"{SAVED}.{path}.{TOKENS}", module, name, rows)

@@ -20,11 +20,10 @@ from peftfx.bases.tasks import task_of
 from peftfx.contract.method import PLACING, Method, Params
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE
-from peftfx.sites.site import Call, Site
+from peftfx.sites.site import SEQUENCE, Call, SequenceSite, Site
 from peftfx.sites.sites import Sites
 from peftfx.views.entry import Entry, VirtualTokens
 
-SEQUENCE = "sequence"
 PROMPT = "prompt_embeddings"  #: HF PEFT's name for what is saved, and ours for a prompt without an encoder
 
 
@@ -47,6 +46,7 @@ class SequenceMethod(Method):
     default_target: ClassVar[str] = SEQUENCE
     kinds: ClassVar[frozenset[str]] = frozenset({SEQUENCE})
     prefix: ClassVar[str] = "base_model."
+    targeted: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +59,7 @@ class SequenceMethod(Method):
             raise PeftfxError(what, "num_virtual_tokens", f"{type(self).__name__}(num_virtual_tokens=20)")
 
     @abstractmethod
-    def sized(self, base: nn.Module, site: Site) -> Self:
+    def sized(self, base: nn.Module, site: SequenceSite) -> Self:
         """This method with every size that it was not given read off the model.
 
         Raises:
@@ -67,7 +67,7 @@ class SequenceMethod(Method):
         """
 
     @abstractmethod
-    def init(self, site: Site, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+    def init(self, site: SequenceSite, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
         """New parameters; `embed` is the module that embeds the text. Only a sized method has any."""
 
     @abstractmethod
@@ -83,7 +83,7 @@ class SequenceMethod(Method):
         """What fills the hole of this method's entry."""
 
     @abstractmethod
-    def entry(self, base: nn.Module, site: Site) -> Entry:
+    def entry(self, base: nn.Module, site: SequenceSite) -> Entry:
         """The way into the base that this method takes."""
 
     @property
@@ -102,14 +102,14 @@ class PromptMethod(SequenceMethod):
     def virtual(self, p: Params, training: bool) -> Tensor:
         return self.saved(p, training)[: self.num_virtual_tokens]
 
-    def entry(self, base: nn.Module, site: Site) -> Entry:
+    def entry(self, base: nn.Module, site: SequenceSite) -> Entry:
         return virtual_tokens(self, base, site)
 
 
 M = TypeVar("M", bound=SequenceMethod)
 
 
-def sequence_site(base: nn.Module, sites: Sites) -> Site:
+def sequence_site(base: nn.Module, sites: Sites) -> SequenceSite:
     """The stream of tokens as a site: the argument that holds the ids, and the table that embeds them.
 
     Raises:
@@ -123,12 +123,8 @@ def sequence_site(base: nn.Module, sites: Sites) -> Site:
     site = next((s for s in found if base.get_submodule(s.path).weight is shared), found[0])
     tokens = "input_ids" if hasattr(base, "main_input_name") else site.calls[0].x
     call = Call(tokens, "", "")
-    return Site("", SEQUENCE, SEQUENCE, None, f"{BASE}.{site.path}.weight", None, site.shape, False, (), (call,))
-
-
-def embedding_path(site: Site) -> str:
-    """The path of the module that embeds the text."""
-    return site.weight.removeprefix(f"{BASE}.").removesuffix(".weight")
+    weight = f"{BASE}.{site.path}.weight"
+    return SequenceSite("", SEQUENCE, SEQUENCE, None, weight, None, site.shape, False, (), (call,))
 
 
 def size_of(base: nn.Module, *names: str) -> int | None:
@@ -154,14 +150,14 @@ def with_text_sizes(method: M, base: nn.Module, site: Site) -> M:
     )
 
 
-def virtual_tokens(method: SequenceMethod, base: nn.Module, site: Site) -> VirtualTokens:
+def virtual_tokens(method: SequenceMethod, base: nn.Module, site: SequenceSite) -> VirtualTokens:
     """The entry of a method of virtual tokens."""
     assert method.token_dim is not None
     return VirtualTokens(
         (method.num_virtual_tokens, method.token_dim),
         stream_dtype(base, site),
-        embedding_path(site),
-        tokens=site.calls[0].x,
+        site.embedding,
+        tokens=site.tokens,
         filler=plain_token(base, site.shape[0]),
         dropped=untyped(base),
         labelled=not encodes_and_decodes(base),
@@ -177,9 +173,9 @@ def untyped(base: nn.Module) -> frozenset[str]:
     return frozenset({"token_type_ids"} if task_of(base) in _WITHOUT_TYPES else ())
 
 
-def stream_dtype(base: nn.Module, site: Site) -> torch.dtype:
+def stream_dtype(base: nn.Module, site: SequenceSite) -> torch.dtype:
     """The dtype of the embedded text."""
-    weight = base.get_submodule(embedding_path(site)).weight
+    weight = base.get_submodule(site.embedding).weight
     assert isinstance(weight, Tensor)
     return weight.dtype
 

@@ -13,7 +13,6 @@ from torch.overrides import TorchFunctionMode
 from peftfx.adapters.adapter import Adapter, Holder
 from peftfx.bases.guests import Guests
 from peftfx.contract.acting import Acting, adapted, overlap
-from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.placement import owner_of
 from peftfx.errors import PeftfxError
 from peftfx.hosting.call import CURRENT, Keys
@@ -56,8 +55,6 @@ class AttentionGuest:
     """An attention method at the fused attention that a module calls."""
 
     def __init__(self, seat: AttentionSeat, adapter: Adapter, base: nn.Module) -> None:
-        assert isinstance(seat.placement.method, AttentionMethod)
-        assert seat.placement.site.heads is not None
         self.behind, self.method, self.site = seat.behind, seat.placement.method, anonymous(seat.placement.site)
         self.params = Parameters(adapter, adapter.keys(seat.placement))
         heads = seat.placement.site.heads

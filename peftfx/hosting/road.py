@@ -13,8 +13,7 @@ from torch import nn
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.bases.guests import GUESTS
-from peftfx.contract.placement import Placement, owner_of
-from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.placement import SequencePlacement, owner_of
 from peftfx.errors import PeftfxError
 from peftfx.hosting.call import Keys, Rows, acting
 from peftfx.hosting.checkpointing import bind
@@ -40,14 +39,13 @@ class ModulesRoad:
         self.base, self.adapters = base, adapters
         self.number = next(_NUMBERS)
         self.seatings: dict[str, Seating] = {}
-        self.prompts: dict[str, tuple[SequenceMethod, Placement]] = {}
+        self.prompts: dict[str, SequencePlacement] = {}
 
     def enter(self, name: str, adapter: Adapter, seating: Seating) -> None:
         """Seat an adapter."""
         self.seatings[name] = seating
-        for placement in adapter.placements:
-            if isinstance(placement.method, SequenceMethod):
-                self.prompts[name] = placement.method, placement
+        for placement in adapter.placements.prompts:
+            self.prompts[name] = placement
         for place in seating.seats:
             self._sit(name, adapter, place)
         bind(self.base)
@@ -91,7 +89,7 @@ class ModulesRoad:
     def entry(self, names: Sequence[str]) -> Entry | None:
         """The way into the base that a soft prompt among these adapters takes; None is the base's own forward."""
         found = (self.prompts[name] for name in names if name in self.prompts)
-        return next((method.entry(self.base, p.site) for method, p in found), None)
+        return next((p.method.entry(self.base, p.site) for p in found), None)
 
     def run(
         self, names: Sequence[str], entry: Entry | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -128,8 +126,8 @@ class ModulesRoad:
     def _virtual(self, names: Sequence[str], entry: Entry) -> Any:
         """What fills the hole of a soft prompt's entry."""
         name = next(name for name in names if name in self.prompts)
-        method, placement = self.prompts[name]
-        return method.virtual(self.adapters[name].params(placement), self.base.training).to(entry.dtype)
+        placement = self.prompts[name]
+        return placement.method.virtual(self.adapters[name].params(placement), self.base.training).to(entry.dtype)
 
     def _sit(self, name: str, adapter: Adapter, place: Seat) -> None:
         module, key = self.base.get_submodule(place.path), self.key(name)

@@ -7,7 +7,8 @@ are scaled or count positions do, the method acts at the output of that. What is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
@@ -16,16 +17,15 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.analysis.dataflow import FUSED_ATTENTION, op_name
 from peftfx.analysis.weight_ops import module_path
 from peftfx.bases.guests import own_modules
-from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.method import WeightMethod
-from peftfx.contract.placement import Override, Placement, owner_of
+from peftfx.contract.override import Override
+from peftfx.contract.placement import AttentionPlacement, Placement, WeightPlacement, owner_of
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE, Graph
 from peftfx.hosting.regions import Regions
 from peftfx.hosting.seats import AttentionSeat, CopySeat, Seat, Seating, WeightSeat
 from peftfx.passes.adaptation.attention import leaving
 from peftfx.passes.rewriting.site_op import bind
-from peftfx.sites.site import EXPERTS, Site
+from peftfx.sites.site import EXPERTS, Site, WeightSite
 
 #: torch's own layers, whose forward is one operation on their weight.
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
@@ -58,8 +58,8 @@ class _Finder:
         self.graph, self.base = graph, graph.base
         self.nodes = {node.name: node for node in graph.nodes()}
         self.regions = Regions(graph)
-        self.weights = {site.path: site for site in graph.sites if site.weight}
-        self.attentions = {site.path: site for site in graph.sites if not site.weight}
+        self.weights = graph.sites.weights_by_path
+        self.attentions = {site.path: site for site in graph.sites.attentions}
         self.modules = dict(own_modules(self.base, remove_duplicate=False))
         self.called: dict[int, set[str]] = {}
         for path in graph.sites.called & self.modules.keys():
@@ -69,12 +69,18 @@ class _Finder:
             if node.op == "get_attr" and str(node.target).startswith(f"{BASE}."):
                 self.readers.setdefault(id(graph.get(str(node.target))), []).extend(node.users)
 
-    def seats(self, placement: Placement) -> Iterator[Seat]:
+    @functools.singledispatchmethod
+    def seats(self, placement: Placement) -> Sequence[Seat]:
         """Where one placement acts, its copies aside."""
-        if isinstance(placement.method, WeightMethod):
-            yield self.weight(placement)
-        if isinstance(placement.method, AttentionMethod):
-            yield self.attention(placement)
+        return ()
+
+    @seats.register
+    def _(self, placement: WeightPlacement) -> Sequence[Seat]:
+        return [self.weight(placement)]
+
+    @seats.register
+    def _(self, placement: AttentionPlacement) -> Sequence[Seat]:
+        return [self.attention(placement)]
 
     def host(self, path: str) -> nn.Module:
         """The module at a path, if what acts there acts in no other place, and its forward runs whenever it is used."""
@@ -91,13 +97,13 @@ class _Finder:
             raise Unhostable(f"{path}: its forward was set on the module itself")
         return module
 
-    def site(self, path: str) -> Site:
+    def site(self, path: str) -> WeightSite:
         """The site of a weight, as the graph runs it."""
         if path not in self.weights:
             raise Unhostable(f"{path}: the call that the model was transformed with does not run it")
         return self.weights[path]
 
-    def weight(self, placement: Placement) -> WeightSeat:
+    def weight(self, placement: WeightPlacement) -> WeightSeat:
         """Where a weight method acts."""
         path = placement.site.path
         module, site = self.host(path), self.site(placement.site.path)
@@ -137,15 +143,13 @@ class _Finder:
             raise Unhostable(f"{site.path}: its bias is another module's")
         return name
 
-    def attention(self, placement: Placement) -> AttentionSeat:
+    def attention(self, placement: AttentionPlacement) -> AttentionSeat:
         """Where an attention method acts."""
         path, heads, method = placement.site.path, placement.site.heads, placement.method
         self.host(path)
         site = self.attentions.get(path)
         if site is None:
             raise Unhostable(f"{path}: the call that the model was transformed with does not run it")
-        assert heads is not None
-        assert isinstance(method, AttentionMethod)
         for layer in {heads.key, heads.value}:
             self.host(layer)
             if not all(self.is_whole(self.site(layer), i) for i in range(len(self.site(layer).calls))):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftfx.contract.placement import Override, Placement
+from peftfx.contract.override import Override
+from peftfx.contract.placement import AttentionPlacement, WeightPlacement
 from peftfx.passes.rewriting.site_op import Operation
 
 
@@ -21,7 +22,7 @@ class WeightSeat:
     """
 
     path: str
-    placement: Placement
+    placement: WeightPlacement
     operation: Operation
     bias: str | None
     inner: bool
@@ -38,7 +39,7 @@ class AttentionSeat:
     """
 
     path: str
-    placement: Placement
+    placement: AttentionPlacement
     behind: bool
 
 

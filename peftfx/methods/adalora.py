@@ -107,6 +107,10 @@ class AdaLoRA(WeightMethod):
         """The factor `s`; it does not change as ranks go."""
         return self.lora_alpha / (self.init_r + _SMALL)
 
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
+
     def at(self, site: Site) -> AdaLoRA:
         """With the number of ranks that are left here; which they are makes no difference to what is computed."""
         kept = self.rank_pattern.get(_key(site.path))

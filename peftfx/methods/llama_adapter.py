@@ -24,7 +24,7 @@ from peftfx.contract.attention import AttentionMethod, attend_beside
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.method import Params
 from peftfx.errors import PeftfxError
-from peftfx.sites.site import Site
+from peftfx.sites.site import HeadedSite
 
 PROMPT, GATE = "adaption_prompt", "adaption_gate"
 
@@ -51,15 +51,14 @@ class LlamaAdapter(AttentionMethod):
             if least is not None and least < 1:
                 raise PeftfxError(f"{name} must be 1 or more, not {least}", name, "LlamaAdapter(adapter_len=10)")
 
-    def among(self, sites: Sequence[Site]) -> Sequence[Site]:
+    def among(self, sites: Sequence[HeadedSite]) -> Sequence[HeadedSite]:
         count = len(sites) if self.adapter_layers is None else self.adapter_layers
         if count > len(sites):
             what = f"adapter_layers is {count}, and the target has {len(sites)} attentions"
             raise PeftfxError(what, "adapter_layers", "leave it out to adapt all of them")
         return sites[len(sites) - count :]
 
-    def init(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
-        assert site.heads is not None
+    def init(self, site: HeadedSite, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
         like = torch.empty(
             1, self.adapter_len, site.heads.width, dtype=adapter_dtype(weight.dtype), device=weight.device
         )
@@ -68,21 +67,20 @@ class LlamaAdapter(AttentionMethod):
     def reads(self, p: Params) -> Tensor:
         return p[PROMPT]
 
-    def is_behind(self, site: Site) -> bool:
-        return site.heads is not None and site.heads.packed
+    def is_behind(self, site: HeadedSite) -> bool:
+        return site.heads.packed
 
     def attend(
-        self, site: Site, query: Tensor, output: Tensor, key: Tensor, value: Tensor, p: Params, training: bool
+        self, site: HeadedSite, query: Tensor, output: Tensor, key: Tensor, value: Tensor, p: Params, training: bool
     ) -> Tensor:
         keys, values = self.beside(site, key, value, p)
         return (output + attend_beside(site, query, keys, values)).to(output.dtype)
 
-    def beside(self, site: Site, key: Tensor, value: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-        assert site.heads is not None
+    def beside(self, site: HeadedSite, key: Tensor, value: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         # The scale and the gate are put where they cost least, and on export nothing.
         return key * site.heads.scale, value * p[GATE]
 
-    def keys(self, site: Site) -> dict[str, str]:
+    def keys(self, site: HeadedSite) -> dict[str, str]:
         return {PROMPT: PROMPT, GATE: GATE}
 
     def naming(self, paths: Sequence[str], modules: Sequence[str]) -> LlamaAdapter:

@@ -68,6 +68,10 @@ class LoHa(DeltaMethod):
     def neutral(self) -> bool:
         return self.init_weights
 
+    @property
+    def dropout(self) -> float:
+        return max(self.rank_dropout, self.module_dropout)
+
     def at(self, site: Site) -> LoHa:
         r = int(by_path(self.rank_pattern, "rank_pattern", site.path, self.r))
         alpha = by_path(self.alpha_pattern, "alpha_pattern", site.path, self.alpha)

@@ -103,6 +103,10 @@ class LoRA(WeightMethod):
     def neutral(self) -> bool:
         return self.init_lora_weights is not False
 
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
+
     def at(self, site: Site) -> LoRA:
         """With the rank and alpha that the patterns give this site.
 

@@ -65,6 +65,10 @@ class MiSS(WeightMethod):
     def keys(self, site: Site) -> dict[str, str]:
         return {BLOCK: BLOCK}
 
+    @property
+    def dropout(self) -> float:
+        return self.miss_dropout
+
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         out, inner = base.weight.shape
         if self.r > inner:

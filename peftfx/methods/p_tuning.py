@@ -18,7 +18,7 @@ from peftfx.contract.common.prompt_networks import EMBEDDING, embedding, layer, 
 from peftfx.contract.method import Params
 from peftfx.contract.sequence import PROMPT, PromptMethod, with_text_sizes
 from peftfx.errors import PeftfxError
-from peftfx.sites.site import Site
+from peftfx.sites.site import SequenceSite
 
 _MLP, _LSTM = ("mlp_head_0", "mlp_head_2", "mlp_head_4"), "lstm_head"
 
@@ -51,11 +51,11 @@ class PTuning(PromptMethod):
             hint = "PTuning(encoder_hidden_size=128, encoder_num_layers=2, encoder_dropout=0.1)"
             raise PeftfxError("an encoder of this size cannot be made", "encoder_hidden_size", hint)
 
-    def sized(self, base: nn.Module, site: Site) -> PTuning:
+    def sized(self, base: nn.Module, site: SequenceSite) -> PTuning:
         sized = with_text_sizes(self, base, site)
         return dataclasses.replace(sized, encoder_hidden_size=sized.encoder_hidden_size or sized.token_dim)
 
-    def init(self, site: Site, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+    def init(self, site: SequenceSite, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
         weight = embed.weight
         assert isinstance(weight, Tensor)
         assert self.token_dim is not None

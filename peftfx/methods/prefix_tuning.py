@@ -20,7 +20,7 @@ from peftfx.contract.common.prompt_networks import EMBEDDING, embedding, layer, 
 from peftfx.contract.method import Params
 from peftfx.contract.sequence import PROMPT, SequenceMethod, encodes_and_decodes, stream_dtype, submodules_of, untyped
 from peftfx.errors import PeftfxError
-from peftfx.sites.site import Site
+from peftfx.sites.site import SequenceSite
 from peftfx.views.entry import Entry
 from peftfx.views.prefix import Prefix, cache_shape
 
@@ -50,7 +50,7 @@ class PrefixTuning(SequenceMethod):
         if (self.encoder_hidden_size or 1) < 1:
             raise PeftfxError("an encoder of this size cannot be made", "encoder_hidden_size", "1 or more")
 
-    def sized(self, base: nn.Module, site: Site) -> PrefixTuning:
+    def sized(self, base: nn.Module, site: SequenceSite) -> PrefixTuning:
         layers, heads, features = cache_shape(base, encodes_and_decodes(base))
         sizes = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * features}
         for name, size in sizes.items():
@@ -66,7 +66,7 @@ class PrefixTuning(SequenceMethod):
             num_transformer_submodules=self.num_transformer_submodules or submodules_of(base),
         )
 
-    def init(self, site: Site, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+    def init(self, site: SequenceSite, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
         weight = embed.weight
         assert isinstance(weight, Tensor)
         count, width = self.saved_shape()
@@ -100,7 +100,7 @@ class PrefixTuning(SequenceMethod):
         taken = [(4 * i + j) % len(parts) for i in range(self.num_layers) for j in (0, 1)]
         return torch.cat([parts[i] for i in taken], 1)
 
-    def entry(self, base: nn.Module, site: Site) -> Entry:
+    def entry(self, base: nn.Module, site: SequenceSite) -> Entry:
         assert self.num_layers is not None
         assert self.num_attention_heads is not None
         sizes = self.num_attention_heads, self.num_layers

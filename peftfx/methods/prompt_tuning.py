@@ -16,7 +16,7 @@ from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.method import Params
 from peftfx.contract.sequence import PROMPT, PromptMethod, with_text_sizes
 from peftfx.errors import PeftfxError, first_line
-from peftfx.sites.site import Site
+from peftfx.sites.site import SequenceSite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,10 @@ class PromptTuning(PromptMethod):
             if not getattr(self, name):
                 raise PeftfxError(f"prompt_tuning_init='TEXT' needs {name}", name, "give it, or start at 'RANDOM'")
 
-    def sized(self, base: nn.Module, site: Site) -> PromptTuning:
+    def sized(self, base: nn.Module, site: SequenceSite) -> PromptTuning:
         return with_text_sizes(self, base, site)
 
-    def init(self, site: Site, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+    def init(self, site: SequenceSite, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
         weight = embed.weight
         assert isinstance(weight, Tensor)
         kind = adapter_dtype(weight.dtype)
@@ -60,10 +60,10 @@ class PromptTuning(PromptMethod):
         ids = self._text_ids(site) if self.prompt_tuning_init == "TEXT" else self._random_ids(site, weight, rng)
         return {PROMPT: embed(ids.to(weight.device)).detach().clone().to(kind)}
 
-    def _random_ids(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> Tensor:
+    def _random_ids(self, site: SequenceSite, weight: Tensor, rng: torch.Generator | None) -> Tensor:
         return torch.randint(site.shape[0], self.saved_shape()[:1], generator=rng, device=weight.device)
 
-    def _text_ids(self, site: Site) -> Tensor:
+    def _text_ids(self, site: SequenceSite) -> Tensor:
         """The text's tokens, repeated or cut to the number of virtual tokens."""
         from transformers import AutoTokenizer
 

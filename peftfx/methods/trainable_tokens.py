@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peftfx.contract.override import OverrideMethod
-from peftfx.contract.placement import TOKENS
+from peftfx.contract.override import TOKENS, OverrideMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 

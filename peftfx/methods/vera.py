@@ -90,6 +90,10 @@ class VeRA(WeightMethod):
     def keys(self, site: Site) -> dict[str, str]:
         return {D: D, SCALE: SCALE}
 
+    @property
+    def dropout(self) -> float:
+        return self.vera_dropout
+
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         new = base.weight.new_ones(base.weight.shape[0], dtype=adapter_dtype(base.weight.dtype))
         d = new.new_full((self.r,), self.d_initial)

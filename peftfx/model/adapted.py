@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.bases.guests import own_class
-from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError, shown
 from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
@@ -153,9 +152,8 @@ class AdaptedModel(PeftSurface):
 
     def entry(self) -> Entry | None:
         """The way into the base that an active soft prompt takes; None is the base's own forward."""
-        placements = (p for adapter in self.named.acting() for p in adapter.placements)
-        entries = (p.method.entry(self.base, p.site) for p in placements if isinstance(p.method, SequenceMethod))
-        return next(entries, None)
+        prompts = (p for adapter in self.named.acting() for p in adapter.placements.prompts)
+        return next((p.method.entry(self.base, p.site) for p in prompts), None)
 
     def view(self, name: str) -> View | None:
         """The view of this name, as it is under an active soft prompt; `None` for the forward."""

@@ -8,7 +8,6 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.analysis.unreached import is_unreached
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
-from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.rules.resolution import placements_of
 from peftfx.sites.sites import Sites
@@ -39,7 +38,7 @@ def may_run_late(base: nn.Module, adapter: Adapter, sites: Sites) -> str:
     In a graph each call is looked at; inside modules none is, so such an adapter does not act there. Empty where every
     module with parameters has run, cannot run, or is none that a rule picks by role.
     """
-    by_role = any(not isinstance(rule, SequenceMethod) and rule.target_modules is None for rule in adapter.rules)
+    by_role = any(rule.targeted and rule.target_modules is None for rule in adapter.rules)
     if not adapter.ran or not by_role:
         return ""
     seen = {*adapter.ran, *sites.reads}
@@ -52,9 +51,9 @@ def may_run_late(base: nn.Module, adapter: Adapter, sites: Sites) -> str:
 
 
 def _picked(base: nn.Module, rule: Method, sites: Sites) -> set[str]:
-    if isinstance(rule, SequenceMethod):
+    if not rule.targeted:
         return set()
     try:
-        return {placement.site.path for placement in placements_of(base, rule, sites)}
+        return {placement.site.path for placement in placements_of(rule, base, sites)}
     except PeftfxError:  # it picks nothing in this call, or what it picks was refused when the rules were placed
         return set()

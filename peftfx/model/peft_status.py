@@ -9,8 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.contract.placement import SAVED
-from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.override import SAVED
 from peftfx.errors import PeftfxError
 
 Known = bool | Literal["irregular"]
@@ -112,10 +111,10 @@ def model_status(
 
 def _places(base: nn.Module, adapter: Adapter) -> Iterable[tuple[str, str, list[Tensor]]]:
     """Where an adapter acts: the module's path, HF PEFT's name of its kind, and the adapter's parameters."""
+    if adapter.placements.prompts:
+        what = "a soft prompt is ahead of the modules, and in none"
+        raise PeftfxError(what, "get_layer_status", "ask for peft_config, or named_parameters() of its adapter()")
     for placement in adapter.placements:
-        if isinstance(placement.method, SequenceMethod):
-            what = "a soft prompt is ahead of the modules, and in none"
-            raise PeftfxError(what, "get_layer_status", "ask for peft_config, or named_parameters() of its adapter()")
         path = placement.site.path
         kind = f"{placement.method.peft_type.lower()}.{type(base.get_submodule(path)).__name__}"
         yield path, kind, list(adapter.get_submodule(placement.key).parameters())

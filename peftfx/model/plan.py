@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.bases.guests import own_parameters
-from peftfx.contract.placement import Placed
-from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.placed import Placed
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.rules.resolution import is_inside, place, saved_modules, where
 from peftfx.rules.text import write_rule
@@ -128,7 +127,7 @@ def _plan(base: nn.Module, sites: Sites, rule: Placed, sizes: Mapping[str, int],
 def _skipped(base: nn.Module, sites: Sites, rule: Placed) -> dict[str, tuple[Site, ...]]:
     """The sites where a rule does not act, by why. A soft prompt has one place, and passes no site by."""
     method = rule.method
-    if isinstance(method, SequenceMethod):
+    if not method.targeted:
         return {}
     found: dict[str, list[Site]] = {}
     adapted, saved = {p.site.path for p in rule.placements}, saved_modules(base, method)

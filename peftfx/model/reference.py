@@ -26,10 +26,10 @@ class Reference(nn.Module):
         self._held, self._names = (model,), tuple(names)
         with model.named.acting_as(self._names):
             pass
-        rates = [getattr(rule, "lora_dropout", 0.0) for name in model.names() for rule in model.adapter(name).rules]
+        rates = [rule.dropout for name in model.names() for rule in model.adapter(name).rules]
         if any(rates):
             what = f"an adapter's own dropout ({max(rates):g}) is no module, and TRL's disable_dropout does not find it"
-            warn(f"{what}: losses have its noise. Adapt with lora_dropout=0.0 to be without it")
+            warn(f"{what}: losses have its noise. Adapt without it, as in LoRA(lora_dropout=0.0)")
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """What the adapted model returns."""

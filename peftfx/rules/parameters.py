@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 
 from torch import nn
 
@@ -20,7 +19,7 @@ TARGET_PARAMETERS = "target_parameters"
 
 def picks(method: Method, parameter: str) -> bool:
     """Whether a rule names this parameter."""
-    names: Collection[str] = getattr(method, TARGET_PARAMETERS, None) or ()
+    names = method.target_parameters or ()
     return any(ends_with(parameter, name) for name in names)
 
 
@@ -35,11 +34,11 @@ def refuse_unknown_parameters(base: nn.Module, method: Method, sites: Sites) -> 
     Raises:
         PeftfxError: one such name, and why it has no site.
     """
-    if not getattr(method, TARGET_PARAMETERS, None):
+    if not method.target_parameters:
         return
     known = {site.parameter for site in sites if site.kind in BY_PARAMETER}
     every = [name for name, _ in base.named_parameters(remove_duplicate=False)]
-    for name in getattr(method, TARGET_PARAMETERS):
+    for name in method.target_parameters:
         named = [parameter for parameter in every if ends_with(parameter, name)]
         if not named:
             hint = "name it as the model does: `experts.down_proj`"

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from torch import nn
 
 from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method, WeightMethod
-from peftfx.contract.override import OverrideMethod
-from peftfx.contract.placement import SAVED, Override, Placed, Placement, copies_of
+from peftfx.contract.override import SAVED, Override, OverrideMethod, copies_of
+from peftfx.contract.placed import Placed, Placements
+from peftfx.contract.placement import (
+    AttentionPlacement,
+    OverridePlacement,
+    Placement,
+    SequencePlacement,
+    WeightPlacement,
+)
 from peftfx.contract.sequence import SequenceMethod, sequence_site
 from peftfx.errors import PeftfxError, nearest
 from peftfx.graph.places import places_of
-from peftfx.rules.parameters import TARGET_PARAMETERS, as_parameter, refuse_unknown_parameters
+from peftfx.rules.parameters import as_parameter, refuse_unknown_parameters
 from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
 from peftfx.rules.token_rows import trained_tokens
 from peftfx.rules.torch_attention import as_named
 from peftfx.rules.unplaced import refuse_unplaced, tell_elsewhere
-from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Part, Site
+from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, HeadedSite, Part, Site, WeightSite
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import Where, select
+
+M = TypeVar("M", bound=Method)
 
 
 def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
@@ -50,17 +61,14 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     saved = saved_modules(base, method)
     if error := no_module_to_save(base, method, saved):
         raise error
-    if isinstance(method, SequenceMethod):
-        own = [prompt_placement(method, base, sites)]
-    else:
-        own = [p for p in placements_of(base, method, sites) if not is_inside(p.site.path, saved)]
+    own = [p for p in placements_of(method, base, sites) if not is_inside(p.site.path, saved)]
     if not own:
         hint = "leave them out of modules_to_save, or target others"
         raise PeftfxError("every targeted module is in modules_to_save", ", ".join(saved), hint)
-    if not isinstance(method, SequenceMethod):
+    if method.targeted:
         done = {as_named(base, method, p.site).path for p in own} | set(_inside_of(base, saved))
         refuse_unplaced(base, method, sites, where(method), done)
-    return Placed(method, tuple(own), tuple(overrides_of(base, method, saved, [p.site for p in own])))
+    return Placed(method, Placements(own), tuple(overrides_of(base, method, saved, [p.site for p in own])))
 
 
 def _inside_of(base: nn.Module, modules: Sequence[str]) -> Iterable[str]:
@@ -91,14 +99,14 @@ def as_methods(rules: object, base: nn.Module) -> tuple[Method, ...]:
     return tuple(methods)
 
 
-def placements_of(base: nn.Module, method: Method, sites: Sites) -> list[Placement]:
+@functools.singledispatch
+def placements_of(method: Method, base: nn.Module, sites: Sites) -> Sequence[Placement]:
     """Where a method acts: one placement a site, or one a part where only parts of a fused site are targeted."""
-    if isinstance(method, AttentionMethod):
-        return _attentions(method, sites)
-    if isinstance(method, OverrideMethod):
-        return _copied(base, method, sites)
-    if not isinstance(method, WeightMethod):
-        raise PeftfxError(f"{type(method).__name__} does not act on weights", "rules", "use a weight method, as LoRA")
+    raise PeftfxError(f"{type(method).__name__} does not act on weights", "rules", "use a weight method, as LoRA")
+
+
+@placements_of.register
+def _(method: WeightMethod, base: nn.Module, sites: Sites) -> list[WeightPlacement]:
     placements = []
     named = {as_named(base, method, site): site for site in sites}
     chosen = dataclasses.replace(sites, items=tuple(named))
@@ -108,36 +116,44 @@ def placements_of(base: nn.Module, method: Method, sites: Sites) -> list[Placeme
             raise PeftfxError(what, match.site.path, f"target sites of kind {', '.join(sorted(method.kinds))}")
         parts: list[Part | None] = [p for p in match.site.parts if p.role in match.parts]
         own = method.at(as_parameter(method, match.site))
-        placements += [Placement(own, named[match.site], part) for part in parts or [None]]
+        site = sites.weights_by_path[named[match.site].path]
+        placements += [WeightPlacement(own, site, part) for part in parts or [None]]
     return placements
 
 
-def _attentions(method: AttentionMethod, sites: Sites) -> list[Placement]:
-    """The attentions where a method acts: by default all that it can act at, and else each that is named."""
+@placements_of.register
+def _(method: AttentionMethod, base: nn.Module, sites: Sites) -> list[AttentionPlacement]:
+    # By default all that it can act at, and else each that is named.
     if isinstance(method.target_modules, str):  # in HF PEFT it is the end of a path, and no expression
         method = dataclasses.replace(method, target_modules=(method.target_modules,))
-    found = [match.site for match in select(sites, **where(method), kinds=method.kinds)]
-    able = [site for site in found if site.heads is not None]
+    found = {match.site for match in select(sites, **where(method), kinds=method.kinds)}
+    able = [site for site in sites.headed if site in found]
     named = method.target is not None or method.target_modules is not None
-    unable = next((site for site in found if site.heads is None and (named or not able)), None)
+    others = (site for site in sites.attentions if site in found and site.heads is None)
+    unable = next(others, None) if named or not able else None
     if unable is not None:
         what = f"{type(method).__name__} cannot act at this attention: {unable.headless}"
         raise PeftfxError(what, unable.path, "target others, or use a method that acts on weights, as LoRA")
-    return [Placement(method, site) for site in method.among(able)]
+    return [AttentionPlacement(method, site) for site in method.among(able)]
 
 
-def _copied(base: nn.Module, method: OverrideMethod, sites: Sites) -> list[Placement]:
-    """The modules of whose tensors a method trains copies."""
+@placements_of.register
+def _(method: OverrideMethod, base: nn.Module, sites: Sites) -> list[Placement]:
     found = []
     for match in select(sites, **where(method), kinds=sorted(method.kinds)):
         if match.parts:
             what = f"{type(method).__name__} trains whole tensors, and {match.parts[0]} is rows of one here"
             raise PeftfxError(what, match.site.path, f"target {match.site.role}, or the module by its name")
-        found.append(placement_at(base, method, match.site))
+        found.append(placement_at(method, base, match.site))
     found = [placement for placement in found if placement.copies]
     if not found:
         raise PeftfxError(f"nothing that is targeted has what {type(method).__name__} trains", "target", "widen it")
     return without_ties(found)
+
+
+@placements_of.register
+def _(method: SequenceMethod, base: nn.Module, sites: Sites) -> list[SequencePlacement]:
+    return [prompt_placement(method, base, sites)]
 
 
 def without_ties(placements: Sequence[Placement]) -> list[Placement]:
@@ -146,11 +162,31 @@ def without_ties(placements: Sequence[Placement]) -> list[Placement]:
     return [p for p in placements if rows.get(p.site.weight, p) is p]
 
 
-def placement_at(base: nn.Module, method: Method, site: Site) -> Placement:
-    """A method at the whole of a site."""
-    own = method.at(as_parameter(method, as_named(base, method, site)))
-    assert isinstance(own, WeightMethod | AttentionMethod | OverrideMethod)
-    return Placement(own, site, copies=copies_of(base, own, site) if isinstance(own, OverrideMethod) else ())
+@functools.singledispatch
+def placement_at(method: Method, base: nn.Module, site: Site) -> Placement:
+    """A method at the whole of a site of its family."""
+    raise PeftfxError(f"{type(method).__name__} acts at no site", site.path, "use a weight method, as LoRA")
+
+
+@placement_at.register
+def _(method: WeightMethod, base: nn.Module, site: WeightSite) -> WeightPlacement:
+    return WeightPlacement(_as_at(method, base, site), site)
+
+
+@placement_at.register
+def _(method: AttentionMethod, base: nn.Module, site: HeadedSite) -> AttentionPlacement:
+    return AttentionPlacement(_as_at(method, base, site), site)
+
+
+@placement_at.register
+def _(method: OverrideMethod, base: nn.Module, site: Site) -> OverridePlacement:
+    own = _as_at(method, base, site)
+    return OverridePlacement(own, site, copies_of(base, own, site))
+
+
+def _as_at(method: M, base: nn.Module, site: Site) -> M:
+    """A method with the options that it has at a site."""
+    return method.at(as_parameter(method, as_named(base, method, site)))
 
 
 def where(method: Method) -> Where:
@@ -158,7 +194,7 @@ def where(method: Method) -> Where:
     return {
         "target": method.target,
         "target_modules": method.target_modules,
-        "target_parameters": getattr(method, TARGET_PARAMETERS, None),
+        "target_parameters": method.target_parameters,
         "exclude_modules": method.exclude_modules,
         "layers_to_transform": method.layers_to_transform,
         "layers_pattern": method.layers_pattern,
@@ -166,10 +202,10 @@ def where(method: Method) -> Where:
     }
 
 
-def prompt_placement(method: SequenceMethod, base: nn.Module, sites: Sites) -> Placement:
+def prompt_placement(method: SequenceMethod, base: nn.Module, sites: Sites) -> SequencePlacement:
     """The one place that a sequence method has: ahead of the text."""
     site = sequence_site(base, sites)
-    return Placement(method.sized(base, site), site)
+    return SequencePlacement(method.sized(base, site), site)
 
 
 def saved_modules(base: nn.Module, method: Method) -> tuple[str, ...]:
@@ -201,14 +237,13 @@ def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: I
             raise PeftfxError(what, path, "name the layers in it, or leave it out of modules_to_save")
         names = list(base.get_submodule(path).state_dict(keep_vars=True))
         found += [Override(f"{SAVED}.{path}.{name}", path, name) for name in names]
-    which = getattr(method, "bias", "none")
-    if which == "all":
+    if method.bias == "all":
         names = [n for n, _ in own_parameters(base) if n.rpartition(".")[2] == "bias" and not is_inside(n, saved)]
         found += [Override(f"{SAVED}.{name}", "", name) for name in names]
-    elif which.endswith("_only"):
+    elif method.bias.endswith("_only"):
         names = [site.bias.partition(".")[2] for site in sites if site.bias is not None]
         found += [Override(f"{SAVED}.{name}", "", name) for name in names]
-    return found + trained_tokens(base, getattr(method, "trainable_token_indices", None), saved)
+    return found + trained_tokens(base, method.trainable_token_indices, saved)
 
 
 def is_inside(path: str, modules: Iterable[str]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from peftfx.bases.guests import own_modules
-from peftfx.contract.placement import Override, rows_of, ties_embeddings
+from peftfx.contract.override import Override, rows_of, ties_embeddings
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, nearest
 

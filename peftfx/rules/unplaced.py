@@ -10,9 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftfx.analysis.unreached import is_unreached
 from peftfx.bases.guests import own_modules
-from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method
-from peftfx.contract.override import OverrideMethod
 from peftfx.errors import PeftfxError, warn
 from peftfx.rules.torch_attention import as_named, cut_attentions, is_read_by_attention
 from peftfx.sites.expression import ALL_LINEAR
@@ -33,16 +31,15 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
     Raises:
         PeftfxError: one of them runs, or may run in another call.
     """
-    if method.target_modules is None or isinstance(method, AttentionMethod):
+    if method.target_modules is None:
         return
-    least = 1 if isinstance(method, OverrideMethod) else 2
     known = {as_named(base, method, site).path for site in sites if site.weight} | set(done)
     known -= cut_attentions(base, sites)
     linear = method.target_modules == ALL_LINEAR
     candidates = [
         path
         for path, m in own_modules(base)
-        if path not in known and _has_weight(m, least) and (not linear or isinstance(m, nn.Linear | Conv1D))
+        if path not in known and method.needs_place(m) and (not linear or isinstance(m, nn.Linear | Conv1D))
     ]
     mark = Site("", "linear", "linear", None, "-", None, (), False, (), ())
     stand_ins = [dataclasses.replace(mark, path=path, layer=layer_of(path)) for path in candidates]
@@ -102,9 +99,3 @@ def has_module(base: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _has_weight(module: nn.Module, least: int) -> bool:
-    """Whether a module has a parameter of its own, of so many axes at least, or a weight computed from some."""
-    own = module._parameters.values()
-    return hasattr(module, "parametrizations") or any(p is not None and p.ndim >= least for p in own)

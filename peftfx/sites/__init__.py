@@ -1,6 +1,17 @@
 """Sites: the adaptable places of a model, as plain data; targets, which pick among them."""
 
-from peftfx.sites.site import Call, Heads, Part, Site
+from peftfx.sites.site import AttentionSite, Call, HeadedSite, Heads, NormSite, Part, SequenceSite, Site, WeightSite
 from peftfx.sites.sites import Sites
 
-__all__ = ["Call", "Heads", "Part", "Site", "Sites"]
+__all__ = [
+    "AttentionSite",
+    "Call",
+    "HeadedSite",
+    "Heads",
+    "NormSite",
+    "Part",
+    "SequenceSite",
+    "Site",
+    "Sites",
+    "WeightSite",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 #: Kinds of sites that have a weight that mixes features, or a row for each index. A norm's weight does neither; an
@@ -13,6 +13,8 @@ EXPERTS = (
     "experts"  #: a kind of site: a stack of linear weights, one for each expert, and each row of values has its own
 )
 NORM = "norm"  #: a kind of site, and its role
+ATTENTION = "attention"  #: a kind of site, and its role
+SEQUENCE = "sequence"  #: a kind of site, and its role: the stream of tokens
 ROUTER = "router"  #: the role of a linear layer whose output says which expert a value meets
 
 #: What a site can be for. A fused site's own role names all it holds; its parts have the plain roles.
@@ -22,7 +24,7 @@ ROLES = (
     *("mlp.up", "mlp.gate", "mlp.gate_up", "mlp.down"),
     *("experts.up", "experts.gate", "experts.gate_up", "experts.down"),
     *("embedding.token", "embedding.position", "embedding.type"),
-    *("attention", "conv", EXPERTS, "head", "linear", NORM, ROUTER),
+    *(ATTENTION, "conv", EXPERTS, "head", "linear", NORM, ROUTER),
 )
 
 
@@ -82,12 +84,12 @@ class Heads:
 
 @dataclass(frozen=True)
 class Site:
-    """An adaptable place. Its identity is its module path.
+    """An adaptable place. Its identity is its module path. Each family of kinds has a type of its own, below.
 
     Attributes:
         path: the module that owns the weight (`model.layers.0.self_attn.q_proj`); for a parameter that is not its
             module's `weight`, the parameter's own path. For attention, the module that computes it.
-        kind: linear, conv, embedding, experts, norm or attention.
+        kind: linear, conv, embedding, experts, norm or attention; sequence for the stream of tokens.
         role: one of `ROLES`.
         layer: the first number in the path.
         weight: `get_attr` target of the weight; tied sites share one. Empty for attention.
@@ -97,8 +99,6 @@ class Site:
         parts: what the rows of the weight are for, where they differ or some are for nothing of the role.
         calls: where the site runs, in order.
         groups: of a conv.
-        heads: of a self-attention whose keys and values are each a linear layer's rows.
-        headless: why an attention has no `heads`.
     """
 
     path: str
@@ -112,8 +112,6 @@ class Site:
     parts: tuple[Part, ...]
     calls: tuple[Call, ...]
     groups: int = 1
-    heads: Heads | None = None
-    headless: str = ""
 
     @property
     def parameter(self) -> str:
@@ -132,8 +130,56 @@ class Site:
         return self.shape[self.rows_axis + self.transposed]
 
     def to_dict(self) -> dict[str, Any]:
-        """This site as JSON-ready values."""
+        """This site as JSON-ready values; sites of all families have the same keys."""
+        return {**dataclasses.asdict(self), "heads": None, "headless": ""}
+
+
+@dataclass(frozen=True)
+class WeightSite(Site):
+    """Where a weight is applied: a linear layer, a conv, an embedding, or a stack of experts' weights."""
+
+
+@dataclass(frozen=True)
+class NormSite(Site):
+    """A norm: a statistic of the values, and parameters of the module that scale or shift what it gives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite(Site):
+    """An attention: a computation between weights.
+
+    Attributes:
+        heads: of a self-attention whose keys and values are each a linear layer's rows.
+        headless: why there are no `heads`.
+    """
+
+    heads: Heads | None = None
+    headless: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadedSite(AttentionSite):
+    """A self-attention whose heads, and the layers around it, are known: an attention method can act there."""
+
+    heads: Heads = field()
+
+
+@dataclass(frozen=True)
+class SequenceSite(Site):
+    """The stream of tokens, ahead of which a soft prompt goes. Its weight is that of the table that embeds them."""
+
+    @property
+    def embedding(self) -> str:
+        """The path of the module that embeds the text."""
+        return self.weight.partition(".")[2].removesuffix(".weight")
+
+    @property
+    def tokens(self) -> str:
+        """The argument that holds the ids."""
+        return self.calls[0].x
 
 
 def plays(site: Site, role: str) -> bool:

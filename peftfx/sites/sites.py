@@ -7,17 +7,19 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.sites.dataflow import Dataflow
 from peftfx.sites.expression import Target
-from peftfx.sites.site import Call, Site, plays
+from peftfx.sites.site import AttentionSite, Call, HeadedSite, NormSite, Site, WeightSite, plays
 from peftfx.sites.target import Match, select
 
 if TYPE_CHECKING:
     import networkx as nx
     from rich.table import Table
+
+S = TypeVar("S", bound=Site)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,34 @@ class Sites(Sequence[Site]):
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.items)
+
+    @functools.cached_property
+    def weights(self) -> tuple[WeightSite, ...]:
+        """The linear layers, convs, embeddings and stacks of experts."""
+        return self._of(WeightSite)
+
+    @functools.cached_property
+    def weights_by_path(self) -> Mapping[str, WeightSite]:
+        """The same by their paths."""
+        return {site.path: site for site in self.weights}
+
+    @functools.cached_property
+    def norms(self) -> tuple[NormSite, ...]:
+        """The norms."""
+        return self._of(NormSite)
+
+    @functools.cached_property
+    def attentions(self) -> tuple[AttentionSite, ...]:
+        """The attentions."""
+        return self._of(AttentionSite)
+
+    @functools.cached_property
+    def headed(self) -> tuple[HeadedSite, ...]:
+        """The attentions whose heads are known: those that an attention method can act at."""
+        return self._of(HeadedSite)
+
+    def _of(self, family: type[S]) -> tuple[S, ...]:
+        return tuple(site for site in self.items if isinstance(site, family))
 
     def filter(self, *, role: str | None = None, kind: str | None = None, layer: int | None = None) -> Sites:
         """The sites that have all the given properties; `role` may name a group, such as `mlp`, or a part's role."""

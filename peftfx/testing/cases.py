@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method, WeightMethod
-from peftfx.contract.override import OverrideMethod
-from peftfx.contract.placement import Placed, Placement, copies_of, shared_by
+from peftfx.contract.override import OverrideMethod, copies_of
+from peftfx.contract.placed import Placed, Placements, shared_by
+from peftfx.contract.placement import WeightPlacement
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.rules.resolution import prompt_placement
-from peftfx.sites.site import Site
+from peftfx.sites.site import AttentionSite, Site, WeightSite
 from peftfx.testing.models import Spec
 from peftfx.testing.pool import POOL, PROMPTED, captured
 
@@ -113,26 +114,38 @@ def places(spec: Spec, method: Method) -> tuple[str, ...]:
     """Targets of one site or of one part of a fused site, wherever this method can act."""
     found = []
     for site in captured(spec).graph.sites:
-        if acts_at(spec, method, site):
+        if acts_at(method, spec, site):
             found.append(site.path)
-            if not isinstance(method, OverrideMethod):  # which trains whole tensors
+            if isinstance(method, WeightMethod):  # others act at whole modules
                 found += [f"{site.path} & {part.role}" for part in site.parts]
     return tuple(found)
 
 
-def acts_at(spec: Spec, method: Method, site: Site) -> bool:
+def acts_at(method: Method, spec: Spec, site: Site) -> bool:
     """Whether a method can start at a site: some options are refused at some kinds of sites."""
-    if site.kind not in method.kinds:
-        return False
-    if isinstance(method, AttentionMethod):
-        return site.heads is not None
-    if isinstance(method, OverrideMethod):
-        return bool(copies_of(captured(spec).model, method, site))
-    own = method.at(site)
-    assert isinstance(own, WeightMethod)
-    rng, model, placement = torch.Generator(), captured(spec).model, Placement(own, site)
+    return site.kind in method.kinds and _can_start(method, spec, site)
+
+
+@functools.singledispatch
+def _can_start(method: Method, spec: Spec, site: Site) -> bool:
+    return False
+
+
+@_can_start.register
+def _(method: AttentionMethod, spec: Spec, site: AttentionSite) -> bool:
+    return site.heads is not None
+
+
+@_can_start.register
+def _(method: OverrideMethod, spec: Spec, site: Site) -> bool:
+    return bool(copies_of(captured(spec).model, method, site))
+
+
+@_can_start.register
+def _(method: WeightMethod, spec: Spec, site: WeightSite) -> bool:
+    rng, model, placement = torch.Generator(), captured(spec).model, WeightPlacement(method.at(site), site)
     try:
-        placement.init(model, rng, shared_by(Placed(method, (placement,)), model, rng))
+        placement.init(model, rng, shared_by(Placed(method, Placements([placement])), model, rng))
     except PeftfxError:
         return False
     return True

@@ -17,9 +17,8 @@ from peftfx.testing.setup import LOOSE, adapt, assert_close, bare, output
 def saved(case: Case, method: SequenceMethod) -> None:
     """What is saved has the shape that the method says, and the same outputs follow from it alone."""
     adapted = adapt(case, method)
-    (placement,) = adapted.adapter("default").placements
+    (placement,) = adapted.adapter("default").placements.prompts
     sized, p = placement.method, adapted.adapter("default").params(placement)
-    assert isinstance(sized, SequenceMethod)
     table = sized.saved(p)
     assert tuple(table.shape) == tuple(sized.saved_shape()), f"saved {list(table.shape)}, not {sized.saved_shape()}"
     assert_close(sized.virtual({PROMPT: table}, False), sized.virtual(p, False), 1e-6, "of the saved prompt")

@@ -57,9 +57,8 @@ def _folded(site: Site, stored: Tensor, a: Tensor, b: Tensor, outer: Tensor, inn
 def updates_of(adapted: AdaptedModel) -> dict[str, tuple[Site, Update]]:
     """What the adapter does at each site, by its path; nothing where a method does not tell it."""
     adapter, found = adapted.adapter("default"), dict[str, tuple[Site, Update]]()
-    for placement in adapter.placements:
+    for placement in adapter.placements.weights:
         site, method = placement.site, placement.method
-        assert isinstance(method, WeightMethod)
         base = placement.base(*site_tensors(adapted.base, site))
         update = method.update(placement.view, base, adapter.params(placement))
         if placement.block is not None:

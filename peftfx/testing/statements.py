@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Base, Method, WeightMethod
-from peftfx.contract.placement import SHARED, Placement, site_tensors
-from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.placed import SHARED
+from peftfx.contract.placement import site_tensors
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.writing.weights import save
@@ -48,9 +47,8 @@ def fold(case: Case, method: WeightMethod) -> None:
     adapted = adapt(case, method)
     nodes = {n.name: n for n in adapted.graph(adapted=False).nodes()}
     rng = torch.Generator().manual_seed(case.seed)
-    for placement in adapted.adapter("default").placements:
+    for placement in adapted.adapter("default").placements.weights:
         site, own = placement.view, placement.method
-        assert isinstance(own, WeightMethod)
         weight, bias = site_tensors(adapted.base, placement.site)
         weight, bias = weight.double(), None if bias is None else bias.double()
         base = placement.base(weight + torch.randn(weight.shape, generator=rng), bias)
@@ -71,11 +69,10 @@ def update(case: Case, method: WeightMethod) -> None:
     if type(method).update is WeightMethod.update:
         return  # optional
     adapted = adapt(case, method)
-    for placement in adapted.adapter("default").placements:
+    for placement in adapted.adapter("default").placements.weights:
         if placement.site.kind != "linear":
             continue
         own, (weight, bias) = placement.method, site_tensors(adapted.base, placement.site)
-        assert isinstance(own, WeightMethod)
         base = placement.base(weight.float(), None if bias is None else bias.float())
         p = {name: t.float() for name, t in adapted.adapter("default").params(placement).items()}
         want, told = own.fold(placement.view, base, p), own.update(placement.view, base, p)
@@ -137,7 +134,7 @@ def remove(case: Case, method: Method) -> None:
     adapted.add_adapter("default", method, seed=case.seed)
     stir(adapted.adapter("default"), case.seed)
     output(adapted, case.inputs())
-    if not isinstance(method, SequenceMethod):  # a prompt acts in a graph of its own, captured through its entry
+    if method.targeted:  # a prompt acts in a graph of its own, captured through its entry
         removed = Remove()(adapted.graph()).graph
         removed.lint()
         assert removed.text() == text == base.text()
@@ -191,7 +188,7 @@ def commute(case: Case, method: Method) -> None:
     targets = method.target
     rules = [dataclasses.replace(method, target=part) for part in (targets[:1], targets[1:])]
     one = adapt(case, method)
-    if len({p.key.removesuffix(f".{_part(p)}") for p in one.adapter("default").placements}) < len(targets):
+    if len({p.site.path for p in one.adapter("default").placements}) < len(targets):
         return  # two of the places are of one site
     results = []
     for order in (rules, rules[::-1]):
@@ -205,10 +202,6 @@ def commute(case: Case, method: Method) -> None:
             [output(adapted, case.inputs()), *(merged.get(f"derived.{name}") for name in sorted(merged.derived))]
         )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def _part(placement: Placement) -> str:
-    return "" if placement.part is None else placement.part.role.rpartition(".")[2]
 
 
 def save_and_load(case: Case, method: Method) -> None:
@@ -239,7 +232,8 @@ def roads(case: Case, method: Method) -> None:
     """The base's own modules with the method inside them are the graph: in training, outputs and gradients."""
     for training in (True, False):
         adapted = adapt(case, method, training=training)
-        apart = isinstance(method, AttentionMethod) or "reflect" in repr(case.spec)
+        attends = adapted.adapter("default").placements.attentions
+        apart = attends or "reflect" in repr(case.spec)
         assert adapted.road == "modules" or apart, adapted.obstacle
         found = []
         for road in ("modules", "graph") if adapted.road == "modules" else ():

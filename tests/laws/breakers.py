@@ -175,7 +175,6 @@ class Glance(AttentionMethod):
     peft_type: ClassVar[str] = "GLANCE"
 
     def init(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
-        assert site.heads is not None
         return {"prompt": torch.randn(1, 2, site.heads.width, generator=rng), "gate": torch.zeros(1)}
 
     def reads(self, p: Params) -> Tensor:

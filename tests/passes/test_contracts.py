@@ -147,7 +147,7 @@ def test_managers_nest_and_are_passes(adapted: peftfx.AdaptedModel) -> None:
 
 
 def test_a_pass_is_its_text(case: Captured) -> None:
-    attentions = tuple(site for site in case.graph.sites if site.heads is not None)[:1]
+    attentions = case.graph.sites.headed[:1]
     passes = [
         *(Merge(), Remove(), Remove("x'y"), Cleanup(), Fuse(), Open(("a", "b"), ("b",)), Open(beside=attentions)),
         PassManager([Merge(), PassManager([Evaluate()], check="none"), Remove(name="a")], tolerance=0.5),

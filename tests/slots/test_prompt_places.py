@@ -29,7 +29,6 @@ from peftfx import (
     runtime,
     transform,
 )
-from peftfx.contract.sequence import SequenceMethod
 from peftfx.export import OnnxModel
 from peftfx.export.adapter_command import export_adapter_directories
 from peftfx.export.slots.adapter_export import export_adapter
@@ -203,8 +202,7 @@ def test_token_types_that_hf_peft_drops_under_a_prompt_count_without_one(kind: s
     adapted = transform(model, PROMPTED[kind], "x", seed=0)
     places = tuple(places_of(model, adapted.sites))
     graph = capture_forward(model, inputs, places)
-    (placement,) = adapted.adapter("x").placements
-    assert isinstance(placement.method, SequenceMethod)
+    (placement,) = adapted.adapter("x").placements.prompts
     rows = {place.what: place.rows(0, 0) for place in places}
     with torch.no_grad():
         virtual = placement.method.virtual(adapted.adapter("x").params(placement), False)

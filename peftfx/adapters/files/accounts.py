@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.files.names import module_of
-from peftfx.contract.placement import TOKENS
+from peftfx.contract.override import TOKENS
 from peftfx.rules.peft_files import Weights
 from peftfx.rules.unplaced import has_module, never_runs
 from peftfx.sites.sites import Sites

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.guests import own_modules, own_parameters
-from peftfx.contract.placement import SAVED, Override, Placement
+from peftfx.contract.override import SAVED, Override
+from peftfx.contract.placement import Placement
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError
 from peftfx.rules.peft_files import Weights

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from torch import nn
 
 from peftfx.bases.guests import own_modules
-from peftfx.contract.placement import SAVED, Override
+from peftfx.contract.override import SAVED, Override
 
 
 def name_of(path: str, suffix: str) -> str:

@@ -13,7 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftfx.contract.method import Method
-from peftfx.contract.placement import Placed, Placement, owner_of
+from peftfx.contract.placed import Placed
+from peftfx.contract.placement import Placement, owner_of
 from peftfx.errors import PeftfxError
 from peftfx.rules.parameters import TARGET_PARAMETERS, picks
 from peftfx.rules.unplaced import has_module
@@ -41,7 +42,7 @@ def as_parameters(base: nn.Module, rule: Placed) -> dict[str, str]:
 
 def naming_parameters(method: Method, names: Mapping[str, str]) -> Method:
     """A rule that names these parameters, as it does already if it was given their names."""
-    if not names or (method.target is None and getattr(method, TARGET_PARAMETERS)):
+    if not names or (method.target is None and method.target_parameters):
         return method
     return dataclasses.replace(method, **{TARGET_PARAMETERS: tuple(sorted(names.values()))})  # type: ignore[arg-type]
 

@@ -21,7 +21,9 @@ from peftfx.bases.guests import own_modules
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.method import PLACING
-from peftfx.contract.placement import SAVED, Override, Placed, Placement
+from peftfx.contract.override import SAVED, Override
+from peftfx.contract.placed import Placed, Placements
+from peftfx.contract.placement import SequencePlacement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file
@@ -46,7 +48,7 @@ def read_prompt(
     saved = saved_modules(base, method)
     overrides = overrides_of(base, method, (*saved, *_other_heads(base, weights, saved, config.get("task_type"))), ())
     overrides += replaced_weights(base, weights, (), overrides)
-    adapter = Adapter([Placed(method, (placement,), tuple(overrides))], config)
+    adapter = Adapter([Placed(method, Placements([placement]), tuple(overrides))], config)
     adapter.copy_overridden(base)
     wanted = {_override_name(override): override.key for override in overrides}
     state = _state(directory, weights, placement, base)
@@ -55,11 +57,9 @@ def read_prompt(
             adapter.put(f"{placement.key}.{name}", value, trained=name not in method.frozen())
         weights.names.pop(PROMPT)
         return adapter, wanted
-    sized = placement.method
-    assert isinstance(sized, SequenceMethod)
     like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
     key = f"{placement.key}.{PROMPT}"
-    shape = tuple(sized.saved_shape())
+    shape = tuple(placement.method.saved_shape())
     device = like.device if shape == weights.shapes.get(PROMPT) else torch.device("meta")  # that is refused, later
     adapter.put(key, torch.empty(shape, dtype=adapter_dtype(like.dtype), device=device))
     return adapter, {PROMPT: key, **wanted}
@@ -90,12 +90,13 @@ def _override_name(override: Override) -> str:
 
 
 @torch.no_grad()
-def _state(directory: Path, weights: Weights, placement: Placement, base: nn.Module) -> dict[str, Tensor] | None:
+def _state(
+    directory: Path, weights: Weights, placement: SequencePlacement, base: nn.Module
+) -> dict[str, Tensor] | None:
     """The parameters that the saved prompt was computed from, if they are there and do compute it."""
     method = placement.method
     if not is_file(directory / STATE) or PROMPT not in weights.names:
         return None
-    assert isinstance(method, SequenceMethod)
     file = Weights(directory, "", STATE)
     device = next((p.device for p in base.parameters()), torch.device("cpu"))
     with without_memory():
@@ -114,9 +115,8 @@ def _state(directory: Path, weights: Weights, placement: Placement, base: nn.Mod
 @torch.no_grad()
 def written_prompt(base: nn.Module, adapter: Adapter, rule: Placed) -> Contents:
     """What `save_pretrained` writes for a soft prompt."""
-    (placement,) = rule.placements
+    (placement,) = rule.placements.prompts
     method, params = placement.method, adapter.params(placement)
-    assert isinstance(method, SequenceMethod)
     config = _config(base, adapter, method)
     tensors = {PROMPT: method.saved(params)}
     for path in _heads(base, config["task_type"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from peftfx.adapters.files.torch_attention import path_in_file, times_in_use
 from peftfx.adapters.files.unlike_peft import warn_unlike_peft
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
-from peftfx.contract.placement import Override, Placed, Placement
+from peftfx.contract.override import Override
+from peftfx.contract.placed import Placed, Placements
+from peftfx.contract.placement import Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError, warn
-from peftfx.rules.parameters import TARGET_PARAMETERS, picks
+from peftfx.rules.parameters import picks
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.rules.resolution import (
     acted_at,
@@ -90,10 +93,15 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     weights = Weights(directory, method.prefix)
     if method.doubt:
         warn(f"{directory}: {method.doubt}")
-    if isinstance(method, SequenceMethod):
-        return _read_prompt(directory, weights, method, base, sites, config)
+    return _read_as(method, weights, base, sites, config)
+
+
+@functools.singledispatch
+def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, config: Mapping[str, object]) -> Adapter:
+    """The adapter of a method, whose places are those that the file has tensors for."""
+    directory = weights.path.parent
     able = (s for s in sites if s.kind in method.kinds and (s.kind != EXPERTS or picks(method, s.parameter)))
-    possible = [placement_at(base, method, site) for site in able]
+    possible = [placement_at(method, base, site) for site in able]
     marks = {suffix.partition(".")[0] for p in possible for suffix in p.suffixes().values()}
     placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
     placements = without_ties(placements)
@@ -105,7 +113,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     names = set(weights.names)
     own_names = {name for placement in placements for name in _names(placement, base)}
     overrides += replaced_weights(base, weights, placements, overrides, own_names)
-    rule = Placed(method, tuple(placements), tuple(overrides))
+    rule = Placed(method, Placements(placements), tuple(overrides))
     adapter = Adapter([rule], config)
     with without_memory(not fit(rule, weights, base)):  # then it is refused below
         adapter.create(base, None)
@@ -134,15 +142,10 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     return adapter
 
 
-def _read_prompt(
-    directory: Path,
-    weights: Weights,
-    method: SequenceMethod,
-    base: nn.Module,
-    sites: Sites,
-    config: Mapping[str, object],
-) -> Adapter:
-    names = set(weights.names)
+@_read_as.register
+def _(method: SequenceMethod, weights: Weights, base: nn.Module, sites: Sites, config: Mapping[str, object]) -> Adapter:
+    # A soft prompt has one place, and a file of its own form.
+    directory, names = weights.path.parent, set(weights.names)
     adapter, wanted = read_prompt(directory, weights, method, base, sites, config)
     modules = [name for name, _ in own_modules(base)]
     refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, (), directory, modules=modules)
@@ -213,9 +216,9 @@ def _refuse_unknown_share(adapter: Adapter, method: Method, idle: Collection[str
 
 def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:
     """The sites that the config's own targets match; they may name none that this model runs."""
-    names = method.target_modules or getattr(method, TARGET_PARAMETERS, None)
+    names = method.target_modules or method.target_parameters
     try:
-        placements = placements_of(base, method, sites) if names else []
+        placements = placements_of(method, base, sites) if names else []
     except PeftfxError:
         return set()
     return {p.site.path if p.site.kind != EXPERTS else path_in_file(base, p.method, p.site.path) for p in placements}

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from peftfx.adapters.files.names import name_of
 from peftfx.adapters.files.torch_attention import path_in_file
 from peftfx.contract.method import Params
-from peftfx.contract.placement import Placed, Placement, shared_by
+from peftfx.contract.placed import Placed, shared_by
+from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError
 from peftfx.rules.peft_files import Weights
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import nn
 
 from peftfx.bases.guests import own_modules
-from peftfx.contract.method import WeightMethod
-from peftfx.contract.placement import Placement
+from peftfx.contract.placed import Placements
 from peftfx.errors import warn
 
 
-def warn_unlike_peft(base: nn.Module, placements: Iterable[Placement], where: str) -> None:
+def warn_unlike_peft(base: nn.Module, placements: Placements, where: str) -> None:
     """Name the modules at which HF PEFT computes something else, and why."""
     found: dict[str, list[str]] = {}
     modules = dict(own_modules(base, remove_duplicate=False))
-    for placement in placements:
+    for placement in placements.weights:
         module = modules.get(placement.site.path)
-        if module is not None and isinstance(placement.method, WeightMethod):
+        if module is not None:
             why = placement.method.apart_from_peft(placement.site, module)
             found.setdefault(why, []).append(placement.site.path)
     for why, paths in found.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftfx.adapters.adapter import Adapter, shared_key, whole
+from peftfx.adapters.adapter import Adapter, shared_key
 from peftfx.adapters.files.model_card import write_card
 from peftfx.adapters.files.names import name_of, override_name
 from peftfx.adapters.files.parameters import as_parameters, naming_parameters, refuse_turned
@@ -19,9 +19,9 @@ from peftfx.adapters.files.prompts import Contents, written_prompt
 from peftfx.adapters.files.torch_attention import by_wrapper, other_projections, path_in_file, times_in_use
 from peftfx.adapters.files.unlike_peft import warn_unlike_peft
 from peftfx.bases.guests import own_modules
-from peftfx.contract.method import Method, WeightMethod
-from peftfx.contract.placement import Placed, Placement
-from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.method import Method
+from peftfx.contract.placed import Placed
+from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError
 from peftfx.files import write_file, writing
 from peftfx.formats import RULES, stamped
@@ -112,7 +112,7 @@ def _contents(base: nn.Module, adapter: Adapter) -> dict[str, Contents]:
     named = [(f"{i}-{rule.method.peft_type.lower()}", rule) for i, rule in enumerate(adapter.placed, 1)]
     owners: dict[str, str] = {}
     for name, rule in named:
-        paths = (p.site.path for p in rule.placements if isinstance(p.method, WeightMethod))
+        paths = (p.site.path for p in rule.placements.weights)
         for path in dict.fromkeys(paths):  # in order: the first is named
             if owners.setdefault(path, name) != name:
                 what = "two rules act on parts of this module, and HF PEFT's files know no parts"
@@ -122,7 +122,7 @@ def _contents(base: nn.Module, adapter: Adapter) -> dict[str, Contents]:
 
 def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     rule = adapter.placed[number]
-    if isinstance(rule.method, SequenceMethod):
+    if rule.placements.prompts:
         return written_prompt(base, adapter, rule)
     refuse_turned(base, rule.placements)
     parameters = as_parameters(base, rule)
@@ -130,7 +130,7 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     tensors: dict[str, Tensor] = {}
     methods: dict[str, Method] = {}
     for path, group in _by_site(rule.placements).items():
-        method, params = whole(base, adapter, group)
+        method, params = group[0].whole(base, {p: adapter.all_of(p) for p in group})
         placement = dataclasses.replace(group[0], method=method)
         named_path = path_in_file(base, named_by, path)
         for key, suffix in placement.suffixes().items():

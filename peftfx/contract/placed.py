@@ -1,0 +1,86 @@
+"""Placed: a rule resolved against a model: where it acts, and what its places share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.contract.completeness import asking, refuse_keys, refuse_parameters
+from peftfx.contract.method import Method
+from peftfx.contract.override import Override
+from peftfx.contract.placement import (
+    AttentionPlacement,
+    Placement,
+    SequencePlacement,
+    WeightPlacement,
+    whole_tensors,
+)
+from peftfx.sharding import is_part
+
+SHARED = "shared_by_rule"  #: the folder in which each rule, by its number, keeps what its places share
+P = TypeVar("P", bound=Placement)
+
+
+class Placements(tuple[Placement, ...]):
+    """Placements of all families, in the order of the rules; and those of each family."""
+
+    @property
+    def weights(self) -> tuple[WeightPlacement, ...]:
+        """Those at weights."""
+        return self._of(WeightPlacement)
+
+    @property
+    def beside_weights(self) -> tuple[Placement, ...]:
+        """Those of all other families."""
+        return tuple(placement for placement in self if placement.on_weight is None)
+
+    @property
+    def attentions(self) -> tuple[AttentionPlacement, ...]:
+        """Those at attentions."""
+        return self._of(AttentionPlacement)
+
+    @property
+    def prompts(self) -> tuple[SequencePlacement, ...]:
+        """The soft prompts."""
+        return self._of(SequencePlacement)
+
+    def _of(self, family: type[P]) -> tuple[P, ...]:
+        return tuple(placement for placement in self if isinstance(placement, family))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A rule resolved against a model.
+
+    Attributes:
+        method: as the rule has it.
+        placements: where it acts.
+        overrides: the base's tensors it trains copies of (`modules_to_save`, `bias`).
+    """
+
+    method: Method
+    placements: Placements
+    overrides: tuple[Override, ...] = ()
+
+
+def shared_by(rule: Placed, base: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+    """What the places of a rule share, new.
+
+    Raises:
+        PeftfxError: the method's `shared` gives no tensors by name, or `shared_keys` leaves out what is trained.
+    """
+    if not rule.placements:
+        return {}
+    method, sites = rule.method, [p.view for p in rule.placements]
+    first = next((p.detach() for p in base.parameters() if p.is_floating_point()), torch.empty(0))
+    like = torch.empty(0, dtype=first.dtype, device=first.device) if is_part(first) else first
+    bases = (p.base(*whole_tensors(base, p.site)) for p in rule.placements.weights)
+    with asking(method, "shared", ""):
+        made = method.shared(sites, bases, like, rng)
+        keys = method.shared_keys()
+    refuse_parameters(method, "", made, member="shared")
+    refuse_keys(method, "shared_keys", "", keys, made.keys())
+    return made
