@@ -25,7 +25,7 @@ from peftfx.export.writing.atomic_directory import check_output
 from peftfx.export.writing.weights import Written
 from peftfx.export_options.checked import takes
 from peftfx.export_options.directory import DirectoryChanges, DirectoryOptions
-from peftfx.files import Snapshot
+from peftfx.files import Snapshot, is_folder
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare, plan
 from peftfx.model.plan import Plan
@@ -175,7 +175,7 @@ def refuse_output(base: Path, output: str | Path, adapters: Sequence[Path], forc
         raise PeftfxError("the output would replace an input", str(output), "choose another output directory")
     check_output(output, force)
     free = shutil.disk_usage(next(p for p in (target, *target.parents) if os.path.exists(p))).free
-    needed = sum(p.stat().st_size for p in base.glob("*.safetensors")) if base.is_dir() else 0
+    needed = sum(p.stat().st_size for p in base.glob("*.safetensors")) if is_folder(base) else 0
     if needed > free:
         raise PeftfxError(
             f"{free:,} bytes are free, {needed:,} are needed", str(output), "free space, or choose another disk"

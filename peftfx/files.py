@@ -119,9 +119,14 @@ class Snapshot:
 
     def _look(self) -> dict[Path, tuple[int, int, int]]:
         found = {}
-        for path in sorted(p for d in self._directories if d.is_dir() for p in d.iterdir() if p.is_file()):
-            status = path.stat()
-            found[path] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        for directory in filter(is_folder, self._directories):
+            try:
+                for path in filter(is_file, sorted(directory.iterdir())):
+                    status = path.stat()
+                    found[path] = (status.st_ino, status.st_size, status.st_mtime_ns)
+            except OSError as error:
+                what = f"cannot be read: {error.strerror or error}"
+                raise PeftfxError(what, str(directory), "check the path") from error
         return found
 
     def check(self) -> None:

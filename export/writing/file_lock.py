@@ -35,11 +35,11 @@ def locked(directory: Path, target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if os.name == "nt":  # there an open file cannot be removed; here a closed one may be another's by then
+        if _windows():  # there an open file cannot be removed; elsewhere a closed one may be another's by then
             os.close(file)
         with contextlib.suppress(OSError):
             path.unlink()
-        if os.name != "nt":
+        if not _windows():
             os.close(file)
         with contextlib.suppress(OSError):
             directory.rmdir()
@@ -60,7 +60,7 @@ def _take(directory: Path, path: Path, target: Path) -> int:
             os.close(file)
             hint = f"wait for it, or choose another output; if none is running, delete {directory}"
             raise PeftfxError("another export is writing there", str(target), hint)
-        if _is_at(path, file):
+        if _windows() or _is_at(path, file):  # there what is open stays where it is
             return file
         os.close(file)  # its last holder removed it before this lock was taken
 
@@ -85,10 +85,14 @@ def _is_at(path: Path, file: int) -> bool:
         return False
 
 
+def _windows() -> bool:
+    return sys.platform == "win32"
+
+
 def _try_lock(file: int) -> bool:
     """Lock an open file without waiting; returns whether nobody else has it locked."""
     try:
-        if sys.platform == "win32":
+        if _windows():
             import msvcrt
 
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)

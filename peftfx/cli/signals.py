@@ -8,7 +8,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-_NAMES = ("SIGTERM", "SIGHUP")  #: of `kill` and of service managers; of a terminal that is closed
+#: of `kill` and of service managers; of a terminal that is closed; of Ctrl+Break, and of what ends a group, on Windows
+_NAMES = ("SIGTERM", "SIGHUP", "SIGBREAK")
 
 
 class Terminated(BaseException):

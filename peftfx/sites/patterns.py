@@ -7,6 +7,7 @@ all ways are followed at once: a set of positions is carried through the express
 from __future__ import annotations
 
 import re
+import warnings
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -56,8 +57,10 @@ def quick(pattern: str, where: str, around: str = "{}") -> re.Pattern[str]:
 def _compiled(pattern: str, where: str, around: str) -> re.Pattern[str] | _AllWays:
     text = around.replace("{}", pattern)
     try:
-        found = re.compile(text)
-        tree = None if _parser is None else _parser.parse(text)
+        with warnings.catch_warnings():  # of what another Python may read in another way: nobody here can change that
+            warnings.simplefilter("ignore", FutureWarning)
+            found = re.compile(text)
+            tree = None if _parser is None else _parser.parse(text)
         if tree is None:
             raise _refused(pattern, where)
         if _ways(tree) <= _WAYS:

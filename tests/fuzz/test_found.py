@@ -21,6 +21,7 @@ from fuzz.values import Change, deep, nested
 import peftfx
 from peftfx import LoRA, PeftfxError, runtime
 from peftfx.bases.load import load_base
+from peftfx.export.command import export_directory
 from peftfx.graph.slots import FILE, Manifest
 from peftfx.model.plan import make_plan
 from peftfx.rules.text import parse_rules
@@ -61,6 +62,8 @@ RULES: Mapping[str, tuple[str, str]] = {
     "a long sum": ("lora(r=1" + "+1" * 9000 + ")", ""),
     "a repetition without end": ("lora@/a{99999999999}/", "bad regular expression"),
     "parentheses": ("lora@" + "(" * 5000, "parentheses inside one another"),
+    "a bracket in a bracket": ("lora@/[[/", "bad regular expression"),
+    "a bracket that means something else in other languages": ("lora@/[[a]nothing/", "matches no site"),
     "a long text": ("lora@" + "x" * 50000, "matches no site"),
 }
 
@@ -160,6 +163,11 @@ def test_a_rule_on_a_model_of_peft_says_whose_it_is(base: Base) -> None:
     )
     message = settle(lambda: peftfx.transform(theirs, LoRA(target_modules=["q_proj"])), 60).message
     assert "peft has adapted this model" in message
+
+
+def test_an_adapter_whose_path_no_file_can_have(base: Base) -> None:
+    path = "x" * 300
+    assert settle(lambda: export_directory(base.root / "base", "out", adapter=path)).message
 
 
 def test_a_message_fits_on_a_screen_whatever_it_quotes() -> None:

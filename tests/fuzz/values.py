@@ -25,7 +25,7 @@ def deep(depth: int) -> Json:
     return value
 
 
-BAD_PATTERNS = ("(", "[", "*", "a{99999999999}", "(?P<layer>x)", "a|", "\\", "(?<=a*)b", "(" * 300)
+BAD_PATTERNS = ("(", "[", "*", "a{99999999999}", "(?P<layer>x)", "a|", "\\", "(?<=a*)b", "[[", "(" * 300)
 WORDS = (
     *("", " ", ".", "q_proj", "v_proj", "model.layers.0.self_attn.q_proj", "all-linear", "lm_head", "embed_tokens"),
     *(

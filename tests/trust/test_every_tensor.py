@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from support.parity import randomise
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import peftfx
 from peftfx import PeftfxError
@@ -230,3 +237,20 @@ def test_the_output_layer_of_an_attention_of_torch_alone_does_nothing_as_in_peft
     with pytest.warns(UserWarning, match="attention.out_proj"):
         ours = peftfx.load(base, tmp_path, inputs={"x": x})
     torch.testing.assert_close(ours(x=x), theirs(x))
+
+
+@pytest.mark.slow
+def test_the_pooling_head_of_siglip_is_refused_by_name_or_told_to_be_idle(tmp_path: Path) -> None:
+    """A probe attends there: torch cuts the weight of its three projections in two."""
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = SiglipVisionModel(SiglipVisionConfig(**size, image_size=8, patch_size=4)).eval()
+    inputs = torch.randn(2, 3, 8, 8)
+    saved(base, tmp_path / "whole", "attention", "fc1")
+    with pytest.raises(PeftfxError, match=r"head\.attention \(2 tensors\): .*its in_proj_weight is read by"):
+        peftfx.load(base, tmp_path / "whole", inputs={"pixel_values": inputs})
+    theirs = saved(base, tmp_path / "out", "out_proj")
+    with pytest.warns(UserWarning, match=r"no call .* runs the modules of head\.attention\.out_proj"):
+        ours = peftfx.load(base, tmp_path / "out", inputs={"pixel_values": inputs})
+    want = theirs(pixel_values=inputs).pooler_output
+    assert (want - base(pixel_values=inputs).pooler_output).abs().max() > 1e-2
+    torch.testing.assert_close(ours(pixel_values=inputs).pooler_output, want)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.command import Result, assert_refused
 
 from peftfx.errors import PeftfxError
 from peftfx.export.slots.adapter_export import adapter_path
+from peftfx.export.writing import file_lock
 from peftfx.export.writing.atomic_directory import publish
+from peftfx.export.writing.stream import Stream
 from peftfx.files import write_file
 
 REPORT = "peftfx_report.json"
@@ -228,6 +233,47 @@ class TestTwoAtOnce:
         assert refused <= {"another export is writing there"}
         assert names(tmp_path) == ["out"]
         assert names(tmp_path / "out") == ["model.onnx", REPORT]
+
+
+class TestWindows:
+    """As far as it can be told from here: what Python lacks there is asked for by nobody, and its own lock is used."""
+
+    @pytest.fixture(autouse=True)
+    def _there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lock = fcntl.flock
+
+        def locking(file: int, mode: int, length: int) -> None:
+            """As msvcrt's: it does not wait, and says EACCES."""
+            assert (mode, length) == (2, 1)
+            try:
+                lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PermissionError(13, "Permission denied") from error
+
+        monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+        monkeypatch.setitem(sys.modules, "fcntl", None)  # importing it fails
+        monkeypatch.setattr(file_lock, "sys", SimpleNamespace(platform="win32"))
+        for name in ("O_DIRECT", "O_CLOEXEC", "O_NOFOLLOW"):
+            monkeypatch.delattr(os, name, raising=False)
+
+    def test_of_two_the_second_is_refused_and_nothing_is_left(self, tmp_path: Path) -> None:
+        output = an_export(tmp_path / "out", "old")
+        with publish(output, force=True) as place:
+            with pytest.raises(PeftfxError, match="another export is writing there"), publish(output, force=True):
+                pytest.fail("it began")
+            into(place, "new")
+            with Stream(place / "weights") as stream:
+                stream.write(memoryview(bytearray(5 << 20)))
+        assert model(output) == "new"
+        assert (output / "weights").stat().st_size == 5 << 20
+        assert names(tmp_path) == ["out"]
+
+    def test_a_killed_runs_files_are_removed(self, tmp_path: Path) -> None:
+        (tmp_path / ".out.peftfx" / "new").mkdir(parents=True)
+        (tmp_path / ".out.peftfx" / "lock").touch()
+        with publish(tmp_path / "out") as place:
+            into(place, "new")
+        assert names(tmp_path) == ["out"]
 
 
 class TestLeftovers:
