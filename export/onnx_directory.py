@@ -12,9 +12,10 @@ from torch import nn
 
 from peftfx.export.assets import write_configs
 from peftfx.export.coded.place import place_codes
+from peftfx.export.coded.rounded import FINITE, quantize
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.serving_mode import in_eval
-from peftfx.export.quantised import agreement_of, refuse_disagreement
+from peftfx.export.quantised import agreement_of, refuse_disagreement, scheme_for
 from peftfx.export.report import Report, tell_rounding
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Swappable
@@ -25,7 +26,6 @@ from peftfx.export.verification.comparison import verify
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export.writing.finite import refuse_infinite_adapters
 from peftfx.export.writing.memory import refuse_memory
-from peftfx.export.writing.quantization import FINITE, quantize
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
@@ -122,7 +122,8 @@ def export_onnx(
             for part in parts:
                 report.add_sizes(programs[part.file], part.sizes.limits, "" if len(parts) == 1 else f"{part.stem}: ")
             if asked.quantize is not None:
-                report.quantized = {name: quantize(program, asked.quantize) for name, program in programs.items()}
+                chosen = {part.file: scheme_for(part.graph.sites, asked.schemes) for part in parts}
+                report.add_quantized({name: quantize(programs[name], choose) for name, choose in chosen.items()})
         with stages("write"):
             infinite = [f"{BASE}.{name}" for name, _ in adapted.base.named_buffers(remove_duplicate=False)]
             save_together(programs, temporary, written=written, infinite=frozenset(infinite))

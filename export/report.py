@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -48,7 +48,8 @@ class Report:
         slots: how many inputs may be left out: where adapters are put when the model runs.
         opset: version of the ONNX operators.
         fused: how many operators there are that stand for a whole attention, rotary embedding or norm.
-        quantized: for each graph, the names of the weights that became small integers.
+        quantized: for each graph, the names of the weights that were rounded.
+        schemes: for each graph, to what, and how many.
         codes: for each graph, how weights of a quantised base are written: their format, the operator that holds their
             codes, or `float32`, and the reason.
         agreement: for each of them that gives logits, how far it agrees with the model in floating point on a text.
@@ -80,6 +81,7 @@ class Report:
     opset: int = 0
     fused: dict[str, int] = field(default_factory=dict)
     quantized: dict[str, list[str]] = field(default_factory=dict)
+    schemes: dict[str, dict[str, int]] = field(default_factory=dict)
     codes: dict[str, list[Choice]] = field(default_factory=dict)
     agreement: dict[str, Agreement] = field(default_factory=dict)
     engine: str = FAST
@@ -127,6 +129,11 @@ class Report:
         """Add what a merged weight lost to its dtype."""
         if rounding.max_abs:
             self.rounding[path] = asdict(rounding)
+
+    def add_quantized(self, found: Mapping[str, Mapping[str, list[str]]]) -> None:
+        """Add which weights were rounded to what, graph by graph."""
+        self.quantized = {name: [w for weights in by.values() for w in weights] for name, by in found.items()}
+        self.schemes = {name: {scheme: len(w) for scheme, w in by.items()} for name, by in found.items()}
 
     def add_codes(self, codes: dict[str, list[Choice]]) -> None:
         """Add how the quantised weights of the base are written, graph by graph."""
@@ -191,7 +198,7 @@ class Report:
         elif "twin" in self.verified:
             agree = (agree[0], f"{agree[1]} ({self.verified})")
         whole = "".join(f", {count} {name}" for name, count in self.fused.items())
-        small = len({name for names in self.quantized.values() for name in names})
+        small = "; ".join(f"{count} weights as {kind}" for by in self.schemes.values() for kind, count in by.items())
         return [
             ("adapter", adapters or "none"),
             *([("tensors", f"{sum(self.tensors.values())} in the file: {went}")] if self.tensors else []),
@@ -202,7 +209,7 @@ class Report:
             *([("slots", f"{self.slots} inputs for adapters that may be left out")] if self.slots else []),
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
             ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes{whole}, engine {self.engine}"),
-            *([("quantised", f"{small} weights")] if small else []),
+            *([("quantised", small)] if small else []),
             *(("base, as it is", ", ".join(map(str, found))) for found in self.codes.values()),
             *(("agreement", str(found)) for found in self.agreement.values()),
             agree,

@@ -20,7 +20,7 @@ CUDA: Final = "cuda"
 NONE: Final = "none"
 PROVIDERS = (CPU, CUDA, NONE)  #: that have kernels for what `Fuse` makes, or no matter which
 DTYPES = ("fp32", "fp16", "bf16")
-QUANTIZATIONS = ("int8", "int4")
+QUANTIZATIONS = ("int8", "int4", "nf4", "none")
 BASE_QUANTIZATIONS = ("nf4",)
 CAT: Final = "cat"
 LINEAR: Final = "linear"
@@ -30,7 +30,6 @@ _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "view": (VIEWS, "unknown view"),
     "engine": (ENGINES, "unknown engine"),
     "optimize": (PROVIDERS, "unknown optimize target"),
-    "quantize": (QUANTIZATIONS, "unknown quantisation"),
     "quantize_base": (BASE_QUANTIZATIONS, "unknown quantisation of a base:"),
     "combination": (COMBINATIONS, "unknown way to combine:"),
     "dtype": (DTYPES, "unknown dtype"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftfx.export.coded.grid import BITS, MIDDLE, Grid
 from peftfx.export.metadata import SOURCE
-from peftfx.export.writing.quantization import DOMAIN
+from peftfx.export.writing.readers import DOMAIN
 from peftfx.quantisation.codes import Blocks, Codes, Floats8, Tabled
 
 _UINT8, _FLOAT, _INT64 = ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.INT64

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from peftfx.export.coded.operators import Product, product_for
 from peftfx.export.metadata import PERM, SOURCE
 from peftfx.export.translation.layout import name_apart
-from peftfx.export.writing.quantization import DOMAIN, Reader, readers
+from peftfx.export.writing.readers import DOMAIN, Reader, readers
 from peftfx.graph.graph import BASE, Graph
 from peftfx.quantisation.coded import Coded
 

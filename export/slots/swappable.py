@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.errors import PeftfxError
+from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.parts import Part, capture_parts, refuse_fixed, views_of
 from peftfx.export.metadata import PERM, SOURCE
@@ -27,7 +28,6 @@ from peftfx.export.verification.comparison import reference_of
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, measured_of
 from peftfx.export.verification.probes import hold_view, is_large, probes, view_cases
-from peftfx.export.writing.quantization import FINITE
 from peftfx.export_options.values import Slots
 from peftfx.graph.fingerprint import VERSION, fingerprint
 from peftfx.graph.graph import BASE

@@ -70,7 +70,11 @@ def export(
         typer.Option(help="cpu or cuda: attentions and norms as one operator each (opset 23); none: in their parts."),
     ] = "cpu",
     quantize: Annotated[
-        str | None, typer.Option(help="int8 or int4: weights of products in blocks of small integers.")
+        str | None,
+        typer.Option(
+            help="int8, int4 or nf4: round weights of products; with options, and by role, as in "
+            "'int4(block=64, symmetric=False); int8@head'."
+        ),
     ] = None,
     quantize_base: Annotated[
         str | None,

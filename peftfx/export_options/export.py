@@ -12,6 +12,7 @@ from typing import Literal, TypedDict
 
 from peftfx.errors import PeftfxError
 from peftfx.export_options.checked import Checked
+from peftfx.export_options.quantize import Scheme, parse_schemes
 from peftfx.export_options.values import MaxError, Slots, check_text
 from peftfx.field_types import refuse_misfit_fields
 from peftfx.options import AUTO, CPU, FAST, check_choices, check_opset, check_tolerance, parse_size
@@ -30,8 +31,8 @@ class ExportOptions(Checked):
         opset: version of the ONNX operators; by default torch's choice.
         engine: `fast`, which translates each distinct operation once, or `torch`, which uses torch.onnx; see `to_onnx`.
         optimize: `cpu` or `cuda`: whole attentions, rotary embeddings and norms; or `none`; see `to_onnx`.
-        quantize: `int8` or `int4`: weights of products in blocks of small integers; see
-            `peftfx.export.writing.quantization`.
+        quantize: `int8`, `int4` or `nf4`: weights of products are rounded in blocks, by role where it says so, as in
+            `int4; int8@head`; see `peftfx.export_options.quantize`.
         max_error: what a quantised model may differ by from the same model in floating point: a number is over the
             largest magnitude of an output; `kl=0.05` bounds the mean divergence on a text in nats, and `top1=0.9` is
             the least share of tokens whose likeliest next one is the same. By default these are measured and
@@ -60,7 +61,7 @@ class ExportOptions(Checked):
     opset: int | None = None
     engine: Literal["fast", "torch"] = FAST
     optimize: Literal["cpu", "cuda", "none"] = CPU
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: str | None = None
     max_error: float | str | None = None
     calibration: str | Path | None = None
     slots: Slots | str | None = None
@@ -89,6 +90,11 @@ class ExportOptions(Checked):
         return MaxError.of(self.max_error)
 
     @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """`quantize`, read."""
+        return () if self.quantize is None else parse_schemes(self.quantize)
+
+    @property
     def memory(self) -> int | None:
         """`max_memory` in bytes."""
         return parse_size(self.max_memory) if isinstance(self.max_memory, str) else self.max_memory
@@ -111,7 +117,7 @@ class ExportOptions(Checked):
             if self.quantize is not None and given is not None:
                 what = f"what quantisation may cost is bounded by max_error, not by {name}"
                 raise PeftfxError(what, f"quantize, {name}", "pass max_error instead, as in max_error=0.1")
-        _ = self.bound
+        _ = self.bound, self.schemes
         if self.calibration is not None:
             check_text(Path(self.calibration))
 
@@ -139,7 +145,7 @@ class Choices(TypedDict, total=False):
     opset: int | None
     engine: Literal["fast", "torch"]
     optimize: Literal["cpu", "cuda", "none"]
-    quantize: Literal["int8", "int4"] | None
+    quantize: str | None
     max_error: float | str | None
     calibration: str | Path | None
     slots: Slots | str | None

@@ -12,13 +12,16 @@ import torch
 import transformers as hf
 from onnx import helper, numpy_helper
 from support.command import Result
+from support.rounding import BLOCK, pack, unpack
 from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx as px
 from peftfx.errors import PeftfxError
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.export.writing.quantization import BITS, BLOCK, pack, unpack
+from peftfx.export_options.quantize import BITS, parse_schemes
+from peftfx.quantisation.codes import TABLES
+from peftfx.quantisation.rounding import round_blocks, round_table
 
 
 def _kernel(x: Tensor, blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
@@ -40,10 +43,10 @@ def _kernel(x: Tensor, blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
 def test_blocks_stand_for_the_nearest_weights_and_onnx_runtime_reads_them_so(
     bits: int, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftfx.export.writing.quantization._AT_ONCE", 5000)  # in several goes
+    monkeypatch.setattr("peftfx.quantisation.rounding._AT_ONCE", 5000)  # in several goes
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(bits))
     weight[0, :BLOCK] = 0  # a block of nothing
-    blocks, scales = pack(weight, bits, BLOCK)
+    blocks, scales = pack(weight, bits, BLOCK, search=False)
     rounded = unpack(blocks, scales, bits, columns)
     step = scales.abs().repeat_interleave(BLOCK, 1)[:, :columns]
     # half a step, but for what is beyond the last integer on the side opposite to the largest
@@ -81,7 +84,7 @@ def _rounded(adapted: px.AdaptedModel, kind: str) -> nn.Module:
 def test_it_computes_what_the_rounded_weights_say_and_its_error_is_in_the_report(
     name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftfx.export.writing.quantization._ACCURACY", 1)  # activations in float
+    monkeypatch.setattr("peftfx.export.coded.rounded._ACCURACY", 1)  # activations in float
     adapted = _adapted(name)
     linears = [site for site in adapted.sites if site.kind == "linear"]
     report = adapted.export(tmp_path / "small", view="decode", quantize=kind)
@@ -148,3 +151,59 @@ def test_the_command_line_takes_it(tmp_path: Path, peftfx: Callable[..., Result]
     refused = peftfx("export", "--base", base, "--quantize", "int4", "--max-error", "1e-6", "--output", output + "2")
     assert refused.code == 1
     assert {path.name for path in tmp_path.iterdir()} == {"base", "out"}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "least"), [(4, 0.95), (8, 1.0)])
+def test_a_grid_that_is_searched_is_nearer(bits: int, least: float, symmetric: bool) -> None:
+    weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(bits)) + (0 if symmetric else 0.5)
+    off = {}
+    for search in (True, False):
+        made = round_blocks(weight, bits, BLOCK, symmetric=symmetric, search=search)
+        zeros = torch.tensor(1 << bits - 1) if made.zeros is None else made.zeros.unsqueeze(-1)
+        values = (made.integers.float() - zeros) * made.scales.unsqueeze(-1)
+        off[search] = float((values.flatten(1) - weight).square().mean())
+    assert off[True] <= least * off[False]
+
+
+def test_a_table_that_is_searched_is_nearer() -> None:
+    weight, numbers, off = (
+        torch.randn(31, 50, generator=torch.Generator().manual_seed(0)),
+        torch.tensor(TABLES["nf4"]),
+        {},
+    )
+    for search in (True, False):
+        codes, largest = round_table(weight, "nf4", 64, search=search)
+        values = numbers[codes.int()] * largest.repeat_interleave(64)[: codes.numel()]
+        off[search] = float((values - weight.view(-1)).square().mean())
+    assert off[True] < 0.97 * off[False]
+
+
+def test_schemes_by_role_and_zeros_of_their_own(tmp_path: Path) -> None:
+    adapted = _adapted("llama")
+    text = "int4(block=16, symmetric=False); nf4@mlp.down; int8@attention.value; none@head"
+    report = adapted.export(tmp_path / "mixed", view="forward", quantize=text)
+    kinds = report.schemes["model.onnx"]
+    assert kinds["int8(block=32)@attention.value"] == 2
+    assert kinds["int4(block=16, symmetric=False)"] >= 8
+    names = report.quantized["model.onnx"]
+    assert not any("lm_head" in name for name in names)
+    operators = {node.op_type for node in onnx.load(tmp_path / "mixed/model.onnx").graph.node}
+    assert "MatMulNBits" in operators
+    assert 0 < report.max_rel < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("int5", "unknown quantisation 'int5'"),
+        ("int4(block=24)", "no operator has blocks of 24"),
+        ("int4(size=32)", "no option 'size'"),
+        ("int4(32)", "by name"),
+        ("nf4(symmetric=False)", "no zeros of its own"),
+        ("int4@", "cannot read"),
+    ],
+)
+def test_a_scheme_that_makes_no_sense_is_one_message(text: str, what: str) -> None:
+    with pytest.raises(PeftfxError, match=what):
+        parse_schemes(text)

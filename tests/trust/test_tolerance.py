@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from support.command import Result
+from support.rounding import pack, unpack
 from support.zoo import ZOO
 from torch import Tensor, nn
 
@@ -23,7 +24,6 @@ from peftfx.export.verification.agreement import MaxError
 from peftfx.export.verification.comparison import Comparison, VerificationError
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.float64 import float64
-from peftfx.export.writing.quantization import pack, unpack
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.views.view import without_cache
@@ -234,7 +234,7 @@ class TestQuantised:
     def test_the_numbers_are_those_of_the_rounded_weights(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("peftfx.export.writing.quantization._ACCURACY", 1)  # activations in float
+        monkeypatch.setattr("peftfx.export.coded.rounded._ACCURACY", 1)  # activations in float
         model = llama(tie_word_embeddings=False)
         report = peftfx.export_onnx(model, tmp_path / "out", quantize="int4", view="decode")
         adapted = bare(model)

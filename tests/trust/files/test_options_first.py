@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.command import Result, assert_refused
 
-from peftfx.export.writing.quantization import BITS
+from peftfx.export_options.quantize import BITS
 from peftfx.options import QUANTIZATIONS
 
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx_ir", "numpy")

@@ -1,0 +1,52 @@
+"""Reader: a product with a weight, which nodes that hold it in another form can stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+DOMAIN = "com.microsoft"  #: of ONNX Runtime's operators that hold quantised weights
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A node `x @ W`, or `x @ W.T + b`."""
+
+    node: ir.Node
+    transposed: bool  #: whether the weight is stored [out, in]
+
+    @property
+    def x(self) -> ir.Value:
+        """What is multiplied by the weight."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    def replace(self, make: Callable[[ir.Value, ir.Value | None], Sequence[ir.Node]]) -> None:
+        """Put nodes in its place, made of `x` and the bias; the last has the result."""
+        node, graph = self.node, self.node.graph
+        assert graph is not None
+        made = make(self.x, node.inputs[2] if len(node.inputs) > 2 else None)
+        for number, new in enumerate(made):
+            new.name = node.name if new is made[-1] else f"{node.name}.{number}"
+        old, result = node.outputs[0], made[-1].outputs[0]
+        result.type, result.shape, result.name = old.type, old.shape, old.name
+        graph.insert_before(node, made)
+        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def readers(weight: ir.Value) -> Iterator[Reader]:
+    """The products that read a weight as a matrix."""
+    for use in weight.uses():
+        node, plain = use.node, use.node.attributes.get_int
+        if node.op_type == "MatMul" and use.idx == 1:
+            yield Reader(node, transposed=False)
+        elif node.op_type == "Gemm" and use.idx == 1 and not plain("transA", 0) and _is_linear(node):
+            yield Reader(node, transposed=bool(plain("transB", 0)))
+
+
+def _is_linear(node: ir.Node) -> bool:
+    return node.attributes.get_float("alpha", 1.0) == 1.0 and node.attributes.get_float("beta", 1.0) == 1.0

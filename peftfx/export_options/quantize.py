@@ -1,0 +1,96 @@
+"""Scheme: how some weights are rounded, as text: `"int4(block=64, symmetric=False); int8@head | attention.value"`.
+
+    schemes := scheme (';' scheme)*
+    scheme  := ('int4' | 'int8' | 'nf4' | 'none') ['(' options ')'] ['@' target]
+
+A target is an expression of `peftfx.sites.expression`; of several schemes for a weight the last one counts. Options are
+`block`, `symmetric` and `search`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from peftfx.errors import PeftfxError, shown
+from peftfx.field_types import refuse_misfit_fields
+from peftfx.options import QUANTIZATIONS, check_choice
+from peftfx.sites.expression import parse
+
+BITS = {"int8": 8, "int4": 4}
+BLOCKS = (16, 32, 64, 128, 256)  #: that ONNX Runtime's operators have
+_DEFAULT = {"nf4": 64}  #: bitsandbytes' own; 32 of the others
+_SCHEME = re.compile(r"\s*(\w+)\s*(?:\(([^()]*)\)\s*)?(?:@((?:/(?:[^/\\]|\\.)+/|[^/;])*))?(;|$)")
+_HINT = "as in int4, int4(block=64, symmetric=False), or int4; int8@head | attention.value"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are rounded.
+
+    Attributes:
+        kind: `int4` or `int8`, integers on a grid for each block; `nf4`, bitsandbytes' table; `none` leaves them.
+        block: numbers that share a grid; 0 is 64 for `nf4` and 32 for others.
+        symmetric: the grid has its zero in the middle; otherwise each block has its own.
+        search: whether the grid of the least squared error is searched for each block.
+        target: of which weights, as an expression of roles and paths; empty is of all.
+    """
+
+    kind: str
+    block: int = 0
+    symmetric: bool = True
+    search: bool = True
+    target: str = ""
+
+    def __post_init__(self) -> None:
+        refuse_misfit_fields(self)
+        check_choice(self.kind, QUANTIZATIONS, "quantize", "unknown quantisation")
+        if self.block == 0:
+            object.__setattr__(self, "block", _DEFAULT.get(self.kind, 32))
+        if self.block not in BLOCKS:
+            hint = f"one of {', '.join(map(str, BLOCKS))}"
+            raise PeftfxError(f"no operator has blocks of {self.block}", "quantize", hint)
+        if not self.symmetric and self.kind not in BITS:
+            raise PeftfxError(f"{self.kind} has no zeros of its own", "quantize", "leave symmetric out")
+        if self.target:
+            parse(self.target)
+
+    def __str__(self) -> str:
+        told = [f"block={self.block}", *(f"{n}=False" for n in ("symmetric", "search") if not getattr(self, n))]
+        return f"{self.kind}({', '.join(told)})" + (f"@{self.target}" if self.target else "")
+
+
+def parse_schemes(text: str) -> tuple[Scheme, ...]:
+    """The schemes that a text describes.
+
+    Raises:
+        PeftfxError: it cannot be read, or names what there is not.
+    """
+    found: list[Scheme] = []
+    position = 0
+    while position < len(text) or not found:
+        match = _SCHEME.match(text, position)
+        if match is None or (match[3] is not None and not match[3].strip()):
+            raise PeftfxError(f"cannot read the quantisation: {shown(text[position:])}", "quantize", _HINT)
+        check_choice(match[1], QUANTIZATIONS, "quantize", "unknown quantisation")
+        found.append(Scheme(match[1], **_options(match[2] or "", text), target=(match[3] or "").strip()))
+        position = match.end()
+        if not text[position:].strip():
+            break
+    return tuple(found)
+
+
+def _options(inner: str, text: str) -> dict[str, Any]:
+    try:
+        call = ast.parse(f"options({inner})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        found = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError, AssertionError, RecursionError, MemoryError) as error:
+        raise PeftfxError(f"cannot read the options ({shown(inner)})", f"quantize: {shown(text)}", _HINT) from error
+    wrong = next((name for name in found if name not in ("block", "symmetric", "search")), None)
+    if wrong is not None or call.args:
+        what = f"a scheme has no option {wrong!r}" if wrong else "options are given by name"
+        raise PeftfxError(what, f"quantize: {shown(text)}", "there are block, symmetric and search")
+    return found

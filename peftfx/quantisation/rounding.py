@@ -1,0 +1,147 @@
+"""round_blocks: a weight in floating point as blocks of small integers on the best grid for each, without data.
+
+A block of a row is `scale * (q - zero)`. Its grid is searched: for each of some scales, near the one whose ends are the
+block's largest numbers, the integers that are nearest are found, then the scale that makes the least squared error with
+them, `s = <x, d> / <d, d>` of `d = q - zero`. The grid of the least error is taken. llama.cpp searches so, too:
+https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c (make_qx_quants)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftfx.quantisation.codes import TABLES
+
+_AT_ONCE = 1 << 22  #: elements that are rounded at a time
+#: How much of a block's range a grid spans: of few integers more is gained by cutting off what is largest.
+_SPANS = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.7), 8: (1.0,)}
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Blocks of a weight [out, in]; the last one of a row is filled up by zeros.
+
+    Attributes:
+        integers: uint8 [out, blocks, block].
+        scales: of the weight's dtype [out, blocks].
+        zeros: uint8 [out, blocks]; None where all are `2^(bits - 1)`.
+    """
+
+    integers: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+
+def round_blocks(
+    weight: Tensor, bits: int, block: int, *, symmetric: bool = True, search: bool = True, signed: bool = True
+) -> Rounded:
+    """A weight [out, in] in blocks of each row.
+
+    Args:
+        weight: of any floating dtype; its scales are of it.
+        bits: of an integer, 4 or 8.
+        block: numbers that share a scale.
+        symmetric: all zeros are `2^(bits - 1)`; otherwise each block has its own.
+        search: for the best grid; otherwise the block's largest numbers are its ends.
+        signed: whether a scale may be negative, which spares a symmetric grid the integer that it has to itself.
+    """
+    rows = max(1, _AT_ONCE // weight.shape[1])
+    spans = _SPANS[bits] if search else (1.0,)
+    parts = [_rounded(part, bits, block, spans, symmetric, search, signed) for part in weight.split(rows)]
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    integers, scales = torch.cat([part.integers for part in parts]), torch.cat([part.scales for part in parts])
+    return Rounded(integers, scales, torch.cat(zeros) if zeros else None)
+
+
+def _rounded(
+    weight: Tensor, bits: int, block: int, spans: tuple[float, ...], symmetric: bool, search: bool, signed: bool
+) -> Rounded:
+    top, half = (1 << bits) - 1, 1 << bits - 1
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % block))
+    blocks = padded.unflatten(1, (-1, block)).float()
+    low, high = blocks.amin(-1).clamp_(max=0), blocks.amax(-1).clamp_(min=0)
+
+    def grids() -> Iterator[tuple[Tensor, Tensor | int]]:
+        for span in spans:
+            if not symmetric:
+                scale = (high - low) * (span / top)
+                yield scale, torch.where(scale > 0, -low * span / scale, 0.0).round_()
+            elif signed:
+                yield torch.where(-low > high, low, high) * (span / -half), half
+            if symmetric and (search or not signed):  # both ends of the smaller side
+                yield torch.maximum(-low, high) * (span / (half - 1)), half
+
+    def integers(scale: Tensor, zero: Tensor | int) -> tuple[Tensor, Tensor]:
+        shift = zero if isinstance(zero, int) else zero.unsqueeze(-1)
+        found = (blocks * _inverse(scale).unsqueeze(-1)).round_().add_(shift).clamp_(0, top)
+        return found, found - shift
+
+    best = _best(blocks, grids(), integers, refine=search)
+    scales = best.scales.to(weight.dtype)
+    zeros = None if isinstance(best.zeros, int) else best.zeros.to(torch.uint8)
+    return Rounded(best.codes.to(torch.uint8), scales, zeros)
+
+
+def round_table(weight: Tensor, table: str, block: int, *, search: bool = True) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [numbers] of the flat weight, and magnitudes float32 [blocks], on a table of bitsandbytes'."""
+    numbers, order = torch.tensor(TABLES[table]).sort(stable=True)
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    flat = torch.nn.functional.pad(weight.reshape(-1), (0, -weight.numel() % block)).view(-1, block)
+    codes, magnitudes = [], []
+    for part in flat.split(max(1, _AT_ONCE // block)):
+        blocks = part.float()
+        largest = blocks.abs().amax(-1)
+
+        def nearest(scale: Tensor, _: Tensor | int, blocks: Tensor = blocks) -> tuple[Tensor, Tensor]:
+            found = torch.bucketize(blocks * _inverse(scale).unsqueeze(-1), middles)
+            return found, numbers[found]
+
+        spans = (1.0, 0.95, 0.9) if search else (1.0,)
+        best = _best(blocks, ((largest * span, 0) for span in spans), nearest, refine=search)
+        codes.append(order[best.codes].to(torch.uint8).view(-1))
+        magnitudes.append(best.scales)
+    return torch.cat(codes)[: weight.numel()], torch.cat(magnitudes)
+
+
+@dataclass
+class _Best:
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | int
+    gain: Tensor
+
+
+def _best(
+    blocks: Tensor,
+    grids: Iterator[tuple[Tensor, Tensor | int]],
+    codes_on: Callable[[Tensor, Tensor | int], tuple[Tensor, Tensor]],
+    *,
+    refine: bool,
+) -> _Best:
+    """The grid of the least squared error, `|x|^2 - <x, d>^2 / |d|^2` where its scale is the best for its integers."""
+    best: _Best | None = None
+    for scale, zero in grids:
+        codes, steps = codes_on(scale, zero)
+        if not refine:
+            return _Best(codes, scale, zero, scale)
+        along, length = (blocks * steps).sum(-1), (steps * steps).sum(-1)
+        fitted = torch.where(length > 0, along / length, 0.0)
+        gain = along * fitted
+        if best is None:
+            best = _Best(codes, fitted, zero, gain)
+            continue
+        better = gain > best.gain
+        best.codes = torch.where(better.unsqueeze(-1), codes, best.codes)
+        best.scales, best.gain = torch.where(better, fitted, best.scales), torch.where(better, gain, best.gain)
+        if isinstance(zero, Tensor) and isinstance(best.zeros, Tensor):
+            best.zeros = torch.where(better, zero, best.zeros)
+    assert best is not None
+    return best
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale != 0, 1 / scale, 0.0)
