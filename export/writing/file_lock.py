@@ -92,7 +92,7 @@ def _windows() -> bool:
 def _try_lock(file: int) -> bool:
     """Lock an open file without waiting; returns whether nobody else has it locked."""
     try:
-        if _windows():
+        if sys.platform == "win32":  # as mypy reads it
             import msvcrt
 
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
