@@ -11,6 +11,7 @@ from torch import Tensor
 from peftfx.contract.completeness import asking, refuse_output
 from peftfx.contract.method import Base, Op, Params, WeightMethod
 from peftfx.contract.placement import WeightPlacement
+from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Block, turned
 from peftfx.sites.site import Site
 
@@ -69,6 +70,9 @@ def adapted(
     base, block, dim = acting.base(*stored), acting.block, row_dim(acting.site)
 
     def again(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight is not base.weight:  # what acts under it is not in that weight
+            what = f"{type(acting.method).__name__} runs a {acting.site.kind} with another weight, over another adapter"
+            raise PeftfxError(what, acting.site.role, "merge the other one first, or put this one first")
         y = op(x, *acting._replace(block=None).base(*stored))
         for other, q in under:
             y = adapted(other, q, op, x, y, stored, training=training)

@@ -102,12 +102,16 @@ class WeightPlacement(Placement):
             params = self.method.init(self.view, own, rng)
             more = self.method.start(self.view, own, shared or {}, rng)
             params = {**params, **more} if more else params
-        refuse_parameters(self.method, self.site.path, params, self.suffixes())
+        refuse_parameters(self.method, self.site.path, params, self._suffixes_at(self.view))
         return params
 
     def suffixes(self) -> dict[str, str]:
+        return self._suffixes_at(self.site)
+
+    def _suffixes_at(self, site: Site) -> dict[str, str]:
+        """Those of the site, as files have it, or of the part, whose shape may make other parameters."""
         with asking(self.method, "keys", self.site.path):
-            return self.method.keys(self.site)
+            return self.method.keys(site)
 
     def base(self, weight: Tensor, bias: Tensor | None) -> Base:
         """The site's tensors as the method sees them: [out, in] or [experts, out, in], and the part's rows alone."""

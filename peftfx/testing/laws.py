@@ -55,14 +55,16 @@ class Law:
         """Whether it is one of this method."""
         return issubclass(cls, self.of)
 
-    def hold(self, cls: type[Method], choices: Choices | None = None, *, whole: bool = False) -> None:
-        """Try it on random cases of a method, on all of its examples or on a simple and a random one.
+    def hold(
+        self, cls: type[Method], choices: Choices | None = None, *, whole: bool = False, quick: int = _QUICK
+    ) -> None:
+        """Try it on random cases of a method, on all of its examples or on so many: the simplest one, and random ones.
 
         Raises:
             Exception: what the statement raised, with the case and the method in its notes.
         """
         pool = [spec for spec in POOL if spec.dtype in self.dtypes]
-        count = self.examples if whole else _QUICK
+        count = self.examples if whole else quick
 
         @seed(zlib.crc32(f"{self.name} {cls.peft_type}".encode()))
         @examples(count, shrink=whole)

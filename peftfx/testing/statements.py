@@ -75,7 +75,11 @@ def update(case: Case, method: WeightMethod) -> None:
         own, (weight, bias) = placement.method, site_tensors(adapted.base, placement.site)
         base = placement.base(weight.float(), None if bias is None else bias.float())
         p = {name: t.float() for name, t in adapted.adapter("default").params(placement).items()}
-        want, told = own.fold(placement.view, base, p), own.update(placement.view, base, p)
+        try:
+            told = own.update(placement.view, base, p)
+        except PeftfxError:  # it has as many ranks as the weight, say
+            continue
+        want = own.fold(placement.view, base, p)
         got = Base(told.apply(base.weight), base.bias if told.bias is None else told.bias)
         for a, b in zip(got, want, strict=True):
             assert (a is None) == (b is None)
@@ -253,10 +257,17 @@ def roads(case: Case, method: Method) -> None:
 
 @torch.no_grad()
 def onnx(case: Case, method: Method) -> None:
-    """ONNX Runtime computes what the graph computes: the adapted one, or by the seed the merged one."""
+    """ONNX Runtime computes what the graph computes: the adapted one, or by the seed the merged one.
+
+    The merged one, too, where ONNX has no operator for what a method does to its parameters: an inverse, say.
+    """
     adapted, inputs = adapt(case, method), case.inputs()
-    graph = Merge()(adapted.graph()).graph if case.seed % 2 else adapted.graph()
+    merged = Merge()(adapted.graph()).graph
+    try:
+        model = to_onnx(merged if case.seed % 2 else adapted.graph())
+    except PeftfxError:
+        model = to_onnx(merged)
     with tempfile.TemporaryDirectory() as directory:
-        save(to_onnx(graph), Path(directory))
+        save(model, Path(directory))
         got = next(iter(OnnxModel(directory, threads=1)(**inputs).values()))
     assert_close(got, output(adapted, inputs), LOOSE["float32"], "in ONNX Runtime")

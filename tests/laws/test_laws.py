@@ -20,7 +20,13 @@ PAIRS = [(law, cls) for cls in methods().values() for law in LAWS if law.is_abou
 
 @pytest.mark.parametrize(("law", "cls"), PAIRS, ids=[f"{law.name}-{cls.peft_type}" for law, cls in PAIRS])
 def test_a_law_holds_for_a_method(law: Law, cls: type[Method]) -> None:
-    law.hold(cls, CHOICES.get(cls.peft_type), whole=whole())
+    law.hold(cls, CHOICES.get(cls.peft_type), whole=whole(), quick=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("law", "cls"), PAIRS, ids=[f"{law.name}-{cls.peft_type}" for law, cls in PAIRS])
+def test_a_law_holds_for_a_method_on_a_random_model(law: Law, cls: type[Method]) -> None:
+    law.hold(cls, CHOICES.get(cls.peft_type))
 
 
 @pytest.mark.parametrize("spec", FLOAT32, ids=[str(i) for i in range(len(FLOAT32))])
