@@ -10,6 +10,7 @@ from peftfx.graph.graph import Graph as Graph
 from peftfx.methods import register as register
 from peftfx.methods.adalora import AdaLoRA as AdaLoRA
 from peftfx.methods.bitfit import BitFit as BitFit
+from peftfx.methods.boft import BOFT as BOFT
 from peftfx.methods.c3a import C3A as C3A
 from peftfx.methods.fourierft import FourierFT as FourierFT
 from peftfx.methods.hira import HiRA as HiRA
@@ -18,11 +19,15 @@ from peftfx.methods.ia3 import IA3 as IA3
 from peftfx.methods.llama_adapter import LlamaAdapter as LlamaAdapter
 from peftfx.methods.ln_tuning import LNTuning as LNTuning
 from peftfx.methods.loha import LoHa as LoHa
+from peftfx.methods.lokr import LoKr as LoKr
 from peftfx.methods.lora import LoRA as LoRA
 from peftfx.methods.miss import MiSS as MiSS
+from peftfx.methods.oft import OFT as OFT
 from peftfx.methods.p_tuning import PTuning as PTuning
 from peftfx.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from peftfx.methods.prompt_tuning import PromptTuning as PromptTuning
+from peftfx.methods.road import RoAd as RoAd
+from peftfx.methods.shira import SHiRA as SHiRA
 from peftfx.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from peftfx.methods.vera import VeRA as VeRA
 from peftfx.model.adapted import AdaptedModel as AdaptedModel
@@ -42,6 +47,7 @@ from peftfx.views.capture import capture as capture
 __all__ = [
     "AdaLoRA",
     "AdaptedModel",
+    "BOFT",
     "BitFit",
     "C3A",
     "ExportOptions",
@@ -53,13 +59,17 @@ __all__ = [
     "LNTuning",
     "LlamaAdapter",
     "LoHa",
+    "LoKr",
     "LoRA",
     "MiSS",
+    "OFT",
     "PTuning",
     "PeftfxError",
     "PrefixTuning",
     "PromptTuning",
     "RankAllocation",
+    "RoAd",
+    "SHiRA",
     "Site",
     "Sites",
     "TrainableTokens",

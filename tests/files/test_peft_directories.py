@@ -211,7 +211,7 @@ def test_a_truncated_file_is_refused(saved: Path, refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"peft_type": "LOKR"}, "HF PEFT has the method LOKR, and peftfx does not"),
+        ({"peft_type": "XLORA"}, "XLORA"),
         ({"use_qalora": True}, "does not support use_qalora=True"),
         ({"layer_replication": [[0, 1]]}, "does not support layer_replication"),
         ({"init_lora_weights": "evo"}, "unknown initialisation 'evo'"),

@@ -29,6 +29,16 @@ CHOICES: Mapping[str, Choices] = {
     "FOURIERFT": {"n_frequency": (5, 12), "random_loc_seed": (777, 3), "n_frequency_pattern": ({}, {"head|0": 7})},
     "C3A": {"block_size": (4, 2, 1), "block_size_pattern": ({}, {"head|0": 1})},
     "HIRA": {"rank_pattern": ({}, {"words|head": 4})},
+    "LOKR": {
+        "init_weights": (True, False, "lycoris"),
+        "decompose_factor": (-1, 2, 4),
+        "rank_pattern": ({}, {"words|head": 4}),
+        "alpha_pattern": ({}, {"0": 5.0}),
+    },
+    "OFT": {"r": (0,), "oft_block_size": (4, 2), "coft": (False,)},
+    "BOFT": {"boft_block_size": (4, 2), "boft_block_num": (0,), "boft_n_butterfly_factor": (1, 2, 3)},
+    "ROAD": {"group_size": (2, 4)},
+    "SHIRA": {"r": (1,), "mask_type": ("random",), "random_seed": (None, 3)},
     "PROMPT_TUNING": {"prompt_tuning_init": ("RANDOM", "SAMPLE_VOCAB")},
 }
 

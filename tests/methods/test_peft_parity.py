@@ -20,6 +20,22 @@ CASES: tuple[tuple[str, Mapping[str, object]], ...] = (
     ("HIRA", {"r": 3}),
     ("HRA", {"r": 4}),
     ("HRA", {"r": 3, "apply_GS": True}),
+    ("LOKR", {"r": 1, "alpha": 5, "decompose_both": True, "decompose_factor": 3, "rank_pattern": {"blocks.0": 3}}),
+    ("OFT", {"oft_block_size": 4}),
+    ("BOFT", {"boft_block_size": 4}),
+    ("ROAD", {"group_size": 4, "variant": "road_4"}),
+    ("SHIRA", {"r": 1}),
+)
+#: More options of theirs, too many for every run.
+MORE: tuple[tuple[str, Mapping[str, object]], ...] = (
+    ("LOKR", {"r": 2, "use_effective_conv2d": True, "init_weights": "lycoris"}),
+    ("OFT", {"r": 2, "oft_block_size": 0, "block_share": True}),
+    ("OFT", {"oft_block_size": 3, "use_cayley_neumann": False}),
+    ("OFT", {"oft_block_size": 4, "num_cayley_neumann_terms": 2}),
+    ("BOFT", {"boft_block_num": 2, "boft_block_size": 0}),
+    ("ROAD", {"group_size": 4}),
+    ("ROAD", {"group_size": 2, "variant": "road_2"}),
+    ("SHIRA", {"r": 2, "random_seed": 4}),
 )
 #: Where the gradients that HF PEFT writes out are not those of its forward; the tests below show it.
 FORWARD = (("LOHA", {"r": 3, "use_effective_conv2d": True}), ("C3A", {"block_size": 4}))
@@ -27,6 +43,12 @@ FORWARD = (("LOHA", {"r": 3, "use_effective_conv2d": True}), ("C3A", {"block_siz
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=lambda value: str(value))
 def test_it_computes_and_trains_as_hf_peft(kind: str, options: Mapping[str, object]) -> None:
+    compare(method_named(kind), options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "options"), MORE, ids=lambda value: str(value))
+def test_it_is_hf_pefts_with_other_options(kind: str, options: Mapping[str, object]) -> None:
     compare(method_named(kind), options)
 
 
@@ -43,3 +65,13 @@ def test_gradients_that_hf_peft_writes_out_are_not_those_of_its_forward() -> Non
     assert not torch.autograd.gradcheck(
         BlockCircularConvolution.apply, (new(3, 8), new(2, 2, 4)), raise_exception=False
     )
+
+
+@pytest.mark.slow
+def test_butterflies_are_those_that_hf_peft_has_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class BlockDiagonal:
+        apply = staticmethod(lambda blocks: torch.stack([torch.block_diag(*factor) for factor in blocks]))
+
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: True)
+    monkeypatch.setattr("peft.tuners.boft.layer.FastBlockDiag", BlockDiagonal)
+    compare(method_named("BOFT"), {"boft_block_size": 2, "boft_n_butterfly_factor": 2})

@@ -129,7 +129,7 @@ class TestRules:
             (LoRA(target_modules=["classifier"], modules_to_save=["classifier"]), "every targeted module"),
             (LoRA(modules_to_save=["classifer"]), "no module is named classifer.*did you mean 'classifier'"),
             (peft.LoraConfig(**QUERY_VALUE, layer_replication=[(0, 1)]), "does not support layer_replication"),
-            (peft.LoKrConfig(target_modules=["query"]), "LOKR"),
+            (peft.XLoraConfig(hidden_size=8, adapters={"a": "b"}), "XLORA"),
             ("attention.query", "unknown method 'attention'"),
             (7, "not a rule: 7"),
             ([], "there are no rules"),

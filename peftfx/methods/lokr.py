@@ -1,0 +1,172 @@
+"""LoKr: a Kronecker product, of a small matrix and a low-rank one (Yeh et al. 2023, arXiv:2309.14859).
+
+`s (W1 x W2)` with `s = alpha / r` is added to the weight; the outputs and the inputs are cut into two factors each, and
+a factor of the product is itself `A B` where `r` is smaller than half its size. The rank of the product is the product
+of the ranks: so it is put into a graph that runs, where that is smaller than the weight's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.delta import DeltaMethod, dropped_rows, kept
+from peftfx.contract.common.low_rank import dense
+from peftfx.contract.common.patterns import by_path, pattern_of
+from peftfx.contract.method import Base, Method, Op, Params
+from peftfx.contract.update import Update
+from peftfx.errors import PeftfxError
+from peftfx.sites.site import Site
+
+W1, W1A, W1B, W2, W2A, W2B, T2 = (f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKr(DeltaMethod):
+    """A Kronecker product added to linear and conv weights.
+
+    Args:
+        r: rank of a factor that is cut in two.
+        alpha: numerator of the scale.
+        rank_dropout: the share of the update's rows that training leaves out.
+        rank_dropout_scale: make those that are left larger by as much.
+        module_dropout: how often training leaves all of it out.
+        use_effective_conv2d: give a conv's second factor a core of its kernel's size.
+        decompose_both: let the first factor be cut in two as well.
+        decompose_factor: what the sizes are divided by; -1 is near their square roots.
+        rank_pattern, alpha_pattern: other `r` and `alpha` for module paths that match a key.
+        init_weights: start as the identity, by a zero first factor, or second ("lycoris"); otherwise at random.
+    """
+
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    rank_dropout_scale: bool = False
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    init_weights: bool | Literal["lycoris"] = True
+
+    peft_type: ClassVar[str] = "LOKR"
+    default_target: ClassVar[str] = "attention.query | attention.value"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
+            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "LoKr(r=8)")
+        if self.decompose_factor < 1 and self.decompose_factor != -1:
+            what = f"1 or more, or -1 for square roots, not {self.decompose_factor}"
+            raise PeftfxError(what, "decompose_factor", "LoKr(decompose_factor=-1)")
+        for name in ("rank_dropout", "module_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                what = f"a probability below 1, not {getattr(self, name)}"
+                raise PeftfxError(what, name, f"LoKr({name}=0.1)")
+
+    @property
+    def neutral(self) -> bool:
+        return bool(self.init_weights)
+
+    def at(self, site: Site) -> LoKr:
+        r = int(by_path(self.rank_pattern, "rank_pattern", site.path, self.r))
+        alpha = by_path(self.alpha_pattern, "alpha_pattern", site.path, self.alpha)
+        return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def gather(self, methods: Mapping[str, Method]) -> LoKr:
+        ranks, alphas = pattern_of(methods, "r", self.r), pattern_of(methods, "alpha", self.alpha)
+        return dataclasses.replace(self, rank_pattern=ranks, alpha_pattern=alphas)
+
+    def _sizes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter; those with r columns are cut in two, and a core is of the kernel's size."""
+        shape = site.shape[::-1] if site.transposed else site.shape
+        (out, inner, *kernel), r = shape, self.r
+        (a, c), (b, d) = (factors_of(size, self.decompose_factor) for size in (out, inner))
+        halves = self.decompose_both and r < max(a, b) / 2
+        one = {W1A: (a, r), W1B: (r, b)} if halves else {W1: (a, b)}
+        if r >= max(c, d) / 2:
+            return {**one, W2: (c, d, *kernel)}
+        if self.use_effective_conv2d and math.prod(kernel) > 1:
+            return {**one, T2: (r, r, *kernel, *(1,) * (2 - len(kernel))), W2A: (r, c), W2B: (r, d)}
+        return {**one, W2A: (c, r), W2B: (r, d * math.prod(kernel))}
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {name: name for name in self._sizes(site)}
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        if len(site.shape) > 4:
+            raise PeftfxError("LoKr does not act on convs of 3 dimensions", site.path, "exclude this module")
+        new = functools.partial(torch.empty, dtype=adapter_dtype(base.weight.dtype), device=base.weight.device)
+        p = {name: new(size) for name, size in self._sizes(site).items()}
+        zero = (W2, W2B) if self.init_weights == "lycoris" else (W1, W1A) if self.init_weights else ()
+        for name, t in p.items():
+            if name in zero:
+                t.zero_()
+            else:
+                t.uniform_(-1, 1, generator=rng).mul_(t[0].numel() ** -0.5)
+        return p
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        delta = self.delta(site, base.weight, p)
+        if training:
+            delta = delta * kept(delta, self.module_dropout)
+            delta = dropped_rows(delta, self.rank_dropout, rescaled=self.rank_dropout_scale)
+        return (y + op(x.to(delta.dtype), delta)).to(y.dtype)
+
+    def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
+        one = p[W1] if W1 in p else p[W1A] @ p[W1B]
+        if T2 in p:
+            other = torch.einsum("ijkl,ip,jr->prkl", p[T2], p[W2A], p[W2B])
+        else:
+            other = p[W2] if W2 in p else p[W2A] @ p[W2B]
+        if other.ndim == 4:
+            one = one[:, :, None, None]
+        # HF PEFT multiplies a conv's kernel of one dimension along it as it is: [c, d, kernel] by [1, a, b].
+        shape = (*weight.shape[:1], -1, *site.shape[2:]) if site.kind == "conv" else weight.shape
+        delta = (torch.kron(one, other.contiguous()) * (self.alpha / self.r)).reshape(shape)
+        if delta.shape[1] == weight.shape[1]:
+            return delta
+        return dense(delta, site.groups)  # another adapter has made the grouped conv dense
+
+    def update(self, site: Site, base: Base, p: Params) -> Update:
+        if site.kind != "linear":
+            raise PeftfxError("a Kronecker product of kernels is told by no conv", site.path, "export it merged")
+        q = {name: t.float() for name, t in p.items()}
+        one = _halves(q[W1]) if W1 in q else (q[W1A], q[W1B])
+        other = _halves(q[W2]) if W2 in q else (q[W2A], q[W2B])
+        b, a = (torch.kron(*pair) for pair in zip(one, other, strict=True))
+        if len(a) >= min(base.weight.shape):
+            what = f"this Kronecker product is of rank {len(a)}, which is the weight's own: there is no low-rank sum"
+            raise PeftfxError(what, site.path, "export the adapter merged; or a smaller r, with decompose_both")
+        return Update(a=a, b=b * (self.alpha / self.r))
+
+
+def _halves(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as a product: of the identity and itself, of its smaller size."""
+    rows, columns = weight.shape
+    eye = torch.eye(min(rows, columns), dtype=weight.dtype, device=weight.device)
+    return (eye, weight) if rows <= columns else (weight, eye)
+
+
+def factors_of(size: int, near: int) -> tuple[int, int]:
+    """A size as LyCORIS's product of two, the smaller one first, as near to `near` as can be, or to its root (-1)."""
+    if near > 0 and size % near == 0:
+        return near, size // near
+    most = size if near == -1 else near
+    m, n = 1, size
+    for new in range(2, most + 1):
+        if size % new == 0:
+            if m >= n or new + size // new > m + n:
+                break
+            m, n = new, size // new
+    return min(m, n), max(m, n)

@@ -1,0 +1,143 @@
+"""OFT: the input of a linear layer is rotated, block by block (Qiu et al. 2023, arXiv:2306.07280).
+
+`W R^T`, with `R` block-diagonal, and each block the Cayley transform `(I - Q)(I + Q)^-1` of a trained skew-symmetric
+`Q`, or its Neumann series. At an embedding the output is rotated. Rotations are of full rank: there is no low-rank sum
+to tell. Convs are not adapted: HF PEFT's forward adds up overlapping patches there, and is not what it merges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.errors import PeftfxError
+from peftfx.sites.site import Site
+
+R = "oft_R"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFT(WeightMethod):
+    """Rotations of blocks of the input of linear layers, and of the output of embeddings.
+
+    Args:
+        r: how many blocks; 0 where `oft_block_size` says it.
+        oft_block_size: features of a block, or the nearest divisor; 0 where `r` is given.
+        coft: keep each `Q` near 0. HF PEFT moves what is trained in each call: files that have it are read, no more.
+        eps: how near.
+        block_share: one rotation for all blocks.
+        use_cayley_neumann: the first terms of a series in place of the inverse.
+        num_cayley_neumann_terms: how many, `I` included; the last one counts once, others twice.
+        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        bias: which of the base's own biases are trained: none, all, or those of the adapted modules (oft_only).
+        init_weights: start as the identity; otherwise at random.
+    """
+
+    r: int = 0
+    oft_block_size: int = 32
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "oft_only"] = "none"
+    init_weights: bool = True
+
+    peft_type: ClassVar[str] = "OFT"
+    # A rotation of the input is one of all rows: fused projections are adapted as wholes.
+    default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding"})
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {"module_dropout"}
+    )  # HF PEFT makes a layer of it, and runs it nowhere
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.r > 0) == (self.oft_block_size > 0) or min(self.r, self.oft_block_size) < 0:
+            what = f"one of the two is above 0 and the other is 0, not {self.r} and {self.oft_block_size}"
+            raise PeftfxError(what, "r, oft_block_size", "OFT(oft_block_size=32), or OFT(r=4, oft_block_size=0)")
+        if self.num_cayley_neumann_terms < 1:
+            what = f"a series has 1 term or more, not {self.num_cayley_neumann_terms}"
+            raise PeftfxError(what, "num_cayley_neumann_terms", "OFT(num_cayley_neumann_terms=5)")
+
+    @property
+    def neutral(self) -> bool:
+        return self.init_weights
+
+    @property
+    def obstacle(self) -> PeftfxError | None:
+        if not self.coft:
+            return None
+        what = "HF PEFT projects what a COFT trains anew in each call, which no optimiser knows of"
+        return PeftfxError(what, "coft", "train without it; adapters that have it are loaded, merged and exported")
+
+    @property
+    def reruns(self) -> bool:
+        return True
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {R: "oft_embedding_R.weight" if site.kind == "embedding" else "oft_R.weight"}
+
+    def _block(self, features: int) -> int:
+        """The size of a block: what is asked for made a divisor, as HF PEFT does."""
+        if self.r:
+            return features // _divisor(features, self.r)
+        return _divisor(features, self.oft_block_size)
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        features = base.weight.shape[1]
+        size = self._block(features)
+        count = 1 if self.block_share else features // size
+        skew = base.weight.new_zeros(count, size * (size - 1) // 2, dtype=adapter_dtype(base.weight.dtype))
+        return {R: skew if self.init_weights else skew.normal_(std=0.1, generator=rng)}
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        rotation = self._rotation(base, p)
+        if site.kind == "embedding":
+            rows = op(x, base.weight)
+            return self._turned(rows, rotation).to(rows.dtype)
+        return op(self._turned(x, rotation).to(x.dtype), base.weight, base.bias)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        rotation = self._rotation(base, p)
+        if site.kind != "embedding":
+            rotation = rotation.transpose(1, 2)
+        return Base(self._turned(base.weight, rotation), base.bias)
+
+    def _turned(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """The last dimension times the blocks."""
+        blocks = x.to(rotation.dtype).unflatten(-1, (-1, rotation.shape[1]))
+        if self.block_share:
+            return (blocks @ rotation[0]).flatten(-2)
+        return torch.einsum("...rk,rkc->...rc", blocks, rotation).flatten(-2)
+
+    def _rotation(self, base: Base, p: Params) -> Tensor:
+        """The blocks of `R`, [blocks, size, size]."""
+        size = self._block(base.weight.shape[1])
+        upper = torch.triu_indices(size, size, 1, device=p[R].device)
+        skew = p[R].new_zeros(len(p[R]), size * size).index_copy(1, upper[0] * size + upper[1], p[R])
+        skew = skew.view(-1, size, size)
+        skew = skew - skew.transpose(1, 2)
+        if self.coft:
+            most = self.eps * len(skew) ** -0.5
+            length = skew.norm(dim=(1, 2), keepdim=True)
+            skew = torch.where(length <= most, skew, skew * (most / length))
+        eye = torch.eye(size, dtype=skew.dtype, device=skew.device).expand_as(skew)
+        if not self.use_cayley_neumann:
+            return torch.linalg.solve(eye + skew, eye - skew, left=False)
+        rotation, power, terms = eye, eye, self.num_cayley_neumann_terms
+        for term in range(1, terms):
+            power = power @ skew
+            rotation = rotation + (1 if term == max(terms - 1, 2) else 2) * power
+        return rotation
+
+
+def _divisor(size: int, near: int) -> int:
+    """The divisor of a size that is nearest to a number, the smaller of two as near."""
+    return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - near), n))
