@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from peftfx.contract.sequence import sequence_site, untyped
+from peftfx.contract.sequence import prefix, sequence_site, untyped, virtual_tokens
 from peftfx.errors import PeftfxError
 from peftfx.export.verification.probes import hold
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, PROMPT
-from peftfx.methods.prefix_tuning import PrefixTuning
-from peftfx.methods.prompt_tuning import PromptTuning
+from peftfx.sites.site import SequenceSite
 from peftfx.sites.sites import Sites
 from peftfx.views.capture import capture
-from peftfx.views.entry import forward
+from peftfx.views.entry import VirtualTokens, forward
+from peftfx.views.prefix import Prefix
 from peftfx.views.prompt_inputs import Place, through
 from peftfx.views.view import name_axes, without_cache
 
@@ -28,13 +28,12 @@ EXAMPLE = 3  #: virtual tokens of an example
 
 def places_of(base: nn.Module, sites: Sites) -> Iterator[Place]:
     """The places for soft prompts that a model's forward has: none where it has no use for such a prompt."""
-    for what, method in ((PROMPT, PromptTuning), (PREFIX, PrefixTuning)):
-        try:
-            site = sequence_site(base, sites)
-            entry = method(num_virtual_tokens=EXAMPLE).sized(base, site).entry(base, site)
-            yield Place(what, dataclasses.replace(entry, dropped=frozenset()), untyped(base))  # type: ignore[call-arg]
-        except PeftfxError:  # it embeds no text, or keeps no keys and values
-            continue
+    ways: dict[str, Callable[[int, nn.Module, SequenceSite], VirtualTokens | Prefix]]
+    ways = {PROMPT: virtual_tokens, PREFIX: prefix}
+    for what, way in ways.items():
+        with contextlib.suppress(PeftfxError):  # it embeds no text, or keeps no keys and values
+            entry = way(EXAMPLE, base, sequence_site(base, sites))
+            yield Place(what, dataclasses.replace(entry, dropped=frozenset()), untyped(base))
 
 
 def find_forward(

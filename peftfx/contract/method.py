@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.contract.completeness import refuse_incomplete
+from peftfx.contract.kept import Kept
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError, nearest
 from peftfx.field_types import refuse_misfit_fields
@@ -153,6 +154,14 @@ class Method(ABC):
         """The rate of a dropout that the method has itself, and that is no module of the model."""
         return 0.0
 
+    @property
+    def attention_rank(self) -> int | None:
+        """The rank that HF PEFT's files have for both projections of one of torch's attentions; None: no file can.
+
+        Of methods that are `wraps_attention`.
+        """
+        return None
+
     def needs_place(self, module: nn.Module) -> bool:
         """Whether a module must be a site where `target_modules` name it: else the rule is refused."""
         return False
@@ -197,6 +206,9 @@ class Method(ABC):
         """
         return {}
 
+    def adjust(self, places: Sequence[Kept], step: int) -> None:  # noqa: B027
+        """Change the parameters of the rule's places between two steps of a training, while there are gradients."""
+
     def penalty(self, p: Params) -> Tensor | None:
         """A term for the model's loss; the loss gets the mean over the rule's places that have one."""
         return None
@@ -227,6 +239,14 @@ class WeightMethod(Method):
     """A method that acts where a weight does: see the fold law at the top of this file."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
+
+    @property
+    def attention_rank(self) -> int | None:
+        """The rank that HF PEFT's files have for both projections of one of torch's attentions; None: no file can.
+
+        Of methods that are `wraps_attention`.
+        """
+        return None
 
     def needs_place(self, module: nn.Module) -> bool:
         return has_parameter(module, axes=2)

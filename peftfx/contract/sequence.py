@@ -23,6 +23,7 @@ from peftfx.graph.graph import BASE
 from peftfx.sites.site import SEQUENCE, Call, SequenceSite, Site
 from peftfx.sites.sites import Sites
 from peftfx.views.entry import Entry, VirtualTokens
+from peftfx.views.prefix import Prefix, cache_shape
 
 PROMPT = "prompt_embeddings"  #: HF PEFT's name for what is saved, and ours for a prompt without an encoder
 
@@ -103,7 +104,7 @@ class PromptMethod(SequenceMethod):
         return self.saved(p, training)[: self.num_virtual_tokens]
 
     def entry(self, base: nn.Module, site: SequenceSite) -> Entry:
-        return virtual_tokens(self, base, site)
+        return virtual_tokens(self.num_virtual_tokens, base, site)
 
 
 M = TypeVar("M", bound=SequenceMethod)
@@ -150,11 +151,10 @@ def with_text_sizes(method: M, base: nn.Module, site: Site) -> M:
     )
 
 
-def virtual_tokens(method: SequenceMethod, base: nn.Module, site: SequenceSite) -> VirtualTokens:
-    """The entry of a method of virtual tokens."""
-    assert method.token_dim is not None
+def virtual_tokens(count: int, base: nn.Module, site: SequenceSite) -> VirtualTokens:
+    """The entry of so many virtual tokens."""
     return VirtualTokens(
-        (method.num_virtual_tokens, method.token_dim),
+        (count, site.shape[1]),
         stream_dtype(base, site),
         site.embedding,
         tokens=site.tokens,
@@ -162,6 +162,18 @@ def virtual_tokens(method: SequenceMethod, base: nn.Module, site: SequenceSite) 
         dropped=untyped(base),
         labelled=not encodes_and_decodes(base),
     )
+
+
+def prefix(count: int, base: nn.Module, site: SequenceSite) -> Prefix:
+    """The entry of the keys and values of so many virtual tokens, in each layer.
+
+    Raises:
+        PeftfxError: the model keeps no keys and values.
+    """
+    both = encodes_and_decodes(base)
+    layers, heads, features = cache_shape(base, both)
+    shape = count, layers * 2 * heads * features
+    return Prefix(shape, stream_dtype(base, site), heads, layers, both, untyped(base))
 
 
 _SEQ_TO_SEQ = "text2text-generation"

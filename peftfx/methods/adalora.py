@@ -2,8 +2,8 @@
 
 The update is kept as a singular value decomposition, `s B diag(E) A` with `s = lora_alpha / (init_r + 1e-5)`, and
 `forward` is `y + s B(E * A(dropout(x)))`. Training holds the rows of `A` and the columns of `B` near orthonormal by a
-term in the loss, and sets the singular values that matter least to 0: see `peftfx.adapters.rank_allocation`. At a conv,
-`A` has the kernel's places among its columns, and the update is a kernel of the conv's own size.
+term in the loss, and sets the singular values that matter least to 0: see `peftfx.contract.common.rank_allocation`. At
+a conv, `A` has the kernel's places among its columns, and the update is a kernel of the conv's own size.
 
 Files hold the ranks that are left. `rank_pattern` says which: for each module, which of `init_r` were kept.
 """
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype, row_index
 from peftfx.contract.common.low_rank import check_options, padding_in_peft
+from peftfx.contract.common.rank_allocation import KEPT, REMEMBERED, A, B, E, allocate
+from peftfx.contract.kept import Kept
 from peftfx.contract.method import Base, Method, Op, Params, WeightMethod
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 
-A, B, E = "lora_A", "lora_B", "lora_E"
-KEPT = "lora_E_kept"  #: which singular values the allocator kept
 _SMALL = 1e-5  #: HF PEFT's, in the scale
 
 
@@ -131,7 +131,10 @@ class AdaLoRA(WeightMethod):
         return self.init_r if kept is None else sum(kept)
 
     def remembered(self) -> frozenset[str]:
-        return frozenset({KEPT} | {f"{name}_{kind}" for name in (A, B, E) for kind in ("importance", "uncertainty")})
+        return REMEMBERED
+
+    def adjust(self, places: Sequence[Kept], step: int) -> None:
+        allocate(self, places, step)
 
     def keys(self, site: Site) -> dict[str, str]:
         return {A: A, B: B, E: E}

@@ -107,6 +107,10 @@ class LoRA(WeightMethod):
     def dropout(self) -> float:
         return self.lora_dropout
 
+    @property
+    def attention_rank(self) -> int | None:
+        return None if self.use_dora else self.r
+
     def at(self, site: Site) -> LoRA:
         """With the rank and alpha that the patterns give this site.
 

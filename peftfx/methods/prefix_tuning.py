@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.prompt_networks import EMBEDDING, embedding, layer, perceptron
 from peftfx.contract.method import Params
-from peftfx.contract.sequence import PROMPT, SequenceMethod, encodes_and_decodes, stream_dtype, submodules_of, untyped
+from peftfx.contract.sequence import PROMPT, SequenceMethod, encodes_and_decodes, prefix, submodules_of
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import SequenceSite
 from peftfx.views.entry import Entry
-from peftfx.views.prefix import Prefix, cache_shape
+from peftfx.views.prefix import cache_shape
 
 _TRANSFORM = ("transform_0", "transform_2")
 
@@ -101,7 +101,4 @@ class PrefixTuning(SequenceMethod):
         return torch.cat([parts[i] for i in taken], 1)
 
     def entry(self, base: nn.Module, site: SequenceSite) -> Entry:
-        assert self.num_layers is not None
-        assert self.num_attention_heads is not None
-        sizes = self.num_attention_heads, self.num_layers
-        return Prefix(self.saved_shape(), stream_dtype(base, site), *sizes, encodes_and_decodes(base), untyped(base))
+        return prefix(self.num_virtual_tokens, base, site)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.adapter_set import AdapterSet
+from peftfx.adapters.adjustment import adjust
 from peftfx.adapters.in_place_merge import merge_into
 from peftfx.adapters.merge_report import MergeReport, refuse_unmergeable
 from peftfx.adapters.state import refuse_other_state
@@ -172,13 +173,11 @@ class AdaptersByName(nn.Module):
         self.named.activate(given)
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Give out the rank budgets of the active adapters anew; see `peftfx.adapters.rank_allocation`.
+        """Give out the rank budgets of the active adapters anew; see `peftfx.contract.common.rank_allocation`.
 
         Call it in each step of training, after `optimizer.step()` and before gradients are zeroed. Steps count from 0.
         """
-        from peftfx.adapters.rank_allocation import allocate
-
-        allocate(self.named.acting(), global_step)
+        adjust(self.named.acting(), global_step)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Inside, the model is the base. In other threads it is not."""

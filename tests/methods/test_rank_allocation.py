@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx import AdaLoRA, PeftfxError, RankAllocation
-from peftfx.methods.adalora import KEPT
+from peftfx.contract.common.rank_allocation import KEPT
 from peftfx.model.adapted import AdaptedModel
 
 STEPS = 14

@@ -44,7 +44,7 @@ def by_wrapper(base: nn.Module, methods: Mapping[str, Method]) -> dict[str, Meth
     found: dict[str, Method] = {}
     for path, method in methods.items():
         owner = wrapper_of(base, method, path)
-        if owner is not None and (found.get(owner, method) != method or getattr(method, "use_dora", False)):
+        if owner is not None and (found.get(owner, method) != method or method.attention_rank is None):
             what = (
                 "HF PEFT has one rank and one alpha for both projections of a torch.nn.MultiheadAttention, and no DoRA"
             )
@@ -61,13 +61,14 @@ def other_projections(base: nn.Module, methods: Mapping[str, Method], like: Iter
     for path, method in methods.items():
         owner = wrapper_of(base, method, path)
         other = {IN_PROJ: OUT_PROJ, OUT_PROJ: IN_PROJ}.get(path.rpartition(".")[2], "")
-        if owner is None or f"{owner}.{other}".removeprefix(".") in methods:
+        rank = method.attention_rank
+        if owner is None or rank is None or f"{owner}.{other}".removeprefix(".") in methods:
             continue
         attention = base.get_submodule(owner)
         assert isinstance(attention, nn.MultiheadAttention)
         weight = attention.in_proj_weight if other == IN_PROJ else attention.out_proj.weight
         assert isinstance(weight, Tensor)
-        rank, name = int(getattr(method, "r")), path_in_file(base, method, name_of(owner, other))  # noqa: B009
+        name = path_in_file(base, method, name_of(owner, other))
         a = torch.empty(rank, weight.shape[1], dtype=tensor.dtype)
         found[f"{name}.lora_A.weight"] = nn.init.kaiming_uniform_(a, 5**0.5)
         found[f"{name}.lora_B.weight"] = torch.zeros(weight.shape[0], rank, dtype=tensor.dtype)

@@ -1,0 +1,121 @@
+"""Rank allocation: AdaLoRA's budget of ranks, and which of them it is spent on (arXiv:2303.10512, section 3.2).
+
+A rank of a module is a triplet: a row of A, a singular value, a column of B. How much each number matters is
+`|p * gradient|`, averaged over the steps (`I`), and so is how far it varies from its average (`U`). A triplet's score
+is `I U` of its singular value, and the means of `I U` over its row and its column. In the budget's phase the triplets
+with the lowest scores, of all modules together, have their singular values set to 0, as many as leave
+
+    b(step) = target + (start - target) (1 - (step - tinit) / (total_step - tfinal - tinit))^3
+
+They go on being trained, and can come back, until `total_step - tfinal`; what is kept then stays. All as in HF PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from peftfx.contract.kept import Kept
+from peftfx.errors import PeftfxError
+
+A, B, E = "lora_A", "lora_B", "lora_E"
+KEPT = "lora_E_kept"  #: which singular values the allocator kept
+IMPORTANCE, UNCERTAINTY = "importance", "uncertainty"
+REMEMBERED = frozenset({KEPT} | {f"{name}_{kind}" for name in (A, B, E) for kind in (IMPORTANCE, UNCERTAINTY)})
+
+
+class Schedule(Protocol):
+    """A rule with a budget; what its fields mean is AdaLoRA's to say."""
+
+    @property
+    def target_r(self) -> int: ...
+    @property
+    def tinit(self) -> int: ...
+    @property
+    def tfinal(self) -> int: ...
+    @property
+    def deltaT(self) -> int: ...
+    @property
+    def beta1(self) -> float: ...
+    @property
+    def beta2(self) -> float: ...
+    @property
+    def total_step(self) -> int | None: ...
+
+
+@torch.no_grad()
+def allocate(rule: Schedule, places: Sequence[Kept], step: int) -> None:
+    """Note what matters in this step's gradients, and keep to the step's budget.
+
+    Raises:
+        PeftfxError: the rule does not say how long the training is, or there are no gradients.
+    """
+    if rule.total_step is None:
+        hint = "say how long the training is: AdaLoRA(total_step=1000, tfinal=100)"
+        raise PeftfxError("there is no budget without a schedule", "total_step", hint)
+    end = rule.total_step - rule.tfinal
+    if step < end:
+        for place in places:
+            _note(place, rule)
+    if step == end or (rule.tinit < step < end and step % rule.deltaT == 0):
+        _keep_best(places, budget(rule, step, [len(place.params()[E]) for place in places]))
+    if step == end:
+        for place in places:
+            place.forget(REMEMBERED - {KEPT})
+    if step > end:
+        for place in places:
+            _mask(place)
+
+
+def budget(rule: Schedule, step: int, start: Sequence[int]) -> int:
+    """How many ranks all modules share at a step after `tinit`, given how many each started with."""
+    assert rule.total_step is not None
+    whole, target = sum(start), rule.target_r * len(start)
+    left = 1 - (step - rule.tinit) / (rule.total_step - rule.tfinal - rule.tinit)
+    return int((whole - target) * left**3 + target)
+
+
+def _note(place: Kept, rule: Schedule) -> None:
+    """Add this step to the averages."""
+    before = place.remembered()
+    for name, p in place.params().items():
+        if p.grad is None:
+            hint = "call it after loss.backward() and before gradients are zeroed"
+            raise PeftfxError("there is no gradient", f"{place.key}.{name}", hint)
+        now = (p * p.grad).abs()
+        importance = before.get(f"{name}_{IMPORTANCE}", torch.zeros_like(p))
+        importance = rule.beta1 * importance + (1 - rule.beta1) * now
+        varied = (now - importance).abs()
+        uncertainty = before.get(f"{name}_{UNCERTAINTY}", torch.zeros_like(p))
+        uncertainty = rule.beta2 * uncertainty + (1 - rule.beta2) * varied
+        place.remember(f"{name}_{IMPORTANCE}", importance)
+        place.remember(f"{name}_{UNCERTAINTY}", uncertainty)
+
+
+def _keep_best(places: Sequence[Kept], count: int) -> None:
+    """Keep so many triplets; of equals at the limit, none."""
+    scores = [_scores(place) for place in places]
+    everything = torch.cat(scores)
+    gone = len(everything) - count
+    limit = torch.kthvalue(everything, gone)[0] if gone > 0 else everything.new_tensor(-1.0)
+    for place, score in zip(places, scores, strict=True):
+        place.remember(KEPT, score > limit)
+        _mask(place)
+
+
+def _scores(place: Kept) -> Tensor:
+    """The score of each triplet of a module."""
+    seen = place.remembered()
+    if f"{E}_{IMPORTANCE}" not in seen:
+        raise PeftfxError("it is not known yet what matters", place.key, "call update_and_allocate in every step")
+    a, e, b = (seen[f"{n}_{IMPORTANCE}"] * seen[f"{n}_{UNCERTAINTY}"] for n in (A, E, B))
+    return e.flatten() + (a.mean(1) + b.mean(0))
+
+
+def _mask(place: Kept) -> None:
+    kept = place.remembered().get(KEPT)
+    if kept is not None:
+        place.params()[E].masked_fill_(~kept[:, None], 0.0)
