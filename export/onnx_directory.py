@@ -80,7 +80,7 @@ def export_onnx(
         VerificationError: ONNX Runtime and torch disagree; nothing is left.
     """
     asked = ExportOptions.of(options, changes)
-    adapted = model if isinstance(model, AdaptedModel) else bare(model, inputs)
+    adapted = (model if isinstance(model, AdaptedModel) else bare(model, inputs)).floating()
     example = adapted.example if inputs is None else inputs
     limit, (atol, rtol) = asked.bound, _bounds(asked)
     coded = any(isinstance(p, Coded) for p in adapted.base.parameters())

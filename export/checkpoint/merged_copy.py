@@ -10,8 +10,8 @@ from peftfx.adapters.in_place_merge import merge_into
 from peftfx.adapters.merge_report import MergeReport, refuse_unmergeable
 from peftfx.graph.contexts import evaluating
 from peftfx.model.adapted import AdaptedModel
-from peftfx.model.gathered import copied
 from peftfx.passes.adaptation.merge import Merge
+from peftfx.twins.twin import copied
 
 
 def merged_copy(adapted: AdaptedModel) -> tuple[nn.Module, MergeReport]:

@@ -90,7 +90,7 @@ def export_adapter(
         PeftfxError: the graph is of another base, or has no place for what an adapter does.
         VerificationError: ONNX Runtime and torch disagree; nothing is left.
     """
-    asked = AdapterOptions.of(options, changes)
+    asked, adapted = AdapterOptions.of(options, changes), adapted.floating()
     directory, output = Path(directory), adapter_path(Path(output), asked.force)
     manifest = Manifest.read(directory)
     if asked.atol is not None or asked.rtol is not None:

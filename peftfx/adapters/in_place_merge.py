@@ -22,6 +22,7 @@ from peftfx.graph.places import twin
 from peftfx.graph.recipe import Get
 from peftfx.sharding import full, is_part, overwrite
 from peftfx.sites.site import Site
+from peftfx.twins.twin import open_quantised
 
 
 @torch.no_grad()
@@ -46,6 +47,7 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter], *, l
     _refuse_new_biases(base, merged)
     for folding in () if late else folded.values():  # computed twice: what fails halfway could not be undone
         _refuse_infinite(folding.site, folding.evaluate(read))
+    opened = open_quantised(base, [folding.site.path for folding in folded.values()])
     trained = {override.module for adapter in adapters for override in adapter.overrides if override.module}
     _part(base, {f.site.path for f in folded.values()} | trained, _run(merged))
     sharing = _names_by_tensor(base)
@@ -72,7 +74,7 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter], *, l
                 written += _put(base, name, override, full(adapter.get(override.key)))
                 changed.setdefault(name.rpartition(".")[0])
     folded_in = sum(t.numel() * t.element_size() for adapter in adapters for _, t in adapter.tensors())
-    return MergeReport(tuple(changed), written, folded_in, roundings, tuple(untied))
+    return MergeReport(tuple(changed), written, folded_in, roundings, tuple(untied), opened)
 
 
 def _now(folding: Folding, read: Get, roundings: dict[str, Rounding]) -> Base:

@@ -21,6 +21,7 @@ class MergeReport:
         adapter_bytes: of what went into them, and is no longer needed.
         roundings: what each site's weight lost to the base's dtype: nothing where that is fp32.
         untied: the weights that another module shared until now, and that are their own now.
+        dequantised: how each layer was stored that was quantised, by its path; torch's own layer stands there now.
     """
 
     sites: tuple[str, ...]
@@ -28,6 +29,7 @@ class MergeReport:
     adapter_bytes: int = 0
     roundings: Mapping[str, Rounding] = field(default_factory=dict)
     untied: tuple[str, ...] = ()
+    dequantised: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def worst(self) -> tuple[str, Rounding]:
@@ -40,7 +42,11 @@ class MergeReport:
             f"merged {len(self.sites)} sites: {self.bytes:,} bytes written, {self.adapter_bytes:,} of adapters folded",
             f"rounding: at most {worst}, at {path}" if worst.max_abs else "rounding: none, the weights are fp32's",
         ]
-        return "\n".join([*lines, *([f"untied: {', '.join(self.untied)}"] if self.untied else [])])
+        lines += [f"untied: {', '.join(self.untied)}"] if self.untied else []
+        if self.dequantised:
+            formats = ", ".join(sorted(set(self.dequantised.values())))
+            lines.append(f"no longer quantised ({formats}): {len(self.dequantised)} layers")
+        return "\n".join(lines)
 
 
 def refuse_unmergeable(adapters: Mapping[str, Adapter]) -> None:

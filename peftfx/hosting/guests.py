@@ -13,11 +13,15 @@ from torch.overrides import TorchFunctionMode
 from peftfx.adapters.adapter import Adapter, Holder
 from peftfx.bases.guests import Guests
 from peftfx.contract.acting import Acting, adapted, overlap
+from peftfx.contract.method import Op
 from peftfx.contract.placement import owner_of
 from peftfx.errors import PeftfxError
 from peftfx.hosting.call import CURRENT, Keys
 from peftfx.hosting.seats import AttentionSeat, CopySeat, WeightSeat
 from peftfx.passes.adaptation.attention import anonymous, attended
+from peftfx.twins.layers import Reader, is_quantised
+
+Forward = Callable[..., object]
 
 
 class Parameters:
@@ -37,18 +41,42 @@ class WeightGuest:
         alone: whether it reads nothing of that output, which need not be computed then.
     """
 
-    def __init__(self, seat: WeightSeat, adapter: Adapter) -> None:
+    def __init__(self, seat: WeightSeat, adapter: Adapter, module: nn.Module) -> None:
         self.seat, self.placement, self.acting = seat, seat.placement, Acting.of(seat.placement)
+        self.reader = Reader() if is_quantised(module) else None
         self.alone = self.acting.method.reruns and self.acting.block is None
         self.params = Parameters(adapter, adapter.keys(seat.placement))
 
-    def act(self, module: nn.Module, x: Tensor, y: Tensor | None, before: Sequence[WeightGuest]) -> Tensor:
-        """The module's output with what this one does; `before` are those that have acted there."""
-        stored = module.weight, None if self.seat.bias is None else getattr(module, self.seat.bias)
+    def act(
+        self, own: Forward, module: nn.Module, x: Tensor, y: Tensor | None, before: Sequence[WeightGuest]
+    ) -> Tensor:
+        """The module's output with what this one does.
+
+        Args:
+            own: the module's own forward.
+            module: itself.
+            x, y: its input, and its output as it is before.
+            before: those that have acted there.
+        """
+        bias = None if self.seat.bias is None else getattr(module, self.seat.bias)
+        stored = module.weight if self.reader is None else self.reader(module, x.dtype), bias
         under = [(g.acting, g.params()) for g in before if overlap(g.placement, self.placement)]
         rerun = under if self.acting.method.reruns else ()
-        operation, p = self.seat.operation, self.params()
+        operation, p = self._operation(own, module, stored), self.params()  # type: ignore[arg-type]
         return adapted(self.acting, p, operation, x, y, stored, rerun, training=module.training)  # type: ignore[arg-type]
+
+    def _operation(self, own: Forward, module: nn.Module, stored: tuple[Tensor, Tensor | None]) -> Op:
+        """The site's own operation; with the weight of a quantised layer it is what the layer itself computes."""
+        operation = self.seat.operation
+        if self.reader is None:
+            return operation
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            if weight is stored[0] and bias is stored[1]:
+                return own(module, x)  # type: ignore[return-value]
+            return operation(x, weight, bias)
+
+        return run
 
 
 class AttentionGuest:
@@ -64,8 +92,7 @@ class AttentionGuest:
         """What the attention gives, or what leaves the module, with what this one does."""
         p, (key, value) = self.params(), self.layers
         read = self.method.reads(p)
-        weight = key.weight
-        read = read.to(weight.dtype) if weight.dtype.is_floating_point else read  # type: ignore[union-attr, arg-type]
+        read = read if is_quantised(key) else read.to(key.weight.dtype)  # type: ignore[union-attr, arg-type]
         keys = key(read)
         values = keys if value is key else value(read)
         return attended(self.method, self.site, query, y, (keys, values), p, training=module.training)
@@ -126,9 +153,7 @@ class Hosted(Guests):
             own = own if copy is None else copy.read(own)
         return own
 
-    def weigh(
-        self, own: Callable[..., object], module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> object:
+    def weigh(self, own: Forward, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """What a module's own forward gives, with all weight methods that act."""
         found = [guest for key in CURRENT.keys or () for guest in self.weights.get(key, ())]
         alone = [i for i, guest in enumerate(found) if guest.alone]
@@ -137,7 +162,7 @@ class Hosted(Guests):
             path = found[i].seat.path
             if not (isinstance(y, Tensor) or (y is None and alone)):
                 raise other_call(path, f"it returned a {type(y).__name__}")
-            y = found[i].act(module, _only_tensor(path, args, kwargs), y, found[:i])
+            y = found[i].act(own, module, _only_tensor(path, args, kwargs), y, found[:i])
         return y
 
     def attending(self, keys: Keys) -> list[AttentionGuest]:

@@ -137,7 +137,7 @@ class ModulesRoad:
             guests.keep(key, owner_of(adapter, place.override.key)[0])
         else:
             if isinstance(place, WeightSeat):
-                guests.weights.setdefault(key, []).append(WeightGuest(place, adapter))
+                guests.weights.setdefault(key, []).append(WeightGuest(place, adapter, module))
             if isinstance(place, AttentionSeat):
                 guests.attentions.setdefault(key, []).append(AttentionGuest(place, adapter, self.base))
             guests.keep(key, adapter.get_submodule(place.placement.key))

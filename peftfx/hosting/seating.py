@@ -8,7 +8,7 @@ are scaled or count positions do, the method acts at the output of that. What is
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +25,7 @@ from peftfx.hosting.regions import Regions
 from peftfx.hosting.seats import AttentionSeat, CopySeat, Seat, Seating, WeightSeat
 from peftfx.passes.adaptation.attention import leaving
 from peftfx.passes.rewriting.site_op import bind
+from peftfx.quantisation.coded import Coded
 from peftfx.sites.site import EXPERTS, Site, WeightSite
 
 #: torch's own layers, whose forward is one operation on their weight.
@@ -36,9 +37,15 @@ class Unhostable(Exception):
     """Why a placement cannot act inside a module."""
 
 
-def seat(graph: Graph, adapter: Adapter) -> Seating:
-    """Where an adapter acts in the modules of a graph's base."""
-    finder = _Finder(graph)
+def seat(graph: Graph, adapter: Adapter, obstacles: Mapping[str, str]) -> Seating:
+    """Where an adapter acts in the modules of a graph's base.
+
+    Args:
+        graph: of the base, or of its twin.
+        adapter: what acts.
+        obstacles: why modules cannot host anything, by their paths.
+    """
+    finder = _Finder(graph, obstacles)
     try:
         copies = [seat for override in adapter.overrides for seat in finder.copies(override)]
         placed = [seat for placement in adapter.placements for seat in finder.seats(placement)]
@@ -54,8 +61,8 @@ def seat(graph: Graph, adapter: Adapter) -> Seating:
 class _Finder:
     """Finds seats in one graph."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.base = graph, graph.base
+    def __init__(self, graph: Graph, obstacles: Mapping[str, str]) -> None:
+        self.graph, self.base, self.obstacles = graph, graph.base, obstacles
         self.nodes = {node.name: node for node in graph.nodes()}
         self.regions = Regions(graph)
         self.weights = graph.sites.weights_by_path
@@ -93,6 +100,8 @@ class _Finder:
         fusing = next((m for m in above if isinstance(m, _FUSES)), None)
         if fusing is not None:
             raise Unhostable(f"{path}: a {type(fusing).__name__} does not always call it")
+        if path in self.obstacles:
+            raise Unhostable(f"{path}: {self.obstacles[path]}")
         if "forward" in vars(module) and not hasattr(module, "_old_forward"):
             raise Unhostable(f"{path}: its forward was set on the module itself")
         return module
@@ -186,6 +195,8 @@ class _Finder:
             module = self.modules[path]
             if override.module and len(self.called.get(id(module), ())) > 1:
                 raise Unhostable(f"{path}: one module under several names")
+            if isinstance(tensor, Coded):
+                raise Unhostable(f"{path}: its {name} is quantised, and a trained copy of it is not")
             if any(_holds(value, tensor) for value in vars(module).values()):
                 raise Unhostable(f"{path}: it keeps a list of its parameters")
             yield CopySeat(path, name, override)

@@ -26,6 +26,7 @@ from peftfx.model.gathered import gathering, refuse_graph, whole_base
 from peftfx.model.peft_surface import PeftSurface
 from peftfx.sharding import is_sharded, on_first
 from peftfx.sites.sites import Sites
+from peftfx.twins.twin import Twin
 from peftfx.views.arguments import named_arguments
 from peftfx.views.entry import Entry
 from peftfx.views.prompt_in_view import prompt_in_view
@@ -51,9 +52,16 @@ class AdaptedModel(PeftSurface):
     """
 
     @classmethod
-    def on(cls, base: nn.Module, sites: Sites, example: Mapping[str, object], road: str | None = None) -> AdaptedModel:
+    def on(
+        cls,
+        base: nn.Module,
+        sites: Sites,
+        example: Mapping[str, object],
+        road: str | None = None,
+        twin: Twin | None = None,
+    ) -> AdaptedModel:
         """A model without adapters yet, whose `forward` has the base's signature: `Trainer` reads it."""
-        return _subclass(own_class(base))(base, sites, example, road)  # type: ignore[arg-type]
+        return _subclass(own_class(base))(base, sites, example, road, twin)  # type: ignore[arg-type]
 
     @takes(ExportOptions)
     def export(
@@ -106,6 +114,19 @@ class AdaptedModel(PeftSurface):
         with whole_base(self.base) as base:
             return on_first(lambda: work(self._over(base, adapters)))  # type: ignore[arg-type]
 
+    def floating(self) -> AdaptedModel:
+        """The same adapters over a base in floating point: itself, or, of a quantised base, over what that stands for.
+
+        Of that base each weight is dequantised when it is read, to float32.
+        """
+        if self.source is self.base:
+            return self
+        flags = [(p, p.requires_grad) for p in self.adapters.parameters()]
+        made = self._over(self._twin.floating(), {name: self.adapter(name) for name in self.names()})
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        return made
+
     def _over(self, base: nn.Module, adapters: Mapping[str, Adapter]) -> AdaptedModel:
         """The same adapters over another base of the same parts."""
         made = AdaptedModel.on(base, self.sites, self.example, self.wanted)
@@ -136,11 +157,12 @@ class AdaptedModel(PeftSurface):
             exact: where a size is 1 and the model's code has a branch for that, the graph of this branch, as a call
                 takes it; otherwise one of many sizes.
         """
+        self.graphs.base = self.source
         shown = self.view(view) if isinstance(view, str) else view
         entry = self.entry() if adapted else None
         if shown is not None:
             shown, entry = self.under_prompt(shown) if adapted else (shown, None)
-            inputs = shown.inputs(self.base) if inputs is None else inputs
+            inputs = shown.inputs(self.source) if inputs is None else inputs
         else:
             inputs = self.example if inputs is None else named_arguments(self.base, (), inputs)
         return self.graphs.adapted(inputs, entry, shown, self.active if adapted else (), exact=exact)
@@ -170,7 +192,7 @@ class AdaptedModel(PeftSurface):
         """
         from peftfx.model.generation import generator
 
-        return generator(self.base, self.view, lambda view, inputs: self.graph(inputs, view=view)).generate(
+        return generator(self.source, self.view, lambda view, inputs: self.graph(inputs, view=view)).generate(
             *args, **kwargs
         )
 
@@ -188,7 +210,9 @@ class AdaptedModel(PeftSurface):
         """Moved or cast: graphs made for the old device and dtype are dropped, and examples follow the dtype."""
         self.graphs.forget()
         self.example = pytree.tree_map_only(Tensor, lambda t: t.to(fn(t).dtype), self.example)  # type: ignore[operator]
-        return super()._apply(fn, recurse)  # type: ignore[arg-type, return-value]
+        super()._apply(fn, recurse)  # type: ignore[arg-type]
+        self._renew()
+        return self
 
     def __reduce__(self) -> tuple[object, ...]:
         return _blank, (own_class(self.base),), self.__getstate__()

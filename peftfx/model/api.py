@@ -16,6 +16,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.model.plan import Plan, make_plan
 from peftfx.sharding import refuse_other_wrappings
 from peftfx.sites.sites import Sites
+from peftfx.twins.twin import Twin
 from peftfx.views.capture import capture
 
 
@@ -79,7 +80,8 @@ def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> 
 
 def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None = None) -> Plan:
     """What `transform` would do with these rules: where each acts, how many parameters, why a site is skipped."""
-    return make_plan(model, inspect(model, inputs=inputs), rules)
+    adapted = bare(model, inputs)
+    return make_plan(adapted.source, adapted.sites, rules)
 
 
 def bare(model: nn.Module, inputs: Mapping[str, object] | None = None, road: str | None = None) -> AdaptedModel:
@@ -90,17 +92,19 @@ def bare(model: nn.Module, inputs: Mapping[str, object] | None = None, road: str
         raise PeftfxError(f"not the arguments of a call: {shown(inputs)}", "inputs", "pass a dict, by their names")
     refuse_other_wrappings(model)
     example = example_inputs(model) if inputs is None else inputs
+    twin = Twin(model)
     with evaluating(model):
-        graph = capture(model, example)
-    adapted = AdaptedModel.on(model, graph.sites, example, road)
+        graph = capture(twin.module, example)
+    adapted = AdaptedModel.on(model, graph.sites, example, road, twin)
     with evaluating(model):
+        adapted.graphs.base = twin.module
         adapted.graphs.keep(graph, example)
     return adapted
 
 
 def get_peft_model_state_dict(model: AdaptedModel, adapter_name: str = "default") -> dict[str, Tensor]:
     """The tensors of an adapter by their names in HF PEFT's file, as `peft.get_peft_model_state_dict` gives them."""
-    return config_and_tensors(model.base, model.adapter(adapter_name))[1]
+    return config_and_tensors(model.source, model.adapter(adapter_name))[1]
 
 
 def set_peft_model_state_dict(
@@ -111,7 +115,7 @@ def set_peft_model_state_dict(
     Raises:
         PeftfxError: the state is not of this adapter: keys are missing or unexpected, or of another shape.
     """
-    swap_state(model.base, model.sites, model.adapter(adapter_name), peft_model_state_dict)
+    swap_state(model.source, model.sites, model.adapter(adapter_name), peft_model_state_dict)
 
 
 def hotswap_adapter(model: AdaptedModel, path: str | Path, adapter_name: str = "default") -> None:
@@ -120,4 +124,4 @@ def hotswap_adapter(model: AdaptedModel, path: str | Path, adapter_name: str = "
     Raises:
         PeftfxError: that adapter differs from this one in places, ranks or options, or is not for this model.
     """
-    swap_file(model.base, model.sites, model.adapter(adapter_name), Path(path))
+    swap_file(model.source, model.sites, model.adapter(adapter_name), Path(path))

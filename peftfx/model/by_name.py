@@ -16,7 +16,7 @@ from peftfx.adapters.adjustment import adjust
 from peftfx.adapters.in_place_merge import merge_into
 from peftfx.adapters.merge_report import MergeReport, refuse_unmergeable
 from peftfx.adapters.state import refuse_other_state
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, warn
 from peftfx.graph.contexts import evaluating, fake_mode_of
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.hosting.road import ModulesRoad
@@ -31,6 +31,7 @@ from peftfx.rules.peft_configs import records_of
 from peftfx.rules.resolution import as_items, place
 from peftfx.sharding import rank
 from peftfx.sites.sites import Sites
+from peftfx.twins.twin import Twin
 
 Rules = object
 """What `transform` takes as rules: a Method, a text, a `peft` config object, or a sequence of them."""
@@ -45,9 +46,17 @@ class AdaptersByName(nn.Module):
         sites: where adapters can act.
         example: a call of the base, by the names of its arguments.
         wanted: the road that calls take, `modules` or `graph`; None is the modules where they can host all that acts.
+        twin: of the base, if there is one already.
     """
 
-    def __init__(self, base: nn.Module, sites: Sites, example: Mapping[str, object], wanted: str | None = None) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        sites: Sites,
+        example: Mapping[str, object],
+        wanted: str | None = None,
+        twin: Twin | None = None,
+    ) -> None:
         super().__init__()
         if wanted not in (None, *ROADS):
             raise PeftfxError(f"unknown road {wanted!r}", "road", "one of 'modules', 'graph'")
@@ -55,7 +64,8 @@ class AdaptersByName(nn.Module):
         self.base, self.example, self.wanted = base, dict(example), wanted
         self._sites: Sites | None = sites
         self.named = AdapterSet(self.adapters)
-        self.graphs = Graphs(base, self.named)
+        self._twin = Twin(base) if twin is None else twin
+        self.graphs = Graphs(self.source, self.named)
         self.modules_road = ModulesRoad(base, self.named)
         self._shared = shared(base, self)
         self.training = base.training
@@ -63,6 +73,11 @@ class AdaptersByName(nn.Module):
     @abstractmethod
     def graph(self, *, adapted: bool = True) -> Graph:
         """The graph of an example call."""
+
+    @property
+    def source(self) -> nn.Module:
+        """The base as its weights are read: itself, or its twin, where some are quantised (`peftfx.twins.twin`)."""
+        return self._twin.module
 
     @property
     def sites(self) -> Sites:
@@ -81,12 +96,12 @@ class AdaptersByName(nn.Module):
             seed: of the random initial values; by default they come from torch's global generator.
         """
         self.named.refuse(name)
-        adapter = Adapter(place(self.base, self.sites, rules), records_of(as_items(rules)))
+        adapter = Adapter(place(self.source, self.sites, rules), records_of(as_items(rules)))
         adapter.ran = self.sites.called.union(site.path for site in self.sites)
         device = next((p.device for p in self.base.parameters()), torch.device("cpu"))
         rng = None if seed is None else torch.Generator(device).manual_seed(seed)
         with fake_mode_of(self.base):
-            adapter.create(self.base, rng)
+            adapter.create(self.source, rng)
         self._install(name, adapter)
 
     def add_weighted_adapter(
@@ -105,7 +120,7 @@ class AdaptersByName(nn.Module):
         self.named.refuse(adapter_name)
         named = {name: self.adapter(name) for name in adapters}
         with fake_mode_of(self.base):
-            combined = combine(self.base, named, weights, combination_type)
+            combined = combine(self.source, named, weights, combination_type)
         tell_left_out(named)
         combined.named = frozenset().union(*(adapter.named for adapter in named.values()))
         self._install(adapter_name, combined)
@@ -125,12 +140,14 @@ class AdaptersByName(nn.Module):
         if self.wanted == "graph":
             return Seating(obstacle=self.obstacle)
         with evaluating(self.base):
-            seating = seat(self.graph(adapted=False), adapter)
-        if late := may_run_late(self.base, adapter, self.sites):
+            seating = seat(self.graph(adapted=False), adapter, self._twin.obstacles)
+        if late := may_run_late(self.source, adapter, self.sites):
             seating = Seating(obstacle=late)
         if seating.obstacle and self.wanted == "modules":
             what = f"no module of the base can host this adapter: {seating.obstacle}"
             raise PeftfxError(what, "road", 'leave road out, or pass road="graph": calls then run a graph')
+        if seating.obstacle and self._twin.obstacles:
+            warn(f"calls run a graph over dequantised weights, and not the base's own layers: {seating.obstacle}")
         return seating
 
     @property
@@ -152,7 +169,7 @@ class AdaptersByName(nn.Module):
         from peftfx.adapters.files.reader import read_adapter
 
         self.named.refuse(name)
-        self._install(name, read_adapter(Path(path), self.base, self.sites))
+        self._install(name, read_adapter(Path(path), self.source, self.sites))
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -224,7 +241,13 @@ class AdaptersByName(nn.Module):
     def base_changed(self) -> None:
         """Drop what was made from the base: its weights are others now, here or under another adapted model."""
         self.graphs.forget()
+        self._renew()
         self._sites = None
+
+    def _renew(self) -> None:
+        """The base has other tensors now."""
+        self._twin = Twin(self.base)
+        self.graphs.base = self.source
 
     def save_pretrained(
         self,
@@ -261,13 +284,14 @@ class AdaptersByName(nn.Module):
             adapters = {name: adapter.gathered() for name, adapter in adapters.items()}
             is_main_process = is_main_process and rank() == 0
         if is_main_process:
-            save_adapters(self.base, adapters, Path(directory))
+            save_adapters(self.source, adapters, Path(directory))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable parameters, and of all; a trained bias stands for the base's own, as in HF PEFT."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         own = {o.key: self.adapter(n).get(o.key) for n in self.names() for o in self.adapter(n).overrides if o.stands}
-        return trained, sum(p.numel() for p in self.parameters()) - sum(t.numel() for t in own.values())
+        every = {id(p): p.numel() for p in (*self.adapters.parameters(), *self.source.parameters())}
+        return trained, sum(every.values()) - sum(t.numel() for t in own.values())
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, in HF PEFT's words."""
@@ -295,14 +319,15 @@ class AdaptersByName(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave the graphs behind: they are made again, over the copy's own tensors."""
-        left = ("graphs", "_shared", "modules_road")
+        left = ("graphs", "_shared", "modules_road", "_twin")
         own = {key: value for key, value in self.__dict__.items() if key not in left}
         return {**own, "_trained": dict(self._shared.trained), "_seatings": dict(self.modules_road.seatings)}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         trained, seatings = state.pop("_trained"), state.pop("_seatings")
         super().__setstate__(state)
-        self.graphs = Graphs(self.base, self.named)
+        self._twin = Twin(self.base)
+        self.graphs = Graphs(self.source, self.named)
         self.modules_road = ModulesRoad(self.base, self.named)
         for name, seating in seatings.items():  # type: ignore[attr-defined]
             self.modules_road.enter(name, self.named[name], seating)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftfx.bases.guests import GUESTS, own_class, own_modules
+from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
 from peftfx.sharding import full, is_part, is_sharded, rank, refuse_other_wrappings, reshard, together, unhooked
+from peftfx.twins.twin import copied
 
 
 def gathering(model: nn.Module, what: str) -> bool:
@@ -61,12 +61,7 @@ def whole_base(base: nn.Module) -> Iterator[nn.Module | None]:
                         kept = _kept(value, Path(folder) / str(len(made)))
                         made[id(tensor)] = nn.Parameter(kept, False) if isinstance(tensor, nn.Parameter) else kept
                     del value
-        yield _whole(base, made, {}) if rank() == 0 else None
-
-
-def copied(base: nn.Module) -> nn.Module:
-    """A base of the same tensors in modules of its own, without what adapters put there."""
-    return _whole(base, {}, {})
+        yield copied(base, made) if rank() == 0 else None
 
 
 def _kept(value: Tensor, file: Path) -> Tensor:
@@ -74,17 +69,3 @@ def _kept(value: Tensor, file: Path) -> Tensor:
     value = value.cpu().contiguous()
     value.reshape(-1).view(torch.uint8).numpy().tofile(file)
     return torch.from_file(str(file), shared=False, size=value.numel(), dtype=value.dtype).view(value.shape)
-
-
-def _whole(module: nn.Module, tensors: dict[int, Tensor], made: dict[int, nn.Module]) -> nn.Module:
-    """A copy of a module, of its own class, without what adapters put there, with these tensors for its own."""
-    if id(module) in made:
-        return made[id(module)]
-    copied = made[id(module)] = object.__new__(own_class(module))
-    state = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()}
-    for name in ("_parameters", "_buffers"):
-        state[name] = {k: tensors.get(id(t), t) for k, t in vars(module)[name].items()}
-    children = {k: m for k, m in module._modules.items() if k != GUESTS}
-    vars(copied).update(state)
-    vars(copied)["_modules"] = {k: None if m is None else _whole(m, tensors, made) for k, m in children.items()}
-    return copied

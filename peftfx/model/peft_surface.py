@@ -52,7 +52,7 @@ class PeftSurface(AdaptersByName):
             PeftfxError: an adapter was made from several rules.
         """
         trained = set(self.active)
-        return {name: PeftConfig.of(self.base, self.adapter(name), name in trained) for name in self.names()}
+        return {name: PeftConfig.of(self.source, self.adapter(name), name in trained) for name in self.names()}
 
     @property
     def active_adapters(self) -> list[str]:

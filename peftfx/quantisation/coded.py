@@ -29,12 +29,19 @@ class Coded(Stored):
     like: Tensor
 
     @staticmethod
-    def __new__(cls, codes: Codes, dtype: torch.dtype = torch.float32, *, views: tuple[View, ...] = ()) -> Coded:
+    def __new__(
+        cls,
+        codes: Codes,
+        dtype: torch.dtype = torch.float32,
+        *,
+        views: tuple[View, ...] = (),
+        device: torch.device | str = "cpu",
+    ) -> Coded:
         like = torch.empty(codes.shape, device="meta")
         for view in views:
             like = view(like)
         made: Coded = Tensor._make_wrapper_subclass(
-            cls, like.shape, like.stride(), like.storage_offset(), dtype=dtype, device=torch.device("cpu")
+            cls, like.shape, like.stride(), like.storage_offset(), dtype=dtype, device=torch.device(device)
         )
         made.codes, made.views, made.like = codes, views, like
         return made
@@ -45,14 +52,14 @@ class Coded(Stored):
     @property
     def source(self) -> Tensor:  # type: ignore[override]
         """The values, float32, computed now."""
-        values = self.codes.dequantise()
+        values = self.codes.dequantise().to(self.device)
         for view in self.views:
             values = view(values)
         return values
 
     def moved(self, view: View) -> Coded:
         """A view of it: nothing is computed."""
-        return Coded(self.codes, self.dtype, views=(*self.views, view))
+        return Coded(self.codes, self.dtype, views=(*self.views, view), device=self.device)
 
     @property
     def identity(self) -> object:

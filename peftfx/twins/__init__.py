@@ -1,0 +1,1 @@
+"""Twins: a base in memory as its weights are read: quantised layers are dequantised late."""

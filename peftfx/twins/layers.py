@@ -1,0 +1,96 @@
+"""codes_in: the codes of a quantised layer in memory, read as those of a file are: no package is asked or run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.errors import PeftfxError
+from peftfx.quantisation import awq, bitsandbytes4, bitsandbytes8, compressed, fp8, gptq
+from peftfx.quantisation.coded import Coded
+from peftfx.quantisation.codes import Codes
+from peftfx.quantisation.packed import Packed
+from peftfx.twins import torchao
+
+WHERE = "the model in memory"
+_NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32, fp8.E4M3, torch.float8_e5m2)
+#: Of which format a layer is that has a tensor of this name; the first that fits.
+_BY_NAME = (
+    *((mark, bitsandbytes4) for mark in bitsandbytes4.MARKS),
+    *((mark, bitsandbytes8) for mark in bitsandbytes8.MARKS),
+    ("g_idx", gptq),
+    ("qweight", awq),
+    ("weight_packed", compressed),
+    ("weight_scale_inv", fp8),
+    ("weight_scale", compressed),
+)
+
+
+def codes_in(module: nn.Module, path: str, config: Mapping[str, object]) -> Codes | None:
+    """The codes of a linear layer; None of a module whose weights are not quantised.
+
+    Args:
+        module: of the model.
+        path: its name there.
+        config: the model's `quantization_config`, for what the layer itself does not say.
+
+    Raises:
+        PeftfxError: it is quantised in a way that is not read here.
+    """
+    quantised = _quantised(module)
+    if not quantised:
+        return None
+    weight = module._parameters.get("weight")
+    own: dict[str, Tensor] = {}
+    if not torchao.is_torchao(weight):
+        module._save_to_state_dict(own, "", False)
+    found = next((form for mark, form in _BY_NAME if mark in own), None)
+    if isinstance(module, nn.Embedding) or not (found or (quantised == ["weight"] and torchao.is_torchao(weight))):
+        kind, names = type(module).__name__, ", ".join(own or quantised)
+        what = f"this layer is quantised in a way that is not read here: a {kind} with {names}"
+        raise PeftfxError(what, path, "use the unquantised model, or bitsandbytes, torchao, GPTQ, AWQ or fp8 linears")
+    if found is None:
+        return torchao.read(weight)  # type: ignore[arg-type]
+    said = {**config, **{name: value for name, value in vars(module).items() if isinstance(value, int | str)}}
+    return found.read(Packed(path, {k: t.cpu() for k, t in own.items() if k in found.NAMES}, said, WHERE))  # type: ignore[attr-defined, no-any-return]
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module's own weights are quantised, in whatever way."""
+    return bool(_quantised(module))
+
+
+def _quantised(module: nn.Module) -> list[str]:
+    weights = ((n, t) for n, t in module._buffers.items() if "weight" in n)
+    held = (*module._parameters.items(), *weights)
+    return [name for name, tensor in held if tensor is not None and _is_coded(tensor)]
+
+
+def _is_coded(tensor: Tensor) -> bool:
+    return tensor.dtype in _NARROW or torchao.is_torchao(tensor) or getattr(tensor, "quant_state", None) is not None
+
+
+class Reader:
+    """Reads the weight of one quantised layer at each call, its codes anew when the layer has another tensor."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Tensor, torch.device] | None = None
+        self._read: Coded | None = None
+
+    def __call__(self, module: nn.Module, dtype: torch.dtype) -> Coded:
+        """The weight [out, in], in this dtype; dequantised by what computes with it."""
+        held = (module._parameters.get("weight"), *module._buffers.values())
+        own = next(tensor for tensor in held if tensor is not None)
+        if (
+            self._of is None
+            or self._read is None
+            or self._of[0] is not own
+            or self._of[1] != own.device
+            or self._read.dtype != dtype
+        ):
+            codes = codes_in(module, type(module).__name__, {})
+            assert codes is not None
+            self._of, self._read = (own, own.device), Coded(codes, dtype, device=own.device)
+        return self._read

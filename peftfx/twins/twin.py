@@ -1,0 +1,226 @@
+"""Twin: a base as its weights are read: its own modules again, over the same tensors, quantised ones dequantised late.
+
+A quantised layer has no weight that a graph could read, nor an operator that it could tell. Its place is taken, in the
+twin alone, by torch's own linear layer whose weight is the layer's codes (`Coded`). So sites are found, adapters made,
+merged and exported as over a base in floating point, of which no copy is ever made. What runs in training is the base.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.bases.guests import GUESTS, own_class, own_modules
+from peftfx.errors import PeftfxError, first_line
+from peftfx.graph.lazy_weights import store
+from peftfx.quantisation.coded import Coded
+from peftfx.quantisation.codes import Codes
+from peftfx.twins.layers import codes_in, is_quantised
+
+_HELD = ("_parameters", "_buffers", "_modules")
+_TRIED = 0.1  #: of the largest output, how far a layer that rounds its input too may be from its codes: int8 is at 0.04
+
+
+class Twin:
+    """The twin of a base, made when it is first asked for; of a base in floating point that is the base itself.
+
+    Attributes:
+        obstacles: why a layer of the base cannot be trained through, by its path.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.obstacles: dict[str, str] = {}
+        self._codes: dict[str, Codes] = {}
+        self._made: dict[int, nn.Module] = {}
+        self._module: nn.Module | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The twin, in the modes and with the attributes that the base's modules have now.
+
+        Raises:
+            PeftfxError: a layer is quantised in a way that is not read here, or computes something else than its codes.
+        """
+        if self._module is None:
+            self._module = self._make()
+        if self._module is not self.base:
+            for _, own in own_modules(self.base):
+                made = self._made[id(own)]
+                vars(made).update({"training": own.training} if isinstance(made, _Linear) else _attributes(own, made))
+        return self._module
+
+    @property
+    def formats(self) -> Mapping[str, str]:
+        """How each quantised layer is stored, by its path."""
+        return {path: codes.format for path, codes in self._codes.items()} if self.module is not self.base else {}
+
+    def floating(self) -> nn.Module:
+        """The twin in eval mode and float32 throughout, nothing of it in memory: what is exported."""
+        made = copied(self.module)
+        for _, module in made.named_modules():
+            weight = module._parameters.get("weight")
+            if isinstance(weight, Coded):
+                wide = Coded(weight.codes, views=weight.views)
+                module._parameters["weight"] = nn.Parameter(wide, requires_grad=False)
+        store(made, lambda _: torch.float32)
+        configs: dict[int, object] = {}
+        for _, module in made.named_modules():
+            module._buffers = {k: None if b is None else _wide(b) for k, b in module._buffers.items()}
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "quantization_config"):
+                if id(config) not in configs:
+                    configs[id(config)] = plain = copy.copy(config)
+                    del plain.quantization_config
+                    plain.dtype = torch.float32
+                module.config = configs[id(config)]  # type: ignore[assignment]
+        return made.eval()
+
+    def _make(self) -> nn.Module:
+        config = config_of(self.base)
+        modules = dict(own_modules(self.base))
+        found = {path: codes_in(module, path, config) for path, module in modules.items()}
+        self._codes = {path: codes for path, codes in found.items() if codes is not None}
+        if not self._codes:
+            return self.base
+        flowing = dtype_of(self.base)
+        kinds: dict[object, str] = {}
+        for path, codes in self._codes.items():
+            own = modules[path]
+            self._made[id(own)] = layer = _linear(own, codes, flowing)
+            kind = type(own), codes.format
+            if kind not in kinds:
+                kinds[kind] = _obstacle(path, own, layer, codes, flowing)
+            if kinds[kind]:
+                self.obstacles[path] = kinds[kind]
+        return copied(self.base, made=self._made)
+
+
+def dtype_of(base: nn.Module) -> torch.dtype:
+    """The dtype of what flows between a base's layers: that of its first weight that is not quantised."""
+    plain = (p.dtype for p in base.parameters() if p.dtype in (torch.float32, torch.bfloat16, torch.float16))
+    return next(plain, torch.float32)
+
+
+def _linear(own: nn.Module, codes: Codes, dtype: torch.dtype) -> nn.Linear:
+    """torch's own layer with these codes for its weight."""
+    made = _Linear.__new__(_Linear)
+    nn.Module.__init__(made)
+    made.out_features, made.in_features = codes.shape
+    device = _device_of(own)
+    made.register_parameter("weight", nn.Parameter(Coded(codes, dtype, device=device), requires_grad=False))
+    bias = own._parameters.get("bias", own._buffers.get("bias"))
+    made.register_parameter(
+        "bias", bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, False)
+    )
+    made.training = own.training
+    return made
+
+
+def _device_of(own: nn.Module) -> torch.device:
+    return next(t.device for t in (*own._parameters.values(), *own._buffers.values()) if t is not None)
+
+
+class _Linear(nn.Linear):
+    """torch's, whatever the dtype of its input is: that of its output, as in quantised layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+def open_quantised(base: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """Put torch's own layer, still without a weight, in the place of each of these that is quantised.
+
+    Returns:
+        How each of them was stored, by its path.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        own = base.get_submodule(path)
+        codes = codes_in(own, path, config_of(base)) if is_quantised(own) else None
+        if codes is None:
+            continue
+        made = nn.Linear(codes.columns, codes.rows, bias=False, device="meta")
+        made.weight = nn.Parameter(torch.empty(0, device=_device_of(own)), requires_grad=False)
+        made.register_parameter("bias", own._parameters.get("bias"))
+        made._forward_hooks, made._forward_pre_hooks = own._forward_hooks, own._forward_pre_hooks
+        made.training = own.training
+        base.set_submodule(path, made)
+        found[path] = codes.format
+    return found
+
+
+def config_of(base: nn.Module) -> Mapping[str, object]:
+    """What a base says of how it is quantised, as its config has it."""
+    said = getattr(getattr(base, "config", None), "quantization_config", None)
+    if isinstance(said, Mapping):
+        return said
+    return said.to_dict() if said is not None and hasattr(said, "to_dict") else {}
+
+
+def _obstacle(path: str, own: nn.Module, layer: nn.Linear, codes: Codes, dtype: torch.dtype) -> str:
+    """Why nothing can be trained through a layer; it is tried.
+
+    Raises:
+        PeftfxError: it computes something else than its codes.
+    """
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(4, layer.in_features, generator=rng).to(_device_of(own), dtype).requires_grad_()
+    mode, own.training = own.training, True  # in eval mode bitsandbytes may pack its codes another way
+    try:
+        with torch.enable_grad():
+            y = own(x)
+    except Exception as error:
+        return f"a {type(own).__name__}, which does not run here: {first_line(error)}"
+    finally:
+        own.training = mode
+    want = layer(x.detach())
+    far = float((y.detach() - want).abs().max() / want.abs().max().clamp(min=1e-12))
+    if not far < _TRIED:
+        what = (
+            f"this {type(own).__name__} computes something else than its codes, read as {codes.format}: {far:.1%} off"
+        )
+        raise PeftfxError(what, path, "its package may be broken on this device; use the unquantised model")
+    return "" if y.requires_grad else f"a {type(own).__name__} whose own product has no gradient"
+
+
+def copied(
+    module: nn.Module, tensors: Mapping[int, Tensor] = MappingProxyType({}), made: dict[int, nn.Module] | None = None
+) -> nn.Module:
+    """A copy of a module, of its own class, without what adapters put there.
+
+    Args:
+        module: what is copied, and the modules in it.
+        tensors: those that stand for its own, by the ids of these; all others are shared.
+        made: copies by the ids of what they are of, this one and those in it among them; those there already stay.
+    """
+    made = {} if made is None else made
+    if id(module) in made:
+        return made[id(module)]
+    result = made[id(module)] = object.__new__(own_class(module))
+    own = _attributes(module, result).items()
+    vars(result).update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in own})
+    for name in ("_parameters", "_buffers"):
+        vars(result)[name] = {k: tensors.get(id(t), t) for k, t in vars(module)[name].items()}
+    children = {k: m for k, m in module._modules.items() if k != GUESTS}
+    vars(result)["_modules"] = {k: None if m is None else copied(m, tensors, made) for k, m in children.items()}
+    return result
+
+
+def _attributes(module: nn.Module, result: nn.Module) -> dict[str, Any]:
+    """A module's own attributes, as a copy of it has them: what was set as its forward is the copy's."""
+    found = {k: v for k, v in vars(module).items() if k not in _HELD}
+    forward = found.get("forward")
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        found["forward"] = MethodType(forward.__func__, result)
+    return found
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
