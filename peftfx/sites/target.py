@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.field_types import refuse_misfits
@@ -26,7 +26,17 @@ class Match:
 
 
 class Where(TypedDict, total=False):
-    """Where a rule applies: the arguments of `select` and `explain`."""
+    """Where a rule applies, as `select` and `explain` are told; what is left out says nothing.
+
+    Attributes:
+        target: an expression (see this module), a compiled pattern that must match a whole path, or several
+            expressions, any of which may match.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern: as in HF PEFT. A list holds paths or ends
+            of paths; a string is a regular expression that must match a whole path, or "all-linear".
+        target_parameters: as in HF PEFT: parameters by their full names or the ends of these, beside what else is
+            targeted, or alone.
+        default: the expression where neither `target` nor `target_modules` is given; `all-linear`.
+    """
 
     target: Target | None
     target_modules: Modules | None
@@ -46,74 +56,35 @@ class Reason:
     why: str
 
 
-def select(
-    sites: Iterable[Site],
-    *,
-    target: Target | None = None,
-    target_modules: Modules | None = None,
-    target_parameters: Collection[str] | None = None,
-    exclude_modules: Modules | None = None,
-    layers_to_transform: int | Collection[int] | None = None,
-    layers_pattern: str | Collection[str] | None = None,
-    default: str = ALL_LINEAR,
-    kinds: Collection[str] = WEIGHT_KINDS,
-) -> list[Match]:
+def select(sites: Iterable[Site], *, kinds: Collection[str] = WEIGHT_KINDS, **where: Unpack[Where]) -> list[Match]:
     """The sites that a rule applies to, in the order in which they run.
 
     Args:
         sites: the sites to pick from.
-        target: an expression (see this module), a compiled pattern that must match a whole path, or several
-            expressions, any of which may match.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern: as in HF PEFT. A list holds paths or ends
-            of paths; a string is a regular expression that must match a whole path, or "all-linear".
-        target_parameters: as in HF PEFT: parameters by their full names or the ends of these, beside what else is
-            targeted, or alone.
-        default: the expression where neither `target` nor `target_modules` is given.
         kinds: the kinds of sites that may be picked.
+        where: where the rule applies; see `Where`.
 
     Raises:
         PeftfxError: the arguments contradict each other, an expression cannot be read, or nothing matches.
     """
-    reasons = explain(
-        sites,
-        target=target,
-        target_modules=target_modules,
-        target_parameters=target_parameters,
-        exclude_modules=exclude_modules,
-        layers_to_transform=layers_to_transform,
-        layers_pattern=layers_pattern,
-        default=default,
-        kinds=kinds,
-    )
+    reasons = explain(sites, kinds=kinds, **where)
     matches = [reason.match for reason in reasons if reason.match]
     if not matches:
-        raise _nothing_matches(reasons, target, target_modules or target_parameters, default)
+        raise _nothing_matches(reasons, where)
     return matches
 
 
-def explain(
-    sites: Iterable[Site],
-    *,
-    target: Target | None = None,
-    target_modules: Modules | None = None,
-    target_parameters: Collection[str] | None = None,
-    exclude_modules: Modules | None = None,
-    layers_to_transform: int | Collection[int] | None = None,
-    layers_pattern: str | Collection[str] | None = None,
-    default: str = ALL_LINEAR,
-    kinds: Collection[str] = WEIGHT_KINDS,
-) -> list[Reason]:
+def explain(sites: Iterable[Site], *, kinds: Collection[str] = WEIGHT_KINDS, **where: Unpack[Where]) -> list[Reason]:
     """For every site, whether `select` with the same arguments picks it, and why; raises only if they make no sense."""
-    given: dict[str, object] = {
-        "target": target,
-        "target_modules": target_modules,
-        "target_parameters": target_parameters,
-        "exclude_modules": exclude_modules,
-        "layers_to_transform": layers_to_transform,
-        "layers_pattern": layers_pattern,
-        "default": default,
-    }
-    refuse_misfits(given, Where, "target")
+    if unknown := next((name for name in where if name not in Where.__annotations__), None):
+        raise PeftfxError(f"a target has no option {unknown!r}", "target", nearest(unknown, Where.__annotations__))
+    refuse_misfits(where, Where, "target")
+    target, target_modules, parameters = (
+        where.get("target"),
+        where.get("target_modules"),
+        where.get("target_parameters"),
+    )
+    layers_to_transform, layers_pattern = where.get("layers_to_transform"), where.get("layers_pattern")
     if target is not None and target_modules is not None:
         raise PeftfxError("target and target_modules are both given", str(target), "give one of them")
     if isinstance(target_modules, str) and layers_to_transform is not None:
@@ -122,8 +93,9 @@ def explain(
             target_modules,
             "give the modules as a list, put the layers into the expression, or say target= instead",
         )
-    picker = _picker(sites, target, target_modules, target_parameters, default)
-    excluded = (lambda site: False) if not exclude_modules else _named(exclude_modules, "exclude_modules")
+    picker = _picker(sites, where)
+    exclude = where.get("exclude_modules")
+    excluded = (lambda site: False) if not exclude else _named(exclude, "exclude_modules")
     layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform or ())
     names = (layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern or ())
     patterns = [quick(name, "layers_pattern", _LAYER) for name in names]
@@ -133,7 +105,7 @@ def explain(
     def reason(site: Site) -> Reason:
         if site.kind not in kinds:
             return Reason(site, None, f"its kind, {site.kind}, is not one of {', '.join(kinds)}")
-        if any(ends_with(site.parameter, name) for name in target_parameters or ()) and site.kind in BY_PARAMETER:
+        if any(ends_with(site.parameter, name) for name in parameters or ()) and site.kind in BY_PARAMETER:
             return Reason(site, Match(site), "target_parameters name its weight")
         match = _match(site, picker(site))
         if match is None:
@@ -148,18 +120,13 @@ def explain(
     return [reason(site) for site in sites]
 
 
-def _picker(
-    sites: Iterable[Site],
-    target: Target | None,
-    modules: Modules | None,
-    parameters: Collection[str] | None,
-    default: str,
-) -> Picker:
+def _picker(sites: Iterable[Site], where: Where) -> Picker:
+    modules, target = where.get("target_modules"), where.get("target")
     if modules is not None:
         return _modules(modules)
-    if target is None and parameters:
+    if target is None and where.get("target_parameters"):
         return lambda site: frozenset()
-    return parse(default if target is None else target)(sites)
+    return parse(where.get("default", ALL_LINEAR) if target is None else target)(sites)
 
 
 def _modules(modules: Modules) -> Picker:
@@ -199,10 +166,9 @@ def _match(site: Site, picked: Units) -> Match | None:
     return Match(site, () if picked == units(site) else tuple(p.role for p in site.parts if p.role in picked))
 
 
-def _nothing_matches(
-    reasons: Sequence[Reason], target: Target | None, target_modules: Modules | None, default: str
-) -> PeftfxError:
-    asked = target_modules if target_modules is not None else default if target is None else target
+def _nothing_matches(reasons: Sequence[Reason], where: Where) -> PeftfxError:
+    modules, target = where.get("target_modules") or where.get("target_parameters"), where.get("target")
+    asked = modules if modules is not None else where.get("default", ALL_LINEAR) if target is None else target
     items = [asked] if isinstance(asked, str | re.Pattern) else list(asked)
     texts = [item.pattern if isinstance(item, re.Pattern) else item for item in items]
     sites = [reason.site for reason in reasons]
