@@ -165,3 +165,51 @@ def test_a_large_network_is_no_quadratic_work() -> None:
     assert made < 3
     assert time.process_time() - start < 15
     assert make_network(sites, flow).number_of_nodes() == 3 * count + 2
+
+
+class Block(nn.Module):
+    """Two convs beside a third one, added."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(inner, outer, 3, padding=1), nn.Conv2d(outer, outer, 3, padding=1)
+        self.beside = nn.Conv2d(inner, outer, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.beside(x) + self.two(torch.relu(self.one(x)))
+
+
+class Skipping(nn.Module):
+    """A small U-Net: what each block on the way down gives, a block on the way up reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([Block(3, 8), Block(8, 16)])
+        self.mid = Block(16, 16)
+        self.up = nn.ModuleList([Block(32, 8), Block(16, 4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = []
+        for block in self.down:
+            x = block(x)
+            kept.append(x)
+            x = nn.functional.avg_pool2d(x, 2)
+        x = self.mid(x)
+        for block in self.up:
+            x = block(torch.cat([nn.functional.interpolate(x, scale_factor=2.0), kept.pop()], 1))
+        return x
+
+
+def test_skips_of_a_unet_are_edges_and_what_they_pass_by_is_no_end() -> None:
+    model = Skipping().eval()
+    sites = peftfx.inspect(model, inputs={"x": torch.randn(1, 3, 16, 16)})
+    network = sites.network()
+    joins = {network.nodes[n]["path"]: n for n in network if n.startswith("join:")}
+    for down, up in (("down.0", "up.1"), ("down.1", "up.0")):
+        for conv in ("one", "beside"):
+            assert network.edges[joins[down], f"{up}.{conv}"]["ops"] == ("cat",)
+    assert not network.has_edge(joins["down.0"], "up.0.one")
+    # What down.1 and mid give has a way around it, from down.0 to up.1.
+    assert sites.layer_ends() == {"down.0": joins["down.0"], "up.1": joins["up.1"]}
+    between = [match.site.path for match in sites.select("between(down.1.two, up.1.one)")]
+    assert between == [f"{block}.{conv}" for block in ("mid", "up.0") for conv in ("beside", "one", "two")]
