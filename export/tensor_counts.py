@@ -64,7 +64,7 @@ def _keys(adapter: Adapter, rule: Placed, number: int) -> Iterator[str]:
     for placement in rule.placements:
         yield from (f"{placement.key}.{name}" for name in placement.suffixes())
     yield from (override.key for override in rule.overrides)
-    yield from (shared_key(number, name) for name in rule.method.shared_keys())
+    yield from (shared_key(number, name) for name in rule.method.shared_keys(rule.sites))
 
 
 def _where(rule: Placed, key: str, read: Collection[str], to: str) -> str:

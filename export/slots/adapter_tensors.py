@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfx.contract.method import Base
+from peftfx.contract.method import Base, widened
 from peftfx.contract.override import SAVED, Override
 from peftfx.contract.placed import Placements
 from peftfx.contract.placement import WeightPlacement, owner_of, site_tensors
@@ -110,7 +110,7 @@ def _beside(adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[s
     found: AdapterTensors = {}
     for name, placement in ((name, p) for name, placements in _placements(adapted) for p in placements.attentions):
         method, heads = placement.method, placement.site.heads
-        p = {key: t.float() for key, t in adapted.adapter(name).params(placement).items()}
+        p = widened(adapted.adapter(name).params(placement))
         made = []
         for path, rows in ((heads.key, heads.key_rows), (heads.value, heads.value_rows)):
             update = updates.get(path, Update())

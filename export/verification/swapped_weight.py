@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftfx.contract.broadcast import row_index
-from peftfx.contract.method import Base, Params
+from peftfx.contract.method import Base, Params, widened
 from peftfx.contract.placement import WeightPlacement
 from peftfx.export.verification.published import on_weight
 from peftfx.sites.blocks import turned
@@ -71,7 +71,7 @@ class SwappedWeight:
 @torch.no_grad()
 def _changed(start: Base, base: Base, step: Step, kind: str, groups: int) -> Base:
     """A weight and bias after a step, given what they were at the start and are now."""
-    p = {name: value.float() for name, value in step.params.items()}
+    p = widened(step.params)
     part = step.placement.part
     if part is None:
         return _fold(step, start, base, p, kind, groups)

@@ -93,12 +93,13 @@ class Adapter(Holder):
     def create(self, base: nn.Module, rng: torch.Generator | None) -> None:
         """Make every parameter, at its method's initial values; overrides start as copies of the base's tensors."""
         self.share(base, rng)
-        for number, rule in enumerate(self.placed):
+        for rule in self.placed:
             for placement in rule.placements:
                 with torch.no_grad():
-                    params = placement.init(base, rng, self.shared(number))
+                    params = placement.init(base, rng, {n: self.get(key) for n, key in self._reads(placement).items()})
                 for name, value in params.items():
-                    self.put(f"{placement.key}.{name}", value, trained=name not in placement.method.frozen())
+                    trained = not placement.method.is_constant(name, value)
+                    self.put(f"{placement.key}.{name}", value, trained=trained)
         self.copy_overridden(base)
 
     @torch.no_grad()
@@ -106,7 +107,7 @@ class Adapter(Holder):
         """Make what the places of each rule share."""
         for number, rule in enumerate(self.placed):
             for name, value in shared_by(rule, base, rng).items():
-                self.put(shared_key(number, name), value, trained=name not in rule.method.frozen())
+                self.put(shared_key(number, name), value, trained=not rule.method.is_constant(name, value))
 
     def copy_overridden(self, base: nn.Module) -> None:
         """Start the overrides as copies of the base's tensors."""
@@ -126,9 +127,15 @@ class Adapter(Holder):
 
     def keys(self, placement: Placement) -> dict[str, str]:
         """The dotted name of each of them."""
-        remembered, number = placement.method.remembered(), self._rule[placement.key]
+        remembered = placement.method.remembered()
         own = {name: f"{placement.key}.{name}" for name in self.all_of(placement) if name not in remembered}
-        return own | {name: shared_key(number, name) for name in self.shared(number)}
+        return own | self._reads(placement)
+
+    def _reads(self, placement: Placement) -> dict[str, str]:
+        """What a placement reads of what its rule's places share: by its name there, where it is kept."""
+        number = self._rule[placement.key]
+        chosen = self.placed[number].reads(placement, self.shared(number))
+        return {name: shared_key(number, kept) for name, kept in chosen.items()}
 
     def shared(self, number: int) -> dict[str, Tensor]:
         """What the places of a rule share, by name."""

@@ -80,7 +80,8 @@ def _made(
     made = Adapter(placed, next(iter(adapters.values())).records)
     for placement in made.placements:
         for name, value in values[placement.key].items():
-            made.put(f"{placement.key}.{name}", value.detach().clone(), trained=name not in placement.method.frozen())
+            trained = not placement.method.is_constant(name, value)
+            made.put(f"{placement.key}.{name}", value.detach().clone(), trained=trained)
     made.share(base)
     made.copy_overridden(base)
     for key, (adapter, _) in overrides.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.contract.completeness import asking, refuse_fold
-from peftfx.contract.method import Base, WeightMethod
+from peftfx.contract.method import Base, WeightMethod, widened
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.recipe import Get, Recipe
 from peftfx.sites.blocks import Block, turned
@@ -29,7 +29,7 @@ class Step:
 
     def fold(self, start: Base, base: Base, get: Get) -> Base:
         """The weight and bias after this step, of what they were at the start and are now."""
-        p = {name: get(target).float() for name, target in self.params.items()}
+        p = widened({name: get(target) for name, target in self.params.items()})
         if self.block is None:
             return self._over(start, base, p)
         now = self._rows(base)

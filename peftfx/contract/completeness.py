@@ -6,7 +6,7 @@ An error names the method, the member, and what the contract says that this memb
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -43,7 +43,7 @@ def refuse_incomplete(cls: type) -> None:
 class Frozen(Protocol):
     """What says which of its tensors are constants: a method."""
 
-    def frozen(self) -> frozenset[str]: ...
+    def is_constant(self, name: str, value: Tensor) -> bool: ...
 
 
 def refuse_parameters(method: Frozen, where: str, made: object, keys: object = None, member: str = "init") -> None:
@@ -56,7 +56,7 @@ def refuse_parameters(method: Frozen, where: str, made: object, keys: object = N
     if not isinstance(made, Mapping) or not all(map(_is_parameter, made.items())):
         raise _gave(type(method), member, where, shown(made))
     if keys is not None:
-        refuse_keys(method, "keys", where, keys, made.keys())
+        refuse_keys(method, "keys", where, keys, made)
 
 
 def _is_parameter(item: tuple[object, object]) -> bool:
@@ -64,12 +64,12 @@ def _is_parameter(item: tuple[object, object]) -> bool:
     return isinstance(name, str) and name.isidentifier() and isinstance(value, Tensor)
 
 
-def refuse_keys(method: Frozen, member: str, where: str, keys: object, names: Collection[str]) -> None:
+def refuse_keys(method: Frozen, member: str, where: str, keys: object, made: Mapping[str, Tensor]) -> None:
     """Refuse keys that leave out what is trained, name what there is not, or give two tensors one key."""
-    cls, frozen = type(method), method.frozen()
+    cls, names = type(method), made.keys()
     if not isinstance(keys, Mapping) or not all(isinstance(key, str) for key in keys.values()):
         raise _gave(cls, member, where, shown(keys))
-    if lost := sorted(set(names) - set(frozen) - set(keys)):
+    if lost := sorted(name for name, t in made.items() if name not in keys and not method.is_constant(name, t)):
         what = f"{cls.__name__}.{member} leaves out {', '.join(lost)}, which is trained: files would lose it"
         raise PeftfxError(what, where, f"give it a key in {member}(), or name it in frozen() if it is a constant")
     if unknown := sorted(set(keys) - set(names)):

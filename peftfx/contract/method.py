@@ -86,6 +86,8 @@ class Method(ABC):
     """Fields of HF PEFT's config that change nothing for this method, whatever their value."""
     wraps_attention: ClassVar[bool] = False
     """Whether HF PEFT adapts a `torch.nn.MultiheadAttention` by this method, its two projections at once."""
+    counted: ClassVar[bool] = False
+    """Whether what a place has depends on how many there are, and on its number: all that are targeted must run."""
     layered: ClassVar[bool] = True
     """Whether HF PEFT's config has `layers_to_transform`; else the modules that it leaves are named."""
     targeted: ClassVar[bool] = True
@@ -182,8 +184,15 @@ class Method(ABC):
         return ""
 
     def frozen(self) -> frozenset[str]:
-        """Names of those of `init` and of `shared` that are constants: kept beside the adapter, and not trained."""
+        """Names of those of `init` and of `shared` that are constants: kept beside the adapter, and not trained.
+
+        Whole numbers are, named or not.
+        """
         return frozenset()
+
+    def is_constant(self, name: str, value: Tensor) -> bool:
+        """Whether one of its tensors is not trained."""
+        return not value.is_floating_point() or name in self.frozen()
 
     def remembered(self) -> frozenset[str]:
         """Names of tensors that training keeps beside the parameters, once there are any; no graph reads them."""
@@ -194,12 +203,20 @@ class Method(ABC):
     ) -> dict[str, Tensor]:
         """What all places of a rule read, whose sites these are: kept once, in each `p`, trained if not `frozen`.
 
-        `bases` are the sites' tensors, made one by one as they are asked for; none where the sites have no weights.
+        The sites are in the order of the base's modules, which is HF PEFT's. `bases` are their tensors, made one by one
+        as they are asked for; none where the sites have no weights.
         `like` is one of the base's weights: it has the device and the dtype.
         """
         return {}
 
-    def shared_keys(self) -> dict[str, str]:
+    def shares(self, sites: Sequence[Site], site: Site) -> dict[str, str] | None:
+        """Which of what is shared one of these sites reads: by its name in `p`, the name that `shared` gave it.
+
+        By default all of it, by its own names.
+        """
+        return None
+
+    def shared_keys(self, sites: Sequence[Site]) -> dict[str, str]:
         """For each of these that is saved, its key in a HF PEFT checkpoint, prefix included.
 
         What is trained must be. What is not is made again when an adapter is loaded.
@@ -225,6 +242,11 @@ class Method(ABC):
             if name not in cls.options():
                 raise PeftfxError(f"{cls.__name__} has no option {name!r}", name, nearest(name, cls.options()))
         return cls(**options)  # type: ignore[arg-type]
+
+
+def widened(p: Params) -> dict[str, Tensor]:
+    """Parameters in fp32, as `fold` and `update` get them; whole numbers stay what they are."""
+    return {name: t.float() if t.is_floating_point() else t for name, t in p.items()}
 
 
 class Weighted(NamedTuple):
@@ -256,7 +278,7 @@ class WeightMethod(Method):
         """New parameters, by HF PEFT's names; with them `forward` is the identity on `y` if it is `neutral`."""
 
     def start(self, site: Site, base: Base, shared: Params, rng: torch.Generator | None) -> dict[str, Tensor]:
-        """New parameters beside those of `init`, made of what the rule's places share."""
+        """New parameters beside those of `init`, made of what this place reads of what is shared."""
         return {}
 
     @abstractmethod
@@ -301,6 +323,14 @@ class WeightMethod(Method):
     def written(self, p: Params) -> tuple[Self, dict[str, Tensor]]:
         """The method and parameters that a checkpoint gets, given the parameters and what is remembered here."""
         return self, dict(p)
+
+    def file_keys(self, site: Site) -> dict[str, str]:
+        """For each tensor of `written`, its suffix in a HF PEFT checkpoint: that of `keys`, if these are the same."""
+        return self.keys(site)
+
+    def read(self, p: Params) -> dict[str, Tensor]:
+        """The parameters that a checkpoint's tensors stand for: the inverse of `written`, where `file_keys` differ."""
+        return dict(p)
 
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[Self, dict[str, Tensor]]:
         """A method and parameters for a fused site that do what the given ones do at its parts, by the parts' rows.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.contract.completeness import asking, refuse_keys, refuse_parameters
-from peftfx.contract.method import Method
+from peftfx.contract.method import Method, Params
 from peftfx.contract.override import Override
 from peftfx.contract.placement import (
     AttentionPlacement,
@@ -19,6 +19,7 @@ from peftfx.contract.placement import (
     whole_tensors,
 )
 from peftfx.sharding import is_part
+from peftfx.sites.site import Site
 
 SHARED = "shared_by_rule"  #: the folder in which each rule, by its number, keeps what its places share
 P = TypeVar("P", bound=Placement)
@@ -65,6 +66,16 @@ class Placed:
     placements: Placements
     overrides: tuple[Override, ...] = ()
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites, or the parts of sites, of its placements."""
+        return tuple(p.view for p in self.placements)
+
+    def reads(self, placement: Placement, shared: Params) -> dict[str, str]:
+        """Which of what the places share one of them reads: by its name there, the name that it is shared by."""
+        chosen = self.method.shares(self.sites, placement.view) if shared else {}
+        return {name: name for name in shared} if chosen is None else chosen
+
 
 def shared_by(rule: Placed, base: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
     """What the places of a rule share, new.
@@ -74,13 +85,13 @@ def shared_by(rule: Placed, base: nn.Module, rng: torch.Generator | None) -> dic
     """
     if not rule.placements:
         return {}
-    method, sites = rule.method, [p.view for p in rule.placements]
+    method = rule.method
     first = next((p.detach() for p in base.parameters() if p.is_floating_point()), torch.empty(0))
     like = torch.empty(0, dtype=first.dtype, device=first.device) if is_part(first) else first
     bases = (p.base(*whole_tensors(base, p.site)) for p in rule.placements.weights)
     with asking(method, "shared", ""):
-        made = method.shared(sites, bases, like, rng)
-        keys = method.shared_keys()
+        made = method.shared(rule.sites, bases, like, rng)
+        keys = method.shared_keys(rule.sites)
     refuse_parameters(method, "", made, member="shared")
-    refuse_keys(method, "shared_keys", "", keys, made.keys())
+    refuse_keys(method, "shared_keys", "", keys, made)
     return made

@@ -60,6 +60,10 @@ class Placement(ABC):
     def suffixes(self) -> dict[str, str]:
         """For each parameter that is saved, its suffix in a HF PEFT checkpoint."""
 
+    def file_suffixes(self) -> dict[str, str]:
+        """For each tensor of its file, its suffix there."""
+        return self.suffixes()
+
     def whole(self, base: nn.Module, group: Mapping[Self, Params]) -> tuple[Method, Params]:
         """A method and parameters that do at the whole site what this group of placements does there.
 
@@ -112,6 +116,9 @@ class WeightPlacement(Placement):
         """Those of the site, as files have it, or of the part, whose shape may make other parameters."""
         with asking(self.method, "keys", self.site.path):
             return self.method.keys(site)
+
+    def file_suffixes(self) -> dict[str, str]:
+        return self.method.file_keys(self.site)
 
     def base(self, weight: Tensor, bias: Tensor | None) -> Base:
         """The site's tensors as the method sees them: [out, in] or [experts, out, in], and the part's rows alone."""

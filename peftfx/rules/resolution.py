@@ -62,6 +62,7 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     if error := no_module_to_save(base, method, saved):
         raise error
     own = [p for p in placements_of(method, base, sites) if not is_inside(p.site.path, saved)]
+    own = as_modules(base, method, own)
     if not own:
         hint = "leave them out of modules_to_save, or target others"
         raise PeftfxError("every targeted module is in modules_to_save", ", ".join(saved), hint)
@@ -119,6 +120,14 @@ def _(method: WeightMethod, base: nn.Module, sites: Sites) -> list[WeightPlaceme
         site = sites.weights_by_path[named[match.site].path]
         placements += [WeightPlacement(own, site, part) for part in parts or [None]]
     return placements
+
+
+def as_modules(base: nn.Module, method: Method, placements: Sequence[Placement]) -> list[Placement]:
+    """The placements of a rule that shares tensors, in the order in which HF PEFT meets them: that of the modules."""
+    if type(method).shared is Method.shared:
+        return list(placements)
+    order = {path: i for i, (path, _) in enumerate(own_modules(base))}
+    return sorted(placements, key=lambda p: order.get(p.site.path, len(order)))
 
 
 @placements_of.register

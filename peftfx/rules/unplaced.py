@@ -29,7 +29,7 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
         done: module paths that the rule acts at, or trains whole.
 
     Raises:
-        PeftfxError: one of them runs, or may run in another call.
+        PeftfxError: one of them runs, or may run in another call, or HF PEFT counts it (`Method.counted`).
     """
     if method.target_modules is None:
         return
@@ -45,6 +45,9 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
     stand_ins = [dataclasses.replace(mark, path=path, layer=layer_of(path)) for path in candidates]
     named = [r.site.path for r in explain(stand_ins, **where, kinds=("linear",)) if r.match]
     idle = [path for path in named if never_runs(path, base, sites)]
+    if idle and method.counted:
+        what = f"no call of the model runs these, and what {type(method).__name__} has elsewhere depends on them"
+        raise PeftfxError(what, ", ".join(idle[:_MOST]), "exclude them, by exclude_modules or by narrower targets")
     reasons = {path: why_no_place(path, base, sites, method.kinds) for path in named if path not in idle}
     if reasons:
         more = f"; and {len(reasons) - _MOST} more" if len(reasons) > _MOST else ""

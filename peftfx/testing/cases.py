@@ -145,7 +145,9 @@ def _(method: OverrideMethod, spec: Spec, site: Site) -> bool:
 def _(method: WeightMethod, spec: Spec, site: WeightSite) -> bool:
     rng, model, placement = torch.Generator(), captured(spec).model, WeightPlacement(method.at(site), site)
     try:
-        placement.init(model, rng, shared_by(Placed(method, Placements([placement])), model, rng))
+        rule = Placed(method, Placements([placement]))
+        shared = shared_by(rule, model, rng)
+        placement.init(model, rng, {n: shared[kept] for n, kept in rule.reads(placement, shared).items()})
     except PeftfxError:
         return False
     return True

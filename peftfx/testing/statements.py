@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftfx.contract.method import Base, Method, WeightMethod
+from peftfx.contract.method import Base, Method, WeightMethod, widened
 from peftfx.contract.placed import SHARED
 from peftfx.contract.placement import site_tensors
 from peftfx.errors import PeftfxError
@@ -53,7 +53,8 @@ def fold(case: Case, method: WeightMethod) -> None:
         weight, bias = weight.double(), None if bias is None else bias.double()
         base = placement.base(weight + torch.randn(weight.shape, generator=rng), bias)
         before = Base(base.weight.clone(), None if base.bias is None else base.bias.clone())
-        p = {name: t.double() for name, t in adapted.adapter("default").params(placement).items()}
+        own_p = adapted.adapter("default").params(placement)
+        p = {name: t.double() if t.is_floating_point() else t for name, t in own_p.items()}
         x, op = input_of(case, site, rng), bind(nodes[placement.site.calls[0].op], placement.site)
         y = op(x, *base)
         want, got = op(x, *own.fold(site, base, p)), own.forward(site, op, x, y.clone(), base, p, False)
@@ -74,7 +75,7 @@ def update(case: Case, method: WeightMethod) -> None:
             continue
         own, (weight, bias) = placement.method, site_tensors(adapted.base, placement.site)
         base = placement.base(weight.float(), None if bias is None else bias.float())
-        p = {name: t.float() for name, t in adapted.adapter("default").params(placement).items()}
+        p = widened(adapted.adapter("default").params(placement))
         try:
             told = own.update(placement.view, base, p)
         except PeftfxError:  # it has as many ranks as the weight, say

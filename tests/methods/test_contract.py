@@ -54,7 +54,7 @@ class Bank(Scale):
         assert len(sizes) == len(sites)
         return {"bank": torch.rand(3, generator=rng) * sum(sizes)}
 
-    def shared_keys(self) -> dict[str, str]:
+    def shared_keys(self, sites: Sequence[Site]) -> dict[str, str]:
         return {"bank": "base_model.bank"}
 
     def frozen(self) -> frozenset[str]:

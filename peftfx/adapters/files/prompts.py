@@ -54,7 +54,7 @@ def read_prompt(
     state = _state(directory, weights, placement, base)
     if state is not None:
         for name, value in state.items():
-            adapter.put(f"{placement.key}.{name}", value, trained=name not in method.frozen())
+            adapter.put(f"{placement.key}.{name}", value, trained=not method.is_constant(name, value))
         weights.names.pop(PROMPT)
         return adapter, wanted
     like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))

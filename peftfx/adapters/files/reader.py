@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.adapters.adapter import Account, Adapter, shared_key
+from peftfx.adapters.converted import make_room, take_over
 from peftfx.adapters.files.accounts import repeats, unused
 from peftfx.adapters.files.base_weights import replaced_weights
 from peftfx.adapters.files.mismatch import refuse_mismatch
@@ -31,6 +32,7 @@ from peftfx.rules.parameters import picks
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
 from peftfx.rules.resolution import (
     acted_at,
+    as_modules,
     is_inside,
     no_module_to_save,
     overrides_of,
@@ -38,10 +40,11 @@ from peftfx.rules.resolution import (
     placements_of,
     refuse_crowding,
     saved_modules,
+    where,
     without_ties,
 )
 from peftfx.rules.torch_attention import wrapper_of
-from peftfx.rules.unplaced import tell_elsewhere, why_no_place
+from peftfx.rules.unplaced import refuse_unplaced, tell_elsewhere, why_no_place
 from peftfx.sites.site import EXPERTS
 from peftfx.sites.sites import Sites
 
@@ -102,9 +105,12 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     directory = weights.path.parent
     able = (s for s in sites if s.kind in method.kinds and (s.kind != EXPERTS or picks(method, s.parameter)))
     possible = [placement_at(method, base, site) for site in able]
-    marks = {suffix.partition(".")[0] for p in possible for suffix in p.suffixes().values()}
+    marks = {suffix.partition(".")[0] for p in possible for suffix in p.file_suffixes().values()}
     placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
-    placements = without_ties(placements)
+    if not marks:  # its places save nothing of their own: the config alone says which there are
+        placements = list(placements_of(method, base, sites))
+        refuse_unplaced(base, method, sites, where(method), {p.site.path for p in placements})
+    placements = as_modules(base, method, without_ties(placements))
     refuse_turned(base, placements)
     saved = saved_modules(base, method)
     if idle_name := no_module_to_save(base, method, saved):  # HF PEFT passes over it, and its files may be whole
@@ -117,6 +123,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     adapter = Adapter([rule], config)
     with without_memory(not fit(rule, weights, base)):  # then it is refused below
         adapter.create(base, None)
+        make_room(adapter, placements)
     wanted = _wanted(placements, overrides, base) | _shared(adapter, method, weights)
     again = repeats(weights, wanted, base)
     idle = unused(weights.names.keys() - wanted.keys() - again, marks, base, sites)
@@ -124,7 +131,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     targeted = {path for path in _targeted(base, method, sites) if not is_inside(path, saved)}
     refuse_mismatch(
         *(weights, {n: adapter.get(k) for n, k in wanted.items()}, idle | again, directory),
-        expected={path for path in targeted if wrapper_of(base, method, path) is None},
+        expected={path for path in targeted if marks and wrapper_of(base, method, path) is None},
         module_of=lambda name: module_of(name, marks),
         why=lambda path: why_no_place(path, base, sites, method.kinds),
         modules=[name for name, _ in own_modules(base)],
@@ -136,6 +143,8 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     for placement in placements:
         _scale(adapter, placement, base)
     again |= names - weights.names.keys()
+    instead = take_over(adapter, placements)
+    wanted = {name: instead.get(key, key) for name, key in wanted.items()}
     adapter.accounts[0] = Account(wanted, tuple(sorted(again)), {n: weights[n] for n in sorted(idle)})
     adapter.named = named_modules(names, base)
     _tell_unused(idle, directory)
@@ -182,7 +191,7 @@ def _scale(adapter: Adapter, placement: Placement, base: nn.Module) -> None:
 def _names(placement: Placement, base: nn.Module) -> dict[str, str]:
     """A placement's names in the file, each with where the adapter keeps its value."""
     path = path_in_file(base, placement.method, placement.site.path)
-    return {name_of(path, suffix): f"{placement.key}.{name}" for name, suffix in placement.suffixes().items()}
+    return {name_of(path, suffix): f"{placement.key}.{name}" for name, suffix in placement.file_suffixes().items()}
 
 
 def _wanted(placements: list[Placement], overrides: list[Override], base: nn.Module) -> dict[str, str]:
@@ -198,7 +207,8 @@ def _shared(adapter: Adapter, method: Method, weights: Weights) -> dict[str, str
     HF PEFT's may be larger: it is for all modules that were targeted, whether or not they run.
     """
     own = adapter.shared(0)
-    wanted = {key: shared_key(0, name) for name, key in method.shared_keys().items() if name in own}
+    keys = method.shared_keys(adapter.placed[0].sites)
+    wanted = {key: shared_key(0, name) for name, key in keys.items() if name in own}
     for key, kept in wanted.items():
         shape, value = weights.shapes.get(key, ()), adapter.get(kept)
         if len(shape) == value.ndim and all(a >= b for a, b in zip(shape, value.shape, strict=True)):
@@ -208,7 +218,7 @@ def _shared(adapter: Adapter, method: Method, weights: Weights) -> dict[str, str
 
 def _refuse_unknown_share(adapter: Adapter, method: Method, idle: Collection[str], where: Path) -> None:
     """What places share depends on all of them: if some do not run here, it cannot be made again."""
-    unsaved = adapter.shared(0).keys() - method.shared_keys().keys()
+    unsaved = adapter.shared(0).keys() - method.shared_keys(adapter.placed[0].sites).keys()
     if unsaved and idle:
         what = f"{', '.join(sorted(unsaved))} are not in the file, and depend on modules that this model never runs"
         raise PeftfxError(what, f"{where}: {min(idle)}", "save the adapter with them in the file")

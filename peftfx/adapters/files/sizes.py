@@ -27,14 +27,14 @@ def fit(rule: Placed, weights: Weights, base: nn.Module) -> bool:
     try:
         with without_memory(), torch.no_grad():
             shared = shared_by(rule, base, None)
-            return all(_fits(placement, shared, weights, base) for placement in rule.placements)
+            return all(_fits(rule, placement, shared, weights, base) for placement in rule.placements)
     except DataDependentOutputException:  # a start that looks at the base's numbers
         return True
 
 
-def _fits(placement: Placement, shared: Params, weights: Weights, base: nn.Module) -> bool:
+def _fits(rule: Placed, placement: Placement, shared: Params, weights: Weights, base: nn.Module) -> bool:
     try:
-        made = placement.init(base, None, shared)
+        made = placement.init(base, None, {n: shared[kept] for n, kept in rule.reads(placement, shared).items()})
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise

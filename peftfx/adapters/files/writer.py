@@ -133,7 +133,7 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
         method, params = group[0].whole(base, {p: adapter.all_of(p) for p in group})
         placement = dataclasses.replace(group[0], method=method)
         named_path = path_in_file(base, named_by, path)
-        for key, suffix in placement.suffixes().items():
+        for key, suffix in placement.file_suffixes().items():
             times = times_in_use(base, method, path, suffix)
             tensors[name_of(named_path, suffix)] = params[key] if times == 1 else params[key] / times
         methods[path] = method
@@ -145,7 +145,7 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     named = {f"{prefix}{name}": t for name, t in tensors.items()}
     account = adapter.accounts.get(number)
     named |= {f"{prefix}{name}": t for name, t in (account.unused if account else {}).items()}
-    named |= {key: adapter.get(shared_key(number, name)) for name, key in rule.method.shared_keys().items()}
+    named |= {key: adapter.get(shared_key(number, name)) for name, key in rule.method.shared_keys(rule.sites).items()}
     return config, {WEIGHTS: {key: t.detach().contiguous() for key, t in named.items()}}
 
 
