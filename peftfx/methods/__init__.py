@@ -73,6 +73,15 @@ _PEFT = frozenset(
 )
 
 
+#: Those of them that are no methods of this contract, and why.
+_REFUSED = {
+    "XLORA": "mixes trained LoRAs by what a first pass of the whole model gives for this very input, which no one "
+    "graph computes; make its LoRAs active together (set_adapter), or one at a time",
+    "SHADOW": "runs a second network of its own beside the whole model, and acts at no module of it; train a LoRA in "
+    "its place, or export what peft runs yourself",
+}
+
+
 def methods() -> dict[str, type[Method]]:
     """Every method there is, by its HF PEFT type (`LORA`): of this folder, of other packages, and those registered."""
     return {**_own(), **_installed(), **_registered}
@@ -103,6 +112,9 @@ def method_named(peft_type: str) -> type[Method]:
 
 def unknown(name: str, where: str, known: Iterable[str]) -> PeftfxError:
     """That there is no method of this name, and what can be done."""
+    if reason := _REFUSED.get(name.upper()):
+        why, _, hint = reason.partition("; ")
+        return PeftfxError(f"peftfx refuses HF PEFT's method {name.upper()}: it {why}", where, hint)
     if name.upper() in _PEFT:
         what = f"HF PEFT has the method {name.upper()}, and peftfx does not"
         hint = "merge it with peft where peft can, and export the base; or write it as a method of your own"

@@ -7,7 +7,6 @@ each reads its first rows and columns. It is drawn from a seed as HF PEFT draws 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.random_pair import own_rows, random_pair
 from peftfx.contract.method import Base, Op, Params, WeightMethod
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
@@ -74,17 +74,10 @@ class VeRA(WeightMethod):
     def shared(
         self, sites: Sequence[Site], bases: Iterable[Base], like: Tensor, rng: torch.Generator | None
     ) -> dict[str, Tensor]:
-        shapes = [site.shape[::-1] if site.transposed else site.shape for site in sites]
-        out, inner = (max(sizes) for sizes in zip(*shapes, strict=True))
-        own = torch.Generator().manual_seed(self.projection_prng_key)
-        pair = {A: torch.empty(self.r, inner), B: torch.empty(out, self.r)}
-        for t in pair.values():  # A first; Kaiming's bound is that of what a row reads
-            bound = math.sqrt(3) * math.sqrt(2) / math.sqrt(t.shape[1])
-            t.uniform_(-bound, bound, generator=own)
-        # HF PEFT rounds it to the dtype of the base.
-        return {name: t.to(like).to(adapter_dtype(like.dtype)) for name, t in pair.items()}
+        a, b = random_pair(sites, self.r, self.r, self.projection_prng_key, like)
+        return {A: a, B: b}
 
-    def shared_keys(self) -> dict[str, str]:
+    def shared_keys(self, sites: Sequence[Site]) -> dict[str, str]:
         return {name: f"base_model.{name}" for name in (A, B)} if self.save_projection else {}
 
     def keys(self, site: Site) -> dict[str, str]:
@@ -102,19 +95,12 @@ class VeRA(WeightMethod):
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         drops = training and self.vera_dropout > 0
         dropped = (F.dropout(x, self.vera_dropout, training=True) if drops else x).to(p[D].dtype)
-        a, b = _own(base, p)
+        a, b = own_rows(base, p[A], p[B])
         return (y + F.linear(F.linear(dropped, a) * p[D], b) * p[SCALE]).to(y.dtype)
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         return Base(self.update(site, base, p).apply(base.weight), base.bias)
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
-        a, b = _own(base, p)
+        a, b = own_rows(base, p[A], p[B])
         return Update(a=a * p[D][:, None], b=b * p[SCALE][:, None])
-
-
-def _own(base: Base, p: Params) -> tuple[Tensor, Tensor]:
-    """The columns of `A` and the rows of `B` that a place reads."""
-    out, inner = base.weight.shape
-    a, b = p[A], p[B]
-    return a if a.shape[1] == inner else a[:, :inner], b if b.shape[0] == out else b[:out]

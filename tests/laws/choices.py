@@ -39,6 +39,12 @@ CHOICES: Mapping[str, Choices] = {
     "BOFT": {"boft_block_size": (4, 2), "boft_block_num": (0,), "boft_n_butterfly_factor": (1, 2, 3)},
     "ROAD": {"group_size": (2, 4)},
     "SHIRA": {"r": (1,), "mask_type": ("random",), "random_seed": (None, 3)},
+    "DEFT": {"alpha": (None, 5), "init_scale": (1.0,)},
+    "SUPERTUNING": {"sparsity": (0.5, 0.8), "r": (None, 2), "lora_alpha": (None,)},
+    "VBLORA": {"vector_length": (1, 2, 4), "num_vectors": (5, 9)},
+    "UNILORA": {"theta_d_length": (7, 40)},
+    "TINYLORA": {"weight_tying": (0.0, 0.5), "u": (3,), "init_weights": (True, False, "uniform")},
+    "FROD": {"sparse_rate": (0.0, 0.1), "regularization_alpha": (0.001,)},
     "PROMPT_TUNING": {"prompt_tuning_init": ("RANDOM", "SAMPLE_VOCAB")},
 }
 

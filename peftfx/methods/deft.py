@@ -1,0 +1,141 @@
+"""DEFT: a part of the weight is taken out, and another put in (HF PEFT's `DeftConfig`).
+
+`W' = W - Q K^T W + s Q R`, with `P` [out, r] trained: `Q = P` and `K = relu(P)`, or both are the orthonormal factor of
+`P`. `R` [r, in] is trained too, and starts as what is taken out; with `para` nothing is put in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfx.contract.broadcast import adapter_dtype, row_index
+from peftfx.contract.common.delta import dropped
+from peftfx.contract.common.householder import orthonormal
+from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.update import Update
+from peftfx.errors import PeftfxError
+from peftfx.sites.blocks import Rows
+from peftfx.sites.site import Site
+
+P, R = "deft_P", "deft_R"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DEFT(WeightMethod):
+    """A projection of the weight's rows, replaced.
+
+    Args:
+        r: rank of what is replaced; at most the number of outputs.
+        decomposition_method: `relu` or `qr`, what the two factors are made of `P` by.
+        init_scale: how large a random `R` is, against 0.02.
+        alpha: numerator of the scale `alpha / r`; without it the scale is 1.
+        para: take out only.
+        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        deft_dropout: dropout on what is put in, in training.
+        init_weights: start as the identity, unless `para`; otherwise `R` is random.
+        bias: which of the base's own biases are trained: none, all, or those of the adapted modules (deft_only).
+    """
+
+    r: int = 8
+    decomposition_method: Literal["relu", "qr"] = "relu"
+    init_scale: float = 1.0
+    alpha: int | None = None
+    para: bool = False
+    fan_in_fan_out: bool = False
+    deft_dropout: float = 0.0
+    init_weights: bool = True
+    bias: Literal["none", "all", "deft_only"] = "none"
+
+    peft_type: ClassVar[str] = "DEFT"
+    default_target: ClassVar[str] = "attention.query | attention.value"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1:
+            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "DEFT(r=8)")
+        if self.decomposition_method not in ("relu", "qr"):
+            what = f"unknown decomposition {self.decomposition_method!r}"
+            raise PeftfxError(what, "decomposition_method", "one of 'relu', 'qr'")
+        if not 0 <= self.deft_dropout < 1:
+            what = f"a probability below 1, not {self.deft_dropout}"
+            raise PeftfxError(what, "deft_dropout", "DEFT(deft_dropout=0.05)")
+        if self.bias not in ("none", "all", "deft_only"):
+            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'deft_only'")
+
+    @property
+    def neutral(self) -> bool:
+        return self.init_weights and not self.para
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {P: P} if self.para else {P: P, R: R}
+
+    def _scale(self, rank: int) -> float:
+        return self.alpha / rank if self.alpha else 1.0
+
+    def _factors(self, p: Params) -> tuple[Tensor, Tensor]:
+        """What is put in by, and what is taken out by, [out, r] both."""
+        if self.decomposition_method == "relu":
+            return p[P], torch.relu(p[P])
+        q = orthonormal(p[P])
+        return q, q
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        out, inner = base.weight.shape
+        made = base.weight.new_empty(out, min(self.r, out), dtype=adapter_dtype(base.weight.dtype))
+        p = {P: made.normal_(std=0.02, generator=rng)}
+        if self.para:
+            return p
+        if not self.init_weights:
+            return {**p, R: made.new_empty(made.shape[1], inner).normal_(std=0.02 * self.init_scale, generator=rng)}
+        taken = self._factors({P: made.float()})[1].T @ base.weight.float()
+        return {**p, R: (taken / self._scale(made.shape[1])).to(made.dtype)}
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        put, taken = self._factors(p)
+        whole = y.to(put.dtype)
+        product = whole if base.bias is None else whole - base.bias.to(put.dtype)
+        change = -(product @ taken)
+        if not self.para:
+            read = dropped(x.to(put.dtype), self.deft_dropout, training)
+            change = change + F.linear(read, p[R] * self._scale(put.shape[1]))
+        return (whole + change @ put.T).to(y.dtype)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        return Base(self.update(site, base, p).apply(base.weight), base.bias)
+
+    def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
+        """What is taken out is of all that acts already, the bias that it added too."""
+        made, (put, taken) = self.fold(site, under, p), self._factors(p)
+        if under.bias is None or under.bias is base.bias:
+            return made
+        added = under.bias if base.bias is None else under.bias - base.bias
+        return Base(made.weight, under.bias - put @ (taken.T @ added))
+
+    def update(self, site: Site, base: Base, p: Params) -> Update:
+        put, taken = self._factors(p)
+        a = -(taken.T @ base.weight.to(put.dtype))
+        return Update(a=a if self.para else a + p[R] * self._scale(put.shape[1]), b=put)
+
+    def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[DEFT, dict[str, Tensor]]:
+        ranks = [p[P].shape[1] for p in parts.values()]
+        wide = torch.zeros(base.weight.shape[0], sum(ranks), dtype=torch.float32, device=base.weight.device)
+        own = torch.zeros_like(wide)
+        for i, (rows, p) in enumerate(parts.items()):
+            columns = slice(sum(ranks[:i]), sum(ranks[: i + 1]))
+            wide[row_index(rows), columns] = p[P].detach().float()
+            own[row_index(rows), columns] = self._factors({P: p[P].detach().float()})[0]
+        method = dataclasses.replace(self, r=sum(ranks))
+        if self.para:
+            return method, {P: wide}
+        r = torch.cat([p[R].detach().float() * self._scale(p[P].shape[1]) for p in parts.values()])
+        if self.decomposition_method == "qr":  # the columns are the parts' own but for their signs
+            r = torch.sign((orthonormal(wide) * own).sum(0))[:, None] * r
+        return method, {P: wide, R: r / method._scale(sum(ranks))}

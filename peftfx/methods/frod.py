@@ -1,0 +1,178 @@
+"""FRoD: all weights of a kind in one basis, and each in it trained (HF PEFT's `FrodConfig`).
+
+Of the modules of one name over all layers, `V` [in, in] is found once: a joint decomposition of their weights. A weight
+is `U diag(l) V^T` with columns of `U` [out, in] of length 1. Trained are `l` [in], and a few entries of a sparse `S`
+[in, in], drawn from a seed and shared by the name too: `W' = U (S + diag(l)) V^T`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.delta import dropped
+from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.errors import PeftfxError
+from peftfx.sites.site import Site
+
+V, WHERE, SIZE = "frod_V", "frod_s_indices", "frod_s_size"
+U, L, S = "frod_U", "frod_lambda_l", "frod_lambda_s_values"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FRoD(WeightMethod):
+    """Linear weights of one name in a common basis, with trained scales and a sparse rotation.
+
+    Args:
+        projection_prng_key: which entries of `S` are trained is drawn from it.
+        save_projection: keep the bases in the files; else they are found anew in the base.
+        frod_dropout: dropout on the layer's input in training, for this weight alone.
+        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        bias: which of the base's own biases are trained: none, all, or those of the adapted modules (frod_only).
+        init_weights: start as the identity, as near as the decomposition is; otherwise off it.
+        sparse_rate: the share of the entries of `S` that are trained.
+        regularization_alpha: of the joint decomposition.
+    """
+
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    frod_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "frod_only"] = "none"
+    init_weights: bool = True
+    sparse_rate: float = 0.01
+    regularization_alpha: float = 0.001
+
+    peft_type: ClassVar[str] = "FROD"
+    default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    counted: ClassVar[bool] = True
+    ignored: ClassVar[frozenset[str]] = frozenset({"progressbar", "runtime_offload_base_weight"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.sparse_rate <= 1:
+            raise PeftfxError(f"a share, not {self.sparse_rate}", "sparse_rate", "FRoD(sparse_rate=0.01)")
+        if not 0 <= self.frod_dropout < 1:
+            what = f"a probability below 1, not {self.frod_dropout}"
+            raise PeftfxError(what, "frod_dropout", "FRoD(frod_dropout=0.05)")
+        if self.bias not in ("none", "all", "frod_only"):
+            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'frod_only'")
+
+    @property
+    def neutral(self) -> bool:
+        return self.init_weights
+
+    def is_constant(self, name: str, value: Tensor) -> bool:
+        return name not in (L, S)
+
+    def shared(
+        self, sites: Sequence[Site], bases: Iterable[Base], like: Tensor, rng: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        weights: dict[str, dict[int, Tensor]] = defaultdict(dict)
+        for i, (site, base) in enumerate(zip(sites, bases, strict=True)):
+            weights[_name(site)][_layer(site, i)] = base.weight.detach()  # of two in one layer HF PEFT takes the last
+        own, made = torch.Generator().manual_seed(self.projection_prng_key), {}
+        for name, layers in sorted(weights.items()):
+            first, each = next(iter(layers.values())), [layers[i].float().cpu() for i in sorted(layers)]
+            v = first.new_zeros(first.shape[1:] * 2) if first.is_meta else _basis(each, self.regularization_alpha)
+            made[f"{V}__{name}"] = v.to(like.device, first.dtype).to(adapter_dtype(first.dtype)).contiguous()
+            made[f"{WHERE}__{name}"] = self._places(len(v), own).to(like.device)
+            made[f"{SIZE}__{name}"] = torch.tensor([len(v)] * 2, device=like.device)
+        return made
+
+    def _places(self, size: int, rng: torch.Generator) -> Tensor:
+        """The trained entries of `S`, off its diagonal."""
+        most = size * (size - 1)
+        count = min(int(size * size * self.sparse_rate), most)
+        count = max(1, count) if self.sparse_rate > 0 and most else count
+        if not count:  # HF PEFT draws nothing then
+            return torch.empty(2, 0, dtype=torch.long)
+        drawn = torch.randperm(most, generator=rng)[:count]
+        rows, columns = drawn // (size - 1), drawn % (size - 1)
+        return torch.stack([rows, columns + (columns >= rows)])
+
+    def shares(self, sites: Sequence[Site], site: Site) -> dict[str, str]:
+        return {name: f"{name}__{_name(site)}" for name in (V, WHERE)}
+
+    def shared_keys(self, sites: Sequence[Site]) -> dict[str, str]:
+        names = sorted({_name(site) for site in sites}) if self.save_projection else ()
+        return {f"{what}__{name}": f"base_model.{what}.{name}" for name in names for what in (V, WHERE, SIZE)}
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {L: L, S: S}
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        return {}
+
+    def start(self, site: Site, base: Base, shared: Params, rng: torch.Generator | None) -> dict[str, Tensor]:
+        kind, dtype = base.weight.dtype, adapter_dtype(base.weight.dtype)
+        values = shared[V].new_zeros(shared[WHERE].shape[1], dtype=dtype)
+        u, scales = _scaled(shared[V], base.weight)
+        p = {U: u.to(kind).to(dtype), L: scales.to(kind).to(dtype), S: values}
+        if not self.init_weights:
+            p[S].normal_(std=0.1, generator=rng)
+            p[L] += 0.1 * torch.empty_like(p[L]).normal_(generator=rng)
+        return p
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        read = dropped(x, self.frod_dropout, training).to(p[V].dtype)
+        own = (read @ p[V]) @ self._inner(p).T @ p[U].T
+        return (y + own - op(read, base.weight.to(read.dtype))).to(y.dtype)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        return Base(p[U] @ self._inner(p) @ p[V].T, base.bias)
+
+    def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
+        return Base(under.weight + self.fold(site, base, p).weight - base.weight, under.bias)
+
+    def _inner(self, p: Params) -> Tensor:
+        """`S + diag(l)`."""
+        return torch.diag(p[L]).index_put((p[WHERE][0], p[WHERE][1]), p[S])
+
+
+def _name(site: Site) -> str:
+    """What HF PEFT counts as one kind of module, by the path."""
+    parts = site.path.split(".")
+    if len(parts) == 1 or parts[-2].isdigit():
+        return parts[-1]
+    if parts[-3:] == ["attention", "output", "dense"]:
+        return "attention_output"
+    return f"{parts[-2]}_{parts[-1]}"
+
+
+def _layer(site: Site, number: int) -> int:
+    parts = site.path.split(".")
+    behind = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
+    return next((int(part) for part in (*behind, *parts) if part.isdigit()), number)
+
+
+def _basis(weights: Sequence[Tensor], alpha: float) -> Tensor:
+    """The joint basis of weights [out, in], as HF PEFT finds it."""
+    stacked = torch.cat(list(weights))
+    if stacked.shape[0] < stacked.shape[1]:
+        return torch.linalg.svd(stacked, full_matrices=True)[2].T
+    q, r = torch.linalg.qr(stacked)
+    eye = alpha * torch.eye(r.shape[1])
+    terms = torch.stack([torch.linalg.inv(part.T @ part + eye) for part in q.split([len(w) for w in weights])])
+    return r.T @ torch.linalg.eigh(terms.mean(0))[1]
+
+
+def _scaled(v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`U` and `l` with `U diag(l) V^T` the weight, computed in float64."""
+    if v.is_meta:
+        return v.new_empty(weight.shape), v.new_empty(weight.shape[1])
+    wide, basis = weight.detach().double().cpu(), v.double().cpu()
+    try:
+        inner = torch.linalg.solve(basis, wide.T).T
+    except RuntimeError:  # HF PEFT's way where the basis is singular
+        inner = wide @ torch.linalg.pinv(basis, rtol=1e-6).T
+    lengths = inner.norm(dim=0)
+    u = torch.where(lengths > 1e-12, inner / lengths.clamp_min(1e-12), 0)
+    return u.float().to(v.device), lengths.float().to(v.device)

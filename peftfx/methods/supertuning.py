@@ -1,0 +1,103 @@
+"""Super-tuning: the largest, or the smallest, entries of a weight are trained (HF PEFT's `SupertuningConfig`).
+
+`W' = W + scatter(values)`, at the `1 - sparsity` of the entries that are largest in the base, one at least, and a LoRA
+beside it where `r` is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.delta import DeltaMethod, dropped
+from peftfx.contract.common.lora_init import fill
+from peftfx.contract.method import Base, Op, Params
+from peftfx.errors import PeftfxError
+from peftfx.sites.site import Site
+
+VALUES, INDICES, A, B = (f"supertuning_{name}" for name in ("values", "indices", "lora_A", "lora_B"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperTuning(DeltaMethod):
+    """Trained changes of chosen entries of linear weights.
+
+    Args:
+        sparsity: the share of the entries that stay.
+        select_top: choose the largest by magnitude; else the smallest.
+        r: rank of a LoRA beside it, if any.
+        lora_alpha: numerator of its scale; `2 r` where it is not given.
+        lora_dropout: dropout on its input in training.
+        init_weights: start as the identity; otherwise at random.
+        save_precomputed_indices: keep in the files which entries they are; else they are found anew in the base.
+    """
+
+    sparsity: float = 0.99
+    select_top: bool = True
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    init_weights: bool = True
+    save_precomputed_indices: bool = True
+
+    peft_type: ClassVar[str] = "SUPERTUNING"
+    default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    layered: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.sparsity < 1:
+            raise PeftfxError(f"a share below 1, not {self.sparsity}", "sparsity", "SuperTuning(sparsity=0.99)")
+        if not 0 <= self.lora_dropout < 1:
+            what = f"a probability below 1, not {self.lora_dropout}"
+            raise PeftfxError(what, "lora_dropout", "SuperTuning(r=8, lora_dropout=0.05)")
+        if self.r is not None and self.r < 1:
+            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "SuperTuning(r=8)")
+        if self.r is None and self.lora_alpha is not None:
+            raise PeftfxError("an alpha of no LoRA", "lora_alpha", "give r too, or leave lora_alpha out")
+        if self.r is not None and self.lora_alpha is None:
+            object.__setattr__(self, "lora_alpha", 2.0 * self.r)
+
+    @property
+    def neutral(self) -> bool:
+        return self.init_weights
+
+    def keys(self, site: Site) -> dict[str, str]:
+        saved = {VALUES: VALUES, **({INDICES: INDICES} if self.save_precomputed_indices else {})}
+        return saved if self.r is None else {**saved, A: f"{A}.weight", B: f"{B}.weight"}
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        scores, (out, inner) = base.weight.abs().flatten(), base.weight.shape
+        count = max(1, int(scores.numel() * (1 - self.sparsity)))
+        indices = scores.topk(count, largest=self.select_top).indices.to(torch.int32)
+        values = base.weight.new_zeros(count, dtype=adapter_dtype(base.weight.dtype))
+        p = {VALUES: values if self.init_weights else values.normal_(generator=rng), INDICES: indices}
+        if self.r is None:
+            return p
+        a, b = values.new_zeros(self.r, inner), values.new_zeros(out, self.r)
+        fill(self.init_weights, site, a, b, rng)
+        return {**p, A: a, B: b}
+
+    def _sparse(self, weight: Tensor, p: Params) -> Tensor:
+        zeros = torch.zeros(weight.numel(), dtype=p[VALUES].dtype, device=p[VALUES].device)
+        return zeros.scatter_add(0, p[INDICES].long(), p[VALUES]).view(weight.shape)
+
+    def _scale(self) -> float:
+        return (self.lora_alpha or 0.0) / (self.r or 1)
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        y = (y + op(x.to(p[VALUES].dtype), self._sparse(base.weight, p))).to(y.dtype)
+        if self.r is None:
+            return y
+        low = F.linear(F.linear(dropped(x, self.lora_dropout, training).to(p[A].dtype), p[A]), p[B])
+        return (y + self._scale() * low).to(y.dtype)
+
+    def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
+        sparse = self._sparse(weight, p)
+        return sparse if self.r is None else sparse + self._scale() * (p[B] @ p[A])
