@@ -75,6 +75,15 @@ class SequenceMethod(Method):
     def saved(self, p: Params, training: bool = False) -> Tensor:
         """What HF PEFT saves, computed from the parameters, or the parameter `PROMPT` itself where that is all."""
 
+    def split(self, saved: Tensor) -> dict[str, Tensor]:
+        """The parameters that a saved prompt stands for: one of that name, whatever made it, or those it is made of."""
+        return {PROMPT: saved}
+
+    @property
+    def splits(self) -> bool:
+        """Whether what is saved tells the parameters, which no file beside it has then."""
+        return type(self).split is not SequenceMethod.split
+
     @abstractmethod
     def saved_shape(self) -> tuple[int, ...]:
         """The shape of what is saved."""

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.prefix import PrefixMethod
 from peftfx.contract.common.prompt_networks import EMBEDDING, embedding, layer, perceptron
 from peftfx.contract.method import Params
-from peftfx.contract.sequence import PROMPT, SequenceMethod, encodes_and_decodes, prefix, submodules_of
+from peftfx.contract.sequence import PROMPT
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import SequenceSite
-from peftfx.views.entry import Entry
-from peftfx.views.prefix import cache_shape
 
 _TRANSFORM = ("transform_0", "transform_2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixTuning(SequenceMethod):
+class PrefixTuning(PrefixMethod):
     """Keys and values of virtual tokens in every layer.
 
     Args:
@@ -51,20 +50,8 @@ class PrefixTuning(SequenceMethod):
             raise PeftfxError("an encoder of this size cannot be made", "encoder_hidden_size", "1 or more")
 
     def sized(self, base: nn.Module, site: SequenceSite) -> PrefixTuning:
-        layers, heads, features = cache_shape(base, encodes_and_decodes(base))
-        sizes = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * features}
-        for name, size in sizes.items():
-            if getattr(self, name) not in (None, size):
-                what = f"the model keeps keys and values of {name} {size}, not {getattr(self, name)}"
-                raise PeftfxError(what, name, f"leave {name} out")
-        return dataclasses.replace(
-            self,
-            num_layers=layers,
-            num_attention_heads=heads,
-            token_dim=heads * features,
-            encoder_hidden_size=self.encoder_hidden_size or heads * features,
-            num_transformer_submodules=self.num_transformer_submodules or submodules_of(base),
-        )
+        sized = super().sized(base, site)
+        return dataclasses.replace(sized, encoder_hidden_size=sized.encoder_hidden_size or sized.token_dim)
 
     def init(self, site: SequenceSite, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
         weight = embed.weight
@@ -84,21 +71,3 @@ class PrefixTuning(SequenceMethod):
 
     def saved(self, p: Params, training: bool = False) -> Tensor:
         return p[PROMPT] if PROMPT in p else perceptron(_TRANSFORM, p, p[EMBEDDING], torch.tanh)
-
-    def saved_shape(self) -> tuple[int, ...]:
-        assert self.num_layers is not None
-        assert self.token_dim is not None
-        return self.num_virtual_tokens, self.num_layers * 2 * self.token_dim
-
-    def virtual(self, p: Params, training: bool) -> Tensor:
-        assert self.num_layers is not None
-        table = self.saved(p, training)
-        if self.submodules == 1:
-            return table
-        # HF PEFT doubles the table and gives each layer four parts of it, of which self-attention takes the first two.
-        parts = table.chunk(2 * self.num_layers, 1)
-        taken = [(4 * i + j) % len(parts) for i in range(self.num_layers) for j in (0, 1)]
-        return torch.cat([parts[i] for i in taken], 1)
-
-    def entry(self, base: nn.Module, site: SequenceSite) -> Entry:
-        return prefix(self.num_virtual_tokens, base, site)

@@ -65,6 +65,18 @@ def read_prompt(
     return adapter, {PROMPT: key, **wanted}
 
 
+@torch.no_grad()
+def split(adapter: Adapter) -> None:
+    """Have the parameters that the prompt just read stands for, where it stands for others than itself."""
+    (placement,) = adapter.placements
+    method, holder = placement.method, adapter.get_submodule(placement.key)
+    if isinstance(method, SequenceMethod) and method.splits:
+        made = method.split(adapter.get(f"{placement.key}.{PROMPT}").detach())
+        del holder._parameters[PROMPT]
+        for name, value in made.items():
+            adapter.put(f"{placement.key}.{name}", value, trained=not method.is_constant(name, value))
+
+
 def _heads(base: nn.Module, kind: object) -> list[str]:
     """The modules that HF PEFT saves with every prompt of this task type."""
     ends = PEFT_HEADS.get(str(kind), ())
@@ -95,7 +107,7 @@ def _state(
 ) -> dict[str, Tensor] | None:
     """The parameters that the saved prompt was computed from, if they are there and do compute it."""
     method = placement.method
-    if not is_file(directory / STATE) or PROMPT not in weights.names:
+    if method.splits or not is_file(directory / STATE) or PROMPT not in weights.names:
         return None
     file = Weights(directory, "", STATE)
     device = next((p.device for p in base.parameters()), torch.device("cpu"))
@@ -125,7 +137,7 @@ def written_prompt(base: nn.Module, adapter: Adapter, rule: Placed) -> Contents:
     trained = {f"{method.prefix}{_override_name(o)}": o for o in adapter.overrides}  # another rule may train the head
     tensors |= {n: adapter.get(o.key) for n, o in trained.items() if n in tensors or o in rule.overrides}
     files = {WEIGHTS: tensors}
-    if PROMPT not in params:
+    if PROMPT not in params and not method.splits:
         files[STATE] = dict(params)
     plain = {file: {n: t.detach().cpu().contiguous() for n, t in own.items()} for file, own in files.items()}
     return config, plain

@@ -17,7 +17,7 @@ from peftfx.adapters.files.base_weights import replaced_weights
 from peftfx.adapters.files.mismatch import refuse_mismatch
 from peftfx.adapters.files.names import module_of, name_of, named_modules, override_name
 from peftfx.adapters.files.parameters import refuse_turned
-from peftfx.adapters.files.prompts import read_prompt
+from peftfx.adapters.files.prompts import read_prompt, split
 from peftfx.adapters.files.sizes import fit, without_memory
 from peftfx.adapters.files.torch_attention import path_in_file, times_in_use
 from peftfx.adapters.files.unlike_peft import warn_unlike_peft
@@ -159,8 +159,9 @@ def _(method: SequenceMethod, weights: Weights, base: nn.Module, sites: Sites, c
     modules = [name for name, _ in own_modules(base)]
     refuse_mismatch(weights, {n: adapter.get(k) for n, k in wanted.items()}, (), directory, modules=modules)
     _copy(adapter, wanted, weights)
+    split(adapter)
     (placement,) = adapter.placements
-    taken = wanted if PROMPT in wanted else {PROMPT: placement.key, **wanted}
+    taken = wanted if PROMPT in wanted and not method.splits else {**wanted, PROMPT: placement.key}
     adapter.accounts[0] = Account(taken, tuple(sorted(names - taken.keys())), {})
     return adapter
 
