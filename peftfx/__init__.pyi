@@ -9,10 +9,14 @@ from peftfx.export_options.export import ExportOptions as ExportOptions
 from peftfx.graph.graph import Graph as Graph
 from peftfx.methods import register as register
 from peftfx.methods.adalora import AdaLoRA as AdaLoRA
+from peftfx.methods.beft import BEFT as BEFT
 from peftfx.methods.bitfit import BitFit as BitFit
 from peftfx.methods.boft import BOFT as BOFT
 from peftfx.methods.c3a import C3A as C3A
+from peftfx.methods.cartridge import Cartridge as Cartridge
+from peftfx.methods.deft import DEFT as DEFT
 from peftfx.methods.fourierft import FourierFT as FourierFT
+from peftfx.methods.frod import FRoD as FRoD
 from peftfx.methods.hira import HiRA as HiRA
 from peftfx.methods.hra import HRA as HRA
 from peftfx.methods.ia3 import IA3 as IA3
@@ -26,9 +30,14 @@ from peftfx.methods.oft import OFT as OFT
 from peftfx.methods.p_tuning import PTuning as PTuning
 from peftfx.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from peftfx.methods.prompt_tuning import PromptTuning as PromptTuning
+from peftfx.methods.pvera import PVeRA as PVeRA
 from peftfx.methods.road import RoAd as RoAd
 from peftfx.methods.shira import SHiRA as SHiRA
+from peftfx.methods.supertuning import SuperTuning as SuperTuning
+from peftfx.methods.tinylora import TinyLoRA as TinyLoRA
 from peftfx.methods.trainable_tokens import TrainableTokens as TrainableTokens
+from peftfx.methods.unilora import UniLoRA as UniLoRA
+from peftfx.methods.vblora import VBLoRA as VBLoRA
 from peftfx.methods.vera import VeRA as VeRA
 from peftfx.model.adapted import AdaptedModel as AdaptedModel
 from peftfx.model.api import get_peft_model_state_dict as get_peft_model_state_dict
@@ -47,10 +56,14 @@ from peftfx.views.capture import capture as capture
 __all__ = [
     "AdaLoRA",
     "AdaptedModel",
+    "BEFT",
     "BOFT",
     "BitFit",
     "C3A",
+    "Cartridge",
+    "DEFT",
     "ExportOptions",
+    "FRoD",
     "FourierFT",
     "Graph",
     "HRA",
@@ -64,6 +77,7 @@ __all__ = [
     "MiSS",
     "OFT",
     "PTuning",
+    "PVeRA",
     "PeftfxError",
     "PrefixTuning",
     "PromptTuning",
@@ -72,7 +86,11 @@ __all__ = [
     "SHiRA",
     "Site",
     "Sites",
+    "SuperTuning",
+    "TinyLoRA",
     "TrainableTokens",
+    "UniLoRA",
+    "VBLoRA",
     "VeRA",
     "__version__",
     "capture",

@@ -53,8 +53,9 @@ def summary(results: Results) -> str:
     listed = ", ".join(f"{count} are {word}" for word, count in words.most_common())
     here, elsewhere = len(cases()), sum(ELSEWHERE.values())
     return (
-        f"Of {here + elsewhere} cases, {here} are of methods that are here: {listed}. "
-        f"{elsewhere} are of {len(ELSEWHERE)} methods that are not here yet."
+        f"Of {here + elsewhere} cases, {here} are run on this page: {listed}. "
+        f"{elsewhere} are of {len(ELSEWHERE)} methods whose rows are not on this page: "
+        "those that peftfx has are compared with HF PEFT in `tests/methods` and `tests/newer`."
     )
 
 
@@ -76,7 +77,7 @@ def page(results: Results) -> str:
     head = _HEAD.format(total=len(cases()) + sum(ELSEWHERE.values()), tolerance=TOLERANCE, summary=summary(results))
     rest = "\n".join(f"| {method} | {count} |" for method, count in ELSEWHERE.items())
     return (
-        f"{head}{chr(10).join(lines)}\n\n## Notes\n\n{listed}\n\n## No such method here yet\n\n"
+        f"{head}{chr(10).join(lines)}\n\n## Notes\n\n{listed}\n\n## Methods whose rows are not run here\n\n"
         f"| method | cases |\n| --- | --- |\n{rest}\n"
     )
 

@@ -116,7 +116,7 @@ def test_a_name_that_is_taken_is_refused() -> None:
 
 
 def test_a_method_of_hf_peft_that_is_not_here_is_told_as_such() -> None:
-    with pytest.raises(PeftfxError, match="HF PEFT has the method XLORA, and peftfx does not"):
+    with pytest.raises(PeftfxError, match="refuses HF PEFT's method XLORA: it mixes"):
         adapted("xlora")  # type: ignore[arg-type]
 
 

@@ -32,7 +32,7 @@ from peftfx.rules.peft_files import WEIGHTS
 TOLERANCE = 1e-5  #: what may differ, relative to the largest value
 CHECKS = ("forward", "merged", "PEFT reads ours", "saved again", "ONNX Runtime", "gradients")
 _ROWS = json.loads((Path(__file__).parent / "cases.json").read_text(encoding="utf-8"))
-ELSEWHERE: Mapping[str, int] = _ROWS["elsewhere"]  #: how many rows each method has that is not here
+ELSEWHERE: Mapping[str, int] = _ROWS["elsewhere"]  #: how many rows each method has whose rows are not run
 
 
 @dataclass(frozen=True)

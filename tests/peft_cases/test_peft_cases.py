@@ -46,8 +46,8 @@ def test_the_page_has_all_of_pefts_table_and_nothing_on_it_is_wrong() -> None:
     assert len(cases()) + sum(ELSEWHERE.values()) == 331
 
 
-def test_a_method_is_counted_as_missing_only_while_it_is() -> None:
-    assert ELSEWHERE.keys() <= {kind.value for kind in peft.PeftType} - methods().keys()
+def test_a_method_is_counted_apart_only_while_its_rows_are_not_run() -> None:
+    assert ELSEWHERE.keys() <= {kind.value for kind in peft.PeftType} - {case.method for case in cases()}
     assert {case.method for case in cases()} <= methods().keys()
     assert all(checks.keys() == set(CHECKS) for checks in PAGE_SAYS.values())
 
