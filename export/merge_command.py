@@ -35,6 +35,7 @@ from peftfx.files import Snapshot
 from peftfx.graph.lazy_weights import exact
 from peftfx.model.adapted import AdaptedModel
 from peftfx.quantisation.coded import Coded
+from peftfx.quantisation.kept import keeping
 from peftfx.rules.peft_files import rule_folders
 
 Tensors = Mapping[str, Tensor]
@@ -86,7 +87,7 @@ def merge_directory(
         copy_assets(directory, temporary)  # behind the adapter's: a tokenizer trained with one is its own
         write_configs(model, temporary)
         inputs.check()
-        with stages("verify"):
+        with stages("verify"), keeping(temporary.parent):
             _verify(temporary, adapted, report)
         report.versions = versions()
         report.measure(temporary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
@@ -35,6 +36,7 @@ from peftfx.model.api import bare
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.manager import PassManager
 from peftfx.quantisation.coded import Coded
+from peftfx.quantisation.kept import keeping
 
 _BFLOAT16 = (
     "bfloat16: ONNX Runtime's CPU provider has no kernels for it; serve this model on another (CUDA). "
@@ -127,7 +129,7 @@ def export_onnx(
         with stages("write"):
             infinite = [f"{BASE}.{name}" for name, _ in adapted.base.named_buffers(remove_duplicate=False)]
             save_together(programs, temporary, written=written, infinite=frozenset(infinite))
-        with stages("verify"):
+        with stages("verify"), keeping(temporary.parent) if coded else nullcontext():
             idle: list[set[str]] = []
             verified = []
             for part in parts:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftfx.graph.lazy_weights import Stored
 from peftfx.quantisation.codes import Codes
+from peftfx.quantisation.kept import values_of
 
 View = Callable[[Tensor], Tensor]
 
@@ -51,8 +52,8 @@ class Coded(Stored):
 
     @property
     def source(self) -> Tensor:  # type: ignore[override]
-        """The values, float32, computed now."""
-        values = self.codes.dequantise().to(self.device)
+        """The values, float32, computed now, or kept since they were: see `peftfx.quantisation.kept`."""
+        values = values_of(self.codes).to(self.device)
         for view in self.views:
             values = view(values)
         return values

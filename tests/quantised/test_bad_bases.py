@@ -16,6 +16,7 @@ from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
 from peftfx.export.command import export_directory
 from peftfx.quantisation.coded import Coded
+from peftfx.quantisation.kept import keeping
 from peftfx.quantisation.tables import tabled
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -101,3 +102,17 @@ def test_codes_are_those_of_bitsandbytes(dtype: torch.dtype) -> None:
         ours = tabled(weight)
         assert torch.equal(ours.packed(), codes.view(-1))
         assert torch.equal(ours.magnitudes(), state.absmax.float())
+
+
+def test_inside_a_verification_a_weight_is_dequantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    q.write(tmp_path, q.tiny(num_hidden_layers=1), BNB, q.table4())
+    weight = load_base(tmp_path).get_parameter(f"{Q}.weight")
+    assert isinstance(weight, Coded)
+    want, made = weight.codes.dequantise(), list[int]()
+    monkeypatch.setattr(type(weight.codes), "dequantise", lambda codes: made.append(1) or want.clone())
+    with keeping(tmp_path):
+        assert all(found.equal(want) for found in (weight + 0, weight.T.T + 0, weight[:] + 0))
+        assert len(made) == 1
+    assert not list(tmp_path.glob("values-*"))
+    assert (weight + 0).equal(want)
+    assert len(made) == 2
