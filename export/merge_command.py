@@ -34,8 +34,7 @@ from peftfx.export_options.merge import MergeChanges, MergeOptions
 from peftfx.files import Snapshot
 from peftfx.graph.lazy_weights import exact
 from peftfx.model.adapted import AdaptedModel
-from peftfx.quantisation.coded import Coded
-from peftfx.quantisation.kept import keeping
+from peftfx.quantisation.coded import Coded, keeping
 from peftfx.rules.peft_files import rule_folders
 
 Tensors = Mapping[str, Tensor]

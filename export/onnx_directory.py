@@ -35,8 +35,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.manager import PassManager
-from peftfx.quantisation.coded import Coded
-from peftfx.quantisation.kept import keeping
+from peftfx.quantisation.coded import Coded, keeping
 
 _BFLOAT16 = (
     "bfloat16: ONNX Runtime's CPU provider has no kernels for it; serve this model on another (CUDA). "

@@ -17,7 +17,7 @@ from peftfx.graph.lazy_weights import exact
 from peftfx.options import BASE_QUANTIZATIONS, check_choice
 from peftfx.quantisation.checkpoint import read_checkpoint
 from peftfx.quantisation.coded import Coded
-from peftfx.quantisation.tables import tabled
+from peftfx.quantisation.rounding import tabled
 
 QUANTISED = "quantization_config"
 

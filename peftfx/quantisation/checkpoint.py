@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError, nearest, shown
 from peftfx.graph.lazy_weights import Stored
-from peftfx.quantisation import awq, bitsandbytes4, bitsandbytes8, compressed, fp8, gptq
+from peftfx.quantisation import awq, bitsandbytes4, bitsandbytes8, compressed, fp8, gptq, torchao
 from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.codes import Codes
 from peftfx.quantisation.packed import Packed
@@ -38,6 +39,7 @@ _FORMATS = {
     "gptq": Format(gptq.MARKS, gptq.NAMES, gptq.read),
     "awq": Format(awq.MARKS, awq.NAMES, awq.read),
     "compressed-tensors": Format(compressed.MARKS, compressed.NAMES, compressed.read),
+    "torchao": Format(torchao.MARKS, torchao.NAMES, torchao.read),
     "fp8": Format(fp8.MARKS, fp8.NAMES, fp8.read),
     "fbgemm_fp8": Format(fp8.MARKS, fp8.NAMES, fp8.read),
 }
@@ -82,13 +84,15 @@ def read_checkpoint(
         PeftfxError: a layer's tensors are incomplete or do not fit, or integers belong to no layer.
     """
     layers = format_of(config, where)
-    tensors = _mapped(files)
+    tensors, told = _mapped(files)
     marks = {name: mark for name in tensors for mark in layers.marks if name.endswith(f".{mark}")}
     paths = dict.fromkeys(name.removesuffix(f".{mark}") for name, mark in marks.items())
     found: dict[str, Tensor] = {}
     for path in paths:
         own = {name: tensors.pop(f"{path}.{name}") for name in layers.names if f"{path}.{name}" in tensors}
-        found[f"{path}.weight"] = Coded(layers.read(Packed(path, own, config, str(where))), dtype)
+        found[f"{path}.weight"] = Coded(
+            layers.read(Packed(path, own, _of_layer(config, told, path), str(where))), dtype
+        )
     if not paths:
         what = "no layer of the base is quantised as its config says"
         raise PeftfxError(what, str(where), f"expected tensors that are called {' or '.join(layers.marks)}")
@@ -97,14 +101,25 @@ def read_checkpoint(
     return found | {n: t if t.dtype == dtype else Stored(t, dtype) for n, t in floating.items()}
 
 
-def _mapped(files: Iterable[Path]) -> dict[str, Tensor]:
+def _mapped(files: Iterable[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of files, and the files' metadata."""
     from safetensors import safe_open
 
     tensors: dict[str, Tensor] = {}
+    told: dict[str, str] = {}
     for file in files:
         with safe_open(file, "pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return tensors
+            told |= opened.metadata() or {}
+    return tensors, told
+
+
+def _of_layer(config: Mapping[str, object], told: Mapping[str, str], path: str) -> Mapping[str, object]:
+    """The config, and what a file's metadata says of a layer, where that is JSON."""
+    try:
+        return {**config, torchao.LAYER: json.loads(told[f"{path}.weight"])}
+    except (KeyError, ValueError, RecursionError):
+        return config
 
 
 def _refuse_left(tensors: Mapping[str, Tensor], layers: Format, where: Path) -> None:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
 from peftfx.export.command import export_directory
-from peftfx.quantisation.coded import Coded
-from peftfx.quantisation.kept import keeping
-from peftfx.quantisation.tables import tabled
+from peftfx.quantisation.coded import Coded, keeping
+from peftfx.quantisation.rounding import tabled
 
 Q = "model.layers.0.self_attn.q_proj"
 STATE = f"{Q}.weight.quant_state.bitsandbytes__nf4"
@@ -33,6 +32,7 @@ BAD: dict[str, tuple[dict[str, object], q.Pack, Change, str]] = {
     "uneven groups": (GPTQ, q.gptq(), lambda t: t[f"{Q}.g_idx"].fill_(1), "into groups of 32"),
     "other bits": ({**GPTQ, "bits": 3}, q.gptq(), len, "bits is 3"),
     "an unknown method": ({"quant_method": "aqlm"}, q.gptq(), len, "in a way that is not read here"),
+    "another of torchao's": ({"quant_method": "torchao"}, q.torchao(), len, "tensor is of no type that is told"),
     "no layers": ({"quant_method": "awq", "bits": 4, "group_size": 32}, q.fp8(), len, "no layer of the base"),
     "a shape that is not the model's": (GPTQ, q.gptq(), lambda t: _cut(t), "neither the base nor an adapter"),
 }

@@ -24,7 +24,12 @@ BNB4, BNB8 = (
     {"quant_method": "bitsandbytes", "load_in_8bit": True},
 )
 PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-FP8 = {"quant_method": "fp8"}
+FP8, AO = {"quant_method": "fp8"}, {"quant_method": "torchao"}
+METADATA = {
+    "torchao-int8": q.torchao_layer("Int8Tensor"),
+    "torchao-int4-zeros": q.torchao_layer("IntxUnpackedToInt8Tensor", "int4"),
+    "torchao-int2": q.torchao_layer("IntxUnpackedToInt8Tensor", "int2"),
+}
 
 
 def gptq(bits: int = 4, group: int = 32) -> dict[str, object]:
@@ -50,6 +55,9 @@ FORMATS: dict[str, tuple[dict[str, object], q.Pack, str]] = {
     "compressed-zeros": (PACKED, q.compressed(symmetric=False), "MatMulNBits"),
     "compressed-8": (PACKED, q.compressed(8), "MatMulNBits"),
     "compressed-int8": ({**PACKED, "format": "int-quantized"}, q.int8("weight_scale"), "MatMulNBits"),
+    "torchao-int8": (AO, q.torchao(), "MatMulNBits"),
+    "torchao-int4-zeros": (AO, q.torchao(4, 32, symmetric=False), "MatMulNBits"),
+    "torchao-int2": (AO, q.torchao(2, 32), "MatMulNBits"),
     "fp8": (FP8, q.fp8(), "DequantizeLinear"),
     "fp8-rows": ({"quant_method": "fbgemm_fp8"}, q.fp8(by_row=True, name="weight_scale"), "DequantizeLinear"),
     "fp8-blocks": ({**FP8, "weight_block_size": [48, 32]}, q.fp8((48, 32)), "DequantizeLinear"),
@@ -71,7 +79,7 @@ WHOLE = ("nf4", "nf4-double", "bnb-int8", "gptq-zeros", "gptq-act", "awq", "fp8-
 def test_codes_are_the_matrix_and_the_operator_has_it(name: str, tmp_path: Path) -> None:
     said, pack, operator = FORMATS[name]
     model = q.tiny(num_hidden_layers=1)
-    q.write(tmp_path, model, said, pack)
+    q.write(tmp_path, model, said, pack, METADATA.get(name, ""))
     coded = {path: p for path, p in load_base(tmp_path).named_parameters() if isinstance(p, Coded)}
     assert len(coded) == 7
     for path, p in coded.items():

@@ -33,8 +33,11 @@ def tiny(seed: int = 0, **fields: object) -> hf.LlamaForCausalLM:
     return hf.LlamaForCausalLM(config).eval()
 
 
-def write(directory: Path, model: hf.PreTrainedModel, said: dict[str, object], pack: Pack) -> None:
-    """Write a base whose linear layers but the head are quantised; the model gets the weights they stand for."""
+def write(directory: Path, model: hf.PreTrainedModel, said: dict[str, object], pack: Pack, metadata: str = "") -> None:
+    """Write a base whose linear layers but the head are quantised; the model gets the weights they stand for.
+
+    The metadata is of each layer.
+    """
     random = np.random.default_rng(0)
     tensors = dict(model.state_dict())
     for path, module in model.named_modules():
@@ -44,7 +47,8 @@ def write(directory: Path, model: hf.PreTrainedModel, said: dict[str, object], p
             del tensors[f"{path}.weight"]
             tensors |= {f"{path}.{name}": tensor.contiguous() for name, tensor in own.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "model.safetensors")
+    told = {f"{path}.weight": metadata for path, _ in model.named_modules()} if metadata else None
+    save_file(tensors, directory / "model.safetensors", told)
     config = {**model.config.to_dict(), "architectures": [type(model).__name__], "quantization_config": said}
     (directory / "config.json").write_text(json.dumps(config))
 
@@ -136,6 +140,29 @@ def int8(name: str = "SCB") -> Pack:
         return {**own, name: kept}, torch.from_numpy(q.astype(np.float32)) * scale
 
     return pack
+
+
+def torchao(bits: int = 8, group: int = 0, *, symmetric: bool = True) -> Pack:
+    def pack(random: np.random.Generator, rows: int, columns: int) -> Layer:
+        half, size = 1 << bits - 1, group or columns
+        q = random.integers(-half, half, (rows, columns))
+        scale = scales(random, rows, columns // size)
+        zero = np.zeros(scale.shape, np.int64) if symmetric else random.integers(-half, half, scale.shape)
+        weight = (q - zero.repeat(size, 1)).astype(np.float32) * scale.repeat(size, 1)
+        own = {
+            "_weight_qdata": torch.from_numpy(q.astype(np.int8)),
+            "_weight_scale": torch.from_numpy(scale),
+            "_weight_zero_point": torch.from_numpy(zero.astype(np.int8)),
+        }
+        return own, torch.from_numpy(weight)
+
+    return pack
+
+
+def torchao_layer(kind: str, dtype: str = "int8") -> str:
+    """What a file's metadata says of a layer."""
+    target = {"_type": "torch.dtype", "_data": dtype}
+    return json.dumps({"_type": kind, "_data": {"target_dtype": target, "block_size": [1, 32]}})
 
 
 def fp8(block: tuple[int, int] | None = None, name: str = "weight_scale_inv", *, by_row: bool = False) -> Pack:
