@@ -5,14 +5,14 @@ from __future__ import annotations
 import keyword
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.override import Override
-from peftfx.errors import PeftfxError, nearest, shown
+from peftfx.errors import PeftfxError, nearest, shown, warn
 
 _LONGEST = 200  #: bytes of a name: an adapter's is a folder's
 _NAME = re.compile(r'[^\x00-\x1f\x7f\ud800-\udfff./\\:*?"<>|]+')
@@ -26,12 +26,19 @@ class _Here(threading.local):
 
 
 class AdapterSet:
-    """The modules in `module`, each an Adapter."""
+    """The modules in `module`, each an Adapter.
+
+    Attributes:
+        folded: those that are in the base's weights for now (`merge_adapter`): calls then add none.
+        unfold: takes them out.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._active: tuple[str, ...] = ()
         self._here = _Here()
+        self.folded: tuple[str, ...] = ()
+        self.unfold: Callable[[], None] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in vars(self).items() if key != "_here"}
@@ -67,8 +74,19 @@ class AdapterSet:
         return found
 
     def acting(self) -> list[Adapter]:
-        """The active ones."""
-        return [self[name] for name in self.active]
+        """Those that calls add to the base."""
+        return [self[name] for name in self.called]
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The names of those that calls add to the base: the active ones, or none while some are in its weights."""
+        return () if self.folded else self.active
+
+    def apart(self, what: str) -> None:
+        """Take out of the base's weights what `merge_adapter` put there, and say so, ahead of what needs the base."""
+        if self.unfold is not None:
+            warn(f"{what}: the merged adapters {', '.join(self.folded)} are unmerged first")
+            self.unfold()
 
     def refuse(self, name: str) -> None:
         """A name for a new one is a folder's and a module's, and nobody else's here."""
@@ -98,6 +116,7 @@ class AdapterSet:
 
         Inside `acting_as` that is for as long as it lasts, and what is trained stays as it is.
         """
+        self.apart("adapters are made active")
         self._check(names)
         self.active = tuple(names)
         if self._here.names is None:
@@ -114,6 +133,7 @@ class AdapterSet:
     @contextmanager
     def acting_as(self, names: Sequence[str] = ()) -> Iterator[None]:
         """Inside, these act in this thread, or those that are made active there; afterwards all is as it was."""
+        self.apart("a call is to have other adapters, or none")
         self._check(names)
         before = self._here.names
         self._here.names = tuple(names)

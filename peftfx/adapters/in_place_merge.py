@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.base_writer import BaseWriter, Ledger, has
 from peftfx.adapters.deferred import Deferred
 from peftfx.adapters.merge_report import MergeReport
 from peftfx.adapters.recipes import Derived, Folding, Rounding, foldings
@@ -18,19 +19,26 @@ from peftfx.contract.placement import owner_of, site_tensors
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.graph.lazy_weights import Stored
-from peftfx.graph.places import twin
 from peftfx.graph.recipe import Get
-from peftfx.sharding import full, is_part, overwrite
+from peftfx.sharding import full, is_part
 from peftfx.sites.site import Site
 from peftfx.twins.twin import open_quantised
 
 
 @torch.no_grad()
-def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter], *, late: bool = False) -> MergeReport:
+def merge_into(
+    base: nn.Module,
+    merged: Graph,
+    adapters: Sequence[Adapter],
+    ledger: Ledger | None = None,
+    *,
+    late: bool = False,
+) -> MergeReport:
     """Write the derived weights of a merged graph, and the adapters' overrides, into the base's parameters.
 
     One site at a time; sites that share a tensor are computed together before any is written. A tensor that a module
-    outside the merge uses too is untied: the merged site gets a parameter of its own.
+    outside the merge uses too is untied: the merged site gets a parameter of its own. With a ledger nothing is
+    overwritten, and what was there can be put back.
 
     With `late` nothing is computed: the base, of which the graph has another copy, gets parameters that are `Deferred`,
     and the report's roundings are there when these have been made. What is not finite is for who asks for them to see.
@@ -49,7 +57,8 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter], *, l
         _refuse_infinite(folding.site, folding.evaluate(read))
     opened = open_quantised(base, [folding.site.path for folding in folded.values()])
     trained = {override.module for adapter in adapters for override in adapter.overrides if override.module}
-    _part(base, {f.site.path for f in folded.values()} | trained, _run(merged))
+    writer = BaseWriter(base, ledger)
+    writer.part({f.site.path for f in folded.values()} | trained, _run(merged))
     sharing = _names_by_tensor(base)
     _refuse_untying(base, sharing, [f.site for f in folded.values()])
     everywhere = {name: names for names in sharing.values() for name in names}
@@ -61,7 +70,7 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter], *, l
         values = [(_later if late else _now)(folding, read, roundings) for folding in group]
         shared = len(sharing.get(id(site_tensors(base, group[0].site)[0]), ())) > 1
         for folding, value in zip(group, values, strict=True):
-            written += _write(base, folding.site, value, untie=shared)
+            written += _write(writer, folding.site, value, untie=shared)
             untied += [own_names(base, folding.site)[0]] if shared else []
     changed: dict[str, object] = dict(folded)
     written_names = {name for f in folded.values() for name in own_names(base, f.site)}
@@ -71,7 +80,7 @@ def merge_into(base: nn.Module, merged: Graph, adapters: Sequence[Adapter], *, l
             if not override.module:  # wherever the tensor is used: of two tied modules one may have a folding
                 name = next((other for other in everywhere.get(name, ()) if other not in written_names), name)
             if name not in written_names:  # a trained bias at a merged site went into its folding
-                written += _put(base, name, override, full(adapter.get(override.key)))
+                written += _put(writer, name, override, full(adapter.get(override.key)))
                 changed.setdefault(name.rpartition(".")[0])
     folded_in = sum(t.numel() * t.element_size() for adapter in adapters for _, t in adapter.tensors())
     return MergeReport(tuple(changed), written, folded_in, roundings, tuple(untied), opened)
@@ -111,15 +120,15 @@ def _refuse_left_over(folded: Mapping[str, Folding], adapters: Sequence[Adapter]
         raise PeftfxError(what, left[0], "pass inputs= of a call that runs them to transform() or load()")
 
 
-def _put(base: nn.Module, name: str, override: Override, value: Tensor) -> int:
+def _put(writer: BaseWriter, name: str, override: Override, value: Tensor) -> int:
     """Write what an adapter trained in the base's place; returns the bytes."""
     if not override.rows:
-        return _assign(base, name, value, untie=bool(override.module))
-    holder, leaf = owner_of(base, name)
+        return writer.assign(name, value, untie=bool(override.module))
+    holder, leaf = owner_of(writer.base, name)
     whole = full(getattr(holder, leaf))
     indices = torch.tensor(override.rows, device=whole.device)
     # under a module: in this one alone, though others may share the tensor
-    _assign(base, name, _with_rows(whole, indices, value), untie=bool(override.module))
+    writer.assign(name, _with_rows(whole, indices, value), untie=bool(override.module))
     return value.numel() * value.element_size()
 
 
@@ -156,34 +165,6 @@ def _run(merged: Graph) -> list[str]:
     return [site.path for site in merged.sites] + [n for names in merged.sites.elsewhere.values() for n in names]
 
 
-def _part(base: nn.Module, changed: Iterable[str], called: Sequence[str]) -> None:
-    """Give each module that changes an object of its own, where it is called by another path too.
-
-    Under the other path it stays what it is, or changes in another way.
-    """
-    names: dict[int, list[str]] = {}
-    for path in (p for p in called if _has(base, p)):
-        names.setdefault(id(base.get_submodule(path)), []).append(path)
-    for path in sorted(p for p in changed if _has(base, p)):
-        for other in names.get(id(base.get_submodule(path)), ()):
-            if other != path:
-                _part_from(base, path.split("."), other.split("."))
-
-
-def _part_from(base: nn.Module, path: Sequence[str], other: Sequence[str]) -> None:
-    """Copy the first module along a path that is along the other too, behind what the paths begin with."""
-    shorter = min(len(path), len(other))
-    apart = next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), shorter)
-    others = {id(base.get_submodule(".".join(other[: i + 1]))) for i in range(apart, len(other))}
-    node = base
-    for i, name in enumerate(path):
-        child = node.get_submodule(name)
-        if i >= apart and id(child) in others:
-            node._modules[name] = twin(child)
-            return
-        node = child
-
-
 def _names_by_tensor(base: nn.Module) -> dict[int, list[str]]:
     names: dict[int, list[str]] = {}
     for name, p in base.named_parameters(remove_duplicate=False):
@@ -191,16 +172,15 @@ def _names_by_tensor(base: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _write(base: nn.Module, site: Site, value: Base, *, untie: bool) -> int:
-    weight, bias = own_names(base, site)
-    module = base.get_submodule(site.path) if site.kind == "conv" else None
+def _write(writer: BaseWriter, site: Site, value: Base, *, untie: bool) -> int:
+    weight, bias = own_names(writer.base, site)
+    module = writer.base.get_submodule(site.path) if site.kind == "conv" else None
     if module is not None and value.weight.shape != getattr(module, "weight").shape:  # noqa: B009
-        module.groups = 1  # type: ignore[assignment]
-    written = _assign(base, weight, value.weight, untie=untie)
-    for owner in base.modules() if untie else ():
-        if hasattr(config := getattr(owner, "config", None), "tie_word_embeddings"):
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-    return written + (0 if value.bias is None else _assign(base, bias, value.bias, untie=False))
+        writer.put(vars(module), "groups", 1)
+    written = writer.assign(weight, value.weight, untie=untie)
+    if untie:
+        writer.untie_configs()
+    return written + (0 if value.bias is None else writer.assign(bias, value.bias, untie=False))
 
 
 def _refuse_infinite(site: Site, value: Base) -> None:
@@ -213,38 +193,7 @@ def _refuse_infinite(site: Site, value: Base) -> None:
 def own_names(base: nn.Module, site: Site) -> tuple[str, str]:
     """The names of a site's weight and bias as its own module has them; a tied weight's graph name may be another's."""
     own = f"{site.path}.weight"
-    holder, leaf = owner_of(base, own) if _has(base, site.path) else (None, "")
+    holder, leaf = owner_of(base, own) if has(base, site.path) else (None, "")
     weight = own if holder is not None and leaf in holder._parameters else site.weight.partition(".")[2]
     bias = f"{site.path}.bias" if site.bias is None else site.bias.partition(".")[2]
     return weight, bias
-
-
-def _has(base: nn.Module, path: str) -> bool:
-    try:
-        base.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _assign(base: nn.Module, name: str, value: Tensor, *, untie: bool) -> int:
-    module, leaf = owner_of(base, name)
-    old = getattr(module, leaf, None)
-    fixed = isinstance(value, Deferred) or isinstance(old, Stored | Deferred)  # what cannot be written, or not yet
-    if isinstance(old, Tensor) and not fixed and (not untie or is_part(old)) and old.shape == value.shape:
-        if old is not value:
-            overwrite(old, value)
-    elif leaf in module._buffers:
-        module._buffers[leaf] = value.detach().clone()
-    else:
-        grad = bool(isinstance(old, Tensor) and old.requires_grad)
-        new = nn.Parameter(value.detach().clone(), requires_grad=grad)
-        holders = [(module, leaf)] if untie or old is None else _holders(base, old)
-        for holder, own in holders:
-            holder.register_parameter(own, new)
-    return value.numel() * value.element_size()
-
-
-def _holders(base: nn.Module, tensor: Tensor) -> list[tuple[nn.Module, str]]:
-    """The modules that have a parameter, and its names there."""
-    return [(m, name) for m in base.modules() for name, p in m._parameters.items() if p is tensor]

@@ -84,6 +84,7 @@ class AdaptedModel(PeftSurface):
         from peftfx.export.onnx_directory import export_onnx
 
         asked = ExportOptions.of(options, changes)
+        self.named.apart("the model is exported")
 
         def write(whole: AdaptedModel) -> Report:
             return export_onnx(
@@ -157,6 +158,8 @@ class AdaptedModel(PeftSurface):
             exact: where a size is 1 and the model's code has a branch for that, the graph of this branch, as a call
                 takes it; otherwise one of many sizes.
         """
+        if not adapted:
+            self.named.apart("the base's own graph is asked for")
         self.graphs.base = self.source
         shown = self.view(view) if isinstance(view, str) else view
         entry = self.entry() if adapted else None
@@ -165,7 +168,7 @@ class AdaptedModel(PeftSurface):
             inputs = shown.inputs(self.source) if inputs is None else inputs
         else:
             inputs = self.example if inputs is None else named_arguments(self.base, (), inputs)
-        return self.graphs.adapted(inputs, entry, shown, self.active if adapted else (), exact=exact)
+        return self.graphs.adapted(inputs, entry, shown, self.named.called if adapted else (), exact=exact)
 
     def under_prompt(self, view: View) -> tuple[View, Entry | None]:
         """A view of the base as it is under an active soft prompt, and the way into it."""
@@ -208,6 +211,7 @@ class AdaptedModel(PeftSurface):
 
     def _apply(self, fn: object, recurse: bool = True) -> AdaptedModel:
         """Moved or cast: graphs made for the old device and dtype are dropped, and examples follow the dtype."""
+        self.named.apart("the model is moved or cast")
         self.graphs.forget()
         self.example = pytree.tree_map_only(Tensor, lambda t: t.to(fn(t).dtype), self.example)  # type: ignore[operator]
         super()._apply(fn, recurse)  # type: ignore[arg-type]
@@ -222,7 +226,7 @@ class AdaptedModel(PeftSurface):
         if "forward" not in vars(self):
             return super().__call__(*args, **kwargs)
         call = functools.partial(super().__call__, *args, **kwargs)
-        return run_other(self.modules_road, self.active, call, self._penalised)
+        return run_other(self.modules_road, self.named.called, call, self._penalised)
 
     def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         CURRENT.called = True
@@ -236,15 +240,20 @@ class AdaptedModel(PeftSurface):
         if not torch.compiler.is_compiling():
             with TRACING:  # torch patches modules for all threads while one of them traces
                 pass
-        entry = self.modules_road.entry(self.active)
+        names = self.named.called
+        entry = self.modules_road.entry(names)
         if entry is not None:
             args, kwargs = (), named_arguments(self.base, args, kwargs)
-        return self._penalised(self.modules_road.run(self.active, entry, args, kwargs))
+        return self._penalised(self.modules_road.run(names, entry, args, kwargs))
 
     def _run_by_row(self, names: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """A call in which each row has the adapter of its name."""
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise PeftfxError(f"not a list of names: {shown(names)}", "adapter_names", "give the name of each row's")
+        if self.named.folded:
+            raise PeftfxError(
+                "adapters are merged: rows have none of their own", "adapter_names", "unmerge_adapter() first"
+            )
         if self.training:
             raise PeftfxError("rows have adapters of their own in eval mode", "adapter_names", "call eval() first")
         for name in set(names) - {NO_ADAPTER}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from peftfx.adapters.files.swap import swap_file, swap_state
 from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.peft_model import active_adapters, is_peft_model, plain_base, save_adapters
 from peftfx.errors import PeftfxError, shown
 from peftfx.graph.contexts import evaluating
 from peftfx.model.adapted import AdaptedModel
@@ -22,7 +24,7 @@ from peftfx.views.capture import capture
 
 def transform(
     model: nn.Module,
-    rules: object,
+    rules: object = None,
     adapter_name: str = "default",
     *,
     inputs: Mapping[str, object] | None = None,
@@ -34,9 +36,11 @@ def transform(
         adapted = peftfx.transform(model, peftfx.LoRA(r=8, target="attention.query | attention.value"))
 
     Args:
-        model: any module. A transformers model needs no inputs: they are made from its config and task.
+        model: any module. A transformers model needs no inputs: they are made from its config and task. Of a
+            `peft.PeftModel` the adapters are taken over, by their names, and those that are active are so here. It
+            stays what it is, and shares the base's tensors: train one of the two.
         rules: a method, a text as `"lora(r=8)@attention.query"` (see `peftfx.rules.text`), a `peft` config object, or
-            a sequence of them; each says where it applies.
+            a sequence of them; each says where it applies. May be left out for a `peft.PeftModel` alone.
         adapter_name: any valid name of a directory, without dots.
         inputs: keyword arguments of a call, for a model that example inputs cannot be made for.
         seed: of the adapter's random initial values; by default they come from torch's global generator.
@@ -45,16 +49,21 @@ def transform(
             which.
 
     Raises:
-        PeftfxError: the model cannot be captured, or a rule matches nothing.
+        PeftfxError: the model cannot be captured, a rule matches nothing, or an adapter cannot be taken over.
     """
-    adapted = bare(model, inputs, road)
+    if is_peft_model(model):
+        adapted = _taken_over(model, inputs, road)
+        if rules is None:
+            return adapted
+    else:
+        adapted = bare(model, inputs, road)
     adapted.add_adapter(adapter_name, rules, seed=seed)
     return adapted
 
 
 def load(
     model: nn.Module,
-    path: str | Path,
+    path: str | Path | None = None,
     adapter_name: str = "default",
     *,
     inputs: Mapping[str, object] | None = None,
@@ -62,14 +71,34 @@ def load(
 ) -> AdaptedModel:
     """Adapt a model by a HF PEFT directory: `adapter_config.json` and `adapter_model.safetensors`.
 
-    `road` says how calls are run, as in `transform`.
+    `road` says how calls are run, as in `transform`. Of a `peft.PeftModel` the adapters are taken over, as there;
+    `path` is one more, and may be left out.
 
     Raises:
         PeftfxError: there is no such adapter, or it is not for this model: every key that is missing, unexpected or of
             another shape is listed.
     """
-    adapted = bare(model, inputs, road)
+    if is_peft_model(model):
+        adapted = _taken_over(model, inputs, road)
+        if path is None:
+            return adapted
+    elif path is None:
+        hint = "pass the directory of an adapter; it may be left out for a peft.PeftModel, which has its own"
+        raise PeftfxError("no adapter is named", "path", hint)
+    else:
+        adapted = bare(model, inputs, road)
     adapted.load_adapter(path, adapter_name)
+    return adapted
+
+
+def _taken_over(model: nn.Module, inputs: Mapping[str, object] | None, road: str | None) -> AdaptedModel:
+    """A HF PEFT model's base and adapters."""
+    with tempfile.TemporaryDirectory(prefix="peftfx-taken-over-") as folder:
+        folders = save_adapters(model, Path(folder))
+        adapted = bare(plain_base(model), inputs, road)
+        for name, own in folders.items():
+            adapted.load_adapter(own, name)
+    adapted.set_adapter(active_adapters(model))
     return adapted
 
 
@@ -104,7 +133,8 @@ def bare(model: nn.Module, inputs: Mapping[str, object] | None = None, road: str
 
 def get_peft_model_state_dict(model: AdaptedModel, adapter_name: str = "default") -> dict[str, Tensor]:
     """The tensors of an adapter by their names in HF PEFT's file, as `peft.get_peft_model_state_dict` gives them."""
-    return config_and_tensors(model.source, model.adapter(adapter_name))[1]
+    with model.plain():
+        return config_and_tensors(model.source, model.adapter(adapter_name))[1]
 
 
 def set_peft_model_state_dict(
@@ -115,6 +145,7 @@ def set_peft_model_state_dict(
     Raises:
         PeftfxError: the state is not of this adapter: keys are missing or unexpected, or of another shape.
     """
+    model.named.apart("an adapter gets other values")
     swap_state(model.source, model.sites, model.adapter(adapter_name), peft_model_state_dict)
 
 
@@ -124,4 +155,5 @@ def hotswap_adapter(model: AdaptedModel, path: str | Path, adapter_name: str = "
     Raises:
         PeftfxError: that adapter differs from this one in places, ranks or options, or is not for this model.
     """
+    model.named.apart("an adapter gets other values")
     swap_file(model.source, model.sites, model.adapter(adapter_name), Path(path))

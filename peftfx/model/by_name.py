@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence, Set
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.adapters.adjustment import adjust
-from peftfx.adapters.in_place_merge import merge_into
-from peftfx.adapters.merge_report import MergeReport, refuse_unmergeable
+from peftfx.adapters.base_writer import Ledger
 from peftfx.adapters.state import refuse_other_state
 from peftfx.errors import PeftfxError, warn
 from peftfx.graph.contexts import evaluating, fake_mode_of
@@ -26,7 +25,6 @@ from peftfx.model.gathered import gathering
 from peftfx.model.graph_cache import Graphs
 from peftfx.model.late_modules import may_run_late
 from peftfx.model.shared_base import shared
-from peftfx.passes.adaptation.merge import Merge
 from peftfx.rules.peft_configs import records_of
 from peftfx.rules.resolution import as_items, place
 from peftfx.sharding import rank
@@ -68,6 +66,7 @@ class AdaptersByName(nn.Module):
         self.graphs = Graphs(self.source, self.named)
         self.modules_road = ModulesRoad(base, self.named)
         self._shared = shared(base, self)
+        self.ledger: Ledger | None = None
         self.training = base.training
 
     @abstractmethod
@@ -96,6 +95,7 @@ class AdaptersByName(nn.Module):
             seed: of the random initial values; by default they come from torch's global generator.
         """
         self.named.refuse(name)
+        self.named.apart("an adapter is added")
         adapter = Adapter(place(self.source, self.sites, rules), records_of(as_items(rules)))
         adapter.ran = self.sites.called.union(site.path for site in self.sites)
         device = next((p.device for p in self.base.parameters()), torch.device("cpu"))
@@ -118,6 +118,7 @@ class AdaptersByName(nn.Module):
         from peftfx.adapters.combination import combine, tell_left_out
 
         self.named.refuse(adapter_name)
+        self.named.apart("an adapter is added")
         named = {name: self.adapter(name) for name in adapters}
         with fake_mode_of(self.base):
             combined = combine(self.source, named, weights, combination_type)
@@ -158,7 +159,7 @@ class AdaptersByName(nn.Module):
     @property
     def obstacle(self) -> str:
         """Why calls do not take the modules road; empty where they do."""
-        return 'road="graph" was asked for' if self.wanted == "graph" else self.modules_road.obstacle(self.active)
+        return 'road="graph" was asked for' if self.wanted == "graph" else self.modules_road.obstacle(self.named.called)
 
     def load_adapter(self, path: str | Path, name: str) -> None:
         """Add an adapter from a HF PEFT directory, and make it the active one.
@@ -169,6 +170,7 @@ class AdaptersByName(nn.Module):
         from peftfx.adapters.files.reader import read_adapter
 
         self.named.refuse(name)
+        self.named.apart("an adapter is added")
         self._install(name, read_adapter(Path(path), self.source, self.sites))
 
     @property
@@ -205,6 +207,7 @@ class AdaptersByName(nn.Module):
 
         It trains what it trained before when no other adapted model has adapters on it either.
         """
+        self.named.apart("an adapter is removed")
         for gone in self.names() if name is None else (name,):
             self.named.drop(gone)
             self.modules_road.leave(gone)
@@ -213,30 +216,17 @@ class AdaptersByName(nn.Module):
             self._shared.thaw(self.base)
         return self.base
 
-    def merge(self) -> MergeReport:
-        """Fold the active adapters into the base's own weights, in place, one site at a time, and remove them.
-
-        Weights shared with a module that is not adapted (a tied head, say) are untied first. `remove()` then gives the
-        merged module. Nothing is changed if an active adapter cannot be merged, or another adapted model over the
-        same base has adapters.
-        """
-        self._shared.refuse_others(self)
-        gathering(self, "merge")
-        refuse_unmergeable({name: self.adapter(name) for name in self.active})
-        with evaluating(self.base):
-            merged = Merge()(self.graph()).graph
-        seated = {name: self.named[name] for name in self.modules_road.seatings}
-        for name in seated:
-            self.modules_road.leave(name)
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Inside, the base's weights are without what `merge_adapter` put there."""
+        if self.ledger is None:
+            yield
+            return
+        self.ledger.swap()
         try:
-            report = merge_into(self.base, merged, self.named.acting())
-            for name in self.active:
-                self.remove(name)
+            yield
         finally:
-            self._shared.changed()
-            for name in seated.keys() & set(self.names()):
-                self.modules_road.enter(name, seated[name], self._seat(seated[name]))
-        return report
+            self.ledger.swap()
 
     def base_changed(self) -> None:
         """Drop what was made from the base: its weights are others now, here or under another adapted model."""
@@ -284,7 +274,8 @@ class AdaptersByName(nn.Module):
             adapters = {name: adapter.gathered() for name, adapter in adapters.items()}
             is_main_process = is_main_process and rank() == 0
         if is_main_process:
-            save_adapters(self.source, adapters, Path(directory))
+            with self.plain():
+                save_adapters(self.source, adapters, Path(directory))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable parameters, and of all; a trained bias stands for the base's own, as in HF PEFT."""
@@ -308,6 +299,7 @@ class AdaptersByName(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
         """Load what `state_dict` gave. With `strict`, every key must fit and none may be missing."""
+        self.named.apart("adapters get other values")
         own: dict[str, Tensor] = super().state_dict()
         refuse_other_state(own, state_dict, {name: self.adapter(name) for name in self.names()}, strict)
         for name in self.names():
@@ -319,6 +311,7 @@ class AdaptersByName(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave the graphs behind: they are made again, over the copy's own tensors."""
+        self.named.apart("the model is copied")
         left = ("graphs", "_shared", "modules_road", "_twin")
         own = {key: value for key, value in self.__dict__.items() if key not in left}
         return {**own, "_trained": dict(self._shared.trained), "_seatings": dict(self.modules_road.seatings)}

@@ -11,10 +11,10 @@ from torch import nn
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.hub import upload
 from peftfx.adapters.files.writer import config_and_tensors
+from peftfx.adapters.peft_status import LayerStatus, ModelStatus, layer_status, model_status
 from peftfx.errors import PeftfxError, warn
 from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
-from peftfx.model.by_name import AdaptersByName
-from peftfx.model.peft_status import LayerStatus, ModelStatus, layer_status, model_status
+from peftfx.model.merging import Merging
 from peftfx.model.reference import Reference
 
 
@@ -37,7 +37,7 @@ class PeftConfig(SimpleNamespace):
         return dict(vars(self))
 
 
-class PeftSurface(AdaptersByName):
+class PeftSurface(Merging):
     """An adapted model by HF PEFT's names. What is named otherwise, or differs: `docs/coming-from-peft.md`."""
 
     def get_base_model(self) -> nn.Module:
@@ -52,7 +52,8 @@ class PeftSurface(AdaptersByName):
             PeftfxError: an adapter was made from several rules.
         """
         trained = set(self.active)
-        return {name: PeftConfig.of(self.source, self.adapter(name), name in trained) for name in self.names()}
+        with self.plain():
+            return {name: PeftConfig.of(self.source, self.adapter(name), name in trained) for name in self.names()}
 
     @property
     def active_adapters(self) -> list[str]:
@@ -81,33 +82,15 @@ class PeftSurface(AdaptersByName):
         """Remove all adapters; returns the base as it was before."""
         return self.remove()
 
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
-    ) -> nn.Module:
-        """Fold adapters into the base's own weights, remove all, and return the base; see `merge`.
-
-        Args:
-            progressbar: ignored.
-            safe_merge: every merge is safe: nothing is written where a weight would not be finite.
-            adapter_names: those to fold; by default the active ones.
-        """
-        before = self.active
-        try:
-            if adapter_names is not None:
-                self.set_adapter(adapter_names)
-            self.merge()
-        except PeftfxError:
-            self.set_adapter(before)
-            raise
-        return self.remove()
-
     def get_layer_status(self) -> list[LayerStatus]:
         """The adapters in each module, in HF PEFT's words."""
-        return layer_status(self.base, self._by_name(), self.active)
+        return layer_status(self.base, self._by_name(), self.active, self.named.folded)
 
     def get_model_status(self) -> ModelStatus:
         """The adapters of the model, in HF PEFT's words."""
-        return model_status(self.base, self._by_name(), self.active, self.get_nb_trainable_parameters())
+        return model_status(
+            self.base, self._by_name(), self.active, self.get_nb_trainable_parameters(), self.named.folded
+        )
 
     def _by_name(self) -> dict[str, Adapter]:
         return {name: self.adapter(name) for name in self.names()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,7 +49,9 @@ class ModelStatus:
     quantization_backend: str | None = None
 
 
-def layer_status(base: nn.Module, adapters: Mapping[str, Adapter], active: Iterable[str]) -> list[LayerStatus]:
+def layer_status(
+    base: nn.Module, adapters: Mapping[str, Adapter], active: Iterable[str], merged: Sequence[str] = ()
+) -> list[LayerStatus]:
     """The status of each module that an adapter acts in, in the base's order.
 
     Raises:
@@ -71,7 +73,7 @@ def layer_status(base: nn.Module, adapters: Mapping[str, Adapter], active: Itera
             module_type=kinds[path],
             enabled=bool(acting),
             active_adapters=acting,
-            merged_adapters=[],
+            merged_adapters=[name for name in merged if name in here],
             requires_grad={name: _common(t.requires_grad for t in tensors) for name, tensors in here.items()},
             available_adapters=sorted(here),
             devices={name: sorted({t.device.type for t in tensors}) for name, tensors in here.items()},
@@ -81,10 +83,14 @@ def layer_status(base: nn.Module, adapters: Mapping[str, Adapter], active: Itera
 
 
 def model_status(
-    base: nn.Module, adapters: Mapping[str, Adapter], active: Iterable[str], counts: tuple[int, int]
+    base: nn.Module,
+    adapters: Mapping[str, Adapter],
+    active: Iterable[str],
+    counts: tuple[int, int],
+    merged: Sequence[str] = (),
 ) -> ModelStatus:
     """The status of all modules together; `counts` are the trainable parameters and all."""
-    layers = layer_status(base, adapters, active)
+    layers = layer_status(base, adapters, active, merged)
     types = {name: adapter.rules[0].peft_type for name, adapter in adapters.items()}
     grads: dict[str, list[Known]] = {name: [] for name in adapters}
     devices: dict[str, set[str]] = {name: set() for name in adapters}
@@ -102,7 +108,7 @@ def model_status(
         num_adapter_layers=len(layers),
         enabled=layers[0].enabled,
         active_adapters=layers[0].active_adapters,
-        merged_adapters=[],
+        merged_adapters=list(merged),
         requires_grad={name: _common(known) for name, known in grads.items()},
         available_adapters=sorted(adapters),
         devices={name: sorted(kinds) for name, kinds in devices.items()},

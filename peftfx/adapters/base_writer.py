@@ -1,0 +1,128 @@
+"""BaseWriter: writes tensors into a base module, in place for good, or beside what was there, which it can put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftfx.adapters.deferred import Deferred
+from peftfx.contract.placement import owner_of
+from peftfx.graph.lazy_weights import Stored
+from peftfx.graph.places import twin
+from peftfx.sharding import is_part, overwrite
+
+_NOTHING = object()
+
+
+class Ledger:
+    """Entries of dicts that were written over, with what they were: the very objects."""
+
+    def __init__(self) -> None:
+        self._was: list[tuple[dict[str, Any], str, object]] = []
+
+    def write(self, table: dict[str, Any], key: str, value: object) -> None:
+        """Write an entry, and remember what it was."""
+        self._was.append((table, key, table.get(key, _NOTHING)))
+        table[key] = value
+
+    def swap(self) -> None:
+        """Put back what was there; once more, and what was written is there again."""
+        swapped = []
+        for table, key, value in reversed(self._was):
+            swapped.append((table, key, table.get(key, _NOTHING)))
+            if value is _NOTHING:
+                del table[key]
+            else:
+                table[key] = value
+        self._was = swapped
+
+
+class BaseWriter:
+    """Writes into one base.
+
+    Args:
+        base: the module.
+        ledger: takes what was there, and each tensor written is a new one; without it tensors are overwritten.
+    """
+
+    def __init__(self, base: nn.Module, ledger: Ledger | None = None) -> None:
+        self.base, self.ledger = base, ledger
+
+    def assign(self, name: str, value: Tensor, *, untie: bool) -> int:
+        """Write a parameter or a buffer; returns the bytes.
+
+        Args:
+            name: dotted.
+            value: may be the tensor that is there.
+            untie: whether this module gets a tensor of its own, where others share the one that is there.
+        """
+        module, leaf = owner_of(self.base, name)
+        old = getattr(module, leaf, None)
+        fixed = isinstance(value, Deferred) or isinstance(old, Stored | Deferred)  # what cannot be written, or not yet
+        fixed = fixed or (self.ledger is not None and value is not old)
+        if isinstance(old, Tensor) and not fixed and (not untie or is_part(old)) and old.shape == value.shape:
+            if old is not value:
+                overwrite(old, value)
+            return value.numel() * value.element_size()
+        new = value.detach().clone()
+        if leaf not in module._buffers:
+            new = nn.Parameter(new, requires_grad=bool(isinstance(old, Tensor) and old.requires_grad))
+        for holder, own in [(module, leaf)] if untie or old is None else self._holders(old):
+            self.put(holder._buffers if own in holder._buffers else holder._parameters, own, new)
+        return value.numel() * value.element_size()
+
+    def _holders(self, tensor: object) -> list[tuple[nn.Module, str]]:
+        """The modules that have a tensor, and its names there."""
+        held = ((m, (*m._parameters.items(), *m._buffers.items())) for m in self.base.modules())
+        return [(m, name) for m, named in held for name, t in named if t is tensor]
+
+    def put(self, table: dict[str, Any], key: str, value: object) -> None:
+        """Write an entry of a module's own dicts."""
+        if self.ledger is None:
+            table[key] = value
+        else:
+            self.ledger.write(table, key, value)
+
+    def untie_configs(self) -> None:
+        """Have the configs say that input and output embeddings are two."""
+        for owner in self.base.modules():
+            config = getattr(owner, "config", None)
+            if hasattr(config, "tie_word_embeddings"):
+                self.put(vars(config), "tie_word_embeddings", False)
+
+    def part(self, changed: Iterable[str], called: Sequence[str]) -> None:
+        """Give each module that changes an object of its own, where it is called by another path too.
+
+        Under the other path it stays what it is, or changes in another way.
+        """
+        names: dict[int, list[str]] = {}
+        for path in (p for p in called if has(self.base, p)):
+            names.setdefault(id(self.base.get_submodule(path)), []).append(path)
+        for path in sorted(p for p in changed if has(self.base, p)):
+            for other in names.get(id(self.base.get_submodule(path)), ()):
+                if other != path:
+                    self._part_from(path.split("."), other.split("."))
+
+    def _part_from(self, path: Sequence[str], other: Sequence[str]) -> None:
+        """Copy the first module along a path that is along the other too, behind what the paths begin with."""
+        shorter = min(len(path), len(other))
+        apart = next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), shorter)
+        others = {id(self.base.get_submodule(".".join(other[: i + 1]))) for i in range(apart, len(other))}
+        node = self.base
+        for i, name in enumerate(path):
+            child = node.get_submodule(name)
+            if i >= apart and id(child) in others:
+                self.put(node._modules, name, twin(child))
+                return
+            node = child
+
+
+def has(base: nn.Module, path: str) -> bool:
+    """Whether there is a module of this path."""
+    try:
+        base.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

@@ -1,0 +1,107 @@
+"""A HF PEFT model, taken over: its base without what PEFT put there, and its adapters as PEFT itself saves them.
+
+`peft` is not imported: its models are known by their class, and are asked by their own methods.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftfx.errors import PeftfxError, first_line
+
+CONFIG = "adapter_config.json"
+_STARTS = ("init_lora_weights", "init_weights")
+"""Options of how an adapter began, some of which changed the base then: what is taken over is past that."""
+
+
+_HOLDS = ("base_layer", "original_module", "model")  #: children of PEFT's layers that are the base's own
+
+
+def is_peft_model(model: object) -> bool:
+    """Whether a model is a `peft.PeftModel`, or mixed."""
+    return any(cls.__name__ in ("PeftModel", "PeftMixedModel") and _is_pefts(cls) for cls in type(model).__mro__)
+
+
+def plain_base(model: Any) -> nn.Module:
+    """The base of a HF PEFT model: the same tensors, in modules of its own, without PEFT's layers.
+
+    Raises:
+        PeftfxError: adapters are merged into it, or it has layers of PEFT's that hold no module of the base.
+    """
+    base: nn.Module = model.get_base_model()
+    memo: dict[int, Any] = {id(t): t for t in (*base.parameters(), *base.buffers())}
+    inner: dict[int, nn.Module] = {}
+    _find_layers(base, "", inner)
+    for number, module in inner.items():
+        while id(module) in inner:  # one adapter's layer around another's
+            module = inner[id(module)]
+        memo[number] = copy.deepcopy(module, memo)
+    return copy.deepcopy(base, memo)
+
+
+def _find_layers(module: nn.Module, path: str, found: dict[int, nn.Module]) -> None:
+    """Find PEFT's layers that stand in the place of modules of the base, by their numbers, and these modules."""
+    if getattr(module, "merged_adapters", None):
+        what = f"adapters are merged into the base's weights: {', '.join(module.merged_adapters)}"  # type: ignore[arg-type]
+        raise PeftfxError(what, path, "call unmerge_adapter() of the PeftModel first")
+    if _is_pefts(type(module)):
+        found[id(module)] = _inside(module, path)
+        _find_layers(found[id(module)], path, found)
+        return
+    for name, child in module.named_children():
+        _find_layers(child, f"{path}.{name}".removeprefix("."), found)
+
+
+def _inside(module: nn.Module, path: str) -> nn.Module:
+    """The base's own module in a layer of PEFT's."""
+    held = next((module._modules[name] for name in _HOLDS if name in module._modules), None)
+    if held is None:
+        hint = "save it with save_pretrained, and load that; or ask for the method"
+        raise PeftfxError(f"a layer of PEFT's that is not known here: {type(module).__name__}", path, hint)
+    return held
+
+
+def save_adapters(model: Any, directory: Path) -> dict[str, Path]:
+    """Have a HF PEFT model write its adapters; returns the folder of each.
+
+    Raises:
+        PeftfxError: it cannot.
+    """
+    folders: dict[str, Path] = {}
+    for name, config in model.peft_config.items():
+        own = directory / str(len(folders))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.save_pretrained(str(own), selected_adapters=[name], save_embedding_layers=False)
+        except Exception as error:
+            what = f"peft does not write this {config.peft_type} adapter: {first_line(error)}"
+            raise PeftfxError(what, name, "delete_adapter() it there, or train it with peft") from error
+        folders[name] = own if name == "default" else own / name
+        _forget_start(folders[name] / CONFIG)
+    return folders
+
+
+def _forget_start(file: Path) -> None:
+    """PiSSA, say, took its first update out of the base's weights: these have it, and are taken as they are."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {name: True for name in _STARTS if isinstance(config.get(name), str)}
+    file.write_text(json.dumps(config), encoding="utf-8")
+
+
+def active_adapters(model: Any) -> list[str]:
+    """The adapters that act in a HF PEFT model; none where they are disabled."""
+    found = model.active_adapters
+    names: list[str] = list(found() if callable(found) else found)
+    layers = [m for m in model.modules() if hasattr(m, "disable_adapters") and hasattr(m, "merged_adapters")]
+    return [] if layers and all(m.disable_adapters for m in layers) else names
+
+
+def _is_pefts(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "peft"

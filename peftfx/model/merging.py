@@ -1,0 +1,140 @@
+"""Merging: adapters folded into the base's own weights, for good, or until they are taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from peftfx.adapters.base_writer import Ledger
+from peftfx.adapters.in_place_merge import merge_into
+from peftfx.adapters.merge_report import MergeReport, refuse_unmergeable
+from peftfx.errors import PeftfxError, warn
+from peftfx.graph.contexts import evaluating
+from peftfx.graph.graph import Graph
+from peftfx.model.by_name import AdaptersByName
+from peftfx.model.gathered import gathering
+from peftfx.model.graph_cache import Graphs
+from peftfx.passes.adaptation.merge import Merge
+from peftfx.sharding import is_sharded
+
+
+class Merging(AdaptersByName):
+    """Adapters by name, which can be merged."""
+
+    def merge(self) -> MergeReport:
+        """Fold the active adapters into the base's own weights, in place, one site at a time, and remove them.
+
+        Weights shared with a module that is not adapted (a tied head, say) are untied first. `remove()` then gives the
+        merged module. Nothing is changed if an active adapter cannot be merged, or another adapted model over the
+        same base has adapters.
+        """
+        self.named.apart("adapters are merged for good")
+        self._shared.refuse_others(self)
+        gathering(self, "merge")
+        merged = self._merged()
+        seated = {name: self.named[name] for name in self.modules_road.seatings}
+        for name in seated:
+            self.modules_road.leave(name)
+        try:
+            report = merge_into(self.base, merged, self.named.acting())
+            for name in self.active:
+                self.remove(name)
+        finally:
+            self._shared.changed()
+            for name in seated.keys() & set(self.names()):
+                self.modules_road.enter(name, seated[name], self._seat(seated[name]))
+        return report
+
+    def _merged(self) -> Graph:
+        """The graph of an example call, with the active adapters in its weights.
+
+        Raises:
+            PeftfxError: one of them has no place there.
+        """
+        refuse_unmergeable({name: self.adapter(name) for name in self.active})
+        with evaluating(self.base):
+            return Merge()(self.graph()).graph
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Fold adapters into the base's own weights, remove all, and return the base; see `merge`.
+
+        Args:
+            progressbar: ignored.
+            safe_merge: every merge is safe: nothing is written where a weight would not be finite.
+            adapter_names: those to fold; by default the active ones.
+        """
+        before = self.active
+        try:
+            if adapter_names is not None:
+                self.set_adapter(adapter_names)
+            self.merge()
+        except PeftfxError:
+            self.set_adapter(before)
+            raise
+        return self.remove()
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base's weights until `unmerge_adapter`, which puts the very tensors back.
+
+        Until then calls run the base and nothing else, and the weights as they were are kept beside those that are
+        merged: memory for the adapted weights once more. What needs the base as it was (another adapter, `merge`,
+        `export`, a copy) unmerges first, and says so.
+
+        Args:
+            adapter_names: those to fold, beside those that are folded already; by default the active ones.
+            safe_merge: every merge is safe: nothing is written where a weight would not be finite.
+
+        Raises:
+            PeftfxError: an adapter has no place in the weights, these are quantised, processes have parts of them, or
+                another adapted model over the same base has adapters. Nothing is changed then.
+        """
+        given = self.active if adapter_names is None else tuple(adapter_names)
+        new = [name for name in given if self.adapter(name) and name not in self.named.folded]
+        if not new:
+            warn("nothing to merge: no adapter is active, or those that are named are merged already")
+            return
+        names = (*self.named.folded, *new)
+        if self.named.folded:
+            self.unmerge_adapter()
+        self._shared.refuse_others(self)
+        if is_sharded(self):
+            hint = "merge() folds them for good, and export() writes a merged model"
+            raise PeftfxError("each process has a part of this model's weights", "merge_adapter", hint)
+        if self.source is not self.base:
+            hint = "merge() writes them in floating point for good, and export() writes a merged model"
+            raise PeftfxError("weights of this base are quantised", "merge_adapter", hint)
+        with self.named.acting_as(names):
+            merged, acting = self._merged(), self.named.acting()
+        seatings = dict(self.modules_road.seatings)
+        for name in seatings:
+            self.modules_road.leave(name)
+        ledger = Ledger()
+        graphs, sites = self.graphs, self._sites
+
+        def put_back() -> None:
+            ledger.swap()
+            self.ledger, self.named.folded, self.named.unfold = None, (), None
+            self._shared.changed()
+            self.graphs, self._sites = graphs, sites
+            for name, seating in seatings.items():
+                self.modules_road.enter(name, self.named[name], seating)
+
+        self.graphs = Graphs(self.source, self.named)
+        try:
+            merge_into(self.base, merged, acting, ledger)
+        except BaseException:
+            put_back()
+            raise
+        self._shared.changed()
+        self._sites = sites
+        self.ledger, self.named.folded, self.named.unfold = ledger, names, put_back
+
+    def unmerge_adapter(self) -> None:
+        """Take out of the base's weights what `merge_adapter` put there: the very tensors are back."""
+        if self.named.unfold is None:
+            warn("nothing to unmerge: no adapter is merged")
+            return
+        self.named.unfold()

@@ -1,0 +1,83 @@
+"""A HF PEFT model is taken over: names, weights and the active adapter; what it computes is what peft computes."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from support.adapted import randomise
+from support.zoo import ZOO
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.errors import PeftfxError
+
+LINEARS = ["q_proj", "v_proj", "down_proj"]
+CONFIGS = {
+    "lora": peft.LoraConfig(r=3, target_modules=LINEARS, modules_to_save=["lm_head"], use_dora=True),
+    "pissa": peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"),
+    "biases": peft.LoraConfig(r=2, target_modules=["down_proj", "v_proj"], bias="all", lora_bias=True),
+    "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ada": peft.AdaLoraConfig(init_r=3, target_modules=LINEARS, total_step=10),
+    "tokens": peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"]),
+    "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "llama": peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
+}
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 15).view(2, 6)).logits
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in ("lora", "pissa", "prompt") else pytest.mark.slow) for k in CONFIGS]
+)
+def test_what_peft_computes(kind: str) -> None:
+    theirs = peft.get_peft_model(ZOO["llama"].build(), CONFIGS[kind])
+    randomise(theirs)
+    want, kept = logits(theirs), dict(theirs.named_parameters())
+    ours = peftfx.transform(theirs)
+    torch.testing.assert_close(logits(ours), want, rtol=0, atol=1e-5)
+    assert ours.active_adapters == ["default"]
+    assert ours.adapter("default").rules[0].peft_type == CONFIGS[kind].peft_type
+    assert ours.base.model.embed_tokens.weight.data_ptr() in {p.data_ptr() for p in kept.values()}  # shared
+    assert torch.equal(logits(theirs), want)  # and it stays what it is
+    assert all(p is kept[name] for name, p in theirs.named_parameters())
+    ours.train()(input_ids=torch.arange(3, 15).view(2, 6), labels=torch.arange(3, 15).view(2, 6)).loss.backward()
+    assert {n for n, p in ours.named_parameters() if p.grad is not None} == {
+        n for n, p in ours.named_parameters() if p.requires_grad
+    }
+
+
+def test_several_and_one_more() -> None:
+    theirs = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(r=3, target_modules=LINEARS), "one")
+    theirs.add_adapter("default", peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    for seed, name in enumerate(("default", "one")):
+        theirs.set_adapter(name)
+        randomise(theirs, seed)
+    want = logits(theirs)
+    ours = peftfx.load(theirs)
+    assert (sorted(ours.names()), ours.active) == (["default", "one"], ("one",))
+    torch.testing.assert_close(logits(ours), want, rtol=0, atol=1e-5)
+    ours.set_adapter("default")
+    theirs.set_adapter("default")
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    theirs.base_model.disable_adapter_layers()
+    more = peftfx.transform(theirs, peftfx.IA3(), "more")
+    assert more.active == ("more",)
+    more.set_adapter(())
+    torch.testing.assert_close(logits(more), logits(theirs), rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_taken_over_is_refused() -> None:
+    theirs = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(r=3, target_modules=LINEARS))
+    theirs.merge_adapter()
+    with pytest.raises(PeftfxError, match="merged into the base"):
+        peftfx.transform(theirs)
+    mixed = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(r=3, target_modules=LINEARS), mixed=True)
+    with pytest.raises(PeftfxError, match="peft does not write this"):
+        peftfx.transform(mixed)
+    with pytest.raises(PeftfxError, match="no adapter is named"):
+        peftfx.load(ZOO["llama"].build())
