@@ -10,33 +10,38 @@ import torch
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.bases.guests import own_modules
+from peftfx.contract.combination import Combination
 from peftfx.contract.method import PLACING, Method, Params, Weighted
 from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import WeightPlacement
 from peftfx.errors import PeftfxError, shown, warn
 from peftfx.field_types import fits
-from peftfx.options import COMBINATIONS, check_choice
 
 
 @torch.no_grad()
-def combine(base: nn.Module, adapters: Mapping[str, Adapter], weights: Sequence[float], how: str) -> Adapter:
+def combine(
+    base: nn.Module, adapters: Mapping[str, Adapter], weights: Sequence[float], how: str | Combination
+) -> Adapter:
     """One adapter that stands for several, by their names, each times its weight.
 
     It acts wherever one of them does. A trained copy of one of the base's tensors has no weight: it is kept if one of
     the adapters alone has it.
 
     Args:
-        how: `linear` or `cat`; what they are is the method's to say.
+        how: HF PEFT's combination type, or one with its options; what it is, is the method's to say.
 
     Raises:
         PeftfxError: a method has no such sum, two of them meet at one place, or two adapters train one tensor.
     """
-    check_choice(how, COMBINATIONS, "combination_type", "unknown way to combine:")
     if not fits(weights, Sequence[float]):
         raise PeftfxError(f"weights are numbers, not {shown(weights)}", "weights", "give one for each adapter")
     if not adapters or len(adapters) != len(weights):
         what = f"{len(adapters)} adapters and {len(weights)} weights"
         raise PeftfxError(what, "weights", "give a weight for each adapter")
+    ranks = [getattr(m, "r", 0) for a in adapters.values() for m in (*a.rules, *(p.method for p in a.placements))]
+    asked = how if isinstance(how, Combination) else Combination(combination_type=how)
+    combination = asked.of(len(adapters), max(ranks, default=0))
     _refuse_copies(adapters)
     meeting = _meeting(adapters)
     found: dict[str, list[tuple[WeightPlacement, Weighted]]] = {}
@@ -45,13 +50,14 @@ def combine(base: nn.Module, adapters: Mapping[str, Adapter], weights: Sequence[
             found.setdefault(placement.key, []).append((placement, Weighted(weight, placement.method, params)))
     values: dict[str, Params] = {}
     placements: dict[type[Method], list[WeightPlacement]] = {}
-    for key, given in found.items():
+    order = {path: i for i, (path, _) in enumerate(own_modules(base))}  # in which HF PEFT draws
+    for key, given in sorted(found.items(), key=lambda item: order.get(item[1][0][0].site.path, len(order))):
         first, classes = given[0][0], {type(w.method) for _, w in given}
         if len(classes) > 1:
             what = f"{' and '.join(sorted(c.__name__ for c in classes))} have no sum"
             raise PeftfxError(what, key, "make both active instead: set_adapter([...])")
         (cls,) = classes
-        method, values[key] = cls.combined(first.view, how, [w for _, w in given])
+        method, values[key] = cls.combined(first.view, combination, [w for _, w in given])
         placements.setdefault(cls, []).append(dataclasses.replace(first, method=method))
     return _made(base, adapters, list(placements.values()), values)
 

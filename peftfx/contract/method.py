@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from peftfx.contract.combination import Combination
 from peftfx.contract.completeness import refuse_incomplete
 from peftfx.contract.kept import Kept
 from peftfx.contract.update import Update
@@ -343,10 +344,12 @@ class WeightMethod(Method):
         raise PeftfxError(what, site.path, f"target {site.role}, or export the adapter merged")
 
     @classmethod
-    def combined(cls, site: Site, how: str, given: Sequence[Weighted]) -> tuple[WeightMethod, dict[str, Tensor]]:
+    def combined(
+        cls, site: Site, how: Combination, given: Sequence[Weighted]
+    ) -> tuple[WeightMethod, dict[str, Tensor]]:
         """A method and parameters that stand for several adapters' at one place, each times its weight.
 
-        `how` is `linear` (the parameters are summed) or `cat` (the effects are). HF PEFT's `add_weighted_adapter`.
+        HF PEFT's `add_weighted_adapter`.
         """
         what = f"adapters of {cls.__name__} have no sum"
         raise PeftfxError(what, site.path, "make them active together (set_adapter), or one at a time")

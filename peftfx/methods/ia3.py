@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype, along_channels, along_columns, along_rows, row_index
+from peftfx.contract.combination import Combination
 from peftfx.contract.method import Base, Method, Op, Params, Weighted, WeightMethod
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
@@ -116,11 +117,15 @@ class IA3(WeightMethod):
         return dataclasses.replace(self, feedforward_modules=found if inputs else ())
 
     @classmethod
-    def combined(cls, site: Site, how: str, given: Sequence[Weighted]) -> tuple[WeightMethod, dict[str, Tensor]]:
+    def combined(
+        cls, site: Site, how: Combination, given: Sequence[Weighted]
+    ) -> tuple[WeightMethod, dict[str, Tensor]]:
         """The sum of the vectors. As in HF PEFT a vector of 1, which changes nothing, counts as 1."""
         first = given[0].method
-        if how != "linear":
-            raise PeftfxError(f"IA3 has no combination {how!r}", site.path, "combination_type='linear'")
+        if how != Combination():
+            raise PeftfxError(
+                f"IA3 has no combination {how.combination_type!r}", site.path, "combination_type='linear'"
+            )
         if len({isinstance(w.method, IA3) and w.method.feedforward for w in given}) > 1:
             what = "one adapter scales the input here, and another the output"
             raise PeftfxError(what, site.path, "make both active instead: set_adapter([...])")

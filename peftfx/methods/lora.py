@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype, along_channels, along_rows, row_index
+from peftfx.contract.combination import Combination
 from peftfx.contract.common.dora import gain, row_norms
 from peftfx.contract.common.experts import fill_experts, of_experts, of_parts, refuse_on_parameters
 from peftfx.contract.common.lora_init import (
@@ -330,20 +331,23 @@ class LoRA(WeightMethod):
         return method, p
 
     @classmethod
-    def combined(cls, site: Site, how: str, given: Sequence[Weighted]) -> tuple[WeightMethod, dict[str, Tensor]]:
+    def combined(
+        cls, site: Site, how: Combination, given: Sequence[Weighted]
+    ) -> tuple[WeightMethod, dict[str, Tensor]]:
         """As `low_rank.summed`: a factor is an adapter's weight times its scale; the new one's scale is 1."""
-        scales, params = [], []
+        scales, params, both = [], [], []
         for weight, method, p in given:
             assert isinstance(method, LoRA)
             if method.use_dora:
                 hint = "merge one, or make one active at a time"
                 raise PeftfxError("magnitudes of DoRA have no sum", site.path, hint)
-            if A0 in p and how == "linear":
+            if A0 in p and not how.cuts and how.combination_type != "cat":
                 raise PeftfxError("factors that start from the weight have no sum", site.path, "combination_type='cat'")
-            scales.append(weight * method.scaling)
+            scales.append(method.scaling)
+            both.append(weight * method.scaling)
             params.append(_joined(p) if A0 in p else dict(p))
-        a, b = summed(site, how, scales, [(p[A], p[B]) for p in params])
-        biased = [(s, p[B_BIAS]) for s, p in zip(scales, params, strict=True) if B_BIAS in p]
+        a, b = summed(site, how, [w.weight for w in given], scales, [(p[A], p[B]) for p in params])
+        biased = [(s, p[B_BIAS]) for s, p in zip(both, params, strict=True) if B_BIAS in p]
         new = {A: a, B: b} | ({B_BIAS: weighted_sum(*zip(*biased, strict=True))} if biased else {})
         first = given[0].method
         assert isinstance(first, LoRA)

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from peftfx.contract.combination import Combination
 from peftfx.contract.common.experts import of_experts
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
+from peftfx.options import CAT
 from peftfx.sites.site import EXPERTS, Site
 
 
@@ -63,22 +65,41 @@ def weighted_sum(factors: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
 
 
 def summed(
-    site: Site, how: str, scales: Sequence[float], factors: Sequence[tuple[Tensor, Tensor]]
+    site: Site,
+    how: Combination,
+    weights: Sequence[float],
+    scales: Sequence[float],
+    factors: Sequence[tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """The factors of a sum of low-rank updates `s_i B_i A_i`.
+    """The factors of a sum of low-rank updates `s_i B_i A_i`, each times its weight.
 
-    `cat`: `B A = sum s_i B_i A_i`, exactly, at the sum of the ranks. `linear`, which is HF PEFT's approximation:
-    `A = sum sign(s_i) sqrt|s_i| A_i` and `B = sum sqrt|s_i| B_i`.
+    `cat`: `B A = sum w_i s_i B_i A_i`, exactly, at the sum of the ranks. `svd` and its like: the merged updates, cut to
+    a rank. `linear` and its like, which are HF PEFT's approximations: A and B are merged by themselves, each with the
+    root of `w_i s_i`, its sign with A.
     """
     down, up = zip(*factors, strict=True)
-    if how == "cat":
+    both = [w * s for w, s in zip(weights, scales, strict=True)]
+    if how.combination_type == CAT:
         groups = site.shape[0] if site.kind == EXPERTS else site.groups
-        rows = [(s * a).unflatten(0, (groups, -1)) for s, a in zip(scales, down, strict=True)]
+        rows = [(s * a).unflatten(0, (groups, -1)) for s, a in zip(both, down, strict=True)]
         return torch.cat(rows, 1).flatten(0, 1), torch.cat(up, 1)
+    if how.cuts:
+        return _cut(site, how, weights, [s * product(site, a, b) for s, (a, b) in zip(scales, factors, strict=True)])
     ranks = [len(a) for a in down]
     if len(set(ranks)) > 1:
-        what = f"a linear combination needs equal ranks, not {', '.join(map(str, ranks))}"
-        raise PeftfxError(what, site.path, "combination_type='cat'")
-    roots = [math.sqrt(abs(s)) for s in scales]
-    signed = [math.copysign(root, s) for root, s in zip(roots, scales, strict=True)]
-    return weighted_sum(signed, down), weighted_sum(roots, up)
+        what = f"a {how.combination_type} combination needs equal ranks, not {', '.join(map(str, ranks))}"
+        raise PeftfxError(what, site.path, "combination_type='cat', or 'svd'")
+    roots = [math.sqrt(abs(s)) for s in both]
+    signed = [math.copysign(root, s) for root, s in zip(roots, both, strict=True)]
+    return how.merge(signed, down), how.merge(roots, up)
+
+
+def _cut(site: Site, how: Combination, weights: Sequence[float], updates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    if site.kind == EXPERTS or site.groups > 1:
+        kind = "stacks of experts" if site.kind == EXPERTS else "convs of several groups"
+        raise PeftfxError(f"updates of {kind} are not cut to a rank", site.path, "combination_type='cat'")
+    merged = how.merge(weights, updates)
+    a, b = how.cut(merged.T if site.kind == "embedding" else merged.flatten(1))
+    return (
+        (a, b) if site.kind != "conv" else (a.view(-1, *merged.shape[1:]), b.view(*b.shape, *(1,) * (merged.ndim - 2)))
+    )
