@@ -63,6 +63,8 @@ class WeightGuest:
         under = [(g.acting, g.params()) for g in before if overlap(g.placement, self.placement)]
         rerun = under if self.acting.method.reruns else ()
         operation, p = self._operation(own, module, stored), self.params()  # type: ignore[arg-type]
+        if not x.is_meta and any(tensor.is_meta for tensor in p.values()):
+            raise _without_values(self.seat.path)
         return adapted(self.acting, p, operation, x, y, stored, rerun, training=module.training)  # type: ignore[arg-type]
 
     def _operation(self, own: Forward, module: nn.Module, stored: tuple[Tensor, Tensor | None]) -> Op:
@@ -205,6 +207,12 @@ class Attending(TorchFunctionMode):
                 assert isinstance(output, Tensor)
                 output = guest.act(self.module, self.query, output)
         return output
+
+
+def _without_values(path: str) -> PeftfxError:
+    what = "the adapter's parameters have no values: it was added to a base on the meta device, or offloaded with one"
+    hint = "fill the base and call reset_parameters(), or dispatch the base before you adapt it"
+    return PeftfxError(what, path, hint)
 
 
 def _only_tensor(path: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from peftfx.hosting.call import CURRENT
 from peftfx.hosting.checkpointing import refuse_recomputed
 from peftfx.hosting.guests import Attending, Hosted, other_call
 from peftfx.hosting.seating import layer_of
+from peftfx.twins.offloaded import OWN_FORWARD
 
 
 def guests_of(module: nn.Module) -> Hosted:
@@ -43,7 +45,7 @@ def dress(module: nn.Module, *, inner: bool = False) -> None:
     inner = inner or issubclass(before, _Inner)
     wanted = _hosting(own, copied, layer_of(own) if inner else None)  # type: ignore[arg-type]
     if OWN in vars(before) or before is own:
-        module.__class__ = wanted
+        _reclass(module, wanted)
     elif not (copied <= _copied(before) and inner == issubclass(before, _Inner)):
         what = f"this module's class is {before.__name__}, made since an adapter came"
         raise PeftfxError(what, type(module).__name__, "add all adapters first, and wrap or shard the model then")
@@ -53,7 +55,15 @@ def undress(module: nn.Module) -> None:
     """Give a module without guests its own class back, if nobody has put another over it since."""
     del module._modules[GUESTS]
     if OWN in vars(type(module)):
-        module.__class__ = own_class(module)
+        _reclass(module, own_class(module))
+
+
+def _reclass(module: nn.Module, wanted: type[nn.Module]) -> None:
+    """Give a module another class; hooks that run around its forward, as accelerate's, then run that class's."""
+    before, module.__class__ = type(module).forward, wanted
+    inner = vars(module).get(OWN_FORWARD)
+    if isinstance(inner, MethodType) and inner.__func__ is before:
+        setattr(module, OWN_FORWARD, MethodType(wanted.forward, module))
 
 
 class _Inner:

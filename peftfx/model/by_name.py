@@ -98,11 +98,26 @@ class AdaptersByName(nn.Module):
         self.named.apart("an adapter is added")
         adapter = Adapter(place(self.source, self.sites, rules), records_of(as_items(rules)))
         adapter.ran = self.sites.called.union(site.path for site in self.sites)
-        device = next((p.device for p in self.base.parameters()), torch.device("cpu"))
-        rng = None if seed is None else torch.Generator(device).manual_seed(seed)
+        self._start(adapter, seed)
+        self._install(name, adapter)
+
+    def reset_parameters(self, adapter_name: str | None = None, *, seed: int | None = None) -> None:
+        """Give an adapter, or all, initial values anew; where it was added to a base on the meta device, its first.
+
+        Args:
+            adapter_name: by default all.
+            seed: see `add_adapter`.
+        """
+        self.base_changed()
+        for name in self.names() if adapter_name is None else (adapter_name,):
+            self._start(self.adapter(name), seed)
+        self.set_adapter(self.active)
+
+    def _start(self, adapter: Adapter, seed: int | None) -> None:
+        device = next((p.device for p in self.source.parameters()), torch.device("cpu"))
+        rng = None if seed is None or device.type == "meta" else torch.Generator(device).manual_seed(seed)
         with fake_mode_of(self.base):
             adapter.create(self.source, rng)
-        self._install(name, adapter)
 
     def add_weighted_adapter(
         self,

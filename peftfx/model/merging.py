@@ -32,6 +32,9 @@ class Merging(AdaptersByName):
         self.named.apart("adapters are merged for good")
         self._shared.refuse_others(self)
         gathering(self, "merge")
+        if self.source is not self.base and self._twin.offloaded:
+            what = "weights of the base are offloaded: a merge would have nowhere to put them"
+            raise PeftfxError(what, "merge", "export(merge=True) writes merged weights one at a time; or load it whole")
         merged = self._merged()
         seated = {name: self.named[name] for name in self.modules_road.seatings}
         for name in seated:
@@ -88,7 +91,7 @@ class Merging(AdaptersByName):
             safe_merge: every merge is safe: nothing is written where a weight would not be finite.
 
         Raises:
-            PeftfxError: an adapter has no place in the weights, these are quantised, processes have parts of them, or
+            PeftfxError: an adapter has no place in the weights, these are quantised or fetched by hooks, processes have parts of them, or
                 another adapted model over the same base has adapters. Nothing is changed then.
         """
         given = self.active if adapter_names is None else tuple(adapter_names)
@@ -105,7 +108,7 @@ class Merging(AdaptersByName):
             raise PeftfxError("each process has a part of this model's weights", "merge_adapter", hint)
         if self.source is not self.base:
             hint = "merge() writes them in floating point for good, and export() writes a merged model"
-            raise PeftfxError("weights of this base are quantised", "merge_adapter", hint)
+            raise PeftfxError("weights of this base are quantised, or hooks fetch them", "merge_adapter", hint)
         with self.named.acting_as(names):
             merged, acting = self._merged(), self.named.acting()
         seatings = dict(self.modules_road.seatings)

@@ -1,8 +1,9 @@
-"""Twin: a base as its weights are read: its own modules again, over the same tensors, quantised ones dequantised late.
+"""Twin: a base as its weights are read: its own modules again, over the same tensors, some of which are read late.
 
 A quantised layer has no weight that a graph could read, nor an operator that it could tell. Its place is taken, in the
-twin alone, by torch's own linear layer whose weight is the layer's codes (`Coded`). So sites are found, adapters made,
-merged and exported as over a base in floating point, of which no copy is ever made. What runs in training is the base.
+twin alone, by torch's own linear layer whose weight is the layer's codes (`Coded`). Weights that hooks keep elsewhere
+are `Fetched`, and the hooks are left out. So sites are found, adapters made, merged and exported as over a base in
+floating point, of which no copy is ever made. What runs in training is the base.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from peftfx.graph.lazy_weights import store
 from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.codes import Codes
 from peftfx.twins.layers import codes_in, is_quantised
+from peftfx.twins.offloaded import HOOK, OWN_FORWARD, fetched, is_hooked
 
 _HELD = ("_parameters", "_buffers", "_modules")
 _TRIED = 0.1  #: of the largest output, how far a layer that rounds its input too may be from its codes: int8 is at 0.04
@@ -31,11 +33,13 @@ class Twin:
 
     Attributes:
         obstacles: why a layer of the base cannot be trained through, by its path.
+        offloaded: whether some of its weights are where hooks fetch them from; known when it is made.
     """
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
         self.obstacles: dict[str, str] = {}
+        self.offloaded = False
         self._codes: dict[str, Codes] = {}
         self._made: dict[int, nn.Module] = {}
         self._module: nn.Module | None = None
@@ -61,8 +65,10 @@ class Twin:
         return {path: codes.format for path, codes in self._codes.items()} if self.module is not self.base else {}
 
     def floating(self) -> nn.Module:
-        """The twin in eval mode and float32 throughout, nothing of it in memory: what is exported."""
+        """A copy of the twin in eval mode, nothing of it in memory: what is exported. A quantised base's is float32."""
         made = copied(self.module)
+        if not self._codes:
+            return made.eval()
         for _, module in made.named_modules():
             weight = module._parameters.get("weight")
             if isinstance(weight, Coded):
@@ -84,9 +90,15 @@ class Twin:
     def _make(self) -> nn.Module:
         config = config_of(self.base)
         modules = dict(own_modules(self.base))
+        elsewhere = fetched(own_modules(self.base))
+        self.offloaded = bool(elsewhere)
+        for path, module in modules.items():
+            if is_quantised(module) and any(id(t) in elsewhere for t in _tensors(module)):
+                hint = "leave it on its device: give from_pretrained a device_map without cpu and disk for it"
+                raise PeftfxError("this layer is quantised, and its codes are offloaded", path, hint)
         found = {path: codes_in(module, path, config) for path, module in modules.items()}
         self._codes = {path: codes for path, codes in found.items() if codes is not None}
-        if not self._codes:
+        if not self._codes and not any(map(is_hooked, modules.values())):
             return self.base
         flowing = dtype_of(self.base)
         kinds: dict[object, str] = {}
@@ -98,7 +110,7 @@ class Twin:
                 kinds[kind] = _obstacle(path, own, layer, codes, flowing)
             if kinds[kind]:
                 self.obstacles[path] = kinds[kind]
-        return copied(self.base, made=self._made)
+        return copied(self.base, elsewhere, self._made)
 
 
 def dtype_of(base: nn.Module) -> torch.dtype:
@@ -123,7 +135,11 @@ def _linear(own: nn.Module, codes: Codes, dtype: torch.dtype) -> nn.Linear:
 
 
 def _device_of(own: nn.Module) -> torch.device:
-    return next(t.device for t in (*own._parameters.values(), *own._buffers.values()) if t is not None)
+    return next(t.device for t in _tensors(own))
+
+
+def _tensors(own: nn.Module) -> list[Tensor]:
+    return [t for t in (*own._parameters.values(), *own._buffers.values()) if t is not None]
 
 
 class _Linear(nn.Linear):
@@ -216,6 +232,8 @@ def copied(
 def _attributes(module: nn.Module, result: nn.Module) -> dict[str, Any]:
     """A module's own attributes, as a copy of it has them: what was set as its forward is the copy's."""
     found = {k: v for k, v in vars(module).items() if k not in _HELD}
+    if is_hooked(module):  # a twin runs without them; what they put in the place of the class's own forward goes too
+        found = {k: v for k, v in found.items() if k not in (HOOK, OWN_FORWARD, "forward")}
     forward = found.get("forward")
     if isinstance(forward, MethodType) and forward.__self__ is module:
         found["forward"] = MethodType(forward.__func__, result)
