@@ -13,6 +13,7 @@ from peftfx.adapters.base_writer import BaseWriter, Ledger, has
 from peftfx.adapters.deferred import Deferred
 from peftfx.adapters.merge_report import MergeReport
 from peftfx.adapters.recipes import Derived, Folding, Rounding, foldings
+from peftfx.analysis.running import refuse_other_readers
 from peftfx.contract.method import Base
 from peftfx.contract.override import Override
 from peftfx.contract.placement import owner_of, site_tensors
@@ -60,7 +61,10 @@ def merge_into(
     writer = BaseWriter(base, ledger)
     writer.part({f.site.path for f in folded.values()} | trained, _run(merged))
     sharing = _names_by_tensor(base)
-    _refuse_untying(base, sharing, [f.site for f in folded.values()])
+    sites = [folding.site for folding in folded.values()]
+    _refuse_untying(base, sharing, sites)
+    tied = {site.path for site in sites if len(sharing.get(id(site_tensors(base, site)[0]), ())) > 1}
+    refuse_other_readers(merged, sites, tied)
     everywhere = {name: names for names in sharing.values() for name in names}
     groups: dict[str, list[Folding]] = {}
     for folding in folded.values():

@@ -25,7 +25,7 @@ from peftfx.analysis.heads_and_routers import find_routers, reaches_output
 from peftfx.analysis.links import find_links
 from peftfx.analysis.norms import find_norms
 from peftfx.analysis.rows import as_ranges
-from peftfx.analysis.running import called_modules, parameter_reads, run_elsewhere
+from peftfx.analysis.running import called_modules, parameter_reads, passed_by, run_elsewhere
 from peftfx.analysis.weight_ops import Occurrence, find_occurrences, module_path
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
@@ -73,7 +73,8 @@ def find_sites(graph: Graph) -> Sites:
     elsewhere = run_elsewhere(graph.base, called)
     others = {name for names in elsewhere.values() for name in names}
     ordered = tuple(site for site in ordered if site.path not in others)
-    return Sites(ordered, called, parameter_reads(graph, ordered), elsewhere, find_links(graph, ordered))
+    reads, unlike = parameter_reads(graph, ordered), passed_by(graph, ordered)
+    return Sites(ordered, called, reads, elsewhere, unlike, find_links(graph, ordered))
 
 
 def _analyse(graph: Graph) -> Analysis:

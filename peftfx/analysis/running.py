@@ -14,14 +14,19 @@ from torch import fx, nn
 from peftfx.analysis.dataflow import op_name
 from peftfx.analysis.weight_ops import module_path
 from peftfx.bases.guests import own_modules
+from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE, Graph
 from peftfx.graph.places import places_of
-from peftfx.sites.site import Site
+from peftfx.sites.site import EXPERTS, Site, WeightSite
 
 _REGIONS = {
     "wrap_with_autocast": "it runs under torch.autocast",
     "wrap_with_set_grad_enabled": "it runs under torch.no_grad",
 }
+#: Why HF PEFT's layer, which stands in a module's place, would not do what the operation on its weight does.
+_PAST = "the model's code runs it, or reads its weight, past its call: HF PEFT's may not act there until it is merged"
+_HOOKED = "its hooks change what goes in or out: here of the adapted layer, in HF PEFT of the layer without its adapter"
+_FUSED = "in eval mode torch's encoder layer reads its weights past HF PEFT's layer, until it is merged"
 
 
 def called_modules(graph: Graph) -> frozenset[str]:
@@ -101,3 +106,66 @@ def _attribute(module: nn.Module, target: str) -> object:
     for part in target.split("."):
         value = getattr(value, part)
     return value if not isinstance(value, torch.Tensor) else None
+
+
+def passed_by(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
+    """For each site where HF PEFT's layer would not do what the operation on the weight does: why."""
+    modules = dict(own_modules(graph.base, remove_duplicate=False))
+    nodes = {node.name: node for node in graph.nodes()}
+    found = {}
+    for site in sites:
+        module = modules.get(site.path)
+        if isinstance(site, WeightSite) and site.kind != EXPERTS and module is not None:
+            found[site.path] = _why(site, module, [modules[p] for p in _above(site.path)], nodes)
+    return {path: why for path, why in found.items() if why}
+
+
+def refuse_other_readers(merged: Graph, sites: Iterable[Site], tied: Collection[str]) -> None:
+    """Refuse to write weights in place that the model's code reads besides: it would read the merged ones.
+
+    Args:
+        merged: the graph with all adapted sites merged.
+        sites: those.
+        tied: paths of sites whose weights other modules have too: these get weights of their own.
+
+    Raises:
+        PeftfxError: one is read by something else than the sites' operations.
+    """
+    live: set[fx.Node] = set()
+    for node in reversed(list(merged.nodes())):
+        if node.op == "output" or node.is_impure() or live & node.users.keys():
+            live.add(node)
+    readers = {str(node.target): node.users.keys() & live for node in live if node.op == "get_attr"}
+    for site in sites:
+        if (users := readers.get(str(site.weight))) and site.path not in tied:
+            how = ", ".join(sorted({op_name(user) for user in users}))
+            what = f"the model's code also reads this weight in another way ({how}), and would read the merged one"
+            hint = "export it, which changes the layer alone; or leave it unmerged, or out of the rule"
+            raise PeftfxError(what, site.path, hint)
+
+
+def _why(site: WeightSite, module: nn.Module, above: list[nn.Module], nodes: dict[str, fx.Node]) -> str:
+    if any(isinstance(one, nn.TransformerEncoderLayer) for one in above):
+        return _FUSED
+    if isinstance(above[-1], nn.MultiheadAttention) or isinstance(module, nn.MultiheadAttention):
+        return ""  # HF PEFT has a layer of its own for it
+    for call in site.calls:
+        if not _inside(nodes[call.op], site.path):
+            return _PAST
+        before = module._forward_pre_hooks and _inside(nodes[call.x], site.path)
+        after = module._forward_hooks and any(_inside(user, site.path) for user in nodes[call.y].users)
+        if before or after:
+            return _HOOKED
+    return ""
+
+
+def _above(path: str) -> list[str]:
+    """The paths of the modules that this one is in, from the outside in."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))]
+
+
+def _inside(node: fx.Node, path: str) -> bool:
+    """Whether a call of this module runs the node."""
+    name = f"{BASE}.{path}" if path else BASE
+    return any(entry[0].partition("@")[0] == name for entry in (node.meta.get("nn_module_stack") or {}).values())

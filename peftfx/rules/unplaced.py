@@ -60,11 +60,20 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
 
 
 def tell_elsewhere(sites: Sites, adapted: Collection[str]) -> None:
-    """Say which adapted modules the model also runs under other names: nothing acts there, as in HF PEFT."""
+    """Say which adapted modules the model also runs under other names: nothing acts there, as in HF PEFT.
+
+    And which it passes by: what acts there does not in HF PEFT.
+    """
     told = [f"{path} as {', '.join(sites.elsewhere[path])}" for path in sites.elsewhere if path in adapted]
     if told:
         more = f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""
         warn(f"the model also runs {'; '.join(told[:_MOST])}{more}: nothing is adapted there, as in HF PEFT")
+    unlike: dict[str, list[str]] = {}
+    for path in sites.passed_by.keys() & set(adapted):
+        unlike.setdefault(sites.passed_by[path], []).append(path)
+    for why, paths in sorted(unlike.items()):
+        more = f" and {len(paths) - _MOST} more" if len(paths) > _MOST else ""
+        warn(f"HF PEFT may give other outputs at {', '.join(sorted(paths)[:_MOST])}{more}: {why}")
 
 
 def never_runs(path: str, base: nn.Module, sites: Sites) -> bool:

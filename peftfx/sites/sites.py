@@ -31,6 +31,7 @@ class Sites(Sequence[Site]):
         called: the paths of all modules that the graph calls, sites or not.
         reads: for each module that has parameters which the graph reads, and is no site, what reads them.
         elsewhere: for a site whose module the graph also runs in other places, their names: no adapter acts there.
+        passed_by: for a site where HF PEFT's layer would not do what the operation on the weight does, why.
         flow: what is between the sites; None of a selection, which has not all of them.
     """
 
@@ -38,6 +39,7 @@ class Sites(Sequence[Site]):
     called: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     reads: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
+    passed_by: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     flow: Dataflow | None = field(default=None, repr=False, compare=False)
 
     @overload

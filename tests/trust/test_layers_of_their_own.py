@@ -155,3 +155,47 @@ def test_a_rule_names_an_attention_of_torch_as_in_peft() -> None:
     assert paths == ["attention.in_proj_weight", "attention.out_proj", "after"]
     with pytest.warns(UserWarning, match="no call of the model runs attention.out_proj"):
         peftfx.transform(base, peft.LoraConfig(r=2, target_modules=["out_proj", "after"]), inputs=given)
+
+
+class ReadsBesides(Model):
+    """Code that reads a layer's weight, too, or alone."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(lambda: nn.Linear(SIZE, SIZE))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.layer.weight
+        called = x @ w.mT + self.layer.bias if self.how == "alone" else self.layer(x)
+        return self.after(torch.relu(called + w.sum() if self.how == "sum" else called))
+
+
+def test_a_weight_that_is_read_besides_its_layer_is_not_merged_in_place(tmp_path: Path) -> None:
+    base, x = ReadsBesides("sum").eval(), torch.randn(3, SIZE)
+    theirs, ours = both(base, peft.LoraConfig(r=2, target_modules=["layer", "after"]), tmp_path / "adapter")
+    want = theirs(x)
+    with pytest.raises(PeftfxError, match=r"also reads this weight in another way \(sum\).*layer"):
+        ours.merge()
+    torch.testing.assert_close(ours(x=x), want)
+    assert ours.export(tmp_path / "out", merge=True, inputs={"x": torch.randn(2, SIZE)}).max_abs < 1e-5
+
+
+def test_a_layer_that_hf_peft_would_pass_by_is_told(tmp_path: Path) -> None:
+    """Until it is merged, that is."""
+    base, x = ReadsBesides("alone").eval(), torch.randn(3, SIZE)
+    with pytest.warns(UserWarning, match=r"HF PEFT may give other outputs at layer: .* past its call"):
+        theirs, ours = both(base, peft.LoraConfig(r=2, target_modules=["layer"]), tmp_path)
+    torch.testing.assert_close(theirs(x), base(x))
+    torch.testing.assert_close(ours(x=x), theirs.merge_and_unload()(x))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_hook_that_changes_what_a_layer_gets_or_gives_is_told(before: bool) -> None:
+    base, rule = Model(lambda: nn.Linear(SIZE, SIZE)).eval(), peftfx.LoRA(r=2, target_modules=["before", "layer"])
+    base.before.register_forward_hook(lambda *_: None)  # it looks on
+    if before:
+        base.layer.register_forward_pre_hook(lambda _, given: (given[0] + 1,))
+    else:
+        base.layer.register_forward_hook(lambda _, __, given: given * 2)
+    with pytest.warns(UserWarning, match=r"HF PEFT may give other outputs at layer: its hooks"):
+        peftfx.transform(base, rule, inputs={"x": torch.randn(3, SIZE)})
