@@ -161,6 +161,22 @@ class AdaptersByName(nn.Module):
         combined.named = frozenset().union(*(adapter.named for adapter in named.values()))
         self._install(adapter_name, combined)
 
+    def convert_to_lora(self, adapter_name: str, rank: float, new_name: str = "lora") -> None:
+        """Add a LoRA that does what another adapter does to weights, and make it the active one.
+
+        Args:
+            adapter_name: an adapter of any method that acts on weights.
+            rank: a whole number is the rank; a number of 0 to 1 the share of each update's energy that is kept.
+            new_name: the LoRA's.
+        """
+        from peftfx.adapters.lora_conversion import lora_of, updates_of
+
+        self.named.refuse(new_name)
+        adapter = self.adapter(adapter_name)
+        made = lora_of(updates_of(self.source, adapter), rank, adapter.records)
+        made.named = adapter.named
+        self._install(new_name, made)
+
     def _install(self, name: str, adapter: Adapter) -> None:
         seating = self._seat(adapter)
         self._shared.freeze(self.base)

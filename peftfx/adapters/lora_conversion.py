@@ -1,0 +1,144 @@
+"""LoRAs of other changes of weights: of what an adapter of any method does, or of what another checkpoint has.
+
+An update of a weight is cut to a rank, or to as many as hold a share of its energy (the squares of its singular
+values), by its singular value decomposition, as HF PEFT's `convert_to_lora` does. One update is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.adapters.adapter import Adapter
+from peftfx.contract.method import Base, widened
+from peftfx.contract.placed import Placed, Placements
+from peftfx.contract.placement import WeightPlacement, site_tensors
+from peftfx.errors import PeftfxError, warn
+from peftfx.graph.lazy_weights import exact
+from peftfx.methods.lora import LoRA
+from peftfx.sites.blocks import turned
+from peftfx.sites.site import WeightSite
+
+Updates = Iterable[tuple[WeightSite, Tensor]]
+"""Sites, each with what is added to its weight, [out, in, *kernel] or [num, dim], in fp32."""
+
+
+@torch.no_grad()
+def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None = None) -> Adapter:
+    """A LoRA whose effect is that of these updates, cut.
+
+    Args:
+        updates: what is added; what is zero has no place in the LoRA.
+        rank: a whole number is the rank; a number of 0 to 1 is the share of the energy that is kept.
+        records: what a config says of the base and the task.
+
+    Raises:
+        PeftfxError: a rank that is none, or that a weight has not; a stack of experts or a conv of several groups; or
+            no update at all.
+    """
+    if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
+        raise PeftfxError(f"a rank of 1 or more, or a share of 0 to 1, not {rank}", "rank", "rank=8, or rank=0.95")
+    placements, values = [], {}
+    for site, update in updates:
+        if not update.any():
+            continue
+        a, b = _factors(site, update, rank)
+        placements.append(WeightPlacement(LoRA(r=len(a), lora_alpha=len(a)), site))
+        values[site.path] = {"lora_A": a, "lora_B": b}
+    if not placements:
+        raise PeftfxError("nothing changes any weight: there is nothing to convert", "rank", "is it the right pair?")
+    target = tuple(f"/{re.escape(p.site.path)}/" for p in placements)
+    r = rank if isinstance(rank, int) else placements[0].method.r  # type: ignore[attr-defined]
+    made = Adapter([Placed(LoRA(r=r, lora_alpha=r, target=target), Placements(placements))], records)
+    for path, params in values.items():
+        for name, value in params.items():
+            made.put(f"{path}.{name}", value)
+    return made
+
+
+def _factors(site: WeightSite, update: Tensor, rank: float) -> tuple[Tensor, Tensor]:
+    if site.kind not in ("linear", "conv", "embedding") or site.groups > 1:
+        what = f"an update of a {site.kind}{' of several groups' if site.groups > 1 else ''} is not cut to a rank"
+        raise PeftfxError(what, site.path, "leave it out, or merge what changes it")
+    flat = update.float().T if site.kind == "embedding" else update.float().flatten(1)
+    u, s, vh = torch.linalg.svd(flat, full_matrices=False)
+    kept = rank if isinstance(rank, int) else int(torch.searchsorted((s**2).cumsum(0), rank * (s**2).sum())) + 1
+    kept = min(kept, len(s)) if not isinstance(rank, int) else kept
+    if kept > len(s):
+        raise PeftfxError(f"a weight of {list(flat.shape)} has no rank {kept}", site.path, f"rank={len(s)} or less")
+    a, b = vh[:kept].contiguous(), (u[:, :kept] * s[:kept]).contiguous()
+    if site.kind != "conv":
+        return a, b
+    return a.view(kept, *update.shape[1:]), b.view(-1, kept, *(1,) * (update.ndim - 2))
+
+
+@torch.no_grad()
+def updates_of(base: nn.Module, adapter: Adapter) -> Iterator[tuple[WeightSite, Tensor]]:
+    """What an adapter adds to each weight that it acts on.
+
+    Raises:
+        PeftfxError: it does something beside weights: a prompt, copies of the base's tensors, or a bias.
+    """
+    if beside := adapter.placements.beside_weights:
+        what = f"what {type(beside[0].method).__name__} does is no update of a weight"
+        raise PeftfxError(what, beside[0].site.path, "only what acts on weights becomes a LoRA")
+    if adapter.overrides:
+        what = "trained copies of the base's tensors are no part of a LoRA of this"
+        raise PeftfxError(what, adapter.overrides[0].key.partition(".")[2], "convert an adapter without them")
+    groups: dict[str, list[WeightPlacement]] = {}
+    for placement in adapter.placements.weights:
+        groups.setdefault(placement.site.path, []).append(placement)
+    for group in groups.values():
+        yield group[0].site, _update(base, adapter, group)
+
+
+def _update(base: nn.Module, adapter: Adapter, group: Sequence[WeightPlacement]) -> Tensor:
+    site = group[0].site
+    stored, bias = site_tensors(base, site)
+    weight = turned(exact(stored), site.transposed).float()
+    whole = torch.zeros_like(weight)
+    for placement in group:
+        own, block = placement.base(exact(stored), bias), placement.block
+        start = Base(own.weight.float(), None if own.bias is None else own.bias.float())
+        made = placement.method.fold(placement.view, start, widened(adapter.params(placement)))
+        if made.bias is not start.bias:
+            what = f"{type(placement.method).__name__} changes a bias, and a LoRA has none"
+            raise PeftfxError(what, site.path, "merge it instead")
+        if made.weight.shape != start.weight.shape:
+            raise PeftfxError("it makes one group of a conv of several", site.path, "merge it instead")
+        delta = made.weight - start.weight
+        whole = delta if block is None else block.put(whole, delta, site.rows_axis)
+    return whole
+
+
+@torch.no_grad()
+def difference(base: nn.Module, tuned: nn.Module, sites: Iterable[WeightSite]) -> Iterator[tuple[WeightSite, Tensor]]:
+    """What the weights of another checkpoint of the same architecture have more, site by site.
+
+    Tensors that differ and are no weight of such a site are told: no LoRA has them.
+
+    Raises:
+        PeftfxError: the two have other tensors.
+    """
+    own, others = (dict(m.named_parameters(remove_duplicate=False)) for m in (base, tuned))
+    odd = [n for n in own.keys() | others.keys() if n not in own or n not in others or own[n].shape != others[n].shape]
+    if odd:
+        raise PeftfxError(
+            f"the two have other tensors: {', '.join(sorted(odd)[:3])}", "tuned", "give a checkpoint of it"
+        )
+    done = set()
+    for site in sites:
+        name = site.weight.partition(".")[2]
+        if name not in own:
+            continue
+        done.add(id(own[name]))
+        a, b = exact(own[name]), exact(others[name])
+        if site.kind in ("linear", "conv", "embedding") and not torch.equal(a, b):
+            yield site, turned(b, site.transposed).float() - turned(a, site.transposed).float()
+    left = [n for n, t in own.items() if id(t) not in done and not torch.equal(exact(t), exact(others[n]))]
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        warn(f"these differ, and no LoRA has them: {', '.join(left[:3])}{more}")

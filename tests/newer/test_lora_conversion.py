@@ -1,0 +1,80 @@
+"""LoRAs of other adapters, and of the difference of two checkpoints: exact at the full rank, `peft`'s at any."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.adapters.lora_conversion import difference, lora_of
+from peftfx.errors import PeftfxError, PeftfxWarning
+from peftfx.testing.blocks import Dense
+from peftfx.testing.models import Text
+from peftfx.testing.setup import assert_close, stir
+
+SPEC = Text((Dense(outer=12), Dense(transposed=True, inner=12)))
+INPUTS = SPEC.inputs(3, 5, 1)
+
+
+def adapted(method: peftfx.Method) -> peftfx.AdaptedModel:
+    made = peftfx.transform(SPEC.build(), method, inputs=SPEC.inputs(2, 3), seed=0).eval()
+    stir(made.adapter("default"), 1)
+    return made
+
+
+@torch.no_grad()
+def test_any_update_becomes_a_lora_of_its_rank(tmp_path: Path) -> None:
+    ours = adapted(peftfx.LoHa(r=2, target_modules=["0", "1"]))
+    want = ours(**INPUTS)
+    ours.convert_to_lora("default", 4)
+    assert ours.active == ("lora",)
+    assert_close(ours(**INPUTS), want, 1e-5, "the LoRA")
+    ours.save_pretrained(tmp_path, "lora")
+    read = peft.PeftModel.from_pretrained(SPEC.build(), tmp_path)
+    assert_close(read(**INPUTS), want, 1e-5, "in peft")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [2, 0.8])
+def test_a_cut_lora_is_that_of_hf_peft(rank: float, tmp_path: Path) -> None:
+    ours = adapted(peftfx.LoHa(r=2, target_modules=["0"]))
+    ours.save_pretrained(tmp_path / "loha")
+    theirs = peft.PeftModel.from_pretrained(SPEC.build(), tmp_path / "loha")
+    peft.save_as_lora(tmp_path / "lora", theirs, rank=rank)
+    want = peft.PeftModel.from_pretrained(SPEC.build(), tmp_path / "lora").eval()
+    ours.convert_to_lora("default", rank)
+    assert_close(ours(**INPUTS), want(**INPUTS), 1e-5, "cut")
+
+
+@torch.no_grad()
+def test_the_difference_of_two_checkpoints_is_a_lora_and_what_it_lacks_is_told() -> None:
+    base, tuned = SPEC.build(), SPEC.build()
+    for module in tuned.blocks:
+        module.weight += torch.randn(module.weight.shape[0], 1) @ torch.randn(1, module.weight.shape[1])
+    ours = peftfx.transform(copy.deepcopy(base), peftfx.LoRA(target_modules=["0"]), inputs=SPEC.inputs(2, 3))
+    made = lora_of(difference(base, tuned, ours.sites.weights), 1)
+    ours._install("difference", made)
+    ours.set_adapter("difference")
+    assert_close(ours(**INPUTS), output(tuned), 1e-4, "the difference")
+    tuned.blocks[0].bias += 1
+    with pytest.warns(PeftfxWarning, match=r"no LoRA has them: blocks\.0\.bias"):
+        list(difference(base, tuned, ours.sites.weights))
+
+
+def output(model: nn.Module) -> Tensor:
+    found = model(**INPUTS)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def test_what_is_no_update_of_a_weight_is_refused() -> None:
+    ours = adapted(peftfx.BEFT(target_modules=["0"]))
+    with pytest.raises(PeftfxError, match="BEFT changes a bias"):
+        ours.convert_to_lora("default", 2)
+    with pytest.raises(PeftfxError, match="a share of 0 to 1"):
+        ours.convert_to_lora("default", 1.5)
