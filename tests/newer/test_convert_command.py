@@ -1,0 +1,77 @@
+"""`peftfx convert`: kohya's and diffusers' single files both ways, a difference of checkpoints, and any adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from peftfx.cli.main import app
+from peftfx.errors import PeftfxError, PeftfxWarning
+from peftfx.export.convert_command import convert_directory
+from peftfx.testing.models import Causal
+
+SPEC = Causal((), layers=1)
+INPUTS = SPEC.inputs(2, 4, 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a checkpoint of it that differs, and a LoRA of `peft`'s."""
+    folder, base = tmp_path_factory.mktemp("convert"), SPEC.build()
+    base.save_pretrained(folder / "base")
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 3})
+    theirs = peft.get_peft_model(base, config)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=rng) / 2)
+    theirs.save_pretrained(folder / "lora")
+    torch.save(theirs.eval()(**INPUTS).logits.detach(), folder / "want.pt")
+    theirs.merge_and_unload().save_pretrained(folder / "tuned")
+    return folder
+
+
+def said(folder: Path, adapter: Path) -> torch.Tensor:
+    """What `peft` makes of a directory."""
+    return peft.PeftModel.from_pretrained(SPEC.build(), adapter).eval()(**INPUTS).logits.detach()
+
+
+@pytest.mark.parametrize(("to", "prefix"), [("kohya", "lora_te1"), ("diffusers", "text_encoder")])
+def test_single_files_are_written_and_read(to: str, prefix: str, folder: Path, tmp_path: Path) -> None:
+    base, want, file = folder / "base", torch.load(folder / "want.pt"), tmp_path / "one.safetensors"
+    convert_directory(base, file, adapter=folder / "lora", to=to, prefix=prefix)
+    tensors = load_file(file)
+    key = "lora_te1_model_layers_0_self_attn_q_proj.lora_down.weight"
+    assert (key if to == "kohya" else "text_encoder.model.layers.0.self_attn.q_proj.lora_A.weight") in tensors
+    save_file({**tensors, "lora_unet_mid.lora_down.weight": torch.ones(1, 1)}, file)
+    with pytest.warns(PeftfxWarning, match="1 modules are of other models"):
+        convert_directory(base, tmp_path / "back", file=file)
+    torch.testing.assert_close(said(folder, tmp_path / "back"), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_difference_and_a_cut_by_the_command_line(folder: Path, tmp_path: Path) -> None:
+    runner, want = CliRunner(), torch.load(folder / "want.pt")
+    for name, source in (("difference", ["--tuned", "tuned"]), ("cut", ["--adapter", "lora"])):
+        options = ["--base", str(folder / "base"), source[0], str(folder / source[1]), "--rank", "3"]
+        result = runner.invoke(app, ["convert", *options, "--output", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+        torch.testing.assert_close(said(folder, tmp_path / name), want, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_not_to_be_converted_is_refused(folder: Path, tmp_path: Path) -> None:
+    base, other = folder / "base", tmp_path / "other.safetensors"
+    save_file({"lora_te1_model_layers_0_self_attn_q_proj.hada_w1_a": torch.ones(2, 2)}, other)
+    with pytest.raises(PeftfxError, match="no key of it names a module"):
+        convert_directory(base, tmp_path / "x", file=other)
+    with pytest.raises(PeftfxError, match="no rank of its own"):
+        convert_directory(base, tmp_path / "x", tuned=folder / "tuned")
+    with pytest.raises(PeftfxError, match="give exactly one"):
+        convert_directory(base, tmp_path / "x")
+    with pytest.raises(PeftfxError, match="did you mean 'kohya'"):
+        convert_directory(base, tmp_path / "x", adapter=folder / "lora", to="koya")
