@@ -62,6 +62,19 @@ def _one_output_more(graph: fx.Graph, last: fx.Node) -> None:
     output.args = ((*output.args[0], last),)
 
 
+def _one_input_more(graph: fx.Graph, last: fx.Node) -> None:
+    with graph.inserting_before(next(iter(graph.nodes))):
+        graph.placeholder("more")
+
+
+def _too_early(graph: fx.Graph, last: fx.Node) -> None:
+    next(iter(graph.nodes)).prepend(last)
+
+
+def _one_name(graph: fx.Graph, last: fx.Node) -> None:
+    last.name = next(iter(graph.nodes)).name
+
+
 def _lost_place(graph: fx.Graph, last: fx.Node) -> None:
     next(node for node in graph.nodes if REPLACES in node.meta).meta[REPLACES] = "gone"
 
@@ -82,6 +95,9 @@ class Wrong(Pass):
         (_no_value, r"Wrong.* left a graph that is not sound: %mul.* has no value: its meta has no 'val'"),
         (_lost_tensor, r"reads adapters\.gone\.weight, and the graph holds no such tensor"),
         (_one_output_more, "the graph returns 2 values, and tells of 1"),
+        (_one_input_more, "the graph has 3 placeholders, and tells of 2 inputs"),
+        (_too_early, r"Wrong.* left a graph that is not sound: %.* uses %.* before it is made"),
+        (_one_name, "two nodes have one name"),
     ],
 )
 def test_a_wrong_pass_is_told_what_it_broke(
@@ -125,6 +141,19 @@ class Asks(Nothing):
     requires = ("mergd",)
 
 
+@dataclass(frozen=True)
+class Values(Nothing):
+    """Says that it leaves no weight to compute."""
+
+    ensures = ("evaluated",)
+
+
+def _in_training(graph: Graph) -> Graph:
+    new = graph.clone()
+    new.training = True
+    return new
+
+
 def test_what_passes_require_and_ensure_is_checked_by_name(adapted: peftfx.AdaptedModel) -> None:
     graph = adapted.graph()
     with pytest.raises(PeftfxError, match="Nothing did not do what it says: the graph is not 'merged': it reads adap"):
@@ -133,6 +162,12 @@ def test_what_passes_require_and_ensure_is_checked_by_name(adapted: peftfx.Adapt
         PassManager([Open()])(graph)
     with pytest.raises(PeftfxError, match=r"Merge cannot run: the graph is not 'intact': .* which is gone"):
         PassManager([Wrong(_lost_place), Merge()])(graph)
+    with pytest.raises(PeftfxError, match=r"Values did not do what it says: the graph is not 'evaluated': .* no value"):
+        PassManager([Merge(), Values()])(graph)
+    with pytest.raises(
+        PeftfxError, match="Open cannot run: the graph is not 'inference': it was captured in train mode"
+    ):
+        PassManager([Open()])(_in_training(graph))
     with pytest.raises(PeftfxError, match=r"there is no property 'mergd'.*\n.*merged"):
         PassManager([Asks()])(graph)
 
