@@ -68,9 +68,9 @@ def read_prompt(
 @torch.no_grad()
 def split(adapter: Adapter) -> None:
     """Have the parameters that the prompt just read stands for, where it stands for others than itself."""
-    (placement,) = adapter.placements
+    (placement,) = adapter.placements.prompts
     method, holder = placement.method, adapter.get_submodule(placement.key)
-    if isinstance(method, SequenceMethod) and method.splits:
+    if method.splits:
         made = method.split(adapter.get(f"{placement.key}.{PROMPT}").detach())
         del holder._parameters[PROMPT]
         for name, value in made.items():

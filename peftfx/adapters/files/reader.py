@@ -123,7 +123,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     adapter = Adapter([rule], config)
     with without_memory(not fit(rule, weights, base)):  # then it is refused below
         adapter.create(base, None)
-        make_room(adapter, placements)
+        make_room(adapter)
     wanted = _wanted(placements, overrides, base) | _shared(adapter, method, weights)
     again = repeats(weights, wanted, base)
     idle = unused(weights.names.keys() - wanted.keys() - again, marks, base, sites)
@@ -143,7 +143,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     for placement in placements:
         _scale(adapter, placement, base)
     again |= names - weights.names.keys()
-    instead = take_over(adapter, placements)
+    instead = take_over(adapter)
     wanted = {name: instead.get(key, key) for name, key in wanted.items()}
     adapter.accounts[0] = Account(wanted, tuple(sorted(again)), {n: weights[n] for n in sorted(idle)})
     adapter.named = named_modules(names, base)
