@@ -216,3 +216,15 @@ def test_modules_of_a_list_that_is_cut_have_their_own_paths(road: Literal["modul
 def test_the_paths_that_torch_writes_for_a_cut_list_are_read() -> None:
     paths = {"layers.slice(1, 5, 2).1.0": "layers.3.0", "tail.slice(1, None, None).2": "tail.2", "layers.2": "layers.2"}
     assert {path: whole_path(path, Cut()) for path in paths} == paths
+
+
+def test_sites_of_each_family_have_a_type_and_a_list(captured: Callable[[str], Captured]) -> None:
+    sites = captured("llama").graph.sites
+    families = (sites.weights, sites.norms, sites.attentions)
+    assert sorted(site.path for family in families for site in family) == sorted(site.path for site in sites)
+    assert {site.kind for site in sites.weights} == {"embedding", "linear"}
+    assert {site.kind for site in sites.norms} == {"norm"}
+    assert sites.headed == sites.attentions
+    assert all(site.heads.count % site.heads.kept == 0 for site in sites.headed)
+    assert sites.weights_by_path["lm_head"] is sites.by_path("lm_head")
+    assert len({tuple(site.to_dict()) for site in sites}) == 1, "rows of one table"
