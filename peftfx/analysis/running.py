@@ -17,7 +17,7 @@ from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE, Graph
 from peftfx.graph.places import places_of
-from peftfx.sites.site import EXPERTS, Site, WeightSite
+from peftfx.sites.site import WEIGHT_KINDS, Site
 
 _REGIONS = {
     "wrap_with_autocast": "it runs under torch.autocast",
@@ -115,7 +115,7 @@ def passed_by(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
     found = {}
     for site in sites:
         module = modules.get(site.path)
-        if isinstance(site, WeightSite) and site.kind != EXPERTS and module is not None:
+        if site.kind in WEIGHT_KINDS and module is not None:
             found[site.path] = _why(site, module, [modules[p] for p in _above(site.path)], nodes)
     return {path: why for path, why in found.items() if why}
 
@@ -144,7 +144,7 @@ def refuse_other_readers(merged: Graph, sites: Iterable[Site], tied: Collection[
             raise PeftfxError(what, site.path, hint)
 
 
-def _why(site: WeightSite, module: nn.Module, above: list[nn.Module], nodes: dict[str, fx.Node]) -> str:
+def _why(site: Site, module: nn.Module, above: list[nn.Module], nodes: dict[str, fx.Node]) -> str:
     if any(isinstance(one, nn.TransformerEncoderLayer) for one in above):
         return _FUSED
     if isinstance(above[-1], nn.MultiheadAttention) or isinstance(module, nn.MultiheadAttention):

@@ -91,8 +91,8 @@ class Merging(AdaptersByName):
             safe_merge: every merge is safe: nothing is written where a weight would not be finite.
 
         Raises:
-            PeftfxError: an adapter has no place in the weights, these are quantised or fetched by hooks, processes have parts of them, or
-                another adapted model over the same base has adapters. Nothing is changed then.
+            PeftfxError: an adapter has no place in the weights, these are quantised or fetched by hooks, processes have
+                parts of them, or another adapted model over the same base has adapters. Nothing is changed then.
         """
         given = self.active if adapter_names is None else tuple(adapter_names)
         new = [name for name in given if self.adapter(name) and name not in self.named.folded]

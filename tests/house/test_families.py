@@ -12,8 +12,14 @@ from peftfx.sites.site import Site
 
 FAMILIES = {"WeightMethod", "AttentionMethod", "SequenceMethod", "OverrideMethod", "PromptMethod"}
 FAMILIES |= {cls.__name__ for cls in (*Placement.__subclasses__(), *Site.__subclasses__())}
-#: Laws draw parts for weight methods alone; the demo tells its trials; the second arithmetic goes by published names.
-SANCTIONED = {"peftfx/testing/cases.py", "peftfx/demo/generation.py", "export/verification/published.py"}
+#: Laws draw parts for weight methods alone; the demo tells its trials; the second arithmetic goes by published names;
+#: single files hold plain LoRAs and nothing else.
+SANCTIONED = {
+    "peftfx/testing/cases.py",
+    "peftfx/demo/generation.py",
+    "export/verification/published.py",
+    "peftfx/adapters/single_file.py",
+}
 
 
 def methods() -> set[str]:
