@@ -16,6 +16,7 @@ _HOME = {
     "AdaptedModel": "peftfx.model.adapted",
     "ExportOptions": "peftfx.export_options.export",
     "Graph": "peftfx.graph.graph",
+    "MemoryInLogs": "peftfx.model.trainer_callbacks",
     "PeftfxError": "peftfx.errors",
     "RankAllocation": "peftfx.model.trainer_callbacks",
     "Site": "peftfx.sites.site",

@@ -47,6 +47,7 @@ from peftfx.model.api import load as load
 from peftfx.model.api import plan as plan
 from peftfx.model.api import set_peft_model_state_dict as set_peft_model_state_dict
 from peftfx.model.api import transform as transform
+from peftfx.model.trainer_callbacks import MemoryInLogs as MemoryInLogs
 from peftfx.model.trainer_callbacks import RankAllocation as RankAllocation
 from peftfx.sites.site import Site as Site
 from peftfx.sites.sites import Sites as Sites
@@ -74,6 +75,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "MemoryInLogs",
     "MiSS",
     "OFT",
     "PTuning",

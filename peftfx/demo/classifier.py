@@ -10,10 +10,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from peftfx.demo.bar import training_bar
 from peftfx.demo.topics import Example, Split, batches
 from peftfx.model.adapted import AdaptedModel
 from peftfx.serving.onnx_model import OnnxModel
@@ -52,8 +51,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / WARMUP, 1 - s / total))
     times: list[float] = []
     adapted.train()
-    with _bar() as bar:
-        task = bar.add_task("training", total=total, loss=float("nan"))
+    with training_bar(total) as told:
         for batch in (b for _ in range(epochs) for b in batches(split.train, BATCH, rng)):
             begun = time.perf_counter()
             loss = adapted(**encode(tokenizer, [e.text for e in batch]), labels=_labels(batch)).loss
@@ -62,17 +60,12 @@ def train(
             schedule.step()
             optimizer.zero_grad()
             times.append(time.perf_counter() - begun)
-            bar.update(task, advance=1, loss=loss.item())
+            told(loss.item())
     return total, median(times)  # the first step also captures the training graph
 
 
 def _labels(batch: Sequence[Example]) -> Tensor:
     return torch.tensor([e.label for e in batch])
-
-
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=Console(stderr=True))
 
 
 def evaluate(adapted: AdaptedModel, classifier: Classifier, texts: Sequence[str]) -> Tensor:

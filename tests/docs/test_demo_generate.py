@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from torch import Tensor
 import peftfx
 from peftfx.cli.main import app
 from peftfx.demo import generation
-from peftfx.demo.language import perplexity, start_from_text
+from peftfx.demo.bar import training_bar
+from peftfx.demo.language import fine_tune, perplexity, start_from_text
 from peftfx.demo.passages import load_passages
 from peftfx.errors import PeftfxError
 
@@ -58,6 +61,27 @@ def test_a_prefix_that_starts_from_a_text_is_that_text_in_the_cache() -> None:
         torch.testing.assert_close(adapted(input_ids=ids).logits, whole, rtol=1e-4, atol=1e-5)
 
 
+def test_training_shows_a_bar_with_its_loss_and_memory() -> None:
+    text = io.StringIO()
+    with training_bar(2, Console(file=text, width=160)) as told:
+        told(3.5)
+        told(1.25)
+    assert re.search(r"training .* 2/2 .* loss 1\.250 peak [0-9]+\.[0-9]{2} GB", text.getvalue())
+    model = peftfx.transform(ZOO["llama"].build(), peftfx.LoRA(r=2), seed=0)
+    assert fine_tune(model, 1e-3, torch.randint(4, 99, (4, 5))) > 0
+
+
+def test_what_to_try_next_is_of_what_is_there(tmp_path: Path) -> None:
+    out = tmp_path / "a b"
+    run, inspect, export = generation.next_commands(out, generation.LORA)
+    assert shlex.split(run)[:5] == ["peftfx", "run", str(out / "lora-merged"), "--prompt", "In Python, a decorator"]
+    assert shlex.split(inspect) == ["peftfx", "inspect", str(out / "base")]
+    assert str(out / "lora-adapter") in shlex.split(export)
+    swapped = generation.Trial("Prompt tuning", peftfx.PromptTuning(), 1e-2, (generation.SWAPPABLE,))
+    run = generation.next_commands(out, swapped)[0]
+    assert shlex.split(run)[-1] == str(out / "prompt-tuning.onnx_adapter")
+
+
 def test_a_missing_model_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "PACKAGE", "no_such_model")
     with pytest.raises(PeftfxError, match="not installed") as error:
@@ -79,4 +103,7 @@ def test_a_short_run(tmp_path: Path) -> None:
     assert outcome.perplexity["merged"] == pytest.approx(outcome.perplexity["torch"], rel=1e-3)
     assert {p.name for p in output.iterdir()} == {"base", "lora-adapter", "lora-merged"}
     assert generation.PROMPT in outcome.text["merged"]
+    assert generation.PROMPT in outcome.text["base"]
+    lines = [line.strip() for line in text.getvalue().splitlines()]
+    assert lines[-4:] == ["Try next:", *generation.next_commands(output, outcome.trial)]
     assert f"{outcome.perplexity['merged']:.2f}" in text.getvalue()

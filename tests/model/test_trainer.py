@@ -18,6 +18,7 @@ from transformers.utils.generic import find_labels
 import peftfx
 from peftfx.methods.lora import LoRA
 from peftfx.model.adapted import AdaptedModel
+from peftfx.model.trainer_callbacks import peak_memory
 
 Row = dict[str, object]
 RATE, STEPS, BATCH = 0.02, 10, 4
@@ -236,3 +237,17 @@ def test_ten_steps_are_those_of_peft(rows: list[Row], tmp_path: Path) -> None:
             torch.testing.assert_close(got, tensor, rtol=1e-5, atol=1e-5 * float(tensor.detach().abs().max()))
             compared += 1
     assert compared == len(list(ours.adapters.parameters())) > 8
+
+
+def test_memory_is_logged_and_printed_beside_the_loss(
+    rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"max_steps": 2, "logging_steps": 1, "disable_tqdm": True}
+    trainer = hf.Trainer(
+        adapted(), arguments(tmp_path, **options), train_dataset=rows, callbacks=[peftfx.MemoryInLogs()]
+    )
+    trainer.train()
+    printed = [line for line in capsys.readouterr().out.splitlines() if "'loss'" in line]
+    assert len(printed) == 2
+    assert all("'peak_memory_gb'" in line for line in printed)
+    assert 0 < peak_memory() < 64
