@@ -14,7 +14,7 @@ from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.override import OverrideMethod
 from peftfx.contract.sequence import SequenceMethod
-from peftfx.testing import frame, prompts, slots, statements
+from peftfx.testing import arithmetic, frame, prompts, slots, statements
 from peftfx.testing.cases import Choices, cases, examples
 from peftfx.testing.pool import POOL
 
@@ -77,8 +77,8 @@ class Law:
 
 LAWS = (
     Law(statements.identity, 20),
-    Law(statements.fold, 60, (WeightMethod,)),
-    Law(statements.update, 30, (WeightMethod,)),
+    Law(arithmetic.fold, 60, (WeightMethod,)),
+    Law(arithmetic.update, 30, (WeightMethod,)),
     Law(prompts.saved, 15, (SequenceMethod,)),
     Law(statements.merge, 30, _ALL),
     Law(statements.merge_in_place, 12, _ALL),

@@ -19,10 +19,10 @@ from peftfx.passes.slots.by_row import ByRow
 from peftfx.passes.slots.layer_by_row import BIAS
 from peftfx.passes.slots.open import Open, slots_of, slotted
 from peftfx.sites.site import WEIGHT_KINDS, Site
+from peftfx.testing.arithmetic import input_of
 from peftfx.testing.cases import Case
 from peftfx.testing.pool import captured
 from peftfx.testing.setup import adapt, assert_close
-from peftfx.testing.statements import input_of
 
 
 @torch.no_grad()

@@ -7,11 +7,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from peftfx.contract.method import Base, Method, WeightMethod, widened
+from peftfx.contract.method import Method, WeightMethod
 from peftfx.contract.placed import SHARED
-from peftfx.contract.placement import site_tensors
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.writing.weights import save
@@ -22,9 +21,7 @@ from peftfx.passes.adaptation.insert import Insert
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.adaptation.remove import Remove
 from peftfx.passes.manager import PassManager
-from peftfx.passes.rewriting.site_op import bind
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.sites.site import Site
 from peftfx.testing.cases import Case
 from peftfx.testing.pool import captured
 from peftfx.testing.setup import LOOSE, adapt, assert_close, assert_untouched, bare, output, snapshot, stir
@@ -39,64 +36,6 @@ def identity(case: Case, method: Method) -> None:
     with adapted.disable_adapter():
         want = output(adapted, inputs)
     assert_close(output(adapted, inputs), want, LOOSE[case.spec.dtype], "with a new adapter")
-
-
-@torch.no_grad()
-def fold(case: Case, method: WeightMethod) -> None:
-    """`forward` on activations is `op` on folded weights, at every kind of site, for every base; in float64."""
-    adapted = adapt(case, method)
-    nodes = {n.name: n for n in adapted.graph(adapted=False).nodes()}
-    rng = torch.Generator().manual_seed(case.seed)
-    for placement in adapted.adapter("default").placements.weights:
-        site, own = placement.view, placement.method
-        weight, bias = site_tensors(adapted.base, placement.site)
-        weight, bias = weight.double(), None if bias is None else bias.double()
-        base = placement.base(weight + torch.randn(weight.shape, generator=rng), bias)
-        before = Base(base.weight.clone(), None if base.bias is None else base.bias.clone())
-        own_p = adapted.adapter("default").params(placement)
-        p = {name: t.double() if t.is_floating_point() else t for name, t in own_p.items()}
-        x, op = input_of(case, site, rng), bind(nodes[placement.site.calls[0].op], placement.site)
-        y = op(x, *base)
-        want, got = op(x, *own.fold(site, base, p)), own.forward(site, op, x, y.clone(), base, p, False)
-        assert_close(got, want, 1e-6, f"forward at {site.path}")
-        assert torch.equal(base.weight, before.weight), "changed in place"
-        if base.bias is not None and before.bias is not None:
-            assert torch.equal(base.bias, before.bias), "changed in place"
-
-
-@torch.no_grad()
-def update(case: Case, method: WeightMethod) -> None:
-    """Scales and a low-rank sum, where a method tells them, make the weight and the bias that `fold` makes."""
-    if type(method).update is WeightMethod.update:
-        return  # optional
-    adapted = adapt(case, method)
-    for placement in adapted.adapter("default").placements.weights:
-        if placement.site.kind != "linear":
-            continue
-        own, (weight, bias) = placement.method, site_tensors(adapted.base, placement.site)
-        base = placement.base(weight.float(), None if bias is None else bias.float())
-        p = widened(adapted.adapter("default").params(placement))
-        try:
-            told = own.update(placement.view, base, p)
-        except PeftfxError:  # it has as many ranks as the weight, say
-            continue
-        want = own.fold(placement.view, base, p)
-        got = Base(told.apply(base.weight), base.bias if told.bias is None else told.bias)
-        for a, b in zip(got, want, strict=True):
-            assert (a is None) == (b is None)
-            if a is not None and b is not None:
-                assert_close(a, b, 1e-4, f"the update at {placement.site.path}")
-
-
-def input_of(case: Case, site: Site, rng: torch.Generator) -> Tensor:
-    """What a site of this shape reads, at a case's sizes."""
-    if site.kind == "embedding":
-        return torch.randint(site.shape[0], (case.batch, case.sequence), generator=rng)
-    inner = site.shape[0 if site.transposed else 1]
-    if site.kind == "linear":
-        return torch.randn(case.batch, case.sequence, inner, generator=rng).double()
-    space = (7, 8)[: len(site.shape) - 2]
-    return torch.randn(case.batch, inner * site.groups, *space, generator=rng).double()
 
 
 @torch.no_grad()

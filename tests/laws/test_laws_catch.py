@@ -15,6 +15,7 @@ from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.rewriter import REGION
 from peftfx.passes import Insert, PassResult, Remove
+from peftfx.testing import arithmetic
 from peftfx.testing import frame as law_frame
 from peftfx.testing import prompts as law_prompts
 from peftfx.testing import slots as law_slots
@@ -34,7 +35,7 @@ PROMPTED = Case(Causal(()), batch=3, sequence=4)
 
 BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod | SequenceMethod]], ...] = (
     (laws.identity, wrong.StartsAtRandom),
-    (laws.fold, wrong.ForgetsTheBias),
+    (arithmetic.fold, wrong.ForgetsTheBias),
     (laws.merge, wrong.FoldsInPlace),
     (laws.merge_in_place, wrong.ForgetsTheBias),
     (laws.remove, wrong.MovesTheBase),

@@ -1,0 +1,72 @@
+"""What the laws say of a method's arithmetic at one weight, with no graph around it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftfx.contract.method import Base, WeightMethod, widened
+from peftfx.contract.placement import site_tensors
+from peftfx.errors import PeftfxError
+from peftfx.passes.rewriting.site_op import bind
+from peftfx.sites.site import Site
+from peftfx.testing.cases import Case
+from peftfx.testing.setup import adapt, assert_close
+
+
+@torch.no_grad()
+def fold(case: Case, method: WeightMethod) -> None:
+    """`forward` on activations is `op` on folded weights, at every kind of site, for every base; in float64."""
+    adapted = adapt(case, method)
+    nodes = {n.name: n for n in adapted.graph(adapted=False).nodes()}
+    rng = torch.Generator().manual_seed(case.seed)
+    for placement in adapted.adapter("default").placements.weights:
+        site, own = placement.view, placement.method
+        weight, bias = site_tensors(adapted.base, placement.site)
+        weight, bias = weight.double(), None if bias is None else bias.double()
+        base = placement.base(weight + torch.randn(weight.shape, generator=rng), bias)
+        before = Base(base.weight.clone(), None if base.bias is None else base.bias.clone())
+        own_p = adapted.adapter("default").params(placement)
+        p = {name: t.double() if t.is_floating_point() else t for name, t in own_p.items()}
+        x, op = input_of(case, site, rng), bind(nodes[placement.site.calls[0].op], placement.site)
+        y = op(x, *base)
+        want, got = op(x, *own.fold(site, base, p)), own.forward(site, op, x, y.clone(), base, p, False)
+        assert_close(got, want, 1e-6, f"forward at {site.path}")
+        assert torch.equal(base.weight, before.weight), "changed in place"
+        if base.bias is not None and before.bias is not None:
+            assert torch.equal(base.bias, before.bias), "changed in place"
+
+
+@torch.no_grad()
+def update(case: Case, method: WeightMethod) -> None:
+    """Scales and a low-rank sum, where a method tells them, make the weight and the bias that `fold` makes."""
+    if type(method).update is WeightMethod.update:
+        return  # optional
+    adapted = adapt(case, method)
+    for placement in adapted.adapter("default").placements.weights:
+        if placement.site.kind != "linear":
+            continue
+        own, (weight, bias) = placement.method, site_tensors(adapted.base, placement.site)
+        base = placement.base(weight.float(), None if bias is None else bias.float())
+        p = widened(adapted.adapter("default").params(placement))
+        try:
+            told = own.update(placement.view, base, p)
+        except PeftfxError:  # it has as many ranks as the weight, say
+            continue
+        want = own.fold(placement.view, base, p)
+        got = Base(told.apply(base.weight), base.bias if told.bias is None else told.bias)
+        for a, b in zip(got, want, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                assert_close(a, b, 1e-4, f"the update at {placement.site.path}")
+
+
+def input_of(case: Case, site: Site, rng: torch.Generator) -> Tensor:
+    """What a site of this shape reads, at a case's sizes."""
+    if site.kind == "embedding":
+        return torch.randint(site.shape[0], (case.batch, case.sequence), generator=rng)
+    inner = site.shape[0 if site.transposed else 1]
+    if site.kind == "linear":
+        return torch.randn(case.batch, case.sequence, inner, generator=rng).double()
+    space = (7, 8)[: len(site.shape) - 2]
+    return torch.randn(case.batch, inner * site.groups, *space, generator=rng).double()
