@@ -6,3 +6,4 @@ SOURCE = "peftfx.source"  #: in the `meta` of an initializer: what it is read fr
 PERM = "peftfx.perm"  #: metadata key of a weight that is stored permuted: how, as `1 0`
 ENGINE = "peftfx.engine"  #: metadata key: the road a model came by, and why not the fast one
 SIZES = "peftfx.sizes"  #: metadata key: conditions on the sizes of a call under which the model is right
+PERMUTED = "peftfx.permuted"  #: of a lazy tensor: reads it with its axes in another order

@@ -11,7 +11,7 @@ from onnx_ir import tensor_adapters
 from onnx_ir.passes import common
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
-from peftfx.export.metadata import PERM
+from peftfx.export.metadata import PERM, PERMUTED
 
 SMALL = 256  #: how many elements a folded constant may have
 
@@ -60,7 +60,11 @@ def _permute(weight: ir.Value, perm: tuple[int, ...], transposes: Sequence[ir.No
     before = weight.const_value
     assert before is not None
 
+    permuted = before.meta.get(PERMUTED)  # before its dtype is another one: no second copy is in memory
+
     def read() -> ir.TensorProtocol:
+        if permuted is not None:
+            return permuted(perm)  # type: ignore[no-any-return]
         return tensor_adapters.TorchTensor(value_of(before).permute(perm).contiguous(), name=before.name)
 
     shape = ir.Shape([int(str(before.shape[axis])) for axis in perm])

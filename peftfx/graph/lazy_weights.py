@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ _VIEWS = frozenset(
         *(aten.view.default, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor, aten.expand.default),
     }
 )
+
+#: Operators that pick some numbers of many, by where these are: what they pick is cast.
+_PICKS = frozenset({aten.embedding.default, aten.index_select.default})
+_AT_ONCE = 1 << 24  #: numbers of a weight that are cast at a time, where a product reads it
 
 
 class Stored(Tensor):
@@ -70,6 +75,11 @@ class Stored(Tensor):
             raise PeftfxError(
                 "this weight stays in its file: it cannot be written", repr(first), "load the model first"
             )
+        if func in _PICKS and isinstance(first, Stored):
+            return func(first.source, *args[1:], **(kwargs or {})).to(first.dtype)
+        product = _in_pieces(func, args)
+        if product is not None:
+            return product
         args, kwargs = pytree.tree_map_only(Stored, load, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
@@ -77,6 +87,34 @@ class Stored(Tensor):
 def load(tensor: Tensor) -> Tensor:
     """The tensor in its dtype, in memory."""
     return tensor.source.to(tensor.dtype) if isinstance(tensor, Stored) else tensor
+
+
+def load_contiguous(tensor: Tensor) -> Tensor:
+    """The same, contiguous: of one that is stored in another order, too, a single copy is made."""
+    if not isinstance(tensor, Stored):
+        return tensor.contiguous()
+    source = tensor.source
+    if source.dtype == tensor.dtype:
+        return source.contiguous()
+    return torch.empty(source.shape, dtype=tensor.dtype, device=source.device).copy_(source)
+
+
+def _in_pieces(func: object, args: tuple[Any, ...]) -> Tensor | None:
+    """A product with a large weight that is stored in another dtype, some of its columns at a time; else None."""
+    if func is aten.mm.default:
+        bias, (x, weight) = None, args
+    elif func is aten.addmm.default and len(args) == 3:
+        bias, x, weight = args
+    else:
+        return None
+    if not isinstance(weight, Stored) or isinstance(x, Stored) or weight.numel() <= _AT_ONCE:
+        return None
+    source, dtype = weight.source, weight.dtype
+    if source.dtype == dtype:
+        return None
+    step = max(1, _AT_ONCE // weight.shape[0])
+    found = torch.cat([x @ part.to(dtype) for part in source.split(step, 1)], 1)
+    return found if bias is None else found + load(bias)
 
 
 def exact(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 import peftfx
 from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
-from peftfx.graph.lazy_weights import Stored, exact, faked, load, store
+from peftfx.graph.lazy_weights import Stored, exact, faked, load, load_contiguous, store
 
 SIZE = Size(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, vocabulary=300)
 
@@ -154,3 +154,15 @@ def test_a_loaded_base_takes_no_anonymous_memory(dtype: str, base: Path, tmp_pat
     assert size > 250 << 20
     assert loaded - before < size / 20
     assert ran - before < size / 5, "one weight at a time"
+
+
+def test_a_large_weight_is_cast_in_pieces_and_permuted_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftfx.graph.lazy_weights._AT_ONCE", 10)
+    source, x = weight(), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    stored, bias = Stored(source, torch.float32), torch.ones(6)
+    for more in ((), (bias,)):
+        want = nn.functional.linear(x, source.float(), *more)
+        torch.testing.assert_close(nn.functional.linear(x, stored, *more), want, rtol=1e-6, atol=1e-6)
+    turned = load_contiguous(stored.permute(1, 0))
+    assert turned.is_contiguous()
+    assert turned.equal(source.float().T)
