@@ -14,6 +14,7 @@ from peftfx.methods.bitfit import BitFit as BitFit
 from peftfx.methods.boft import BOFT as BOFT
 from peftfx.methods.c3a import C3A as C3A
 from peftfx.methods.cartridge import Cartridge as Cartridge
+from peftfx.methods.cpt import CPT as CPT
 from peftfx.methods.deft import DEFT as DEFT
 from peftfx.methods.fourierft import FourierFT as FourierFT
 from peftfx.methods.frod import FRoD as FRoD
@@ -61,6 +62,7 @@ __all__ = [
     "BOFT",
     "BitFit",
     "C3A",
+    "CPT",
     "Cartridge",
     "DEFT",
     "ExportOptions",

@@ -45,6 +45,7 @@ CHOICES: Mapping[str, Choices] = {
     "UNILORA": {"theta_d_length": (7, 40)},
     "TINYLORA": {"weight_tying": (0.0, 0.5), "u": (3,), "init_weights": (True, False, "uniform")},
     "FROD": {"sparse_rate": (0.0, 0.1), "regularization_alpha": (0.001,)},
+    "CPT": {"num_virtual_tokens": (0,), "cpt_token_ids": ((3,), (3, 4)), "opt_loss_decay_factor": (0.9,)},
     "PROMPT_TUNING": {"prompt_tuning_init": ("RANDOM", "SAMPLE_VOCAB")},
 }
 

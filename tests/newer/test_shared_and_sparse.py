@@ -55,7 +55,7 @@ def test_an_orthonormal_factor_has_the_signs_of_lapack() -> None:
     torch.testing.assert_close(orthonormal(p), torch.linalg.qr(p)[0])
 
 
-@pytest.mark.parametrize("kind", ["XLORA", "SHADOW"])
+@pytest.mark.parametrize("kind", ["XLORA", "SHADOW", "POLY", "MULTITASK_PROMPT_TUNING", "LILY"])
 def test_what_is_refused_is_refused_with_the_reason(kind: str) -> None:
     with pytest.raises(PeftfxError, match=f"refuses HF PEFT's method {kind}") as caught:
         peftfx.transform(torch.nn.Linear(4, 4), f"{kind.lower()}()@all-linear", inputs={"input": torch.ones(1, 4)})
