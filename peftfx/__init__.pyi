@@ -16,8 +16,11 @@ from peftfx.methods.c3a import C3A as C3A
 from peftfx.methods.cartridge import Cartridge as Cartridge
 from peftfx.methods.cpt import CPT as CPT
 from peftfx.methods.deft import DEFT as DEFT
+from peftfx.methods.delora import DeLoRA as DeLoRA
 from peftfx.methods.fourierft import FourierFT as FourierFT
 from peftfx.methods.frod import FRoD as FRoD
+from peftfx.methods.glora import GLoRA as GLoRA
+from peftfx.methods.gralora import GraLoRA as GraLoRA
 from peftfx.methods.hira import HiRA as HiRA
 from peftfx.methods.hra import HRA as HRA
 from peftfx.methods.ia3 import IA3 as IA3
@@ -28,10 +31,13 @@ from peftfx.methods.lokr import LoKr as LoKr
 from peftfx.methods.lora import LoRA as LoRA
 from peftfx.methods.miss import MiSS as MiSS
 from peftfx.methods.oft import OFT as OFT
+from peftfx.methods.osf import OSF as OSF
 from peftfx.methods.p_tuning import PTuning as PTuning
+from peftfx.methods.peanut import PEANuT as PEANuT
 from peftfx.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from peftfx.methods.prompt_tuning import PromptTuning as PromptTuning
 from peftfx.methods.pvera import PVeRA as PVeRA
+from peftfx.methods.randlora import RandLoRA as RandLoRA
 from peftfx.methods.road import RoAd as RoAd
 from peftfx.methods.shira import SHiRA as SHiRA
 from peftfx.methods.supertuning import SuperTuning as SuperTuning
@@ -40,6 +46,7 @@ from peftfx.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from peftfx.methods.unilora import UniLoRA as UniLoRA
 from peftfx.methods.vblora import VBLoRA as VBLoRA
 from peftfx.methods.vera import VeRA as VeRA
+from peftfx.methods.waveft import WaveFT as WaveFT
 from peftfx.model.adapted import AdaptedModel as AdaptedModel
 from peftfx.model.api import get_peft_model_state_dict as get_peft_model_state_dict
 from peftfx.model.api import hotswap_adapter as hotswap_adapter
@@ -65,9 +72,12 @@ __all__ = [
     "CPT",
     "Cartridge",
     "DEFT",
+    "DeLoRA",
     "ExportOptions",
     "FRoD",
     "FourierFT",
+    "GLoRA",
+    "GraLoRA",
     "Graph",
     "HRA",
     "HiRA",
@@ -80,11 +90,14 @@ __all__ = [
     "MemoryInLogs",
     "MiSS",
     "OFT",
+    "OSF",
+    "PEANuT",
     "PTuning",
     "PVeRA",
     "PeftfxError",
     "PrefixTuning",
     "PromptTuning",
+    "RandLoRA",
     "RankAllocation",
     "RoAd",
     "SHiRA",
@@ -96,6 +109,7 @@ __all__ = [
     "UniLoRA",
     "VBLoRA",
     "VeRA",
+    "WaveFT",
     "__version__",
     "capture",
     "export_adapter",

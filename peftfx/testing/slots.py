@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import along_columns, along_rows
 from peftfx.contract.common.low_rank import dense
 from peftfx.contract.method import WeightMethod
-from peftfx.contract.placement import site_tensors
+from peftfx.contract.placement import WeightPlacement, site_tensors
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.graph.slots import INNER, OUTER, A, B, Slot, shapes
@@ -62,9 +64,21 @@ def updates_of(adapted: AdaptedModel) -> dict[str, tuple[Site, Update]]:
         base = placement.base(*site_tensors(adapted.base, site))
         update = method.update(placement.view, base, adapter.params(placement))
         if placement.block is not None:
-            update = update.spread(placement.block, site.shape[1 if site.transposed else 0], site.path)
+            update = _spread(update, placement, *site_tensors(adapted.base, site))
         found[site.path] = site, found[site.path][1].then(update) if site.path in found else update
     return found
+
+
+def _spread(update: Update, placement: WeightPlacement, weight: Tensor, bias: Tensor | None) -> Update:
+    """An update of a part's rows as one of all; a bias of theirs goes into the whole one."""
+    site, block = placement.site, placement.block
+    assert block is not None
+    rows = weight.shape[1 if site.transposed else 0]
+    spread = update.spread(block, rows, site.path)
+    if update.bias is None:
+        return spread
+    whole = update.bias.new_zeros(rows) if bias is None else bias
+    return dataclasses.replace(spread, bias=block.put(whole, update.bias, 0))
 
 
 @torch.no_grad()

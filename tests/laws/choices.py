@@ -46,6 +46,17 @@ CHOICES: Mapping[str, Choices] = {
     "TINYLORA": {"weight_tying": (0.0, 0.5), "u": (3,), "init_weights": (True, False, "uniform")},
     "FROD": {"sparse_rate": (0.0, 0.1), "regularization_alpha": (0.001,)},
     "CPT": {"num_virtual_tokens": (0,), "cpt_token_ids": ((3,), (3, 4)), "opt_loss_decay_factor": (0.9,)},
+    "DELORA": {"rank_pattern": ({}, {"words|head": 4}), "lambda_pattern": ({}, {"0": 5.0})},
+    "GRALORA": {"r": (2, 4), "gralora_k": (1, 2)},
+    "RANDLORA": {"r": (2, 3), "randlora_alpha": (3.0, 4.0), "projection_prng_key": (0, 3)},
+    "PEANUT": {"act_fn": ("relu", "gelu", "silu"), "depth": (0, 2)},
+    "OSF": {"effective_rank": (None, 2, 0.25), "rank_pattern": (None, {"0": 3})},
+    "WAVEFT": {
+        "n_frequency": (5, 12),
+        "wavelet_family": ("db1", "db3"),
+        "proportional_parameters": (False,),
+        "n_frequency_pattern": ({}, {"head|0": 7}),
+    },
     "PROMPT_TUNING": {"prompt_tuning_init": ("RANDOM", "SAMPLE_VOCAB")},
 }
 

@@ -25,6 +25,13 @@ CASES: tuple[tuple[str, Mapping[str, object]], ...] = (
     ("BOFT", {"boft_block_size": 4}),
     ("ROAD", {"group_size": 4, "variant": "road_4"}),
     ("SHIRA", {"r": 1}),
+    ("DELORA", {"r": 3, "rank_pattern": {"blocks.0": 2}, "lambda_pattern": {"up": 4}}),
+    ("GRALORA", {"r": 2, "hybrid_r": 3, "alpha": 6}),
+    ("RANDLORA", {"r": 3}),
+    ("PEANUT", {"r": 3, "depth": 2, "act_fn": "silu"}),
+    ("GLORA", {"r": 3}),
+    ("OSF", {"effective_rank": 3, "rank_pattern": {"blocks.0": 0.25}}),
+    ("WAVEFT", {"n_frequency": 30, "wavelet_family": "db3", "n_frequency_pattern": {"up": 7}}),
 )
 #: More options of theirs, too many for every run.
 MORE: tuple[tuple[str, Mapping[str, object]], ...] = (
@@ -36,6 +43,13 @@ MORE: tuple[tuple[str, Mapping[str, object]], ...] = (
     ("ROAD", {"group_size": 4}),
     ("ROAD", {"group_size": 2, "variant": "road_2"}),
     ("SHIRA", {"r": 2, "random_seed": 4}),
+    ("GRALORA", {"r": 4, "gralora_k": 1}),
+    ("RANDLORA", {"r": 4, "sparse": True, "save_projection": False}),
+    ("RANDLORA", {"r": 4, "very_sparse": True}),
+    ("GLORA", {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}),
+    ("GLORA", {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"}),
+    ("OSF", {}),
+    ("WAVEFT", {"n_frequency": 30, "use_idwt": False}),
 )
 #: Where the gradients that HF PEFT writes out are not those of its forward; the tests below show it.
 FORWARD = (("LOHA", {"r": 3, "use_effective_conv2d": True}), ("C3A", {"block_size": 4}))

@@ -23,8 +23,8 @@ _WRAPPERS = (".modules_to_save.", ".original_module.")
 def repeats(weights: Weights, taken: Collection[str], base: nn.Module) -> set[str]:
     """Names that are not taken and whose tensors say nothing new: the base's own, or those under another name.
 
-    HF PEFT writes the frozen weight of an adapted embedding, with `bias="all"` the bias of a saved module thrice, and
-    the rows of trained tokens once for each module that has the tensor.
+    HF PEFT writes the frozen weight of an adapted embedding, with `bias="all"` the bias of a saved module thrice, the
+    rows of trained tokens once for each module that has the tensor, and so RandLoRA's bases, which all modules share.
     """
     return {
         name
@@ -38,6 +38,8 @@ def _originals(weights: Weights, name: str, taken: Collection[str], base: nn.Mod
     if name.endswith(f".{TOKENS}"):
         same = (n for n in taken if n.endswith(f".{TOKENS}") and _is_tied(base, _owner(n), _owner(name)))
         yield from (weights[n] for n in same)
+    leaf = name.rpartition(".")[2]
+    yield from (weights[n] for n in taken if n == f"base_model.{leaf}" and n in weights.names)
     if name.endswith((".base_layer.weight", ".base_layer.bias")):
         yield from _tensor(base, name.replace(".base_layer.", "."))
     for wrapper in _WRAPPERS:

@@ -1,0 +1,113 @@
+"""GraLoRA: each block of the weight has a low-rank update of its own (Jung et al. 2025, arXiv:2505.20355).
+
+Inputs and outputs are cut into `k` parts. The `n`-th input part goes through `A_n` to `r` features, `r / k` for each
+output part, and the `j`-th output part gathers its own through `B_j`: `k^2` blocks of rank `r / k`, in all of `k r`.
+`hybrid_r` more ranks are those of a LoRA beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.delta import dropped
+from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.update import Update
+from peftfx.errors import PeftfxError
+from peftfx.sites.site import Site
+
+A, B, GENERAL_A, GENERAL_B = "gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraLoRA(WeightMethod):
+    """Low-rank updates of the blocks of linear weights.
+
+    Args:
+        r: rank of all blocks of one input part, a multiple of `gralora_k`.
+        hybrid_r: rank of the LoRA beside it; 0 is none.
+        alpha: numerator of the scale, `alpha / (r + hybrid_r)`.
+        gralora_dropout: dropout on the adapter's input in training.
+        gralora_k: into how many parts inputs and outputs are cut; a divisor of both.
+        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        bias: which of the base's own biases are trained: none, all, or those of the adapted modules (gralora_only).
+        init_weights: start as the identity; otherwise at random.
+    """
+
+    r: int = 32
+    hybrid_r: int = 0
+    alpha: float = 64
+    gralora_dropout: float = 0.0
+    gralora_k: int = 2
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "gralora_only"] = "none"
+    init_weights: bool = True
+
+    peft_type: ClassVar[str] = "GRALORA"
+    default_target: ClassVar[str] = "attention.query | attention.value"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gralora_k < 1 or self.r < 1 or self.r % self.gralora_k:
+            what = f"the rank is a multiple of the parts, both 1 or more, not {self.r} of {self.gralora_k}"
+            raise PeftfxError(what, "r, gralora_k", "GraLoRA(r=32, gralora_k=2)")
+        if self.hybrid_r < 0:
+            raise PeftfxError(f"the rank must be 0 or more, not {self.hybrid_r}", "hybrid_r", "GraLoRA(hybrid_r=0)")
+        if not 0 <= self.gralora_dropout < 1:
+            what = f"a probability below 1, not {self.gralora_dropout}"
+            raise PeftfxError(what, "gralora_dropout", "GraLoRA(gralora_dropout=0.05)")
+
+    @property
+    def neutral(self) -> bool:
+        return self.init_weights
+
+    def keys(self, site: Site) -> dict[str, str]:
+        general = {name: f"{name}.weight" for name in (GENERAL_A, GENERAL_B)}
+        return {A: A, B: B, **(general if self.hybrid_r else {})}
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        (out, inner), k, r = base.weight.shape, self.gralora_k, self.r
+        if out % k or inner % k:
+            what = f"{k} parts of a weight of {out} x {inner}"
+            raise PeftfxError(what, site.path, "gralora_k=, a divisor of both")
+        sizes: dict[str, tuple[int, ...]] = {A: (k, r, inner // k), B: (k, out // k, r)}
+        if self.hybrid_r:
+            sizes |= {GENERAL_A: (self.hybrid_r, inner), GENERAL_B: (out, self.hybrid_r)}
+        like = torch.zeros((), dtype=adapter_dtype(base.weight.dtype), device=base.weight.device)
+        p = {}
+        for name, size in sizes.items():
+            p[name] = like.new_zeros(size)
+            if name in (A, GENERAL_A) or not self.init_weights:
+                p[name].uniform_(-1, 1, generator=rng).mul_(size[-1] ** -0.5)
+        return {**p, A: p[A].transpose(1, 2).contiguous(), B: p[B].transpose(1, 2).contiguous()}
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        k, scale = self.gralora_k, self.alpha / (self.r + self.hybrid_r)
+        given = dropped(x, self.gralora_dropout, training).to(p[A].dtype)
+        inner = torch.einsum("...ni,nir->...nr", given.unflatten(-1, (k, -1)), p[A])
+        gathered = inner.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)
+        y = y + (scale * torch.einsum("...jr,jro->...jo", gathered, p[B]).flatten(-2)).to(y.dtype)
+        if not self.hybrid_r:
+            return y
+        again = dropped(x, self.gralora_dropout, training).to(p[A].dtype)
+        return y + (scale * F.linear(F.linear(again, p[GENERAL_A]), p[GENERAL_B])).to(y.dtype)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        return Base(self.update(site, base, p).apply(base.weight), base.bias)
+
+    def update(self, site: Site, base: Base, p: Params) -> Update:
+        """Rows of A by input part and rank; columns of B are 0 for the ranks of other output parts."""
+        k, each = self.gralora_k, self.r // self.gralora_k
+        a = torch.block_diag(*p[A].transpose(1, 2))
+        eye = torch.eye(k, dtype=p[B].dtype, device=p[B].device)
+        # B_j [(n s), o] goes to [(j o), (n j s)]
+        b = torch.einsum("jm,jnso->jonms", eye, p[B].view(k, k, each, -1)).reshape(base.weight.shape[0], -1)
+        if self.hybrid_r:
+            a, b = torch.cat([a, p[GENERAL_A]]), torch.cat([b, p[GENERAL_B]], 1)
+        return Update(a=a, b=b * (self.alpha / (self.r + self.hybrid_r)))

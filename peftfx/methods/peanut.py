@@ -1,0 +1,108 @@
+"""PEANuT: a small network reads the weight, and gives what is added to it (Zhong et al. 2024, arXiv:2410.01870).
+
+`s B h(W^T A^T)^T`, with `h` the activation, and `depth` encoders and decoders of size `r` behind it, each with one, a
+decoder's output and its encoder's input being added. The weight is frozen, so the update is `B` times a matrix of `r`
+rows: of rank `r`, and told so where an adapter is put into a graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.update import Update
+from peftfx.errors import PeftfxError, nearest
+from peftfx.sites.site import Site
+
+A, B = "peanut_A", "peanut_B"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PEANuT(WeightMethod):
+    """An update of linear weights that a network computes from them.
+
+    Args:
+        r: features inside the network.
+        depth: how many encoders, and how many decoders.
+        act_fn: the activation, by its name in transformers.
+        scaling: factor of the update.
+        init_weights: start as the identity; otherwise at random.
+    """
+
+    r: int = 32
+    depth: int = 0
+    act_fn: str = "relu"
+    scaling: float = 1.0
+    init_weights: bool = True
+
+    peft_type: ClassVar[str] = "PEANUT"
+    # Fused projections as wholes: the network reads all outputs of the weight.
+    default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1:
+            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "PEANuT(r=32)")
+        if self.depth < 0:
+            raise PeftfxError(f"the depth must be 0 or more, not {self.depth}", "depth", "PEANuT(depth=1)")
+        if self.act_fn not in ACT2FN:
+            hint = nearest(self.act_fn, ACT2FN) or "a name in transformers.activations.ACT2FN"
+            raise PeftfxError(f"unknown activation {self.act_fn!r}", "act_fn", hint)
+
+    @property
+    def neutral(self) -> bool:
+        return self.init_weights
+
+    def _layers(self, kind: str) -> list[str]:
+        return [f"peanut_{kind}_{i}" for i in range(self.depth)]
+
+    def keys(self, site: Site) -> dict[str, str]:
+        inside = (name for kind in ("encoders", "decoders") for name in self._layers(kind))
+        nested = {name: f"{name.rpartition('_')[0]}.{name.rpartition('_')[2]}.weight" for name in inside}
+        return {A: f"{A}.weight", B: f"{B}.weight", **nested}
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        out, r = len(base.weight), self.r
+        shapes = {name: {A: (r, out), B: (out, r)}.get(name, (r, r)) for name in self.keys(site)}
+        dtype, p = adapter_dtype(base.weight.dtype), {}
+        for name, shape in shapes.items():
+            p[name] = base.weight.new_zeros(shape, dtype=dtype)
+            if name != B or not self.init_weights:
+                p[name].uniform_(-1, 1, generator=rng).mul_(shape[1] ** -0.5)
+        return p
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        delta = self._delta(base, p)
+        return y + op(x.to(delta.dtype), delta).to(y.dtype)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        return self.fold_over(site, base, base, p)
+
+    def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
+        """As in `forward`, the network reads the base's weight, not what acts already."""
+        return Base(under.weight + self._delta(base, p), under.bias)
+
+    def update(self, site: Site, base: Base, p: Params) -> Update:
+        return Update(a=self._read(base.weight, p).T.float(), b=(p[B] * self.scaling).float())
+
+    def _delta(self, base: Base, p: Params) -> Tensor:
+        return (self._read(base.weight, p) @ p[B].T * self.scaling).T
+
+    def _read(self, weight: Tensor, p: Params) -> Tensor:
+        """What the network makes of the weight ahead of `B`, [in, r]."""
+        act = ACT2FN[self.act_fn]
+        hidden = act(weight.T.to(p[A].dtype) @ p[A].T)
+        given = []
+        for name in self._layers("encoders"):
+            given.append(hidden)
+            hidden = act(hidden @ p[name].T)
+        for name in self._layers("decoders"):
+            hidden = act(hidden @ p[name].T) + given.pop()
+        return hidden  # type: ignore[no-any-return]

@@ -1,0 +1,127 @@
+"""RandLoRA: random low-rank products with trained diagonals, in a sum (Albert et al. 2025, arXiv:2502.00987).
+
+`s sum_j B_j diag(l_j) A diag(g_j)` is added to the weight, with `A` and all `B_j` random, frozen, and shared by all
+places of a rule. There are as many as the weight's smaller side needs: the sum has its rank, and is told by no smaller
+one. Bases are as large as the largest place; each reads its first rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.delta import dropped
+from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.errors import PeftfxError
+from peftfx.sites.site import Site
+
+A, B, LAMBDA, GAMMA = "randlora_A", "randlora_B", "randlora_lambda", "randlora_gamma"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandLoRA(WeightMethod):
+    """Trained diagonals around random bases that all targeted linear layers share.
+
+    Args:
+        r: rank of each base: the smaller it is, the more there are, and the more is trained.
+        randlora_alpha: numerator of the scale, `randlora_alpha / r`.
+        projection_prng_key: the seed that the bases are drawn from.
+        save_projection: keep them in the files; else they are drawn anew on loading.
+        sparse, very_sparse: bases of -1, 0 and 1.
+        randlora_dropout: dropout on the adapter's input in training.
+        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        bias: which of the base's own biases are trained: none, all, or those of the adapted modules (randlora_only).
+        init_weights: start as the identity; otherwise at random.
+    """
+
+    r: int = 32
+    randlora_alpha: float = 640
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    sparse: bool = False
+    very_sparse: bool = False
+    randlora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "randlora_only"] = "none"
+    init_weights: bool = True
+
+    peft_type: ClassVar[str] = "RANDLORA"
+    # Fused projections as wholes: HF PEFT's files, which know no parts, have no bases for the rows of one.
+    default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1:
+            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "RandLoRA(r=32)")
+        if not 0 <= self.randlora_dropout < 1:
+            what = f"a probability below 1, not {self.randlora_dropout}"
+            raise PeftfxError(what, "randlora_dropout", "RandLoRA(randlora_dropout=0.05)")
+
+    @property
+    def neutral(self) -> bool:
+        return self.init_weights
+
+    def frozen(self) -> frozenset[str]:
+        return frozenset({A, B})
+
+    def shared(
+        self, sites: Sequence[Site], bases: Iterable[Base], like: Tensor, rng: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        shapes = [site.shape[::-1] if site.transposed else site.shape for site in sites]
+        sizes = [max(side) for side in zip(*shapes, strict=True)]
+        least, most, own = min(sizes), max(sizes), torch.Generator().manual_seed(self.projection_prng_key)
+        count = -(-least // self.r)
+        if self.sparse or self.very_sparse:
+            share = 1 / (2 * (math.sqrt(least) if self.very_sparse else 3))
+            drawn = (torch.rand(shape, generator=own) for shape in ((self.r, 1, least), (most, count, self.r)))
+            a, b = ((t > 1 - share).float() - (t < share).float() for t in drawn)
+        else:
+            a = _kaiming((self.r, 1, least), own)
+            b = torch.cat([_kaiming((most, 1, self.r), own) for _ in range(count)], 1)
+        # HF PEFT rounds them to the dtype of the base.
+        return {name: (t / t.std()).to(like).to(adapter_dtype(like.dtype)) for name, t in ((A, a), (B, b))}
+
+    def shared_keys(self, sites: Sequence[Site]) -> dict[str, str]:
+        return {name: f"base_model.{name}" for name in (A, B)} if self.save_projection else {}
+
+    def keys(self, site: Site) -> dict[str, str]:
+        return {LAMBDA: LAMBDA, GAMMA: GAMMA}
+
+    def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
+        least, most = sorted(base.weight.shape)
+        count = -(-least // self.r)
+        scale = base.weight.new_zeros(self.r, count, dtype=adapter_dtype(base.weight.dtype))
+        if self.init_weights:
+            return {LAMBDA: scale, GAMMA: scale.new_full((count, least), 1 / max(count, least))}
+        return {LAMBDA: scale.normal_(generator=rng), GAMMA: scale.new_full((count, least), 1 / most)}
+
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        a, b = self._factors(base, p)
+        given = dropped(x.to(a.dtype), self.randlora_dropout, training)
+        return (y + F.linear(F.linear(given, a), b) * (self.randlora_alpha / self.r)).to(y.dtype)
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        a, b = self._factors(base, p)
+        return Base(base.weight + b @ a * (self.randlora_alpha / self.r), base.bias)
+
+    def _factors(self, base: Base, p: Params) -> tuple[Tensor, Tensor]:
+        """`A` [bases * r, in] and `B` [out, bases * r]; what is trained is on the smaller side."""
+        out, inner = base.weight.shape
+        least, most, count = min(out, inner), max(out, inner), p[LAMBDA].shape[1]
+        small = (p[LAMBDA][:, :, None] * p[A][:, :, :least] * p[GAMMA]).flatten(0, 1)
+        large = p[B][:most, :count].flatten(1)
+        return (small, large) if least == inner else (large.T, small.T)
+
+
+def _kaiming(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """As HF PEFT draws it, in bfloat16."""
+    bound = math.sqrt(3) * math.sqrt(1 / 3) / math.sqrt(math.prod(shape[1:]))
+    return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=rng)
