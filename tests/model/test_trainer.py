@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import find_labels
 
 import peftfx
+from peftfx.errors import PeftfxError
 from peftfx.methods.lora import LoRA
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.trainer_callbacks import peak_memory
@@ -251,3 +252,34 @@ def test_memory_is_logged_and_printed_beside_the_loss(
     assert len(printed) == 2
     assert all("'peak_memory_gb'" in line for line in printed)
     assert 0 < peak_memory() < 64
+
+
+def test_checkpointed_layers_train_alike_and_a_checkpoint_has_the_adapters_size(
+    rows: list[Row], tmp_path: Path
+) -> None:
+    texts = [{**row, "labels": row["input_ids"]} for row in rows]
+    seen, at = {}, tmp_path / "kept" / "checkpoint-2"
+    for name, options in {
+        "plain": {},
+        "kept": {"gradient_checkpointing": True, "save_strategy": "steps", "save_steps": 2},
+        "resumed": {"gradient_checkpointing": True},
+    }.items():
+        model = peftfx.transform(ZOO["llama"].build(), LoRA(), seed=1)
+        trainer = hf.Trainer(model, arguments(tmp_path / name, max_steps=4, **options), train_dataset=texts)
+        trainer.train(resume_from_checkpoint=str(at) if name == "resumed" else None)
+        seen[name] = losses(trainer)
+        assert model.base.is_gradient_checkpointing == (name != "plain")
+    assert seen["kept"] == pytest.approx(seen["plain"], abs=1e-4)
+    assert seen["resumed"][2:] == seen["kept"][2:]
+    adapter = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    sizes = {file.name: file.stat().st_size for file in at.iterdir()}
+    assert sizes["model.safetensors"] < adapter + 8192
+    assert sizes["optimizer.pt"] < 2 * adapter + 65536  # two moments, and an entry for each tensor
+    rest = {name: size for name, size in sizes.items() if name not in ("model.safetensors", "optimizer.pt")}
+    assert sum(rest.values()) < 65536, rest
+
+
+def test_a_graph_is_not_checkpointed() -> None:
+    model = peftfx.transform(ZOO["llama"].build(), LoRA(), road="graph")
+    with pytest.raises(PeftfxError, match='road="modules"'):
+        model.gradient_checkpointing_enable()

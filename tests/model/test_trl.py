@@ -74,6 +74,20 @@ def dpo(model: nn.Module, directory: Path, reference: nn.Module | None) -> list[
     return losses(Pairs(model, reference, arguments, **given))
 
 
+class Choices(getattr(trl, "RewardTrainer")):  # type: ignore[misc]  # noqa: B009
+    """Of pairs that are tokens already."""
+
+    def _prepare_dataset(self, dataset: object, *_: object) -> object:
+        return dataset
+
+
+def scorer() -> nn.Module:
+    """A reward model; equal calls give equal weights."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    return hf.LlamaForSequenceClassification(hf.LlamaConfig(vocab_size=99, num_labels=1, pad_token_id=0, **size))
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random adapter that `peft` made."""
@@ -111,6 +125,45 @@ def test_dpo_with_the_base_as_reference(saved: Path, tmp_path: Path) -> None:
     ours = peftfx.load(ZOO["llama"].build(), saved)
     got = dpo(ours, tmp_path, ours.reference())
     assert got == pytest.approx(dpo(peft_model(saved), tmp_path, copy.deepcopy(ZOO["llama"].build())), abs=1e-5)
+
+
+def test_a_reward_model(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    peft.get_peft_model(scorer(), config).save_pretrained(str(tmp_path / "adapter"))
+    ours = peftfx.load(scorer(), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(scorer(), str(tmp_path / "adapter"), is_trainable=True)
+    columns = {name: PAIRS[name] for name in ("chosen_ids", "rejected_ids")}
+    got, want = (
+        losses(Choices(model, arguments, train_dataset=rows(columns), processing_class=tokenizer()))
+        for model, arguments in ((m, trl.RewardConfig(str(tmp_path), **FIXED)) for m in (ours, theirs))
+    )
+    assert got == pytest.approx(want, abs=1e-5)
+    assert len(set(got)) == len(got)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_run_is_resumed(kind: str, saved: Path, tmp_path: Path) -> None:
+    seen = []
+    for resumed in (None, str(tmp_path / "checkpoint-2")):
+        model = peftfx.load(ZOO["llama"].build(), saved)
+        options = {**FIXED, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        if kind == "sft":
+            arguments = trl.SFTConfig(str(tmp_path), dataset_kwargs={"skip_prepare_dataset": True}, **options)
+            given = {"train_dataset": rows(TEXTS), "processing_class": tokenizer()}
+            trainer = trl.SFTTrainer(model, arguments, **given)
+        else:
+            model.load_adapter(saved, "ref")
+            model.set_adapter("default")
+            given = {"train_dataset": rows(PAIRS), "processing_class": tokenizer()}
+            trainer = Pairs(model, model.reference("ref"), trl.DPOConfig(str(tmp_path), **options), **given)
+        torch.manual_seed(0)
+        trainer.train(resume_from_checkpoint=resumed)
+        logged = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
+        seen.append((logged, model.state_dict()))
+    assert seen[0][0] == pytest.approx(seen[1][0], abs=1e-6)
+    assert all(torch.allclose(seen[1][1][name], tensor, atol=1e-6) for name, tensor in seen[0][1].items())
+    size = sum(t.numel() * t.element_size() for t in seen[0][1].values())
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size < size + 8192
 
 
 @pytest.mark.parametrize("rule", [peftfx.LoRA(target_modules=["lm_head"]), peftfx.PromptTuning(num_virtual_tokens=3)])
