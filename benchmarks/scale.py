@@ -4,8 +4,8 @@
 
 Prints a Markdown table. A row's models have the same weights, adapter and batch, and step in turns, so that what else
 runs slows all; a ratio to `peft` is the median over rounds: of seconds on the clock, and of CPU seconds, which other
-work on the machine changes less. A step is forward, backward and AdamW. Memory is the most that torch has allocated in a step
-beyond what it had before. `equal` says whether the loss and every gradient, by its name, are `peft`'s.
+work on the machine changes less. A step is forward, backward and AdamW. Memory is the most that torch has allocated
+in a step beyond what it had before. `equal` says whether the loss and every gradient, by its name, are `peft`'s.
 """
 
 from __future__ import annotations
