@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from onnx import helper, numpy_helper
 from support.command import Result
-from support.rounding import BLOCK, pack, unpack
+from support.quantised import BLOCK, pack, unpack
 from support.zoo import ZOO
 from torch import Tensor, nn
 

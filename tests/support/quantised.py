@@ -1,6 +1,6 @@
 """Quantised layers written by the definitions of their formats, and the matrices that they stand for, in numpy.
 
-Nothing here is of the package: codes and scales are random, the matrix is computed from them in the definition's own
+Nothing of them is of the package: codes and scales are random, the matrix is computed from them in the definition's own
 words, and the packing is written as the format's own packer has it, word by word.
 """
 
@@ -16,6 +16,9 @@ import transformers as hf
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from peftfx.export.coded.rounded import halves
+from peftfx.quantisation.rounding import round_blocks
 
 Layer = tuple[dict[str, Tensor], Tensor]
 """What a file has for a layer, by the names after its path, and its float32 weight [out, in]."""
@@ -209,3 +212,20 @@ def table4(table: str = NF4, kind: str = "nf4", block: int = 64, *, double: bool
         return own, torch.from_numpy(np.array(flat, np.float32).reshape(rows, columns))
 
     return pack
+
+
+BLOCK = 32
+
+
+def pack(weight: Tensor, bits: int, block: int, **options: bool) -> tuple[Tensor, Tensor]:
+    """Blocks [out, blocks, bytes] and scales [out, blocks] of a weight [out, in]."""
+    made = round_blocks(weight, bits, block, **options)
+    return halves(made.integers, bits), made.scales
+
+
+def unpack(blocks: Tensor, scales: Tensor, bits: int, columns: int) -> Tensor:
+    """The weight [out, in] that blocks and scales stand for."""
+    if bits == 4:
+        blocks = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+    values = (blocks.to(scales.dtype) - (1 << bits - 1)) * scales.unsqueeze(-1)
+    return values.flatten(1)[:, :columns]

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from support.command import Result
-from support.rounding import pack, unpack
+from support.quantised import pack, unpack
 from support.zoo import ZOO
 from torch import Tensor, nn
 
