@@ -1,9 +1,10 @@
 """Train an adapter under Accelerate, and export it.
 
-accelerate launch --cpu --num_processes 2 examples/accelerate_launch.py OUT
+accelerate launch --num_processes 2 examples/accelerate_launch.py OUT
 
+On CPUs `accelerate launch` starts one process: torchrun --nproc-per-node 2 examples/accelerate_launch.py OUT starts two.
 FSDP2 on GPUs: --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP
---fsdp_cpu_ram_efficient_loading false, in the place of --cpu.
+--fsdp_cpu_ram_efficient_loading false.
 `python examples/accelerate_launch.py` runs it in one process.
 """
 
