@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 import warnings
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch.fx import config as fx_config
 
@@ -21,12 +22,12 @@ TRACING = threading.RLock()  #: held by the thread that captures or traces
 def isolated(model: nn.Module) -> Iterator[None]:
     """The context captures and traces run in, whatever the caller's: gradients on, no inference mode, no autocast.
 
-    Nodes get no stack traces: nobody reads them, and they are a tenth of a capture. One thread at a time is in it:
-    torch patches modules for all threads while it traces.
+    Nodes get no stack traces, and modules no code until they are run: nobody reads these, and they are a third of a
+    capture. One thread at a time is in it: torch patches modules for all threads while it traces.
     """
     kinds = ["cpu", *({p.device.type for p in model.parameters()} - {"cpu", "meta"})]
     before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
-    with TRACING, torch.inference_mode(False), torch.enable_grad(), _quiet(), _without_stack_traces():
+    with TRACING, torch.inference_mode(False), torch.enable_grad(), _quiet(), _sparing():
         for kind in kinds:
             torch.set_autocast_enabled(kind, False)
         try:
@@ -37,13 +38,30 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_stack_traces() -> Iterator[None]:
-    before = fx_config.do_not_emit_stack_traces
-    fx_config.do_not_emit_stack_traces = True
+def _sparing() -> Iterator[None]:
+    """Inside, torch makes of a trace its nodes alone: no stack traces, and no source of a module until it is run.
+
+    Python does not look for garbage either: it would go through all nodes again and again.
+    """
+    traces, recompile, collects = fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile, gc.isenabled()
+
+    def later(module: fx.GraphModule) -> None:
+        def forward(self: fx.GraphModule, *args: object, **kwargs: object) -> object:
+            recompile(self)  # which puts another forward in the place of this one
+            return self.forward(*args, **kwargs)
+
+        if isinstance(codegen := module._graph._codegen, fx.graph._PyTreeCodeGen):
+            module._in_spec, module._out_spec = codegen.pytree_info.in_spec, codegen.pytree_info.out_spec
+        type(module).forward = forward
+
+    fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile = True, later  # type: ignore[method-assign, assignment]
+    gc.disable()
     try:
         yield
     finally:
-        fx_config.do_not_emit_stack_traces = before
+        fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile = traces, recompile  # type: ignore[method-assign]
+        if collects:
+            gc.enable()
 
 
 @contextlib.contextmanager

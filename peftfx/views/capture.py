@@ -8,6 +8,7 @@ values nor the size of the model cost anything, and a module built under `FakeTe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import fx, nn
@@ -19,7 +20,8 @@ from peftfx.analysis.no_grad_regions import inline_no_grad
 from peftfx.analysis.roles import find_sites
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
-from peftfx.graph.axis_symbols import place_of, symbols_of, tied
+from peftfx.graph.capturing.axis_symbols import place_of, symbols_of, tied
+from peftfx.graph.capturing.stamping import stamped
 from peftfx.graph.contexts import fake_mode_of, isolated, unchanged
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.graph.lazy_weights import faked
@@ -37,6 +39,7 @@ def capture(
     axes: Axes | None = None,
     call: Call | None = None,
     entry: Entry | None = None,
+    stamp: bool = True,
 ) -> Graph:
     """Capture `model` in its current mode (train or eval), as called with `inputs`.
 
@@ -50,6 +53,8 @@ def capture(
             `None` keeps its size, and the axes of a tensor that is not mentioned are all free.
         call: how the model is run with `inputs`; by default its forward takes them.
         entry: a way to make the call under something more; see `peftfx.views.entry`.
+        stamp: trace two of equal layers and copy their nodes for the others; the graph is the same without, and takes
+            longer to make.
 
     Raises:
         PeftfxError: the model's code cannot be captured (it branches on values, or returns no tensors), or writes into
@@ -69,7 +74,7 @@ def capture(
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
         named = [axes.get(name) or (None,) * t.ndim for name, t in examples.items()]
         try:
-            with noted() as notes, tied(named):
+            with noted() as notes, tied(named), stamped(model) if stamp else nullcontext():
                 program = torch.export.export(
                     wrapper, tuple(examples.values()), dynamic_shapes={"flat": free}, strict=False
                 )

@@ -18,8 +18,11 @@ MAKERS = {
     "graph_copy",
 }
 #: Beside the Rewriter itself: what copies a whole graph with all its values; and what names modules in a graph that
-#: torch.export has just made, as none of ours.
-SANCTIONED = {"peftfx/graph/rewriter.py", "peftfx/graph/graph.py", "peftfx/graph/places.py"}
+#: torch.export has just made, as none of ours; and what copies layers while torch.export makes its graph.
+SANCTIONED = {
+    *("peftfx/graph/rewriter.py", "peftfx/graph/graph.py", "peftfx/graph/places.py"),
+    "peftfx/graph/capturing/stamping.py",
+}
 ONNX = {"SOURCE"}  #: keys of the `meta` of values of an ONNX program, which are no nodes of fx
 
 

@@ -1,0 +1,1 @@
+"""What makes a capture cheap: shared symbols for sizes, and equal layers that are copied."""

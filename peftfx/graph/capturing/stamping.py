@@ -1,0 +1,284 @@
+"""stamping: while a model is captured, equal layers are traced twice, and the others are copies of the second.
+
+What a capture costs is the code of the layers, run once for each on tensors without data. Layers that are equal but
+for their weights leave equal nodes. So two of a kind are traced; where the nodes of one are those of the other, with
+its own weights and inputs in their places, each further layer of that kind is written as a copy. Whatever differs is
+traced.
+
+Of one kind are layers of one class with equal attributes, weights of equal shapes, in a call with equal arguments:
+see `layer_kinds` beside this file. A layer is traced if its code writes what the kind does not tell, or computes with
+its own number, as `1 / (layer + 1)` does: the number counts whose uses are seen, see `Number`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental import proxy_tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from peftfx.graph.capturing.layer_kinds import Call, Unknown, described, layers_of, numbered
+
+Forward = Callable[..., object]
+_TRIALS = 4  #: layers of a kind that are traced to find two that are equal
+
+
+@contextmanager
+def stamped(model: nn.Module) -> Iterator[None]:
+    """Inside, a capture of `model` by this thread traces two of each kind of layer, and copies the others."""
+    stamper = _Stamper(layers_of(model))
+    with ExitStack() as stack:
+        for kind in {type(layer) for layer in stamper.layers.values()}:
+            stack.enter_context(_replaced(kind, stamper))
+        yield
+
+
+@contextmanager
+def _replaced(kind: type[nn.Module], stamper: _Stamper) -> Iterator[None]:
+    own, original = "forward" in vars(kind), kind.forward
+
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+        return stamper(self, original, args, kwargs)
+
+    kind.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            kind.forward = original
+        else:
+            del kind.forward
+
+
+@dataclass
+class _Traced:
+    """What a layer left in the graph.
+
+    Attributes:
+        call: how it was called.
+        nodes: that it made, but for those that compute sizes.
+        places: of each node in `nodes`, and the entry of each node that was there before.
+        exits: what it returned, or put into its cache: tensors and other values.
+        again: entries that are other nodes now, and which: a cast that does nothing gives its argument anew.
+        text: all of it, without names: equal for two layers whose nodes are equal.
+        calls: how often modules within it were called, by their path within it.
+        path: of the layer.
+    """
+
+    call: Call
+    nodes: list[fx.Node]
+    places: dict[fx.Node, tuple[str, object]]
+    exits: list[object]
+    spec: pytree.TreeSpec
+    again: dict[object, fx.Node]
+    text: object
+    calls: dict[str, int]
+    path: str
+    ends: dict[int, fx.Node]
+
+
+@dataclass
+class _Kind:
+    """Attributes: traced: the last layer of this kind; ready: whether it may be copied; left: further trials."""
+
+    traced: _Traced | None = None
+    ready: bool = False
+    left: int = _TRIALS
+
+
+@dataclass
+class _Stamper:
+    """Runs layers in their turn. It tells a module from another by its attributes: torch may show it by a proxy."""
+
+    layers: Mapping[int, nn.Module]
+    kinds: dict[object, _Kind] = field(default_factory=dict)
+    held: list[object] = field(default_factory=list)  #: objects whose id is in a key
+    thread: int = field(default_factory=threading.get_ident)
+
+    def __call__(self, module: nn.Module, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        layer = self.layers.get(id(vars(module)))
+        mode = proxy_tensor.get_proxy_mode() if threading.get_ident() == self.thread else None
+        if layer is None or mode is None or not getattr(mode.tracer, "module_stack", None):
+            return original(module, *args, **kwargs)
+        tracer: Any = mode.tracer
+        key, (path, _) = next(reversed(tracer.module_stack.items()))
+        try:
+            if key != path:  # the layer runs again
+                raise Unknown
+            call = described(layer, args, kwargs, lambda tensor: _node(tracer, tensor), self.held)
+            kind = self.kinds.setdefault(call.key, _Kind())
+        except Unknown:
+            return original(module, *args, **kwargs)
+        if kind.ready and kind.traced is not None:
+            return _copied(tracer, kind.traced, call, path)
+        if not kind.left:
+            return original(module, *args, **kwargs)
+        kind.left -= 1
+        before = kind.traced
+        result, kind.traced = _trace(tracer, layer, call, path, lambda: original(module, *args, **kwargs))
+        kind.ready = before is not None and kind.traced is not None and before.text == kind.traced.text
+        if kind.traced is None:
+            kind.left = 0
+        return result
+
+
+def _node(tracer: Any, tensor: Tensor) -> fx.Node | None:
+    found = tracer.tensor_tracker.get(tensor)
+    return None if found is None else found.proxy.node
+
+
+def _trace(
+    tracer: Any, layer: nn.Module, call: Call, path: str, run: Callable[[], object]
+) -> tuple[object, _Traced | None]:
+    """What a layer returns, and what it left in the graph: none, if it did what a copy of nodes does not tell."""
+    last, counts = tracer.graph._root.prev, dict(tracer.num_calls)
+    with numbered(layer) as numbers:
+        held = call.held(layer)
+        result = run()
+        try:
+            changes = call.changes(held)
+        except Unknown:
+            return result, None
+    try:
+        if any(number.used for number in numbers):
+            raise Unknown
+        made = []
+        node = last.next
+        while node is not tracer.graph._root:
+            made.append(node)
+            node = node.next
+        return result, _read(tracer, call, made, result, changes, counts, path)
+    except Unknown:
+        return result, None
+
+
+def _read(
+    tracer: Any,
+    call: Call,
+    made: list[fx.Node],
+    result: object,
+    changes: Mapping[str, object],
+    counts: Mapping[str, int],
+    path: str,
+) -> _Traced:
+    if any("unbacked_bindings" in node.meta or node.op not in ("call_function", "get_attr") for node in made):
+        raise Unknown
+    nodes = [node for node in made if not _is_size(node)]
+    places: dict[fx.Node, tuple[str, object]] = {node: ("entry", label) for node, label in call.labels.items()}
+    places |= {node: ("node", i) for i, node in enumerate(nodes)}
+    leaves, spec = pytree.tree_flatten((result, dict(changes)), is_leaf=call.is_cache)
+    again = {
+        label: node
+        for label, tensor in call.entries.items()
+        if (node := _node(tracer, tensor)) is not None and node is not call.nodes[label]
+    }
+    if any(places.get(node, ("",))[0] != "node" for node in again.values()):
+        raise Unknown
+    text = (
+        [_text(tracer, node, places) for node in nodes],
+        spec,
+        [_exit(tracer, leaf, call, places) for leaf in leaves],
+        {label: places[node] for label, node in again.items()},
+    )
+    calls = {
+        name[len(path) :]: count - counts.get(name, 0)
+        for name, count in tracer.num_calls.items()
+        if name.startswith(f"{path}.") and count != counts.get(name, 0)
+    }
+    ends = {id(leaf): node for leaf in leaves if isinstance(leaf, Tensor) and (node := _node(tracer, leaf)) is not None}
+    return _Traced(call, nodes, places, leaves, spec, again, text, calls, path, ends)
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.types.py_sym_types)
+
+
+def _text(tracer: Any, node: fx.Node, places: Mapping[fx.Node, tuple[str, object]]) -> object:
+    """A node without its name."""
+    if node.op == "get_attr":  # a constant that torch made of a tensor in the code
+        value = getattr(tracer.root, str(node.target), None)
+        if type(value) is not Tensor:
+            raise Unknown
+        return "constant", value.dtype, value.shape, tuple(value.flatten().tolist())
+
+    def place(value: object) -> object:
+        if not isinstance(value, fx.Node):
+            return value
+        return ("size", value.meta["val"].node.expr) if _is_size(value) else places.get(value, ("outer", value.name))
+
+    arguments = pytree.tree_map_only(fx.Node, place, (node.args, node.kwargs))
+    return node.target, repr(arguments), pytree.tree_map_only(Tensor, Call.shape, node.meta.get("val"))
+
+
+def _exit(tracer: Any, value: object, call: Call, places: Mapping[fx.Node, tuple[str, object]]) -> object:
+    if not isinstance(value, Tensor):
+        return call.value(value)
+    if (label := call.label(value)) is not None:
+        return "entry", label
+    node = _node(tracer, value)
+    if node is None or places.get(node, ("",))[0] != "node":
+        raise Unknown
+    return places[node], Call.shape(value)
+
+
+def _copied(tracer: Any, traced: _Traced, call: Call, path: str) -> object:
+    """Write a layer as a copy of one that was traced, and give what it returns."""
+    copies: dict[fx.Node, fx.Node] = {}
+    outer = tracer.module_stack
+
+    def moved(name: str) -> str:
+        own, mark, number = name.partition("@")
+        return path + own[len(traced.path) :] + mark + number
+
+    def find(node: fx.Node) -> fx.Node:
+        kind, label = traced.places.get(node, ("", None))
+        return call.nodes[label] if kind == "entry" else copies.get(node, node)
+
+    for node in traced.nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), find)
+        copy = copies[node] = tracer.graph.create_node(node.op, node.target, args, kwargs)
+        copy.meta = dict(node.meta)
+        inner = list(node.meta["nn_module_stack"].items())[len(outer) :]
+        stack = {
+            key: (name, str(kind) if isinstance(kind, str) else _name(kind)) for key, (name, kind) in outer.items()
+        }
+        stack |= {moved(key): (moved(name), kind) for key, (name, kind) in inner}
+        copy.meta["nn_module_stack"] = stack
+    for name, count in traced.calls.items():
+        tracer.num_calls[path + name] = tracer.num_calls.get(path + name, 0) + count
+    for label, node in traced.again.items():
+        tracer.tensor_tracker[call.entries[label]].proxy = fx.Proxy(copies[node], tracer)
+    fresh: dict[int, object] = {}
+    leaves = []
+    for leaf in traced.exits:
+        if id(leaf) not in fresh:
+            fresh[id(leaf)] = _again(tracer, leaf, traced, call, copies)
+        leaves.append(fresh[id(leaf)])
+    result, changes = pytree.tree_unflatten(leaves, traced.spec)
+    call.change(changes)
+    return result
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _again(tracer: Any, leaf: object, traced: _Traced, call: Call, copies: Mapping[fx.Node, fx.Node]) -> object:
+    """What a copy returns in the place of what the traced layer did."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if (label := traced.call.label(leaf)) is not None:
+        return call.entries[label]
+    node = copies[traced.ends[id(leaf)]]
+    with _disable_current_modes(), leaf.fake_mode:  # type: ignore[attr-defined]
+        made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+        made.requires_grad_(leaf.requires_grad)
+    proxy_tensor.track_tensor(made, fx.Proxy(node, tracer), constant=None, tracer=tracer)
+    return made
