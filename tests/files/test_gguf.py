@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from support.gguf_files import TOKENS, write
+from files.gguf_files import TOKENS, write
 
 import peftfx
 from peftfx.bases.load import load_base

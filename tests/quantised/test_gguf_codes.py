@@ -9,7 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from support.gguf_files import write
+from files.gguf_files import write
 
 import peftfx
 from peftfx.bases.load import load_base
