@@ -23,7 +23,7 @@ SANCTIONED = {
     *("peftfx/graph/rewriter.py", "peftfx/graph/graph.py", "peftfx/graph/places.py"),
     "peftfx/graph/capturing/stamping.py",
 }
-ONNX = {"SOURCE"}  #: keys of the `meta` of values of an ONNX program, which are no nodes of fx
+ONNX = {"SOURCE", "PERMUTED"}  #: keys of the `meta` of values and tensors of an ONNX program, which are no nodes of fx
 
 
 def wrong(tree: ast.Module) -> Iterator[str]:
