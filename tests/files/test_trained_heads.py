@@ -23,7 +23,14 @@ from peftfx.rules.peft_files import WEIGHTS
 SHARED = {name: cls for name, cls in methods().items() if name in peft.PeftType.__members__}
 
 #: Options of methods whose defaults are for larger layers.
-SIZES: dict[str, dict[str, int]] = {"C3A": {"block_size": 4}, "MISS": {"r": 4}, "FOURIERFT": {"n_frequency": 20}}
+SIZES: dict[str, dict[str, int]] = {
+    "C3A": {"block_size": 4},
+    "MISS": {"r": 4},
+    "FOURIERFT": {"n_frequency": 20},
+    "ROAD": {"group_size": 4},
+    "SHIRA": {"r": 1},
+    "WAVEFT": {"n_frequency": 20},
+}
 
 
 @pytest.mark.parametrize("cls", SHARED.values(), ids=SHARED)
