@@ -67,6 +67,8 @@ def test_a_head_of_its_own_crosses_in_both_directions(
         assert written.keys() - again.keys() == {key for key in written if f".{head}." in key}
         ours.remove()
         return
+    # RandLoRA's bases, which a file has once, are in theirs once more for each module.
+    again = {k: t for k, t in again.items() if k in written or f"base_model.{k.rpartition('.')[2]}" not in written}
     assert again.keys() == written.keys()
     assert all(torch.equal(again[key], written[key]) for key in again)
     _reloaded(ours, tmp_path / "theirs")
