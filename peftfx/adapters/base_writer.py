@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftfx.adapters.deferred import Deferred
 from peftfx.contract.placement import owner_of
 from peftfx.graph.lazy_weights import Stored
-from peftfx.graph.places import twin
+from peftfx.graph.places import has_module, twin
 from peftfx.sharding import is_part, overwrite
 
 _NOTHING = object()
@@ -98,9 +98,9 @@ class BaseWriter:
         Under the other path it stays what it is, or changes in another way.
         """
         names: dict[int, list[str]] = {}
-        for path in (p for p in called if has(self.base, p)):
+        for path in (p for p in called if has_module(self.base, p)):
             names.setdefault(id(self.base.get_submodule(path)), []).append(path)
-        for path in sorted(p for p in changed if has(self.base, p)):
+        for path in sorted(p for p in changed if has_module(self.base, p)):
             for other in names.get(id(self.base.get_submodule(path)), ()):
                 if other != path:
                     self._part_from(path.split("."), other.split("."))
@@ -117,12 +117,3 @@ class BaseWriter:
                 self.put(node._modules, name, twin(child))
                 return
             node = child
-
-
-def has(base: nn.Module, path: str) -> bool:
-    """Whether there is a module of this path."""
-    try:
-        base.get_submodule(path)
-    except AttributeError:
-        return False
-    return True

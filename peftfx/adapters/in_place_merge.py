@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.adapters.base_writer import BaseWriter, Ledger, has
+from peftfx.adapters.base_writer import BaseWriter, Ledger
 from peftfx.adapters.deferred import Deferred
 from peftfx.adapters.merge_report import MergeReport
 from peftfx.adapters.recipes import Derived, Folding, Rounding, foldings
@@ -20,6 +20,7 @@ from peftfx.contract.placement import owner_of, site_tensors
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.graph.lazy_weights import Stored
+from peftfx.graph.places import has_module
 from peftfx.graph.recipe import Get
 from peftfx.sharding import full, is_part
 from peftfx.sites.site import Site
@@ -56,7 +57,7 @@ def merge_into(
     _refuse_new_biases(base, merged)
     for folding in () if late else folded.values():  # computed twice: what fails halfway could not be undone
         _refuse_infinite(folding.site, folding.evaluate(read))
-    opened = open_quantised(base, [folding.site.path for folding in folded.values()])
+    opened = open_quantised(base, [f.site.path for f in folded.values() if has_module(base, f.site.path)])
     trained = {override.module for adapter in adapters for override in adapter.overrides if override.module}
     writer = BaseWriter(base, ledger)
     writer.part({f.site.path for f in folded.values()} | trained, _run(merged))
@@ -197,7 +198,7 @@ def _refuse_infinite(site: Site, value: Base) -> None:
 def own_names(base: nn.Module, site: Site) -> tuple[str, str]:
     """The names of a site's weight and bias as its own module has them; a tied weight's graph name may be another's."""
     own = f"{site.path}.weight"
-    holder, leaf = owner_of(base, own) if has(base, site.path) else (None, "")
+    holder, leaf = owner_of(base, own) if has_module(base, site.path) else (None, "")
     weight = own if holder is not None and leaf in holder._parameters else site.weight.partition(".")[2]
     bias = f"{site.path}.bias" if site.bias is None else site.bias.partition(".")[2]
     return weight, bias

@@ -31,6 +31,15 @@ def places_of(base: nn.Module) -> dict[str, tuple[str, ...]]:
     return {path: tuple(names) for path, names in held.items() if len(names) > 1}
 
 
+def has_module(base: nn.Module, path: str) -> bool:
+    """Whether the base has a module at this path; a weight may stand there, as experts' do."""
+    try:
+        base.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
 def twin(module: nn.Module) -> nn.Module:
     """A copy of a module and of the modules in it, with the same tensors, hooks and attributes."""
     return _twin(module, {})

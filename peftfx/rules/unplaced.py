@@ -12,6 +12,7 @@ from peftfx.analysis.unreached import is_unreached
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError, warn
+from peftfx.graph.places import has_module
 from peftfx.rules.torch_attention import as_named, cut_attentions, is_read_by_attention
 from peftfx.sites.expression import ALL_LINEAR
 from peftfx.sites.site import Site, layer_of
@@ -102,12 +103,3 @@ def why_no_place(path: str, base: nn.Module, sites: Sites, kinds: Collection[str
 
 def _inside(reads: Mapping[str, str], path: str) -> Iterator[tuple[str, str]]:
     return ((p, how) for p, how in reads.items() if p.startswith(f"{path}."))
-
-
-def has_module(base: nn.Module, path: str) -> bool:
-    """Whether the base has a module at this path."""
-    try:
-        base.get_submodule(path)
-    except AttributeError:
-        return False
-    return True

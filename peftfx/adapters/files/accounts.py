@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from peftfx.adapters.files.names import module_of
 from peftfx.contract.override import TOKENS
+from peftfx.graph.places import has_module
 from peftfx.rules.peft_files import Weights
-from peftfx.rules.unplaced import has_module, never_runs
+from peftfx.rules.unplaced import never_runs
 from peftfx.sites.sites import Sites
 
 _WRAPPERS = (".modules_to_save.", ".original_module.")

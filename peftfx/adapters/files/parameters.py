@@ -16,8 +16,8 @@ from peftfx.contract.method import Method
 from peftfx.contract.placed import Placed
 from peftfx.contract.placement import Placement, owner_of
 from peftfx.errors import PeftfxError
+from peftfx.graph.places import has_module
 from peftfx.rules.parameters import TARGET_PARAMETERS, picks
-from peftfx.rules.unplaced import has_module
 from peftfx.sites.site import EXPERTS, Site
 
 
