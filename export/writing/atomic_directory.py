@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from peftfx.formats import REPORT
 
 Mark = Callable[[Path], bool]
 _NEW, _OLD = "new", "old"
-_RESERVE = 1 << 20  #: bytes kept back for the clean-up
+_RESERVE = 4 << 20  #: bytes of address space that are kept back for the clean-up
 
 
 def is_export(directory: Path) -> bool:
@@ -45,7 +46,7 @@ def publish(directory: str | Path, force: bool = False, made: Mark = is_export) 
         with locked(area, target):
             _recover(area, target, made)
             _refuse_standing(target, force, made)
-            reserve: bytearray | None = bytearray(_RESERVE)
+            reserve = mmap.mmap(-1, _RESERVE)  # its own pages: what python frees is not always given back
             try:
                 (area / _NEW).mkdir()
                 yield area / _NEW
@@ -53,7 +54,7 @@ def publish(directory: str | Path, force: bool = False, made: Mark = is_export) 
                 _move(area, target)
                 _remove(area / _OLD)
             finally:
-                reserve = None  # noqa: F841  (where memory has ended, listing a directory needs some)
+                reserve.close()  # where memory has ended, listing a directory needs some
                 _recover(area, target, made)
 
 

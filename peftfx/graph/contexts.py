@@ -22,12 +22,11 @@ TRACING = threading.RLock()  #: held by the thread that captures or traces
 def isolated(model: nn.Module) -> Iterator[None]:
     """The context captures and traces run in, whatever the caller's: gradients on, no inference mode, no autocast.
 
-    Nodes get no stack traces, and modules no code until they are run: nobody reads these, and they are a third of a
-    capture. One thread at a time is in it: torch patches modules for all threads while it traces.
+    One thread at a time is in it: torch patches modules for all threads while it traces.
     """
     kinds = ["cpu", *({p.device.type for p in model.parameters()} - {"cpu", "meta"})]
     before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
-    with TRACING, torch.inference_mode(False), torch.enable_grad(), _quiet(), _sparing():
+    with TRACING, torch.inference_mode(False), torch.enable_grad(), _quiet():
         for kind in kinds:
             torch.set_autocast_enabled(kind, False)
         try:
@@ -38,10 +37,11 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sparing() -> Iterator[None]:
-    """Inside, torch makes of a trace its nodes alone: no stack traces, and no source of a module until it is run.
+def sparing() -> Iterator[None]:
+    """Inside, torch makes of a capture its nodes alone: no stack traces, and no source of a module until it is run.
 
-    Python does not look for garbage either: it would go through all nodes again and again.
+    Nobody reads these, and they are a third of a capture. Python does not look for garbage either: it would go through
+    all nodes again and again. Not for what runs the program of torch.export: its guards are made of such source.
     """
     traces, recompile, collects = fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile, gc.isenabled()
 

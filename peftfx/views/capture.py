@@ -22,7 +22,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
 from peftfx.graph.capturing.axis_symbols import place_of, symbols_of, tied
 from peftfx.graph.capturing.stamping import stamped
-from peftfx.graph.contexts import fake_mode_of, isolated, unchanged
+from peftfx.graph.contexts import fake_mode_of, isolated, sparing, unchanged
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
 from peftfx.graph.lazy_weights import faked
 from peftfx.graph.places import name_places
@@ -67,7 +67,7 @@ def capture(
     tensors = {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
     axes = name_axes(tensors) if axes is None else axes
     _refuse_checkpointing(model)
-    with isolated(model), unchanged(model), faked(model), fake_mode_of(model), without_cache(model):
+    with isolated(model), sparing(), unchanged(model), faked(model), fake_mode_of(model), without_cache(model):
         wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves], call or forward, entry)
         wrapper.train(model.training)
         examples = {name: _fresh(model, t, axes.get(name)) for name, t in tensors.items()}
