@@ -21,7 +21,7 @@ from peftfx.sites.expression import parse
 
 BITS = {"int8": 8, "int4": 4}
 BLOCKS = (16, 32, 64, 128, 256)  #: that ONNX Runtime's operators have
-_DEFAULT = {"nf4": 64}  #: bitsandbytes' own; 32 of the others
+DEFAULT_BLOCKS = {"nf4": 64}  #: bitsandbytes' own; 32 of the others
 _SCHEME = re.compile(r"\s*(\w+)\s*(?:\(([^()]*)\)\s*)?(?:@((?:/(?:[^/\\]|\\.)+/|[^/;])*))?(;|$)")
 _HINT = "as in int4, int4(block=64, symmetric=False), or int4; int8@head | attention.value"
 
@@ -48,7 +48,7 @@ class Scheme:
         refuse_misfit_fields(self)
         check_choice(self.kind, QUANTIZATIONS, "quantize", "unknown quantisation")
         if self.block == 0:
-            object.__setattr__(self, "block", _DEFAULT.get(self.kind, 32))
+            object.__setattr__(self, "block", DEFAULT_BLOCKS.get(self.kind, 32))
         if self.block not in BLOCKS:
             hint = f"one of {', '.join(map(str, BLOCKS))}"
             raise PeftfxError(f"no operator has blocks of {self.block}", "quantize", hint)

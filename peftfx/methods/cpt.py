@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from peftfx.contract.method import Params
 from peftfx.contract.sequence import PROMPT, PromptMethod, virtual_tokens, with_text_sizes
 from peftfx.errors import PeftfxError
+from peftfx.field_types import refuse_misfit_fields
 from peftfx.sites.site import SequenceSite
 from peftfx.views.entry import Entry, VirtualTokens
 
@@ -66,6 +67,7 @@ class CPT(PromptMethod):
     peft_type: ClassVar[str] = "CPT"
 
     def __post_init__(self) -> None:
+        refuse_misfit_fields(self)
         count = len(self.cpt_token_ids)
         if self.num_virtual_tokens not in (0, count):
             what = f"{self.num_virtual_tokens} virtual tokens, and {count} tokens of the prompt"

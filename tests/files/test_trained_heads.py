@@ -29,6 +29,7 @@ SIZES: dict[str, dict[str, int]] = {
     "FOURIERFT": {"n_frequency": 20},
     "ROAD": {"group_size": 4},
     "SHIRA": {"r": 1},
+    "VBLORA": {"vector_length": 4},
     "WAVEFT": {"n_frequency": 20},
 }
 
@@ -39,7 +40,8 @@ def test_a_head_of_its_own_crosses_in_both_directions(
 ) -> None:
     """One model takes all three adapters, one after another: its capture serves them all."""
     weights = not issubclass(cls, SequenceMethod)
-    name, head = ("llama", "lm_head") if "attention" in cls.kinds else ("bert", "classifier")
+    causal = "attention" in cls.kinds or cls is peftfx.CPT
+    name, head = ("llama", "lm_head") if causal else ("bert", "classifier")
     options = {"target_modules": ["query", "value"]} if weights and name == "bert" else {}
     options |= SIZES.get(cls.peft_type, {})
     if cls is peftfx.TrainableTokens:
@@ -56,7 +58,7 @@ def test_a_head_of_its_own_crosses_in_both_directions(
     same(first(ours, inputs), want)
 
     theirs = load_peft(ZOO[name].build(), tmp_path / "ours")
-    if cls is peftfx.PrefixTuning:  # peft reads and writes it, and cannot run it
+    if cls in (peftfx.PrefixTuning, peftfx.Cartridge):  # peft reads and writes it, and cannot run it
         with pytest.raises(ValueError, match="does not support past key values"):
             first(theirs, inputs)
     else:

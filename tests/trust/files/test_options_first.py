@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.command import Result, assert_refused
 
-from peftfx.export_options.quantize import BITS
+from peftfx.export_options.quantize import BITS, DEFAULT_BLOCKS
 from peftfx.options import QUANTIZATIONS
 
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx_ir", "numpy")
@@ -62,4 +62,4 @@ assert time.process_time() < 1, time.process_time()
 
 
 def test_the_choices_are_those_that_are_implemented() -> None:
-    assert tuple(BITS) == QUANTIZATIONS
+    assert (*BITS, *DEFAULT_BLOCKS, "none") == QUANTIZATIONS
