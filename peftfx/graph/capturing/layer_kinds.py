@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,9 +68,9 @@ def layers_of(model: nn.Module) -> dict[int, nn.Module]:
     found: dict[int, nn.Module] = {}
     for held in model.modules():
         if isinstance(held, (nn.ModuleList, nn.Sequential)):
-            classes = [type(module) for module in held]
+            counts = Counter(type(module) for module in held)
             for module in held:
-                if classes.count(type(module)) >= _FEWEST and any(True for _ in module.children()):
+                if counts[type(module)] >= _FEWEST and any(True for _ in module.children()):
                     found[id(vars(module))] = module
     return found
 
@@ -217,7 +218,7 @@ def described(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], f
             given.append(_cache(call, f"cache {i}", leaf, number, find))
         else:
             given.append(call.value(leaf))
-            held.append(leaf)
+    held += leaves
     call.key = tuple(modules), str(spec), tuple(given)
     hash(call.key)
     return call
