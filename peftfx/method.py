@@ -1,10 +1,11 @@
 """What the author of a method imports: the contract, in one place; see `peftfx.contract`."""
 
 from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.method import Base, Method, Op, Params, Weighted, WeightMethod
+from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.override import OverrideMethod
 from peftfx.contract.sequence import PromptMethod, SequenceMethod
 from peftfx.contract.update import Update
+from peftfx.contract.weight import Weighted, WeightMethod
 from peftfx.sites.blocks import Rows
 
 __all__ = [

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfx.contract.method import Base, widened
+from peftfx.contract.method import Base
 from peftfx.contract.override import SAVED, Override
 from peftfx.contract.placed import Placements
 from peftfx.contract.placement import WeightPlacement, owner_of, site_tensors
 from peftfx.contract.update import Update
+from peftfx.contract.weight import widened
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import DERIVED
 from peftfx.graph.lazy_weights import exact

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfx.contract.method import Base, Params, WeightMethod
+from peftfx.contract.method import Base, Params
+from peftfx.contract.weight import WeightMethod
 from peftfx.methods.adalora import AdaLoRA
 from peftfx.methods.ia3 import IA3
 from peftfx.methods.lora import LoRA

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from peftfx.contract.broadcast import row_index
-from peftfx.contract.method import Base, Params, widened
+from peftfx.contract.method import Base, Params
 from peftfx.contract.placement import WeightPlacement
+from peftfx.contract.weight import widened
 from peftfx.export.verification.published import on_weight
 from peftfx.sites.blocks import turned
 from peftfx.sites.site import EXPERTS

@@ -12,9 +12,10 @@ from torch import nn
 from peftfx.adapters.adapter import Adapter
 from peftfx.bases.guests import own_modules
 from peftfx.contract.combination import Combination
-from peftfx.contract.method import PLACING, Method, Params, Weighted
+from peftfx.contract.method import PLACING, Method, Params
 from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import WeightPlacement
+from peftfx.contract.weight import Weighted
 from peftfx.errors import PeftfxError, shown, warn
 from peftfx.field_types import fits
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.contract.method import Base, widened
+from peftfx.contract.method import Base
 from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import WeightPlacement, site_tensors
+from peftfx.contract.weight import widened
 from peftfx.errors import PeftfxError, warn
 from peftfx.graph.lazy_weights import exact
 from peftfx.methods.lora import LoRA

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.contract.completeness import asking, refuse_fold
-from peftfx.contract.method import Base, WeightMethod, widened
+from peftfx.contract.method import Base
+from peftfx.contract.weight import WeightMethod, widened
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.recipe import Get, Recipe
 from peftfx.sites.blocks import Block, turned

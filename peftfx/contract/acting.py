@@ -9,8 +9,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from peftfx.contract.completeness import asking, refuse_output
-from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.placement import WeightPlacement
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Block, turned
 from peftfx.sites.site import Site

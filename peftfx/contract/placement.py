@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from peftfx.contract.attention import AttentionMethod, key_weight
 from peftfx.contract.completeness import asking, refuse_parameters
-from peftfx.contract.method import Base, Method, Params, WeightMethod
+from peftfx.contract.method import Base, Method, Params
 from peftfx.contract.override import SAVED, Override, OverrideMethod
 from peftfx.contract.sequence import PROMPT, SequenceMethod
+from peftfx.contract.weight import WeightMethod
 from peftfx.sharding import full
 from peftfx.sites.blocks import Block, part_site, turned
 from peftfx.sites.site import ATTENTION, SEQUENCE, HeadedSite, Part, SequenceSite, Site, WeightSite

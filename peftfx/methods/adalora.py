@@ -24,8 +24,9 @@ from peftfx.contract.broadcast import adapter_dtype, row_index
 from peftfx.contract.common.low_rank import check_options, padding_in_peft
 from peftfx.contract.common.rank_allocation import KEPT, REMEMBERED, A, B, E, allocate
 from peftfx.contract.kept import Kept
-from peftfx.contract.method import Base, Method, Op, Params, WeightMethod
+from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.update import Update
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site

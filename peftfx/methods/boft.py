@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype, along_rows
-from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.method import Base, Op, Params
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 

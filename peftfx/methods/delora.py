@@ -18,8 +18,9 @@ from torch import Tensor
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.delta import dropped
 from peftfx.contract.common.patterns import by_path, pattern_of
-from peftfx.contract.method import Base, Method, Op, Params, WeightMethod
+from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.update import Update
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.delta import dropped
-from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.method import Base, Op, Params
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 

@@ -18,7 +18,8 @@ from peftfx.contract.broadcast import adapter_dtype, row_index
 from peftfx.contract.common.delta import dropped
 from peftfx.contract.common.low_rank import product
 from peftfx.contract.common.patterns import by_path, pattern_of
-from peftfx.contract.method import Base, Method, Op, Params, WeightMethod
+from peftfx.contract.method import Base, Method, Op, Params
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site

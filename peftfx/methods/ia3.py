@@ -18,8 +18,9 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype, along_channels, along_columns, along_rows, row_index
 from peftfx.contract.combination import Combination
-from peftfx.contract.method import Base, Method, Op, Params, Weighted, WeightMethod
+from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.update import Update
+from peftfx.contract.weight import Weighted, WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
 from peftfx.sites.patterns import compiled

@@ -39,8 +39,9 @@ from peftfx.contract.common.lora_init import (
 )
 from peftfx.contract.common.low_rank import check_options, dense, padding_in_peft, product, summed, weighted_sum
 from peftfx.contract.common.patterns import by_path
-from peftfx.contract.method import Base, Method, Op, Params, Weighted, WeightMethod
+from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.update import Update
+from peftfx.contract.weight import Weighted, WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
 from peftfx.sites.expression import ends_with

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.patterns import pattern_of
-from peftfx.contract.method import Base, Method, Op, Params, WeightMethod
+from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.update import Update
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.patterns import compiled
 from peftfx.sites.site import Site

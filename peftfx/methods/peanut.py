@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError, nearest
 from peftfx.sites.site import Site
 

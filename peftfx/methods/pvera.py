@@ -17,8 +17,9 @@ from torch import Tensor
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.delta import dropped
 from peftfx.contract.common.random_pair import own_rows, random_pair
-from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 

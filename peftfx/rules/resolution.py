@@ -11,7 +11,7 @@ from torch import nn
 
 from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.method import Method
 from peftfx.contract.override import SAVED, Override, OverrideMethod, copies_of
 from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import (
@@ -22,6 +22,7 @@ from peftfx.contract.placement import (
     WeightPlacement,
 )
 from peftfx.contract.sequence import SequenceMethod, sequence_site
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError, nearest
 from peftfx.graph.places import places_of
 from peftfx.rules.parameters import as_parameter, refuse_unknown_parameters

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftfx.contract.method import Base, WeightMethod, widened
+from peftfx.contract.method import Base
 from peftfx.contract.placement import site_tensors
+from peftfx.contract.weight import WeightMethod, widened
 from peftfx.errors import PeftfxError
 from peftfx.passes.rewriting.site_op import bind
 from peftfx.sites.site import Site

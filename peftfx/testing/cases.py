@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, Phase, reject, settings
 from hypothesis import strategies as st
 
 from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.method import Method
 from peftfx.contract.override import OverrideMethod, copies_of
 from peftfx.contract.placed import Placed, Placements, shared_by
 from peftfx.contract.placement import WeightPlacement
 from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.rules.resolution import prompt_placement
 from peftfx.sites.site import AttentionSite, Site, WeightSite

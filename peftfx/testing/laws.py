@@ -11,9 +11,10 @@ from hypothesis import given, seed
 from hypothesis import strategies as st
 
 from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.method import Method
 from peftfx.contract.override import OverrideMethod
 from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.weight import WeightMethod
 from peftfx.testing import arithmetic, frame, prompts, slots, statements
 from peftfx.testing.cases import Choices, cases, examples
 from peftfx.testing.pool import POOL

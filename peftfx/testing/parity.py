@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.method import Method
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import first_line
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import load, transform

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import along_columns, along_rows
 from peftfx.contract.common.low_rank import dense
-from peftfx.contract.method import WeightMethod
 from peftfx.contract.placement import WeightPlacement, site_tensors
 from peftfx.contract.update import Update
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.slots import INNER, OUTER, A, B, Slot, shapes
 from peftfx.model.adapted import AdaptedModel

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.method import Method
 from peftfx.contract.placed import SHARED
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.writing.weights import save

@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 
 from peftfx.analysis.roles import find_sites
 from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.sequence import PROMPT, PromptMethod, with_text_sizes
+from peftfx.contract.weight import WeightMethod
 from peftfx.graph.graph import Graph
 from peftfx.passes.slots.by_row import _Rows
 from peftfx.passes.slots.layer import Acting, acted

@@ -10,8 +10,8 @@ from laws.renaming import roles
 
 from peftfx import LoRA
 from peftfx.contract.attention import AttentionMethod
-from peftfx.contract.method import WeightMethod
 from peftfx.contract.sequence import SequenceMethod
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.rewriter import REGION
 from peftfx.passes import Insert, PassResult, Remove

@@ -25,7 +25,8 @@ from torch.utils import _pytree as pytree
 
 import peftfx
 from peftfx.bases.guests import own_parameters
-from peftfx.contract.method import Method, WeightMethod
+from peftfx.contract.method import Method
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import peftfx
 import peftfx.methods as table
-from peftfx.contract.method import Base, Method, Op, Params, WeightMethod
+from peftfx.contract.method import Base, Method, Op, Params
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 from peftfx.testing import check

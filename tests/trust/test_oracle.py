@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.adapters.files import reader
-from peftfx.contract.method import Base, Op, Params, Rows, WeightMethod
+from peftfx.contract.method import Base, Op, Params, Rows
+from peftfx.contract.weight import WeightMethod
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.model.adapted import AdaptedModel

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.method import Base, Op, Params
+from peftfx.contract.weight import WeightMethod
 from peftfx.sites.site import Site
 
 

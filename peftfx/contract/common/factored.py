@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.common.delta import dropped
-from peftfx.contract.method import Base, Op, Params, WeightMethod
+from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
+from peftfx.contract.weight import WeightMethod
 from peftfx.sites.site import Site
 
 
