@@ -16,7 +16,7 @@ import transformers as hf
 from support.zoo import ZOO
 
 import peftfx
-from peftfx.cli.main import _quiet
+from peftfx.cli.speech import quiet
 from peftfx.export.deployment.parts import Part
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.report import Report, tell_rounding
@@ -112,7 +112,7 @@ def test_what_other_libraries_say_is_heard_again(fails: bool) -> None:
 
     before = heard()
     try:
-        with _quiet():
+        with quiet():
             assert heard() != before
             if fails:
                 raise KeyboardInterrupt

@@ -1,0 +1,1 @@
+"""A file for each command: its options, and the call that it makes."""

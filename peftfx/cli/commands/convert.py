@@ -1,0 +1,52 @@
+"""`peftfx convert`: an adapter, a difference or a single file, as a LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftfx.cli.speech import quiet
+from peftfx.errors import PeftfxError
+
+
+def convert(
+    base: Annotated[Path, typer.Option(help="Directory of the base model (transformers, or a diffusers model).")],
+    output: Annotated[Path, typer.Option(help="Directory to make, or with --to kohya or diffusers a file.")],
+    adapter: Annotated[Path | None, typer.Option(help="HF PEFT directory, of any method that acts on weights.")] = None,
+    tuned: Annotated[Path | None, typer.Option(help="Directory of another checkpoint: its difference.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A single file of kohya's or of diffusers'.")] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="Of the LoRA (16), or the share of the energy that it keeps (0.95).")
+    ] = None,
+    to: Annotated[str, typer.Option(help="peft, kohya or diffusers.")] = "peft",
+    prefix: Annotated[str, typer.Option(help="Of the keys of a single file.")] = "lora_unet",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at the output.")] = False,
+) -> None:
+    """Write an adapter, the difference of two checkpoints or a single file as a LoRA. Exit codes: as of export."""
+    from peftfx.export.convert_command import convert_directory
+
+    with quiet():
+        made = convert_directory(
+            base,
+            output,
+            adapter=adapter,
+            tuned=tuned,
+            file=file,
+            rank=_rank(rank),
+            to=to,
+            prefix=prefix,
+            force=force,
+        )
+    print(made)
+
+
+def _rank(text: str | None) -> float | None:
+    """A whole number is a rank, another one a share."""
+    if text is None:
+        return None
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError as error:
+        raise PeftfxError(f"no number: {text!r}", "rank", "--rank 16, or --rank 0.95") from error

@@ -1,0 +1,126 @@
+"""`peftfx export`: a model, with or without an adapter, to ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftfx.cli.speech import print_report, quiet
+from peftfx.cli.words import chosen_slots, named_directories
+from peftfx.export_options.directory import DirectoryOptions
+
+
+def export(
+    base: Annotated[
+        Path, typer.Option(help="Directory of the base model (transformers, or a diffusers model), or a GGUF file.")
+    ],
+    output: Annotated[Path, typer.Option(help="Directory to make; it appears when it is complete and verified.")],
+    adapter: Annotated[Path | None, typer.Option(help="HF PEFT directory; without one the base is exported.")] = None,
+    merge: Annotated[
+        bool | None,
+        typer.Option(
+            "--merge/--no-merge",
+            help="Fold the adapter into the weights, or leave it apart in the graph; by default it is folded, "
+            "but for a quantised base, whose weights stay what they are.",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Pipeline name, as text-classification; by default the adapter's or the model's.")
+    ] = None,
+    view: Annotated[
+        str,
+        typer.Option(help="forward, decode (cache in and out), or auto: decode for a model that generates text."),
+    ] = "auto",
+    opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; by default the base's own, but fp32 for a bfloat16 base.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="fast translates each distinct operation once; torch is torch.onnx's own road.")
+    ] = "fast",
+    optimize: Annotated[
+        str,
+        typer.Option(help="cpu or cuda: attentions and norms as one operator each (opset 23); none: in their parts."),
+    ] = "cpu",
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="int8, int4 or nf4: round weights of products; with options, and by role, as in "
+            "'int4(block=64, symmetric=False); int8@head'."
+        ),
+    ] = None,
+    quantize_base: Annotated[
+        str | None,
+        typer.Option(help="nf4: make of a base in floating point what a QLoRA was trained on (load_in_4bit)."),
+    ] = None,
+    max_error: Annotated[
+        str | None,
+        typer.Option(
+            help="What quantisation may cost, as kl=0.05 (nats), top1=0.9 (share that agrees) or 0.1 (of an output's "
+            "largest magnitude); beyond it: exit 1."
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text that a quantised model is compared on; by default its own greedy text.")
+    ] = None,
+    atol: Annotated[
+        float | None, typer.Option(help="What an output may differ by; by default measured against float64.")
+    ] = None,
+    rtol: Annotated[float | None, typer.Option(help="The same, over its largest magnitude.")] = None,
+    batched: Annotated[
+        list[str] | None, typer.Option(help="NAME=DIR of an adapter, given again: each row of a batch chooses one.")
+    ] = None,
+    swappable: Annotated[
+        bool, typer.Option("--swappable", help="Leave places in which adapters are put when the model runs.")
+    ] = False,
+    slots: Annotated[
+        str | None, typer.Option(help="With --swappable, the layers that have such a place, as a target: all-linear.")
+    ] = None,
+    prefix: Annotated[
+        bool, typer.Option(help="With --swappable, a place for soft prompts, for which keys and values are copied.")
+    ] = True,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Refuse to start if the export needs more, as 4GB; mapped files are free."),
+    ] = None,
+    allow_fixed: Annotated[
+        bool,
+        typer.Option("--allow-fixed", help="Export what is right for some sizes alone; the report says for which."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
+) -> None:
+    """Export a model, with or without an adapter, to ONNX, and check it in ONNX Runtime.
+
+    Writes OUTPUT/model.onnx (and model.onnx.data), the config, tokenizer and processor files, and
+    peftfx_report.json. Exit codes: 0 done; 1 ONNX Runtime and torch disagree, nothing is left; 2 bad input.
+    """
+    chosen = {
+        "adapter": adapter,
+        "merge": merge,
+        "task": task,
+        "view": view,
+        "dtype": dtype,
+        "engine": engine,
+        "optimize": optimize,
+        "quantize": quantize,
+        "quantize_base": quantize_base,
+        "opset": opset,
+        "max_error": max_error,
+        "calibration": calibration,
+        "atol": atol,
+        "rtol": rtol,
+        "batched": named_directories(batched or ()),
+        "slots": chosen_slots(slots, swappable=swappable, prefix=prefix),
+        "force": force,
+        "allow_fixed": allow_fixed,
+        "max_memory": max_memory,
+    }
+    asked = DirectoryOptions.of(None, chosen)
+    from peftfx.cli.progress import Progress
+    from peftfx.export.command import export_directory
+
+    with quiet(), Progress() as progress:
+        report = export_directory(base, output, asked, progress=progress.stage, written=progress.written)
+    print_report(report, output)

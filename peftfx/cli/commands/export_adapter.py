@@ -1,0 +1,42 @@
+"""`peftfx export-adapter`: an adapter for a graph that has places for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftfx.cli.speech import quiet
+from peftfx.export_options.adapter import AdapterDirectoryOptions
+
+
+def export_adapter(
+    adapter: Annotated[list[str], typer.Option(help="HF PEFT directory, or DIR=WEIGHT; given again, effects add up.")],
+    graph: Annotated[Path, typer.Option("--for", help="Directory that `peftfx export --swappable` wrote.")],
+    output: Annotated[Path, typer.Option(help="File to make; .onnx_adapter is added to its name if it is not there.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Directory of the base model; by default where the graph was exported from.")
+    ] = None,
+    combination: Annotated[
+        str, typer.Option(help="How weighted adapters are combined: cat (LoRA, exactly) or linear (LoRA, IA3).")
+    ] = "cat",
+    check: Annotated[bool, typer.Option(help="Hold what it does in ONNX Runtime against torch.")] = True,
+    atol: Annotated[
+        float | None, typer.Option(help="What an output may differ by; by default measured against float64.")
+    ] = None,
+    rtol: Annotated[float | None, typer.Option(help="The same, over its largest magnitude.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write an adapter of any method as an .onnx_adapter file, for a graph that has places for it.
+
+    Exit codes: as of export.
+    """
+    options = {"base": base, "combination": combination, "check": check, "force": force, "atol": atol, "rtol": rtol}
+    asked = AdapterDirectoryOptions.of(None, options)
+    from peftfx.cli.progress import Progress
+    from peftfx.export.adapter_command import export_adapter_directories
+
+    with quiet(), Progress() as progress:
+        made = export_adapter_directories(adapter, graph, output, asked, progress=progress.stage)
+    print(f"{made}: {made.stat().st_size:,} B")

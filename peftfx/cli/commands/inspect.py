@@ -1,0 +1,54 @@
+"""`peftfx inspect`: where adapters can act, and what rules would do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftfx.cli.speech import quiet
+from peftfx.cli.words import check_looks
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Directory of a model; its config is enough.")],
+    task: Annotated[str | None, typer.Option(help="Pipeline name; by default the model's own.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Show only what this target picks, as 'attention.query | mlp'.")
+    ] = None,
+    rules: Annotated[
+        str | None,
+        typer.Option(help="Show what these would do, as 'lora(r=8)@attention.query; ia3@mlp'; see `peftfx methods`."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    network: Annotated[
+        bool, typer.Option("--network", help="Print which site reads what another gave, as JSON (node-link).")
+    ] = False,
+    graphml: Annotated[Path | None, typer.Option(help="File to write the same to, as GraphML.")] = None,
+) -> None:
+    """Print where adapters can act: each site's module path, kind, role, layer and shape; or what rules would do."""
+    import json
+
+    check_looks(task, target, rules, drawn=network or graphml is not None)
+    from rich.console import Console
+
+    from peftfx.export.command import inspect_directory, plan_directory
+    from peftfx.sites.network import to_json, write_graphml
+
+    if rules is not None:
+        with quiet():
+            plan = plan_directory(model, rules, task=task)
+        print(json.dumps(plan.to_dict(), indent=2) if as_json else plan)
+        return
+    with quiet():
+        sites = inspect_directory(model, task=task, target=target)
+    if graphml is not None:
+        write_graphml(sites.network(), graphml)
+    if network:
+        print(json.dumps(to_json(sites.network()), indent=2))
+    elif as_json:
+        print(json.dumps([site.to_dict() for site in sites], indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(sites.table())

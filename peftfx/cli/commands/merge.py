@@ -1,0 +1,53 @@
+"""`peftfx merge`: a base with an adapter folded in, as a transformers directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftfx.cli.speech import print_report, quiet
+from peftfx.export_options.merge import MergeOptions
+
+
+def merge(
+    base: Annotated[
+        Path, typer.Option(help="Directory of the base model (transformers), quantised too, or a GGUF file.")
+    ],
+    output: Annotated[Path, typer.Option(help="Directory to make; it appears when it is complete and verified.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="HF PEFT directory; without one a quantised base is written in floating point.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Pipeline name, as text-classification; by default the adapter's or the model's.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; by default the base's own, and fp32 for a quantised base.")
+    ] = None,
+    quantize_base: Annotated[
+        str | None,
+        typer.Option(help="nf4: make of a base in floating point what a QLoRA was trained on (load_in_4bit)."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
+) -> None:
+    """Write a base with an adapter folded in as a transformers directory: for vLLM, llama.cpp's converter and others.
+
+    Weights are made and written one at a time. Exit codes: as of export.
+    """
+    chosen = {
+        "adapter": adapter,
+        "task": task,
+        "dtype": dtype,
+        "quantize_base": quantize_base,
+        "max_shard_size": max_shard_size,
+        "force": force,
+    }
+    asked = MergeOptions.of(None, chosen)
+    from peftfx.cli.progress import Progress
+    from peftfx.export.merge_command import merge_directory
+
+    with quiet(), Progress() as progress:
+        report = merge_directory(base, output, asked, progress=progress.stage, written=progress.written)
+    print_report(report, output)

@@ -1,0 +1,62 @@
+"""What a command prints: its report, warnings as lines, and nothing of other libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+
+from peftfx.errors import PeftfxWarning
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Other libraries' warnings and bars do not belong in this program's output; afterwards they speak again."""
+    with contextlib.ExitStack() as undone:
+        import logging as standard
+        import warnings
+
+        from tqdm import tqdm
+        from transformers.utils import logging
+
+        fake = standard.getLogger("torch._subclasses.fake_tensor")
+        undone.callback(setattr, tqdm, "monitor_interval", tqdm.monitor_interval)
+        undone.callback(setattr, standard, "raiseExceptions", standard.raiseExceptions)
+        undone.callback(fake.setLevel, fake.level)
+        undone.callback(logging.set_verbosity, logging.get_verbosity())
+        undone.callback(
+            logging.enable_progress_bar if logging.is_progress_bar_enabled() else logging.disable_progress_bar
+        )
+        undone.enter_context(warnings.catch_warnings())
+        tqdm.monitor_interval = 0  # no thread for bars nobody sees: to start one with no memory left waits for ever
+        standard.raiseExceptions = False  # what cannot be logged, with no memory left, is no traceback either
+        fake.setLevel(standard.CRITICAL)  # of what it raises too
+        warnings.filterwarnings("ignore")
+        warnings.simplefilter("always", PeftfxWarning)
+        warnings.showwarning = _show_warning
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        yield
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as a line of its own, without the place in the code."""
+    typer.echo(f"warning: {message}", err=True)
+
+
+def print_report(report: object, output: Path) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from peftfx.export.checkpoint.merged_report import MergedReport
+    from peftfx.export.report import Report
+
+    assert isinstance(report, Report | MergedReport)
+    table = Table(title=f"{report.model} -> {output}", show_header=False, title_justify="left")
+    for name, text in report.rows():
+        table.add_row(name, escape(text))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
