@@ -14,7 +14,7 @@ import transformers as hf
 from measure import versions
 
 import peftfx
-from peftfx.model.fingerprints import ModelState
+from peftfx.model.graphs.fingerprints import ModelState
 
 
 def main() -> None:

@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfx.contract.broadcast import adapter_dtype, along_channels, along_rows, row_index
+from peftfx.contract.broadcast import adapter_dtype, along_channels, along_rows
 from peftfx.contract.combination import Combination
 from peftfx.contract.common.dora import gain, row_norms
-from peftfx.contract.common.experts import fill_experts, of_experts, of_parts, refuse_on_parameters
+from peftfx.contract.common.experts import fill_experts, of_experts, refuse_on_parameters
+from peftfx.contract.common.lora_factors import A0, B0, B_BIAS, MAGNITUDE, A, B, joined, stacked
 from peftfx.contract.common.lora_init import (
     doubt_of,
     factors_of,
@@ -47,8 +48,6 @@ from peftfx.sites.blocks import Rows
 from peftfx.sites.expression import ends_with
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Site
 
-A, B, MAGNITUDE, B_BIAS = "lora_A", "lora_B", "lora_magnitude_vector", "lora_B_bias"
-A0, B0 = "lora_A0", "lora_B0"
 _AT_LAYERS = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora")
 
 
@@ -264,14 +263,14 @@ class LoRA(WeightMethod):
             what = "experts' weights have no place in a graph that adapters are handed to"
             raise PeftfxError(what, site.path, "export the adapter merged")
         q = {name: t.float() for name, t in p.items()}
-        joined, gains = (_joined(q) if A0 in q else q), None
-        b = self.scaling * dense(joined[B], site.groups).flatten(1)
+        both, gains = (joined(q) if A0 in q else q), None
+        b = self.scaling * dense(both[B], site.groups).flatten(1)
         if self.use_dora:
             weight = self._updated(site, base.weight.float(), q)
             gains = gain(site, q[MAGNITUDE], weight)
             b = gains[:, None] * b
         bias = self._bias(base.bias, gains, q)
-        return Update(outer=gains, a=joined[A], b=b, bias=None if bias is base.bias else bias)
+        return Update(outer=gains, a=both[A], b=b, bias=None if bias is base.bias else bias)
 
     def apart_from_peft(self, site: Site, module: nn.Module) -> str:
         if site.kind != "conv":
@@ -286,7 +285,7 @@ class LoRA(WeightMethod):
         """A random start cannot be made again: what is written is LoRA of twice the rank, with the start in it."""
         if not (is_random(self.init_lora_weights) and A0 in p):
             return self, dict(p)
-        return self._plain([p]), _joined(p)
+        return self._plain([p]), joined(p)
 
     def gather(self, methods: Mapping[str, Method]) -> LoRA:
         own = {path: m for path, m in methods.items() if isinstance(m, LoRA)}
@@ -308,28 +307,12 @@ class LoRA(WeightMethod):
 
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[LoRA, dict[str, Tensor]]:
-        """A stacked, B block-structured; alpha grows with the rank so that the scale stays what it is."""
+        """Alpha grows with the rank so that the scale stays what it is."""
         if any(A0 in q for q in parts.values()):
-            return self._plain(parts.values()).whole(site, base, {rows: _joined(q) for rows, q in parts.items()})
+            return self._plain(parts.values()).whole(site, base, {rows: joined(q) for rows, q in parts.items()})
         count = len(parts)
         grown = self.lora_alpha * (math.sqrt(count) if self.use_rslora else count)
-        method = dataclasses.replace(self, r=self.r * count, lora_alpha=grown)
-        first = next(iter(parts.values()))
-        if site.kind == EXPERTS:
-            factors = [(rows, q[A], q[B]) for rows, q in parts.items()]
-            return method, dict(zip((A, B), of_parts(site.shape[0], site.rows, factors), strict=True))
-        r = first[A].shape[0]
-        p = {A: torch.cat([q[A] for q in parts.values()]), B: first[B].new_zeros(base.weight.shape[0], r * len(parts))}
-        if self.lora_bias:
-            p[B_BIAS] = first[B_BIAS].new_zeros(base.weight.shape[0])
-        if self.use_dora:
-            p[MAGNITUDE] = row_norms(site, base.weight).clone()
-        for i, (rows, q) in enumerate(parts.items()):
-            index = row_index(rows)
-            p[B][index, i * r : (i + 1) * r] = q[B]
-            for name in {B_BIAS, MAGNITUDE} & p.keys():
-                p[name][index] = q[name].to(p[name].dtype)
-        return method, p
+        return dataclasses.replace(self, r=self.r * count, lora_alpha=grown), stacked(site, base.weight, parts)
 
     @classmethod
     def combined(
@@ -346,7 +329,7 @@ class LoRA(WeightMethod):
                 raise PeftfxError("factors that start from the weight have no sum", site.path, "combination_type='cat'")
             scales.append(method.scaling)
             both.append(weight * method.scaling)
-            params.append(_joined(p) if A0 in p else dict(p))
+            params.append(joined(p) if A0 in p else dict(p))
         a, b = summed(site, how, [w.weight for w in given], scales, [(p[A], p[B]) for p in params])
         biased = [(s, p[B_BIAS]) for s, p in zip(both, params, strict=True) if B_BIAS in p]
         new = {A: a, B: b} | ({B_BIAS: weighted_sum(*zip(*biased, strict=True))} if biased else {})
@@ -361,9 +344,3 @@ class LoRA(WeightMethod):
         r = 2 * next(iter(parts))[A].shape[0]
         alpha = self.scaling * (math.sqrt(r) if self.use_rslora else r)
         return dataclasses.replace(self, r=r, lora_alpha=alpha, init_lora_weights=True)
-
-
-def _joined(p: Params) -> dict[str, Tensor]:
-    """Factors whose product is `B A - B0 A0`."""
-    joined = {A: torch.cat([p[A], p[A0]]), B: torch.cat([p[B], -p[B0]], 1)}
-    return {name: joined.get(name, t) for name, t in p.items() if name not in (A0, B0)}

@@ -8,26 +8,23 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.adapters.adjustment import adjust
 from peftfx.adapters.base_writer import Ledger
-from peftfx.adapters.state import refuse_other_state
 from peftfx.errors import PeftfxError, warn
 from peftfx.graph.contexts import evaluating, fake_mode_of
-from peftfx.graph.graph import ADAPTERS, BASE, Graph
+from peftfx.graph.graph import Graph
 from peftfx.hosting.road import ModulesRoad
 from peftfx.hosting.seating import seat
 from peftfx.hosting.seats import Seating
-from peftfx.model.gathered import gathering
-from peftfx.model.graph_cache import Graphs
-from peftfx.model.late_modules import may_run_late
+from peftfx.model.graphs.graph_cache import Graphs
+from peftfx.model.graphs.late_modules import may_run_late
 from peftfx.model.shared_base import shared
 from peftfx.rules.peft_configs import records_of
 from peftfx.rules.resolution import as_items, place
-from peftfx.sharding import rank
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
 
@@ -118,64 +115,6 @@ class AdaptersByName(nn.Module):
         rng = None if seed is None or device.type == "meta" else torch.Generator(device).manual_seed(seed)
         with fake_mode_of(self.base):
             adapter.create(self.source, rng)
-
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "linear",
-        *,
-        svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
-    ) -> None:
-        """Add an adapter that stands for others, each times its weight, and make it the active one. As in HF PEFT.
-
-        Args:
-            adapters, weights: names of adapters of one method, and their weights; these may be negative.
-            adapter_name: the new one's.
-            combination_type: for LoRA, `cat` sums the effects exactly, at the sum of the ranks; `svd` sums them and
-                cuts the sum to a rank; `linear` sums A and B, each times the root of its weight, which is an
-                approximation. `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` prune A and B ahead of that,
-                and with `_svd` behind them the effects. IA3 has `linear` alone.
-            svd_rank, svd_clamp, density, majority_sign_method: see `peftfx.contract.combination.Combination`.
-        """
-        from peftfx.adapters.combination import combine, tell_left_out
-        from peftfx.contract.combination import Combination
-
-        self.named.refuse(adapter_name)
-        self.named.apart("an adapter is added")
-        named = {name: self.adapter(name) for name in adapters}
-        with fake_mode_of(self.base):
-            how = Combination(
-                combination_type=combination_type,
-                svd_rank=svd_rank,
-                svd_clamp=svd_clamp,
-                density=density,
-                majority_sign_method=majority_sign_method,
-            )
-            combined = combine(self.source, named, weights, how)
-        tell_left_out(named)
-        combined.named = frozenset().union(*(adapter.named for adapter in named.values()))
-        self._install(adapter_name, combined)
-
-    def convert_to_lora(self, adapter_name: str, rank: float, new_name: str = "lora") -> None:
-        """Add a LoRA that does what another adapter does to weights, and make it the active one.
-
-        Args:
-            adapter_name: an adapter of any method that acts on weights.
-            rank: a whole number is the rank; a number of 0 to 1 the share of each update's energy that is kept.
-            new_name: the LoRA's.
-        """
-        from peftfx.adapters.lora_conversion import lora_of, updates_of
-
-        self.named.refuse(new_name)
-        adapter = self.adapter(adapter_name)
-        made = lora_of(updates_of(self.source, adapter), rank, adapter.records)
-        made.named = adapter.named
-        self._install(new_name, made)
 
     def _install(self, name: str, adapter: Adapter) -> None:
         seating = self._seat(adapter)
@@ -289,90 +228,3 @@ class AdaptersByName(nn.Module):
         """The base has other tensors now."""
         self._twin = Twin(self.base)
         self.graphs.base = self.source
-
-    def save_pretrained(
-        self,
-        directory: str | Path,
-        adapter_name: str | None = None,
-        *,
-        selected_adapters: Sequence[str] | None = None,
-        safe_serialization: bool = True,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        save_embedding_layers: str | bool = "auto",
-    ) -> None:
-        """Write HF PEFT directories: one adapter in `directory`, others in folders of their names below it.
-
-        Args:
-            adapter_name: the one to write; by default all.
-            selected_adapters: those to write, as in HF PEFT.
-            safe_serialization: safetensors; pickles are not written.
-            is_main_process: where it is false, nothing is written.
-            state_dict, save_embedding_layers: refused; the adapters' own tensors are what is written.
-
-        Raises:
-            PeftfxError: there is no such adapter, or an argument asks for what is not written.
-        """
-        from peftfx.adapters.files.writer import refuse_arguments, save_adapters
-
-        refuse_arguments(safe_serialization, state_dict, save_embedding_layers)
-        if adapter_name is not None and selected_adapters is not None:
-            raise PeftfxError("both say what to save", "adapter_name, selected_adapters", "give one of them")
-        chosen = self.names() if adapter_name is None else (adapter_name,)
-        chosen = chosen if selected_adapters is None else tuple(selected_adapters)
-        adapters = {name: self.adapter(name) for name in chosen}
-        if gathering(self, "save_pretrained"):
-            adapters = {name: adapter.gathered() for name, adapter in adapters.items()}
-            is_main_process = is_main_process and rank() == 0
-        if is_main_process:
-            with self.plain():
-                save_adapters(self.source, adapters, Path(directory))
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """The number of trainable parameters, and of all; a trained bias stands for the base's own, as in HF PEFT."""
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        own = {o.key: self.adapter(n).get(o.key) for n in self.names() for o in self.adapter(n).overrides if o.stands}
-        every = {id(p): p.numel() for p in (*self.adapters.parameters(), *self.source.parameters())}
-        return trained, sum(every.values()) - sum(t.numel() for t in own.values())
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, in HF PEFT's words."""
-        trained, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
-
-    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
-        """The adapters' tensors, as `adapters.<name>.<path>.<parameter>`; the base's are not the adapter's to save."""
-        prefix = f"{kwargs.get('prefix', '')}{BASE}."
-        own: dict[str, Tensor] = super().state_dict(*args, **kwargs)  # type: ignore[call-overload]
-        for key in [k for k in own if k.startswith(prefix)]:
-            del own[key]
-        return own
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
-        """Load what `state_dict` gave. With `strict`, every key must fit and none may be missing."""
-        self.named.apart("adapters get other values")
-        own: dict[str, Tensor] = super().state_dict()
-        refuse_other_state(own, state_dict, {name: self.adapter(name) for name in self.names()}, strict)
-        for name in self.names():
-            start = f"{ADAPTERS}.{name}."
-            self.adapter(name).recall({k.removeprefix(start): t for k, t in state_dict.items() if k.startswith(start)})
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        result.missing_keys[:] = [k for k in result.missing_keys if k.startswith(f"{ADAPTERS}.")]
-        return result
-
-    def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles leave the graphs behind: they are made again, over the copy's own tensors."""
-        self.named.apart("the model is copied")
-        left = ("graphs", "_shared", "modules_road", "_twin")
-        own = {key: value for key, value in self.__dict__.items() if key not in left}
-        return {**own, "_trained": dict(self._shared.trained), "_seatings": dict(self.modules_road.seatings)}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        trained, seatings = state.pop("_trained"), state.pop("_seatings")
-        super().__setstate__(state)
-        self._twin = Twin(self.base)
-        self.graphs = Graphs(self.source, self.named)
-        self.modules_road = ModulesRoad(self.base, self.named)
-        for name, seating in seatings.items():  # type: ignore[attr-defined]
-            self.modules_road.enter(name, self.named[name], seating)
-        self._shared = shared(self.base, self, trained)  # type: ignore[arg-type]

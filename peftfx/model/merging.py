@@ -12,14 +12,14 @@ from peftfx.adapters.merge_report import MergeReport, refuse_unmergeable
 from peftfx.errors import PeftfxError, warn
 from peftfx.graph.contexts import evaluating
 from peftfx.graph.graph import Graph
-from peftfx.model.by_name import AdaptersByName
 from peftfx.model.gathered import gathering
-from peftfx.model.graph_cache import Graphs
+from peftfx.model.graphs.graph_cache import Graphs
+from peftfx.model.saved import SavedAdapters
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.sharding import is_sharded
 
 
-class Merging(AdaptersByName):
+class Merging(SavedAdapters):
     """Adapters by name, which can be merged."""
 
     def merge(self) -> MergeReport:

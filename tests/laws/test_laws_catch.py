@@ -130,7 +130,7 @@ def test_an_insertion_that_changes_its_surroundings_is_caught(monkeypatch: pytes
 
     method = wrong.Scale(target=TARGET)
     law_frame.frame(CASE, method)
-    monkeypatch.setattr("peftfx.model.graph_cache.Insert", Careless)
+    monkeypatch.setattr("peftfx.model.graphs.graph_cache.Insert", Careless)
     with pytest.raises(AssertionError):
         law_frame.frame(CASE, method)
 

@@ -14,8 +14,8 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import unmet
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.graph.graph import ADAPTERS, Graph, path_name
-from peftfx.model.fingerprints import ModelState, value_key
-from peftfx.model.late_modules import refuse_late
+from peftfx.model.graphs.fingerprints import ModelState, value_key
+from peftfx.model.graphs.late_modules import refuse_late
 from peftfx.passes.adaptation.evaluate import evaluate
 from peftfx.passes.adaptation.insert import Insert
 from peftfx.passes.adaptation.prefill import Left, Prefill

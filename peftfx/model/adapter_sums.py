@@ -1,0 +1,70 @@
+"""AdapterSums: adapters that are made of others: a weighted sum, or a LoRA that does what another one does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peftfx.graph.contexts import fake_mode_of
+from peftfx.model.by_name import AdaptersByName
+
+
+class AdapterSums(AdaptersByName):
+    """The adapters by name, and new ones made of them."""
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        *,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that stands for others, each times its weight, and make it the active one. As in HF PEFT.
+
+        Args:
+            adapters, weights: names of adapters of one method, and their weights; these may be negative.
+            adapter_name: the new one's.
+            combination_type: for LoRA, `cat` sums the effects exactly, at the sum of the ranks; `svd` sums them and
+                cuts the sum to a rank; `linear` sums A and B, each times the root of its weight, which is an
+                approximation. `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` prune A and B ahead of that,
+                and with `_svd` behind them the effects. IA3 has `linear` alone.
+            svd_rank, svd_clamp, density, majority_sign_method: see `peftfx.contract.combination.Combination`.
+        """
+        from peftfx.adapters.combination import combine, tell_left_out
+        from peftfx.contract.combination import Combination
+
+        self.named.refuse(adapter_name)
+        self.named.apart("an adapter is added")
+        named = {name: self.adapter(name) for name in adapters}
+        with fake_mode_of(self.base):
+            how = Combination(
+                combination_type=combination_type,
+                svd_rank=svd_rank,
+                svd_clamp=svd_clamp,
+                density=density,
+                majority_sign_method=majority_sign_method,
+            )
+            combined = combine(self.source, named, weights, how)
+        tell_left_out(named)
+        combined.named = frozenset().union(*(adapter.named for adapter in named.values()))
+        self._install(adapter_name, combined)
+
+    def convert_to_lora(self, adapter_name: str, rank: float, new_name: str = "lora") -> None:
+        """Add a LoRA that does what another adapter does to weights, and make it the active one.
+
+        Args:
+            adapter_name: an adapter of any method that acts on weights.
+            rank: a whole number is the rank; a number of 0 to 1 the share of each update's energy that is kept.
+            new_name: the LoRA's.
+        """
+        from peftfx.adapters.lora_conversion import lora_of, updates_of
+
+        self.named.refuse(new_name)
+        adapter = self.adapter(adapter_name)
+        made = lora_of(updates_of(self.source, adapter), rank, adapter.records)
+        made.named = adapter.named
+        self._install(new_name, made)

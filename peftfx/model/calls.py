@@ -1,0 +1,100 @@
+"""AdapterCalls: a call of an adapted model: which road it takes, which adapter a row has, what a loss gets."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from peftfx.errors import PeftfxError, shown
+from peftfx.graph.contexts import TRACING
+from peftfx.graph.graph import Graph
+from peftfx.hosting.call import CURRENT, acting_by_row
+from peftfx.hosting.other_forward import run_other
+from peftfx.hosting.road import NO_ADAPTER
+from peftfx.model.gathered import refuse_graph
+from peftfx.model.peft_surface import PeftSurface
+from peftfx.views.arguments import named_arguments
+
+LOSS = "loss"  #: the output that methods add their penalties to
+
+
+class AdapterCalls(PeftSurface):
+    """The adapters by name, and how a call runs with them."""
+
+    @abstractmethod
+    def graph_of_call(self, named: Mapping[str, object]) -> Graph:
+        """The graph that a call with these arguments runs, where it takes the graph road."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base, with the active adapters; those in modules act in a forward that others set, too."""
+        if "forward" not in vars(self):
+            return super().__call__(*args, **kwargs)
+        call = functools.partial(super().__call__, *args, **kwargs)
+        return run_other(self.modules_road, self.named.called, call, self._penalised)
+
+    def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        CURRENT.called = True
+        names = kwargs.get("adapter_names")
+        kwargs = {key: value for key, value in kwargs.items() if key != "adapter_names"}
+        if names is not None:
+            return self._run_by_row(names, args, kwargs)
+        if self.road == "graph":
+            refuse_graph(self, self.obstacle)
+            return self._run_graph(args, kwargs)
+        if not torch.compiler.is_compiling():
+            with TRACING:  # torch patches modules for all threads while one of them traces
+                pass
+        names = self.named.called
+        entry = self.modules_road.entry(names)
+        if entry is not None:
+            args, kwargs = (), named_arguments(self.base, args, kwargs)
+        return self._penalised(self.modules_road.run(names, entry, args, kwargs))
+
+    def _run_by_row(self, names: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        """A call in which each row has the adapter of its name."""
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise PeftfxError(f"not a list of names: {shown(names)}", "adapter_names", "give the name of each row's")
+        if self.named.folded:
+            raise PeftfxError(
+                "adapters are merged: rows have none of their own", "adapter_names", "unmerge_adapter() first"
+            )
+        if self.training:
+            raise PeftfxError("rows have adapters of their own in eval mode", "adapter_names", "call eval() first")
+        for name in set(names) - {NO_ADAPTER}:
+            self.adapter(name)
+        with self.modules_road.acting(()), acting_by_row(self.modules_road.rows(names)):
+            return self.base(*args, **kwargs)
+
+    def _penalised(self, output: object) -> object:
+        loss, penalties = output.get(LOSS) if isinstance(output, dict) else None, self._penalties()
+        if loss is not None and penalties:
+            output[LOSS] = sum(penalties, loss)  # type: ignore[index]
+        return output
+
+    def _penalties(self) -> list[Tensor]:
+        """What the active adapters add to the model's loss."""
+        found = (adapter.penalty() for adapter in self.named.acting())
+        return [penalty for penalty in found if penalty is not None]
+
+    def _run_graph(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        graph, tensors = self._find(args, kwargs)
+        flat = graph.run(*tensors)
+        if LOSS in graph.outputs:
+            at = graph.outputs.index(LOSS)
+            flat[at] = sum(self._penalties(), flat[at])
+        return pytree.tree_unflatten(flat, graph.out_spec)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _find(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[Graph, list[Tensor]]:
+        """The graph to run for a call, and its inputs; torch.compile sees what is found and not how."""
+        named = named_arguments(self.base, args, kwargs)
+        leaves, _ = pytree.tree_flatten_with_path(named)
+        with TRACING:  # a graph that another thread is making may be the one
+            graph = self.graphs.swept(self.graph_of_call(named))
+        return graph, [v for _, v in leaves if isinstance(v, Tensor)]

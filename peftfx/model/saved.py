@@ -1,0 +1,110 @@
+"""SavedAdapters: the adapters in files of HF PEFT, in a state dict, in a pickle and in a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from peftfx.adapters.state import refuse_other_state
+from peftfx.errors import PeftfxError
+from peftfx.graph.graph import ADAPTERS, BASE
+from peftfx.hosting.road import ModulesRoad
+from peftfx.model.adapter_sums import AdapterSums
+from peftfx.model.gathered import gathering
+from peftfx.model.graphs.graph_cache import Graphs
+from peftfx.model.shared_base import shared
+from peftfx.sharding import rank
+from peftfx.twins.twin import Twin
+
+
+class SavedAdapters(AdapterSums):
+    """The adapters by name, and how they are kept: only their own tensors are, never the base's."""
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        adapter_name: str | None = None,
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        safe_serialization: bool = True,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        save_embedding_layers: str | bool = "auto",
+    ) -> None:
+        """Write HF PEFT directories: one adapter in `directory`, others in folders of their names below it.
+
+        Args:
+            adapter_name: the one to write; by default all.
+            selected_adapters: those to write, as in HF PEFT.
+            safe_serialization: safetensors; pickles are not written.
+            is_main_process: where it is false, nothing is written.
+            state_dict, save_embedding_layers: refused; the adapters' own tensors are what is written.
+
+        Raises:
+            PeftfxError: there is no such adapter, or an argument asks for what is not written.
+        """
+        from peftfx.adapters.files.writer import refuse_arguments, save_adapters
+
+        refuse_arguments(safe_serialization, state_dict, save_embedding_layers)
+        if adapter_name is not None and selected_adapters is not None:
+            raise PeftfxError("both say what to save", "adapter_name, selected_adapters", "give one of them")
+        chosen = self.names() if adapter_name is None else (adapter_name,)
+        chosen = chosen if selected_adapters is None else tuple(selected_adapters)
+        adapters = {name: self.adapter(name) for name in chosen}
+        if gathering(self, "save_pretrained"):
+            adapters = {name: adapter.gathered() for name, adapter in adapters.items()}
+            is_main_process = is_main_process and rank() == 0
+        if is_main_process:
+            with self.plain():
+                save_adapters(self.source, adapters, Path(directory))
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """The number of trainable parameters, and of all; a trained bias stands for the base's own, as in HF PEFT."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        own = {o.key: self.adapter(n).get(o.key) for n in self.names() for o in self.adapter(n).overrides if o.stands}
+        every = {id(p): p.numel() for p in (*self.adapters.parameters(), *self.source.parameters())}
+        return trained, sum(every.values()) - sum(t.numel() for t in own.values())
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, in HF PEFT's words."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
+        """The adapters' tensors, as `adapters.<name>.<path>.<parameter>`; the base's are not the adapter's to save."""
+        prefix = f"{kwargs.get('prefix', '')}{BASE}."
+        own: dict[str, Tensor] = super().state_dict(*args, **kwargs)  # type: ignore[call-overload]
+        for key in [k for k in own if k.startswith(prefix)]:
+            del own[key]
+        return own
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
+        """Load what `state_dict` gave. With `strict`, every key must fit and none may be missing."""
+        self.named.apart("adapters get other values")
+        own: dict[str, Tensor] = super().state_dict()
+        refuse_other_state(own, state_dict, {name: self.adapter(name) for name in self.names()}, strict)
+        for name in self.names():
+            start = f"{ADAPTERS}.{name}."
+            self.adapter(name).recall({k.removeprefix(start): t for k, t in state_dict.items() if k.startswith(start)})
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        result.missing_keys[:] = [k for k in result.missing_keys if k.startswith(f"{ADAPTERS}.")]
+        return result
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles leave the graphs behind: they are made again, over the copy's own tensors."""
+        self.named.apart("the model is copied")
+        left = ("graphs", "_shared", "modules_road", "_twin")
+        own = {key: value for key, value in self.__dict__.items() if key not in left}
+        return {**own, "_trained": dict(self._shared.trained), "_seatings": dict(self.modules_road.seatings)}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        trained, seatings = state.pop("_trained"), state.pop("_seatings")
+        super().__setstate__(state)
+        self._twin = Twin(self.base)
+        self.graphs = Graphs(self.source, self.named)
+        self.modules_road = ModulesRoad(self.base, self.named)
+        for name, seating in seatings.items():  # type: ignore[attr-defined]
+            self.modules_road.enter(name, self.named[name], seating)
+        self._shared = shared(self.base, self, trained)  # type: ignore[arg-type]
