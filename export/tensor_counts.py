@@ -76,4 +76,5 @@ def _where(rule: Placed, key: str, read: Collection[str], to: str) -> str:
         return to
     if key.startswith(f"{SAVED}."):
         return COPIES
-    return CONSTANTS if to == MERGED and rule.placements.attentions else to
+    beside = rule.placements.attentions or rule.placements.patterns
+    return CONSTANTS if to == MERGED and beside else to

@@ -12,6 +12,8 @@ from peftfx.passes.manager import PassManager
 from peftfx.passes.optimization.cleanup import Cleanup
 from peftfx.passes.optimization.dead_code import Sweep
 from peftfx.passes.optimization.fuse import Fuse
+from peftfx.passes.patterns.probe import Probe
+from peftfx.passes.patterns.rewrite import Rewrite
 from peftfx.passes.text import parse_pass
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "Pass",
     "PassManager",
     "PassResult",
+    "Probe",
     "Region",
     "Remove",
+    "Rewrite",
     "Sweep",
     "parse_pass",
 ]

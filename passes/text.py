@@ -21,11 +21,13 @@ from peftfx.passes.manager import PassManager
 from peftfx.passes.optimization.cleanup import Cleanup
 from peftfx.passes.optimization.dead_code import Sweep
 from peftfx.passes.optimization.fuse import Fuse
+from peftfx.passes.patterns.probe import Probe
+from peftfx.passes.patterns.rewrite import Rewrite
 from peftfx.passes.slots.by_row import ByRow
 from peftfx.passes.slots.open import Open
 from peftfx.sites.site import Call, HeadedSite, Heads, Part
 
-KNOWN = (Cleanup, Evaluate, Fuse, Insert, Merge, Prefill, Remove, Sweep, ByRow, Open, PassManager)
+KNOWN = (Cleanup, Evaluate, Fuse, Insert, Merge, Prefill, Probe, Remove, Rewrite, Sweep, ByRow, Open, PassManager)
 _RECORDS = (Call, HeadedSite, Heads, Part)  #: what options are made of, beside literals
 _TOO_DEEP = (RecursionError, MemoryError)  #: what Python's parser raises for what is nested too deeply
 

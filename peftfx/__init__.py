@@ -17,6 +17,8 @@ _HOME = {
     "ExportOptions": "peftfx.export_options.export",
     "Graph": "peftfx.graph.graph",
     "MemoryInLogs": "peftfx.model.trainer_callbacks",
+    "Pattern": "peftfx.patterns.pattern",
+    "PatternMethod": "peftfx.contract.pattern",
     "PeftfxError": "peftfx.errors",
     "RankAllocation": "peftfx.model.trainer_callbacks",
     "Site": "peftfx.sites.site",
@@ -28,6 +30,7 @@ _HOME = {
     "hotswap_adapter": "peftfx.model.api",
     "inspect": "peftfx.model.api",
     "load": "peftfx.model.api",
+    "pattern": "peftfx.patterns.pattern",
     "plan": "peftfx.model.api",
     "register": "peftfx.methods",
     "runtime": "",  # a module

@@ -2,6 +2,7 @@
 
 from peftfx import runtime as runtime
 from peftfx import testing as testing
+from peftfx.contract.pattern import PatternMethod as PatternMethod
 from peftfx.errors import PeftfxError as PeftfxError
 from peftfx.export.onnx_directory import export_onnx as export_onnx
 from peftfx.export.slots.adapter_export import export_adapter as export_adapter
@@ -57,6 +58,8 @@ from peftfx.model.api import set_peft_model_state_dict as set_peft_model_state_d
 from peftfx.model.api import transform as transform
 from peftfx.model.trainer_callbacks import MemoryInLogs as MemoryInLogs
 from peftfx.model.trainer_callbacks import RankAllocation as RankAllocation
+from peftfx.patterns.pattern import Pattern as Pattern
+from peftfx.patterns.pattern import pattern as pattern
 from peftfx.sites.site import Site as Site
 from peftfx.sites.sites import Sites as Sites
 from peftfx.version import __version__ as __version__
@@ -94,6 +97,8 @@ __all__ = [
     "PEANuT",
     "PTuning",
     "PVeRA",
+    "Pattern",
+    "PatternMethod",
     "PeftfxError",
     "PrefixTuning",
     "PromptTuning",
@@ -118,6 +123,7 @@ __all__ = [
     "hotswap_adapter",
     "inspect",
     "load",
+    "pattern",
     "plan",
     "register",
     "runtime",

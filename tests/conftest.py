@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -13,6 +14,8 @@ from support.command import peftfx as peftfx
 from support.zoo import ZOO, Captured
 
 from peftfx.model.adapted import AdaptedModel
+from peftfx.patterns.pattern import forget, known_patterns
+from peftfx.sites.site import PATTERN
 from peftfx.views.capture import capture
 
 torch.set_num_threads(1)
@@ -32,8 +35,12 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _settled() -> Iterator[None]:
-    """After a module its garbage is gone, and what it imported, or captured for all, is not walked through again."""
+    """After a module its garbage is gone, and what it imported, or captured for all, is not walked through again.
+
+    So are the patterns that it made, for which every graph would be searched.
+    """
     yield
+    forget([pattern.name for pattern in known_patterns()])
     gc.collect()
     gc.freeze()
 
@@ -45,7 +52,10 @@ def captured() -> Callable[[str], Captured]:
     @cache
     def make(name: str) -> Captured:
         model = ZOO[name].build()
-        return Captured(ZOO[name], model, capture(model, ZOO[name].inputs(model=model)))
+        graph = capture(model, ZOO[name].inputs(model=model))
+        own = tuple(site for site in graph.sites if site.kind != PATTERN)  # a test's patterns are not another's
+        graph.sites = dataclasses.replace(graph.sites, items=own)
+        return Captured(ZOO[name], model, graph)
 
     return make
 

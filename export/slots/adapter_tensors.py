@@ -40,6 +40,9 @@ def adapter_tensors(adapted: AdaptedModel, *, decodes: bool) -> AdapterTensors:
         adapted: the model.
         decodes: in a decode view, in which any soft prompt is a prefix.
     """
+    for match in (p for _, placements in _placements(adapted) for p in placements.patterns):
+        what = f"what {type(match.method).__name__} adds at a pattern is told by no slot"
+        raise PeftfxError(what, match.site.path, "export the adapter merged")
     own = {o.key.removeprefix(f"{SAVED}."): adapted.adapter(n).get(o.key) for n, o in _overrides(adapted)}
     updates = updates_of(adapted, own)
     wanted = {(name, OWN): value for name, value in own.items() if not _unchanged(adapted, name, value)}

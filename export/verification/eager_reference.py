@@ -135,6 +135,9 @@ def _prefilled(base: nn.Module, view: Decode, entry: Prefilled, hole: Tensor) ->
 
 def no_oracle(adapted: AdaptedModel) -> str:
     """Why the active adapters have no eager form; empty where they have one."""
-    attentions = (p.method for adapter in adapted.named.acting() for p in adapter.placements.attentions)
-    beside = next(attentions, None)
-    return "" if beside is None else f"{type(beside).__name__} acts inside attentions, where no hook reaches"
+    acting = [adapter.placements for adapter in adapted.named.acting()]
+    for beside in (p.method for placements in acting for p in placements.attentions):
+        return f"{type(beside).__name__} acts inside attentions, where no hook reaches"
+    for match in (p.method for placements in acting for p in placements.patterns):
+        return f"{type(match).__name__} acts at a pattern, which is found in a graph alone"
+    return ""

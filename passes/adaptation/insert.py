@@ -11,10 +11,17 @@ from torch import fx
 from peftfx.adapters.adapter import Adapter
 from peftfx.analysis.weight_ops import module_path
 from peftfx.contract.override import Override
-from peftfx.contract.placement import AttentionPlacement, Placement, SequencePlacement, WeightPlacement
+from peftfx.contract.placement import (
+    AttentionPlacement,
+    PatternPlacement,
+    Placement,
+    SequencePlacement,
+    WeightPlacement,
+)
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.passes.adaptation.attention import join
+from peftfx.passes.adaptation.pattern import apply_at_match
 from peftfx.passes.adaptation.sequence import TARGET, first_operation, trace_virtual
 from peftfx.passes.adaptation.weight import apply_at
 from peftfx.passes.base import Pass, PassResult, fake_like
@@ -112,6 +119,11 @@ def _(placement: WeightPlacement, splicer: Splicer) -> int:
         apply_at(splicer, placement, call, splicer.name, splicer.adapter)
     splicer.note(splicer.name, placement)
     return len(site.calls)
+
+
+@_insert.register
+def _(placement: PatternPlacement, splicer: Splicer) -> int:
+    return apply_at_match(splicer, placement)
 
 
 @_insert.register

@@ -55,6 +55,10 @@ def refuse_unmergeable(adapters: Mapping[str, Adapter]) -> None:
     if placements.prompts:
         hint = "export it: there it becomes a constant of the graph; or make adapters of weights alone active"
         raise PeftfxError("a soft prompt has no place in the base's weights", ", ".join(adapters), hint)
+    for match in placements.patterns:
+        what = f"what {type(match.method).__name__} adds at a pattern has no place in the base's weights"
+        hint = "export it: there its parameters become constants; or make adapters of weights alone active"
+        raise PeftfxError(what, match.site.path, hint)
     for beside in placements.attentions:
         what = f"what {type(beside.method).__name__} adds to an attention has no place in the base's weights"
         hint = "export it: there its keys and values become constants; or make adapters of weights alone active"

@@ -112,6 +112,10 @@ class Method(ABC):
         """This method as configured for one site: options that depend on its path are resolved here, and here alone."""
         return self
 
+    def acts_at(self, site: Site) -> bool:
+        """Whether it can act at a site: by default at all of its kinds."""
+        return site.kind in self.kinds
+
     def gather(self, methods: Mapping[str, Method]) -> Self:
         """The rule that gives each module path the method that it has: the inverse of `at`."""
         return self

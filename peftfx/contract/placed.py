@@ -13,6 +13,7 @@ from peftfx.contract.method import Method, Params
 from peftfx.contract.override import Override
 from peftfx.contract.placement import (
     AttentionPlacement,
+    PatternPlacement,
     Placement,
     SequencePlacement,
     WeightPlacement,
@@ -42,6 +43,11 @@ class Placements(tuple[Placement, ...]):
     def attentions(self) -> tuple[AttentionPlacement, ...]:
         """Those at attentions."""
         return self._of(AttentionPlacement)
+
+    @property
+    def patterns(self) -> tuple[PatternPlacement, ...]:
+        """Those at matches of patterns."""
+        return self._of(PatternPlacement)
 
     @property
     def prompts(self) -> tuple[SequencePlacement, ...]:

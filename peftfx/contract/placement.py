@@ -15,11 +15,12 @@ from peftfx.contract.attention import AttentionMethod, key_weight
 from peftfx.contract.completeness import asking, refuse_parameters
 from peftfx.contract.method import Base, Method, Params
 from peftfx.contract.override import SAVED, Override, OverrideMethod
+from peftfx.contract.pattern import PatternMethod
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.contract.weight import WeightMethod
 from peftfx.sharding import full
 from peftfx.sites.blocks import Block, part_site, turned
-from peftfx.sites.site import ATTENTION, SEQUENCE, HeadedSite, Part, SequenceSite, Site, WeightSite
+from peftfx.sites.site import ATTENTION, SEQUENCE, HeadedSite, Part, PatternSite, SequenceSite, Site, WeightSite
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,31 @@ class SequencePlacement(Placement):
 
     def suffixes(self) -> dict[str, str]:
         return {PROMPT: PROMPT}
+
+
+@dataclass(frozen=True)
+class PatternPlacement(Placement):
+    """A method at a match of a pattern."""
+
+    method: PatternMethod
+    site: PatternSite
+
+    @property
+    def key(self) -> str:
+        """The site's path."""
+        return self.site.path
+
+    def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
+        first = next((p.detach() for p in base.parameters() if p.is_floating_point()), torch.empty(0))
+        like = torch.empty(0, dtype=first.dtype, device=first.device)
+        with asking(self.method, "init", self.site.path):
+            params = self.method.init(self.site, like, rng)
+        refuse_parameters(self.method, self.site.path, params, self.suffixes())
+        return params
+
+    def suffixes(self) -> dict[str, str]:
+        with asking(self.method, "keys", self.site.path):
+            return self.method.keys(self.site)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from peftfx.analysis.dataflow import FUSED_ATTENTION, op_name
 from peftfx.analysis.weight_ops import module_path
 from peftfx.bases.guests import own_modules
 from peftfx.contract.override import Override
-from peftfx.contract.placement import AttentionPlacement, Placement, WeightPlacement, owner_of
+from peftfx.contract.placement import AttentionPlacement, PatternPlacement, Placement, WeightPlacement, owner_of
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE, Graph
 from peftfx.hosting.regions import Regions
@@ -88,6 +88,10 @@ class _Finder:
     @seats.register
     def _(self, placement: AttentionPlacement) -> Sequence[Seat]:
         return [self.attention(placement)]
+
+    @seats.register
+    def _(self, placement: PatternPlacement) -> Sequence[Seat]:
+        raise Unhostable(f"{placement.site.path}: a pattern is found in a graph, and is no module")
 
     def host(self, path: str) -> nn.Module:
         """The module at a path, if what acts there acts in no other place, and its forward runs whenever it is used."""

@@ -14,6 +14,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.peft_model import active_adapters, is_peft_model, plain_base, save_adapters
 from peftfx.errors import PeftfxError, shown
 from peftfx.graph.contexts import evaluating
+from peftfx.methods import methods
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.plan import Plan, make_plan
 from peftfx.sharding import refuse_other_wrappings
@@ -120,6 +121,7 @@ def bare(model: nn.Module, inputs: Mapping[str, object] | None = None, road: str
     if inputs is not None and not isinstance(inputs, Mapping):
         raise PeftfxError(f"not the arguments of a call: {shown(inputs)}", "inputs", "pass a dict, by their names")
     refuse_other_wrappings(model)
+    methods()  # of other packages, whose patterns are searched for
     example = example_inputs(model) if inputs is None else inputs
     twin = Twin(model)
     with evaluating(model):

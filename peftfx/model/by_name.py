@@ -23,6 +23,7 @@ from peftfx.hosting.seats import Seating
 from peftfx.model.graphs.graph_cache import Graphs
 from peftfx.model.graphs.late_modules import may_run_late
 from peftfx.model.shared_base import shared
+from peftfx.patterns.pattern import version
 from peftfx.rules.peft_configs import records_of
 from peftfx.rules.resolution import as_items, place
 from peftfx.sites.sites import Sites
@@ -58,6 +59,7 @@ class AdaptersByName(nn.Module):
         self.adapters = nn.Module()  # ahead of the base, which has what they hold again: by these names it is known
         self.base, self.example, self.wanted = base, dict(example), wanted
         self._sites: Sites | None = sites
+        self._patterns = version()
         self.named = AdapterSet(self.adapters)
         self._twin = Twin(base) if twin is None else twin
         self.graphs = Graphs(self.source, self.named)
@@ -78,7 +80,8 @@ class AdaptersByName(nn.Module):
     @property
     def sites(self) -> Sites:
         """The adaptable places of the base as it is now; a merge can change a shape, or untie a weight."""
-        if self._sites is None:
+        if self._sites is None or self._patterns != version():
+            self._patterns = version()
             with evaluating(self.base):
                 self._sites = self.graph(adapted=False).sites
         return self._sites

@@ -13,10 +13,12 @@ from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method
 from peftfx.contract.override import SAVED, Override, OverrideMethod, copies_of
+from peftfx.contract.pattern import PatternMethod
 from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import (
     AttentionPlacement,
     OverridePlacement,
+    PatternPlacement,
     Placement,
     SequencePlacement,
     WeightPlacement,
@@ -31,7 +33,7 @@ from peftfx.rules.text import parse_rules
 from peftfx.rules.token_rows import trained_tokens
 from peftfx.rules.torch_attention import as_named
 from peftfx.rules.unplaced import refuse_unplaced, tell_elsewhere
-from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, HeadedSite, Part, Site, WeightSite
+from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, HeadedSite, Part, PatternSite, Site, WeightSite
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import Where, select
 
@@ -148,6 +150,18 @@ def _(method: AttentionMethod, base: nn.Module, sites: Sites) -> list[AttentionP
 
 
 @placements_of.register
+def _(method: PatternMethod, base: nn.Module, sites: Sites) -> list[PatternPlacement]:
+    own = dataclasses.replace(sites, items=tuple(site for site in sites if method.acts_at(site)))
+    if not own.items:
+        near = sites.misses.get(method.pattern.name)
+        what = f"the pattern {method.pattern.name} matches nothing in this model"
+        hint = f"the closest: {near}" if near else "no node of the graph computes what its last operator does"
+        raise PeftfxError(what, method.pattern.role, f"{hint}; another spelling is added by `.also`")
+    chosen = {match.site for match in select(own, **where(method), kinds=sorted(method.kinds))}
+    return [PatternPlacement(method.at(site), site) for site in own.patterns if site in chosen]
+
+
+@placements_of.register
 def _(method: OverrideMethod, base: nn.Module, sites: Sites) -> list[Placement]:
     found = []
     for match in select(sites, **where(method), kinds=sorted(method.kinds)):
@@ -186,6 +200,11 @@ def _(method: WeightMethod, base: nn.Module, site: WeightSite) -> WeightPlacemen
 @placement_at.register
 def _(method: AttentionMethod, base: nn.Module, site: HeadedSite) -> AttentionPlacement:
     return AttentionPlacement(_as_at(method, base, site), site)
+
+
+@placement_at.register
+def _(method: PatternMethod, base: nn.Module, site: PatternSite) -> PatternPlacement:
+    return PatternPlacement(method.at(site), site)
 
 
 @placement_at.register

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from peftfx.errors import PeftfxError, pointed, shown
 from peftfx.sites.patterns import compiled
-from peftfx.sites.site import ROLES, Site, in_role
+from peftfx.sites.site import PATTERN, ROLES, Site, in_role
 
 ALL_LINEAR = "all-linear"
 Target = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
@@ -172,8 +172,9 @@ def _relation(name: str, readings: Sequence[Reading]) -> Reading:
         listed = list(sites)
         keys = {(site.path, site.kind): key for site, key in zip(listed, keys_of(listed), strict=True)}
         pickers = [reading(sites) for reading in readings]
+        made = network()
         around = [[keys[site.path, site.kind] for site in listed if picker(site)] for picker in pickers]
-        found = picked_by(name, network(), *around)
+        found = picked_by(name, made, *([key for key in own if key in made] for own in around))
         return lambda site: units(site) if keys.get((site.path, site.kind)) in found else frozenset()
 
     return read
@@ -184,7 +185,12 @@ def _atom(word: str) -> Picker:
         return all_linear
     if word in ROLES or word in _GROUPS:
         return lambda site: _with_role(site, word)
-    return lambda site: units(site) if ends_with(site.path, word) else frozenset()
+    return lambda site: units(site) if ends_with(site.path, word) or _is_own_role(site, word) else frozenset()
+
+
+def _is_own_role(site: Site, word: str) -> bool:
+    """Whether this is the role that a user gave a pattern, or a group of such."""
+    return site.kind == PATTERN and in_role(site.role, word)
 
 
 def _with_role(site: Site, role: str) -> Units:

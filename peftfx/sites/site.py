@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from peftfx.errors import PeftfxError, nearest
+
 #: Kinds of sites that have a weight that mixes features, or a row for each index. A norm's weight does neither; an
 #: attention is a computation between weights.
 WEIGHT_KINDS = ("linear", "conv", "embedding")
@@ -14,6 +16,7 @@ EXPERTS = (
 )
 NORM = "norm"  #: a kind of site, and its role
 ATTENTION = "attention"  #: a kind of site, and its role
+PATTERN = "pattern"  #: a kind of site: where a graph computes what a user's function computes; its role is the user's
 SEQUENCE = "sequence"  #: a kind of site, and its role: the stream of tokens
 ROUTER = "router"  #: the role of a linear layer whose output says which expert a value meets
 
@@ -89,8 +92,9 @@ class Site:
     Attributes:
         path: the module that owns the weight (`model.layers.0.self_attn.q_proj`); for a parameter that is not its
             module's `weight`, the parameter's own path. For attention, the module that computes it.
-        kind: linear, conv, embedding, experts, norm or attention; sequence for the stream of tokens.
-        role: one of `ROLES`.
+        kind: linear, conv, embedding, experts, norm or attention; sequence for the stream of tokens, pattern for a
+            user's.
+        role: one of `ROLES`; of a pattern, the user's.
         layer: the first number in the path.
         weight: `get_attr` target of the weight; tied sites share one. Empty for attention.
         bias: `get_attr` target of the bias.
@@ -131,7 +135,8 @@ class Site:
 
     def to_dict(self) -> dict[str, Any]:
         """This site as JSON-ready values; sites of all families have the same keys."""
-        return {**dataclasses.asdict(self), "heads": None, "headless": ""}
+        first = dict.fromkeys(own.name for own in dataclasses.fields(Site))
+        return {**first, **_NOTHING_MORE, **dataclasses.asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -156,15 +161,84 @@ class AttentionSite(Site):
     heads: Heads | None = None
     headless: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class HeadedSite(AttentionSite):
     """A self-attention whose heads, and the layers around it, are known: an attention method can act there."""
 
     heads: Heads = field()
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What a pattern's function is given at a match, or what it gives.
+
+    Attributes:
+        name: of the argument.
+        shape: None for an axis whose size is free.
+        dtype: as torch names it, `float32`.
+        weight: `get_attr` target of the tensor, where it is one of the base's.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+    weight: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternSite(Site):
+    """Where a graph computes what a pattern's function computes; it has no weight of its own.
+
+    Its path is the innermost module that all of it runs in, the pattern's name and a number.
+
+    Attributes:
+        pattern: its name.
+        operands: what the function is given here; the first is `x` of the calls.
+        output: what it gives.
+        numbers: the values of its `float` arguments.
+    """
+
+    pattern: str
+    operands: tuple[Operand, ...]
+    output: Operand
+    numbers: tuple[tuple[str, float], ...] = ()
+
+    def operand(self, name: str) -> Operand:
+        """The operand of this name.
+
+        Raises:
+            PeftfxError: the spelling that matched has none.
+        """
+        names = {operand.name: operand for operand in self.operands}
+        if name not in names:
+            what = f"this match of {self.pattern} has no operand {name!r}"
+            raise PeftfxError(what, self.path, nearest(name, names) or f"it has {', '.join(names)}")
+        return names[name]
+
+    @property
+    def width(self) -> int:
+        """The size of the last axis of what the function gives.
+
+        Raises:
+            PeftfxError: it is free.
+        """
+        size = self.output.shape[-1] if self.output.shape else None
+        if size is None:
+            what = f"the last axis of what {self.pattern} gives has no size of its own"
+            raise PeftfxError(what, self.path, "a method of its parameters needs an axis that the model fixes")
+        return size
+
+
+#: The fields that some families of sites have, so that rows of all have them.
+_NOTHING_MORE: dict[str, Any] = {
+    "heads": None,
+    "headless": "",
+    "pattern": "",
+    "operands": (),
+    "output": None,
+    "numbers": (),
+}
 
 
 @dataclass(frozen=True)

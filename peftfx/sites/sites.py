@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from peftfx.errors import PeftfxError, nearest
 from peftfx.sites.dataflow import Dataflow
 from peftfx.sites.expression import Target
-from peftfx.sites.site import AttentionSite, Call, HeadedSite, NormSite, Site, WeightSite, plays
+from peftfx.sites.site import PATTERN, AttentionSite, Call, HeadedSite, NormSite, PatternSite, Site, WeightSite, plays
 from peftfx.sites.target import Match, select
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Sites(Sequence[Site]):
         elsewhere: for a site whose module the graph also runs in other places, their names: no adapter acts there.
         passed_by: for a site where HF PEFT's layer would not do what the operation on the weight does, why.
         flow: what is between the sites; None of a selection, which has not all of them.
+        misses: for a pattern that is nowhere in the graph, where it came closest, and what is another there.
     """
 
     items: tuple[Site, ...] = ()
@@ -41,6 +42,7 @@ class Sites(Sequence[Site]):
     elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
     passed_by: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     flow: Dataflow | None = field(default=None, repr=False, compare=False)
+    misses: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @overload
     def __getitem__(self, index: int) -> Site: ...
@@ -79,6 +81,11 @@ class Sites(Sequence[Site]):
     def headed(self) -> tuple[HeadedSite, ...]:
         """The attentions whose heads are known: those that an attention method can act at."""
         return self._of(HeadedSite)
+
+    @functools.cached_property
+    def patterns(self) -> tuple[PatternSite, ...]:
+        """Where the graph computes what users' patterns compute."""
+        return self._of(PatternSite)
 
     def _of(self, family: type[S]) -> tuple[S, ...]:
         return tuple(site for site in self.items if isinstance(site, family))
@@ -136,7 +143,7 @@ class Sites(Sequence[Site]):
         if self.flow is None:
             hint = "ask the sites of the whole base, as peftfx.inspect(model) gives them"
             raise PeftfxError("what is between these sites is not known", "network", hint)
-        return make_network(self.items, self.flow)
+        return make_network([site for site in self.items if site.kind != PATTERN], self.flow)
 
     def equal_layers(self) -> list[tuple[str, ...]]:
         """The layers of the model, by their paths, in groups that are alike."""

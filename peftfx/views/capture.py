@@ -28,6 +28,7 @@ from peftfx.graph.lazy_weights import faked
 from peftfx.graph.places import name_places
 from peftfx.graph.size_conditions import Note, conditions_of, noted
 from peftfx.graph.written import refuse_written
+from peftfx.patterns.find import with_patterns
 from peftfx.views.entry import Call, Entry, forward
 from peftfx.views.view import Axes, name_axes, without_cache
 
@@ -238,7 +239,7 @@ def _as_graph(
     conditions = conditions_of(notes, symbols)
     result = Graph(linked, tuple(specs), out_spec, sizes, model.training, None, conditions=conditions)  # type: ignore[arg-type]
     refuse_written(result)
-    result.sites = find_sites(result)
+    result.sites = with_patterns(result, find_sites(result))
     return result
 
 

@@ -32,7 +32,7 @@ LAYERS = (
     "peftfx.discovery",
     "peftfx.sharding",
     *("peftfx.sites", "peftfx.graph", "peftfx.quantisation", "peftfx.bases", "peftfx.twins", "peftfx.export_options"),
-    *("peftfx.analysis", "peftfx.views", "peftfx.generation"),
+    *("peftfx.analysis", "peftfx.patterns", "peftfx.views", "peftfx.generation"),
     *("peftfx.contract", "peftfx.contract.common", "peftfx.methods", "peftfx.rules"),
     *("peftfx.adapters", "peftfx.adapters.files"),
     *(
@@ -41,6 +41,7 @@ LAYERS = (
         "peftfx.passes.manager",
         "peftfx.passes.rewriting",
         "peftfx.passes.optimization",
+        "peftfx.passes.patterns",
         "peftfx.passes.adaptation",
     ),
     *(

@@ -103,7 +103,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
 def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, config: Mapping[str, object]) -> Adapter:
     """The adapter of a method, whose places are those that the file has tensors for."""
     directory = weights.path.parent
-    able = (s for s in sites if s.kind in method.kinds and (s.kind != EXPERTS or picks(method, s.parameter)))
+    able = (s for s in sites if method.acts_at(s) and (s.kind != EXPERTS or picks(method, s.parameter)))
     possible = [placement_at(method, base, site) for site in able]
     marks = {suffix.partition(".")[0] for p in possible for suffix in p.file_suffixes().values()}
     placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]

@@ -22,7 +22,7 @@ from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.contract.placed import Placed
 from peftfx.contract.placement import Placement
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, warn
 from peftfx.files import write_file, writing
 from peftfx.formats import RULES, stamped
 from peftfx.rules.peft_files import CONFIG, STATE, WEIGHTS
@@ -42,6 +42,8 @@ def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: P
     for name, rules in contents.items():
         target = directory if name == "default" or len(adapters) == 1 else directory / name
         warn_unlike_peft(base, adapters[name].placements, str(target))
+        for kind in dict.fromkeys(type(p.method).__name__ for p in adapters[name].placements.patterns):
+            warn(f"{target}: peft cannot load {kind}: it acts at a pattern, which peftfx alone finds")
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
             _write(target, rules)

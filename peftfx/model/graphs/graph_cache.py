@@ -22,6 +22,8 @@ from peftfx.passes.adaptation.prefill import Left, Prefill
 from peftfx.passes.base import Pass
 from peftfx.passes.manager import PassManager
 from peftfx.passes.optimization.dead_code import Sweep
+from peftfx.patterns.find import with_patterns
+from peftfx.patterns.pattern import version as patterns_version
 from peftfx.views.cache_prefix import Prefilled
 from peftfx.views.capture import capture
 from peftfx.views.decode import Decode
@@ -47,6 +49,7 @@ class Graphs:
         self._derived: dict[object, tuple[Graph, Graph]] = {}  # what it was made of too, as for those that are swept
         self._swept: dict[int, tuple[Graph, Graph]] = {}  # both: a number is of an object that lives
         self._views: dict[str, View | None] = {}
+        self._patterns = patterns_version()
 
     def view(self, name: str) -> View | None:
         """The base's view of this name; `None` for the forward."""
@@ -67,6 +70,7 @@ class Graphs:
         It holds for the sizes of this call. A size of 1 is one of many, unless the answer has to be `exact`: then a
         graph is captured for it alone where the model's code has a branch for it.
         """
+        self._find_patterns()
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
         tensors = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
         known, alone = self._known(inputs, entry, view), frozenset[str]()
@@ -92,6 +96,13 @@ class Graphs:
         if unmet(graph.conditions, graph.sizes_of(tensors), edges=exact):  # what stood there is on the other side
             return self.captured(inputs, entry, view, exact=exact)
         return graph
+
+    def _find_patterns(self) -> None:
+        """Search what was captured for the patterns that are known by now."""
+        if self._patterns != patterns_version():
+            self._patterns = patterns_version()
+            for graph in (graph for states in self._captured.values() for _, known in states for graph in known):
+                graph.sites = with_patterns(graph, graph.sites)
 
     def _capture(
         self,

@@ -1,0 +1,48 @@
+"""apply_at_match: a pattern method put into a graph, at each call of its site."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from peftfx.contract.completeness import asking, refuse_output
+from peftfx.contract.placement import PatternPlacement
+from peftfx.passes.rewriting.splice import Splicer
+from peftfx.sites.site import Operand, PatternSite
+
+
+def apply_at_match(splicer: Splicer, placement: PatternPlacement) -> int:
+    """Splice a pattern method in where its pattern matched; returns how many calls there were."""
+    method, path = placement.method, placement.site.path
+    site = next((s for s in splicer.graph.sites.patterns if s.path == path), None)
+    if site is None:  # this view does not run it
+        return 0
+    own, named = anonymous(site), type(method).__name__
+    for call in splicer.called(site).calls:
+        x, y = (splicer.latest.get(name, splicer.nodes[name]) for name in (call.x, call.y))
+        params = splicer.parameters(placement, splicer.name, splicer.adapter, y)
+        names = list(params)
+
+        def forward(x: Tensor, y: Tensor, *given: Tensor, names: list[str] = names) -> Tensor:
+            with asking(method, "forward", path):
+                made = method.forward(own, x, y, dict(zip(names, given, strict=True)), splicer.graph.training)
+            refuse_output(method, path, made, y)
+            return made
+
+        region = splicer.region(placement, splicer.name, splicer.nodes[call.y], params)
+        users = list(y.users)
+        at = splicer.at(y.next, y, region)
+        result = at.trace(forward, x, y, *params.values(), key=("match", method, own, names), what=named, where=path)
+        splicer.replace(y, result, users)
+    return len(site.calls)
+
+
+def anonymous(site: PatternSite) -> PatternSite:
+    """A match as its method sees it: without what tells it from others that are alike."""
+    operands = tuple(_unnamed(operand) for operand in site.operands)
+    return dataclasses.replace(site, path="", layer=None, calls=(), operands=operands)
+
+
+def _unnamed(operand: Operand) -> Operand:
+    return dataclasses.replace(operand, weight="")
