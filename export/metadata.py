@@ -7,3 +7,4 @@ PERM = "peftfx.perm"  #: metadata key of a weight that is stored permuted: how, 
 ENGINE = "peftfx.engine"  #: metadata key: the road a model came by, and why not the fast one
 SIZES = "peftfx.sizes"  #: metadata key: conditions on the sizes of a call under which the model is right
 PERMUTED = "peftfx.permuted"  #: of a lazy tensor: reads it with its axes in another order
+PIECES = "peftfx.pieces"  #: of a lazy tensor: reads it, some rows after others

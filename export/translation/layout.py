@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from onnx_ir import tensor_adapters
 from onnx_ir.passes import common
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
-from peftfx.export.metadata import PERM, PERMUTED
+from peftfx.export.metadata import PERM, PERMUTED, PIECES
 
 SMALL = 256  #: how many elements a folded constant may have
 
@@ -69,6 +70,8 @@ def _permute(weight: ir.Value, perm: tuple[int, ...], transposes: Sequence[ir.No
 
     shape = ir.Shape([int(str(before.shape[axis])) for axis in perm])
     weight.const_value = ir.LazyTensor(read, dtype=before.dtype, shape=shape, name=before.name)
+    if PIECES in before.meta:
+        weight.const_value.meta[PIECES] = functools.partial(before.meta[PIECES], perm)
     weight.shape = shape
     weight.metadata_props[PERM] = " ".join(map(str, perm))
     for node in transposes:

@@ -10,13 +10,13 @@ from onnx_ir import tensor_adapters
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.errors import PeftfxError, first_line
-from peftfx.export.metadata import ENGINE, PERMUTED, SOURCE
+from peftfx.export.metadata import ENGINE, PERMUTED, PIECES, SOURCE
 from peftfx.export.translation.layout import name_apart, store_transposed, tidy
 from peftfx.export.translation.program import Translation
 from peftfx.export.translation.stamped import translate
 from peftfx.export.translation.torch_exporter import retrace
 from peftfx.graph.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
-from peftfx.graph.lazy_weights import load_contiguous
+from peftfx.graph.lazy_weights import load_contiguous, pieces
 from peftfx.options import CPU, FAST, NONE, TORCH, check_engine, check_opset, check_optimize
 
 Weights = Callable[[str], torch.Tensor]
@@ -117,19 +117,23 @@ def _lazy(like: ir.Value, target: str, weights: Weights) -> ir.LazyTensor:
     assert like.dtype is not None
     name, dtype, shape = like.name, like.dtype, ir.Shape(list(like.shape))
 
-    def read(perm: tuple[int, ...] | None = None) -> ir.TensorProtocol:
-        stored = weights(target).detach()
-        value = load_contiguous(stored if perm is None else stored.permute(perm))
-        if isinstance(value, FakeTensor) or value.device.type == "meta":
+    def stored(perm: tuple[int, ...] | None) -> torch.Tensor:
+        found = weights(target).detach()
+        if isinstance(found, FakeTensor) or found.device.type == "meta":
             raise PeftfxError("this weight was captured without a value", target, "pass to_onnx(weights=...)")
-        tensor = tensor_adapters.TorchTensor(value, name=name)
-        if perm is None and (tensor.shape != shape or tensor.dtype != dtype):
-            have, want = f"{tensor.dtype.name}{list(tensor.shape)}", f"{dtype.name}{list(shape)}"
-            raise PeftfxError(f"the graph was captured with {want} here, not {have}", target, "capture it again")
-        return tensor
+        if perm is not None:
+            return found.permute(perm)
+        have = tensor_adapters.from_torch_dtype(found.dtype)
+        if tuple(found.shape) != tuple(shape) or have != dtype:
+            told = f"{have.name}{list(found.shape)}", f"{dtype.name}{list(shape)}"
+            raise PeftfxError(f"the graph was captured with {told[1]} here, not {told[0]}", target, "capture it again")
+        return found
+
+    def read(perm: tuple[int, ...] | None = None) -> ir.TensorProtocol:
+        return tensor_adapters.TorchTensor(load_contiguous(stored(perm)), name=name)
 
     lazy = ir.LazyTensor(read, dtype=dtype, shape=shape, name=name)
-    lazy.meta[PERMUTED] = read
+    lazy.meta[PERMUTED], lazy.meta[PIECES] = read, lambda perm=None: pieces(stored(perm))
     return lazy
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.bases.guests import own_class
 from peftfx.contract.method import Op
 from peftfx.contract.override import Override
 from peftfx.contract.placement import WeightPlacement, owner_of
@@ -155,10 +156,10 @@ def _hook(module: nn.Module, kind: str, step: Step) -> Callable[..., Tensor] | N
     """A forward hook that does what the method does; none where the weight has to be another one."""
     if step.placement.part is not None:
         return None
-    known = isinstance(step.placement.method, KNOWN)
-    plain_embedding = type(module) is nn.Embedding and module.max_norm is None
-    if type(module) not in _LINEAR and not plain_embedding:
-        return None if known or type(module) not in CONV else _own_forward(module, kind, step)
+    known, own = isinstance(step.placement.method, KNOWN), own_class(module)  # whatever it hosts: nothing acts there
+    plain_embedding = own is nn.Embedding and module.max_norm is None
+    if own not in _LINEAR and not plain_embedding:
+        return None if known or own not in CONV else _own_forward(module, kind, step)
     if not known:
         return _own_forward(module, kind, step)
     adapted: OnOutput | None = on_output(step.placement.method, step.params, kind)

@@ -14,7 +14,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from peftfx.errors import PeftfxError
-from peftfx.export.metadata import PERM, SOURCE
+from peftfx.export.metadata import PERM, PIECES, SOURCE
 from peftfx.export.writing.finite import refuse_infinite
 from peftfx.export.writing.stream import PAGE, Stream
 from peftfx.files import writing
@@ -146,18 +146,26 @@ def _write(places: Sequence[_Place], path: Path, written: Written, infinite: Col
     with Stream(path) as stream:
         for place in own:
             stream.pad(place.offset)
-            stream.write(_bytes(place, infinite))
+            for part in _bytes(place, infinite):
+                stream.write(part)
             written(place.end, total)
 
 
-def _bytes(place: _Place, infinite: Collection[str] | None) -> memoryview:
+def _bytes(place: _Place, infinite: Collection[str] | None) -> Iterator[memoryview]:
+    """What is written of a tensor, one part after another."""
     tensor = place.tensor
-    raw = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor
-    if isinstance(raw, TorchTensor):
-        value = raw.raw.detach().cpu().contiguous()
+    if PIECES in tensor.meta:
+        parts = tensor.meta[PIECES]()
+    else:
+        raw = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor
+        if not isinstance(raw, TorchTensor):
+            yield memoryview(raw.tobytes())
+            return
+        parts = iter([raw.raw])
+    for part in parts:
+        value = part.detach().cpu().contiguous()
         refuse_infinite(place.value, value, infinite)
-        return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it has a buffer
-    return memoryview(raw.tobytes())
+        yield memoryview(value.reshape(-1).view(torch.uint8).numpy())
 
 
 @contextmanager

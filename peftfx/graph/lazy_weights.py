@@ -99,6 +99,16 @@ def load_contiguous(tensor: Tensor) -> Tensor:
     return torch.empty(source.shape, dtype=tensor.dtype, device=source.device).copy_(source)
 
 
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The same, some rows after others where it is large: no second copy of it is whole in memory."""
+    source = exact(tensor)
+    if tensor.numel() <= _AT_ONCE or (source.dtype == tensor.dtype and source.is_contiguous()):
+        yield load_contiguous(tensor)
+        return
+    for part in source.split(max(1, _AT_ONCE * len(source) // tensor.numel())):
+        yield torch.empty(part.shape, dtype=tensor.dtype, device=part.device).copy_(part)
+
+
 def _in_pieces(func: object, args: tuple[Any, ...]) -> Tensor | None:
     """A product with a large weight that is stored in another dtype, some of its columns at a time; else None."""
     if func is aten.mm.default:

@@ -29,6 +29,9 @@ TABLES = {
 }
 
 
+_AT_ONCE = 1 << 20  #: bytes of two codes that are looked up at a time
+
+
 @dataclass(frozen=True)
 class Codes(ABC):
     """A quantised weight.
@@ -129,11 +132,13 @@ class Tabled(Codes):
         count = self.rows * self.columns
         table = torch.tensor(TABLES[self.table])
         pairs = torch.cartesian_prod(table, table).view(torch.int64).view(-1)  # of a byte, the two numbers as one
-        values = pairs.index_select(0, self.packed().int()).view(torch.float32)
-        largest = self.magnitudes()
-        padded = torch.nn.functional.pad(values, (0, len(largest) * self.block - len(values)))
-        scaled = padded.view(-1, self.block).mul_(largest.unsqueeze(1)).view(-1)
-        return scaled[:count].view(self.shape)
+        packed, largest = self.packed(), self.magnitudes()
+        values = torch.empty(len(largest) * self.block)
+        wide = values.view(torch.int64)
+        for start in range(0, len(packed), _AT_ONCE):
+            some = packed[start : start + _AT_ONCE]
+            wide[start : start + len(some)] = pairs.index_select(0, some.int())
+        return values.view(-1, self.block).mul_(largest.unsqueeze(1)).view(-1)[:count].view(self.shape)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import nn
 import peftfx
 from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
-from peftfx.graph.lazy_weights import Stored, exact, faked, load, load_contiguous, store
+from peftfx.graph.lazy_weights import Stored, exact, faked, load, load_contiguous, pieces, store
 
 SIZE = Size(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, vocabulary=300)
 
@@ -166,3 +166,8 @@ def test_a_large_weight_is_cast_in_pieces_and_permuted_in_one_copy(monkeypatch: 
     turned = load_contiguous(stored.permute(1, 0))
     assert turned.is_contiguous()
     assert turned.equal(source.float().T)
+    for like, want in ((stored, source.float()), (stored.permute(1, 0), source.float().T)):
+        parts = list(pieces(like))
+        assert len(parts) > 1
+        assert all(part.is_contiguous() for part in parts)
+        assert torch.cat(parts).equal(want)

@@ -19,6 +19,7 @@ from peftfx.contract.method import Base, Op, Params, Rows
 from peftfx.contract.weight import WeightMethod
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager_reference import EagerReference
+from peftfx.export.verification.swapped_weight import SwappedWeight
 from peftfx.model.adapted import AdaptedModel
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
@@ -224,6 +225,18 @@ def test_a_method_of_the_users_own_is_applied_by_its_forward_and_the_report_says
     adapted = stirred(peftfx.transform(ZOO["bert"].build(), RowScale()))
     report = adapted.export(tmp_path / "out", view="forward")
     assert "RowScale by its own `forward`" in report.reference
+
+
+def test_no_weight_is_copied_for_an_adapter_that_adds_to_outputs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def put(_: SwappedWeight) -> None:
+        raise AssertionError("a copy of a weight for each call, and several in float64")
+
+    monkeypatch.setattr(SwappedWeight, "put", put)
+    adapted = stirred(peftfx.transform(ZOO["llama"].build(), peftfx.LoRA(r=2, target="all-linear"), seed=0))
+    assert adapted.road == "modules"
+    adapted.export(tmp_path / "out", view="forward")
 
 
 def test_what_no_hook_reaches_is_held_against_its_graph_and_the_report_says_so(tmp_path: Path) -> None:
