@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,13 +17,18 @@ from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.quantised import QUANTISED
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets, write_configs
-from peftfx.export.checkpoint.contents import contents_of, refuse_unlike
+from peftfx.export.checkpoint.contents import contents_of, plain_names, refuse_unlike
 from peftfx.export.checkpoint.merged_copy import merged_copy
 from peftfx.export.checkpoint.merged_report import Difference, MergedReport
+from peftfx.export.checkpoint.requantised import Requantised
 from peftfx.export.checkpoint.shards import write_shards
+from peftfx.export.coded.rounded import FINITE
 from peftfx.export.command import DTYPES, load_directories, refuse_output
+from peftfx.export.deployment.parts import views_of
+from peftfx.export.quantised import refuse_disagreement
 from peftfx.export.report import versions
 from peftfx.export.stages import Progress, Stages
+from peftfx.export.verification.agreement import agreement, read_text
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.probes import FEW, SIZES, is_large
@@ -34,6 +39,7 @@ from peftfx.export_options.merge import MergeChanges, MergeOptions
 from peftfx.files import Snapshot
 from peftfx.graph.lazy_weights import exact
 from peftfx.model.adapted import AdaptedModel
+from peftfx.options import AUTO, DECODE
 from peftfx.quantisation.coded import Coded, keeping
 from peftfx.rules.peft_files import rule_folders
 
@@ -80,14 +86,14 @@ def merge_directory(
         with stages("load"):
             adapted = _load(directory, asked)
         with stages("write"):
-            model = _write(directory, temporary, adapted, asked, report, written)
+            model, rounded = _write(directory, temporary, adapted, asked, report, written)
         for folder in asked.folders.values():
             copy_assets(folder, temporary, "config.json")
         copy_assets(directory, temporary)  # behind the adapter's: a tokenizer trained with one is its own
         write_configs(model, temporary)
         inputs.check()
         with stages("verify"), keeping(temporary.parent):
-            _verify(temporary, adapted, report)
+            _verify(temporary, adapted, report, asked, rounded)
         report.versions = versions()
         report.measure(temporary)
         report.write(temporary)
@@ -111,21 +117,27 @@ def _write(
     asked: MergeOptions,
     report: MergedReport,
     written: Written | None,
-) -> nn.Module:
-    """The merged model, whose weights are in the directory now."""
+) -> tuple[nn.Module, Requantised | None]:
+    """The merged model, whose weights are in the directory now, and what of them was rounded."""
     merged, done = merged_copy(adapted)
     model: Any = merged
     refuse_unlike(adapted.base.state_dict(keep_vars=True), model.state_dict(keep_vars=True))
     wanted = DTYPES[asked.dtype] if asked.dtype is not None else _own_dtype(base, adapted.base)
-    contents = contents_of(model, dtype_plan(model, wanted))
     model.config.dtype, model.config.architectures = wanted, [type(model).__name__]
+    requantised = None
+    if asked.quantize is not None:
+        requantised = Requantised.of(model, adapted.sites, asked.schemes, wanted, plain_names(model))
+        model.config.quantization_config = requantised.config()
+    contents = contents_of(model, dtype_plan(model, wanted), {} if requantised is None else requantised.packings)
     report.model, report.dtype = type(model).__name__, str(wanted).removeprefix("torch.")
     report.methods = [type(rule).__name__ for name in adapted.active for rule in adapted.adapter(name).rules]
     report.add_merge(done)
     write_shards(contents.tensors, directory, asked.shard, written)
     rounded = {name.removesuffix(".weight"): r for name, r in contents.roundings.items() if name.endswith(".weight")}
     report.rounding = {path: asdict(rounded[path]) for path in report.merged if path in rounded}
-    return merged
+    if requantised is not None:
+        report.quantized, report.left, report.lost = requantised.schemes, dict(requantised.left), requantised.lost
+    return merged, requantised
 
 
 def _own_dtype(base: Path, model: nn.Module) -> torch.dtype:
@@ -141,25 +153,73 @@ def _own_dtype(base: Path, model: nn.Module) -> torch.dtype:
 
 
 @torch.no_grad()
-def _verify(directory: Path, adapted: AdaptedModel, report: MergedReport) -> None:
+def _verify(
+    directory: Path, adapted: AdaptedModel, report: MergedReport, asked: MergeOptions, rounded: Requantised | None
+) -> None:
     """Load what was written, and hold it against the base with the adapter beside it, at sizes that nobody saw.
 
+    Of rounded weights, that the files hold what was written; what they cost is measured, and bounded as was asked.
+
     Raises:
-        VerificationError: it computes something else.
+        VerificationError: it computes something else, or rounding costs more than was asked for.
     """
     loaded = load_base(directory, task=None, dtype=torch.float32)
+    if rounded is not None:
+        rounded.check(loaded, str(directory))
     again = AdaptedModel.on(loaded, adapted.sites, adapted.example)
     want, got = (EagerReference(model, None, model.example) for model in (adapted, again))
+    feeds = []
     for number, sizes in enumerate(FEW if is_large(adapted.base) else SIZES[:2]):
-        feed = example_inputs(adapted.base, sizes=sizes, seed=number + 1)
+        feeds.append(feed := example_inputs(adapted.base, sizes=sizes, seed=number + 1))
         shapes = {name: list(value.shape) for name, value in feed.items()}
         found, wanted = got(feed), want(feed)
         report.differences += [_difference(name, shapes, wanted[name], found.get(name)) for name in wanted]
-    bound = _BOUNDS[getattr(torch, report.dtype)]
     worst = max(report.differences, key=lambda d: d.max_rel)
+    limit = asked.bound
+    allowed = limit.value if limit is not None and limit.kind == "error" else FINITE
+    bound = _BOUNDS[getattr(torch, report.dtype)] if rounded is None else allowed
     if not worst.max_rel <= bound:
         what = f"{worst.output} of what was written is {worst.max_rel:.2g} of its largest magnitude off"
-        raise VerificationError(what, str(directory), f"report this model: it may be {bound:g}")
+        hint = f"report this model: it may be {bound:g}"
+        raise VerificationError(what, str(directory), hint if rounded is None else "round to int8, or allow more")
+    if rounded is not None:
+        _agree(adapted, again, feeds, report, asked, directory)
+
+
+def _agree(
+    adapted: AdaptedModel,
+    again: AdaptedModel,
+    feeds: Sequence[dict[str, Tensor]],
+    report: MergedReport,
+    asked: MergeOptions,
+    directory: Path,
+) -> None:
+    """Say how far the rounded model agrees with the base with the adapter beside it, on a text.
+
+    Raises:
+        VerificationError: less than was asked for.
+    """
+    text = asked.calibration
+    ids = None if text is None else read_text(Path(text), directory)
+    name = next(iter(views_of(adapted.base, AUTO, None).values()))
+    view = adapted.view(DECODE) if name == DECODE else None
+    want, got = (EagerReference(model, view, model.example) for model in (adapted, again))
+    outputs = frozenset(d.output for d in report.differences)
+    found = agreement(_Eager(got, frozenset(feeds[0]), outputs), adapted, view, want, feeds, ids, Path(text or "").name)
+    report.agreement = {} if found is None else {"model": found}
+    refuse_disagreement(report, asked.bound, text, directory)
+
+
+@dataclass(frozen=True)
+class _Eager:
+    """A model in torch, called by names."""
+
+    reference: EagerReference
+    inputs: frozenset[str]
+    outputs: frozenset[str]
+
+    def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
+        return self.reference(tensors)
 
 
 def _difference(name: str, shapes: dict[str, list[int]], want: Tensor, got: Tensor | None) -> Difference:

@@ -14,9 +14,10 @@ from torch import nn
 from peftfx.export.assets import write_configs
 from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE, quantize
+from peftfx.export.coded.schemes import scheme_for
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.serving_mode import in_eval
-from peftfx.export.quantised import agreement_of, refuse_disagreement, scheme_for
+from peftfx.export.quantised import agreement_of, refuse_disagreement
 from peftfx.export.report import Report, tell_rounding
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Swappable

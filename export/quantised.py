@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.parts import Part
-from peftfx.export.report import Report
 from peftfx.export.verification.agreement import Agreement, agreement, read_text
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, named_in
-from peftfx.export_options.quantize import Scheme
 from peftfx.export_options.values import MaxError
-from peftfx.graph.graph import DERIVED
 from peftfx.model.adapted import AdaptedModel
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.sites.sites import Sites
 from peftfx.views.prompt_inputs import WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
 
 
-def scheme_for(sites: Sites, schemes: Sequence[Scheme]) -> Callable[[object], Scheme | None]:
-    """The last scheme for a weight, by the graph's name for it.
+class Told(Protocol):
+    """A report that says how far a model agrees."""
 
-    Raises:
-        PeftfxError: a target picks nothing, or rows of a fused weight.
-    """
-    everywhere = next((scheme for scheme in reversed(schemes) if not scheme.target), None)
-    chosen: dict[object, Scheme] = {}
-    for scheme in schemes:
-        if not scheme.target:
-            chosen.clear()
-            continue
-        for match in sites.select(scheme.target):
-            if match.parts:
-                hint = "name the whole of it, by its path say"
-                what = f"a weight is rounded whole, and {scheme.target} picks {', '.join(match.parts)} of one"
-                raise PeftfxError(what, match.site.path, hint)
-            chosen |= dict.fromkeys((match.site.weight, f"{DERIVED}.{match.site.path}.weight"), scheme)
-
-    def choose(source: object) -> Scheme | None:
-        found = chosen.get(source, everywhere)
-        return None if found is None or found.kind == "none" else found
-
-    return choose
+    @property
+    def agreement(self) -> dict[str, Agreement]:
+        """By the names of its parts."""
 
 
 def agreement_of(
@@ -66,7 +44,7 @@ def agreement_of(
     return {} if found is None else {part.stem: found}
 
 
-def refuse_disagreement(report: Report, limit: MaxError | None, text: str | Path | None, where: Path) -> None:
+def refuse_disagreement(report: Told, limit: MaxError | None, text: str | Path | None, where: Path) -> None:
     """Refuse a quantised model that agrees less than was asked for.
 
     Raises:

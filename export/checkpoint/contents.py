@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from peftfx.adapters.deferred import Deferred
 from peftfx.adapters.recipes import Rounding
 from peftfx.errors import PeftfxError
+from peftfx.export.checkpoint.packing import Packing
 from peftfx.export.checkpoint.shards import Content
 from peftfx.graph.lazy_weights import exact
 
@@ -30,7 +32,11 @@ class Contents:
     roundings: dict[str, Rounding]
 
 
-def contents_of(model: PreTrainedModel, dtype: Callable[[str], torch.dtype]) -> Contents:
+def contents_of(
+    model: PreTrainedModel,
+    dtype: Callable[[str], torch.dtype],
+    packings: Mapping[str, Packing] = MappingProxyType({}),
+) -> Contents:
     """The tensors of a model in the order and under the names of its files.
 
     A tensor that several modules share is written once, if the model ties them when it is loaded; the config says of a
@@ -40,15 +46,38 @@ def contents_of(model: PreTrainedModel, dtype: Callable[[str], torch.dtype]) -> 
     Args:
         model: its parameters may be `Deferred`, or stay in their files.
         dtype: what each floating tensor is written in, by its name in the model.
+        packings: of layers whose weights are rounded, by their paths; they are `plain_names`.
     """
+    roundings: dict[str, Rounding] = {}
+    packed = {f"{path}.weight": packing for path, packing in packings.items()}
+    late = {
+        name: _deferred(name, tensor, torch.float32 if name in packed else dtype(name), roundings)
+        for name, tensor in _written(model).items()
+    }
+    own = {id(tensor): name for name, tensor in late.items()}
+    found: dict[str, Deferred] = {}
+    for name, tensor in _as_in_files(model, late).items():
+        packing = packed.get(own.get(id(tensor), ""))
+        if packing is None:
+            found[name] = tensor
+        else:
+            found |= {name.removesuffix("weight") + what: made for what, made in packing.tensors(tensor).items()}
+    return Contents({name: Content(tuple(t.shape), t.dtype, t.value) for name, t in found.items()}, roundings)
+
+
+def plain_names(model: PreTrainedModel) -> frozenset[str]:
+    """The names of tensors that are in the files as they are in the model, by whatever name."""
+    late = {name: _deferred(name, tensor, torch.float32, {}) for name, tensor in _written(model).items()}
+    found = {id(tensor) for tensor in _as_in_files(model, late).values()}
+    return frozenset(name for name, tensor in late.items() if id(tensor) in found)
+
+
+def _written(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What is written of a model's state, by its names there."""
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in _ignored(model)}
     _untie(model, own)
-    for name in _tied(model, own):
-        del own[name]
-    roundings: dict[str, Rounding] = {}
-    late = {name: _deferred(name, tensor, dtype(name), roundings) for name, tensor in own.items()}
-    named = _as_in_files(model, late)
-    return Contents({name: Content(tuple(t.shape), t.dtype, t.value) for name, t in named.items()}, roundings)
+    tied = _tied(model, own)
+    return {name: t for name, t in own.items() if name not in tied}
 
 
 def refuse_unlike(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peftfx.adapters.merge_report import MergeReport
 from peftfx.adapters.recipes import Rounding
+from peftfx.export.verification.agreement import Agreement
 from peftfx.formats import REPORT, stamped
 
 
@@ -39,6 +40,11 @@ class MergedReport:
         merged: the module paths whose weights it went into.
         untied: weights that another module shared until now.
         rounding: what each merged weight lost to its dtype, `max_abs` and, of its largest value, `max_rel`.
+        quantized: the module paths of weights that were rounded, by what to.
+        left: why other linear layers were not, by their paths.
+        lost: what rounding took away from each weight, over its norm.
+        agreement: how far the rounded model agrees with the base with its adapter beside it on a text, where it has
+            logits.
         differences: outputs of the directory, loaded again, against the base as it is with the adapter beside it, both
             computed in float32.
         bytes: size of each file.
@@ -52,6 +58,10 @@ class MergedReport:
     merged: list[str] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     rounding: dict[str, dict[str, float]] = field(default_factory=dict)
+    quantized: dict[str, list[str]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, Agreement] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -75,12 +85,17 @@ class MergedReport:
         """This report in words, line by line."""
         worst = max(self.rounding, key=lambda path: self.rounding[path]["max_rel"], default=None)
         rounded = f", rounded by at most {Rounding(**self.rounding[worst])}" if worst is not None else ""
+        small = "; ".join(f"{len(paths)} weights as {kind}" for kind, paths in self.quantized.items())
+        most = max(self.lost.values(), default=0.0)
         calls = len({str(d.shapes) for d in self.differences})
         return [
             ("adapter", ", ".join(self.methods) or "none"),
             ("merged sites", f"{len(self.merged)}{rounded}"),
             *([("untied", ", ".join(self.untied))] if self.untied else []),
             ("dtype", self.dtype),
+            *([("quantised", f"{small}, rounded by {most:.1%} of a weight's norm at most")] if self.quantized else []),
+            ("not quantised", ", ".join(f"{path}: {why}" for path, why in list(self.left.items())[:3])),
+            *(("agreement", str(found)) for found in self.agreement.values()),
             ("files", ", ".join(f"{name} {size:,} B" for name, size in self.bytes.items())),
             (
                 "loaded again",

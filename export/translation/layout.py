@@ -69,9 +69,9 @@ def _permute(weight: ir.Value, perm: tuple[int, ...], transposes: Sequence[ir.No
         return tensor_adapters.TorchTensor(value_of(before).permute(perm).contiguous(), name=before.name)
 
     shape = ir.Shape([int(str(before.shape[axis])) for axis in perm])
-    weight.const_value = ir.LazyTensor(read, dtype=before.dtype, shape=shape, name=before.name)
+    lazy = weight.const_value = ir.LazyTensor(read, dtype=before.dtype, shape=shape, name=before.name)
     if PIECES in before.meta:
-        weight.const_value.meta[PIECES] = functools.partial(before.meta[PIECES], perm)
+        lazy.meta[PIECES] = functools.partial(before.meta[PIECES], perm)
     weight.shape = shape
     weight.metadata_props[PERM] = " ".join(map(str, perm))
     for node in transposes:

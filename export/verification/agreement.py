@@ -7,9 +7,10 @@ of the Kullback-Leibler divergence, in nats: about what the loss on such a text 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.probes import is_large
 from peftfx.export_options.values import MaxError, check_text
 from peftfx.model.adapted import AdaptedModel
-from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.decode import PAST, PRESENT, Decode, cache_names, positions
 from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder, Encoder
 from peftfx.views.view import View
@@ -57,9 +57,24 @@ class Agreement:
         return bound.kind == "error" or (self.kl <= bound.value if bound.kind == "kl" else self.top1 >= bound.value)
 
 
+class Answers(Protocol):
+    """A model that takes inputs and gives outputs by name."""
+
+    @property
+    def inputs(self) -> Collection[str]:
+        """Names of its inputs."""
+
+    @property
+    def outputs(self) -> Collection[str]:
+        """Names of its outputs."""
+
+    def __call__(self, **tensors: Tensor) -> Tensors:
+        """Every output by name."""
+
+
 @torch.no_grad()
 def agreement(
-    model: OnnxModel,
+    model: Answers,
     adapted: AdaptedModel,
     view: View | None,
     reference: Reference,

@@ -13,7 +13,7 @@ from typing import Literal, TypedDict
 from peftfx.errors import PeftfxError
 from peftfx.export_options.checked import Checked
 from peftfx.export_options.quantize import Scheme, parse_schemes
-from peftfx.export_options.values import MaxError, Slots, check_text
+from peftfx.export_options.values import MaxError, Slots, refuse_idle_bounds
 from peftfx.field_types import refuse_misfit_fields
 from peftfx.options import AUTO, CPU, FAST, check_choices, check_opset, check_tolerance, parse_size
 
@@ -109,17 +109,12 @@ class ExportOptions(Checked):
         return not quantised if self.merge is None else self.merge
 
     def _check_quantization(self) -> None:
-        told = {"max_error": (self.max_error, "bounded"), "calibration": (self.calibration, "told")}
-        for name, (given, done) in told.items():
-            if self.quantize is None and given is not None:
-                raise PeftfxError(f"there is no quantisation whose error could be {done}", name, "pass quantize too")
+        refuse_idle_bounds(self.quantize, max_error=self.max_error, calibration=self.calibration)
         for name, given in (("atol", self.atol), ("rtol", self.rtol)):
             if self.quantize is not None and given is not None:
                 what = f"what quantisation may cost is bounded by max_error, not by {name}"
                 raise PeftfxError(what, f"quantize, {name}", "pass max_error instead, as in max_error=0.1")
         _ = self.bound, self.schemes
-        if self.calibration is not None:
-            check_text(Path(self.calibration))
 
     def _check_places(self) -> None:
         names, places = list(self.batched), self.places

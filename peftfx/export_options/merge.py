@@ -9,6 +9,8 @@ from typing import Literal, TypedDict
 from peftfx.bases.tasks import check_task
 from peftfx.errors import PeftfxError
 from peftfx.export_options.checked import Checked
+from peftfx.export_options.quantize import Scheme, check_directory_schemes, parse_schemes
+from peftfx.export_options.values import MaxError, refuse_idle_bounds
 from peftfx.field_types import refuse_misfit_fields
 from peftfx.options import check_choices, parse_size
 
@@ -23,6 +25,10 @@ class MergeOptions(Checked):
         dtype: `fp32`, `fp16` or `bf16`, of the weights, which are merged in fp32 and rounded once; by default the
             base's own, and fp32 for a quantised base, which no code of it is rounded to.
         quantize_base: `nf4` makes of a base in floating point what `load_in_4bit` makes of it, ahead of the merge.
+        quantize: `nf4`, `int4` or `int8`, by role too, as of `ExportOptions`: the merged weights are rounded, and the
+            directory is bitsandbytes' (`nf4`) or compressed-tensors' (integers).
+        max_error: what rounding may cost, as of `ExportOptions`.
+        calibration: a file of text that the rounded model is compared on; by default the model's own greedy text.
         max_shard_size: bytes of a file of weights, as a number or as `5GB`.
         force: replace the directory if an export made it.
 
@@ -34,6 +40,9 @@ class MergeOptions(Checked):
     task: str | None = None
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     quantize_base: Literal["nf4"] | None = None
+    quantize: str | None = None
+    max_error: float | str | None = None
+    calibration: str | Path | None = None
     max_shard_size: int | str = "5GB"
     force: bool = False
 
@@ -42,8 +51,23 @@ class MergeOptions(Checked):
         check_choices(self)
         if self.task is not None:
             check_task(self.task)
+        refuse_idle_bounds(self.quantize, max_error=self.max_error, calibration=self.calibration)
+        _ = self.bound, self.schemes
         if self.shard < 1:
             raise PeftfxError("a file of weights holds one byte or more", "max_shard_size", "as in 5GB")
+
+    @property
+    def bound(self) -> MaxError | None:
+        """What rounding may cost, where somebody said it."""
+        return MaxError.of(self.max_error)
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """`quantize`, read."""
+        found = () if self.quantize is None else parse_schemes(self.quantize)
+        if found:
+            check_directory_schemes(found)
+        return found
 
     @property
     def shard(self) -> int:
@@ -64,5 +88,8 @@ class MergeChanges(TypedDict, total=False):
     task: str | None
     dtype: Literal["fp32", "fp16", "bf16"] | None
     quantize_base: Literal["nf4"] | None
+    quantize: str | None
+    max_error: float | str | None
+    calibration: str | Path | None
     max_shard_size: int | str
     force: bool

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from peftfx.sites.expression import parse
 BITS = {"int8": 8, "int4": 4}
 BLOCKS = (16, 32, 64, 128, 256)  #: that ONNX Runtime's operators have
 DEFAULT_BLOCKS = {"nf4": 64}  #: bitsandbytes' own; 32 of the others
+_LEAST_TABLE_BLOCK = 64  #: of bitsandbytes
 _SCHEME = re.compile(r"\s*(\w+)\s*(?:\(([^()]*)\)\s*)?(?:@((?:/(?:[^/\\]|\\.)+/|[^/;])*))?(;|$)")
 _HINT = "as in int4, int4(block=64, symmetric=False), or int4; int8@head | attention.value"
 
@@ -80,6 +82,24 @@ def parse_schemes(text: str) -> tuple[Scheme, ...]:
         if not text[position:].strip():
             break
     return tuple(found)
+
+
+def check_directory_schemes(schemes: Sequence[Scheme]) -> None:
+    """Refuse what no directory of transformers holds.
+
+    Raises:
+        PeftfxError: nf4 beside integers, or blocks that bitsandbytes does not have.
+    """
+    kinds = sorted({scheme.kind for scheme in schemes} - {"none"})
+    if "nf4" in kinds and len(kinds) > 1:
+        what = f"one directory has one format: nf4 is bitsandbytes', {' and '.join(kinds[:-1])} compressed-tensors'"
+        raise PeftfxError(what, "quantize", "round all to nf4, or all to int4 and int8")
+    if not kinds:
+        raise PeftfxError("nothing is rounded", "quantize", "leave quantize out")
+    small = next((s for s in schemes if s.kind == "nf4" and s.block < _LEAST_TABLE_BLOCK), None)
+    if small is not None:
+        hint = f"block={_LEAST_TABLE_BLOCK} or more"
+        raise PeftfxError(f"bitsandbytes has no blocks of {small.block}", "quantize", hint)
 
 
 def _options(inner: str, text: str) -> dict[str, Any]:

@@ -23,7 +23,8 @@ SANCTIONED = {
     *("peftfx/graph/rewriter.py", "peftfx/graph/graph.py", "peftfx/graph/places.py"),
     "peftfx/graph/capturing/stamping.py",
 }
-ONNX = {"SOURCE", "PERMUTED"}  #: keys of the `meta` of values and tensors of an ONNX program, which are no nodes of fx
+#: Keys of the `meta` of values and tensors of an ONNX program, which are no nodes of fx.
+ONNX = {"SOURCE", "PERMUTED", "PIECES"}
 
 
 def wrong(tree: ast.Module) -> Iterator[str]:

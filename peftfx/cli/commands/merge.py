@@ -29,6 +29,14 @@ def merge(
         str | None,
         typer.Option(help="nf4: make of a base in floating point what a QLoRA was trained on (load_in_4bit)."),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="nf4 (bitsandbytes), int4 or int8 (compressed-tensors): round merged weights, by role too."),
+    ] = None,
+    max_error: Annotated[str | None, typer.Option(help="What rounding may cost: as of export.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text that a rounded model is compared on; by default its own greedy text.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
 ) -> None:
@@ -41,6 +49,9 @@ def merge(
         "task": task,
         "dtype": dtype,
         "quantize_base": quantize_base,
+        "quantize": quantize,
+        "max_error": max_error,
+        "calibration": calibration,
         "max_shard_size": max_shard_size,
         "force": force,
     }

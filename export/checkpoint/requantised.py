@@ -1,0 +1,143 @@
+"""Requantised: which layers of a merged model are rounded in its files, to what, and which are left, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from peftfx.errors import PeftfxError
+from peftfx.export.checkpoint.packing import BITSANDBYTES, Packing, config_of, print_of
+from peftfx.export.coded.schemes import scheme_for
+from peftfx.export.verification.comparison import VerificationError
+from peftfx.export_options.quantize import Scheme
+from peftfx.graph.graph import DERIVED
+from peftfx.quantisation.coded import Coded
+from peftfx.sites.sites import Sites
+
+_NEAR = 1e-5  #: of the largest number of a print: how far it may be when it is read again, summed in another order
+
+
+@dataclass(frozen=True)
+class Requantised:
+    """What is rounded in a model's files.
+
+    Attributes:
+        packings: of linear layers, by their paths.
+        left: why each other linear layer is in floating point, by its path.
+        dtype: that the model computes in.
+    """
+
+    packings: Mapping[str, Packing]
+    left: Mapping[str, str]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(
+        model: Any, sites: Sites, schemes: Sequence[Scheme], dtype: torch.dtype, plain: Collection[str]
+    ) -> Requantised:
+        """What these schemes pick.
+
+        A scheme without a target leaves what transformers leaves when it quantises: the head, and what is tied.
+
+        Args:
+            model: merged, transformers'.
+            sites: of the base.
+            schemes: of several for a layer the last one counts.
+            dtype: of what is not rounded, and of scales.
+            plain: the parameters that files have under one name.
+
+        Raises:
+            PeftfxError: a scheme names a layer that cannot be rounded, or nothing can.
+        """
+        choose, apart = scheme_for(sites, schemes), set(get_keys_to_not_convert(model))
+        named = {match.site.path for s in schemes if s.target and s.kind != "none" for match in sites.select(s.target)}
+        shared = _shared(model)
+        packings, left = dict[str, Packing](), dict[str, str]()
+        for path, module in model.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            scheme = choose(f"{DERIVED}.{path}.weight")
+            why = "" if scheme is None else _obstacle(path, module, scheme, shared, plain)
+            if scheme is not None and why and path in named:
+                hint = "name other layers, or leave this one: none@ its path"
+                raise PeftfxError(f"this layer cannot be {scheme.kind} in a file: {why}", path, hint)
+            if scheme is None or why or (path in apart and path not in named):
+                left[path] = why or ("it is not asked for" if scheme is None else "transformers leaves it, too")
+            else:
+                packings[path] = Packing(replace(scheme, target=""), dtype)
+        odd = sorted(named - packings.keys())
+        if odd:
+            hint = "files hold rounded weights of torch's linear layers alone; export it to ONNX instead"
+            raise PeftfxError("a layer that is to be rounded is no linear layer", ", ".join(odd[:3]), hint)
+        if not packings:
+            why = next(iter(left.values()), "it has no linear layers")
+            raise PeftfxError(f"nothing of this model can be rounded: {why}", "quantize", "leave quantize out")
+        return Requantised(packings, left, dtype)
+
+    def config(self) -> dict[str, Any]:
+        """The model's `quantization_config`.
+
+        Raises:
+            PeftfxError: transformers would take the name of a layer for that of another one.
+        """
+        found = config_of(self.packings, list(self.left), self.dtype)
+        if found["quant_method"] == BITSANDBYTES:
+            wrong = [path for path in self.packings if not should_convert_module(path, list(self.left))]
+            if wrong:
+                what = "transformers would take this layer for one that is not rounded: it goes by ends of names"
+                raise PeftfxError(what, ", ".join(wrong[:3]), "round to int4 or int8, whose files name layers whole")
+        return found
+
+    @property
+    def schemes(self) -> dict[str, list[str]]:
+        """The paths by what they are rounded to."""
+        found: dict[str, list[str]] = {}
+        for path, packing in self.packings.items():
+            found.setdefault(str(packing.scheme), []).append(path)
+        return found
+
+    @property
+    def lost(self) -> dict[str, float]:
+        """What rounding took away from each weight, over its norm."""
+        return {path: packing.lost for path, packing in self.packings.items()}
+
+    def check(self, loaded: nn.Module, where: str) -> None:
+        """Hold the weights of a model that was loaded again against what was written.
+
+        Raises:
+            VerificationError: a layer is another one, or its codes are not in the files.
+        """
+        for path, packing in self.packings.items():
+            weight = loaded.get_submodule(path)._parameters["weight"]
+            if not isinstance(weight, Coded):
+                raise VerificationError(f"the codes of {path} are not in the files", where, "report this model")
+            got, want = print_of(weight.codes.dequantise()), packing.print
+            assert want is not None
+            if not float((got - want).abs().max()) <= _NEAR * max(1.0, float(want.abs().max())):
+                raise VerificationError(f"{path} is another weight when it is read again", where, "report this model")
+
+
+def _obstacle(path: str, module: nn.Linear, scheme: Scheme, shared: Collection[int], plain: Collection[str]) -> str:
+    if type(module) is not nn.Linear:
+        return f"it is a {type(module).__name__}"
+    if id(module._parameters.get("weight")) in shared:
+        return "its weight is another module's, too"
+    if module.in_features % scheme.block:
+        return f"its {module.in_features} columns are no whole blocks of {scheme.block}"
+    if f"{path}.weight" not in plain:
+        return "transformers puts its weight together from others in the files"
+    return ""
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """The ids of parameters that several modules hold."""
+    found: dict[int, set[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(p), set()).add(name)
+    return {number for number, names in found.items() if len(names) > 1}
