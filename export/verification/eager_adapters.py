@@ -126,6 +126,25 @@ def _adapt(base: nn.Module, path: str, steps: Sequence[Step], stack: contextlib.
     if name not in module._parameters:  # the module's weight has another name
         name = steps[0].placement.site.weight.rpartition(".")[2]
     kind, transposed = _kind(module, steps[0].placement)
+    beside = [
+        step for step in steps if step.placement.on_weight is None
+    ]  # no weight does it: behind those that are one
+    steps = [step for step in steps if step not in beside]
+    _on_weight(module, name, kind, steps, stack, transposed=transposed, whole=whole)
+    for step in beside:
+        stack.callback(module.register_forward_hook(_own_forward(module, kind, step), with_kwargs=True).remove)
+
+
+def _on_weight(
+    module: nn.Module,
+    name: str,
+    kind: str,
+    steps: Sequence[Step],
+    stack: contextlib.ExitStack,
+    *,
+    transposed: bool,
+    whole: bool,
+) -> None:
     hooks = [_hook(module, kind, step) for step in steps]
     if not whole and all(hook is not None for hook in hooks):
         for hook in hooks:

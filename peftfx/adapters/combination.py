@@ -1,4 +1,4 @@
-"""combine: adapters, each times a weight, become one adapter, as HF PEFT's `add_weighted_adapter` makes it."""
+"""Adapters made of others: a sum of several, as HF PEFT's `add_weighted_adapter` makes it, and one task of several."""
 
 from __future__ import annotations
 
@@ -18,6 +18,30 @@ from peftfx.contract.placement import WeightPlacement
 from peftfx.contract.weight import Weighted
 from peftfx.errors import PeftfxError, shown, warn
 from peftfx.field_types import fits
+
+
+def settled(adapter: Adapter, values: Mapping[str, int]) -> Adapter:
+    """An adapter that does for all rows what another does for those of these inputs of a call; tensors are shared.
+
+    Args:
+        values: of inputs that its methods read (`Method.inputs`).
+    """
+    placed = []
+    for rule in adapter.placed:
+        own = {name: value for name, value in values.items() if name in rule.method.inputs}
+        places = (dataclasses.replace(p, method=p.method.settled(own)) for p in rule.placements)
+        placed.append(dataclasses.replace(rule, method=rule.method.settled(own), placements=Placements(places)))
+    made = Adapter(placed)
+    made.records, made.named, made.ran = dict(adapter.records), adapter.named, adapter.ran
+    trained = {name for name, _ in adapter.named_parameters()}
+    for name, value in adapter.tensors():
+        made.put(name, value.detach(), trained=name in trained)
+    for placement in adapter.placements:
+        own = {name: value for name, value in values.items() if name in placement.method.inputs}
+        for name, value in placement.method.settle(adapter.all_of(placement), own).items():
+            key = f"{placement.key}.{name}"
+            made.put(key, value.detach(), trained=key in trained)
+    return made
 
 
 @torch.no_grad()

@@ -59,6 +59,9 @@ def refuse_unmergeable(adapters: Mapping[str, Adapter]) -> None:
         what = f"what {type(match.method).__name__} adds at a pattern has no place in the base's weights"
         hint = "export it: there its parameters become constants; or make adapters of weights alone active"
         raise PeftfxError(what, match.site.path, hint)
+    for placement in (p for p in placements.weights if p.on_weight is None):
+        hint = "export it: there its operations are the graph's own; or make other adapters active"
+        raise PeftfxError(placement.method.unfoldable, placement.site.path, hint)
     for beside in placements.attentions:
         what = f"what {type(beside.method).__name__} adds to an attention has no place in the base's weights"
         hint = "export it: there its keys and values become constants; or make adapters of weights alone active"

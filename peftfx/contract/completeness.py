@@ -6,7 +6,7 @@ An error names the method, the member, and what the contract says that this memb
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -46,17 +46,25 @@ class Frozen(Protocol):
     def is_constant(self, name: str, value: Tensor) -> bool: ...
 
 
-def refuse_parameters(method: Frozen, where: str, made: object, keys: object = None, member: str = "init") -> None:
+def refuse_parameters(
+    method: Frozen,
+    where: str,
+    made: object,
+    keys: object = None,
+    member: str = "init",
+    beside: Collection[str] = (),
+) -> None:
     """Refuse what a member made that is no parameters, or whose trained ones have no key to be saved under.
 
     Args:
         made: what it gave.
         keys: what `keys` gives, where the method has files of its own.
+        beside: names of what places share, which `keys` may name too.
     """
     if not isinstance(made, Mapping) or not all(map(_is_parameter, made.items())):
         raise _gave(type(method), member, where, shown(made))
     if keys is not None:
-        refuse_keys(method, "keys", where, keys, made)
+        refuse_keys(method, "keys", where, keys, made, beside)
 
 
 def _is_parameter(item: tuple[object, object]) -> bool:
@@ -64,7 +72,9 @@ def _is_parameter(item: tuple[object, object]) -> bool:
     return isinstance(name, str) and name.isidentifier() and isinstance(value, Tensor)
 
 
-def refuse_keys(method: Frozen, member: str, where: str, keys: object, made: Mapping[str, Tensor]) -> None:
+def refuse_keys(
+    method: Frozen, member: str, where: str, keys: object, made: Mapping[str, Tensor], beside: Collection[str] = ()
+) -> None:
     """Refuse keys that leave out what is trained, name what there is not, or give two tensors one key."""
     cls, names = type(method), made.keys()
     if not isinstance(keys, Mapping) or not all(isinstance(key, str) for key in keys.values()):
@@ -72,7 +82,7 @@ def refuse_keys(method: Frozen, member: str, where: str, keys: object, made: Map
     if lost := sorted(name for name, t in made.items() if name not in keys and not method.is_constant(name, t)):
         what = f"{cls.__name__}.{member} leaves out {', '.join(lost)}, which is trained: files would lose it"
         raise PeftfxError(what, where, f"give it a key in {member}(), or name it in frozen() if it is a constant")
-    if unknown := sorted(set(keys) - set(names)):
+    if unknown := sorted(set(keys) - set(names) - set(beside)):
         what = f"{cls.__name__}.{member} names {', '.join(unknown)}, and there is no such tensor"
         raise PeftfxError(what, where, f"there are {', '.join(sorted(names)) or 'none'}")
     if len(set(keys.values())) < len(keys):

@@ -180,6 +180,31 @@ class Method(ABC):
         """Why a file of this method may not give what was trained, a warning on loading; empty where it does."""
         return ""
 
+    @property
+    def unfoldable(self) -> str:
+        """Why no weight does what `forward` does, and `fold` is refused; empty where one does.
+
+        What it does stays beside the weight then: it is never merged, and an export has its operations.
+        """
+        return ""
+
+    @property
+    def inputs(self) -> Mapping[str, int]:
+        """Arguments of a call beside the model's own, as HF PEFT's `task_ids`: of each, how many values there are.
+
+        They are whole numbers from 0, one for each row of the batch, [batch]. What a method computes a call by finds
+        them in `p`, where there is more than one value. Such a method has no graph until it is `settled`.
+        """
+        return {}
+
+    def settled(self, values: Mapping[str, int]) -> Self:
+        """This method for one value of each of its inputs."""
+        return self
+
+    def settle(self, p: Params, values: Mapping[str, int]) -> dict[str, Tensor]:
+        """The parameters of the `settled` method."""
+        return dict(p)
+
     def frozen(self) -> frozenset[str]:
         """Names of those of `init` and of `shared` that are constants: kept beside the adapter, and not trained.
 

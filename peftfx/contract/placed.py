@@ -99,5 +99,6 @@ def shared_by(rule: Placed, base: nn.Module, rng: torch.Generator | None) -> dic
         made = method.shared(rule.sites, bases, like, rng)
         keys = method.shared_keys(rule.sites)
     refuse_parameters(method, "", made, member="shared")
-    refuse_keys(method, "shared_keys", "", keys, made)
+    named = {rule.reads(p, made).get(name) for p in rule.placements for name in p.suffixes()} if made else set()
+    refuse_keys(method, "shared_keys", "", keys, {name: t for name, t in made.items() if name not in named})
     return made

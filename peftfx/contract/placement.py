@@ -10,13 +10,14 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.contract.attention import AttentionMethod, key_weight
 from peftfx.contract.completeness import asking, refuse_parameters
 from peftfx.contract.method import Base, Method, Params
 from peftfx.contract.override import SAVED, Override, OverrideMethod
 from peftfx.contract.pattern import PatternMethod
-from peftfx.contract.sequence import PROMPT, SequenceMethod
+from peftfx.contract.sequence import SequenceMethod
 from peftfx.contract.weight import WeightMethod
 from peftfx.sharding import full
 from peftfx.sites.blocks import Block, part_site, turned
@@ -99,16 +100,17 @@ class WeightPlacement(Placement):
         return self.site if self.part is None else part_site(self.site, self.part, self.block)  # type: ignore[arg-type]
 
     @property
-    def on_weight(self) -> WeightPlacement:
-        return self
+    def on_weight(self) -> WeightPlacement | None:
+        return None if self.method.unfoldable else self
 
     def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
         with asking(self.method, "init", self.site.path):
-            own = self.base(*whole_tensors(base, self.site))
+            with unset_fake_temporarily():  # views of tensors that have values have them where new ones have none
+                own = self.base(*whole_tensors(base, self.site))
             params = self.method.init(self.view, own, rng)
             more = self.method.start(self.view, own, shared or {}, rng)
             params = {**params, **more} if more else params
-        refuse_parameters(self.method, self.site.path, params, self._suffixes_at(self.view))
+        refuse_parameters(self.method, self.site.path, params, self._suffixes_at(self.view), beside=shared or ())
         return params
 
     def suffixes(self) -> dict[str, str]:
@@ -180,7 +182,7 @@ class SequencePlacement(Placement):
         return params
 
     def suffixes(self) -> dict[str, str]:
-        return {PROMPT: PROMPT}
+        return {name: name for name in self.method.written_shapes()}
 
 
 @dataclass(frozen=True)

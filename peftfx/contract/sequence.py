@@ -88,9 +88,17 @@ class SequenceMethod(Method):
     def saved_shape(self) -> tuple[int, ...]:
         """The shape of what is saved."""
 
+    def written(self, p: Params) -> dict[str, Tensor]:
+        """The tensors of HF PEFT's file, by their names: the saved prompt, or parameters by their own names, too."""
+        return {PROMPT: self.saved(p)}
+
+    def written_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of these."""
+        return {PROMPT: self.saved_shape()}
+
     @abstractmethod
     def virtual(self, p: Params, training: bool) -> Tensor:
-        """What fills the hole of this method's entry."""
+        """What fills the hole of this method's entry; with a first axis of rows, where it is another for each."""
 
     @abstractmethod
     def entry(self, base: nn.Module, site: SequenceSite) -> Entry:

@@ -89,6 +89,13 @@ class WeightMethod(Method):
     def keys(self, site: Site) -> dict[str, str]:
         """For each parameter that is saved, its suffix in a HF PEFT checkpoint."""
 
+    def apart_from_base(self, made: Params, read: Params) -> str:
+        """Why a file is of another base, for a warning, given what `init` made and what the file has; empty if not.
+
+        For methods whose files have constants that are made of the base.
+        """
+        return ""
+
     def apart_from_peft(self, site: Site, module: nn.Module) -> str:
         """Why HF PEFT computes something else at this module, for a warning; empty where it computes the same."""
         return ""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ Rows = tuple[tuple[Keys, Tensor], ...]
 
 class _Current(threading.local):
     keys: Keys | None = None  #: None outside of a call
+    given: Mapping[str, Tensor] = MappingProxyType({})  #: inputs that methods read beside the model's own
     inner: bool = False  #: whether the forward of torch's own layer has run, within a module that computes more
     rows: Rows | None = None  #: in a call of rows with an adapter each: which rows have which; `keys` is empty then
     called: bool = False  #: whether the adapted model's own forward has run, in a call whose forward others have set
@@ -25,14 +27,14 @@ CURRENT = _Current()  #: read by every module that hosts something, each time th
 
 
 @contextmanager
-def acting(keys: Keys | None) -> Iterator[None]:
-    """Inside, in this thread, these adapters act."""
-    before = CURRENT.keys
-    CURRENT.keys = keys
+def acting(keys: Keys | None, given: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Inside, in this thread, these adapters act, and read these inputs of the call beside the model's own."""
+    before = CURRENT.keys, CURRENT.given
+    CURRENT.keys, CURRENT.given = keys, given or MappingProxyType({})
     try:
         yield
     finally:
-        CURRENT.keys = before
+        CURRENT.keys, CURRENT.given = before
 
 
 @contextmanager

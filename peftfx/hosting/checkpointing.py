@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
@@ -28,11 +28,11 @@ class Bound:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> object:
-        return self.checkpoint(functools.partial(_run, CURRENT.keys or (), function), *args, **kwargs)
+        return self.checkpoint(functools.partial(_run, CURRENT.keys or (), CURRENT.given, function), *args, **kwargs)
 
 
-def _run(keys: Keys, function: Callable[..., object], *args: Any, **kwargs: Any) -> object:
-    with acting(keys):
+def _run(keys: Keys, given: Mapping[str, Tensor], function: Callable[..., object], *args: Any, **kwargs: Any) -> object:
+    with acting(keys, given):
         return function(*args, **kwargs)
 
 

@@ -17,6 +17,7 @@ from peftfx.contract.method import Op
 from peftfx.contract.placement import owner_of
 from peftfx.errors import PeftfxError
 from peftfx.hosting.call import CURRENT, Keys
+from peftfx.hosting.call_inputs import read
 from peftfx.hosting.seats import AttentionSeat, CopySeat, WeightSeat
 from peftfx.passes.adaptation.attention import anonymous, attended
 from peftfx.twins.layers import Reader, is_quantised
@@ -63,6 +64,8 @@ class WeightGuest:
         under = [(g.acting, g.params()) for g in before if overlap(g.placement, self.placement)]
         rerun = under if self.acting.method.reruns else ()
         operation, p = self._operation(own, module, stored), self.params()  # type: ignore[arg-type]
+        if self.acting.method.inputs:
+            p |= read(self.acting.method, x)
         if not x.is_meta and any(tensor.is_meta for tensor in p.values()):
             raise _without_values(self.seat.path)
         return adapted(self.acting, p, operation, x, y, stored, rerun, training=module.training)  # type: ignore[arg-type]
@@ -158,6 +161,7 @@ class Hosted(Guests):
     def weigh(self, own: Forward, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """What a module's own forward gives, with all weight methods that act."""
         found = [guest for key in CURRENT.keys or () for guest in self.weights.get(key, ())]
+        found.sort(key=lambda guest: guest.placement.on_weight is None)  # behind those that are one weight
         alone = [i for i, guest in enumerate(found) if guest.alone]
         y = None if alone else own(module, *args, **kwargs)
         for i in range(alone[-1] if alone else 0, len(found)):

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.adapter_set import AdapterSet
@@ -16,6 +16,7 @@ from peftfx.bases.guests import GUESTS
 from peftfx.contract.placement import SequencePlacement, owner_of
 from peftfx.errors import PeftfxError
 from peftfx.hosting.call import Keys, Rows, acting
+from peftfx.hosting.call_inputs import read
 from peftfx.hosting.checkpointing import bind
 from peftfx.hosting.guests import AttentionGuest, Copy, Hosted, WeightGuest
 from peftfx.hosting.host import dress, guests_of, undress
@@ -82,9 +83,9 @@ class ModulesRoad:
         """These adapters, as the modules know them."""
         return tuple([self.key(name) for name in names])
 
-    def acting(self, names: Sequence[str]) -> AbstractContextManager[None]:
-        """Inside, in this thread, these adapters act in the modules."""
-        return acting(self.keys(names))
+    def acting(self, names: Sequence[str], given: Mapping[str, Tensor] | None = None) -> AbstractContextManager[None]:
+        """Inside, in this thread, these adapters act in the modules, and read this beside the model's inputs."""
+        return acting(self.keys(names), given)
 
     def entry(self, names: Sequence[str]) -> Entry | None:
         """The way into the base that a soft prompt among these adapters takes; None is the base's own forward."""
@@ -92,13 +93,18 @@ class ModulesRoad:
         return next((p.method.entry(self.base, p.site) for p in found), None)
 
     def run(
-        self, names: Sequence[str], entry: Entry | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        names: Sequence[str],
+        entry: Entry | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        given: Mapping[str, Tensor] | None = None,
     ) -> object:
         """Call the base with these adapters, through the way in that a soft prompt takes; its arguments are named."""
         part = settle(self.base)
         if part is not None:
             share_whole((t for name in names for _, t in self.adapters[name].tensors()), part)
-        with self.acting(names):
+        with self.acting(names, given):
             if entry is None:
                 return self.base(*args, **kwargs)
             entry.check(kwargs)
@@ -114,6 +120,9 @@ class ModulesRoad:
             reason = "" if name == NO_ADAPTER else self.obstacle((name,))
             if not reason and name in self.prompts:
                 reason = "a soft prompt makes its rows longer than others"
+            methods = () if reason or name == NO_ADAPTER else self.adapters[name].rules
+            if asked := [n for method in methods for n, count in method.inputs.items() if count > 1]:
+                reason = f"it acts by {asked[0]}"
             if reason:
                 hint = "call the model for the rows of each adapter by themselves"
                 raise PeftfxError(f"no adapter for some rows alone: {reason}", name, hint)
@@ -127,7 +136,8 @@ class ModulesRoad:
         """What fills the hole of a soft prompt's entry."""
         name = next(name for name in names if name in self.prompts)
         placement = self.prompts[name]
-        return placement.method.virtual(self.adapters[name].params(placement), self.base.training).to(entry.dtype)
+        p = self.adapters[name].params(placement) | read(placement.method)
+        return placement.method.virtual(p, self.base.training).to(entry.dtype)
 
     def _sit(self, name: str, adapter: Adapter, place: Seat) -> None:
         module, key = self.base.get_submodule(place.path), self.key(name)

@@ -1,9 +1,10 @@
-"""AdapterSums: adapters that are made of others: a weighted sum, or a LoRA that does what another one does."""
+"""AdapterSums: adapters that are made of others: a weighted sum, a LoRA in place of another, one task of several."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.model.by_name import AdaptersByName
 
@@ -68,3 +69,30 @@ class AdapterSums(AdaptersByName):
         made = lora_of(updates_of(self.source, adapter), rank, adapter.records)
         made.named = adapter.named
         self._install(new_name, made)
+
+    def split_tasks(self, adapter_name: str) -> tuple[str, ...]:
+        """Add an adapter for each task of one that acts by `task_ids`, over the same tensors; returns their names.
+
+        Each does for all rows what that one does for rows of its task, and needs no `task_ids`: it is merged and
+        exported as others are, and all are rows of an export with `batched=`. They are called `<adapter_name>_0` and
+        so on; which adapters are active stays as it is. HF PEFT has nothing of the kind.
+
+        Raises:
+            PeftfxError: the adapter does not act by task, or there is one of such a name.
+        """
+        from peftfx.adapters.combination import settled
+
+        adapter = self.adapter(adapter_name)
+        asked = {name: count for rule in adapter.rules for name, count in rule.inputs.items()}
+        if not asked:
+            what = "this adapter does the same for every task"
+            raise PeftfxError(what, adapter_name, "Poly and MultitaskPromptTuning have tasks")
+        ((asked_name, count),) = asked.items()
+        names, before = tuple(f"{adapter_name}_{task}" for task in range(count)), self.active
+        for name in names:
+            self.named.refuse(name)
+        self.named.apart("adapters are added")
+        for task, name in enumerate(names):
+            self._install(name, settled(adapter, {asked_name: task}))
+        self.set_adapter(before)
+        return names

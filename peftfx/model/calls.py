@@ -15,6 +15,7 @@ from peftfx.errors import PeftfxError, shown
 from peftfx.graph.contexts import TRACING
 from peftfx.graph.graph import Graph
 from peftfx.hosting.call import CURRENT, acting_by_row
+from peftfx.hosting.call_inputs import take
 from peftfx.hosting.other_forward import run_other
 from peftfx.hosting.road import NO_ADAPTER
 from peftfx.model.gathered import refuse_graph
@@ -42,6 +43,7 @@ class AdapterCalls(PeftSurface):
         CURRENT.called = True
         names = kwargs.get("adapter_names")
         kwargs = {key: value for key, value in kwargs.items() if key != "adapter_names"}
+        kwargs, given = self._beside(kwargs)
         if names is not None:
             return self._run_by_row(names, args, kwargs)
         if self.road == "graph":
@@ -54,7 +56,14 @@ class AdapterCalls(PeftSurface):
         entry = self.modules_road.entry(names)
         if entry is not None:
             args, kwargs = (), named_arguments(self.base, args, kwargs)
-        return self._penalised(self.modules_road.run(names, entry, args, kwargs))
+        return self._penalised(self.modules_road.run(names, entry, args, kwargs, given))
+
+    def _beside(self, kwargs: Mapping[str, object]) -> tuple[Mapping[str, object], Mapping[str, Tensor]]:
+        """The arguments of a call without what methods read beside the model's own, and that."""
+        known = [rule for name in self.names() for rule in self.adapter(name).rules]
+        if not any(rule.inputs for rule in known):
+            return kwargs, {}
+        return take(known, [rule for adapter in self.named.acting() for rule in adapter.rules], kwargs)
 
     def _run_by_row(self, names: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """A call in which each row has the adapter of its name."""

@@ -30,7 +30,7 @@ class PeftConfig(SimpleNamespace):
     @property
     def is_prompt_learning(self) -> bool:
         """Whether it is a soft prompt, ahead of the text."""
-        return str(self.peft_type) in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+        return hasattr(self, "num_virtual_tokens")
 
     def to_dict(self) -> dict[str, object]:
         """Its fields."""

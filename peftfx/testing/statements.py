@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -139,9 +140,12 @@ def commute(case: Case, method: Method) -> None:
     for order in (rules, rules[::-1]):
         adapted = adapt(case, *order)
         for name, value in adapted.adapter("default").tensors():
-            own = not name.startswith(f"{SHARED}.")  # what its places share is each rule's own: here, of the same value
-            if own or isinstance(value, nn.Parameter):
-                value.copy_(one.adapter("default").get(name if own else f"{SHARED}.0.{name.rpartition('.')[2]}"))
+            if not name.startswith(f"{SHARED}."):
+                value.copy_(one.adapter("default").get(name))
+            elif isinstance(value, nn.Parameter):  # what its places share is each rule's own: by its target, here
+                _, number, leaf = name.split(".")
+                rng = torch.Generator().manual_seed(zlib.crc32(f"{order[int(number)].target} {leaf}".encode()))
+                value.copy_(torch.randn(value.shape, generator=rng))
         merged = Merge()(adapted.graph()).graph
         results.append(
             [output(adapted, case.inputs()), *(merged.get(f"derived.{name}") for name in sorted(merged.derived))]
@@ -165,7 +169,9 @@ def save_and_load(case: Case, method: Method) -> None:
 
 @torch.no_grad()
 def sizes(case: Case, method: Method) -> None:
-    """At sizes the capture never saw, each row of a batch is what it is alone."""
+    """At sizes the capture never saw, each row of a batch is what it is alone, if what the method does is a weight."""
+    if method.unfoldable:
+        return
     adapted, inputs = adapt(case, method), case.inputs()
     whole = output(adapted, inputs)
     for i in range(case.batch):

@@ -106,7 +106,7 @@ class VirtualTokens(Entry):
 
     def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
         given = {name: value for name, value in arguments.items() if name not in self.dropped}
-        count = hole.shape[0]  # a symbol where it is an input
+        count = hole.shape[-2]  # a symbol where it is an input
         for name in self._grown:
             value = given.get(name)
             if isinstance(value, Tensor) and value.ndim > 1 and not value.is_floating_point():

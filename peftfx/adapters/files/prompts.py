@@ -58,11 +58,11 @@ def read_prompt(
         weights.names.pop(PROMPT)
         return adapter, wanted
     like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
-    key = f"{placement.key}.{PROMPT}"
-    shape = tuple(placement.method.saved_shape())
-    device = like.device if shape == weights.shapes.get(PROMPT) else torch.device("meta")  # that is refused, later
-    adapter.put(key, torch.empty(shape, dtype=adapter_dtype(like.dtype), device=device))
-    return adapter, {PROMPT: key, **wanted}
+    for name, shape in placement.method.written_shapes().items():
+        device = like.device if tuple(shape) == weights.shapes.get(name) else torch.device("meta")  # refused, later
+        adapter.put(f"{placement.key}.{name}", torch.empty(shape, dtype=adapter_dtype(like.dtype), device=device))
+        wanted[name] = f"{placement.key}.{name}"
+    return adapter, wanted
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def written_prompt(base: nn.Module, adapter: Adapter, rule: Placed) -> Contents:
     (placement,) = rule.placements.prompts
     method, params = placement.method, adapter.params(placement)
     config = _config(base, adapter, method)
-    tensors = {PROMPT: method.saved(params)}
+    tensors = method.written(params)
     for path in _heads(base, config["task_type"]):
         head = base.get_submodule(path).state_dict()
         tensors |= {f"{method.prefix}{path}.{name}": tensor for name, tensor in head.items()}

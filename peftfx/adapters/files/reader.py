@@ -20,7 +20,7 @@ from peftfx.adapters.files.parameters import refuse_turned
 from peftfx.adapters.files.prompts import read_prompt, split
 from peftfx.adapters.files.sizes import fit, without_memory
 from peftfx.adapters.files.torch_attention import path_in_file, times_in_use
-from peftfx.adapters.files.unlike_peft import warn_unlike_peft
+from peftfx.adapters.files.unlike_peft import telling_other_base, warn_unlike_peft
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.contract.override import Override
@@ -124,7 +124,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     with without_memory(not fit(rule, weights, base)):  # then it is refused below
         adapter.create(base, None)
         make_room(adapter)
-    wanted = _wanted(placements, overrides, base) | _shared(adapter, method, weights)
+    wanted = _wanted(adapter, placements, overrides, base) | _shared(adapter, method, weights)
     again = repeats(weights, wanted, base)
     idle = unused(weights.names.keys() - wanted.keys() - again, marks, base, sites)
     _refuse_unknown_share(adapter, method, idle, directory)
@@ -139,7 +139,8 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     if not wanted and not idle:
         what = f"the file holds no tensor of {type(method).__name__} for a module that this model runs"
         raise PeftfxError(what, str(weights.path), "load it on the model that it was trained on, or save it again")
-    _copy(adapter, wanted, weights)
+    with telling_other_base(adapter, str(directory)):
+        _copy(adapter, wanted, weights)
     for placement in placements:
         _scale(adapter, placement, base)
     again |= names - weights.names.keys()
@@ -177,8 +178,13 @@ def _tell_unused(names: Collection[str], where: Path) -> None:
 
 @torch.no_grad()
 def _copy(adapter: Adapter, wanted: Mapping[str, str], weights: Weights) -> None:
+    names: dict[str, str] = {}
     for name, key in wanted.items():
-        adapter.get(key).copy_(weights[name])
+        value, first = weights[name], names.setdefault(key, name)
+        if first != name and not torch.equal(value, weights[first]):
+            what = f"it is one tensor, which places share, and another one as {first}"
+            raise PeftfxError(what, f"{weights.path}: {name}", "save the adapter again")
+        adapter.get(key).copy_(value)
 
 
 @torch.no_grad()
@@ -195,9 +201,14 @@ def _names(placement: Placement, base: nn.Module) -> dict[str, str]:
     return {name_of(path, suffix): f"{placement.key}.{name}" for name, suffix in placement.file_suffixes().items()}
 
 
-def _wanted(placements: list[Placement], overrides: list[Override], base: nn.Module) -> dict[str, str]:
-    """For each name the file must have, where the adapter keeps its value."""
-    wanted = {name: key for p in placements for name, key in _names(p, base).items()}
+def _wanted(
+    adapter: Adapter, placements: list[Placement], overrides: list[Override], base: nn.Module
+) -> dict[str, str]:
+    """For each name the file must have, where the adapter keeps its value: one that places share has several."""
+    wanted: dict[str, str] = {}
+    for placement in placements:
+        kept = {f"{placement.key}.{name}": key for name, key in adapter.keys(placement).items()}
+        wanted |= {name: kept.get(key, key) for name, key in _names(placement, base).items()}
     adapted = {p.site.path for p in placements}
     return wanted | {override_name(override, adapted): override.key for override in overrides}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -132,7 +132,7 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     tensors: dict[str, Tensor] = {}
     methods: dict[str, Method] = {}
     for path, group in _by_site(rule.placements).items():
-        method, params = group[0].whole(base, {p: adapter.all_of(p) for p in group})
+        method, params = group[0].whole(base, {p: adapter.params(p) | adapter.all_of(p) for p in group})
         placement = dataclasses.replace(group[0], method=method)
         named_path = path_in_file(base, named_by, path)
         for key, suffix in placement.file_suffixes().items():
@@ -148,7 +148,15 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     account = adapter.accounts.get(number)
     named |= {f"{prefix}{name}": t for name, t in (account.unused if account else {}).items()}
     named |= {key: adapter.get(shared_key(number, name)) for name, key in rule.method.shared_keys(rule.sites).items()}
-    return config, {WEIGHTS: {key: t.detach().contiguous() for key, t in named.items()}}
+    return config, {WEIGHTS: dict(_apart(named))}
+
+
+def _apart(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by their names; one that places share, and HF PEFT has at each, more than once."""
+    seen: set[int] = set()
+    for key, value in named.items():
+        yield key, value.detach().clone() if id(value) in seen else value.detach().contiguous()
+        seen.add(id(value))
 
 
 def _by_site(placements: Iterable[Placement]) -> dict[str, list[Placement]]:

@@ -14,6 +14,7 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import unmet
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.graph.graph import ADAPTERS, Graph, path_name
+from peftfx.hosting.call_inputs import refuse_unsettled
 from peftfx.model.graphs.fingerprints import ModelState, value_key
 from peftfx.model.graphs.late_modules import refuse_late
 from peftfx.passes.adaptation.evaluate import evaluate
@@ -147,6 +148,7 @@ class Graphs:
         exact: bool = False,
     ) -> Graph:
         """The graph for such a call under the adapters of these names, as they are now; see `captured`."""
+        refuse_unsettled({name: self.adapters[name].rules for name in names})
         captured = self.captured(inputs, entry, view, exact=exact)
         if not names:
             return captured

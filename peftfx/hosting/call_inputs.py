@@ -1,0 +1,85 @@
+"""Inputs of a call beside the model's own, `task_ids` say: taken from its arguments, checked, and read by methods."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from peftfx.contract.method import Method
+from peftfx.errors import PeftfxError, shown
+from peftfx.hosting.call import CURRENT
+
+
+def take(
+    known: Iterable[Method], acting: Iterable[Method], kwargs: Mapping[str, object]
+) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The arguments that are the model's own, and what methods read beside them.
+
+    Args:
+        known: all methods: what one that does not act would read is no argument of the model either.
+        acting: those that act.
+        kwargs: the arguments of the call.
+
+    Raises:
+        PeftfxError: one that acts reads what is not given, or is no such number.
+    """
+    names = {name for method in known for name in method.inputs}
+    given = {}
+    for method in acting:
+        for name, count in method.inputs.items():
+            if kwargs.get(name) is not None:
+                given[name] = _checked(name, kwargs[name], count)
+            elif count > 1:
+                raise _missing(method, name, count)
+    return {name: value for name, value in kwargs.items() if name not in names}, given
+
+
+def read(method: Method, x: Tensor | None = None) -> dict[str, Tensor]:
+    """What a method reads in the call that runs in this thread, by name.
+
+    Args:
+        x: what a layer reads, whose first axis must be the batch's.
+    """
+    found = {}
+    for name, count in method.inputs.items():
+        if count < 2:
+            continue
+        if name not in CURRENT.given:
+            raise _missing(method, name, count)
+        value = CURRENT.given[name]
+        if x is not None and len(x) != len(value):
+            what = f"{type(method).__name__} acts by row, and a layer reads {len(x)} rows where {name} has {len(value)}"
+            raise PeftfxError(what, name, "pass one for each row of the batch; leave out layers that mix its rows")
+        found[name] = value if x is None else value.to(x.device)
+    return found
+
+
+def refuse_unsettled(adapters: Mapping[str, Collection[Method]]) -> None:
+    """Refuse methods that act by an input of the call, where there is none."""
+    for name, methods in adapters.items():
+        for method in methods:
+            for asked in (asked for asked, count in method.inputs.items() if count > 1):
+                what = f"{type(method).__name__} acts by {asked}, and a graph has no such input"
+                hint = f"make an adapter of each ({name!r}: split_tasks), and take one, or serve them by row (batched=)"
+                raise PeftfxError(what, asked, hint)
+
+
+def _checked(name: str, value: object, count: int) -> Tensor:
+    try:
+        numbers = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PeftfxError(f"no whole numbers: {shown(value)}", name, "one for each row of the batch") from error
+    if numbers.ndim != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        what = f"{str(numbers.dtype)[6:]}{list(numbers.shape)}, and not a whole number for each row"
+        raise PeftfxError(what, name, "pass [batch] whole numbers")
+    if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
+        what = f"there are {count}, from 0 to {count - 1}, and not {int(numbers.min())} to {int(numbers.max())}"
+        raise PeftfxError(what, name, "pass the number of each row's")
+    return numbers.long()
+
+
+def _missing(method: Method, name: str, count: int) -> PeftfxError:
+    what = f"{type(method).__name__} reads {name}, and the call has none"
+    return PeftfxError(what, name, f"pass {name}=, a number from 0 to {count - 1} for each row of the batch")
