@@ -10,6 +10,7 @@ from peftfx.export_options.export import ExportOptions as ExportOptions
 from peftfx.graph.graph import Graph as Graph
 from peftfx.methods import register as register
 from peftfx.methods.adalora import AdaLoRA as AdaLoRA
+from peftfx.methods.adamss import AdaMSS as AdaMSS
 from peftfx.methods.beft import BEFT as BEFT
 from peftfx.methods.bitfit import BitFit as BitFit
 from peftfx.methods.boft import BOFT as BOFT
@@ -25,18 +26,22 @@ from peftfx.methods.gralora import GraLoRA as GraLoRA
 from peftfx.methods.hira import HiRA as HiRA
 from peftfx.methods.hra import HRA as HRA
 from peftfx.methods.ia3 import IA3 as IA3
+from peftfx.methods.lily import Lily as Lily
 from peftfx.methods.llama_adapter import LlamaAdapter as LlamaAdapter
 from peftfx.methods.ln_tuning import LNTuning as LNTuning
 from peftfx.methods.loha import LoHa as LoHa
 from peftfx.methods.lokr import LoKr as LoKr
 from peftfx.methods.lora import LoRA as LoRA
 from peftfx.methods.miss import MiSS as MiSS
+from peftfx.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
 from peftfx.methods.oft import OFT as OFT
 from peftfx.methods.osf import OSF as OSF
 from peftfx.methods.p_tuning import PTuning as PTuning
 from peftfx.methods.peanut import PEANuT as PEANuT
+from peftfx.methods.poly import Poly as Poly
 from peftfx.methods.prefix_tuning import PrefixTuning as PrefixTuning
 from peftfx.methods.prompt_tuning import PromptTuning as PromptTuning
+from peftfx.methods.psoft import PSOFT as PSOFT
 from peftfx.methods.pvera import PVeRA as PVeRA
 from peftfx.methods.randlora import RandLoRA as RandLoRA
 from peftfx.methods.road import RoAd as RoAd
@@ -67,6 +72,7 @@ from peftfx.views.capture import capture as capture
 
 __all__ = [
     "AdaLoRA",
+    "AdaMSS",
     "AdaptedModel",
     "BEFT",
     "BOFT",
@@ -86,20 +92,24 @@ __all__ = [
     "HiRA",
     "IA3",
     "LNTuning",
+    "Lily",
     "LlamaAdapter",
     "LoHa",
     "LoKr",
     "LoRA",
     "MemoryInLogs",
     "MiSS",
+    "MultitaskPromptTuning",
     "OFT",
     "OSF",
     "PEANuT",
+    "PSOFT",
     "PTuning",
     "PVeRA",
     "Pattern",
     "PatternMethod",
     "PeftfxError",
+    "Poly",
     "PrefixTuning",
     "PromptTuning",
     "RandLoRA",

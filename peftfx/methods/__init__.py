@@ -77,12 +77,6 @@ _PEFT = frozenset(
 _REFUSED = {
     "XLORA": "mixes trained LoRAs by what a first pass of the whole model gives for this very input, which no one "
     "graph computes; make its LoRAs active together (set_adapter), or one at a time",
-    "POLY": "mixes its skills by the task of each row, and a call has no task_ids here; train a LoRA for each task, "
-    "and serve them by row (peftfx export --batched)",
-    "MULTITASK_PROMPT_TUNING": "has a prompt for the task of each row, and a call has no task_ids here; train a "
-    "PromptTuning for each task, and serve them by row",
-    "LILY": "mixes its factors by a mean over all tokens of a batch, so that a row depends on the others and no weight "
-    "says what it does; train a LoRA in its place",
     "SHADOW": "runs a second network of its own beside the whole model, and acts at no module of it; train a LoRA in "
     "its place, or export what peft runs yourself",
 }

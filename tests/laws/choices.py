@@ -57,6 +57,16 @@ CHOICES: Mapping[str, Choices] = {
         "proportional_parameters": (False,),
         "n_frequency_pattern": ({}, {"head|0": 7}),
     },
+    "PSOFT": {"r": (1, 2, 3), "random_seed": (0, 3), "cayley_neumann_eps": (None, 0.5)},
+    "ADAMSS": {
+        "r": (3, 100),
+        "init_weights": ("orthogonal", None),
+        "use_asa": (False,),
+        **dict.fromkeys(("init_warmup", "final_warmup", "mask_interval", "asa_target_subspaces"), (5,)),
+    },
+    "POLY": {"n_tasks": (1,), "n_splits": (1, 2), "poly_type": ("poly",)},
+    "MULTITASK_PROMPT_TUNING": {"num_tasks": (1,), "prompt_tuning_init": ("RANDOM", "SAMPLE_VOCAB")},
+    "LILY": {"num_B": (2, 3), "stride_A": (1, 2)},
     "PROMPT_TUNING": {"prompt_tuning_init": ("RANDOM", "SAMPLE_VOCAB")},
 }
 

@@ -23,6 +23,10 @@ CASES: tuple[Case, ...] = (
     ("UNILORA", {"theta_d_length": 30, "r": 3}),
     ("TINYLORA", {"u": 5, "weight_tying": 0.5, "init_weights": "uniform"}),
     ("FROD", {"sparse_rate": 0.1}),
+    ("PSOFT", {"r": 3}),
+    ("ADAMSS", {"r": 5, "num_subspaces": 3}),
+    ("LILY", {"r": 3, "num_B": 3}),
+    ("POLY", {"r": 2, "n_tasks": 3, "n_skills": 3, "n_splits": 2}),
 )
 MORE: tuple[Case, ...] = (
     ("PVERA", {"r": 4, "save_projection": False}),
@@ -33,6 +37,13 @@ MORE: tuple[Case, ...] = (
     ("TINYLORA", {"u": 5, "save_projection": False, "init_weights": "uniform"}),
     ("FROD", {"sparse_rate": 0.1, "save_projection": False}),
     ("FROD", {"sparse_rate": 0.0}),
+    ("PSOFT", {"r": 4, "psoft_orth": False, "ab_svd_init": "pissa_init", "psoft_mag_a": False}),
+    ("PSOFT", {"r": 4, "psoft_svd": "lowrank", "random_seed": 3, "use_cayley_neumann": True}),
+    ("PSOFT", {"r": 4, "use_cayley_neumann": True, "num_cayley_neumann_terms": 3, "cayley_neumann_eps": 0.5}),
+    ("PSOFT", {"r": 4, "use_cayley_neumann": True, "num_cayley_neumann_terms": 2, "psoft_mag_b": False}),
+    ("ADAMSS", {"r": 5, "num_subspaces": 2, "subspace_rank": 3, "use_dynamic_rank": True, "random_seed": 4}),
+    ("ADAMSS", {"r": 50, "init_weights": None}),
+    ("POLY", {"r": 3, "init_weights": False}),
 )
 
 
@@ -55,7 +66,7 @@ def test_an_orthonormal_factor_has_the_signs_of_lapack() -> None:
     torch.testing.assert_close(orthonormal(p), torch.linalg.qr(p)[0])
 
 
-@pytest.mark.parametrize("kind", ["XLORA", "SHADOW", "POLY", "MULTITASK_PROMPT_TUNING", "LILY"])
+@pytest.mark.parametrize("kind", ["XLORA", "SHADOW"])
 def test_what_is_refused_is_refused_with_the_reason(kind: str) -> None:
     with pytest.raises(PeftfxError, match=f"refuses HF PEFT's method {kind}") as caught:
         peftfx.transform(torch.nn.Linear(4, 4), f"{kind.lower()}()@all-linear", inputs={"input": torch.ones(1, 4)})

@@ -1,0 +1,123 @@
+"""Multitask prompt tuning: a prompt that tasks share, times a low-rank product of each (arXiv:2303.02861).
+
+The virtual tokens of a row of task `t` are `P * (U_t V_t)`, with `P` [num_virtual_tokens, token_dim], and of each task
+`U` [num_virtual_tokens, num_ranks] and `V` [num_ranks, token_dim]. The call says the tasks: `task_ids`. One task is one
+prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from peftfx.contract.method import Params
+from peftfx.contract.sequence import PROMPT
+from peftfx.errors import PeftfxError, first_line
+from peftfx.methods.prompt_tuning import PromptTuning
+from peftfx.sites.site import SequenceSite
+
+COLUMNS, ROWS, TASKS = "prefix_task_cols", "prefix_task_rows", "task_ids"
+Starts = Literal["RANDOM", "SAMPLE_VOCAB", "TEXT", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"]
+_AVERAGE, _EXACT, _SHARED = "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultitaskPromptTuning(PromptTuning):
+    """Virtual tokens by each row's task.
+
+    Args:
+        num_tasks: how many tasks there are. With more than one, calls say that of each row: `task_ids`, [batch].
+        num_ranks: rank of a task's product.
+        prompt_tuning_init: as for prompt tuning; or from another adapter's file: the mean of its tasks
+            (AVERAGE_SOURCE_TASKS), one of them (EXACT_SOURCE_TASK), or what they share alone (ONLY_SOURCE_SHARED).
+        prompt_tuning_init_state_dict_path: that file, of safetensors.
+        prompt_tuning_init_task: the number of the one.
+    """
+
+    prompt_tuning_init: Starts = "RANDOM"  # type: ignore[assignment]
+    prompt_tuning_init_state_dict_path: str | None = None
+    prompt_tuning_init_task: int = 0
+    num_ranks: int = 1
+    num_tasks: int = 1
+
+    peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
+    starts: ClassVar[tuple[str, ...]] = (*PromptTuning.starts, _AVERAGE, _EXACT, _SHARED)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_ranks", "num_tasks"):
+            if getattr(self, name) < 1:
+                what = f"must be 1 or more, not {getattr(self, name)}"
+                raise PeftfxError(what, name, f"MultitaskPromptTuning({name}=2)")
+        if self._has_source and not self.prompt_tuning_init_state_dict_path:
+            what = f"prompt_tuning_init={self.prompt_tuning_init!r} needs a source"
+            raise PeftfxError(what, "prompt_tuning_init_state_dict_path", "give it, or start at 'RANDOM'")
+
+    @property
+    def _has_source(self) -> bool:
+        return self.prompt_tuning_init in (_AVERAGE, _EXACT, _SHARED)
+
+    @property
+    def inputs(self) -> Mapping[str, int]:
+        return {TASKS: self.num_tasks}
+
+    def settled(self, values: Mapping[str, int]) -> MultitaskPromptTuning:
+        return dataclasses.replace(self, num_tasks=1) if TASKS in values else self
+
+    def settle(self, p: Params, values: Mapping[str, int]) -> dict[str, Tensor]:
+        own = {name: p[name][values[TASKS]][None] for name in (COLUMNS, ROWS)} if TASKS in values else {}
+        return {**p, **own}
+
+    def init(self, site: SequenceSite, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+        plain = dataclasses.replace(self, prompt_tuning_init="RANDOM") if self._has_source else self
+        p = super(MultitaskPromptTuning, plain).init(site, embed, rng)
+        for name in (COLUMNS, ROWS):
+            p[name] = p[PROMPT].new_empty(self.written_shapes()[name]).normal_(std=0.02, generator=rng)
+        return p | self._source(p) if self._has_source else p
+
+    def _source(self, p: Params) -> dict[str, Tensor]:
+        """What the source's file has for these parameters."""
+        path = str(self.prompt_tuning_init_state_dict_path)
+        try:
+            found = load_file(path)
+        except (OSError, SafetensorError) as error:
+            what = f"cannot be read: {first_line(error)}"
+            raise PeftfxError(what, path, "give the adapter_model.safetensors of a prompt of tasks") from error
+        made = {}
+        for name in (PROMPT,) if self.prompt_tuning_init == _SHARED else (PROMPT, COLUMNS, ROWS):
+            value = found.get(name, torch.empty(0))
+            if name != PROMPT and len(value):
+                number = self.prompt_tuning_init_task
+                if self.prompt_tuning_init == _EXACT and not 0 <= number < len(value):
+                    what = f"the source has {len(value)} tasks, and not one of number {number}"
+                    raise PeftfxError(what, "prompt_tuning_init_task", f"from 0 to {len(value) - 1}")
+                one = value[number] if self.prompt_tuning_init == _EXACT else value.mean(0)
+                value = one.expand(self.num_tasks, *one.shape)
+            if value.shape != p[name].shape:
+                what = f"{name} is {list(value.shape)} there, and {list(p[name].shape)} here"
+                raise PeftfxError(what, path, "give the options that the source has")
+            made[name] = value.to(p[name]).contiguous()
+        return made
+
+    def written(self, p: Params) -> dict[str, Tensor]:
+        return {name: p[name] for name in (PROMPT, COLUMNS, ROWS)}
+
+    def written_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        count, width = self.saved_shape()
+        columns, rows = (self.num_tasks, count, self.num_ranks), (self.num_tasks, self.num_ranks, width)
+        return {PROMPT: (count, width), COLUMNS: columns, ROWS: rows}
+
+    def virtual(self, p: Params, training: bool) -> Tensor:
+        if self.num_tasks == 1:
+            columns, rows = p[COLUMNS][0], p[ROWS][0]
+        else:
+            columns, rows = (p[name].index_select(0, p[TASKS].to(p[name].device)) for name in (COLUMNS, ROWS))
+        count = self.num_virtual_tokens
+        return p[PROMPT][:count] * (columns[..., :count, :] @ rows)
