@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import peftfx
 from peftfx.methods.lora import LoRA
-from peftfx.model import graph_cache
 from peftfx.model.adapted import AdaptedModel
+from peftfx.model.graphs import graph_cache
 from peftfx.views.view import without_cache
 
 
