@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from peftfx.export.coded.operators import Product, product_for
+from peftfx.export.coded.operators import BlockProduct, Product, product_for
+from peftfx.export.coded.rows import OPERATOR, REASON, refused_rows, row_nodes
 from peftfx.export.metadata import PERM, SOURCE
 from peftfx.export.translation.layout import name_apart
-from peftfx.export.writing.readers import DOMAIN, Reader, readers
+from peftfx.export.writing.readers import DOMAIN, Reader, lookups, readers
 from peftfx.graph.graph import BASE, Graph
 from peftfx.quantisation.coded import Coded
 
@@ -40,8 +42,8 @@ class Choice:
 def place_codes(model: ir.Model, graph: Graph) -> list[Choice]:
     """Put codes in the place of the weights that they stand for; tells what was chosen.
 
-    A weight that something else than a product reads (an embedding) stays float32 for that, dequantised as it is
-    written. Weights that a merge made are not the base's.
+    Of an embedding, rows of codes are gathered, and dequantised then. A weight that something else reads stays float32
+    for that, dequantised as it is written. Weights that a merge made are not the base's.
     """
     chosen: dict[Choice, Choice] = {}
     for weight in list(model.graph.initializers.values()):
@@ -68,18 +70,28 @@ def _coded(weight: ir.Value, graph: Graph) -> Coded | None:
 
 def _placed(model: ir.Model, weight: ir.Value, coded: Coded) -> Iterator[Choice]:
     """Replace what can be replaced of a weight's readers, and tell how it is written."""
-    codes, why = coded.codes, "something else than a product reads it"
+    codes, why = coded.codes, "something else than a product or a lookup reads it"
     found = [reader for reader in readers(weight) if _fits(reader, weight, coded)]
+    picks = [lookup for lookup in lookups(weight) if coded.transposed is False and PERM not in weight.metadata_props]
     if weight.dtype != ir.DataType.FLOAT:
-        found, why = [], "its operator is of float32 alone"
-    if found:
+        found, picks, why = [], [], "its operator is of float32 alone"
+    if found or picks:
         made = product_for(codes, str(weight.name), weight.meta[SOURCE], model.graph.opset_imports[""])
         if isinstance(made, Product):
-            for value in made.initializers:
-                model.graph.initializers[str(value.name)] = value
             for reader in found:
                 reader.replace(made.nodes)
-            yield Choice(codes.format, made.operator, made.reason)
+            if found:
+                yield Choice(codes.format, made.operator, made.reason)
+            refused = refused_rows(made) if picks else ""
+            if picks and not refused:
+                assert isinstance(made, BlockProduct)
+                for lookup in picks:
+                    lookup.replace(functools.partial(row_nodes, made))
+                yield Choice(codes.format, OPERATOR, REASON)
+            why = refused or why
+            if found or (picks and not refused):
+                for value in made.initializers:
+                    model.graph.initializers[str(value.name)] = value
         else:
             why = made
     if weight.uses():

@@ -26,16 +26,32 @@ class Reader:
 
     def replace(self, make: Callable[[ir.Value, ir.Value | None], Sequence[ir.Node]]) -> None:
         """Put nodes in its place, made of `x` and the bias; the last has the result."""
-        node, graph = self.node, self.node.graph
-        assert graph is not None
-        made = make(self.x, node.inputs[2] if len(node.inputs) > 2 else None)
-        for number, new in enumerate(made):
-            new.name = node.name if new is made[-1] else f"{node.name}.{number}"
-        old, result = node.outputs[0], made[-1].outputs[0]
-        result.type, result.shape, result.name = old.type, old.shape, old.name
-        graph.insert_before(node, made)
-        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        _replace(self.node, make(self.x, self.node.inputs[2] if len(self.node.inputs) > 2 else None))
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A node that picks rows of a weight."""
+
+    node: ir.Node
+
+    def replace(self, make: Callable[[ir.Value], Sequence[ir.Node]]) -> None:
+        """Put nodes in its place, made of the rows' numbers; the last has the rows."""
+        numbers = self.node.inputs[1]
+        assert numbers is not None
+        _replace(self.node, make(numbers))
+
+
+def _replace(node: ir.Node, made: Sequence[ir.Node]) -> None:
+    graph = node.graph
+    assert graph is not None
+    for number, new in enumerate(made):
+        new.name = node.name if new is made[-1] else f"{node.name}.{number}"
+    old, result = node.outputs[0], made[-1].outputs[0]
+    result.type, result.shape, result.name = old.type, old.shape, old.name
+    graph.insert_before(node, made)
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
 
 
 def readers(weight: ir.Value) -> Iterator[Reader]:
@@ -46,6 +62,15 @@ def readers(weight: ir.Value) -> Iterator[Reader]:
             yield Reader(node, transposed=False)
         elif node.op_type == "Gemm" and use.idx == 1 and not plain("transA", 0) and _is_linear(node):
             yield Reader(node, transposed=bool(plain("transB", 0)))
+
+
+def lookups(weight: ir.Value) -> Iterator[Lookup]:
+    """The nodes that pick rows of a weight."""
+    for use in weight.uses():
+        node = use.node
+        numbers = node.inputs[1] if node.op_type == "Gather" and use.idx == 0 else None
+        if numbers is not None and numbers.shape is not None and node.attributes.get_int("axis", 0) == 0:
+            yield Lookup(node)
 
 
 def _is_linear(node: ir.Node) -> bool:

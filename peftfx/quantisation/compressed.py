@@ -1,4 +1,4 @@
-"""compressed-tensors, as llm-compressor saves it: `pack-quantized` (2, 4, 8 bits), `int-quantized`, `float-quantized`.
+"""compressed-tensors, as llm-compressor saves it: `pack-quantized` (2 to 8 bits), `int-quantized`, `float-quantized`.
 
 https://github.com/vllm-project/compressed-tensors/tree/main/src/compressed_tensors/compressors
 """
@@ -23,7 +23,7 @@ NAMES = frozenset(
         *("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_global_scale"),
     }
 )
-_BITS = (2, 4, 8)
+_BITS = tuple(range(2, 9))
 
 
 def read(packed: Packed) -> Codes:
@@ -59,7 +59,7 @@ def _packed(packed: Packed) -> Blocks:
     rows, columns = map(int, said)
     bits = next((b for b in _BITS if weight.shape == (rows, -(-columns * b // 32))), None)
     if bits is None:
-        raise packed.wrong(f"weight_packed is {list(weight.shape)} for {said} (known are {_BITS} bits)")
+        raise packed.wrong(f"weight_packed is {list(weight.shape)} for {said} (known are 2 to 8 bits)")
     if scale.ndim != 2 or len(scale) not in (1, rows) or columns % scale.shape[1]:
         raise packed.wrong(f"weight_scale is {list(scale.shape)} for {said}")
     block, order = columns // scale.shape[1], None

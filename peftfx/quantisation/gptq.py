@@ -24,12 +24,14 @@ def read(packed: Packed) -> Blocks:
     Raises:
         PeftfxError: they have a number of bits that is not known, or their shapes do not fit.
     """
-    bits = packed.integer("bits", 2, 4, 8)
+    bits = packed.integer("bits", 2, 3, 4, 8)
     weight, zeros = packed.get("qweight", torch.int32), packed.get("qzeros", torch.int32)
     scales = packed.get("scales", torch.float16, torch.bfloat16, torch.float32)
     if weight.ndim != 2 or scales.ndim != 2:
         raise packed.wrong(f"qweight is {list(weight.shape)}, scales {list(scales.shape)}")
     columns, rows = weight.shape[0] * 32 // bits, weight.shape[1]
+    if rows * bits % 32:
+        raise packed.wrong(f"the zeros of {rows} rows of {bits} bits are no whole words")
     size = packed.integer("group_size")
     block = columns if size == -1 else size
     if block < 1:

@@ -69,9 +69,18 @@ class Packed:
 
 
 def nibbles(words: Tensor, bits: int) -> Tensor:
-    """uint8 [..., n * 32 / bits]: the codes in int32 words, or those in bytes, lowest first."""
+    """uint8 [..., n * 32 / bits]: the codes in int32 words, or those in bytes, lowest first.
+
+    Codes whose bits are no divisor of 8 are side by side, too: some of them begin in one word and end in the next.
+    """
     values = words.contiguous().view(torch.uint8)  # little-endian: bytes are in order
     if bits == 8:
         return values
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    return (values.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        return (values.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)
+    whole = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, -words.shape[-1] % bits))
+    group = torch.nn.functional.pad(whole.unflatten(-1, (-1, bits)), (0, 1))  # 32 codes, and an empty word behind them
+    places = [divmod(number * bits, 32) for number in range(32)]
+    codes = [(group[..., at] >> by | group[..., at + 1] << 32 - by) & (1 << bits) - 1 for at, by in places]
+    return torch.stack([code.to(torch.uint8) for code in codes], -1).flatten(-2)

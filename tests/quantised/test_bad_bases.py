@@ -30,7 +30,7 @@ BAD: dict[str, tuple[dict[str, object], q.Pack, Change, str]] = {
     "short codes": (BNB, q.table4(), lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:9]}), "are of 18"),
     "other scales": (GPTQ, q.gptq(), lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"][:1]}), "scales is"),
     "uneven groups": (GPTQ, q.gptq(), lambda t: t[f"{Q}.g_idx"].fill_(1), "into groups of 32"),
-    "other bits": ({**GPTQ, "bits": 3}, q.gptq(), len, "bits is 3"),
+    "other bits": ({**GPTQ, "bits": 5}, q.gptq(), len, "bits is 5"),
     "an unknown method": ({"quant_method": "aqlm"}, q.gptq(), len, "in a way that is not read here"),
     "another of torchao's": ({"quant_method": "torchao"}, q.torchao(), len, "tensor is of no type that is told"),
     "no layers": ({"quant_method": "awq", "bits": 4, "group_size": 32}, q.fp8(), len, "no layer of the base"),

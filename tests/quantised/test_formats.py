@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from support import quantised as q
 
 import peftfx
 from peftfx.bases.load import load_base
-from peftfx.export.coded.operators import Product, product_for
+from peftfx.export.coded.operators import BlockProduct, Product, product_for
+from peftfx.export.coded.rows import refused_rows, row_nodes
 from peftfx.export.command import export_directory
 from peftfx.export.report import Report
 from peftfx.quantisation.coded import Coded
@@ -48,12 +50,14 @@ FORMATS: dict[str, tuple[dict[str, object], q.Pack, str]] = {
     "gptq-whole-rows": (gptq(group=-1), q.gptq(group=-1), "MatMulNBits"),
     "gptq-8": (gptq(8), q.gptq(8), "MatMulNBits"),
     "gptq-8-zero-of-256": (gptq(8), q.gptq(8, symmetric=False, top=True), "MatMulNBits"),
+    "gptq-3": (gptq(3), q.gptq(3), "MatMulNBits"),
     "gptq-2": (gptq(2), q.gptq(2), "MatMulNBits"),
     "gptq-groups-of-8": (gptq(group=8), q.gptq(group=8), "float32"),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, q.awq(), "MatMulNBits"),
     "compressed": (PACKED, q.compressed(), "MatMulNBits"),
     "compressed-zeros": (PACKED, q.compressed(symmetric=False), "MatMulNBits"),
     "compressed-8": (PACKED, q.compressed(8), "MatMulNBits"),
+    "compressed-6": (PACKED, q.compressed(6, symmetric=False), "MatMulNBits"),
     "compressed-int8": ({**PACKED, "format": "int-quantized"}, q.int8("weight_scale"), "MatMulNBits"),
     "torchao-int8": (AO, q.torchao(), "MatMulNBits"),
     "torchao-int4-zeros": (AO, q.torchao(4, 32, symmetric=False), "MatMulNBits"),
@@ -92,18 +96,36 @@ def test_codes_are_the_matrix_and_the_operator_has_it(name: str, tmp_path: Path)
     assert made.operator == operator
     got = on_identity(made, weight.codes.columns)
     torch.testing.assert_close(got, weight.codes.dequantise().T, rtol=2e-6, atol=2e-6 * float(got.abs().max()))
+    why = refused_rows(made)
+    assert bool(why) == (operator != "MatMulNBits" or name == "gptq-act")
+    if not why:
+        fresh = product_for(weight.codes, "w", "w", 23)
+        assert isinstance(fresh, BlockProduct)
+        rows = picked(fresh, torch.tensor([[3, 0], [63, 3]]))
+        want = weight.codes.dequantise()[torch.tensor([[3, 0], [63, 3]])]
+        torch.testing.assert_close(rows, want, rtol=1e-6, atol=1e-6 * float(want.abs().max()))
+
+
+def picked(made: BlockProduct, ids: torch.Tensor) -> torch.Tensor:
+    """The rows that ONNX Runtime picks of the weight."""
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n", "m"]))
+    return run(row_nodes(made, x), x, made, ids.numpy())
 
 
 def on_identity(made: Product, columns: int) -> torch.Tensor:
     """What ONNX Runtime computes of the identity: the weight, transposed."""
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", columns]))
-    nodes = made.nodes(x, None)
+    return run(made.nodes(x, None), x, made, np.eye(columns, dtype=np.float32))
+
+
+def run(nodes: Sequence[ir.Node], x: ir.Value, made: Product, given: np.ndarray) -> torch.Tensor:
+    """What the last of these nodes gives."""
     graph = ir.Graph([x], [nodes[-1].outputs[0]], nodes=nodes, initializers=made.initializers)
     graph.opset_imports.update({"": 23, "com.microsoft": 1})
     nodes[-1].outputs[0].name, nodes[-1].outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
     model = ir.serde.serialize_model(ir.Model(graph, ir_version=11)).SerializeToString()
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"x": np.eye(columns, dtype=np.float32)})[0])
+    return torch.from_numpy(session.run(None, {"x": given})[0])
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -63,8 +63,11 @@ def test_a_file_is_exported_as_it_is(name: str, tmp_path: Path) -> None:
     report = export_directory(tmp_path / "tiny.gguf", tmp_path / "out", adapter=tmp_path / "adapter")
     held = [name for c in report.codes["model"] if c.operator == "MatMulNBits" for name in c.weights]
     assert len(held) == 15
-    apart = [(c.weights, c.reason) for c in report.codes["model"] if c.operator == "float32"]
-    assert apart == [(["lm_head.weight"], "something else than a product reads it")]
+    assert [c.weights for c in report.codes["model"] if c.operator == "Gather"] == [["lm_head.weight"]]
+    assert not any(c.operator == "float32" for c in report.codes["model"])
+    coded = sum(p.codes.rows * p.codes.columns for _, p in weights)
+    beside = sum(p.numel() for p in adapted.parameters() if p.requires_grad or p.ndim == 1)
+    assert report.bytes["model.onnx.data"] < 1.5 * coded + 4 * beside + 70_000, "an embedding in float32"
     served = peftfx.runtime.load(tmp_path / "out")
     with torch.no_grad():
         want = adapted(IDS).logits

@@ -63,12 +63,13 @@ def scales(random: np.random.Generator, *shape: int) -> NDArray[np.float32]:
 
 def words(codes: NDArray[np.int64], bits: int, order: tuple[int, ...] | None = None) -> Tensor:
     """Codes [n * 32 / bits, m] packed along the first axis into int32 [n, m]."""
-    per = 32 // bits
-    packed = np.zeros((len(codes) // per, codes.shape[1]), np.uint32)
-    for row in range(len(packed)):
-        for place in range(per):
-            source = place if order is None else order[place]
-            packed[row] |= codes[row * per + source].astype(np.uint32) << np.uint32(bits * place)
+    if order is not None:
+        codes = codes.reshape(-1, len(order), codes.shape[1])[:, list(order)].reshape(codes.shape)
+    packed = np.zeros((len(codes) * bits // 32, codes.shape[1]), np.uint32)
+    for number, row in enumerate(codes):
+        for bit in range(bits):  # codes are side by side, and may go on in the next word
+            at = number * bits + bit
+            packed[at // 32] |= (row >> bit & 1).astype(np.uint32) << np.uint32(at % 32)
     return torch.from_numpy(packed.view(np.int32).copy())
 
 
