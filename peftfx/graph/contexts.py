@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from torch import fx, nn
+from torch._dynamo import config as dynamo_config
 from torch._guards import detect_fake_mode
 from torch.fx import config as fx_config
 
@@ -37,13 +38,17 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sparing() -> Iterator[None]:
+def sparing(model: nn.Module) -> Iterator[None]:
     """Inside, torch makes of a capture its nodes alone: no stack traces, and no source of a module until it is run.
 
     Nobody reads these, and they are a third of a capture. Python does not look for garbage either: it would go through
-    all nodes again and again. Not for what runs the program of torch.export: its guards are made of such source.
+    all nodes again and again. Fake tensors are not looked up in torch's cache of earlier calls: with sizes that are
+    symbols, to look one up and to make it from what is found costs more than to compute it.
+    Not for what runs the program of torch.export: its guards are made of such source.
     """
     traces, recompile, collects = fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile, gc.isenabled()
+    own = detect_fake_mode(list(model.parameters()))
+    caches = dynamo_config.fake_tensor_cache_enabled, own is not None and own.cache_enabled
 
     def later(module: fx.GraphModule) -> None:
         def forward(self: fx.GraphModule, *args: object, **kwargs: object) -> object:
@@ -55,10 +60,16 @@ def sparing() -> Iterator[None]:
         type(module).forward = forward
 
     fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile = True, later  # type: ignore[method-assign, assignment]
+    dynamo_config.fake_tensor_cache_enabled = False  # of the modes that torch makes
+    if own is not None:
+        own.cache_enabled = False
     gc.disable()
     try:
         yield
     finally:
+        dynamo_config.fake_tensor_cache_enabled = caches[0]
+        if own is not None:
+            own.cache_enabled = caches[1]
         fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile = traces, recompile  # type: ignore[method-assign]
         if collects:
             gc.enable()

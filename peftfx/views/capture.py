@@ -68,7 +68,7 @@ def capture(
     tensors = {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
     axes = name_axes(tensors) if axes is None else axes
     _refuse_checkpointing(model)
-    with isolated(model), sparing(), unchanged(model), faked(model), fake_mode_of(model), without_cache(model):
+    with isolated(model), sparing(model), unchanged(model), faked(model), fake_mode_of(model), without_cache(model):
         wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves], call or forward, entry)
         wrapper.train(model.training)
         examples = {name: _fresh(model, t, axes.get(name)) for name, t in tensors.items()}
