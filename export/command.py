@@ -28,9 +28,11 @@ from peftfx.export_options.directory import DirectoryChanges, DirectoryOptions
 from peftfx.files import Snapshot, is_folder
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare, plan
-from peftfx.model.plan import Plan
+from peftfx.model.plan import Plan, shapes_of
+from peftfx.pages.page import Page
+from peftfx.pictures.adapted import show
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
-from peftfx.rules.resolution import saved_modules
+from peftfx.rules.resolution import place, saved_modules
 from peftfx.sites.sites import Sites
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -149,6 +151,20 @@ def inspect_directory(directory: str | Path, *, task: str | None = None, target:
     """The sites of a model in a directory; its weights are not read."""
     sites = bare(load_base(Path(directory), task=task, weights=False)).sites
     return sites if target is None else Sites(tuple(match.site for match in sites.select(target)))
+
+
+def page_directory(
+    directory: str | Path, *, rules: str | None = None, adapters: Sequence[Path] = (), task: str | None = None
+) -> Page:
+    """A model in a directory as a page, with what rules would do, or with adapters; weights are read for adapters."""
+    if not adapters:
+        adapted = bare(load_base(Path(directory), task=task, weights=False))
+        made = {} if rules is None else {"": shapes_of(adapted.source, place(adapted.source, adapted.sites, rules))}
+        return show(adapted.base, adapted.sites, made, values=False)
+    adapted = bare(load_base(Path(directory), task=task))
+    for path in adapters:
+        adapted.load_adapter(path, path.name.replace(".", "_") or "adapter")
+    return adapted.show()
 
 
 def plan_directory(directory: str | Path, rules: str, *, task: str | None = None) -> Plan:

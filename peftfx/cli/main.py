@@ -15,6 +15,7 @@ from peftfx.cli.commands.export_adapter import export_adapter
 from peftfx.cli.commands.inspect import inspect
 from peftfx.cli.commands.merge import merge
 from peftfx.cli.commands.methods import methods
+from peftfx.cli.commands.report import report
 from peftfx.cli.commands.run import run
 from peftfx.cli.signals import Terminated, orderly_end
 from peftfx.errors import PeftfxError
@@ -43,6 +44,7 @@ app.command()(convert)
 app.command(name="export-adapter")(export_adapter)
 app.command()(inspect)
 app.command()(methods)
+app.command()(report)
 app.command()(run)
 app.command()(demo)
 

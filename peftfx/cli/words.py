@@ -25,6 +25,16 @@ def check_looks(task: str | None, target: str | None, rules: str | None, *, draw
         raise PeftfxError(what, "inspect", "leave out --target and --rules")
 
 
+def check_page(html: Path | None, adapters: Sequence[Path], *, others: bool, rules: str | None) -> None:
+    """Refuse what does not go together with a page, and an adapter to show without one."""
+    if html is None and adapters:
+        raise PeftfxError("--adapter is shown on a page", "inspect", "say where to: --html page.html")
+    if html is not None and others:
+        raise PeftfxError("a page is of the whole model", "inspect", "leave out --target, --json, --network, --graphml")
+    if adapters and rules is not None:
+        raise PeftfxError("rules and an adapter", "inspect", "show one of them")
+
+
 def check_run(prompt: str | None, given: Sequence[object], images: Iterable[Path], task: str | None) -> None:
     """Refuse an unknown task, images that are not there, and nothing to run on, or a prompt beside other things."""
     if task is not None:

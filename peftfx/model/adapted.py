@@ -28,6 +28,7 @@ from peftfx.views.view import View
 
 if TYPE_CHECKING:
     from peftfx.export.report import Report
+    from peftfx.pages.page import Page
 
 T = TypeVar("T")
 
@@ -128,6 +129,18 @@ class AdaptedModel(AdapterCalls):
             made._install(name, adapter)
         made.set_adapter(self.active)
         return made
+
+    def show(self) -> Page:
+        """The model as a page: its layers, and what each adapter does where; in a notebook, it is shown.
+
+        `adapted.show().save("page.html")` writes it. Equal layers are drawn once; a site that is clicked tells more.
+        """
+        from peftfx.pictures.adapted import show
+
+        return show(self.base, self.sites, {name: self.adapter(name) for name in self.names()})
+
+    def _repr_html_(self) -> str:
+        return self.show()._repr_html_()
 
     def print_readable(self) -> str:
         """Print the adapted graph as Python code; returns the text."""

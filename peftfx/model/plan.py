@@ -97,7 +97,7 @@ def make_plan(base: nn.Module, sites: Sites, rules: object) -> Plan:
         PeftfxError: what `transform` would raise.
     """
     placed = place(base, sites, rules)
-    adapter = _shapes(base, placed)
+    adapter = shapes_of(base, placed)
     sizes = {name: p.numel() for name, p in adapter.named_parameters()}
     standing = sum(sizes[o.key] for o in adapter.overrides if o.stands)
     total = sum(p.numel() for _, p in own_parameters(base)) + sum(sizes.values()) - standing
@@ -105,7 +105,7 @@ def make_plan(base: nn.Module, sites: Sites, rules: object) -> Plan:
     return Plan(plans, sum(sizes.values()), total)
 
 
-def _shapes(base: nn.Module, placed: tuple[Placed, ...]) -> Adapter:
+def shapes_of(base: nn.Module, placed: tuple[Placed, ...]) -> Adapter:
     """The adapter, of fake tensors."""
     own = fake_mode_of(base)
     adapter = Adapter(placed)

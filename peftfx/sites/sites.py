@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import networkx as nx
     from rich.table import Table
 
+    from peftfx.pages.page import Page
+
 S = TypeVar("S", bound=Site)
 
 
@@ -144,6 +146,19 @@ class Sites(Sequence[Site]):
             hint = "ask the sites of the whole base, as peftfx.inspect(model) gives them"
             raise PeftfxError("what is between these sites is not known", "network", hint)
         return make_network([site for site in self.items if site.kind != PATTERN], self.flow)
+
+    def show(self, title: str = "") -> Page:
+        """These sites as a page: equal layers drawn once, what reads what, a search; `.save(file)` writes it.
+
+        Raises:
+            PeftfxError: these are not all sites of a base model, as `peftfx.inspect` gives them.
+        """
+        from peftfx.sites.picture import picture
+
+        return picture(self.items, self.network(), title or "The sites of a model")
+
+    def _repr_html_(self) -> str | None:
+        return None if self.flow is None else self.show()._repr_html_()
 
     def equal_layers(self) -> list[tuple[str, ...]]:
         """The layers of the model, by their paths, in groups that are alike."""

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from peftfx.cli.speech import quiet
-from peftfx.cli.words import check_looks
+from peftfx.cli.words import check_looks, check_page
 
 
 def inspect(
@@ -27,16 +27,29 @@ def inspect(
         bool, typer.Option("--network", help="Print which site reads what another gave, as JSON (node-link).")
     ] = False,
     graphml: Annotated[Path | None, typer.Option(help="File to write the same to, as GraphML.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="File to write a page to: the layers, and what --rules or each --adapter do where."),
+    ] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(help="With --html: a HF PEFT directory to show; may be given again.")
+    ] = None,
 ) -> None:
     """Print where adapters can act: each site's module path, kind, role, layer and shape; or what rules would do."""
     import json
 
     check_looks(task, target, rules, drawn=network or graphml is not None)
+    check_page(html, adapter or (), others=target is not None or network or graphml is not None or as_json, rules=rules)
     from rich.console import Console
 
-    from peftfx.export.command import inspect_directory, plan_directory
+    from peftfx.export.command import inspect_directory, page_directory, plan_directory
     from peftfx.sites.network import to_json, write_graphml
 
+    if html is not None:
+        with quiet():
+            page_directory(model, rules=rules, adapters=adapter or (), task=task).save(html)
+        print(f"{html}: {html.stat().st_size:,} bytes")
+        return
     if rules is not None:
         with quiet():
             plan = plan_directory(model, rules, task=task)

@@ -1,0 +1,19 @@
+"""`peftfx report`: what an export did, from its directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Directories of exports; several stand side by side.")],
+    html: Annotated[Path, typer.Option(help="File to write the page to.")],
+) -> None:
+    """Write what exports did as a page: where each tensor went, error by output and size, time, files, fusions."""
+    from peftfx.export.report_page import report_page
+
+    report_page(directories).save(html)
+    print(f"{html}: {html.stat().st_size:,} bytes")

@@ -1,0 +1,88 @@
+"""show: an adapted model, or what rules would make of one, as a page."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.adapters.adapter import Adapter
+from peftfx.contract.method import Base, Method
+from peftfx.contract.placement import Placement, WeightPlacement, site_tensors
+from peftfx.errors import PeftfxError
+from peftfx.pages.drawing import Adapted
+from peftfx.pages.page import Page
+from peftfx.sites.blocks import turned
+from peftfx.sites.picture import picture
+from peftfx.sites.sites import Sites
+
+_MOST = 4  #: singular values that are told of an update
+
+
+def show(base: nn.Module, sites: Sites, adapters: Mapping[str, Adapter], *, values: bool = True) -> Page:
+    """The page of a model with adapters.
+
+    Args:
+        base: the model.
+        sites: of it.
+        adapters: by name.
+        values: whether the adapters have values: their updates' singular values are told then.
+    """
+    marks: dict[str, list[Adapted]] = {}
+    for name, adapter in adapters.items():
+        for placement in adapter.placements:
+            told = _told(base, adapter, placement, name if len(adapters) > 1 else "", values=values)
+            marks.setdefault(placement.site.path, []).append(told)
+    total = sum(p.numel() for adapter in adapters.values() for p in adapter.parameters())
+    rules = [type(rule).__name__ for adapter in adapters.values() for rule in adapter.rules]
+    lead = f"{', '.join(dict.fromkeys(rules))}: {total:,} parameters are trained" if rules else ""
+    ahead = [type(p.method).__name__ for adapter in adapters.values() for p in adapter.placements.prompts]
+    lead += f"; ahead of the text: {', '.join(ahead)}" if ahead else ""
+    return picture(sites.items, sites.network(), type(base).__name__, marks, lead)
+
+
+def _told(base: nn.Module, adapter: Adapter, placement: Placement, name: str, *, values: bool) -> Adapted:
+    method, params = placement.method, adapter.params(placement)
+    rank = getattr(method, "r", None)
+    short = f"{type(method).__name__}{f' r={rank}' if isinstance(rank, int) and rank else ''}"
+    role = "" if placement.view.role == placement.site.role else f" on {placement.view.role}"
+    shapes = ", ".join(f"{key} {'x'.join(map(str, t.shape))}" for key, t in params.items())
+    said = [f"{sum(t.numel() for t in params.values()):,} parameters at each", f"tensors: {shapes}"]
+    said += [f"options: {text}"] if (text := _options(method)) else []
+    if values and (found := _singular(base, placement, params)):
+        said.append(f"singular values of its update: {found}")
+    at = f"{name}: " if name else ""
+    return Adapted(f"{at}{short}{role}", "\n".join(said), f"{at}{short}")
+
+
+def _options(method: Method) -> str:
+    own = [f for f in dataclasses.fields(method) if f.default is not dataclasses.MISSING]
+    given = (f"{f.name}={getattr(method, f.name)!r}" for f in own if getattr(method, f.name) != f.default)
+    return ", ".join(given)
+
+
+def _singular(base: nn.Module, placement: Placement, params: Mapping[str, Tensor]) -> str:
+    """The largest singular values of what a low-rank method adds to a weight; empty where it adds no such sum."""
+    at = placement.on_weight
+    found = None if at is None or at.site.kind != "linear" else _low_rank(base, at, params)
+    if found is None:
+        return ""
+    a, b = found
+    inner = torch.linalg.qr(b.float()).R @ torch.linalg.qr(a.float().T).R.T
+    largest = torch.linalg.svdvals(inner)[:_MOST]
+    return ", ".join(f"{float(value):.3g}" for value in largest)
+
+
+def _low_rank(base: nn.Module, at: WeightPlacement, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    weight, bias = site_tensors(base, at.site)
+    if at.part is not None or weight.is_meta:
+        return None
+    p = {name: t.detach().float() if t.is_floating_point() else t.detach() for name, t in params.items()}
+    try:
+        update = at.method.update(at.view, Base(turned(weight.detach(), at.site.transposed), bias), p)
+    except PeftfxError:
+        return None
+    plain = update.inner is None and update.outer is None
+    return (update.a, update.b) if plain and update.a is not None and update.b is not None else None

@@ -1,0 +1,68 @@
+"""The report of an export as a page; of two side by side; and the commands that write pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.command import Result
+from torch import nn
+
+import peftfx
+from peftfx import PeftfxError
+from peftfx.export.report_page import report_page
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small export."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    adapted = peftfx.transform(model, "lora(r=2)@all-linear", inputs={"input": torch.randn(2, 8)})
+    adapted.export(tmp_path_factory.mktemp("export") / "one")
+    return tmp_path_factory.getbasetemp() / "export0" / "one"
+
+
+def test_a_report_is_told_whole(exported: Path) -> None:
+    html = report_page([exported]).html
+    report = json.loads((exported / "peftfx_report.json").read_text(encoding="utf-8"))
+    for name in (*report["bytes"], *report["seconds"], *report["tensors"], "LoRA", "output"):
+        assert name in html, name
+    assert f"{report['bytes']['model.onnx']:,}" in html
+    assert "src=" not in html
+    assert report_page([exported, exported]).html.count("Files, in bytes") == 2
+
+
+def test_what_is_no_report_is_told(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(PeftfxError, match=r"there is no peftfx_report\.json"):
+        report_page([tmp_path])
+    text = (exported / "peftfx_report.json").read_text(encoding="utf-8")
+    for spoiled in (text[:-30], text.replace('"comparisons": [', '"comparisons": [{"output": 3}, '), '{"model": 3}'):
+        (tmp_path / "peftfx_report.json").write_text(spoiled, encoding="utf-8")
+        with pytest.raises(PeftfxError):
+            report_page([tmp_path])
+
+
+def test_commands_write_pages(exported: Path, tmp_path: Path, peftfx: Callable[..., Result]) -> None:
+    from transformers import BertConfig
+
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**size, intermediate_size=48, architectures=["BertModel"])
+    config.save_pretrained(tmp_path / "bert")
+    page = tmp_path / "page.html"
+    done = peftfx("report", str(exported), "--html", str(page))
+    assert (done.code, page.is_file()) == (0, True)
+    page.unlink()
+    done = peftfx("inspect", str(tmp_path / "bert"), "--rules", "lora(r=5)@mlp", "--html", str(page))
+    assert done.code == 0, done.err
+    assert "LoRA r=5" in page.read_text(encoding="utf-8")
+    for wrong in (
+        ["--adapter", str(tmp_path)],
+        ["--html", str(page), "--json"],
+        ["--html", str(tmp_path / "no" / "p")],
+    ):
+        done = peftfx("inspect", str(tmp_path / "bert"), *wrong)
+        assert done.code == 2, wrong
+        assert "error:" in done.err
