@@ -13,11 +13,10 @@ from torch import nn
 
 from peftfx.export.assets import write_configs
 from peftfx.export.coded.place import place_codes
-from peftfx.export.coded.rounded import FINITE, quantize
-from peftfx.export.coded.schemes import scheme_for
+from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.serving_mode import in_eval
-from peftfx.export.quantised import agreement_of, refuse_disagreement
+from peftfx.export.quantised import agreement_of, refuse_disagreement, round_weights
 from peftfx.export.report import Report, tell_rounding
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Swappable
@@ -123,9 +122,11 @@ def export_onnx(
             report.add_codes({part.stem: place_codes(programs[part.file], part.exported) for part in parts})
             for part in parts:
                 report.add_sizes(programs[part.file], part.sizes.limits, "" if len(parts) == 1 else f"{part.stem}: ")
-            if asked.quantize is not None:
-                chosen = {part.file: scheme_for(part.graph.sites, asked.schemes) for part in parts}
-                report.add_quantized({name: quantize(programs[name], choose) for name, choose in chosen.items()})
+        if asked.rounds:
+            with stages("round"), keeping(temporary.parent) if coded else nullcontext():
+                round_weights(
+                    asked, adapted, parts, programs, lambda part: way.oracle(adapted, part, example), source, report
+                )
         with stages("write"):
             infinite = [f"{BASE}.{name}" for name, _ in adapted.base.named_buffers(remove_duplicate=False)]
             save_together(programs, temporary, written=written, infinite=frozenset(infinite))
@@ -145,7 +146,7 @@ def export_onnx(
                     shown=None if part.view is None else part.view.shown,
                 )
                 verified.append(replace(part, found=found))
-                if asked.quantize is not None:
+                if asked.rounds:
                     text = asked.calibration
                     report.agreement |= agreement_of(temporary / part.file, adapted, part, oracle, source, text)
                 report.reference = oracle.told
@@ -170,6 +171,6 @@ def _deployment(asked: ExportOptions, source: str, *, merges: bool) -> Deploymen
 
 def _bounds(asked: ExportOptions) -> tuple[float | None, float | None]:
     """What outputs may differ by, absolutely and relative to the largest magnitude; None is measured."""
-    if asked.quantize is None:
+    if not asked.rounds:
         return asked.atol, asked.rtol
     return 0.0, asked.bound.value if asked.bound is not None and asked.bound.kind == "error" else FINITE

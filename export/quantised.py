@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import onnx_ir as ir
+
 from peftfx.errors import PeftfxError
+from peftfx.export.budget import candidates, share_out
+from peftfx.export.coded.rounded import quantize
+from peftfx.export.coded.schemes import scheme_for
 from peftfx.export.deployment.parts import Part
-from peftfx.export.verification.agreement import Agreement, agreement, read_text
+from peftfx.export.report import Report
+from peftfx.export.verification.agreement import Agreement, agreement, read_text, texts
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, named_in
+from peftfx.export_options.export import ExportOptions
 from peftfx.export_options.values import MaxError
 from peftfx.model.adapted import AdaptedModel
 from peftfx.serving.onnx_model import OnnxModel
@@ -24,6 +32,44 @@ class Told(Protocol):
     @property
     def agreement(self) -> dict[str, Agreement]:
         """By the names of its parts."""
+
+
+def round_weights(
+    asked: ExportOptions,
+    adapted: AdaptedModel,
+    parts: Sequence[Part],
+    programs: Mapping[str, ir.Model],
+    oracle: Callable[[Part], Oracle],
+    source: str | Path,
+    report: Report,
+) -> None:
+    """Round the weights of programs, by the schemes that were asked for or by a budget.
+
+    Args:
+        asked: that weights are rounded.
+        adapted: the model.
+        parts: of the export.
+        programs: of each part, by its file; they are changed.
+        oracle: what a part is held against.
+        source: of the base, for a text's tokenizer.
+        report: is told.
+
+    Raises:
+        PeftfxError: the budget is too small, or of a model that is more than one graph.
+    """
+    if asked.room is None:
+        chosen = {part.file: scheme_for(part.graph.sites, asked.schemes) for part in parts}
+    else:
+        if len(parts) > 1 or asked.places is not None or asked.batched:
+            what = "a budget is measured for one graph whose adapters do not change"
+            raise PeftfxError(what, "budget", "say the bits by role, as in quantize='int4; int8@head'")
+        part, text = parts[0], asked.calibration
+        ids, program, held = None if text is None else read_text(Path(text), source), programs[part.file], oracle(part)
+        inputs = [str(value.name) for value in program.graph.inputs]
+        feeds, _ = texts(inputs, adapted, part.seen, held.reference, held.cases, ids, Path(text or "").name)
+        measured = share_out(asked.room, program, part.graph.sites, adapted, held.reference, feeds, candidates())
+        chosen, report.budget = {part.file: measured[0]}, measured[1]
+    report.add_quantized({name: quantize(programs[name], choose) for name, choose in chosen.items()})
 
 
 def agreement_of(

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
+from peftfx.export.budget import Share
 from peftfx.export.coded.place import Choice
 from peftfx.export.metadata import ENGINE, SIZES
 from peftfx.export.verification.agreement import Agreement
@@ -50,6 +51,7 @@ class Report:
         fused: how many operators there are that stand for a whole attention, rotary embedding or norm.
         quantized: for each graph, the names of the weights that were rounded.
         schemes: for each graph, to what, and how many.
+        budget: what each role got of a budget of bytes, what each scheme costs it alone, and why.
         codes: for each graph, how weights of a quantised base are written: their format, the operator that holds their
             codes, or `float32`, and the reason.
         agreement: for each of them that gives logits, how far it agrees with the model in floating point on a text.
@@ -82,6 +84,7 @@ class Report:
     fused: dict[str, int] = field(default_factory=dict)
     quantized: dict[str, list[str]] = field(default_factory=dict)
     schemes: dict[str, dict[str, int]] = field(default_factory=dict)
+    budget: list[Share] = field(default_factory=list)
     codes: dict[str, list[Choice]] = field(default_factory=dict)
     agreement: dict[str, Agreement] = field(default_factory=dict)
     engine: str = FAST
@@ -210,6 +213,7 @@ class Report:
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
             ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes{whole}, engine {self.engine}"),
             *([("quantised", small)] if small else []),
+            *([("budget", "; ".join(map(str, self.budget)))] if self.budget else []),
             *(("base, as it is", ", ".join(map(str, found))) for found in self.codes.values()),
             *(("agreement", str(found)) for found in self.agreement.values()),
             agree,

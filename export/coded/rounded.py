@@ -61,6 +61,23 @@ def quantize(model: ir.Model, choose: Choose) -> dict[str, list[str]]:
     return done
 
 
+def roundable(model: ir.Model, block: int) -> Iterator[tuple[ir.Value, bool, bool]]:
+    """The weights that `quantize` can round: each, whether it is stored [out, in], whether only products read it."""
+    for weight in model.graph.initializers.values():
+        products = list(_products(weight, block))
+        if products:
+            yield weight, products[0].transposed, len(products) == len(list(weight.uses()))
+
+
+def rounded_rows(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Rows of a weight [n, in] as blocks of integers stand for them, float32."""
+    options = {"symmetric": scheme.symmetric, "search": scheme.search}
+    made = round_blocks(weight, BITS[scheme.kind], scheme.block, **options)
+    zeros = scheme.middle if made.zeros is None else made.zeros.float().unsqueeze(-1)
+    values = (made.integers.float() - zeros) * made.scales.float().unsqueeze(-1)
+    return values.flatten(1)[:, : weight.shape[1]]
+
+
 def _products(weight: ir.Value, block: int) -> Iterator[Reader]:
     """The products that read a weight, all of one layout."""
     if str(weight.name).startswith(f"{ADAPTERS}.") or weight.dtype not in _FLOATS or weight.is_graph_input():
@@ -83,7 +100,7 @@ def _tabled(weight: ir.Value, transposed: bool, scheme: Scheme) -> tuple[list[ir
         hint = "leave --dtype out, or quantise to int4"
         raise PeftfxError("the operator that holds nf4 computes in fp32 alone", str(weight.name), hint)
     rows, columns = _size(weight, transposed)
-    once = _Once(lambda: round_table(_read(weight, transposed), "nf4", scheme.block, search=scheme.search), 2)
+    once = _Once(lambda: round_table(read_weight(weight, transposed), "nf4", scheme.block, search=scheme.search), 2)
 
     def packed() -> Tensor:
         codes = torch.nn.functional.pad(once.take(0)[0], (0, rows * columns % 2))
@@ -100,7 +117,9 @@ def _packed(weight: ir.Value, transposed: bool, scheme: Scheme) -> tuple[list[ir
     rows, columns = _size(weight, transposed)
     options = {"symmetric": scheme.symmetric, "search": scheme.search}
     count = -(-columns // block)
-    once = _Once(lambda: round_blocks(_read(weight, transposed), bits, block, **options), 2 if scheme.symmetric else 3)
+    once = _Once(
+        lambda: round_blocks(read_weight(weight, transposed), bits, block, **options), 2 if scheme.symmetric else 3
+    )
     parts: list[tuple[str, ir.DataType, tuple[int, ...], Callable[[Rounded], Tensor]]] = [
         ("blocks", ir.DataType.UINT8, (rows, count, block * bits // 8), lambda made: halves(made.integers, bits)),
         ("scales", kind, (rows, count), lambda made: made.scales),
@@ -152,7 +171,8 @@ def _size(weight: ir.Value, transposed: bool) -> tuple[int, int]:
     return (first, second) if transposed else (second, first)
 
 
-def _read(weight: ir.Value, transposed: bool) -> Tensor:
+def read_weight(weight: ir.Value, transposed: bool) -> Tensor:
+    """A weight [out, in], computed now."""
     assert weight.const_value is not None
     value = value_of(weight.const_value)
     return value if transposed else value.T

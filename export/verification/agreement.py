@@ -95,30 +95,56 @@ def agreement(
     """
     if LOGITS not in model.outputs:
         return None
-    feeds, told = list(cases), RANDOM
+    feeds, told = texts(model.inputs, adapted, view, reference, cases, text, named)
+    count, same, total = 0, 0.0, 0.0
+    for feed in feeds:
+        want, got = _shown(reference(feed)[LOGITS], model(**feed)[LOGITS], feed.get("attention_mask"))
+        count += len(want)
+        same += float((want.argmax(-1) == got.argmax(-1)).sum())
+        total += _nats(want, got)
+    return Agreement(count, same / max(count, 1), total / max(count, 1), told)
+
+
+def texts(
+    inputs: Collection[str],
+    adapted: AdaptedModel,
+    view: View | None,
+    reference: Reference,
+    cases: Sequence[Tensors],
+    text: Tensor | None,
+    named: str,
+) -> tuple[list[Tensors], str]:
+    """Calls to compare two models at, and what they are of; the arguments are those of `agreement`."""
     if isinstance(view, Decode):
         own = _greedy(adapted, view, reference) if text is None else text
-        feeds, told = [_step(adapted, view, own)], OWN if text is None else named
-    elif isinstance(view, Decoder):
-        feeds, told = [_decoded(adapted, view, reference, text)], OWN if text is None else f"what it makes of {named}"
-    elif text is not None and "input_ids" in model.inputs:
-        feeds, told = [{"input_ids": text, "attention_mask": torch.ones_like(text)}], named
-        feeds = [{name: value for name, value in feed.items() if name in model.inputs} for feed in feeds]
-    elif text is not None:
+        return [_step(adapted, view, own)], OWN if text is None else named
+    if isinstance(view, Decoder):
+        return [_decoded(adapted, view, reference, text)], OWN if text is None else f"what it makes of {named}"
+    if text is None:
+        return list(cases), RANDOM
+    if "input_ids" not in inputs:
         hint = "leave --calibration out: its error is measured at random inputs"
         raise PeftfxError("the model reads no text", named, hint)
-    count, same, divergence = 0, 0.0, 0.0
-    for feed in feeds:
-        want, got = reference(feed)[LOGITS].double().cpu(), model(**feed)[LOGITS].double()
-        mask = feed.get("attention_mask")
-        if mask is not None and mask.shape == want.shape[:2]:
-            want, got = want[mask != 0], got[mask != 0]
-        p, q = want.flatten(0, -2).log_softmax(-1), got.flatten(0, -2).log_softmax(-1)
-        count += len(p)
-        same += float((p.argmax(-1) == q.argmax(-1)).sum())
-        terms = torch.where(p.isfinite(), p.exp() * (p - q), 0.0)
-        divergence += float(terms.sum())
-    return Agreement(count, same / max(count, 1), divergence / max(count, 1), told)
+    feed = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    return [{name: value for name, value in feed.items() if name in inputs}], named
+
+
+def divergence(want: Tensor, got: Tensor, mask: Tensor | None) -> float:
+    """The mean divergence of logits [batch, tokens, vocabulary], in nats, where the mask shows something."""
+    p, q = _shown(want, got, mask)
+    return _nats(p, q) / max(len(p), 1)
+
+
+def _shown(want: Tensor, got: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The logarithms of probabilities, float64 [tokens, vocabulary]."""
+    a, b = want.double().cpu(), got.double().cpu()
+    if mask is not None and mask.shape == a.shape[:2]:
+        a, b = a[mask != 0], b[mask != 0]
+    return a.flatten(0, -2).log_softmax(-1), b.flatten(0, -2).log_softmax(-1)
+
+
+def _nats(p: Tensor, q: Tensor) -> float:
+    return float(torch.where(p.isfinite(), p.exp() * (p - q), 0.0).sum())
 
 
 def read_text(path: Path, source: str | Path) -> Tensor:

@@ -45,7 +45,7 @@ class DirectoryOptions(ExportOptions):
             what = "a graph for swappable adapters is of the base alone"
             hint = "leave the adapter out, and write it to a file of its own (export-adapter)"
             raise PeftfxError(what, f"adapter, slots: {self.adapter}", hint)
-        if self.quantize is not None and self.dtype == "bf16":
+        if self.rounds and self.dtype == "bf16":
             raise PeftfxError("weights in bfloat16 are not quantised", "quantize, dtype", "pass dtype='fp32' or 'fp16'")
         if self.quantize_base is not None and self.dtype not in (None, "fp32"):
             what = f"the operators that hold a quantised base's codes compute in fp32, not in {self.dtype}"

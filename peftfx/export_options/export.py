@@ -33,6 +33,8 @@ class ExportOptions(Checked):
         optimize: `cpu` or `cuda`: whole attentions, rotary embeddings and norms; or `none`; see `to_onnx`.
         quantize: `int8`, `int4` or `nf4`: weights of products are rounded in blocks, by role where it says so, as in
             `int4; int8@head`; see `peftfx.export_options.quantize`.
+        budget: bytes of all weights, as a number or as `1.2GB`: each role's weights are rounded to int4, int8 or not at
+            all, so that they fit and the model differs least, as measured role by role; see `peftfx.export.budget`.
         max_error: what a quantised model may differ by from the same model in floating point: a number is over the
             largest magnitude of an output; `kl=0.05` bounds the mean divergence on a text in nats, and `top1=0.9` is
             the least share of tokens whose likeliest next one is the same. By default these are measured and
@@ -62,6 +64,7 @@ class ExportOptions(Checked):
     engine: Literal["fast", "torch"] = FAST
     optimize: Literal["cpu", "cuda", "none"] = CPU
     quantize: str | None = None
+    budget: int | str | None = None
     max_error: float | str | None = None
     calibration: str | Path | None = None
     slots: Slots | str | None = None
@@ -95,6 +98,16 @@ class ExportOptions(Checked):
         return () if self.quantize is None else parse_schemes(self.quantize)
 
     @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded."""
+        return self.quantize is not None or self.budget is not None
+
+    @property
+    def room(self) -> int | None:
+        """`budget` in bytes."""
+        return parse_size(self.budget, "budget") if isinstance(self.budget, str) else self.budget
+
+    @property
     def memory(self) -> int | None:
         """`max_memory` in bytes."""
         return parse_size(self.max_memory) if isinstance(self.max_memory, str) else self.max_memory
@@ -109,12 +122,14 @@ class ExportOptions(Checked):
         return not quantised if self.merge is None else self.merge
 
     def _check_quantization(self) -> None:
-        refuse_idle_bounds(self.quantize, max_error=self.max_error, calibration=self.calibration)
+        if self.quantize is not None and self.budget is not None:
+            raise PeftfxError("a budget chooses what is rounded itself", "quantize, budget", "leave one of them out")
+        refuse_idle_bounds(self.rounds, max_error=self.max_error, calibration=self.calibration)
         for name, given in (("atol", self.atol), ("rtol", self.rtol)):
-            if self.quantize is not None and given is not None:
+            if self.rounds and given is not None:
                 what = f"what quantisation may cost is bounded by max_error, not by {name}"
                 raise PeftfxError(what, f"quantize, {name}", "pass max_error instead, as in max_error=0.1")
-        _ = self.bound, self.schemes
+        _ = self.bound, self.schemes, self.room
 
     def _check_places(self) -> None:
         names, places = list(self.batched), self.places
@@ -141,6 +156,7 @@ class Choices(TypedDict, total=False):
     engine: Literal["fast", "torch"]
     optimize: Literal["cpu", "cuda", "none"]
     quantize: str | None
+    budget: int | str | None
     max_error: float | str | None
     calibration: str | Path | None
     slots: Slots | str | None

@@ -51,7 +51,7 @@ class MergeOptions(Checked):
         check_choices(self)
         if self.task is not None:
             check_task(self.task)
-        refuse_idle_bounds(self.quantize, max_error=self.max_error, calibration=self.calibration)
+        refuse_idle_bounds(self.quantize is not None, max_error=self.max_error, calibration=self.calibration)
         _ = self.bound, self.schemes
         if self.shard < 1:
             raise PeftfxError("a file of weights holds one byte or more", "max_shard_size", "as in 5GB")

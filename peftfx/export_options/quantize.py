@@ -59,6 +59,16 @@ class Scheme:
         if self.target:
             parse(self.target)
 
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return BITS.get(self.kind, 4)
+
+    @property
+    def middle(self) -> int:
+        """The zero of all blocks of a symmetric grid."""
+        return 1 << self.bits - 1
+
     def __str__(self) -> str:
         told = [f"block={self.block}", *(f"{n}=False" for n in ("symmetric", "search") if not getattr(self, n))]
         return f"{self.kind}({', '.join(told)})" + (f"@{self.target}" if self.target else "")

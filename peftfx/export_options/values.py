@@ -72,11 +72,11 @@ def check_text(path: Path) -> None:
         raise PeftfxError("there is no such file", str(path), "give a file of plain text to --calibration")
 
 
-def refuse_idle_bounds(quantize: str | None, *, max_error: object, calibration: str | Path | None) -> None:
+def refuse_idle_bounds(rounds: bool, *, max_error: object, calibration: str | Path | None) -> None:
     """Refuse what is said of a quantisation where there is none, and a text that is not there."""
     told = {"max_error": (max_error, "bounded"), "calibration": (calibration, "told")}
     for name, (given, done) in told.items():
-        if quantize is None and given is not None:
+        if not rounds and given is not None:
             raise PeftfxError(f"there is no quantisation whose error could be {done}", name, "pass quantize too")
     if calibration is not None:
         check_text(Path(calibration))

@@ -51,6 +51,10 @@ def export(
             "'int4(block=64, symmetric=False); int8@head'."
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Bytes of all weights, as 1.2GB: bits by role, so that it fits and differs least."),
+    ] = None,
     quantize_base: Annotated[
         str | None,
         typer.Option(help="nf4: make of a base in floating point what a QLoRA was trained on (load_in_4bit)."),
@@ -105,6 +109,7 @@ def export(
         "engine": engine,
         "optimize": optimize,
         "quantize": quantize,
+        "budget": budget,
         "quantize_base": quantize_base,
         "opset": opset,
         "max_error": max_error,

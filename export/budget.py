@@ -1,0 +1,244 @@
+"""Budget: bits by role, so that a model fits into so many bytes and differs least, as was measured role by role.
+
+For each role its weights are rounded in torch, all others left, and it is measured how far the outputs are then: the
+KL divergence in nats on a text where there are logits, else the squared error over the squared outputs. These are
+taken to add up, and of all ways that fit the one of the least sum is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peftfx.errors import PeftfxError
+from peftfx.export.coded.rounded import read_weight, roundable, rounded_rows
+from peftfx.export.metadata import SOURCE
+from peftfx.export.verification.agreement import LOGITS, divergence
+from peftfx.export.verification.comparison import Reference
+from peftfx.export.writing.stream import PAGE
+from peftfx.export.writing.weights import LARGE
+from peftfx.export_options.quantize import Scheme
+from peftfx.graph.graph import DERIVED
+from peftfx.model.adapted import AdaptedModel
+from peftfx.sites.sites import Sites
+
+Tensors = dict[str, Tensor]
+NONE = "none"
+_AT_ONCE = 1 << 22  #: numbers of a weight that are rounded at a time
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a role gets of a budget.
+
+    Attributes:
+        role: of the weights.
+        scheme: what they are rounded to, or `none`.
+        bytes: of them in the file.
+        costs: how far the outputs were when they alone were rounded, by scheme.
+        reason: why this one.
+        weights: how many they are.
+    """
+
+    role: str
+    scheme: str
+    bytes: int
+    costs: Mapping[str, float]
+    reason: str
+    weights: int
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{cost:.1e} as {name}" for name, cost in self.costs.items())
+        return f"{self.role} {self.scheme} ({told})" if told else f"{self.role} {self.scheme} ({self.reason})"
+
+
+@dataclass
+class _Role:
+    """The weights of a role.
+
+    Attributes:
+        weights: of products, with whether each is stored [out, in].
+        modules: that multiply by each, by the weight's name.
+        costs: as measured.
+        why: they are left as they are, where they have to be.
+    """
+
+    weights: list[tuple[ir.Value, bool]] = field(default_factory=list)
+    modules: dict[str, list[str]] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
+    why: str = ""
+
+    def bytes(self, scheme: Scheme | None) -> int:
+        return sum(_bytes(weight, transposed, scheme) for weight, transposed in self.weights)
+
+
+def share_out(
+    limit: int,
+    program: ir.Model,
+    sites: Sites,
+    adapted: AdaptedModel,
+    reference: Reference,
+    feeds: Sequence[Tensors],
+    schemes: Sequence[Scheme],
+) -> tuple[Callable[[object], Scheme | None], list[Share]]:
+    """How each weight is rounded, by where it comes from, and what each role got.
+
+    Args:
+        limit: bytes of all weights.
+        program: what is written, merged.
+        sites: whose roles count.
+        adapted: the model in torch, whose modules are hooked.
+        reference: what it gives, by name.
+        feeds: calls to measure at.
+        schemes: what may be chosen, beside no rounding.
+
+    Raises:
+        PeftfxError: even the smallest way does not fit.
+    """
+    roles = _roles(program, sites, schemes)
+    by_name = {str(scheme): scheme for scheme in schemes}
+    wants = [reference(feed) for feed in feeds]
+    for role in roles.values():
+        for name, scheme in by_name.items():
+            if not role.why:
+                _measure(role, name, scheme, adapted.base, reference, feeds, wants)
+    tensors = [value.const_value for value in program.graph.initializers.values()]
+    others = sum(_in_file(tensor.nbytes) for tensor in tensors if tensor is not None)
+    others -= sum(role.bytes(None) for role in roles.values())
+    found = _least(roles, by_name, limit - others)
+    if found is None:
+        smallest = others + sum(
+            min(role.bytes(by_name.get(name)) for name in (NONE, *role.costs)) for role in roles.values()
+        )
+        what = f"the smallest way takes {smallest:,} bytes, {limit:,} are allowed"
+        raise PeftfxError(what, "budget", f"allow {-(-smallest // 1000)}kB or more")
+    chosen = {
+        weight.meta.get(SOURCE): by_name[name]
+        for path, name in found.items()
+        if name != NONE
+        for weight, _ in roles[path].weights
+    }
+    shares = [_share(path, role, found[path], by_name, limit) for path, role in roles.items()]
+    return chosen.get, shares
+
+
+def _roles(program: ir.Model, sites: Sites, schemes: Sequence[Scheme]) -> dict[str, _Role]:
+    owners: dict[object, list[tuple[str, str]]] = {}
+    for site in sites.weights:
+        for source in {site.weight, f"{DERIVED}.{site.path}.weight"}:
+            owners.setdefault(source, []).append((site.role, site.path))
+    roles: dict[str, _Role] = {}
+    for weight, transposed, alone in roundable(program, max(scheme.block for scheme in schemes)):
+        own = owners.get(weight.meta.get(SOURCE), [])
+        role = roles.setdefault(own[0][0] if own else "no role", _Role())
+        role.weights.append((weight, transposed))
+        role.modules[str(weight.name)] = [path for _, path in own]
+        if not own:
+            role.why = "no layer reads them alone"
+        elif not alone:
+            role.why = "something else than a product reads one, and would keep it in floating point beside the codes"
+    return dict(sorted(roles.items()))
+
+
+def _bytes(weight: ir.Value, transposed: bool, scheme: Scheme | None) -> int:
+    assert weight.const_value is not None
+    if scheme is None:
+        return _in_file(weight.const_value.nbytes)
+    assert weight.shape is not None
+    rows, columns = (int(str(size)) for size in (weight.shape if transposed else reversed(list(weight.shape))))
+    blocks = -(-columns // scheme.block)
+    scales = rows * blocks * (weight.const_value.nbytes // (rows * columns))
+    return _in_file(rows * blocks * scheme.block * scheme.bits // 8) + _in_file(scales)
+
+
+def _in_file(size: int) -> int:
+    """What a tensor takes there at most: a large one starts on a page."""
+    return size + PAGE if size >= LARGE else size
+
+
+@torch.no_grad()
+def _measure(
+    role: _Role,
+    name: str,
+    scheme: Scheme,
+    base: nn.Module,
+    reference: Reference,
+    feeds: Sequence[Tensors],
+    wants: Sequence[Tensors],
+) -> None:
+    """Note how far the outputs are when these weights alone are rounded; or why that cannot be said."""
+    ran: set[str] = set()
+    with ExitStack() as stack:
+        for weight, transposed in role.weights:
+            for path in role.modules[str(weight.name)]:
+                try:
+                    module = base.get_submodule(path)
+                except AttributeError:
+                    module = None
+                if not isinstance(module, nn.Linear | Conv1D):
+                    role.why = f"{path} is no linear layer: what it costs to round it cannot be measured"
+                    return
+                hook = _hook(path, weight, transposed, scheme, ran)
+                stack.callback(module.register_forward_hook(hook).remove)
+        total = sum(_distance(want, reference(feed), feed) for want, feed in zip(wants, feeds, strict=True))
+    still = sorted({path for paths in role.modules.values() for path in paths} - ran)
+    if still:
+        role.why = f"{still[0]} did not run: what it costs to round it cannot be measured"
+    else:
+        role.costs[name] = total / len(feeds)
+
+
+def _hook(path: str, weight: ir.Value, transposed: bool, scheme: Scheme, ran: set[str]) -> Callable[..., Tensor]:
+    def add(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        ran.add(path)
+        value = read_weight(weight, transposed)
+        parts = []
+        for some in value.split(max(1, _AT_ONCE // value.shape[1])):
+            off = rounded_rows(some, scheme).float() - some.float()
+            parts.append(args[0] @ off.T.to(args[0].dtype))
+        return y + torch.cat(parts, -1)
+
+    return add
+
+
+def _distance(want: Tensors, got: Tensors, feed: Tensors) -> float:
+    if LOGITS in want:
+        return divergence(want[LOGITS], got[LOGITS], feed.get("attention_mask"))
+    floats = [(value.double(), got[name].double()) for name, value in want.items() if value.is_floating_point()]
+    off = sum(float(((a - b)[a.isfinite()] ** 2).sum()) for a, b in floats)
+    return off / max(sum(float((a[a.isfinite()] ** 2).sum()) for a, _ in floats), 1e-30)
+
+
+def _least(roles: Mapping[str, _Role], schemes: Mapping[str, Scheme], room: int) -> dict[str, str] | None:
+    """The scheme of each role, of the ways that fit that of the least sum of costs; None where none fits."""
+    ways: list[tuple[int, float, dict[str, str]]] = [(0, 0.0, {})]
+    for path, role in roles.items():
+        options = [(role.bytes(None), 0.0, NONE), *((role.bytes(schemes[n]), c, n) for n, c in role.costs.items())]
+        longer = [(a + b, c + d, {**picks, path: name}) for a, c, picks in ways for b, d, name in options]
+        ways, best = [], float("inf")
+        for way in sorted((way for way in longer if way[0] <= room), key=lambda way: way[:2]):
+            if way[1] < best:  # what is larger and no better is dropped
+                ways.append(way)
+                best = way[1]
+    return ways[-1][2] if ways else None
+
+
+def _share(path: str, role: _Role, name: str, schemes: Mapping[str, Scheme], limit: int) -> Share:
+    if role.why:
+        reason = role.why
+    elif name == NONE:
+        reason = f"{limit:,} bytes leave room for it"
+    else:
+        reason = "of the ways that fit, the least sum has it"
+    return Share(path, name, role.bytes(schemes.get(name)), dict(role.costs), reason, len(role.weights))
+
+
+def candidates() -> tuple[Scheme, ...]:
+    """What a budget chooses among, beside no rounding."""
+    return Scheme("int8"), Scheme("int4"), replace(Scheme("int4"), block=128)
