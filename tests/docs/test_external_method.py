@@ -44,6 +44,7 @@ def test_it_is_trained_saved_loaded_and_exported_by_its_name(found: Path) -> Non
     assert "exported and verified" in out
 
 
+@pytest.mark.slow
 def test_it_keeps_the_laws_and_the_command_line_knows_it(found: Path) -> None:
     code = (
         "import sys, peftfx.testing; from peftfx_row_scale import RowScale;"

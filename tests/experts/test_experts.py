@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.adapted import randomise
+from support.few import but_for
 from support.mixtures import MIXTURES, mixture, router_of
 from torch import Tensor
 
@@ -22,7 +23,7 @@ def text() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # as the example: one capture serves both
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", but_for({*MIXTURES} - {"mixtral", "gpt_oss", "deepseek_v3"}, MIXTURES))
 def test_sites_of_experts_and_routers_are_found(name: str) -> None:
     model = mixture(name)
     sites = {site.path: site for site in peftfx.inspect(model)}

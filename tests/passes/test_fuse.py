@@ -35,7 +35,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", but_for({"opt", "gemma", "phi"}, EXPECTED))
+@pytest.mark.parametrize("name", but_for({"opt", "gemma", "phi", "falcon", "qwen3"}, EXPECTED))
 @torch.no_grad()
 def test_a_decode_graph_computes_what_it_did(name: str) -> None:
     adapted = bare(ZOO[name].build().eval())
@@ -53,7 +53,7 @@ def test_a_decode_graph_computes_what_it_did(name: str) -> None:
             assert_same(view.shown(output, feed, got), view.shown(output, feed, want))
 
 
-@pytest.mark.parametrize("name", but_for({"gpt2", "falcon"}, ("llama", "gpt2", "falcon", "qwen3")))
+@pytest.mark.parametrize("name", but_for({"gpt2", "falcon", "qwen3"}, ("llama", "gpt2", "falcon", "qwen3")))
 def test_heads_stay_side_by_side_from_projection_to_projection(name: str) -> None:
     made = Counter(node.op_type for node in to_onnx(bare(ZOO[name].build().eval()).graph(view="decode")).graph)
     assert made["Attention"] == 2

@@ -54,7 +54,7 @@ RULES = {
     **PROMPTED,
 }
 LONG = ("p_tuning", "prompt and lora")
-SHORT = ("prefix_tuning", "prompt and lora")
+SHORT = ("prompt and lora",)
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 

@@ -45,7 +45,8 @@ def test_rows_of_an_encoder_have_prompts_of_their_own(name: str, tmp_path: Path)
         held_row_by_row(adapted, served, ZOO[name].inputs(batch, sequence, model=adapted.base))
 
 
-@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "bart"])
 def test_rows_of_an_encoder_decoder_are_single_runs(name: str, tmp_path: Path) -> None:
     rules = RULES if name == "bart" else {"low": RULES["low"], "prompt": RULES["prompt"]}
     adapted = adapted_by(name, rules)

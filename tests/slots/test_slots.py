@@ -26,7 +26,8 @@ Run = Callable[..., Result]
 HALVES = {"fp16": (torch.float16, 10), "bf16": (torch.bfloat16, 16)}  #: and their numbers in ONNX
 
 
-@pytest.mark.parametrize("name", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_a_base_in_half_precision_has_slots_and_rows_in_it(name: str, tmp_path: Path) -> None:
     dtype, number = HALVES[name]
     model = ZOO["llama"].build().to(dtype)

@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from support.command import Result
+from support.few import but_for
 from support.quantised import pack, unpack
 from support.zoo import ZOO
 from torch import Tensor, nn
@@ -45,7 +46,9 @@ def stirred(model: nn.Module, std: float) -> AdaptedModel:
     return adapted
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "t5", "convnext", "deberta"])
+@pytest.mark.parametrize(
+    "name", but_for({"gemma2", "t5", "deberta"}, ["llama", "gemma2", "bert", "t5", "convnext", "deberta"])
+)
 @torch.no_grad()
 def test_the_mode_is_what_a_model_cast_to_float64_computes(name: str) -> None:
     model = ZOO[name].build().eval()

@@ -62,7 +62,7 @@ def test_a_graph_equals_its_model_and_batch_and_sequence_stay_free(captured: Get
         assert_same(leaves(case.graph(**inputs)), eager(case.model, inputs))
 
 
-@pytest.mark.parametrize("name", but_for({"bloom", "swin", "t5"}, VARIED))
+@pytest.mark.parametrize("name", but_for({"bloom", "swin", "t5", "deberta"}, VARIED))
 def test_training_draws_the_same_dropout_as_the_model(name: str) -> None:
     model = ZOO[name].build().train()
     graph = capture(model, ZOO[name].inputs(model=model))
@@ -75,7 +75,7 @@ def test_training_draws_the_same_dropout_as_the_model(name: str) -> None:
     assert_same(*outputs)
 
 
-@pytest.mark.parametrize("name", but_for({"gpt2", "deberta_v2", "blip2"}, LABELLED))
+@pytest.mark.parametrize("name", but_for({"gpt2", "deberta_v2", "blip2", "segformer", "electra"}, LABELLED))
 def test_labels_give_the_same_loss_and_gradients(name: str) -> None:
     entry, model = ZOO[name], ZOO[name].build()
     graph = capture(model, entry.inputs(model=model, labels=True))

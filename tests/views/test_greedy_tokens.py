@@ -27,7 +27,7 @@ from peftfx.export.command import export_directory
 
 CAUSAL = ("gpt2", "llama", "bloom", "opt", "gpt_j", "gpt_neox", "gpt_neo", "glm", "qwen2", "falcon", "phi3")
 PAIRED = ("t5", "bart")  #: encoder-decoders
-QUICK = {("dora", "gpt_j"), ("mlp", "llama")}
+QUICK = {("mlp", "llama")}
 
 
 def cases() -> Iterator[tuple[str, str]]:

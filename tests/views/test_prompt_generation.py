@@ -208,11 +208,7 @@ def test_a_model_whose_prompt_would_see_the_text_is_refused() -> None:
 @pytest.fixture(
     scope="module",
     params=[
-        ("bart", "prefix"),
-        *(
-            pytest.param(pair, marks=pytest.mark.slow)
-            for pair in (("t5", "prompt"), ("t5", "prefix"), ("bart", "prompt"))
-        ),
+        pytest.param(pair, marks=pytest.mark.slow) for pair in pairs("bart", "t5") if pair[1] in ("prompt", "prefix")
     ],
     ids=lambda pair: "-".join(pair),
 )
