@@ -38,16 +38,25 @@ def copy_assets(source: Path, target: Path, *leave: str) -> list[Path]:
         `snapshots/REVISION` to `blobs`, are followed.
     """
     left_out = []
-    for path in sorted(source.iterdir()):
-        name = path.name.lower()
-        unwanted = name.startswith(_NOT) or name.endswith(".index.json") or path.name in leave
-        if unwanted or path.suffix not in _ENDINGS or not path.is_file() or os.path.lexists(target / path.name):
+    for path in (source / name for name in assets_of(source, *leave)):
+        if os.path.lexists(target / path.name):
             continue
         if _leaves(path, source):
             left_out.append(path)
         else:
             shutil.copyfile(path, target / path.name)
     return left_out
+
+
+def assets_of(source: Path, *leave: str) -> list[str]:
+    """The names of the files that a server needs, in a directory."""
+
+    def wanted(path: Path) -> bool:
+        name = path.name.lower()
+        unwanted = name.startswith(_NOT) or name.endswith(".index.json") or path.name in leave
+        return not unwanted and path.suffix in _ENDINGS and path.is_file()
+
+    return [path.name for path in sorted(source.iterdir()) if wanted(path)]
 
 
 def write_configs(base: nn.Module, directory: Path) -> None:

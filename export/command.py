@@ -74,7 +74,7 @@ def _export(
     folders = asked.folders
     say = progress or (lambda line: None)
     inputs = Snapshot(base, *(part for folder in folders.values() for part in (folder, *rule_folders(folder))))
-    kept = _served_dtype(base, asked.dtype, asked.quantize_base)
+    kept = served_dtype(base, asked.dtype, asked.quantize_base)
     say("load" if kept is None else f"load in {str(kept).removeprefix('torch.')}")
     adapted = load_directories(base, folders, task=asked.task, dtype=kept, quantize_base=asked.quantize_base)
 
@@ -88,7 +88,7 @@ def _export(
     return export_onnx(adapted, output, asked, source=base.resolve(), assets=assets, progress=progress, written=written)
 
 
-def _served_dtype(base: Path, wanted: str | None, quantize_base: str | None) -> torch.dtype | None:
+def served_dtype(base: Path, wanted: str | None, quantize_base: str | None) -> torch.dtype | None:
     """What to load the base in; None is its own.
 
     Raises:

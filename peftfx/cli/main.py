@@ -10,14 +10,17 @@ import typer
 
 from peftfx.cli.commands.convert import convert
 from peftfx.cli.commands.demo import demo
+from peftfx.cli.commands.diff import diff
 from peftfx.cli.commands.export import export
 from peftfx.cli.commands.export_adapter import export_adapter
+from peftfx.cli.commands.info import info
 from peftfx.cli.commands.inspect import inspect
 from peftfx.cli.commands.merge import merge
 from peftfx.cli.commands.methods import methods
 from peftfx.cli.commands.report import report
 from peftfx.cli.commands.run import run
 from peftfx.cli.signals import Terminated, orderly_end
+from peftfx.cli.voice import VOICE, spoken, tell_error
 from peftfx.errors import PeftfxError
 from peftfx.version import __version__
 
@@ -25,7 +28,6 @@ app = typer.Typer(
     name="peftfx",
     help="Takes PEFT adapters from training to deployment: one merged ONNX model that ONNX Runtime serves.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -38,15 +40,17 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-app.command()(export)
-app.command()(merge)
-app.command()(convert)
-app.command(name="export-adapter")(export_adapter)
-app.command()(inspect)
-app.command()(methods)
-app.command()(report)
-app.command()(run)
-app.command()(demo)
+app.command()(spoken(export))
+app.command()(spoken(merge))
+app.command()(spoken(convert))
+app.command(name="export-adapter")(spoken(export_adapter))
+app.command()(spoken(inspect))
+app.command()(spoken(info))
+app.command()(spoken(diff))
+app.command()(spoken(methods))
+app.command()(spoken(report))
+app.command()(spoken(run))
+app.command()(spoken(demo))
 
 
 def main() -> None:
@@ -56,6 +60,7 @@ def main() -> None:
     SIGHUP end the command as an error does: what is half-written goes away, and the exit code is 128 and the signal's
     number.
     """
+    VOICE.as_json = VOICE.quiet = VOICE.verbose = False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages for large tensors, read when it is imported
@@ -63,7 +68,7 @@ def main() -> None:
         with orderly_end():
             app()
     except PeftfxError as error:
-        print(f"peftfx: error: {error}", file=sys.stderr)
+        tell_error(error)
         sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):  # torch's words

@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import Self
 
+from peftfx.cli.voice import VOICE
+
 _EVERY = 5.0  #: seconds between two lines where stderr is not a terminal
 
 
@@ -15,7 +17,8 @@ class Progress:
 
     def __init__(self) -> None:
         self._start = self._stage_start = self._told = time.perf_counter()
-        self._bar = _Bar() if sys.stderr.isatty() else None
+        self._silent = VOICE.quiet
+        self._bar = _Bar() if sys.stderr.isatty() and not self._silent else None
 
     def __enter__(self) -> Self:
         return self
@@ -29,7 +32,8 @@ class Progress:
         """Say that a stage begins."""
         self._close()
         self._stage_start = self._told = time.perf_counter()
-        print(f"[{self._stage_start - self._start:6.1f} s] {name}", file=sys.stderr, flush=True)
+        if not self._silent:
+            print(f"[{self._stage_start - self._start:6.1f} s] {name}", file=sys.stderr, flush=True)
 
     def written(self, done: int, total: int) -> None:
         """Say how many bytes are written, of how many."""
@@ -37,7 +41,7 @@ class Progress:
             self._bar.show(done, total)
             return
         now = time.perf_counter()
-        if now - self._told >= _EVERY:
+        if now - self._told >= _EVERY and not self._silent:
             self._told = now
             line = written_line(done, total, now - self._stage_start)
             print(f"[{now - self._start:6.1f} s]   {line}", file=sys.stderr, flush=True)

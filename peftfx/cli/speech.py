@@ -9,12 +9,16 @@ from pathlib import Path
 
 import typer
 
+from peftfx.cli.voice import VOICE, plain, tell
 from peftfx.errors import PeftfxWarning
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Other libraries' warnings and bars do not belong in this program's output; afterwards they speak again."""
+    if VOICE.verbose:
+        yield
+        return
     with contextlib.ExitStack() as undone:
         import logging as standard
         import warnings
@@ -56,6 +60,9 @@ def print_report(report: object, output: Path) -> None:
     from peftfx.export.report import Report
 
     assert isinstance(report, Report | MergedReport)
+    if VOICE.as_json or VOICE.quiet:
+        tell({"output": str(output), **plain(report)})
+        return
     table = Table(title=f"{report.model} -> {output}", show_header=False, title_justify="left")
     for name, text in report.rows():
         table.add_row(name, escape(text))

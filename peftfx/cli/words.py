@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,16 @@ from peftfx.bases.tasks import check_task
 from peftfx.errors import PeftfxError
 from peftfx.export_options.values import SLOTS, Slots
 from peftfx.sites.expression import parse
+
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")  #: a name on the Hub
+_HOME = "~/.cache/huggingface"
+_DTYPES = {
+    "float32": "fp32",
+    "float": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+}
 
 
 def check_looks(task: str | None, target: str | None, rules: str | None, *, drawn: bool = False) -> None:
@@ -30,9 +41,33 @@ def check_page(html: Path | None, adapters: Sequence[Path], *, others: bool, rul
     if html is None and adapters:
         raise PeftfxError("--adapter is shown on a page", "inspect", "say where to: --html page.html")
     if html is not None and others:
-        raise PeftfxError("a page is of the whole model", "inspect", "leave out --target, --json, --network, --graphml")
+        raise PeftfxError("a page is of the whole model", "inspect", "leave out --target, --network and --graphml")
     if adapters and rules is not None:
         raise PeftfxError("rules and an adapter", "inspect", "show one of them")
+
+
+def dtype_named(text: str | None) -> str | None:
+    """The name that options have for a dtype: torch's names are known too."""
+    return text if text is None else _DTYPES.get(text.lower().removeprefix("torch."), text)
+
+
+def found_base(base: Path) -> Path:
+    """A base's directory or file; `org/name` that is none is a model in the local Hugging Face cache.
+
+    Raises:
+        PeftfxError: it is neither. Nothing is fetched.
+    """
+    if os.path.exists(base) or not _HUB.fullmatch(base.as_posix()):
+        return base
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or _HOME) / "hub").expanduser()
+    model = cache / f"models--{base.as_posix().replace('/', '--')}"
+    revision = model / "refs" / "main"
+    if os.path.isfile(revision):
+        found = model / "snapshots" / revision.read_text(encoding="utf-8").strip()
+        if os.path.isdir(found):
+            return found
+    what = "there is no such directory, and no model of this name in the local Hugging Face cache"
+    raise PeftfxError(what, f"{base}, {cache}", f"fetch it first: hf download {base.as_posix()}; or give a directory")
 
 
 def check_run(prompt: str | None, given: Sequence[object], images: Iterable[Path], task: str | None) -> None:

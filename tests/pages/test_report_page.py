@@ -60,7 +60,7 @@ def test_commands_write_pages(exported: Path, tmp_path: Path, peftfx: Callable[.
     assert "LoRA r=5" in page.read_text(encoding="utf-8")
     for wrong in (
         ["--adapter", str(tmp_path)],
-        ["--html", str(page), "--json"],
+        ["--html", str(page), "--network"],
         ["--html", str(tmp_path / "no" / "p")],
     ):
         done = peftfx("inspect", str(tmp_path / "bert"), *wrong)

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from peftfx.cli.speech import quiet
+from peftfx.cli.voice import tell
+from peftfx.cli.words import found_base
 from peftfx.errors import PeftfxError
 
 
@@ -29,7 +31,7 @@ def convert(
 
     with quiet():
         made = convert_directory(
-            base,
+            found_base(base),
             output,
             adapter=adapter,
             tuned=tuned,
@@ -39,7 +41,7 @@ def convert(
             prefix=prefix,
             force=force,
         )
-    print(made)
+    tell({"output": str(output), "made": made}, made)
 
 
 def _rank(text: str | None) -> float | None:

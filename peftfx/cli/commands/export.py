@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from peftfx.cli.speech import print_report, quiet
-from peftfx.cli.words import chosen_slots, named_directories
+from peftfx.cli.voice import tell
+from peftfx.cli.words import chosen_slots, dtype_named, found_base, named_directories
 from peftfx.export_options.directory import DirectoryOptions
 
 
@@ -94,6 +95,9 @@ def export(
         typer.Option("--allow-fixed", help="Export what is right for some sizes alone; the report says for which."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what would be written, how large, how long; write nothing.")
+    ] = False,
 ) -> None:
     """Export a model, with or without an adapter, to ONNX, and check it in ONNX Runtime.
 
@@ -105,7 +109,7 @@ def export(
         "merge": merge,
         "task": task,
         "view": view,
-        "dtype": dtype,
+        "dtype": dtype_named(dtype),
         "engine": engine,
         "optimize": optimize,
         "quantize": quantize,
@@ -123,6 +127,13 @@ def export(
         "max_memory": max_memory,
     }
     asked = DirectoryOptions.of(None, chosen)
+    base = found_base(base)
+    if dry_run:
+        from peftfx.export.summaries.dry_run import dry_run as run
+
+        with quiet():
+            tell(run(base, output, asked))
+        return
     from peftfx.cli.progress import Progress
     from peftfx.export.command import export_directory
 

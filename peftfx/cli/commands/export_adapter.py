@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from peftfx.cli.speech import quiet
+from peftfx.cli.voice import tell
 from peftfx.export_options.adapter import AdapterDirectoryOptions
 
 
@@ -39,4 +40,5 @@ def export_adapter(
 
     with quiet(), Progress() as progress:
         made = export_adapter_directories(adapter, graph, output, asked, progress=progress.stage)
-    print(f"{made}: {made.stat().st_size:,} B")
+    size = made.stat().st_size
+    tell({"output": str(made), "bytes": size}, f"{made}: {size:,} B")

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from peftfx.cli.speech import quiet
-from peftfx.cli.words import check_looks, check_page
+from peftfx.cli.voice import VOICE, tell
+from peftfx.cli.words import check_looks, check_page, found_base
 
 
 def inspect(
@@ -22,7 +23,6 @@ def inspect(
         str | None,
         typer.Option(help="Show what these would do, as 'lora(r=8)@attention.query; ia3@mlp'; see `peftfx methods`."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     network: Annotated[
         bool, typer.Option("--network", help="Print which site reads what another gave, as JSON (node-link).")
     ] = False,
@@ -39,7 +39,8 @@ def inspect(
     import json
 
     check_looks(task, target, rules, drawn=network or graphml is not None)
-    check_page(html, adapter or (), others=target is not None or network or graphml is not None or as_json, rules=rules)
+    model = found_base(model)
+    check_page(html, adapter or (), others=target is not None or network or graphml is not None, rules=rules)
     from rich.console import Console
 
     from peftfx.export.command import inspect_directory, page_directory, plan_directory
@@ -48,12 +49,13 @@ def inspect(
     if html is not None:
         with quiet():
             page_directory(model, rules=rules, adapters=adapter or (), task=task).save(html)
-        print(f"{html}: {html.stat().st_size:,} bytes")
+        size = html.stat().st_size
+        tell({"output": str(html), "bytes": size}, f"{html}: {size:,} B")
         return
     if rules is not None:
         with quiet():
             plan = plan_directory(model, rules, task=task)
-        print(json.dumps(plan.to_dict(), indent=2) if as_json else plan)
+        tell(plan.to_dict(), plan)
         return
     with quiet():
         sites = inspect_directory(model, task=task, target=target)
@@ -61,7 +63,7 @@ def inspect(
         write_graphml(sites.network(), graphml)
     if network:
         print(json.dumps(to_json(sites.network()), indent=2))
-    elif as_json:
-        print(json.dumps([site.to_dict() for site in sites], indent=2))
-    else:
+    elif VOICE.as_json:
+        tell([site.to_dict() for site in sites])
+    elif not VOICE.quiet:
         Console(width=None if sys.stdout.isatty() else 160).print(sites.table())

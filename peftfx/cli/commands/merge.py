@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from peftfx.cli.speech import print_report, quiet
+from peftfx.cli.words import dtype_named, found_base
 from peftfx.export_options.merge import MergeOptions
 
 
@@ -47,7 +48,7 @@ def merge(
     chosen = {
         "adapter": adapter,
         "task": task,
-        "dtype": dtype,
+        "dtype": dtype_named(dtype),
         "quantize_base": quantize_base,
         "quantize": quantize,
         "max_error": max_error,
@@ -60,5 +61,5 @@ def merge(
     from peftfx.export.merge_command import merge_directory
 
     with quiet(), Progress() as progress:
-        report = merge_directory(base, output, asked, progress=progress.stage, written=progress.written)
+        report = merge_directory(found_base(base), output, asked, progress=progress.stage, written=progress.written)
     print_report(report, output)

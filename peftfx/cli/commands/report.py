@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from peftfx.cli.voice import tell
+
 
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Directories of exports; several stand side by side.")],
@@ -16,4 +18,5 @@ def report(
     from peftfx.export.report_page import report_page
 
     report_page(directories).save(html)
-    print(f"{html}: {html.stat().st_size:,} bytes")
+    size = html.stat().st_size
+    tell({"output": str(html), "bytes": size}, f"{html}: {size:,} B")

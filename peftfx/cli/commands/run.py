@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from peftfx.cli.speech import quiet
+from peftfx.cli.voice import VOICE, tell
 from peftfx.cli.words import check_run
 
 
@@ -28,6 +29,8 @@ def run(
 
     Labels are printed as JSON, a line for each text or image.
     """
+    import contextlib
+    import io
     import json
 
     check_run(prompt, [*(text or ()), *(image or ())], image or (), task)
@@ -36,7 +39,13 @@ def run(
     with quiet():
         if prompt is not None:
             options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "chat": chat}
-            stream(model, prompt, **options, adapter=adapter)  # type: ignore[arg-type]
+            if not (VOICE.as_json or VOICE.quiet):
+                stream(model, prompt, **options, adapter=adapter)  # type: ignore[arg-type]
+                return
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                stream(model, prompt, **options, adapter=adapter)  # type: ignore[arg-type]
+            tell({"prompt": prompt, "text": said.getvalue()})
             return
         for item in classify(model, [*(text or ()), *map(str, image or ())], task=task, top=top, adapter=adapter):
-            print(json.dumps(item, default=float))
+            if not VOICE.quiet:
+                print(json.dumps(item, default=float))

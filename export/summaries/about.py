@@ -1,0 +1,133 @@
+"""about: what is in a directory or a file of peftfx's: an adapter, an export, a slot file, a base."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftfx.bases.load import read_base_config
+from peftfx.errors import PeftfxError
+from peftfx.export.report_page import read_report
+from peftfx.files import is_file, is_folder
+from peftfx.formats import ADAPTER, BATCHED, REPORT, RULES, SLOTS
+from peftfx.graph.slots import Manifest
+from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
+from peftfx.rules.text import write_rule
+
+
+@dataclass(frozen=True)
+class About:
+    """What something is, and facts about it.
+
+    Attributes:
+        kind: adapter, export, slots or base.
+        facts: by what they are of.
+    """
+
+    kind: str
+    facts: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in self.facts), default=0)
+        return "\n".join([self.kind, *(f"  {name:{width}}  {_words(value)}" for name, value in self.facts.items())])
+
+
+def about(path: Path) -> About:
+    """What is at a path.
+
+    Raises:
+        PeftfxError: there is nothing, or nothing that is known, or it is damaged.
+    """
+    if is_file(path) and path.name.endswith(ADAPTER):
+        return _slot_file(path)
+    if not is_folder(path):
+        hint = "give the directory of an adapter, an export or a base, or an .onnx_adapter file"
+        raise PeftfxError("there is no such directory", str(path), hint)
+    if is_file(path / REPORT):
+        return _export(path)
+    if is_file(path / CONFIG) or is_file(path / RULES):
+        return _adapter(path)
+    return _base(path)
+
+
+def _adapter(path: Path) -> About:
+    facts: dict[str, Any] = {}
+    tensors, parameters, size = 0, 0, 0
+    dtypes: Counter[str] = Counter()
+    rules = []
+    for folder in rule_folders(path):
+        config = read_config(folder)
+        method = method_from_config(config, str(folder / CONFIG))
+        weights = Weights(folder, method.prefix)
+        rules.append(write_rule(method))
+        tensors += len(weights.names)
+        parameters += sum(_product(shape) for shape in weights.shapes.values())
+        dtypes.update(str(weights[name].dtype).removeprefix("torch.") for name in weights.names)
+        size += weights.path.stat().st_size
+        facts |= {k: config[k] for k in ("base_model_name_or_path", "task_type", "peft_version") if config.get(k)}
+    found = {"rules": rules, "tensors": tensors, "parameters": parameters, "bytes": size, "dtypes": dict(dtypes)}
+    return About("adapter", found | facts)
+
+
+def _export(path: Path) -> About:
+    report = read_report(path)
+    facts: dict[str, Any] = {
+        "model": report["model"],
+        "adapters": [_adapter_line(adapter) for adapter in report["adapters"]],
+        "inputs": [f"{name} {shape}" for name, shape in report.get("inputs", {}).items()],
+        "outputs": report.get("outputs", []),
+        "files": report["bytes"],
+        "opset": report.get("opset"),
+        "nodes": report.get("nodes"),
+        "fused": report.get("fused", {}),
+        "schemes": report.get("schemes", {}),
+        "right where": report.get("sizes", []),
+        "held against": report.get("reference", ""),
+        "largest difference": max((float(c["max_abs"]) for c in report["comparisons"]), default=0.0),
+        "versions": report.get("versions", {}),
+    }
+    if is_file(path / SLOTS):
+        manifest = Manifest.read(path)
+        facts["slots"] = f"{len(manifest.slots)}, of {manifest.model}, base {manifest.fingerprint}"
+    if is_file(path / BATCHED):
+        facts["adapters by row"] = str(path / BATCHED)
+    return About("export", {name: value for name, value in facts.items() if value not in ([], {}, "", None)})
+
+
+def _adapter_line(adapter: Mapping[str, Any]) -> str:
+    return f"{adapter['name']}: {'+'.join(adapter['methods'])}, {adapter['parameters']:,} parameters"
+
+
+def _slot_file(path: Path) -> About:
+    from peftfx.serving.adapter_file import read_adapter_file
+
+    number, values = read_adapter_file(path)
+    shapes = {name: "x".join(map(str, value.shape())) for name, value in values.items()}
+    size = path.stat().st_size
+    return About("slots", {"base": f"{number:08x}", "tensors": len(values), "bytes": size, "shapes": shapes})
+
+
+def _base(path: Path) -> About:
+    config = read_base_config(path)
+    files = {p.name: p.stat().st_size for p in sorted(path.glob("*.safetensors"))}
+    wanted = ("architectures", "_class_name", "model_type", "dtype", "torch_dtype", "vocab_size", "quantization_config")
+    facts: dict[str, Any] = {name: config[name] for name in wanted if config.get(name) is not None}
+    return About("base", facts | {"files": files} if files else facts)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _words(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(own)}" for name, own in value.items())
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(_words, value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2g}" if isinstance(value, float) else str(value)

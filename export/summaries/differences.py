@@ -1,0 +1,135 @@
+"""differences: what two adapters, or two exports, differ in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peftfx.errors import PeftfxError
+from peftfx.export.report_page import read_report
+from peftfx.files import is_file
+from peftfx.formats import REPORT
+from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
+
+_MOST = 20  #: of a kind, in words
+_PASSING = ("seconds", "probes", "comparisons")  #: of a report: what two runs of one export differ in
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What two of a kind differ in; nothing where they are the same.
+
+    Attributes:
+        kind: adapter or export.
+        fields: options or facts, each with its two values.
+        only_first, only_second: tensors that one of them has.
+        tensors: for each that both have and that differs: the largest difference, and the norm of the difference over
+            the first's; of another shape, the two shapes.
+        same: how many tensors are equal.
+    """
+
+    kind: str
+    fields: Mapping[str, tuple[Any, Any]]
+    only_first: tuple[str, ...] = ()
+    only_second: tuple[str, ...] = ()
+    tensors: Mapping[str, Mapping[str, Any]] | None = None
+    same: int = 0
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one."""
+        return bool(self.fields or self.only_first or self.only_second or self.tensors)
+
+    def __str__(self) -> str:
+        if not self.any:
+            return f"the same {self.kind}" + (f": {self.same} tensors" if self.same else "")
+        lines = [f"{name}: {first!r} | {second!r}" for name, (first, second) in self.fields.items()]
+        lines += _listed("in the first alone", self.only_first) + _listed("in the second alone", self.only_second)
+        told = [f"{n}: {', '.join(f'{k} {_short(v)}' for k, v in d.items())}" for n, d in (self.tensors or {}).items()]
+        lines += _listed("tensors that differ", told)
+        return "\n".join([*lines, *([f"equal tensors: {self.same}"] if self.same else [])])
+
+
+def differences(first: Path, second: Path) -> Differences:
+    """What two directories differ in.
+
+    Raises:
+        PeftfxError: they are not of one kind, or neither adapters nor exports, or damaged.
+    """
+    kinds = [is_file(path / REPORT) for path in (first, second)]
+    if all(kinds):
+        a, b = read_report(first), read_report(second)
+        return Differences("export", _fields(_leave(a, _PASSING), _leave(b, _PASSING)))
+    if any(kinds):
+        what = "an export and something else have nothing to compare"
+        raise PeftfxError(what, f"{first}, {second}", "give two exports, or two adapters")
+    return _of_adapters(first, second)
+
+
+def _of_adapters(first: Path, second: Path) -> Differences:
+    folders = rule_folders(first), rule_folders(second)
+    if len(folders[0]) != len(folders[1]):
+        return Differences("adapter", {"rules": (len(folders[0]), len(folders[1]))})
+    fields: dict[str, tuple[Any, Any]] = {}
+    tensors: dict[str, Mapping[str, Any]] = {}
+    alone: tuple[list[str], list[str]] = ([], [])
+    same = 0
+    for own, other in zip(*folders, strict=True):
+        configs = read_config(own), read_config(other)
+        ahead = f"{own.name}." if len(folders[0]) > 1 else ""
+        fields |= {f"{ahead}{name}": values for name, values in _fields(*configs).items()}
+        a, b = (_weights(folder, config) for folder, config in zip((own, other), configs, strict=True))
+        alone[0].extend(sorted(f"{ahead}{n}" for n in a.names.keys() - b.names.keys()))
+        alone[1].extend(sorted(f"{ahead}{n}" for n in b.names.keys() - a.names.keys()))
+        for name in sorted(a.names.keys() & b.names.keys()):
+            found = _between(a[name], b[name])
+            same += found is None
+            tensors |= {} if found is None else {f"{ahead}{name}": found}
+    return Differences("adapter", fields, tuple(alone[0]), tuple(alone[1]), tensors, same)
+
+
+def _weights(folder: Path, config: Mapping[str, object]) -> Weights:
+    return Weights(folder, method_from_config(config, str(folder / CONFIG)).prefix)
+
+
+def _between(a: Tensor, b: Tensor) -> Mapping[str, Any] | None:
+    """What two tensors differ in; None where they are equal."""
+    if a.shape != b.shape:
+        return {"shapes": [list(a.shape), list(b.shape)]}
+    if a.dtype == b.dtype and bool(a.equal(b)):
+        return None
+    difference, norm = (a.double() - b.double()), float(a.double().norm())
+    own = {} if a.dtype == b.dtype else {"dtypes": [str(t.dtype).removeprefix("torch.") for t in (a, b)]}
+    largest = float(difference.abs().max()) if difference.numel() else 0.0
+    return {**own, "max_abs": largest, "relative": float(difference.norm()) / norm if norm else float("inf")}
+
+
+def _fields(a: Mapping[str, Any], b: Mapping[str, Any], ahead: str = "") -> dict[str, tuple[Any, Any]]:
+    """The leaves that differ, by dotted names."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in dict.fromkeys((*a, *b)):
+        one, other = a.get(name), b.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found |= _fields(one, other, f"{ahead}{name}.")
+        elif one != other:
+            found[f"{ahead}{name}"] = (one, other)
+    return found
+
+
+def _leave(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _listed(what: str, items: Sequence[str]) -> list[str]:
+    if not items:
+        return []
+    more = [f"  and {len(items) - _MOST} more"] if len(items) > _MOST else []
+    return [f"{what}: {len(items)}", *(f"  {item}" for item in items[:_MOST]), *more]
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

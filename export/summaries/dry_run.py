@@ -1,0 +1,144 @@
+"""dry_run: what an export would write, told from configs and the sizes of files; no graph is captured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.exporters.base import EXPORT_MANIFEST_FILE
+
+from peftfx.bases.gguf import as_directory
+from peftfx.bases.load import load_base
+from peftfx.errors import PeftfxError
+from peftfx.export.assets import assets_of
+from peftfx.export.command import DTYPES, refuse_output, served_dtype
+from peftfx.export.deployment import genai_config
+from peftfx.export.writing.memory import memory_needed, refuse_memory
+from peftfx.export_options.directory import DirectoryOptions
+from peftfx.formats import REPORT
+from peftfx.options import AUTO, DECODE, FORWARD
+from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
+from peftfx.rules.text import write_rule
+from peftfx.views.named_views import find_view
+
+_PACE = (30e6, 300e6)  #: bytes of weights a second, from the first stage to the last: a slow machine, and a fast one
+_START = (5.0, 60.0)  #: seconds that a small model takes, and one of many layers
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What an export would be.
+
+    Attributes:
+        output: where to.
+        model: the class of the base.
+        adapters: its rules, by name.
+        views: what would be exported.
+        files: their names; of the weights, the bytes.
+        dtype: of the weights.
+        parameters: of the base.
+        memory: bytes that it would need, beyond files that are mapped.
+        seconds: the least and the most that it may take.
+        notes: what only the export itself tells.
+    """
+
+    output: str
+    model: str
+    adapters: Mapping[str, str]
+    views: tuple[str, ...]
+    files: Mapping[str, int | None]
+    dtype: str
+    parameters: int
+    memory: int
+    seconds: tuple[float, float]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        files = ", ".join(name if size is None else f"{name} about {size:,} B" for name, size in self.files.items())
+        adapters = "; ".join(f"{name}: {rule}" for name, rule in self.adapters.items()) or "none"
+        rows = [
+            ("model", f"{self.model}, {self.parameters:,} parameters"),
+            ("adapters", adapters),
+            ("views", ", ".join(self.views)),
+            ("dtype", self.dtype),
+            ("files", files),
+            ("memory", f"{self.memory / 1e9:.1f} GB, beyond files that are mapped"),
+            ("time", f"{self.seconds[0]:.0f} to {self.seconds[1]:.0f} s"),
+            *(("note", note) for note in self.notes),
+        ]
+        return "\n".join([f"would write {self.output}; nothing was written", *(f"  {n:8}  {t}" for n, t in rows)])
+
+
+def dry_run(base: Path, output: Path, asked: DirectoryOptions) -> DryRun:
+    """What `export_directory` would do with the same arguments.
+
+    Raises:
+        PeftfxError: what an export refuses before it captures: the output is there, files are missing or broken, too
+            little memory is allowed, the model has no such view.
+    """
+    refuse_output(base, output, list(asked.folders.values()), asked.force)
+    with as_directory(base) as directory:
+        kept = served_dtype(directory, asked.dtype, asked.quantize_base)
+        with torch.device("meta"):
+            model = load_base(directory, task=asked.task, weights=False, dtype=kept)
+        refuse_memory(model, asked.memory)
+        adapters = {name: _rules(folder) for name, folder in asked.folders.items()}
+        views, files = _views(model, asked.view), dict[str, int | None]()
+        unique = {id(p): p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()}
+        sizes = [p.numel() * (kept or p.dtype).itemsize for p in unique.values()]
+        total = sum(sizes)
+        for name in ("encoder_model.onnx", "decoder_model.onnx") if "encoder" in views else ("model.onnx",):
+            files[name] = None
+        files["model.onnx.data"] = total
+        manifests: dict[tuple[str, ...], str] = {(DECODE,): genai_config.FILE, (FORWARD,): EXPORT_MANIFEST_FILE}
+        manifest = manifests.get(views)
+        configs = ["config.json", *(["generation_config.json"] if views != (FORWARD,) else [])]
+        own = dict.fromkeys(name for folder in (*asked.folders.values(), directory) for name in assets_of(folder))
+        files |= dict.fromkeys((*own, *configs, *([manifest] if manifest else []), REPORT))
+        dtype = kept or next((p.dtype for p in unique.values()), torch.float32)
+        seconds = total / _PACE[1] + _START[0], total / _PACE[0] + _START[1]
+        count = sum(p.numel() for p in model.parameters())
+        return DryRun(
+            *(str(output), type(model).__name__, adapters, views, files, _name(dtype), count),
+            memory=memory_needed(model),
+            seconds=seconds,
+            notes=tuple(_notes(asked)),
+        )
+
+
+def _rules(folder: Path) -> str:
+    rules = []
+    for own in rule_folders(folder):
+        method = method_from_config(read_config(own), str(own / CONFIG))
+        weights = Weights(own, method.prefix)
+        rules.append(f"{write_rule(method)}, {len(weights.names)} tensors")
+    return "; ".join(rules)
+
+
+def _views(model: nn.Module, asked: str) -> tuple[str, ...]:
+    if asked == FORWARD:
+        return (FORWARD,)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and asked in (AUTO, DECODE):
+        return ("encoder", "decoder")
+    try:
+        return (FORWARD,) if find_view(model, DECODE) is None else (DECODE,)
+    except PeftfxError:
+        if asked == DECODE:
+            raise
+        return (FORWARD,)
+
+
+def _notes(asked: DirectoryOptions) -> list[str]:
+    notes = ["what the graph itself takes, and whether the model can be captured, the export tells"]
+    if asked.quantize is not None:
+        notes.append("the bytes are ahead of quantisation")
+    if asked.slots is not None or asked.batched:
+        notes.append("places for adapters are not counted")
+    return notes
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next((name for name, own in DTYPES.items() if own == dtype), str(dtype))

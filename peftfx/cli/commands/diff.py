@@ -1,0 +1,25 @@
+"""`peftfx diff`: what two adapters or exports differ in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftfx.cli.speech import quiet
+from peftfx.cli.voice import tell
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(help="Directory of an adapter, or of an export.")],
+    second: Annotated[Path, typer.Argument(help="Another of the same kind.")],
+) -> None:
+    """Print what two adapters or two exports differ in. Exit codes: 0 nothing; 1 something; 2 bad input."""
+    from peftfx.export.summaries.differences import differences
+
+    with quiet():
+        found = differences(first, second)
+    tell(found)
+    if found.any:
+        raise typer.Exit(1)

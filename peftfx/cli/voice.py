@@ -1,0 +1,95 @@
+"""Voice: how a command speaks: in words or JSON, with progress or quietly; every command takes the same options."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftfx.errors import PeftfxError
+
+
+@dataclasses.dataclass
+class Voice:
+    """What was asked for.
+
+    Attributes:
+        as_json: results, and errors, are JSON on stdout.
+        quiet: nothing but errors, warnings, and JSON if that was asked for.
+        verbose: what other libraries say is let through, and an error is followed by what caused it.
+    """
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+
+VOICE = Voice()  #: of the command that runs
+
+_OPTIONS = {
+    "as_json": Annotated[bool, typer.Option("--json", help="Print the result as JSON.")],
+    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no result in words.")],
+    "verbose": Annotated[
+        bool, typer.Option("--verbose", "-v", help="Let other libraries speak; with an error, what caused it.")
+    ],
+}
+
+
+def spoken(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the options of its voice beside its own."""
+    own = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name in _OPTIONS:
+            setattr(VOICE, name, given.pop(name))
+        if VOICE.quiet and VOICE.verbose:
+            VOICE.as_json = False
+            raise PeftfxError("quiet and verbose", "--quiet, --verbose", "pass one of them")
+        command(**given)
+
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in _OPTIONS.items()
+    ]
+    run.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*own.parameters.values(), *more)}
+    return run
+
+
+def tell(result: object, words: object = None) -> None:
+    """Print a result: JSON if it was asked for, else in words, by default its own."""
+    if VOICE.as_json:
+        print(json.dumps(plain(result), indent=2, default=str))
+    elif not VOICE.quiet:
+        print(result if words is None else words)
+
+
+def tell_error(error: PeftfxError) -> None:
+    """Print an error: on stderr, and as JSON on stdout if that was asked for."""
+    if VOICE.as_json:
+        told = {"what": error.what, "where": error.where, "hint": error.hint, "exit_code": error.exit_code}
+        print(json.dumps({"error": told}, indent=2))
+    print(f"peftfx: error: {error}", file=sys.stderr)
+    cause = error.__cause__
+    while VOICE.verbose and cause is not None:
+        print(f"  caused by {type(cause).__name__}: {cause}", file=sys.stderr)
+        cause = cause.__cause__
+
+
+def plain(value: object) -> Any:
+    """A result as JSON-ready values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(own) for own in value]
+    return str(value) if isinstance(value, Path) else value

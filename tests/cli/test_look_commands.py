@@ -1,0 +1,108 @@
+"""Commands that look: info, diff, export --dry-run; and how every command speaks: --json, --quiet, -v, names."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from support.command import Inputs, Result, assert_refused
+
+from peftfx.cli.main import app
+
+Command = Callable[..., Result]
+
+
+def test_every_command_takes_the_options_of_its_voice() -> None:
+    for command in app.registered_commands:
+        assert command.callback is not None
+        assert {"as_json", "quiet", "verbose"} <= set(inspect.signature(command.callback).parameters)
+
+
+def test_info_tells_what_there_is(inputs: Inputs, peftfx: Command, tmp_path: Path) -> None:
+    done = peftfx("info", inputs.lora, "--json")
+    told = json.loads(done.out)
+    assert (done.code, told["kind"], told["facts"]["tensors"]) == (0, "adapter", 8)
+    assert told["facts"]["parameters"] == sum(
+        t.numel() for t in load_file(inputs.lora / "adapter_model.safetensors").values()
+    )
+    assert told["facts"]["rules"][0].startswith("lora(")
+    assert "BertModel" in peftfx("info", inputs.encoder).out
+    assert peftfx("info", inputs.lora, "--quiet").out == ""
+    assert_refused(peftfx("info", tmp_path / "nothing"), "there is no such directory")
+    assert_refused(peftfx("info", tmp_path), "no config.json")
+
+
+def test_diff_tells_what_differs(inputs: Inputs, peftfx: Command, tmp_path: Path) -> None:
+    same = peftfx("diff", inputs.lora, inputs.lora)
+    assert (same.code, same.out.strip()) == (0, "the same adapter: 8 tensors")
+    shutil.copytree(inputs.lora, tmp_path / "other")
+    file = tmp_path / "other" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first, second, *_ = sorted(tensors)
+    tensors[first] = tensors[first] * 1.5
+    tensors[f"{second}.more"] = tensors.pop(second)
+    save_file(tensors, file)
+    config = json.loads((tmp_path / "other" / "adapter_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 7}), encoding="utf-8")
+    done = peftfx("diff", inputs.lora, tmp_path / "other", "--json")
+    told = json.loads(done.out)
+    assert (done.code, told["same"], told["fields"]) == (1, 6, {"lora_alpha": [6, 7]})
+    (found,) = told["tensors"].values()
+    assert found["relative"] == pytest.approx(0.5, rel=1e-5)
+    assert len(told["only_first"]) == len(told["only_second"]) == 1
+    assert "relative 0.5" in peftfx("diff", inputs.lora, tmp_path / "other").out
+    assert_refused(peftfx("diff", inputs.lora, tmp_path), "there is no adapter_config.json")
+
+
+def test_a_dry_run_tells_what_the_export_then_writes(inputs: Inputs, peftfx: Command, tmp_path: Path) -> None:
+    words = ("export", "--base", inputs.classifier, "--adapter", inputs.lora, "--output", tmp_path / "out")
+    done = peftfx(*words, "--dry-run", "--json")
+    told = json.loads(done.out)
+    assert (done.code, told["views"], told["model"]) == (0, ["forward"], "BertForSequenceClassification")
+    assert not (tmp_path / "out").exists()
+    assert "nothing was written" in peftfx(*words, "--dry-run").out
+    quiet = peftfx(*words, "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+    written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert written.keys() == told["files"].keys()
+    assert abs(written["model.onnx.data"] - told["files"]["model.onnx.data"]) < 0.1 * written["model.onnx.data"]
+    assert_refused(peftfx(*words, "--dry-run"), "the output exists already")
+    other = ("export", "--base", inputs.classifier, "--output", tmp_path / "new", "--dry-run")
+    assert_refused(peftfx(*other, "--max-memory", "1MB"), "are needed")
+    assert_refused(peftfx(*other, "--view", "decode"), "decode")
+
+
+def test_errors_are_json_too_and_causes_are_told(peftfx: Command, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    done = peftfx("inspect", tmp_path, "--json")
+    told = json.loads(done.out)["error"]
+    assert (done.code, told["exit_code"], told["where"]) == (2, 2, str(tmp_path / "config.json"))
+    assert "caused by JSONDecodeError" in peftfx("inspect", tmp_path, "-v").err
+    assert "caused by" not in peftfx("inspect", tmp_path).err
+    assert_refused(peftfx("inspect", tmp_path, "-v", "-q"), "quiet and verbose")
+
+
+def test_a_base_is_found_in_the_local_cache(
+    inputs: Inputs, peftfx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert_refused(peftfx("inspect", "org/name"), "local Hugging Face cache", "hf download org/name")
+    model = tmp_path / "models--org--name"
+    shutil.copytree(inputs.encoder, model / "snapshots" / "abc")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("abc", encoding="utf-8")
+    found, given = (peftfx("inspect", place, "--json").out for place in ("org/name", inputs.encoder))
+    assert json.loads(found) == json.loads(given)
+
+
+@pytest.mark.parametrize("name", ["float16", "torch.float16", "half", "fp16"])
+def test_dtypes_have_torchs_names_too(name: str, inputs: Inputs, peftfx: Command, tmp_path: Path) -> None:
+    words = ("export", "--base", inputs.classifier, "--output", tmp_path / "out", "--dry-run", "--json")
+    assert json.loads(peftfx(*words, "--dtype", name).out)["dtype"] == "fp16"
+    assert_refused(peftfx(*words[:-1], "--dtype", "float17"), "unknown dtype")
