@@ -19,6 +19,7 @@ from peftfx.cli.commands.merge import merge
 from peftfx.cli.commands.methods import methods
 from peftfx.cli.commands.report import report
 from peftfx.cli.commands.run import run
+from peftfx.cli.commands.train import train
 from peftfx.cli.signals import Terminated, orderly_end
 from peftfx.cli.voice import VOICE, spoken, tell_error
 from peftfx.errors import PeftfxError
@@ -50,6 +51,7 @@ app.command()(spoken(diff))
 app.command()(spoken(methods))
 app.command()(spoken(report))
 app.command()(spoken(run))
+app.command()(spoken(train))
 app.command()(spoken(demo))
 
 

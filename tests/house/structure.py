@@ -63,7 +63,7 @@ LAYERS = (
     *("peftfx.export.metadata", "peftfx.export.translation", "peftfx.export.writing", "peftfx.export.coded"),
     *("peftfx.export.verification", "peftfx.export.checkpoint"),
     *("peftfx.export.deployment", "peftfx.export.slots", "peftfx.export", "peftfx.export.summaries"),
-    *("peftfx.demo", "peftfx.cli", "peftfx.testing"),
+    *("peftfx.training", "peftfx.demo", "peftfx.cli", "peftfx.testing"),
 )
 
 #: What hands on names to users and nothing else: on top of all, so that no file of the package imports it.

@@ -1,0 +1,171 @@
+"""Rows: a file of JSON lines as what a model is trained on: texts, completions, chats, or labelled texts.
+
+{"text": ...}                                   all of a text
+{"prompt": ..., "completion": ...}              what follows a prompt
+{"messages": [{"role": ..., "content": ...}]}   the last message of a chat, by the tokenizer's template
+{"text": ..., "label": ...}                     the class of a text
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftfx.errors import PeftfxError, shown
+from peftfx.files import is_file
+
+TEXT, COMPLETION, CHAT, CLASSES = "text", "completion", "chat", "classification"
+KINDS: Mapping[str, frozenset[str]] = {
+    CLASSES: frozenset({"text", "label"}),
+    COMPLETION: frozenset({"prompt", "completion"}),
+    CHAT: frozenset({"messages"}),
+    TEXT: frozenset({"text"}),
+}
+IGNORED = -100  #: a label that the loss passes by
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a file.
+
+    Attributes:
+        kind: one of `KINDS`.
+        items: as they are in the file.
+        where: the file.
+    """
+
+    kind: str
+    items: tuple[Row, ...]
+    where: str
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes, in order."""
+        return tuple(sorted({str(row["label"]) for row in self.items})) if self.kind == CLASSES else ()
+
+
+def read_rows(file: Path) -> Rows:
+    """Read a file of JSON lines.
+
+    Raises:
+        PeftfxError: there is none, a line is no object, or the rows are of no kind, or of several.
+    """
+    if not is_file(file):
+        raise PeftfxError("there is no such file", str(file), "give a file of JSON lines")
+    items, kinds = [], dict[str, int]()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise PeftfxError(f"cannot be read as text: {error}", str(file), "give a file of JSON lines, UTF-8") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise PeftfxError(f"line {number} is no JSON: {error}", str(file), "one object a line") from error
+        kind = _kind(row)
+        if not kind:
+            keys = ", ".join(map(str, row)) if isinstance(row, dict) else shown(row)
+            hint = "text; text and label; prompt and completion; or messages"
+            raise PeftfxError(f"line {number} has {keys}", str(file), f"a row has one of: {hint}")
+        kinds.setdefault(kind, number)
+        items.append(row)
+    if len(kinds) > 1:
+        (one, a), (other, b) = list(kinds.items())[:2]
+        raise PeftfxError(f"line {a} is of kind {one}, line {b} of kind {other}", str(file), "a file has one kind")
+    if not items:
+        raise PeftfxError("the file has no rows", str(file), "give a file of JSON lines")
+    return Rows(next(iter(kinds)), tuple(items), str(file))
+
+
+def _kind(row: object) -> str:
+    if not isinstance(row, dict):
+        return ""
+    for kind, keys in KINDS.items():
+        if keys <= row.keys() and all(_is_right(name, row[name]) for name in keys):
+            return kind
+    return ""
+
+
+def _is_right(name: str, value: object) -> bool:
+    if name == "messages":
+        said = (
+            isinstance(value, list)
+            and value
+            and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
+        )
+        return bool(said) and value[-1].get("role") == "assistant"  # type: ignore[index]
+    return isinstance(value, (str, int)) if name == "label" else isinstance(value, str)
+
+
+def encoded(rows: Rows, tokenizer: Any, most: int, classes: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows as tokens and labels; of completions and chats what is ahead is passed by.
+
+    Raises:
+        PeftfxError: a label is unknown, the tokenizer has no template, or nothing of a row is left to learn from.
+    """
+    found = []
+    for number, row in enumerate(rows.items, 1):
+        where = f"{rows.where}, row {number}"
+        if rows.kind == CLASSES:
+            if str(row["label"]) not in classes:
+                raise PeftfxError(f"the label {row['label']!r} is not in the training data", where, ", ".join(classes))
+            ids = tokenizer(row["text"], truncation=True, max_length=most)["input_ids"]
+            found.append({"input_ids": ids, "labels": list(classes).index(str(row["label"]))})
+            continue
+        ids, ahead = _tokens(rows.kind, row, tokenizer, where)
+        ids = ids[:most]
+        if len(ids) <= max(1, ahead):
+            what = f"its first {most} tokens have nothing to learn from"
+            raise PeftfxError(what, where, "pass a larger --max-length, or leave the row out")
+        found.append({"input_ids": ids, "labels": [IGNORED] * ahead + ids[ahead:]})
+    return found
+
+
+def _tokens(kind: str, row: Row, tokenizer: Any, where: str) -> tuple[list[int], int]:
+    """The tokens of a row, and how many of them are ahead of what is learnt."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if kind == TEXT:
+        return list(tokenizer(row["text"])["input_ids"]) + end, 0
+    if kind == COMPLETION:
+        ahead = list(tokenizer(row["prompt"])["input_ids"])
+        ahead = ahead[: -len(end)] if end and ahead[-1:] == end else ahead
+        return ahead + list(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + end, len(ahead)
+    if not getattr(tokenizer, "chat_template", None):
+        raise PeftfxError("the tokenizer has no chat template", where, "give prompts and completions")
+    messages = row["messages"]
+    ahead = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    start = ahead if whole.startswith(ahead) else ""
+    first = list(tokenizer(start, add_special_tokens=False)["input_ids"]) if start else []
+    rest = list(tokenizer(whole.removeprefix(start), add_special_tokens=False)["input_ids"])
+    return first + rest, len(first)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Rows as tensors of one length, padded on the right.
+
+    Attributes:
+        pad: the token.
+    """
+
+    pad: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        ids = [[*row["input_ids"], *[self.pad] * (length - len(row["input_ids"]))] for row in rows]
+        mask = [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
+        labels = [row["labels"] for row in rows]
+        if isinstance(labels[0], list):
+            labels = [[*own, *[IGNORED] * (length - len(own))] for own in labels]
+        named = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return {name: torch.tensor(values) for name, values in named.items()}

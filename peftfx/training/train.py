@@ -1,0 +1,245 @@
+"""train: an adapter from a base, rules and a file of rows: transformers' Trainer, with what it needs around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftfx.bases.load import load_base, read_base_config
+from peftfx.bases.transformers_config import understanding
+from peftfx.errors import PeftfxError
+from peftfx.export.writing.atomic_directory import check_output, publish
+from peftfx.formats import RULES
+from peftfx.model.adapted import AdaptedModel
+from peftfx.model.api import transform
+from peftfx.pages.plot import plot
+from peftfx.rules.peft_files import CONFIG
+from peftfx.rules.text import parse_rules
+from peftfx.training.rows import CLASSES, Padded, Rows, encoded, read_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How an adapter is trained.
+
+    Args:
+        epochs: times that each row is seen.
+        steps: of the optimizer, in place of epochs.
+        learning_rate, batch_size: as of transformers' `TrainingArguments`; rates fall to 0 in a line.
+        max_length: tokens of a row; what is behind is cut off.
+        seed: of the adapter's start, the order of rows and dropout.
+        evaluate: a file of rows that the loss is told of at each epoch.
+        resume: go on from the last checkpoint of a run that was stopped.
+        save_steps: between two checkpoints; none, if 0.
+        force: replace the output.
+    """
+
+    epochs: float = 1.0
+    steps: int = -1
+    learning_rate: float = 2e-4
+    batch_size: int = 8
+    max_length: int = 512
+    seed: int = 0
+    evaluate: Path | None = None
+    resume: bool = False
+    save_steps: int = 500
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number of its kind."""
+        wrong = [name for name in ("epochs", "learning_rate") if not 0 < getattr(self, name) < float("inf")]
+        wrong += [name for name in ("batch_size", "max_length") if getattr(self, name) < 1]
+        wrong += ["steps"] if self.steps == 0 or self.steps < -1 else []
+        wrong += ["save_steps"] if self.save_steps < 0 else []
+        if wrong:
+            raise PeftfxError(f"{wrong[0]} is {getattr(self, wrong[0])}", wrong[0], "a number above 0")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training did.
+
+    Attributes:
+        output: where the adapter is.
+        kind: of the rows.
+        rows, steps, parameters: how many.
+        loss: the mean over training.
+        evaluation: of the rows to evaluate on, at the end.
+        losses: by step.
+    """
+
+    output: str
+    kind: str
+    rows: int
+    steps: int
+    parameters: int
+    loss: float
+    evaluation: Mapping[str, float]
+    losses: tuple[tuple[int, float], ...]
+
+    def __str__(self) -> str:
+        told = "".join(f", {name} {value:.4f}" for name, value in self.evaluation.items())
+        count = f"{self.parameters:,} parameters, {self.steps} steps on {self.rows} rows of {self.kind}"
+        return f"{self.output}: {count}; loss {self.loss:.4f}{told}"
+
+
+def train(
+    base: Path,
+    data: Path,
+    rules: str,
+    output: Path,
+    asked: TrainOptions,
+    progress: Callable[[str], object] | None = None,
+) -> Trained:
+    """Train an adapter; its directory appears when it is done, with the losses and a plot of them in `training`.
+
+    Args:
+        base: directory of the base model.
+        data: file of JSON lines; see `peftfx.training.rows`.
+        rules: as text.
+        output: where to. Checkpoints are beside it, in `OUTPUT-checkpoints`, until it is done.
+        asked: how.
+        progress: called with a line when a stage begins.
+
+    Raises:
+        PeftfxError: bad input; nothing is left but checkpoints.
+    """
+    say = progress or (lambda line: None)
+    check_output(output, asked.force, _is_adapter)
+    parse_rules(rules)
+    rows = read_rows(data)
+    held = None if asked.evaluate is None else read_rows(asked.evaluate)
+    if held is not None and held.kind != rows.kind:
+        raise PeftfxError(f"rows of kind {held.kind}, and {rows.kind} to train on", held.where, "give rows of one kind")
+    trainer_class = _trainer()
+    read_base_config(base)
+    tokenizer = _tokenizer(base)
+    say("load")
+    torch.manual_seed(asked.seed)
+    model, saved = _model(base, rows)
+    methods = parse_rules(rules)
+    if saved:
+        methods = (dataclasses.replace(methods[0], modules_to_save=saved), *methods[1:])
+    sets = [encoded(found, tokenizer, asked.max_length, rows.labels) for found in (rows, held) if found is not None]
+    adapted = transform(model, methods, seed=asked.seed)
+    say("train")
+    checkpoints = output.with_name(f"{output.name}-checkpoints")
+    trainer = trainer_class(
+        model=adapted,
+        args=_arguments(asked, checkpoints, held is not None),
+        train_dataset=sets[0],
+        eval_dataset=sets[1] if held is not None else None,
+        data_collator=Padded(_pad(tokenizer)),
+    )
+    done = trainer.train(resume_from_checkpoint=_last(checkpoints) if asked.resume else None)
+    evaluation = {k: v for k, v in (trainer.evaluate() if held else {}).items() if k == "eval_loss"}
+    losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+    parameters = adapted.get_nb_trainable_parameters()[0]
+    told = Trained(
+        *(str(output), rows.kind, len(rows.items), int(done.global_step), parameters, float(done.training_loss)),
+        evaluation=evaluation,
+        losses=losses,
+    )
+    with publish(output, asked.force, _is_adapter) as made:
+        _write(made, adapted, tokenizer, told)
+    return told
+
+
+def _write(made: Path, adapted: AdaptedModel, tokenizer: Any, told: Trained) -> None:
+    adapted.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    folder = made / "training"
+    folder.mkdir()
+    (folder / "losses.json").write_text(json.dumps(dataclasses.asdict(told), indent=1) + "\n", encoding="utf-8")
+    (folder / "loss.svg").write_text(plot(told.losses, "loss", "step"), encoding="utf-8")
+
+
+def _arguments(asked: TrainOptions, checkpoints: Path, evaluates: bool) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=asked.epochs,
+        max_steps=asked.steps,
+        learning_rate=asked.learning_rate,
+        per_device_train_batch_size=asked.batch_size,
+        per_device_eval_batch_size=asked.batch_size,
+        seed=asked.seed,
+        data_seed=asked.seed,
+        logging_steps=1,
+        save_strategy="steps" if asked.save_steps else "no",
+        save_steps=asked.save_steps or 500,
+        save_total_limit=1,
+        eval_strategy="epoch" if evaluates else "no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+    )
+
+
+def _trainer() -> Any:
+    try:
+        import accelerate  # noqa: F401
+        from transformers import Trainer
+    except ImportError as error:
+        what = f"transformers' Trainer cannot be had: {error}"
+        raise PeftfxError(what, "train", "pip install 'peftfx[train]'") from error
+
+    class Silent(Trainer):
+        """Losses are told at the end, and not printed as they come."""
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            self.state.log_history.append({**logs, "step": self.state.global_step})
+
+    return Silent
+
+
+def _tokenizer(base: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    with understanding(base, "cannot load the tokenizer"):
+        return AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+
+
+def _model(base: Path, rows: Rows) -> tuple[nn.Module, tuple[str, ...]]:
+    """The base, and of a new head the modules that are trained whole."""
+    if rows.kind != CLASSES:
+        return load_base(base), ()
+    labels = rows.labels
+    if len(labels) < 2:
+        raise PeftfxError(f"all rows have the label {labels[0]!r}", rows.where, "give rows of two classes or more")
+    bare = load_base(base, task="text-classification", num_labels=len(labels), weights=False)
+    names = {name for name, _ in bare.named_parameters()}
+    prefix = str(getattr(bare, "base_model_prefix", ""))
+    head = {name for name in names if not name.startswith(f"{prefix}.")}
+    model = load_base(base, task="text-classification", num_labels=len(labels), given=head)
+    config: Any = model.config
+    config.id2label, config.label2id = dict(enumerate(labels)), {own: i for i, own in enumerate(labels)}
+    return model, tuple(sorted({name.rpartition(".")[0] for name in head}))
+
+
+def _pad(tokenizer: Any) -> int:
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if found is None else int(found)
+
+
+def _last(checkpoints: Path) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if found is None:
+        raise PeftfxError("there is no checkpoint to go on from", str(checkpoints), "leave --resume out")
+    return str(found)
+
+
+def _is_adapter(directory: Path) -> bool:
+    """Whether a directory is an adapter's, that may be replaced."""
+    return any((directory / name).is_file() for name in (CONFIG, RULES))
