@@ -4,8 +4,7 @@ accelerate launch --num_processes 2 examples/accelerate_launch.py OUT
 
 On CPUs that starts one process; two are started by
 torchrun --nproc-per-node 2 examples/accelerate_launch.py OUT
-FSDP2 on GPUs: --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP
---fsdp_cpu_ram_efficient_loading false.
+FSDP2 on GPUs: --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP.
 `python examples/accelerate_launch.py` runs it in one process.
 """
 

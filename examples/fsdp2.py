@@ -53,7 +53,8 @@ for step, batch in enumerate(batches[:1].expand(12, -1, -1)):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    first, last = (float(loss) if step == 0 else first), float(loss)
+    last = loss.item()
+    first = last if step == 0 else first
 assert last < first
 
 # Each of these gathers one weight at a time. Every process calls them; rank 0 writes.

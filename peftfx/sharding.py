@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -59,6 +60,19 @@ def is_sharded(model: nn.Module) -> bool:
     return bool(sharded_modules(model)) or any(is_part(p) for p in model.parameters())
 
 
+def is_handed_out(model: nn.Module) -> bool:
+    """Whether a model's tensors are about to be handed out to the processes, by names and values of its `state_dict`.
+
+    Accelerate does so under FSDP2 with `cpu_ram_efficient_loading`: the first process has the values, all shard a model
+    on the meta device, and each part is filled. It says so in the environment, as it does for transformers.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    parts = [p for p in model.parameters() if is_part(p)]
+    asked = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("true", "1")
+    return any(p.is_meta for p in parts) if parts else asked
+
+
 def reshard(model: nn.Module) -> None:
     """Let go of the weights that FSDP2 keeps gathered after a forward: what is written, is written to the parts."""
     for module in sharded_modules(model):
@@ -73,6 +87,8 @@ def settle(model: nn.Module) -> Tensor | None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
+    if _is_fsdp1(model):
+        refuse_other_wrappings(model)
     sharded = sharded_modules(model)
     for module in sharded:
         module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
@@ -145,6 +161,8 @@ def refuse_other_wrappings(model: nn.Module) -> None:
         return
     fsdp2 = bool(sharded_modules(model))
     found = next((what for p in model.parameters() if (what := _other_wrapping(p, fsdp2))), None)
+    if found is None and _is_fsdp1(model):
+        found = "this model is wrapped in FSDP1 (FullyShardedDataParallel)"
     if found is not None:
         hint = "use FSDP2, torch.distributed.fsdp.fully_shard on the layers; see docs/training.md"
         raise PeftfxError(
@@ -152,11 +170,17 @@ def refuse_other_wrappings(model: nn.Module) -> None:
         )
 
 
+def _is_fsdp1(model: nn.Module) -> bool:
+    """Whether FSDP1 has put a model's parameters into flat ones: they know of it, or there are none left."""
+    first = next(model.parameters(), None)
+    if first is None:
+        return bool(getattr(model, "_is_fsdp_managed_module", False))
+    return any(getattr(p, "_fsdp_flattened", False) for p in model.parameters())
+
+
 def _other_wrapping(parameter: Tensor, fsdp2: bool) -> str | None:
     if hasattr(parameter, "ds_id"):
         return "this model is partitioned by DeepSpeed's ZeRO-3"
-    if getattr(parameter, "_fsdp_flattened", False) or hasattr(parameter, "_sharded_size"):
-        return "this model is wrapped in FSDP1 (FullyShardedDataParallel)"
     if is_part(parameter) and not (fsdp2 and _is_fsdp2s(parameter)):
         return "this model has tensor parallel layers"
     return None

@@ -12,14 +12,12 @@ from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.optimization.dead_code import sweep
-from peftfx.passes.rewriting.matching import have_one_shape
+from peftfx.passes.rewriting.matching import have_one_shape, takes_all
 
 aten = torch.ops.aten
 CASTS = {aten.to.dtype: 3, aten.to.device: 4, aten.to.dtype_layout: 6, aten.to.other: 3}  #: and where `copy` stands
 _VIEWS = {aten.expand.default, aten.view.default}  #: views always, so that one of the same shape is the same value
 _SAME = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}
-_WHOLE = (None, 2**63 - 1, 1)  # the start, end and step of a slice that takes everything
-_WHOLES = ((0, None, 1), (0, 2**63 - 1, 1), (None, None, 1), _WHOLE)
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,8 @@ def _does_nothing(node: fx.Node) -> bool:
         return False
     if node.target in CASTS:
         return _is_same_type(node)
-    if node.target is aten.slice.Tensor:
-        bounds = (*node.args[2:], *_WHOLE[len(node.args) - 2 :])
-        return not node.kwargs and bounds in _WHOLES
+    if takes_all(node):
+        return True
     if node.target in _VIEWS:
         return have_one_shape(node, source(node))
     return node.target in _SAME

@@ -24,7 +24,7 @@ from peftfx.passes.optimization.cleanup import Cleanup
 from peftfx.passes.optimization.flat_heads import flatten_heads, sizes_of
 from peftfx.passes.optimization.rms_norm import fuse_norm
 from peftfx.passes.optimization.rotary import fuse_rotary
-from peftfx.passes.rewriting.matching import RESHAPES, has_axes, operand, pair, same_size
+from peftfx.passes.rewriting.matching import has_axes, pair, unrepeated
 
 OPSET = 23  #: the first version of ONNX's operators that has what this makes
 FUSED = ("Attention", "RotaryEmbedding", "RMSNormalization")
@@ -60,7 +60,7 @@ def _fuse_attention(rewriter: Rewriter, node: fx.Node, sizes: Mapping[str, fx.No
     query, key, value, mask, *more = (*node.args, node.kwargs.get("attn_mask"))
     if any(more) or node.kwargs.get("dropout_p") or node.kwargs.get("is_causal") or not isinstance(mask, fx.Node):
         return False
-    grown = [_unrepeated(x) for x in (key, value)]  # type: ignore[arg-type]
+    grown = [unrepeated(x) for x in (key, value)]  # type: ignore[arg-type]
     pairs = [found for x in grown if _is_kept(x, node) and (found := pair(x, (-2, 2))) is not None]
     if len(pairs) != 2 or not all(has_axes(x, ndim=4) for found in pairs for x in found):
         return False  # a cache that is made as it is filled starts as a tensor without axes
@@ -76,19 +76,6 @@ def _fuse_attention(rewriter: Rewriter, node: fx.Node, sizes: Mapping[str, fx.No
     rewriter.erase(node)  # it is said to draw random numbers, and would stay
     flatten_heads(rewriter, call, sizes)
     return True
-
-
-def _unrepeated(node: fx.Node) -> fx.Node:
-    """The keys or values that were repeated for each head of a group, by `repeat_kv`; any others as they are."""
-    if node.target not in RESHAPES or operand(node).target is not aten.expand.default:
-        return node
-    expand = operand(node)
-    single = operand(expand)
-    if single.target is not aten.unsqueeze.default or single.args[1] != 2 or not has_axes(expand, ndim=5):
-        return node
-    plain, (_, heads, times, _, _) = operand(single), expand.meta["val"].shape
-    rest = all(same_size(node, axis, plain, axis) for axis in (0, 2, 3))
-    return plain if rest and has_axes(node, ndim=4) and node.meta["val"].shape[1] == heads * times else node
 
 
 def _is_kept(node: fx.Node, attention: fx.Node) -> bool:

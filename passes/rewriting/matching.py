@@ -12,6 +12,8 @@ from peftfx.graph.rewriter import Rewriter
 aten = torch.ops.aten
 COPIES = {aten.clone.default, aten.contiguous.default}
 RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
+_WHOLE = (None, 2**63 - 1, 1)  # the start, end and step of a slice that takes everything
+_WHOLES = ((0, None, 1), (0, 2**63 - 1, 1), (None, None, 1), _WHOLE)
 ADDS, MULS = {aten.add.Tensor, aten.add.Scalar}, {aten.mul.Tensor, aten.mul.Scalar}
 
 
@@ -65,3 +67,29 @@ def pair(node: fx.Node, axes: tuple[int, int]) -> tuple[fx.Node, fx.Node] | None
         return None
     values = node.args[0]
     return tuple(values) if isinstance(values, (list, tuple)) and len(values) == 2 else None  # type: ignore[return-value]
+
+
+def takes_all(node: fx.Node) -> bool:
+    """Whether a node is a slice that takes everything."""
+    bounds = (*node.args[2:], *_WHOLE[len(node.args) - 2 :])
+    return node.target is aten.slice.Tensor and not node.kwargs and bounds in _WHOLES
+
+
+def unsliced(node: fx.Node) -> fx.Node:
+    """A value without slices that take everything."""
+    while takes_all(node):
+        node = operand(node)
+    return node
+
+
+def unrepeated(node: fx.Node) -> fx.Node:
+    """The keys or values that were repeated for each head of a group, by `repeat_kv`; any others as they are."""
+    if node.target not in RESHAPES or operand(node).target is not aten.expand.default:
+        return node
+    expand = operand(node)
+    single = unsliced(operand(expand))
+    if single.target is not aten.unsqueeze.default or single.args[1] != 2 or not has_axes(expand, ndim=5):
+        return node
+    plain, (_, heads, times, _, _) = unsliced(operand(single)), expand.meta["val"].shape
+    rest = all(same_size(node, axis, plain, axis) for axis in (0, 2, 3))
+    return plain if rest and has_axes(node, ndim=4) and node.meta["val"].shape[1] == heads * times else node

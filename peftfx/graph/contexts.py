@@ -138,6 +138,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextlib.contextmanager
+def keeping_activations(model: nn.Module) -> Iterator[None]:
+    """Inside, no layer of a transformers model is checkpointed: a graph is checkpointed by pieces, not in its code."""
+    found = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    for module in found:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in found:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
 def fake_mode_of(model: nn.Module) -> contextlib.AbstractContextManager[object]:
     """The `FakeTensorMode` that the model was built under, or nothing."""
     return detect_fake_mode(list(model.parameters())) or contextlib.nullcontext()

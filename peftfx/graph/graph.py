@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -113,13 +113,21 @@ class Graph:
 
     def run(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Run on positional inputs, whatever the `conditions` say; gives the flat outputs in the order of `outputs`."""
+        self.refuse_unlike(tensors)
+        return list(self.module.forward(*tensors))  # its `__call__` is patched while another thread traces
+
+    def refuse_unlike(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Hold positional inputs to the types and sizes of this program's.
+
+        Raises:
+            PeftfxError: one is another.
+        """
         for spec, value in zip(self.inputs, tensors, strict=True):
             if not spec.accepts(value):
                 got = TensorSpec(spec.name, value.dtype, tuple(value.shape))
                 raise PeftfxError(
                     f"the graph takes {spec}, not {got}", spec.name, "capture it again with such an input"
                 )
-        return list(self.module.forward(*tensors))  # its `__call__` is patched while another thread traces
 
     def __call__(self, **kwargs: torch.Tensor) -> object:
         """Run on keyword arguments and rebuild the model's own output.

@@ -75,6 +75,11 @@ def checkpoint_base(base: nn.Module, given: Mapping[str, object] | None, options
     bind(base)
 
 
+def is_checkpointed(base: nn.Module) -> bool:
+    """Whether the base's own code checkpoints a layer."""
+    return any(getattr(module, "gradient_checkpointing", False) for _, module in own_modules(base))
+
+
 def stop_checkpointing(base: nn.Module) -> None:
     """Keep activations again."""
     disable = getattr(base, "activation_checkpointing_disable", None)

@@ -147,4 +147,9 @@ class _Read(property):
                 return own
             return guests.read(name, own)
 
-        super().__init__(read)
+        def write(module: nn.Module, value: object) -> None:
+            what = f"a plain value is put in the place of {name}, of which an adapter has a copy"
+            hint = "FSDP1 does so, and is not supported: use FSDP2, torch.distributed.fsdp.fully_shard on the layers"
+            raise PeftfxError(what, type(module).__name__, hint)
+
+        super().__init__(read, write)

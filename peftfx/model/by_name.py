@@ -22,6 +22,7 @@ from peftfx.hosting.seating import seat
 from peftfx.hosting.seats import Seating
 from peftfx.model.graphs.graph_cache import Graphs
 from peftfx.model.graphs.late_modules import may_run_late
+from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.shared_base import shared
 from peftfx.patterns.pattern import version
 from peftfx.rules.peft_configs import records_of
@@ -66,6 +67,7 @@ class AdaptersByName(nn.Module):
         self.modules_road = ModulesRoad(base, self.named)
         self._shared = shared(base, self)
         self.ledger: Ledger | None = None
+        self.checkpoints: Checkpoints | None = None
         self.training = base.training
 
     @abstractmethod

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from peftfx.graph.contexts import TRACING
 from peftfx.graph.graph import Graph
 from peftfx.hosting.call import CURRENT, acting_by_row
 from peftfx.hosting.call_inputs import take
+from peftfx.hosting.checkpointing import checkpoint_base, is_checkpointed
 from peftfx.hosting.other_forward import run_other
 from peftfx.hosting.road import NO_ADAPTER
 from peftfx.model.gathered import refuse_graph
+from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.peft_surface import PeftSurface
 from peftfx.views.arguments import named_arguments
 
@@ -53,6 +56,10 @@ class AdapterCalls(PeftSurface):
             with TRACING:  # torch patches modules for all threads while one of them traces
                 pass
         names = self.named.called
+        asked = self.checkpoints
+        if asked is not None and names and not asked.in_modules:
+            checkpoint_base(self.base, asked.given or None, asked.options)
+            self.checkpoints = replace(asked, in_modules=True)
         entry = self.modules_road.entry(names)
         if entry is not None:
             args, kwargs = (), named_arguments(self.base, args, kwargs)
@@ -92,18 +99,24 @@ class AdapterCalls(PeftSurface):
         return [penalty for penalty in found if penalty is not None]
 
     def _run_graph(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        graph, tensors = self._find(args, kwargs)
-        flat = graph.run(*tensors)
+        graph, run, tensors = self._find(args, kwargs)
+        flat = run(*tensors)
         if LOSS in graph.outputs:
             at = graph.outputs.index(LOSS)
             flat[at] = sum(self._penalties(), flat[at])
         return pytree.tree_unflatten(flat, graph.out_spec)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _find(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[Graph, list[Tensor]]:
-        """The graph to run for a call, and its inputs; torch.compile sees what is found and not how."""
+    def _find(
+        self, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> tuple[Graph, Callable[..., list[Tensor]], list[Tensor]]:
+        """The graph for a call, what runs it, and its inputs; torch.compile sees what is found and not how."""
         named = named_arguments(self.base, args, kwargs)
         leaves, _ = pytree.tree_flatten_with_path(named)
+        tensors = [v for _, v in leaves if isinstance(v, Tensor)]
+        asked = self.checkpoints
+        if asked is None and self.training and is_checkpointed(self.base):
+            asked = Checkpoints()
         with TRACING:  # a graph that another thread is making may be the one
-            graph = self.graphs.swept(self.graph_of_call(named))
-        return graph, [v for _, v in leaves if isinstance(v, Tensor)]
+            graph = self.graph_of_call(named)
+            return graph, self.graphs.runs.runner(graph, tensors, asked if self.training else None), tensors

@@ -12,8 +12,10 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.hub import upload
 from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.adapters.peft_status import LayerStatus, ModelStatus, layer_status, model_status
-from peftfx.errors import PeftfxError, warn
+from peftfx.errors import warn
+from peftfx.graph.contexts import evaluating
 from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
+from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.merging import Merging
 from peftfx.model.reference import Reference
 
@@ -121,6 +123,10 @@ class PeftSurface(Merging):
         """The base's: None where it has no head of that kind."""
         return self.base.get_output_embeddings()  # type: ignore[operator, no-any-return]
 
+    def tie_weights(self, *args: object, **kwargs: object) -> None:
+        """Tie the base's weights again, as after parameters of it were put in the place of others."""
+        self.base.tie_weights(*args, **kwargs)  # type: ignore[operator]
+
     def add_model_tags(self, tags: Sequence[str] | str) -> None:
         """Note what a model card is to say; see `save_pretrained`."""
         self.base.add_model_tags(tags)  # type: ignore[operator]
@@ -137,17 +143,22 @@ class PeftSurface(Merging):
     ) -> None:
         """Keep the inputs of the base's layers alone, and compute the rest again in the backward.
 
+        Where calls run a graph, it is cut where the layers end.
+
         Args:
             gradient_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`, as `{"use_reentrant": False}`.
             options: of the base's own `activation_checkpointing_enable`.
 
         Raises:
-            PeftfxError: the base's layers cannot be checkpointed, or calls run a graph, which keeps its activations.
+            PeftfxError: the base's layers cannot be checkpointed, or an option is not known.
         """
-        if self.road == "graph":
-            what = f"a graph keeps its activations, and calls run one: {self.obstacle}"
-            raise PeftfxError(what, "road", 'adapt with road="modules", or train with a smaller batch')
-        checkpoint_base(self.base, gradient_checkpointing_kwargs, options)
+        asked = Checkpoints(dict(gradient_checkpointing_kwargs or {}), options, in_modules=self.road == "modules")
+        if not asked.in_modules:
+            with evaluating(self.base):
+                asked.refuse_for(self.graph(adapted=False))
+        else:
+            checkpoint_base(self.base, gradient_checkpointing_kwargs, options)
+        self.checkpoints = asked
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, object] | None = None, **options: object
@@ -157,10 +168,12 @@ class PeftSurface(Merging):
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
+        self.checkpoints = None
         stop_checkpointing(self.base)
 
     def activation_checkpointing_disable(self) -> None:
         """The same by transformers' new name."""
+        self.checkpoints = None
         stop_checkpointing(self.base)
 
     def enable_input_require_grads(self) -> None:

@@ -15,7 +15,7 @@ from peftfx.model.adapter_sums import AdapterSums
 from peftfx.model.gathered import gathering
 from peftfx.model.graphs.graph_cache import Graphs
 from peftfx.model.shared_base import shared
-from peftfx.sharding import rank
+from peftfx.sharding import is_handed_out, rank
 from peftfx.twins.twin import Twin
 
 
@@ -73,11 +73,15 @@ class SavedAdapters(AdapterSums):
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
-        """The adapters' tensors, as `adapters.<name>.<path>.<parameter>`; the base's are not the adapter's to save."""
+        """The adapters' tensors, as `adapters.<name>.<path>.<parameter>`; the base's are not the adapter's to save.
+
+        While a model's tensors are handed out to processes (`peftfx.sharding.is_handed_out`), the base's are there too.
+        """
         prefix = f"{kwargs.get('prefix', '')}{BASE}."
         own: dict[str, Tensor] = super().state_dict(*args, **kwargs)  # type: ignore[call-overload]
-        for key in [k for k in own if k.startswith(prefix)]:
-            del own[key]
+        if not is_handed_out(self):
+            for key in [k for k in own if k.startswith(prefix)]:
+                del own[key]
         return own
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:

@@ -104,7 +104,9 @@ def _refuse_checkpointing(base: nn.Module) -> None:
     checkpointed = (module for module in base.modules() if getattr(module, "gradient_checkpointing", False))
     if base.training and torch.is_grad_enabled() and next(checkpointed, None) is not None:
         what = "a prefix does not work with gradient checkpointing: it is a cache, which checkpointed layers drop"
-        hint = "call gradient_checkpointing_disable(), or train another method, as PromptTuning"
+        hint = (
+            'call gradient_checkpointing_disable(), adapt with road="graph", or train another method, as PromptTuning'
+        )
         raise PeftfxError(what, type(base).__name__, hint)
 
 

@@ -22,6 +22,7 @@ import peftfx
 from peftfx.bases.guests import GUESTS
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
+from peftfx.hosting.checkpointing import is_checkpointed
 from peftfx.model.adapted import AdaptedModel
 
 EVERYWHERE = peftfx.LoRA(target="all-linear", lora_dropout=0.2, modules_to_save=["lm_head"])
@@ -135,9 +136,22 @@ class TestCheckpointing:
         with pytest.raises(PeftfxError, match="prefix does not work with gradient checkpointing"):
             model.train()(**example(model))
 
-    def test_on_the_graph_road_it_is_refused(self) -> None:
-        with pytest.raises(PeftfxError, match='road="modules"'):
+    def test_a_graph_in_which_no_layer_ends_is_refused(self) -> None:
+        with pytest.raises(PeftfxError, match="no place was found in it where a layer of the model ends"):
             adapt("custom", peftfx.LoRA(), road="graph").gradient_checkpointing_enable()
+
+    def test_what_is_asked_of_a_graph_holds_where_a_call_takes_the_modules(self) -> None:
+        model = adapt("llama", peftfx.LoRA(), road="graph").train()
+        model.gradient_checkpointing_enable()
+        model.wanted = None
+        model.remove("default")
+        model.add_adapter("second", peftfx.LoRA())
+        assert (model.road, is_checkpointed(model.base)) == ("modules", False)
+        model(**example(model)).loss.backward()
+        assert is_checkpointed(model.base)
+        model.gradient_checkpointing_disable()
+        model(**example(model))
+        assert not is_checkpointed(model.base)
 
     def test_trainer_trains_with_it(self, tmp_path: Path) -> None:
         rows = [{name: t[0] for name, t in ZOO["llama"].inputs(1, 6, labels=True).items()}] * 4

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers.utils.generic import find_labels
 
 import peftfx
-from peftfx.errors import PeftfxError
 from peftfx.methods.lora import LoRA
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.trainer_callbacks import peak_memory
@@ -279,7 +278,14 @@ def test_checkpointed_layers_train_alike_and_a_checkpoint_has_the_adapters_size(
     assert sum(rest.values()) < 65536, rest
 
 
-def test_a_graph_is_not_checkpointed() -> None:
-    model = peftfx.transform(ZOO["llama"].build(), LoRA(), road="graph")
-    with pytest.raises(PeftfxError, match='road="modules"'):
-        model.gradient_checkpointing_enable()
+def test_a_graph_is_checkpointed_by_trainer(rows: list[Row], tmp_path: Path) -> None:
+    texts = [{**row, "labels": row["input_ids"]} for row in rows]
+    model = peftfx.transform(ZOO["llama"].build(), LoRA(), road="graph", seed=1)
+    seen = []
+    for kept in (False, True):
+        options = {"max_steps": 2, "learning_rate": 0.0, "gradient_checkpointing": kept}
+        trainer = hf.Trainer(model, arguments(tmp_path, **options), train_dataset=texts)
+        trainer.train()
+        seen.append(losses(trainer))
+        assert [bool(runs.pieces) for _, runs in model.graphs.runs._pieces.values()] == [True] * kept
+    assert seen[0] == seen[1]

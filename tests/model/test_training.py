@@ -109,7 +109,7 @@ def test_a_product_that_nobody_reads_is_not_run_and_can_be_restored() -> None:
     inputs = ZOO["llama"].inputs(model=adapted.base)
     base, kept = adapted.graph(inputs, adapted=False), adapted.graph(inputs)
     before = kept.text()
-    run = adapted.graphs.swept(kept)
+    run = adapted.graphs.runs.swept(kept)
     assert kept.text() == before
     counts = [[n.target for n in g.nodes()].count(torch.ops.aten.linear.default) for g in (base, run, kept)]
     assert counts == [counts[0], counts[0], counts[0] + 2]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sharded.accelerated import handed_out, wrapped_otherwise
 from sharded.processes import LORA, in_two, llama
 from sharded.work import alone, everything, methods, refused, resumed
 
@@ -67,3 +68,19 @@ def test_other_ways_are_refused_and_fsdp2_is_named(tmp_path: Path) -> None:
     for said in in_two(refused, tmp_path):
         assert all("FSDP2" in line for line in said[:1]), said
         assert "each process has a part" in said[1]
+
+
+@pytest.mark.slow
+def test_accelerate_hands_out_what_the_first_process_has(tmp_path: Path) -> None:
+    for found in in_two(handed_out, tmp_path):
+        assert max(*found["lora"], *found["prompt"]) < 1e-5
+        assert found["lora saved"] == found["prompt saved"] == ["adapters"]
+
+
+@pytest.mark.slow
+def test_fsdp1_and_tensor_parallel_are_refused_by_name(tmp_path: Path) -> None:
+    for said in in_two(wrapped_otherwise, tmp_path):
+        parallel = said.pop("tensor parallel")
+        assert all("FSDP1" in line and "fully_shard" in line for line in said.values()), said
+        assert "tensor parallel" in parallel
+        assert "fully_shard" in parallel

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_hooks
 
+from peftfx.bases.config_fields import collect_configs
 from peftfx.bases.guests import GUESTS, own_modules
 
 #: Of what torch keeps in every module, what a forward reads, and a graph does not read anew when it runs.
 _READ = frozenset({"_modules", "_forward_hooks", "_forward_pre_hooks"})
 _TORCHS = frozenset(vars(nn.Module())) - {"training"}
 _DEPTH, _MOST = 4, 1000  #: how far into what an attribute holds, and how long a collection may be
+#: What adapters put into a module, and what a capture sets itself, whatever it is: layers are not checkpointed in one.
+_NEVER_READ = frozenset({GUESTS, "gradient_checkpointing", "_gradient_checkpointing_func"})
+_CACHE = "use_cache"  #: of a config; a capture sets it, too
 _PLAIN = (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout, enum.Enum, type)
 
 
@@ -32,12 +36,15 @@ class ModelState:
         self._hooks = _global_hooks()
         self._parts: list[tuple[dict[str, object], dict[str, object]]] = []
         seen: set[int] = set()
+        configs: dict[int, object] = {}
         for _, module in own_modules(model):
             own = vars(module)
             self._parts.append((own, own.copy()))
+            collect_configs(own.get("config"), configs)
             for name, value in own.items():
                 if name in _READ or name not in _TORCHS:
                     self._parts += _containers(value, seen, _DEPTH)  # type: ignore[arg-type]
+        self._configs = {id(vars(config)) for config in configs.values() if hasattr(config, "__dict__")}
 
     def holds(self) -> bool:
         """Whether all is as it was."""
@@ -53,10 +60,18 @@ class ModelState:
                     continue
             except (RuntimeError, ValueError, TypeError):  # of what has no plain answer: tensors and arrays
                 pass
-            name = _first_other(_without_guests(now), _without_guests(then))
+            name = _first_other(*(self._read(part, now) for part in (now, then)))
             if name is not None:
                 return name
         return None
+
+    def _read(self, part: object, now: object) -> object:
+        """What a capture reads of a container, which is `now` or was it."""
+        if not isinstance(part, dict):
+            return part
+        cache = id(now) in self._configs and isinstance(part.get(_CACHE), bool)
+        unread = _NEVER_READ | {_CACHE} if cache else _NEVER_READ
+        return {k: v for k, v in part.items() if k not in unread} if unread & part.keys() else part
 
 
 def _global_hooks() -> tuple[int, ...]:
@@ -76,11 +91,6 @@ def _containers(value: object, seen: set[int], depth: int) -> Iterator[tuple[obj
         yield own, own.copy()
     for item in items:
         yield from _containers(item, seen, depth - 1)
-
-
-def _without_guests(value: object) -> object:
-    """A dict of modules without what adapters put there, which no capture reads."""
-    return {k: v for k, v in value.items() if k != GUESTS} if isinstance(value, dict) and GUESTS in value else value
 
 
 def _first_other(now: object, then: object) -> str | None:

@@ -12,17 +12,17 @@ from torch.utils import _pytree as pytree
 from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import unmet
-from peftfx.graph.contexts import fake_mode_of
+from peftfx.graph.contexts import fake_mode_of, keeping_activations
 from peftfx.graph.graph import ADAPTERS, Graph, path_name
 from peftfx.hosting.call_inputs import refuse_unsettled
 from peftfx.model.graphs.fingerprints import ModelState, value_key
 from peftfx.model.graphs.late_modules import refuse_late
+from peftfx.model.graphs.runs import Runs
 from peftfx.passes.adaptation.evaluate import evaluate
 from peftfx.passes.adaptation.insert import Insert
 from peftfx.passes.adaptation.prefill import Left, Prefill
 from peftfx.passes.base import Pass
 from peftfx.passes.manager import PassManager
-from peftfx.passes.optimization.dead_code import Sweep
 from peftfx.patterns.find import with_patterns
 from peftfx.patterns.pattern import version as patterns_version
 from peftfx.views.cache_prefix import Prefilled
@@ -48,7 +48,7 @@ class Graphs:
         self.base, self.adapters = base, adapters
         self._captured: dict[object, list[tuple[ModelState, list[Graph]]]] = {}
         self._derived: dict[object, tuple[Graph, Graph]] = {}  # what it was made of too, as for those that are swept
-        self._swept: dict[int, tuple[Graph, Graph]] = {}  # both: a number is of an object that lives
+        self.runs = Runs()
         self._views: dict[str, View | None] = {}
         self._patterns = patterns_version()
 
@@ -122,7 +122,8 @@ class Graphs:
         if alone:
             axes = {n: tuple(None if a in alone else a for a in own) for n, own in named.items()}
         try:
-            return capture(self.base, inputs, axes=axes, entry=entry, call=view)
+            with keeping_activations(self.base):
+                return capture(self.base, inputs, axes=axes, entry=entry, call=view)
         except PeftfxError:
             places = {f"{name}.{i}" for name, own in named.items() for i in range(len(own))}
             shared = frozenset(a for a, size in _sizes(named, tensors).items() if size == 1 and a in places)
@@ -181,18 +182,10 @@ class Graphs:
                 raise
         return self._derived[key][1]
 
-    def swept(self, graph: Graph) -> Graph:
-        """One of these graphs without what it computes and nobody uses, to be run and nothing else."""
-        if graph.derived:  # such weights are computed anew, and given to the graph itself
-            return graph
-        if id(graph) not in self._swept:
-            self._swept[id(graph)] = graph, Sweep()(graph).graph
-        return self._swept[id(graph)][1]
-
     def forget_derived(self) -> None:
         """An adapter has gone: drop the graphs that may hold it."""
         self._derived.clear()
-        self._swept.clear()
+        self.runs.forget()
 
     def forget(self) -> None:
         """The base has changed: drop all."""

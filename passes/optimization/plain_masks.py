@@ -1,0 +1,131 @@
+"""Plain masks: attention that sees everything, or all that came before, needs none, and torch's fused call is told so.
+
+A capture writes the mask out, since it holds for all calls, and repeats keys and values for each head of a group. For a
+call whose mask hides nothing, or the future alone, the graph can call torch as the model's own code does then:
+`is_causal`, and grouped heads by `enable_gqa`. That keeps less for the backward, and lets flash attention in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from peftfx.graph.graph import ADAPTERS, Graph
+from peftfx.graph.rewriter import Rewriter
+from peftfx.passes.optimization.dead_code import sweep
+from peftfx.passes.rewriting.matching import has_axes, same_size, unrepeated
+
+EVERYTHING, CAUSAL = "everything", "causal"
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_WIDEST = 256  #: heads that torch's kernels for groups take
+_MOST = 500  #: nodes that a mask may be made by
+
+
+def kind_of(mask: Tensor) -> str:
+    """What a mask shows: everything, all that came before (causal), or something else, which is empty.
+
+    Args:
+        mask: [..., queries, keys], of bool, or added to the scores: 0 shows, and the least number or less hides.
+    """
+    shown = mask if mask.dtype == torch.bool else mask == 0
+    if bool(shown.all()):
+        return EVERYTHING
+    if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2]:
+        return ""
+    past = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+    if not bool((shown == past).all()):
+        return ""
+    hidden = ~shown if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
+    return CAUSAL if bool((hidden | past).all()) else ""
+
+
+def masks_of(graph: Graph) -> list[fx.Node]:
+    """The masks of a graph's fused attention that follow from its inputs alone."""
+    found: dict[fx.Node, bool] = {}
+    for node in graph.nodes():
+        mask = _bound(node).get("attn_mask")
+        if isinstance(mask, fx.Node) and mask not in found and _same_without(node):
+            found[mask] = sources(mask, graph) is not None
+    return [mask for mask, follows in found.items() if follows]
+
+
+def sources(mask: fx.Node, graph: Graph) -> set[fx.Node] | None:
+    """The nodes that a mask is made by, itself too; None where it reads weights, draws numbers, or has a gradient."""
+    seen, waiting = {mask}, [mask]
+    while waiting:
+        node = waiting.pop()
+        if not _is_plain(node, graph) or len(seen) > _MOST:
+            return None
+        new = [operand for operand in node.all_input_nodes if operand not in seen]
+        seen.update(new)
+        waiting += new
+    return seen
+
+
+def without_masks(graph: Graph, kinds: Mapping[str, str]) -> Graph:
+    """The graph for calls in which these masks, by the names of their nodes, show so much.
+
+    It is one to be run: what a mask was made by is gone.
+    """
+    result = graph.clone()
+    rewriter = Rewriter(result.module.graph)
+    for node in list(result.nodes()):
+        bound = _bound(node)
+        mask = bound.get("attn_mask")
+        if isinstance(mask, fx.Node) and mask.name in kinds:
+            _unmask(rewriter, node, bound, causal=kinds[mask.name] == CAUSAL)
+    sweep(rewriter)
+    rewriter.close(result)
+    return result
+
+
+def _unmask(rewriter: Rewriter, node: fx.Node, bound: Mapping[str, object], *, causal: bool) -> None:
+    query, key, value = (bound[name] for name in _NAMES[:3])
+    options = {name: bound[name] for name in ("scale", "enable_gqa") if name in bound}
+    plain = [unrepeated(x) for x in (key, value)]  # type: ignore[arg-type]
+    width = plain[0].meta["val"].shape[-1]
+    equal = same_size(plain[0], -1, plain[1], -1) and same_size(plain[0], 1, plain[1], 1)
+    if plain[0] is not key and plain[1] is not value and equal and isinstance(width, int) and width <= _WIDEST:
+        (key, value), options["enable_gqa"] = plain, True
+    given = (query, key, value, None, bound.get("dropout_p", 0.0), causal)
+    rewriter.replace(node, rewriter.before(node).call(_ATTENTION, *given, value=node.meta["val"], **options))
+    rewriter.erase(node)
+
+
+def _bound(node: fx.Node) -> dict[str, object]:
+    """The arguments of a fused attention that a mask could be left out of, by name; of another node none."""
+    if node.target is not _ATTENTION:
+        return {}
+    bound: dict[str, object] = {**dict(zip(_NAMES, node.args)), **node.kwargs}
+    return {} if bound.get("is_causal") else bound
+
+
+def _same_without(node: fx.Node) -> bool:
+    """Whether an attention has the same shape without its mask, which might have brought another batch."""
+    query, _, value = node.args[:3]
+    if not all(isinstance(x, fx.Node) and has_axes(x, 4) for x in (query, value)) or not has_axes(node, 4):
+        return False
+    return all(same_size(node, axis, query, axis) for axis in range(3)) and same_size(node, -1, value, -1)  # type: ignore[arg-type]
+
+
+def _is_plain(node: fx.Node, graph: Graph) -> bool:
+    """Whether a node's value follows from inputs and constants, and is the same each time."""
+    if node.op == "placeholder":
+        value = node.meta.get("val")
+        return not (isinstance(value, Tensor) and value.is_floating_point())
+    if node.op == "get_attr":
+        target = str(node.target)
+        return not target.startswith(f"{ADAPTERS}.") and _is_buffer(graph, target)
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and not node.is_impure() and not (schema is not None and schema.is_mutable)
+
+
+def _is_buffer(graph: Graph, target: str) -> bool:
+    try:
+        value = graph.get(target)
+    except AssertionError:  # a program of its own, for a region
+        return False
+    return not isinstance(value, nn.Parameter) and not value.requires_grad

@@ -1,0 +1,165 @@
+"""Pieces: a graph cut where layers end, each piece computed again in the backward: gradient checkpointing for graphs.
+
+A cut is a place in the order in which nodes run, so any is right; at the end of a layer few values pass it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
+
+from peftfx.graph.graph import Graph, link
+from peftfx.graph.rewriter import program_of
+from peftfx.sites.network import keys_of
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Nodes that run one after the other, as a module of its own.
+
+    Attributes:
+        run: from the values of `inputs` to those of `outputs`.
+        inputs, outputs: nodes of the graph, by their names.
+        dropped: what nobody reads behind it.
+        layer: whether it is computed again; what is behind the last layer is not, and what may run only once.
+    """
+
+    run: Callable[..., tuple[Any, ...]]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dropped: frozenset[str]
+    layer: bool
+
+
+class Pieces:
+    """A graph that is run piece by piece, those of layers checkpointed.
+
+    Args:
+        graph: to be run.
+        every: of how many layers one is checkpointed.
+        options: of `torch.utils.checkpoint.checkpoint`.
+    """
+
+    def __init__(self, graph: Graph, every: int, options: Mapping[str, Any]) -> None:
+        self.graph, self.options = graph, {"use_reentrant": False, **options}
+        nodes = [node for node in graph.nodes() if node.op == "call_function"]
+        (output,) = (node for node in graph.nodes() if node.op == "output")
+        self.results: Any = fx.node.map_arg(output.args[0], _Name)  # type: ignore[arg-type]
+        parts = _cut(nodes, _ends(graph))
+        self.pieces = tuple(_pieces(graph, parts, output, every))
+
+    def run(self, *tensors: Tensor) -> list[Tensor]:
+        """As `Graph.run`."""
+        self.graph.refuse_unlike(tensors)
+        values: dict[str, Any] = dict(zip((n.name for n in self.graph.nodes() if n.op == "placeholder"), tensors))
+        for piece in self.pieces:
+            given = [values[name] for name in piece.inputs]
+            for name in piece.dropped:
+                values.pop(name, None)
+            values.update(zip(piece.outputs, self._run(piece, given), strict=True))
+            del given
+        return list(fx.node.map_aggregate(self.results, lambda x: values[x.name] if isinstance(x, _Name) else x))  # type: ignore[call-overload]
+
+    def _run(self, piece: Piece, given: Sequence[Any]) -> tuple[Any, ...]:
+        if not piece.layer or not torch.is_grad_enabled():
+            return piece.run(*given)
+        starts = not any(isinstance(value, Tensor) and value.requires_grad for value in given)
+        if starts and self.options["use_reentrant"]:  # it would lose the gradients of what is within
+            return piece.run(*given)
+        return checkpoint(piece.run, *given, **self.options)  # type: ignore[no-any-return]
+
+
+def layers_end(graph: Graph) -> bool:
+    """Whether there is a place where a graph can be cut."""
+    return bool(_ends(graph))
+
+
+class _Name:
+    """Stands for a node in what a graph returns."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.name = node.name
+
+
+def _ends(graph: Graph) -> set[str]:
+    """The names of the nodes by which layers end."""
+    sites = dict(zip(keys_of(graph.sites.items), graph.sites.items, strict=True))
+    names = {node.name for node in graph.nodes()}
+    ends = graph.sites.layer_ends().values()
+    found = {sites[end].calls[-1].y if end in sites else end.partition(":")[2] for end in ends}
+    return found & names
+
+
+def _cut(nodes: Sequence[fx.Node], ends: set[str]) -> list[list[fx.Node]]:
+    """The nodes in parts, each up to the end of a layer, and what is behind the last."""
+    apart: list[list[fx.Node]] = [[]]
+    held = _held_together(nodes)
+    for place, node in enumerate(nodes):
+        apart[-1].append(node)
+        if node.name in ends and not any(first <= place < last for first, last in held):
+            apart.append([])
+    return apart
+
+
+def _held_together(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
+    """From where to where a graph is not cut: a value that is written into is computed with what writes there."""
+    places = {node: place for place, node in enumerate(nodes)}
+    return [(places.get(_root(written), 0), place) for place, n in enumerate(nodes) for written in _written(n)]
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        for index, argument in enumerate(schema.arguments):
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            if argument.is_write and isinstance(given, fx.Node):
+                yield given
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """What a view is of."""
+    schema = getattr(node.target, "_schema", None)
+    while node.op == "call_function" and schema is not None and any(a.alias_info for a in schema.arguments):
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node):
+            break
+        node = first
+        schema = getattr(node.target, "_schema", None)
+    return node
+
+
+def _pieces(graph: Graph, parts: Sequence[Sequence[fx.Node]], output: fx.Node, every: int) -> Iterator[Piece]:
+    where = {node: number for number, part in enumerate(parts) for node in part}
+    last = len(parts) - 1
+    returned = set(output.all_input_nodes)
+    holders = dict(graph.module.named_children())
+    for number, part in enumerate(parts):
+        own = set(part)
+        read = dict.fromkeys(node for user in part for node in user.all_input_nodes if node not in own)
+        attributes = [node for node in read if node.op == "get_attr"]
+        inputs = [node for node in read if node.op != "get_attr"]
+        if number == last:
+            attributes += [node for node in returned if node.op == "get_attr" and node not in read]
+        outputs = [n for n in part if n in returned or any(where.get(user, last) > number for user in n.users)]
+        outputs += [node for node in attributes if node in returned and number == last]
+        done = (n for n in inputs if n not in returned and all(where.get(user, last) <= number for user in n.users))
+        module = link(program_of(inputs, [*attributes, *part], outputs), holders)
+        again = number < last and number % every == 0 and not any(_runs_once(node, graph) for node in part)
+        yield Piece(
+            *(module.forward, tuple(n.name for n in inputs), tuple(n.name for n in outputs)),
+            dropped=frozenset(n.name for n in done),
+            layer=again,
+        )
+
+
+def _runs_once(node: fx.Node, graph: Graph) -> bool:
+    """Whether a node changes what it reads of the model, as running means of a norm, or an input."""
+    if any(_root(written).op in ("placeholder", "get_attr") for written in _written(node)):
+        return True
+    name = str(getattr(node.target, "_opname", ""))
+    return graph.training and name.endswith(("batch_norm", "instance_norm"))
