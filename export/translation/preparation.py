@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from peftfx.export.translation.complex_pairs import pair_complex
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.optimization.cleanup import CASTS, Cleanup, source, writes
@@ -28,6 +29,7 @@ def prepare(graph: Graph) -> Graph:
     """
     result = Cleanup()(graph).graph  # a copy
     rewriter = Rewriter(result.module.graph)
+    pair_complex(rewriter)
     written = any(writes(node) for node in result.nodes())  # then a gather, which copies, is more than its value
     for node in list(result.nodes()):
         if node.target is _SDPA and _rank(node) == 3:

@@ -165,8 +165,9 @@ def case_of(
 ) -> dict[str, Tensor]:
     """Fresh inputs of these sizes; where they cannot be made from the config, the example's own, repeated and cut."""
     names = [spec.name for spec in specs]
+    sizes = _with_pieces(adapted.base, sizes)
     try:
-        made = example_inputs(adapted.base, sizes={n: s for n, s in sizes.items() if n in SIZES[0]}, seed=seed + 1)
+        made = _made(adapted.base, sizes, seed + 1)
     except PeftfxError:
         made = {}
     if set(made) == set(names):
@@ -177,6 +178,28 @@ def case_of(
     rng = torch.Generator().manual_seed(seed)
     picked: dict[str, Tensor] = {}
     return {spec.name: _resized(given[spec.name], spec.shape, sizes, rng, picked) for spec in specs}
+
+
+def _made(base: nn.Module, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+    text = {name: size for name, size in sizes.items() if name in SIZES[0]}
+    if "sequence" in text:
+        text["sequence"] -= _pieces(base)
+    return example_inputs(base, sizes=text, seed=seed)
+
+
+def _with_pieces(base: nn.Module, sizes: Mapping[str, int]) -> Mapping[str, int]:
+    """The sizes, with room in the text for the pieces of an image: these are tokens that none may be taken out of."""
+    least = _pieces(base) + 1
+    return {name: max(size, least) if name == "sequence" else size for name, size in sizes.items()}
+
+
+def _pieces(base: nn.Module) -> int:
+    """How many tokens of an example's text stand for pieces of its image."""
+    try:
+        made = example_inputs(base, sizes={"batch": 1, "sequence": 1})
+    except PeftfxError:
+        return 0
+    return made["input_ids"].shape[1] - 1 if "input_ids" in made else 0
 
 
 def _tensors(example: Mapping[str, object]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ MOVEMENT = SPLITS | names(
 )
 ACTIVATIONS = names(
     "relu relu6 gelu silu sigmoid tanh elu selu celu leaky_relu mish hardswish hardsigmoid hardtanh softplus softsign"
-    " glu erf prelu rrelu log_sigmoid"
+    " glu erf expm1 prelu rrelu log_sigmoid"
 )
 SUMS = names("add sub rsub lerp where maximum minimum")
 PRODUCTS = names("mul div true_divide multiply divide")
@@ -84,9 +84,15 @@ class Flow:
 NOTHING = Flow()
 
 
+#: The larger and the smaller of two tensors, which have the names of reductions.
+_OF_TWO: Mapping[object, str] = {torch.ops.aten.max.other: "maximum", torch.ops.aten.min.other: "minimum"}
+
+
 def op_name(node: fx.Node) -> str:
     """The op's name without namespace, overload and the mark of being in place: `add` for `aten.add_.Tensor`."""
     target = node.target
+    if target in _OF_TWO:
+        return _OF_TWO[target]
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name
         name = name.removeprefix("aten::")
@@ -121,6 +127,8 @@ def _flow(node: fx.Node, flows: Mapping[fx.Node, Flow], weight_ops: Collection[f
         return source if isinstance(value, torch.Tensor) and value.is_floating_point() else NOTHING
     if node.op != "call_function" or isinstance(value, _SIZES):
         return NOTHING
+    if isinstance(value, torch.Tensor) and value.dtype is torch.bool:
+        return NOTHING  # what is compared decides where a value comes from, and is none of it
     if node in weight_ops:
         return source
     name = op_name(node)

@@ -44,7 +44,8 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> list[fx.Node]:
             copies[node].target = _moved(module, inner, str(node.target), str(program.target))
     results = [copies[n] for n in next(n for n in inner.graph.nodes if n.op == "output").args[0]]
     if not enabled:
-        results = [rewriter.before(region, result).call(torch.ops.aten.detach.default, result) for result in results]
+        detach = torch.ops.aten.detach.default
+        results = [rewriter.before(region, r).call(detach, r) if _is_tensor(r) else r for r in results]
     for user in list(region.users):
         assert op_name(user) == "getitem"
         user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
@@ -53,6 +54,10 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> list[fx.Node]:
     if not program.users:
         module.graph.erase_node(program)
     return [copies[n] for n in inner.graph.nodes if n in copies and n.op == "call_function"]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _moved(module: fx.GraphModule, inner: nn.Module, target: str, region: str) -> str:

@@ -44,6 +44,10 @@ from peftfx.sites.site import (
 from peftfx.sites.sites import Sites
 
 _LINEAR = ("linear", EXPERTS)  #: kinds of weights that MLPs are made of
+_LATENT = {
+    "attention.query": "attention.query_down",
+    **dict.fromkeys(("attention.key", "attention.value", "attention.kv"), "attention.kv_down"),
+}
 _FUSED = {
     frozenset({"query", "key", "value"}): "attention.qkv",
     frozenset({"key", "value"}): "attention.kv",
@@ -105,11 +109,34 @@ def _assign_attention(analysis: Analysis) -> None:
     for key, weight in projections.items():
         weight.role = _FUSED.get(frozenset(uses[key])) or f"attention.{next(iter(uses[key]))}"
         weight.parts = _attention_parts(analysis, weight, uses[key])
+    _assign_latents(analysis, projections)
     for attention in analysis.attentions:
         readers = (analysis.owner[found.op] for found, _ in analysis.readers[attention.op])
         output = next((w for w in readers if w.occurrences[0].kind != "embedding"), None)
         if output and not output.role:
             output.role = "attention.output"
+
+
+def _assign_latents(analysis: Analysis, projections: Mapping[int, WeightFacts]) -> None:
+    """Layers that make the latents which one attention's queries, or keys and values, are projected from.
+
+    A latent is narrower than what it is made of, and no other attention reads it. Keys may have a part beside it that
+    the same layer makes: they are rotated.
+    """
+    for down in analysis.weights.values():
+        first = down.occurrences[0]
+        if first.kind != "linear" or len(down.occurrences) != 1 or not _narrows(first):
+            continue
+        readers = {id(analysis.owner[reader.op]): analysis.owner[reader.op] for reader, _ in analysis.readers[first.op]}
+        roles = {reader.role for key, reader in readers.items() if key in projections}
+        if len(readers) == 1 and len(roles) == 1 and id(down) not in readers:
+            (role,) = roles
+            down.role, down.parts = _LATENT.get(role, down.role), () if role in _LATENT else down.parts
+
+
+def _narrows(found: Occurrence) -> bool:
+    out, inner = reversed(found.shape) if found.transposed else found.shape
+    return out < inner
 
 
 def _projects(analysis: Analysis, origin: fx.Node, marks: int) -> bool:

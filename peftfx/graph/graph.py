@@ -77,7 +77,9 @@ class Graph:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the flat outputs: the fields of the model's output, nested ones joined by dots."""
-        return leaf_names(pytree.tree_unflatten([0] * self.out_spec.num_leaves, self.out_spec))
+        # Made anew, an output may have its fields in another order than the model's code set them in.
+        made = pytree.tree_unflatten(range(self.out_spec.num_leaves), self.out_spec)
+        return tuple(name for _, name in sorted(zip(pytree.tree_leaves(made), leaf_names(made), strict=True)))
 
     def sizes_of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """The sizes that the named axes have in a call with these inputs."""

@@ -24,6 +24,7 @@ ROUTER = "router"  #: the role of a linear layer whose output says which expert 
 ROLES = (
     *("attention.query", "attention.key", "attention.value", "attention.output"),
     *("attention.qkv", "attention.kv", "attention.qk", "attention.qv"),
+    *("attention.query_down", "attention.kv_down"),
     *("mlp.up", "mlp.gate", "mlp.gate_up", "mlp.down"),
     *("experts.up", "experts.gate", "experts.gate_up", "experts.down"),
     *("embedding.token", "embedding.position", "embedding.type"),

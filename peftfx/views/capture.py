@@ -21,6 +21,8 @@ from peftfx.analysis.roles import find_sites
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
 from peftfx.graph.capturing.axis_symbols import place_of, symbols_of, tied
+from peftfx.graph.capturing.filled_tensors import concatenate_filled
+from peftfx.graph.capturing.joined_vectors import read_apart
 from peftfx.graph.capturing.stamping import stamped
 from peftfx.graph.contexts import fake_mode_of, isolated, sparing, unchanged
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
@@ -30,7 +32,7 @@ from peftfx.graph.size_conditions import Note, conditions_of, noted
 from peftfx.graph.written import refuse_written
 from peftfx.patterns.find import with_patterns
 from peftfx.views.entry import Call, Entry, forward
-from peftfx.views.view import Axes, name_axes, without_cache
+from peftfx.views.view import Axes, free_images, name_axes, without_cache
 
 
 def capture(
@@ -66,7 +68,7 @@ def capture(
         entry.check(inputs)
     leaves, in_spec = pytree.tree_flatten_with_path(dict(inputs))
     tensors = {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
-    axes = name_axes(tensors) if axes is None else axes
+    axes = free_images(name_axes(tensors), model) if axes is None else axes
     _refuse_checkpointing(model)
     with isolated(model), sparing(model), unchanged(model), faked(model), fake_mode_of(model), without_cache(model):
         wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves], call or forward, entry)
@@ -203,6 +205,8 @@ def _as_graph(
     inline_no_grad(
         module, lambda node: node.op == "get_attr" and isinstance(_own(model, str(node.target)), nn.Parameter)
     )
+    read_apart(graph)
+    concatenate_filled(graph)
     constants = nn.Module()
     module.add_module(CONSTANTS, constants)  # where fx's own checks look for them
     for node in list(graph.nodes):

@@ -68,11 +68,10 @@ class Decode:
         batch, sequence, past = ({**SIZES, **(sizes or {})}[name] for name in SIZES)
         with unset_fake_temporarily():
             random = torch.Generator().manual_seed(seed)
-            text = example_inputs(base, sizes={"batch": batch, "sequence": sequence}, seed=seed)
             mask = torch.ones(batch, past + sequence, dtype=torch.long)
             if batch > 1 and past + sequence > 2:
                 mask[-1, :2] = 0
-            made = {"input_ids": text["input_ids"], "attention_mask": mask}
+            made = {"input_ids": _unpadded(base, batch, sequence, seed), "attention_mask": mask}
             if self.positions:
                 made["position_ids"] = positions(mask)[:, past:]
             return made | {
@@ -95,7 +94,7 @@ class Decode:
         if not past:
             return dict(inputs)
         mask = inputs["attention_mask"][:, :past]
-        text = example_inputs(base, sizes={"batch": batch, "sequence": past}, seed=seed + 1)["input_ids"]
+        text = _unpadded(base, batch, past, seed + 1)
         feed = {**inputs, "input_ids": text, "attention_mask": mask, **{n: inputs[n][:, :, :0] for n in names}}
         if self.positions:
             feed["position_ids"] = positions(mask)
@@ -123,6 +122,11 @@ class Decode:
     def trials(self) -> tuple[Mapping[str, int], ...]:
         """Prefill, a continuation, and single tokens, alone and in a batch padded on the left."""
         return TRIALS
+
+
+def _unpadded(base: nn.Module, batch: int, sequence: int, seed: int) -> Tensor:
+    """Random tokens, int64[batch, sequence]: an example's last row is padded, so there is one more to leave out."""
+    return example_inputs(base, sizes={"batch": batch + 1, "sequence": sequence}, seed=seed)["input_ids"][:batch]
 
 
 def cache_names(kind: str, count: int, first: int = 0, part: str = "") -> list[str]:
@@ -153,6 +157,9 @@ def decode_view(base: nn.Module) -> Decode:
         raise PeftfxError(what, type(base).__name__, "use the forward view")
     refuse_unknown(base)
     text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
+    if "attention_mask" not in text:
+        what = "the model takes no attention mask: texts of different lengths could not be told apart in a batch"
+        raise PeftfxError(what, type(base).__name__, "use the forward view")
     cache = cache_of([])
     with dry_run(base) as fake:
         given = {name: fake(text[name]) for name in ("input_ids", "attention_mask")}

@@ -61,7 +61,16 @@ def completions(tmp_path: Path) -> Path:
 def test_completions_are_learnt_and_the_adapter_is_pefts(
     base: Path, completions: Path, peftfx: Command, tmp_path: Path
 ) -> None:
-    words = ("--base", base, "--data", completions, "--output", tmp_path / "out", "--rules", "lora(r=4)@all-linear | head")
+    words = (
+        "--base",
+        base,
+        "--data",
+        completions,
+        "--output",
+        tmp_path / "out",
+        "--rules",
+        "lora(r=4)@all-linear | head",
+    )
     done = peftfx("train", *words, "--epochs", 12, "--batch-size", 4, "--learning-rate", 0.05, "--json")
     told = json.loads(done.out)
     assert done.code == 0, done.err

@@ -174,6 +174,7 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
+        self.way = way
         config = Config()
         if way == "config":
             config.layer_types[3] = "other"
@@ -182,12 +183,21 @@ class Stack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        return x
+        return x.mul_(2) if self.way == "in place" else x
 
 
 @pytest.mark.parametrize(
     ("way", "count"),
-    [("none", 3), ("attribute", 0), ("buffer", 2), ("compares", 0), ("computes", 0), ("config", 2), ("writes", 0)],
+    [
+        ("none", 3),
+        ("in place", 3),
+        ("attribute", 0),
+        ("buffer", 2),
+        ("compares", 0),
+        ("computes", 0),
+        ("config", 2),
+        ("writes", 0),
+    ],
 )
 def test_what_differs_is_traced(way: str, count: int, copies: list[str]) -> None:
     """The first layer's input needs no gradient, and two of the rest are traced."""

@@ -279,6 +279,9 @@ def _again(tracer: Any, leaf: object, traced: _Traced, call: Call, copies: Mappi
     node = copies[traced.ends[id(leaf)]]
     with _disable_current_modes(), leaf.fake_mode:  # type: ignore[attr-defined]
         made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
-        made.requires_grad_(leaf.requires_grad)
+        if leaf.requires_grad:  # the code may write into it in place, as into a result, but into no leaf
+            with torch.enable_grad():
+                result = made.requires_grad_().clone()
+            made = result if result.stride() == made.stride() else made
     proxy_tensor.track_tensor(made, fx.Proxy(node, tracer), constant=None, tracer=tracer)
     return made

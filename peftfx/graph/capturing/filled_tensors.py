@@ -1,0 +1,103 @@
+"""filled tensors: an empty tensor that is filled piece by piece is the concatenation of its pieces, and is written so.
+
+Keys of a latent attention are made like that: one part from its latent, one from what is rotated. A write into a view
+hides from the dataflow where values come from, and from the translation that nothing else sees the memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from peftfx.graph.rewriter import Rewriter
+
+_aten = torch.ops.aten
+_EMPTY = {_aten.new_empty.default, _aten.empty.memory_format, _aten.empty_like.default}
+
+
+class _Piece(NamedTuple):
+    start: int
+    end: int
+    axis: int
+    write: fx.Node
+
+
+def concatenate_filled(graph: fx.Graph) -> None:
+    """Replace each empty tensor whose pieces are all written before it is read by their concatenation; in place."""
+    rewriter = Rewriter(graph)
+    for node in list(graph.nodes):
+        if node.target in _EMPTY and isinstance(node.meta["val"], torch.Tensor):
+            _concatenate(rewriter, node)
+
+
+def _concatenate(rewriter: Rewriter, empty: fx.Node) -> None:
+    views = [user for user in empty.users if user.target is _aten.slice.Tensor]
+    pieces = sorted(piece for view in views if (piece := _piece(empty, view)) is not None)
+    readers = [user for user in empty.users if user not in views]
+    if not readers or len(pieces) != len(views) or not _tile(pieces, empty):
+        return
+    last = max(piece.write for piece in pieces)
+    if any(reader < last for reader in readers):
+        return
+    at = rewriter.after(last)
+    parts = [_as_written(rewriter, piece.write, empty.meta["val"].dtype) for piece in pieces]
+    rewriter.replace(empty, at.call(_aten.cat.default, parts, pieces[0].axis), readers)
+    for piece in pieces:
+        view = piece.write.args[0]
+        rewriter.erase(piece.write)
+        while isinstance(view, fx.Node) and view is not empty and not view.users:
+            source = view.args[0]
+            rewriter.erase(view)
+            view = source  # type: ignore[assignment]
+
+
+def _piece(empty: fx.Node, view: fx.Node) -> _Piece | None:
+    """What is written through a view, if it is cut along one axis at fixed places and seen by nobody else."""
+    whole, cut = empty.meta["val"], None
+    while True:
+        axis, start, end, step = _bounds(view)
+        if not isinstance(axis, int) or not isinstance(start, int) or not isinstance(end, int) or step != 1:
+            return None
+        size = whole.shape[axis]
+        if not (start == 0 and end > 1 << 60):  # a cut
+            if cut is not None or not isinstance(size, int):
+                return None
+            cut = (start % size if start < 0 else start, min(end % size if end < 0 else end, size), axis % whole.ndim)
+        if len(view.users) != 1:
+            return None
+        (user,) = view.users
+        if user.target is _aten.copy_.default and user.args[0] is view and not user.users:
+            return None if cut is None else _Piece(cut[0], cut[1], cut[2], user)
+        if user.target is not _aten.slice.Tensor:
+            return None
+        view = user
+
+
+def _bounds(view: fx.Node) -> tuple[object, object, object, object]:
+    given: list[object] = list(view.args[1:])
+    axis, start, end, step = given + [0, None, None, 1][len(given) :]
+    return axis, 0 if start is None else start, (1 << 62) if end is None else end, step
+
+
+def _tile(pieces: list[_Piece], empty: fx.Node) -> bool:
+    """Whether the pieces lie one behind the other along one axis, and fill it."""
+    if not pieces or len({piece.axis for piece in pieces}) != 1:
+        return False
+    ends = [0, *(piece.end for piece in pieces)]
+    size = empty.meta["val"].shape[pieces[0].axis]
+    return ends == [*(piece.start for piece in pieces), size]
+
+
+def _as_written(rewriter: Rewriter, write: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """What a write puts down: of the dtype and the shape of what it is written into."""
+    view, value = write.args[:2]
+    assert isinstance(view, fx.Node)
+    assert isinstance(value, fx.Node)
+    at = rewriter.before(write)
+    if value.meta["val"].dtype != dtype:
+        value = at.call(_aten.to.dtype, value, dtype)
+    if value.meta["val"].shape != view.meta["val"].shape:
+        value = at.call(_aten.expand_as.default, value, view)
+    return value

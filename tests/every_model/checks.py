@@ -1,0 +1,231 @@
+"""One model of one type: built tiny, with a random LoRA of `peft` on all that is linear, exported, and held against it.
+
+The outputs of ONNX Runtime are compared with those of `peft`'s own model, at sizes that nothing was captured at; in the
+decode view step by step, each model with its own cache, over the same tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import peft
+import torch
+import transformers as hf
+from every_model.tiny_configs import tiny_config
+from support.parity import outputs, randomise
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+import peftfx
+import peftfx.runtime
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.export.verification.comparison import VerificationError
+
+#: Tasks of the page: the table of transformers that lists their model types, and `peft`'s name of them.
+TASKS: Mapping[str, tuple[str, str | None]] = {
+    "text-generation": ("CAUSAL_LM", "CAUSAL_LM"),
+    "text2text-generation": ("SEQ_TO_SEQ_CAUSAL_LM", "SEQ_2_SEQ_LM"),
+    "text-classification": ("SEQUENCE_CLASSIFICATION", "SEQ_CLS"),
+    "fill-mask": ("MASKED_LM", None),
+    "image-classification": ("IMAGE_CLASSIFICATION", None),
+    "image-text-to-text": ("IMAGE_TEXT_TO_TEXT", None),
+    "speech-to-text": ("SPEECH_SEQ_2_SEQ", None),
+    "ctc": ("CTC", None),
+    "audio-classification": ("AUDIO_CLASSIFICATION", None),
+}
+UNSEEN = ({"batch": 3, "sequence": 11, "decoder_sequence": 4}, {"batch": 1, "sequence": 6, "decoder_sequence": 3})
+BOUND = 1e-4  #: of the largest output
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a check ended.
+
+    Attributes:
+        status: `equal`; `refused`, with an error that says why; `differs`; `crashed`; `not built`, where it is no fault
+            of peftfx: the tiny model does not run, or `peft` does not adapt it.
+        note: why, in one sentence.
+    """
+
+    status: str
+    note: str = ""
+
+
+class NotBuilt(Exception):
+    """The model does not run by itself, or `peft` does not adapt it."""
+
+
+def model_types(task: str) -> list[str]:
+    """The model types that transformers lists for a task."""
+    return list(_table(task))
+
+
+def _table(task: str) -> Mapping[str, object]:
+    table: Mapping[str, object] = getattr(modeling_auto, f"MODEL_FOR_{TASKS[task][0]}_MAPPING_NAMES")
+    return table
+
+
+def build(task: str, model_type: str) -> nn.Module:
+    """A tiny model in eval mode, no parameter of which is at its initial value."""
+    names = _table(task)[model_type]
+    name = names if isinstance(names, str) else names[0]  # type: ignore[index]
+    more = {"is_decoder": True} if task == "text-generation" and _encodes(model_type) else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kind = getattr(hf, name)
+        model: nn.Module = kind(tiny_config(model_type, kind, **more))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def _encodes(model_type: str) -> bool:
+    """Whether a model of this type is an encoder if it is not told otherwise."""
+    return model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def check(task: str, model_type: str, view: str) -> Result:
+    """Check one model in one view, `forward` or `decode`."""
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        try:
+            base = _built(task, model_type)
+            want = _adapted_by_peft(base, task, model_type, directory / "adapter")
+        except NotBuilt as error:
+            return Result("not built", str(error))
+        try:
+            got = peftfx.load(build(task, model_type), directory / "adapter")
+            got.export(directory / "out", view=view)
+            far = (_steps if view == "decode" else _calls)(want, directory / "out", got.base, build(task, model_type))
+        except VerificationError as error:
+            return Result("differs", _line(error))
+        except peftfx.PeftfxError as error:
+            return Result("refused", _line(error))
+        except Exception as error:
+            return Result("crashed", f"{type(error).__name__}: {_line(error)}")
+        return Result("equal") if far <= BOUND else Result("differs", f"by {far:.1e} of the largest")
+
+
+def _built(task: str, model_type: str) -> nn.Module:
+    try:
+        model = build(task, model_type)
+        with torch.no_grad():
+            found = model(**example_inputs(model))
+    except Exception as error:
+        raise NotBuilt(_line(error)) from error
+    if any(bool(v.isnan().any()) for v in found.values() if isinstance(v, Tensor) and v.is_floating_point()):
+        raise NotBuilt("its outputs are not numbers")
+    return model
+
+
+def _adapted_by_peft(base: nn.Module, task: str, model_type: str, directory: Path) -> nn.Module:
+    run = _run(base)
+    targets = [n for n, m in run.items() if isinstance(m, (nn.Linear, hf.pytorch_utils.Conv1D))]
+    convs = [n for n, m in run.items() if isinstance(m, nn.Conv2d) and m.groups == 1]
+    try:
+        try:
+            made = _with_lora(base, targets or convs, TASKS[task][1])
+        except ValueError as error:
+            if "Mamba" not in str(error):
+                raise
+            apart = [n for n in targets if n.rpartition(".")[2] != "out_proj"]  # that `peft` refuses there
+            made = _with_lora(build(task, model_type), apart, TASKS[task][1])
+        made.save_pretrained(str(directory), save_embedding_layers=False)
+    except Exception as error:
+        raise NotBuilt(f"peft: {_line(error)}") from error
+    return made
+
+
+def _with_lora(base: nn.Module, targets: list[str], task_type: str | None) -> nn.Module:
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type=task_type)
+    made: nn.Module = peft.get_peft_model(base, config).eval()
+    randomise(made)
+    return made
+
+
+def _run(base: nn.Module) -> dict[str, nn.Module]:
+    """The modules that a call of the model runs, but for the output embedding, which `all-linear` leaves out too."""
+    run: set[nn.Module] = set()
+
+    def note(module: nn.Module, _: object, output: object) -> None:
+        if isinstance(output, Tensor):  # `peft`'s layer takes no others: a router may give two
+            run.add(module)
+
+    hooks = [module.register_forward_hook(note) for module in base.modules()]
+    with torch.no_grad():
+        base(**example_inputs(base))
+    for hook in hooks:
+        hook.remove()
+    head = None
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        head = base.get_output_embeddings()  # type: ignore[operator]
+    return {n: m for n, m in base.named_modules() if m in run and m is not head}
+
+
+def _calls(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) -> float:
+    """How far the forward view is from `peft`'s model, of the largest output."""
+    got = peftfx.export.OnnxModel(directory)
+    worst = 0.0
+    for seed, sizes in enumerate(UNSEEN, 3):
+        inputs = example_inputs(model, sizes=sizes, seed=seed)
+        expected, plain, found = outputs(want, inputs), outputs(base, inputs), got(**inputs)
+        for name, value in found.items():
+            worst = max(worst, _far(value, expected[name.removesuffix(".output")], inputs.get("attention_mask")))
+        changed = max(_far(expected[n], plain[n], None) for n in expected if n in plain)
+        assert changed > 1e-3, "the adapter changes nothing: the check would pass without it"
+    return worst
+
+
+def _far(got: Tensor, want: Tensor, mask: Tensor | None) -> float:
+    assert got.shape == want.shape, (tuple(got.shape), tuple(want.shape))
+    if mask is not None and got.shape[:2] == mask.shape:
+        got, want = got[mask.bool()], want[mask.bool()]
+    if not want.numel():
+        return 0.0
+    return float((got.float() - want.float()).abs().max()) / max(1e-3, float(want.float().abs().max()))
+
+
+def _steps(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) -> float:
+    """How far the logits of generated tokens are from `peft`'s: a prompt, padded on the left, and what follows it."""
+    got = peftfx.runtime.load(directory)
+    inputs = example_inputs(model, sizes={"batch": 2, "sequence": 6}, seed=3)
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    options = {"min_new_tokens": 5, "max_new_tokens": 5, "do_sample": False, "output_logits": True}
+    if "decoder_input_ids" not in example_inputs(model):
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][1, :2] = 0
+    forced = hf.LogitsProcessorList([_Forced(5)])
+    worst, shown = 0.0, []
+    for case in (inputs, {name: value[:1] for name, value in inputs.items()}):
+        results = [
+            m.generate(**case, **options, return_dict_in_generate=True, logits_processor=forced) for m in (want, got)
+        ]
+        expected, found = (torch.stack(list(result.logits), 1) for result in results)
+        worst = max(worst, _far(found, expected, None))
+        shown.append(expected)
+    return worst
+
+
+class _Forced(hf.LogitsProcessor):
+    """Chooses each row's tokens by their number, so that near-ties of random weights decide nothing."""
+
+    def __init__(self, lowest: int) -> None:
+        self.lowest = lowest
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = self.lowest + (7 * input_ids.shape[1] + torch.arange(len(scores))) % 60
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [repr(error)]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

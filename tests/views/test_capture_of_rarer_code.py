@@ -1,0 +1,142 @@
+"""What few models' code does, captured as any other: each was a fault that a sweep of all model types found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from support.zoo import ZOO
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+import peftfx
+import peftfx.runtime
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.views.decode import decode_view
+
+
+class Apart(nn.Module):
+    """torch's attention over weights that three modules have, none of which is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        biases = torch.cat((self.q_proj.bias, self.k_proj.bias, self.v_proj.bias))
+        return F.multi_head_attention_forward(
+            *(x, x, x, 8, 2, torch.empty([0]), biases, None, None, False, 0.0),
+            *(self.out_proj.weight, self.out_proj.bias, self.training),
+            need_weights=False,
+            use_separate_proj_weight=True,
+            q_proj_weight=self.q_proj.weight,
+            k_proj_weight=self.k_proj.weight,
+            v_proj_weight=self.v_proj.weight,
+        )[0]
+
+
+def test_an_attention_with_joined_biases_has_its_layers() -> None:
+    torch.manual_seed(0)
+    model, x = Apart(), torch.randn(5, 2, 8)
+    adapted = peftfx.transform(
+        model, peftfx.LoRA(r=2, target="attention.query | attention.value", init_lora_weights=False), inputs={"x": x}
+    )
+    assert [(s.path, s.role) for s in adapted.sites.weights][:3] == [
+        (f"{name[0]}_proj", f"attention.{name}") for name in ("query", "key", "value")
+    ]
+    before, want = model(x), adapted(x=x)
+    assert float((want - before).detach().abs().max()) > 1e-2
+    adapted.merge()
+    torch.testing.assert_close(adapted.remove()(x), want)
+
+
+class Unlearned(nn.Module):
+    """A layer under `no_grad`, beside which a number is computed from a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y, rows = self.first(x), x.shape[0] * 2 + 1
+        return self.second(y) / rows
+
+
+def test_a_number_leaves_a_region_without_gradients() -> None:
+    torch.manual_seed(0)
+    model, x = Unlearned(), torch.randn(3, 4)
+    graph = peftfx.capture(model, {"x": x})
+    assert [site.path for site in graph.sites.weights] == ["first", "second"]
+    other = torch.randn(5, 4)
+    torch.testing.assert_close(graph(x=other), model(other))
+
+
+@dataclass
+class Found(ModelOutput):
+    first: Tensor | None = None
+    second: Tensor | None = None
+    third: Tensor | None = None
+
+
+class Late(nn.Module):
+    """Sets the fields of its output in another order than their class has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Found:
+        found = Found(first=x, third=self.layer(x))  # type: ignore[call-arg]
+        found["second"] = x * 2
+        return found
+
+
+def test_outputs_have_the_names_under_which_they_were_set() -> None:
+    model, x = Late(), torch.randn(3, 4)
+    graph = peftfx.capture(model, {"x": x})
+    want, got = model(x), dict(zip(graph.outputs, graph.run(x), strict=True))
+    assert set(got) == {"first", "second", "third"}
+    for name, value in got.items():
+        assert torch.equal(value, want[name]), name
+
+
+def test_images_of_no_size_of_their_own_are_free_in_height_and_width(tmp_path: Path) -> None:
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    torch.manual_seed(0)
+    model = hf.ResNetForImageClassification(config).eval()
+    adapted = peftfx.transform(model, peftfx.LoRA(r=2, target="conv", init_lora_weights=False))
+    adapted.export(tmp_path / "out")
+    served = peftfx.runtime.load(tmp_path / "out")
+    for shape in ((1, 3, 64, 64), (3, 3, 50, 94)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(served(pixel_values=x).logits, adapted(pixel_values=x).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_image_whose_size_the_config_tells_has_it() -> None:
+    graph = peftfx.capture(ZOO["convnext"].build())
+    assert graph.inputs[0].shape == ("batch", 3, 32, 32)
+
+
+def test_a_probe_of_the_decode_view_shows_no_padding() -> None:
+    model = ZOO["llama"].build()
+    view = decode_view(model)
+    for sizes in view.trials:
+        made = view.inputs(model, sizes=sizes)
+        assert not (made["input_ids"] == model.config.pad_token_id).any()
+        assert made["input_ids"].shape == (sizes["batch"], sizes["sequence"])
+    assert (example_inputs(model)["input_ids"] == model.config.pad_token_id).any()
+
+
+def test_a_decode_view_without_a_mask_is_refused() -> None:
+    class Maskless(hf.LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, cache: object = None, use_cache: bool = True) -> object:  # type: ignore[override]
+            return super().forward(input_ids=input_ids, cache=cache, use_cache=use_cache)
+
+    model = Maskless(ZOO["llama"].build().config).eval()
+    with pytest.raises(peftfx.PeftfxError, match="takes no attention mask"):
+        decode_view(model)
