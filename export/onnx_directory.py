@@ -16,12 +16,14 @@ from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.serving_mode import in_eval
+from peftfx.export.metadata import ADAPTERS, BASE_MODEL, FINGERPRINT
 from peftfx.export.quantised import agreement_of, refuse_disagreement, round_weights
 from peftfx.export.report import Report, tell_rounding
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Swappable
 from peftfx.export.stages import Progress, Stages
 from peftfx.export.tensor_counts import APART, MERGED, NOT_RUN, count_row_tensors, count_tensors
+from peftfx.export.translation.scopes import put_rest
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.verification.comparison import verify
 from peftfx.export.writing.atomic_directory import publish
@@ -30,6 +32,7 @@ from peftfx.export.writing.memory import refuse_memory
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
+from peftfx.graph.fingerprint import SAMPLED, fingerprint
 from peftfx.graph.graph import BASE
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
@@ -127,6 +130,9 @@ def export_onnx(
                 round_weights(
                     asked, adapted, parts, programs, lambda part: way.oracle(adapted, part, example), source, report
                 )
+        for program in programs.values():
+            put_rest(program)
+            program.metadata_props.update(_provenance(adapted, report, coded=coded))
         with stages("write"):
             infinite = [f"{BASE}.{name}" for name, _ in adapted.base.named_buffers(remove_duplicate=False)]
             save_together(programs, temporary, written=written, infinite=frozenset(infinite))
@@ -161,6 +167,16 @@ def export_onnx(
         write_configs(adapted.base, temporary)
         report.write(temporary)
     return report
+
+
+def _provenance(adapted: AdaptedModel, report: Report, *, coded: bool) -> dict[str, str]:
+    """What a model says of where it comes from. Weights in codes are not read for it."""
+    adapters = "; ".join(f"{adapter['name']}: {'+'.join(adapter['methods'])}" for adapter in report.adapters)  # type: ignore[arg-type]
+    said = {ADAPTERS: adapters, BASE_MODEL: report.model}
+    known = not coded and not any(p.is_meta for p in adapted.base.parameters())
+    return {name: text for name, text in said.items() if text} | (
+        {FINGERPRINT: fingerprint(adapted.base, SAMPLED)} if known else {}
+    )
 
 
 def _deployment(asked: ExportOptions, source: str, *, merges: bool) -> Deployment:

@@ -12,7 +12,7 @@ from onnx_ir import tensor_adapters
 from onnx_ir.passes import common
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
-from peftfx.export.metadata import PERM, PERMUTED, PIECES
+from peftfx.export.metadata import PERM, PERMUTED, PIECES, SCOPE
 
 SMALL = 256  #: how many elements a folded constant may have
 
@@ -20,10 +20,12 @@ SMALL = 256  #: how many elements a folded constant may have
 def tidy(model: ir.Model) -> None:
     """Inline functions; fold small constants; drop dead code, identities, repeats and the exporter's notes.
 
-    Weights have no value here, so nothing that depends on one is folded: that would rename it, and copy it.
+    Of which module a node is stays. Weights have no value here, so nothing that depends on one is folded: that would
+    rename it, and copy it.
     """
     for weight in model.graph.initializers.values():
         weight.const_value = None
+    scopes = {node: node.metadata_props[SCOPE] for node in model.graph if SCOPE in node.metadata_props}
     ir.passes.Sequential(
         common.InlinePass(),
         common.ClearMetadataAndDocStringPass(),
@@ -35,6 +37,9 @@ def tidy(model: ir.Model) -> None:
         common.RemoveUnusedFunctionsPass(),
         common.RemoveUnusedOpsetsPass(),
     )(model)
+    for node in model.graph:
+        if node in scopes:
+            node.metadata_props[SCOPE] = scopes[node]
 
 
 def store_transposed(model: ir.Model) -> None:

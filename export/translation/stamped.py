@@ -20,6 +20,7 @@ from torch.fx.experimental import _config
 from peftfx.export.translation.decompositions import Uncovered, lowered_program, make_functional
 from peftfx.export.translation.preparation import prepare
 from peftfx.export.translation.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
+from peftfx.export.translation.scopes import put_scope, scoped
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
@@ -207,7 +208,8 @@ def _stamp(
         values = dict(zip(template.inputs, (env[s] for s in unit.sources), strict=True))
         for original in template.nodes:
             operands = [None if v is None else _operand(v, values, shared) for v in original.inputs]
-            copy = _copy(original, operands, f"{unit.node.name}.{len(values)}")
+            copy = _copy(original, operands, scoped(f"{unit.node.name}.{len(values)}", unit.node))
+            put_scope(copy, unit.node)
             values |= zip(original.outputs, copy.outputs, strict=True)
             nodes.append(copy)
         env |= {r: _operand(v, values, shared) for r, v in zip(unit.results, template.outputs, strict=True)}

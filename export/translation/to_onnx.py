@@ -13,11 +13,13 @@ from peftfx.errors import PeftfxError, first_line
 from peftfx.export.metadata import ENGINE, PERMUTED, PIECES, SOURCE
 from peftfx.export.translation.layout import name_apart, store_transposed, tidy
 from peftfx.export.translation.program import Translation
+from peftfx.export.translation.scopes import put_rest
 from peftfx.export.translation.stamped import translate
 from peftfx.export.translation.torch_exporter import retrace
 from peftfx.graph.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
 from peftfx.graph.lazy_weights import load_contiguous, pieces
 from peftfx.options import CPU, FAST, NONE, TORCH, check_engine, check_opset, check_optimize
+from peftfx.version import __version__
 
 Weights = Callable[[str], torch.Tensor]
 
@@ -59,9 +61,11 @@ def to_onnx(
     tidy(model)
     _bind(model, translation, graph, _reader(graph, weights or graph.get))
     store_transposed(model)
+    put_rest(model)
     _name_interface(model, graph, translation)
     name_apart(model)
     model.metadata_props[ENGINE] = went
+    model.producer_name, model.producer_version = "peftfx", __version__
     return model
 
 

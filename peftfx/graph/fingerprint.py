@@ -11,6 +11,7 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.lazy_weights import exact
 
 VERSION = 2  #: of how it is made; 1 saw some values of each tensor alone
+SAMPLED = 1  #: the version that is cheap
 _SAMPLES = 64  #: values of a tensor that version 1 saw
 _CHUNK = 1 << 22  #: values that are in memory at a time
 
@@ -28,13 +29,13 @@ def fingerprint(base: nn.Module, version: int = VERSION) -> str:
     Raises:
         PeftfxError: no such version is known.
     """
-    if version not in (1, VERSION):
+    if version not in (SAMPLED, VERSION):
         what = f"the fingerprint of this base is of a later version, {version}"
         raise PeftfxError(what, "", "update peftfx, or export the base again")
     found, seen = hashlib.sha256(), dict[int, bytes]()
     for name, tensor in sorted(nn.Module.state_dict(base, keep_vars=True).items()):
         found.update(f"{name}{list(tensor.shape)}".encode())
-        if version == 1:
+        if version == SAMPLED:
             found.update(_sampled(exact(tensor).detach()))
             continue
         if id(tensor) not in seen:  # tied weights are one tensor under several names

@@ -1,0 +1,56 @@
+"""Names in an ONNX model: of modules, on nodes and values; what it came from, in its metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from support.zoo import Captured
+from torch import nn
+
+import peftfx
+from peftfx.export import to_onnx
+from peftfx.export.metadata import ADAPTERS, BASE_MODEL, FINGERPRINT, SCOPE
+from peftfx.graph.fingerprint import SAMPLED, fingerprint
+from peftfx.version import __version__
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+def test_nodes_have_the_paths_of_modules(captured: Callable[[str], Captured], name: str) -> None:
+    found = captured(name)
+    model = to_onnx(found.graph)
+    modules = dict(found.model.named_modules())
+    scopes = [node.metadata_props[SCOPE] for node in model.graph if SCOPE in node.metadata_props]
+    assert len(scopes) > 0.7 * len(list(model.graph))
+    assert set(scopes) <= modules.keys()
+    products = {path for path, module in modules.items() if isinstance(module, nn.Linear)}
+    assert products <= set(scopes)
+    for node in model.graph:
+        if path := node.metadata_props.get(SCOPE):
+            assert str(node.name).startswith(f"{path}/"), "explorers group by names"
+    names = [value.name for node in model.graph for value in node.outputs]
+    assert len(set(names)) == len(names)
+
+
+def test_a_model_says_what_it_came_from_and_two_exports_are_the_same_bytes(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    x = torch.randn(2, 32)
+    adapted = peftfx.transform(model, "lora(r=2)@all-linear", "mine", inputs={"input": x})
+    for folder in ("a", "b"):
+        adapted.export(tmp_path / folder)
+    adapted.export(tmp_path / "small", quantize="int4")
+    first, second = ((tmp_path / folder / "model.onnx").read_bytes() for folder in ("a", "b"))
+    assert first == second
+    loaded = onnx.load(tmp_path / "a" / "model.onnx", load_external_data=False)
+    said = {prop.key: prop.value for prop in loaded.metadata_props}
+    assert (loaded.producer_name, loaded.producer_version) == ("peftfx", __version__)
+    assert (said[ADAPTERS], said[BASE_MODEL]) == ("mine: LoRA", "Sequential")
+    assert said[FINGERPRINT] == fingerprint(model, SAMPLED)
+    rounded = onnx.load(tmp_path / "small" / "model.onnx", load_external_data=False)
+    scopes = {node.name: [p.value for p in node.metadata_props if p.key == SCOPE] for node in rounded.graph.node}
+    products = [scopes[node.name] for node in rounded.graph.node if node.op_type == "MatMulNBits"]
+    assert products
+    assert all(len(own) == 1 for own in products)
