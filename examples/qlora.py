@@ -1,4 +1,6 @@
-"""QLoRA on a CPU: train an adapter on a base in nf4, save it, export base and adapter as they are, and run that.
+"""QLoRA on a CPU: train an adapter on a base in nf4, save it, export it three ways, and compare them.
+
+As it is: the base's codes, and the adapter beside them. Merged: in float32. Merged and rounded again: in int4.
 
 python examples/qlora.py OUT [DIRECTORY]
 
@@ -8,6 +10,7 @@ bitsandbytes: pip install "peftfx[qlora]".
 
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,16 +63,38 @@ print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}")
 
 adapted.save_pretrained(out / "adapter")
 
-# The base's codes go into ONNX as they are, and the adapter stands beside them: nothing is rounded a second time.
-report = adapted.eval().export(out / "onnx", view="forward")
-print(report)
-logits = OnnxModel(out / "onnx")(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+adapted.eval()
 with torch.no_grad():
     exact = adapted.floating()(input_ids=ids).logits
-print(
-    f"ONNX Runtime is within {float((logits - exact).abs().max()):.1e} of logits up to {float(exact.abs().max()):.1f}"
-)
 
-# Merged, the adapted layers are in floating point; the report says what that rounds.
+
+def perplexity(logits: torch.Tensor) -> float:
+    """Of the text that was trained on."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
+
+
+# The first has the base's codes as they are: nothing is rounded a second time. It is what was trained.
+ways = {"as it is": {}, "merged": {"merge": True}, "merged, int4": {"merge": True, "quantize": "int4"}}
+print(f"in torch: perplexity {perplexity(exact):.3f}")
+far = {}
+for way, options in ways.items():
+    directory = out / way.replace(", ", "-").replace(" ", "-")
+    report = adapted.export(directory, view="forward", **options)
+    served = OnnxModel(directory)
+    logits = served(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+    start, rounds = time.perf_counter(), 20
+    for _ in range(rounds):
+        served(input_ids=ids, attention_mask=torch.ones_like(ids))
+    speed = rounds * ids.numel() / (time.perf_counter() - start)
+    far[way] = float((logits - exact).abs().max())
+    print(
+        f"{way}: perplexity {perplexity(logits):.3f}, logits up to {far[way]:.1e} off, "
+        f"{report.bytes['model.onnx.data']:,} B of weights, {speed:,.0f} tokens/s"
+    )
+assert far["as it is"] < 1e-4 * float(exact.abs().max())
+assert far["merged"] < 1e-4 * float(exact.abs().max())
+assert far["merged, int4"] > 10 * far["as it is"]
+
+# In Python, merged, the adapted layers are in floating point; the report says what that rounds.
 print(adapted.merge())
-print(out / "onnx")
+print(out)

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from files.gguf_files import write
+from quantised_page import END, NAMES, PAGE, START
 
 import peftfx
 from peftfx.bases.load import load_base
@@ -73,3 +74,13 @@ def test_a_file_is_exported_as_it_is(name: str, tmp_path: Path) -> None:
         want = adapted(IDS).logits
     got = served(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1.0, float(want.abs().max())))
+
+
+def test_the_page_has_every_format_and_every_type_of_blocks() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    rows = text.split(START)[1].split(END)[0].strip().splitlines()[2:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(NAMES)
+    for row in rows:
+        exact, logits = row.split(" | ")[3:5]
+        assert float(exact) < 1e-5, row
+        assert float(logits) < 1e-4, row
