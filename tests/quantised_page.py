@@ -1,6 +1,7 @@
 """Writes the table of formats in `docs/quantised.md`: `python tests/quantised_page.py [WORDS]`.
 
-With words, the rows whose names hold one are printed, and nothing is written. Each row is a format of `tests/quantised/test_formats.py` or a type of GGUF's blocks, on random codes.
+With words, the rows whose names hold one are made again. Each is a format of `tests/quantised/formats.py` or a
+type of GGUF's blocks, on random codes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from files.gguf_files import packed_as, write
-from quantised.test_formats import FORMATS, IDS, METADATA, on_identity
+from quantised.formats import FORMATS, IDS, METADATA, on_identity
 from support import quantised as q
 
 import peftfx
@@ -124,23 +125,26 @@ def _told(value: float) -> str:
     return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
 
 
-def table(rows: list[list[str]]) -> str:
-    """In Markdown."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in (HEADS, ["---"] * len(HEADS), *rows))
+def rows_of(text: str) -> dict[str, list[str]]:
+    """The lines of the page's table by their formats."""
+    lines = text.split(START)[1].split(END)[0].strip().splitlines()[2:]
+    cells = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines]
+    return {line[0]: line for line in cells}
 
 
 def main() -> None:
-    """Write the page, or print rows."""
-    rows = []
-    for name in NAMES:
-        if len(sys.argv) == 1 or any(word in name for word in sys.argv[1:]):
-            rows.append(row(name))
-            print(*rows[-1], sep=" | ", flush=True)
-    if len(sys.argv) == 1:
-        text = PAGE.read_text(encoding="utf-8")
-        before, rest = text.split(START)
-        _, after = rest.split(END)
-        PAGE.write_text(f"{before}{START}\n{table(rows)}\n{END}{after}", encoding="utf-8")
+    """Write rows of the page, all of them or those that are named."""
+    chosen = [name for name in NAMES if len(sys.argv) == 1 or any(word in name for word in sys.argv[1:])]
+    made = {}
+    for name in chosen:
+        made[name] = row(name)
+        print(*made[name], sep=" | ", flush=True)
+    text = PAGE.read_text(encoding="utf-8")
+    known = rows_of(text) | made
+    lines = [HEADS, ["---"] * len(HEADS), *(known[name] for name in NAMES if name in known)]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    before, after = text.split(START)[0], text.split(END)[1]
+    PAGE.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -56,9 +56,21 @@ class Grid:
         """By how many bits the codes of each product are shifted."""
         return (0,) if self.codes.bits <= BITS else (BITS, 0)
 
+    @property
+    def centre(self) -> int:
+        """How many steps are taken from codes and given back to what is least: from 0 on all have one sign.
+
+        What two products of one sign lose in their difference is several times what one about zero loses.
+        """
+        codes = self.codes
+        if not codes.shifted or codes.own_zeros or codes.zero:
+            return 0
+        return (1 << codes.bits - 1) + (MIDDLE if codes.bits > BITS else 0)
+
     def zero(self, shift: int) -> int | None:
         """The zero of all blocks in a product; None where each has its own."""
-        return None if self.codes.own_zeros else self.codes.zero >> shift & _mask(shift, self.codes.bits)
+        zero = self.codes.zero + self.centre
+        return None if self.codes.own_zeros else zero >> shift & _mask(shift, self.codes.bits)
 
     def wide(self, shift: int) -> bool:
         """Whether a block's own zero may be one more than fits into its bits: it is a float then."""
@@ -89,9 +101,9 @@ class Grid:
 
     def least(self) -> Tensor:
         """float32 [blocks of the weight, out]: what is taken away for each block's sum of inputs."""
-        found = self._read("least").least
-        assert found is not None
-        return found.T.contiguous()
+        found = self._read("least")
+        assert found.least is not None
+        return (found.least - self.centre * found.scales).T.contiguous()
 
     def _wide(self, values: Tensor) -> Tensor:
         return values.repeat_interleave(self.repeats, 1)[:, : self.count].contiguous()

