@@ -58,11 +58,13 @@ def convert_directory(
     check_choice(to, FORMATS, "to", "unknown format")
     target = Path(output)
     if sum(source is not None for source in (adapter, tuned, file)) != 1:
-        raise PeftfxError("one of adapter, tuned and file is what is converted", "adapter", "give exactly one")
+        raise PeftfxError("give one thing to convert: --adapter, --tuned or --file", "adapter", "give exactly one")
     if target.exists() and not force:
-        raise PeftfxError("there is something by this name", str(target), "choose another, or --force")
+        raise PeftfxError(
+            "the output exists already", str(target), "choose another path, or pass --force to replace it"
+        )
     if to == PEFT and target.is_file():
-        raise PeftfxError("a file is there, and a directory is to be made", str(target), "choose another path")
+        raise PeftfxError("the output is a file, and a directory is to be made", str(target), "choose another path")
     if adapter is not None:
         adapted = load_directories(Path(base), {_LORA: Path(adapter)})
     else:
@@ -87,7 +89,9 @@ def _changed(base: Path, tuned: str | Path | None, file: str | Path | None, rank
     adapted = bare(load_base(base))
     if tuned is not None:
         if rank is None:
-            raise PeftfxError("a difference has no rank of its own", "rank", "rank=16, or rank=0.95 of its energy")
+            raise PeftfxError(
+                "the difference of two checkpoints needs a rank", "rank", "rank=16, or rank=0.95 of its energy"
+            )
         made = lora_of(difference(adapted.source, load_base(Path(tuned)), adapted.sites.weights), rank)
         adapted._install(_LORA, made)
         return adapted

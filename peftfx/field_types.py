@@ -28,7 +28,7 @@ def misfits(made: Any) -> list[str]:
 def refuse_misfit_fields(made: Any) -> None:
     """Refuse a dataclass with a field whose value is of another type than its annotation."""
     if wrong := misfits(made):
-        raise PeftfxError(f"of another type: {', '.join(wrong)}", type(made).__name__, _HINT)
+        raise PeftfxError(f"options have the wrong type: {', '.join(wrong)}", type(made).__name__, _HINT)
 
 
 def refuse_misfits(values: Mapping[str, object], kind: type, where: str) -> None:
@@ -38,7 +38,7 @@ def refuse_misfits(values: Mapping[str, object], kind: type, where: str) -> None
         _told(n, v, getattr(told[n], "__forward_arg__", told[n])) for n, v in values.items() if not fits(v, kinds[n])
     ]
     if wrong:
-        raise PeftfxError(f"of another type: {', '.join(wrong)}", where, _HINT)
+        raise PeftfxError(f"options have the wrong type: {', '.join(wrong)}", where, _HINT)
 
 
 def _told(name: str, value: object, kind: object) -> str:

@@ -81,7 +81,7 @@ def check_tolerance(atol: float | None, rtol: float | None) -> None:
     """Refuse what is no number to hold a difference to."""
     for name, value in (("atol", atol), ("rtol", rtol)):
         if value is not None and not 0 <= value < float("inf"):
-            raise PeftfxError(f"a tolerance of 0 or more, not {value}", name, "leave it out: it is measured")
+            raise PeftfxError(f"a tolerance must be 0 or more, not {value}", name, "leave it out: it is measured")
 
 
 def parse_size(text: str, option: str = "max_memory") -> int:

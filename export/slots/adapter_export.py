@@ -118,13 +118,15 @@ def adapter_path(output: Path, force: bool) -> Path:
         PeftfxError: it has no name; it is there, and `force` is not set, or it is no adapter that may be replaced.
     """
     if output.name in ("", ".."):
-        raise PeftfxError("the output has no name", str(output), "name the file to make, as in --output french")
+        raise PeftfxError(
+            "the output path has no file name", str(output), "name the file to make, as in --output french"
+        )
     output = output if output.suffix == SUFFIX else output.with_name(output.name + SUFFIX)
     if os.path.lexists(output) and not force:
         raise already_there(output)
     if os.path.lexists(output) and not (is_adapter_file(output) or holds_adapter(output)):
         hint = "delete it yourself, or choose another output"
-        raise PeftfxError("what is there is no adapter file, so it is not replaced", str(output), hint)
+        raise PeftfxError("the file there is not an adapter file, so it is not replaced", str(output), hint)
     return output
 
 

@@ -90,7 +90,7 @@ def _refuse_standing(target: Path, force: bool, made: Mark) -> None:
         raise already_there(target)
     if not target.is_dir() or not (made(target) or _is_empty(target)):
         hint = "delete it yourself, or choose another output"
-        raise PeftfxError("no export made what is there, so it is not replaced", str(target), hint)
+        raise PeftfxError("the directory there is not an export, so it is not replaced", str(target), hint)
 
 
 def _resolved(directory: Path) -> Path:

@@ -127,7 +127,7 @@ class AdapterSet:
         found = [self[name] for name in names]
         for name in names:
             if names.count(name) > 1:
-                raise PeftfxError("an adapter acts once", name, "name each adapter once")
+                raise PeftfxError("an adapter is named twice", name, "name each adapter once")
         _refuse_rivals(dict(zip(names, found, strict=True)))
 
     @contextmanager

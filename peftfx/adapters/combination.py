@@ -132,7 +132,9 @@ def _refuse_copies(adapters: Mapping[str, Adapter]) -> None:
         for override in adapter.overrides:
             if not override.module:
                 raise PeftfxError(
-                    "trained biases of the base have no sum", override.key.partition(".")[2], "train without"
+                    "adapters that train the base's biases cannot be summed",
+                    override.key.partition(".")[2],
+                    "train without",
                 )
             if owners.setdefault(override.key, name) != name:
                 what = (

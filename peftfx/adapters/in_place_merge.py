@@ -153,7 +153,9 @@ def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:
         module, leaf = owner_of(base, own_names(base, derived.folding.site)[1])
         if leaf not in module._parameters:
             hint = "leave it out of the rule, set lora_bias=False, or export: the graph can hold the bias"
-            raise PeftfxError("this module has no place for the merged bias", derived.folding.site.path, hint)
+            raise PeftfxError(
+                "the module has no bias, and the merged weight needs one", derived.folding.site.path, hint
+            )
 
 
 def _refuse_untying(base: nn.Module, sharing: Mapping[int, Sequence[str]], sites: Iterable[Site]) -> None:

@@ -41,7 +41,9 @@ def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None 
             no update at all.
     """
     if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
-        raise PeftfxError(f"a rank of 1 or more, or a share of 0 to 1, not {rank}", "rank", "rank=8, or rank=0.95")
+        raise PeftfxError(
+            f"the rank must be 1 or more, or a share from 0 to 1, not {rank}", "rank", "rank=8, or rank=0.95"
+        )
     placements, values = [], {}
     for site, update in updates:
         if not update.any():
@@ -50,7 +52,11 @@ def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None 
         placements.append(WeightPlacement(LoRA(r=len(a), lora_alpha=len(a)), site))
         values[site.path] = {"lora_A": a, "lora_B": b}
     if not placements:
-        raise PeftfxError("nothing changes any weight: there is nothing to convert", "rank", "is it the right pair?")
+        raise PeftfxError(
+            "this changes no weight, so there is nothing to convert",
+            "rank",
+            "check that these are the base and the checkpoint that was trained from it",
+        )
     target = tuple(f"/{re.escape(p.site.path)}/" for p in placements)
     r = rank if isinstance(rank, int) else placements[0].method.r  # type: ignore[attr-defined]
     made = Adapter([Placed(LoRA(r=r, lora_alpha=r, target=target), Placements(placements))], records)
@@ -85,7 +91,7 @@ def updates_of(base: nn.Module, adapter: Adapter) -> Iterator[tuple[WeightSite, 
     """
     if beside := adapter.placements.beside_weights:
         what = f"what {type(beside[0].method).__name__} does is no update of a weight"
-        raise PeftfxError(what, beside[0].site.path, "only what acts on weights becomes a LoRA")
+        raise PeftfxError(what, beside[0].site.path, "convert adapters that act on weights")
     if adapter.overrides:
         what = "trained copies of the base's tensors are no part of a LoRA of this"
         raise PeftfxError(what, adapter.overrides[0].key.partition(".")[2], "convert an adapter without them")
@@ -109,7 +115,7 @@ def _update(base: nn.Module, adapter: Adapter, group: Sequence[WeightPlacement])
             what = f"{type(placement.method).__name__} changes a bias, and a LoRA has none"
             raise PeftfxError(what, site.path, "merge it instead")
         if made.weight.shape != start.weight.shape:
-            raise PeftfxError("it makes one group of a conv of several", site.path, "merge it instead")
+            raise PeftfxError("it joins the groups of a grouped conv, and a LoRA cannot", site.path, "merge it instead")
         delta = made.weight - start.weight
         whole = delta if block is None else block.put(whole, delta, site.rows_axis)
     return whole
@@ -128,7 +134,9 @@ def difference(base: nn.Module, tuned: nn.Module, sites: Iterable[WeightSite]) -
     odd = [n for n in own.keys() | others.keys() if n not in own or n not in others or own[n].shape != others[n].shape]
     if odd:
         raise PeftfxError(
-            f"the two have other tensors: {', '.join(sorted(odd)[:3])}", "tuned", "give a checkpoint of it"
+            f"the two checkpoints do not have the same tensors: {', '.join(sorted(odd)[:3])}",
+            "tuned",
+            "give a checkpoint of the same model",
         )
     done = set()
     for site in sites:
@@ -142,4 +150,4 @@ def difference(base: nn.Module, tuned: nn.Module, sites: Iterable[WeightSite]) -
     left = [n for n, t in own.items() if id(t) not in done and not torch.equal(exact(t), exact(others[n]))]
     if left:
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        warn(f"these differ, and no LoRA has them: {', '.join(left[:3])}{more}")
+        warn(f"these tensors differ too, and a LoRA cannot hold them: {', '.join(left[:3])}{more}")

@@ -113,10 +113,10 @@ def as_single_file(adapter: Adapter, how: str, prefix: str) -> dict[str, Tensor]
         at, method = placement.on_weight, placement.method
         p = {} if at is None else adapter.params(at)
         if at is None or at.part or not isinstance(method, LoRA) or p.keys() != {"lora_A", "lora_B"} or method.use_dora:
-            what = f"such a file has plain LoRAs of whole layers, and no {type(method).__name__} as this one"
+            what = f"a single file holds plain LoRAs of whole layers, and no {type(method).__name__} as this one"
             raise PeftfxError(what, placement.site.path, "convert the adapter to a LoRA first")
         if at.site.kind not in ("linear", "conv"):
-            raise PeftfxError(f"such a file has no LoRA of a {at.site.kind}", at.site.path, "train it without")
+            raise PeftfxError(f"a single file holds no LoRA of a {at.site.kind}", at.site.path, "train it without")
         a, b, path = p["lora_A"].detach().contiguous(), p["lora_B"].detach().contiguous(), at.site.path
         if how == KOHYA:
             stem = f"{prefix}_{path.replace('.', '_')}"
@@ -125,5 +125,7 @@ def as_single_file(adapter: Adapter, how: str, prefix: str) -> dict[str, Tensor]
         else:
             found |= {f"{prefix}.{path}.{_DOWN}": a, f"{prefix}.{path}.{_UP}": b * method.scaling}
     if adapter.overrides:
-        raise PeftfxError("such a file has no copies of the base's tensors", adapter.overrides[0].key, "train without")
+        raise PeftfxError(
+            "a single file cannot hold copies of the base's tensors", adapter.overrides[0].key, "train without"
+        )
     return found

@@ -86,7 +86,7 @@ def read_base_config(directory: Path) -> dict[str, object]:
     config = read_json(path)
     named = config.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        raise PeftfxError(f"architectures is no list of names: {shown(named)}", str(path), "download the file again")
+        raise PeftfxError(f"architectures is not a list of names: {shown(named)}", str(path), "download the file again")
     for name, value in config.items():
         most = next((count for end, count in _MOST.items() if name.endswith(end)), None)
         if most is not None and isinstance(value, int) and value > most:

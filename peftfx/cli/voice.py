@@ -52,7 +52,7 @@ def spoken(command: Callable[..., None]) -> Callable[..., None]:
             setattr(VOICE, name, given.pop(name))
         if VOICE.quiet and VOICE.verbose:
             VOICE.as_json = False
-            raise PeftfxError("quiet and verbose", "--quiet, --verbose", "pass one of them")
+            raise PeftfxError("--quiet and --verbose are both given", "--quiet, --verbose", "pass one of them")
         command(**given)
 
     more = [

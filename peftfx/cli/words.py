@@ -30,20 +30,22 @@ def check_looks(task: str | None, target: str | None, rules: str | None, *, draw
     if target is not None:
         parse(target)
     if target is not None and rules is not None:
-        raise PeftfxError("a target and rules", "inspect", "put the target into the rule, as in lora@mlp")
+        raise PeftfxError(
+            "--target and --rules are both given", "inspect", "put the target into the rule, as in lora@mlp"
+        )
     if drawn and (target is not None or rules is not None):
-        what = "the network is of all sites, not of those that a target or rules pick"
+        what = "--network and --graphml show all sites, and not those that a target or rules pick"
         raise PeftfxError(what, "inspect", "leave out --target and --rules")
 
 
 def check_page(html: Path | None, adapters: Sequence[Path], *, others: bool, rules: str | None) -> None:
     """Refuse what does not go together with a page, and an adapter to show without one."""
     if html is None and adapters:
-        raise PeftfxError("--adapter is shown on a page", "inspect", "say where to: --html page.html")
+        raise PeftfxError("--adapter is shown on a page alone", "inspect", "say where to: --html page.html")
     if html is not None and others:
         raise PeftfxError("a page is of the whole model", "inspect", "leave out --target, --network and --graphml")
     if adapters and rules is not None:
-        raise PeftfxError("rules and an adapter", "inspect", "show one of them")
+        raise PeftfxError("--rules and --adapter are both given", "inspect", "show one of them")
 
 
 def dtype_named(text: str | None) -> str | None:
@@ -75,7 +77,7 @@ def check_run(prompt: str | None, given: Sequence[object], images: Iterable[Path
     if task is not None:
         check_task(task)
     if (prompt is None) == (not given):
-        raise PeftfxError("nothing to run on, or two things", "run", "pass --prompt, or --text, or --image")
+        raise PeftfxError("give one input: a prompt, texts or images", "run", "pass --prompt, or --text, or --image")
     missing = next((path for path in images if not os.path.isfile(path)), None)
     if missing is not None:
         raise PeftfxError("there is no such image", str(missing), "check the path")

@@ -32,7 +32,7 @@ def refuse_incomplete(cls: type) -> None:
     lacking = [f"{name}: {_said(cls, name)}" for name in sorted(getattr(cls, "__abstractmethods__", ()))]
     lacking += [f"{name}: {text}" for name, text in _SAID.items() if not getattr(cls, name, None)]
     if lacking:
-        hint = "CONTRIBUTING.md has a whole example"
+        hint = "docs/writing-a-method.md has a whole example"
         raise PeftfxError(f"{cls.__name__} is no whole method; it lacks\n  " + "\n  ".join(lacking), _home(cls), hint)
     fields = [name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)]
     if fields and "__dataclass_params__" not in vars(cls):

@@ -82,7 +82,7 @@ class WeightMethod(Method):
 
         `base` is as it is stored, of any dtype: who needs its weight pays for reading it. What is returned is fp32.
         """
-        what = f"what {type(self).__name__} does to a weight is told by no scales and low-rank sum"
+        what = f"{type(self).__name__} is no scale and no low-rank sum: it cannot be put into a running graph"
         raise PeftfxError(what, site.path, "export the adapter merged")
 
     @abstractmethod
@@ -130,5 +130,5 @@ class WeightMethod(Method):
 
         HF PEFT's `add_weighted_adapter`.
         """
-        what = f"adapters of {cls.__name__} have no sum"
+        what = f"adapters of {cls.__name__} cannot be summed"
         raise PeftfxError(what, site.path, "make them active together (set_adapter), or one at a time")

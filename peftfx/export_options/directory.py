@@ -39,8 +39,10 @@ class DirectoryOptions(ExportOptions):
         if self.task is not None:
             check_task(self.task)
         if self.adapter is not None and self.batched:
-            what = "an adapter for all rows, and some to choose from"
-            raise PeftfxError(what, f"adapter, batched: {self.adapter}", "give it a name too")
+            what = "adapter and batched are both given"
+            raise PeftfxError(
+                what, f"adapter, batched: {self.adapter}", "give it a name among the others: --batched NAME=DIR"
+            )
         if self.adapter is not None and self.slots is not None:
             what = "a graph for swappable adapters is of the base alone"
             hint = "leave the adapter out, and write it to a file of its own (export-adapter)"

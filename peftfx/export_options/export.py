@@ -137,10 +137,10 @@ class ExportOptions(Checked):
         if twice is not None:
             raise PeftfxError("an adapter that rows choose is named twice", twice, "name each once")
         if names and places is not None:
-            what = "adapters that rows choose from, and slots for others"
+            what = "batched and swappable are both given"
             raise PeftfxError(what, f"batched, slots: {', '.join(names)}", "export two directories")
         if self.merge and (names or places is not None):
-            what = "merged adapters, and a graph whose adapters are chosen when it runs"
+            what = "adapters that are chosen when the graph runs cannot be merged"
             raise PeftfxError(what, "merge, batched" if names else "merge, slots", "leave merge out")
         if names and self.calibration is not None:
             hint = "leave the calibration text out, or export each adapter merged"

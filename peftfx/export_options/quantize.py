@@ -105,7 +105,7 @@ def check_directory_schemes(schemes: Sequence[Scheme]) -> None:
         what = f"one directory has one format: nf4 is bitsandbytes', {' and '.join(kinds[:-1])} compressed-tensors'"
         raise PeftfxError(what, "quantize", "round all to nf4, or all to int4 and int8")
     if not kinds:
-        raise PeftfxError("nothing is rounded", "quantize", "leave quantize out")
+        raise PeftfxError("--quantize rounds nothing", "quantize", "leave quantize out")
     small = next((s for s in schemes if s.kind == "nf4" and s.block < _LEAST_TABLE_BLOCK), None)
     if small is not None:
         hint = f"block={_LEAST_TABLE_BLOCK} or more"

@@ -97,7 +97,7 @@ def register(cls: M) -> M:
     """
     refuse_incomplete(cls)
     if taken := _taken(cls, methods().values()):
-        raise PeftfxError(f"{cls.__name__} has a name that is taken: {taken}", "peft_type", "give it another")
+        raise PeftfxError(f"{cls.__name__} has a peft_type that is taken: {taken}", "peft_type", "give it another")
     _registered[cls.peft_type] = cls
     return cls
 
@@ -118,7 +118,7 @@ def unknown(name: str, where: str, known: Iterable[str]) -> PeftfxError:
     if name.upper() in _PEFT:
         what = f"HF PEFT has the method {name.upper()}, and peftfx does not"
         hint = "merge it with peft where peft can, and export the base; or write it as a method of your own"
-        return PeftfxError(what, where, f"{hint} (CONTRIBUTING.md)")
+        return PeftfxError(what, where, f"{hint} (docs/writing-a-method.md)")
     hint = nearest(name, known) or f"methods that peftfx knows: {', '.join(sorted(known))}"
     elsewhere = f"; one of another package needs peftfx.register, or an entry point of the group {GROUP!r}"
     return PeftfxError(f"unknown method {name!r}", where, f"{hint}{elsewhere}")
@@ -162,7 +162,7 @@ def _installed() -> dict[str, type[Method]]:
 def _loaded(point: EntryPoint) -> type[Method]:
     cls = point.load()
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise PeftfxError(f"{point.value} is no class of a Method")
+        raise PeftfxError(f"{point.value} is not a class of a Method")
     refuse_incomplete(cls)
     return cls
 

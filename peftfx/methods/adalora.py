@@ -82,7 +82,9 @@ class AdaLoRA(WeightMethod):
                 raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"AdaLoRA({name}=8)")
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
-                raise PeftfxError(f"between 0 and 1, not {getattr(self, name)}", name, f"AdaLoRA({name}=0.85)")
+                raise PeftfxError(
+                    f"it must be between 0 and 1, not {getattr(self, name)}", name, f"AdaLoRA({name}=0.85)"
+                )
         if self.lora_alpha <= 0 or self.orth_reg_weight < 0:
             hint = "AdaLoRA(lora_alpha=8, orth_reg_weight=0.5)"
             raise PeftfxError("a scale must be above 0, and a weight not below", "lora_alpha, orth_reg_weight", hint)
@@ -159,7 +161,7 @@ class AdaLoRA(WeightMethod):
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
         if site.groups > 1:
-            what, hint = "factors of a grouped conv's weight are none of a conv", "export the adapter merged"
+            what, hint = "AdaLoRA on a grouped conv cannot be put into a running graph", "export the adapter merged"
             raise PeftfxError(what, site.path, hint)
         a = self._scaled(p).float()
         return Update(a=a.view(-1, *base.weight.shape[1:]), b=p[B].float())

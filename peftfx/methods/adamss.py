@@ -71,7 +71,7 @@ class AdaMSS(WeightMethod):
         super().__post_init__()
         for name in ("r", "num_subspaces", "subspace_rank", "mask_interval", "asa_target_subspaces"):
             if getattr(self, name) < 1:
-                raise PeftfxError(f"must be 1 or more, not {getattr(self, name)}", name, f"AdaMSS({name}=5)")
+                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"AdaMSS({name}=5)")
         if self.init_weights not in ("orthogonal", None, False):
             what = f"unknown start {self.init_weights!r}"
             raise PeftfxError(what, "init_weights", "one of 'orthogonal', None")

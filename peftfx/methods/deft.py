@@ -66,7 +66,7 @@ class DEFT(WeightMethod):
             what = f"unknown decomposition {self.decomposition_method!r}"
             raise PeftfxError(what, "decomposition_method", "one of 'relu', 'qr'")
         if not 0 <= self.deft_dropout < 1:
-            what = f"a probability below 1, not {self.deft_dropout}"
+            what = f"it must be a probability below 1, not {self.deft_dropout}"
             raise PeftfxError(what, "deft_dropout", "DEFT(deft_dropout=0.05)")
         if self.bias not in ("none", "all", "deft_only"):
             raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'deft_only'")

@@ -61,7 +61,7 @@ class GraLoRA(WeightMethod):
         if self.hybrid_r < 0:
             raise PeftfxError(f"the rank must be 0 or more, not {self.hybrid_r}", "hybrid_r", "GraLoRA(hybrid_r=0)")
         if not 0 <= self.gralora_dropout < 1:
-            what = f"a probability below 1, not {self.gralora_dropout}"
+            what = f"it must be a probability below 1, not {self.gralora_dropout}"
             raise PeftfxError(what, "gralora_dropout", "GraLoRA(gralora_dropout=0.05)")
 
     @property

@@ -54,7 +54,7 @@ class HiRA(WeightMethod):
         if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "HiRA(r=32)")
         if not 0 <= self.hira_dropout < 1:
-            what = f"a probability below 1, not {self.hira_dropout}"
+            what = f"it must be a probability below 1, not {self.hira_dropout}"
             raise PeftfxError(what, "hira_dropout", "HiRA(hira_dropout=0.05)")
 
     @property

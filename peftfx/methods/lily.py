@@ -53,7 +53,7 @@ class Lily(WeightMethod):
         super().__post_init__()
         for name, least in (("r", 1), ("stride_A", 1), ("num_B", 2)):
             if getattr(self, name) < least:
-                what = f"must be {least} or more, not {getattr(self, name)}"
+                what = f"it must be {least} or more, not {getattr(self, name)}"
                 raise PeftfxError(what, name, f"Lily({name}={least})")
 
     @property

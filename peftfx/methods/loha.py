@@ -61,7 +61,7 @@ class LoHa(DeltaMethod):
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "LoHa(r=8)")
         for name in ("rank_dropout", "module_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                what = f"a probability below 1, not {getattr(self, name)}"
+                what = f"it must be a probability below 1, not {getattr(self, name)}"
                 raise PeftfxError(what, name, f"LoHa({name}=0.1)")
 
     @property
@@ -129,7 +129,7 @@ class LoHa(DeltaMethod):
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
         if site.kind != "linear":
-            raise PeftfxError("a Hadamard product of kernels is told by no conv", site.path, "export it merged")
+            raise PeftfxError("LoHa on a conv cannot be put into a running graph", site.path, "export it merged")
         q = {name: t.float() for name, t in p.items()}
         a = (q[W1B][:, None] * q[W2B][None]).flatten(0, 1)
         b = (q[W1A][:, :, None] * q[W2A][:, None]).flatten(1)

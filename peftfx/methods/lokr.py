@@ -67,11 +67,11 @@ class LoKr(DeltaMethod):
         if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "LoKr(r=8)")
         if self.decompose_factor < 1 and self.decompose_factor != -1:
-            what = f"1 or more, or -1 for square roots, not {self.decompose_factor}"
+            what = f"it must be 1 or more, or -1 for the square root, not {self.decompose_factor}"
             raise PeftfxError(what, "decompose_factor", "LoKr(decompose_factor=-1)")
         for name in ("rank_dropout", "module_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                what = f"a probability below 1, not {getattr(self, name)}"
+                what = f"it must be a probability below 1, not {getattr(self, name)}"
                 raise PeftfxError(what, name, f"LoKr({name}=0.1)")
 
     @property
@@ -140,7 +140,7 @@ class LoKr(DeltaMethod):
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
         if site.kind != "linear":
-            raise PeftfxError("a Kronecker product of kernels is told by no conv", site.path, "export it merged")
+            raise PeftfxError("LoKr on a conv cannot be put into a running graph", site.path, "export it merged")
         q = {name: t.float() for name, t in p.items()}
         one = _halves(q[W1]) if W1 in q else (q[W1A], q[W1B])
         other = _halves(q[W2]) if W2 in q else (q[W2A], q[W2B])

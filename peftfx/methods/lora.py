@@ -260,7 +260,7 @@ class LoRA(WeightMethod):
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
         if site.kind == EXPERTS:
-            what = "experts' weights have no place in a graph that adapters are handed to"
+            what = "LoRA on experts' weights cannot be put into a running graph"
             raise PeftfxError(what, site.path, "export the adapter merged")
         q = {name: t.float() for name, t in p.items()}
         both, gains = (joined(q) if A0 in q else q), None
@@ -324,9 +324,13 @@ class LoRA(WeightMethod):
             assert isinstance(method, LoRA)
             if method.use_dora:
                 hint = "merge one, or make one active at a time"
-                raise PeftfxError("magnitudes of DoRA have no sum", site.path, hint)
+                raise PeftfxError("DoRA adapters cannot be summed: their magnitudes have no sum", site.path, hint)
             if A0 in p and not how.cuts and how.combination_type != "cat":
-                raise PeftfxError("factors that start from the weight have no sum", site.path, "combination_type='cat'")
+                raise PeftfxError(
+                    "LoRAs that start from the weight (PiSSA, OLoRA) can be summed by cat alone",
+                    site.path,
+                    "combination_type='cat'",
+                )
             scales.append(method.scaling)
             both.append(weight * method.scaling)
             params.append(joined(p) if A0 in p else dict(p))

@@ -56,7 +56,7 @@ class MiSS(WeightMethod):
         if self.r < 1 or self.mini_r < 1:
             raise PeftfxError("sizes must be 1 or more", "r, mini_r", "MiSS(r=64)")
         if not 0 <= self.miss_dropout < 1:
-            what = f"a probability below 1, not {self.miss_dropout}"
+            what = f"it must be a probability below 1, not {self.miss_dropout}"
             raise PeftfxError(what, "miss_dropout", "MiSS(miss_dropout=0.05)")
 
     @property

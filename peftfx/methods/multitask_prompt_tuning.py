@@ -54,7 +54,7 @@ class MultitaskPromptTuning(PromptTuning):
         super().__post_init__()
         for name in ("num_ranks", "num_tasks"):
             if getattr(self, name) < 1:
-                what = f"must be 1 or more, not {getattr(self, name)}"
+                what = f"it must be 1 or more, not {getattr(self, name)}"
                 raise PeftfxError(what, name, f"MultitaskPromptTuning({name}=2)")
         if self._has_source and not self.prompt_tuning_init_state_dict_path:
             what = f"prompt_tuning_init={self.prompt_tuning_init!r} needs a source"

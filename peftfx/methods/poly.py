@@ -56,7 +56,7 @@ class Poly(WeightMethod):
         super().__post_init__()
         for name in ("r", "n_tasks", "n_skills", "n_splits"):
             if getattr(self, name) < 1:
-                raise PeftfxError(f"must be 1 or more, not {getattr(self, name)}", name, f"Poly({name}=4)")
+                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"Poly({name}=4)")
         if self.poly_type != "poly":
             raise PeftfxError(f"unknown type {self.poly_type!r}", "poly_type", "leave it out: there is 'poly' alone")
 

@@ -69,14 +69,14 @@ class PSOFT(WeightMethod):
         super().__post_init__()
         for name in ("r", "num_cayley_neumann_terms"):
             if getattr(self, name) < 1:
-                raise PeftfxError(f"must be 1 or more, not {getattr(self, name)}", name, f"PSOFT({name}=5)")
+                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"PSOFT({name}=5)")
         eps = self.cayley_neumann_eps
         for name, wrong in (
             ("psoft_dropout", not 0 <= self.psoft_dropout < 1),
             ("cayley_neumann_eps", eps is not None and not 0 < eps < 1),
         ):
             if wrong:
-                raise PeftfxError(f"a number below 1, not {getattr(self, name)}", name, f"PSOFT({name}=0.5)")
+                raise PeftfxError(f"it must be a number below 1, not {getattr(self, name)}", name, f"PSOFT({name}=0.5)")
 
     @property
     def neutral(self) -> bool:

@@ -53,14 +53,16 @@ class SuperTuning(DeltaMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.sparsity < 1:
-            raise PeftfxError(f"a share below 1, not {self.sparsity}", "sparsity", "SuperTuning(sparsity=0.99)")
+            raise PeftfxError(
+                f"it must be a share below 1, not {self.sparsity}", "sparsity", "SuperTuning(sparsity=0.99)"
+            )
         if not 0 <= self.lora_dropout < 1:
-            what = f"a probability below 1, not {self.lora_dropout}"
+            what = f"it must be a probability below 1, not {self.lora_dropout}"
             raise PeftfxError(what, "lora_dropout", "SuperTuning(r=8, lora_dropout=0.05)")
         if self.r is not None and self.r < 1:
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "SuperTuning(r=8)")
         if self.r is None and self.lora_alpha is not None:
-            raise PeftfxError("an alpha of no LoRA", "lora_alpha", "give r too, or leave lora_alpha out")
+            raise PeftfxError("lora_alpha is given, and no rank", "lora_alpha", "give r too, or leave lora_alpha out")
         if self.r is not None and self.lora_alpha is None:
             object.__setattr__(self, "lora_alpha", 2.0 * self.r)
 

@@ -63,10 +63,12 @@ class TinyLoRA(WeightMethod):
         super().__post_init__()
         for name in ("r", "u"):
             if getattr(self, name) < 1:
-                raise PeftfxError(f"must be 1 or more, not {getattr(self, name)}", name, f"TinyLoRA({name}=2)")
+                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"TinyLoRA({name}=2)")
         for name, most in (("tinylora_dropout", 1), ("weight_tying", 1.1)):
             if not 0 <= getattr(self, name) < most:
-                raise PeftfxError(f"a share, not {getattr(self, name)}", name, f"TinyLoRA({name}=0.1)")
+                raise PeftfxError(
+                    f"it must be a share from 0 to 1, not {getattr(self, name)}", name, f"TinyLoRA({name}=0.1)"
+                )
         if self.init_weights not in (True, False, "uniform"):
             raise PeftfxError(f"unknown start {self.init_weights!r}", "init_weights", "one of True, False, 'uniform'")
         if self.bias not in ("none", "all", "tinylora_only"):

@@ -60,9 +60,9 @@ class UniLoRA(FactoredMethod):
         super().__post_init__()
         for name in ("r", "theta_d_length"):
             if getattr(self, name) < 1:
-                raise PeftfxError(f"must be 1 or more, not {getattr(self, name)}", name, f"UniLoRA({name}=4)")
+                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"UniLoRA({name}=4)")
         if not 0 <= self.unilora_dropout < 1:
-            what = f"a probability below 1, not {self.unilora_dropout}"
+            what = f"it must be a probability below 1, not {self.unilora_dropout}"
             raise PeftfxError(what, "unilora_dropout", "UniLoRA(unilora_dropout=0.05)")
         if self.init_theta_d_bound <= 0:
             raise PeftfxError("the bound must be more than 0", "init_theta_d_bound", "UniLoRA(init_theta_d_bound=0.02)")

@@ -59,11 +59,11 @@ class VBLoRA(FactoredMethod):
         super().__post_init__()
         for name in ("r", "num_vectors", "vector_length", "topk"):
             if getattr(self, name) < 1:
-                raise PeftfxError(f"must be 1 or more, not {getattr(self, name)}", name, f"VBLoRA({name}=4)")
+                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"VBLoRA({name}=4)")
         if self.topk > self.num_vectors:
             raise PeftfxError(f"{self.topk} of {self.num_vectors} vectors", "topk", "lower topk")
         if not 0 <= self.vblora_dropout < 1:
-            what = f"a probability below 1, not {self.vblora_dropout}"
+            what = f"it must be a probability below 1, not {self.vblora_dropout}"
             raise PeftfxError(what, "vblora_dropout", "VBLoRA(vblora_dropout=0.05)")
         if self.bias not in ("none", "all", "vblora_only"):
             raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'vblora_only'")

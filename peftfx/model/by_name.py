@@ -140,7 +140,7 @@ class AdaptersByName(nn.Module):
         if late := may_run_late(self.source, adapter, self.sites):
             seating = Seating(obstacle=late)
         if seating.obstacle and self.wanted == "modules":
-            what = f"no module of the base can host this adapter: {seating.obstacle}"
+            what = f"no module of the base can run this adapter: {seating.obstacle}"
             raise PeftfxError(what, "road", 'leave road out, or pass road="graph": calls then run a graph')
         if seating.obstacle and self._twin.obstacles:
             warn(f"calls run a graph over dequantised weights, and not the base's own layers: {seating.obstacle}")

@@ -49,7 +49,11 @@ class SavedAdapters(AdapterSums):
 
         refuse_arguments(safe_serialization, state_dict, save_embedding_layers)
         if adapter_name is not None and selected_adapters is not None:
-            raise PeftfxError("both say what to save", "adapter_name, selected_adapters", "give one of them")
+            raise PeftfxError(
+                "adapter_name and selected_adapters are both given",
+                "adapter_name, selected_adapters",
+                "give one of them",
+            )
         chosen = self.names() if adapter_name is None else (adapter_name,)
         chosen = chosen if selected_adapters is None else tuple(selected_adapters)
         adapters = {name: self.adapter(name) for name in chosen}

@@ -26,8 +26,8 @@ def trained_tokens(base: nn.Module, given: Tokens, saved: Iterable[str] = ()) ->
         return []
     named = _named(base, given if isinstance(given, Mapping) else {_embedding(base): given})
     if both := set(named) & set(saved):
-        hint = "name it in modules_to_save or in trainable_token_indices, not in both"
-        raise PeftfxError("trained whole, and tokens of it by themselves", min(both), hint)
+        hint = "name it in one of them"
+        raise PeftfxError("this embedding is in modules_to_save and in trainable_token_indices", min(both), hint)
     tensors: dict[int, dict[str, tuple[int, ...]]] = {}
     for path, rows in named.items():
         tensors.setdefault(id(base.get_submodule(path).weight), {})[path] = rows
@@ -47,7 +47,7 @@ def _embedding(base: nn.Module) -> str:
     path = next((path for path, module in own_modules(base) if module is wanted), None)
     if path is None:
         hint = "name the embedding: {'path': [...]}"
-        raise PeftfxError("the model does not tell its token embedding", "trainable_token_indices", hint)
+        raise PeftfxError("the model does not say which module embeds its tokens", "trainable_token_indices", hint)
     return path
 
 

@@ -89,7 +89,7 @@ def cache_shape(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
     if not shapes or any(None in pair for pair in shapes):
         raise _no_place(base)
     if len({shape for pair in shapes for shape in pair}) != 1:
-        what = "the model's layers have keys and values of different shapes, and HF PEFT's files hold one shape"
+        what = "the model's layers have keys and values of different shapes, and a prefix has one shape"
         raise PeftfxError(what, type(base).__name__, "use a method that acts on weights, as LoRA")
     heads, features = shapes[0][0] or (0, 0)
     return len(shapes), heads, features

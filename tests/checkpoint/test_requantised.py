@@ -131,7 +131,7 @@ def test_what_cannot_be_rounded_is_refused(
     for quantize, what in (
         ("nf4; int8@head", "one directory has one format"),
         ("nf4(block=32)", "no blocks of 32"),
-        ("none", "nothing is rounded"),
+        ("none", "rounds nothing"),
     ):
         with pytest.raises(PeftfxError, match=what):
             MergeOptions(quantize=quantize)

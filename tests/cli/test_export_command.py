@@ -163,7 +163,7 @@ class TestExport:
         assert [p.name for p in output.iterdir()] == ["old.txt"]
         refused = peftfx(*words, "--force")
         assert refused.code == 2
-        assert "no export made what is there" in refused.err
+        assert "the directory there is not an export" in refused.err
         (output / "peftfx_report.json").write_text("{}", encoding="utf-8")  # the mark of an export
         # The classifier has a pooler, and a head that this task does not need.
         done = peftfx(*words, "--force")

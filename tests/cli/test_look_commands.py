@@ -84,7 +84,7 @@ def test_errors_are_json_too_and_causes_are_told(peftfx: Command, tmp_path: Path
     assert (done.code, told["exit_code"], told["where"]) == (2, 2, str(tmp_path / "config.json"))
     assert "caused by JSONDecodeError" in peftfx("inspect", tmp_path, "-v").err
     assert "caused by" not in peftfx("inspect", tmp_path).err
-    assert_refused(peftfx("inspect", tmp_path, "-v", "-q"), "quiet and verbose")
+    assert_refused(peftfx("inspect", tmp_path, "-v", "-q"), "--quiet and --verbose are both given")
 
 
 def test_a_base_is_found_in_the_local_cache(

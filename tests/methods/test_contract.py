@@ -112,7 +112,9 @@ def test_a_name_that_is_taken_is_refused() -> None:
     class Another(Scale):
         peft_type: ClassVar[str] = "LORA"
 
-    with pytest.raises(PeftfxError, match=r"Another has a name that is taken: LORA is peftfx\.methods\.lora\.LoRA"):
+    with pytest.raises(
+        PeftfxError, match=r"Another has a peft_type that is taken: LORA is peftfx\.methods\.lora\.LoRA"
+    ):
         peftfx.register(Another)
 
 

@@ -225,5 +225,5 @@ def test_a_budget_needs_a_schedule_gradients_and_every_step() -> None:
             ours.update_and_allocate(0)
         ours.remove()
     ours = peftfx.transform(llama, AdaLoRA(**SCHEDULE))
-    with pytest.raises(PeftfxError, match="not known yet"):
+    with pytest.raises(PeftfxError, match="has measured yet which ranks"):
         ours.update_and_allocate(STEPS - 3)

@@ -102,7 +102,7 @@ class TestSeveralAdapters:
             adapted.add_adapter("a.b", LoRA())
         with pytest.raises(PeftfxError, match="every torch module has an attribute 'train'"):
             adapted.add_adapter("train", LoRA())
-        with pytest.raises(PeftfxError, match="acts once"):
+        with pytest.raises(PeftfxError, match="is named twice"):
             adapted.set_adapter(["first", "first"])
         with pytest.raises(PeftfxError, match="no adapter named 'third'"):
             adapted.remove("third")

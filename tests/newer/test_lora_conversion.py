@@ -62,7 +62,7 @@ def test_the_difference_of_two_checkpoints_is_a_lora_and_what_it_lacks_is_told()
     ours.set_adapter("difference")
     assert_close(ours(**INPUTS), output(tuned), 1e-4, "the difference")
     tuned.blocks[0].bias += 1
-    with pytest.warns(PeftfxWarning, match=r"no LoRA has them: blocks\.0\.bias"):
+    with pytest.warns(PeftfxWarning, match=r"a LoRA cannot hold them: blocks\.0\.bias"):
         list(difference(base, tuned, ours.sites.weights))
 
 
@@ -76,5 +76,5 @@ def test_what_is_no_update_of_a_weight_is_refused() -> None:
     ours = adapted(peftfx.BEFT(target_modules=["0"]))
     with pytest.raises(PeftfxError, match="BEFT changes a bias"):
         ours.convert_to_lora("default", 2)
-    with pytest.raises(PeftfxError, match="a share of 0 to 1"):
+    with pytest.raises(PeftfxError, match="a share from 0 to 1"):
         ours.convert_to_lora("default", 1.5)

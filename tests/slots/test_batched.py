@@ -218,7 +218,7 @@ def test_what_rows_cannot_have_apart_is_refused(tmp_path: Path, peftfx: Run) -> 
     prompted = adapted_by("llama", {"low": LoRA(r=2), "prompt": PromptTuning(num_virtual_tokens=2)})
     with pytest.raises(PeftfxError, match="named twice"):
         prompted.export(tmp_path / "out", batched=["low", "low"])
-    with pytest.raises(PeftfxError, match="slots for others"):
+    with pytest.raises(PeftfxError, match="batched and swappable are both given"):
         prompted.export(tmp_path / "out", batched=["low"], slots="all-linear")
     assert not list(tmp_path.iterdir())
     given = ("export", "--base", tmp_path, "--output", tmp_path / "out", "--batched")

@@ -52,7 +52,7 @@ WRONG: list[tuple[dict[str, object], str]] = [
     ({"quantize": "int8", "rtol": 0.1}, "bounded by max_error, not by rtol"),
     ({"batched": "one"}, "batched='one'"),
     ({"batched": ("one", "one")}, "named twice"),
-    ({"batched": ("one",), "slots": "mlp"}, "slots for others"),
+    ({"batched": ("one",), "slots": "mlp"}, "batched and swappable are both given"),
     ({"batched": ("one",), "merge": True}, "leave merge out"),
     ({"slots": "mlp", "merge": True}, "chosen when it runs"),
     ({"batched": ("one",), "quantize": "int8", "calibration": __file__}, "compared on no text"),
@@ -61,7 +61,7 @@ WRONG: list[tuple[dict[str, object], str]] = [
 OF_DIRECTORIES: list[tuple[dict[str, object], str]] = [
     ({"dtype": "fp8"}, "one of fp32, fp16, bf16"),
     ({"task": "text-clasification"}, "did you mean 'text-classification'"),
-    ({"adapter": "a", "batched": {"one": "b"}}, "for all rows, and some to choose from"),
+    ({"adapter": "a", "batched": {"one": "b"}}, "adapter and batched are both given"),
     ({"adapter": "a", "slots": "mlp"}, "of the base alone"),
     ({"dtype": "bf16", "quantize": "int8"}, "not quantised"),
     ({"quantize_base": "fp4"}, "one of nf4"),

@@ -115,7 +115,7 @@ def _state(
         wanted = placement.init(base, torch.Generator(device).manual_seed(0))
     if {name: tuple(t.shape) for name, t in wanted.items()} != file.shapes:
         hint = f"delete {STATE} to load the prompt alone, or save the adapter again"
-        raise PeftfxError("this state is not that of the config's encoder", str(directory / STATE), hint)
+        raise PeftfxError("this file does not fit the encoder that the config describes", str(directory / STATE), hint)
     state = {name: file[name].to(like.device, like.dtype) for name, like in wanted.items()}
     saved, prompt = weights[PROMPT].float(), method.saved(state).cpu().float()
     same = saved.shape == prompt.shape and torch.allclose(

@@ -39,7 +39,9 @@ def _fits(rule: Placed, placement: Placement, shared: Params, weights: Weights, 
         if "overflow" not in str(error):
             raise
         hint = "look at the ranks in adapter_config.json"
-        raise PeftfxError("its config asks for a tensor that no memory holds", placement.site.path, hint) from error
+        raise PeftfxError(
+            "its config asks for a tensor that is larger than any memory", placement.site.path, hint
+        ) from error
     path = path_in_file(base, placement.method, placement.site.path)
     names = {name: name_of(path, suffix) for name, suffix in placement.suffixes().items()}
     return all(weights.shapes.get(names[n], t.shape) == tuple(t.shape) for n, t in made.items() if n in names)

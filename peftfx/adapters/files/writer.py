@@ -38,7 +38,7 @@ def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: P
     own = contents.get("default", {})
     if len(own) > 1 and (both := own.keys() & adapters.keys()):
         hint = "save the adapters one by one, each to a directory of its own"
-        raise PeftfxError("an adapter and a rule of another would have this one folder", min(both), hint)
+        raise PeftfxError("two adapters would be written to this one folder", min(both), hint)
     for name, rules in contents.items():
         target = directory if name == "default" or len(adapters) == 1 else directory / name
         warn_unlike_peft(base, adapters[name].placements, str(target))

@@ -51,4 +51,4 @@ def _rank(text: str | None) -> float | None:
     try:
         return int(text) if text.isdigit() else float(text)
     except ValueError as error:
-        raise PeftfxError(f"no number: {text!r}", "rank", "--rank 16, or --rank 0.95") from error
+        raise PeftfxError(f"the rank is not a number: {text!r}", "rank", "--rank 16, or --rank 0.95") from error

@@ -19,7 +19,7 @@ from peftfx.sites.site import EXPERTS, Site
 def check_options(method: Method, lora_dropout: float, bias: str) -> None:
     """Refuse a dropout that is no probability, and an unknown choice of biases."""
     if not 0 <= lora_dropout < 1:
-        what = f"a probability below 1, not {lora_dropout}"
+        what = f"it must be a probability below 1, not {lora_dropout}"
         raise PeftfxError(what, "lora_dropout", f"{type(method).__name__}(lora_dropout=0.05)")
     if bias not in ("none", "all", "lora_only"):
         raise PeftfxError(f"unknown choice {bias!r}", "bias", "one of 'none', 'all', 'lora_only'")

@@ -54,8 +54,8 @@ def allocate(rule: Schedule, places: Sequence[Kept], step: int) -> None:
         PeftfxError: the rule does not say how long the training is, or there are no gradients.
     """
     if rule.total_step is None:
-        hint = "say how long the training is: AdaLoRA(total_step=1000, tfinal=100)"
-        raise PeftfxError("there is no budget without a schedule", "total_step", hint)
+        hint = "give total_step and tfinal: AdaLoRA(total_step=1000, tfinal=100)"
+        raise PeftfxError("AdaLoRA needs the number of steps to spend its budget", "total_step", hint)
     end = rule.total_step - rule.tfinal
     if step < end:
         for place in places:
@@ -84,7 +84,7 @@ def _note(place: Kept, rule: Schedule) -> None:
     for name, p in place.params().items():
         if p.grad is None:
             hint = "call it after loss.backward() and before gradients are zeroed"
-            raise PeftfxError("there is no gradient", f"{place.key}.{name}", hint)
+            raise PeftfxError("the parameter has no gradient", f"{place.key}.{name}", hint)
         now = (p * p.grad).abs()
         importance = before.get(f"{name}_{IMPORTANCE}", torch.zeros_like(p))
         importance = rule.beta1 * importance + (1 - rule.beta1) * now
@@ -110,7 +110,9 @@ def _scores(place: Kept) -> Tensor:
     """The score of each triplet of a module."""
     seen = place.remembered()
     if f"{E}_{IMPORTANCE}" not in seen:
-        raise PeftfxError("it is not known yet what matters", place.key, "call update_and_allocate in every step")
+        raise PeftfxError(
+            "no step has measured yet which ranks matter", place.key, "call update_and_allocate in every step"
+        )
     a, e, b = (seen[f"{n}_{IMPORTANCE}"] * seen[f"{n}_{UNCERTAINTY}"] for n in (A, E, B))
     return e.flatten() + (a.mean(1) + b.mean(0))
 
