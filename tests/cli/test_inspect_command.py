@@ -66,7 +66,7 @@ class TestInspect:
         assert written.nodes["classifier"]["role"] == "head"
         assert written.nodes["classifier"]["shape"] == "3x32"
         assert "tanh" in written.edges["bert.pooler.dense", "classifier"]["ops"]
-        assert_refused(peftfx("inspect", inputs.classifier, "--network", "--target", "mlp"), "of all sites")
+        assert_refused(peftfx("inspect", inputs.classifier, "--network", "--target", "mlp"), "show all sites")
         assert_refused(peftfx("inspect", inputs.classifier, "--graphml", tmp_path / "no" / "x"), "cannot write")
 
     def test_a_missing_directory(self, peftfx: Callable[..., Result], tmp_path: Path) -> None:

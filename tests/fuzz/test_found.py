@@ -29,7 +29,7 @@ from peftfx.sites.target import explain
 
 CONFIGS: Mapping[str, tuple[Change, str]] = {
     "a size that is a text": (Change("hidden_size", "16"), "hidden_size"),
-    "architectures of numbers": (Change("architectures", [5]), "architectures is no list of names"),
+    "architectures of numbers": (Change("architectures", [5]), "architectures is not a list of names"),
     "a class of another model": (Change("architectures", ["GPT2LMHeadModel"]), "of another model than its model_type"),
     "a class that is no model": (Change("architectures", ["Trainer"]), "the task can be told neither"),
     "a quantisation that is a text": (Change("quantization_config", "int8"), "quantised"),

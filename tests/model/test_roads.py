@@ -254,7 +254,7 @@ def test_what_no_module_can_host_runs_as_a_graph_and_says_why() -> None:
     model = peftfx.transform(Tied(), peftfx.LoRA(target_modules=["one"]), inputs=inputs)
     assert model.road == "graph"
     assert "one" in model.obstacle
-    with pytest.raises(PeftfxError, match="no module of the base can host"):
+    with pytest.raises(PeftfxError, match="no module of the base can run"):
         peftfx.transform(Tied(), peftfx.LoRA(target_modules=["one"]), inputs=inputs, road="modules")
     with pytest.raises(PeftfxError, match="unknown road"):
         peftfx.transform(Tied(), peftfx.LoRA(), inputs=inputs, road="rail")

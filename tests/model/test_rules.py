@@ -57,8 +57,8 @@ class TestText:
         [
             ("prefix_tunning", "unknown method.*did you mean 'prefix_tuning'"),
             ("lora(lora_alfa=2)", "no option 'lora_alfa'.*did you mean 'lora_alpha'"),
-            ("lora(r='8')", r"another type: r='8' \(int\)"),
-            ("lora(use_dora=1)", r"another type: use_dora=1 \(bool\)"),
+            ("lora(r='8')", r"the wrong type: r='8' \(int\)"),
+            ("lora(use_dora=1)", r"the wrong type: use_dora=1 \(bool\)"),
             ("lora(bias=all)", "bias=all: not a Python literal.*write 'all'"),
             ("lora(r=open('x'))", "not a Python literal"),
             ("lora(8)", "options are given by name"),

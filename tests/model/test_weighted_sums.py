@@ -147,7 +147,7 @@ def test_what_has_no_sum_is_refused(model: AdaptedModel) -> None:
     before = model.active
     for names, how, message in (
         (["a", "b"], "linear", "equal ranks, not 2, 3"),
-        (["a", "dora"], "cat", "magnitudes of DoRA"),
+        (["a", "dora"], "cat", "DoRA adapters cannot be summed"),
         (["a", "scale"], "linear", "IA3 and LoRA have no sum"),
         (["scale"], "cat", "IA3 has no combination 'cat'"),
         (["a", "biased"], "linear", "trained biases"),

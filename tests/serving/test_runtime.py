@@ -165,7 +165,7 @@ class TestClassification:
         peftfx: Run,
     ) -> None:
         _, directory = classifier
-        assert "nothing to run on" in peftfx("run", directory).err
+        assert "give one input" in peftfx("run", directory).err
         assert "no such image" in peftfx("run", directory, "--image", tmp_path / "none.png").err
         result = peftfx("run", directory, "--prompt", "w5")
         assert result.code == 2

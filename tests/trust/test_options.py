@@ -42,7 +42,7 @@ WRONG: list[tuple[dict[str, object], str]] = [
     ({"force": 1}, r"force=1 \(bool\)"),
     ({"opset": 3}, "18 to 25"),
     ({"opset": "21"}, r"opset='21' \(int \| None\)"),
-    ({"atol": -1}, "a tolerance of 0 or more"),
+    ({"atol": -1}, "a tolerance must be 0 or more"),
     ({"atol": float("nan")}, "atol=nan"),
     ({"max_memory": "much"}, "as in 4GB"),
     ({"slots": "mlp |"}, "cannot read the target"),
@@ -54,7 +54,7 @@ WRONG: list[tuple[dict[str, object], str]] = [
     ({"batched": ("one", "one")}, "named twice"),
     ({"batched": ("one",), "slots": "mlp"}, "batched and swappable are both given"),
     ({"batched": ("one",), "merge": True}, "leave merge out"),
-    ({"slots": "mlp", "merge": True}, "chosen when it runs"),
+    ({"slots": "mlp", "merge": True}, "chosen when the graph runs"),
     ({"batched": ("one",), "quantize": "int8", "calibration": __file__}, "compared on no text"),
     ({"veiw": "decode"}, "did you mean 'view'"),
 ]

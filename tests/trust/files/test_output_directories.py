@@ -117,7 +117,7 @@ class TestAdapterFiles:
     def test_force_replaces_an_adapter_file_alone(self, tmp_path: Path) -> None:
         path = tmp_path / "notes.onnx_adapter"
         path.write_text("years of notes")
-        with pytest.raises(PeftfxError, match="no adapter file"):
+        with pytest.raises(PeftfxError, match="not an adapter file"):
             adapter_path(path, force=True)
         with pytest.raises(PeftfxError, match="exists already"):
             adapter_path(path, force=False)
