@@ -40,7 +40,8 @@ class AdaMSS(WeightMethod):
         random_seed: of the decomposition.
         use_asa: freeze the clusters that matter least, in `update_and_allocate`.
         asa_target_subspaces: how many of all places' clusters are trained in the end.
-        init_warmup, final_warmup: the steps in which they are frozen, each `mask_interval` steps.
+        init_warmup, final_warmup: the steps in which they are frozen.
+        mask_interval: how many steps lie between two times at which some are frozen.
         asa_importance_beta, asa_uncertainty_beta: decay of what is known of how much a cluster matters.
         asa_schedule_exponent: the larger, the sooner they are frozen.
         init_weights: start as the identity; None starts near it.

@@ -150,7 +150,7 @@ def test_what_has_no_sum_is_refused(model: AdaptedModel) -> None:
         (["a", "dora"], "cat", "DoRA adapters cannot be summed"),
         (["a", "scale"], "linear", "IA3 and LoRA have no sum"),
         (["scale"], "cat", "IA3 has no combination 'cat'"),
-        (["a", "biased"], "linear", "trained biases"),
+        (["a", "biased"], "linear", "biases cannot be summed"),
         (["a", "prompt"], "linear", "PromptTuning has no sum"),
         (["a", "pissa"], "linear", "start from the weight"),
         (["a", "c"], "linear", "no adapter named 'c'"),

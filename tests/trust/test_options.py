@@ -154,7 +154,7 @@ def test_the_command_line_has_an_option_for_each() -> None:
 
     typed = set(inspect.signature(main.export).parameters) - {"base", "output"}
     asked = {f.name for f in dataclasses.fields(DirectoryOptions)}
-    assert typed - asked == {"swappable", "prefix"}
+    assert typed - asked == {"swappable", "prefix", "dry_run"}
     assert asked <= typed
     typed = set(inspect.signature(main.export_adapter).parameters)
     assert typed == {"adapter", "graph", "output", *(f.name for f in dataclasses.fields(AdapterDirectoryOptions))}

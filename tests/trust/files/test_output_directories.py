@@ -121,7 +121,7 @@ class TestAdapterFiles:
             adapter_path(path, force=True)
         with pytest.raises(PeftfxError, match="exists already"):
             adapter_path(path, force=False)
-        with pytest.raises(PeftfxError, match="no name"):
+        with pytest.raises(PeftfxError, match="no file name"):
             adapter_path(Path(""), force=True)
         path.write_bytes(b"\x08\x00\x00\x00TORT\xe4\xff\xff\xff")
         assert adapter_path(tmp_path / "notes", force=True) == path
