@@ -1,4 +1,4 @@
-"""Sharding: tensors of which each process has a part (FSDP2's), gathered one at a time, by all processes together."""
+"""Sharding: tensors of which each process has a part (FSDP2's, DeepSpeed's ZeRO-3), gathered one at a time by all."""
 
 from __future__ import annotations
 
@@ -22,17 +22,35 @@ _SHARED = (
 
 
 def is_part(tensor: object) -> bool:
-    """Whether a tensor is a DTensor: this process has a part of it."""
+    """Whether this process has a part of a tensor: a DTensor, or a parameter of ZeRO-3."""
     if not dist.is_available():
         return False
+    if _is_zero3(tensor):
+        return True
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a tensor. Of a part it is gathered: every process must ask, in the same order."""
-    return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    """All of a tensor. Of a part it is gathered, without gradient: every process must ask, in the same order."""
+    if not is_part(tensor):
+        return tensor
+    if not _is_zero3(tensor):
+        return tensor.detach().full_tensor()  # type: ignore[attr-defined, no-any-return]
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().clone()
+
+
+def _is_zero3(tensor: object) -> bool:
+    return hasattr(tensor, "ds_id")
+
+
+def is_zero3(model: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has partitioned a model's parameters."""
+    return any(_is_zero3(p) for p in model.parameters())
 
 
 def overwrite(tensor: Tensor, value: Tensor) -> None:
@@ -97,12 +115,12 @@ def settle(model: nn.Module) -> Tensor | None:
 
 @contextmanager
 def unhooked(model: nn.Module) -> Iterator[None]:
-    """Inside, the modules run without FSDP2's hooks, which gather weights."""
+    """Inside, the modules run without the hooks of FSDP2 and ZeRO-3, which gather weights."""
     found = []
-    for module in sharded_modules(model):
+    for module in model.modules() if is_zero3(model) else sharded_modules(model):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             found.append((hooks, dict(hooks)))
-            for key in [k for k, hook in hooks.items() if _is_fsdps(hook)]:
+            for key in [k for k, hook in hooks.items() if _gathers(hook)]:
                 del hooks[key]
     try:
         yield
@@ -151,11 +169,21 @@ def share_whole(tensors: Iterable[Tensor], like: Tensor) -> None:
             tensor.register_post_accumulate_grad_hook(average)  # type: ignore[arg-type]
 
 
+def refuse_zero3(model: nn.Module, what: str, hint: str) -> None:
+    """Refuse what cannot be done once ZeRO-3 has partitioned a model.
+
+    Raises:
+        PeftfxError: it has.
+    """
+    if is_zero3(model):
+        raise PeftfxError(f"this model is partitioned by DeepSpeed's ZeRO-3: {what}", type(model).__name__, hint)
+
+
 def refuse_other_wrappings(model: nn.Module) -> None:
     """Refuse the ways of sharing a model out among processes that are not supported.
 
     Raises:
-        PeftfxError: FSDP1, DeepSpeed's ZeRO-3, or tensor parallel layers.
+        PeftfxError: FSDP1, or tensor parallel layers.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -179,9 +207,7 @@ def _is_fsdp1(model: nn.Module) -> bool:
 
 
 def _other_wrapping(parameter: Tensor, fsdp2: bool) -> str | None:
-    if hasattr(parameter, "ds_id"):
-        return "this model is partitioned by DeepSpeed's ZeRO-3"
-    if is_part(parameter) and not (fsdp2 and _is_fsdp2s(parameter)):
+    if is_part(parameter) and not _is_zero3(parameter) and not (fsdp2 and _is_fsdp2s(parameter)):
         return "this model has tensor parallel layers"
     return None
 
@@ -230,5 +256,5 @@ def on_first(work: Callable[[], T]) -> T:
     return told[0]  # type: ignore[return-value]
 
 
-def _is_fsdps(hook: object) -> bool:
-    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
+def _gathers(hook: object) -> bool:
+    return getattr(hook, "__module__", "").startswith(("torch.distributed.fsdp", "deepspeed."))

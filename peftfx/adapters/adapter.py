@@ -113,7 +113,7 @@ class Adapter(Holder):
         """Start the overrides as copies of the base's tensors."""
         for override in self.overrides:
             owner, leaf = owner_of(base.get_submodule(override.module), override.name)
-            tensor = full(getattr(owner, leaf).detach())
+            tensor = full(getattr(owner, leaf)).detach()
             if override.rows:
                 _refuse_rows(override, len(tensor))
                 indices = torch.tensor(override.rows, device=tensor.device)
@@ -210,8 +210,9 @@ class Adapter(Holder):
         made = Adapter(())
         made.add(self)
         made.ran, trained = self.ran, {name for name, _ in made.named_parameters()}
-        for name, value in list(made.tensors()):
-            made.put(name, full(value.detach()), trained=name in trained)
+        own = dict(self.tensors())  # a copy of a parameter does not know what its parts are of
+        for name in [name for name, _ in made.tensors()]:
+            made.put(name, full(own[name]).detach(), trained=name in trained)
         return made
 
     def get(self, key: str) -> Tensor:

@@ -17,7 +17,7 @@ from peftfx.graph.contexts import evaluating
 from peftfx.methods import methods
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.plan import Plan, make_plan
-from peftfx.sharding import refuse_other_wrappings
+from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
 from peftfx.views.capture import capture
@@ -121,6 +121,7 @@ def bare(model: nn.Module, inputs: Mapping[str, object] | None = None, road: str
     if inputs is not None and not isinstance(inputs, Mapping):
         raise PeftfxError(f"not the arguments of a call: {shown(inputs)}", "inputs", "pass a dict, by their names")
     refuse_other_wrappings(model)
+    refuse_zero3(model, "its sites can be found no more", "adapt it ahead of deepspeed.initialize and of zero.Init")
     methods()  # of other packages, whose patterns are searched for
     example = example_inputs(model) if inputs is None else inputs
     twin = Twin(model)

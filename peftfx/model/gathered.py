@@ -56,7 +56,7 @@ def whole_base(base: nn.Module) -> Iterator[nn.Module | None]:
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if is_part(tensor) and id(tensor) not in made:
                     assert tensor is not None
-                    value = full(tensor.detach())
+                    value = full(tensor)
                     if rank() == 0:
                         kept = _kept(value, Path(folder) / str(len(made)))
                         made[id(tensor)] = nn.Parameter(kept, False) if isinstance(tensor, nn.Parameter) else kept

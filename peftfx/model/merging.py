@@ -16,7 +16,7 @@ from peftfx.model.gathered import gathering
 from peftfx.model.graphs.graph_cache import Graphs
 from peftfx.model.saved import SavedAdapters
 from peftfx.passes.adaptation.merge import Merge
-from peftfx.sharding import is_sharded
+from peftfx.sharding import is_sharded, refuse_zero3
 
 
 class Merging(SavedAdapters):
@@ -31,6 +31,7 @@ class Merging(SavedAdapters):
         """
         self.named.apart("adapters are merged for good")
         self._shared.refuse_others(self)
+        refuse_zero3(self, "a merge would have nowhere to put the weights", "export it merged: export(merge=True)")
         gathering(self, "merge")
         if self.source is not self.base and self._twin.offloaded:
             what = "weights of the base are offloaded: a merge would have nowhere to put them"

@@ -1,0 +1,73 @@
+"""What two processes do under DeepSpeed's ZeRO."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from sharded.processes import LORA, llama, mean_of_all
+from sharded.work import message
+from torch import Tensor
+from torch import distributed as dist
+
+import peftfx
+
+
+def trained_under_zero(folder: Path) -> dict[int, dict[str, Any]]:
+    """Of each stage: what losses and the saved adapter differ from one process by, and what else is seen."""
+    own = {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "WORLD_SIZE": "2"}
+    os.environ.update(own, MASTER_ADDR="127.0.0.1", DS_ACCELERATOR="cpu")
+    return {stage: _stage(folder / str(stage), stage) for stage in (1, 2, 3)}
+
+
+def _stage(folder: Path, stage: int) -> dict[str, Any]:
+    import deepspeed
+
+    one, model = (peftfx.transform(llama(), LORA, seed=0) for _ in range(2))
+    want = torch.stack([_step(one, _sgd(one), batch) for batch in _batches()])
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=_sgd(model), config=config, dist_init_required=False)
+    losses, half = [], slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    for batch in _batches():
+        loss = engine(input_ids=batch[half], labels=batch[half]).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach())
+    found: dict[str, Any] = {"losses": float((mean_of_all(torch.stack(losses)) - want).abs().max())}
+    if stage == 3 or dist.get_rank() == 0:
+        model.save_pretrained(folder / "adapter")
+    if stage == 3:
+        found["report"] = str(model.export(folder / "onnx", view="forward"))
+        found["merge"] = message(model.merge)
+        found["again"] = message(lambda: peftfx.transform(model.base, LORA))
+    dist.barrier()
+    state, saved = one.state_dict(), peftfx.load(llama(), folder / "adapter").state_dict()
+    found["saved"] = max(float((saved[key] - state[key]).abs().max()) for key in state)
+    start = peftfx.transform(llama(), LORA, seed=0).state_dict()
+    found["moved"] = max(float((start[key] - state[key]).abs().max()) for key in state)
+    return found
+
+
+def _sgd(model: peftfx.AdaptedModel) -> torch.optim.Optimizer:
+    """Adam would make steps of what is zero but for rounding."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+
+
+def _batches() -> Tensor:
+    return torch.randint(3, 64, (3, 4, 10), generator=torch.Generator().manual_seed(1))
+
+
+def _step(model: peftfx.AdaptedModel, optimizer: torch.optim.Optimizer, ids: Tensor) -> Tensor:
+    loss: Tensor = model.train()(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
