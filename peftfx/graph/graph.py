@@ -82,7 +82,11 @@ class Graph:
         return tuple(name for _, name in sorted(zip(pytree.tree_leaves(made), leaf_names(made), strict=True)))
 
     def sizes_of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """The sizes that the named axes have in a call with these inputs."""
+        """The sizes that the named axes have in a call.
+
+        Args:
+            tensors: the inputs by name.
+        """
         return {
             axis: size
             for spec in self.inputs
@@ -91,7 +95,11 @@ class Graph:
         }
 
     def mixed(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
-        """An axis that has two sizes in a call with these inputs, where this program reads one of them; or None."""
+        """An axis that has two sizes in a call, where this program reads one of them; or None.
+
+        Args:
+            tensors: the inputs by name.
+        """
         sizes: dict[str, int] = {}
         for spec in self.inputs:
             for axis, size in zip(spec.shape, tensors[spec.name].shape, strict=False):
@@ -114,12 +122,19 @@ class Graph:
         return dataclasses.replace(self, module=link(graph, holders), derived=dict(self.derived))
 
     def run(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Run on positional inputs, whatever the `conditions` say; gives the flat outputs in the order of `outputs`."""
+        """Run, whatever the `conditions` say; gives the flat outputs in the order of `outputs`.
+
+        Args:
+            tensors: the inputs, in the order of `inputs`.
+        """
         self.refuse_unlike(tensors)
         return list(self.module.forward(*tensors))  # its `__call__` is patched while another thread traces
 
     def refuse_unlike(self, tensors: Sequence[torch.Tensor]) -> None:
         """Hold positional inputs to the types and sizes of this program's.
+
+        Args:
+            tensors: the inputs, in the order of `inputs`.
 
         Raises:
             PeftfxError: one is another.

@@ -92,6 +92,9 @@ def register(cls: M) -> M:
 
     A class that is defined again, in a notebook say, takes the place of the one before.
 
+    Args:
+        cls: a class of a `Method`; it is returned.
+
     Raises:
         PeftfxError: the class is half done, or its name is another method's.
     """

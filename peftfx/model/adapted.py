@@ -70,10 +70,21 @@ class AdaptedModel(AdapterCalls):
         written: Callable[[int, int], object] | None = None,
         **changes: Unpack[ExportChanges],
     ) -> Report:
-        """Write an ONNX model to a new directory and verify it; the arguments are those of `peftfx.export_onnx`.
+        """Write an ONNX model to a new directory and verify it: `peftfx.export_onnx` of this model.
 
         A model that generates text is exported in its decode view, with the key/value cache in and out;
         `view="forward"` exports its forward.
+
+        Args:
+            directory: where to; it appears when it is complete and verified.
+            options: see `peftfx.ExportOptions`. They can be given by name as well, as in `merge=False`.
+            inputs, source, assets, progress, written: see `peftfx.export_onnx`.
+            changes: options by name; they come before those in `options`.
+
+        Raises:
+            PeftfxError: an option makes no sense, the model cannot be captured or translated, or the directory cannot
+                be written.
+            VerificationError: ONNX Runtime and torch disagree; nothing is left.
         """
         from peftfx.export.onnx_directory import export_onnx
 

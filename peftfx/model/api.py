@@ -75,6 +75,13 @@ def load(
     `road` says how calls are run, as in `transform`. Of a `peft.PeftModel` the adapters are taken over, as there;
     `path` is one more, and may be left out.
 
+    Args:
+        model: the base that the adapter was trained on.
+        path: a directory that `save_pretrained` wrote, of `peft` or of peftfx.
+        adapter_name: what it is called here.
+        inputs: keyword arguments of one call, for a model that example inputs cannot be made for.
+        road: see `transform`.
+
     Raises:
         PeftfxError: there is no such adapter, or it is not for this model: every key that is missing, unexpected or of
             another shape is listed.
@@ -104,12 +111,26 @@ def _taken_over(model: nn.Module, inputs: Mapping[str, object] | None, road: str
 
 
 def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> Sites:
-    """The sites of a model: where adapters can act, with the role that the dataflow gives each."""
+    """The sites of a model: where adapters can act, with the role that the dataflow gives each.
+
+    Args:
+        model: any module; of a transformers model, meta and fake tensors will do.
+        inputs: keyword arguments of one call, for a model that example inputs cannot be made for.
+
+    Raises:
+        PeftfxError: the model cannot be captured, or needs `inputs`.
+    """
     return bare(model, inputs).sites
 
 
 def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None = None) -> Plan:
-    """What `transform` would do with these rules: where each acts, how many parameters, why a site is skipped."""
+    """What `transform` would do with these rules: where each acts, how many parameters, why a site is skipped.
+
+    Args:
+        model: any module; it is not changed.
+        rules: as for `transform`.
+        inputs: keyword arguments of one call, for a model that example inputs cannot be made for.
+    """
     adapted = bare(model, inputs)
     return make_plan(adapted.source, adapted.sites, rules)
 
@@ -135,7 +156,12 @@ def bare(model: nn.Module, inputs: Mapping[str, object] | None = None, road: str
 
 
 def get_peft_model_state_dict(model: AdaptedModel, adapter_name: str = "default") -> dict[str, Tensor]:
-    """The tensors of an adapter by their names in HF PEFT's file, as `peft.get_peft_model_state_dict` gives them."""
+    """The tensors of an adapter by their names in HF PEFT's file, as `peft.get_peft_model_state_dict` gives them.
+
+    Args:
+        model: the adapted model.
+        adapter_name: the adapter's.
+    """
     with model.plain():
         return config_and_tensors(model.source, model.adapter(adapter_name))[1]
 
@@ -144,6 +170,11 @@ def set_peft_model_state_dict(
     model: AdaptedModel, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
 ) -> None:
     """Give an adapter the tensors of such a state, in place.
+
+    Args:
+        model: the adapted model.
+        peft_model_state_dict: tensors by their names in HF PEFT's file, as `get_peft_model_state_dict` gives them.
+        adapter_name: the adapter that gets them.
 
     Raises:
         PeftfxError: the state is not of this adapter: keys are missing or unexpected, or of another shape.
@@ -154,6 +185,11 @@ def set_peft_model_state_dict(
 
 def hotswap_adapter(model: AdaptedModel, path: str | Path, adapter_name: str = "default") -> None:
     """Give an adapter the tensors of a HF PEFT directory, in place: a compiled model is not compiled again.
+
+    Args:
+        model: the adapted model.
+        path: a HF PEFT directory, of an adapter with the same places, ranks and options.
+        adapter_name: the adapter that gets its tensors.
 
     Raises:
         PeftfxError: that adapter differs from this one in places, ranks or options, or is not for this model.

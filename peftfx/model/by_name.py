@@ -159,6 +159,10 @@ class AdaptersByName(nn.Module):
     def load_adapter(self, path: str | Path, name: str) -> None:
         """Add an adapter from a HF PEFT directory, and make it the active one.
 
+        Args:
+            path: a directory that `save_pretrained` wrote, of `peft` or of peftfx.
+            name: what it is called here.
+
         Raises:
             PeftfxError: it is not for this base, or the base has no values: fake tensors, or such on the meta device.
         """
@@ -178,18 +182,32 @@ class AdaptersByName(nn.Module):
         return self.named.names()
 
     def adapter(self, name: str) -> Adapter:
-        """One adapter's state."""
+        """One adapter's state.
+
+        Args:
+            name: the adapter's.
+
+        Raises:
+            PeftfxError: there is none of this name.
+        """
         return self.named[name]
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
-        """Make these adapters the active ones, in this order; only they are trained. In every thread."""
+        """Make adapters the active ones; only they are trained. In every thread.
+
+        Args:
+            names: one name, or several in the order in which they act.
+        """
         given = (names,) if isinstance(names, str) or not isinstance(names, Sequence | Set) else tuple(names)
         self.named.activate(given)
 
     def update_and_allocate(self, global_step: int) -> None:
         """Give out the rank budgets of the active adapters anew; see `peftfx.contract.common.rank_allocation`.
 
-        Call it in each step of training, after `optimizer.step()` and before gradients are zeroed. Steps count from 0.
+        Call it in each step of training, after `optimizer.step()` and before gradients are zeroed.
+
+        Args:
+            global_step: the number of the step, from 0.
         """
         adjust(self.named.acting(), global_step)
 
@@ -201,6 +219,9 @@ class AdaptersByName(nn.Module):
         """Remove an adapter, or all of them; returns the base, which is as it was before when all are gone.
 
         It trains what it trained before when no other adapted model has adapters on it either.
+
+        Args:
+            name: of one adapter; by default all are removed.
         """
         self.named.apart("an adapter is removed")
         for gone in self.names() if name is None else (name,):

@@ -68,7 +68,11 @@ class PeftSurface(Merging):
         return self.active[0] if len(self.active) == 1 else self.active_adapters
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If none is active then, the first that is left becomes active, as in HF PEFT."""
+        """Remove an adapter. If none is active then, the first that is left becomes active, as in HF PEFT.
+
+        Args:
+            adapter_name: the one to remove.
+        """
         self.remove(adapter_name)
         left = self.names()
         if left and not self.active:
@@ -76,7 +80,12 @@ class PeftSurface(Merging):
             self.set_adapter(left[0])
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Whether these adapters are trained, until `set_adapter` says it anew."""
+        """Say whether adapters are trained, until `set_adapter` says it anew.
+
+        Args:
+            adapter_names: one name, or several.
+            requires_grad: whether their parameters get gradients.
+        """
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             self.adapter(name).requires_grad_(requires_grad)
 
@@ -108,6 +117,13 @@ class PeftSurface(Merging):
     ) -> str:
         """Save the adapters and upload the files to a repository of the Hugging Face Hub; returns its address.
 
+        Args:
+            repo_id: as in `name/repository`; it is made where it is not there.
+            token: of the hub; by default the one that `hf auth login` kept.
+            private: whether a new repository is.
+            revision: the branch to upload to.
+            commit_message: of the upload.
+
         Raises:
             PeftfxError: the hub cannot be reached, or refuses.
         """
@@ -128,13 +144,20 @@ class PeftSurface(Merging):
         self.base.tie_weights(*args, **kwargs)  # type: ignore[operator]
 
     def add_model_tags(self, tags: Sequence[str] | str) -> None:
-        """Note what a model card is to say; see `save_pretrained`."""
+        """Note what a model card is to say; see `save_pretrained`.
+
+        Args:
+            tags: one, or several.
+        """
         self.base.add_model_tags(tags)  # type: ignore[operator]
 
     def reference(self, names: str | Sequence[str] = ()) -> Reference:
         """The base, or the base with these adapters, as a model of its own over the same tensors.
 
         For trainers that hold a model against another one: TRL's `DPOTrainer(adapted, adapted.reference())`.
+
+        Args:
+            names: of the adapters that act in it; none is the base.
         """
         return Reference(self, (names,) if isinstance(names, str) else names)
 
@@ -163,7 +186,11 @@ class PeftSurface(Merging):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, object] | None = None, **options: object
     ) -> None:
-        """The same by transformers' new name: see `gradient_checkpointing_enable`."""
+        """The same by transformers' new name.
+
+        Args:
+            activation_checkpointing_kwargs, options: see `gradient_checkpointing_enable`.
+        """
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:

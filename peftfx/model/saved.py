@@ -89,7 +89,13 @@ class SavedAdapters(AdapterSums):
         return own
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
-        """Load what `state_dict` gave. With `strict`, every key must fit and none may be missing."""
+        """Load what `state_dict` gave.
+
+        Args:
+            state_dict: the adapters' tensors.
+            strict: every key must fit and none may be missing.
+            assign: take these tensors themselves, and do not copy their values.
+        """
         self.named.apart("adapters get other values")
         own: dict[str, Tensor] = super().state_dict()
         refuse_other_state(own, state_dict, {name: self.adapter(name) for name in self.names()}, strict)

@@ -58,7 +58,11 @@ class Pattern:
     spellings: list[Spelling] = field(default_factory=list, repr=False)
 
     def also(self, **axes: str) -> Callable[[Callable[..., object]], Pattern]:
-        """Another spelling of the same, whose first argument is the same too; a decorator, as `peftfx.pattern`."""
+        """Another spelling of the same, whose first argument is the same too; a decorator, as `peftfx.pattern`.
+
+        Args:
+            axes: the names of the axes of each argument, as in `peftfx.pattern`.
+        """
 
         def add(function: Callable[..., object]) -> Pattern:
             self.spellings.append(spell(function, axes))

@@ -93,7 +93,13 @@ class Sites(Sequence[Site]):
         return tuple(site for site in self.items if isinstance(site, family))
 
     def filter(self, *, role: str | None = None, kind: str | None = None, layer: int | None = None) -> Sites:
-        """The sites that have all the given properties; `role` may name a group, such as `mlp`, or a part's role."""
+        """The sites that have all the given properties.
+
+        Args:
+            role: of the site or of a part of it; a group, such as `mlp`, is all roles in it.
+            kind: `linear`, `conv`, `embedding`, `norm`, `attention` and others.
+            layer: the number of the layer, from 0.
+        """
         return Sites(
             tuple(
                 site
@@ -149,6 +155,9 @@ class Sites(Sequence[Site]):
 
     def show(self, title: str = "") -> Page:
         """These sites as a page: equal layers drawn once, what reads what, a search; `.save(file)` writes it.
+
+        Args:
+            title: what stands on top.
 
         Raises:
             PeftfxError: these are not all sites of a base model, as `peftfx.inspect` gives them.
