@@ -36,6 +36,7 @@ WAYS: Mapping[str, Mapping[str, str]] = {
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},
     "int4, blocks of 128": {"quantize": "int4(block=128)"},
+    "int4, zeros of their own": {"quantize": "int4(symmetric=False)"},
     "nf4 base, as it is": {"quantize_base": "nf4"},
 }
 NAMES = (AS_IT_IS, *WAYS, GENAI, LLAMA)
