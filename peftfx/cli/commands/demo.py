@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from peftfx.cli.voice import VOICE, tell
 
 
 def demo(
@@ -18,11 +22,17 @@ def demo(
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
 ) -> None:
     """Fine-tune a real encoder on real text, export it merged, serve it in ONNX Runtime; offline, in minutes."""
-    if generate:
-        from peftfx.demo.generation import run_generation
+    made = output or Path("peftfx-demo-generate" if generate else "peftfx-demo")
+    with (
+        contextlib.redirect_stdout(io.StringIO()) if VOICE.as_json or VOICE.quiet else contextlib.nullcontext() as said
+    ):
+        if generate:
+            from peftfx.demo.generation import run_generation
 
-        run_generation(output or Path("peftfx-demo-generate"), force=force)
-        return
-    from peftfx.demo.demo import run_demo
+            run_generation(made, force=force)
+        else:
+            from peftfx.demo.demo import run_demo
 
-    run_demo(output or Path("peftfx-demo"), force=force)
+            run_demo(made, force=force)
+    if said is not None:
+        tell({"output": str(made), "report": said.getvalue()})
