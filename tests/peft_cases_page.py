@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import re
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import pages
 import torch
-from peft_cases.checks import CHECKS, ELSEWHERE, TOLERANCE, Case, cases, run
+from pages import Results
+from peft_cases.checks import CHECKS, TOLERANCE, Case, cases, run
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "peft-cases.md", ROOT / "build" / "peft-cases.json"
 SAID = ("equal", "PEFT is wrong", "refused")  #: what a check may come to
-Results = Mapping[str, Mapping[str, Mapping[str, str]]]
 _HEAD = """# HF PEFT's cases
 
 HF PEFT's own tests have a table of {total} configurations of small models (`tests/test_custom_models.py`). This page
-has all of them: each whose method is here was run, in HF PEFT and here, with the same random adapter. The models are
-ours, and have the same kinds of modules. What is compared, at sizes other than the example's, to {tolerance} of the
+has all of them: each was run, in HF PEFT and here, with the same random adapter. The models are ours, and have the same
+kinds of modules. What is compared, at sizes other than the example's, to {tolerance} of the
 largest value:
 
 | | |
@@ -51,12 +49,7 @@ def summary(results: Results) -> str:
     """How many cases are what, in one paragraph."""
     words = Counter(_word(results[str(case)]["checks"]) for case in cases() if str(case) in results)
     listed = ", ".join(f"{count} are {word}" for word, count in words.most_common())
-    here, elsewhere = len(cases()), sum(ELSEWHERE.values())
-    return (
-        f"Of {here + elsewhere} cases, {here} are run on this page: {listed}. "
-        f"{elsewhere} are of {len(ELSEWHERE)} methods whose rows are not on this page: "
-        "those that peftfx has are compared with HF PEFT in `tests/methods` and `tests/newer`."
-    )
+    return f"Of {len(cases())} cases, {listed}."
 
 
 def _word(checks: Mapping[str, str]) -> str:
@@ -71,49 +64,29 @@ def page(results: Results) -> str:
     notes: dict[str, int] = {}
     lines = [f"| method | model | options | {' | '.join(CHECKS)} |", f"| --- | --- | --- |{' --- |' * len(CHECKS)}"]
     for case in cases():
-        shown = [_shown(results.get(str(case)), check, notes) for check in CHECKS]
+        shown = [pages.shown(results.get(str(case)), check, notes) for check in CHECKS]
         lines.append(f"| {case.method} | {case.model} | `{case.shown}` | {' | '.join(shown)} |")
-    listed = "\n".join(f"{number}. {note}" for note, number in notes.items())
-    head = _HEAD.format(total=len(cases()) + sum(ELSEWHERE.values()), tolerance=TOLERANCE, summary=summary(results))
-    rest = "\n".join(f"| {method} | {count} |" for method, count in ELSEWHERE.items())
-    return (
-        f"{head}{chr(10).join(lines)}\n\n## Notes\n\n{listed}\n\n## Methods whose rows are not run here\n\n"
-        f"| method | cases |\n| --- | --- |\n{rest}\n"
-    )
-
-
-def _shown(result: Mapping[str, Mapping[str, str]] | None, check: str, notes: dict[str, int]) -> str:
-    if result is None:
-        return "not run"
-    note = result["notes"].get(check, "")
-    return result["checks"][check] + (f" [{notes.setdefault(note, len(notes) + 1)}](#notes)" if note else "")
+    listed = pages.listed(notes)
+    head = _HEAD.format(total=len(cases()), tolerance=TOLERANCE, summary=summary(results))
+    return f"{head}{chr(10).join(lines)}\n\n## Notes\n\n{listed}\n"
 
 
 def statuses(text: str) -> dict[str, dict[str, str]]:
     """What a page says of each check of each case."""
-    rows = [[c.strip() for c in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
-    body = [row for row in rows if len(row) == len(CHECKS) + 3 and row[0] not in ("method", "---")]
-    return {
-        f"{row[0]}/{row[1]}/{row[2].strip('`')}": {
-            check: re.sub(r" \[.*", "", said) for check, said in zip(CHECKS, row[3:], strict=True)
-        }
-        for row in body
-    }
+    return pages.statuses(text, 3, CHECKS)
 
 
 def _run(words: list[str], again: bool) -> Results:
     """Run the cases that have no result yet, and keep each as it comes."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    for case in (c for c in cases() if not words or any(word in str(c) for word in words)):
-        if again or not _ended(case, results):
-            start = time.perf_counter()
-            with tempfile.TemporaryDirectory() as made:
-                result = run(case, Path(made))
-            results[str(case)] = dataclasses.asdict(result)
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            print(f"{case}: {_word(result.checks)} ({time.perf_counter() - start:.1f} s)", flush=True)
+    results = pages.kept(RESULTS)
+    chosen = (c for c in cases() if not words or any(word in str(c) for word in words))
+    pages.keep(RESULTS, results, (c for c in chosen if again or not _ended(c, results)), _alone)
     return results
+
+
+def _alone(case: Case) -> dict[str, dict[str, str]]:
+    with tempfile.TemporaryDirectory() as made:
+        return dataclasses.asdict(run(case, Path(made)))
 
 
 def _ended(case: Case, results: Results) -> bool:

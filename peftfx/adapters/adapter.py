@@ -97,6 +97,7 @@ class Adapter(Holder):
             for placement in rule.placements:
                 with torch.no_grad():
                     params = placement.init(base, rng, {n: self.get(key) for n, key in self._reads(placement).items()})
+                self._holder(placement.key)  # a place may have nothing of its own beside what its rule shares
                 for name, value in params.items():
                     trained = not placement.method.is_constant(name, value)
                     self.put(f"{placement.key}.{name}", value, trained=trained)
@@ -175,15 +176,20 @@ class Adapter(Holder):
     def put(self, key: str, value: Tensor, *, trained: bool = True) -> None:
         """Keep a tensor under a dotted name."""
         path, _, name = key.rpartition(".")
+        holder = self._holder(path)
+        if trained:
+            holder.register_parameter(name, nn.Parameter(value))
+        else:
+            holder.register_buffer(name, value)
+
+    def _holder(self, path: str) -> nn.Module:
+        """The module at a dotted path, made where there is none."""
         holder: nn.Module = self
         for part in path.split(".") if path else ():
             if part not in holder._modules:
                 holder.add_module(part, Holder())
             holder = holder.get_submodule(part)
-        if trained:
-            holder.register_parameter(name, nn.Parameter(value))
-        else:
-            holder.register_buffer(name, value)
+        return holder
 
     def add(self, other: Adapter) -> None:
         """Take another adapter's rules, behind this one's, with their tensors."""

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfx.errors import PeftfxError, first_line, shown
 
@@ -63,6 +63,11 @@ def refuse_parameters(
     """
     if not isinstance(made, Mapping) or not all(map(_is_parameter, made.items())):
         raise _gave(type(method), member, where, shown(made))
+    if taken := next((name for name in made if hasattr(nn.Module, name)), ""):
+        what = (
+            f"{type(method).__name__}.{member} calls a tensor {taken!r}, which every torch module has an attribute of"
+        )
+        raise PeftfxError(what, where, "give it another name")
     if keys is not None:
         refuse_keys(method, "keys", where, keys, made, beside)
 

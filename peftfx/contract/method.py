@@ -77,6 +77,8 @@ class Method(ABC):
     """What HF PEFT puts before a module's path in the keys of this method's files."""
     ignored: ClassVar[frozenset[str]] = frozenset()
     """Fields of HF PEFT's config that change nothing for this method, whatever their value."""
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Fields of HF PEFT's config that are refused, each with why, and, behind a semicolon, what to do instead."""
     wraps_attention: ClassVar[bool] = False
     """Whether HF PEFT adapts a `torch.nn.MultiheadAttention` by this method, its two projections at once."""
     counted: ClassVar[bool] = False

@@ -29,6 +29,7 @@ from peftfx.contract.common.dora import gain, row_norms
 from peftfx.contract.common.experts import fill_experts, of_experts, refuse_on_parameters
 from peftfx.contract.common.lora_factors import A0, B0, B_BIAS, MAGNITUDE, A, B, joined, stacked
 from peftfx.contract.common.lora_init import (
+    REFUSED,
     doubt_of,
     factors_of,
     fill,
@@ -92,6 +93,7 @@ class LoRA(WeightMethod):
     wraps_attention: ClassVar[bool] = True
     default_target: ClassVar[str] = "attention.query | attention.value"
     ignored: ClassVar[frozenset[str]] = frozenset({"eva_config", "lora_ga_config", "corda_config", "loftq_config"})
+    refused: ClassVar[Mapping[str, str]] = REFUSED
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -128,7 +128,8 @@ class OFT(WeightMethod):
         if self.coft:
             most = self.eps * len(skew) ** -0.5
             length = skew.norm(dim=(1, 2), keepdim=True)
-            skew = torch.where(length <= most, skew, skew * (most / length))
+            near = torch.where(length <= most, skew, skew * (most / length))
+            skew = near.detach() + (skew - skew.detach())  # as where HF PEFT has moved it, ahead of its gradient
         eye = torch.eye(size, dtype=skew.dtype, device=skew.device).expand_as(skew)
         if not self.use_cayley_neumann:
             return torch.linalg.solve(eye + skew, eye - skew, left=False)

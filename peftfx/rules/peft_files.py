@@ -72,9 +72,9 @@ def method_from_config(config: Mapping[str, object], where: str) -> Method:
     active = {k: v for k, v in unknown.items() if v not in (None, False) and INERT.get(k) != v}
     if active:
         names = ", ".join(f"{k}={shown(v)}" for k, v in active.items())
-        raise PeftfxError(
-            f"{cls.__name__} does not support {names}", where, "train the adapter without, or merge it with peft"
-        )
+        why, _, hint = next((cls.refused[k] for k in active if k in cls.refused), "").partition("; ")
+        what = f"{cls.__name__} does not support {names}{': ' if why else ''}{why}"
+        raise PeftfxError(what, where, hint or "train the adapter without, or merge it with peft")
     return cls.from_options(options)
 
 

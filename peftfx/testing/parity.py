@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfx.adapters.adapter import Adapter
 from peftfx.contract.method import Method
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import first_line
@@ -74,7 +75,9 @@ def _compare_on(cls: type[Method], options: Mapping[str, object], spec: Spec, *,
             caller = theirs.eval().base_model if ours.adapter("default").rules[0].inputs else theirs.eval()
             _same_forward(ours, caller, spec, "loaded from peft")
             if gradients:
-                _same_gradients(ours, caller, spec)
+                for model in (ours, caller):
+                    model(**spec.inputs(3, 5, 4), **_beside(ours, 3)).square().sum().backward()
+                same_gradients(ours.adapter("default"), caller)
         with tempfile.TemporaryDirectory() as folder:
             made = transform(
                 copy.deepcopy(base),
@@ -115,13 +118,18 @@ def _same_forward(ours: AdaptedModel, theirs: nn.Module, spec: Spec, what: str) 
             assert not torch.allclose(ours(**inputs), theirs(**inputs), atol=1e-4), "the adapter changes nothing"
 
 
-def _same_gradients(ours: AdaptedModel, theirs: nn.Module, spec: Spec) -> None:
-    """Of each tensor that both train, found by its key in the files."""
-    inputs = spec.inputs(3, 5, 4) | _beside(ours, 3)
-    for model in (ours, theirs):
-        model(**inputs).square().sum().backward()
-    adapter = ours.adapter("default")
-    trained = {_plain(n): p for n, p in theirs.named_parameters(remove_duplicate=False) if p.requires_grad}
+def same_gradients(adapter: Adapter, theirs: nn.Module) -> None:
+    """Hold the gradients of each tensor that both train against each other, found by its key in a file that was read.
+
+    Args:
+        adapter: ours, loaded, with its gradients.
+        theirs: HF PEFT's model, with its own.
+
+    Raises:
+        AssertionError: they differ, or the two train other tensors.
+    """
+    named = theirs.named_parameters(remove_duplicate=False)
+    trained = {_plain(n).removeprefix("model."): p for n, p in named if p.requires_grad}
     own = {_plain(n): adapter.get(key) for n, key in adapter.accounts[0].taken.items()}
     own = {name: t for name, t in own.items() if isinstance(t, nn.Parameter)}
     found, all_of = ({id(t) for t in ts} for ts in ([trained.get(n) for n in own], trained.values()))
@@ -141,4 +149,4 @@ def _beside(ours: AdaptedModel, batch: int) -> dict[str, Tensor]:
 
 def _plain(name: str) -> str:
     """A tensor's name without what only files, or only `peft`'s modules, have around it."""
-    return name.replace(".default", "").removeprefix("base_model.").removeprefix("model.").removesuffix(".weight")
+    return name.replace(".default", "").removeprefix("base_model.").removesuffix(".weight")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from laws import breakers as wrong
+from laws import breakers_of_files as wrong_files
 from laws.renaming import roles
 
 from peftfx import LoRA
@@ -64,9 +65,15 @@ BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod | S
     (laws.idempotence, wrong.DrawsItsOwnWords),
     (law_frame.gradients, wrong.DetachesItsWords),
     (laws.roads, wrong.ReadsAnotherPromptInAGraph),
+    (laws.save_and_load, wrong_files.SharesByItsTarget),
+    (laws.save_and_load, wrong_files.ReadsWhatItWrote),
+    (law_prompts.saved, wrong_files.SplitsTheOtherWay),
 )
 
-RIGHT = ((wrong.Scale, CASE), (wrong.Glance, ATTENDING), (wrong.Words, PROMPTED))
+RIGHT = (
+    *((wrong_files.SharesGains, CASE), (wrong_files.SavesRoots, CASE), (wrong_files.Halves, PROMPTED)),
+    *((wrong.Scale, CASE), (wrong.Glance, ATTENDING), (wrong.Words, PROMPTED)),
+)
 
 
 @pytest.mark.parametrize(("law", "cls"), BROKEN, ids=[f"{law.__name__}-{cls.__name__}" for law, cls in BROKEN])
@@ -74,7 +81,9 @@ def test_the_law_catches_its_breaker_and_no_right_method(
     law: Callable[..., None], cls: type[WeightMethod | AttentionMethod | SequenceMethod]
 ) -> None:
     right, case = next((r, c) for r, c in RIGHT if issubclass(cls, r))
-    of, wrongly = ({}, {}) if right is wrong.Words else ({"target": TARGET}, {"target": _TARGETS.get(law, TARGET)})
+    of, wrongly = (
+        ({}, {}) if issubclass(right, wrong.Words) else ({"target": TARGET}, {"target": _TARGETS.get(law, TARGET)})
+    )
     with known(right):
         law(case, right(**of))
     with known(cls), pytest.raises(AssertionError):

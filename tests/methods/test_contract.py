@@ -162,6 +162,10 @@ WRONG: Mapping[str, tuple[Members, str]] = {
         {"init": lambda *_: None},
         r"Wrong\.init gave None(?s:.*)init must give dict\[str, Tensor\]",
     ),
+    "init takes a name": (
+        {"init": lambda *_: {"double": torch.ones(2)}},
+        r"calls a tensor 'double', which every torch",
+    ),
     "init needs a name": ({"init": lambda *_: {}["x"]}, r"Wrong\.init failed with KeyError(?s:.*)New parameters"),
     "keys gives a list": (
         {"keys": lambda *_: ["l"]},

@@ -21,6 +21,14 @@ class Mlp(nn.Module):
         return self.lin1(self.drop(self.lin0(x).relu())).log_softmax(-1)
 
 
+class Wider(Mlp):
+    """The same with as many features as a butterfly of eight needs: `[batch, 10] -> [batch, 2]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0, self.lin1 = nn.Linear(10, 32), nn.Linear(32, 2)
+
+
 class Normed(nn.Module):
     """The same with layer norms in front of both."""
 
@@ -123,6 +131,7 @@ class Built:
 ROWS = ((4, 10), (9, 10), (1, 10))
 MODELS: Mapping[str, Built] = {
     "MLP": Built(Mlp, ROWS),
+    "MLP of 32": Built(Wider, ROWS),
     "MLP with norms": Built(Normed, ROWS),
     "embedding and Conv1D": Built(TokensAndConv1D, ((2, 3), (5, 7), (1, 2)), tokens=100),
     "conv1d": Built(lambda: Conv(nn.Conv1d(3, 6, 2)), ((2, 3, 8), (5, 3, 11), (1, 3, 4))),
@@ -130,6 +139,7 @@ MODELS: Mapping[str, Built] = {
     "conv1d of 2 groups": Built(lambda: Conv(nn.Conv1d(8, 8, 3, groups=2)), ((2, 8, 8), (5, 8, 11), (1, 8, 4))),
     "conv2d of kernel 1": Built(lambda: Conv(nn.Conv2d(5, 10, 1)), ((2, 5, 7, 6), (4, 5, 9, 8), (1, 5, 4, 4))),
     "conv2d": Built(lambda: Conv(nn.Conv2d(5, 10, 3)), ((2, 5, 7, 6), (4, 5, 9, 8), (1, 5, 4, 4))),
+    "conv2d of 8 channels": Built(lambda: Conv(nn.Conv2d(8, 32, 3)), ((2, 8, 7, 6), (4, 8, 9, 8), (1, 8, 4, 4))),
     "conv2d of 8 groups": Built(lambda: Conv(nn.Conv2d(16, 16, 3, groups=8)), ((2, 16, 7, 6), (4, 16, 9, 8))),
     "conv2d of 2 groups": Built(
         lambda: Conv(nn.Conv2d(16, 32, 3, padding=1, groups=2)), ((2, 16, 7, 6), (4, 16, 9, 8), (1, 16, 3, 4))

@@ -21,6 +21,28 @@ _NEEDS_DATA = {"eva": "activations", "lora_ga": "gradients"}
 _MOVES_BASE = {"corda": "covariances", "loftq": "a quantisation of the base"}
 
 
+#: Fields of HF PEFT's config whose LoRAs are no LoRAs of this repository, why, and what to do.
+REFUSED = {
+    "alora_invocation_tokens": "an activated LoRA acts behind its invocation tokens alone, which a layer does not see, "
+    "and no weight does that; run it with peft, which merges it into none either",
+    "arrow_config": "Arrow mixes several LoRAs by each token, and no weight does that; make one LoRA active at a time",
+    "ensure_weight_tying": "copies of a tied weight are tied again by it, and copies here are their modules' own; "
+    "name one of the modules that share the weight",
+    "kasa_config": "KaSA cuts the base's weights to a rank, which no file of the adapter says, and has a diagonal "
+    "between its factors; merge it with peft",
+    "layer_replication": "it makes a model of more layers than the base has; build that model, and adapt it",
+    "megatron_config": "it is for Megatron's own parallel layers; merge it with peft",
+    "monteclora_config": "MonteCLoRA draws its factors in training from distributions that its file has beside them; "
+    "merge it with peft",
+    "use_bdlora": "BD-LoRA's factors are blocks on a diagonal, for servers that split them; "
+    "merge it with peft, or convert it (peft.convert_to_lora)",
+    "use_qalora": "QALoRA reads means of groups of inputs of GPTQ layers, and HF PEFT merges it into none; "
+    "train a LoRA over the quantised base in its place (docs/training.md)",
+    "velora_config": "VeLoRA trains by gradients of compressed activations, and its file is a LoRA's; "
+    "take velora_config out of adapter_config.json: it is that LoRA, and goes on by exact gradients",
+}
+
+
 def known_start(how: Start) -> Start:
     """A start by its name in lower case.
 
