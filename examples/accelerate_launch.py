@@ -41,7 +41,7 @@ for batch in loader:
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    losses.append(float(loss))
+    losses.append(loss.item())
 assert losses[-1] < losses[0]
 
 # Under FSDP2 every process calls what gathers weights; under DDP each has them all, and one is enough.

@@ -19,7 +19,7 @@ from peftfx.model.adapted import AdaptedModel
 
 RULE = peftfx.LoRA(target="all-linear", lora_dropout=0.1)
 SIZE = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
-FEW = ("bert", "t5", "mixtral", "gpt2", "vit", "whisper", "opt", "gemma2", "clip", "unet", "swin", "blip2")
+FEW = ("bert", "t5", "deberta", "gpt2", "vit", "whisper", "opt", "gemma2", "clip", "unet", "swin", "blip2")
 
 
 @pytest.fixture(scope="module")
