@@ -69,6 +69,8 @@ def work(checkpoint: Path, made: Path) -> Iterator[tuple[str, str, Sequence[obje
     yield "export, decode view", COMMAND, (*merged[:-1], made / "decode", "--view", "decode")
     swappable = ("export", "--base", base, "--swappable", "--force", "--output", made / "graph")
     yield "swappable", COMMAND, swappable
+    rows = ("export", "--base", base, "--batched", f"one={adapter}", "--force", "--output", made / "rows")
+    yield "batched", COMMAND, rows
     yield "decode, 96 steps", DECODE, (made / "decode",)
     yield "train, 60 steps", TRAIN, ()
 
