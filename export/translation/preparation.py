@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from peftfx.export.translation.complex_pairs import pair_complex
+from peftfx.export.translation.numbers import compute_numbers
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.optimization.cleanup import CASTS, Cleanup, source, writes
@@ -30,6 +31,7 @@ def prepare(graph: Graph) -> Graph:
     result = Cleanup()(graph).graph  # a copy
     rewriter = Rewriter(result.module.graph)
     pair_complex(rewriter)
+    compute_numbers(rewriter, result)
     written = any(writes(node) for node in result.nodes())  # then a gather, which copies, is more than its value
     for node in list(result.nodes()):
         if node.target is _SDPA and _rank(node) == 3:

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from peftfx.errors import PeftfxError, first_line
 
@@ -68,7 +68,7 @@ def refuse_unknown(base: nn.Module) -> None:
     except Exception as error:
         what = f"the model's cache cannot be told from its config: {first_line(error)}"
         raise PeftfxError(what, type(base).__name__, "use the forward view") from error
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    known = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)  # the last holds nothing: it reads another layer's
     other = next((layer for layer in layers if type(layer) not in known), None)
     if other is not None:
         refuse(type(other).__name__)

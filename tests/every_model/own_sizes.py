@@ -46,7 +46,7 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {**_MAMBA, "layer_types": [_LINEAR, _FULL]},
     "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", _FULL]},
     "llava": {"image_seq_length": 16},
     "gemma3": {"mm_tokens_per_image": 4},

@@ -1,0 +1,42 @@
+"""numbers: an operator that ONNX has not, applied to a number that the model's code says, is computed here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from peftfx.graph.graph import CONSTANTS, Graph
+from peftfx.graph.rewriter import Rewriter
+
+_aten = torch.ops.aten
+_WITHOUT_ONNX = {_aten.erfinv.default, _aten.special_erfinv.default, _aten.special_ndtri.default}
+
+
+def compute_numbers(rewriter: Rewriter, graph: Graph) -> None:
+    """Put what such operators give in their place, where it depends on nothing that the model is given; in place."""
+    for node in list(graph.nodes()):
+        if node.target not in _WITHOUT_ONNX or node.meta["val"].numel() != 1:
+            continue
+        if (value := _number(node, graph)) is not None:
+            shape, dtype = [1] * value.ndim, value.dtype
+            made = rewriter.before(node).call(_aten.full.default, shape, value.item(), dtype=dtype)
+            rewriter.replace(node, made)
+
+
+def _number(node: fx.Node, graph: Graph) -> Tensor | None:
+    """The value of a node that is computed from numbers alone."""
+    if node.op == "get_attr" and str(node.target).startswith(f"{CONSTANTS}."):
+        constant = graph.get(str(node.target))
+        return None if isinstance(constant, FakeTensor) or constant.is_meta else constant
+    if node.op != "call_function":
+        return None
+    values: dict[fx.Node, Tensor] = {}
+    for source in node.all_input_nodes:
+        if (value := _number(source, graph)) is None:
+            return None
+        values[source] = value
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda source: values[source])  # type: ignore[misc, arg-type, return-value]
+    with torch.no_grad():
+        found = node.target(*args, **kwargs)  # type: ignore[operator]
+    return found if isinstance(found, Tensor) else None
