@@ -10,7 +10,7 @@ from every_model.sweep import Key, keys, read
 from models_page import PAGE, page
 
 KNOWN = read()
-SHORT: Key = ("text-generation", "forward", "minicpm3")
+SHORT: Key = ("text-generation", "forward", "gptj")
 
 
 def _cases() -> list[object]:
