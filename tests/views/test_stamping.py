@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import peftfx
 from peftfx.graph.capturing import stamping
-from peftfx.graph.graph import Graph
+from peftfx.graph.graph import CONSTANTS, Graph
 from peftfx.views.capture import capture
 from peftfx.views.named_views import find_view
 
@@ -101,8 +101,11 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def text(graph: Graph) -> list[object]:
-    """All that a graph is, but for the names of its nodes."""
-    places = {node: i for i, node in enumerate(graph.module.graph.nodes)}
+    """All that a graph is, but for the names of its nodes; copies of a layer share a constant that its code makes."""
+    constants = {n for n in graph.module.graph.nodes if n.op == "get_attr" and str(n.target).startswith(CONSTANTS)}
+    nodes = [node for node in graph.module.graph.nodes if node not in constants]
+    places: dict[fx.Node, object] = {node: i for i, node in enumerate(nodes)}
+    places |= {node: graph.get(str(node.target)).tolist() for node in constants}
 
     def shape(value: object) -> object:
         return (str(value.shape), str(value.stride()), value.dtype) if isinstance(value, Tensor) else str(value)
@@ -115,7 +118,7 @@ def text(graph: Graph) -> list[object]:
             repr(pytree.tree_map(shape, node.meta.get("val"))),
             [(str(key), *map(str, entry)) for key, entry in (node.meta.get("nn_module_stack") or {}).items()],
         )
-        for node in places
+        for node in nodes
     ]
 
 
