@@ -12,7 +12,7 @@ from peftfx.errors import PeftfxError, nearest
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.base import Pass, PassResult
-from peftfx.patterns.matching import Match
+from peftfx.patterns.match import Match
 from peftfx.patterns.pattern import Pattern
 
 

@@ -205,12 +205,14 @@ class LoRA(WeightMethod):
         if not self.use_dora:
             return (y + delta if start is None else y + (delta - start)).to(y.dtype)
         gains = along_channels(gain(site, p[MAGNITUDE], self._updated(site, base.weight, p)), site)
-        bare = y if base.bias is None else y - along_channels(base.bias, site)
-        if drops:
-            bare = op(dropped, base.weight)
-        moved = y
+        bias = None if base.bias is None else along_channels(base.bias, site)
+        if not drops:
+            bare = y if bias is None else y - bias
+            scaled = gains * (bare + (delta if start is None else delta - start))
+            return (scaled if bias is None else scaled + bias).to(y.dtype)
+        moved, bare = y, op(dropped, base.weight)
         if start is not None:  # HF PEFT's base has lost s B0 A0, which dropout then passes by
-            begun = self._delta(site, op, dropped, p[A0], p[B0], None) if drops else start
+            begun = self._delta(site, op, dropped, p[A0], p[B0], None)
             moved, delta = y + (begun - start), delta - begun
         return (moved + (gains - 1) * bare + gains * delta).to(y.dtype)
 

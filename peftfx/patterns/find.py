@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from peftfx.graph.graph import Graph
-from peftfx.patterns.matching import Match, weight_of
+from peftfx.patterns.match import Match, weight_of
 from peftfx.patterns.pattern import Pattern, known_patterns
 from peftfx.sites.site import PATTERN, Call, Operand, PatternSite, layer_of
 from peftfx.sites.sites import Sites

@@ -6,114 +6,19 @@ are passed by at first, and compared behind that with a trace of the function at
 
 from __future__ import annotations
 
-import dataclasses
-import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from peftfx.analysis.dataflow import names, op_name
-from peftfx.analysis.weight_ops import module_path
 from peftfx.errors import PeftfxError
-from peftfx.graph.graph import BASE
+from peftfx.patterns.match import Bound, Match, Trail, copied_from, plain
+from peftfx.patterns.matcher import Matcher
 from peftfx.patterns.spelling import Spelling
-
-_COMMUTE = names("add mul maximum minimum logical_and logical_or bitwise_and bitwise_or")
-_CASTS = names("to _to_copy type_as float half bfloat16 double")
-_COPIES = _CASTS | names("clone contiguous detach alias lift_fresh_copy")
-_DIMS = names("dim dims dim0 dim1 axis")
-_SIZED = ("SymInt", "SymInt[]", "List[int]")
-_LEFT_OUT = frozenset({"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format", "copy"})
-_END = 2**63 - 1  #: where a slice ends that has no end
-_MOST_STEPS = 5_000  #: at one node: a pattern of many sums that almost matches has many orders
-
-
-@dataclass(frozen=True)
-class Match:
-    """Where a graph computes what a pattern's function computes.
-
-    Attributes:
-        y: the node that has the function's value.
-        operands: nodes, by the function's names; the first is what it is a function of.
-        numbers: values of its free numbers.
-        inner: the nodes between, `y` among them.
-        spelling: which of the pattern's it was.
-    """
-
-    y: fx.Node
-    operands: Mapping[str, fx.Node]
-    numbers: Mapping[str, float]
-    inner: tuple[fx.Node, ...]
-    spelling: Spelling = field(repr=False)
-
-    def value(self, name: str) -> Tensor:
-        """An operand as a fake tensor: its shape and dtype."""
-        value = self.operands[name].meta["val"]
-        assert isinstance(value, Tensor)
-        return value
-
-    def weight(self, name: str) -> str:
-        """The name of the base's tensor that an operand is; empty where it is none."""
-        return weight_of(self.operands[name]).partition(".")[2]
-
-    @property
-    def module(self) -> str:
-        """The path of the innermost module that all of it runs in."""
-        paths = [module_path(node).split(".") for node in self.inner]
-        common = paths[0]
-        for path in paths[1:]:
-            equal = [a == b for a, b in zip(common, path, strict=False)]
-            common = common[: equal.index(False) if False in equal else len(equal)]
-        return ".".join(common)
-
-
-def weight_of(node: fx.Node) -> str:
-    """The `get_attr` target of the base's tensor that a value is, however it was cast; empty where it is none."""
-    node = plain(node)
-    return str(node.target) if node.op == "get_attr" and str(node.target).startswith(f"{BASE}.") else ""
-
-
-def plain(node: fx.Node) -> fx.Node:
-    """What a value was before it was cast or copied."""
-    while (source := _copied(node)) is not None:
-        node = source
-    return node
-
 
 Traces = dict[tuple[int, str, str], fx.GraphModule | None]
 """Of spellings at the sizes of matches; None where the function cannot be run at these."""
-
-
-@dataclass
-class Trail:
-    """How far a match came: what was expected and found where it ended, of the attempt that came furthest.
-
-    Attributes:
-        whole: whether what matches behind the first difference counts too: for explanations.
-    """
-
-    whole: bool = False
-    reached: int = -1
-    node: fx.Node | None = None
-    why: str = ""
-    steps: int = 0
-
-    def ended(self, reached: int, node: object, why: str) -> None:
-        if reached > self.reached:
-            self.reached, self.why = reached, why
-            self.node = node if isinstance(node, fx.Node) else self.node
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """Nodes of a program that stand for nodes of the graph, numbers that are told, and how many operators matched."""
-
-    nodes: Mapping[fx.Node, fx.Node]
-    numbers: Mapping[str, float]
-    matched: int = 0
 
 
 def match_at(spelling: Spelling, node: fx.Node, trail: Trail, traces: Traces) -> Match | None:
@@ -125,7 +30,7 @@ def match_at(spelling: Spelling, node: fx.Node, trail: Trail, traces: Traces) ->
         trail: is told how far it came.
         traces: of the search of one graph: matches of equal sizes share one.
     """
-    loose = _Matcher(spelling.program, spelling.numbers, trail, strict=False)
+    loose = Matcher(spelling.program, spelling.numbers, trail, strict=False)
     for bound in loose.at(node):
         inputs = spelling.program.graph.find_nodes(op="placeholder")
         operands = {name: bound.nodes[p] for name, p in zip(spelling.tensors, inputs, strict=True)}
@@ -138,7 +43,7 @@ def match_at(spelling: Spelling, node: fx.Node, trail: Trail, traces: Traces) ->
 def _exact(
     spelling: Spelling,
     operands: Mapping[str, fx.Node],
-    bound: _Bound,
+    bound: Bound,
     node: fx.Node,
     trail: Trail,
     traces: Traces,
@@ -155,7 +60,7 @@ def _exact(
     if program is None:
         trail.ended(bound.matched, node, "the function cannot be run on the sizes that it has there")
         return None
-    strict = _Matcher(program, {}, trail, strict=True)
+    strict = Matcher(program, {}, trail, strict=True)
     inputs = program.graph.find_nodes(op="placeholder")
     wanted = {p: operands[name] for p, name in zip(inputs, spelling.tensors, strict=True)}
     for exact in strict.at(node):
@@ -179,226 +84,8 @@ def _end(program: fx.GraphModule, node: fx.Node) -> fx.Node:
     """The node that has the function's value: behind a cast where the function ends in one."""
     (output,) = program.graph.find_nodes(op="output")
     (user, *others) = node.users or (node,)
-    ends = not others and _copied(user) is node and user.meta["val"].dtype == output.args[0].meta["val"].dtype
-    return user if ends and _copied(output.args[0]) is not None else node
-
-
-class _Matcher:
-    """Looks for one program's values in a graph."""
-
-    def __init__(self, program: fx.GraphModule, numbers: Mapping[float, str], trail: Trail, *, strict: bool) -> None:
-        (output,) = program.graph.find_nodes(op="output")
-        self.root = plain(output.args[0])
-        self.numbers, self.trail, self.strict = numbers, trail, strict
-
-    def at(self, node: fx.Node) -> Iterator[_Bound]:
-        """Every way in which this node is the program's value."""
-        self.trail.steps = 0
-        return self._node(self.root, node, _Bound({}, {}))
-
-    def _node(self, p: fx.Node, g: object, bound: _Bound) -> Iterator[_Bound]:
-        self.trail.steps += 1
-        if self.trail.steps > _MOST_STEPS:
-            return
-        if not isinstance(g, fx.Node):
-            if isinstance(p.meta.get("val"), torch.SymInt) and (not self.strict or str(p.meta["val"]) == str(g)):
-                yield bound
-            else:
-                self._fail(bound, g, f"a number, {g}, where {_said(p)} is expected")
-            return
-        inner, casts = p, 0
-        while (source := _copied(inner)) is not None:
-            inner, casts = source, casts + 1
-        if inner.op == "placeholder":
-            yield from self._operand(inner, casts, g, bound)
-            return
-        if not isinstance(inner.meta.get("val"), (Tensor, list, tuple)):
-            if not self.strict or str(inner.meta.get("val")) == str(g.meta.get("val")):
-                yield bound
-            else:
-                self._fail(bound, g, f"{inner.meta.get('val')} is expected, and {g.meta.get('val')} is there")
-            return
-        g = plain(g)
-        known = bound.nodes.get(inner)
-        if known is not None:
-            if known is g:
-                yield bound
-            else:
-                self._fail(bound, g, f"the value of {known.name} is expected once more")
-            return
-        if g.op != "call_function" or op_name(g) != op_name(inner):
-            self._fail(bound, g, f"{_said(inner)} is expected, and {_said(g)} is there")
-            return
-        mine, theirs = _arguments(inner), _arguments(g)
-        opened = dataclasses.replace(bound, matched=bound.matched + 1)
-        for one, other in _orders(inner, mine, theirs):
-            for found in self._all(list(one.items()), other, inner, g, opened):
-                yield dataclasses.replace(found, nodes={**found.nodes, inner: g})
-
-    def _operand(self, p: fx.Node, casts: int, g: fx.Node, bound: _Bound) -> Iterator[_Bound]:
-        for _ in range(casts):
-            source = _copied(g)
-            g = g if source is None else source
-        if not isinstance(g.meta.get("val"), Tensor):
-            self._fail(bound, g, f"a tensor is expected for {p.name}")
-            return
-        known = bound.nodes.get(p)
-        if known is None:
-            yield dataclasses.replace(bound, nodes={**bound.nodes, p: g})
-        elif plain(known) is plain(g):
-            yield bound
-        else:
-            self._fail(bound, g, f"{known.name} is expected once more, as {p.name}, and {g.name} is there")
-
-    def _all(
-        self, mine: list[tuple[str, object]], theirs: Mapping[str, object], p: fx.Node, g: fx.Node, bound: _Bound
-    ) -> Iterator[_Bound]:
-        """Every way in which all of these arguments match."""
-        if not mine:
-            yield bound
-            return
-        (name, value), *rest = mine
-        matched = False
-        for found in self._argument(name, value, theirs.get(name), p, g, bound):
-            matched = True
-            yield from self._all(rest, theirs, p, g, found)
-        if not matched and self.trail.whole and rest:
-            self._credit((name, value), rest, theirs, p, g, bound)
-
-    def _credit(
-        self,
-        failed: tuple[str, object],
-        rest: list[tuple[str, object]],
-        theirs: Mapping[str, object],
-        p: fx.Node,
-        g: fx.Node,
-        bound: _Bound,
-    ) -> None:
-        """Count what matches beside an argument that does not: how close it is, where someone asks."""
-        found = next(self._all(rest, theirs, p, g, bound), None)
-        if found is not None and found.matched > bound.matched:
-            trail, self.trail = self.trail, Trail()
-            next(self._argument(*failed, theirs.get(failed[0]), p, g, bound), None)
-            ended, self.trail = self.trail, trail
-            trail.ended(ended.reached + found.matched - bound.matched, ended.node, ended.why)
-
-    def _argument(
-        self, name: str, value: object, other: object, p: fx.Node, g: fx.Node, bound: _Bound
-    ) -> Iterator[_Bound]:
-        if isinstance(value, fx.Node):
-            yield from self._node(value, other, bound)
-            return
-        if isinstance(value, (list, tuple)) and any(isinstance(v, fx.Node) for v in value):
-            if not isinstance(other, (list, tuple)) or len(other) != len(value):
-                self._fail(bound, g, f"{len(value)} values are expected as {name}")
-                return
-            pairs = list(zip(value, other, strict=True))
-            yield from self._each(name, pairs, p, g, bound)
-            return
-        if isinstance(value, float) and (own := self.numbers.get(round(value, 6))) is not None:
-            yield from self._number(own, other, g, bound)
-            return
-        if self._same(name, value, other, p, g):
-            yield bound
-        else:
-            there = other.name if isinstance(other, fx.Node) else other
-            self._fail(bound, g, f"{op_name(p)} with {name}={value} is expected, and {name} is {there}")
-
-    def _each(
-        self, name: str, pairs: list[tuple[object, object]], p: fx.Node, g: fx.Node, bound: _Bound
-    ) -> Iterator[_Bound]:
-        if not pairs:
-            yield bound
-            return
-        (value, other), *rest = pairs
-        for found in self._argument(name, value, other, p, g, bound):
-            yield from self._each(name, rest, p, g, found)
-
-    def _number(self, name: str, other: object, g: fx.Node, bound: _Bound) -> Iterator[_Bound]:
-        if isinstance(other, bool) or not isinstance(other, (int, float)):
-            self._fail(bound, g, f"a number is expected for {name}")
-        elif bound.numbers.get(name, float(other)) != float(other):
-            self._fail(bound, g, f"{name} is {bound.numbers[name]} elsewhere, and {other} here")
-        else:
-            yield dataclasses.replace(bound, numbers={**bound.numbers, name: float(other)})
-
-    def _same(self, name: str, value: object, other: object, p: fx.Node, g: fx.Node) -> bool:
-        if isinstance(other, fx.Node):
-            return (not self.strict and isinstance(value, int)) or str(other.meta.get("val")) == str(value)
-        if isinstance(value, (list, tuple)) and isinstance(other, (list, tuple)):
-            pairs = zip(value, other, strict=False)
-            return len(value) == len(other) and all(self._same(name, a, b, p, g) for a, b in pairs)
-        if value == other:
-            return True
-        if name in _DIMS and isinstance(value, int) and isinstance(other, int):
-            return _from_end(value, p) == _from_end(other, g)
-        return not self.strict and _is_size(p, name)
-
-    def _fail(self, bound: _Bound, node: object, why: str) -> None:
-        self.trail.ended(bound.matched, node, why)
-
-
-def _from_end(dim: int, node: fx.Node) -> int:
-    source = next((n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)), None)
-    return dim if dim < 0 or source is None else dim - source.ndim
-
-
-def _is_size(node: fx.Node, name: str) -> bool:
-    """Whether an argument is a size, that another trace may have another of."""
-    schema = getattr(node.target, "_schema", None)
-    kinds = {a.name: str(a.real_type) for a in schema.arguments} if schema is not None else {}
-    return kinds.get(name, "").removeprefix("Optional[").removesuffix("]") in _SIZED or "SymInt" in kinds.get(name, "")
-
-
-def _arguments(node: fx.Node) -> dict[str, object]:
-    """A node's arguments by name, those at their defaults too; without what says where and how a value is stored."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
-    named = {a.name: a.default_value if a.has_default_value() else None for a in schema.arguments}
-    named |= {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)}
-    named |= dict(node.kwargs)
-    if op_name(node) == "slice":
-        named |= {"start": named["start"] or 0, "end": _END if _is_last(named) else named["end"]}
-    return {name: value for name, value in named.items() if name not in _LEFT_OUT}
-
-
-def _is_last(named: Mapping[str, object]) -> bool:
-    """Whether a slice goes to the end of its axis, in whichever way that is written."""
-    source, dim, end = named["self"], named["dim"], named["end"]
-    if not isinstance(source, fx.Node) or not isinstance(dim, int):
-        return False
-    return end is None or end == _END or (isinstance(end, int) and end == source.meta["val"].shape[dim])
-
-
-def _orders(
-    p: fx.Node, mine: dict[str, object], theirs: dict[str, object]
-) -> Iterator[tuple[dict[str, object], dict[str, object]]]:
-    yield mine, theirs
-    if op_name(p) in _COMMUTE and theirs.get("alpha", 1) == 1:
-        first, second, *_ = theirs
-        yield mine, {**theirs, first: theirs[second], second: theirs[first]}
-
-
-def _copied(node: fx.Node) -> fx.Node | None:
-    """What a node copies or casts, or passes on as it is; None where it computes."""
-    if node.op != "call_function" or node.target is operator.getitem:
-        return None
-    name = op_name(node)
-    idle = name == "dropout" and len(node.args) > 2 and node.args[2] is False
-    if not idle and (name not in _COPIES or not isinstance(node.meta.get("val"), Tensor)):
-        return None
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not isinstance(value := source.meta.get("val"), Tensor):
-        return None
-    kept = value.dtype == node.meta["val"].dtype
-    return source if kept or (value.is_floating_point() and node.meta["val"].is_floating_point()) else None
-
-
-def _said(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return f"the input {node.name}"
-    return f"the tensor {node.target}" if node.op == "get_attr" else str(node.target).removesuffix(".default")
+    ends = not others and copied_from(user) is node and user.meta["val"].dtype == output.args[0].meta["val"].dtype
+    return user if ends and copied_from(output.args[0]) is not None else node
 
 
 def refuse_own(error: Exception, name: str) -> PeftfxError:

@@ -12,7 +12,8 @@ from peftfx.analysis.dataflow import op_name
 from peftfx.analysis.weight_ops import module_path
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
-from peftfx.patterns.matching import Match, Traces, Trail, match_at, plain, refuse_own
+from peftfx.patterns.match import Match, Trail, plain
+from peftfx.patterns.matching import Traces, match_at, refuse_own
 from peftfx.patterns.spelling import Spelling, spell
 from peftfx.sites.site import ROLES
 
