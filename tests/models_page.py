@@ -59,7 +59,7 @@ def page(results: Mapping[Key, Result]) -> str:
 
 
 def _sentence(note: str) -> str:
-    return re.sub(r"\s+", " ", note).replace("|", "\\|").replace("<", "\\<").strip()
+    return re.sub(r"\s+", " ", note).replace("|", "\\|").replace("<", "\\<").replace("[", "\\[").strip()
 
 
 def chosen(words: list[str], status: str, again: bool) -> list[Key]:

@@ -46,4 +46,5 @@ def test_the_page_has_every_method_on_every_model_and_nothing_on_it_is_wrong() -
 
 def test_the_page_counts_the_laws() -> None:
     for kind, cls in methods().items():
-        assert f"| {kind} | {sum(law.is_about(cls) for law in LAWS)} |" in PAGE_TEXT
+        if cls.__module__.startswith("peftfx.methods."):  # other tests register methods of their own
+            assert f"| {kind} | {sum(law.is_about(cls) for law in LAWS)} |" in PAGE_TEXT

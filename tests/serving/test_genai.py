@@ -54,7 +54,7 @@ def test_genai_generates_our_tokens_alone_and_in_a_batch_padded_on_the_right(exp
         assert torch.equal(genai_tokens(directory, given), expected)
 
 
-@pytest.mark.parametrize("method", [peftfx.PrefixTuning, peftfx.PromptTuning])
+@pytest.mark.parametrize("method", [pytest.param(peftfx.PrefixTuning, marks=pytest.mark.slow), peftfx.PromptTuning])
 def test_genai_sees_nothing_of_a_soft_prompt_but_what_it_does(method: type[Method], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
     adapted = peftfx.transform(ZOO["llama"].build(), method(num_virtual_tokens=3), seed=0)

@@ -54,7 +54,6 @@ RULES = {
     **PROMPTED,
 }
 LONG = ("p_tuning", "prompt and lora")
-SHORT = ("prompt and lora",)
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
@@ -92,7 +91,8 @@ def graphs_of(served: runtime.Served) -> dict[str, OnnxModel]:
     return {"encoder": served.graphs["encoder_model"], "decoder": served.graphs["decoder_model"]}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in SHORT else [pytest.mark.slow]) for k in RULES])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RULES)
 def test_an_encoder_decoder_with_a_file_for_each_graph_is_the_merged_model(
     t5: Deployed, kind: str, tmp_path: Path
 ) -> None:

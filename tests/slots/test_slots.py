@@ -167,6 +167,7 @@ def test_heads_that_do_not_fit_are_refused(tmp_path: Path, peftfx: Run) -> None:
     assert not list(tmp_path.glob("x*"))
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_quantised_graph_is_held_to_what_the_graph_lost(tmp_path: Path) -> None:
     model = ZOO["bert"].build()
     report = export_onnx(model, tmp_path / "graph", slots="all-linear", quantize="int8")

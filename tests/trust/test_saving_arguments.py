@@ -46,7 +46,7 @@ def test_selected_adapters_are_those_that_are_saved(adapted: AdaptedModel, tmp_p
         ({"safe_serialization": False}, "pickles are not written"),
         ({"state_dict": {}}, "the adapters' own tensors"),
         ({"save_embedding_layers": True}, "embeddings are not saved"),
-        ({"adapter_name": "one", "selected_adapters": ["one"]}, "both say"),
+        ({"adapter_name": "one", "selected_adapters": ["one"]}, "are both given"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_written(

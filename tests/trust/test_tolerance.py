@@ -74,7 +74,7 @@ def test_a_large_adapter_passes_under_what_float32_itself_loses(tmp_path: Path) 
     assert all(c["max_abs"] <= c["bound"] and c["float32"] is not None for c in written["comparisons"])
 
 
-@pytest.mark.parametrize("std", [0.2, 2.0])
+@pytest.mark.parametrize("std", [0.2, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_a_wrong_answer_fails_however_large_the_adapter_is(
     std: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ HEAVY = ("torch", "transformers", "onnxruntime", "onnx_ir", "numpy")
 EXPORT = ("export", "--base", "nowhere", "--output", "out")
 LINES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*EXPORT, "--view", "decoder"), ("'decoder'", "one of forward, decode, auto", "did you mean 'decode'")),
-    ((*EXPORT, "--dtype", "float16"), ("unknown dtype 'float16'", "one of fp32, fp16, bf16")),
+    ((*EXPORT, "--dtype", "float8"), ("unknown dtype 'float8'",)),
     ((*EXPORT, "--engine", "fastest"), ("'fastest'", "one of fast, torch")),
     ((*EXPORT, "--optimize", "gpu"), ("'gpu'", "one of cpu, cuda, none")),
     ((*EXPORT, "--quantize", "int2"), ("'int2'", "one of int8, int4")),
