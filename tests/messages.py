@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "messages.txt"
 FOLDERS = ("peftfx", "passes", "export")
-RAISED = frozenset({"PeftfxError", "VerificationError", "warn"})
+RAISED = frozenset({"PeftfxError", "VerificationError", "StateError", "warn"})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.contract.override import SAVED
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager_adapters import applied
+from peftfx.export.verification.kept_state import KeptState, StateError
 from peftfx.graph.contexts import evaluating
 from peftfx.graph.graph import leaf_names
 from peftfx.model.adapted import AdaptedModel
@@ -49,14 +50,22 @@ class EagerReference:
     read_elsewhere: set[str] = dataclasses.field(default_factory=set)
 
     def __call__(self, feed: Mapping[str, Tensor]) -> Tensors:
-        """The outputs by name, given the inputs.
+        """The outputs by name, given the inputs. The model's buffers are as they were, afterwards.
 
         Raises:
-            PeftfxError: the model's own code refuses them.
+            PeftfxError: the model's own code refuses them; or it keeps something in a buffer, and computes something
+                else in its next call.
         """
         base, adapters = self.adapted.base, self.adapted.named.acting()
-        with torch.no_grad(), evaluating(base), without_cache(base):
-            return self._run(base, adapters, feed)
+        kept = KeptState(base)
+        try:
+            with torch.no_grad(), evaluating(base), without_cache(base):
+                output = self._run(base, adapters, feed)
+                if changed := kept.changed():
+                    _refuse_state(changed, output, self._run(base, adapters, feed))
+                return output
+        finally:
+            kept.restore()
 
     def _run(self, base: nn.Module, adapters: Sequence[Adapter], feed: Mapping[str, Tensor]) -> Tensors:
         with applied(base, adapters, self.read_elsewhere) as state:
@@ -92,6 +101,19 @@ class EagerReference:
         result = base(**call) if entry is None or hole is None else entry(forward, base, hole, call)
         named = zip(leaf_names(result), pytree.tree_leaves(result), strict=True)
         return {name: value for name, value in named if isinstance(value, Tensor)}
+
+
+def _refuse_state(paths: Sequence[str], first: Tensors, second: Tensors) -> None:
+    """Refuse a model that computes something else in its next call, by what it has kept."""
+    other = [name for name, value in first.items() if not _equal(second.get(name), value)]
+    if other:
+        what = f"the model's code changes its own buffer when it runs, and its next call gives another {other[0]}"
+        hint = "a graph starts from the same value in each call: pass the state as an argument, and return it"
+        raise StateError(what, ", ".join(paths[:3]), hint)
+
+
+def _equal(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _refuse_lost(adapters: Sequence[Adapter], seen: set[str]) -> None:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.kept_state import StateError
 from peftfx.export.verification.sizes import EVERY, Sizes
 from peftfx.graph.graph import Graph, TensorSpec, path_name
 from peftfx.model.adapted import AdaptedModel
@@ -80,7 +81,7 @@ def probes(
             else:
                 with without_cache(adapted.base):
                     want = eager_forward(adapted, nested(case, example))
-        except VerificationError:
+        except (VerificationError, StateError):
             raise
         except Exception as error:  # whatever the model's code raises for a size it does not take
             refusal = error

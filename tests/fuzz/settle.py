@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -77,7 +78,10 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], w
     if code == 2:
         assert "Traceback" not in said.err
         if "Usage: " not in said.err + said.out:
-            assert said.out == ""
+            if "--json" in words:
+                assert json.loads(said.out)["error"]["exit_code"] == 2
+            else:
+                assert said.out == ""
             assert said.err.count("peftfx: error: ") == 1
             readable(said.err.partition("peftfx: error: ")[2].strip())
     return int(code)

@@ -14,6 +14,7 @@ from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx
+from peftfx import PeftfxError
 from peftfx.adapters.files import reader
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.weight import WeightMethod
@@ -252,3 +253,37 @@ def test_a_module_that_never_runs_is_named_in_the_report(tmp_path: Path) -> None
     adapted.adapter("default").named = frozenset({"shared"})
     report = adapted.export(tmp_path / "out", view="auto")
     assert report.idle in ([], ["shared"])
+
+
+class Counts(nn.Module):
+    """Adds how often it has run, kept in a buffer; or keeps it and adds nothing."""
+
+    def __init__(self, *, adds: bool, in_place: bool) -> None:
+        super().__init__()
+        self.adds, self.in_place, self.layer = adds, in_place, nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_place:
+            self.count.add_(1.0)
+        else:
+            self.count = self.count + 1
+        return self.layer(x) + (self.count if self.adds else 0)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_model_whose_next_call_gives_something_else_is_refused_and_left_as_it_was(
+    in_place: bool, tmp_path: Path
+) -> None:
+    rule, inputs = peftfx.LoRA(r=2, target="head", init_lora_weights=False), {"x": torch.randn(2, 4)}
+    model = Counts(adds=True, in_place=in_place).eval()
+    adapted = peftfx.transform(model, rule, inputs=inputs)
+    with pytest.raises(PeftfxError, match=r"changes its own buffer when it runs.*\[count\]") as raised:
+        adapted.export(tmp_path / "refused")
+    assert raised.value.exit_code == 2
+    assert model.count.item() == 0
+    assert model.count.dtype == torch.float32
+
+    model = Counts(adds=False, in_place=in_place).eval()
+    assert peftfx.transform(model, rule, inputs=inputs).export(tmp_path / "served").max_abs < 1e-5
+    assert model.count.item() == 0
