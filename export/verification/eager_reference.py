@@ -17,7 +17,7 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.contract.override import SAVED
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager_adapters import applied
-from peftfx.export.verification.kept_state import KeptState, StateError
+from peftfx.export.verification.kept_state import StateError, buffers_kept
 from peftfx.graph.contexts import evaluating
 from peftfx.graph.graph import leaf_names
 from peftfx.model.adapted import AdaptedModel
@@ -57,15 +57,11 @@ class EagerReference:
                 else in its next call.
         """
         base, adapters = self.adapted.base, self.adapted.named.acting()
-        kept = KeptState(base)
-        try:
-            with torch.no_grad(), evaluating(base), without_cache(base):
-                output = self._run(base, adapters, feed)
-                if changed := kept.changed():
-                    _refuse_state(changed, output, self._run(base, adapters, feed))
-                return output
-        finally:
-            kept.restore()
+        with torch.no_grad(), evaluating(base), without_cache(base), buffers_kept(base) as kept:
+            output = self._run(base, adapters, feed)
+            if changed := kept.changed():
+                _refuse_state(changed, output, self._run(base, adapters, feed))
+            return output
 
     def _run(self, base: nn.Module, adapters: Sequence[Adapter], feed: Mapping[str, Tensor]) -> Tensors:
         with applied(base, adapters, self.read_elsewhere) as state:

@@ -6,6 +6,9 @@ starts each call from there too, and a model that computes something else in its
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -48,3 +51,13 @@ def _differs(module: nn.Module, name: str, value: Tensor, copy: Tensor | None) -
     if copy is None or now is None:
         return now is not value
     return now.dtype != copy.dtype or now.shape != copy.shape or not torch.equal(now.to(copy.device), copy)
+
+
+@contextmanager
+def buffers_kept(base: nn.Module) -> Iterator[KeptState]:
+    """Inside, the model's code may change its buffers; afterwards they are as they were."""
+    kept = KeptState(base)
+    try:
+        yield kept
+    finally:
+        kept.restore()

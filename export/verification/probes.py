@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.export.verification.kept_state import StateError
+from peftfx.export.verification.kept_state import StateError, buffers_kept
 from peftfx.export.verification.sizes import EVERY, Sizes
 from peftfx.graph.graph import Graph, TensorSpec, path_name
 from peftfx.model.adapted import AdaptedModel
@@ -152,7 +152,8 @@ def is_large(base: nn.Module) -> bool:
 
 def eager_view(view: View, entry: Entry | None, base: nn.Module, case: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the model's own code gives in a view, under a soft prompt that is zero."""
-    output = view(base, case) if entry is None else entry(view, base, entry.hole(base), case)
+    with buffers_kept(base):
+        output = view(base, case) if entry is None else entry(view, base, entry.hole(base), case)
     assert isinstance(output, dict)
     return output
 
@@ -238,8 +239,9 @@ def _resized(
 
 def eager_forward(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
     """What the model's own code answers, through the entry of an active soft prompt; the prompt itself is zero."""
-    entry = adapted.entry()
-    return adapted.base(**call) if entry is None else entry(forward, adapted.base, entry.hole(adapted.base), call)
+    entry, base = adapted.entry(), adapted.base
+    with buffers_kept(base):
+        return base(**call) if entry is None else entry(forward, base, entry.hole(base), call)
 
 
 def _compare(captured: Graph, case: Mapping[str, Tensor], want: object) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from peftfx.analysis.dataflow import ACTIVATED, MOVEMENT, PRODUCTS, Flow, names, op_name
+from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 
 Rows = tuple[tuple[int, int], ...]
@@ -150,8 +151,17 @@ def as_ranges(rows: set[int]) -> Rows:
 
 
 def hint(size: object) -> int:
-    """The value a size had in the example the graph was captured with."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)  # type: ignore[call-overload]
+    """The value a size had in the example the graph was captured with.
+
+    Raises:
+        PeftfxError: it has none: it depends on the values of a tensor.
+    """
+    if not isinstance(size, torch.SymInt):
+        return int(size)  # type: ignore[call-overload]
+    if size.node.hint is None:
+        what = "a size in this model's code depends on the values of a tensor: sites cannot be found behind it"
+        raise PeftfxError(what, str(size), "pass arguments or a config that avoid it")
+    return int(size.node.hint)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

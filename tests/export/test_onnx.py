@@ -117,6 +117,18 @@ def test_a_write_that_others_see_goes_torchs_road_and_the_model_says_so(
     assert torch.equal(OnnxModel(tmp_path)(x=x)["output"], write(x))
 
 
+def test_pieces_whose_size_is_computed_are_served(tmp_path: Path) -> None:
+    """onnxscript cannot fold such a split."""
+
+    class Halves(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([half.sum(1) for half in x.chunk(2, 1)])
+
+    save(to_onnx(capture(Halves().eval(), {"x": torch.randn(2, 6, 4)})), tmp_path)
+    x = torch.randn(3, 8, 4)
+    torch.testing.assert_close(OnnxModel(tmp_path)(x=x)["output"], Halves()(x))
+
+
 def test_an_unknown_engine_is_refused(export: Export) -> None:
     with pytest.raises(PeftfxError, match="engine"):
         to_onnx(export("gpt2").graph, engine="slow")
