@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +74,28 @@ class Prefix(Entry):
 def cache_shape(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
     """The layers, heads and features of a head that the model's code keeps keys and values of.
 
-    Measured: the model is run on fake tensors with an empty cache, which tells for any architecture.
+    Measured: the model is run on fake tensors with an empty cache, which tells for any architecture. That is done once,
+    and again where the model has other modules or another config: each call under a prefix asks.
 
     Raises:
         PeftfxError: the model keeps no cache, or one whose layers differ.
     """
+    made_of = decodes, sum(1 for _ in base.modules()), repr(_fields(base))
+    found = _shapes.get(base)
+    if found is None or found[0] != made_of:
+        found = _shapes[base] = made_of, _measured(base, decodes)
+    return found[1]
+
+
+_shapes: WeakKeyDictionary[nn.Module, tuple[object, tuple[int, int, int]]] = WeakKeyDictionary()
+
+
+def _fields(base: nn.Module) -> object:
+    config = getattr(base, "config", None)
+    return getattr(config, "__dict__", config)
+
+
+def _measured(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
     cache = _empty()
     with dry_run(base) as fake:
         inputs = {name: fake(t) for name, t in example_inputs(base).items()}

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from support.zoo import ZOO
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import peftfx
 from peftfx.errors import PeftfxError
 from peftfx.model.adapted import AdaptedModel
+from peftfx.views import prefix
 from peftfx.views.capture import capture
 
 
@@ -235,3 +237,24 @@ def test_a_weight_that_its_own_forward_scales_is_refused_and_one_scaled_ahead_is
     scaled[0].max_norm = None
     graph = capture(scaled, {"input": ids})
     torch.testing.assert_close(graph(input=ids), model(ids))
+
+
+def test_what_a_model_keeps_is_measured_once_and_again_when_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ZOO["llama"].build().eval()
+    adapted = peftfx.transform(model, peftfx.PrefixTuning(num_virtual_tokens=3))
+    measured: list[tuple[int, int, int]] = []
+
+    def counting(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
+        measured.append(made(base, decodes))
+        return measured[-1]
+
+    made = prefix._measured
+    monkeypatch.setattr(prefix, "_measured", counting)
+    ids = {"input_ids": torch.randint(64, (2, 5))}
+    adapted(**ids)
+    adapted(**ids)
+    assert measured == []
+    layers = len(model.model.layers)
+    model.model.layers = model.model.layers[:-1]
+    assert prefix.cache_shape(model, False)[0] == layers - 1
+    assert len(measured) == 1
