@@ -17,7 +17,7 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.contract.override import SAVED
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager_adapters import applied
-from peftfx.export.verification.kept_state import StateError, buffers_kept
+from peftfx.export.verification.kept_state import StateError, state_kept
 from peftfx.graph.contexts import evaluating
 from peftfx.graph.graph import leaf_names
 from peftfx.model.adapted import AdaptedModel
@@ -50,17 +50,18 @@ class EagerReference:
     read_elsewhere: set[str] = dataclasses.field(default_factory=set)
 
     def __call__(self, feed: Mapping[str, Tensor]) -> Tensors:
-        """The outputs by name, given the inputs. The model's buffers are as they were, afterwards.
+        """The outputs by name, given the inputs. What the model keeps is as it was, afterwards.
 
         Raises:
-            PeftfxError: the model's own code refuses them; or it keeps something in a buffer, and computes something
-                else in its next call.
+            PeftfxError: the model's own code refuses them; or it keeps something, and computes something else in its
+                next call.
         """
         base, adapters = self.adapted.base, self.adapted.named.acting()
-        with torch.no_grad(), evaluating(base), without_cache(base), buffers_kept(base) as kept:
+        with torch.no_grad(), evaluating(base), without_cache(base), state_kept(base) as kept:
             output = self._run(base, adapters, feed)
-            if changed := kept.changed():
-                _refuse_state(changed, output, self._run(base, adapters, feed))
+            kind, paths = kept.changed()
+            if paths:
+                _refuse_state(kind, paths, output, self._run(base, adapters, feed))
             return output
 
     def _run(self, base: nn.Module, adapters: Sequence[Adapter], feed: Mapping[str, Tensor]) -> Tensors:
@@ -99,11 +100,11 @@ class EagerReference:
         return {name: value for name, value in named if isinstance(value, Tensor)}
 
 
-def _refuse_state(paths: Sequence[str], first: Tensors, second: Tensors) -> None:
+def _refuse_state(kind: str, paths: Sequence[str], first: Tensors, second: Tensors) -> None:
     """Refuse a model that computes something else in its next call, by what it has kept."""
     other = [name for name, value in first.items() if not _equal(second.get(name), value)]
     if other:
-        what = f"the model's code changes its own buffer when it runs, and its next call gives another {other[0]}"
+        what = f"the model's code changes its own {kind} when it runs, and its next call gives another {other[0]}"
         hint = "a graph starts from the same value in each call: pass the state as an argument, and return it"
         raise StateError(what, ", ".join(paths[:3]), hint)
 

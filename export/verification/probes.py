@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.export.verification.kept_state import StateError, buffers_kept
+from peftfx.export.verification.kept_state import StateError, state_kept
 from peftfx.export.verification.sizes import EVERY, Sizes
 from peftfx.graph.graph import Graph, TensorSpec, path_name
 from peftfx.model.adapted import AdaptedModel
@@ -152,7 +152,7 @@ def is_large(base: nn.Module) -> bool:
 
 def eager_view(view: View, entry: Entry | None, base: nn.Module, case: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the model's own code gives in a view, under a soft prompt that is zero."""
-    with buffers_kept(base):
+    with state_kept(base):
         output = view(base, case) if entry is None else entry(view, base, entry.hole(base), case)
     assert isinstance(output, dict)
     return output
@@ -240,7 +240,7 @@ def _resized(
 def eager_forward(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
     """What the model's own code answers, through the entry of an active soft prompt; the prompt itself is zero."""
     entry, base = adapted.entry(), adapted.base
-    with buffers_kept(base):
+    with state_kept(base):
         return base(**call) if entry is None else entry(forward, base, entry.hole(base), call)
 
 

@@ -287,3 +287,31 @@ def test_a_model_whose_next_call_gives_something_else_is_refused_and_left_as_it_
     model = Counts(adds=False, in_place=in_place).eval()
     assert peftfx.transform(model, rule, inputs=inputs).export(tmp_path / "served").max_abs < 1e-5
     assert model.count.item() == 0
+
+
+class CountsByHand(nn.Module):
+    """Adds how often it has run, kept in a number; the buffer follows what another number says of it."""
+
+    def __init__(self, *, adds: bool) -> None:
+        super().__init__()
+        self.adds, self.count, self.layer = adds, 0, nn.Linear(4, 4)
+        self.register_buffer("table", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        if self.table is None:
+            self.table = torch.ones(4)
+        return self.layer(x) * self.table + (self.count if self.adds else 0)
+
+
+def test_a_number_that_a_forward_counts_is_state_too(tmp_path: Path) -> None:
+    rule, inputs = peftfx.LoRA(r=2, target="head", init_lora_weights=False), {"x": torch.randn(2, 4)}
+    model = CountsByHand(adds=True).eval()
+    with pytest.raises(PeftfxError, match=r"changes its own (buffer|attribute) when it runs, and its next call gives"):
+        peftfx.transform(model, rule, inputs=inputs).export(tmp_path / "refused")
+    assert model.count == 0
+    assert model.table is None
+
+    model = CountsByHand(adds=False).eval()
+    assert peftfx.transform(model, rule, inputs=inputs).export(tmp_path / "served").max_abs < 1e-5
+    assert model.count == 0
