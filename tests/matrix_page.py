@@ -6,7 +6,6 @@ only writes the page. `--again` runs cells anew; with words, those alone whose n
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import re
@@ -16,7 +15,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
+import pages
 from matrix.cells import METHODS, Bench, Cell, cells
 
 ROOT = Path(__file__).parents[1]
@@ -114,17 +113,5 @@ def run(words: list[str], again: bool) -> dict[str, dict[str, object]]:
     return results
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="run the cells whose names hold one of these")
-    parser.add_argument("--again", action="store_true", help="run cells that have a result too")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    results = run(options.words, options.again)
-    PAGE.write_text(page(results), encoding="utf-8")
-    print(summary(results))
-
-
 if __name__ == "__main__":
-    main()
+    pages.command(__doc__, "cells", run, page, PAGE, summary)

@@ -6,7 +6,6 @@ only writes the page. `--again` runs cells anew; with words, those alone whose n
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import tempfile
@@ -14,7 +13,6 @@ from collections import Counter
 from pathlib import Path
 
 import pages
-import torch
 from method_table.cells import CHECKS, MODELS, Bench, kinds
 from method_table.variants import VARIANTS
 from pages import Results
@@ -115,17 +113,5 @@ def run(words: list[str], again: bool) -> Results:
     return results
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="run the rows whose names hold one of these")
-    parser.add_argument("--again", action="store_true", help="run rows that have a result too")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    results = run(options.words, options.again)
-    PAGE.write_text(page(results), encoding="utf-8")
-    print(summary(results))
-
-
 if __name__ == "__main__":
-    main()
+    pages.command(__doc__, "rows", run, page, PAGE, summary)

@@ -1,16 +1,46 @@
-"""What the scripts that write tables into `docs` have in common: results kept as they come, notes by numbers, rows."""
+"""What the scripts that write tables into `docs` have in common: the command, results kept, notes by numbers, rows."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 Results = dict[str, dict[str, dict[str, str]]]
 """Of each case by its name: its checks, and notes on them."""
+
+R = TypeVar("R")
+
+
+def command(
+    doc: str | None,
+    noun: str,
+    run: Callable[[list[str], bool], R],
+    page: Callable[[R], str],
+    file: Path,
+    summary: Callable[[R], str],
+) -> None:
+    """Run what the words of the command line ask for, write the page of all results, and print their summary.
+
+    Args:
+        doc: the script's.
+        noun: what is run, as `cells`.
+        run: called with words that names hold one of, and whether what has a result is run again; gives all results.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help=f"run the {noun} whose names hold one of these")
+    parser.add_argument("--again", action="store_true", help=f"run {noun} that have a result too")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = run(options.words, options.again)
+    file.write_text(page(results), encoding="utf-8")
+    print(summary(results))
 
 
 def kept(path: Path) -> Results:

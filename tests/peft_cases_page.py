@@ -6,7 +6,6 @@ ended only writes the page. `--again` runs cases anew; with words, those alone w
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import tempfile
 from collections import Counter
@@ -14,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pages
-import torch
 from pages import Results
 from peft_cases.checks import CHECKS, TOLERANCE, Case, cases, run
 
@@ -95,17 +93,5 @@ def _ended(case: Case, results: Results) -> bool:
     return found is not None and found["checks"].keys() == set(CHECKS) and set(found["checks"].values()) <= set(SAID)
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="run the cases whose names hold one of these")
-    parser.add_argument("--again", action="store_true", help="run cases that have a result too")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    results = _run(options.words, options.again)
-    PAGE.write_text(page(results), encoding="utf-8")
-    print(summary(results))
-
-
 if __name__ == "__main__":
-    main()
+    pages.command(__doc__, "cases", _run, page, PAGE, summary)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 import peftfx
 from peftfx.patterns.find import with_patterns
-from peftfx.patterns.pattern import Pattern, forget
+from peftfx.patterns.pattern import Pattern
 
-WIDE = {"x": "batch length width"}
 SIZE = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -34,21 +31,6 @@ FAMILIES = {
     **dict.fromkeys(("StableLm", "SmolLM3", "Glm", "Glm4", "Helium", "Exaone4", "SeedOss"), "silu"),
     **dict.fromkeys(("Gemma", "Gemma2", "Nemotron", "Phi", "GPTNeoX", "Arcee", "Starcoder2"), ""),
 }
-
-
-@pytest.fixture(scope="module")
-def swiglu() -> Iterator[Pattern]:
-    @peftfx.pattern("mlp.swiglu", **WIDE, gate="inner width", up="inner width", down="width inner")
-    def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-
-    @swiglu.also(**WIDE, both="2*inner width", down="width inner")
-    def fused(x: Tensor, both: Tensor, down: Tensor) -> Tensor:
-        gate, up = F.linear(x, both).chunk(2, -1)
-        return F.linear(up * F.silu(gate), down)
-
-    yield swiglu
-    forget([swiglu.name])
 
 
 def gated(model: nn.Module) -> list[str]:
