@@ -72,17 +72,6 @@ def found_base(base: Path) -> Path:
     raise PeftfxError(what, f"{base}, {cache}", f"fetch it first: hf download {base.as_posix()}; or give a directory")
 
 
-def check_run(prompt: str | None, given: Sequence[object], images: Iterable[Path], task: str | None) -> None:
-    """Refuse an unknown task, images that are not there, and nothing to run on, or a prompt beside other things."""
-    if task is not None:
-        check_task(task)
-    if (prompt is None) == (not given):
-        raise PeftfxError("give one input: a prompt, texts or images", "run", "pass --prompt, or --text, or --image")
-    missing = next((path for path in images if not os.path.isfile(path)), None)
-    if missing is not None:
-        raise PeftfxError("there is no such image", str(missing), "check the path")
-
-
 def chosen_slots(target: str | None, *, swappable: bool, prefix: bool) -> Slots | None:
     """The slots of `--slots`, by default of all linear layers; None without `--swappable`.
 

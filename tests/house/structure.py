@@ -59,6 +59,7 @@ LAYERS = (
         "peftfx.model.graphs",
         "peftfx.model",
         "peftfx.serving",
+        "peftfx.serving.runs",
     ),
     *("peftfx.export.metadata", "peftfx.export.translation", "peftfx.export.writing", "peftfx.export.coded"),
     *("peftfx.export.verification", "peftfx.export.checkpoint"),

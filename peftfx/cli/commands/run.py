@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from peftfx.cli.speech import quiet
-from peftfx.cli.voice import VOICE, tell
-from peftfx.cli.words import check_run
+from peftfx.cli.voice import VOICE
+from peftfx.serving.runs.asked import Asked, Found, runner
 
 
 def run(
@@ -29,23 +31,29 @@ def run(
 
     Labels are printed as JSON, a line for each text or image.
     """
-    import contextlib
-    import io
-    import json
-
-    check_run(prompt, [*(text or ()), *(image or ())], image or (), task)
-    from peftfx.serving.run import classify, stream
-
+    asked = Asked(
+        directory=model,
+        prompt=prompt,
+        texts=tuple(text or ()),
+        images=tuple(image or ()),
+        task=task,
+        top=top,
+        adapter=adapter,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+    )
+    asked.check()
     with quiet():
-        if prompt is not None:
-            options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "chat": chat}
-            if not (VOICE.as_json or VOICE.quiet):
-                stream(model, prompt, **options, adapter=adapter)  # type: ignore[arg-type]
-                return
-            with contextlib.redirect_stdout(io.StringIO()) as said:
-                stream(model, prompt, **options, adapter=adapter)  # type: ignore[arg-type]
-            tell({"prompt": prompt, "text": said.getvalue()})
-            return
-        for item in classify(model, [*(text or ()), *map(str, image or ())], task=task, top=top, adapter=adapter):
-            if not VOICE.quiet:
-                print(json.dumps(item, default=float))
+        out = None if VOICE.as_json or VOICE.quiet else sys.stdout
+        for found in runner(asked)(asked, out):
+            _tell(found)
+
+
+def _tell(found: Found) -> None:
+    """Print a result: a line of JSON if that was asked for or it has no words, else its words."""
+    if VOICE.as_json or (found.words is None and not VOICE.quiet):
+        print(json.dumps(found.value, default=float), flush=True)
+    elif found.words and not VOICE.quiet:
+        print(found.words, flush=True)

@@ -1,0 +1,32 @@
+"""Labels: what transformers' pipeline for a model's task gives for texts and images, the likeliest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TextIO
+
+from peftfx.bases.tasks import HEARING, resolve_task
+from peftfx.bases.transformers_config import understanding
+from peftfx.errors import PeftfxError
+from peftfx.serving.load import load
+from peftfx.serving.pipelines import pipeline, task_of_directory
+from peftfx.serving.runs.asked import Asked, Found
+
+
+def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
+    """A list of labels with their scores, or whatever else the pipeline gives, for each text and each image.
+
+    Raises:
+        PeftfxError: the model is for something else, or lacks a tokenizer or image processor.
+    """
+    served = load(asked.directory, adapter=asked.adapter)
+    task = task_of_directory(served.directory) if asked.task is None else resolve_task(asked.task)
+    if task in HEARING:
+        hint = "call the model in Python (peftfx.runtime.load) with the features of the sound"
+        raise PeftfxError("this model takes sound, and the command line gives texts and images alone", task, hint)
+    found = pipeline(served, task)
+    options = {"top_k": asked.top} if found.task in ("text-classification", "image-classification") else {}
+    for item in (*asked.texts, *map(str, asked.images)):
+        with understanding(item, f"the {found.task} pipeline does not take this", "see `__cause__`"):
+            value = found(item, **options)
+        yield Found(value)

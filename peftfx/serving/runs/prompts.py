@@ -1,0 +1,46 @@
+"""Prompts: a text streams out of a model that generates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from peftfx.errors import PeftfxError
+from peftfx.serving.load import load
+from peftfx.serving.runs.asked import Asked, Found
+from peftfx.serving.runs.streaming import generation_options, streamer_to
+
+
+def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
+    """Continue the prompt, writing each word to `out` as it comes, and then give the whole continuation.
+
+    Raises:
+        PeftfxError: the model generates nothing, or its directory has no tokenizer or chat template.
+    """
+    from transformers import GenerationMixin
+
+    model = load(asked.directory, adapter=asked.adapter)
+    if not isinstance(model, GenerationMixin):
+        hint = "pass --text or --image to classify, or export it with --view decode"
+        raise PeftfxError("this model has no cache to generate with", str(asked.directory), hint)
+    assert asked.prompt is not None
+    tokenizer = model.tokenizer
+    inputs = _encode(tokenizer, asked.prompt, asked.chat, asked.directory)
+    options = generation_options(asked) | {"pad_token_id": tokenizer.pad_token_id}
+    tokens = model.generate(**inputs, **options, streamer=streamer_to(out, tokenizer))
+    new = tokens[0, inputs["input_ids"].shape[1] if model.pads_left else 1 :]  # a decoder has a start of its own
+    yield Found({"prompt": asked.prompt, "text": str(tokenizer.decode(new, skip_special_tokens=True))}, words="")
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool, directory: Path) -> dict[str, torch.Tensor]:
+    if not chat:
+        made = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
+    if not tokenizer.chat_template:
+        raise PeftfxError("the tokenizer has no chat template", str(directory), "leave --chat out")
+    said = [{"role": "user", "content": prompt}]
+    made = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}

@@ -1,0 +1,33 @@
+"""Streaming: how runs that generate text sample it, and write each word as it comes."""
+
+from __future__ import annotations
+
+from typing import Any, TextIO
+
+import torch
+
+from peftfx.serving.runs.asked import Asked
+
+
+def generation_options(asked: Asked) -> dict[str, Any]:
+    """What is passed to transformers' `generate`; with a seed, torch's is set."""
+    options: dict[str, Any] = {"max_new_tokens": asked.max_new_tokens, "do_sample": asked.temperature > 0}
+    if asked.temperature > 0:
+        options["temperature"] = asked.temperature
+    if asked.seed is not None:
+        torch.manual_seed(asked.seed)
+    return options
+
+
+def streamer_to(out: TextIO | None, tokenizer: Any) -> Any:
+    """A streamer that writes what comes behind the prompt to a file; None where there is none."""
+    from transformers import TextStreamer
+
+    if out is None:
+        return None
+
+    class Writes(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            print(text, end="\n" if stream_end else "", flush=True, file=out)
+
+    return Writes(tokenizer, skip_prompt=True, skip_special_tokens=True)
