@@ -9,6 +9,7 @@ from peftfx.adapters.adapter import Adapter, shared_key
 from peftfx.contract.override import SAVED
 from peftfx.contract.placed import Placed
 from peftfx.graph.graph import ADAPTERS, Graph
+from peftfx.passes.adaptation.pattern_weights import foldable
 from peftfx.passes.base import attributes_of
 from peftfx.sites.site import SEQUENCE
 
@@ -27,7 +28,9 @@ def count_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph], to: 
     """
     read = {target for graph in graphs for target in attributes_of(graph) if target.startswith(f"{ADAPTERS}.")}
     own = {name: {t.split(".", 2)[2] for t in read if t.startswith(f"{ADAPTERS}.{name}.")} for name in adapters}
-    return _count(adapters, own, to)
+    folds = [match.region for graph in graphs if to == MERGED for match in foldable(graph)[0]]
+    folded = {target.removeprefix(f"{ADAPTERS}.") for region in folds for _, target in region.params}
+    return _count(adapters, own, to, folded)
 
 
 def count_row_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph]) -> dict[str, int]:
@@ -46,11 +49,17 @@ def _acting(adapter: Adapter, runs: Collection[str]) -> Iterator[str]:
             yield override.key
 
 
-def _count(adapters: Mapping[str, Adapter], read: Mapping[str, Collection[str]], to: str) -> dict[str, int]:
+def _count(
+    adapters: Mapping[str, Adapter],
+    read: Mapping[str, Collection[str]],
+    to: str,
+    folded: Collection[str] = (),
+) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for name, adapter in adapters.items():
         for number, rule in enumerate(adapter.placed):
-            counts.update(_where(rule, key, read[name], to) for key in _keys(adapter, rule, number))
+            beside = {key for key in _keys(adapter, rule, number) if f"{name}.{key}" not in folded}
+            counts.update(_where(rule, key, read[name], to, beside) for key in _keys(adapter, rule, number))
             account = adapter.accounts.get(number)
             counts.update({REPEATS: len(account.repeats), UNUSED: len(account.unused)} if account else {})
     return {place: count for place, count in counts.items() if count}
@@ -67,7 +76,7 @@ def _keys(adapter: Adapter, rule: Placed, number: int) -> Iterator[str]:
     yield from (shared_key(number, name) for name in rule.method.shared_keys(rule.sites))
 
 
-def _where(rule: Placed, key: str, read: Collection[str], to: str) -> str:
+def _where(rule: Placed, key: str, read: Collection[str], to: str, beside: Collection[str]) -> str:
     if rule.placements.prompts and key.partition(".")[0] == SEQUENCE:
         return PROMPTS
     if key not in read:
@@ -76,5 +85,5 @@ def _where(rule: Placed, key: str, read: Collection[str], to: str) -> str:
         return to
     if key.startswith(f"{SAVED}."):
         return COPIES
-    beside = rule.placements.attentions or rule.placements.patterns
-    return CONSTANTS if to == MERGED and beside else to
+    constant = rule.placements.attentions or (rule.placements.patterns and key in beside)
+    return CONSTANTS if to == MERGED and constant else to

@@ -19,12 +19,13 @@ from peftfx.contract.placement import WeightPlacement, owner_of, site_tensors
 from peftfx.contract.update import Update
 from peftfx.contract.weight import widened
 from peftfx.errors import PeftfxError
-from peftfx.graph.graph import DERIVED
+from peftfx.graph.graph import DERIVED, Graph
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE
 from peftfx.passes.adaptation.attention import split_heads
+from peftfx.passes.adaptation.pattern_weights import Folds, foldable
 from peftfx.passes.adaptation.prefill import NAME
 from peftfx.sites.site import Site
 from peftfx.views.entry import VirtualTokens
@@ -40,9 +41,6 @@ def adapter_tensors(adapted: AdaptedModel, *, decodes: bool) -> AdapterTensors:
         adapted: the model.
         decodes: in a decode view, in which any soft prompt is a prefix.
     """
-    for match in (p for _, placements in _placements(adapted) for p in placements.patterns):
-        what = f"what {type(match.method).__name__} adds at a pattern is told by no slot"
-        raise PeftfxError(what, match.site.path, "export the adapter merged")
     own = {o.key.removeprefix(f"{SAVED}."): adapted.adapter(n).get(o.key) for n, o in _overrides(adapted)}
     updates = updates_of(adapted, own)
     wanted = {(name, OWN): value for name, value in own.items() if not _unchanged(adapted, name, value)}
@@ -71,7 +69,25 @@ def updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, Up
         before = updates.get(site.path, Update())
         p = adapted.adapter(name).params(placement)
         updates[site.path] = before.then(_update_at(placement, _base(adapted, site, before, own), p))
+    if any(placements.patterns for _, placements in _placements(adapted)):
+        graph = adapted.graph()
+        for site, step in (pair for match in _matches(graph) for pair in match.steps()):
+            before = updates.get(site.path, Update())
+            updates[site.path] = before.then(step.update(_base(adapted, site, before, own), graph.get))
     return updates
+
+
+def _matches(graph: Graph) -> list[Folds]:
+    """What pattern methods do in a graph, at layers that they fold into, in the order in which they act.
+
+    Raises:
+        PeftfxError: one does something else.
+    """
+    found, why = foldable(graph)
+    if why:
+        path, _, reason = why[0].partition(": ")
+        raise PeftfxError(f"no slot tells what is added at a pattern: {reason}", path, "export the adapter merged")
+    return found
 
 
 def _base(adapted: AdaptedModel, site: Site, before: Update, own: Mapping[str, Tensor]) -> Base:

@@ -21,7 +21,7 @@ from peftfx.contract.placement import (
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.passes.adaptation.attention import join
-from peftfx.passes.adaptation.pattern import apply_at_match
+from peftfx.passes.adaptation.pattern import apply_at_match, refuse_within_layers
 from peftfx.passes.adaptation.sequence import TARGET, first_operation, trace_virtual
 from peftfx.passes.adaptation.weight import apply_at
 from peftfx.passes.base import Pass, PassResult, fake_like
@@ -48,6 +48,7 @@ class Insert(Pass):
         ordered = (*first, *(p for p in self.adapter.placements if p not in first))
         with isolated(graph.base):
             changed = _override(splicer) + sum(_insert(p, splicer) for p in ordered)
+        refuse_within_layers(graph)
         splicer.rewriter.close(graph)
         return PassResult(graph, changed)
 

@@ -5,6 +5,7 @@ What is left of the adapters and depends on no input, as a soft prompt, becomes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from peftfx.adapters.recipes import Derived, Folding, Own, Step
 from peftfx.graph.graph import ADAPTERS, DERIVED, Graph
 from peftfx.graph.rewriter import OVERRIDES, REGION, Rewriter
 from peftfx.passes.adaptation.constants import freeze
+from peftfx.passes.adaptation.pattern_weights import Folds, MatchStep, foldable
 from peftfx.passes.base import Pass, PassResult, Region, attributes_of, fake_like, results
 from peftfx.passes.rewriting.site_op import operands, rewire
 from peftfx.sites.site import Site
@@ -23,6 +25,8 @@ from peftfx.sites.site import Site
 class Merge(Pass):
     """Fold every insertion into the weights it acts on; make constants of those that act on none.
 
+    A pattern method is folded where all that it does is in the weights of layers (`PatternMethod.folds`).
+
     Sites that share a tensor get a weight of their own.
     """
 
@@ -31,14 +35,15 @@ class Merge(Pass):
     ensures = ("merged",)
 
     def __call__(self, graph: Graph) -> PassResult:
-        steps = _steps(graph)
+        matches, _ = foldable(graph)
+        steps = _steps(graph, matches)
         if not results(graph) and not any(OVERRIDES in n.meta for n in graph.nodes()):
             return PassResult(graph, 0)
-        merged = _without_regions(graph)
+        merged = _without_regions(graph, matches)
         nodes, rewriter = {n.name: n for n in merged.nodes()}, Rewriter(merged.module.graph)
         sites = merged.sites.weights_by_path
-        for path, regions in steps.items():
-            _fold_site(rewriter, merged, sites[path], regions, nodes)
+        for path, own in steps.items():
+            _fold_site(rewriter, merged, sites[path], tuple(own), nodes)
         rewriter.close(merged)
         frozen = freeze(merged)
         for node in attributes_of(merged).values():
@@ -60,39 +65,52 @@ def _rename_override(graph: Graph, node: fx.Node) -> None:
     node.target = f"{DERIVED}.{name}"
 
 
-def _steps(graph: Graph) -> dict[str, list[Region]]:
-    """The insertions at each site, in order, once each however often the site is called."""
-    steps: dict[str, list[Region]] = {}
+def _steps(graph: Graph, matches: Sequence[Folds]) -> dict[str, list[Step | MatchStep]]:
+    """What is done to the weight of each site, in order, once however often the site is called.
+
+    Methods at a match come last: they act on what the layers in it give with all that acts on these.
+    """
+    regions: dict[str, list[Region]] = {}
     for region in (result.meta[REGION] for result in results(graph)):
         if region.placement.on_weight is None:
             continue
-        regions = steps.setdefault(region.placement.site.path, [])
-        if all((r.adapter, r.placement) != (region.adapter, region.placement) for r in regions):
-            regions.append(region)
+        own = regions.setdefault(region.placement.site.path, [])
+        if all((r.adapter, r.placement) != (region.adapter, region.placement) for r in own):
+            own.append(region)
+    steps: dict[str, list[Step | MatchStep]] = {path: _at_weight(own) for path, own in regions.items()}
+    for site, step in (pair for match in matches for pair in match.steps()):
+        steps.setdefault(site.path, []).append(step)
     return steps
 
 
-def _without_regions(graph: Graph) -> Graph:
-    """The graph without what was inserted at weights; overrides stay."""
+def _at_weight(regions: Sequence[Region]) -> list[Step | MatchStep]:
+    acting = ((r.placement.on_weight, r.params) for r in regions)
+    return [Step(p.method, p.view, p.block, dict(params)) for p, params in acting if p is not None]
+
+
+def _without_regions(graph: Graph, matches: Sequence[Folds]) -> Graph:
+    """The graph without what was inserted at weights, and at matches that fold into them; overrides stay."""
+
+    def goes(node: fx.Node) -> bool:
+        region = node.meta.get(REGION)
+        folds = region is not None and any(match.covers(region) for match in matches)
+        return folds or (region is not None and region.placement.on_weight is not None)
+
     merged = graph.clone()
     nodes = {n.name: n for n in merged.nodes()}
     for result in results(merged):
-        if _acts_on_weights(result):
+        if goes(result):
             result.replace_all_uses_with(nodes[result.meta[REGION].y])
     for node in reversed(list(merged.nodes())):
-        if _acts_on_weights(node):
+        if goes(node):
             merged.module.graph.erase_node(node)
     return merged
 
 
-def _acts_on_weights(node: fx.Node) -> bool:
-    return REGION in node.meta and node.meta[REGION].placement.on_weight is not None
-
-
-def _fold_site(rewriter: Rewriter, graph: Graph, site: Site, regions: list[Region], nodes: dict[str, fx.Node]) -> None:
+def _fold_site(
+    rewriter: Rewriter, graph: Graph, site: Site, steps: tuple[Step | MatchStep, ...], nodes: dict[str, fx.Node]
+) -> None:
     weight, bias = operands(site, site.calls[0], nodes)
-    acting = ((r.placement.on_weight, r.params) for r in regions)
-    steps = tuple(Step(p.method, p.view, p.block, dict(params)) for p, params in acting if p is not None)
     folding = Folding(site, str(weight.target), None if bias is None else str(bias.target), steps)
     new_weight, new_bias = _meta(folding, graph, weight, bias)
     graph.derived[f"{site.path}.weight"] = Derived(folding, "weight")

@@ -7,7 +7,12 @@ import dataclasses
 from torch import Tensor
 
 from peftfx.contract.completeness import asking, refuse_output
+from peftfx.contract.placed import Placements
 from peftfx.contract.placement import PatternPlacement
+from peftfx.errors import PeftfxError
+from peftfx.graph.graph import Graph
+from peftfx.graph.rewriter import REGION
+from peftfx.passes.base import results
 from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.site import Operand, PatternSite
 
@@ -36,6 +41,21 @@ def apply_at_match(splicer: Splicer, placement: PatternPlacement) -> int:
         result = at.trace(forward, x, y, *params.values(), key=("match", method, own, names), what=named, where=path)
         splicer.replace(y, result, users)
     return len(site.calls)
+
+
+def refuse_within_layers(graph: Graph) -> None:
+    """Refuse a pattern method that acts within what a weight method takes for the layer: merged, it would act on both.
+
+    Such a layer is one that flattens its input, and computes a product and its shape again.
+    """
+    regions = [result.meta[REGION] for result in results(graph)]
+    inner = {r.y: p.method for r in regions for p in Placements([r.placement]).patterns}
+    for placement in Placements(r.placement for r in regions if inner).weights:
+        call = next((call for call in placement.site.calls if call.y != call.op and call.op in inner), None)
+        if call is not None:
+            kind = type(inner[call.op]).__name__
+            what = f"{kind} acts within this layer, whose whole output {type(placement.method).__name__} adapts"
+            raise PeftfxError(what, placement.site.path, "write the pattern around the whole layer, or leave it out")
 
 
 def anonymous(site: PatternSite) -> PatternSite:

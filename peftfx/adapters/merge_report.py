@@ -55,10 +55,6 @@ def refuse_unmergeable(adapters: Mapping[str, Adapter]) -> None:
     if placements.prompts:
         hint = "export it: there it becomes a constant of the graph; or make adapters of weights alone active"
         raise PeftfxError("a soft prompt has no place in the base's weights", ", ".join(adapters), hint)
-    for match in placements.patterns:
-        what = f"what {type(match.method).__name__} adds at a pattern has no place in the base's weights"
-        hint = "export it: there its parameters become constants; or make adapters of weights alone active"
-        raise PeftfxError(what, match.site.path, hint)
     for placement in (p for p in placements.weights if p.on_weight is None):
         hint = "export it: there its operations are the graph's own; or make other adapters active"
         raise PeftfxError(placement.method.unfoldable, placement.site.path, hint)

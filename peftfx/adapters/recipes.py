@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,17 @@ from peftfx.graph.lazy_weights import exact
 from peftfx.graph.recipe import Get, Recipe
 from peftfx.sites.blocks import Block, turned
 from peftfx.sites.site import Site
+
+
+class Folded(Protocol):
+    """What is done to the weight and bias of a layer, with the names of the tensors in the graph that it reads."""
+
+    @property
+    def params(self) -> Mapping[str, str]: ...
+
+    def fold(self, start: Base, base: Base, get: Get) -> Base:
+        """The weight and bias after it, of what they were at the start and are now."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ class Folding:
     site: Site
     weight: str
     bias: str | None
-    steps: tuple[Step, ...]
+    steps: tuple[Folded, ...]
 
     @torch.no_grad()
     def evaluate(self, get: Get) -> Base:

@@ -110,6 +110,13 @@ def refuse_fold(method: object, where: str, got: object) -> None:
         raise _gave(type(method), "fold", where, shown(got))
 
 
+def refuse_folded(method: object, where: str, name: str, got: object, weight: Tensor) -> None:
+    """Refuse what a pattern method's `fold` gave that is nothing to stand in an argument's place."""
+    if not isinstance(got, Tensor) or got.shape != weight.shape:
+        what = f"{list(got.shape)} for {name}, which is {list(weight.shape)}" if isinstance(got, Tensor) else shown(got)
+        raise _gave(type(method), "fold", where, what)
+
+
 @contextmanager
 def asking(method: object, member: str, where: str) -> Iterator[None]:
     """Inside, a bare error of a method's own code is told as one of this member; the bare one is its cause."""

@@ -1,7 +1,11 @@
 """PatternMethod: what a rule does where a graph computes what a pattern's function computes.
 
-A pattern is no layer: HF PEFT knows none, and files of such methods are peftfx's own. What the method adds stays in the
-graph when it is merged, with its parameters as constants.
+A pattern is no layer: HF PEFT knows none, and files of such methods are peftfx's own. What such a method does belongs
+into the base's weights where it says how (`folds`), as
+
+    forward(site, x, f(x, *weights), p, training=False) == f(x, *(fold(site, name, w, p) for each name, w))
+
+for the pattern's function `f`. Otherwise it stays in the graph when that is merged, with its parameters as constants.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.method import Method, Params
+from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.patterns.pattern import Pattern
 from peftfx.sites.site import PATTERN, PatternSite, Site
@@ -59,6 +64,28 @@ class PatternMethod(Method):
 
         `site` is without its path: one trace serves all matches that are alike.
         """
+
+    def folds(self, site: PatternSite) -> tuple[str, ...]:
+        """Names of the function's arguments, weights or biases of layers, that do all that `forward` does; or none.
+
+        Where one of them is no layer's at a match, or is read by something else too, nothing is folded there.
+        """
+        return ()
+
+    def fold(self, site: PatternSite, name: str, weight: Tensor, p: Params) -> Tensor:
+        """What stands in the place of an argument that `folds` names: shape of `weight`, in fp32, as `p` is.
+
+        `weight` is as the function reads it. By default it is what `update` says; of a bias, [out], its scale `outer`.
+        """
+        update = self.update(site, name, p)
+        if weight.ndim == 1:
+            return weight if update.outer is None else weight * update.outer
+        return update.apply(weight)
+
+    def update(self, site: PatternSite, name: str, p: Params) -> Update:
+        """What `fold` does to a linear weight, [out, in], as scales and a low-rank sum: for graphs with slots."""
+        what = f"{type(self).__name__} does not say what it does to {name}, as scales and a low-rank sum"
+        raise PeftfxError(what, site.path, f"write {type(self).__name__}.update, or export the adapter merged")
 
     def keys(self, site: PatternSite) -> dict[str, str]:
         """For each parameter that is saved, its name in files behind the site's path: by default its own."""

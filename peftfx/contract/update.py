@@ -56,6 +56,11 @@ class Update:
             self.bias if later.bias is None else later.bias,
         )
 
+    def turned(self) -> Update:
+        """What this update of a weight is to the weight transposed; neither has a bias."""
+        a, b = (None if t is None else t.T for t in (self.b, self.a))
+        return Update(inner=self.outer, outer=self.inner, a=a, b=b)
+
     def spread(self, block: Block, rows: int, where: str) -> Update:
         """This update of some rows as one of a whole weight.
 

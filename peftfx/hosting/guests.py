@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,15 @@ from torch.overrides import TorchFunctionMode
 from peftfx.adapters.adapter import Adapter, Holder
 from peftfx.bases.guests import Guests
 from peftfx.contract.acting import Acting, adapted, overlap
+from peftfx.contract.completeness import asking, refuse_output
 from peftfx.contract.method import Op
 from peftfx.contract.placement import owner_of
 from peftfx.errors import PeftfxError
 from peftfx.hosting.call import CURRENT, Keys
 from peftfx.hosting.call_inputs import read
-from peftfx.hosting.seats import AttentionSeat, CopySeat, WeightSeat
+from peftfx.hosting.seats import AttentionSeat, CopySeat, PatternSeat, WeightSeat
 from peftfx.passes.adaptation.attention import anonymous, attended
+from peftfx.passes.adaptation.pattern import anonymous as unnamed
 from peftfx.twins.layers import Reader, is_quantised
 
 Forward = Callable[..., object]
@@ -103,6 +106,21 @@ class AttentionGuest:
         return attended(self.method, self.site, query, y, (keys, values), p, training=module.training)
 
 
+class PatternGuest:
+    """A pattern method at the output of a module that computes what the pattern does."""
+
+    def __init__(self, seat: PatternSeat, adapter: Adapter) -> None:
+        self.path, self.method = seat.placement.site.path, seat.placement.method
+        self.site, self.params = unnamed(seat.placement.site), Parameters(adapter, adapter.keys(seat.placement))
+
+    def act(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """What the module gives, with what this one does."""
+        with asking(self.method, "forward", self.path):
+            made = self.method.forward(self.site, x, y, self.params(), module.training)
+        refuse_output(self.method, self.path, made, y)
+        return made
+
+
 class Copy:
     """An adapter's copy of a module's tensor, or of rows of it."""
 
@@ -123,6 +141,7 @@ class Hosted(Guests):
         super().__init__()
         self.weights: dict[str, list[WeightGuest]] = {}
         self.attentions: dict[str, list[AttentionGuest]] = {}
+        self.matches: dict[str, list[PatternGuest]] = {}
         self.copies: dict[str, dict[str, Copy]] = {}
         self.kept: dict[str, list[str]] = {}
 
@@ -137,19 +156,21 @@ class Hosted(Guests):
 
     def drop(self, key: str) -> bool:
         """Let go of what an adapter brought; returns whether anything is left."""
-        for table in (self.weights, self.attentions, *self.copies.values()):
-            table.pop(key, None)  # type: ignore[attr-defined]
+        for table in self._tables():
+            table.pop(key, None)
         for child in self.kept.pop(key, ()):
             owner = self._modules.pop(child)
             if isinstance(owner, Holder):
                 owner.hosted = False
         self.copies = {name: table for name, table in self.copies.items() if table}
-        return bool(self.weights or self.attentions or self.copies)
+        return any(self._tables())
 
     def hosts(self, keys: Keys) -> bool:
         """Whether one of these adapters acts here."""
-        tables: tuple[Mapping[str, object], ...] = (self.weights, self.attentions, *self.copies.values())
-        return any(key in table for table in tables for key in keys)
+        return any(key in table for table in self._tables() for key in keys)
+
+    def _tables(self) -> tuple[dict[str, Any], ...]:
+        return (self.weights, self.attentions, self.matches, *self.copies.values())
 
     def read(self, name: str, own: Tensor) -> Tensor:
         """A tensor of the module, as the adapters that act have it."""
@@ -169,6 +190,14 @@ class Hosted(Guests):
             if not (isinstance(y, Tensor) or (y is None and alone)):
                 raise other_call(path, f"it returned a {type(y).__name__}")
             y = found[i].act(own, module, _only_tensor(path, args, kwargs), y, found[:i])
+        return y
+
+    def join(self, module: nn.Module, y: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        """What a module gives, with all pattern methods that act."""
+        for guest in (guest for key in CURRENT.keys or () for guest in self.matches.get(key, ())):
+            if not isinstance(y, Tensor):
+                raise other_call(guest.path, f"it returned a {type(y).__name__}")
+            y = guest.act(module, _only_tensor(guest.path, args, kwargs), y)
         return y
 
     def attending(self, keys: Keys) -> list[AttentionGuest]:

@@ -88,7 +88,12 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
             return run_by_row(self, guests, args, kwargs)
         if not CURRENT.keys or not isinstance(guests, Hosted):
             return own.forward(self, *args, **kwargs)
-        attending = guests.attending(CURRENT.keys)
+        if guests.matches:
+            return guests.join(self, ran(self, guests, args, kwargs), args, kwargs)
+        return ran(self, guests, args, kwargs)
+
+    def ran(self: nn.Module, guests: Hosted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        attending = guests.attending(CURRENT.keys or ())
         if attending:
             with Attending(self, attending) as mode:
                 output = own.forward(self, *args, **kwargs)

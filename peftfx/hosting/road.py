@@ -18,9 +18,9 @@ from peftfx.errors import PeftfxError
 from peftfx.hosting.call import Keys, Rows, acting
 from peftfx.hosting.call_inputs import read
 from peftfx.hosting.checkpointing import bind
-from peftfx.hosting.guests import AttentionGuest, Copy, Hosted, WeightGuest
+from peftfx.hosting.guests import AttentionGuest, Copy, Hosted, PatternGuest, WeightGuest
 from peftfx.hosting.host import dress, guests_of, undress
-from peftfx.hosting.seats import AttentionSeat, CopySeat, Seat, Seating, WeightSeat
+from peftfx.hosting.seats import AttentionSeat, CopySeat, PatternSeat, Seat, Seating, WeightSeat
 from peftfx.sharding import settle, share_whole
 from peftfx.views.entry import Entry, forward
 
@@ -148,6 +148,8 @@ class ModulesRoad:
         else:
             if isinstance(place, WeightSeat):
                 guests.weights.setdefault(key, []).append(WeightGuest(place, adapter, module))
+            if isinstance(place, PatternSeat):
+                guests.matches.setdefault(key, []).append(PatternGuest(place, adapter))
             if isinstance(place, AttentionSeat):
                 guests.attentions.setdefault(key, []).append(AttentionGuest(place, adapter, self.base))
             guests.keep(key, adapter.get_submodule(place.placement.key))

@@ -22,7 +22,7 @@ from peftfx.contract.placement import AttentionPlacement, PatternPlacement, Plac
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE, Graph
 from peftfx.hosting.regions import Regions
-from peftfx.hosting.seats import AttentionSeat, CopySeat, Seat, Seating, WeightSeat
+from peftfx.hosting.seats import AttentionSeat, CopySeat, PatternSeat, Seat, Seating, WeightSeat
 from peftfx.passes.adaptation.attention import leaving
 from peftfx.passes.rewriting.site_op import bind
 from peftfx.quantisation.coded import Coded
@@ -91,7 +91,7 @@ class _Finder:
 
     @seats.register
     def _(self, placement: PatternPlacement) -> Sequence[Seat]:
-        raise Unhostable(f"{placement.site.path}: a pattern is found in a graph, and is no module")
+        return [self.pattern(placement)]
 
     def host(self, path: str) -> nn.Module:
         """The module at a path, if what acts there acts in no other place, and its forward runs whenever it is used."""
@@ -183,6 +183,22 @@ class _Finder:
                 if region.outputs != {last}:
                     raise Unhostable(f"{path}: more leaves it than what the attention gives")
         return AttentionSeat(path, placement, behind)
+
+    def pattern(self, placement: PatternPlacement) -> PatternSeat:
+        """Where a pattern method acts: at the module that all of a match runs in, if it computes nothing else."""
+        path = placement.site.path
+        site = next((s for s in self.graph.sites.patterns if s.path == path), None)
+        if site is None:
+            raise Unhostable(f"{path}: the call that the model was transformed with does not run it")
+        module = path.removesuffix(f".{site.pattern}.{path.rpartition('.')[2]}")
+        self.host(module)
+        for call in site.calls:
+            region = self.regions.around(module, self.nodes[call.y])
+            if region is None or region.inputs != {self.nodes[call.x]} or region.outputs != {self.nodes[call.y]}:
+                raise Unhostable(f"{path}: no module computes what the pattern {site.pattern} does, and nothing else")
+        if len(site.calls) != len(self.regions.of(module)):
+            raise Unhostable(f"{path}: the module computes something else in other calls")
+        return PatternSeat(module, placement)
 
     def copies(self, override: Override) -> Iterator[CopySeat]:
         """The modules that read an adapter's copy in the place of their own tensor."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peftfx.contract.override import Override
-from peftfx.contract.placement import AttentionPlacement, WeightPlacement
+from peftfx.contract.placement import AttentionPlacement, PatternPlacement, WeightPlacement
 from peftfx.passes.rewriting.site_op import Operation
 
 
@@ -44,6 +44,19 @@ class AttentionSeat:
 
 
 @dataclass(frozen=True)
+class PatternSeat:
+    """A pattern method at a module that computes what the pattern does, and nothing else.
+
+    Attributes:
+        path: of the module.
+        placement: what acts.
+    """
+
+    path: str
+    placement: PatternPlacement
+
+
+@dataclass(frozen=True)
 class CopySeat:
     """An adapter's copy of a tensor, or of its rows, that a module reads in the place of its own.
 
@@ -58,7 +71,7 @@ class CopySeat:
     override: Override
 
 
-Seat = WeightSeat | AttentionSeat | CopySeat
+Seat = WeightSeat | AttentionSeat | PatternSeat | CopySeat
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from peftfx.model.gathered import gathering
 from peftfx.model.graphs.graph_cache import Graphs
 from peftfx.model.saved import SavedAdapters
 from peftfx.passes.adaptation.merge import Merge
+from peftfx.passes.adaptation.pattern_weights import refuse_beside
 from peftfx.sharding import is_sharded, refuse_zero3
 
 
@@ -58,7 +59,9 @@ class Merging(SavedAdapters):
         """
         refuse_unmergeable({name: self.adapter(name) for name in self.active})
         with evaluating(self.base):
-            return Merge()(self.graph()).graph
+            graph = self.graph()
+            refuse_beside(graph)
+            return Merge()(graph).graph
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None

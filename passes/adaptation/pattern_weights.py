@@ -1,0 +1,195 @@
+"""What a pattern method does in weights: those of the layers that a match runs, and whether all of it is in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, fx
+
+from peftfx.contract.completeness import asking, refuse_folded
+from peftfx.contract.method import Base
+from peftfx.contract.pattern import PatternMethod
+from peftfx.contract.placed import Placements
+from peftfx.contract.placement import PatternPlacement
+from peftfx.contract.update import Update
+from peftfx.contract.weight import widened
+from peftfx.errors import PeftfxError
+from peftfx.graph.graph import Graph
+from peftfx.graph.recipe import Get
+from peftfx.graph.rewriter import REGION, REPLACES
+from peftfx.passes.adaptation.pattern import anonymous
+from peftfx.passes.base import Region, results
+from peftfx.sites.blocks import turned
+from peftfx.sites.site import PatternSite, WeightSite
+
+Slot = Literal["weight", "bias"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """An argument of a pattern's function at a match that is a layer's weight or bias."""
+
+    name: str
+    site: WeightSite
+    slot: Slot
+
+
+class Elsewhere(Exception):
+    """Why what a method does at a match is not all in the weights there."""
+
+
+@dataclass(frozen=True)
+class MatchStep:
+    """A pattern method applied to one layer's weight and bias, with the names of its parameters in the graph."""
+
+    method: PatternMethod
+    site: PatternSite
+    held: tuple[Held, ...]
+    params: Mapping[str, str]
+
+    def fold(self, start: Base, base: Base, get: Get) -> Base:
+        """The weight and bias after this step, of what they are now."""
+        p = widened({name: get(target) for name, target in self.params.items()})
+        weight, bias = base
+        for held in self.held:
+            if held.slot == "bias" and bias is not None:
+                bias = self._folded(held.name, bias, p)
+            elif held.slot == "weight":
+                stored = turned(weight, held.site.transposed)  # as the pattern's function reads it
+                weight = turned(self._folded(held.name, stored, p), held.site.transposed)
+        return Base(weight, bias)
+
+    def update(self, base: Base, get: Get) -> Update:
+        """The same as scales and a low-rank sum; with a weight's, the bias where it changes."""
+        p = widened({name: get(target) for name, target in self.params.items()})
+        made = Update()
+        for held in self.held:
+            if held.slot == "bias" and base.bias is not None:
+                made = dataclasses.replace(made, bias=self._folded(held.name, base.bias, p))
+            elif held.slot == "weight":
+                with asking(self.method, "update", self.site.path):
+                    own = self.method.update(anonymous(self.site), held.name, p)
+                made = made.then(own.turned() if held.site.transposed else own)
+        return made
+
+    def _folded(self, name: str, weight: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+        with asking(self.method, "fold", self.site.path):
+            made = self.method.fold(anonymous(self.site), name, weight, p)
+        refuse_folded(self.method, self.site.path, name, made, weight)
+        return made
+
+
+@dataclass(frozen=True)
+class Folds:
+    """A pattern method that was inserted into a graph, and that does all in the weights of layers.
+
+    Attributes:
+        region: of its first call.
+        held: these weights and biases.
+    """
+
+    region: Region
+    held: tuple[Held, ...]
+
+    def covers(self, region: Region) -> bool:
+        """Whether a region is a call of this one."""
+        return (region.adapter, region.placement) == (self.region.adapter, self.region.placement)
+
+    def steps(self) -> Iterator[tuple[WeightSite, MatchStep]]:
+        """What is done at each layer."""
+        layers = {held.site.path: held.site for held in self.held}
+        for placement in Placements([self.region.placement]).patterns:
+            for path, site in layers.items():
+                own = tuple(held for held in self.held if held.site.path == path)
+                yield site, MatchStep(placement.method, placement.site, own, dict(self.region.params))
+
+
+def foldable(graph: Graph) -> tuple[list[Folds], list[str]]:
+    """What pattern methods that were inserted into a graph do in weights alone, in the order in which they apply.
+
+    Returns:
+        These, and of the others, which stay beside the weights, why.
+    """
+    found: list[Folds] = []
+    beside: list[Region] = []
+    why: list[str] = []
+    for region in (result.meta[REGION] for result in results(graph)):
+        if region.placement.on_weight is not None or any(own.covers(region) for own in found):
+            continue
+        for placement in Placements([region.placement]).patterns:
+            try:
+                found.append(Folds(region, held_weights(graph, placement, beside)))
+            except Elsewhere as reason:
+                why.append(str(reason))
+        if not found or not found[-1].covers(region):
+            beside.append(region)
+    return found, why
+
+
+def refuse_beside(graph: Graph) -> None:
+    """Refuse to merge, where a pattern method that was inserted into a graph does something beside the weights.
+
+    Raises:
+        PeftfxError: so it is, with the reason.
+    """
+    _, why = foldable(graph)
+    if why:
+        path, _, reason = why[0].partition(": ")
+        hint = "export it: there its parameters become constants; or make adapters of weights alone active"
+        raise PeftfxError(f"what is added at a pattern has no place in the base's weights: {reason}", path, hint)
+
+
+def held_weights(graph: Graph, placement: PatternPlacement, beside: Sequence[Region] = ()) -> tuple[Held, ...]:
+    """The layers' weights and biases in which a method does all that it does at a match.
+
+    Args:
+        graph: with adapters or without.
+        placement: the method there.
+        beside: what acts ahead of it and is in no weight.
+
+    Raises:
+        Elsewhere: not all of it is in them.
+    """
+    method, path = placement.method, placement.site.path
+    site = next((s for s in graph.sites.patterns if s.path == path), None)
+    if site is None:
+        raise Elsewhere(f"{path}: the call that the model was transformed with does not run it")
+    with asking(method, "folds", path):
+        names = method.folds(anonymous(site))
+    if not names:
+        raise Elsewhere(f"{path}: {type(method).__name__}.folds names no arguments of {site.pattern}")
+    inner = {node.name for node in _inner(graph, site)}
+    other = next((region.placement for region in beside if region.y in inner), None)
+    if other is not None:
+        raise Elsewhere(f"{path}: {type(other.method).__name__} acts within it, and is in no weight")
+    return tuple(_held(graph, site, name, inner) for name in names)
+
+
+def _held(graph: Graph, site: PatternSite, name: str, inner: Collection[str]) -> Held:
+    operand = site.operand(name)
+    for layer in graph.sites.weights if operand.weight else ():
+        inside = [call.op in inner for call in layer.calls]
+        if operand.weight in (layer.weight, layer.bias) and any(inside):
+            if not all(inside):
+                raise Elsewhere(f"{site.path}: {layer.path}, of which {name} is the weight, runs elsewhere too")
+            return Held(name, layer, "weight" if operand.weight == layer.weight else "bias")
+    raise Elsewhere(f"{site.path}: its {name} is the weight of no layer")
+
+
+def _inner(graph: Graph, site: PatternSite) -> set[fx.Node]:
+    """The base's own nodes that compute a match, from its first argument to its value, in all of its calls."""
+    nodes = {node.name: node for node in graph.nodes()}
+    found: set[fx.Node] = set()
+    for call in site.calls:
+        x, todo = nodes[call.x], [nodes[call.y]]
+        while todo:
+            node = todo.pop()
+            while REPLACES in node.meta:  # what acts there aside
+                node = nodes[node.meta[REPLACES]]
+            if node is not x and node not in found and node.op == "call_function":
+                found.add(node)
+                todo += node.all_input_nodes
+    return found
