@@ -46,7 +46,8 @@ def steps(kind: str) -> tuple[Callable[[], object], Callable[[], object]]:
     """A step here, and in HF PEFT, of a method with the same adapter."""
     ids = torch.randint(512, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
     ours = peftfx.transform(base(), method_named(kind).from_options(OPTIONS.get(kind, {})), inputs={"input_ids": ids})
-    config = peft.get_peft_config({**vars(ours.peft_config["default"]), "inference_mode": False})
+    options = {n: list(v) if isinstance(v, tuple) else v for n, v in vars(ours.peft_config["default"]).items()}
+    config = peft.get_peft_config({**options, "inference_mode": False})
     theirs = peft.get_peft_model(base(), config)
     (method,) = ours.adapter("default").rules
     beside = {name: torch.zeros(BATCH, dtype=torch.long) for name in method.inputs}

@@ -63,7 +63,7 @@ def adapted(
         acting: the method.
         p: its parameters.
         op: the site's own operation.
-        x, y: its input and output; no output where the method reads none (`WeightMethod.reruns`).
+        x, y: its input and output; no output where the method reads none (`WeightMethod.reruns`, `replaces`).
         stored: its weight and bias, as they are stored.
         under: what acts there already, which the method runs again (`WeightMethod.reruns`).
         training: whether dropout is on.

@@ -150,6 +150,10 @@ class Method(ABC):
         """Rows of embeddings that are trained beside it."""
         return None
 
+    def rows(self) -> tuple[int, ...]:
+        """The rows of each tensor that it trains, where it trains some of them alone."""
+        return ()
+
     @property
     def dropout(self) -> float:
         """The rate of a dropout that the method has itself, and that is no module of the model."""

@@ -6,6 +6,7 @@ does with its tensors. Merged, a copy is the tensor.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,12 @@ from typing import ClassVar
 
 from torch import nn
 
+from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method, has_parameter
+from peftfx.contract.sequence import embedding_path
+from peftfx.graph.places import has_module
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
+from peftfx.sites.target import Where, explain
 
 SAVED = "saved"  #: the folder of an adapter in which it keeps copies of the base's own tensors
 TOKENS = "trainable_tokens_delta"  #: HF PEFT's name for the rows of an embedding that an adapter trains
@@ -64,10 +69,6 @@ class OverrideMethod(Method):
         Parameters are trained; buffers, as a batch norm's averages, go with them.
         """
 
-    def rows(self) -> tuple[int, ...]:
-        """The rows of each tensor that are trained, where not all are."""
-        return ()
-
     @abstractmethod
     def suffix(self, name: str) -> str:
         """A copy's suffix in a HF PEFT checkpoint."""
@@ -76,7 +77,8 @@ class OverrideMethod(Method):
 def copies_of(base: nn.Module, method: OverrideMethod, site: Site) -> tuple[Override, ...]:
     """The tensors that a method trains copies of at a site: of its module, or the bare parameter that it is.
 
-    Rows are those of the tensor wherever the base uses it, in a tied head too, if the model says that it ties.
+    Rows of the model's embedding are those of the tensor wherever the base uses it, in a tied head too: see
+    `tied_embedding`.
     """
     try:
         module, own = site.path, base.get_submodule(site.path).state_dict(keep_vars=True)
@@ -86,10 +88,35 @@ def copies_of(base: nn.Module, method: OverrideMethod, site: Site) -> tuple[Over
         names = {"weight": name}
     copied = method.copied(site, list(names))
     if rows := method.rows():
-        if not ties_embeddings(base):
+        if not tied_embedding(base, method, site):
             return tuple(rows_of(site.path, rows, names[n], module) for n in copied)
         return tuple(rows_of(site.path, rows, f"{module}.{names[n]}".removeprefix(".")) for n in copied)
     return tuple(Override(f"{SAVED}.{site.path}.{n}", module, names[n]) for n in copied)
+
+
+def tied_embedding(base: nn.Module, method: Method, site: Site) -> str:
+    """HF PEFT's path of the model's tied embedding, where a method trains rows of it at this site; empty elsewhere.
+
+    As in HF PEFT: rows of another module that has the same tensor, of T5's `encoder.embed_tokens`, are its alone, if
+    that is named and not the model's embedding (`shared`).
+    """
+    path = embedding_path(base) if method.rows() and site.kind == "embedding" and ties_embeddings(base) else None
+    if path is None or not has_module(base, site.path):
+        return ""
+    own, tied = (getattr(base.get_submodule(p), "weight", None) for p in (site.path, path))
+    if own is None or own is not tied:
+        return ""
+    if method.target_modules is None:
+        return path
+    where = Where(target_modules=method.target_modules, exclude_modules=method.exclude_modules)
+    (known,) = explain([dataclasses.replace(site, path=path)], kinds=(site.kind,), **where)
+    return path if known.match else ""
+
+
+def tied_paths(base: nn.Module, path: str) -> list[str]:
+    """The modules that have the weight of the one at `path`, itself among them, as HF PEFT's files have their rows."""
+    weight = base.get_submodule(path).weight
+    return [name for name, m in own_modules(base) if m._parameters.get("weight") is weight]
 
 
 def ties_embeddings(base: nn.Module) -> bool:

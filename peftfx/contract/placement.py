@@ -47,6 +47,11 @@ class Placement(ABC):
         return ()
 
     @property
+    def known_as(self) -> str:
+        """HF PEFT's path of the place, where that is of another module than the site's: a tied embedding's."""
+        return ""
+
+    @property
     def on_weight(self) -> WeightPlacement | None:
         """This placement, where what it does belongs into a weight."""
         return None
@@ -98,6 +103,11 @@ class WeightPlacement(Placement):
     @property
     def view(self) -> Site:
         return self.site if self.part is None else part_site(self.site, self.part, self.block)  # type: ignore[arg-type]
+
+    @property
+    def known_as(self) -> str:
+        """HF PEFT's path of the place, where that is of another module than the site's: a tied embedding's."""
+        return ""
 
     @property
     def on_weight(self) -> WeightPlacement | None:
@@ -216,6 +226,7 @@ class OverridePlacement(Placement):
 
     method: OverrideMethod
     copies: tuple[Override, ...] = ()  # type: ignore[assignment]
+    known_as: str = ""  # type: ignore[assignment]
 
     @property
     def key(self) -> str:

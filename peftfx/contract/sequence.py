@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.config_fields import collect_configs
+from peftfx.bases.guests import own_modules
 from peftfx.bases.tasks import task_of
 from peftfx.contract.method import PLACING, Method, Params
 from peftfx.errors import PeftfxError
@@ -242,6 +243,12 @@ def _owns_weight(base: nn.Module, path: str) -> bool:
         return isinstance(base.get_submodule(path)._parameters.get("weight"), Tensor)
     except AttributeError:
         return False
+
+
+def embedding_path(base: nn.Module) -> str | None:
+    """The path of the module that embeds the model's text, the first of those that lead to it; None if none is told."""
+    wanted = input_embeddings(base)
+    return None if wanted is None else next((path for path, m in own_modules(base) if m is wanted), None)
 
 
 def input_embeddings(base: nn.Module) -> nn.Module | None:

@@ -70,6 +70,14 @@ class WeightMethod(Method):
         """
         return False
 
+    @property
+    def replaces(self) -> bool:
+        """Whether `forward` does without `y`, at once what the site does and its own, where nothing acts before it.
+
+        In a module `y` is not computed then, and is None.
+        """
+        return False
+
     def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
         """`fold` over what acts at the site already: `under` is what that made of `base`.
 

@@ -43,12 +43,14 @@ class WeightGuest:
 
     Attributes:
         alone: whether it reads nothing of that output, which need not be computed then.
+        first: whether it reads nothing of it where it is the first.
     """
 
     def __init__(self, seat: WeightSeat, adapter: Adapter, module: nn.Module) -> None:
         self.seat, self.placement, self.acting = seat, seat.placement, Acting.of(seat.placement)
         self.reader = Reader() if is_quantised(module) else None
         self.alone = self.acting.method.reruns and self.acting.block is None
+        self.first = self.acting.method.replaces and self.acting.block is None and self.reader is None
         self.params = Parameters(adapter, adapter.keys(seat.placement))
 
     def act(
@@ -183,7 +185,7 @@ class Hosted(Guests):
         """What a module's own forward gives, with all weight methods that act."""
         found = [guest for key in CURRENT.keys or () for guest in self.weights.get(key, ())]
         found.sort(key=lambda guest: guest.placement.on_weight is None)  # behind those that are one weight
-        alone = [i for i, guest in enumerate(found) if guest.alone]
+        alone = [i for i, guest in enumerate(found) if guest.alone or (i == 0 and guest.first)]
         y = None if alone else own(module, *args, **kwargs)
         for i in range(alone[-1] if alone else 0, len(found)):
             path = found[i].seat.path

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.common.delta import dropped
+from peftfx.contract.common.delta import dropped, in_dtype
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
@@ -124,9 +125,16 @@ class FRoD(WeightMethod):
             p[L] += 0.1 * torch.empty_like(p[L]).normal_(generator=rng)
         return p
 
+    @property
+    def replaces(self) -> bool:
+        return True
+
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         read = dropped(x, self.frod_dropout, training).to(p[V].dtype)
-        own = (read @ p[V]) @ self._inner(p).T @ p[U].T
+        own = F.linear((read @ p[V]) @ self._inner(p).T, p[U])
+        if y is None and not (training and self.frod_dropout):  # no product with the base is left
+            return in_dtype(own if base.bias is None else own + base.bias, p[V].dtype, base.weight.dtype)
+        y = op(x, *base) if y is None else y
         return (y + own - op(read, base.weight.to(read.dtype))).to(y.dtype)
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:

@@ -20,7 +20,7 @@ from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.delta import DeltaMethod, dropped_rows, kept
 from peftfx.contract.common.low_rank import dense
 from peftfx.contract.common.patterns import by_path, pattern_of
-from peftfx.contract.method import Base, Method, Op, Params
+from peftfx.contract.method import Base, Method, Params
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
@@ -107,13 +107,9 @@ class LoHa(DeltaMethod):
                 t.uniform_(-1, 1, generator=rng).mul_(1 / math.sqrt(t[0].numel()))
         return p
 
-    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
-        if training:
-            p = {**p, W1A: p[W1A] * kept(p[W1A], self.module_dropout)}
-        delta = self.delta(site, base.weight, p)
-        if training:
-            delta = dropped_rows(delta, self.rank_dropout)
-        return (y + op(x.to(delta.dtype), delta)).to(y.dtype)
+    def trained_delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
+        delta = self.delta(site, weight, {**p, W1A: p[W1A] * kept(p[W1A], self.module_dropout)})
+        return dropped_rows(delta, self.rank_dropout)
 
     def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         if T1 in p:

@@ -21,7 +21,7 @@ from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.delta import DeltaMethod, dropped_rows, kept
 from peftfx.contract.common.low_rank import dense
 from peftfx.contract.common.patterns import by_path, pattern_of
-from peftfx.contract.method import Base, Method, Op, Params
+from peftfx.contract.method import Base, Method, Params
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
@@ -116,12 +116,10 @@ class LoKr(DeltaMethod):
                 t.uniform_(-1, 1, generator=rng).mul_(t[0].numel() ** -0.5)
         return p
 
-    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
-        delta = self.delta(site, base.weight, p)
-        if training:
-            delta = delta * kept(delta, self.module_dropout)
-            delta = dropped_rows(delta, self.rank_dropout, rescaled=self.rank_dropout_scale)
-        return (y + op(x.to(delta.dtype), delta)).to(y.dtype)
+    def trained_delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
+        delta = self.delta(site, weight, p)
+        delta = delta * kept(delta, self.module_dropout)
+        return dropped_rows(delta, self.rank_dropout, rescaled=self.rank_dropout_scale)
 
     def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         one = p[W1] if W1 in p else p[W1A] @ p[W1B]

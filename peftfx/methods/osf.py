@@ -101,11 +101,10 @@ class OSF(WeightMethod):
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         u, v = p[U], p[V]
-        steered = {U: _steered(u, p[U_HIGH] @ (p[U_HIGH].T @ u)), V: _steered(v, (v @ p[V_HIGH].T) @ p[V_HIGH])}
-        told = self.update(site, base, {**p, **steered})
-        assert told.a is not None
-        assert told.b is not None
-        return y + F.linear(F.linear(x.to(told.a.dtype), told.a), told.b).to(y.dtype)
+        u, v = _steered(u, p[U_HIGH] @ (p[U_HIGH].T @ u)), _steered(v, (v @ p[V_HIGH].T) @ p[V_HIGH])
+        read = x.to(v.dtype)
+        start = F.linear(F.linear(read, p[V_START]), p[U_START])  # by itself: it gets no gradients
+        return y + (F.linear(F.linear(read, v), u * p[S]) - start).to(y.dtype)
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         return Base(self.update(site, base, p).apply(base.weight), base.bias)

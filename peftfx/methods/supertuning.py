@@ -86,20 +86,17 @@ class SuperTuning(DeltaMethod):
         fill(self.init_weights, site, a, b, rng)
         return {**p, A: a, B: b}
 
-    def _sparse(self, weight: Tensor, p: Params) -> Tensor:
-        zeros = torch.zeros(weight.numel(), dtype=p[VALUES].dtype, device=p[VALUES].device)
-        return zeros.scatter_add(0, p[INDICES].long(), p[VALUES]).view(weight.shape)
-
     def _scale(self) -> float:
         return (self.lora_alpha or 0.0) / (self.r or 1)
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
-        y = (y + op(x.to(p[VALUES].dtype), self._sparse(base.weight, p))).to(y.dtype)
+        y = super().forward(site, op, x, y, base, {name: p[name] for name in (VALUES, INDICES)}, training)
         if self.r is None:
             return y
         low = F.linear(F.linear(dropped(x, self.lora_dropout, training).to(p[A].dtype), p[A]), p[B])
         return (y + self._scale() * low).to(y.dtype)
 
     def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
-        sparse = self._sparse(weight, p)
-        return sparse if self.r is None else sparse + self._scale() * (p[B] @ p[A])
+        zeros = torch.zeros(weight.numel(), dtype=p[VALUES].dtype, device=p[VALUES].device)
+        sparse = zeros.scatter_add(0, p[INDICES].long(), p[VALUES]).view(weight.shape)
+        return sparse if A not in p else sparse + self._scale() * (p[B] @ p[A])

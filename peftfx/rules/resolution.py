@@ -12,7 +12,7 @@ from torch import nn
 from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method
-from peftfx.contract.override import SAVED, Override, OverrideMethod, copies_of
+from peftfx.contract.override import SAVED, Override, OverrideMethod, copies_of, tied_embedding
 from peftfx.contract.pattern import PatternMethod
 from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import (
@@ -27,11 +27,11 @@ from peftfx.contract.sequence import SequenceMethod, sequence_site
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError, nearest
 from peftfx.graph.places import places_of
+from peftfx.rules.naming import as_named
 from peftfx.rules.parameters import as_parameter, refuse_unknown_parameters
 from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
 from peftfx.rules.token_rows import trained_tokens
-from peftfx.rules.torch_attention import as_named
 from peftfx.rules.unplaced import refuse_unplaced, tell_elsewhere
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, HeadedSite, Part, PatternSite, Site, WeightSite
 from peftfx.sites.sites import Sites
@@ -70,7 +70,8 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
         hint = "leave them out of modules_to_save, or target others"
         raise PeftfxError("every targeted module is in modules_to_save", ", ".join(saved), hint)
     if method.targeted:
-        done = {as_named(base, method, p.site).path for p in own} | set(_inside_of(base, saved))
+        done = {path for p in own for path in (p.site.path, as_named(base, method, p.site).path)}
+        done |= set(_inside_of(base, saved))
         refuse_unplaced(base, method, sites, where(method), done)
     return Placed(method, Placements(own), tuple(overrides_of(base, method, saved, [p.site for p in own])))
 
@@ -163,12 +164,12 @@ def _(method: PatternMethod, base: nn.Module, sites: Sites) -> list[PatternPlace
 
 @placements_of.register
 def _(method: OverrideMethod, base: nn.Module, sites: Sites) -> list[Placement]:
-    found = []
-    for match in select(sites, **where(method), kinds=sorted(method.kinds)):
+    found, named = [], {as_named(base, method, site): site for site in sites}
+    for match in select(named, **where(method), kinds=sorted(method.kinds)):
         if match.parts:
             what = f"{type(method).__name__} trains whole tensors, and {match.parts[0]} is rows of one here"
             raise PeftfxError(what, match.site.path, f"target {match.site.role}, or the module by its name")
-        found.append(placement_at(method, base, match.site))
+        found.append(placement_at(method, base, named[match.site]))
     found = [placement for placement in found if placement.copies]
     if not found:
         raise PeftfxError(f"nothing that is targeted has what {type(method).__name__} trains", "target", "widen it")
@@ -210,7 +211,7 @@ def _(method: PatternMethod, base: nn.Module, site: PatternSite) -> PatternPlace
 @placement_at.register
 def _(method: OverrideMethod, base: nn.Module, site: Site) -> OverridePlacement:
     own = _as_at(method, base, site)
-    return OverridePlacement(own, site, copies_of(base, own, site))
+    return OverridePlacement(own, site, copies_of(base, own, site), tied_embedding(base, own, site))
 
 
 def _as_at(method: M, base: nn.Module, site: Site) -> M:

@@ -8,7 +8,7 @@ from torch import nn
 
 from peftfx.bases.guests import own_modules
 from peftfx.contract.override import Override, rows_of, ties_embeddings
-from peftfx.contract.sequence import input_embeddings
+from peftfx.contract.sequence import embedding_path
 from peftfx.errors import PeftfxError, nearest
 
 Tokens = Sequence[int] | Mapping[str, Sequence[int]] | None
@@ -43,8 +43,7 @@ def trained_tokens(base: nn.Module, given: Tokens, saved: Iterable[str] = ()) ->
 
 def _embedding(base: nn.Module) -> str:
     """The path of the token embedding."""
-    wanted = input_embeddings(base)
-    path = next((path for path, module in own_modules(base) if module is wanted), None)
+    path = embedding_path(base)
     if path is None:
         hint = "name the embedding: {'path': [...]}"
         raise PeftfxError("the model does not say which module embeds its tokens", "trainable_token_indices", hint)

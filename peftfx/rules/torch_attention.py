@@ -6,14 +6,12 @@ Its own code reads their weights and calls no layer, so in a graph they are two 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
 from torch import nn
 
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
-from peftfx.sites.expression import ALL_LINEAR
 from peftfx.sites.site import Site
 
 IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"
@@ -31,13 +29,6 @@ def wrapper_of(base: nn.Module, method: Method, path: str) -> str | None:
     if not method.wraps_attention or leaf not in (IN_PROJ, OUT_PROJ):
         return None
     return owner if isinstance(base.get_submodule(owner), nn.MultiheadAttention) else None
-
-
-def as_named(base: nn.Module, method: Method, site: Site) -> Site:
-    """A site at the path by which HF PEFT's `target_modules`, and patterns over modules, know it."""
-    by_name = method.target_modules is not None and method.target_modules != ALL_LINEAR
-    owner = wrapper_of(base, method, site.path) if by_name else None
-    return site if owner is None else dataclasses.replace(site, path=owner)
 
 
 def cut_attentions(base: nn.Module, sites: Iterable[Site]) -> set[str]:

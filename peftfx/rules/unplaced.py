@@ -13,7 +13,8 @@ from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError, warn
 from peftfx.graph.places import has_module
-from peftfx.rules.torch_attention import as_named, cut_attentions, is_read_by_attention
+from peftfx.rules.naming import as_named
+from peftfx.rules.torch_attention import cut_attentions, is_read_by_attention
 from peftfx.sites.expression import ALL_LINEAR
 from peftfx.sites.site import Site, layer_of
 from peftfx.sites.sites import Sites

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from support.parity import farthest, outputs, randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export import OnnxModel
 from peftfx.model import api
 from peftfx.model.adapted import AdaptedModel
+from peftfx.rules.peft_files import WEIGHTS
 
 ROWS = [1, 5, 40]
 ALONE = peft.TrainableTokensConfig(token_indices=ROWS)
@@ -76,6 +78,26 @@ def test_what_peft_trained_computes_the_same_and_goes_back(
     assert farthest(outputs(again, given), want, given) <= 1e-5
     assert farthest(outputs(base, given), want, given) > 1e-3
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    ours.remove()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@pytest.mark.parametrize("targets", [None, ["shared"], ["encoder.embed_tokens", "decoder.embed_tokens"]])
+def test_rows_of_a_tied_embedding_are_those_of_all_that_is_tied_or_of_the_modules_that_are_named(
+    targets: list[str] | None, bare: Callable[[str], AdaptedModel], tmp_path: Path
+) -> None:
+    ours, base = bare("t5"), ZOO["t5"].build()
+    ours.add_adapter("default", peftfx.TrainableTokens(token_indices=ROWS, target_modules=targets))
+    randomise(ours)
+    given = ZOO["t5"].inputs(3, 7, 5, model=base)
+    given["input_ids"][0, :3] = torch.tensor(ROWS)
+    want = outputs(ours, given)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")).eval()
+    assert farthest(outputs(theirs, given), want, given) <= 1e-5
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    mine, back = (load_file(tmp_path / name / WEIGHTS) for name in ("ours", "theirs"))
+    assert mine.keys() == back.keys()
     ours.remove()
 
 

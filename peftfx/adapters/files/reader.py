@@ -197,7 +197,7 @@ def _scale(adapter: Adapter, placement: Placement, base: nn.Module) -> None:
 
 def _names(placement: Placement, base: nn.Module) -> dict[str, str]:
     """A placement's names in the file, each with where the adapter keeps its value."""
-    path = path_in_file(base, placement.method, placement.site.path)
+    path = path_in_file(base, placement.method, placement.site.path, placement.known_as)
     return {name_of(path, suffix): f"{placement.key}.{name}" for name, suffix in placement.file_suffixes().items()}
 
 
@@ -243,4 +243,7 @@ def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:
         placements = placements_of(method, base, sites) if names else []
     except PeftfxError:
         return set()
-    return {p.site.path if p.site.kind != EXPERTS else path_in_file(base, p.method, p.site.path) for p in placements}
+    return {
+        p.known_as or p.site.path if p.site.kind != EXPERTS else path_in_file(base, p.method, p.site.path)
+        for p in placements
+    }

@@ -21,8 +21,10 @@ from peftfx.errors import PeftfxError
 from peftfx.rules.torch_attention import IN_PROJ, OUT_PROJ, wrapper_of
 
 
-def path_in_file(base: nn.Module, method: Method, path: str) -> str:
-    """A site's module path as HF PEFT names it in its keys."""
+def path_in_file(base: nn.Module, method: Method, path: str, known_as: str = "") -> str:
+    """A site's module path as HF PEFT names it in its keys: `Placement.known_as`, if the placement has one."""
+    if known_as:
+        return known_as
     owner = wrapper_of(base, method, path)
     if owner is None:
         return parameter_path(base, method, path)

@@ -10,7 +10,6 @@ from torch import nn
 from peftfx.adapters.adapter import Adapter
 from peftfx.bases.guests import own_modules
 from peftfx.contract.placed import Placements
-from peftfx.contract.sequence import input_embeddings
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import warn
 
@@ -24,12 +23,6 @@ def warn_unlike_peft(base: nn.Module, placements: Placements, where: str) -> Non
         if module is not None:
             why = placement.method.apart_from_peft(placement.site, module)
             found.setdefault(why, []).append(placement.site.path)
-    own = input_embeddings(base)
-    for place in placements:
-        for name in (o.name.rpartition(".")[0] for o in place.copies if o.rows and not o.module):
-            module = modules.get(name)
-            if own is not None and module is not own and getattr(module, "weight", None) is own.weight:
-                found.setdefault("it trains these rows there alone, and here other modules share them", []).append(name)
     for why, paths in found.items():
         if why:
             more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""

@@ -20,6 +20,7 @@ from peftfx.adapters.files.torch_attention import by_wrapper, other_projections,
 from peftfx.adapters.files.unlike_peft import warn_unlike_peft
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
+from peftfx.contract.override import tied_paths
 from peftfx.contract.placed import Placed
 from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError, warn
@@ -134,11 +135,13 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     for path, group in _by_site(rule.placements).items():
         method, params = group[0].whole(base, {p: adapter.params(p) | adapter.all_of(p) for p in group})
         placement = dataclasses.replace(group[0], method=method)
-        named_path = path_in_file(base, named_by, path)
+        named_path = path_in_file(base, named_by, path, placement.known_as)
         for key, suffix in placement.file_suffixes().items():
             times = times_in_use(base, method, path, suffix)
-            tensors[name_of(named_path, suffix)] = params[key] if times == 1 else params[key] / times
-        methods[path] = method
+            value = params[key] if times == 1 else params[key] / times
+            paths = tied_paths(base, named_path) if placement.known_as else [named_path]
+            tensors |= {name_of(file_path, suffix): value for file_path in paths}
+        methods[placement.known_as or path] = method
     tensors |= other_projections(base, methods, tensors.values())
     tensors |= {override_name(override, set(methods)): adapter.get(override.key) for override in rule.overrides}
     methods = {parameters.get(path, path): method for path, method in by_wrapper(base, methods).items()}

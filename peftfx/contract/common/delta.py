@@ -20,12 +20,28 @@ class DeltaMethod(WeightMethod):
     def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         """What is added to a weight, in the weight's shape."""
 
+    def trained_delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
+        """What is added in training, where something of it is drawn anew in each call."""
+        return self.delta(site, weight, p)
+
+    @property
+    def replaces(self) -> bool:
+        return True
+
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
-        delta = self.delta(site, base.weight, p)
-        return (y + op(x.to(delta.dtype), delta)).to(y.dtype)
+        delta = (self.trained_delta if training else self.delta)(site, base.weight, p)
+        if y is not None:
+            return (y + op(x.to(delta.dtype), delta)).to(y.dtype)
+        weight, bias = base.weight.to(delta.dtype) + delta, None if base.bias is None else base.bias.to(delta.dtype)
+        return in_dtype(op(x.to(delta.dtype), weight, bias), delta.dtype, base.weight.dtype)
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         return Base(base.weight + self.delta(site, base.weight, p), base.bias)
+
+
+def in_dtype(output: Tensor, computed: torch.dtype, own: torch.dtype) -> Tensor:
+    """What was computed in one dtype, in the one that the site gives: its own, or autocast's where that was on."""
+    return output.to(own) if output.dtype == computed else output
 
 
 def kept(like: Tensor, dropout: float) -> Tensor:
