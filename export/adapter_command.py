@@ -10,6 +10,8 @@ from typing import Unpack
 import torch
 
 from peftfx.bases.load import load_base
+from peftfx.bases.sentences.encoder import as_sentence_encoder
+from peftfx.bases.sentences.modules import SentenceModules
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of_class
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.serving_mode import in_eval
@@ -62,7 +64,8 @@ def export_adapter_directories(
         _refuse_head(folder, manifest.model)
     say("load")
     model = load_base(source, task=task_of_class(manifest.model), dtype=getattr(torch, manifest.dtype))
-    adapted = bare(model)
+    sentences = SentenceModules.found([Path(graph)])  # there where the graph embeds sentences
+    adapted = bare(model if sentences is None else as_sentence_encoder(model, sentences.build()))
     names = [f"adapter_{i}" for i in range(len(given))]
     for name, (folder, _) in zip(names, given, strict=True):
         adapted.load_adapter(folder, name)

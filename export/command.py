@@ -15,7 +15,9 @@ from peftfx.adapters.files.base_weights import resize_vocabulary
 from peftfx.bases.gguf import as_directory
 from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.quantised import QUANTISED, quantise
-from peftfx.bases.tasks import resolve_task
+from peftfx.bases.sentences.encoder import as_sentence_encoder, embeds_sentences
+from peftfx.bases.sentences.modules import ALL, FILE, SentenceModules, transformer_folder
+from peftfx.bases.tasks import FEATURES, SENTENCES, resolve_task
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets
 from peftfx.export.onnx_directory import export_onnx
@@ -74,18 +76,27 @@ def _export(
     folders = asked.folders
     say = progress or (lambda line: None)
     inputs = Snapshot(base, *(part for folder in folders.values() for part in (folder, *rule_folders(folder))))
-    kept = served_dtype(base, asked.dtype, asked.quantize_base)
+    sentences = SentenceModules.found([*reversed(folders.values()), base])
+    home = transformer_folder(base)
+    kept = served_dtype(home, asked.dtype, asked.quantize_base)
     say("load" if kept is None else f"load in {str(kept).removeprefix('torch.')}")
-    adapted = load_directories(base, folders, task=asked.task, dtype=kept, quantize_base=asked.quantize_base)
+    adapted = load_directories(
+        home, folders, task=asked.task, dtype=kept, quantize_base=asked.quantize_base, sentences=sentences
+    )
 
     def assets(directory: Path) -> None:
-        links = [link for own in reversed(folders.values()) for link in copy_assets(own, directory, "config.json")]
-        links += copy_assets(base, directory)  # behind the adapters': a tokenizer trained with one is its own
+        if sentences is not None and embeds_sentences(adapted.base):
+            sentences.copy(directory)
+        leave = () if sentences is None else ALL
+        links = [
+            link for own in reversed(folders.values()) for link in copy_assets(own, directory, "config.json", *leave)
+        ]
+        links += copy_assets(home, directory, *leave)  # behind the adapters': a tokenizer trained with one is its own
         if links:
             say(f"not copied, links that leave their directory: {', '.join(map(str, links))}")
         inputs.check()
 
-    return export_onnx(adapted, output, asked, source=base.resolve(), assets=assets, progress=progress, written=written)
+    return export_onnx(adapted, output, asked, source=home.resolve(), assets=assets, progress=progress, written=written)
 
 
 def served_dtype(base: Path, wanted: str | None, quantize_base: str | None) -> torch.dtype | None:
@@ -113,26 +124,29 @@ def load_directories(
     task: str | None = None,
     dtype: torch.dtype | None = None,
     quantize_base: str | None = None,
+    sentences: SentenceModules | None = None,
 ) -> AdaptedModel:
     """A base model with adapters on it by name, all from directories; the last is active.
 
-    With `quantize_base` the base is quantised on the way: see `peftfx.bases.quantised.quantise`.
+    With `quantize_base` the base is quantised on the way: see `peftfx.bases.quantised.quantise`. With `sentences`, and
+    no other task, it is a sentence encoder: see `peftfx.bases.sentences.encoder`.
 
     A head that an adapter holds sets the number of labels, and embeddings that of tokens, whatever the config says.
     """
     config = read_base_config(base)
     if not adapters:
+        task = sentence_task(task, None, sentences, base)
         model = load_base(base, task=task, dtype=dtype)
         if quantize_base is not None:
             quantise(model, quantize_base)
-        return bare(model)
+        return bare(_with_steps(model, task, sentences))
     folders = [folder for adapter in adapters.values() for folder in rule_folders(adapter)]
     configs = {folder: read_config(folder) for folder in folders}
     methods = {folder: method_from_config(own, str(folder / CONFIG)) for folder, own in configs.items()}
     weights = {folder: Weights(folder, method.prefix) for folder, method in methods.items()}
     kinds = [own["task_type"] for own in configs.values() if own.get("task_type") is not None]
-    if task is None and kinds:
-        task = resolve_task(None, peft_task_type=str(kinds[0]), config=config)
+    told = resolve_task(None, peft_task_type=str(kinds[0]), config=config) if kinds else None
+    task = sentence_task(task, told, sentences, base) or told
     labels = None
     for folder in (folder for folder, method in methods.items() if method.modules_to_save):
         labels = labels or _labels(load_base(base, task=task, weights=False), weights[folder], methods[folder])
@@ -141,10 +155,27 @@ def load_directories(
     resize_vocabulary(model, weights.values())
     if quantize_base is not None:
         quantise(model, quantize_base)
-    adapted = bare(model)
+    adapted = bare(_with_steps(model, task, sentences))
     for name, adapter in adapters.items():
         adapted.load_adapter(adapter, name)
     return adapted
+
+
+def sentence_task(asked: str | None, told: str | None, sentences: SentenceModules | None, base: Path) -> str | None:
+    """The task to load a base for: what is asked for, or sentences, where nothing and no adapter asks for another.
+
+    Raises:
+        PeftfxError: sentences are asked for, and nothing says how they are embedded.
+    """
+    if asked is not None and resolve_task(asked) == SENTENCES and sentences is None:
+        what = f"there is no {FILE}, which says how tokens become a sentence's embedding"
+        raise PeftfxError(what, str(base), "save it with sentence-transformers, or use --task feature-extraction")
+    return SENTENCES if asked is None and told in (None, FEATURES) and sentences is not None else asked
+
+
+def _with_steps(model: nn.Module, task: str | None, sentences: SentenceModules | None) -> nn.Module:
+    wanted = sentences is not None and task is not None and resolve_task(task) == SENTENCES
+    return as_sentence_encoder(model, sentences.build()) if wanted and sentences is not None else model
 
 
 def inspect_directory(directory: str | Path, *, task: str | None = None, target: str | None = None) -> Sites:

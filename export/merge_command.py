@@ -15,6 +15,8 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.gguf import as_directory
 from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.quantised import QUANTISED
+from peftfx.bases.sentences.modules import ALL, SentenceModules
+from peftfx.bases.tasks import FEATURES, task_of
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets, write_configs
 from peftfx.export.checkpoint.contents import contents_of, plain_names, refuse_unlike
@@ -87,9 +89,13 @@ def merge_directory(
             adapted = _load(directory, asked)
         with stages("write"):
             model, rounded = _write(directory, temporary, adapted, asked, report, written)
+        sentences = SentenceModules.found([*reversed(asked.folders.values()), directory])
+        if sentences is not None and task_of(model) == FEATURES:
+            sentences.copy(temporary)
+        leave = () if sentences is None else ALL
         for folder in asked.folders.values():
-            copy_assets(folder, temporary, "config.json")
-        copy_assets(directory, temporary)  # behind the adapter's: a tokenizer trained with one is its own
+            copy_assets(folder, temporary, "config.json", *leave)
+        copy_assets(directory, temporary, *leave)  # behind the adapter's: a tokenizer trained with one is its own
         write_configs(model, temporary)
         inputs.check()
         with stages("verify"), keeping(temporary.parent):

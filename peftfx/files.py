@@ -39,6 +39,21 @@ def read_json(path: Path, hint: str = "download the file again") -> dict[str, ob
     Raises:
         PeftfxError: it cannot be read, is not JSON or not an object, or is nested too deeply.
     """
+    found = _read(path, hint)
+    if not isinstance(found, dict):
+        raise PeftfxError("not a JSON object", str(path), hint)
+    return found
+
+
+def read_objects(path: Path, hint: str = "download the file again") -> list[dict[str, object]]:
+    """The objects in the list in a JSON file; errors are those of `read_json`."""
+    found = _read(path, hint)
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise PeftfxError("not a list of JSON objects", str(path), hint)
+    return found
+
+
+def _read(path: Path, hint: str) -> object:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -47,8 +62,6 @@ def read_json(path: Path, hint: str = "download the file again") -> dict[str, ob
         raise PeftfxError(f"not valid JSON: {error}", str(path), hint) from error
     except RecursionError as error:
         raise PeftfxError("nested too deeply", str(path), hint) from error
-    if not isinstance(found, dict):
-        raise PeftfxError("not a JSON object", str(path), hint)
     if _is_deep(found):
         raise PeftfxError("nested too deeply", str(path), hint)
     return found

@@ -12,9 +12,10 @@ from transformers.exporters.base import EXPORT_MANIFEST_FILE
 
 from peftfx.bases.gguf import as_directory
 from peftfx.bases.load import load_base
+from peftfx.bases.sentences.modules import SentenceModules, transformer_folder
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import assets_of
-from peftfx.export.command import DTYPES, refuse_output, served_dtype
+from peftfx.export.command import DTYPES, refuse_output, sentence_task, served_dtype
 from peftfx.export.deployment import genai_config
 from peftfx.export.writing.memory import memory_needed, refuse_memory
 from peftfx.export_options.directory import DirectoryOptions
@@ -81,9 +82,12 @@ def dry_run(base: Path, output: Path, asked: DirectoryOptions) -> DryRun:
     """
     refuse_output(base, output, list(asked.folders.values()), asked.force)
     with as_directory(base) as directory:
-        kept = served_dtype(directory, asked.dtype, asked.quantize_base)
+        sentences = SentenceModules.found([*reversed(asked.folders.values()), directory])
+        home = transformer_folder(directory)
+        kept = served_dtype(home, asked.dtype, asked.quantize_base)
         with torch.device("meta"):
-            model = load_base(directory, task=asked.task, weights=False, dtype=kept)
+            task = sentence_task(asked.task, None, sentences, directory)
+            model = load_base(home, task=task, weights=False, dtype=kept)
         refuse_memory(model, asked.memory)
         adapters = {name: _rules(folder) for name, folder in asked.folders.items()}
         views, files = _views(model, asked.view), dict[str, int | None]()
@@ -96,7 +100,7 @@ def dry_run(base: Path, output: Path, asked: DirectoryOptions) -> DryRun:
         manifests: dict[tuple[str, ...], str] = {(DECODE,): genai_config.FILE, (FORWARD,): EXPORT_MANIFEST_FILE}
         manifest = manifests.get(views)
         configs = ["config.json", *(["generation_config.json"] if views != (FORWARD,) else [])]
-        own = dict.fromkeys(name for folder in (*asked.folders.values(), directory) for name in assets_of(folder))
+        own = dict.fromkeys(name for folder in (*asked.folders.values(), home) for name in assets_of(folder))
         files |= dict.fromkeys((*own, *configs, *([manifest] if manifest else []), REPORT))
         dtype = kept or next((p.dtype for p in unique.values()), torch.float32)
         seconds = total / _PACE[1] + _START[0], total / _PACE[0] + _START[1]

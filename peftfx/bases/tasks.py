@@ -43,6 +43,7 @@ TASKS: Mapping[str, Task] = {
     ),
     "audio-classification": Task(("AutoModelForAudioClassification",), ("ForAudioClassification",)),
     "feature-extraction": Task(("AutoModel",), ("Model", "Encoder")),
+    "sentence-similarity": Task(("AutoModelForTextEncoding", "AutoModel")),
     "text-to-image": Task(()),
 }
 
@@ -76,6 +77,7 @@ PEFT_HEADS: Mapping[str, tuple[str, ...]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+FEATURES, SENTENCES = "feature-extraction", "sentence-similarity"  #: what a model without a head is for
 HEARING = ("automatic-speech-recognition", "audio-classification")  #: whose input is sound
 _LANGUAGE = ("text-generation", "text2text-generation")
 _MULTIMODAL = ("image-text-to-text", "automatic-speech-recognition")

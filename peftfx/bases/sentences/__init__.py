@@ -1,0 +1,1 @@
+"""Sentence embeddings: bases with sentence-transformers' `modules.json`, whose pooling is a part of the model."""

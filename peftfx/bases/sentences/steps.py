@@ -1,0 +1,237 @@
+"""What sentence-transformers does behind the transformer: pooling, dense layers, norms. Each step is one module.
+
+A step takes and returns a dict of tensors by sentence-transformers' names: `token_embeddings` [batch, sequence, width]
+and `attention_mask` [batch, sequence], int64; from the pooling on, `sentence_embedding` [batch, width].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from peftfx.bases.transformers_config import understanding
+from peftfx.errors import PeftfxError, nearest, shown
+from peftfx.files import is_file, read_json
+
+TOKENS, SENTENCE, MASK = "token_embeddings", "sentence_embedding", "attention_mask"
+Features = dict[str, Tensor]
+
+#: The flags of `1_Pooling/config.json` before sentence-transformers 6, in the order in which it joins what they give.
+_FLAGS: Mapping[str, str] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_WEIGHTS = "model.safetensors"
+
+
+class Pooling(nn.Module):
+    """Tokens' vectors to one vector for each row, over the tokens that its mask shows.
+
+    The modes are sentence-transformers' own, and computed as there (`sentence_transformer/modules/pooling.py`); of
+    several, what they give is joined.
+    """
+
+    def __init__(self, modes: Sequence[str]) -> None:
+        super().__init__()
+        self.modes = tuple(modes)
+
+    def forward(self, features: Features) -> Features:
+        """With `sentence_embedding`."""
+        pooled = [POOLINGS[mode](features[TOKENS], features[MASK]) for mode in self.modes]
+        return {**features, SENTENCE: torch.cat(pooled, -1)}
+
+
+def _first(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The first token that is shown."""
+    return _at(tokens, mask.int().argmax(1))
+
+
+def _last(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The last token that is shown."""
+    return _at(tokens, mask.shape[1] - 1 - mask.int().flip(1).argmax(1))
+
+
+def _at(tokens: Tensor, index: Tensor) -> Tensor:
+    return tokens.gather(1, index[:, None, None].expand(-1, 1, tokens.shape[-1])).squeeze(1)
+
+
+def _max(tokens: Tensor, mask: Tensor) -> Tensor:
+    return tokens.masked_fill(mask[..., None] == 0, float("-inf")).amax(1)
+
+
+def _sums(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the tokens that are shown and their number, in float32."""
+    seen = mask[..., None].float()
+    return (tokens.float() * seen).sum(1), seen.sum(1).clamp(min=1e-9)
+
+
+def _mean(tokens: Tensor, mask: Tensor) -> Tensor:
+    total, count = _sums(tokens, mask)
+    return (total / count).to(tokens.dtype)
+
+
+def _mean_sqrt(tokens: Tensor, mask: Tensor) -> Tensor:
+    total, count = _sums(tokens, mask)
+    return (total / count.sqrt()).to(tokens.dtype)
+
+
+def _weighted(tokens: Tensor, mask: Tensor) -> Tensor:
+    """A mean in which the first token that is shown weighs 1, the next 2, and so on."""
+    place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device, dtype=torch.float32)
+    weight = (mask.float() * (place[None] - mask.int().argmax(1, keepdim=True)))[..., None]
+    return ((tokens.float() * weight).sum(1) / weight.sum(1).clamp(min=1e-9)).to(tokens.dtype)
+
+
+POOLINGS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cls": _first,
+    "max": _max,
+    "mean": _mean,
+    "mean_sqrt_len_tokens": _mean_sqrt,
+    "weightedmean": _weighted,
+    "lasttoken": _last,
+}
+
+
+class Normalize(nn.Module):
+    """A vector over its norm."""
+
+    def __init__(self, read: str, written: str) -> None:
+        super().__init__()
+        self.read, self.written = read, written
+
+    def forward(self, features: Features) -> Features:
+        """With the normalised one in the place of what it was, or beside it."""
+        return {**features, self.written: functional.normalize(features[self.read], p=2.0, dim=-1)}
+
+
+class Dense(nn.Module):
+    """A linear layer and an activation, with what went in added where the config says so."""
+
+    def __init__(self, sizes: tuple[int, int], bias: bool, activation: nn.Module, names: tuple[str, str]) -> None:
+        super().__init__()
+        self.linear, self.activation = nn.Linear(*sizes, bias=bias), activation
+        self.residual: nn.Module | None = None
+        self.read, self.written = names
+
+    def forward(self, features: Features) -> Features:
+        """With what the layer gives."""
+        given = features[self.read]
+        made = self.activation(self.linear(given))
+        return {**features, self.written: made if self.residual is None else made + self.residual(given)}
+
+
+class LayerNorm(nn.Module):
+    """A norm of the sentence's vector."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, features: Features) -> Features:
+        """With the normed one in the place of what it was."""
+        return {**features, SENTENCE: self.norm(features[SENTENCE])}
+
+
+def make_step(kind: str, folder: Path) -> nn.Module | None:
+    """The step that a folder of sentence-transformers describes; None for one that does nothing in eval mode.
+
+    Args:
+        kind: its class's name.
+        folder: has `config.json` and, where there are weights, `model.safetensors`.
+
+    Raises:
+        PeftfxError: a kind or an option that is not known here, or a file that is missing or broken.
+    """
+    if kind not in _MAKERS:
+        hint = nearest(kind, _MAKERS) or f"known are Transformer, {', '.join(_MAKERS)}"
+        raise PeftfxError(f"a module of sentence-transformers that is not exported: {kind}", str(folder), hint)
+    path = folder / "config.json"
+    config = read_json(path) if is_file(path) else {}
+    with understanding(path, f"not the config of {kind}"):
+        return _MAKERS[kind](config, folder)
+
+
+def _pooling(config: Mapping[str, object], folder: Path) -> nn.Module:
+    named = config.get("pooling_mode", [mode for flag, mode in _FLAGS.items() if config.get(flag)] or ["mean"])
+    modes = [named] if isinstance(named, str) else named
+    if not isinstance(modes, list) or not modes or not all(mode in POOLINGS for mode in modes):
+        hint = f"known are {', '.join(POOLINGS)}"
+        raise PeftfxError(f"not a way of pooling: {shown(named)}", str(folder / "config.json"), hint)
+    if config.get("include_prompt") is False:
+        what = "its pooling leaves out the prompt's tokens (include_prompt), and a graph is not told how many these are"
+        hint = "set include_prompt to true if you give texts without a prompt"
+        raise PeftfxError(what, str(folder / "config.json"), hint)
+    return Pooling(modes)
+
+
+def _names(config: Mapping[str, object]) -> tuple[str, str]:
+    read = str(config.get("module_input_name") or SENTENCE)
+    written = str(config.get("module_output_name") or read)
+    if not {read, written} <= {SENTENCE, TOKENS}:
+        raise ValueError(f"it reads {read} and writes {written}")
+    return read, written
+
+
+def _normalize(config: Mapping[str, object], folder: Path) -> nn.Module:
+    return Normalize(*_names(config))
+
+
+def _dense(config: Mapping[str, object], folder: Path) -> nn.Module:
+    sizes = int(str(config["in_features"])), int(str(config["out_features"]))
+    made = Dense(sizes, bool(config.get("bias", True)), _activation(config), _names(config))
+    if config.get("use_residual"):
+        made.residual = nn.Identity() if sizes[0] == sizes[1] else nn.Linear(*sizes, bias=False)
+    return _filled(made, folder)
+
+
+def _activation(config: Mapping[str, object]) -> nn.Module:
+    """One of torch's own, by its name: nothing else is imported."""
+    name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    found = getattr(nn, name.rpartition(".")[2], None)
+    if not name.startswith("torch.nn.") or not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"the activation is {name}, which is none of torch's")
+    return found()
+
+
+def _layer_norm(config: Mapping[str, object], folder: Path) -> nn.Module:
+    return _filled(LayerNorm(int(str(config["dimension"]))), folder)
+
+
+def _filled(step: nn.Module, folder: Path) -> nn.Module:
+    """A step with the weights of its folder.
+
+    Raises:
+        PeftfxError: they are missing or pickled.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / _WEIGHTS
+    if not is_file(path):
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        what = f"the weights are pickled ({pickled[0]}) and pickle is never loaded" if pickled else "no weights"
+        hint = "save it again with sentence-transformers: save_pretrained(DIR)" if pickled else f"expected {_WEIGHTS}"
+        raise PeftfxError(what, str(folder), hint)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise PeftfxError(f"a broken safetensors file: {error}", str(path), "download it again") from error
+    step.load_state_dict(tensors)
+    return step
+
+
+_MAKERS: Mapping[str, Callable[[Mapping[str, object], Path], nn.Module | None]] = {
+    "Pooling": _pooling,
+    "Normalize": _normalize,
+    "Dense": _dense,
+    "LayerNorm": _layer_norm,
+    "Dropout": lambda config, folder: None,
+}
