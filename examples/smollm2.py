@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 
 import peftfx
-from peftfx.demo.generation import LORA, PROMPT, Trial, run_generation
+from peftfx.demo.generation import DEMO_PROMPT, LORA, DemoTrial, run_generation
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()) / "smollm2"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 20
 
 trials = (
-    Trial("LoRA", LORA.rule, LORA.rate, ("merged", "int4", "swappable")),
-    Trial("Prompt tuning", peftfx.PromptTuning(num_virtual_tokens=16), 3e-2, ("swappable",)),
-    Trial("Prefix tuning", peftfx.PrefixTuning(num_virtual_tokens=16), 1e-2, ("swappable",)),
+    DemoTrial("LoRA", LORA.rule, LORA.rate, ("merged", "int4", "swappable")),
+    DemoTrial("Prompt tuning", peftfx.PromptTuning(num_virtual_tokens=16), 3e-2, ("swappable",)),
+    DemoTrial("Prefix tuning", peftfx.PrefixTuning(num_virtual_tokens=16), 1e-2, ("swappable",)),
 )
 
 
@@ -34,7 +34,7 @@ def generated_by_genai(directory: Path, adapter: Path | None, tokens: torch.Tens
     import onnxruntime_genai as og
 
     model = og.Model(str(directory))
-    prompt = og.Tokenizer(model).encode(PROMPT)
+    prompt = og.Tokenizer(model).encode(DEMO_PROMPT)
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(min_length=tokens.shape[1], max_length=tokens.shape[1], do_sample=False)
     generator = og.Generator(model, parameters)

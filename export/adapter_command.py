@@ -16,15 +16,15 @@ from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of_class
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.slots.adapter_export import export_adapter
-from peftfx.export.stages import Progress
-from peftfx.export.tensor_counts import SLOTS, count_tensors
+from peftfx.export.stages import OnStage
+from peftfx.export.tensor_counts import Destination, count_tensors
 from peftfx.export_options.adapter import AdapterDirectoryChanges, AdapterDirectoryOptions
 from peftfx.export_options.checked import takes
 from peftfx.files import is_folder
 from peftfx.graph.slots import Manifest
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
-from peftfx.rules.peft_files import read_config, rule_folders
+from peftfx.rules.peft_files import read_adapter_config, rule_folders
 
 
 @takes(AdapterDirectoryOptions)
@@ -34,7 +34,7 @@ def export_adapter_directories(
     output: str | Path,
     options: AdapterDirectoryOptions | None = None,
     *,
-    progress: Progress | None = None,
+    progress: OnStage | None = None,
     **changes: Unpack[AdapterDirectoryChanges],
 ) -> Path:
     """Write HF PEFT directories as one `.onnx_adapter` file for a directory that was exported with slots.
@@ -85,13 +85,13 @@ def _counted(adapted: AdaptedModel, manifest: Manifest, names: Sequence[str]) ->
     with adapted.named.acting_as(tuple(names)), in_eval(adapted):
         views = (adapted.view(kind) for kind in manifest.views.values())
         graphs = [adapted.graph() if view is None else adapted.graph(view=view) for view in views]
-    counts = count_tensors({name: adapted.adapter(name) for name in names}, graphs, SLOTS)
+    counts = count_tensors({name: adapted.adapter(name) for name in names}, graphs, Destination.SLOTS)
     return f"{sum(counts.values())} tensors in the files: {', '.join(f'{n} {place}' for place, n in counts.items())}"
 
 
 def _refuse_head(folder: Path, model: str) -> None:
     """Refuse an adapter that brings a head to a graph of a model for something else."""
-    kind, own = str(read_config(folder).get("task_type")), task_of_class(model)
+    kind, own = str(read_adapter_config(folder).get("task_type")), task_of_class(model)
     if kind in PEFT_HEADS and own not in (None, PEFT_TASKS[kind]):
         task = PEFT_TASKS[kind]
         what = f"this adapter brings a head for {task}, and the graph is of {model}, which has none"

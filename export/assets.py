@@ -19,7 +19,7 @@ _NOT = (
     "peftfx_",
     "quantize_config",
     "quant_config",
-    genai_config.FILE,
+    genai_config.GENAI_CONFIG,
     EXPORT_MANIFEST_FILE,
 )
 """How names begin, in small letters, of what is no asset, or is told by the export that made it, for that alone."""

@@ -21,6 +21,7 @@ from peftfx.export.coded.rounded import read_weight, roundable, rounded_rows
 from peftfx.export.metadata import SOURCE
 from peftfx.export.verification.agreement import LOGITS, divergence
 from peftfx.export.verification.comparison import Reference
+from peftfx.export.verification.tolerance import Tensors
 from peftfx.export.writing.stream import PAGE
 from peftfx.export.writing.weights import LARGE
 from peftfx.export_options.quantize import Scheme
@@ -28,8 +29,7 @@ from peftfx.graph.graph import DERIVED
 from peftfx.model.adapted import AdaptedModel
 from peftfx.sites.sites import Sites
 
-Tensors = dict[str, Tensor]
-NONE = "none"
+_NONE = "none"
 _AT_ONCE = 1 << 22  #: numbers of a weight that are rounded at a time
 
 
@@ -114,14 +114,14 @@ def share_out(
     found = _least(roles, by_name, limit - others)
     if found is None:
         smallest = others + sum(
-            min(role.bytes(by_name.get(name)) for name in (NONE, *role.costs)) for role in roles.values()
+            min(role.bytes(by_name.get(name)) for name in (_NONE, *role.costs)) for role in roles.values()
         )
         what = f"the smallest way takes {smallest:,} bytes, {limit:,} are allowed"
         raise PeftfxError(what, "budget", f"allow {-(-smallest // 1000)}kB or more")
     chosen = {
         weight.meta.get(SOURCE): by_name[name]
         for path, name in found.items()
-        if name != NONE
+        if name != _NONE
         for weight, _ in roles[path].weights
     }
     shares = [_share(path, role, found[path], by_name, limit) for path, role in roles.items()]
@@ -219,7 +219,7 @@ def _least(roles: Mapping[str, _Role], schemes: Mapping[str, Scheme], room: int)
     """The scheme of each role, of the ways that fit that of the least sum of costs; None where none fits."""
     ways: list[tuple[int, float, dict[str, str]]] = [(0, 0.0, {})]
     for path, role in roles.items():
-        options = [(role.bytes(None), 0.0, NONE), *((role.bytes(schemes[n]), c, n) for n, c in role.costs.items())]
+        options = [(role.bytes(None), 0.0, _NONE), *((role.bytes(schemes[n]), c, n) for n, c in role.costs.items())]
         longer = [(a + b, c + d, {**picks, path: name}) for a, c, picks in ways for b, d, name in options]
         ways, best = [], float("inf")
         for way in sorted((way for way in longer if way[0] <= room), key=lambda way: way[:2]):
@@ -232,7 +232,7 @@ def _least(roles: Mapping[str, _Role], schemes: Mapping[str, Scheme], room: int)
 def _share(path: str, role: _Role, name: str, schemes: Mapping[str, Scheme], limit: int) -> Share:
     if role.why:
         reason = role.why
-    elif name == NONE:
+    elif name == _NONE:
         reason = f"{limit:,} bytes leave room for it"
     else:
         reason = "of the ways that fit, the least sum has it"

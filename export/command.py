@@ -22,7 +22,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets
 from peftfx.export.onnx_directory import export_onnx
 from peftfx.export.report import Report
-from peftfx.export.stages import Progress
+from peftfx.export.stages import OnStage
 from peftfx.export.writing.atomic_directory import check_output
 from peftfx.export.writing.weights import Written
 from peftfx.export_options.checked import takes
@@ -33,11 +33,11 @@ from peftfx.model.api import bare, plan
 from peftfx.model.plan import Plan, shapes_of
 from peftfx.pages.page import Page
 from peftfx.pictures.adapted import show
-from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
+from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
 from peftfx.rules.resolution import place, saved_modules
 from peftfx.sites.sites import Sites
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @takes(DirectoryOptions)
@@ -46,7 +46,7 @@ def export_directory(
     output: str | Path,
     options: DirectoryOptions | None = None,
     *,
-    progress: Progress | None = None,
+    progress: OnStage | None = None,
     written: Written | None = None,
     **changes: Unpack[DirectoryChanges],
 ) -> Report:
@@ -71,7 +71,7 @@ def export_directory(
 
 
 def _export(
-    base: Path, output: str | Path, asked: DirectoryOptions, progress: Progress | None, written: Written | None
+    base: Path, output: str | Path, asked: DirectoryOptions, progress: OnStage | None, written: Written | None
 ) -> Report:
     folders = asked.folders
     say = progress or (lambda line: None)
@@ -114,7 +114,7 @@ def served_dtype(base: Path, wanted: str | None, quantize_base: str | None) -> t
     if wanted is None:
         own = config.get("dtype", config.get("torch_dtype"))
         return torch.float32 if own == "bfloat16" else None
-    return DTYPES[wanted]
+    return TORCH_DTYPES[wanted]
 
 
 def load_directories(
@@ -141,7 +141,7 @@ def load_directories(
             quantise(model, quantize_base)
         return bare(_with_steps(model, task, sentences))
     folders = [folder for adapter in adapters.values() for folder in rule_folders(adapter)]
-    configs = {folder: read_config(folder) for folder in folders}
+    configs = {folder: read_adapter_config(folder) for folder in folders}
     methods = {folder: method_from_config(own, str(folder / CONFIG)) for folder, own in configs.items()}
     weights = {folder: Weights(folder, method.prefix) for folder, method in methods.items()}
     kinds = [own["task_type"] for own in configs.values() if own.get("task_type") is not None]

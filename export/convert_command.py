@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from peftfx.adapters.files.writer import write_rule
+from peftfx.adapters.files.writer import write_rule_directory
 from peftfx.adapters.lora_conversion import difference, lora_of
 from peftfx.adapters.single_file import DIFFUSERS, KOHYA, as_peft, as_single_file
 from peftfx.bases.load import load_base
@@ -98,6 +98,6 @@ def _changed(base: Path, tuned: str | Path | None, file: str | Path | None, rank
     assert file is not None
     config, tensors = as_peft(Path(file), adapted.source)
     with tempfile.TemporaryDirectory() as folder:
-        write_rule(Path(folder), config, {WEIGHTS: tensors})
+        write_rule_directory(Path(folder), config, {WEIGHTS: tensors})
         adapted.load_adapter(folder, _LORA)
     return adapted

@@ -25,15 +25,15 @@ from peftfx.export.checkpoint.merged_report import Difference, MergedReport
 from peftfx.export.checkpoint.requantised import Requantised
 from peftfx.export.checkpoint.shards import write_shards
 from peftfx.export.coded.rounded import FINITE
-from peftfx.export.command import DTYPES, load_directories, refuse_output
+from peftfx.export.command import TORCH_DTYPES, load_directories, refuse_output
 from peftfx.export.deployment.parts import views_of
 from peftfx.export.quantised import refuse_disagreement
 from peftfx.export.report import versions
-from peftfx.export.stages import Progress, Stages
+from peftfx.export.stages import OnStage, Stages
 from peftfx.export.verification.agreement import agreement, read_text
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager_reference import EagerReference
-from peftfx.export.verification.probes import FEW, SIZES, is_large
+from peftfx.export.verification.probes import FEW, PROBE_SIZES, is_large
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export.writing.weights import Written
 from peftfx.export_options.checked import takes
@@ -45,7 +45,7 @@ from peftfx.options import AUTO, DECODE
 from peftfx.quantisation.coded import Coded, keeping
 from peftfx.rules.peft_files import rule_folders
 
-Tensors = Mapping[str, Tensor]
+_Tensors = Mapping[str, Tensor]
 #: What an output may differ by, over its largest magnitude: beyond it, what was written is not what was merged.
 _BOUNDS = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
 
@@ -56,7 +56,7 @@ def merge_directory(
     output: str | Path,
     options: MergeOptions | None = None,
     *,
-    progress: Progress | None = None,
+    progress: OnStage | None = None,
     written: Written | None = None,
     **changes: Unpack[MergeChanges],
 ) -> MergedReport:
@@ -128,7 +128,7 @@ def _write(
     merged, done = merged_copy(adapted)
     model: Any = merged
     refuse_unlike(adapted.base.state_dict(keep_vars=True), model.state_dict(keep_vars=True))
-    wanted = DTYPES[asked.dtype] if asked.dtype is not None else _own_dtype(base, adapted.base)
+    wanted = TORCH_DTYPES[asked.dtype] if asked.dtype is not None else _own_dtype(base, adapted.base)
     model.config.dtype, model.config.architectures = wanted, [type(model).__name__]
     requantised = None
     if asked.quantize is not None:
@@ -152,7 +152,7 @@ def _own_dtype(base: Path, model: nn.Module) -> torch.dtype:
         return torch.float32
     config = read_base_config(base)
     said = config.get("dtype", config.get("torch_dtype"))
-    named = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    named = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values()}
     if config.get(QUANTISED) is None and isinstance(said, str) and said in named:
         return named[said]
     return next((exact(p).dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -175,7 +175,7 @@ def _verify(
     again = AdaptedModel.on(loaded, adapted.sites, adapted.example)
     want, got = (EagerReference(model, None, model.example) for model in (adapted, again))
     feeds = []
-    for number, sizes in enumerate(FEW if is_large(adapted.base) else SIZES[:2]):
+    for number, sizes in enumerate(FEW if is_large(adapted.base) else PROBE_SIZES[:2]):
         feeds.append(feed := example_inputs(adapted.base, sizes=sizes, seed=number + 1))
         shapes = {name: list(value.shape) for name, value in feed.items()}
         found, wanted = got(feed), want(feed)

@@ -16,13 +16,13 @@ from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.serving_mode import in_eval
-from peftfx.export.metadata import ADAPTERS, BASE_MODEL, FINGERPRINT
+from peftfx.export.metadata import ADAPTERS_KEY, BASE_MODEL, FINGERPRINT
 from peftfx.export.quantised import agreement_of, refuse_disagreement, round_weights
 from peftfx.export.report import Report, tell_rounding
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Swappable
-from peftfx.export.stages import Progress, Stages
-from peftfx.export.tensor_counts import APART, MERGED, NOT_RUN, count_row_tensors, count_tensors
+from peftfx.export.stages import OnStage, Stages
+from peftfx.export.tensor_counts import Destination, count_row_tensors, count_tensors
 from peftfx.export.translation.scopes import put_rest
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.verification.comparison import verify
@@ -55,7 +55,7 @@ def export_onnx(
     inputs: Mapping[str, object] | None = None,
     source: str | Path = "",
     assets: Callable[[Path], object] | None = None,
-    progress: Progress | None = None,
+    progress: OnStage | None = None,
     written: Written | None = None,
     **changes: Unpack[ExportChanges],
 ) -> Report:
@@ -106,9 +106,9 @@ def export_onnx(
         if isinstance(way, Batched):
             report.tensors = count_row_tensors(acting, graphs)
         elif acting:
-            report.tensors = count_tensors(acting, graphs, MERGED if way.merges else APART)
-        if NOT_RUN in report.tensors:
-            say(f"{report.tensors[NOT_RUN]} tensors of the adapter are of modules that this view does not run")
+            report.tensors = count_tensors(acting, graphs, Destination.MERGED if way.merges else Destination.APART)
+        if not_run := report.tensors.get(Destination.NOT_RUN):
+            say(f"{not_run} tensors of the adapter are of modules that this view does not run")
         if way.merges and adapted.active:
             with stages("merge"):
                 merged = [PassManager([Merge()])(part.graph).graph for part in parts]
@@ -172,7 +172,7 @@ def export_onnx(
 def _provenance(adapted: AdaptedModel, report: Report, *, coded: bool) -> dict[str, str]:
     """What a model says of where it comes from. Weights in codes are not read for it."""
     adapters = "; ".join(f"{adapter['name']}: {'+'.join(adapter['methods'])}" for adapter in report.adapters)  # type: ignore[arg-type]
-    said = {ADAPTERS: adapters, BASE_MODEL: report.model}
+    said = {ADAPTERS_KEY: adapters, BASE_MODEL: report.model}
     known = not coded and not any(p.is_meta for p in adapted.base.parameters())
     return {name: text for name, text in said.items() if text} | (
         {FINGERPRINT: fingerprint(adapted.base, SAMPLED)} if known else {}

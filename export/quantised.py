@@ -12,7 +12,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.budget import candidates, share_out
 from peftfx.export.coded.rounded import quantize
 from peftfx.export.coded.schemes import scheme_for
-from peftfx.export.deployment.parts import Part
+from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.report import Report
 from peftfx.export.verification.agreement import Agreement, agreement, read_text, texts
 from peftfx.export.verification.comparison import VerificationError
@@ -26,7 +26,7 @@ from peftfx.views.prompt_inputs import WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
 
 
-class Told(Protocol):
+class _Told(Protocol):
     """A report that says how far a model agrees."""
 
     @property
@@ -37,9 +37,9 @@ class Told(Protocol):
 def round_weights(
     asked: ExportOptions,
     adapted: AdaptedModel,
-    parts: Sequence[Part],
+    parts: Sequence[GraphPart],
     programs: Mapping[str, ir.Model],
-    oracle: Callable[[Part], Oracle],
+    oracle: Callable[[GraphPart], Oracle],
     source: str | Path,
     report: Report,
 ) -> None:
@@ -73,7 +73,7 @@ def round_weights(
 
 
 def agreement_of(
-    path: Path, adapted: AdaptedModel, part: Part, oracle: Oracle, source: str | Path, text: str | Path | None
+    path: Path, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, source: str | Path, text: str | Path | None
 ) -> dict[str, Agreement]:
     """How far a quantised part agrees with the model on a text, by the part's name."""
     model = OnnxModel(path, mapped=True)
@@ -90,7 +90,7 @@ def agreement_of(
     return {} if found is None else {part.stem: found}
 
 
-def refuse_disagreement(report: Told, limit: MaxError | None, text: str | Path | None, where: Path) -> None:
+def refuse_disagreement(report: _Told, limit: MaxError | None, text: str | Path | None, where: Path) -> None:
     """Refuse a quantised model that agrees less than was asked for.
 
     Raises:

@@ -14,12 +14,12 @@ import torch
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
 from peftfx.export.budget import Share
 from peftfx.export.coded.place import Choice
-from peftfx.export.metadata import ENGINE, SIZES
+from peftfx.export.metadata import ENGINE, SIZES_KEY
 from peftfx.export.verification.agreement import Agreement
 from peftfx.export.verification.comparison import Comparison, short_shapes
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.sizes import Limit
-from peftfx.formats import REPORT, stamped
+from peftfx.formats import REPORT, with_version
 from peftfx.graph.graph import DERIVED, Graph
 from peftfx.graph.slots import listed
 from peftfx.model.adapted import AdaptedModel
@@ -145,7 +145,7 @@ class Report:
     def add_sizes(self, program: ir.Model, limits: Sequence[Limit], prefix: str = "") -> None:
         """Add the conditions under which a model is right, here and in its metadata."""
         if limits:
-            program.metadata_props[SIZES] = "; ".join(map(str, limits))
+            program.metadata_props[SIZES_KEY] = "; ".join(map(str, limits))
             self.sizes += [f"{prefix}{limit}" for limit in limits]
 
     def describe(self, graph: Graph, program: ir.Model, found: list[Comparison], prefix: str = "") -> None:
@@ -179,7 +179,7 @@ class Report:
 
     def write(self, directory: Path) -> None:
         """Put `peftfx_report.json` into the directory."""
-        lines = (f"{json.dumps(name)}: {_written(value)}" for name, value in stamped(REPORT, asdict(self)).items())
+        lines = (f"{json.dumps(name)}: {_written(value)}" for name, value in with_version(REPORT, asdict(self)).items())
         text = "{\n" + ",\n".join(lines) + "\n}\n"
         (directory / REPORT).write_text(text, encoding="utf-8")
 

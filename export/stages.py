@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Progress = Callable[[str], object]
+OnStage = Callable[[str], object]
 """Called with a line when a stage begins."""
 
 
 class Stages:
     """Times the stages of an export, and says when each begins."""
 
-    def __init__(self, seconds: dict[str, float], progress: Progress) -> None:
+    def __init__(self, seconds: dict[str, float], progress: OnStage) -> None:
         self.seconds, self.progress = seconds, progress
 
     @contextmanager

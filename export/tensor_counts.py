@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from enum import StrEnum
 
 from peftfx.adapters.adapter import Adapter, shared_key
 from peftfx.contract.override import SAVED
@@ -13,9 +14,20 @@ from peftfx.passes.adaptation.pattern_weights import foldable
 from peftfx.passes.base import attributes_of
 from peftfx.sites.site import SEQUENCE
 
-MERGED, CONSTANTS, APART, COPIES = "merged into weights", "made constants", "left apart", "trained copies"
-ROWS, SLOTS = "in the rows' stacks", "put into slots"
-PROMPTS, NOT_RUN, REPEATS, UNUSED = "prompts", "not run here", "repeats of the base", "never run"
+
+class Destination(StrEnum):
+    """Where a tensor of an adapter's file went, as reports say it."""
+
+    MERGED = "merged into weights"
+    CONSTANTS = "made constants"
+    APART = "left apart"
+    COPIES = "trained copies"
+    ROWS = "in the rows' stacks"
+    SLOTS = "put into slots"
+    PROMPTS = "prompts"
+    NOT_RUN = "not run here"
+    REPEATS = "repeats of the base"
+    UNUSED = "never run"
 
 
 def count_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph], to: str) -> dict[str, int]:
@@ -24,11 +36,11 @@ def count_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph], to: 
     Args:
         adapters: by name.
         graphs: those that are exported, with the adapters in them, before anything is merged.
-        to: where what the graphs read goes: `MERGED`, `APART` or `SLOTS`.
+        to: where what the graphs read goes: `Destination.MERGED`, `Destination.APART` or `Destination.SLOTS`.
     """
     read = {target for graph in graphs for target in attributes_of(graph) if target.startswith(f"{ADAPTERS}.")}
     own = {name: {t.split(".", 2)[2] for t in read if t.startswith(f"{ADAPTERS}.{name}.")} for name in adapters}
-    folds = [match.region for graph in graphs if to == MERGED for match in foldable(graph)[0]]
+    folds = [match.region for graph in graphs if to == Destination.MERGED for match in foldable(graph)[0]]
     folded = {target.removeprefix(f"{ADAPTERS}.") for region in folds for _, target in region.params}
     return _count(adapters, own, to, folded)
 
@@ -36,7 +48,7 @@ def count_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph], to: 
 def count_row_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph]) -> dict[str, int]:
     """The same for adapters that rows choose from: these graphs read all of them in one stack at each place."""
     runs = {path for graph in graphs for path in (*graph.sites.called, *(site.path for site in graph.sites))}
-    return _count(adapters, {name: set(_acting(adapter, runs)) for name, adapter in adapters.items()}, ROWS)
+    return _count(adapters, {name: set(_acting(adapter, runs)) for name, adapter in adapters.items()}, Destination.ROWS)
 
 
 def _acting(adapter: Adapter, runs: Collection[str]) -> Iterator[str]:
@@ -61,7 +73,9 @@ def _count(
             beside = {key for key in _keys(adapter, rule, number) if f"{name}.{key}" not in folded}
             counts.update(_where(rule, key, read[name], to, beside) for key in _keys(adapter, rule, number))
             account = adapter.accounts.get(number)
-            counts.update({REPEATS: len(account.repeats), UNUSED: len(account.unused)} if account else {})
+            counts.update(
+                {Destination.REPEATS: len(account.repeats), Destination.UNUSED: len(account.unused)} if account else {}
+            )
     return {place: count for place, count in counts.items() if count}
 
 
@@ -78,12 +92,12 @@ def _keys(adapter: Adapter, rule: Placed, number: int) -> Iterator[str]:
 
 def _where(rule: Placed, key: str, read: Collection[str], to: str, beside: Collection[str]) -> str:
     if rule.placements.prompts and key.partition(".")[0] == SEQUENCE:
-        return PROMPTS
+        return Destination.PROMPTS
     if key not in read:
-        return NOT_RUN
-    if to in (ROWS, SLOTS):
+        return Destination.NOT_RUN
+    if to in (Destination.ROWS, Destination.SLOTS):
         return to
     if key.startswith(f"{SAVED}."):
-        return COPIES
+        return Destination.COPIES
     constant = rule.placements.attentions or (rule.placements.patterns and key in beside)
-    return CONSTANTS if to == MERGED and constant else to
+    return Destination.CONSTANTS if to == Destination.MERGED and constant else to

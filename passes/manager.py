@@ -12,7 +12,7 @@ import torch
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.passes.base import Pass, PassResult, output_nodes
-from peftfx.passes.properties import check
+from peftfx.passes.properties import check_properties
 
 Level = Literal["none", "lint", "metadata", "numeric"]
 
@@ -78,7 +78,7 @@ class PassManager(Pass):
         for step in self.passes:
             before, start = graph, time.perf_counter()
             if self.check != "none":
-                check(step.requires, graph, f"{step} cannot run")
+                check_properties(step.requires, graph, f"{step} cannot run")
             try:
                 result = step(graph)
             except PeftfxError as error:
@@ -96,7 +96,7 @@ class PassManager(Pass):
         except PeftfxError as found:
             what = f"{step} left a graph that is not sound: {found.what}"
             raise PeftfxError(what, found.where, found.hint) from found
-        check(step.ensures, after, f"{step} did not do what it says")
+        check_properties(step.ensures, after, f"{step} did not do what it says")
         if self.check in ("metadata", "numeric"):
             for name, old, new in zip(before.outputs, output_nodes(before), output_nodes(after), strict=True):
                 want, got = old.meta["val"], new.meta["val"]

@@ -71,7 +71,7 @@ PROPERTIES: Mapping[str, Property] = {
 }
 
 
-def check(names: Iterable[str], graph: Graph, what: str) -> None:
+def check_properties(names: Iterable[str], graph: Graph, what: str) -> None:
     """Hold a graph to properties.
 
     Raises:

@@ -27,7 +27,7 @@ from peftfx.passes.slots.by_row import ByRow
 from peftfx.passes.slots.open import Open
 from peftfx.sites.site import Call, HeadedSite, Heads, Part
 
-KNOWN = (Cleanup, Evaluate, Fuse, Insert, Merge, Prefill, Probe, Remove, Rewrite, Sweep, ByRow, Open, PassManager)
+_KNOWN = (Cleanup, Evaluate, Fuse, Insert, Merge, Prefill, Probe, Remove, Rewrite, Sweep, ByRow, Open, PassManager)
 _RECORDS = (Call, HeadedSite, Heads, Part)  #: what options are made of, beside literals
 _TOO_DEEP = (RecursionError, MemoryError)  #: what Python's parser raises for what is nested too deeply
 
@@ -67,7 +67,7 @@ def _value(node: ast.expr, text: str) -> object:
 
 
 def _made(name: str, options: Mapping[str, object], text: str) -> object:
-    known: dict[str, Any] = {cls.__name__: cls for cls in [*KNOWN, *_RECORDS]} | {
+    known: dict[str, Any] = {cls.__name__: cls for cls in [*_KNOWN, *_RECORDS]} | {
         cls.__name__: cls for cls in _below(Pass)
     }
     if name not in known:

@@ -22,7 +22,7 @@ ADAPTER = ".onnx_adapter"  #: the end of a name; the format is ONNX Runtime's, t
 VERSIONS: Mapping[str, int] = {SLOTS: 1, BATCHED: 1, REPORT: 1, RULES: 1, ADAPTER: 1}
 
 
-def stamped(name: str, values: Mapping[str, object]) -> dict[str, object]:
+def with_version(name: str, values: Mapping[str, object]) -> dict[str, object]:
     """The values of a file of this name, with its version ahead."""
     return {FORMAT: VERSIONS[name], **values}
 

@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from peftfx.errors import PeftfxError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 PATIENCE = datetime.timedelta(seconds=60)  #: for how long a process waits for the others to do what it does
 _CALLS: dict[str, int] = {}
 _SHARED = (
@@ -242,7 +242,7 @@ def together(what: str) -> None:
 _WRITES = "rank 0 alone writes"
 
 
-def on_first(work: Callable[[], T]) -> T:
+def on_first(work: Callable[[], _T]) -> _T:
     """Do something in the first process, while the others wait; all return what it gave, or raise what it raised."""
     told: list[object] = [None, None]
     if rank() == 0:

@@ -19,7 +19,7 @@ from peftfx.graph.lazy_weights import exact
 
 
 @dataclass(frozen=True)
-class Contents:
+class CheckpointContents:
     """What the files of a model hold.
 
     Attributes:
@@ -36,7 +36,7 @@ def contents_of(
     model: PreTrainedModel,
     dtype: Callable[[str], torch.dtype],
     packings: Mapping[str, Packing] = MappingProxyType({}),
-) -> Contents:
+) -> CheckpointContents:
     """The tensors of a model in the order and under the names of its files.
 
     A tensor that several modules share is written once, if the model ties them when it is loaded; the config says of a
@@ -62,7 +62,7 @@ def contents_of(
             found[name] = tensor
         else:
             found |= {name.removesuffix("weight") + what: made for what, made in packing.tensors(tensor).items()}
-    return Contents({name: Content(tuple(t.shape), t.dtype, t.value) for name, t in found.items()}, roundings)
+    return CheckpointContents({name: Content(tuple(t.shape), t.dtype, t.value) for name, t in found.items()}, roundings)
 
 
 def plain_names(model: PreTrainedModel) -> frozenset[str]:

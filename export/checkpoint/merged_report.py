@@ -9,7 +9,7 @@ from pathlib import Path
 from peftfx.adapters.merge_report import MergeReport
 from peftfx.adapters.recipes import Rounding
 from peftfx.export.verification.agreement import Agreement
-from peftfx.formats import REPORT, stamped
+from peftfx.formats import REPORT, with_version
 
 
 @dataclass(frozen=True)
@@ -113,5 +113,5 @@ class MergedReport:
 
     def write(self, directory: Path) -> None:
         """Put `peftfx_report.json` into the directory."""
-        text = json.dumps(stamped(REPORT, asdict(self)), indent=1) + "\n"
+        text = json.dumps(with_version(REPORT, asdict(self)), indent=1) + "\n"
         (directory / REPORT).write_text(text, encoding="utf-8")

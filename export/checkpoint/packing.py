@@ -119,7 +119,7 @@ def words(codes: Tensor, bits: int) -> Tensor:
     return padded.contiguous().view(torch.int32)
 
 
-def config_of(packings: Mapping[str, Packing], left: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+def quantisation_config(packings: Mapping[str, Packing], left: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
     """The `quantization_config` of a model.
 
     Args:

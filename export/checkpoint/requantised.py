@@ -12,7 +12,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from peftfx.errors import PeftfxError
-from peftfx.export.checkpoint.packing import BITSANDBYTES, Packing, config_of, print_of
+from peftfx.export.checkpoint.packing import BITSANDBYTES, Packing, print_of, quantisation_config
 from peftfx.export.coded.schemes import scheme_for
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export_options.quantize import Scheme
@@ -86,7 +86,7 @@ class Requantised:
         Raises:
             PeftfxError: transformers would take the name of a layer for that of another one.
         """
-        found = config_of(self.packings, list(self.left), self.dtype)
+        found = quantisation_config(self.packings, list(self.left), self.dtype)
         if found["quant_method"] == BITSANDBYTES:
             wrong = [path for path in self.packings if not should_convert_module(path, list(self.left))]
             if wrong:

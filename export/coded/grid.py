@@ -17,7 +17,7 @@ from torch import Tensor
 from peftfx.quantisation.codes import Blocks, Unpacked
 
 LEAST, MOST = 16, 256  #: columns of a block
-BITS = 4
+GRID_BITS = 4
 MIDDLE = 8  #: the operator's zero, where none is given
 
 
@@ -54,7 +54,7 @@ class Grid:
     @property
     def halves(self) -> tuple[int, ...]:
         """By how many bits the codes of each product are shifted."""
-        return (0,) if self.codes.bits <= BITS else (BITS, 0)
+        return (0,) if self.codes.bits <= GRID_BITS else (GRID_BITS, 0)
 
     @property
     def centre(self) -> int:
@@ -65,7 +65,7 @@ class Grid:
         codes = self.codes
         if not codes.shifted or codes.own_zeros or codes.zero:
             return 0
-        return (1 << codes.bits - 1) + (MIDDLE if codes.bits > BITS else 0)
+        return (1 << codes.bits - 1) + (MIDDLE if codes.bits > GRID_BITS else 0)
 
     def zero(self, shift: int) -> int | None:
         """The zero of all blocks in a product; None where each has its own."""
@@ -125,4 +125,4 @@ class Grid:
 
 def _mask(shift: int, bits: int) -> int:
     """Of a zero that all blocks share: the lower half's bits where there are two."""
-    return 15 if shift == 0 and bits > BITS else 31
+    return 15 if shift == 0 and bits > GRID_BITS else 31

@@ -11,7 +11,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
-from peftfx.export.coded.grid import BITS, MIDDLE, Grid
+from peftfx.export.coded.grid import GRID_BITS, MIDDLE, Grid
 from peftfx.export.metadata import SOURCE
 from peftfx.export.writing.readers import DOMAIN
 from peftfx.quantisation.codes import Blocks, Codes, Floats8, Tabled
@@ -100,7 +100,7 @@ class BlockProduct(Product):
     def _part(self, shift: int) -> list[ir.Value | None]:
         grid, rows = self.grid, self.grid.codes.rows
         what = "" if len(grid.halves) == 1 else ".high" if shift else ".low"
-        size = (rows, grid.count, grid.block * BITS // 8)
+        size = (rows, grid.count, grid.block * GRID_BITS // 8)
         blocks = self.constant(f"codes{what}", _UINT8, size, lambda: grid.blocks(shift))
         scales = self.constant(f"scales{what}", _FLOAT, (rows, grid.count), lambda: grid.scales(shift))
         if grid.zero(shift) == MIDDLE:
@@ -112,7 +112,7 @@ class BlockProduct(Product):
     def _reason(self) -> str:
         codes = self.grid.codes
         told = [f"its codes of {codes.bits} bits fit into 4, and activations stay float32 (accuracy level 0)"]
-        if codes.bits > BITS:
+        if codes.bits > GRID_BITS:
             told = [f"codes of {codes.bits} bits as two products of 4 bits: one of 8 bits is 15 times slower"]
         if any(map(self.grid.wide, self.grid.halves)):
             told.append("a zero of 2^bits fits into no 4 bits: zeros are floats")
@@ -130,7 +130,7 @@ class BlockProduct(Product):
             x = made[-1].outputs[0]
             x.shape = rank
         codes = self.grid.codes
-        told = {"K": codes.columns, "N": codes.rows, "bits": BITS, "block_size": self.grid.block}
+        told = {"K": codes.columns, "N": codes.rows, "bits": GRID_BITS, "block_size": self.grid.block}
         total: ir.Value | None = None
         for part in self.parts:
             inputs = [x, *part, *([] if bias is None or total is not None else [None, bias])]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
-from peftfx.export.coded.grid import BITS
+from peftfx.export.coded.grid import GRID_BITS
 from peftfx.export.coded.operators import BlockProduct
 
 OPERATOR = "Gather"
@@ -66,7 +66,7 @@ class _Rows:
     def _halves(self, packed: ir.Value, middle: int) -> ir.Value:
         """float32 [..., bytes, 2]: the two codes of each byte of the rows, less the zero that all have."""
         byte = torch.arange(256)
-        pairs = torch.stack([byte & 15, byte >> BITS], 1).float() - middle
+        pairs = torch.stack([byte & 15, byte >> GRID_BITS], 1).float() - middle
         what = f"pairs{middle}"
         name = f"{self.product.name}.{what}"
         made = {value.name: value for value in self.product.initializers}

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from peftfx.export.deployment.export_json import write_export_json
 from peftfx.export.deployment.genai_config import write_genai_config
-from peftfx.export.deployment.parts import Part, capture_parts
+from peftfx.export.deployment.parts import GraphPart, capture_parts
 from peftfx.export.verification.oracle import Oracle, eager_oracle
 from peftfx.export.verification.size_trials import sizes_of
 from peftfx.export.verification.sizes import Sizes
@@ -32,18 +32,18 @@ class Deployment(ABC):
         return adapted.active
 
     @abstractmethod
-    def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[Part]:
+    def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[GraphPart]:
         """The graphs to write; see `capture_parts`."""
 
-    def finish(self, adapted: AdaptedModel, part: Part, program: ir.Model) -> tuple[Part, ir.Model]:
+    def finish(self, adapted: AdaptedModel, part: GraphPart, program: ir.Model) -> tuple[GraphPart, ir.Model]:
         """A part and its program as it is written."""
         return part, program
 
-    def oracle(self, adapted: AdaptedModel, part: Part, example: Inputs) -> Oracle:
+    def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
         """What the part is held against, and in which calls."""
         return eager_oracle(adapted, part.graph, part.view, example, part.sizes)
 
-    def sizes(self, adapted: AdaptedModel, part: Part, example: Inputs, allow_fixed: bool) -> Sizes:
+    def sizes(self, adapted: AdaptedModel, part: GraphPart, example: Inputs, allow_fixed: bool) -> Sizes:
         """Where the part is right: where the model that it is a view of is.
 
         Raises:
@@ -51,7 +51,7 @@ class Deployment(ABC):
         """
         return sizes_of(adapted, part.seen, example, allow_fixed=allow_fixed)
 
-    def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
+    def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs) -> None:
         """Tell other runtimes, beside the models, how they are served."""
         for part in parts:
             if isinstance(part.seen, Decode):
@@ -67,5 +67,5 @@ class InGraph(Deployment):
 
     merges: bool = True
 
-    def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[Part]:
+    def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[GraphPart]:
         return capture_parts(adapted, view, inputs)

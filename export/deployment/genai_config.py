@@ -8,7 +8,7 @@ from typing import Any
 
 from peftfx.views.decode import PAST, PRESENT, Decode
 
-FILE = "genai_config.json"
+GENAI_CONFIG = "genai_config.json"
 #: Fields of configs that say how many tokens a model can hold; one without any has no limit of its own.
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
 _UNLIMITED = 2048
@@ -65,7 +65,7 @@ def write_genai_config(directory: Path, config: Any, view: Decode, ahead: int = 
             "past_present_share_buffer": False,
         },
     }
-    (directory / FILE).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    (directory / GENAI_CONFIG).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     return True
 
 

@@ -25,7 +25,7 @@ FREE = frozenset({"batch", "sequence", "decoder_sequence", "encoder_sequence", "
 
 
 @dataclass(frozen=True)
-class Part:
+class GraphPart:
     """A graph on its way to a file, as it is after a stage of the export: the next one makes another of it.
 
     Attributes:
@@ -59,7 +59,7 @@ class Part:
         return self.file.removesuffix(".onnx")
 
 
-def capture_parts(adapted: AdaptedModel, view: str, inputs: Mapping[str, object] | None) -> list[Part]:
+def capture_parts(adapted: AdaptedModel, view: str, inputs: Mapping[str, object] | None) -> list[GraphPart]:
     """Capture what a model is served by.
 
     Args:
@@ -77,14 +77,14 @@ def capture_parts(adapted: AdaptedModel, view: str, inputs: Mapping[str, object]
         if inputs is None:
             given = {spec.name: example[spec.name] for spec in graph.inputs if spec.name in example}
             refuse_fixed(graph, name_axes(given))  # type: ignore[arg-type]
-        return [Part("model.onnx", None, graph, graph)]
+        return [GraphPart("model.onnx", None, graph, graph)]
     parts = []
     for file, name in views.items():
         shown = adapted.view(name)
         assert shown is not None
         graph = adapted.graph(view=shown)
         refuse_fixed(graph, shown.axes)
-        parts.append(Part(file, shown, graph, graph))
+        parts.append(GraphPart(file, shown, graph, graph))
     return parts
 
 

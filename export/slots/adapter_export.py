@@ -30,12 +30,12 @@ from peftfx.graph.slots import (
     INNER,
     KEYS,
     OUTER,
-    OWN,
     PREFIX,
-    PROMPT,
+    SLOT_A,
+    SLOT_B,
+    SLOT_OWN,
+    SLOT_PROMPT,
     VALUES,
-    A,
-    B,
     Manifest,
     Slot,
     listed,
@@ -51,15 +51,15 @@ from peftfx.serving.adapter_file import (
     write_adapter_file,
 )
 
-WORDS = {
-    A: "a low-rank sum at",
-    B: "a low-rank sum at",
+_WORDS = {
+    SLOT_A: "a low-rank sum at",
+    SLOT_B: "a low-rank sum at",
     OUTER: "a scale of the output of",
     INNER: "a scale of the input of",
-    OWN: "a trained copy of",
+    SLOT_OWN: "a trained copy of",
     KEYS: "keys and values beside",
     VALUES: "keys and values beside",
-    PROMPT: "a soft prompt",
+    SLOT_PROMPT: "a soft prompt",
     PREFIX: "a soft prompt",
 }
 
@@ -175,9 +175,9 @@ def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, dict[st
         for slot, fitting in laid:
             found[slot.graph] |= {} if fitting is None else {slot.name: fitting}
     if homeless:
-        lines = "; ".join(f"{WORDS[what]} {listed(at)}".strip() for what, at in homeless.items())
+        lines = "; ".join(f"{_WORDS[what]} {listed(at)}".strip() for what, at in homeless.items())
         hint = "export the base with --slots that pick these sites, or export the adapter merged"
-        hint = "export the adapter merged" if homeless.keys() <= {PROMPT, PREFIX} else hint
+        hint = "export the adapter merged" if homeless.keys() <= {SLOT_PROMPT, PREFIX} else hint
         raise PeftfxError(f"the graph has no place for {lines}", manifest.model, hint)
     return found
 

@@ -21,7 +21,7 @@ from peftfx.contract.weight import widened
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import DERIVED, Graph
 from peftfx.graph.lazy_weights import exact
-from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
+from peftfx.graph.slots import INNER, KEYS, OUTER, PREFIX, SLOT_A, SLOT_B, SLOT_OWN, SLOT_PROMPT, VALUES
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE
 from peftfx.passes.adaptation.attention import split_heads
@@ -42,8 +42,8 @@ def adapter_tensors(adapted: AdaptedModel, *, decodes: bool) -> AdapterTensors:
         decodes: in a decode view, in which any soft prompt is a prefix.
     """
     own = {o.key.removeprefix(f"{SAVED}."): adapted.adapter(n).get(o.key) for n, o in _overrides(adapted)}
-    updates = updates_of(adapted, own)
-    wanted = {(name, OWN): value for name, value in own.items() if not _unchanged(adapted, name, value)}
+    updates = _updates_of(adapted, own)
+    wanted = {(name, SLOT_OWN): value for name, value in own.items() if not _unchanged(adapted, name, value)}
     wanted |= _updated(adapted, updates)  # over the copies: a bias of an updated layer counts as it is after that
     return wanted | _beside(adapted, updates, own) | _ahead(adapted, decodes)
 
@@ -56,7 +56,7 @@ def _placements(adapted: AdaptedModel) -> Iterator[tuple[str, Placements]]:
     return ((name, adapted.adapter(name).placements) for name in adapted.active)
 
 
-def updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, Update]:
+def _updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, Update]:
     """What the active adapters do at each site with a weight, one after another.
 
     Args:
@@ -120,8 +120,8 @@ def _updated(adapted: AdaptedModel, updates: Mapping[str, Update]) -> AdapterTen
         site = adapted.sites.by_path(path)
         (a, b), own = update.factors(site), site.bias
         bias = f"{path}.bias" if own is None else own.partition(".")[2]
-        made = {(path, what): v for what, v in {A: a, B: b, INNER: update.inner, OUTER: update.outer}.items()}
-        found |= {place: value for place, value in {**made, (bias, OWN): update.bias}.items() if value is not None}
+        made = {(path, what): v for what, v in {SLOT_A: a, SLOT_B: b, INNER: update.inner, OUTER: update.outer}.items()}
+        found |= {place: value for place, value in {**made, (bias, SLOT_OWN): update.bias}.items() if value is not None}
     return found
 
 
@@ -152,7 +152,7 @@ def _ahead(adapted: AdaptedModel, decodes: bool) -> AdapterTensors:
         if embedded and decodes:
             return {("", PREFIX): adapted.graph(view=DECODE).get(f"{DERIVED}.{NAME}")}
         rows = placement.method.virtual(adapted.adapter(name).params(placement), False)
-        return {("", PROMPT if embedded else PREFIX): rows}
+        return {("", SLOT_PROMPT if embedded else PREFIX): rows}
     return {}
 
 

@@ -18,15 +18,15 @@ from torch import Tensor
 from peftfx.contract.sequence import size_of
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.deployment import Deployment, Inputs
-from peftfx.export.deployment.parts import Part, capture_parts, refuse_fixed, views_of
-from peftfx.export.slots.row_stacks import stacked, told
+from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of
+from peftfx.export.slots.row_stacks import stacks_of_rows, told
 from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
 from peftfx.export.verification.eager_reference import EagerReference, no_oracle
 from peftfx.export.verification.oracle import Oracle, Remembered, measured_of, named_in
 from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.verification.sizes import Sizes
-from peftfx.formats import BATCHED, stamped
-from peftfx.graph.slots import PREFIX, PROMPT
+from peftfx.formats import BATCHED, with_version
+from peftfx.graph.slots import PREFIX, SLOT_PROMPT
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE, FORWARD
 from peftfx.passes.adaptation.evaluate import Evaluate
@@ -36,7 +36,7 @@ from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens
 from peftfx.views.row_adapters import IDS, PromptsByRow, WithRowAdapters
 
-_SOFT = (("", PREFIX), ("", PROMPT))  #: the places of soft prompts
+_SOFT = (("", PREFIX), ("", SLOT_PROMPT))  #: the places of soft prompts
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Batched(Deployment):
     def names(self, adapted: AdaptedModel) -> Sequence[str]:
         return self.adapters
 
-    def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[Part]:
+    def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[GraphPart]:
         """Capture the base, and let rows choose.
 
         Raises:
@@ -65,7 +65,7 @@ class Batched(Deployment):
         beside = adapted.sites.headed
         parts = []
         with adapted.disable_adapter():
-            by_row = ByRow(stacked(adapted, each), beside)
+            by_row = ByRow(stacks_of_rows(adapted, each), beside)
             for file, name in views.items():
                 shown = adapted.view(name)
                 if shown is None:
@@ -75,12 +75,12 @@ class Batched(Deployment):
                     rowwise = WithRowAdapters.of(shown, lengths, prompts)
                     graph = adapted.graphs.captured(rowwise.inputs(base), rowwise.entry, rowwise)
                     refuse_fixed(graph, rowwise.axes)
-                    part = Part(file, rowwise, graph, graph)
+                    part = GraphPart(file, rowwise, graph, graph)
                 graph = by_row(part.graph).graph
                 parts.append(dataclasses.replace(part, graph=graph, exported=graph))
         return parts
 
-    def oracle(self, adapted: AdaptedModel, part: Part, example: Inputs) -> Oracle:
+    def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
         """Each row is what the model with that row's adapter alone makes of it; rows have them, and none, in turn."""
         acting = [*((name,) for name in self.adapters), ()]
         alone = [Remembered(_alone(adapted, part, names, example)) for names in acting]
@@ -120,14 +120,14 @@ class Batched(Deployment):
             return False
         return True
 
-    def sizes(self, adapted: AdaptedModel, part: Part, example: Inputs, allow_fixed: bool) -> Sizes:
+    def sizes(self, adapted: AdaptedModel, part: GraphPart, example: Inputs, allow_fixed: bool) -> Sizes:
         """Where the model without adapters is right."""
         with adapted.disable_adapter():
             return super().sizes(adapted, part, example, allow_fixed)
 
-    def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
+    def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs) -> None:
         """Tell which number is which adapter's; other runtimes do not know of `adapter_ids`."""
-        told = json.dumps(stamped(BATCHED, {"adapters": list(self.adapters)}), indent=1)
+        told = json.dumps(with_version(BATCHED, {"adapters": list(self.adapters)}), indent=1)
         (directory / BATCHED).write_text(f"{told}\n", encoding="utf-8")
 
 
@@ -144,7 +144,7 @@ def _prompts(adapted: AdaptedModel, names: Sequence[str], lengths: tuple[int, ..
     return None
 
 
-def _forward(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow | None) -> Part:
+def _forward(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow | None) -> GraphPart:
     """The forward, with virtual tokens of each row's own."""
     (part,) = capture_parts(adapted, FORWARD, inputs)
     if prompts is None:
@@ -155,7 +155,7 @@ def _forward(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow
     return dataclasses.replace(part, graph=graph, exported=graph)
 
 
-def each_alone(part: Part, alone: Sequence[Reference]) -> Reference:
+def each_alone(part: GraphPart, alone: Sequence[Reference]) -> Reference:
     """The reference: each row is what the model with that row's adapter alone makes of it.
 
     Args:
@@ -178,7 +178,7 @@ def each_alone(part: Part, alone: Sequence[Reference]) -> Reference:
     return run
 
 
-def _alone(adapted: AdaptedModel, part: Part, names: tuple[str, ...], example: Inputs) -> Reference:
+def _alone(adapted: AdaptedModel, part: GraphPart, names: tuple[str, ...], example: Inputs) -> Reference:
     """The model under these adapters, by its own code where that can be had."""
     acting = adapted.named.acting_as
     with acting(names):

@@ -14,7 +14,7 @@ from peftfx.contract.sequence import prefix, sequence_site, untyped, virtual_tok
 from peftfx.errors import PeftfxError
 from peftfx.export.verification.probes import hold
 from peftfx.graph.graph import Graph
-from peftfx.graph.slots import PREFIX, PROMPT
+from peftfx.graph.slots import PREFIX, SLOT_PROMPT
 from peftfx.sites.site import SequenceSite
 from peftfx.sites.sites import Sites
 from peftfx.views.capture import capture
@@ -26,10 +26,10 @@ from peftfx.views.view import name_axes, without_cache
 EXAMPLE = 3  #: virtual tokens of an example
 
 
-def places_of(base: nn.Module, sites: Sites) -> Iterator[Place]:
+def prompt_places_of(base: nn.Module, sites: Sites) -> Iterator[Place]:
     """The places for soft prompts that a model's forward has: none where it has no use for such a prompt."""
     ways: dict[str, Callable[[int, nn.Module, SequenceSite], VirtualTokens | Prefix]]
-    ways = {PROMPT: virtual_tokens, PREFIX: prefix}
+    ways = {SLOT_PROMPT: virtual_tokens, PREFIX: prefix}
     for what, way in ways.items():
         with contextlib.suppress(PeftfxError):  # it embeds no text, or keeps no keys and values
             entry = way(EXAMPLE, base, sequence_site(base, sites))

@@ -17,11 +17,11 @@ from peftfx.errors import PeftfxError
 from peftfx.export.slots.adapter_tensors import AdapterTensors, adapter_tensors
 from peftfx.graph.graph import BASE
 from peftfx.graph.lazy_weights import exact
-from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
+from peftfx.graph.slots import INNER, KEYS, OUTER, PREFIX, SLOT_A, SLOT_B, SLOT_OWN, SLOT_PROMPT, VALUES
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE
 from peftfx.passes.slots.by_row import SHOWN
-from peftfx.passes.slots.layer_by_row import BIAS
+from peftfx.passes.slots.layer_by_row import BIAS_STACK
 from peftfx.sites.site import WEIGHT_KINDS, Site
 from peftfx.views.decode import Decode
 
@@ -36,16 +36,16 @@ def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, 
     norms = {str(name).removeprefix(f"{BASE}.") for s in adapted.sites.norms for name in (s.weight, s.bias)}
     made: dict[tuple[str, str], Tensor] = {}
     for (at, what), value in told.items():
-        if what != OWN:
+        if what != SLOT_OWN:
             made[at, what] = value
         elif at in biases:
-            made[biases[at].path, BIAS] = value
+            made[biases[at].path, BIAS_STACK] = value
         elif at.endswith(".bias") and at.removesuffix(".bias") in {site.path for site in layers}:
-            made[at.removesuffix(".bias"), BIAS] = value
+            made[at.removesuffix(".bias"), BIAS_STACK] = value
         elif at in sites:
             made |= _replaced(adapted, sites[at], value)
         elif at in norms:
-            made[at, OWN] = value
+            made[at, SLOT_OWN] = value
         else:
             what, hint = f"a trained copy of {at} cannot be a row's own", "export the adapter merged"
             raise PeftfxError(what, name, hint)
@@ -65,19 +65,19 @@ def _replaced(adapted: AdaptedModel, site: Site, weight: Tensor) -> dict[tuple[s
     assert update.b is not None
     return {
         (site.path, OUTER): own.new_zeros(rows),
-        (site.path, A): update.a.T.contiguous(),
-        (site.path, B): update.b.T.contiguous(),
+        (site.path, SLOT_A): update.a.T.contiguous(),
+        (site.path, SLOT_B): update.b.T.contiguous(),
     }
 
 
-def stacked(adapted: AdaptedModel, each: Sequence[AdapterTensors]) -> dict[tuple[str, str], Tensor]:
+def stacks_of_rows(adapted: AdaptedModel, each: Sequence[AdapterTensors]) -> dict[tuple[str, str], Tensor]:
     """An entry for each adapter, behind one that changes nothing; ranks, prefixes and what is beside are padded."""
     stacks: dict[tuple[str, str], Tensor] = {}
     for place in dict.fromkeys(place for own in each for place in own):
         at, what = place
         given = [own[place] for own in each if place in own]
         shape = [max(sizes) for sizes in zip(*(value.shape for value in given), strict=True)]
-        kind = given[0].dtype if what == PROMPT else _dtype(adapted, at, what)
+        kind = given[0].dtype if what == SLOT_PROMPT else _dtype(adapted, at, what)
         neutral = _neutral(adapted, at, what, shape).to(kind)
         rows = [neutral, *(_padded(own[place], shape, what).to(kind) if place in own else neutral for own in each)]
         stacks[place] = torch.stack(rows).detach().cpu()
@@ -92,7 +92,7 @@ def _dtype(adapted: AdaptedModel, at: str, what: str) -> torch.dtype:
         view = adapted.view(DECODE)
         assert isinstance(view, Decode)
         return view.layers[0].dtype
-    if what == OWN:
+    if what == SLOT_OWN:
         return _tensor(adapted, at).dtype
     if what in (KEYS, VALUES):
         attention = next(site for site in adapted.sites.headed if site.path == at)
@@ -111,9 +111,9 @@ def _neutral(adapted: AdaptedModel, at: str, what: str, shape: Sequence[int]) ->
     """What changes nothing."""
     if what in (INNER, OUTER):
         return torch.ones(shape)
-    if what == OWN:
+    if what == SLOT_OWN:
         return exact(_tensor(adapted, at)).detach()
-    if what == BIAS:
+    if what == BIAS_STACK:
         bias = site_tensors(adapted.base, adapted.sites.by_path(at))[1]
         return torch.zeros(shape) if bias is None else exact(bias).detach()
     return torch.zeros(shape)

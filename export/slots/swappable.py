@@ -20,9 +20,9 @@ from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.errors import PeftfxError
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, Inputs
-from peftfx.export.deployment.parts import Part, capture_parts, refuse_fixed, views_of
+from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of
 from peftfx.export.metadata import PERM, SOURCE
-from peftfx.export.slots.prompt_places import find_forward, hold_forward, places_of
+from peftfx.export.slots.prompt_places import find_forward, hold_forward, prompt_places_of
 from peftfx.export.translation.to_onnx import every_value
 from peftfx.export.verification.comparison import reference_of
 from peftfx.export.verification.eager_reference import EagerReference
@@ -31,7 +31,7 @@ from peftfx.export.verification.probes import hold_view, is_large, probes, view_
 from peftfx.export_options.values import Slots
 from peftfx.graph.fingerprint import VERSION, fingerprint
 from peftfx.graph.graph import BASE
-from peftfx.graph.slots import INNER, OUTER, OWN, RANK, TOKENS, Manifest, Slot
+from peftfx.graph.slots import INNER, OUTER, RANK, SLOT_OWN, SLOT_TOKENS, Manifest, Slot
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FORWARD
 from peftfx.passes.slots.open import Open, slots_of
@@ -62,7 +62,7 @@ class Swappable(Deployment):
     atol: float | None = None
     rtol: float | None = None
 
-    def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[Part]:
+    def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[GraphPart]:
         """Capture the base and open its slots.
 
         Sites that are targeted get a low-rank sum and a scale of their output, and one of their input where their
@@ -76,7 +76,7 @@ class Swappable(Deployment):
             hint = "remove the adapters, and write each to a file of its own (export-adapter)"
             raise PeftfxError("a graph for swappable adapters is of the base alone", ", ".join(adapted.active), hint)
         base = adapted.base
-        places = tuple(places_of(base, adapted.sites)) if self.slots.prefix else ()
+        places = tuple(prompt_places_of(base, adapted.sites)) if self.slots.prefix else ()
         parts = [
             _forward(adapted, inputs, places)
             if name == FORWARD
@@ -85,28 +85,28 @@ class Swappable(Deployment):
         ]
         return [_opened(adapted, part, self.slots.target) for part in parts]
 
-    def finish(self, adapted: AdaptedModel, part: Part, program: ir.Model) -> tuple[Part, ir.Model]:
+    def finish(self, adapted: AdaptedModel, part: GraphPart, program: ir.Model) -> tuple[GraphPart, ir.Model]:
         """The part with all its slots, and the program, whose slots may be left out of a call."""
         slots = open_initializers(program, part.slots, adapted.base, part.graph.sites)
         return dataclasses.replace(part, slots=slots), program
 
-    def oracle(self, adapted: AdaptedModel, part: Part, example: Inputs) -> Oracle:
+    def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
         """The graph with something in each slot; with nothing in them it is held against the model's own code."""
         cases = self._cases(adapted, part, example)
         told = "the graph with random tensors in its slots; without them, the model's own code"
         return Oracle(reference_of(part.graph), cases, measured_of(adapted, cases), told)
 
-    def _cases(self, adapted: AdaptedModel, part: Part, example: Inputs) -> list[dict[str, Tensor]]:
+    def _cases(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> list[dict[str, Tensor]]:
         """Calls with something in each slot."""
         if part.view is not None:
             cases = view_cases(adapted, part.view, lambda view, feed: EagerReference(adapted, view)(feed), part.sizes)
             largest = max(cases, key=lambda case: sum(value.numel() for value in case.values()))
             for case in [largest] if is_large(adapted.base) else cases:
                 hold_view(adapted, part.view, case)
-            return filled(cases, part.slots)
+            return _filled(cases, part.slots)
         own = {slot.name for slot in part.slots}
         given = probes(adapted, [s for s in part.graph.inputs if s.name not in own], example, sizes=part.sizes)
-        cases = filled(given, part.slots)
+        cases = _filled(given, part.slots)
         if not part.places:
             return cases
         neutral, held = {slot.name: neutral_of(slot) for slot in part.slots}, []
@@ -120,7 +120,7 @@ class Swappable(Deployment):
             raise PeftfxError(what, type(adapted.base).__name__, "export without them: --no-prefix")
         return held
 
-    def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[Part], example: Inputs) -> None:
+    def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs) -> None:
         """Tell which slots there are, too, and of which base the model is."""
         super().describe(directory, adapted, parts, example)
         base = adapted.base
@@ -137,13 +137,13 @@ class Swappable(Deployment):
             slots=tuple(dataclasses.replace(slot, graph=part.stem) for part in parts for slot in part.slots),
         ).write(directory)
 
-    def _rtol(self, parts: Sequence[Part]) -> float | None:
+    def _rtol(self, parts: Sequence[GraphPart]) -> float | None:
         """Of adapters: four times what random ones showed, where nobody bounded what a quantised graph loses."""
         bounded = self.rtol is None or self.rtol < FINITE
         return self.rtol if bounded else 4 * max(c.max_rel for part in parts for c in part.found)
 
 
-def _forward(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[Place]) -> Part:
+def _forward(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[Place]) -> GraphPart:
     """The forward, with places for soft prompts."""
     (part,) = capture_parts(adapted, FORWARD, inputs)
     example = adapted.example if inputs is None else inputs
@@ -154,19 +154,19 @@ def _forward(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[Plac
     return dataclasses.replace(part, graph=graph, exported=graph, places=taken, slots=tuple(p.slot for p in taken))
 
 
-def _generating(adapted: AdaptedModel, file: str, name: str, places: Sequence[Place], slots: Slots) -> Part:
+def _generating(adapted: AdaptedModel, file: str, name: str, places: Sequence[Place], slots: Slots) -> GraphPart:
     """One of the views that a model generates in, with places for soft prompts."""
     found = adapted.view(name)
     assert isinstance(found, Decode | Encoder | Decoder)
     view = WithPromptInputs.of(found, places) if slots.prefix else found
     graph = adapted.graph(view=view)
     refuse_fixed(graph, view.axes)
-    return Part(
+    return GraphPart(
         file, view, graph, graph, tuple(p.slot for p in view.places) if isinstance(view, WithPromptInputs) else ()
     )
 
 
-def _opened(adapted: AdaptedModel, part: Part, target: str) -> Part:
+def _opened(adapted: AdaptedModel, part: GraphPart, target: str) -> GraphPart:
     """A part with the slots of its layers."""
     sites = {match.site.path: match.site for match in select(adapted.sites, target=target, kinds=WEIGHT_KINDS)}
     scaled = tuple(path for path, site in sites.items() if any(plays(site, role) for role in SCALED))
@@ -190,7 +190,7 @@ def open_initializers(program: ir.Model, slots: Sequence[Slot], base: nn.Module,
         program.graph.initializers[slot.name] = value
     for value in every_value(program.graph):
         if value.shape is not None and not value.is_graph_input():
-            value.shape = ir.Shape([None if str(d) in (RANK, TOKENS) else d for d in value.shape])
+            value.shape = ir.Shape([None if str(d) in (RANK, SLOT_TOKENS) else d for d in value.shape])
     return (*slots, *_own(program, slots, base, sites))
 
 
@@ -210,7 +210,7 @@ def _own(program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Sites
         shape = tuple(int(str(size)) for size in value.shape)
         perm = tuple(int(axis) for axis in value.metadata_props.get(PERM, "").split())
         kind = str(ir.tensor_adapters.to_torch_dtype(value.dtype)).removeprefix("torch.")
-        yield Slot(str(value.name), OWN, target.removeprefix(f"{BASE}."), shape, kind, perm)
+        yield Slot(str(value.name), SLOT_OWN, target.removeprefix(f"{BASE}."), shape, kind, perm)
 
 
 def head_tensors(base: nn.Module) -> list[str]:
@@ -226,12 +226,12 @@ def neutral_of(slot: Slot) -> Tensor:
     return (torch.ones if slot.what in (INNER, OUTER) else torch.zeros)(slot.empty, dtype=getattr(torch, slot.dtype))
 
 
-def filled(cases: Sequence[Mapping[str, Tensor]], slots: Sequence[Slot]) -> list[dict[str, Tensor]]:
+def _filled(cases: Sequence[Mapping[str, Tensor]], slots: Sequence[Slot]) -> list[dict[str, Tensor]]:
     """Calls with something in each slot: in the first what changes nothing, in the others random values."""
     random = torch.Generator().manual_seed(0)
     made = []
     for rank, case in enumerate(cases):
-        given = [slot for slot in slots if slot.what != OWN and slot.name not in case]
+        given = [slot for slot in slots if slot.what != SLOT_OWN and slot.name not in case]
         own = {slot.name: _value(slot, rank, random) for slot in given}
         made.append({**case, **own})
     return made

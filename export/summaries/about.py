@@ -14,7 +14,7 @@ from peftfx.export.report_page import read_report
 from peftfx.files import is_file, is_folder
 from peftfx.formats import ADAPTER, BATCHED, REPORT, RULES, SLOTS
 from peftfx.graph.slots import Manifest
-from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
+from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
 from peftfx.rules.text import write_rule
 
 
@@ -59,7 +59,7 @@ def _adapter(path: Path) -> About:
     dtypes: Counter[str] = Counter()
     rules = []
     for folder in rule_folders(path):
-        config = read_config(folder)
+        config = read_adapter_config(folder)
         method = method_from_config(config, str(folder / CONFIG))
         weights = Weights(folder, method.prefix)
         rules.append(write_rule(method))

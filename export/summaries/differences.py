@@ -13,7 +13,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.report_page import read_report
 from peftfx.files import is_file
 from peftfx.formats import REPORT
-from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
+from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
 
 _MOST = 20  #: of a kind, in words
 _PASSING = ("seconds", "probes", "comparisons")  #: of a report: what two runs of one export differ in
@@ -79,7 +79,7 @@ def _of_adapters(first: Path, second: Path) -> Differences:
     alone: tuple[list[str], list[str]] = ([], [])
     same = 0
     for own, other in zip(*folders, strict=True):
-        configs = read_config(own), read_config(other)
+        configs = read_adapter_config(own), read_adapter_config(other)
         ahead = f"{own.name}." if len(folders[0]) > 1 else ""
         fields |= {f"{ahead}{name}": values for name, values in _fields(*configs).items()}
         a, b = (_weights(folder, config) for folder, config in zip((own, other), configs, strict=True))

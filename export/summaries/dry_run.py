@@ -15,13 +15,13 @@ from peftfx.bases.load import load_base
 from peftfx.bases.sentences.modules import SentenceModules, transformer_folder
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import assets_of
-from peftfx.export.command import DTYPES, refuse_output, sentence_task, served_dtype
+from peftfx.export.command import TORCH_DTYPES, refuse_output, sentence_task, served_dtype
 from peftfx.export.deployment import genai_config
 from peftfx.export.writing.memory import memory_needed, refuse_memory
 from peftfx.export_options.directory import DirectoryOptions
 from peftfx.formats import REPORT
 from peftfx.options import AUTO, DECODE, FORWARD
-from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
+from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
 from peftfx.rules.text import write_rule
 from peftfx.views.named_views import find_view
 
@@ -97,7 +97,7 @@ def dry_run(base: Path, output: Path, asked: DirectoryOptions) -> DryRun:
         for name in ("encoder_model.onnx", "decoder_model.onnx") if "encoder" in views else ("model.onnx",):
             files[name] = None
         files["model.onnx.data"] = total
-        manifests: dict[tuple[str, ...], str] = {(DECODE,): genai_config.FILE, (FORWARD,): EXPORT_MANIFEST_FILE}
+        manifests: dict[tuple[str, ...], str] = {(DECODE,): genai_config.GENAI_CONFIG, (FORWARD,): EXPORT_MANIFEST_FILE}
         manifest = manifests.get(views)
         configs = ["config.json", *(["generation_config.json"] if views != (FORWARD,) else [])]
         own = dict.fromkeys(name for folder in (*asked.folders.values(), home) for name in assets_of(folder))
@@ -116,7 +116,7 @@ def dry_run(base: Path, output: Path, asked: DirectoryOptions) -> DryRun:
 def _rules(folder: Path) -> str:
     rules = []
     for own in rule_folders(folder):
-        method = method_from_config(read_config(own), str(own / CONFIG))
+        method = method_from_config(read_adapter_config(own), str(own / CONFIG))
         weights = Weights(own, method.prefix)
         rules.append(f"{write_rule(method)}, {len(weights.names)} tensors")
     return "; ".join(rules)
@@ -145,4 +145,4 @@ def _notes(asked: DirectoryOptions) -> list[str]:
 
 
 def _name(dtype: torch.dtype) -> str:
-    return next((name for name, own in DTYPES.items() if own == dtype), str(dtype))
+    return next((name for name, own in TORCH_DTYPES.items() if own == dtype), str(dtype))

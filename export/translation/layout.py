@@ -15,7 +15,7 @@ from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
 from peftfx.export.metadata import PERM, PERMUTED, PIECES, SCOPE
 
-SMALL = 256  #: how many elements a folded constant may have
+_SMALL = 256  #: how many elements a folded constant may have
 
 
 def tidy(model: ir.Model) -> None:
@@ -31,7 +31,7 @@ def tidy(model: ir.Model) -> None:
     with contextlib.suppress(
         RuntimeError
     ):  # onnxscript's fails at a split by sizes that are computed: the rest stays as it is
-        FoldConstantsPass(shape_inference=False, input_size_limit=SMALL, output_size_limit=SMALL)(model)
+        FoldConstantsPass(shape_inference=False, input_size_limit=_SMALL, output_size_limit=_SMALL)(model)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.IdentityEliminationPass(),

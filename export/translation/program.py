@@ -113,7 +113,7 @@ def _identity(graph: Graph, target: str) -> object:
     return identity(graph.get(target))
 
 
-def name_axes(specs: Sequence[TensorSpec], values: Sequence[torch.Tensor]) -> dict[str, str]:
+def symbol_axes(specs: Sequence[TensorSpec], values: Sequence[torch.Tensor]) -> dict[str, str]:
     """The axis name that each size symbol of the inputs stands for; solved for where a size is an expression of one."""
     names: dict[str, str] = {}
     for spec, value in zip(specs, values, strict=True):

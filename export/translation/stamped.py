@@ -19,7 +19,7 @@ from torch.fx.experimental import _config
 
 from peftfx.export.translation.decompositions import Uncovered, lowered_program, make_functional
 from peftfx.export.translation.preparation import prepare
-from peftfx.export.translation.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
+from peftfx.export.translation.program import Translation, flatten_outputs, run_exporter, symbol_axes, weights_of
 from peftfx.export.translation.scopes import put_scope, scoped
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph
@@ -53,7 +53,7 @@ def translate(graph: Graph, opset: int | None, *, fused: bool = False) -> Transl
         small = run_exporter(lowered_program(*_program(list(kinds.values()))), opset)
     templates = _templates(small, list(kinds.values()))
     model, targets = _stamp(ready, weights, units, templates, small)
-    return Translation(model, targets, name_axes(graph.inputs, [n.meta["val"] for n in _inputs(ready)]), outputs)
+    return Translation(model, targets, symbol_axes(graph.inputs, [n.meta["val"] for n in _inputs(ready)]), outputs)
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from peftfx.graph.lazy_weights import load_contiguous, pieces
 from peftfx.options import CPU, FAST, NONE, TORCH, check_engine, check_opset, check_optimize
 from peftfx.version import __version__
 
-Weights = Callable[[str], torch.Tensor]
+_Weights = Callable[[str], torch.Tensor]
 
 
 def to_onnx(
-    graph: Graph, *, opset: int | None = None, weights: Weights | None = None, engine: str = FAST, optimize: str = CPU
+    graph: Graph, *, opset: int | None = None, weights: _Weights | None = None, engine: str = FAST, optimize: str = CPU
 ) -> ir.Model:
     """Translate `graph`, without touching a weight.
 
@@ -87,7 +87,7 @@ def _translate(graph: Graph, opset: int | None, engine: str, optimize: str) -> t
         raise PeftfxError(what, type(graph.base).__name__, "see `__cause__` for the exporter's own report") from error
 
 
-def _bind(model: ir.Model, translation: Translation, graph: Graph, weights: Weights) -> None:
+def _bind(model: ir.Model, translation: Translation, graph: Graph, weights: _Weights) -> None:
     """Give each initializer its final name and a tensor that is read when it is written."""
     taken = {spec.name for spec in graph.inputs} | set(translation.outputs)
     found = {name: value for name, value in model.graph.initializers.items() if name in translation.targets}
@@ -116,7 +116,7 @@ def _initializer_name(target: str, taken: Iterable[str]) -> str:
     return name
 
 
-def _lazy(like: ir.Value, target: str, weights: Weights) -> ir.LazyTensor:
+def _lazy(like: ir.Value, target: str, weights: _Weights) -> ir.LazyTensor:
     assert like.shape is not None
     assert like.dtype is not None
     name, dtype, shape = like.name, like.dtype, ir.Shape(list(like.shape))
@@ -141,7 +141,7 @@ def _lazy(like: ir.Value, target: str, weights: Weights) -> ir.LazyTensor:
     return lazy
 
 
-def _reader(graph: Graph, weights: Weights) -> Weights:
+def _reader(graph: Graph, weights: _Weights) -> _Weights:
     """Reads base and adapter tensors by `weights`, and evaluates derived weights over them."""
 
     def read(target: str) -> torch.Tensor:

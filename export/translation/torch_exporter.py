@@ -12,7 +12,7 @@ from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from peftfx.export.translation.preparation import prepare
-from peftfx.export.translation.program import Translation, flatten_outputs, name_axes, run_exporter, weights_of
+from peftfx.export.translation.program import Translation, flatten_outputs, run_exporter, symbol_axes, weights_of
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph, link
 from peftfx.graph.rewriter import Rewriter
@@ -31,7 +31,7 @@ def retrace(graph: Graph, opset: int | None) -> Translation:
             program = _export(ready, next((p.device for p in graph.base.parameters()), torch.device("cpu")))
         _use_one_mode(program)
         places = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-        axes = name_axes(graph.inputs, [places[str(name)] for name in program.graph_signature.user_inputs])
+        axes = symbol_axes(graph.inputs, [places[str(name)] for name in program.graph_signature.user_inputs])
         return Translation(run_exporter(program, opset), targets, axes, outputs)
 
 

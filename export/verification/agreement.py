@@ -20,16 +20,16 @@ from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.comparison import Reference
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.probes import is_large
+from peftfx.export.verification.tolerance import Tensors
 from peftfx.export_options.values import MaxError, check_text
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import PAST, PRESENT, Decode, cache_names, positions
 from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder, Encoder
 from peftfx.views.view import View
 
-Tensors = dict[str, Tensor]
 LOGITS = "logits"
-ROWS, LENGTH = 8, 32  #: of greedy text
-LONGEST, MOST = 128, 2048  #: tokens of a row of a text that is given, and of all of it
+_ROWS, _LENGTH = 8, 32  #: of greedy text
+_LONGEST, _MOST = 128, 2048  #: tokens of a row of a text that is given, and of all of it
 OWN, RANDOM = "its own greedy text", "random inputs"
 
 
@@ -148,7 +148,7 @@ def _nats(p: Tensor, q: Tensor) -> float:
 
 
 def read_text(path: Path, source: str | Path) -> Tensor:
-    """The ids [rows, tokens] of a text file, by the tokenizer beside a base model; at most `MOST` of them.
+    """The ids [rows, tokens] of a text file, by the tokenizer beside a base model; at most `_MOST` of them.
 
     Raises:
         PeftfxError: there is no such file, no tokenizer, or hardly a token.
@@ -161,15 +161,15 @@ def read_text(path: Path, source: str | Path) -> Tensor:
     except Exception as error:  # whatever a library raises for a directory that holds none
         what = f"the base has no tokenizer that can be read: {first_line(error)}"
         raise PeftfxError(what, str(source), "leave --calibration out: the model's own text is used") from error
-    ids = tokenizer(path.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False)["input_ids"][:MOST]
-    length = min(LONGEST, len(ids))
+    ids = tokenizer(path.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False)["input_ids"][:_MOST]
+    length = min(_LONGEST, len(ids))
     if length < 2:
         raise PeftfxError("the text has fewer than 2 tokens", str(path), "give a longer one")
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
 def _sizes(adapted: AdaptedModel) -> tuple[int, int]:
-    return (ROWS // 2, LENGTH // 2) if is_large(adapted.base) else (ROWS, LENGTH)
+    return (_ROWS // 2, _LENGTH // 2) if is_large(adapted.base) else (_ROWS, _LENGTH)
 
 
 def _step(adapted: AdaptedModel, view: Decode, ids: Tensor, past: Mapping[str, Tensor] | None = None) -> Tensors:

@@ -15,11 +15,10 @@ from torch import Tensor
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.program import onnx_outputs
 from peftfx.export.verification.float32_twin import runnable
-from peftfx.export.verification.tolerance import Tolerance
+from peftfx.export.verification.tolerance import Tensors, Tolerance
 from peftfx.graph.graph import Graph
 from peftfx.serving.onnx_model import OnnxModel, find
 
-Tensors = dict[str, Tensor]
 Reference = Callable[[Tensors], Tensors]
 """What a model is held against: takes inputs by name and returns outputs by name."""
 Shown = Callable[[str, Tensors, Tensor], Tensor]

@@ -21,7 +21,7 @@ from peftfx.contract.method import Op
 from peftfx.contract.override import Override
 from peftfx.contract.placement import WeightPlacement, owner_of
 from peftfx.export.verification.published import KNOWN, OnOutput, on_output
-from peftfx.export.verification.swapped_weight import CONV, Step, SwappedWeight, Tensors
+from peftfx.export.verification.swapped_weight import CONV, AdapterStep, HeldTensors, SwappedWeight
 from peftfx.graph.places import places_of, twin
 
 #: Modules whose forward is one product with their weight, and nothing else.
@@ -50,10 +50,10 @@ def applied(base: nn.Module, adapters: Sequence[Adapter], whole: Collection[str]
         adapters: in the order in which they act. Soft prompts are not the modules': see `eager_reference.py`.
         whole: module paths whose weight is changed for the whole call: something else than the module reads it.
     """
-    steps: dict[str, list[Step]] = {}
+    steps: dict[str, list[AdapterStep]] = {}
     for adapter in adapters:
         for placement in adapter.placements.weights:
-            steps.setdefault(placement.site.path, []).append(Step(placement, adapter.params(placement)))
+            steps.setdefault(placement.site.path, []).append(AdapterStep(placement, adapter.params(placement)))
     named = {*steps, *(path for adapter in adapters for path in adapter.named)}
     found = Applied(frozenset(named))
     with contextlib.ExitStack() as stack:
@@ -98,7 +98,7 @@ def _replace_copies(base: nn.Module, adapter: Adapter, override: Override, stack
                 _set(held, name, new.detach(), stack)
 
 
-def _set(held: Tensors, name: str, value: object, stack: contextlib.ExitStack) -> None:
+def _set(held: HeldTensors, name: str, value: object, stack: contextlib.ExitStack) -> None:
     stack.callback(held.__setitem__, name, held[name])
     held[name] = value
 
@@ -121,7 +121,9 @@ def _holder(base: nn.Module, path: str) -> tuple[nn.Module, str]:
         return owner_of(base, path)
 
 
-def _adapt(base: nn.Module, path: str, steps: Sequence[Step], stack: contextlib.ExitStack, *, whole: bool) -> None:
+def _adapt(
+    base: nn.Module, path: str, steps: Sequence[AdapterStep], stack: contextlib.ExitStack, *, whole: bool
+) -> None:
     module, name = _holder(base, path)
     if name not in module._parameters:  # the module's weight has another name
         name = steps[0].placement.site.weight.rpartition(".")[2]
@@ -139,7 +141,7 @@ def _on_weight(
     module: nn.Module,
     name: str,
     kind: str,
-    steps: Sequence[Step],
+    steps: Sequence[AdapterStep],
     stack: contextlib.ExitStack,
     *,
     transposed: bool,
@@ -171,7 +173,7 @@ def _kind(module: nn.Module, placement: WeightPlacement) -> tuple[str, bool]:
     return placement.site.kind, placement.site.transposed
 
 
-def _hook(module: nn.Module, kind: str, step: Step) -> Callable[..., Tensor] | None:
+def _hook(module: nn.Module, kind: str, step: AdapterStep) -> Callable[..., Tensor] | None:
     """A forward hook that does what the method does; none where the weight has to be another one."""
     if step.placement.part is not None:
         return None
@@ -187,7 +189,7 @@ def _hook(module: nn.Module, kind: str, step: Step) -> Callable[..., Tensor] | N
     return lambda module, args, kwargs, y: adapted((*args, *kwargs.values())[0], y)
 
 
-def _own_forward(module: nn.Module, kind: str, step: Step) -> Callable[..., Tensor]:
+def _own_forward(module: nn.Module, kind: str, step: AdapterStep) -> Callable[..., Tensor]:
     """A hook that calls the `forward` of a method that nobody published."""
     op = _op(module, kind)
     bias = module._parameters.get("bias")

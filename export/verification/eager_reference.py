@@ -18,6 +18,7 @@ from peftfx.contract.override import SAVED
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager_adapters import applied
 from peftfx.export.verification.kept_state import StateError, state_kept
+from peftfx.export.verification.tolerance import Tensors
 from peftfx.graph.contexts import evaluating
 from peftfx.graph.graph import leaf_names
 from peftfx.model.adapted import AdaptedModel
@@ -26,8 +27,6 @@ from peftfx.views.cache_prefix import Prefilled
 from peftfx.views.decode import PRESENT, Decode, cache_names
 from peftfx.views.entry import Entry, forward
 from peftfx.views.view import View, without_cache
-
-Tensors = dict[str, Tensor]
 
 
 @dataclasses.dataclass

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.program import onnx_outputs
 from peftfx.export.verification.comparison import Reference, reference_of
@@ -14,11 +12,11 @@ from peftfx.export.verification.eager_adapters import unpublished
 from peftfx.export.verification.eager_reference import EagerReference, no_oracle
 from peftfx.export.verification.probes import is_large, probes, refused, view_cases
 from peftfx.export.verification.sizes import EVERY, Sizes
+from peftfx.export.verification.tolerance import Tensors
 from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.view import View
 
-Tensors = dict[str, Tensor]
 EAGER = "the model's own code"
 
 

@@ -17,23 +17,23 @@ from peftfx.graph.graph import Graph, TensorSpec, path_name
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import nested
 from peftfx.views.entry import Entry, forward
-from peftfx.views.view import Axes, Run, View, without_cache
+from peftfx.views.view import Axes, RunView, View, without_cache
 
-SIZES: Sequence[Mapping[str, int]] = (
+PROBE_SIZES: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 9, "decoder_sequence": 4},
     {"batch": 3, "sequence": 5, "decoder_sequence": 8},
     {"batch": 4, "sequence": 12, "decoder_sequence": 6},
     {"batch": 5, "sequence": 8, "decoder_sequence": 3},
     {"batch": 2, "sequence": 16, "decoder_sequence": 7},
 )
-ONE: Mapping[str, int] = dict.fromkeys(SIZES[0], 1)
+ONE: Mapping[str, int] = dict.fromkeys(PROBE_SIZES[0], 1)
 COUNT = 3  #: how many are compared; the others stand in for sizes that the model itself refuses
 FEW: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 5, "decoder_sequence": 3},
     {"batch": 3, "sequence": 3, "decoder_sequence": 4},
 )  #: for a model whose every token is a second's work
-LARGE = 1 << 30  #: bytes of weights from which a model is one
-TOLERANCE = 1e-4  #: of the captured base against the eager one, relative to the largest output
+_LARGE = 1 << 30  #: bytes of weights from which a model is one
+_TOLERANCE = 1e-4  #: of the captured base against the eager one, relative to the largest output
 
 
 Accepts = Callable[[dict[str, Tensor]], object]
@@ -70,7 +70,7 @@ def probes(
     own = captured.sizes_of(_tensors(example))
     first = [*([] if large else [own]), ONE, *sizes.probes, *_varied(own)]
     count = len(first) + (len(FEW) if large else COUNT)
-    for seed, wanted in enumerate((*first, *(FEW if large else ()), *SIZES)):
+    for seed, wanted in enumerate((*first, *(FEW if large else ()), *PROBE_SIZES)):
         case = case_of(adapted, specs, example, wanted, seed)
         if not sizes.allow(captured.sizes_of(case)):
             continue
@@ -122,7 +122,7 @@ def refused(adapted: AdaptedModel, view: View, error: Exception) -> PeftfxError:
     return PeftfxError(what, type(adapted.base).__name__, "export its forward view")
 
 
-def view_cases(adapted: AdaptedModel, view: View, run: Run, sizes: Sizes = EVERY) -> list[dict[str, Tensor]]:
+def view_cases(adapted: AdaptedModel, view: View, run: RunView, sizes: Sizes = EVERY) -> list[dict[str, Tensor]]:
     """Inputs of a view at each of its trials, the example's sizes and the bounds of `sizes`, where that allows it.
 
     They are behind pasts that `run`, which runs the model, makes.
@@ -147,7 +147,7 @@ def trials_of(adapted: AdaptedModel, view: View) -> Sequence[Mapping[str, int]]:
 
 
 def is_large(base: nn.Module) -> bool:
-    return sum(p.numel() * p.element_size() for p in base.parameters()) > LARGE
+    return sum(p.numel() * p.element_size() for p in base.parameters()) > _LARGE
 
 
 def eager_view(view: View, entry: Entry | None, base: nn.Module, case: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ def case_of(
 
 
 def _made(base: nn.Module, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-    text = {name: size for name, size in sizes.items() if name in SIZES[0]}
+    text = {name: size for name, size in sizes.items() if name in PROBE_SIZES[0]}
     if "sequence" in text:
         text["sequence"] -= _pieces(base)
     return example_inputs(base, sizes=text, seed=seed)
@@ -215,8 +215,8 @@ def _sized(spec: TensorSpec, value: Tensor, sizes: Mapping[str, int]) -> bool:
 
 def _varied(own: Mapping[str, int]) -> Iterator[dict[str, int]]:
     """Sizes for axes that have no usual ones: one and two more than the example's."""
-    free = [axis for axis in own if axis not in SIZES[0]]
-    yield from ({**SIZES[i], **{axis: own[axis] + i for axis in free}} for i in (1, 2) if free)
+    free = [axis for axis in own if axis not in PROBE_SIZES[0]]
+    yield from ({**PROBE_SIZES[i], **{axis: own[axis] + i for axis in free}} for i in (1, 2) if free)
 
 
 def _resized(
@@ -259,5 +259,5 @@ def tensors_in(output: object) -> list[Tensor]:
 def hold(name: str, want: Tensor, got: Tensor, *, same: bool) -> None:
     """Hold the captured model's output against the model's own."""
     error = float((want.float() - got.float()).abs().max()) if same and want.numel() else 0.0
-    if not same or error > TOLERANCE * max(1.0, float(want.float().abs().max()) if want.numel() else 0.0):
+    if not same or error > _TOLERANCE * max(1.0, float(want.float().abs().max()) if want.numel() else 0.0):
         raise VerificationError(f"the captured model differs from the model by {error:.2e}", name, "report this model")

@@ -16,16 +16,16 @@ from peftfx.graph.conditions import Condition, unmet
 from peftfx.graph.graph import Graph
 
 Sized = Mapping[str, int]
-Case = dict[str, Tensor]
-Make = Callable[[Sized], Case]
-Eager = Callable[[Case], Sequence[Tensor]]
-REFUSED = "the model takes no other"
+_Case = dict[str, Tensor]
+Make = Callable[[Sized], _Case]
+Eager = Callable[[_Case], Sequence[Tensor]]
+_REFUSED = "the model takes no other"
 BRANCHES = "beyond, the model computes something else"
 UNTRIED = "what is beyond is too large to be tried here"
 _SAME, _UNREACHED = "same", "no such call can be made"
 #: Tokens (rows, pixels) of a call that is tried, and these times the parameters; of a large model, a few at least.
 MOST_ROWS, MOST_WORK, LEAST_ROWS = 4096, 2 << 30, 8
-TRIALS = 3  #: sizes on the other side of a condition
+_TRIALS = 3  #: sizes on the other side of a condition
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Trial:
     graph: Graph
     make: Make
     eager: Eager
-    shown: Callable[[str, Case, Tensor], Tensor]
+    shown: Callable[[str, _Case, Tensor], Tensor]
     usual: Sized
     parameters: int
 
@@ -110,7 +110,7 @@ class Trial:
                 found |= _related(condition, {**others, **found}, found)
         return {**others, **found}
 
-    def reach(self, condition: Condition, sizes: Sized) -> Case | None:
+    def reach(self, condition: Condition, sizes: Sized) -> _Case | None:
         """Inputs of these sizes, for which a condition does not hold; nothing if no such call can be made."""
         try:
             case = self.make(sizes)
@@ -118,12 +118,12 @@ class Trial:
             return None
         return None if condition.met(self.graph.sizes_of(case)) else case
 
-    def answer(self, case: Case) -> str:
+    def answer(self, case: _Case) -> str:
         """What becomes of the graph with these inputs."""
         try:
             want = self.eager(case)
         except Exception:  # whatever the model's code raises for a size it does not take
-            return REFUSED
+            return _REFUSED
         try:
             with torch.no_grad():
                 got = self.graph.run(*(case[spec.name] for spec in self.graph.inputs))
@@ -148,11 +148,11 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
     known: dict[tuple[tuple[str, int], ...], str] = {}
     for condition in trial.graph.conditions:
         if condition.relation:
-            limits.append(Limit(condition, REFUSED))
+            limits.append(Limit(condition, _REFUSED))
             continue
         around = [trial.whole(sizes) for sizes in condition.tried()]
         beyond = [sizes for sizes in around if not condition.met(sizes)]
-        tried = [sizes for sizes in beyond if trial.affords(sizes) and trial.tells(condition, sizes)][:TRIALS]
+        tried = [sizes for sizes in beyond if trial.affords(sizes) and trial.tells(condition, sizes)][:_TRIALS]
         answers = []
         for sizes in tried:
             key, case = tuple(sorted(sizes.items())), trial.reach(condition, sizes)
@@ -178,8 +178,8 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
 def _verdict(answers: Sequence[str]) -> str:
     if not answers:
         return UNTRIED
-    why = next((why for why in (BRANCHES, _SAME, REFUSED) if why in answers), _UNREACHED)
-    return why if why in (BRANCHES, REFUSED) else ""
+    why = next((why for why in (BRANCHES, _SAME, _REFUSED) if why in answers), _UNREACHED)
+    return why if why in (BRANCHES, _REFUSED) else ""
 
 
 def _last(condition: Condition, around: Sequence[Sized]) -> Iterator[Sized]:

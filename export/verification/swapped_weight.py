@@ -17,12 +17,12 @@ from peftfx.export.verification.published import on_weight
 from peftfx.sites.blocks import turned
 from peftfx.sites.site import EXPERTS
 
-Tensors = MutableMapping[str, Any]
+HeldTensors = MutableMapping[str, Any]
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
-class Step:
+class AdapterStep:
     """What one adapter does at a module."""
 
     placement: WeightPlacement
@@ -37,7 +37,7 @@ class SwappedWeight:
     name: str
     kind: str
     transposed: bool
-    steps: Sequence[Step]
+    steps: Sequence[AdapterStep]
     before: list[Callable[[], object]] = field(default_factory=list)
 
     def put(self) -> None:
@@ -58,7 +58,7 @@ class SwappedWeight:
         if isinstance(self.module, CONV) and new.shape != weight.shape:  # as of one group
             self._set(self.module.__dict__, "groups", 1)
 
-    def _set(self, held: Tensors, name: str, value: object) -> None:
+    def _set(self, held: HeldTensors, name: str, value: object) -> None:
         old = held[name]
         self.before.append(lambda: held.__setitem__(name, old))
         held[name] = value
@@ -70,7 +70,7 @@ class SwappedWeight:
 
 
 @torch.no_grad()
-def _changed(start: Base, base: Base, step: Step, kind: str, groups: int) -> Base:
+def _changed(start: Base, base: Base, step: AdapterStep, kind: str, groups: int) -> Base:
     """A weight and bias after a step, given what they were at the start and are now."""
     p = widened(step.params)
     part = step.placement.part
@@ -86,6 +86,6 @@ def _changed(start: Base, base: Base, step: Step, kind: str, groups: int) -> Bas
     return Base(base.weight.index_copy(axis, index, new.weight), bias)
 
 
-def _fold(step: Step, start: Base, base: Base, p: Params, kind: str, groups: int) -> Base:
+def _fold(step: AdapterStep, start: Base, base: Base, p: Params, kind: str, groups: int) -> Base:
     found = on_weight(step.placement.method, start, base, p, kind, groups)
     return step.placement.method.fold_over(step.placement.view, start, base, p) if found is None else found

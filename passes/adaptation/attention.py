@@ -17,7 +17,7 @@ from peftfx.graph.graph import ADAPTERS
 from peftfx.graph.rewriter import REGION
 from peftfx.passes.adaptation.weight import apply_at
 from peftfx.passes.base import Region
-from peftfx.passes.rewriting.site_op import operands
+from peftfx.passes.rewriting.site_op import weight_and_bias
 from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.blocks import Block
 from peftfx.sites.site import Call, HeadedSite, Heads, Part, Site, WeightSite
@@ -36,7 +36,8 @@ def join(splicer: Splicer, placement: AttentionPlacement) -> int:
     params = splicer.parameters(placement, splicer.name, splicer.adapter, first)
     region = splicer.region(placement, splicer.name, first, params)
     weights = {
-        name: operands(splicer.sites[name], splicer.sites[name].calls[0], splicer.nodes)[0] for name in _layers(heads)
+        name: weight_and_bias(splicer.sites[name], splicer.sites[name].calls[0], splicer.nodes)[0]
+        for name in _layers(heads)
     }
     at = splicer.at(first, first, region)
     x = at.trace(*_reads(method, params, weights[heads.key]), key=("reads", method), what=named, where=path)
@@ -64,7 +65,7 @@ def _reads(
 
 def _project(splicer: Splicer, site: WeightSite, x: fx.Node, before: fx.Node, region: Region) -> fx.Node:
     """One more call of a linear site, on `x`; what was placed at the site acts there too. Gives the call's output."""
-    weight, bias = operands(site, site.calls[0], splicer.nodes)
+    weight, bias = weight_and_bias(site, site.calls[0], splicer.nodes)
     at = splicer.at(before, splicer.nodes[site.calls[0].op], region)
     if site.transposed:
         op = at.call(aten.matmul.default, x, weight)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from peftfx.adapters.recipes import Derived, Folding, Own, Step
+from peftfx.adapters.recipes import Derived, Folding, Own, RecipeStep
 from peftfx.graph.graph import ADAPTERS, DERIVED, Graph
 from peftfx.graph.rewriter import OVERRIDES, REGION, Rewriter
 from peftfx.passes.adaptation.constants import freeze
 from peftfx.passes.adaptation.pattern_weights import Folds, MatchStep, foldable
 from peftfx.passes.base import Pass, PassResult, Region, attributes_of, fake_like, results
-from peftfx.passes.rewriting.site_op import operands, rewire
+from peftfx.passes.rewriting.site_op import rewire, weight_and_bias
 from peftfx.sites.site import Site
 
 
@@ -65,7 +65,7 @@ def _rename_override(graph: Graph, node: fx.Node) -> None:
     node.target = f"{DERIVED}.{name}"
 
 
-def _steps(graph: Graph, matches: Sequence[Folds]) -> dict[str, list[Step | MatchStep]]:
+def _steps(graph: Graph, matches: Sequence[Folds]) -> dict[str, list[RecipeStep | MatchStep]]:
     """What is done to the weight of each site, in order, once however often the site is called.
 
     Methods at a match come last: they act on what the layers in it give with all that acts on these.
@@ -77,15 +77,15 @@ def _steps(graph: Graph, matches: Sequence[Folds]) -> dict[str, list[Step | Matc
         own = regions.setdefault(region.placement.site.path, [])
         if all((r.adapter, r.placement) != (region.adapter, region.placement) for r in own):
             own.append(region)
-    steps: dict[str, list[Step | MatchStep]] = {path: _at_weight(own) for path, own in regions.items()}
+    steps: dict[str, list[RecipeStep | MatchStep]] = {path: _at_weight(own) for path, own in regions.items()}
     for site, step in (pair for match in matches for pair in match.steps()):
         steps.setdefault(site.path, []).append(step)
     return steps
 
 
-def _at_weight(regions: Sequence[Region]) -> list[Step | MatchStep]:
+def _at_weight(regions: Sequence[Region]) -> list[RecipeStep | MatchStep]:
     acting = ((r.placement.on_weight, r.params) for r in regions)
-    return [Step(p.method, p.view, p.block, dict(params)) for p, params in acting if p is not None]
+    return [RecipeStep(p.method, p.view, p.block, dict(params)) for p, params in acting if p is not None]
 
 
 def _without_regions(graph: Graph, matches: Sequence[Folds]) -> Graph:
@@ -108,9 +108,9 @@ def _without_regions(graph: Graph, matches: Sequence[Folds]) -> Graph:
 
 
 def _fold_site(
-    rewriter: Rewriter, graph: Graph, site: Site, steps: tuple[Step | MatchStep, ...], nodes: dict[str, fx.Node]
+    rewriter: Rewriter, graph: Graph, site: Site, steps: tuple[RecipeStep | MatchStep, ...], nodes: dict[str, fx.Node]
 ) -> None:
-    weight, bias = operands(site, site.calls[0], nodes)
+    weight, bias = weight_and_bias(site, site.calls[0], nodes)
     folding = Folding(site, str(weight.target), None if bias is None else str(bias.target), steps)
     new_weight, new_bias = _meta(folding, graph, weight, bias)
     graph.derived[f"{site.path}.weight"] = Derived(folding, "weight")

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
-from peftfx.contract.completeness import asking, refuse_output
+from peftfx.contract.completeness import asking, refuse_forward_output
 from peftfx.contract.placed import Placements
 from peftfx.contract.placement import PatternPlacement
 from peftfx.errors import PeftfxError
@@ -23,7 +23,7 @@ def apply_at_match(splicer: Splicer, placement: PatternPlacement) -> int:
     site = next((s for s in splicer.graph.sites.patterns if s.path == path), None)
     if site is None:  # this view does not run it
         return 0
-    own, named = anonymous(site), type(method).__name__
+    own, named = _anonymous(site), type(method).__name__
     for call in splicer.called(site).calls:
         x, y = (splicer.latest.get(name, splicer.nodes[name]) for name in (call.x, call.y))
         params = splicer.parameters(placement, splicer.name, splicer.adapter, y)
@@ -32,7 +32,7 @@ def apply_at_match(splicer: Splicer, placement: PatternPlacement) -> int:
         def forward(x: Tensor, y: Tensor, *given: Tensor, names: list[str] = names) -> Tensor:
             with asking(method, "forward", path):
                 made = method.forward(own, x, y, dict(zip(names, given, strict=True)), splicer.graph.training)
-            refuse_output(method, path, made, y)
+            refuse_forward_output(method, path, made, y)
             return made
 
         region = splicer.region(placement, splicer.name, splicer.nodes[call.y], params)
@@ -58,7 +58,7 @@ def refuse_within_layers(graph: Graph) -> None:
             raise PeftfxError(what, placement.site.path, "write the pattern around the whole layer, or leave it out")
 
 
-def anonymous(site: PatternSite) -> PatternSite:
+def _anonymous(site: PatternSite) -> PatternSite:
     """A match as its method sees it: without what tells it from others that are alike."""
     operands = tuple(_unnamed(operand) for operand in site.operands)
     return dataclasses.replace(site, path="", layer=None, calls=(), operands=operands)

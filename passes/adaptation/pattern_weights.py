@@ -20,21 +20,21 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.graph.recipe import Get
 from peftfx.graph.rewriter import REGION, REPLACES
-from peftfx.passes.adaptation.pattern import anonymous
+from peftfx.passes.adaptation.pattern import _anonymous
 from peftfx.passes.base import Region, results
 from peftfx.sites.blocks import turned
 from peftfx.sites.site import PatternSite, WeightSite
 
-Slot = Literal["weight", "bias"]
+_Slot = Literal["weight", "bias"]
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldWeight:
     """An argument of a pattern's function at a match that is a layer's weight or bias."""
 
     name: str
     site: WeightSite
-    slot: Slot
+    slot: _Slot
 
 
 class Elsewhere(Exception):
@@ -47,7 +47,7 @@ class MatchStep:
 
     method: PatternMethod
     site: PatternSite
-    held: tuple[Held, ...]
+    held: tuple[HeldWeight, ...]
     params: Mapping[str, str]
 
     def fold(self, start: Base, base: Base, get: Get) -> Base:
@@ -71,13 +71,13 @@ class MatchStep:
                 made = dataclasses.replace(made, bias=self._folded(held.name, base.bias, p))
             elif held.slot == "weight":
                 with asking(self.method, "update", self.site.path):
-                    own = self.method.update(anonymous(self.site), held.name, p)
+                    own = self.method.update(_anonymous(self.site), held.name, p)
                 made = made.then(own.turned() if held.site.transposed else own)
         return made
 
     def _folded(self, name: str, weight: Tensor, p: Mapping[str, Tensor]) -> Tensor:
         with asking(self.method, "fold", self.site.path):
-            made = self.method.fold(anonymous(self.site), name, weight, p)
+            made = self.method.fold(_anonymous(self.site), name, weight, p)
         refuse_folded(self.method, self.site.path, name, made, weight)
         return made
 
@@ -92,7 +92,7 @@ class Folds:
     """
 
     region: Region
-    held: tuple[Held, ...]
+    held: tuple[HeldWeight, ...]
 
     def covers(self, region: Region) -> bool:
         """Whether a region is a call of this one."""
@@ -142,7 +142,7 @@ def refuse_beside(graph: Graph) -> None:
         raise PeftfxError(f"what is added at a pattern has no place in the base's weights: {reason}", path, hint)
 
 
-def held_weights(graph: Graph, placement: PatternPlacement, beside: Sequence[Region] = ()) -> tuple[Held, ...]:
+def held_weights(graph: Graph, placement: PatternPlacement, beside: Sequence[Region] = ()) -> tuple[HeldWeight, ...]:
     """The layers' weights and biases in which a method does all that it does at a match.
 
     Args:
@@ -158,7 +158,7 @@ def held_weights(graph: Graph, placement: PatternPlacement, beside: Sequence[Reg
     if site is None:
         raise Elsewhere(f"{path}: the call that the model was transformed with does not run it")
     with asking(method, "folds", path):
-        names = method.folds(anonymous(site))
+        names = method.folds(_anonymous(site))
     if not names:
         raise Elsewhere(f"{path}: {type(method).__name__}.folds names no arguments of {site.pattern}")
     inner = {node.name for node in _inner(graph, site)}
@@ -168,14 +168,14 @@ def held_weights(graph: Graph, placement: PatternPlacement, beside: Sequence[Reg
     return tuple(_held(graph, site, name, inner) for name in names)
 
 
-def _held(graph: Graph, site: PatternSite, name: str, inner: Collection[str]) -> Held:
+def _held(graph: Graph, site: PatternSite, name: str, inner: Collection[str]) -> HeldWeight:
     operand = site.operand(name)
     for layer in graph.sites.weights if operand.weight else ():
         inside = [call.op in inner for call in layer.calls]
         if operand.weight in (layer.weight, layer.bias) and any(inside):
             if not all(inside):
                 raise Elsewhere(f"{site.path}: {layer.path}, of which {name} is the weight, runs elsewhere too")
-            return Held(name, layer, "weight" if operand.weight == layer.weight else "bias")
+            return HeldWeight(name, layer, "weight" if operand.weight == layer.weight else "bias")
     raise Elsewhere(f"{site.path}: its {name} is the weight of no layer")
 
 

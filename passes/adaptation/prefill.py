@@ -16,7 +16,7 @@ from peftfx.views.cache_prefix import Prefilled
 from peftfx.views.decode import PRESENT, Decode, cache_names
 
 NAME = "sequence.prefilled"  #: of the derived tensor
-TOLERANCE = 1e-4  #: of keys under one text against those under another, relative to the largest
+_TOLERANCE = 1e-4  #: of keys under one text against those under another, relative to the largest
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Left:
         outputs = dict(zip(self.graph.outputs, flat, strict=True))
         kept = [outputs[name][:, :, : self.entry.shape[0]] for name in cache_names(PRESENT, len(self.view.layers))]
         for rows in kept:
-            if float((rows[0] - rows[1]).abs().max()) > TOLERANCE * float(rows.abs().max()):
+            if float((rows[0] - rows[1]).abs().max()) > _TOLERANCE * float(rows.abs().max()):
                 what = "virtual tokens of this model see the text behind them: they are no constant ahead of its cache"
                 raise PeftfxError(what, type(self.graph.base).__name__, "use its forward, or prefix tuning")
         return torch.cat([rows[0].transpose(0, 1).flatten(1) for rows in kept], 1)

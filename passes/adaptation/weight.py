@@ -11,7 +11,7 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.contract.acting import Acting, adapted, overlap
 from peftfx.contract.placement import WeightPlacement
 from peftfx.graph.graph import ADAPTERS
-from peftfx.passes.rewriting.site_op import bind, held, operands
+from peftfx.passes.rewriting.site_op import bind, read_beside, weight_and_bias
 from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.site import Call, Site
 
@@ -25,11 +25,11 @@ def apply_at(splicer: Splicer, placement: WeightPlacement, call: Call, name: str
     """Splice a weight method's placement, of the adapter of this name, in at one call of its site."""
     op, x = splicer.nodes[call.op], splicer.latest.get(call.x, splicer.nodes[call.x])
     y = splicer.weighted.get(call.y, splicer.nodes[call.y])
-    weight, bias = operands(placement.site, call, splicer.nodes)
+    weight, bias = weight_and_bias(placement.site, call, splicer.nodes)
     params = splicer.parameters(placement, name, adapter, y)
     under = _under(splicer, placement, y)
     others = (n for _, read in under for n in read.values())
-    arguments = [x, y, weight, bias, *held(op, placement.site), *params.values(), *others]
+    arguments = [x, y, weight, bias, *read_beside(op, placement.site), *params.values(), *others]
     acting = [(placement, list(params)), *((p, list(read)) for p, read in under)]
     region = splicer.region(placement, name, splicer.nodes[call.y], params)
     users = list(y.users)
@@ -70,7 +70,7 @@ def _forward(acting: list[Named], op: fx.Node, *, training: bool) -> Callable[..
     It is the first of those acting; the others are what it runs again, with their parameters behind its own.
     """
     site = acting[0][0].site
-    places, count = [(Acting.of(placement), names) for placement, names in acting], len(held(op, site))
+    places, count = [(Acting.of(placement), names) for placement, names in acting], len(read_beside(op, site))
 
     def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor) -> Tensor:
         values = iter(rest[count:])

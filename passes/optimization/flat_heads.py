@@ -13,7 +13,7 @@ from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.rewriting.matching import COPIES, RESHAPES, has_axes, have_one_shape, operand, same_size
 
 aten, onnx = torch.ops.aten, torch.ops.onnx
-Size = int | fx.Node
+_Size = int | fx.Node
 
 
 def flatten_heads(rewriter: Rewriter, attention: fx.Node, sizes: Mapping[str, fx.Node]) -> bool:
@@ -63,7 +63,7 @@ class _Input:
 
     rows: fx.Node
     rotary: fx.Node | None
-    leading: tuple[Size, Size]
+    leading: tuple[_Size, _Size]
     heads: int
     width: int
 
@@ -91,7 +91,7 @@ class _Input:
         return at.call(onnx.RotaryEmbedding.opset23, plain, *self.rotary.args[1:], num_heads=self.heads)
 
 
-def sizes_of(graph: fx.Graph) -> dict[str, fx.Node]:
+def input_sizes(graph: fx.Graph) -> dict[str, fx.Node]:
     """The nodes that stand for the sizes of a graph's inputs, by their symbols."""
     nodes = graph.find_nodes(op="call_function", target=aten.sym_size.int)
     return {str(node.meta["val"]): node for node in nodes if operand(node).op == "placeholder"}

@@ -21,7 +21,7 @@ from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.optimization.cleanup import Cleanup
-from peftfx.passes.optimization.flat_heads import flatten_heads, sizes_of
+from peftfx.passes.optimization.flat_heads import flatten_heads, input_sizes
 from peftfx.passes.optimization.rms_norm import fuse_norm
 from peftfx.passes.optimization.rotary import fuse_rotary
 from peftfx.passes.rewriting.matching import has_axes, pair, unrepeated
@@ -44,7 +44,7 @@ class Fuse(Pass):
     def __call__(self, graph: Graph) -> PassResult:
         result = graph.clone()
         rewriter, halves = Rewriter(result.module.graph), dict[fx.Node, fx.Node]()
-        sizes = sizes_of(rewriter.graph)
+        sizes = input_sizes(rewriter.graph)
         changed = 0
         for node in list(result.nodes()):
             fused = fuse_norm(rewriter, node) or fuse_rotary(rewriter, node, halves)

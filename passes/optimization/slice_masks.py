@@ -9,7 +9,7 @@ from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.rewriting.matching import operand, same_size
 
 aten = torch.ops.aten
-Size = int | fx.Node
+_Size = int | fx.Node
 
 
 def slice_grid(rewriter: Rewriter, node: fx.Node) -> bool:
@@ -35,14 +35,14 @@ def slice_grid(rewriter: Rewriter, node: fx.Node) -> bool:
     return True
 
 
-def _slice(rewriter: Rewriter, node: fx.Node, x: fx.Node, place: int, axis: int, end: Size) -> fx.Node:
+def _slice(rewriter: Rewriter, node: fx.Node, x: fx.Node, place: int, axis: int, end: _Size) -> fx.Node:
     sizes = list(x.meta["val"].shape)
     sizes[place] = node.meta["val"].shape[axis]
     value = x.meta["val"].new_empty(sizes)  # computed, it were a size of its own: the least of two
     return rewriter.before(node).call(aten.slice.Tensor, x, place, 0, end, value=value)
 
 
-def _count(index: fx.Node, node: fx.Node) -> tuple[int, Size] | None:
+def _count(index: fx.Node, node: fx.Node) -> tuple[int, _Size] | None:
     """The axis of a gather's result along which an index counts from 0, and its end."""
     long = [axis for axis, size in enumerate(index.meta["val"].shape) if not (isinstance(size, int) and size == 1)]
     if len(long) != 1 or index.meta["val"].ndim != node.meta["val"].ndim:

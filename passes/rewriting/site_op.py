@@ -19,7 +19,7 @@ _GROUPED = torch.ops.aten._grouped_mm.default  #: torch's own, of bfloat16, in r
 _GROUPS = 6  #: where a conv's groups are among its arguments
 
 
-def operands(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node | None]:
+def weight_and_bias(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node | None]:
     """The nodes that read the weight and the bias at one call, ahead of what casts them."""
     op, y = nodes[call.op], nodes[call.y]
     weight = as_stored(_argument(op, _weight_index(op, site)))
@@ -32,7 +32,7 @@ def operands(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[fx.Node
     return weight, None if bias is None else as_stored(bias)
 
 
-def held(op: fx.Node, site: Site) -> list[fx.Node]:
+def read_beside(op: fx.Node, site: Site) -> list[fx.Node]:
     """The nodes that the operation reads beside input, weight and bias: of experts, where the rows of each end."""
     return [_argument(op, 2)] if site.kind == EXPERTS else []
 

@@ -15,7 +15,7 @@ from peftfx.graph.rewriter import REGION, REPLACES, Cursor, Rewriter
 from peftfx.passes.base import Region, attributes_of, fake_like, results
 from peftfx.sites.site import Site
 
-S = TypeVar("S", bound=Site)
+_S = TypeVar("_S", bound=Site)
 
 
 class Splicer:
@@ -46,7 +46,7 @@ class Splicer:
                 self.weighted[region.y] = result
                 self.note(region.adapter, placement)
 
-    def called(self, site: S) -> S:
+    def called(self, site: _S) -> _S:
         """A site of the graph, which something calls.
 
         Raises:

@@ -19,20 +19,20 @@ from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import BASE, CONSTANTS, DERIVED, Graph, TensorSpec
 from peftfx.graph.recipe import Get
 from peftfx.graph.rewriter import Rewriter
-from peftfx.graph.slots import INNER, KEYS, OUTER, OWN, PREFIX, PROMPT, VALUES, A, B
+from peftfx.graph.slots import INNER, KEYS, OUTER, PREFIX, SLOT_A, SLOT_B, SLOT_OWN, SLOT_PROMPT, VALUES
 from peftfx.passes.adaptation.sequence import first_operation
 from peftfx.passes.base import Pass, PassResult, attributes_of, fake_like
 from peftfx.passes.optimization.dead_code import sweep
 from peftfx.passes.slots.attention import join_beside
 from peftfx.passes.slots.layer import Layers
-from peftfx.passes.slots.layer_by_row import BIAS, by_rows, lists_rows
+from peftfx.passes.slots.layer_by_row import BIAS_STACK, by_rows, lists_rows
 from peftfx.passes.slots.norms import replace_by_row
 from peftfx.sites.site import Call, HeadedSite, Site
 from peftfx.views.row_adapters import IDS, NOWHERE, PREFIXES, PROMPTS
 
 aten = torch.ops.aten
 SHOWN = "beside.shown"  #: of a stack beside an attention: [rows, tokens], which there are
-_AT_LAYERS = (INNER, OUTER, A, B, BIAS)
+_AT_LAYERS = (INNER, OUTER, SLOT_A, SLOT_B, BIAS_STACK)
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class ByRow(Pass):
     """Let rows choose.
 
     Attributes:
-        stacks: by a site's path and what is there: [adapters + 1, ...]; a norm's tensor is `OWN`, by its name. Those of
-            `PREFIX` and `PROMPT` fill the hole of a view that was captured with soft prompts by row.
+        stacks: by a site's path and what is there: [adapters + 1, ...]; a norm's tensor is `SLOT_OWN`, by its
+            name. Those of `PREFIX` and `SLOT_PROMPT` fill the hole of a view captured with soft prompts by row.
         beside: attentions, with the heads that the forward shows.
     """
 
@@ -73,7 +73,7 @@ class ByRow(Pass):
                 for layer in (site for site in new.sites.weights if site.path == path):
                     for call in layer.calls:
                         rows.update(layer, call)
-            for name in (name for name, what in self.stacks if what == OWN):
+            for name in (name for name, what in self.stacks if what == SLOT_OWN):
                 rows.norm(name)
             rows.fill()
         sweep(rows.rewriter)
@@ -129,10 +129,10 @@ class _Rows:
         axes = 3 if listed else self.layers.nodes[call.y].meta["val"].ndim
         given = {
             what: self.row(site.path, what, 2 if site.kind == "conv" else axes)
-            for what in (INNER, OUTER, BIAS)
+            for what in (INNER, OUTER, BIAS_STACK)
             if (site.path, what) in self.stacks
         }
-        factors = [] if (site.path, A) not in self.stacks else self.factors(site, axes)
+        factors = [] if (site.path, SLOT_A) not in self.stacks else self.factors(site, axes)
         function = by_rows(site, op, tuple(given), bool(factors), listed)
         key = "rows", tuple(given), bool(factors), listed
         self.layers.act(site, call, key, function, self.index, *given.values(), *factors)
@@ -155,7 +155,7 @@ class _Rows:
 
         def row(value: fx.Node, axes: int) -> fx.Node:
             self.check(value, name)
-            return self.row(name, OWN, axes)
+            return self.row(name, SLOT_OWN, axes)
 
         replace_by_row(self.rewriter, tensor, row, name)
 
@@ -168,15 +168,15 @@ class _Rows:
 
     def factors(self, site: Site, axes: int) -> list[fx.Node]:
         """What `by_rows` takes of a layer's factors: those of each row, or for all rows what it takes them from."""
-        a, b = self.stacks[site.path, A], self.stacks[site.path, B]
+        a, b = self.stacks[site.path, SLOT_A], self.stacks[site.path, SLOT_B]
         if site.kind == "linear":
-            return [self.row(site.path, what, axes) for what in (A, B)]
+            return [self.row(site.path, what, axes) for what in (SLOT_A, SLOT_B)]
         if site.kind == "embedding":
-            return [self._table(f"{site.path}.{A}", a.flatten(0, 1)), self.row(site.path, B, axes)]
+            return [self._table(f"{site.path}.{SLOT_A}", a.flatten(0, 1)), self.row(site.path, SLOT_B, axes)]
         b = b.flatten(2)[1:]
         own = torch.block_diag(*b.transpose(1, 2)).unflatten(1, b.shape[:2]).transpose(0, 1)  # [adapters, all, out]
-        rows = self.entry(f"{site.path}.{B}", torch.cat([torch.zeros_like(own[:1]), own]), axes)
-        return [self._table(f"{site.path}.{A}", a[1:].flatten(0, 1)), rows]
+        rows = self.entry(f"{site.path}.{SLOT_B}", torch.cat([torch.zeros_like(own[:1]), own]), axes)
+        return [self._table(f"{site.path}.{SLOT_A}", a[1:].flatten(0, 1)), rows]
 
     def row(self, path: str, what: str, ndim: int) -> fx.Node:
         """The entry of each row, with axes to broadcast along a layer's of so many."""
@@ -202,7 +202,7 @@ class _Rows:
 
     def fill(self) -> None:
         """Put the soft prompts into their hole."""
-        for name, what in ((PREFIXES, PREFIX), (PROMPTS, PROMPT)):
+        for name, what in ((PREFIXES, PREFIX), (PROMPTS, SLOT_PROMPT)):
             hole = self.attributes.get(f"{CONSTANTS}.{name}")
             if hole is not None:
                 self.rewriter.replace(hole, self._table(f"sequence.{what}", self.stacks["", what]))

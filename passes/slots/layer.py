@@ -16,12 +16,12 @@ from torch import Tensor, fx
 
 from peftfx.contract.method import Op
 from peftfx.graph.rewriter import Rewriter
-from peftfx.passes.rewriting.site_op import bind, operands
+from peftfx.passes.rewriting.site_op import bind, weight_and_bias
 from peftfx.sites.site import Call, Site
 
 
 @dataclass(frozen=True)
-class Acting:
+class Effect:
     """What acts at a call; what is None does nothing.
 
     Attributes:
@@ -36,15 +36,15 @@ class Acting:
     bias: Tensor | None = None
 
 
-def acted(site: Site, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, acting: Acting) -> Tensor:
+def acted(site: Site, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, acting: Effect) -> Tensor:
     """What a layer gives; `weight` is as `op` takes it, see `operation`."""
-    y = op(x if acting.inner is None else x * along_channels(acting.inner, site), weight)
+    y = op(x if acting.inner is None else x * _along_channels(acting.inner, site), weight)
     if acting.outer is not None:
-        y = y * along_channels(acting.outer, site)
+        y = y * _along_channels(acting.outer, site)
     if acting.low is not None:
         y = y + acting.low
     own = bias if acting.bias is None else acting.bias
-    return y if own is None else y + along_channels(own, site)
+    return y if own is None else y + _along_channels(own, site)
 
 
 def operation(op: fx.Node, site: Site) -> Op:
@@ -68,7 +68,7 @@ def times(x: Tensor, factor: Tensor) -> Tensor:
     return (x.unsqueeze(-2) @ factor).squeeze(-2) if x.ndim < factor.ndim else x @ factor
 
 
-def along_channels(vector: Tensor, site: Site) -> Tensor:
+def _along_channels(vector: Tensor, site: Site) -> Tensor:
     """A vector of a site's inputs or outputs, of each row perhaps; for a conv with an axis for each of its space."""
     for _ in range(len(site.shape) - 2 if site.kind == "conv" else 0):
         vector = vector.unsqueeze(-1)
@@ -89,7 +89,7 @@ class Layers:
     def act(self, site: Site, call: Call, key: object, function: Callable[..., Tensor], *given: fx.Node) -> None:
         """Put a function of (x, weight, bias, *given), traced once for each key and signature, in a layer's place."""
         op, x, y = (self.nodes[name] for name in (call.op, call.x, call.y))
-        weight, bias = operands(site, call, self.nodes)
+        weight, bias = weight_and_bias(site, call, self.nodes)
         fixed = [a for a in op.args if not isinstance(a, fx.Node)]
         alike = dataclasses.replace(site, path="", role="", layer=None, weight="", bias=None, parts=(), calls=())
         users = list(y.users)
@@ -104,5 +104,5 @@ class Layers:
         if site.kind == "embedding":
             return True
         values = [self.nodes[name] for call in site.calls for name in (call.x, call.op, call.y)]
-        values += [operands(site, call, self.nodes)[0] for call in site.calls]
+        values += [weight_and_bias(site, call, self.nodes)[0] for call in site.calls]
         return len({value.meta["val"].dtype for value in values}) == 1

@@ -10,11 +10,11 @@ from torch import Tensor, fx
 
 from peftfx.contract.method import Op
 from peftfx.graph.slots import INNER, OUTER
-from peftfx.passes.slots.layer import Acting, acted, operation, times
+from peftfx.passes.slots.layer import Effect, acted, operation, times
 from peftfx.sites.site import Site
 
 aten = torch.ops.aten
-BIAS = "bias"  #: of a stack: what takes the place of a layer's bias
+BIAS_STACK = "bias"  #: of a stack: what takes the place of a layer's bias
 _FLATTENS = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints})
 
 
@@ -29,7 +29,7 @@ def by_rows(site: Site, node: fx.Node, names: tuple[str, ...], low: bool, listed
         x = x.reshape(index.shape[0], -1, x.shape[-1]) if listed else x
         own = dict(zip(names, given, strict=False))
         added = low_by_rows(site, op, x, index, *given[len(names) :]) if low else None
-        y = acted(site, op, x, weight, bias, Acting(own.get(INNER), own.get(OUTER), added, own.get(BIAS)))
+        y = acted(site, op, x, weight, bias, Effect(own.get(INNER), own.get(OUTER), added, own.get(BIAS_STACK)))
         return y.reshape(-1, y.shape[-1]) if listed else y
 
     return forward

@@ -20,11 +20,11 @@ _UNSQUEEZE = aten.unsqueeze.default
 #: Norms over the last axes, and over others: their weights run along the second.
 _LAST, _SECOND = names("layer_norm rms_norm"), names("group_norm batch_norm instance_norm")
 
-Row = Callable[[fx.Node, int], fx.Node]
+_Row = Callable[[fx.Node, int], fx.Node]
 """The node of each row's tensor, for a value that it meets, with so many axes."""
 
 
-def replace_by_row(rewriter: Rewriter, tensor: fx.Node, row: Row, where: str) -> None:
+def replace_by_row(rewriter: Rewriter, tensor: fx.Node, row: _Row, where: str) -> None:
     """Let what reads a norm's tensor read one for each row, in place.
 
     Raises:
@@ -33,7 +33,7 @@ def replace_by_row(rewriter: Rewriter, tensor: fx.Node, row: Row, where: str) ->
     _follow(rewriter, tensor, (), row, where)
 
 
-def _follow(rewriter: Rewriter, node: fx.Node, through: Sequence[fx.Node], row: Row, where: str) -> None:
+def _follow(rewriter: Rewriter, node: fx.Node, through: Sequence[fx.Node], row: _Row, where: str) -> None:
     for user in list(node.users):
         if op_name(user) in _LAST | _SECOND:
             _apart(rewriter, user, node, through, row)
@@ -49,7 +49,7 @@ def _follow(rewriter: Rewriter, node: fx.Node, through: Sequence[fx.Node], row: 
             raise PeftfxError(what, where, "export the adapter merged, or swappable")
 
 
-def _apart(rewriter: Rewriter, norm: fx.Node, tensor: fx.Node, through: Sequence[fx.Node], row: Row) -> None:
+def _apart(rewriter: Rewriter, norm: fx.Node, tensor: fx.Node, through: Sequence[fx.Node], row: _Row) -> None:
     """Take a tensor out of a norm's arguments, and do behind it what it did, for each row."""
     names = [a.name for a in norm.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(names, norm.args, strict=False)) | norm.kwargs

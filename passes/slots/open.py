@@ -19,11 +19,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph, TensorSpec
 from peftfx.graph.rewriter import Rewriter
-from peftfx.graph.slots import INNER, KEYS, OUTER, TOKENS, VALUES, A, B, Slot, shapes
+from peftfx.graph.slots import INNER, KEYS, OUTER, SLOT_A, SLOT_B, SLOT_TOKENS, VALUES, Slot, shapes
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.optimization.dead_code import sweep
 from peftfx.passes.slots.attention import join_beside
-from peftfx.passes.slots.layer import Acting, Layers, acted, low_rank, operation
+from peftfx.passes.slots.layer import Effect, Layers, acted, low_rank, operation
 from peftfx.sites.site import HeadedSite, Site
 
 HINT = 3  #: the size that a free axis has in the graph's example
@@ -67,12 +67,12 @@ def slots_of(graph: Graph, beside: Iterable[HeadedSite]) -> list[Slot]:
     behind = {site.path: site.heads.packed for site in beside}
     found = []
     for spec in graph.inputs:
-        what = next((w for w in (A, B, INNER, OUTER, KEYS, VALUES) if spec.name.endswith(f".{w}")), None)
+        what = next((w for w in (SLOT_A, SLOT_B, INNER, OUTER, KEYS, VALUES) if spec.name.endswith(f".{w}")), None)
         if what is not None:
             at = spec.name.removesuffix(f".{what}")
             kind = str(spec.dtype).removeprefix("torch.")
             joins = what in (KEYS, VALUES) and behind[at]
-            least = 1 if what in (A, B) and at in convs else 0
+            least = 1 if what in (SLOT_A, SLOT_B) and at in convs else 0
             found.append(Slot(spec.name, what, at, spec.shape, kind, least=least, behind=joins))
     return found
 
@@ -85,7 +85,7 @@ def slotted(site: Site, node: fx.Node) -> Callable[..., Tensor]:
         x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, outer: Tensor, *inner: Tensor
     ) -> Tensor:
         low = low_rank(site, op, node, x, a, b)
-        return acted(site, op, x, weight, bias, Acting(inner[0] if inner else None, outer, low))
+        return acted(site, op, x, weight, bias, Effect(inner[0] if inner else None, outer, low))
 
     return forward
 
@@ -105,7 +105,7 @@ class _Opening:
     def update(self, layers: Layers, site: Site, *, scaled: bool) -> None:
         """A low-rank sum and scales at each call of a site."""
         like = layers.nodes[site.calls[0].op].meta["val"]
-        words = (A, B, OUTER, INNER) if scaled else (A, B, OUTER)
+        words = (SLOT_A, SLOT_B, OUTER, INNER) if scaled else (SLOT_A, SLOT_B, OUTER)
         made = [self.slot(f"{site.path}.{what}", shapes(site)[what], like) for what in words]
         for call in site.calls:
             layers.act(site, call, ("slots", scaled), slotted(site, layers.nodes[call.op]), *made)
@@ -116,7 +116,7 @@ class _Opening:
         like = layers.nodes[site.calls[0].y].meta["val"]
         widths = [sum(end - start for start, end in rows) // heads.kept for rows in (heads.key_rows, heads.value_rows)]
         keys, values = (
-            self.slot(f"{site.path}.{what}", (heads.kept, TOKENS, width), like)
+            self.slot(f"{site.path}.{what}", (heads.kept, SLOT_TOKENS, width), like)
             for what, width in zip((KEYS, VALUES), widths, strict=True)
         )
         for index in range(len(site.calls)):

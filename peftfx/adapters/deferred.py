@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-Make = Callable[[], Sequence[Tensor]]
+_Make = Callable[[], Sequence[Tensor]]
 
 
 class Deferred(Tensor):
@@ -29,7 +29,7 @@ class Deferred(Tensor):
         return made
 
     @staticmethod
-    def of(make: Make, likes: Sequence[Tensor]) -> list[Deferred]:
+    def of(make: _Make, likes: Sequence[Tensor]) -> list[Deferred]:
         """What `make` gives, when it is called; it is called once for all, if they are asked for one after another.
 
         Args:
@@ -73,7 +73,7 @@ class Deferred(Tensor):
 class _Call:
     """Something that makes tensors: what it made is kept until each has been taken."""
 
-    def __init__(self, make: Make, count: int) -> None:
+    def __init__(self, make: _Make, count: int) -> None:
         self.make, self.count = make, count
         self.left: dict[int, Tensor] = {}
 

@@ -31,7 +31,7 @@ class Folded(Protocol):
 
 
 @dataclass(frozen=True)
-class Step:
+class RecipeStep:
     """One method applied at a site, or at a part of a fused one, with the names of its parameters in the graph."""
 
     method: WeightMethod

@@ -16,8 +16,8 @@ from torch import fx
 from peftfx.analysis.dataflow import ACTIVATED, MOVEMENT, PRODUCTS, Flow, names, op_name
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
+from peftfx.sites.blocks import Rows
 
-Rows = tuple[tuple[int, int], ...]
 Numbers = list[torch.Tensor]  # of one shape; an entry stems from the rows they name there, counted from 1; 0 is no row
 
 _RESHAPES = names("view _unsafe_view view_as reshape_as")

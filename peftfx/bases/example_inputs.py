@@ -18,7 +18,7 @@ from peftfx.errors import PeftfxError, nearest
 
 #: Sizes of an example. All differ and none is 1, so that a capture confuses no two axes and fixes none. `sequence`
 #: counts text tokens: a model whose prompt holds its image gets that many more.
-SIZES: Mapping[str, int] = {"batch": 2, "sequence": 7, "decoder_sequence": 5}
+_SIZES: Mapping[str, int] = {"batch": 2, "sequence": 7, "decoder_sequence": 5}
 
 
 def example_inputs(
@@ -34,7 +34,7 @@ def example_inputs(
     Args:
         model: its config, its class and the signature of its forward say what it takes; its weights are not read.
         task: by default what its class is for.
-        sizes: of `batch`, `sequence`, `decoder_sequence`, `height` and `width`, where they differ from `SIZES` and the
+        sizes: of `batch`, `sequence`, `decoder_sequence`, `height` and `width`, where they differ from `_SIZES` and the
             config. With a batch and room for it, the last row of the text is padded on the right.
         labels: add what makes the model compute a loss.
         seed: of the random values.
@@ -42,18 +42,18 @@ def example_inputs(
     Raises:
         PeftfxError: it is not a transformers model, takes something unknown, or has no labels.
     """
-    unknown = set(sizes or ()) - {*SIZES, "height", "width"}
+    unknown = set(sizes or ()) - {*_SIZES, "height", "width"}
     if unknown:
         name = min(unknown)
-        raise PeftfxError(f"unknown size {name!r}", "sizes", nearest(name, SIZES) or f"there are {', '.join(SIZES)}")
+        raise PeftfxError(f"unknown size {name!r}", "sizes", nearest(name, _SIZES) or f"there are {', '.join(_SIZES)}")
     config = getattr(model, "config", None)
     if denoises(model):
-        return denoiser_inputs(model, {**SIZES, **(sizes or {})}, torch.Generator().manual_seed(seed))
+        return denoiser_inputs(model, {**_SIZES, **(sizes or {})}, torch.Generator().manual_seed(seed))
     if not hasattr(model, "main_input_name") or not hasattr(config, "get_text_config"):
         raise PeftfxError("inputs can be made for transformers models only", type(model).__name__, _PASS_INPUTS)
     task = task_of(model) if task is None else resolve_task(task)
     with unset_fake_temporarily(), torch.device("cpu"):
-        maker = _Maker(model, task, {**SIZES, **(sizes or {})}, torch.Generator().manual_seed(seed))
+        maker = _Maker(model, task, {**_SIZES, **(sizes or {})}, torch.Generator().manual_seed(seed))
         made = maker.inputs()
         if labels:
             made |= maker.labels(made)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftfx.bases.gguf_tensors import read_tensors
-from peftfx.bases.quantised import QUANTISED, blank, fill
+from peftfx.bases.quantised import QUANTISED, blank, filled_model
 from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.errors import PeftfxError, first_line
 from peftfx.files import is_gguf
@@ -76,7 +76,7 @@ def load_gguf(
         return empty.eval()  # type: ignore[return-value]
     with _reading(file):
         tensors = read_tensors(file, empty, dtype)
-        found = _whole(file, maker, config, dtype) if tensors is None else fill(maker, config, tensors, dtype)
+        found = _whole(file, maker, config, dtype) if tensors is None else filled_model(maker, config, tensors, dtype)
     model: Any = found[0]
     info: Mapping[str, Any] = found[1]
     lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])} - set(given)

@@ -10,7 +10,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 from peftfx.sharding import without_fsdp
 
 GUESTS = "peftfx_adapters"  #: the child of a base's module that holds what acts there
-OWN = "peftfx_own_class"  #: of a class that was made for a module that hosts guests: the one that it stands beside
+OWN_CLASS = (
+    "peftfx_own_class"  #: of a class that was made for a module that hosts guests: the one that it stands beside
+)
 
 
 class Guests(nn.Module):
@@ -36,8 +38,8 @@ def _without_guests(_: nn.Module, keys: _IncompatibleKeys) -> None:
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """A module's own class, whatever it hosts."""
-    made = next((cls for cls in type(module).__mro__ if OWN in vars(cls)), None)
-    return without_fsdp(type(module)) if made is None else vars(made)[OWN]  # type: ignore[no-any-return]
+    made = next((cls for cls in type(module).__mro__ if OWN_CLASS in vars(cls)), None)
+    return without_fsdp(type(module)) if made is None else vars(made)[OWN_CLASS]  # type: ignore[no-any-return]
 
 
 def is_guest(name: str) -> bool:

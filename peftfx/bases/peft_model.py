@@ -15,7 +15,7 @@ from torch import nn
 
 from peftfx.errors import PeftfxError, first_line
 
-CONFIG = "adapter_config.json"
+_CONFIG = "adapter_config.json"
 _STARTS = ("init_lora_weights", "init_weights")
 """Options of how an adapter began, some of which changed the base then: what is taken over is past that."""
 
@@ -67,7 +67,7 @@ def _inside(module: nn.Module, path: str) -> nn.Module:
     return held
 
 
-def save_adapters(model: Any, directory: Path) -> dict[str, Path]:
+def save_peft_adapters(model: Any, directory: Path) -> dict[str, Path]:
     """Have a HF PEFT model write its adapters; returns the folder of each.
 
     Raises:
@@ -84,7 +84,7 @@ def save_adapters(model: Any, directory: Path) -> dict[str, Path]:
             what = f"peft does not write this {config.peft_type} adapter: {first_line(error)}"
             raise PeftfxError(what, name, "delete_adapter() it there, or train it with peft") from error
         folders[name] = own if name == "default" else own / name
-        _forget_start(folders[name] / CONFIG)
+        _forget_start(folders[name] / _CONFIG)
     return folders
 
 

@@ -51,10 +51,10 @@ def load_quantised(
     if not files:
         return blank(maker, config, wanted), {"missing_keys": (), "mismatched_keys": ()}
     said = said if isinstance(said, dict) else said.to_dict()
-    return fill(maker, config, read_checkpoint(files, said, directory, wanted), wanted)
+    return filled_model(maker, config, read_checkpoint(files, said, directory, wanted), wanted)
 
 
-def fill(maker: Any, config: object, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def filled_model(maker: Any, config: object, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """A model of these tensors, by the names of its checkpoint, and what transformers says of the loading.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from peftfx.cli.voice import VOICE, plain, tell
+from peftfx.cli.voice import VOICE, json_ready, tell
 from peftfx.errors import PeftfxWarning
 
 
@@ -61,7 +61,7 @@ def print_report(report: object, output: Path) -> None:
 
     assert isinstance(report, Report | MergedReport)
     if VOICE.as_json or VOICE.quiet:
-        tell({"output": str(output), **plain(report)})
+        tell({"output": str(output), **json_ready(report)})
         return
     table = Table(title=f"{report.model} -> {output}", show_header=False, title_justify="left")
     for name, text in report.rows():

@@ -67,7 +67,7 @@ def spoken(command: Callable[..., None]) -> Callable[..., None]:
 def tell(result: object, words: object = None) -> None:
     """Print a result: JSON if it was asked for, else in words, by default its own."""
     if VOICE.as_json:
-        print(json.dumps(plain(result), indent=2, default=str))
+        print(json.dumps(json_ready(result), indent=2, default=str))
     elif not VOICE.quiet:
         print(result if words is None else words)
 
@@ -84,12 +84,12 @@ def tell_error(error: PeftfxError) -> None:
         cause = cause.__cause__
 
 
-def plain(value: object) -> Any:
+def json_ready(value: object) -> Any:
     """A result as JSON-ready values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: json_ready(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(own) for key, own in value.items()}
+        return {str(key): json_ready(own) for key, own in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(own) for own in value]
+        return [json_ready(own) for own in value]
     return str(value) if isinstance(value, Path) else value

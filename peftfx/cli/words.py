@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peftfx.bases.tasks import check_task
 from peftfx.errors import PeftfxError
-from peftfx.export_options.values import SLOTS, Slots
+from peftfx.export_options.values import DEFAULT_SLOTS, Slots
 from peftfx.sites.expression import parse
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")  #: a name on the Hub
@@ -79,7 +79,7 @@ def chosen_slots(target: str | None, *, swappable: bool, prefix: bool) -> Slots 
         PeftfxError: the target cannot be read, or is given without `--swappable`, where it would do nothing.
     """
     if swappable:
-        return Slots(SLOTS if target is None else target, prefix)
+        return Slots(DEFAULT_SLOTS if target is None else target, prefix)
     lost = "--slots" if target is not None else "" if prefix else "--no-prefix"
     if lost:
         raise PeftfxError(f"{lost} says what a graph with --swappable has", lost, "pass --swappable too")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from peftfx.contract.completeness import asking, refuse_output
+from peftfx.contract.completeness import asking, refuse_forward_output
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.placement import WeightPlacement
 from peftfx.contract.weight import WeightMethod
@@ -85,7 +85,7 @@ def adapted(
     with asking(acting.method, "forward", where):
         rows = acting.method.forward(acting.site, run, x, own, base, p, training)  # type: ignore[arg-type]
     if own is not None:  # else the method does not read it, and nothing tells what its output is like
-        refuse_output(acting.method, where, rows, own)
+        refuse_forward_output(acting.method, where, rows, own)
     return rows if y is None or block is None else block.put(y, rows, dim)
 
 

@@ -95,7 +95,7 @@ def refuse_keys(
         raise PeftfxError(what, where, "each tensor needs a key of its own")
 
 
-def refuse_output(method: object, where: str, got: object, like: Tensor) -> None:
+def refuse_forward_output(method: object, where: str, got: object, like: Tensor) -> None:
     """Refuse what `forward` gave that is not of the shape and dtype of `y`."""
     if not isinstance(got, Tensor):
         raise _gave(type(method), "forward", where, shown(got))

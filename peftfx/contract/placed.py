@@ -23,7 +23,7 @@ from peftfx.sharding import is_part
 from peftfx.sites.site import Site
 
 SHARED = "shared_by_rule"  #: the folder in which each rule, by its number, keeps what its places share
-P = TypeVar("P", bound=Placement)
+_P = TypeVar("_P", bound=Placement)
 
 
 class Placements(tuple[Placement, ...]):
@@ -54,7 +54,7 @@ class Placements(tuple[Placement, ...]):
         """The soft prompts."""
         return self._of(SequencePlacement)
 
-    def _of(self, family: type[P]) -> tuple[P, ...]:
+    def _of(self, family: type[_P]) -> tuple[_P, ...]:
         return tuple(placement for placement in self if isinstance(placement, family))
 
 

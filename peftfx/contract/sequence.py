@@ -125,7 +125,7 @@ class PromptMethod(SequenceMethod):
         return virtual_tokens(self.num_virtual_tokens, base, site)
 
 
-M = TypeVar("M", bound=SequenceMethod)
+_M = TypeVar("_M", bound=SequenceMethod)
 
 
 def sequence_site(base: nn.Module, sites: Sites) -> SequenceSite:
@@ -154,7 +154,7 @@ def size_of(base: nn.Module, *names: str) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
-def with_text_sizes(method: M, base: nn.Module, site: Site) -> M:
+def with_text_sizes(method: _M, base: nn.Module, site: Site) -> _M:
     """A method of virtual tokens with the model's sizes; those that no virtual token needs are HF PEFT's to read."""
     width = site.shape[1]
     if method.token_dim not in (None, width):

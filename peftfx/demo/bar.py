@@ -10,11 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from peftfx.model.trainer_callbacks import peak_memory
 
-Told = Callable[[float], None]
+_Told = Callable[[float], None]
 
 
 @contextmanager
-def training_bar(steps: int, console: Console | None = None) -> Iterator[Told]:
+def training_bar(steps: int, console: Console | None = None) -> Iterator[_Told]:
     """Inside, a bar of so many steps; what it gives is told the loss after each.
 
     Where stderr is no terminal, the bar is printed once, when it ends.

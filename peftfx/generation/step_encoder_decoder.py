@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from peftfx.errors import PeftfxError
 from peftfx.generation.step import Generates, Step, refuse_arguments
-from peftfx.views.cache import cache_of, fill, held
+from peftfx.views.cache import cache_of, fill_cache, held
 from peftfx.views.decode import PAST, PRESENT, cache_names
 from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder
 from peftfx.views.row_adapters import IDS
@@ -90,7 +90,7 @@ class GeneratesFromText(Generates):
         inputs |= {} if adapter_ids is None else {IDS: adapter_ids}
         outputs = self.step(inputs, cache.self_attention_cache)
         names = cache_names(PRESENT, len(self.view.layers.own), part=DECODED)
-        fill(cache.self_attention_cache, [outputs[name] for name in names])
+        fill_cache(cache.self_attention_cache, [outputs[name] for name in names])
         return Seq2SeqLMOutput(logits=outputs["logits"], cache=cache)  # type: ignore[call-arg, arg-type]
 
     def _inputs(
@@ -103,7 +103,7 @@ class GeneratesFromText(Generates):
             if missing := [name for name in names if name not in encoded]:
                 hint = "make them by get_encoder() of this model, or pass input_ids"
                 raise PeftfxError("these encoder outputs lack the decoder's keys and values", missing[0], hint)
-            fill(cross, [encoded[name] for name in names])
+            fill_cache(cross, [encoded[name] for name in names])
         past = held(cache.self_attention_cache)
         if not past:
             past = [

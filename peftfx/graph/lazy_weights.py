@@ -80,11 +80,11 @@ class Stored(Tensor):
         product = _in_pieces(func, args)
         if product is not None:
             return product
-        args, kwargs = pytree.tree_map_only(Stored, load, (args, dict(kwargs or {})))
+        args, kwargs = pytree.tree_map_only(Stored, load_tensor, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
 
-def load(tensor: Tensor) -> Tensor:
+def load_tensor(tensor: Tensor) -> Tensor:
     """The tensor in its dtype, in memory."""
     return tensor.source.to(tensor.dtype) if isinstance(tensor, Stored) else tensor
 
@@ -124,7 +124,7 @@ def _in_pieces(func: object, args: tuple[Any, ...]) -> Tensor | None:
         return None
     step = max(1, _AT_ONCE // weight.shape[0])
     found = torch.cat([x @ part.to(dtype) for part in source.split(step, 1)], 1)
-    return found if bias is None else found + load(bias)
+    return found if bias is None else found + load_tensor(bias)
 
 
 def exact(tensor: Tensor) -> Tensor:

@@ -17,17 +17,17 @@ import torch
 from peftfx.errors import PeftfxError, first_line, shown
 from peftfx.field_types import misfits
 from peftfx.files import is_file
-from peftfx.formats import SLOTS, read_stamped, stamped
+from peftfx.formats import SLOTS, read_stamped, with_version
 from peftfx.sites.site import Site
 
-FILE = SLOTS
+SLOTS_FILE = SLOTS
 #: What slots hold. At a layer `W' = diag(OUTER) W diag(INNER) + B A`; ahead of the text embeddings, or keys and values
 #: of all layers; beside an attention keys and values of a softmax of their own; and a tensor of the base itself.
-A, B, INNER, OUTER, PROMPT, PREFIX, KEYS, VALUES, OWN = (
+SLOT_A, SLOT_B, INNER, OUTER, SLOT_PROMPT, PREFIX, KEYS, VALUES, SLOT_OWN = (
     *("lora_A", "lora_B", "input_scale", "output_scale", "prompt"),
     *("prefix", "beside.keys", "beside.values", "own"),
 )
-RANK, TOKENS = "rank", "beside"  #: axes of any size; so are those named as what is ahead of the text
+RANK, SLOT_TOKENS = "rank", "beside"  #: axes of any size; so are those named as what is ahead of the text
 MODEL = "model"  #: the graph that most are
 
 
@@ -38,7 +38,7 @@ class Slot:
     Attributes:
         name: of the input.
         what: what it holds, one of the words above.
-        at: the path of the layer or attention; for `OWN`, the tensor's name in the base; ahead of the text, empty.
+        at: the path of the layer or attention; for `SLOT_OWN`, the tensor's name in the base; ahead of the text, empty.
         shape: with a word for an axis of any size: none, where nothing is put.
         dtype: as torch names it.
         perm: the order of axes in which the graph has the tensor of the base.
@@ -72,9 +72,9 @@ def shapes(site: Site) -> Mapping[str, tuple[int | str, ...]]:
     """The shapes of what slots hold at a site with a weight: factors as they are multiplied with there."""
     if site.kind == "conv":
         out, inner, ones = site.shape[0], site.shape[1] * site.groups, (1,) * (len(site.shape) - 2)
-        return {A: (RANK, inner, *site.shape[2:]), B: (out, RANK, *ones), INNER: (inner,), OUTER: (out,)}
+        return {SLOT_A: (RANK, inner, *site.shape[2:]), SLOT_B: (out, RANK, *ones), INNER: (inner,), OUTER: (out,)}
     inner, out = site.shape if site.transposed or site.kind == "embedding" else site.shape[::-1]
-    return {A: (inner, RANK), B: (RANK, out), INNER: (inner,), OUTER: (out,)}
+    return {SLOT_A: (inner, RANK), SLOT_B: (RANK, out), INNER: (inner,), OUTER: (out,)}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,9 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Put `FILE` into the directory."""
-        (directory / FILE).write_text(json.dumps(stamped(FILE, asdict(self)), indent=1) + "\n", encoding="utf-8")
+        (directory / SLOTS_FILE).write_text(
+            json.dumps(with_version(SLOTS_FILE, asdict(self)), indent=1) + "\n", encoding="utf-8"
+        )
 
     @staticmethod
     def read(directory: Path) -> Manifest:
@@ -113,10 +115,10 @@ class Manifest:
         Raises:
             PeftfxError: there is no such file, or it is not one.
         """
-        path = directory / FILE
+        path = directory / SLOTS_FILE
         if not is_file(path):
             hint = "export it with --swappable"
-            raise PeftfxError(f"the model here takes no adapters: there is no {FILE}", str(directory), hint)
+            raise PeftfxError(f"the model here takes no adapters: there is no {SLOTS_FILE}", str(directory), hint)
         raw: Any = read_stamped(path, "export the base again")
         try:
             slots = tuple(Slot(**{**s, "shape": tuple(s["shape"]), "perm": tuple(s["perm"])}) for s in raw.pop("slots"))

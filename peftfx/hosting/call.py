@@ -11,7 +11,7 @@ from torch import Tensor
 
 Keys = tuple[str, ...]
 """Adapters, each by the number of its model and its name, in the order in which they act."""
-Rows = tuple[tuple[Keys, Tensor], ...]
+RowsByAdapter = tuple[tuple[Keys, Tensor], ...]
 """The rows of a batch by the adapters that act in them: for each set of these, the numbers of its rows."""
 
 
@@ -19,7 +19,9 @@ class _Current(threading.local):
     keys: Keys | None = None  #: None outside of a call
     given: Mapping[str, Tensor] = MappingProxyType({})  #: inputs that methods read beside the model's own
     inner: bool = False  #: whether the forward of torch's own layer has run, within a module that computes more
-    rows: Rows | None = None  #: in a call of rows with an adapter each: which rows have which; `keys` is empty then
+    rows: RowsByAdapter | None = (
+        None  #: in a call of rows with an adapter each: which rows have which; `keys` is empty then
+    )
     called: bool = False  #: whether the adapted model's own forward has run, in a call whose forward others have set
 
 
@@ -38,7 +40,7 @@ def acting(keys: Keys | None, given: Mapping[str, Tensor] | None = None) -> Iter
 
 
 @contextmanager
-def acting_by_row(rows: Rows | None) -> Iterator[None]:
+def acting_by_row(rows: RowsByAdapter | None) -> Iterator[None]:
     """Inside, in this thread, each row of a batch has its adapters; None ends that, for what runs some rows alone."""
     before = CURRENT.rows
     CURRENT.rows = rows

@@ -36,7 +36,7 @@ def take(
     return {name: value for name, value in kwargs.items() if name not in names}, given
 
 
-def read(method: Method, x: Tensor | None = None) -> dict[str, Tensor]:
+def read_call_inputs(method: Method, x: Tensor | None = None) -> dict[str, Tensor]:
     """What a method reads in the call that runs in this thread, by name.
 
     Args:

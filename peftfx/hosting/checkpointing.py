@@ -21,7 +21,7 @@ from peftfx.hosting.call import CURRENT, Keys, acting
 _FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
-class Bound:
+class _Bound:
     """A function that checkpoints, of functions that compute with the adapters that act now."""
 
     def __init__(self, checkpoint: Callable[..., object]) -> None:
@@ -48,13 +48,13 @@ def refuse_recomputed() -> None:
         raise PeftfxError(what, "gradient checkpointing", hint)
 
 
-def bind(base: nn.Module) -> None:
+def bind_checkpoints(base: nn.Module) -> None:
     """Bind the functions that the base's layers are checkpointed by."""
     for _, module in own_modules(base):
         for name in _FUNCTIONS:
             function = vars(module).get(name)
-            if callable(function) and not isinstance(function, Bound):
-                setattr(module, name, Bound(function))
+            if callable(function) and not isinstance(function, _Bound):
+                setattr(module, name, _Bound(function))
 
 
 def checkpoint_base(base: nn.Module, given: Mapping[str, object] | None, options: Mapping[str, object]) -> None:
@@ -72,7 +72,7 @@ def checkpoint_base(base: nn.Module, given: Mapping[str, object] | None, options
         enable(None if given is None else dict(given), **options)
     except ValueError as error:
         raise PeftfxError(str(error), type(base).__name__, "train with a smaller batch") from error
-    bind(base)
+    bind_checkpoints(base)
 
 
 def is_checkpointed(base: nn.Module) -> bool:

@@ -14,18 +14,18 @@ from torch.overrides import TorchFunctionMode
 from peftfx.adapters.adapter import Adapter, Holder
 from peftfx.bases.guests import Guests
 from peftfx.contract.acting import Acting, adapted, overlap
-from peftfx.contract.completeness import asking, refuse_output
+from peftfx.contract.completeness import asking, refuse_forward_output
 from peftfx.contract.method import Op
 from peftfx.contract.placement import owner_of
 from peftfx.errors import PeftfxError
 from peftfx.hosting.call import CURRENT, Keys
-from peftfx.hosting.call_inputs import read
+from peftfx.hosting.call_inputs import read_call_inputs
 from peftfx.hosting.seats import AttentionSeat, CopySeat, PatternSeat, WeightSeat
 from peftfx.passes.adaptation.attention import anonymous, attended
-from peftfx.passes.adaptation.pattern import anonymous as unnamed
-from peftfx.twins.layers import Reader, is_quantised
+from peftfx.passes.adaptation.pattern import _anonymous as unnamed
+from peftfx.twins.layers import WeightReader, is_quantised
 
-Forward = Callable[..., object]
+_Forward = Callable[..., object]
 
 
 class Parameters:
@@ -48,13 +48,13 @@ class WeightGuest:
 
     def __init__(self, seat: WeightSeat, adapter: Adapter, module: nn.Module) -> None:
         self.seat, self.placement, self.acting = seat, seat.placement, Acting.of(seat.placement)
-        self.reader = Reader() if is_quantised(module) else None
+        self.reader = WeightReader() if is_quantised(module) else None
         self.alone = self.acting.method.reruns and self.acting.block is None
         self.first = self.acting.method.replaces and self.acting.block is None and self.reader is None
         self.params = Parameters(adapter, adapter.keys(seat.placement))
 
     def act(
-        self, own: Forward, module: nn.Module, x: Tensor, y: Tensor | None, before: Sequence[WeightGuest]
+        self, own: _Forward, module: nn.Module, x: Tensor, y: Tensor | None, before: Sequence[WeightGuest]
     ) -> Tensor:
         """The module's output with what this one does.
 
@@ -70,12 +70,12 @@ class WeightGuest:
         rerun = under if self.acting.method.reruns else ()
         operation, p = self._operation(own, module, stored), self.params()  # type: ignore[arg-type]
         if self.acting.method.inputs:
-            p |= read(self.acting.method, x)
+            p |= read_call_inputs(self.acting.method, x)
         if not x.is_meta and any(tensor.is_meta for tensor in p.values()):
             raise _without_values(self.seat.path)
         return adapted(self.acting, p, operation, x, y, stored, rerun, training=module.training)  # type: ignore[arg-type]
 
-    def _operation(self, own: Forward, module: nn.Module, stored: tuple[Tensor, Tensor | None]) -> Op:
+    def _operation(self, own: _Forward, module: nn.Module, stored: tuple[Tensor, Tensor | None]) -> Op:
         """The site's own operation; with the weight of a quantised layer it is what the layer itself computes."""
         operation = self.seat.operation
         if self.reader is None:
@@ -119,7 +119,7 @@ class PatternGuest:
         """What the module gives, with what this one does."""
         with asking(self.method, "forward", self.path):
             made = self.method.forward(self.site, x, y, self.params(), module.training)
-        refuse_output(self.method, self.path, made, y)
+        refuse_forward_output(self.method, self.path, made, y)
         return made
 
 
@@ -181,7 +181,7 @@ class Hosted(Guests):
             own = own if copy is None else copy.read(own)
         return own
 
-    def weigh(self, own: Forward, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+    def weigh(self, own: _Forward, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """What a module's own forward gives, with all weight methods that act."""
         found = [guest for key in CURRENT.keys or () for guest in self.weights.get(key, ())]
         found.sort(key=lambda guest: guest.placement.on_weight is None)  # behind those that are one weight

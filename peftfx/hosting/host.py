@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftfx.bases.guests import GUESTS, OWN, own_class
+from peftfx.bases.guests import GUESTS, OWN_CLASS, own_class
 from peftfx.errors import PeftfxError
 from peftfx.hosting.by_row import run_by_row
 from peftfx.hosting.call import CURRENT
 from peftfx.hosting.checkpointing import refuse_recomputed
 from peftfx.hosting.guests import Attending, Hosted, other_call
-from peftfx.hosting.seating import layer_of
+from peftfx.hosting.seating import torch_layer_of
 from peftfx.twins.offloaded import OWN_FORWARD
 
 
@@ -43,8 +43,8 @@ def dress(module: nn.Module, *, inner: bool = False) -> None:
     copied = frozenset(guests_of(module).copies)
     own, before = own_class(module), type(module)
     inner = inner or issubclass(before, _Inner)
-    wanted = _hosting(own, copied, layer_of(own) if inner else None)  # type: ignore[arg-type]
-    if OWN in vars(before) or before is own:
+    wanted = _hosting(own, copied, torch_layer_of(own) if inner else None)  # type: ignore[arg-type]
+    if OWN_CLASS in vars(before) or before is own:
         _reclass(module, wanted)
     elif not (copied <= _copied(before) and inner == issubclass(before, _Inner)):
         what = f"this module's class is {before.__name__}, made since an adapter came"
@@ -54,7 +54,7 @@ def dress(module: nn.Module, *, inner: bool = False) -> None:
 def undress(module: nn.Module) -> None:
     """Give a module without guests its own class back, if nobody has put another over it since."""
     del module._modules[GUESTS]
-    if OWN in vars(type(module)):
+    if OWN_CLASS in vars(type(module)):
         _reclass(module, own_class(module))
 
 
@@ -72,7 +72,7 @@ class _Inner:
 
 def _copied(cls: type) -> frozenset[str]:
     return frozenset(
-        name for c in cls.__mro__ if OWN in vars(c) for name in vars(c) if isinstance(vars(c)[name], _Read)
+        name for c in cls.__mro__ if OWN_CLASS in vars(c) for name in vars(c) if isinstance(vars(c)[name], _Read)
     )
 
 
@@ -114,7 +114,7 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
             make = _new  # pickle would hold that one to the object's class
         return (make, tuple(own if arg is type(self) else arg for arg in args), state, *rest)
 
-    members = {OWN: own, "forward": forward, "__reduce_ex__": reduce, "__module__": own.__module__}
+    members = {OWN_CLASS: own, "forward": forward, "__reduce_ex__": reduce, "__module__": own.__module__}
     members |= {"__qualname__": own.__qualname__, "__doc__": own.__doc__, **{name: _Read(name) for name in copied}}
     bases = (own,) if layer is None else (own, _within(layer))  # type: ignore[arg-type]
     made: type[nn.Module] = type(own.__name__, bases, members)

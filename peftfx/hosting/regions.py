@@ -10,7 +10,7 @@ from peftfx.graph.graph import BASE, Graph
 
 
 @dataclass(frozen=True)
-class Region:
+class _Region:
     """The nodes that one call of a module runs.
 
     Attributes:
@@ -42,13 +42,13 @@ class Regions:
                     if path.partition(".")[0] == BASE:
                         calls = found.setdefault(path.removeprefix(BASE).removeprefix("."), {})
                         calls.setdefault(key, []).append(node)
-        self._found = {path: [Region(frozenset(n)) for n in calls.values()] for path, calls in found.items()}
+        self._found = {path: [_Region(frozenset(n)) for n in calls.values()] for path, calls in found.items()}
 
-    def of(self, path: str) -> list[Region]:
+    def of(self, path: str) -> list[_Region]:
         """Those of a module, one for each call."""
         return self._found.get(path, [])
 
-    def around(self, path: str, node: fx.Node) -> Region | None:
+    def around(self, path: str, node: fx.Node) -> _Region | None:
         """That of the module's call that runs this node."""
         return next((region for region in self.of(path) if node in region.nodes), None)
 

@@ -15,9 +15,9 @@ from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.bases.guests import GUESTS
 from peftfx.contract.placement import SequencePlacement, owner_of
 from peftfx.errors import PeftfxError
-from peftfx.hosting.call import Keys, Rows, acting
-from peftfx.hosting.call_inputs import read
-from peftfx.hosting.checkpointing import bind
+from peftfx.hosting.call import Keys, RowsByAdapter, acting
+from peftfx.hosting.call_inputs import read_call_inputs
+from peftfx.hosting.checkpointing import bind_checkpoints
 from peftfx.hosting.guests import AttentionGuest, Copy, Hosted, PatternGuest, WeightGuest
 from peftfx.hosting.host import dress, guests_of, undress
 from peftfx.hosting.seats import AttentionSeat, CopySeat, PatternSeat, Seat, Seating, WeightSeat
@@ -49,7 +49,7 @@ class ModulesRoad:
             self.prompts[name] = placement
         for place in seating.seats:
             self._sit(name, adapter, place)
-        bind(self.base)
+        bind_checkpoints(self.base)
 
     def leave(self, name: str) -> None:
         """Take an adapter out of the modules; those without another one are what they were before."""
@@ -110,7 +110,7 @@ class ModulesRoad:
             entry.check(kwargs)
             return entry(forward, self.base, self._virtual(names, entry), kwargs)
 
-    def rows(self, names: Sequence[str]) -> Rows:
+    def rows(self, names: Sequence[str]) -> RowsByAdapter:
         """The rows of a batch by adapter, given the name of each row's; `__base__` is none.
 
         Raises:
@@ -136,7 +136,7 @@ class ModulesRoad:
         """What fills the hole of a soft prompt's entry."""
         name = next(name for name in names if name in self.prompts)
         placement = self.prompts[name]
-        p = self.adapters[name].params(placement) | read(placement.method)
+        p = self.adapters[name].params(placement) | read_call_inputs(placement.method)
         return placement.method.virtual(p, self.base.training).to(entry.dtype)
 
     def _sit(self, name: str, adapter: Adapter, place: Seat) -> None:

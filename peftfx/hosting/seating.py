@@ -139,7 +139,7 @@ class _Finder:
 
     def is_inner(self, module: nn.Module, site: Site, index: int) -> bool:
         """Whether the module's forward calls that of torch's layer for the site's operation."""
-        layer = layer_of(type(module))
+        layer = torch_layer_of(type(module))
         call = site.calls[index]
         op = self.nodes[call.op]
         inside = self.regions.around(site.path, op) is not None
@@ -222,7 +222,7 @@ class _Finder:
             yield CopySeat(path, name, override)
 
 
-def layer_of(own: type[nn.Module]) -> type[nn.Module] | None:
+def torch_layer_of(own: type[nn.Module]) -> type[nn.Module] | None:
     """torch's own layer that a class of modules derives from."""
     return next((layer for layer in LAYERS if issubclass(own, layer)), None)
 

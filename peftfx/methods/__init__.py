@@ -18,7 +18,7 @@ from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError, first_line, nearest, warn
 
 GROUP = "peftfx.methods"
-M = TypeVar("M", bound=type[Method])
+_M = TypeVar("_M", bound=type[Method])
 
 _registered: dict[str, type[Method]] = {}
 #: HF PEFT's types, so that one which is not here is not taken for a slip of the hand.
@@ -87,7 +87,7 @@ def methods() -> dict[str, type[Method]]:
     return {**_own(), **_installed(), **_registered}
 
 
-def register(cls: M) -> M:
+def register(cls: _M) -> _M:
     """Make a method known by its `peft_type` to rules, the command line and files; a decorator, or called on the class.
 
     A class that is defined again, in a notebook say, takes the place of the one before.

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype, row_index
+from peftfx.contract.common.lora_factors import A, B
 from peftfx.contract.common.low_rank import check_options, padding_in_peft
-from peftfx.contract.common.rank_allocation import KEPT, REMEMBERED, A, B, E, allocate
+from peftfx.contract.common.rank_allocation import KEPT, REMEMBERED, E, allocate
 from peftfx.contract.kept import Kept
 from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.update import Update

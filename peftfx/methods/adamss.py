@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.common.subspaces import allocate, clusters, remembered
+from peftfx.contract.common.subspaces import clusters, freeze_clusters, remembered
 from peftfx.contract.kept import Kept
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
@@ -92,7 +92,7 @@ class AdaMSS(WeightMethod):
 
     def adjust(self, places: Sequence[Kept], step: int) -> None:
         if self.use_asa:
-            allocate(self, places, step, A, B)
+            freeze_clusters(self, places, step, A, B)
 
     def keys(self, site: Site) -> dict[str, str]:
         count = min(self.num_subspaces, site.rows)

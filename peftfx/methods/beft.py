@@ -19,7 +19,7 @@ from peftfx.contract.weight import WeightMethod
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 
-BIAS = "beft_bias"
+_BIAS = "beft_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +42,24 @@ class BEFT(WeightMethod):
         return self.init_weights
 
     def keys(self, site: Site) -> dict[str, str]:
-        return {BIAS: BIAS}
+        return {_BIAS: _BIAS}
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         bias = base.weight.new_zeros((1, base.weight.shape[0]), dtype=adapter_dtype(base.weight.dtype))
-        return {BIAS: bias if self.init_weights else bias.normal_(generator=rng)}
+        return {_BIAS: bias if self.init_weights else bias.normal_(generator=rng)}
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
-        return (y + p[BIAS].flatten()).to(y.dtype)
+        return (y + p[_BIAS].flatten()).to(y.dtype)
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         return Base(base.weight, self.update(site, base, p).bias)
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
-        bias = p[BIAS].flatten()
+        bias = p[_BIAS].flatten()
         return Update(bias=bias if base.bias is None else base.bias + bias)
 
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[BEFT, dict[str, Tensor]]:
         bias = torch.zeros_like(base.weight[:1, :1], dtype=torch.float32).repeat(1, base.weight.shape[0])
         for rows, p in parts.items():
-            bias[0, row_index(rows)] = p[BIAS].detach().flatten().to(bias.dtype)
-        return self, {BIAS: bias}
+            bias[0, row_index(rows)] = p[_BIAS].detach().flatten().to(bias.dtype)
+        return self, {_BIAS: bias}

@@ -91,7 +91,7 @@ class LoKr(DeltaMethod):
         """The shape of each parameter; those with r columns are cut in two, and a core is of the kernel's size."""
         shape = site.shape[::-1] if site.transposed else site.shape
         (out, inner, *kernel), r = shape, self.r
-        (a, c), (b, d) = (factors_of(size, self.decompose_factor) for size in (out, inner))
+        (a, c), (b, d) = (_factors_of(size, self.decompose_factor) for size in (out, inner))
         halves = self.decompose_both and r < max(a, b) / 2
         one = {W1A: (a, r), W1B: (r, b)} if halves else {W1: (a, b)}
         if r >= max(c, d) / 2:
@@ -156,7 +156,7 @@ def _halves(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (eye, weight) if rows <= columns else (weight, eye)
 
 
-def factors_of(size: int, near: int) -> tuple[int, int]:
+def _factors_of(size: int, near: int) -> tuple[int, int]:
     """A size as LyCORIS's product of two, the smaller one first, as near to `near` as can be, or to its root (-1)."""
     if near > 0 and size % near == 0:
         return near, size // near

@@ -27,12 +27,12 @@ from peftfx.contract.broadcast import adapter_dtype, along_channels, along_rows
 from peftfx.contract.combination import Combination
 from peftfx.contract.common.dora import gain, row_norms
 from peftfx.contract.common.experts import fill_experts, of_experts, refuse_on_parameters
-from peftfx.contract.common.lora_factors import A0, B0, B_BIAS, MAGNITUDE, A, B, joined, stacked
+from peftfx.contract.common.lora_factors import A0, B0, B_BIAS, MAGNITUDE, A, B, joined, stacked_factors
 from peftfx.contract.common.lora_init import (
     REFUSED,
     doubt_of,
     factors_of,
-    fill,
+    fill_factors,
     is_random,
     known_start,
     minor_of,
@@ -183,7 +183,7 @@ class LoRA(WeightMethod):
         elif self.init_lora_weights == "mica" and site.kind == "linear":
             p[B] = minor_of(site, weight.float(), r).to(p[B].dtype)
         else:
-            fill(self.init_lora_weights, site, p[A], p[B], rng)
+            fill_factors(self.init_lora_weights, site, p[A], p[B], rng)
         if self.lora_bias:
             p[B_BIAS] = new(out)
         if self.use_dora:
@@ -316,7 +316,7 @@ class LoRA(WeightMethod):
             return self._plain(parts.values()).whole(site, base, {rows: joined(q) for rows, q in parts.items()})
         count = len(parts)
         grown = self.lora_alpha * (math.sqrt(count) if self.use_rslora else count)
-        return dataclasses.replace(self, r=self.r * count, lora_alpha=grown), stacked(site, base.weight, parts)
+        return dataclasses.replace(self, r=self.r * count, lora_alpha=grown), stacked_factors(site, base.weight, parts)
 
     @classmethod
     def combined(

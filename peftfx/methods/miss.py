@@ -23,7 +23,7 @@ from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 
-BLOCK = "miss_block"
+_BLOCK = "miss_block"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class MiSS(WeightMethod):
         return bool(self.init_weights)
 
     def keys(self, site: Site) -> dict[str, str]:
-        return {BLOCK: BLOCK}
+        return {_BLOCK: _BLOCK}
 
     @property
     def dropout(self) -> float:
@@ -80,7 +80,7 @@ class MiSS(WeightMethod):
         block = base.weight.new_zeros(self.r, columns, dtype=adapter_dtype(base.weight.dtype))
         if not self.init_weights:
             block.uniform_(-1, 1, generator=rng).mul_(out**-0.5)
-        return {BLOCK: block}
+        return {_BLOCK: block}
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         block = self._block(base.weight, p)
@@ -98,15 +98,15 @@ class MiSS(WeightMethod):
         return Update(a=shards[:, :inner], b=block.T)
 
     def _block(self, weight: Tensor, p: Params) -> Tensor:
-        out, columns = weight.shape[0], p[BLOCK].shape[1]
-        return p[BLOCK] if columns == out else p[BLOCK].repeat(1, out // columns)
+        out, columns = weight.shape[0], p[_BLOCK].shape[1]
+        return p[_BLOCK] if columns == out else p[_BLOCK].repeat(1, out // columns)
 
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[MiSS, dict[str, Tensor]]:
         """One matrix, 0 at the rows of no part."""
         if self.init_weights == "mini":
             return super().whole(site, base, parts)  # type: ignore[return-value]
-        block = next(iter(parts.values()))[BLOCK].new_zeros(self.r, base.weight.shape[0])
+        block = next(iter(parts.values()))[_BLOCK].new_zeros(self.r, base.weight.shape[0])
         for rows, p in parts.items():
-            block[:, row_index(rows)] = p[BLOCK]
-        return self, {BLOCK: block}
+            block[:, row_index(rows)] = p[_BLOCK]
+        return self, {_BLOCK: block}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.delta import DeltaMethod, dropped
-from peftfx.contract.common.lora_init import fill
+from peftfx.contract.common.lora_init import fill_factors
 from peftfx.contract.method import Base, Op, Params
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
@@ -83,7 +83,7 @@ class SuperTuning(DeltaMethod):
         if self.r is None:
             return p
         a, b = values.new_zeros(self.r, inner), values.new_zeros(out, self.r)
-        fill(self.init_weights, site, a, b, rng)
+        fill_factors(self.init_weights, site, a, b, rng)
         return {**p, A: a, B: b}
 
     def _scale(self) -> float:

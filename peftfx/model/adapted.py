@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from peftfx.export.report import Report
     from peftfx.pages.page import Page
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class AdaptedModel(AdapterCalls):
@@ -103,7 +103,7 @@ class AdaptedModel(AdapterCalls):
 
         return self.gathered("export", write) if is_sharded(self) else write(self)
 
-    def gathered(self, what: str, work: Callable[[AdaptedModel], T]) -> T:
+    def gathered(self, what: str, work: Callable[[AdaptedModel], _T]) -> _T:
         """What a function makes, in the first process, of a model of which each process has a part, gathered there.
 
         Its weights are gathered one at a time, into memory-mapped files. The other processes wait, and get the same.

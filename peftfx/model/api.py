@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftfx.adapters.files.swap import swap_file, swap_state
 from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.bases.peft_model import active_adapters, is_peft_model, plain_base, save_adapters
+from peftfx.bases.peft_model import active_adapters, is_peft_model, plain_base, save_peft_adapters
 from peftfx.errors import PeftfxError, shown
 from peftfx.graph.contexts import evaluating
 from peftfx.methods import methods
@@ -102,7 +102,7 @@ def load(
 def _taken_over(model: nn.Module, inputs: Mapping[str, object] | None, road: str | None) -> AdaptedModel:
     """A HF PEFT model's base and adapters."""
     with tempfile.TemporaryDirectory(prefix="peftfx-taken-over-") as folder:
-        folders = save_adapters(model, Path(folder))
+        folders = save_peft_adapters(model, Path(folder))
         adapted = bare(plain_base(model), inputs, road)
         for name, own in folders.items():
             adapted.load_adapter(own, name)

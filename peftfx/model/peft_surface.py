@@ -17,7 +17,7 @@ from peftfx.graph.contexts import evaluating
 from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
 from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.merging import Merging
-from peftfx.model.reference import Reference
+from peftfx.model.reference import ReferenceModel
 
 
 class PeftConfig(SimpleNamespace):
@@ -151,7 +151,7 @@ class PeftSurface(Merging):
         """
         self.base.add_model_tags(tags)  # type: ignore[operator]
 
-    def reference(self, names: str | Sequence[str] = ()) -> Reference:
+    def reference(self, names: str | Sequence[str] = ()) -> ReferenceModel:
         """The base, or the base with these adapters, as a model of its own over the same tensors.
 
         For trainers that hold a model against another one: TRL's `DPOTrainer(adapted, adapted.reference())`.
@@ -159,7 +159,7 @@ class PeftSurface(Merging):
         Args:
             names: of the adapters that act in it; none is the base.
         """
-        return Reference(self, (names,) if isinstance(names, str) else names)
+        return ReferenceModel(self, (names,) if isinstance(names, str) else names)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, object] | None = None, **options: object

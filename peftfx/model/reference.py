@@ -14,7 +14,7 @@ from peftfx.hosting.other_forward import run_other
 from peftfx.model.by_name import AdaptersByName
 
 
-class Reference(nn.Module):
+class ReferenceModel(nn.Module):
     """A model whose calls are an adapted model's under these adapters, without gradients.
 
     It has no parameters of its own, and the adapted model is no child of it: modes, devices and optimizers do not reach

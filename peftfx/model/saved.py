@@ -45,9 +45,9 @@ class SavedAdapters(AdapterSums):
         Raises:
             PeftfxError: there is no such adapter, or an argument asks for what is not written.
         """
-        from peftfx.adapters.files.writer import refuse_arguments, save_adapters
+        from peftfx.adapters.files.writer import refuse_save_arguments, save_adapters
 
-        refuse_arguments(safe_serialization, state_dict, save_embedding_layers)
+        refuse_save_arguments(safe_serialization, state_dict, save_embedding_layers)
         if adapter_name is not None and selected_adapters is not None:
             raise PeftfxError(
                 "adapter_name and selected_adapters are both given",

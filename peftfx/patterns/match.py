@@ -58,11 +58,11 @@ class Match:
 
 def weight_of(node: fx.Node) -> str:
     """The `get_attr` target of the base's tensor that a value is, however it was cast; empty where it is none."""
-    node = plain(node)
+    node = uncast(node)
     return str(node.target) if node.op == "get_attr" and str(node.target).startswith(f"{BASE}.") else ""
 
 
-def plain(node: fx.Node) -> fx.Node:
+def uncast(node: fx.Node) -> fx.Node:
     """What a value was before it was cast or copied."""
     while (source := copied_from(node)) is not None:
         node = source

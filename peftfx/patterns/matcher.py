@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from peftfx.analysis.dataflow import names, op_name
-from peftfx.patterns.match import Bound, Trail, copied_from, plain
+from peftfx.patterns.match import Bound, Trail, copied_from, uncast
 
 _COMMUTE = names("add mul maximum minimum logical_and logical_or bitwise_and bitwise_or")
 _DIMS = names("dim dims dim0 dim1 axis")
@@ -24,7 +24,7 @@ class Matcher:
 
     def __init__(self, program: fx.GraphModule, numbers: Mapping[float, str], trail: Trail, *, strict: bool) -> None:
         (output,) = program.graph.find_nodes(op="output")
-        self.root = plain(output.args[0])
+        self.root = uncast(output.args[0])
         self.numbers, self.trail, self.strict = numbers, trail, strict
 
     def at(self, node: fx.Node) -> Iterator[Bound]:
@@ -54,7 +54,7 @@ class Matcher:
             else:
                 self._fail(bound, g, f"{inner.meta.get('val')} is expected, and {g.meta.get('val')} is there")
             return
-        g = plain(g)
+        g = uncast(g)
         known = bound.nodes.get(inner)
         if known is not None:
             if known is g:
@@ -81,7 +81,7 @@ class Matcher:
         known = bound.nodes.get(p)
         if known is None:
             yield dataclasses.replace(bound, nodes={**bound.nodes, p: g})
-        elif plain(known) is plain(g):
+        elif uncast(known) is uncast(g):
             yield bound
         else:
             self._fail(bound, g, f"{known.name} is expected once more, as {p.name}, and {g.name} is there")

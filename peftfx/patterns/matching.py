@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from peftfx.errors import PeftfxError
-from peftfx.patterns.match import Bound, Match, Trail, copied_from, plain
+from peftfx.patterns.match import Bound, Match, Trail, copied_from, uncast
 from peftfx.patterns.matcher import Matcher
 from peftfx.patterns.spelling import Spelling
 
@@ -64,7 +64,7 @@ def _exact(
     inputs = program.graph.find_nodes(op="placeholder")
     wanted = {p: operands[name] for p, name in zip(inputs, spelling.tensors, strict=True)}
     for exact in strict.at(node):
-        if all(plain(exact.nodes[p]) is plain(n) for p, n in wanted.items() if p in exact.nodes):
+        if all(uncast(exact.nodes[p]) is uncast(n) for p, n in wanted.items() if p in exact.nodes):
             inner = {n for p, n in exact.nodes.items() if p.op != "placeholder" and isinstance(n.meta["val"], Tensor)}
             ordered = tuple(sorted({*inner, node}))
             return Match(_end(program, node), operands, dict(bound.numbers), ordered, spelling)

@@ -12,7 +12,7 @@ from peftfx.analysis.dataflow import op_name
 from peftfx.analysis.weight_ops import module_path
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
-from peftfx.patterns.match import Match, Trail, plain
+from peftfx.patterns.match import Match, Trail, uncast
 from peftfx.patterns.matching import Traces, match_at, refuse_own
 from peftfx.patterns.spelling import Spelling, spell
 from peftfx.sites.site import ROLES
@@ -98,7 +98,7 @@ class Pattern:
         return sorted(found, key=lambda miss: -miss.matched)
 
     def _ends(self) -> set[str]:
-        return {op_name(plain(spelling.output)) for spelling in self.spellings}
+        return {op_name(uncast(spelling.output)) for spelling in self.spellings}
 
     def _at(self, node: fx.Node, trail: Trail, traces: Traces) -> Match | None:
         for spelling in self.spellings:

@@ -43,7 +43,7 @@ _FORMATS = {
     "fp8": Format(fp8.MARKS, fp8.NAMES, fp8.read),
     "fbgemm_fp8": Format(fp8.MARKS, fp8.NAMES, fp8.read),
 }
-KNOWN = ("bitsandbytes", *(name for name in _FORMATS if " " not in name))
+_KNOWN = ("bitsandbytes", *(name for name in _FORMATS if " " not in name))
 
 
 def format_of(config: object, where: Path) -> Format:
@@ -60,7 +60,7 @@ def format_of(config: object, where: Path) -> Format:
     if name == "bitsandbytes":
         name = f"bitsandbytes {_bits(config) or 4} bits"
     if name not in _FORMATS:
-        hint = nearest(name, KNOWN) or f"use the unquantised model, or one of {', '.join(KNOWN)}"
+        hint = nearest(name, _KNOWN) or f"use the unquantised model, or one of {', '.join(_KNOWN)}"
         raise PeftfxError(
             f"the base model is quantised in a way that is not read here: {shown(name)}", str(where), hint
         )

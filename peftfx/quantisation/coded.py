@@ -16,7 +16,7 @@ from torch import Tensor
 from peftfx.graph.lazy_weights import Stored
 from peftfx.quantisation.codes import Codes
 
-View = Callable[[Tensor], Tensor]
+_View = Callable[[Tensor], Tensor]
 
 
 class Coded(Stored):
@@ -31,7 +31,7 @@ class Coded(Stored):
     """
 
     codes: Codes
-    views: tuple[View, ...]
+    views: tuple[_View, ...]
     like: Tensor
 
     @staticmethod
@@ -40,7 +40,7 @@ class Coded(Stored):
         codes: Codes,
         dtype: torch.dtype = torch.float32,
         *,
-        views: tuple[View, ...] = (),
+        views: tuple[_View, ...] = (),
         device: torch.device | str = "cpu",
     ) -> Coded:
         like = torch.empty(codes.shape, device="meta")
@@ -63,7 +63,7 @@ class Coded(Stored):
             values = view(values)
         return values
 
-    def moved(self, view: View) -> Coded:
+    def moved(self, view: _View) -> Coded:
         """A view of it: nothing is computed."""
         return Coded(self.codes, self.dtype, views=(*self.views, view), device=self.device)
 
@@ -83,7 +83,7 @@ class Coded(Stored):
         return True if self.like.shape == (columns, rows) and self.like.stride() == (1, columns) else None
 
 
-MOST = 16 << 30  #: bytes that are kept, and never more than half of what is free
+_MOST = 16 << 30  #: bytes that are kept, and never more than half of what is free
 
 
 @dataclass
@@ -116,7 +116,7 @@ def keeping(beside: Path) -> Iterator[None]:
     Mapped files are in no memory but what the kernel can drop. They have no names: whatever ends the process ends them.
     """
     with tempfile.TemporaryDirectory(prefix="values-", dir=beside) as folder:
-        token = _CURRENT.set(_Kept(Path(folder), min(MOST, shutil.disk_usage(folder).free // 2)))
+        token = _CURRENT.set(_Kept(Path(folder), min(_MOST, shutil.disk_usage(folder).free // 2)))
         try:
             yield
         finally:

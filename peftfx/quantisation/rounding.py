@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peftfx.quantisation.codes import TABLES, Tabled
 
-BLOCK = 64  #: bitsandbytes' own
+_BLOCK = 64  #: bitsandbytes' own
 _AT_ONCE = 1 << 22  #: elements that are rounded at a time
 #: How much of a block's range a grid spans: of few integers more is gained by cutting off what is largest.
 _SPANS = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.7), 8: (1.0,)}
@@ -159,13 +159,13 @@ def tabled(weight: Tensor, table: str = "nf4") -> Tabled:
     """
     rows, columns = weight.shape
     packed, magnitudes = functools.partial(_packed, weight, table), functools.partial(_magnitudes, weight)
-    return Tabled(f"bitsandbytes {table}, quantised here", rows, columns, table, BLOCK, packed, magnitudes)
+    return Tabled(f"bitsandbytes {table}, quantised here", rows, columns, table, _BLOCK, packed, magnitudes)
 
 
 def _blocks(weight: Tensor) -> Tensor:
     """[blocks, 64], the last one filled up by zeros."""
     flat = weight.detach().reshape(-1)
-    return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    return torch.nn.functional.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
 
 
 def _magnitudes(weight: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def _magnitudes(weight: Tensor) -> Tensor:
 
 def _packed(weight: Tensor, table: str) -> Tensor:
     found = []
-    for some in _blocks(weight).split(_AT_ONCE // BLOCK):
+    for some in _blocks(weight).split(_AT_ONCE // _BLOCK):
         values = some.float()
         largest = values.abs().amax(1, keepdim=True)
         scaled = torch.where(largest > 0, values / largest, 0.0)

@@ -30,7 +30,7 @@ An empty object is a value: HF PEFT asks of many whether they are None, and `kas
 """
 
 
-def read_config(directory: Path) -> dict[str, object]:
+def read_adapter_config(directory: Path) -> dict[str, object]:
     """The adapter config of a HF PEFT directory."""
     if not is_folder(directory):
         raise PeftfxError(

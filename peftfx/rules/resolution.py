@@ -37,7 +37,7 @@ from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, HeadedSite, Part, PatternSi
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import Where, select
 
-M = TypeVar("M", bound=Method)
+_M = TypeVar("_M", bound=Method)
 
 
 def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
@@ -214,7 +214,7 @@ def _(method: OverrideMethod, base: nn.Module, site: Site) -> OverridePlacement:
     return OverridePlacement(own, site, copies_of(base, own, site), tied_embedding(base, own, site))
 
 
-def _as_at(method: M, base: nn.Module, site: Site) -> M:
+def _as_at(method: _M, base: nn.Module, site: Site) -> _M:
     """A method with the options that it has at a site."""
     return method.at(as_parameter(method, as_named(base, method, site)))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from peftfx.errors import PeftfxError, first_line
 from peftfx.files import is_file, is_folder
 from peftfx.formats import ADAPTER, VERSIONS, refuse_newer
-from peftfx.graph.slots import FILE, Manifest, listed
+from peftfx.graph.slots import SLOTS_FILE, Manifest, listed
 from peftfx.serving.onnx_model import to_ort, to_torch
 
 SUFFIX = ADAPTER
@@ -67,7 +67,7 @@ def read_for(path: Path, directory: Path, served: Collection[str] = ()) -> dict[
     graphs = tuple(manifest.views)
     if unlisted := sorted(set(served) - set(graphs)):
         what = f"it lists no graph {unlisted[0]!r}, which the model runs"
-        raise PeftfxError(what, str(directory / FILE), "export the base again")
+        raise PeftfxError(what, str(directory / SLOTS_FILE), "export the base again")
     if len(graphs) > 1 and is_file(path):
         hint = "write it for this model: peftfx export-adapter --for"
         raise PeftfxError(f"the model is {len(graphs)} graphs, and this is a file for one", str(path), hint)

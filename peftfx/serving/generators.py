@@ -16,10 +16,10 @@ from peftfx.generation.step import Generates
 from peftfx.generation.step_encoder_decoder import GeneratesFromText, TextEncoder
 from peftfx.serving.cache_buffers import BufferedCache, Buffers
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.serving.served import DTYPES, Served
+from peftfx.serving.served import ONNX_DTYPES, Served
 from peftfx.views.cache import Held
 from peftfx.views.decode import PAST, PRESENT, Decode, cache_names
-from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder, Layers
+from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder, EncoderDecoderLayers
 
 
 class _Buffered:
@@ -79,7 +79,7 @@ class ServedGenerator(_Buffered, Generates, _Serves):  # type: ignore[misc]
 
     def __init__(self, directory: Path, model: OnnxModel) -> None:
         super().__init__(directory, model)
-        self.view = Decode(layers_of(model), "position_ids" in model.inputs)
+        self.view = Decode(_layers_of(model), "position_ids" in model.inputs)
 
 
 class ServedSeq2Seq(_Buffered, GeneratesFromText, _Serves):  # type: ignore[misc]
@@ -91,7 +91,7 @@ class ServedSeq2Seq(_Buffered, GeneratesFromText, _Serves):  # type: ignore[misc
         super().__init__(directory, model)
         self.graphs = {"encoder_model": encoder, "decoder_model": model}
         width = int(encoder.axes["last_hidden_state"][-1])
-        self.view = Decoder(Layers(layers_of(model, DECODED), layers_of(model, ENCODED), width))
+        self.view = Decoder(EncoderDecoderLayers(_layers_of(model, DECODED), _layers_of(model, ENCODED), width))
         self.text_encoder = TextEncoder(lambda inputs, _: encoder(**self.with_ids(inputs)))
 
 
@@ -101,13 +101,13 @@ def count_layers(model: OnnxModel, part: str = "") -> int:
     return sum(name.startswith(f"{PAST}.") and name.endswith(end) for name in model.inputs)
 
 
-def layers_of(model: OnnxModel, part: str = "") -> tuple[Held, ...]:
+def _layers_of(model: OnnxModel, part: str = "") -> tuple[Held, ...]:
     """What the layers of a model's cache hold, told by its inputs."""
     layers = []
     for i in range(count_layers(model, part)):
         key, value = cache_names(PAST, 1, i, part)
         (_, heads, _, width), (*_, other) = model.axes[key], model.axes[value]
-        layers.append(Held(int(heads), int(width), int(other), DTYPES[model.types[key]]))
+        layers.append(Held(int(heads), int(width), int(other), ONNX_DTYPES[model.types[key]]))
     return tuple(layers)
 
 

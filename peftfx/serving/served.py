@@ -20,7 +20,7 @@ from peftfx.graph.slots import MODEL
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.row_adapters import IDS
 
-DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
+ONNX_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 
 
 class Served:
@@ -128,7 +128,7 @@ class Served:
     @property
     def dtype(self) -> torch.dtype:
         """Of what it computes: float16 for a model in half precision."""
-        return next((DTYPES[kind] for kind in self.model.types.values() if kind in DTYPES), torch.float32)
+        return next((ONNX_DTYPES[kind] for kind in self.model.types.values() if kind in ONNX_DTYPES), torch.float32)
 
     def forward(self, **inputs: Tensor) -> ModelOutput:
         """Outputs by name, for inputs by name; a mask that is left out shows everything, arguments of None are dropped.

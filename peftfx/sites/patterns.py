@@ -24,14 +24,14 @@ _STEPS, _MORE = 1_000_000, 2_000  #: of the matcher here, in all matches of one 
 _NO_CODE = "write it without nested repetitions, or as a list of names"
 
 
-class Matcher(Protocol):
+class _Matcher(Protocol):
     """What can be asked of an expression."""
 
     def fullmatch(self, string: str, /) -> object:
         """Whether it matches a whole path: something true."""
 
 
-def compiled(pattern: str, where: str, around: str = "{}") -> Matcher:
+def compiled(pattern: str, where: str, around: str = "{}") -> _Matcher:
     """A regular expression, ready to match in bounded time.
 
     Args:

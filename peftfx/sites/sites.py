@@ -13,7 +13,7 @@ from peftfx.errors import PeftfxError, nearest
 from peftfx.sites.dataflow import Dataflow
 from peftfx.sites.expression import Target
 from peftfx.sites.site import PATTERN, AttentionSite, Call, HeadedSite, NormSite, PatternSite, Site, WeightSite, plays
-from peftfx.sites.target import Match, select
+from peftfx.sites.target import SelectedSite, select
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from peftfx.pages.page import Page
 
-S = TypeVar("S", bound=Site)
+_S = TypeVar("_S", bound=Site)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Sites(Sequence[Site]):
         """Where the graph computes what users' patterns compute."""
         return self._of(PatternSite)
 
-    def _of(self, family: type[S]) -> tuple[S, ...]:
+    def _of(self, family: type[_S]) -> tuple[_S, ...]:
         return tuple(site for site in self.items if isinstance(site, family))
 
     def filter(self, *, role: str | None = None, kind: str | None = None, layer: int | None = None) -> Sites:
@@ -110,7 +110,7 @@ class Sites(Sequence[Site]):
             )
         )
 
-    def select(self, target: Target) -> list[Match]:
+    def select(self, target: Target) -> list[SelectedSite]:
         """The sites that a target expression picks; see `peftfx.sites.target`."""
         return select(self, target=target)
 

@@ -18,7 +18,7 @@ Modules = str | Collection[str]
 
 
 @dataclass(frozen=True)
-class Match:
+class SelectedSite:
     """A site that a target picked; `parts` names the roles of the picked rows where they are not the whole site."""
 
     site: Site
@@ -52,11 +52,13 @@ class Reason:
     """Why a site was picked or was not."""
 
     site: Site
-    match: Match | None
+    match: SelectedSite | None
     why: str
 
 
-def select(sites: Iterable[Site], *, kinds: Collection[str] = WEIGHT_KINDS, **where: Unpack[Where]) -> list[Match]:
+def select(
+    sites: Iterable[Site], *, kinds: Collection[str] = WEIGHT_KINDS, **where: Unpack[Where]
+) -> list[SelectedSite]:
     """The sites that a rule applies to, in the order in which they run.
 
     Args:
@@ -106,7 +108,7 @@ def explain(sites: Iterable[Site], *, kinds: Collection[str] = WEIGHT_KINDS, **w
         if site.kind not in kinds:
             return Reason(site, None, f"its kind, {site.kind}, is not one of {', '.join(kinds)}")
         if any(ends_with(site.parameter, name) for name in parameters or ()) and site.kind in BY_PARAMETER:
-            return Reason(site, Match(site), "target_parameters name its weight")
+            return Reason(site, SelectedSite(site), "target_parameters name its weight")
         match = _match(site, picker(site))
         if match is None:
             return Reason(site, None, "the target does not match its path or role")
@@ -160,10 +162,10 @@ _FEW = 8  #: words of a target that are looked up among the model's
 _OF_PEFT = "peft has adapted this model, and its layers are called base_layer: pass the model without adapters"
 
 
-def _match(site: Site, picked: Units) -> Match | None:
+def _match(site: Site, picked: Units) -> SelectedSite | None:
     if not picked:
         return None
-    return Match(site, () if picked == units(site) else tuple(p.role for p in site.parts if p.role in picked))
+    return SelectedSite(site, () if picked == units(site) else tuple(p.role for p in site.parts if p.role in picked))
 
 
 def _nothing_matches(reasons: Sequence[Reason], where: Where) -> PeftfxError:

@@ -3,6 +3,6 @@
 hypothesis draws the cases, and `peft` is what is compared with: the extra `peftfx[testing]` has both.
 """
 
-from peftfx.testing.check import Report, check
+from peftfx.testing.check import CheckReport, check
 
-__all__ = ["Report", "check"]
+__all__ = ["CheckReport", "check"]

@@ -16,7 +16,7 @@ WIDTH = 8  #: of every value between blocks of a text model
 CHANNELS = 4  #: of every value between blocks of an image model
 
 
-class Block(ABC):
+class BlockSpec(ABC):
     """The spec of a module from [batch, sequence, WIDTH] to the same, or from one image to another."""
 
     @abstractmethod
@@ -25,7 +25,7 @@ class Block(ABC):
 
 
 @dataclass(frozen=True)
-class Dense(Block):
+class DenseBlock(BlockSpec):
     """A linear layer, stored [in, out] as GPT-2's if `transposed`."""
 
     bias: bool = True
@@ -38,7 +38,7 @@ class Dense(Block):
 
 
 @dataclass(frozen=True)
-class Product(Block):
+class ProductBlock(BlockSpec):
     """A linear layer spelled out with a bare parameter: `x @ W` or `x @ W.T`, and `+ b`."""
 
     turned: bool = True
@@ -49,7 +49,7 @@ class Product(Block):
 
 
 class _Product(nn.Module):
-    def __init__(self, spec: Product) -> None:
+    def __init__(self, spec: ProductBlock) -> None:
         super().__init__()
         self.turned = spec.turned
         self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 3)
@@ -61,7 +61,7 @@ class _Product(nn.Module):
 
 
 @dataclass(frozen=True)
-class Mlp(Block):
+class Mlp(BlockSpec):
     """A feed-forward, gated in one of two ways or not at all."""
 
     gate: Literal["none", "beside", "fused"] = "none"
@@ -75,9 +75,9 @@ class _Mlp(nn.Module):
     def __init__(self, spec: Mlp) -> None:
         super().__init__()
         self.fused = spec.gate == "fused"
-        self.up = Dense(transposed=spec.transposed, outer=24 if self.fused else 12).build()
+        self.up = DenseBlock(transposed=spec.transposed, outer=24 if self.fused else 12).build()
         self.side = nn.Linear(WIDTH, 12, bias=False) if spec.gate == "beside" else None
-        self.down = Dense(transposed=spec.transposed, inner=12).build()
+        self.down = DenseBlock(transposed=spec.transposed, inner=12).build()
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up(x)
@@ -88,7 +88,7 @@ class _Mlp(nn.Module):
 
 
 @dataclass(frozen=True)
-class Attention(Block):
+class AttentionBlock(BlockSpec):
     """Self-attention: the softmax written out or PyTorch's own op; projections apart, in thirds, or head by head."""
 
     style: Literal["softmax", "sdpa"] = "sdpa"
@@ -102,14 +102,14 @@ class Attention(Block):
 
 
 class _Attention(nn.Module):
-    def __init__(self, spec: Attention) -> None:
+    def __init__(self, spec: AttentionBlock) -> None:
         super().__init__()
         self.spec = spec
         if spec.layout == "apart":
-            self.q, self.k, self.v = (Dense(spec.bias, spec.transposed).build() for _ in range(3))
+            self.q, self.k, self.v = (DenseBlock(spec.bias, spec.transposed).build() for _ in range(3))
         else:
-            self.qkv = Dense(spec.bias, spec.transposed, outer=3 * WIDTH).build()
-        self.o = Dense(spec.bias, spec.transposed).build()
+            self.qkv = DenseBlock(spec.bias, spec.transposed, outer=3 * WIDTH).build()
+        self.o = DenseBlock(spec.bias, spec.transposed).build()
         self.drop = nn.Dropout(spec.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class _Attention(nn.Module):
 
 
 @dataclass(frozen=True)
-class Mix(Block):
+class Mix(BlockSpec):
     """A convolution over tokens."""
 
     groups: int = 1
@@ -148,7 +148,7 @@ class _Mix(nn.Module):
 
 
 @dataclass(frozen=True)
-class Conv(Block):
+class Conv(BlockSpec):
     """A convolution of an image."""
 
     stride: int = 1
@@ -164,10 +164,10 @@ class Conv(Block):
 
 
 @dataclass(frozen=True)
-class Residual(Block):
+class Residual(BlockSpec):
     """`x + drop(inner(norm(x)))`."""
 
-    inner: Block
+    inner: BlockSpec
     norm: Literal["layer", "rms", "none"] = "layer"
     dropout: float = 0.0
 
@@ -186,7 +186,7 @@ class _Residual(nn.Module):
 
 
 @dataclass(frozen=True)
-class Norm(Block):
+class Norm(BlockSpec):
     """An RMS norm written by hand, `w * x` or Gemma's `(1 + w) * x`."""
 
     shifted: bool = False
@@ -207,11 +207,11 @@ class _Norm(nn.Module):
 
 
 @dataclass(frozen=True)
-class Branch(Block):
+class Branch(BlockSpec):
     """Two modules side by side."""
 
-    left: Block
-    right: Block
+    left: BlockSpec
+    right: BlockSpec
 
     def build(self) -> nn.Module:
         return _Branch(self)
@@ -227,10 +227,10 @@ class _Branch(nn.Module):
 
 
 @dataclass(frozen=True)
-class Twice(Block):
+class Twice(BlockSpec):
     """One module called two times in a row."""
 
-    inner: Block
+    inner: BlockSpec
 
     def build(self) -> nn.Module:
         return _Twice(self)

@@ -40,7 +40,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """What `check` found of a method."""
 
     method: str
@@ -63,7 +63,7 @@ def check(
     *,
     configs: Sequence[Mapping[str, object]] = ({},),
     whole: bool = False,
-) -> Report:
+) -> CheckReport:
     """Run every law that is about a method, and compare it with HF PEFT's where HF PEFT has its type.
 
     Args:
@@ -87,7 +87,7 @@ def check(
         laws = (law for law in LAWS if law.is_about(cls))
         findings = [_tried(law.name, law.text, functools.partial(law.hold, cls, choices, whole=whole)) for law in laws]
         findings += [_compared(cls, options) for options in configs]
-    report = Report(cls.__name__, tuple(findings))
+    report = CheckReport(cls.__name__, tuple(findings))
     if report.broken:
         raise AssertionError(str(report))
     return report

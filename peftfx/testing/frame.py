@@ -18,7 +18,7 @@ def frame(case: Case, method: Method) -> None:
     """Nothing outside the inserted region changes, in eval and in train mode."""
     for training in (False, True):
         adapted = adapt(case, method, training=training)
-        assert kept(adapted.graph()) == kept(adapted.graph(adapted=False))
+        assert _kept(adapted.graph()) == _kept(adapted.graph(adapted=False))
 
 
 def gradients(case: Case, method: Method) -> None:
@@ -39,7 +39,7 @@ def gradients(case: Case, method: Method) -> None:
     assert_untouched(adapted.base, before)
 
 
-def kept(graph: Graph) -> list[str]:
+def _kept(graph: Graph) -> list[str]:
     """A program's lines without what adapters added to it: written apart from `Remove`, and compared with it."""
     names: dict[fx.Node, str] = {}
     lines: list[str] = []

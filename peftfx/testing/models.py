@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peftfx.testing.blocks import CHANNELS, WIDTH, Block
+from peftfx.testing.blocks import CHANNELS, WIDTH, BlockSpec
 
-WORDS = 11
+_WORDS = 11
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -19,7 +19,7 @@ Dtype = Literal["float32", "bfloat16"]
 class Spec(ABC):
     """The spec of a whole model: its blocks, and the dtype of its parameters."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockSpec, ...]
     dtype: Dtype = field(default="float32", kw_only=True)
 
     @abstractmethod
@@ -52,16 +52,16 @@ class Text(Spec):
         return _Text(self)
 
     def inputs(self, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
-        return {"ids": torch.randint(WORDS, (batch, sequence), generator=torch.Generator().manual_seed(seed))}
+        return {"ids": torch.randint(_WORDS, (batch, sequence), generator=torch.Generator().manual_seed(seed))}
 
 
 class _Text(nn.Module):
     def __init__(self, spec: Text) -> None:
         super().__init__()
-        self.words = nn.Embedding(WORDS, WIDTH, padding_idx=1)
+        self.words = nn.Embedding(_WORDS, WIDTH, padding_idx=1)
         self.places = nn.Embedding(16, WIDTH) if spec.positions else None
         self.blocks = nn.ModuleList(block.build() for block in spec.blocks)
-        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.head = nn.Linear(WIDTH, _WORDS, bias=False)
         if spec.tied:
             self.head.weight = self.words.weight
 
@@ -110,7 +110,7 @@ class Causal(Spec):
         config = LlamaConfig(
             hidden_size=WIDTH,
             intermediate_size=12,
-            vocab_size=WORDS,
+            vocab_size=_WORDS,
             max_position_embeddings=64,
             num_attention_heads=2,
             num_key_value_heads=2 // self.groups,
@@ -120,5 +120,5 @@ class Causal(Spec):
         return LlamaForCausalLM(config)
 
     def inputs(self, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
-        ids = torch.randint(WORDS, (batch, sequence), generator=torch.Generator().manual_seed(seed))
+        ids = torch.randint(_WORDS, (batch, sequence), generator=torch.Generator().manual_seed(seed))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -22,15 +22,15 @@ from peftfx.contract.weight import WeightMethod
 from peftfx.errors import first_line
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import load, transform
-from peftfx.testing.blocks import Conv, Dense, Mlp
+from peftfx.testing.blocks import Conv, DenseBlock, Mlp
 from peftfx.testing.extras import needed
 from peftfx.testing.models import Image, Spec, Text
 from peftfx.testing.setup import assert_close, stir
 
-TOLERANCE = 2e-5  #: relative to the largest value
+_TOLERANCE = 2e-5  #: relative to the largest value
 _MODELS: tuple[Spec, ...] = (
-    Text((Dense(outer=12), Dense(bias=False, inner=12), Mlp())),
-    Text((Dense(transposed=True, outer=12), Dense(transposed=True, inner=12))),
+    Text((DenseBlock(outer=12), DenseBlock(bias=False, inner=12), Mlp())),
+    Text((DenseBlock(transposed=True, outer=12), DenseBlock(transposed=True, inner=12))),
     Image((Conv(), Conv(stride=2))),
 )
 _TYPES: Mapping[str, tuple[type[nn.Module], ...]] = {"linear": (nn.Linear,), "conv": (nn.Conv2d,)}
@@ -113,7 +113,7 @@ def _stir(model: nn.Module) -> None:
 def _same_forward(ours: AdaptedModel, theirs: nn.Module, spec: Spec, what: str) -> None:
     for seed, (batch, sequence) in enumerate(_SIZES):
         inputs = spec.inputs(batch, sequence, seed) | _beside(ours, batch)
-        assert_close(ours.eval()(**inputs), theirs(**inputs), TOLERANCE, what)
+        assert_close(ours.eval()(**inputs), theirs(**inputs), _TOLERANCE, what)
         with ours.disable_adapter():
             assert not torch.allclose(ours(**inputs), theirs(**inputs), atol=1e-4), "the adapter changes nothing"
 
@@ -138,7 +138,7 @@ def same_gradients(adapter: Adapter, theirs: nn.Module) -> None:
         got, want = mine.grad, trained[name].grad
         assert isinstance(got, Tensor), f"{name} gets no gradient"
         assert isinstance(want, Tensor), f"{name} gets no gradient in peft"
-        assert_close(got, want, 10 * TOLERANCE, f"the gradient of {name}")
+        assert_close(got, want, 10 * _TOLERANCE, f"the gradient of {name}")
 
 
 def _beside(ours: AdaptedModel, batch: int) -> dict[str, Tensor]:

@@ -11,25 +11,38 @@ from typing import Literal
 from torch import nn
 
 from peftfx.graph.graph import BASE, Graph, link
-from peftfx.testing.blocks import WIDTH, Attention, Block, Branch, Conv, Dense, Mix, Mlp, Norm, Product, Residual, Twice
+from peftfx.testing.blocks import (
+    WIDTH,
+    AttentionBlock,
+    BlockSpec,
+    Branch,
+    Conv,
+    DenseBlock,
+    Mix,
+    Mlp,
+    Norm,
+    ProductBlock,
+    Residual,
+    Twice,
+)
 from peftfx.testing.models import Causal, Dtype, Image, Spec, Text
 from peftfx.views.capture import capture
 
 #: One of each kind of block on its own: what a failing example shrinks to.
-SMALL = (
+_SMALL = (
     Text(()),
     Text((), tied=True, positions=True),
-    Text((Dense(),)),
-    Text((Dense(transposed=True),), dtype="bfloat16"),
-    Text((Product(turned=True),)),
-    Text((Product(turned=False, bias=False),)),
-    Text((Twice(Dense()),)),
+    Text((DenseBlock(),)),
+    Text((DenseBlock(transposed=True),), dtype="bfloat16"),
+    Text((ProductBlock(turned=True),)),
+    Text((ProductBlock(turned=False, bias=False),)),
+    Text((Twice(DenseBlock()),)),
     Text((Mix(groups=2),)),
     Text((Norm(), Norm(shifted=True))),
     Text((Mlp("fused"),)),
-    Text((Attention("softmax", "heads", bias=False),)),
-    Text((Attention("sdpa", "thirds", transposed=True),)),
-    Text((Attention("softmax", "apart"), Attention("sdpa", "thirds", transposed=True))),
+    Text((AttentionBlock("softmax", "heads", bias=False),)),
+    Text((AttentionBlock("sdpa", "thirds", transposed=True),)),
+    Text((AttentionBlock("softmax", "apart"), AttentionBlock("sdpa", "thirds", transposed=True))),
     Image((Conv(stride=2, groups=2),)),
     Image((Conv(padding="same", dilation=2, mode="reflect"),)),
     Image((Conv(padding="valid", bias=False), Conv(padding=0, groups=4)), dtype="bfloat16"),
@@ -42,22 +55,22 @@ _LAYOUTS: tuple[Literal["apart", "thirds", "heads"], ...] = ("apart", "thirds", 
 _MODES: tuple[Literal["zeros", "reflect"], ...] = ("zeros", "reflect")
 
 
-def random_block(random: Random, depth: int = 1) -> Block:
+def random_block(random: Random, depth: int = 1) -> BlockSpec:
     """A block of a text model; `depth` is how far blocks may hold blocks."""
     flag = lambda: random.random() < 0.5  # noqa: E731
     kinds = ("dense", "product", "mix", "mlp", "attention", *("residual", "branch", "twice") * (2 * depth))
     match random.choice(kinds):
         case "dense":
-            return Dense(bias=flag(), transposed=flag())
+            return DenseBlock(bias=flag(), transposed=flag())
         case "product":
-            return Product(turned=flag(), bias=flag())
+            return ProductBlock(turned=flag(), bias=flag())
         case "mix":
             return Mix(groups=random.choice((1, 2, WIDTH)))
         case "mlp":
             return Mlp(random.choice(("none", "beside", "fused")), transposed=flag())
         case "attention":
             style, layout = random.choice(_STYLES), random.choice(_LAYOUTS)
-            return Attention(style, layout, flag(), flag(), random.choice((0.0, 0.2)))
+            return AttentionBlock(style, layout, flag(), flag(), random.choice((0.0, 0.2)))
         case "residual":
             return Residual(random_block(random, depth - 1), random.choice(("layer", "rms")), random.choice((0.0, 0.2)))
         case "branch":
@@ -66,7 +79,7 @@ def random_block(random: Random, depth: int = 1) -> Block:
             return Twice(random_block(random, depth - 1))
 
 
-def random_conv(random: Random) -> Block:
+def random_conv(random: Random) -> BlockSpec:
     """A block of an image model."""
     padding = random.choice((0, 1, 2, "same", "valid"))
     stride = 1 if padding == "same" else random.choice((1, 2))
@@ -88,7 +101,7 @@ def random_spec(seed: int) -> Spec:
 PROMPTED: tuple[Spec, ...] = (Causal(()), Causal((), layers=2, groups=2))
 
 POOL: tuple[Spec, ...] = tuple(
-    sorted({*SMALL, *map(random_spec, range(8))}, key=lambda spec: (len(repr(spec)), repr(spec)))
+    sorted({*_SMALL, *map(random_spec, range(8))}, key=lambda spec: (len(repr(spec)), repr(spec)))
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.rules.peft_files import STATE
 from peftfx.testing.cases import Case
-from peftfx.testing.setup import LOOSE, adapt, assert_close, bare, output
+from peftfx.testing.setup import LOOSE, adapt, assert_close, bare_case, output
 
 
 @torch.no_grad()
@@ -26,6 +26,6 @@ def saved(case: Case, method: SequenceMethod) -> None:
     with tempfile.TemporaryDirectory() as directory:
         adapted.save_pretrained(directory)
         (Path(directory) / STATE).unlink(missing_ok=True)
-        other = bare(case)
+        other = bare_case(case)
         other.load_adapter(directory, "default")
     assert_close(output(other, case.inputs()), output(adapted, case.inputs()), LOOSE[case.spec.dtype], "loaded")

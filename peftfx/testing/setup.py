@@ -18,7 +18,7 @@ from peftfx.testing.pool import captured
 LOOSE = {"float32": 1e-4, "bfloat16": 0.1}  #: largest error by dtype, relative to the largest output
 
 
-def bare(case: Case, *, training: bool = False) -> AdaptedModel:
+def bare_case(case: Case, *, training: bool = False) -> AdaptedModel:
     """A model of the pool without adapters, its own to change."""
     own, example = captured(case.spec, training=training).copy(), case.spec.inputs(2, 3)
     adapted = AdaptedModel.on(own.model, own.graph.sites, example)
@@ -28,7 +28,7 @@ def bare(case: Case, *, training: bool = False) -> AdaptedModel:
 
 def adapt(case: Case, *rules: Method, training: bool = False, stirred: bool = True) -> AdaptedModel:
     """A model of the pool with an adapter; `stirred`, its parameters are off their initial values."""
-    adapted = bare(case, training=training)
+    adapted = bare_case(case, training=training)
     adapted.add_adapter("default", rules, seed=case.seed)
     if stirred:
         stir(adapted.adapter("default"), case.seed)

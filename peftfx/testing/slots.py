@@ -13,12 +13,12 @@ from peftfx.contract.placement import WeightPlacement, site_tensors
 from peftfx.contract.update import Update
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
-from peftfx.graph.slots import INNER, OUTER, A, B, Slot, shapes
+from peftfx.graph.slots import INNER, OUTER, SLOT_A, SLOT_B, Slot, shapes
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.adaptation.evaluate import Evaluate
 from peftfx.passes.rewriting.site_op import bind
 from peftfx.passes.slots.by_row import ByRow
-from peftfx.passes.slots.layer_by_row import BIAS
+from peftfx.passes.slots.layer_by_row import BIAS_STACK
 from peftfx.passes.slots.open import Open, slots_of, slotted
 from peftfx.sites.site import WEIGHT_KINDS, Site
 from peftfx.testing.arithmetic import input_of
@@ -38,8 +38,8 @@ def slot_fold(case: Case) -> None:
         given = {what: torch.randn(_sized(shape), generator=rng).double() for what, shape in shapes(site).items()}
         node, x = nodes[site.calls[0].op], input_of(case, site, rng)
         inner = () if site.kind == "embedding" else (given[INNER],)
-        got = slotted(site, node)(x, stored, bias, given[A], given[B], given[OUTER], *inner)
-        weight = _folded(site, stored, given[A], given[B], given[OUTER], *inner)
+        got = slotted(site, node)(x, stored, bias, given[SLOT_A], given[SLOT_B], given[OUTER], *inner)
+        weight = _folded(site, stored, given[SLOT_A], given[SLOT_B], given[OUTER], *inner)
         assert_close(got, bind(node, site)(x, weight, bias), 1e-6, f"slots at {site.path}")
 
 
@@ -56,7 +56,7 @@ def _folded(site: Site, stored: Tensor, a: Tensor, b: Tensor, outer: Tensor, inn
     return scaled + (torch.einsum("or...,ri...->oi...", b.flatten(1), a) if site.kind == "conv" else (a @ b).T)
 
 
-def updates_of(adapted: AdaptedModel) -> dict[str, tuple[Site, Update]]:
+def _updates_of(adapted: AdaptedModel) -> dict[str, tuple[Site, Update]]:
     """What the adapter does at each site, by its path; nothing where a method does not tell it."""
     adapter, found = adapted.adapter("default"), dict[str, tuple[Site, Update]]()
     for placement in adapter.placements.weights:
@@ -86,7 +86,7 @@ def slots(case: Case, method: WeightMethod) -> None:
     """A graph with an adapter in its slots is the graph with the adapter inserted; with nothing in them, the base."""
     adapted, inputs = adapt(case, method), tuple(case.inputs().values())
     try:
-        told = updates_of(adapted)
+        told = _updates_of(adapted)
     except PeftfxError:  # it scales what only some rows of a fused weight read
         return
     if any(update.bias is not None for _, update in told.values()) or adapted.adapter("default").overrides:
@@ -104,7 +104,7 @@ def slots(case: Case, method: WeightMethod) -> None:
 
 def _filled(slot: Slot, site: Site, update: Update) -> Tensor:
     a, b = update.factors(site)
-    value = {A: a, B: b, INNER: update.inner, OUTER: update.outer}[slot.what]
+    value = {SLOT_A: a, SLOT_B: b, INNER: update.inner, OUTER: update.outer}[slot.what]
     return (torch.ones if slot.what in (INNER, OUTER) else torch.zeros)(slot.empty) if value is None else value
 
 
@@ -113,7 +113,7 @@ def rows(case: Case, method: WeightMethod) -> None:
     """Rows of a batch that have an adapter are the adapted model's, and the others are the base's."""
     adapted, inputs = adapt(case, method), tuple(case.inputs().values())
     try:
-        stacks = {key: value for path, told in updates_of(adapted).items() for key, value in _stacked(path, *told)}
+        stacks = {key: value for path, told in _updates_of(adapted).items() for key, value in _stacked(path, *told)}
         by_row = Evaluate()(ByRow(stacks)(adapted.graph(adapted=False)).graph).graph
     except PeftfxError:  # it reads the tokens of all rows as one, as position embeddings do
         return
@@ -131,6 +131,6 @@ def _stacked(path: str, site: Site, update: Update) -> list[tuple[tuple[str, str
     a, b = update.factors(site)
     ones = {INNER: update.inner, OUTER: update.outer}
     found = {what: torch.stack([torch.ones_like(value), value]) for what, value in ones.items() if value is not None}
-    zeros = {A: a, B: b, BIAS: update.bias}
+    zeros = {SLOT_A: a, SLOT_B: b, BIAS_STACK: update.bias}
     found |= {what: torch.stack([torch.zeros_like(v), v]) for what, v in zeros.items() if v is not None}
     return [((path, what), value) for what, value in found.items()]

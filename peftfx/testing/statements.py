@@ -26,11 +26,11 @@ from peftfx.passes.manager import PassManager
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.testing.cases import Case
 from peftfx.testing.pool import captured
-from peftfx.testing.setup import LOOSE, adapt, assert_close, assert_untouched, bare, output, snapshot, stir
+from peftfx.testing.setup import LOOSE, adapt, assert_close, assert_untouched, bare_case, output, snapshot, stir
 
 
 @torch.no_grad()
-def identity(case: Case, method: Method) -> None:
+def _identity(case: Case, method: Method) -> None:
     """An adapter that was just made changes no output, unless its method says so."""
     if not method.neutral:
         return
@@ -41,7 +41,7 @@ def identity(case: Case, method: Method) -> None:
 
 
 @torch.no_grad()
-def merge(case: Case, method: Method) -> None:
+def _merge(case: Case, method: Method) -> None:
     """The merged graph is the adapted graph, reads no adapter but its overrides, and merging touches no weight."""
     adapted, before = adapt(case, method), snapshot(captured(case.spec).model)
     inputs = tuple(case.inputs().values())
@@ -72,7 +72,7 @@ def merge_in_place(case: Case, method: Method) -> None:
 @torch.no_grad()
 def remove(case: Case, method: Method) -> None:
     """Remove behind insert restores the text, the state and the outputs: an adapter leaves no trace."""
-    adapted, before = bare(case), snapshot(captured(case.spec).model)
+    adapted, before = bare_case(case), snapshot(captured(case.spec).model)
     grads = {name: p.requires_grad for name, p in captured(case.spec).model.named_parameters()}
     base, inputs = adapted.graph(), tuple(case.inputs().values())
     want = base.run(*inputs)
@@ -94,7 +94,7 @@ def remove(case: Case, method: Method) -> None:
 def remove_one(case: Case, method: WeightMethod) -> None:
     """Of two adapters inserted, removing one leaves what inserting the other alone gives."""
     method = dataclasses.replace(method, modules_to_save=None)
-    adapted = bare(case)
+    adapted = bare_case(case)
     inserts = {}
     for name in ("first", "second"):
         adapted.add_adapter(name, method, seed=case.seed)
@@ -155,7 +155,7 @@ def commute(case: Case, method: Method) -> None:
 
 def save_and_load(case: Case, method: Method) -> None:
     """An adapter saved and loaded onto another base gives the same outputs; one that has no format is refused."""
-    adapted, other = adapt(case, method), bare(case)
+    adapted, other = adapt(case, method), bare_case(case)
     with tempfile.TemporaryDirectory() as directory:
         try:
             adapted.save_pretrained(directory)

@@ -21,28 +21,28 @@ from peftfx.errors import PeftfxError, shown
 from peftfx.files import is_file
 
 TEXT, COMPLETION, CHAT, CLASSES = "text", "completion", "chat", "classification"
-KINDS: Mapping[str, frozenset[str]] = {
+_KINDS: Mapping[str, frozenset[str]] = {
     CLASSES: frozenset({"text", "label"}),
     COMPLETION: frozenset({"prompt", "completion"}),
     CHAT: frozenset({"messages"}),
     TEXT: frozenset({"text"}),
 }
 IGNORED = -100  #: a label that the loss passes by
-Row = Mapping[str, Any]
+_Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Rows:
+class TrainingRows:
     """The rows of a file.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `_KINDS`.
         items: as they are in the file.
         where: the file.
     """
 
     kind: str
-    items: tuple[Row, ...]
+    items: tuple[_Row, ...]
     where: str
 
     @property
@@ -51,7 +51,7 @@ class Rows:
         return tuple(sorted({str(row["label"]) for row in self.items})) if self.kind == CLASSES else ()
 
 
-def read_rows(file: Path) -> Rows:
+def read_rows(file: Path) -> TrainingRows:
     """Read a file of JSON lines.
 
     Raises:
@@ -83,13 +83,13 @@ def read_rows(file: Path) -> Rows:
         raise PeftfxError(f"line {a} is of kind {one}, line {b} of kind {other}", str(file), "a file has one kind")
     if not items:
         raise PeftfxError("the file has no rows", str(file), "give a file of JSON lines")
-    return Rows(next(iter(kinds)), tuple(items), str(file))
+    return TrainingRows(next(iter(kinds)), tuple(items), str(file))
 
 
 def _kind(row: object) -> str:
     if not isinstance(row, dict):
         return ""
-    for kind, keys in KINDS.items():
+    for kind, keys in _KINDS.items():
         if keys <= row.keys() and all(_is_right(name, row[name]) for name in keys):
             return kind
     return ""
@@ -106,7 +106,7 @@ def _is_right(name: str, value: object) -> bool:
     return isinstance(value, (str, int)) if name == "label" else isinstance(value, str)
 
 
-def encoded(rows: Rows, tokenizer: Any, most: int, classes: Sequence[str] = ()) -> list[dict[str, Any]]:
+def encoded(rows: TrainingRows, tokenizer: Any, most: int, classes: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Rows as tokens and labels; of completions and chats what is ahead is passed by.
 
     Raises:
@@ -130,7 +130,7 @@ def encoded(rows: Rows, tokenizer: Any, most: int, classes: Sequence[str] = ()) 
     return found
 
 
-def _tokens(kind: str, row: Row, tokenizer: Any, where: str) -> tuple[list[int], int]:
+def _tokens(kind: str, row: _Row, tokenizer: Any, where: str) -> tuple[list[int], int]:
     """The tokens of a row, and how many of them are ahead of what is learnt."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if kind == TEXT:

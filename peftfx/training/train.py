@@ -22,7 +22,7 @@ from peftfx.model.api import transform
 from peftfx.pages.plot import plot
 from peftfx.rules.peft_files import CONFIG
 from peftfx.rules.text import parse_rules
-from peftfx.training.rows import CLASSES, Padded, Rows, encoded, read_rows
+from peftfx.training.rows import CLASSES, Padded, TrainingRows, encoded, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,7 @@ def _tokenizer(base: Path) -> Any:
         return AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
 
 
-def _model(base: Path, rows: Rows) -> tuple[nn.Module, tuple[str, ...]]:
+def _model(base: Path, rows: TrainingRows) -> tuple[nn.Module, tuple[str, ...]]:
     """The base, and of a new head the modules that are trained whole."""
     if rows.kind != CLASSES:
         return load_base(base), ()

@@ -14,7 +14,7 @@ from peftfx.quantisation.codes import Codes
 from peftfx.quantisation.packed import Packed
 from peftfx.twins import torchao
 
-WHERE = "the model in memory"
+_WHERE = "the model in memory"
 _NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32, fp8.E4M3, torch.float8_e5m2)
 #: Of which format a layer is that has a tensor of this name; the first that fits.
 _BY_NAME = (
@@ -54,7 +54,7 @@ def codes_in(module: nn.Module, path: str, config: Mapping[str, object]) -> Code
     if found is None:
         return torchao.read(weight)  # type: ignore[arg-type]
     said = {**config, **{name: value for name, value in vars(module).items() if isinstance(value, int | str)}}
-    return found.read(Packed(path, {k: t.cpu() for k, t in own.items() if k in found.NAMES}, said, WHERE))  # type: ignore[attr-defined, no-any-return]
+    return found.read(Packed(path, {k: t.cpu() for k, t in own.items() if k in found.NAMES}, said, _WHERE))  # type: ignore[attr-defined, no-any-return]
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -72,7 +72,7 @@ def _is_coded(tensor: Tensor) -> bool:
     return tensor.dtype in _NARROW or torchao.is_torchao(tensor) or getattr(tensor, "quant_state", None) is not None
 
 
-class Reader:
+class WeightReader:
     """Reads the weight of one quantised layer at each call, its codes anew when the layer has another tensor."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftfx.graph.lazy_weights import Stored
 
 HOOK, OWN_FORWARD = "_hf_hook", "_old_forward"
-View = Callable[[Tensor], Tensor]
+_View = Callable[[Tensor], Tensor]
 
 
 class Fetched(Stored):
@@ -27,7 +27,7 @@ class Fetched(Stored):
     """
 
     of: tuple[Mapping[str, Tensor], str]
-    views: tuple[View, ...]
+    views: tuple[_View, ...]
     like: Tensor
 
     @staticmethod
@@ -37,7 +37,7 @@ class Fetched(Stored):
         like: Tensor,
         dtype: torch.dtype,
         device: torch.device,
-        views: tuple[View, ...] = (),
+        views: tuple[_View, ...] = (),
     ) -> Fetched:
         made: Fetched = Tensor._make_wrapper_subclass(
             cls, like.shape, like.stride(), like.storage_offset(), dtype=dtype, device=device
@@ -56,7 +56,7 @@ class Fetched(Stored):
             values = view(values)
         return values
 
-    def moved(self, view: View) -> Fetched:
+    def moved(self, view: _View) -> Fetched:
         """A view of it: nothing is fetched."""
         return Fetched(self.of, view(self.like), self.dtype, self.device, (*self.views, view))
 

@@ -88,7 +88,7 @@ class Twin:
         return made.eval()
 
     def _make(self) -> nn.Module:
-        config = config_of(self.base)
+        config = _config_of(self.base)
         modules = dict(own_modules(self.base))
         elsewhere = fetched(own_modules(self.base))
         self.offloaded = bool(elsewhere)
@@ -100,7 +100,7 @@ class Twin:
         self._codes = {path: codes for path, codes in found.items() if codes is not None}
         if not self._codes and not any(map(is_hooked, modules.values())):
             return self.base
-        flowing = dtype_of(self.base)
+        flowing = _dtype_of(self.base)
         kinds: dict[object, str] = {}
         for path, codes in self._codes.items():
             own = modules[path]
@@ -113,7 +113,7 @@ class Twin:
         return copied(self.base, elsewhere, self._made)
 
 
-def dtype_of(base: nn.Module) -> torch.dtype:
+def _dtype_of(base: nn.Module) -> torch.dtype:
     """The dtype of what flows between a base's layers: that of its first weight that is not quantised."""
     plain = (p.dtype for p in base.parameters() if p.dtype in (torch.float32, torch.bfloat16, torch.float16))
     return next(plain, torch.float32)
@@ -159,7 +159,7 @@ def open_quantised(base: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in paths:
         own = base.get_submodule(path)
-        codes = codes_in(own, path, config_of(base)) if is_quantised(own) else None
+        codes = codes_in(own, path, _config_of(base)) if is_quantised(own) else None
         if codes is None:
             continue
         made = nn.Linear(codes.columns, codes.rows, bias=False, device="meta")
@@ -172,7 +172,7 @@ def open_quantised(base: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def config_of(base: nn.Module) -> Mapping[str, object]:
+def _config_of(base: nn.Module) -> Mapping[str, object]:
     """What a base says of how it is quantised, as its config has it."""
     said = getattr(getattr(base, "config", None), "quantization_config", None)
     if isinstance(said, Mapping):

@@ -80,7 +80,7 @@ def refuse(kind: str) -> NoReturn:
     raise PeftfxError(what, kind, "use transformers' DynamicCache, or the forward view")
 
 
-def fill(cache: Cache, tensors: Sequence[Tensor]) -> None:
+def fill_cache(cache: Cache, tensors: Sequence[Tensor]) -> None:
     """Put keys and values, in turn for each layer, in the place of what a cache holds."""
     filled = cache_of(tensors)
     if cache.layers:

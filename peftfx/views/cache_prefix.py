@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peftfx.views.cache import Held
 from peftfx.views.decode import PAST, PRESENT, cache_names
-from peftfx.views.entry import POSITIONS, Call, Entry, VirtualTokens
+from peftfx.views.entry import POSITIONS, Entry, EntryCall, VirtualTokens
 
 _MASK = "attention_mask"
 
@@ -38,13 +38,13 @@ class CachePrefix(Entry):
     def check(self, inputs: Mapping[str, object]) -> None:
         """Nothing: it is no way into a forward."""
 
-    def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+    def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
         shown = torch.ones(1, hole.shape[0], dtype=torch.bool, device=hole.device)
         return self.bind(call, base, hole[None], shown, hole.shape[0], dict(arguments))
 
     def bind(
         self,
-        call: Call,
+        call: EntryCall,
         base: nn.Module,
         tables: Tensor,
         shown: Tensor,

@@ -31,7 +31,7 @@ from peftfx.graph.places import name_places
 from peftfx.graph.size_conditions import Note, conditions_of, noted
 from peftfx.graph.written import refuse_written
 from peftfx.patterns.find import with_patterns
-from peftfx.views.entry import Call, Entry, forward
+from peftfx.views.entry import Entry, EntryCall, forward
 from peftfx.views.view import Axes, free_images, name_axes, without_cache
 
 
@@ -40,7 +40,7 @@ def capture(
     inputs: Mapping[str, object] | None = None,
     *,
     axes: Axes | None = None,
-    call: Call | None = None,
+    call: EntryCall | None = None,
     entry: Entry | None = None,
     stamp: bool = True,
 ) -> Graph:
@@ -94,7 +94,7 @@ class _Flat(nn.Module):
     """`base` behind a flat positional signature; arguments that are not tensors are bound."""
 
     def __init__(
-        self, base: nn.Module, spec: pytree.TreeSpec, leaves: list[object], call: Call, entry: Entry | None
+        self, base: nn.Module, spec: pytree.TreeSpec, leaves: list[object], call: EntryCall, entry: Entry | None
     ) -> None:
         super().__init__()
         self._modules[BASE] = base

@@ -19,12 +19,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
 from peftfx.views.cache import Held, cache_of, held, refuse_unknown
-from peftfx.views.dry_run import dry_run
-from peftfx.views.view import Axes, Run
+from peftfx.views.dry_run import fake_run
+from peftfx.views.view import Axes, RunView
 
 PAST, PRESENT = "past_key_values", "present"
-SIZES: Mapping[str, int] = {"batch": 2, "sequence": 5, "past": 3}
-TRIALS: tuple[Mapping[str, int], ...] = (
+_SIZES: Mapping[str, int] = {"batch": 2, "sequence": 5, "past": 3}
+_TRIALS: tuple[Mapping[str, int], ...] = (
     {"batch": 1, "sequence": 5, "past": 0},
     {"batch": 3, "sequence": 4, "past": 0},
     {"batch": 2, "sequence": 3, "past": 6},
@@ -62,10 +62,10 @@ class Decode:
 
         Args:
             base: the model; its config alone is read.
-            sizes: of `batch`, `sequence` and `past`, where they differ from `SIZES`.
+            sizes: of `batch`, `sequence` and `past`, where they differ from `_SIZES`.
             seed: of the random values.
         """
-        batch, sequence, past = ({**SIZES, **(sizes or {})}[name] for name in SIZES)
+        batch, sequence, past = ({**_SIZES, **(sizes or {})}[name] for name in _SIZES)
         with unset_fake_temporarily():
             random = torch.Generator().manual_seed(seed)
             mask = torch.ones(batch, past + sequence, dtype=torch.long)
@@ -80,7 +80,9 @@ class Decode:
                 for name, width in zip(cache_names(PAST, 1, i), (held.key, held.value), strict=True)
             }
 
-    def with_past(self, base: nn.Module, inputs: Mapping[str, Tensor], run: Run, seed: int = 0) -> dict[str, Tensor]:
+    def with_past(
+        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
+    ) -> dict[str, Tensor]:
         """The same inputs behind a past that is what the model makes of a random text, which is padded alike.
 
         Args:
@@ -121,7 +123,7 @@ class Decode:
     @property
     def trials(self) -> tuple[Mapping[str, int], ...]:
         """Prefill, a continuation, and single tokens, alone and in a batch padded on the left."""
-        return TRIALS
+        return _TRIALS
 
 
 def _unpadded(base: nn.Module, batch: int, sequence: int, seed: int) -> Tensor:
@@ -161,7 +163,7 @@ def decode_view(base: nn.Module) -> Decode:
         what = "the model takes no attention mask: texts of different lengths could not be told apart in a batch"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
     cache = cache_of([])
-    with dry_run(base) as fake:
+    with fake_run(base) as fake:
         given = {name: fake(text[name]) for name in ("input_ids", "attention_mask")}
         try:
             base(**given, cache=cache, use_cache=True)

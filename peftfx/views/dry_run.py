@@ -16,7 +16,7 @@ from peftfx.views.view import without_cache
 
 
 @contextmanager
-def dry_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Inside, `base` is in eval mode and runs on what the given function makes of tensors; no value is computed."""
     found = fake_mode_of(base)
     mode = found if isinstance(found, FakeTensorMode) else FakeTensorMode(allow_non_fake_inputs=True)

@@ -24,18 +24,18 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
-from peftfx.graph.slots import PROMPT
+from peftfx.graph.slots import SLOT_PROMPT
 from peftfx.views.cache import Held, cache_of, held
 from peftfx.views.decode import PAST, PRESENT, cache_names
-from peftfx.views.dry_run import dry_run
-from peftfx.views.view import Axes, Run
+from peftfx.views.dry_run import fake_run
+from peftfx.views.view import Axes, RunView
 
-SIZES: Mapping[str, int] = {"batch": 2, "encoder_sequence": 7, "sequence": 5, "past": 3}
+_SIZES: Mapping[str, int] = {"batch": 2, "encoder_sequence": 7, "sequence": 5, "past": 3}
 ENCODED, DECODED = "encoder", "decoder"
 
 
 @dataclass(frozen=True)
-class Layers:
+class EncoderDecoderLayers:
     """What both views know.
 
     Attributes:
@@ -61,7 +61,7 @@ class Layers:
 class Encoder:
     """What happens once for a text: it is encoded, and its keys and values are computed for the decoder's layers."""
 
-    layers: Layers
+    layers: EncoderDecoderLayers
     name = ENCODED
     trials: ClassVar[tuple[Mapping[str, int], ...]] = (
         {"batch": 1, "encoder_sequence": 5},
@@ -76,11 +76,13 @@ class Encoder:
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Valid inputs of this view; with room for it, the last row is padded on the right."""
-        wanted = {**SIZES, **(sizes or {})}
+        wanted = {**_SIZES, **(sizes or {})}
         made = example_inputs(base, sizes={"batch": wanted["batch"], "sequence": wanted["encoder_sequence"]}, seed=seed)
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 
-    def with_past(self, base: nn.Module, inputs: Mapping[str, Tensor], run: Run, seed: int = 0) -> dict[str, Tensor]:
+    def with_past(
+        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
+    ) -> dict[str, Tensor]:
         """The same inputs: they hold no keys and values."""
         return dict(inputs)
 
@@ -100,7 +102,7 @@ class Encoder:
 class Decoder:
     """One step, or several, of a decoder over an encoded text."""
 
-    layers: Layers
+    layers: EncoderDecoderLayers
     name = DECODED
     trials: ClassVar[tuple[Mapping[str, int], ...]] = (
         {"batch": 1, "encoder_sequence": 5, "sequence": 1, "past": 0},
@@ -123,9 +125,9 @@ class Decoder:
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Valid inputs of this view; with room for it, the last row's text is padded on the right."""
-        batch, length, sequence, past = ({**SIZES, **(sizes or {})}[name] for name in SIZES)
+        batch, length, sequence, past = ({**_SIZES, **(sizes or {})}[name] for name in _SIZES)
         text = example_inputs(base, sizes={"batch": batch, "sequence": length, "decoder_sequence": sequence}, seed=seed)
-        ahead = dict(sizes or {}).get(PROMPT, self.layers.ahead) if self.layers.ahead else 0
+        ahead = dict(sizes or {}).get(SLOT_PROMPT, self.layers.ahead) if self.layers.ahead else 0
         with unset_fake_temporarily():
             random = torch.Generator().manual_seed(seed)
             held_by = (DECODED, self.layers.own, past), (ENCODED, self.layers.cross, length + ahead)
@@ -141,7 +143,9 @@ class Decoder:
             **caches,
         }
 
-    def with_past(self, base: nn.Module, inputs: Mapping[str, Tensor], run: Run, seed: int = 0) -> dict[str, Tensor]:
+    def with_past(
+        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
+    ) -> dict[str, Tensor]:
         """The same inputs over a random text that the model encoded, behind what it decoded of other tokens.
 
         Args:
@@ -210,7 +214,7 @@ def _encode(base: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, list
     return encoded.last_hidden_state, held(cache.cross_attention_cache)
 
 
-def find_layers(base: nn.Module) -> Layers:
+def find_layers(base: nn.Module) -> EncoderDecoderLayers:
     """The layers of an encoder-decoder's caches, found by running it on fake tensors.
 
     Raises:
@@ -224,7 +228,7 @@ def find_layers(base: nn.Module) -> Layers:
         raise PeftfxError(what, type(base).__name__, "use the forward view")
     text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
     cache = EncoderDecoderCache(cache_of([]), cache_of([]))
-    with dry_run(base) as fake:
+    with fake_run(base) as fake:
         given = {name: fake(t) for name, t in text.items() if name in needed}
         try:
             output = base(**given, cache=cache, use_cache=True)
@@ -236,7 +240,7 @@ def find_layers(base: nn.Module) -> Layers:
     if not own or len(own) != len(cross):
         what = "the model's decoder has not one cache of its own and one of the encoded text for each layer"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
-    return Layers(_layers(own), _layers(cross), width)
+    return EncoderDecoderLayers(_layers(own), _layers(cross), width)
 
 
 def _layers(tensors: list[Tensor]) -> tuple[Held, ...]:

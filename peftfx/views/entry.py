@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peftfx.errors import PeftfxError
 
-Call = Callable[[nn.Module, Mapping[str, object]], object]
+EntryCall = Callable[[nn.Module, Mapping[str, object]], object]
 """How a view runs a module: given it and the keyword arguments of the view, it returns tensors."""
 
 HOLE = "hole"  #: the constant's name in a graph's constants
@@ -52,7 +52,7 @@ class Entry(ABC):
         """Refuse a forward that cannot be run through this entry; sizes of `inputs` are those of the example."""
 
     @abstractmethod
-    def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+    def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
         """What `call` gives for the base and these arguments, under what is in the hole."""
 
 
@@ -104,7 +104,7 @@ class VirtualTokens(Entry):
                 what = f"{name} runs along the text, and virtual tokens have none of it"
                 raise PeftfxError(what, name, "leave it out, or use a method that acts on weights")
 
-    def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+    def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
         given = {name: value for name, value in arguments.items() if name not in self.dropped}
         count = hole.shape[-2]  # a symbol where it is an input
         for name in self._grown:
@@ -120,7 +120,7 @@ class VirtualTokens(Entry):
         return self.call_replacing(call, base, lambda embedded: _embedded(hole, embedded[:, count:]), given)
 
     def call_replacing(
-        self, call: Call, base: nn.Module, replaced: Callable[[Tensor], Tensor], given: Mapping[str, object]
+        self, call: EntryCall, base: nn.Module, replaced: Callable[[Tensor], Tensor], given: Mapping[str, object]
     ) -> object:
         """Call the base with something else in the place of what it embeds first, which is the text."""
         calls, thread = 0, threading.get_ident()

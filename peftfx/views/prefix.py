@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError
-from peftfx.views.dry_run import dry_run
-from peftfx.views.entry import POSITIONS, Call, Entry
+from peftfx.views.dry_run import fake_run
+from peftfx.views.entry import POSITIONS, Entry, EntryCall
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache, DynamicCache
@@ -54,7 +54,7 @@ class Prefix(Entry):
         if given is not None:
             raise PeftfxError("the prefix is itself the cache of this call", given, "leave it out")
 
-    def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+    def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
         _refuse_checkpointing(base)
         given = {name: value for name, value in arguments.items() if name not in self.dropped}
         count, mask, positions = hole.shape[0], given.get(self._masks), given.get(_positions(self.decodes))
@@ -97,7 +97,7 @@ def _fields(base: nn.Module) -> object:
 
 def _measured(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
     cache = _empty()
-    with dry_run(base) as fake:
+    with fake_run(base) as fake:
         inputs = {name: fake(t) for name, t in example_inputs(base).items()}
         try:
             base(**inputs, **{_CACHE: _beside_encoder(cache) if decodes else cache})

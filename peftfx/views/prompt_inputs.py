@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from peftfx.graph.slots import PREFIX, PROMPT, Slot
+from peftfx.graph.slots import PREFIX, SLOT_PROMPT, Slot
 from peftfx.views.cache_prefix import CachePrefix
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
-from peftfx.views.entry import Call, Entry
+from peftfx.views.entry import Entry, EntryCall
 from peftfx.views.prompt_in_view import prompt_in_view, width_of
-from peftfx.views.view import Axes, Run
+from peftfx.views.view import Axes, RunView
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Place:
     """An input in the place of an entry's hole.
 
     Attributes:
-        what: `PROMPT` or `PREFIX`; the input's name, and that of its first axis.
+        what: `SLOT_PROMPT` or `PREFIX`; the input's name, and that of its first axis.
         entry: what is done with it; its hole has as many rows as an example has.
         dropped: arguments that a soft prompt makes as if they were not given, here zero.
     """
@@ -49,7 +49,7 @@ class Place:
             return torch.randn(count, self.entry.shape[1], generator=random).to(self.entry.dtype)
 
 
-def through(places: Sequence[Place], call: Call) -> Call:
+def through(places: Sequence[Place], call: EntryCall) -> EntryCall:
     """A call that takes what these places hold among its arguments."""
 
     def run(base: nn.Module, arguments: Mapping[str, object]) -> object:
@@ -61,7 +61,7 @@ def through(places: Sequence[Place], call: Call) -> Call:
     return run
 
 
-def _enter(place: Place, hole: object, call: Call, base: nn.Module, arguments: Mapping[str, object]) -> object:
+def _enter(place: Place, hole: object, call: EntryCall, base: nn.Module, arguments: Mapping[str, object]) -> object:
     assert isinstance(hole, Tensor)
     given = dict(arguments)
     for name in place.dropped & given.keys():
@@ -107,7 +107,9 @@ class WithPromptInputs:
         counts = {place.what: place.entry.shape[0] for place in self.places} | dict(sizes or {})
         return made | {place.what: place.rows(counts[place.what], seed + 1) for place in self.places}
 
-    def with_past(self, base: nn.Module, inputs: Mapping[str, Tensor], run: Run, seed: int = 0) -> dict[str, Tensor]:
+    def with_past(
+        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
+    ) -> dict[str, Tensor]:
         """The same inputs, with keys and values that the model makes without a soft prompt."""
         names = {place.what for place in self.places}
         own = {name: value for name, value in inputs.items() if name not in names}
@@ -131,4 +133,4 @@ class WithPromptInputs:
 
 def _with_counts(trials: Sequence[Mapping[str, int]]) -> Iterator[Mapping[str, int]]:
     for sizes, prefix, prompt in zip(trials, (0, 4, 1, 5, 0), (0, 2, 5, 0, 1), strict=False):
-        yield {**sizes, PREFIX: prefix, PROMPT: prompt}
+        yield {**sizes, PREFIX: prefix, SLOT_PROMPT: prompt}

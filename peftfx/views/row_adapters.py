@@ -20,8 +20,8 @@ from peftfx.errors import PeftfxError
 from peftfx.views.cache_prefix import CachePrefix
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
-from peftfx.views.entry import PER_TOKEN, POSITIONS, Call, Entry, VirtualTokens
-from peftfx.views.view import Axes, Run
+from peftfx.views.entry import PER_TOKEN, POSITIONS, Entry, EntryCall, VirtualTokens
+from peftfx.views.view import Axes, RunView
 
 IDS = "adapter_ids"  #: the input: the number of each row's adapter, -1 for none
 NOWHERE = 1 << 31  #: an entry that no stack has
@@ -43,7 +43,7 @@ class CachePrefixByRow(CachePrefix):
 
     name: ClassVar[str] = PREFIXES
 
-    def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+    def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
         given = dict(arguments)
         ids = given.pop(IDS)
         assert isinstance(ids, Tensor)
@@ -77,7 +77,7 @@ class PromptsByRow(VirtualTokens):
             what = "prompts of different lengths leave positions to the model"
             raise PeftfxError(what, POSITIONS, "leave it out, or export each adapter merged")
 
-    def __call__(self, call: Call, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
+    def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
         given = dict(arguments)
         ids = given.pop(IDS)
         assert isinstance(ids, Tensor)
@@ -175,7 +175,9 @@ class WithRowAdapters:
             rows = made["input_ids"].shape[0]
             return made | {IDS: torch.randint(-1, len(self.lengths) - 1, (rows,), generator=random)}
 
-    def with_past(self, base: nn.Module, inputs: Mapping[str, Tensor], run: Run, seed: int = 0) -> dict[str, Tensor]:
+    def with_past(
+        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
+    ) -> dict[str, Tensor]:
         """The same inputs, with keys and values that the model makes without an adapter."""
         own = {name: value for name, value in inputs.items() if name != IDS}
         return {**inputs, **self._longer.with_past(base, own, run, seed)}

@@ -13,7 +13,7 @@ from peftfx.bases.config_fields import collect_configs, first_of
 Axes = Mapping[str, tuple[str | None, ...]]
 """The name of each axis of each input; `None` where its size is the model's."""
 
-Run = Callable[["View", Mapping[str, Tensor]], Mapping[str, Tensor]]
+RunView = Callable[["View", Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Runs a model in one of its views: given the view and its inputs, it returns the outputs by name."""
 
 
@@ -34,7 +34,9 @@ class View(Protocol):
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Valid inputs, of these sizes of named axes."""
 
-    def with_past(self, base: nn.Module, inputs: Mapping[str, Tensor], run: Run, seed: int = 0) -> dict[str, Tensor]:
+    def with_past(
+        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
+    ) -> dict[str, Tensor]:
         """The same inputs, with what the model itself made of another text where they hold keys and values."""
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from peftfx.demo import demo
-from peftfx.demo.classifier import BATCH
+from peftfx.demo.classifier import _BATCH
 from peftfx.demo.report import DemoResult, next_commands
 from peftfx.demo.topics import TOPICS, batches, load_split, sentences
 from peftfx.errors import PeftfxError
@@ -52,7 +52,7 @@ def onnx_runtime_is_as_accurate_as_torch(result: DemoResult) -> None:
 def training_helped(result: DemoResult) -> None:
     assert result.accuracy_before < 0.35
     assert result.accuracy_torch > result.accuracy_before + 0.1
-    assert result.steps == EPOCHS * len(batches(load_split(per_topic=PER_TOPIC).train, BATCH))
+    assert result.steps == EPOCHS * len(batches(load_split(per_topic=PER_TOPIC).train, _BATCH))
 
 
 def every_part_is_there_and_nothing_else(output: Path) -> None:
@@ -71,7 +71,7 @@ def every_part_is_there_and_nothing_else(output: Path) -> None:
 def peft_and_onnx_runtime_agree(output: Path) -> None:
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    with demo.quiet():
+    with demo.quiet_libraries():
         base = transformers.AutoModelForSequenceClassification.from_pretrained(output / "base")
         tokenizer = transformers.AutoTokenizer.from_pretrained(output / "onnx")
         eager = peft.PeftModel.from_pretrained(base, output / "adapter").eval()

@@ -73,12 +73,12 @@ def test_training_shows_a_bar_with_its_loss_and_memory() -> None:
 
 def test_what_to_try_next_is_of_what_is_there(tmp_path: Path) -> None:
     out = tmp_path / "a b"
-    run, inspect, export = generation.next_commands(out, generation.LORA)
+    run, inspect, export = generation._next_commands(out, generation.LORA)
     assert shlex.split(run)[:5] == ["peftfx", "run", str(out / "lora-merged"), "--prompt", "In Python, a decorator"]
     assert shlex.split(inspect) == ["peftfx", "inspect", str(out / "base")]
     assert str(out / "lora-adapter") in shlex.split(export)
-    swapped = generation.Trial("Prompt tuning", peftfx.PromptTuning(), 1e-2, (generation.SWAPPABLE,))
-    run = generation.next_commands(out, swapped)[0]
+    swapped = generation.DemoTrial("Prompt tuning", peftfx.PromptTuning(), 1e-2, (generation.SWAPPABLE,))
+    run = generation._next_commands(out, swapped)[0]
     assert shlex.split(run)[-1] == str(out / "prompt-tuning.onnx_adapter")
 
 
@@ -102,8 +102,8 @@ def test_a_short_run(tmp_path: Path) -> None:
     assert outcome.perplexity["torch"] < outcome.perplexity["base"]
     assert outcome.perplexity["merged"] == pytest.approx(outcome.perplexity["torch"], rel=1e-3)
     assert {p.name for p in output.iterdir()} == {"base", "lora-adapter", "lora-merged"}
-    assert generation.PROMPT in outcome.text["merged"]
-    assert generation.PROMPT in outcome.text["base"]
+    assert generation.DEMO_PROMPT in outcome.text["merged"]
+    assert generation.DEMO_PROMPT in outcome.text["base"]
     lines = [line.strip() for line in text.getvalue().splitlines()]
-    assert lines[-4:] == ["Try next:", *generation.next_commands(output, outcome.trial)]
+    assert lines[-4:] == ["Try next:", *generation._next_commands(output, outcome.trial)]
     assert f"{outcome.perplexity['merged']:.2f}" in text.getvalue()

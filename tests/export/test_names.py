@@ -13,7 +13,7 @@ from torch import nn
 
 import peftfx
 from peftfx.export import to_onnx
-from peftfx.export.metadata import ADAPTERS, BASE_MODEL, FINGERPRINT, SCOPE
+from peftfx.export.metadata import ADAPTERS_KEY, BASE_MODEL, FINGERPRINT, SCOPE
 from peftfx.graph.fingerprint import SAMPLED, fingerprint
 from peftfx.version import __version__
 
@@ -47,7 +47,7 @@ def test_a_model_says_what_it_came_from_and_two_exports_are_the_same_bytes(tmp_p
     loaded = onnx.load(tmp_path / "a" / "model.onnx", load_external_data=False)
     said = {prop.key: prop.value for prop in loaded.metadata_props}
     assert (loaded.producer_name, loaded.producer_version) == ("peftfx", __version__)
-    assert (said[ADAPTERS], said[BASE_MODEL]) == ("mine: LoRA", "Sequential")
+    assert (said[ADAPTERS_KEY], said[BASE_MODEL]) == ("mine: LoRA", "Sequential")
     assert said[FINGERPRINT] == fingerprint(model, SAMPLED)
     rounded = onnx.load(tmp_path / "small" / "model.onnx", load_external_data=False)
     scopes = {node.name: [p.value for p in node.metadata_props if p.key == SCOPE] for node in rounded.graph.node}

@@ -16,7 +16,7 @@ from torch import nn
 import peftfx
 from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
-from peftfx.graph.lazy_weights import Stored, exact, faked, load, load_contiguous, pieces, store
+from peftfx.graph.lazy_weights import Stored, exact, faked, load_contiguous, load_tensor, pieces, store
 
 SIZE = Size(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, vocabulary=300)
 
@@ -56,7 +56,7 @@ def test_an_operation_computes_what_it_does_on_the_cast_weight(name: str) -> Non
     run = OPERATIONS[name]
     got, want = run(Stored(source, torch.float32), x), run(source.float(), x)
     assert got.dtype == want.dtype
-    assert torch.equal(load(got), want)
+    assert torch.equal(load_tensor(got), want)
 
 
 def test_it_looks_like_a_tensor_of_its_dtype_and_is_neither_copied_nor_written() -> None:
@@ -65,7 +65,7 @@ def test_it_looks_like_a_tensor_of_its_dtype_and_is_neither_copied_nor_written()
     assert (stored.dtype, stored.shape, stored.stride()) == (torch.float32, source.shape, source.stride())
     assert exact(stored) is source
     assert exact(stored.detach().t()).data_ptr() == source.data_ptr()
-    assert load(torch.ones(2)).sum() == 2
+    assert load_tensor(torch.ones(2)).sum() == 2
     before = source.clone()
     for write in (lambda: stored.add_(1), lambda: stored.copy_(torch.zeros(6, 4)), lambda: stored[0].zero_()):
         with torch.no_grad(), pytest.raises(PeftfxError, match="stays in its file"):
@@ -105,7 +105,7 @@ def test_a_bfloat16_base_in_float32_is_the_eager_model_and_its_files_values(base
         with safe_open(shard, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 assert torch.equal(exact(stored[name]), file.get_tensor(name))
-                assert torch.equal(load(stored[name]), file.get_tensor(name).float())
+                assert torch.equal(load_tensor(stored[name]), file.get_tensor(name).float())
                 found += 1
     assert found == len(stored)
 

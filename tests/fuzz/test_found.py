@@ -22,7 +22,7 @@ import peftfx
 from peftfx import LoRA, PeftfxError, runtime
 from peftfx.bases.load import load_base
 from peftfx.export.command import export_directory
-from peftfx.graph.slots import FILE, Manifest
+from peftfx.graph.slots import SLOTS_FILE, Manifest
 from peftfx.model.plan import make_plan
 from peftfx.rules.text import parse_rules
 from peftfx.sites.target import explain
@@ -137,7 +137,7 @@ def test_a_rank_without_end(twin: str, field: str, base: Base, tmp_path: Path) -
 def test_a_manifest_without_the_graph_that_runs(exported: Path, tmp_path: Path) -> None:
     directory = tmp_path / "graph"
     shutil.copytree(exported, directory)
-    path = directory / FILE
+    path = directory / SLOTS_FILE
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "views": {}}), encoding="utf-8")
     found = settle(lambda: runtime.load(directory, threads=1, adapter=directory / ADAPTER))
     assert "lists no graph 'model', which the model runs" in found.message
@@ -145,7 +145,7 @@ def test_a_manifest_without_the_graph_that_runs(exported: Path, tmp_path: Path) 
 
 def test_a_manifest_with_another_fingerprint(exported: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "graph")
-    path = tmp_path / "graph" / FILE
+    path = tmp_path / "graph" / SLOTS_FILE
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "fingerprint": "no"}), encoding="utf-8")
     assert "fingerprint='no'" in settle(lambda: Manifest.read(tmp_path / "graph")).message
 

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftfx import runtime
-from peftfx.graph.slots import FILE, Manifest
+from peftfx.graph.slots import SLOTS_FILE, Manifest
 from peftfx.serving.adapter_file import read_for
 from peftfx.serving.pipelines import task_of_directory
 
 FIELDS = {
-    FILE: ("base", "model", "fingerprint", "dtype", "views", "atol", "rtol", "slots"),
+    SLOTS_FILE: ("base", "model", "fingerprint", "dtype", "views", "atol", "rtol", "slots"),
     "config.json": ("model_type", "architectures", "hidden_size", "num_hidden_layers", "dtype", "pad_token_id"),
     "generation_config.json": ("eos_token_id", "max_length", "do_sample", "temperature", "cache_implementation"),
     "peftfx_report.json": ("model", "files", "outputs"),
@@ -67,7 +67,7 @@ def _fields(file: str) -> st.SearchStrategy[Spoiled]:
 
 spoils = st.one_of(
     *map(_fields, FIELDS),
-    st.builds(Spoiled, st.just(FILE), slot=changes(SLOT, values).map(tuple)),
+    st.builds(Spoiled, st.just(SLOTS_FILE), slot=changes(SLOT, values).map(tuple)),
     st.builds(Spoiled, st.sampled_from(sorted(FIELDS)), text=raw_texts),
     st.builds(Spoiled, st.sampled_from([*FIELDS, ADAPTER, "model.onnx"]), damage=st.sampled_from(DAMAGES)),
 )

@@ -17,7 +17,7 @@ from peftfx.contract.sequence import PROMPT, PromptMethod, with_text_sizes
 from peftfx.contract.weight import WeightMethod
 from peftfx.graph.graph import Graph
 from peftfx.passes.slots.by_row import _Rows
-from peftfx.passes.slots.layer import Acting, acted
+from peftfx.passes.slots.layer import Effect, acted
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
@@ -339,13 +339,13 @@ def sites_by_name(graph: Graph) -> Sites:
 
 
 def forgets_the_low_rank_sum(
-    site: Site, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, acting: Acting
+    site: Site, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, acting: Effect
 ) -> Tensor:
     """A layer with slots that reads no factors."""
     return acted(site, op, x, weight, bias, dataclasses.replace(acting, low=None))
 
 
-def adds_the_bias_twice(site: Site, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, acting: Acting) -> Tensor:
+def adds_the_bias_twice(site: Site, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, acting: Effect) -> Tensor:
     """A layer whose operation has its bias still."""
     y = acted(site, op, x, weight, bias, acting)
     return y if bias is None else y + bias

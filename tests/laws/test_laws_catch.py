@@ -21,23 +21,23 @@ from peftfx.testing import frame as law_frame
 from peftfx.testing import prompts as law_prompts
 from peftfx.testing import slots as law_slots
 from peftfx.testing import statements as laws
-from peftfx.testing.blocks import Attention, Dense
+from peftfx.testing.blocks import AttentionBlock, DenseBlock
 from peftfx.testing.cases import Case
 from peftfx.testing.check import known
 from peftfx.testing.models import Causal, Text
 
-CASE = Case(Text((Dense(), Dense())), batch=3, sequence=4)
+CASE = Case(Text((DenseBlock(), DenseBlock())), batch=3, sequence=4)
 TARGET = ("blocks.0", "blocks.1")
 
 #: The gradients' breakers need a second place that is not adapted; an attention that is written out has no modules.
 _TARGETS: dict[Callable[..., None], tuple[str, ...]] = {law_frame.gradients: ("blocks.1",), laws.roads: ("blocks.0",)}
-ATTENDING = Case(Text((Attention(), Attention("softmax", "heads"))), batch=3, sequence=4)
+ATTENDING = Case(Text((AttentionBlock(), AttentionBlock("softmax", "heads"))), batch=3, sequence=4)
 PROMPTED = Case(Causal(()), batch=3, sequence=4)
 
 BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod | SequenceMethod]], ...] = (
-    (laws.identity, wrong.StartsAtRandom),
+    (laws._identity, wrong.StartsAtRandom),
     (arithmetic.fold, wrong.ForgetsTheBias),
-    (laws.merge, wrong.FoldsInPlace),
+    (laws._merge, wrong.FoldsInPlace),
     (laws.merge_in_place, wrong.ForgetsTheBias),
     (laws.remove, wrong.MovesTheBase),
     (laws.idempotence, wrong.IgnoresTheSeed),
@@ -49,8 +49,8 @@ BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod | S
     (laws.sizes, wrong.LooksAtTheBatch),
     (laws.onnx, wrong.IsNoisyInEval),
     (laws.roads, wrong.LooksAtTheTrace),
-    (laws.identity, wrong.StartsWithAnOpenGate),
-    (laws.merge, wrong.PromptsAtRandom),
+    (laws._identity, wrong.StartsWithAnOpenGate),
+    (laws._merge, wrong.PromptsAtRandom),
     (laws.remove, wrong.ScalesTheKeys),
     (laws.idempotence, wrong.DrawsForItself),
     (laws.commute, wrong.CountsAttentions),
@@ -60,7 +60,7 @@ BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod | S
     (laws.onnx, wrong.PromptsAtRandom),
     (law_prompts.saved, wrong.SaysAnotherShape),
     (law_prompts.saved, wrong.ScalesWhatIsSaved),
-    (laws.merge, wrong.WordsAtRandom),
+    (laws._merge, wrong.WordsAtRandom),
     (laws.remove, wrong.ScalesTheEmbedding),
     (laws.idempotence, wrong.DrawsItsOwnWords),
     (law_frame.gradients, wrong.DetachesItsWords),
@@ -96,7 +96,7 @@ def test_what_files_would_lose_is_refused_before_any_law() -> None:
 
 
 def test_sites_found_by_name_are_caught() -> None:
-    case = Case(Text((Attention("softmax"),)))
+    case = Case(Text((AttentionBlock("softmax"),)))
     roles(case)
     with pytest.raises(AssertionError):
         roles(case, wrong.sites_by_name)

@@ -12,11 +12,11 @@ import torch
 
 import peftfx
 from peftfx.errors import PeftfxError
-from peftfx.testing.blocks import Dense
+from peftfx.testing.blocks import DenseBlock
 from peftfx.testing.models import Text
 from peftfx.testing.setup import assert_close
 
-SPEC = Text((Dense(outer=12), Dense(bias=False, inner=12)))
+SPEC = Text((DenseBlock(outer=12), DenseBlock(bias=False, inner=12)))
 QUICK = ("svd", "ties", "dare_linear", "dare_ties_svd", "magnitude_prune_svd")
 KINDS = (
     "svd",

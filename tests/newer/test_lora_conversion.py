@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.adapters.lora_conversion import difference, lora_of
 from peftfx.errors import PeftfxError, PeftfxWarning
-from peftfx.testing.blocks import Dense
+from peftfx.testing.blocks import DenseBlock
 from peftfx.testing.models import Text
 from peftfx.testing.setup import assert_close, stir
 
-SPEC = Text((Dense(outer=12), Dense(transposed=True, inner=12)))
+SPEC = Text((DenseBlock(outer=12), DenseBlock(transposed=True, inner=12)))
 INPUTS = SPEC.inputs(3, 5, 1)
 
 

@@ -15,7 +15,7 @@ from support.zoo import ZOO
 import peftfx
 from peftfx import runtime
 from peftfx.contract.method import Method
-from peftfx.export.deployment.genai_config import FILE, write_genai_config
+from peftfx.export.deployment.genai_config import GENAI_CONFIG, write_genai_config
 from peftfx.views.decode import Decode, Held
 
 NEW = 24
@@ -31,7 +31,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def test_the_config_names_what_the_graph_has(exported: tuple[Pair, Path]) -> None:
     _, directory = exported
-    made, model = json.loads((directory / FILE).read_text())["model"], runtime.load(directory)
+    made, model = json.loads((directory / GENAI_CONFIG).read_text())["model"], runtime.load(directory)
     decoder = made["decoder"]
     names = {name for key, name in decoder["inputs"].items() if not key.startswith("past")}
     names |= {decoder["inputs"][f"past_{k}_names"] % i for k in ("key", "value") for i in range(2)}
@@ -46,9 +46,9 @@ def test_genai_generates_our_tokens_alone_and_in_a_batch_padded_on_the_right(exp
     left = prompts(3)
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 1000}  # there is none
     want = pair.peft.generate(**left, **options)[:, left["input_ids"].shape[1] :]
-    made = json.loads((directory / FILE).read_text())
+    made = json.loads((directory / GENAI_CONFIG).read_text())
     made["model"]["eos_token_id"] = next(i for i in range(4, 99) if i not in want)  # so that every row is as long
-    (directory / FILE).write_text(json.dumps(made))
+    (directory / GENAI_CONFIG).write_text(json.dumps(made))
     right = padded_on_the_right(**left)
     for given, expected in ((right, want), (right[:1], want[:1])):
         assert torch.equal(genai_tokens(directory, given), expected)
@@ -63,10 +63,10 @@ def test_genai_sees_nothing_of_a_soft_prompt_but_what_it_does(method: type[Metho
     given = prompts(1)
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 1000}
     want = runtime.load(tmp_path / "out").generate(**given, **options)[:, given["input_ids"].shape[1] :]
-    made = json.loads((tmp_path / "out" / FILE).read_text())
+    made = json.loads((tmp_path / "out" / GENAI_CONFIG).read_text())
     assert made["model"]["context_length"] == adapted.base.config.max_position_embeddings - 3
     made["model"]["eos_token_id"] = next(i for i in range(4, 99) if i not in want)
-    (tmp_path / "out" / FILE).write_text(json.dumps(made))
+    (tmp_path / "out" / GENAI_CONFIG).write_text(json.dumps(made))
     assert torch.equal(genai_tokens(tmp_path / "out", given["input_ids"]), want)
     with adapted.disable_adapter():
         assert not torch.equal(adapted.generate(**given, **options)[:, given["input_ids"].shape[1] :], want)
@@ -99,4 +99,4 @@ def test_a_cache_that_genai_has_no_words_for_gets_no_config(tmp_path: Path) -> N
     assert not write_genai_config(tmp_path, config, Decode((wide, wide), positions=True))
     assert not list(tmp_path.iterdir())
     assert write_genai_config(tmp_path, config, Decode((narrow, narrow), positions=False))
-    assert "position_ids" not in (tmp_path / FILE).read_text()
+    assert "position_ids" not in (tmp_path / GENAI_CONFIG).read_text()

@@ -13,7 +13,7 @@ from peftfx.errors import PeftfxError
 from peftfx.sites.expression import Target
 from peftfx.sites.site import Part, Site
 from peftfx.sites.sites import Sites
-from peftfx.sites.target import Match, explain, select
+from peftfx.sites.target import SelectedSite, explain, select
 
 
 def site(path: str, role: str, kind: str = "linear", *parts: Part) -> Site:
@@ -117,7 +117,7 @@ def test_module_names_mean_what_they_mean_in_peft(
 
 def test_layers_restrict_a_target() -> None:
     matches = select(SITES, target="attention.query", layers_to_transform=[0, 1], exclude_modules=["q_proj"])
-    assert matches == [Match(SITES.by_path(f"model.layers.{i}.attn.qkv"), ("attention.query",)) for i in (0, 1)]
+    assert matches == [SelectedSite(SITES.by_path(f"model.layers.{i}.attn.qkv"), ("attention.query",)) for i in (0, 1)]
 
 
 def test_explain_says_why() -> None:

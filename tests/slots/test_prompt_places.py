@@ -32,7 +32,7 @@ from peftfx import (
 from peftfx.export import OnnxModel
 from peftfx.export.adapter_command import export_adapter_directories
 from peftfx.export.slots.adapter_export import export_adapter
-from peftfx.export.slots.prompt_places import capture_forward, places_of
+from peftfx.export.slots.prompt_places import capture_forward, prompt_places_of
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.passes import Evaluate, Merge
@@ -180,7 +180,7 @@ def test_a_classifier_of_peft_brings_its_prompt_and_its_head(bert: Deployed, tmp
 def test_with_no_virtual_tokens_a_forward_is_the_base_to_the_last_bit(name: str) -> None:
     model = ZOO[name].build().eval()
     adapted = bare(model)
-    places = tuple(places_of(model, adapted.sites))
+    places = tuple(prompt_places_of(model, adapted.sites))
     graph = capture_forward(model, adapted.example, places)
     for batch, sequence in ((2, 5), (1, 1)):
         inputs = ZOO[name].inputs(batch, sequence, model=model)
@@ -200,7 +200,7 @@ def test_token_types_that_hf_peft_drops_under_a_prompt_count_without_one(kind: s
     inputs = ZOO["bert"].inputs(2, 5, model=model)
     assert inputs["token_type_ids"].any()
     adapted = transform(model, PROMPTED[kind], "x", seed=0)
-    places = tuple(places_of(model, adapted.sites))
+    places = tuple(prompt_places_of(model, adapted.sites))
     graph = capture_forward(model, inputs, places)
     (placement,) = adapted.adapter("x").placements.prompts
     rows = {place.what: place.rows(0, 0) for place in places}

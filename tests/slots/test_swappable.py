@@ -37,7 +37,7 @@ from peftfx.export.adapter_command import export_adapter_directories
 from peftfx.export.slots.adapter_export import export_adapter
 from peftfx.export.slots.swappable import Slots
 from peftfx.graph.fingerprint import fingerprint
-from peftfx.graph.slots import FILE, Manifest
+from peftfx.graph.slots import SLOTS_FILE, Manifest
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes import Evaluate, Merge
 from peftfx.serving.adapter_file import read_adapter_file
@@ -189,7 +189,7 @@ def test_encoders_take_adapters_in_their_forward(bert: Deployed, rule: object, t
 def test_a_graph_of_an_older_peftfx_takes_new_adapters(llama: Deployed, tmp_path: Path) -> None:
     """Its manifest has a fingerprint of some values, and does not say so."""
     shutil.copytree(llama.root / "graph", tmp_path / "graph")
-    path, adapted = tmp_path / "graph" / FILE, llama.with_rule(RULES["lora"])
+    path, adapted = tmp_path / "graph" / SLOTS_FILE, llama.with_rule(RULES["lora"])
     old = json.loads(path.read_text())
     assert old.pop("fingerprint_version") == 2
     path.write_text(json.dumps({**old, "fingerprint": fingerprint(adapted.base, 1)}))
@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_refused(llama: Deployed, bert: Deployed, tmp_path:
     assert result.code == 2
     missing = peftfx("export-adapter", "--adapter", tmp_path, "--for", tmp_path, "--output", tmp_path / "y")
     assert missing.code == 2
-    assert FILE in missing.err
+    assert SLOTS_FILE in missing.err
 
 
 @pytest.mark.slow

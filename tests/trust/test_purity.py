@@ -17,7 +17,7 @@ from support.zoo import ZOO
 
 import peftfx
 from peftfx.cli.speech import quiet
-from peftfx.export.deployment.parts import Part
+from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.report import Report, tell_rounding
 from peftfx.export.slots.batched import Batched
@@ -74,7 +74,7 @@ def test_an_export_leaves_the_model_as_it_was(adapted: AdaptedModel, tmp_path: P
 
 def test_a_part_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Part("model.onnx", None, None, None).found = ()  # type: ignore[arg-type, misc]
+        GraphPart("model.onnx", None, None, None).found = ()  # type: ignore[arg-type, misc]
 
 
 def no_adapter(model: AdaptedModel) -> object:

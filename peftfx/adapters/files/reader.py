@@ -29,7 +29,7 @@ from peftfx.contract.placement import Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError, warn
 from peftfx.rules.parameters import picks
-from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_config, rule_folders
+from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
 from peftfx.rules.resolution import (
     acted_at,
     as_modules,
@@ -91,7 +91,7 @@ def _refuse_conflict(adapter: Adapter, other: Adapter, folder: Path) -> None:
 
 def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     """The adapter that one rule made."""
-    config = read_config(directory)
+    config = read_adapter_config(directory)
     method = method_from_config(config, str(directory / CONFIG))
     weights = Weights(directory, method.prefix)
     if method.doubt:

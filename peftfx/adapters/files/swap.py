@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.reader import read_adapter
-from peftfx.adapters.files.writer import config_and_tensors, write_rule
+from peftfx.adapters.files.writer import config_and_tensors, write_rule_directory
 from peftfx.contract.method import PLACING
 from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError
@@ -31,7 +31,7 @@ def swap_state(base: nn.Module, sites: Sites, adapter: Adapter, state: Mapping[s
     config, _ = config_and_tensors(base, adapter)
     with tempfile.TemporaryDirectory() as folder:
         tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
-        write_rule(Path(folder), config, {WEIGHTS: tensors})
+        write_rule_directory(Path(folder), config, {WEIGHTS: tensors})
         swap_file(base, sites, adapter, Path(folder))
 
 

@@ -25,7 +25,7 @@ from peftfx.contract.placed import Placed
 from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError, warn
 from peftfx.files import write_file, writing
-from peftfx.formats import RULES, stamped
+from peftfx.formats import RULES, with_version
 from peftfx.rules.peft_files import CONFIG, STATE, WEIGHTS
 
 
@@ -67,7 +67,7 @@ def config_and_tensors(base: nn.Module, adapter: Adapter) -> tuple[dict[str, obj
     return config, files[WEIGHTS]
 
 
-def refuse_arguments(safe: bool, state: Mapping[str, Tensor] | None, embeddings: str | bool) -> None:
+def refuse_save_arguments(safe: bool, state: Mapping[str, Tensor] | None, embeddings: str | bool) -> None:
     """Arguments of HF PEFT's `save_pretrained` that ask for what is not written."""
     if not safe:
         hint = "leave safe_serialization out: HF PEFT reads safetensors"
@@ -83,18 +83,18 @@ def refuse_arguments(safe: bool, state: Mapping[str, Tensor] | None, embeddings:
 def _write(directory: Path, rules: dict[str, Contents]) -> None:
     """Write an adapter: one rule as HF PEFT does, of several each in a folder of its own."""
     if len(rules) == 1:
-        write_rule(directory, *rules.popitem()[1])
+        write_rule_directory(directory, *rules.popitem()[1])
         (directory / RULES).unlink(missing_ok=True)  # another adapter's, that was here before
         return
     for name, contents in rules.items():
         (directory / name).mkdir(exist_ok=True)
-        write_rule(directory / name, *contents)
-    write_file(directory / RULES, functools.partial(_save_json, stamped(RULES, {"rules": list(rules)})))
+        write_rule_directory(directory / name, *contents)
+    write_file(directory / RULES, functools.partial(_save_json, with_version(RULES, {"rules": list(rules)})))
     for file in (CONFIG, WEIGHTS, STATE):
         (directory / file).unlink(missing_ok=True)
 
 
-def write_rule(directory: Path, config: dict[str, object], files: dict[str, dict[str, Tensor]]) -> None:
+def write_rule_directory(directory: Path, config: dict[str, object], files: dict[str, dict[str, Tensor]]) -> None:
     for file, tensors in files.items():
         write_file(directory / file, functools.partial(_save_tensors, tensors))
     if STATE not in files:

@@ -24,7 +24,7 @@ def joined(p: Params) -> dict[str, Tensor]:
     return {name: both.get(name, t) for name, t in p.items() if name not in (A0, B0)}
 
 
-def stacked(site: Site, weight: Tensor, parts: Mapping[Rows, Params]) -> dict[str, Tensor]:
+def stacked_factors(site: Site, weight: Tensor, parts: Mapping[Rows, Params]) -> dict[str, Tensor]:
     """One LoRA of a fused site that does what those of its parts do: A stacked, B block-structured.
 
     Args:

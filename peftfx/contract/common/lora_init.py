@@ -92,7 +92,7 @@ def starts_from_weight(how: Start) -> bool:
     return isinstance(how, str) and how.startswith(("pissa", "olora"))
 
 
-def fill(how: Start, site: Site, a: Tensor, b: Tensor, rng: torch.Generator | None) -> None:
+def fill_factors(how: Start, site: Site, a: Tensor, b: Tensor, rng: torch.Generator | None) -> None:
     """Random factors, in place of zeros; one of the two stays zero where the update is to start as nothing."""
     if site.kind == "embedding":
         b.normal_(generator=rng)

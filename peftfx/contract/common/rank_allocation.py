@@ -18,16 +18,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from peftfx.contract.common.lora_factors import A, B
 from peftfx.contract.kept import Kept
 from peftfx.errors import PeftfxError
 
-A, B, E = "lora_A", "lora_B", "lora_E"
+E = "lora_E"
 KEPT = "lora_E_kept"  #: which singular values the allocator kept
 IMPORTANCE, UNCERTAINTY = "importance", "uncertainty"
 REMEMBERED = frozenset({KEPT} | {f"{name}_{kind}" for name in (A, B, E) for kind in (IMPORTANCE, UNCERTAINTY)})
 
 
-class Schedule(Protocol):
+class _Schedule(Protocol):
     """A rule with a budget; what its fields mean is AdaLoRA's to say."""
 
     @property
@@ -47,7 +48,7 @@ class Schedule(Protocol):
 
 
 @torch.no_grad()
-def allocate(rule: Schedule, places: Sequence[Kept], step: int) -> None:
+def allocate(rule: _Schedule, places: Sequence[Kept], step: int) -> None:
     """Note what matters in this step's gradients, and keep to the step's budget.
 
     Raises:
@@ -70,7 +71,7 @@ def allocate(rule: Schedule, places: Sequence[Kept], step: int) -> None:
             _mask(place)
 
 
-def budget(rule: Schedule, step: int, start: Sequence[int]) -> int:
+def budget(rule: _Schedule, step: int, start: Sequence[int]) -> int:
     """How many ranks all modules share at a step after `tinit`, given how many each started with."""
     assert rule.total_step is not None
     whole, target = sum(start), rule.target_r * len(start)
@@ -78,7 +79,7 @@ def budget(rule: Schedule, step: int, start: Sequence[int]) -> int:
     return int((whole - target) * left**3 + target)
 
 
-def _note(place: Kept, rule: Schedule) -> None:
+def _note(place: Kept, rule: _Schedule) -> None:
     """Add this step to the averages."""
     before = place.remembered()
     for name, p in place.params().items():

@@ -34,7 +34,7 @@ def clusters(rows: Tensor, count: int, where: str) -> tuple[Tensor, ...]:
     return made
 
 
-class Schedule(Protocol):
+class _Schedule(Protocol):
     """The options of ASA, by HF PEFT's names."""
 
     @property
@@ -58,7 +58,7 @@ def remembered(*factors: str, count: int) -> frozenset[str]:
     return frozenset(f"{f}_{i}_{what}" for f in factors for i in range(count) for what in (_IMPORTANCE, _UNCERTAINTY))
 
 
-def allocate(rule: Schedule, places: Sequence[Kept], step: int, a: str, b: str) -> None:
+def freeze_clusters(rule: _Schedule, places: Sequence[Kept], step: int, a: str, b: str) -> None:
     """Note how much each cluster matters; each interval, freeze those that matter least, over all places.
 
     A frozen one stays frozen. As in HF PEFT, of those that are as good as the last that is kept, none is.
@@ -85,7 +85,7 @@ def allocate(rule: Schedule, places: Sequence[Kept], step: int, a: str, b: str) 
         place.forget(place.remembered().keys())
 
 
-def _note(rule: Schedule, place: Kept) -> None:
+def _note(rule: _Schedule, place: Kept) -> None:
     before = place.remembered()
     for name, p in place.params().items():
         if p.grad is None:

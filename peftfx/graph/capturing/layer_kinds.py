@@ -93,7 +93,7 @@ Find = Callable[[Tensor], "fx.Node | None"]
 
 
 @dataclass
-class Call:
+class LayerCall:
     """One call of a layer.
 
     Attributes:
@@ -149,9 +149,9 @@ class Call:
         self.entries[label] = tensor
         self.names.setdefault(id(tensor), label)
         if node is None:
-            return Call.shape(tensor), id(tensor)
+            return LayerCall.shape(tensor), id(tensor)
         self.nodes[label] = node
-        return Call.shape(tensor), self.labels.setdefault(node, label)
+        return LayerCall.shape(tensor), self.labels.setdefault(node, label)
 
     def held(self, layer: nn.Module) -> list[tuple[object, list[object]]]:
         """What the call must leave as it is: the layer's attributes and weights, and other layers' parts of caches."""
@@ -194,7 +194,9 @@ def _contents(container: object) -> list[object]:
     return list(container)  # type: ignore[call-overload]
 
 
-def described(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], find: Find, held: list[object]) -> Call:
+def described(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], find: Find, held: list[object]
+) -> LayerCall:
     """A call of a layer.
 
     Args:
@@ -206,10 +208,10 @@ def described(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], f
     Raises:
         Unknown: it cannot be told from another.
     """
-    call = Call()
+    call = LayerCall()
     number = _number_of(layer)
     modules = [_module(call, path, module, number, find) for path, module in layer.named_modules()]
-    leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=Call.is_cache)
+    leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=LayerCall.is_cache)
     given: list[object] = []
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
@@ -231,7 +233,7 @@ def _number_of(layer: nn.Module) -> int | None:
     return next(iter(found), None)
 
 
-def _module(call: Call, path: str, module: nn.Module, number: int | None, find: Find) -> object:
+def _module(call: LayerCall, path: str, module: nn.Module, number: int | None, find: Find) -> object:
     own = vars(module)
     if any(own.get(name) for name in _HOOKS if path) or "forward" in own:
         raise Unknown
@@ -245,7 +247,7 @@ def _module(call: Call, path: str, module: nn.Module, number: int | None, find: 
     return path, type(module), tuple(weights), rest
 
 
-def _attribute(call: Call, value: object, number: int | None) -> object:
+def _attribute(call: LayerCall, value: object, number: int | None) -> object:
     """An attribute's value, and what stands at the layer's number in its lists: a config's are those of the model."""
     lists = [value] if isinstance(value, (list, tuple)) else []
     if not isinstance(value, (*_PLAIN, list, tuple, dict, nn.Module, Tensor)) and hasattr(value, "to_dict"):
@@ -254,7 +256,7 @@ def _attribute(call: Call, value: object, number: int | None) -> object:
     return call.value(value), at
 
 
-def _cache(call: Call, label: str, cache: Cache, number: int | None, find: Find) -> object:
+def _cache(call: LayerCall, label: str, cache: Cache, number: int | None, find: Find) -> object:
     """What a cache holds for the layer of this number."""
     if isinstance(cache, EncoderDecoderCache):
         if cache.is_updated.get(number):  # type: ignore[arg-type]

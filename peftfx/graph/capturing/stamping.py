@@ -24,9 +24,9 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from peftfx.graph.capturing.layer_kinds import Call, Unknown, described, layers_of, numbered
+from peftfx.graph.capturing.layer_kinds import LayerCall, Unknown, described, layers_of, numbered
 
-Forward = Callable[..., object]
+_Forward = Callable[..., object]
 _TRIALS = 4  #: layers of a kind that are traced to find two that are equal
 
 
@@ -72,7 +72,7 @@ class _Traced:
         path: of the layer.
     """
 
-    call: Call
+    call: LayerCall
     nodes: list[fx.Node]
     places: dict[fx.Node, tuple[str, object]]
     exits: list[object]
@@ -102,7 +102,7 @@ class _Stamper:
     held: list[object] = field(default_factory=list)  #: objects whose id is in a key
     thread: int = field(default_factory=threading.get_ident)
 
-    def __call__(self, module: nn.Module, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    def __call__(self, module: nn.Module, original: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         layer = self.layers.get(id(vars(module)))
         mode = proxy_tensor.get_proxy_mode() if threading.get_ident() == self.thread else None
         if layer is None or mode is None or not getattr(mode.tracer, "module_stack", None):
@@ -135,7 +135,7 @@ def _node(tracer: Any, tensor: Tensor) -> fx.Node | None:
 
 
 def _trace(
-    tracer: Any, layer: nn.Module, call: Call, path: str, run: Callable[[], object]
+    tracer: Any, layer: nn.Module, call: LayerCall, path: str, run: Callable[[], object]
 ) -> tuple[object, _Traced | None]:
     """What a layer returns, and what it left in the graph: none, if it did what a copy of nodes does not tell."""
     last, counts = tracer.graph._root.prev, dict(tracer.num_calls)
@@ -161,7 +161,7 @@ def _trace(
 
 def _read(
     tracer: Any,
-    call: Call,
+    call: LayerCall,
     made: list[fx.Node],
     result: object,
     changes: Mapping[str, object],
@@ -214,10 +214,10 @@ def _text(tracer: Any, node: fx.Node, places: Mapping[fx.Node, tuple[str, object
         return ("size", value.meta["val"].node.expr) if _is_size(value) else places.get(value, ("outer", value.name))
 
     arguments = pytree.tree_map_only(fx.Node, place, (node.args, node.kwargs))
-    return node.target, repr(arguments), pytree.tree_map_only(Tensor, Call.shape, node.meta.get("val"))
+    return node.target, repr(arguments), pytree.tree_map_only(Tensor, LayerCall.shape, node.meta.get("val"))
 
 
-def _exit(tracer: Any, value: object, call: Call, places: Mapping[fx.Node, tuple[str, object]]) -> object:
+def _exit(tracer: Any, value: object, call: LayerCall, places: Mapping[fx.Node, tuple[str, object]]) -> object:
     if not isinstance(value, Tensor):
         return call.value(value)
     if (label := call.label(value)) is not None:
@@ -225,10 +225,10 @@ def _exit(tracer: Any, value: object, call: Call, places: Mapping[fx.Node, tuple
     node = _node(tracer, value)
     if node is None or places.get(node, ("",))[0] != "node":
         raise Unknown
-    return places[node], Call.shape(value)
+    return places[node], LayerCall.shape(value)
 
 
-def _copied(tracer: Any, traced: _Traced, call: Call, path: str) -> object:
+def _copied(tracer: Any, traced: _Traced, call: LayerCall, path: str) -> object:
     """Write a layer as a copy of one that was traced, and give what it returns."""
     copies: dict[fx.Node, fx.Node] = {}
     outer = tracer.module_stack
@@ -270,7 +270,7 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _again(tracer: Any, leaf: object, traced: _Traced, call: Call, copies: Mapping[fx.Node, fx.Node]) -> object:
+def _again(tracer: Any, leaf: object, traced: _Traced, call: LayerCall, copies: Mapping[fx.Node, fx.Node]) -> object:
     """What a copy returns in the place of what the traced layer did."""
     if not isinstance(leaf, Tensor):
         return leaf

@@ -33,7 +33,7 @@ from peftfx.views.named_views import find_view
 from peftfx.views.view import Axes, View, apart, name_axes
 
 MOST_STATES = 4  #: states of the base for one kind of call: training and not, and two more
-MOST = 16  #: graphs of one kind of call: of sizes at which the model's code computes something else
+_MOST = 16  #: graphs of one kind of call: of sizes at which the model's code computes something else
 
 
 class Graphs:
@@ -132,8 +132,8 @@ class Graphs:
         return self._capture(inputs, tensors, entry, view, alone | shared)
 
     def _remember(self, known: list[Graph], graph: Graph) -> None:
-        if len(known) == MOST:
-            what = f"this model's code computes another program for each of more than {MOST} kinds of sizes"
+        if len(known) == _MOST:
+            what = f"this model's code computes another program for each of more than {_MOST} kinds of sizes"
             warnings.warn(f"{what}; each is captured when a call needs it, and the first are forgotten", stacklevel=2)
             del known[0]
             self.forget_derived()

@@ -15,7 +15,7 @@ from house.structure import ROOT
 
 from peftfx import PeftfxError
 from peftfx.export import Report
-from peftfx.formats import ADAPTER, BATCHED, FORMAT, REPORT, RULES, SLOTS, VERSIONS, stamped
+from peftfx.formats import ADAPTER, BATCHED, FORMAT, REPORT, RULES, SLOTS, VERSIONS, with_version
 from peftfx.graph.slots import Manifest, Slot
 from peftfx.rules.peft_files import rule_folders
 from peftfx.serving.adapter_file import read_adapter_file, write_adapter_file
@@ -32,11 +32,11 @@ def manifest(directory: Path) -> None:
 
 
 def batched(directory: Path) -> None:
-    (directory / BATCHED).write_text(json.dumps(stamped(BATCHED, {"adapters": ["one"]})))
+    (directory / BATCHED).write_text(json.dumps(with_version(BATCHED, {"adapters": ["one"]})))
 
 
 def rules(directory: Path) -> None:
-    (directory / RULES).write_text(json.dumps(stamped(RULES, {"rules": ["1-lora"]})))
+    (directory / RULES).write_text(json.dumps(with_version(RULES, {"rules": ["1-lora"]})))
 
 
 def row_adapters(directory: Path) -> list[str]:
