@@ -103,7 +103,7 @@ class Manifest:
     fingerprint_version: int = 1
 
     def write(self, directory: Path) -> None:
-        """Put `FILE` into the directory."""
+        """Put `SLOTS_FILE` into the directory."""
         (directory / SLOTS_FILE).write_text(
             json.dumps(with_version(SLOTS_FILE, asdict(self)), indent=1) + "\n", encoding="utf-8"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftfx.bases.sentences.steps import MASK, SENTENCE, TOKENS
+from peftfx.bases.sentences.steps import MASK, SENTENCE, TOKEN_OUTPUT
 from peftfx.errors import PeftfxError
 
 _TAKES = ("input_ids", MASK, "token_type_ids")
@@ -38,7 +38,7 @@ def as_sentence_encoder(model: nn.Module, steps: nn.Module) -> nn.Module:
 
     def forward(self: Any, **given: Tensor) -> dict[str, object]:
         output = kind.forward(self, **given, return_dict=True)
-        features = getattr(self, _STEPS)({TOKENS: output.last_hidden_state, MASK: given[MASK]})
+        features = getattr(self, _STEPS)({TOKEN_OUTPUT: output.last_hidden_state, MASK: given[MASK]})
         return {**output, SENTENCE: features[SENTENCE]}
 
     kept = [accepted[name] for name in ("self", *_TAKES) if name in accepted]

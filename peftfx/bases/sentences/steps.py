@@ -17,7 +17,7 @@ from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError, nearest, shown
 from peftfx.files import is_file, read_json
 
-TOKENS, SENTENCE, MASK = "token_embeddings", "sentence_embedding", "attention_mask"
+TOKEN_OUTPUT, SENTENCE, MASK = "token_embeddings", "sentence_embedding", "attention_mask"
 Features = dict[str, Tensor]
 
 #: The flags of `1_Pooling/config.json` before sentence-transformers 6, in the order in which it joins what they give.
@@ -45,7 +45,7 @@ class Pooling(nn.Module):
 
     def forward(self, features: Features) -> Features:
         """With `sentence_embedding`."""
-        pooled = [POOLINGS[mode](features[TOKENS], features[MASK]) for mode in self.modes]
+        pooled = [POOLINGS[mode](features[TOKEN_OUTPUT], features[MASK]) for mode in self.modes]
         return {**features, SENTENCE: torch.cat(pooled, -1)}
 
 
@@ -175,7 +175,7 @@ def _pooling(config: Mapping[str, object], folder: Path) -> nn.Module:
 def _names(config: Mapping[str, object]) -> tuple[str, str]:
     read = str(config.get("module_input_name") or SENTENCE)
     written = str(config.get("module_output_name") or read)
-    if not {read, written} <= {SENTENCE, TOKENS}:
+    if not {read, written} <= {SENTENCE, TOKEN_OUTPUT}:
         raise ValueError(f"it reads {read} and writes {written}")
     return read, written
 
