@@ -6,6 +6,7 @@ model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=2
 
 from peftfx.serving.load import load
 from peftfx.serving.pipelines import pipeline
+from peftfx.serving.sentences import ServedSentences
 from peftfx.serving.served import Served
 
-__all__ = ["Served", "load", "pipeline"]
+__all__ = ["Served", "ServedSentences", "load", "pipeline"]

@@ -6,12 +6,15 @@ model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnxruntime as ort
 
+from peftfx.bases.sentences.steps import SENTENCE
 from peftfx.files import is_file
 from peftfx.serving.onnx_model import OnnxModel
+from peftfx.serving.providers import Provider
 from peftfx.serving.served import Served
 from peftfx.views.decode import PAST
 
@@ -24,6 +27,7 @@ def load(
     threads: int = 0,
     options: ort.SessionOptions | None = None,
     adapter: str | Path | None = None,
+    providers: Sequence[Provider] = (),
 ) -> Served:
     """Open a directory that `peftfx export` wrote.
 
@@ -32,25 +36,31 @@ def load(
         threads: how many threads one operator may use; 0 leaves it to ONNX Runtime.
         options: ONNX Runtime's for the session, in place of those that `OnnxModel` chooses.
         adapter: an `.onnx_adapter` to put into the model, if it was exported with slots.
+        providers: where ONNX Runtime computes, the first that can: its names (`CUDAExecutionProvider`) or short ones
+            (`cuda`, `directml`, `openvino`), or pairs of a name and its options. By default, and last, the CPU.
 
     Returns:
-        A model with `generate` if it has a cache in and out, else a `Served`.
+        A model with `generate` if it has a cache in and out, one with `encode` if it embeds sentences, else a `Served`.
 
     Raises:
-        PeftfxError: there is no such model, or ONNX Runtime cannot open it.
+        PeftfxError: there is no such model, ONNX Runtime cannot open it, or it has no such provider.
     """
     from peftfx.serving.generators import ServedGenerator, ServedSeq2Seq
+    from peftfx.serving.sentences import ServedSentences
 
     directory = Path(directory)
     if is_file(directory / ENCODER):
         encoder, decoder = (
-            OnnxModel(directory / name, threads=threads, options=options) for name in (ENCODER, DECODER)
+            OnnxModel(directory / name, threads=threads, options=options, providers=providers)
+            for name in (ENCODER, DECODER)
         )
         made: Served = ServedSeq2Seq(directory, decoder, encoder)
     else:
-        model = OnnxModel(directory, threads=threads, options=options)
-        kind = ServedGenerator if any(name.startswith(f"{PAST}.") for name in model.inputs) else Served
-        made = kind(directory, model)
+        model = OnnxModel(directory, threads=threads, options=options, providers=providers)
+        if any(name.startswith(f"{PAST}.") for name in model.inputs):
+            made = ServedGenerator(directory, model)
+        else:
+            made = (ServedSentences if SENTENCE in model.outputs else Served)(directory, model)
     if adapter is not None:
         made.load_adapter(adapter)
     return made

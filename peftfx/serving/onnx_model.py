@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -12,13 +12,14 @@ import torch
 
 from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.files import is_file, is_folder
+from peftfx.serving.providers import Provider, chosen_providers, refuse_fallback
 
 _VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # dtypes that numpy does not have, and their stand-ins
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
 class OnnxModel:
-    """A directory that holds `model.onnx`, opened in ONNX Runtime on the CPU.
+    """A directory that holds `model.onnx`, opened in ONNX Runtime; tensors are on the CPU.
 
     Args:
         directory: where `save` wrote the model; a path to an `.onnx` file works too.
@@ -27,6 +28,7 @@ class OnnxModel:
             operators of one call ONNX Runtime would have them spin, which takes the cores from whatever else runs.
         mapped: leave the weights in their file, memory-mapped, and the graph as it is. By default ONNX Runtime copies
             matrices into the layout of its kernels, which runs faster and takes as much memory again.
+        providers: where ONNX Runtime computes; see `peftfx.serving.providers`. By default, and last, the CPU.
     """
 
     def __init__(
@@ -36,12 +38,14 @@ class OnnxModel:
         threads: int = 0,
         options: ort.SessionOptions | None = None,
         mapped: bool = False,
+        providers: Sequence[Provider] = (),
     ) -> None:
         self.path = find(Path(directory))
+        chosen = chosen_providers(providers)
         options = _options(threads, mapped) if options is None else options
         self._put: Mapping[str, ort.OrtValue] = {}
         try:
-            self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(self.path), options, providers=chosen)
         except Exception as error:
             hint = (
                 "a type without a CPU kernel (bfloat16?) needs a model in float32" if "NOT_IMPL" in str(error) else ""
@@ -49,6 +53,7 @@ class OnnxModel:
             raise PeftfxError(
                 f"ONNX Runtime cannot open the model: {first_line(error)}", str(self.path), hint
             ) from error
+        refuse_fallback(chosen, self._session, str(self.path))
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -132,6 +132,50 @@ def test_its_directory_has_what_sentence_transformers_reads(exported: Path) -> N
     assert (exported / "3_Normalize").is_dir()
 
 
+class TestRun:
+    def test_embeddings_are_printed_or_saved(
+        self, places: tuple[Path, Path, nn.Module, nn.Linear], exported: Path, tmp_path: Path, peftfx: Run
+    ) -> None:
+        texts = ["w5 w6 w7", "w8 w9"]
+        (tmp_path / "texts").write_text("\n".join(["", *texts[1:]]), encoding="utf-8")
+        printed = peftfx("run", exported, "--text", texts[0], "--texts", tmp_path / "texts")
+        assert printed.code == 0, printed.err
+        lines = [json.loads(line) for line in printed.out.splitlines()]
+        assert [line["text"] for line in lines] == texts
+        ids = torch.tensor([[5, 6, 7], [8, 9, 1]])
+        want = embedded(places[2], places[3], ids, (ids > 1).long()).numpy()
+        np.testing.assert_allclose([line["embedding"] for line in lines], want, atol=1e-5)
+        asked = ("--text", texts[0], "--text", texts[1], "--prompt-name", "query", "--save", tmp_path / "rows")
+        assert "2 embeddings of 12" in peftfx("run", exported, *asked).out
+        ids = torch.tensor([[5, 6, 5, 6, 7], [5, 6, 8, 9, 1]])  # behind the prompt
+        want = embedded(places[2], places[3], ids, (ids > 1).long()).numpy()
+        np.testing.assert_allclose(np.load(tmp_path / "rows"), want, atol=1e-5)
+
+    def test_texts_are_ranked_by_a_query(
+        self, places: tuple[Path, Path, nn.Module, nn.Linear], exported: Path, peftfx: Run
+    ) -> None:
+        texts = ["w50 w51 w52", "w20 w21 w22", "w70 w71 w72"]
+        result = peftfx("run", exported, "--query", "w7", *(part for text in texts for part in ("--text", text)))
+        lines = [json.loads(line) for line in result.out.splitlines()]
+        ids = torch.tensor([[int(word[1:]) for word in text.split()] for text in texts])
+        rows = embedded(places[2], places[3], ids, torch.ones_like(ids))
+        query = torch.tensor([[5, 6, 7]])  # with the prompt of queries
+        want = (rows @ embedded(places[2], places[3], query, torch.ones_like(query)).T)[:, 0]
+        assert [line["index"] for line in lines] == want.argsort(descending=True).tolist()
+        found = sorted((line["index"], line["cosine"]) for line in lines)
+        np.testing.assert_allclose([score for _, score in found], want.numpy(), atol=1e-5)
+
+    def test_what_it_has_no_use_for_is_said(self, exported: Path, tmp_path: Path, peftfx: Run) -> None:
+        run = ("run", exported, "--text", "w5")
+        assert_refused(peftfx(*run, "--prompt-name", "qeury"), "did you mean 'query'")
+        assert_refused(peftfx(*run, "--query", "w6", "--save", tmp_path / "rows"), "--save")
+        assert_refused(peftfx("run", exported, "--query", "w6"), "no texts")
+        assert_refused(peftfx("run", exported, "--texts", tmp_path / "none"), "cannot be read")
+        (tmp_path / "empty").write_text("\n \n", encoding="utf-8")
+        assert_refused(peftfx("run", exported, "--texts", tmp_path / "empty"), "no text in it")
+        assert_refused(peftfx(*run, "--save", tmp_path / "none" / "rows"), "cannot write")
+
+
 def test_modules_of_an_adapter_and_a_transformer_in_a_folder(
     places: tuple[Path, Path, nn.Module, nn.Linear], tmp_path: Path
 ) -> None:

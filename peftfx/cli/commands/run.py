@@ -11,13 +11,19 @@ import typer
 
 from peftfx.cli.speech import quiet
 from peftfx.cli.voice import VOICE
-from peftfx.serving.runs.asked import Asked, Found, runner
+from peftfx.serving.runs.asked import Asked, Found, read_texts, runner
 
 
 def run(
     model: Annotated[Path, typer.Argument(help="Directory that `peftfx export` wrote.")],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; it streams.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text for the model's task; may be given again.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="File of texts for the model's task, one a line; - is the standard input.")
+    ] = None,
+    query: Annotated[
+        str | None, typer.Option(help="Text that each text is held against, by a model of sentences or a re-ranker.")
+    ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Image for the model's task; may be given again.")] = None,
     task: Annotated[str | None, typer.Option(help="Pipeline name; by default what the model was made for.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Where generation stops at the latest.")] = 128,
@@ -26,19 +32,28 @@ def run(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     top: Annotated[int, typer.Option(help="How many labels to print.")] = 5,
     adapter: Annotated[Path | None, typer.Option(help="An .onnx_adapter file to put into the model.")] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="The model's own prompt for texts that are embedded.")] = None,
+    save: Annotated[Path | None, typer.Option(help="A .npy file for embeddings, which are printed otherwise.")] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="Where ONNX Runtime computes: cuda, directml, openvino; given again, next.")
+    ] = None,
 ) -> None:
-    """Run an exported model in ONNX Runtime: continue a prompt, or classify texts and images.
+    """Run an exported model in ONNX Runtime: continue a prompt, classify texts and images, or embed and rank texts.
 
-    Labels are printed as JSON, a line for each text or image.
+    Labels and embeddings are printed as JSON, a line for each text or image; texts for a query the best first.
     """
     asked = Asked(
         directory=model,
         prompt=prompt,
-        texts=tuple(text or ()),
+        texts=(*(text or ()), *read_texts(texts)),
         images=tuple(image or ()),
         task=task,
         top=top,
         adapter=adapter,
+        providers=tuple(provider or ()),
+        query=query,
+        prompt_name=prompt_name,
+        save=save,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

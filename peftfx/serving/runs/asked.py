@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-from peftfx.bases.tasks import check_task
+from peftfx.bases.tasks import SENTENCES, check_task
 from peftfx.errors import PeftfxError
 
 
@@ -25,6 +26,10 @@ class Asked:
         task: a pipeline's name; None is what the model was made for.
         top: how many labels to tell.
         adapter: an `.onnx_adapter` file to put into the model.
+        providers: where ONNX Runtime computes; see `peftfx.serving.providers`.
+        query: a text that each of the texts is held against.
+        prompt_name: of the text that goes ahead of texts that are embedded.
+        save: a `.npy` file for embeddings.
         max_new_tokens: where generation stops, if the model does not stop first.
         temperature: of sampling; 0 takes the likeliest token each time.
         seed: of sampling.
@@ -38,6 +43,10 @@ class Asked:
     task: str | None = None
     top: int = 5
     adapter: Path | None = None
+    providers: tuple[str, ...] = ()
+    query: str | None = None
+    prompt_name: str | None = None
+    save: Path | None = None
     max_new_tokens: int = 128
     temperature: float = 0.0
     seed: int | None = None
@@ -51,6 +60,8 @@ class Asked:
         """
         if self.task is not None:
             check_task(self.task)
+        if self.query is not None and not self.texts:
+            raise PeftfxError("there are no texts to hold against the query", "run", "pass --text or --texts too")
         if (self.prompt is None) == (not (self.texts or self.images)):
             hint = "pass --prompt, or --text, or --image"
             raise PeftfxError("give one input: a prompt, texts or images", "run", hint)
@@ -61,6 +72,13 @@ class Asked:
     @property
     def kind(self) -> str:
         """The name of the file of `runs` that does it."""
+        if self.texts and self.task in (None, SENTENCES):
+            from peftfx.bases.sentences.modules import SentenceModules
+
+            if SentenceModules.found([self.directory]) is not None:
+                return "sentences"
+        if self.query is not None:
+            return "pairs"
         return "prompts" if self.prompt is not None else "labels"
 
 
@@ -82,6 +100,34 @@ Run = Callable[[Asked, TextIO | None], Iterator[Found]]
 
 
 def runner(asked: Asked) -> Run:
-    """What does this kind of run."""
+    """What does this kind of run.
+
+    Raises:
+        PeftfxError: something is asked for that it does not do.
+    """
+    lost = "--save" if asked.save is not None else "--prompt-name" if asked.prompt_name is not None else ""
+    if lost and (asked.kind != "sentences" or asked.query is not None):
+        what = f"{lost} is of embeddings, and nothing else has a use for it"
+        raise PeftfxError(what, lost, "leave it out, or run a model that embeds sentences, without --query")
     run: Run = import_module(f"peftfx.serving.runs.{asked.kind}").run
     return run
+
+
+def read_texts(path: Path | None) -> tuple[str, ...]:
+    """The lines of a file, or of the standard input for `-`, but for empty ones; none without a path.
+
+    Raises:
+        PeftfxError: it cannot be read, is no text, or has none.
+    """
+    if path is None:
+        return ()
+    try:
+        read = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PeftfxError(f"cannot be read: {error.strerror or error}", str(path), "check the path") from error
+    except UnicodeDecodeError as error:
+        raise PeftfxError(f"not a text in UTF-8: {error}", str(path), "save it in UTF-8") from error
+    found = tuple(line for line in read.splitlines() if line.strip())
+    if not found:
+        raise PeftfxError("there is no text in it", str(path), "write one a line")
+    return found

@@ -19,14 +19,23 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     Raises:
         PeftfxError: the model is for something else, or lacks a tokenizer or image processor.
     """
-    served = load(asked.directory, adapter=asked.adapter)
+    served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
     task = task_of_directory(served.directory) if asked.task is None else resolve_task(asked.task)
     if task in HEARING:
         hint = "call the model in Python (peftfx.runtime.load) with the features of the sound"
         raise PeftfxError("this model takes sound, and the command line gives texts and images alone", task, hint)
     found = pipeline(served, task)
-    options = {"top_k": asked.top} if found.task in ("text-classification", "image-classification") else {}
+    options = _options(found.task, asked.top)
     for item in (*asked.texts, *map(str, asked.images)):
         with understanding(item, f"the {found.task} pipeline does not take this", "see `__cause__`"):
             value = found(item, **options)
         yield Found(value)
+
+
+def _options(task: str, top: int) -> dict[str, object]:
+    """Of a pipeline's call: a text is cut to what the model takes, and tokens of one label are told together."""
+    if task == "token-classification":
+        return {"aggregation_strategy": "simple"}
+    ranked = ("text-classification", "image-classification", "fill-mask")
+    shown: dict[str, object] = {"top_k": top} if task in ranked else {}
+    return {**shown, "truncation": True} if task == "text-classification" else shown

@@ -22,7 +22,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     """
     from transformers import GenerationMixin
 
-    model = load(asked.directory, adapter=asked.adapter)
+    model = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
     if not isinstance(model, GenerationMixin):
         hint = "pass --text or --image to classify, or export it with --view decode"
         raise PeftfxError("this model has no cache to generate with", str(asked.directory), hint)

@@ -1,0 +1,67 @@
+"""Pairs: a model that classifies a pair of texts says of a query and each text how they go together: a re-ranker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.errors import PeftfxError
+from peftfx.serving.load import load
+from peftfx.serving.runs.asked import Asked, Found
+from peftfx.serving.runs.ranking import ranked
+from peftfx.serving.served import Served
+
+_BATCH = 32
+
+
+def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
+    """Of a model with one label: the texts by their scores, the best first; of others, the labels of each pair.
+
+    Raises:
+        PeftfxError: the model gives no logits for a text, or its directory has no tokenizer.
+    """
+    served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
+    if "logits" not in served.model.outputs or len(served.model.axes["logits"]) != 2:
+        what = "this model neither embeds sentences nor classifies texts: it has nothing to say of a query and a text"
+        raise PeftfxError(what, str(asked.directory), "leave --query out")
+    assert asked.query is not None
+    logits = torch.cat([_logits(served, asked.query, some) for some in _batches(asked.texts)])
+    config: Any = served.config
+    if logits.shape[1] == 1:
+        yield from ranked(asked.texts, activation(config)(logits[:, 0]).tolist(), "score")
+        return
+    several = getattr(config, "problem_type", None) == "multi_label_classification"
+    shares = logits.sigmoid() if several else logits.softmax(-1)
+    for text, row in zip(asked.texts, shares, strict=True):
+        order = row.argsort(descending=True)[: asked.top].tolist()
+        labels = [{"label": config.id2label[i], "score": float(row[i])} for i in order]
+        yield Found({"text": text, "labels": labels})
+
+
+def activation(config: object) -> Callable[[Tensor], Tensor]:
+    """What makes a score of a logit, as sentence-transformers' `CrossEncoder` reads it: by default a sigmoid.
+
+    Raises:
+        PeftfxError: the config names what is none of torch's.
+    """
+    said = getattr(config, "sentence_transformers", None)
+    name = said.get("activation_fn") if isinstance(said, dict) else None
+    name = name or getattr(config, "sbert_ce_default_activation_function", None) or "torch.nn.Sigmoid"
+    found = getattr(nn, str(name).rpartition(".")[2], None)
+    if not str(name).startswith("torch.nn.") or not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise PeftfxError(f"the activation of scores is {name}, which is none of torch's", "config.json", "change it")
+    return found()
+
+
+def _logits(served: Served, query: str, texts: Sequence[str]) -> Tensor:
+    tokenizer = served.tokenizer
+    inputs = tokenizer([query] * len(texts), list(texts), padding=True, truncation=True, return_tensors="pt")
+    found: Tensor = served(**{name: value for name, value in inputs.items() if name in served.model.inputs}).logits
+    return found.float()
+
+
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    yield from (texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH))

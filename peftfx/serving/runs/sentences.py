@@ -1,0 +1,46 @@
+"""Sentences: embeddings of texts, into a file or in JSON, or how alike texts are to a query."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TextIO
+
+import numpy as np
+
+from peftfx.errors import PeftfxError
+from peftfx.files import write_file, writing
+from peftfx.serving.load import load
+from peftfx.serving.runs.asked import Asked, Found
+from peftfx.serving.runs.ranking import ranked
+from peftfx.serving.sentences import ServedSentences
+
+
+def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
+    """An embedding for each text; with a query, the texts and how alike they are to it, the most alike first.
+
+    Raises:
+        PeftfxError: the model embeds no sentences, or its directory has no tokenizer or not this prompt.
+    """
+    served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
+    if not isinstance(served, ServedSentences):
+        what = "this model embeds no sentences"
+        raise PeftfxError(what, str(asked.directory), "export a base that has sentence-transformers' modules.json")
+    if asked.query is not None:
+        query = served.encode_query([asked.query])
+        scores = served.similarity(query, served.encode_document(asked.texts))[0]
+        yield from ranked(asked.texts, scores.tolist(), served.measure)
+        return
+    found = served.encode(asked.texts, prompt=asked.prompt_name)
+    if asked.save is None:
+        for text, row in zip(asked.texts, found.tolist(), strict=True):
+            yield Found({"text": text, "embedding": row})
+        return
+    with writing(asked.save):
+        write_file(asked.save, lambda path: _write(path, found.numpy()))
+    shape = list(found.shape)
+    yield Found({"saved": str(asked.save), "shape": shape}, f"{shape[0]} embeddings of {shape[1]} in {asked.save}")
+
+
+def _write(path: object, rows: np.ndarray) -> None:
+    with open(str(path), "wb") as file:  # by name, numpy would add an ending
+        np.save(file, rows)

@@ -1,0 +1,96 @@
+"""ServedSentences: a model that embeds sentences in ONNX Runtime, with texts in and vectors out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from peftfx.bases.sentences.modules import LENGTHS, SETTINGS, prompts_of
+from peftfx.bases.sentences.steps import SENTENCE
+from peftfx.errors import PeftfxError, nearest
+from peftfx.files import is_file, read_json
+from peftfx.serving.served import Served
+
+_BATCH = 32
+_QUERIES, _DOCUMENTS = ("query",), ("document", "passage", "corpus")
+
+
+class ServedSentences(Served):
+    """A model with `sentence_embedding` among its outputs.
+
+    Prompts, the longest text and the measure of similarity are those that sentence-transformers' files beside it say.
+    """
+
+    def encode(self, texts: Sequence[str], *, prompt: str | None = None, batch_size: int = _BATCH) -> Tensor:
+        """The embeddings of texts: float32 [texts, width].
+
+        Args:
+            texts: each is cut to the longest that the model takes.
+            prompt: the name of one that goes ahead of each; by default the directory's own, if it has one.
+            batch_size: how many run at a time.
+
+        Raises:
+            PeftfxError: there is no such prompt, or no tokenizer.
+        """
+        prompts, default = prompts_of(self.directory)
+        name = default if prompt is None else prompt
+        if name is not None and name not in prompts:
+            hint = nearest(name, prompts) or f"prompts here: {', '.join(prompts) or 'none'}"
+            raise PeftfxError(f"there is no prompt named {name!r}", str(self.directory / SETTINGS), hint)
+        ahead = "" if name is None else prompts[name]
+        found = [self._embed([ahead + text for text in some]) for some in _batches(texts, batch_size)]
+        return torch.cat(found) if found else torch.empty(0, int(self.model.axes[SENTENCE][-1]))
+
+    def encode_query(self, texts: Sequence[str], **options: int) -> Tensor:
+        """The embeddings of what is searched for: with the prompt of queries, if there is one."""
+        return self.encode(texts, prompt=self._prompt_of(_QUERIES), **options)
+
+    def encode_document(self, texts: Sequence[str], **options: int) -> Tensor:
+        """The embeddings of what is searched in: with the prompt of documents, if there is one."""
+        return self.encode(texts, prompt=self._prompt_of(_DOCUMENTS), **options)
+
+    def similarity(self, some: Tensor, others: Tensor) -> Tensor:
+        """How alike each of some embeddings and each of others are, [some, others]: by their cosine, say."""
+        return _MEASURES[self.measure](some, others)
+
+    @property
+    def measure(self) -> str:
+        """By what embeddings are compared: cosine, dot, euclidean or manhattan; distances are negative."""
+        path = self.directory / SETTINGS
+        named = str((read_json(path) if is_file(path) else {}).get("similarity_fn_name") or "cosine")
+        if named not in _MEASURES:
+            raise PeftfxError(f"not a similarity: {named}", str(path), f"known are {', '.join(_MEASURES)}")
+        return named
+
+    def _prompt_of(self, names: Sequence[str]) -> str | None:
+        prompts, _ = prompts_of(self.directory)
+        return next((name for name in names if name in prompts), None)
+
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        path = self.directory / LENGTHS
+        said = read_json(path) if is_file(path) else {}
+        longest = said.get("max_seq_length")
+        cut = {"max_length": longest} if isinstance(longest, int) else {}
+        low = [text.lower() for text in texts] if said.get("do_lower_case") else list(texts)
+        inputs = self.tokenizer(low, padding=True, truncation=True, return_tensors="pt", **cut)
+        output: Tensor = self(**{k: v for k, v in inputs.items() if k in self.model.inputs})[SENTENCE]
+        return output.float()
+
+
+def _batches(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    yield from (texts[start : start + size] for start in range(0, len(texts), size))
+
+
+def _cosine(some: Tensor, others: Tensor) -> Tensor:
+    norm = torch.nn.functional.normalize
+    return norm(some, dim=-1) @ norm(others, dim=-1).T
+
+
+_MEASURES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": _cosine,
+    "dot": lambda some, others: some @ others.T,
+    "euclidean": lambda some, others: -torch.cdist(some, others),
+    "manhattan": lambda some, others: -torch.cdist(some, others, p=1),
+}

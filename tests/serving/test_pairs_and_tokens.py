@@ -1,0 +1,88 @@
+"""Re-rankers, models that classify pairs of texts, and labels of tokens, from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import tokenizers
+import torch
+import transformers as hf
+from support.command import Result, assert_refused
+from support.parity import randomise
+from torch import nn
+
+Run = Callable[..., Result]
+TINY = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+TEXTS = ["w50 w51 w52", "w20 w21", "w70 w71 w72 w73"]
+
+
+def made(model: nn.Module, root: Path, kind: str, peftfx: Run) -> tuple[nn.Module, Path]:
+    """A base with a tokenizer, an adapter of HF PEFT's, and both exported; returns them in torch, too."""
+    model.save_pretrained(root / "base")
+    words = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, 99)}}
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own.post_processor = tokenizers.processors.TemplateProcessing(
+        single="w2 $A w3", pair="w2 $A w3 $B:1 w3:1", special_tokens=[("w2", 2), ("w3", 3)]
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]"}
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=own, model_input_names=names, **special)
+    fast.save_pretrained(root / "base")
+    eager = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["query", "dense"], task_type=kind))
+    randomise(eager)
+    eager.save_pretrained(str(root / "adapter"))
+    result = peftfx("export", "--base", root / "base", "--adapter", root / "adapter", "--output", root / "out")
+    assert result.code == 0, result.err
+    return eager.eval(), root / "out"
+
+
+def inputs_of(query: str, text: str) -> dict[str, torch.Tensor]:
+    a, b = ([int(word[1:]) for word in t.split()] for t in (query, text))
+    ids = torch.tensor([[2, *a, 3, *b, 3]])
+    kinds = torch.tensor([[0] * (len(a) + 2) + [1] * (len(b) + 1)])
+    return {"input_ids": ids, "token_type_ids": kinds}
+
+
+@pytest.mark.parametrize("activation", [None, "torch.nn.modules.linear.Identity"])
+def test_a_reranker_ranks_texts_by_a_query(activation: str | None, tmp_path: Path, peftfx: Run) -> None:
+    torch.manual_seed(0)
+    config = hf.BertConfig(**TINY, num_labels=1)
+    if activation is not None:  # where sentence-transformers' CrossEncoder keeps it
+        config.sentence_transformers = {"activation_fn": activation, "version": "5.0.0"}
+    eager, out = made(hf.BertForSequenceClassification(config), tmp_path, "SEQ_CLS", peftfx)
+    result = peftfx("run", out, "--query", "w7 w8", *(part for text in TEXTS for part in ("--text", text)))
+    assert result.code == 0, result.err
+    lines = [json.loads(line) for line in result.out.splitlines()]
+    with torch.no_grad():
+        want = torch.cat([eager(**inputs_of("w7 w8", text)).logits[:, 0] for text in TEXTS])
+    want = want.sigmoid() if activation is None else want
+    assert [line["index"] for line in lines] == want.argsort(descending=True).tolist()
+    for line in lines:
+        assert line["text"] == TEXTS[line["index"]]
+        assert line["score"] == pytest.approx(float(want[line["index"]]), abs=1e-5)
+
+
+def test_labels_of_tokens_and_of_pairs(tmp_path: Path, peftfx: Run) -> None:
+    torch.manual_seed(0)
+    names = {0: "O", 1: "B-PER", 2: "I-PER"}
+    (tmp_path / "tokens").mkdir()
+    config = hf.BertConfig(**TINY, num_labels=3, id2label=names, label2id={v: k for k, v in names.items()})
+    eager, out = made(hf.BertForTokenClassification(config), tmp_path / "tokens", "TOKEN_CLS", peftfx)
+    result = peftfx("run", out, "--text", TEXTS[2])
+    assert result.code == 0, result.err
+    theirs = hf.pipeline(
+        "token-classification", model=eager.base_model.model, tokenizer=hf.AutoTokenizer.from_pretrained(out)
+    )
+    want = theirs(TEXTS[2], aggregation_strategy="simple")
+    (found,) = (json.loads(line) for line in result.out.splitlines())
+    assert found
+    assert [(x["entity_group"], x["word"], x["start"]) for x in found] == [
+        (x["entity_group"], x["word"], x["start"]) for x in want
+    ]
+    assert found[0]["score"] == pytest.approx(float(want[0]["score"]), abs=1e-5)
+    assert_refused(peftfx("run", out, "--query", "w5", "--text", "w6"), "neither embeds sentences nor classifies")
