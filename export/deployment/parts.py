@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from peftfx.bases.tasks import task_of
+from peftfx.bases.tasks import HEARING, task_of
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
 from peftfx.export.verification.comparison import Comparison
@@ -16,6 +16,7 @@ from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Slot
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import AUTO, DECODE, FORWARD, check_view
+from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
 from peftfx.views.view import View, name_axes
@@ -90,7 +91,19 @@ def capture_parts(adapted: AdaptedModel, view: str, inputs: Mapping[str, object]
 
 def generates(base: nn.Module) -> bool:
     """Whether the model is one that writes text token by token: such a one is served with its cache."""
-    return task_of(base) in ("text-generation", "text2text-generation") and hasattr(base, "generate")
+    task = task_of(base)
+    if task == HEARING[0] and encodes_and_decodes(base):
+        return _splits(base)
+    return task in ("text-generation", "text2text-generation") and hasattr(base, "generate")
+
+
+def _splits(base: nn.Module) -> bool:
+    """Whether an encoder-decoder can be served as two graphs."""
+    try:
+        find_layers(base)
+    except PeftfxError:
+        return False
+    return True
 
 
 def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) -> dict[str, str]:

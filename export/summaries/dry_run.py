@@ -23,7 +23,7 @@ from peftfx.formats import REPORT
 from peftfx.options import AUTO, DECODE, FORWARD
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
 from peftfx.rules.text import write_rule
-from peftfx.views.named_views import find_view
+from peftfx.views.finding.named_views import find_view
 
 _PACE = (30e6, 300e6)  #: bytes of weights a second, from the first stage to the last: a slow machine, and a fast one
 _START = (5.0, 60.0)  #: seconds that a small model takes, and one of many layers

@@ -1,6 +1,8 @@
-"""Stepping from text: the same for encoder-decoders, whose text is encoded once and attended to at every step."""
+"""Stepping behind an encoder: a text, a sound or an image is encoded once, and attended to at every step."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,55 +13,71 @@ from peftfx.errors import PeftfxError
 from peftfx.generation.step import Generates, Step, refuse_arguments
 from peftfx.views.cache import cache_of, fill_cache, held
 from peftfx.views.decode import PAST, PRESENT, cache_names
-from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder
+from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT, Decoder
 from peftfx.views.row_adapters import IDS
 
 
-class TextEncoder:
-    """What `GenerationMixin` takes for the model's encoder. Its output carries the decoder's keys and values along."""
+class SourceEncoder:
+    """What `GenerationMixin` takes for the model's encoder. Its output carries the decoder's keys and values along.
 
-    main_input_name = "input_ids"
+    Attributes:
+        encode: runs the encoder's view.
+        main_input_name: the argument that is encoded.
+    """
 
-    def __init__(self, encode: Step) -> None:
-        self.encode = encode
+    def __init__(self, encode: Step, source: str = TEXT) -> None:
+        self.encode, self.main_input_name = encode, source
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         adapter_ids: Tensor | None = None,
         **others: object,
     ) -> BaseModelOutput:
-        """The encoded text, and what each of the decoder's layers attends to in it."""
+        """What is encoded, and what each of the decoder's layers attends to in it."""
+        given = input_ids if self.main_input_name == TEXT else others.pop(self.main_input_name, None)
         refuse_arguments(others)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not isinstance(given, Tensor):
+            where = self.main_input_name
+            raise PeftfxError("the encoder's graph has nothing to encode", where, f"pass {where}")
+        mask = self._mask(given, attention_mask)
         rows = {} if adapter_ids is None else {IDS: adapter_ids}
-        found = self.encode({"input_ids": input_ids, "attention_mask": mask.long(), **rows}, None)
+        found = self.encode({self.main_input_name: given, **mask, **rows}, None)
         output = BaseModelOutput(last_hidden_state=found["last_hidden_state"])  # type: ignore[call-arg, arg-type]
-        for name, value in found.items():
+        for name, value in {**found, **mask}.items():
             output[name] = value  # a part of it: beams and samples repeat all parts
-        output["attention_mask"] = mask
         return output
+
+    def _mask(self, given: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        if self.main_input_name == TEXT:
+            return {"attention_mask": torch.ones_like(given) if mask is None else mask.long()}
+        if mask is not None and not bool(mask.all()):
+            hint = "give one at a time, or all of one length, without padding"
+            raise PeftfxError(
+                "the graph of the encoder has no mask: it takes all of it into account", "attention_mask", hint
+            )
+        return {}
 
     __call__ = forward
 
 
-class GeneratesFromText(Generates):
+class GeneratesFromSource(Generates):
     """A class that generates with the views of an encoder-decoder.
 
     Attributes:
-        text_encoder: runs the encoder's.
+        source_encoder: runs the encoder's.
     """
 
     view: Decoder  # type: ignore[assignment]
-    text_encoder: TextEncoder
+    source_encoder: SourceEncoder
 
-    def get_encoder(self, modality: str | None = None) -> TextEncoder:
+    def get_encoder(self, modality: str | None = None) -> SourceEncoder:
         """The encoder's graph."""
-        return self.text_encoder
+        return self.source_encoder
 
     def new_caches(self) -> EncoderDecoderCache:
-        """Two empty caches: of what is decoded, and of the encoded text."""
+        """Two empty caches: of what is decoded, and of the encoded source."""
         return EncoderDecoderCache(self.new_cache(), cache_of([]))
 
     def forward(  # type: ignore[override]
@@ -71,21 +89,25 @@ class GeneratesFromText(Generates):
         encoder_outputs: BaseModelOutput | None = None,
         cache: EncoderDecoderCache | None = None,
         adapter_ids: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
         **others: object,
     ) -> Seq2SeqLMOutput:
         """Logits for the decoder's tokens, and the caches with these in it."""
+        source = self.view.layers.source
+        given = input_ids if source == TEXT else others.pop(source, None)
         refuse_arguments(others)
-        if decoder_input_ids is None or (encoder_outputs is None and input_ids is None):
-            where = "decoder_input_ids" if decoder_input_ids is None else "input_ids"
-            raise PeftfxError("the graphs of an encoder-decoder read tokens", where, "pass token ids")
+        if decoder_input_ids is None or (encoder_outputs is None and given is None):
+            where = "decoder_input_ids" if decoder_input_ids is None else source
+            raise PeftfxError("the graphs of an encoder-decoder lack an input", where, f"pass {where}")
         if decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
             hint = "give prompts of one length to the decoder"
             raise PeftfxError("the decoder's graph has no mask for its own tokens", "decoder_attention_mask", hint)
         if encoder_outputs is None:
-            assert input_ids is not None
-            encoder_outputs = self.text_encoder(input_ids, attention_mask, adapter_ids)
+            inputs: dict[str, Any] = {source: given, "attention_mask": attention_mask, "adapter_ids": adapter_ids}
+            encoder_outputs = self.source_encoder(**inputs)
         if others.get("use_cache") is False or cache is None:
             cache = self.new_caches()
+        _check_positions(decoder_position_ids, cache.get_seq_length())
         inputs = self._inputs(decoder_input_ids, attention_mask, encoder_outputs, cache)
         inputs |= {} if adapter_ids is None else {IDS: adapter_ids}
         outputs = self.step(inputs, cache.self_attention_cache)
@@ -111,11 +133,12 @@ class GeneratesFromText(Generates):
                 for layer in layers.own
                 for width in (layer.key, layer.value)
             ]
-        if mask is None:
-            mask = encoded["attention_mask"]
+        seen = {}
+        if layers.masked:
+            seen["encoder_attention_mask"] = (encoded["attention_mask"] if mask is None else mask).long()
         return {
             "input_ids": tokens,
-            "encoder_attention_mask": mask.long(),
+            **seen,
             **dict(zip(cache_names(PAST, len(layers.own), part=DECODED), past, strict=True)),
             **dict(zip(cache_names(PAST, len(layers.cross), part=ENCODED), held(cross), strict=True)),
         }
@@ -127,3 +150,13 @@ class GeneratesFromText(Generates):
 
     def _new_generation_cache(self) -> Cache:
         return self.new_caches()
+
+
+def _check_positions(given: Tensor | None, past: int) -> None:
+    """Refuse positions that do not count on from what was decoded, which is what the graph does."""
+    if given is None:
+        return
+    counted = torch.arange(past, past + given.shape[-1], device=given.device)
+    if not bool((given == counted).all()):
+        hint = "leave them out: the graph counts on from what was decoded"
+        raise PeftfxError("the decoder's graph takes no positions", "decoder_position_ids", hint)

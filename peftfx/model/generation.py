@@ -6,8 +6,6 @@ prepares, tokens that it suppresses) stays; its forward alone is another.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +14,12 @@ from transformers import Cache
 
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
+from peftfx.generation.stand_in import stand_in
 from peftfx.generation.step import Generates, Step
-from peftfx.generation.step_encoder_decoder import GeneratesFromText, TextEncoder
+from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
 from peftfx.graph.conditions import unmet
 from peftfx.graph.graph import Graph
+from peftfx.views.encoder_decoder import Decoder
 from peftfx.views.view import View
 
 GraphOf = Callable[[View, "dict[str, Tensor] | None"], Graph]
@@ -41,19 +41,13 @@ def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_o
     """
     if not getattr(base, "can_generate", lambda: False)():
         raise PeftfxError("this model does not generate", type(base).__name__, "only language models do")
-    encodes = encodes_and_decodes(base)
-    kind = _class(type(base), GeneratesFromText if encodes else Generates)  # type: ignore[arg-type]
-    made = kind.__new__(kind)
-    # Its own namespace over the base's own tables of modules and parameters: nothing is copied or registered.
-    vars(made).update(vars(base))
-    if encodes:
-        encoder, decoder = view_named("encoder"), view_named("decoder")
-        vars(made).update(view=decoder, step=_runner(decoder, graph_of))
-        vars(made).update(text_encoder=TextEncoder(_runner(encoder, graph_of)))
-    else:
+    if not encodes_and_decodes(base):
         decode = view_named("decode")
-        vars(made).update(view=decode, step=_runner(decode, graph_of))
-    return made
+        return stand_in(base, Generates, view=decode, step=_runner(decode, graph_of))
+    encoder, decoder = view_named("encoder"), view_named("decoder")
+    assert isinstance(decoder, Decoder)
+    encodes = SourceEncoder(_runner(encoder, graph_of), decoder.layers.source)
+    return stand_in(base, GeneratesFromSource, view=decoder, step=_runner(decoder, graph_of), source_encoder=encodes)
 
 
 def _runner(view: View | None, graph_of: GraphOf) -> Step:
@@ -67,19 +61,3 @@ def _runner(view: View | None, graph_of: GraphOf) -> Step:
         return dict(zip(chosen.outputs, flat, strict=True))
 
     return run
-
-
-@functools.cache
-def _class(base: type[nn.Module], way: type[Generates]) -> Any:
-    made = type(f"Generating{base.__name__}", (way, base), {"__module__": __name__})
-
-    def forward(self: Generates, *args: object, **kwargs: object) -> object:
-        named = inspect.signature(base.forward).bind(self, *args, **kwargs).arguments
-        named.pop("self")
-        named |= named.pop("kwargs", {})
-        return way.forward(self, **named)
-
-    # transformers reads there what the model takes: whether positions, and how many logits.
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    setattr(made, "forward", forward)  # noqa: B010
-    return made

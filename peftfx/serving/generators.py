@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
+from peftfx.bases.tasks import maker_of
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file, read_json
+from peftfx.generation.stand_in import stand_in
 from peftfx.generation.step import Generates
-from peftfx.generation.step_encoder_decoder import GeneratesFromText, TextEncoder
+from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
 from peftfx.serving.cache_buffers import BufferedCache, Buffers
+from peftfx.serving.made_for import task_of_directory
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import ONNX_DTYPES, Served
 from peftfx.views.cache import Held
 from peftfx.views.decode import PAST, PRESENT, Decode, cache_names
-from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder, EncoderDecoderLayers
+from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT, Decoder, EncoderDecoderLayers
+from peftfx.views.row_adapters import IDS
 
 
 class _Buffered:
@@ -82,7 +90,7 @@ class ServedGenerator(_Buffered, Generates, _Serves):  # type: ignore[misc]
         self.view = Decode(_layers_of(model), "position_ids" in model.inputs)
 
 
-class ServedSeq2Seq(_Buffered, GeneratesFromText, _Serves):  # type: ignore[misc]
+class ServedSeq2Seq(_Buffered, GeneratesFromSource, _Serves):  # type: ignore[misc]
     """An encoder-decoder in ONNX Runtime, as two graphs over one file of weights."""
 
     part = DECODED
@@ -91,8 +99,51 @@ class ServedSeq2Seq(_Buffered, GeneratesFromText, _Serves):  # type: ignore[misc
         super().__init__(directory, model)
         self.graphs = {"encoder_model": encoder, "decoder_model": model}
         width = int(encoder.axes["last_hidden_state"][-1])
-        self.view = Decoder(EncoderDecoderLayers(_layers_of(model, DECODED), _layers_of(model, ENCODED), width))
-        self.text_encoder = TextEncoder(lambda inputs, _: encoder(**self.with_ids(inputs)))
+        source = next(name for name in encoder.inputs if name not in ("attention_mask", IDS))
+        layers = EncoderDecoderLayers(_layers_of(model, DECODED), _layers_of(model, ENCODED), width, source=source)
+        self.view, self.main_input_name = Decoder(layers), source
+        self.source_encoder = SourceEncoder(lambda inputs, _: encoder(**self.with_ids(inputs)), source)
+
+    def generate(self, *args: object, **options: object) -> object:
+        """transformers' `generate`; of what encodes sound or images, as the model's own class has it."""
+        if self.view.layers.source == TEXT:
+            return super().generate(*args, **options)
+        return self._stand_in.generate(*args, **options)
+
+    @property
+    def options(self) -> frozenset[str]:
+        """What this model's `generate` takes that transformers' own for all models does not: `language`, say."""
+        given = inspect.signature(type(self._stand_in).generate).parameters
+        return frozenset(given) - set(inspect.signature(GenerationMixin.generate).parameters)
+
+    @cached_property
+    def _stand_in(self) -> Any:
+        parts = {"view": self.view, "step": self.step, "source_encoder": self.source_encoder}
+        return stand_in(skeleton(self), _Sourced, **parts, generation_config=self.generation_config)
+
+
+class _Sourced(_Buffered, GeneratesFromSource):  # type: ignore[misc]
+    """The forward of a stand-in for a model that is in ONNX Runtime; its own tensors hold nothing."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the graphs' tensors are."""
+        return torch.device("cpu")
+
+
+def skeleton(served: Served) -> Any:
+    """The model's class, built as its config says, on torch's meta device: without a weight.
+
+    Raises:
+        PeftfxError: its config names no class that generates.
+    """
+    where, config = str(served.directory / "config.json"), served.config
+    assert config is not None
+    with understanding(where, "the model's class cannot be built"), torch.device("meta"), no_init_weights():
+        made = maker_of(config, task_of_directory(served.directory), served.directory)(config).eval()
+    if not made.can_generate():
+        raise PeftfxError("the class of this model does not generate", where, "export it in the forward view")
+    return made
 
 
 def count_layers(model: OnnxModel, part: str = "") -> int:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peftfx.bases.tasks import resolve_task, task_of_class
+from peftfx.bases.tasks import HEARING, resolve_task
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError, first_line
-from peftfx.files import is_file, read_json
-from peftfx.formats import REPORT, read_stamped
 from peftfx.serving.load import load
+from peftfx.serving.made_for import task_of_directory
 from peftfx.serving.served import Served
 
 _IMAGES = frozenset({"image-classification", "image-segmentation"})
@@ -34,9 +33,13 @@ def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
 
     served = model if isinstance(model, Served) else load(model)
     task = task_of_directory(served.directory) if task is None else resolve_task(task)
-    parts = {"image_processor": _image_processor(served.directory)} if task in _IMAGES else {}
-    if not parts:
-        parts = {"tokenizer": served.tokenizer}
+    parts: dict[str, Any] = {}
+    if task in _IMAGES:
+        parts["image_processor"] = _image_processor(served.directory)
+    elif task in HEARING:
+        parts["feature_extractor"] = feature_extractor(served.directory)
+    if task not in (*_IMAGES, "audio-classification"):
+        parts["tokenizer"] = served.tokenizer
     before = logging.get_verbosity()
     logging.set_verbosity(50)  # critical: it says that it does not know the class
     try:
@@ -46,21 +49,16 @@ def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
         logging.set_verbosity(before)
 
 
-def task_of_directory(directory: Path) -> str:
-    """What the model in an exported directory is for, by its report, else by its config.
+def feature_extractor(directory: Path) -> Any:
+    """What makes the numbers that a model hears of a sound.
 
     Raises:
-        PeftfxError: neither says it.
+        PeftfxError: there is none.
     """
-    for name, key in ((REPORT, "model"), ("config.json", "architectures")):
-        path = directory / name
-        if is_file(path):
-            read = read_stamped if name == REPORT else read_json
-            found = read(path, "export the model again").get(key)
-            named = found[0] if isinstance(found, list) and found else found
-            if isinstance(named, str) and (task := task_of_class(named)) is not None:
-                return task
-    raise PeftfxError("what this model is for cannot be told", str(directory), "name the task")
+    from transformers import AutoFeatureExtractor
+
+    with understanding(directory, "no feature extractor can be loaded", "put the base model's processor files there"):
+        return AutoFeatureExtractor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def _image_processor(directory: Path) -> Any:

@@ -115,6 +115,10 @@ class Served:
             model.put({} if name is None else self.adapters[name][graph])
         self.active = name
 
+    def can_generate(self) -> bool:
+        """Whether it writes token by token; one without a cache does not."""
+        return False
+
     @property
     def main_input_name(self) -> str:
         """The input that says how many rows there are."""

@@ -4,14 +4,16 @@
     decoder:  input_ids, encoder_attention_mask, past_key_values.N.decoder.key/value,
               past_key_values.N.encoder.key/value -> logits, present.N.decoder.key/value
 
-The keys and values that the decoder's layers attend to in the encoded text are computed once, in the encoder's graph:
+The keys and values that the decoder's layers attend to in what is encoded are computed once, in the encoder's graph:
 so the decoder's is one graph for the first token and for all others, and no weight is used by both, but a shared
 embedding. The names are those of optimum's and GenAI's users.
+
+A model that encodes sound or an image has `input_features`, `input_values` or `pixel_values` in the place of the text,
+and no masks: all of it is seen.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,15 +25,14 @@ from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.errors import PeftfxError, first_line
 from peftfx.graph.slots import SLOT_PROMPT
 from peftfx.views.cache import Held, cache_of, held
 from peftfx.views.decode import PAST, PRESENT, cache_names
-from peftfx.views.dry_run import fake_run
 from peftfx.views.view import Axes, RunView
 
 _SIZES: Mapping[str, int] = {"batch": 2, "encoder_sequence": 7, "sequence": 5, "past": 3}
 ENCODED, DECODED = "encoder", "decoder"
+TEXT = "input_ids"
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,26 @@ class EncoderDecoderLayers:
         width: of the encoded text.
         ahead: how many virtual tokens an example has encoded ahead of its text, unseen by whoever makes the mask; how
             many there are in a call, the length of what is encoded tells.
+        source: the argument that is encoded.
+        source_axes: the names of its axes.
     """
 
     own: tuple[Held, ...]
     cross: tuple[Held, ...]
     width: int
     ahead: int = 0
+    source: str = TEXT
+    source_axes: tuple[str | None, ...] = ("batch", "encoder_sequence")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What the encoder takes: a text comes with its mask."""
+        return (self.source, "attention_mask") if self.masked else (self.source,)
+
+    @property
+    def masked(self) -> bool:
+        """Whether a mask says what of the encoded is seen."""
+        return self.source == TEXT
 
     def widened(self, mask: Tensor, length: int) -> Tensor:
         """The mask of what is encoded, which is so long, given that of the text."""
@@ -59,7 +74,7 @@ class EncoderDecoderLayers:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What happens once for a text: it is encoded, and its keys and values are computed for the decoder's layers."""
+    """What happens once: a text is encoded, and its keys and values are computed for the decoder's layers."""
 
     layers: EncoderDecoderLayers
     name = ENCODED
@@ -72,13 +87,13 @@ class Encoder:
     @property
     def axes(self) -> Axes:
         """The name of each input's axes."""
-        return dict.fromkeys(("input_ids", "attention_mask"), ("batch", "encoder_sequence"))
+        return dict.fromkeys(self.layers.inputs, self.layers.source_axes)
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Valid inputs of this view; with room for it, the last row is padded on the right."""
         wanted = {**_SIZES, **(sizes or {})}
         made = example_inputs(base, sizes={"batch": wanted["batch"], "sequence": wanted["encoder_sequence"]}, seed=seed)
-        return {name: made[name] for name in ("input_ids", "attention_mask")}
+        return {name: made[name] for name in self.layers.inputs}
 
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
@@ -94,13 +109,15 @@ class Encoder:
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
         """What is computed for the tokens that the mask shows."""
+        if not self.layers.masked:
+            return value
         rows = value if name == "last_hidden_state" else value.transpose(1, 2)
         return rows[self.layers.widened(inputs["attention_mask"].cpu(), rows.shape[1]) != 0]
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """One step, or several, of a decoder over an encoded text."""
+    """One step, or several, of a decoder over what is encoded."""
 
     layers: EncoderDecoderLayers
     name = DECODED
@@ -116,9 +133,10 @@ class Decoder:
         """The name of each input's axes."""
         count = len(self.layers.own)
         encoded = "encoder_total" if self.layers.ahead else "encoder_sequence"
+        mask = {"encoder_attention_mask": ("batch", "encoder_sequence")} if self.layers.masked else {}
         return {
             "input_ids": ("batch", "sequence"),
-            "encoder_attention_mask": ("batch", "encoder_sequence"),
+            **mask,
             **dict.fromkeys(cache_names(PAST, count, part=DECODED), ("batch", None, "past", None)),
             **dict.fromkeys(cache_names(PAST, count, part=ENCODED), ("batch", None, encoded, None)),
         }
@@ -139,7 +157,7 @@ class Decoder:
             }
         return {
             "input_ids": text["decoder_input_ids"],
-            "encoder_attention_mask": text["attention_mask"],
+            **({"encoder_attention_mask": text["attention_mask"]} if self.layers.masked else {}),
             **caches,
         }
 
@@ -154,13 +172,15 @@ class Decoder:
             run: runs the model, its encoder too.
             seed: of the texts.
         """
-        count, mask = len(self.layers.own), inputs["encoder_attention_mask"]
+        count, mask = len(self.layers.own), inputs.get("encoder_attention_mask")
         crossed, own = (cache_names(PAST, count, part=part) for part in (ENCODED, DECODED))
-        past = inputs[own[0]].shape[2]
-        sizes = {"batch": mask.shape[0], "sequence": mask.shape[1], "decoder_sequence": max(past, 1)}
+        past, encoded_length = inputs[own[0]].shape[2], inputs[crossed[0]].shape[2]
+        length = encoded_length if mask is None else mask.shape[1]
+        sizes = {"batch": len(inputs["input_ids"]), "sequence": length, "decoder_sequence": max(past, 1)}
         text = example_inputs(base, sizes=sizes, seed=seed + 1)
         encoder = Encoder(self.layers)
-        made = run(encoder, {"input_ids": text["input_ids"], "attention_mask": mask})
+        source = {self.layers.source: text[self.layers.source]}
+        made = run(encoder, source if mask is None else {**source, "attention_mask": mask})
         encoded = zip(crossed, cache_names(PRESENT, count, part=ENCODED), strict=True)
         feed = {**inputs, **{name: _behind(inputs[name], made[present]) for name, present in encoded}}
         if not past:
@@ -175,11 +195,15 @@ class Decoder:
         count = len(self.layers.own)
         own = cache_of([given[name] for name in cache_names(PAST, count, part=DECODED)])
         cross = cache_of([given[name] for name in cache_names(PAST, count, part=ENCODED)])
-        mask = self.layers.widened(given["encoder_attention_mask"], held(cross)[0].shape[2])
-        # Of the encoded text itself only the shape is looked at: its keys and values are in the cache.
-        encoded = mask.new_zeros((*mask.shape, self.layers.width), dtype=self.layers.own[0].dtype)
+        first = held(cross)[0]
+        shape, mask = (first.shape[0], first.shape[2]), {}
+        if self.layers.masked:
+            mask["attention_mask"] = self.layers.widened(given["encoder_attention_mask"], first.shape[2])
+            shape = (first.shape[0], mask["attention_mask"].shape[1])
+        # Of what is encoded only the shape is looked at: its keys and values are in the cache.
+        encoded = first.new_zeros((*shape, self.layers.width), dtype=self.layers.own[0].dtype)
         output = base(
-            attention_mask=mask,
+            **mask,
             decoder_input_ids=given["input_ids"],
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded),  # type: ignore[call-arg]
             cache=EncoderDecoderCache(own, cross),
@@ -195,7 +219,7 @@ class Decoder:
 
 def _behind(given: Tensor, made: Tensor) -> Tensor:
     """Keys or values that a model made, behind what is given for virtual tokens that were not ahead of its text."""
-    ahead = given[:, :, : given.shape[2] - made.shape[2]]
+    ahead = given[:, :, : max(given.shape[2] - made.shape[2], 0)]
     return made if not ahead.shape[2] else torch.cat([ahead * made.std(), made], dim=2)
 
 
@@ -203,45 +227,14 @@ def _encode(base: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, list
     given: dict[str, Any] = dict(inputs)
     encoded = base.get_encoder()(**given, return_dict=True)  # type: ignore[operator]
     cache = EncoderDecoderCache(cache_of([]), cache_of([]))
-    first = given["input_ids"][:, :1]  # any token: what depends on it is not looked at
+    mask = {name: given[name] for name in ("attention_mask",) if name in given}
+    seen = encoded.last_hidden_state
+    tokens = given.get(TEXT, seen.new_zeros((seen.shape[0], 1), dtype=torch.long))
     base(
-        attention_mask=given["attention_mask"],
-        decoder_input_ids=first,
+        **mask,
+        decoder_input_ids=tokens[:, :1],  # any token: what depends on it is not looked at
         encoder_outputs=encoded,
         cache=cache,
         use_cache=True,
     )
     return encoded.last_hidden_state, held(cache.cross_attention_cache)
-
-
-def find_layers(base: nn.Module) -> EncoderDecoderLayers:
-    """The layers of an encoder-decoder's caches, found by running it on fake tensors.
-
-    Raises:
-        PeftfxError: it is none, does not read text, or its caches are not keys and values.
-    """
-    accepted = inspect.signature(base.forward).parameters
-    needed = {"input_ids", "attention_mask", "decoder_input_ids", "encoder_outputs", "cache"}
-    if not needed <= set(accepted) or not hasattr(base, "get_encoder"):
-        missing = ", ".join(sorted(needed - set(accepted)))
-        what = f"the model is no encoder-decoder of text: its forward has no {missing}"
-        raise PeftfxError(what, type(base).__name__, "use the forward view")
-    text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
-    cache = EncoderDecoderCache(cache_of([]), cache_of([]))
-    with fake_run(base) as fake:
-        given = {name: fake(t) for name, t in text.items() if name in needed}
-        try:
-            output = base(**given, cache=cache, use_cache=True)
-            own, cross = held(cache.self_attention_cache), held(cache.cross_attention_cache)
-            width = int(output.encoder_last_hidden_state.shape[-1])
-        except Exception as error:
-            what = f"the model does not run with plain key/value caches: {first_line(error)}"
-            raise PeftfxError(what, type(base).__name__, "use the forward view") from error
-    if not own or len(own) != len(cross):
-        what = "the model's decoder has not one cache of its own and one of the encoded text for each layer"
-        raise PeftfxError(what, type(base).__name__, "use the forward view")
-    return EncoderDecoderLayers(_layers(own), _layers(cross), width)
-
-
-def _layers(tensors: list[Tensor]) -> tuple[Held, ...]:
-    return tuple(Held.of(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True))

@@ -40,7 +40,7 @@ LAYERS = (
         "peftfx.twins",
         "peftfx.export_options",
     ),
-    *("peftfx.analysis", "peftfx.patterns", "peftfx.views", "peftfx.generation"),
+    *("peftfx.analysis", "peftfx.patterns", "peftfx.views", "peftfx.views.finding", "peftfx.generation"),
     *("peftfx.contract", "peftfx.contract.common", "peftfx.methods", "peftfx.rules"),
     *("peftfx.adapters", "peftfx.adapters.files", "peftfx.pictures"),
     *(

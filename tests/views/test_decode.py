@@ -17,7 +17,7 @@ import peftfx
 import peftfx.runtime
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import PAST, PRESENT, cache_names, positions
-from peftfx.views.named_views import find_view
+from peftfx.views.finding.named_views import find_view
 
 CAUSAL = [name for name, entry in ZOO.items() if entry.task == "text-generation"]
 PIECES = {"one by one": [1] * 9, "prefill, a continuation, single tokens": [4, 3, 1, 1], "at once": [9]}

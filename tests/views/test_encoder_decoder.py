@@ -22,7 +22,7 @@ import peftfx
 import peftfx.runtime
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.encoder_decoder import DECODED, ENCODED
-from peftfx.views.named_views import find_view
+from peftfx.views.finding.named_views import find_view
 
 NAMES = ["t5", "bart"]
 

@@ -15,7 +15,7 @@ import peftfx
 from peftfx.graph.capturing import stamping
 from peftfx.graph.graph import CONSTANTS, Graph
 from peftfx.views.capture import capture
-from peftfx.views.named_views import find_view
+from peftfx.views.finding.named_views import find_view
 
 TEXT = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
 GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}

@@ -25,11 +25,23 @@ def run(
         str | None, typer.Option(help="Text that each text is held against, by a model of sentences or a re-ranker.")
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Image for the model's task; may be given again.")] = None,
+    audio: Annotated[
+        list[Path] | None, typer.Option(help="WAV file, of any rate, to transcribe or classify; may be given again.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Pipeline name; by default what the model was made for.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Where generation stops at the latest.")] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Where generation stops at the latest: by default a prompt's after 128 tokens.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    language: Annotated[str | None, typer.Option(help="With --audio: the language spoken, if the model asks.")] = None,
+    translate: Annotated[
+        bool, typer.Option("--translate", help="With --audio: into English, if the model can.")
+    ] = False,
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", help="With --audio: when each piece was said, if the model can.")
+    ] = False,
     top: Annotated[int, typer.Option(help="How many labels to print.")] = 5,
     adapter: Annotated[Path | None, typer.Option(help="An .onnx_adapter file to put into the model.")] = None,
     prompt_name: Annotated[str | None, typer.Option(help="The model's own prompt for texts that are embedded.")] = None,
@@ -38,7 +50,7 @@ def run(
         list[str] | None, typer.Option(help="Where ONNX Runtime computes: cuda, directml, openvino; given again, next.")
     ] = None,
 ) -> None:
-    """Run an exported model in ONNX Runtime: continue a prompt, classify texts and images, or embed and rank texts.
+    """Run an exported model in ONNX Runtime: continue, classify, embed or rank texts, label images, transcribe speech.
 
     Labels and embeddings are printed as JSON, a line for each text or image; texts for a query the best first.
     """
@@ -47,6 +59,7 @@ def run(
         prompt=prompt,
         texts=(*(text or ()), *read_texts(texts)),
         images=tuple(image or ()),
+        sounds=tuple(audio or ()),
         task=task,
         top=top,
         adapter=adapter,
@@ -58,6 +71,9 @@ def run(
         temperature=temperature,
         seed=seed,
         chat=chat,
+        language=language,
+        translate=translate,
+        timestamps=timestamps,
     )
     asked.check()
     with quiet():

@@ -29,7 +29,7 @@ from peftfx.views.cache_prefix import Prefilled
 from peftfx.views.capture import capture
 from peftfx.views.decode import Decode
 from peftfx.views.entry import Entry
-from peftfx.views.named_views import find_view
+from peftfx.views.finding.named_views import find_view
 from peftfx.views.view import Axes, View, apart, name_axes
 
 MOST_STATES = 4  #: states of the base for one kind of call: training and not, and two more

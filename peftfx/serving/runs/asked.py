@@ -23,6 +23,7 @@ class Asked:
         prompt: text to continue.
         texts: for the model's task.
         images: image files, for the model's task.
+        sounds: WAV files, for the model's task.
         task: a pipeline's name; None is what the model was made for.
         top: how many labels to tell.
         adapter: an `.onnx_adapter` file to put into the model.
@@ -30,16 +31,21 @@ class Asked:
         query: a text that each of the texts is held against.
         prompt_name: of the text that goes ahead of texts that are embedded.
         save: a `.npy` file for embeddings.
-        max_new_tokens: where generation stops, if the model does not stop first.
+        max_new_tokens: where generation stops, if the model does not stop first; by default after 128 tokens of a
+            continuation, and as its own generation config says of what is transcribed.
         temperature: of sampling; 0 takes the likeliest token each time.
         seed: of sampling.
         chat: put the prompt into the model's chat template.
+        language: that is spoken; None is found out by the model, if it can.
+        translate: give what is said in English, if the model can.
+        timestamps: tell when each piece was said, if the model can.
     """
 
     directory: Path
     prompt: str | None = None
     texts: tuple[str, ...] = ()
     images: tuple[Path, ...] = ()
+    sounds: tuple[Path, ...] = ()
     task: str | None = None
     top: int = 5
     adapter: Path | None = None
@@ -47,10 +53,13 @@ class Asked:
     query: str | None = None
     prompt_name: str | None = None
     save: Path | None = None
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     seed: int | None = None
     chat: bool = False
+    language: str | None = None
+    translate: bool = False
+    timestamps: bool = False
 
     def check(self) -> None:
         """Refuse an unknown task, files that are not there, and nothing to run on, or inputs of more than one kind.
@@ -62,16 +71,20 @@ class Asked:
             check_task(self.task)
         if self.query is not None and not self.texts:
             raise PeftfxError("there are no texts to hold against the query", "run", "pass --text or --texts too")
-        if (self.prompt is None) == (not (self.texts or self.images)):
-            hint = "pass --prompt, or --text, or --image"
-            raise PeftfxError("give one input: a prompt, texts or images", "run", hint)
-        missing = next((path for path in self.images if not os.path.isfile(path)), None)
-        if missing is not None:
-            raise PeftfxError("there is no such image", str(missing), "check the path")
+        given = (self.prompt is not None, bool(self.texts or self.images), bool(self.sounds))
+        if sum(given) != 1:
+            hint = "pass --prompt, or --text, or --image, or --audio"
+            raise PeftfxError("give one input: a prompt, texts, images or recordings", "run", hint)
+        for kind, paths in (("image", self.images), ("recording", self.sounds)):
+            missing = next((path for path in paths if not os.path.isfile(path)), None)
+            if missing is not None:
+                raise PeftfxError(f"there is no such {kind}", str(missing), "check the path")
 
     @property
     def kind(self) -> str:
         """The name of the file of `runs` that does it."""
+        if self.sounds:
+            return "sounds"
         if self.texts and self.task in (None, SENTENCES):
             from peftfx.bases.sentences.modules import SentenceModules
 

@@ -9,7 +9,8 @@ from peftfx.bases.tasks import HEARING, resolve_task
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.serving.load import load
-from peftfx.serving.pipelines import pipeline, task_of_directory
+from peftfx.serving.made_for import task_of_directory
+from peftfx.serving.pipelines import pipeline
 from peftfx.serving.runs.asked import Asked, Found
 
 
@@ -22,8 +23,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
     task = task_of_directory(served.directory) if asked.task is None else resolve_task(asked.task)
     if task in HEARING:
-        hint = "call the model in Python (peftfx.runtime.load) with the features of the sound"
-        raise PeftfxError("this model takes sound, and the command line gives texts and images alone", task, hint)
+        raise PeftfxError("this model takes sound, not texts and images", task, "pass --audio FILE.wav")
     found = pipeline(served, task)
     options = _options(found.task, asked.top)
     for item in (*asked.texts, *map(str, asked.images)):

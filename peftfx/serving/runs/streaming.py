@@ -9,9 +9,17 @@ import torch
 from peftfx.serving.runs.asked import Asked
 
 
-def generation_options(asked: Asked) -> dict[str, Any]:
-    """What is passed to transformers' `generate`; with a seed, torch's is set."""
-    options: dict[str, Any] = {"max_new_tokens": asked.max_new_tokens, "do_sample": asked.temperature > 0}
+def generation_options(asked: Asked, most: int | None = None) -> dict[str, Any]:
+    """What is passed to transformers' `generate`; with a seed, torch's is set.
+
+    Args:
+        asked: see there.
+        most: tokens, where nobody said how many; None leaves it to the model's generation config.
+    """
+    options: dict[str, Any] = {"do_sample": asked.temperature > 0}
+    most = most if asked.max_new_tokens is None else asked.max_new_tokens
+    if most is not None:
+        options["max_new_tokens"] = most
     if asked.temperature > 0:
         options["temperature"] = asked.temperature
     if asked.seed is not None:

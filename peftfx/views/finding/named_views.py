@@ -6,7 +6,8 @@ from torch import nn
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.views.decode import decode_view
-from peftfx.views.encoder_decoder import Decoder, Encoder, find_layers
+from peftfx.views.encoder_decoder import Decoder, Encoder
+from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.view import View
 
 

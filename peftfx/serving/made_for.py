@@ -1,0 +1,27 @@
+"""What an exported directory was made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peftfx.bases.tasks import task_of_class
+from peftfx.errors import PeftfxError
+from peftfx.files import is_file, read_json
+from peftfx.formats import REPORT, read_stamped
+
+
+def task_of_directory(directory: Path) -> str:
+    """What the model in an exported directory is for, by its report, else by its config.
+
+    Raises:
+        PeftfxError: neither says it.
+    """
+    for name, key in ((REPORT, "model"), ("config.json", "architectures")):
+        path = directory / name
+        if is_file(path):
+            read = read_stamped if name == REPORT else read_json
+            found = read(path, "export the model again").get(key)
+            named = found[0] if isinstance(found, list) and found else found
+            if isinstance(named, str) and (task := task_of_class(named)) is not None:
+                return task
+    raise PeftfxError("what this model is for cannot be told", str(directory), "name the task")

@@ -1,0 +1,157 @@
+"""Sounds: recordings are transcribed, or labelled, by what the model's own processor makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from peftfx.bases.tasks import HEARING, resolve_task
+from peftfx.bases.transformers_config import understanding
+from peftfx.errors import PeftfxError
+from peftfx.serving.generators import ServedSeq2Seq
+from peftfx.serving.load import load
+from peftfx.serving.made_for import task_of_directory
+from peftfx.serving.pipelines import feature_extractor, pipeline
+from peftfx.serving.runs.asked import Asked, Found
+from peftfx.serving.runs.streaming import generation_options
+from peftfx.serving.served import Served
+from peftfx.serving.sound import read_wav, resample
+
+TRANSCRIBED, _ = HEARING
+PIECE = 30.0  #: seconds of a long recording that a model without a decoder reads at once
+_DOES_NOT_TAKE = "the model does not take this recording"
+
+
+def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
+    """What is said in each recording, or its labels.
+
+    Raises:
+        PeftfxError: the model is for something else, lacks a tokenizer or feature extractor, or knows no language or
+            times, which were asked for; a file is no WAV file.
+    """
+    served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
+    task = task_of_directory(served.directory) if asked.task is None else resolve_task(asked.task)
+    if task not in HEARING:
+        raise PeftfxError("this model does not take sound", task, "pass --text, --prompt or --image")
+    extractor = feature_extractor(served.directory)
+    if task == TRANSCRIBED and isinstance(served, ServedSeq2Seq):
+        hear: Any = Transcriber(served, extractor, asked)
+    else:
+        _refuse_options(asked)
+        hear = _Labels(served, task, int(extractor.sampling_rate), asked.top)
+    for path in asked.sounds:
+        sound, rate = read_wav(path)
+        with understanding(path, _DOES_NOT_TAKE, "see `__cause__`"):
+            found = hear(resample(sound, rate, int(extractor.sampling_rate)))
+        yield Found(found if isinstance(found, list) else {"audio": str(path), **found}, _words(found))
+
+
+def _refuse_options(asked: Asked) -> None:
+    for name in ("language", "translate", "timestamps"):
+        if getattr(asked, name):
+            what = "this model does not write word by word: it has no languages to choose from, and tells no times"
+            raise PeftfxError(what, f"--{name}", "leave it out")
+
+
+def _words(found: Any) -> str | None:
+    """What to read: a line for each piece where times were asked for; labels are read as they are."""
+    if isinstance(found, list):
+        return None
+    if "segments" not in found:
+        return str(found["text"])
+    return "\n".join(f"[{piece['start']:.2f} - {piece['end']:.2f}] {piece['text']}" for piece in found["segments"])
+
+
+@dataclass
+class _Labels:
+    """transformers' pipeline over a model that gives all its answers at once: the letters that are heard, or labels."""
+
+    served: Served
+    task: str
+    rate: int
+    top: int
+
+    def __post_init__(self) -> None:
+        self.pipeline = pipeline(self.served, self.task)
+
+    def __call__(self, heard: Tensor) -> Any:
+        given = {"raw": heard.numpy(), "sampling_rate": self.rate}
+        if self.task != TRANSCRIBED:
+            return self.pipeline(given, top_k=self.top)
+        long = len(heard) > PIECE * self.rate and hasattr(self.served.config, "inputs_to_logits_ratio")
+        return {"text": self.pipeline(given, **({"chunk_length_s": PIECE} if long else {}))["text"]}
+
+
+class Transcriber:
+    """A model that writes down what is said, word by word, by transformers' `generate` of its own class.
+
+    A recording that is longer than the feature extractor makes room for is taken piece by piece: by the class, if it
+    can do that, which it does by the times that it tells; else in pieces of that length.
+
+    Args:
+        served: the model.
+        extractor: makes what it reads of a recording.
+        asked: how.
+
+    Raises:
+        PeftfxError: the model cannot do what was asked for.
+    """
+
+    def __init__(self, served: ServedSeq2Seq, extractor: Any, asked: Asked) -> None:
+        self.served, self.extractor, self.asked = served, extractor, asked
+        self.tokenizer, self.source = served.tokenizer, served.main_input_name
+        if self.source not in extractor.model_input_names:
+            what = (
+                f"the feature extractor makes {', '.join(extractor.model_input_names)}, the model reads {self.source}"
+            )
+            raise PeftfxError(what, str(served.directory), "copy the base model's preprocessor_config.json again")
+        self.options = generation_options(asked)
+        wanted = {
+            "language": asked.language,
+            "task": "translate" if asked.translate else None,
+            "return_timestamps": asked.timestamps or None,
+        }
+        for (name, value), flag in zip(wanted.items(), ("language", "translate", "timestamps"), strict=True):
+            if value is not None and name not in served.options:
+                raise PeftfxError(f"this model does not take --{flag}", str(served.directory), "leave it out")
+        self.options |= {name: value for name, value in wanted.items() if value is not None}
+        if asked.timestamps:
+            self.options["return_segments"] = True
+
+    def __call__(self, heard: Tensor) -> dict[str, Any]:
+        most = getattr(self.extractor, "n_samples", None)
+        if most is None or len(heard) <= most:
+            return self._said(self._features(heard))
+        if "return_timestamps" in self.served.options and self._tells_times:
+            whole = self._features(heard, truncation=False, padding="longest")
+            return self._said(whole, return_timestamps=True)
+        if self.asked.timestamps:
+            what = "this model's generation config has no `no_timestamps_token_id`: it tells no times"
+            raise PeftfxError(what, str(self.served.directory), "leave --timestamps out")
+        pieces = [self._said(self._features(piece))["text"].strip() for piece in heard.split(most)]
+        return {"text": " ".join(pieces)}
+
+    @property
+    def _tells_times(self) -> bool:
+        return getattr(self.served.generation_config, "no_timestamps_token_id", None) is not None
+
+    def _features(self, heard: Tensor, **options: object) -> Tensor:
+        rate = int(self.extractor.sampling_rate)
+        made: Tensor = self.extractor(heard.numpy(), sampling_rate=rate, return_tensors="pt", **options)[self.source]
+        return made.to(self.served.dtype)
+
+    def _said(self, features: Tensor, **more: object) -> dict[str, Any]:
+        found: Any = self.served.generate(features, **{**self.options, **more})
+        if not isinstance(found, dict):
+            return {"text": self._text(found[0])}
+        pieces = [
+            {"start": float(piece["start"]), "end": float(piece["end"]), "text": self._text(piece["tokens"])}
+            for piece in found["segments"][0]
+        ]
+        return {"text": self._text(found["sequences"][0]), "segments": pieces}
+
+    def _text(self, tokens: Tensor) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -1,0 +1,56 @@
+"""The layers of an encoder-decoder's caches, found by running it on fake tensors."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+from torch import Tensor, nn
+from transformers import EncoderDecoderCache
+
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.errors import PeftfxError, first_line
+from peftfx.views.cache import Held, cache_of, held
+from peftfx.views.dry_run import fake_run
+from peftfx.views.encoder_decoder import TEXT, EncoderDecoderLayers
+from peftfx.views.view import free_images, name_axes
+
+
+def find_layers(base: nn.Module) -> EncoderDecoderLayers:
+    """The layers of an encoder-decoder's caches, found by running it on fake tensors.
+
+    Raises:
+        PeftfxError: it is none, or its caches are not keys and values.
+    """
+    accepted = inspect.signature(base.forward).parameters
+    source = str(getattr(base, "main_input_name", TEXT))
+    needed = {source, "decoder_input_ids", "encoder_outputs", "cache"} | (
+        {"attention_mask"} if source == TEXT else set()
+    )
+    if not needed <= set(accepted) or not hasattr(base, "get_encoder"):
+        missing = ", ".join(sorted(needed - set(accepted))) or "get_encoder"
+        what = f"the model is no encoder-decoder that can be split: its forward has no {missing}"
+        raise PeftfxError(what, type(base).__name__, "use the forward view")
+    text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
+    cache = EncoderDecoderCache(cache_of([]), cache_of([]))
+    with fake_run(base) as fake:
+        given = {name: fake(t) for name, t in text.items() if name in needed}
+        try:
+            output = base(**given, cache=cache, use_cache=True)
+            own, cross = held(cache.self_attention_cache), held(cache.cross_attention_cache)
+            width = int(output.encoder_last_hidden_state.shape[-1])
+        except Exception as error:
+            what = f"the model does not run with plain key/value caches: {first_line(error)}"
+            raise PeftfxError(what, type(base).__name__, "use the forward view") from error
+    if not own or len(own) != len(cross):
+        what = "the model's decoder has not one cache of its own and one of what is encoded for each layer"
+        raise PeftfxError(what, type(base).__name__, "use the forward view")
+    layers = EncoderDecoderLayers(_layers(own), _layers(cross), width)
+    if source == TEXT:
+        return layers
+    axes = free_images(name_axes({source: text[source]}), base)[source]
+    return replace(layers, source=source, source_axes=axes)
+
+
+def _layers(tensors: list[Tensor]) -> tuple[Held, ...]:
+    return tuple(Held.of(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True))
