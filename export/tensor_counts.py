@@ -99,5 +99,7 @@ def _where(rule: Placed, key: str, read: Collection[str], to: str, beside: Colle
         return to
     if key.startswith(f"{SAVED}."):
         return Destination.COPIES
+    if rule.method.unfoldable:
+        return Destination.APART
     constant = rule.placements.attentions or (rule.placements.patterns and key in beside)
     return Destination.CONSTANTS if to == Destination.MERGED and constant else to

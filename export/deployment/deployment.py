@@ -15,6 +15,7 @@ from peftfx.export.deployment.parts import GraphPart, capture_parts
 from peftfx.export.verification.oracle import Oracle, eager_oracle
 from peftfx.export.verification.size_trials import sizes_of
 from peftfx.export.verification.sizes import Sizes
+from peftfx.generation.invocation import InvokedDecode
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import Decode
 
@@ -54,6 +55,8 @@ class Deployment(ABC):
     def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs) -> None:
         """Tell other runtimes, beside the models, how they are served."""
         for part in parts:
+            if isinstance(part.seen, InvokedDecode):
+                continue  # other runtimes know nothing of where a row invokes an adapter
             if isinstance(part.seen, Decode):
                 _, entry = adapted.under_prompt(part.seen)
                 write_genai_config(directory, adapted.base.config, part.seen, 0 if entry is None else entry.shape[0])

@@ -8,7 +8,7 @@ its own module reads is changed for the whole call. Copies of the base's tensors
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from peftfx.bases.guests import own_class
 from peftfx.contract.method import Op
 from peftfx.contract.override import Override
 from peftfx.contract.placement import WeightPlacement, owner_of
-from peftfx.export.verification.published import KNOWN, OnOutput, on_output
+from peftfx.export.verification.published import KNOWN, OnOutput, acting_where, on_output
 from peftfx.export.verification.swapped_weight import CONV, AdapterStep, HeldTensors, SwappedWeight
 from peftfx.graph.places import places_of, twin
 
@@ -42,18 +42,22 @@ class Applied:
 
 
 @contextlib.contextmanager
-def applied(base: nn.Module, adapters: Sequence[Adapter], whole: Collection[str] = ()) -> Iterator[Applied]:
+def applied(
+    base: nn.Module, adapters: Sequence[Adapter], whole: Collection[str] = (), feed: Mapping[str, Tensor] | None = None
+) -> Iterator[Applied]:
     """Inside, `base` computes with these adapters.
 
     Args:
         base: an eager module; afterwards it is as it was.
         adapters: in the order in which they act. Soft prompts are not the modules': see `eager_reference.py`.
+        feed: the inputs of the call, for what acts behind an invocation in its text.
         whole: module paths whose weight is changed for the whole call: something else than the module reads it.
     """
     steps: dict[str, list[AdapterStep]] = {}
     for adapter in adapters:
         for placement in adapter.placements.weights:
-            steps.setdefault(placement.site.path, []).append(AdapterStep(placement, adapter.params(placement)))
+            p = {**adapter.params(placement), **acting_where(placement.method, feed or {})}
+            steps.setdefault(placement.site.path, []).append(AdapterStep(placement, p))
     named = {*steps, *(path for adapter in adapters for path in adapter.named)}
     found = Applied(frozenset(named))
     with contextlib.ExitStack() as stack:

@@ -64,7 +64,7 @@ class EagerReference:
             return output
 
     def _run(self, base: nn.Module, adapters: Sequence[Adapter], feed: Mapping[str, Tensor]) -> Tensors:
-        with applied(base, adapters, self.read_elsewhere) as state:
+        with applied(base, adapters, self.read_elsewhere, feed) as state:
             output = self._call(base, adapters, feed)
         self.named |= state.named
         self.seen |= state.seen
@@ -72,7 +72,7 @@ class EagerReference:
         idle = {path for path in state.named - self.seen - self.read_elsewhere if _has_weight(base, path)}
         if idle:  # what reads the weight of a module that does not run itself, reads the adapted one
             self.read_elsewhere |= idle
-            with applied(base, adapters, self.read_elsewhere):
+            with applied(base, adapters, self.read_elsewhere, feed):
                 again = self._call(base, adapters, feed)
             if any(not torch.equal(again[name], value) for name, value in output.items()):
                 self.seen |= idle

@@ -13,6 +13,7 @@ from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.kept_state import StateError, state_kept
 from peftfx.export.verification.sizes import EVERY, Sizes
+from peftfx.generation.invocation import invoked
 from peftfx.graph.graph import Graph, TensorSpec, path_name
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import nested
@@ -71,7 +72,7 @@ def probes(
     first = [*([] if large else [own]), ONE, *sizes.probes, *_varied(own)]
     count = len(first) + (len(FEW) if large else COUNT)
     for seed, wanted in enumerate((*first, *(FEW if large else ()), *PROBE_SIZES)):
-        case = case_of(adapted, specs, example, wanted, seed)
+        case = invoked(case_of(adapted, specs, example, wanted, seed), adapted.invocations, seed)
         if not sizes.allow(captured.sizes_of(case)):
             continue
         want = None

@@ -7,7 +7,7 @@ What is here reads an adapter's tensors by HF PEFT's names and shares no code wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,20 @@ from peftfx.sites.site import EXPERTS
 KNOWN = (LoRA, AdaLoRA, VeRA, IA3)
 OnOutput = Callable[[Tensor, Tensor], Tensor]
 """A layer's adapted output, given its input and its output."""
+
+
+def acting_where(method: WeightMethod, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Where an aLoRA acts in a call: row by row, from the last place of its invocation on, or as the call says."""
+    tokens = list(method.invoked_by)
+    if not tokens:
+        return {}
+    ids = feed["input_ids"].tolist()
+    told = feed["alora_offsets"].tolist() if "alora_offsets" in feed else [0] * len(ids)
+    acts = torch.zeros(len(ids), len(ids[0]), 1, dtype=torch.bool)
+    for row, (text, count) in enumerate(zip(ids, told, strict=True)):
+        starts = [i for i in range(len(text)) if text[i : i + len(tokens)] == tokens]
+        acts[row, min([*starts[-1:], max(len(text) - count, 0)]) :] = True
+    return {"active": acts.to(feed["input_ids"].device)}
 
 
 def on_output(method: WeightMethod, p: Params, kind: str) -> OnOutput | None:

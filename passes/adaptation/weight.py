@@ -27,11 +27,12 @@ def apply_at(splicer: Splicer, placement: WeightPlacement, call: Call, name: str
     y = splicer.weighted.get(call.y, splicer.nodes[call.y])
     weight, bias = weight_and_bias(placement.site, call, splicer.nodes)
     params = splicer.parameters(placement, name, adapter, y)
-    under = _under(splicer, placement, y)
+    region = splicer.region(placement, name, splicer.nodes[call.y], params)
+    params |= splicer.invocation(placement, region)
+    under = [(p, read | splicer.invocation(p, region)) for p, read in _under(splicer, placement, y)]
     others = (n for _, read in under for n in read.values())
     arguments = [x, y, weight, bias, *read_beside(op, placement.site), *params.values(), *others]
     acting = [(placement, list(params)), *((p, list(read)) for p, read in under)]
-    region = splicer.region(placement, name, splicer.nodes[call.y], params)
     users = list(y.users)
     forward, key = _forward(acting, op, training=splicer.graph.training), _key(acting, op)
     named = type(placement.method).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from torch import fx
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.placement import Placement, WeightPlacement
 from peftfx.errors import PeftfxError
+from peftfx.generation.invocation import ACTIVE, IDS, OFFSETS, active
 from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.graph.rewriter import REGION, REPLACES, Cursor, Rewriter
 from peftfx.passes.base import Region, attributes_of, fake_like, results
@@ -26,6 +28,7 @@ class Splicer:
         latest: what stands for a node's value now, by the node's name.
         weighted: the same, of what acts on weights alone: it comes before what joins their output from elsewhere.
         instead: the result that took the place of a node, by the node's name.
+        invocations: where what an invocation in the text calls acts, by its tokens.
         placed: what was placed at each site, with the name of its adapter, in order.
     """
 
@@ -38,6 +41,7 @@ class Splicer:
         self.latest: dict[str, fx.Node] = {}
         self.weighted: dict[str, fx.Node] = {}
         self.instead: dict[str, fx.Node] = {}
+        self.invocations: dict[tuple[int, ...], fx.Node] = {}
         self.placed: dict[str, dict[tuple[str, str], WeightPlacement]] = {}
         for result in results(graph):
             region = result.meta[REGION]
@@ -66,6 +70,29 @@ class Splicer:
         keys = adapter.keys(placement).items()
         like = anchor.meta["val"]
         return {n: self.attribute(f"{ADAPTERS}.{name}.{key}", fake_like(like, adapter.get(key))) for n, key in keys}
+
+    def invocation(self, placement: Placement, region: Region) -> dict[str, fx.Node]:
+        """Where a method acts that an invocation in the text calls: one node for all of its places.
+
+        Raises:
+            PeftfxError: the graph has no tokens.
+        """
+        tokens = placement.method.invoked_by
+        if tokens and tokens not in self.invocations:
+            inputs = [node for node in self.rewriter.graph.nodes if node.op == "placeholder"]
+            named = {spec.name: node for spec, node in zip(self.graph.inputs, inputs, strict=True)}
+            if IDS not in named:
+                what = "an aLoRA acts behind its invocation tokens, and no input_ids reach this graph"
+                raise PeftfxError(what, placement.site.path, "give inputs= with input_ids, in place of embeddings")
+            ids, offsets = named[IDS], named.get(OFFSETS)
+            if offsets is not None and not offsets.users:  # nothing has said yet that it is as long as the batch
+                self.rewriter.revalue(offsets, ids.meta["val"][:, 0])
+            first = next(n for n in self.rewriter.graph.nodes if n.op not in ("placeholder", "get_attr"))
+            function = functools.partial(active, tokens=tokens)
+            self.invocations[tokens] = self.rewriter.before(first, region=region).trace(
+                function, ids, offsets, key=("active", tokens), what=ACTIVE, where=IDS
+            )
+        return {ACTIVE: self.invocations[tokens]} if tokens else {}
 
     def region(self, placement: Placement, name: str, y: fx.Node, params: Mapping[str, fx.Node]) -> Region:
         """The tag of what a placement adds at `y`."""

@@ -203,6 +203,14 @@ class Method(ABC):
         """
         return {}
 
+    @property
+    def invoked_by(self) -> tuple[int, ...]:
+        """Tokens of an invocation: it acts from the last of them in a row's text on, and not before; none, everywhere.
+
+        Where that is, `forward` finds in `p` by the name `active`: bool[batch, length, 1].
+        """
+        return ()
+
     def settled(self, values: Mapping[str, int]) -> Self:
         """This method for one value of each of its inputs."""
         return self

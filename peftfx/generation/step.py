@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from peftfx.errors import PeftfxError
+from peftfx.generation.invocation import OFFSETS, as_offsets, with_offsets
 from peftfx.views.cache import cache_of, fill_cache, held, refuse
 from peftfx.views.decode import PAST, PRESENT, Decode, cache_names
 from peftfx.views.row_adapters import IDS
@@ -49,6 +50,7 @@ class Generates:
         cache: DynamicCache | None = None,
         logits_to_keep: int | Tensor = 0,
         adapter_ids: Tensor | None = None,
+        alora_offsets: Tensor | None = None,
         **others: object,
     ) -> CausalLMOutputWithPast:
         """Logits, and the cache with these tokens in it."""
@@ -60,11 +62,22 @@ class Generates:
         inputs = step_inputs(self.view, input_ids, attention_mask, position_ids, cache)
         if adapter_ids is not None:
             inputs[IDS] = adapter_ids
+        if OFFSETS in self.view.axes:
+            inputs[OFFSETS] = as_offsets([0] * len(input_ids) if alora_offsets is None else alora_offsets, input_ids)
         outputs = self.step(inputs, cache)
         fill_cache(cache, [outputs[name] for name in cache_names(PRESENT, len(self.view.layers))])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = outputs["logits"][:, kept]
         return CausalLMOutputWithPast(logits=logits, cache=cache)  # type: ignore[call-arg, arg-type]
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', for rows that invoke adapters too: where they do is found in the whole prompt, once."""
+        return super().generate(*args, **with_offsets(self.view, args, kwargs))  # type: ignore[misc]
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Where rows are invoked is told beside what the model's own class takes."""
+        own = {name: value for name, value in model_kwargs.items() if name != OFFSETS}
+        super()._validate_model_kwargs(own)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: object

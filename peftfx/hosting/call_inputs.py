@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError, shown
+from peftfx.generation.invocation import ACTIVE, active, as_offsets
 from peftfx.hosting.call import CURRENT
 
 
@@ -36,6 +37,33 @@ def take(
     return {name: value for name, value in kwargs.items() if name not in names}, given
 
 
+def invocations(acting: Iterable[Method], ids: object, offsets: object) -> dict[str, Tensor]:
+    """Where methods act that are invoked by tokens of the text, by the names that `read_call_inputs` looks for.
+
+    Args:
+        acting: the methods that act.
+        ids: the tokens of the call, if it has any.
+        offsets: how many of the last tokens of each row are behind an invocation that the call tells, as HF PEFT's.
+
+    Raises:
+        PeftfxError: the call has no tokens, or tells no such numbers.
+    """
+    wanted = {method.invoked_by for method in acting} - {()}
+    if wanted and not (isinstance(ids, Tensor) and ids.ndim == 2):
+        what = "an aLoRA acts behind its invocation tokens, and no input_ids reach the model"
+        raise PeftfxError(what, "input_ids", "pass input_ids, [batch, length], in place of embeddings")
+    found: dict[str, Tensor] = {}
+    for tokens in wanted:
+        assert isinstance(ids, Tensor)
+        given = None if offsets is None else as_offsets(offsets, ids)
+        found[_named(tokens)] = active(ids, given, tokens)
+    return found
+
+
+def _named(tokens: tuple[int, ...]) -> str:
+    return f"{ACTIVE}:{','.join(map(str, tokens))}"
+
+
 def read_call_inputs(method: Method, x: Tensor | None = None) -> dict[str, Tensor]:
     """What a method reads in the call that runs in this thread, by name.
 
@@ -53,6 +81,9 @@ def read_call_inputs(method: Method, x: Tensor | None = None) -> dict[str, Tenso
             what = f"{type(method).__name__} acts by row, and a layer reads {len(x)} rows where {name} has {len(value)}"
             raise PeftfxError(what, name, "pass one for each row of the batch; leave out layers that mix its rows")
         found[name] = value if x is None else value.to(x.device)
+    if method.invoked_by:
+        value = CURRENT.given[_named(method.invoked_by)]
+        found[ACTIVE] = value if x is None else value.to(x.device)
     return found
 
 

@@ -69,7 +69,7 @@ class WeightGuest:
         under = [(g.acting, g.params()) for g in before if overlap(g.placement, self.placement)]
         rerun = under if self.acting.method.reruns else ()
         operation, p = self._operation(own, module, stored), self.params()  # type: ignore[arg-type]
-        if self.acting.method.inputs:
+        if self.acting.method.inputs or self.acting.method.invoked_by:
             p |= read_call_inputs(self.acting.method, x)
         if not x.is_meta and any(tensor.is_meta for tensor in p.values()):
             raise _without_values(self.seat.path)

@@ -121,6 +121,8 @@ class ModulesRoad:
             if not reason and name in self.prompts:
                 reason = "a soft prompt makes its rows longer than others"
             methods = () if reason or name == NO_ADAPTER else self.adapters[name].rules
+            if any(method.invoked_by for method in methods):
+                reason = "it acts behind an invocation in the text of all rows"
             if asked := [n for method in methods for n, count in method.inputs.items() if count > 1]:
                 reason = f"it acts by {asked[0]}"
             if reason:

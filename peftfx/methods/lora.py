@@ -45,6 +45,7 @@ from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.update import Update
 from peftfx.contract.weight import Weighted, WeightMethod
 from peftfx.errors import PeftfxError
+from peftfx.generation.invocation import ACTIVE, refuse_beside, where_active
 from peftfx.sites.blocks import Rows
 from peftfx.sites.expression import ends_with
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Site
@@ -72,6 +73,8 @@ class LoRA(WeightMethod):
             (`experts.down_proj`), or a layer's `weight`. They come on top of the other targets.
         trainable_token_indices: tokens whose rows of the token embedding are trained, or the tokens of each embedding
             by its path; see `TrainableTokens`.
+        alora_invocation_tokens: act from the last of these tokens in a row's text on, and not before (aLoRA,
+            arXiv:2504.12397). What is ahead is the base's, and so is its cache. Of linear layers in causal models.
     """
 
     r: int = 8
@@ -87,6 +90,7 @@ class LoRA(WeightMethod):
     init_lora_weights: bool | str = True
     target_parameters: Sequence[str] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    alora_invocation_tokens: Sequence[int] | None = None
 
     peft_type: ClassVar[str] = "LORA"
     kinds: ClassVar[frozenset[str]] = frozenset({*WEIGHT_KINDS, EXPERTS})
@@ -101,6 +105,8 @@ class LoRA(WeightMethod):
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "LoRA(r=8)")
         check_options(self, self.lora_dropout, self.bias)
         object.__setattr__(self, "init_lora_weights", known_start(self.init_lora_weights))
+        if self.alora_invocation_tokens is not None:
+            refuse_beside(self.invoked_by, dora=self.use_dora, moved=starts_from_weight(self.init_lora_weights))
 
     @property
     def neutral(self) -> bool:
@@ -109,6 +115,17 @@ class LoRA(WeightMethod):
     @property
     def dropout(self) -> float:
         return self.lora_dropout
+
+    @property
+    def invoked_by(self) -> tuple[int, ...]:
+        return tuple(self.alora_invocation_tokens or ())
+
+    def acts_at(self, site: Site) -> bool:
+        return super().acts_at(site) and (site.kind == "linear" or not self.invoked_by)
+
+    @property
+    def unfoldable(self) -> str:
+        return "an aLoRA acts behind its invocation tokens alone, and no weight does that" if self.invoked_by else ""
 
     @property
     def attention_rank(self) -> int | None:
@@ -161,6 +178,8 @@ class LoRA(WeightMethod):
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         r, weight = self.r, base.weight
+        if not self.acts_at(site):
+            raise PeftfxError(f"an aLoRA acts at linear layers, not at a {site.kind}", site.path, "exclude this module")
         if site.kind == EXPERTS:
             return self._init_experts(site, weight, rng)
         if site.groups > 1 and r % site.groups:
@@ -202,6 +221,8 @@ class LoRA(WeightMethod):
         dropped = F.dropout(x, self.lora_dropout, training=True) if drops else x
         delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS))
         start = self._delta(site, op, x, p[A0], p[B0], None) if A0 in p else None
+        if self.invoked_by:
+            delta = where_active(delta, p[ACTIVE])
         if not self.use_dora:
             return (y + delta if start is None else y + (delta - start)).to(y.dtype)
         gains = along_channels(gain(site, p[MAGNITUDE], self._updated(site, base.weight, p)), site)
@@ -263,6 +284,8 @@ class LoRA(WeightMethod):
         return added if bias is None else bias + added
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
+        if self.unfoldable:
+            raise PeftfxError(self.unfoldable, site.path, "export it: there its operations are the graph's own")
         if site.kind == EXPERTS:
             what = "LoRA on experts' weights cannot be put into a running graph"
             raise PeftfxError(what, site.path, "export the adapter merged")
@@ -326,6 +349,8 @@ class LoRA(WeightMethod):
         scales, params, both = [], [], []
         for weight, method, p in given:
             assert isinstance(method, LoRA)
+            if method.unfoldable:
+                raise PeftfxError(method.unfoldable, site.path, "make one active at a time")
             if method.use_dora:
                 hint = "merge one, or make one active at a time"
                 raise PeftfxError("DoRA adapters cannot be summed: their magnitudes have no sum", site.path, hint)

@@ -15,6 +15,7 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.bases.guests import own_class
 from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
+from peftfx.generation.invocation import Invocations, under_invocations
 from peftfx.graph.graph import BASE, Graph
 from peftfx.model.calls import AdapterCalls
 from peftfx.model.gathered import gathering, whole_base
@@ -22,6 +23,7 @@ from peftfx.sharding import is_sharded, on_first
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
 from peftfx.views.arguments import named_arguments
+from peftfx.views.decode import Decode
 from peftfx.views.entry import Entry
 from peftfx.views.prompt_in_view import prompt_in_view
 from peftfx.views.view import View
@@ -193,7 +195,15 @@ class AdaptedModel(AdapterCalls):
     def under_prompt(self, view: View) -> tuple[View, Entry | None]:
         """A view of the base as it is under an active soft prompt, and the way into it."""
         entry = self.entry()
+        if isinstance(view, Decode):
+            view = under_invocations(view, self.invocations)
         return (view, None) if entry is None else prompt_in_view(view, entry)
+
+    @property
+    def invocations(self) -> Invocations:
+        """The tokens behind which active adapters act, that act so."""
+        rules = (rule for adapter in self.named.acting() for rule in adapter.rules)
+        return tuple(dict.fromkeys(rule.invoked_by for rule in rules if rule.invoked_by))
 
     def entry(self) -> Entry | None:
         """The way into the base that an active soft prompt takes; None is the base's own forward."""

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError, shown
+from peftfx.generation.invocation import IDS, OFFSETS
 from peftfx.graph.contexts import TRACING
 from peftfx.graph.graph import Graph
 from peftfx.hosting.call import CURRENT, acting_by_row
-from peftfx.hosting.call_inputs import take
+from peftfx.hosting.call_inputs import invocations, take
 from peftfx.hosting.checkpointing import checkpoint_base, is_checkpointed
 from peftfx.hosting.other_forward import run_other
 from peftfx.hosting.road import NO_ADAPTER
@@ -46,7 +47,7 @@ class AdapterCalls(PeftSurface):
         CURRENT.called = True
         names = kwargs.get("adapter_names")
         kwargs = {key: value for key, value in kwargs.items() if key != "adapter_names"}
-        kwargs, given = self._beside(kwargs)
+        kwargs, given = self._beside(args, kwargs)
         if names is not None:
             return self._run_by_row(names, args, kwargs)
         if self.road == "graph":
@@ -65,12 +66,23 @@ class AdapterCalls(PeftSurface):
             args, kwargs = (), named_arguments(self.base, args, kwargs)
         return self._penalised(self.modules_road.run(names, entry, args, kwargs, given))
 
-    def _beside(self, kwargs: Mapping[str, object]) -> tuple[Mapping[str, object], Mapping[str, Tensor]]:
+    def _beside(
+        self, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> tuple[Mapping[str, object], Mapping[str, Tensor]]:
         """The arguments of a call without what methods read beside the model's own, and that."""
         known = [rule for name in self.names() for rule in self.adapter(name).rules]
-        if not any(rule.inputs for rule in known):
+        if not any(rule.inputs or rule.invoked_by for rule in known):
             return kwargs, {}
-        return take(known, [rule for adapter in self.named.acting() for rule in adapter.rules], kwargs)
+        acting = [rule for adapter in self.named.acting() for rule in adapter.rules]
+        kwargs, given = take(known, acting, kwargs)
+        offsets = kwargs.pop(OFFSETS, None)
+        if self.road == "graph":
+            if offsets is not None:
+                what = "the graph of a forward finds invocations in its input_ids, and has no such input"
+                raise PeftfxError(what, OFFSETS, 'leave it out, or take the other road: transform(..., road="modules")')
+            return kwargs, given
+        ids = named_arguments(self.base, args, kwargs).get(IDS)
+        return kwargs, given | invocations(acting, ids, offsets)
 
     def _run_by_row(self, names: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """A call in which each row has the adapter of its name."""

@@ -32,7 +32,7 @@ from peftfx.rules.parameters import as_parameter, refuse_unknown_parameters
 from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
 from peftfx.rules.token_rows import trained_tokens
-from peftfx.rules.unplaced import refuse_unplaced, tell_elsewhere
+from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, HeadedSite, Part, PatternSite, Site, WeightSite
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import Where, select
@@ -60,6 +60,7 @@ def acted_at(placed: Iterable[Placed]) -> set[str]:
 def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     if method.obstacle is not None:
         raise method.obstacle
+    refuse_unasked(base, method)
     refuse_unknown_parameters(base, method, sites)
     saved = saved_modules(base, method)
     if error := no_module_to_save(base, method, saved):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from peftfx.analysis.unreached import is_unreached
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
+from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError, warn
 from peftfx.graph.places import has_module
 from peftfx.rules.naming import as_named
@@ -59,6 +61,15 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
     if idle:
         listed = ", ".join(idle[:_MOST])
         warn(f"no call of the model runs {listed}: nothing is adapted there")
+
+
+def refuse_unasked(base: nn.Module, method: Method) -> None:
+    """Refuse a method that an invocation in the text calls, in a model that reads no text, or one text and another."""
+    if not method.invoked_by:
+        return
+    if "input_ids" not in inspect.signature(base.forward).parameters or encodes_and_decodes(base):
+        what = "an aLoRA acts behind its invocation in the text of a causal model, and this model has no such text"
+        raise PeftfxError(what, type(base).__name__, "leave alora_invocation_tokens out: a plain LoRA acts everywhere")
 
 
 def tell_elsewhere(sites: Sites, adapted: Collection[str]) -> None:

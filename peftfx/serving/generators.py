@@ -17,6 +17,7 @@ from peftfx.bases.tasks import maker_of
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file, read_json
+from peftfx.generation.invocation import OFFSETS, TOKENS, under_invocations
 from peftfx.generation.stand_in import stand_in
 from peftfx.generation.step import Generates
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
@@ -87,7 +88,9 @@ class ServedGenerator(_Buffered, Generates, _Serves):  # type: ignore[misc]
 
     def __init__(self, directory: Path, model: OnnxModel) -> None:
         super().__init__(directory, model)
-        self.view = Decode(_layers_of(model), "position_ids" in model.inputs)
+        view = Decode(_layers_of(model), "position_ids" in model.inputs)
+        tokens = tuple(map(int, model.metadata.get(TOKENS, "").split()))
+        self.view = under_invocations(view, (tokens,) if tokens and OFFSETS in model.inputs else ())
 
 
 class ServedSeq2Seq(_Buffered, GeneratesFromSource, _Serves):  # type: ignore[misc]

@@ -61,6 +61,11 @@ class OnnxModel:
         return tuple(i.name for i in self._session.get_inputs())
 
     @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the model says of itself."""
+        return self._session.get_modelmeta().custom_metadata_map
+
+    @property
     def slots(self) -> tuple[str, ...]:
         """Names of the inputs that may be left out: the model has a value for each."""
         return tuple(i.name for i in self._session.get_overridable_initializers())

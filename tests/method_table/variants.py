@@ -14,7 +14,8 @@ class Variant:
         name: HF PEFT's.
         options: of `peft.LoraConfig`.
         said: what it is here: the whole sentence of the page.
-        how: `works` from a new start, as HF PEFT's; `read` from HF PEFT's files alone; or `refused`.
+        how: `works` from a new start, as HF PEFT's; `read` from HF PEFT's files alone; `text`, works in models of text
+            (`tests/method_table/test_alora.py`); or `refused`.
         told: what the refusal says.
     """
 
@@ -59,9 +60,8 @@ VARIANTS = (
         "moves the base's weights",
     ),
     Variant(
-        *("aLoRA", {"alora_invocation_tokens": [4, 5]}, "refused"),
-        "refused: it acts behind its invocation tokens alone, and no weight does that; HF PEFT merges it into none",
-        "behind its invocation tokens",
+        *("aLoRA", {"alora_invocation_tokens": [4, 5]}, "text"),
+        f"{_EQUAL}, in causal models; exported beside the weights, and merged into none, as in HF PEFT",
     ),
     Variant(
         *("QALoRA", {"use_qalora": True, "qalora_group_size": 8}, "refused"),

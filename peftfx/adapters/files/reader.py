@@ -44,7 +44,7 @@ from peftfx.rules.resolution import (
     without_ties,
 )
 from peftfx.rules.torch_attention import wrapper_of
-from peftfx.rules.unplaced import refuse_unplaced, tell_elsewhere, why_no_place
+from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere, why_no_place
 from peftfx.sites.site import EXPERTS
 from peftfx.sites.sites import Sites
 
@@ -103,6 +103,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
 def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, config: Mapping[str, object]) -> Adapter:
     """The adapter of a method, whose places are those that the file has tensors for."""
     directory = weights.path.parent
+    refuse_unasked(base, method)
     able = (s for s in sites if method.acts_at(s) and (s.kind != EXPERTS or picks(method, s.parameter)))
     possible = [placement_at(method, base, site) for site in able]
     marks = {suffix.partition(".")[0] for p in possible for suffix in p.file_suffixes().values()}

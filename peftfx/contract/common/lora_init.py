@@ -23,8 +23,6 @@ _MOVES_BASE = {"corda": "covariances", "loftq": "a quantisation of the base"}
 
 #: Fields of HF PEFT's config whose LoRAs are no LoRAs of this repository, why, and what to do.
 REFUSED = {
-    "alora_invocation_tokens": "an activated LoRA acts behind its invocation tokens alone, which a layer does not see, "
-    "and no weight does that; run it with peft, which merges it into none either",
     "arrow_config": "Arrow mixes several LoRAs by each token, and no weight does that; make one LoRA active at a time",
     "ensure_weight_tying": "copies of a tied weight are tied again by it, and copies here are their modules' own; "
     "name one of the modules that share the weight",
