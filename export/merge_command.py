@@ -29,8 +29,10 @@ from peftfx.export.command import TORCH_DTYPES, load_directories, refuse_output
 from peftfx.export.deployment.parts import views_of
 from peftfx.export.quantised import refuse_disagreement
 from peftfx.export.report import versions
+from peftfx.export.rounding.calibrated import fit_weights
+from peftfx.export.rounding.texts import compared_text, split_text
 from peftfx.export.stages import OnStage, Stages
-from peftfx.export.verification.agreement import agreement, read_text
+from peftfx.export.verification.agreement import agreement
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.probes import FEW, PROBE_SIZES, is_large
@@ -134,6 +136,13 @@ def _write(
     if asked.quantize is not None:
         requantised = Requantised.of(model, adapted.sites, asked.schemes, wanted, plain_names(model))
         model.config.quantization_config = requantised.config()
+        if any(scheme.gptq for scheme in asked.schemes):
+            assert asked.calibration is not None
+            ids, _ = split_text(text := Path(asked.calibration), base)
+            made, report.gptq = fit_weights(
+                adapted, ids, text.name, list(requantised.candidates(model)), directory.parent, merged=True
+            )
+            requantised.take(made)
     contents = contents_of(model, dtype_plan(model, wanted), {} if requantised is None else requantised.packings)
     report.model, report.dtype = type(model).__name__, str(wanted).removeprefix("torch.")
     report.methods = [type(rule).__name__ for name in adapted.active for rule in adapted.adapter(name).rules]
@@ -206,7 +215,7 @@ def _agree(
         VerificationError: less than was asked for.
     """
     text = asked.calibration
-    ids = None if text is None else read_text(Path(text), directory)
+    ids = None if text is None else compared_text(Path(text), directory, asked.schemes)
     name = next(iter(views_of(adapted.base, AUTO, None).values()))
     view = adapted.view(DECODE) if name == DECODE else None
     want, got = (EagerReference(model, view, model.example) for model in (adapted, again))

@@ -129,7 +129,9 @@ def export_onnx(
         if asked.rounds:
             with stages("round"), keeping(temporary.parent) if coded else nullcontext():
                 round_weights(
-                    asked, adapted, parts, programs, lambda part: way.oracle(adapted, part, example), source, report
+                    *(asked, adapted, parts, programs, lambda part: way.oracle(adapted, part, example), source),
+                    *(report, temporary.parent),
+                    merged=way.merges,
                 )
         for program in programs.values():
             put_rest(program)
@@ -154,8 +156,7 @@ def export_onnx(
                 )
                 verified.append(replace(part, found=found))
                 if asked.rounds:
-                    text = asked.calibration
-                    report.agreement |= agreement_of(temporary / part.file, adapted, part, oracle, source, text)
+                    report.agreement |= agreement_of(temporary / part.file, adapted, part, oracle, source, asked)
                 report.reference = oracle.told
                 idle.append(oracle.idle)
                 report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import onnx_ir as ir
 
+from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError
-from peftfx.export.budget import candidates, share_out
-from peftfx.export.coded.rounded import quantize
+from peftfx.export.coded.rounded import Choose, columns_of, multiplied_in, quantize, read_weight, roundable
 from peftfx.export.coded.schemes import scheme_for
 from peftfx.export.deployment.parts import GraphPart
+from peftfx.export.metadata import SOURCE
 from peftfx.export.report import Report
-from peftfx.export.verification.agreement import Agreement, agreement, read_text, texts
-from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.rounding.budget import candidates, share_out
+from peftfx.export.rounding.calibrated import Candidate, fit_weights, paths_of
+from peftfx.export.rounding.texts import compared_text, split_text, whole_call
+from peftfx.export.verification.agreement import Agreement, agreement, texts
+from peftfx.export.verification.comparison import Reference, VerificationError
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, named_in
+from peftfx.export.verification.probes import PROBE_SIZES
+from peftfx.export.verification.tolerance import Tensors
 from peftfx.export_options.export import ExportOptions
+from peftfx.export_options.quantize import BLOCKS, Scheme
 from peftfx.export_options.values import MaxError
 from peftfx.model.adapted import AdaptedModel
+from peftfx.quantisation.rounding import Rounded
 from peftfx.serving.onnx_model import OnnxModel
+from peftfx.sites.sites import Sites
 from peftfx.views.prompt_inputs import WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
 
@@ -42,6 +53,9 @@ def round_weights(
     oracle: Callable[[GraphPart], Oracle],
     source: str | Path,
     report: Report,
+    beside: Path,
+    *,
+    merged: bool,
 ) -> None:
     """Round the weights of programs, by the schemes that were asked for or by a budget.
 
@@ -53,31 +67,80 @@ def round_weights(
         oracle: what a part is held against.
         source: of the base, for a text's tokenizer.
         report: is told.
+        beside: a directory on whose disk what is made may be kept.
+        merged: whether the weights are those that the adapters were folded into.
 
     Raises:
-        PeftfxError: the budget is too small, or of a model that is more than one graph.
+        PeftfxError: the budget is too small, or a text says nothing.
     """
+    made: dict[object, Rounded] = {}
     if asked.room is None:
         chosen = {part.file: scheme_for(part.graph.sites, asked.schemes) for part in parts}
+        if any(scheme.gptq for scheme in asked.schemes):
+            assert asked.calibration is not None
+            given = Path(asked.calibration)
+            ids, _ = split_text(given, source)
+            found = [c for part in parts for c in _candidates(programs[part.file], part.graph.sites, chosen[part.file])]
+            made, report.gptq = fit_weights(adapted, ids, given.name, found, beside, merged=merged)
     else:
-        if len(parts) > 1 or asked.places is not None or asked.batched:
-            what = "a budget is measured for one graph whose adapters do not change"
-            raise PeftfxError(what, "budget", "say the bits by role, as in quantize='int4; int8@head'")
-        part, text = parts[0], asked.calibration
-        ids, program, held = None if text is None else read_text(Path(text), source), programs[part.file], oracle(part)
-        inputs = [str(value.name) for value in program.graph.inputs]
-        feeds, _ = texts(inputs, adapted, part.seen, held.reference, held.cases, ids, Path(text or "").name)
-        measured = share_out(asked.room, program, part.graph.sites, adapted, held.reference, feeds, candidates())
-        chosen, report.budget = {part.file: measured[0]}, measured[1]
-    report.add_quantized({name: quantize(programs[name], choose) for name, choose in chosen.items()})
+        with adapted.disable_adapter() if asked.batched else nullcontext():  # rows choose: the base is what they share
+            reference, feeds = _calls(asked, adapted, parts, oracle, source)
+            choose, report.budget = share_out(
+                *(asked.room, [(programs[part.file], part.graph.sites) for part in parts], adapted, reference, feeds),
+                candidates(),
+            )
+        chosen = dict.fromkeys(programs, choose)
+    multiplied = {file: multiplied_in(program) for file, program in programs.items()}
+    owners = {source: file for file, sources in multiplied.items() for source in sources}
+
+    def scheme_of(file: str, source: object) -> Scheme | None:
+        """By the graph that multiplies: of two, one may look rows up in what the other multiplies by."""
+        return chosen[file if source in multiplied[file] else owners.get(source, file)](source)
+
+    done = {f: quantize(programs[f], functools.partial(scheme_of, f), made, owners) for f in chosen}
+    report.add_quantized(done)
+
+
+def _calls(
+    asked: ExportOptions,
+    adapted: AdaptedModel,
+    parts: Sequence[GraphPart],
+    oracle: Callable[[GraphPart], Oracle],
+    source: str | Path,
+) -> tuple[Reference, list[Tensors]]:
+    """What a budget is measured by: the model's own code, and calls of it.
+
+    Of several graphs, and of one whose adapters are chosen when it runs, it is the forward of the model as a whole.
+    """
+    text = asked.calibration
+    ids, named = None if text is None else compared_text(Path(text), source), Path(text or "").name
+    if len(parts) == 1 and asked.places is None and not asked.batched:
+        part, held = parts[0], oracle(parts[0])
+        inputs = [spec.name for spec in part.graph.inputs]
+        return held.reference, texts(inputs, adapted, part.seen, held.reference, held.cases, ids, named)[0]
+    whole = EagerReference(adapted, None, adapted.example)
+    if ids is None:
+        sizes = [dict(axes) for axes in PROBE_SIZES[:2]]
+        return whole, [example_inputs(adapted.base, sizes=axes, seed=n + 1) for n, axes in enumerate(sizes)]
+    return whole, [whole_call(adapted, ids, named)]
+
+
+def _candidates(program: ir.Model, sites: Sites, choose: Choose) -> Iterator[Candidate]:
+    """The weights of a program that GPTQ is asked for."""
+    paths = paths_of(sites)
+    for weight, transposed, _ in roundable(program, min(BLOCKS)):
+        scheme = choose(source := weight.meta.get(SOURCE))
+        if scheme is not None and scheme.gptq and columns_of(weight, transposed) >= scheme.block:
+            yield Candidate(source, paths(source), functools.partial(read_weight, weight, transposed), scheme)
 
 
 def agreement_of(
-    path: Path, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, source: str | Path, text: str | Path | None
+    path: Path, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, source: str | Path, asked: ExportOptions
 ) -> dict[str, Agreement]:
     """How far a quantised part agrees with the model on a text, by the part's name."""
     model = OnnxModel(path, mapped=True)
-    ids = None if text is None else read_text(Path(text), source)
+    text = asked.calibration
+    ids = None if text is None else compared_text(Path(text), source, asked.schemes)
     view, reference = part.seen, oracle.reference
     if isinstance(part.view, WithPromptInputs):  # what may be put into it is left out of a call
         reference = named_in(part.graph, EagerReference(adapted, view))

@@ -12,9 +12,10 @@ import onnx_ir as ir
 import torch
 
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
-from peftfx.export.budget import Share
 from peftfx.export.coded.place import Choice
 from peftfx.export.metadata import ENGINE, SIZES_KEY
+from peftfx.export.rounding.budget import Share
+from peftfx.export.rounding.calibrated import Fitted
 from peftfx.export.verification.agreement import Agreement
 from peftfx.export.verification.comparison import Comparison, short_shapes
 from peftfx.export.verification.float32_twin import in_bfloat16
@@ -54,6 +55,7 @@ class Report:
         budget: what each role got of a budget of bytes, what each scheme costs it alone, and why.
         codes: for each graph, how weights of a quantised base are written: their format, the operator that holds their
             codes, or `float32`, and the reason.
+        gptq: what GPTQ did, where it was asked for: on which text, what outputs are off by, what it left.
         agreement: for each of them that gives logits, how far it agrees with the model in floating point on a text.
         engine: the road to ONNX that was taken; where it is not the one asked for, why.
         nodes: in the ONNX graph.
@@ -86,6 +88,7 @@ class Report:
     schemes: dict[str, dict[str, int]] = field(default_factory=dict)
     budget: list[Share] = field(default_factory=list)
     codes: dict[str, list[Choice]] = field(default_factory=dict)
+    gptq: Fitted | None = None
     agreement: dict[str, Agreement] = field(default_factory=dict)
     engine: str = FAST
     nodes: int = 0
@@ -213,6 +216,7 @@ class Report:
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
             ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes{whole}, engine {self.engine}"),
             *([("quantised", small)] if small else []),
+            *([("GPTQ", str(self.gptq))] if self.gptq is not None else []),
             *([("budget", "; ".join(map(str, self.budget)))] if self.budget else []),
             *(("base, as it is", ", ".join(map(str, found))) for found in self.codes.values()),
             *(("agreement", str(found)) for found in self.agreement.values()),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peftfx.adapters.merge_report import MergeReport
 from peftfx.adapters.recipes import Rounding
+from peftfx.export.rounding.calibrated import Fitted
 from peftfx.export.verification.agreement import Agreement
 from peftfx.formats import REPORT, with_version
 
@@ -43,6 +44,7 @@ class MergedReport:
         quantized: the module paths of weights that were rounded, by what to.
         left: why other linear layers were not, by their paths.
         lost: what rounding took away from each weight, over its norm.
+        gptq: what GPTQ did, where it was asked for: see `Report`.
         agreement: how far the rounded model agrees with the base with its adapter beside it on a text, where it has
             logits.
         differences: outputs of the directory, loaded again, against the base as it is with the adapter beside it, both
@@ -61,6 +63,7 @@ class MergedReport:
     quantized: dict[str, list[str]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
+    gptq: Fitted | None = None
     agreement: dict[str, Agreement] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     bytes: dict[str, int] = field(default_factory=dict)
@@ -94,6 +97,7 @@ class MergedReport:
             *([("untied", ", ".join(self.untied))] if self.untied else []),
             ("dtype", self.dtype),
             *([("quantised", f"{small}, rounded by {most:.1%} of a weight's norm at most")] if self.quantized else []),
+            *([("GPTQ", str(self.gptq))] if self.gptq is not None else []),
             ("not quantised", ", ".join(f"{path}: {why}" for path, why in list(self.left.items())[:3])),
             *(("agreement", str(found)) for found in self.agreement.values()),
             ("files", ", ".join(f"{name} {size:,} B" for name, size in self.bytes.items())),

@@ -19,7 +19,7 @@ from peftfx.adapters.deferred import Deferred
 from peftfx.export_options.quantize import BITS, Scheme
 from peftfx.quantisation.bitsandbytes4 import MARKS
 from peftfx.quantisation.codes import TABLES
-from peftfx.quantisation.rounding import round_blocks, round_table
+from peftfx.quantisation.rounding import Rounded, round_blocks, round_table
 
 TABLE = "nf4"
 _MARK = next(mark for mark in MARKS if mark.endswith(TABLE))
@@ -34,6 +34,7 @@ class Packing:
         scheme: how it is rounded.
         dtype: of its scales, and of what it is dequantised to.
         lost: the norm of what rounding took away over the weight's own, once it has been made.
+        fitted: its blocks, where a text has rounded them already.
         print: what the rounded weight makes of a vector of its own, float64 [out], to know it by when it is read again.
     """
 
@@ -41,6 +42,7 @@ class Packing:
     dtype: torch.dtype
     lost: float = 0.0
     print: Tensor | None = field(default=None, repr=False)
+    fitted: Rounded | None = field(default=None, repr=False)
 
     def tensors(self, weight: Deferred) -> dict[str, Deferred]:
         """What files have in the place of the weight, by the names after its module's path; made when it is written.
@@ -90,7 +92,7 @@ class Packing:
         scheme, bits = self.scheme, BITS[self.scheme.kind]
         # Kernels for these files expect scales above zero.
         options = {"symmetric": scheme.symmetric, "search": scheme.search, "signed": False}
-        made = round_blocks(value, bits, scheme.block, **options)
+        made = self.fitted or round_blocks(value, bits, scheme.block, **options)
         scales = made.scales.to(self.dtype)
         zeros = (1 << bits - 1) if made.zeros is None else made.zeros.float().unsqueeze(-1)
         rounded = (made.integers.float() - zeros) * scales.float().unsqueeze(-1)

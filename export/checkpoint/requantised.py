@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import functools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import nn
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from peftfx.adapters.deferred import Deferred
 from peftfx.errors import PeftfxError
 from peftfx.export.checkpoint.packing import BITSANDBYTES, Packing, print_of, quantisation_config
 from peftfx.export.coded.schemes import scheme_for
+from peftfx.export.rounding.calibrated import Candidate
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export_options.quantize import Scheme
 from peftfx.graph.graph import DERIVED
+from peftfx.graph.lazy_weights import exact
 from peftfx.quantisation.coded import Coded
+from peftfx.quantisation.rounding import Rounded
 from peftfx.sites.sites import Sites
 
 _NEAR = 1e-5  #: of the largest number of a print: how far it may be when it is read again, summed in another order
@@ -106,6 +111,21 @@ class Requantised:
     def lost(self) -> dict[str, float]:
         """What rounding took away from each weight, over its norm."""
         return {path: packing.lost for path, packing in self.packings.items()}
+
+    def candidates(self, model: nn.Module) -> Iterator[Candidate]:
+        """What GPTQ is asked for, by the paths of the layers of the merged model."""
+        for path, packing in self.packings.items():
+            if packing.scheme.gptq:
+                p = model.get_submodule(path)._parameters["weight"]
+                assert p is not None
+                late = p.detach()
+                read = late.value if isinstance(late, Deferred) else functools.partial(exact, late)
+                yield Candidate(path, [path], read, packing.scheme, signed=False, dtype=packing.dtype)
+
+    def take(self, fitted: Mapping[object, Rounded]) -> None:
+        """Take weights that were rounded already, by their paths."""
+        for path, made in fitted.items():
+            self.packings[str(path)].fitted = made
 
     def check(self, loaded: nn.Module, where: str) -> None:
         """Hold the weights of a model that was loaded again against what was written.

@@ -58,19 +58,28 @@ class Product(ABC):
 
 
 class TableProduct(Product):
-    """bitsandbytes' bytes as they are."""
+    """bitsandbytes' bytes as they are.
+
+    Attributes:
+        by_row: whether its tensors have an axis of rows, as is asked for where rows are picked, and where none shares a
+            byte or a magnitude with another.
+    """
 
     operator = "MatMulBnb4"
     reason = "it reads bitsandbytes' own bytes and magnitudes"
 
-    def __init__(self, name: str, source: object, codes: Tabled) -> None:
+    def __init__(self, name: str, source: object, codes: Tabled, *, by_row: bool = False) -> None:
         super().__init__(name, source)
         self.codes, self.block = codes, min(codes.block, _LARGEST_TABLE_BLOCK)
+        self.by_row = by_row and codes.columns % self.block == 0
         count = codes.rows * codes.columns
         repeats, blocks = codes.block // self.block, -(-count // self.block)
-        self.packed = self.constant("codes", _UINT8, (-(-count // 2),), codes.packed)
+        size, blocked = (-(-count // 2),), (blocks,)
+        if self.by_row:  # what picks rows reads these tensors, too; the operator does not look at their shapes
+            size, blocked = (codes.rows, codes.columns // 2), (codes.rows, codes.columns // self.block)  # type: ignore[assignment]
+        self.packed = self.constant("codes", _UINT8, size, codes.packed)
         self.magnitudes = self.constant(
-            *("magnitudes", _FLOAT, (blocks,)), lambda: codes.magnitudes().repeat_interleave(repeats)[:blocks]
+            *("magnitudes", _FLOAT, blocked), lambda: codes.magnitudes().repeat_interleave(repeats)[:blocks]
         )
 
     def nodes(self, x: ir.Value, bias: ir.Value | None) -> list[ir.Node]:
@@ -184,10 +193,10 @@ def _transposed(values: Tensor) -> Tensor:
     return values.view(torch.uint8).T.contiguous().view(values.dtype)
 
 
-def product_for(codes: Codes, name: str, source: object, opset: int) -> Product | str:
-    """What stands for a weight; or why nothing does."""
+def product_for(codes: Codes, name: str, source: object, opset: int, *, by_row: bool = False) -> Product | str:
+    """What stands for a weight, whose rows are picked too, perhaps; or why nothing does."""
     if isinstance(codes, Tabled):
-        return TableProduct(name, source, codes)
+        return TableProduct(name, source, codes, by_row=by_row)
     if isinstance(codes, Floats8):
         needed = 19 if codes.block >= codes.columns else 21
         return FloatProduct(name, source, codes) if opset >= needed else f"its operator needs opset {needed}"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from peftfx.export.coded.operators import BlockProduct, Product, product_for
-from peftfx.export.coded.rows import OPERATOR, REASON, refused_rows, row_nodes
+from peftfx.export.coded.operators import Product, product_for
+from peftfx.export.coded.rows import OPERATOR, REASON, CodedRows, coded_rows, row_nodes
 from peftfx.export.metadata import PERM, SOURCE
 from peftfx.export.translation.layout import name_apart
 from peftfx.export.writing.readers import DOMAIN, Reader, lookups, readers
@@ -76,20 +76,21 @@ def _placed(model: ir.Model, weight: ir.Value, coded: Coded) -> Iterator[Choice]
     if weight.dtype != ir.DataType.FLOAT:
         found, picks, why = [], [], "its operator is of float32 alone"
     if found or picks:
-        made = product_for(codes, str(weight.name), weight.meta[SOURCE], model.graph.opset_imports[""])
+        made = product_for(
+            codes, str(weight.name), weight.meta[SOURCE], model.graph.opset_imports[""], by_row=bool(picks)
+        )
         if isinstance(made, Product):
             for reader in found:
                 reader.replace(made.nodes)
             if found:
                 yield Choice(codes.format, made.operator, made.reason)
-            refused = refused_rows(made) if picks else ""
-            if picks and not refused:
-                assert isinstance(made, BlockProduct)
+            rows = coded_rows(made)
+            if picks and isinstance(rows, CodedRows):
                 for lookup in picks:
-                    lookup.replace(functools.partial(row_nodes, made))
+                    lookup.replace(functools.partial(row_nodes, rows))
                 yield Choice(codes.format, OPERATOR, REASON)
-            why = refused or why
-            if found or (picks and not refused):
+            why = rows if picks and isinstance(rows, str) else why
+            if found or (picks and isinstance(rows, CodedRows)):
                 for value in made.initializers:
                     model.graph.initializers[str(value.name)] = value
         else:

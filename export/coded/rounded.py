@@ -9,19 +9,20 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 import onnx_ir as ir
 import torch
-from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.export.coded.operators import TableProduct
+from peftfx.export.coded.operators import Product, TableProduct
+from peftfx.export.coded.rows import CodedRows, CodedSum, coded_rows, codes_of_bytes, row_nodes
 from peftfx.export.metadata import SOURCE
-from peftfx.export.translation.layout import value_of
-from peftfx.export.writing.readers import DOMAIN, Reader, readers
+from peftfx.export.translation.layout import name_apart, value_of
+from peftfx.export.writing.readers import DOMAIN, Lookup, Reader, lookups, readers
 from peftfx.export_options.quantize import BITS, Scheme
 from peftfx.graph.graph import ADAPTERS
 from peftfx.quantisation.codes import Tabled
@@ -29,36 +30,68 @@ from peftfx.quantisation.rounding import Rounded, round_blocks, round_table
 
 FINITE = 1e30  #: the bound on the error where nobody gave one: what is lost depends on the model, and is reported
 _ACCURACY = 4  #: activations are rounded to int8 on the fly: several times faster than in float, and what others do
+_UINT8 = ir.DataType.UINT8
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 Made = TypeVar("Made")
 Choose = Callable[[object], Scheme | None]
 """How a weight is rounded, by where it comes from; None leaves it."""
 
 
-def quantize(model: ir.Model, choose: Choose) -> dict[str, list[str]]:
+def quantize(
+    model: ir.Model,
+    choose: Choose,
+    fitted: Mapping[object, Rounded] = MappingProxyType({}),
+    multiplied: Collection[object] = (),
+) -> dict[str, list[str]]:
     """Round every weight that a product reads whole, in place; returns their names by what they were rounded to.
 
-    A weight that something else reads too (an embedding tied to the head) stays for that. Adapters that are apart, and
-    weights narrower than a block, stay as they are.
+    Of `fitted` are weights that a text has rounded already, by where they come from. Of `multiplied` are those that
+    another graph multiplies by, stored [out, in]: where this one looks rows up in them, it looks them up in the codes.
+
+    Where rows of such a weight are picked, too (an embedding tied to the head), they are picked of the codes. A weight
+    that something else reads too stays for that. Adapters that are apart, and weights narrower than a block, stay as
+    they are.
     """
-    done: dict[str, list[str]] = {}
+    done, looked_up = dict[str, list[str]](), False
     for weight in list(model.graph.initializers.values()):
-        scheme = choose(weight.meta.get(SOURCE))
+        source = weight.meta.get(SOURCE)
+        scheme = choose(source)
         products = [] if scheme is None else list(_products(weight, scheme.block))
-        if scheme is None or not products:
+        transposed = products[0].transposed if products else source is not None and source in multiplied
+        picks = _picks(weight, transposed)
+        if scheme is None or not (products or picks) or columns_of(weight, transposed) < scheme.block:
             continue
-        make = _tabled if scheme.kind == "nf4" else _packed
-        inputs, nodes = make(weight, products[0].transposed, scheme)
-        for value in inputs:
+        product = _product(weight, transposed, scheme, fitted)
+        for reader in products:
+            reader.replace(product.nodes)
+        rows = product.rows() if isinstance(product, IntegerProduct) else coded_rows(product)
+        if picks and isinstance(rows, CodedRows):
+            looked_up = True
+            for lookup in picks:
+                lookup.replace(functools.partial(row_nodes, rows))
+        for value in product.initializers:
             model.graph.initializers[str(value.name)] = value
-        for product in products:
-            product.replace(nodes)
         done.setdefault(str(scheme), []).append(str(weight.name))
         if not weight.uses():
             del model.graph.initializers[str(weight.name)]
+    if looked_up:
+        name_apart(model)
     if done:
         model.graph.opset_imports.setdefault(DOMAIN, 1)
     return done
+
+
+def _product(
+    weight: ir.Value, transposed: bool, scheme: Scheme, fitted: Mapping[object, Rounded]
+) -> TableProduct | IntegerProduct:
+    if scheme.kind == "nf4":
+        return _tabled(weight, transposed, scheme, by_row=bool(_picks(weight, transposed)))
+    return IntegerProduct(weight, transposed, scheme, fitted.get(weight.meta.get(SOURCE)))
+
+
+def multiplied_in(model: ir.Model) -> set[object]:
+    """Where the weights come from that products read as [out, in]."""
+    return {weight.meta.get(SOURCE) for weight, transposed, _ in roundable(model, 1) if transposed} - {None}
 
 
 def roundable(model: ir.Model, block: int) -> Iterator[tuple[ir.Value, bool, bool]]:
@@ -66,16 +99,15 @@ def roundable(model: ir.Model, block: int) -> Iterator[tuple[ir.Value, bool, boo
     for weight in model.graph.initializers.values():
         products = list(_products(weight, block))
         if products:
-            yield weight, products[0].transposed, len(products) == len(list(weight.uses()))
+            whole = len(products) + len(_picks(weight, products[0].transposed))
+            yield weight, products[0].transposed, whole == len(list(weight.uses()))
 
 
 def rounded_rows(weight: Tensor, scheme: Scheme) -> Tensor:
     """Rows of a weight [n, in] as blocks of integers stand for them, float32."""
     options = {"symmetric": scheme.symmetric, "search": scheme.search}
     made = round_blocks(weight, BITS[scheme.kind], scheme.block, **options)
-    zeros = scheme.middle if made.zeros is None else made.zeros.float().unsqueeze(-1)
-    values = (made.integers.float() - zeros) * made.scales.float().unsqueeze(-1)
-    return values.flatten(1)[:, : weight.shape[1]]
+    return made.values(scheme.middle)[:, : weight.shape[1]]
 
 
 def _products(weight: ir.Value, block: int) -> Iterator[Reader]:
@@ -92,10 +124,17 @@ def _products(weight: ir.Value, block: int) -> Iterator[Reader]:
                 yield reader
 
 
-Nodes = Callable[[ir.Value, ir.Value | None], Sequence[ir.Node]]
+def _picks(weight: ir.Value, transposed: bool) -> list[Lookup]:
+    """What picks rows of a weight that products read as [out, in]."""
+    return list(lookups(weight)) if transposed else []
 
 
-def _tabled(weight: ir.Value, transposed: bool, scheme: Scheme) -> tuple[list[ir.Value], Nodes]:
+def _source(weight: ir.Value, transposed: bool, scheme: Scheme) -> object:
+    """Where codes come from: equal for those of one weight in two graphs."""
+    return weight.meta.get(SOURCE, weight), transposed, str(scheme)
+
+
+def _tabled(weight: ir.Value, transposed: bool, scheme: Scheme, *, by_row: bool) -> TableProduct:
     if weight.dtype != ir.DataType.FLOAT:
         hint = "leave --dtype out, or quantise to int4"
         raise PeftfxError("the operator that holds nf4 computes in fp32 alone", str(weight.name), hint)
@@ -107,52 +146,62 @@ def _tabled(weight: ir.Value, transposed: bool, scheme: Scheme) -> tuple[list[ir
         return codes[::2] << 4 | codes[1::2]
 
     codes = Tabled("nf4", rows, columns, "nf4", scheme.block, packed, lambda: once.take(1)[1])
-    product = TableProduct(str(weight.name), (weight.meta.get(SOURCE), transposed, str(scheme)), codes)
-    return product.initializers, product.nodes
+    return TableProduct(str(weight.name), _source(weight, transposed, scheme), codes, by_row=by_row)
 
 
-def _packed(weight: ir.Value, transposed: bool, scheme: Scheme) -> tuple[list[ir.Value], Nodes]:
-    bits, block, kind = BITS[scheme.kind], scheme.block, weight.dtype
-    assert kind is not None
-    rows, columns = _size(weight, transposed)
-    options = {"symmetric": scheme.symmetric, "search": scheme.search}
-    count = -(-columns // block)
-    once = _Once(
-        lambda: round_blocks(read_weight(weight, transposed), bits, block, **options), 2 if scheme.symmetric else 3
-    )
-    parts: list[tuple[str, ir.DataType, tuple[int, ...], Callable[[Rounded], Tensor]]] = [
-        ("blocks", ir.DataType.UINT8, (rows, count, block * bits // 8), lambda made: halves(made.integers, bits)),
-        ("scales", kind, (rows, count), lambda made: made.scales),
-    ]
-    if not scheme.symmetric:
-        width = -(-count * bits // 8)
-        parts.append(("zeros", ir.DataType.UINT8, (rows, width), lambda made: halves(_zeros(made, bits), bits)))
-    inputs = []
-    for number, (what, dtype, shape, read) in enumerate(parts):
-        name = f"{weight.name}.{scheme.kind}.{what}"
+class IntegerProduct(Product):
+    """Blocks of integers of 4 or 8 bits; activations are rounded on the fly.
 
-        def tensor(
-            number: int = number,
-            shape: tuple[int, ...] = shape,
-            name: str = name,
-            read: Callable[[Rounded], Tensor] = read,
-        ) -> ir.TensorProtocol:
-            return TorchTensor(read(once.take(number)).reshape(shape).contiguous(), name=name)
+    Args:
+        weight: what is rounded, of float32 or float16.
+        transposed: whether it is stored [out, in].
+        scheme: how it is rounded.
+        fitted: its blocks, where they have been found already.
+    """
 
-        lazy = ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name)
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=lazy)
-        if SOURCE in weight.meta:
-            value.meta[SOURCE] = (weight.meta[SOURCE], transposed, str(scheme), name)
-        inputs.append(value)
-    numbers = {"K": columns, "N": rows, "bits": bits, "block_size": block, "accuracy_level": _ACCURACY}
-    return inputs, functools.partial(_product, inputs, numbers)
+    def __init__(self, weight: ir.Value, transposed: bool, scheme: Scheme, fitted: Rounded | None) -> None:
+        super().__init__(f"{weight.name}.{scheme.kind}", _source(weight, transposed, scheme))
+        assert weight.dtype is not None
+        self.scheme, self.kind, (self.out, self.columns) = scheme, weight.dtype, _size(weight, transposed)
+        self.count = count = -(-self.columns // scheme.block)
+        bits, options = scheme.bits, {"symmetric": scheme.symmetric, "search": scheme.search}
+        once = _Once(
+            lambda: fitted or round_blocks(read_weight(weight, transposed), bits, scheme.block, **options),
+            2 if scheme.symmetric else 3,
+        )
+        size = (self.out, count, scheme.block * bits // 8)
+        self.blocks = self.constant("blocks", _UINT8, size, lambda: halves(once.take(0).integers, bits))
+        self.scales = self.constant("scales", self.kind, (self.out, count), lambda: once.take(1).scales)
+        self.zeros = None
+        if not scheme.symmetric:
+            width = -(-count * bits // 8)
+            self.zeros = self.constant(
+                "zeros", _UINT8, (self.out, width), lambda: halves(_zeros(once.take(2), bits), bits)
+            )
+
+    def nodes(self, x: ir.Value, bias: ir.Value | None) -> list[ir.Node]:
+        numbers = {"K": self.columns, "N": self.out, "bits": self.scheme.bits, "block_size": self.scheme.block}
+        inputs = [x, self.blocks, self.scales, self.zeros, *([] if bias is None else [None, bias])]
+        while inputs[-1] is None:
+            inputs.pop()
+        return [ir.node("MatMulNBits", inputs, {**numbers, "accuracy_level": _ACCURACY}, domain=DOMAIN)]
+
+    def rows(self) -> CodedRows:
+        """Its rows, to be picked."""
+        scheme, bits = self.scheme, self.scheme.bits
+        part = CodedSum(self.blocks, self.scales, self.zeros, scheme.middle if self.zeros is None else 0)
+
+        def table(middle: int) -> ir.Value:
+            made = {value.name: value for value in self.initializers}
+            found = made.get(f"{self.name}.bytes{middle}")
+            read = functools.partial(_bytes, bits, middle, self.kind)
+            return found or self.constant(f"bytes{middle}", self.kind, (256, 8 // bits), read)
+
+        return CodedRows([part], self.count, scheme.block, self.columns, table)
 
 
-def _product(
-    weight: Sequence[ir.Value], numbers: dict[str, int], x: ir.Value, bias: ir.Value | None
-) -> Sequence[ir.Node]:
-    inputs = [x, *weight, *([] if bias is None else [*([None] * (4 - len(weight))), bias])]
-    return [ir.node("MatMulNBits", inputs, numbers, domain=DOMAIN)]
+def _bytes(bits: int, middle: int, kind: ir.DataType) -> Tensor:
+    return codes_of_bytes(bits, middle).to(torch.float16 if kind == ir.DataType.FLOAT16 else torch.float32)
 
 
 def _zeros(made: Rounded, bits: int) -> Tensor:
@@ -163,6 +212,11 @@ def _zeros(made: Rounded, bits: int) -> Tensor:
 def halves(integers: Tensor, bits: int) -> Tensor:
     """Bytes of integers: those of 4 bits two in a byte, along the last axis."""
     return integers if bits == 8 else integers[..., ::2] | integers[..., 1::2] << 4
+
+
+def columns_of(weight: ir.Value, transposed: bool) -> int:
+    """Of a weight [out, in], how many numbers are in a row."""
+    return _size(weight, transposed)[1]
 
 
 def _size(weight: ir.Value, transposed: bool) -> tuple[int, int]:

@@ -5,82 +5,153 @@ The initializers are those of the product with the weight, so an embedding that 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
-from peftfx.export.coded.grid import GRID_BITS
-from peftfx.export.coded.operators import BlockProduct
+from peftfx.export.coded.operators import BlockProduct, Product, TableProduct
+from peftfx.quantisation.codes import TABLES
 
 OPERATOR = "Gather"
 REASON = "rows are gathered as codes, and dequantised where they are read"
 
 
-def refused_rows(product: object) -> str:
-    """Why rows of such a weight cannot be picked so; empty where they can."""
+@dataclass(frozen=True)
+class CodedSum:
+    """One of the sums that a weight in blocks is.
+
+    Attributes:
+        blocks: uint8 [out, ...], the codes' bytes.
+        scales: [out, blocks].
+        zeros: of the blocks, packed as their codes are, or as floats; None where all share one.
+        middle: that one.
+    """
+
+    blocks: ir.Value
+    scales: ir.Value
+    zeros: ir.Value | None
+    middle: int
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """A weight [out, in] whose rows are read one by one.
+
+    Attributes:
+        parts: their sum is the weight.
+        count, block: blocks of a row, and their columns; the last one may be filled up.
+        columns: of the weight.
+        bytes: gives the table [256, n] of the codes of a byte, less the zero that all share.
+        least: float [blocks, out], what is taken away in the end, of `least_blocks` columns each.
+        least_block: columns of those.
+    """
+
+    parts: Sequence[CodedSum]
+    count: int
+    block: int
+    columns: int
+    bytes: Callable[[int], ir.Value]
+    least: ir.Value | None = None
+    least_block: int = 0
+
+
+def codes_of_bytes(bits: int, middle: int) -> Tensor:
+    """float32 [256, 8 / bits]: the codes of each byte, the first in the low half, less a zero."""
+    byte = torch.arange(256)
+    parts = [byte] if bits == 8 else [byte & 15, byte >> 4]
+    return torch.stack(parts, 1).float() - middle
+
+
+def coded_rows(product: Product) -> CodedRows | str:
+    """The rows of a weight that a product holds; or why they cannot be picked."""
+    if isinstance(product, TableProduct):
+        if not product.by_row:
+            return "rows of its codes do not begin with a byte of their own"
+        numbers = torch.tensor(TABLES[product.codes.table])
+        pairs = torch.cartesian_prod(numbers, numbers)
+        part = CodedSum(product.packed, product.magnitudes, None, 0)
+        columns = product.codes.columns
+        return CodedRows([part], columns // product.block, product.block, columns, _tables(product, lambda _: pairs))
     if not isinstance(product, BlockProduct):
         return "rows of its codes do not begin with a byte of their own"
-    return "its columns are in another order" if product.grid.codes.order is not None else ""
+    grid, codes = product.grid, product.grid.codes
+    if codes.order is not None:
+        return "its columns are in another order"
+    parts = []
+    for shift, (blocks, scales, zeros) in zip(grid.halves, product.parts, strict=True):
+        assert blocks is not None
+        assert scales is not None
+        middle = grid.zero(shift)
+        parts.append(CodedSum(blocks, scales, zeros if middle is None else None, 0 if middle is None else middle))
+    tables = _tables(product, lambda middle: codes_of_bytes(4, middle))
+    return CodedRows(parts, grid.count, grid.block, codes.columns, tables, product.least, codes.block)
 
 
-def row_nodes(product: BlockProduct, ids: ir.Value) -> list[ir.Node]:
-    """Nodes for the float32 rows [..., in] of a weight [out, in], given their numbers; the last has them.
+def _tables(product: Product, read: Callable[[int], Tensor]) -> Callable[[int], ir.Value]:
+    def table(middle: int) -> ir.Value:
+        what = f"pairs{middle}"
+        made = {value.name: value for value in product.initializers}
+        found = made.get(f"{product.name}.{what}")
+        return found or product.constant(what, ir.DataType.FLOAT, (256, 2), lambda: read(middle))
+
+    return table
+
+
+def row_nodes(rows: CodedRows, ids: ir.Value) -> list[ir.Node]:
+    """Nodes for rows [..., in] of a weight [out, in], given their numbers; the last has them.
 
     Args:
-        product: holds the weight; it gets the tables that are read here.
+        rows: of the weight.
         ids: integers, of a known rank.
     """
-    return _Rows(product, ids).run()
+    return _Rows(rows, ids).run()
 
 
 class _Rows:
-    def __init__(self, product: BlockProduct, ids: ir.Value) -> None:
+    def __init__(self, rows: CodedRows, ids: ir.Value) -> None:
         assert ids.shape is not None
-        self.product, self.ids, self.rank = product, ids, len(ids.shape)
-        self.grid, self.nodes = product.grid, list[ir.Node]()
+        self.rows, self.ids, self.rank = rows, ids, len(ids.shape)
+        self.nodes = list[ir.Node]()
 
     def run(self) -> list[ir.Node]:
-        grid, codes = self.grid, self.grid.codes
+        rows = self.rows
         total: ir.Value | None = None
-        for shift, (blocks, scales, zeros) in zip(grid.halves, self.product.parts, strict=True):
-            assert blocks is not None
-            assert scales is not None
-            middle = grid.zero(shift)
-            value = self._reshaped(self._halves(blocks, 0 if middle is None else middle), [grid.count, grid.block])
-            if middle is None:
-                assert zeros is not None
-                value = self._add("Sub", [value, self._over_blocks(self._zeros(zeros))])
-            value = self._add("Mul", [value, self._over_blocks(self._picked(scales))])
+        for part in rows.parts:
+            value = self._reshaped(self._codes(part.blocks, part.middle), [rows.count, rows.block])
+            if part.zeros is not None:
+                value = self._add("Sub", [value, self._over_blocks(self._zeros(part.zeros))])
+            value = self._add("Mul", [value, self._over_blocks(self._picked(part.scales))])
             total = value if total is None else self._add("Add", [total, value])
         assert total is not None
-        whole = self._reshaped(total, [grid.count * grid.block])
-        if grid.count * grid.block != codes.columns:
-            ends = [self._numbers([0]), self._numbers([codes.columns]), self._numbers([-1])]
+        whole = self._reshaped(total, [rows.count * rows.block])
+        if rows.count * rows.block != rows.columns:
+            ends = [self._numbers([0]), self._numbers([rows.columns]), self._numbers([-1])]
             whole = self._add("Slice", [whole, *ends])
-        if self.product.least is not None:
-            whole = self._reshaped(whole, [codes.count, codes.block])
-            least = self._add("Gather", [self.product.least, self.ids], axis=1)
+        if rows.least is not None:
+            whole = self._reshaped(whole, [-(-rows.columns // rows.least_block), rows.least_block])
+            least = self._add("Gather", [rows.least, self.ids], axis=1)
             last = self._add("Transpose", [least], perm=[*range(1, self.rank + 1), 0])
-            whole = self._reshaped(self._add("Sub", [whole, self._over_blocks(last)]), [codes.columns])
+            whole = self._reshaped(self._add("Sub", [whole, self._over_blocks(last)]), [rows.columns])
         return self.nodes
 
-    def _halves(self, packed: ir.Value, middle: int) -> ir.Value:
-        """float32 [..., bytes, 2]: the two codes of each byte of the rows, less the zero that all have."""
-        byte = torch.arange(256)
-        pairs = torch.stack([byte & 15, byte >> GRID_BITS], 1).float() - middle
-        what = f"pairs{middle}"
-        name = f"{self.product.name}.{what}"
-        made = {value.name: value for value in self.product.initializers}
-        table = made.get(name) or self.product.constant(what, ir.DataType.FLOAT, (256, 2), lambda: pairs)
+    def _codes(self, packed: ir.Value, middle: int) -> ir.Value:
+        """[..., bytes, codes of a byte]: the codes of the rows, less the zero that all have."""
         numbers = self._add("Cast", [self._picked(packed)], to=int(ir.DataType.INT32))
-        return self._add("Gather", [table, numbers], axis=0)
+        return self._add("Gather", [self.rows.bytes(middle), numbers], axis=0)
 
     def _zeros(self, zeros: ir.Value) -> ir.Value:
-        """float32 [..., blocks]."""
-        if zeros.dtype == ir.DataType.FLOAT:
+        """[..., blocks]."""
+        if zeros.dtype != ir.DataType.UINT8:
             return self._picked(zeros)
-        count = self.grid.count
-        flat = self._reshaped(self._halves(zeros, 0), [count + count % 2])
-        if count % 2 == 0:
+        assert zeros.shape is not None
+        count, table = self.rows.count, self.rows.bytes(0)
+        assert table.shape is not None
+        held = int(str(zeros.shape[1])) * int(str(table.shape[1]))
+        flat = self._reshaped(self._codes(zeros, 0), [held])
+        if held == count:
             return flat
         return self._add("Slice", [flat, self._numbers([0]), self._numbers([count]), self._numbers([-1])])
 

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.errors import PeftfxError, first_line
+from peftfx.errors import PeftfxError
 from peftfx.export.verification.comparison import Reference
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.probes import is_large
 from peftfx.export.verification.tolerance import Tensors
-from peftfx.export_options.values import MaxError, check_text
+from peftfx.export_options.values import MaxError
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import PAST, PRESENT, Decode, cache_names, positions
 from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder, Encoder
@@ -29,7 +28,6 @@ from peftfx.views.view import View
 
 LOGITS = "logits"
 _ROWS, _LENGTH = 8, 32  #: of greedy text
-_LONGEST, _MOST = 128, 2048  #: tokens of a row of a text that is given, and of all of it
 OWN, RANDOM = "its own greedy text", "random inputs"
 
 
@@ -119,7 +117,7 @@ def texts(
         own = _greedy(adapted, view, reference) if text is None else text
         return [_step(adapted, view, own)], OWN if text is None else named
     if isinstance(view, Decoder):
-        return [_decoded(adapted, view, reference, text)], OWN if text is None else f"what it makes of {named}"
+        return [decoded(adapted, view, reference, text)], OWN if text is None else f"what it makes of {named}"
     if text is None:
         return list(cases), RANDOM
     if "input_ids" not in inputs:
@@ -145,27 +143,6 @@ def _shown(want: Tensor, got: Tensor, mask: Tensor | None) -> tuple[Tensor, Tens
 
 def _nats(p: Tensor, q: Tensor) -> float:
     return float(torch.where(p.isfinite(), p.exp() * (p - q), 0.0).sum())
-
-
-def read_text(path: Path, source: str | Path) -> Tensor:
-    """The ids [rows, tokens] of a text file, by the tokenizer beside a base model; at most `_MOST` of them.
-
-    Raises:
-        PeftfxError: there is no such file, no tokenizer, or hardly a token.
-    """
-    from transformers import AutoTokenizer
-
-    check_text(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
-    except Exception as error:  # whatever a library raises for a directory that holds none
-        what = f"the base has no tokenizer that can be read: {first_line(error)}"
-        raise PeftfxError(what, str(source), "leave --calibration out: the model's own text is used") from error
-    ids = tokenizer(path.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False)["input_ids"][:_MOST]
-    length = min(_LONGEST, len(ids))
-    if length < 2:
-        raise PeftfxError("the text has fewer than 2 tokens", str(path), "give a longer one")
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
 def _sizes(adapted: AdaptedModel) -> tuple[int, int]:
@@ -197,9 +174,12 @@ def _greedy(adapted: AdaptedModel, view: Decode, reference: Reference) -> Tensor
     return torch.cat(written, 1)
 
 
-def _decoded(adapted: AdaptedModel, view: Decoder, reference: Reference, text: Tensor | None) -> Tensors:
-    """A call of a decoder with what it writes itself about a text."""
-    rows, length = _sizes(adapted)
+def decoded(
+    adapted: AdaptedModel, view: Decoder, reference: Reference, text: Tensor | None, rows: int | None = None
+) -> Tensors:
+    """A call of a decoder with what it writes itself about a text, or about so many rows of it."""
+    usual, length = _sizes(adapted)
+    rows = usual if rows is None else rows
     base, count = adapted.base, len(view.layers.own)
     made = example_inputs(base, sizes={"batch": rows, "sequence": length, "decoder_sequence": 1}, seed=1)
     ids = made["input_ids"] if text is None else text[:rows]

@@ -109,7 +109,7 @@ def _layout(models: Iterable[ir.Model], threshold: int) -> Iterator[_Place]:
         tensor = value.const_value
         if tensor is None or tensor.nbytes <= threshold:
             continue
-        if (content := _content(value)) in known:
+        if (content := content_of(value)) in known:
             yield _Place(value, tensor, known[content].offset, shared=True)
             continue
         if tensor.nbytes >= LARGE:
@@ -119,7 +119,7 @@ def _layout(models: Iterable[ir.Model], threshold: int) -> Iterator[_Place]:
         yield place
 
 
-def _content(value: ir.Value) -> object:
+def content_of(value: ir.Value) -> object:
     """Equal for weights of one content: read from one place, and stored in one way."""
     source = value.meta.get(SOURCE)
     return value if source is None else (source, value.metadata_props.get(PERM), value.dtype, str(value.shape))

@@ -12,7 +12,7 @@ from typing import Literal, TypedDict
 
 from peftfx.errors import PeftfxError
 from peftfx.export_options.checked import Checked
-from peftfx.export_options.quantize import Scheme, parse_schemes
+from peftfx.export_options.quantize import Scheme, check_calibration, parse_schemes
 from peftfx.export_options.values import MaxError, Slots, refuse_idle_bounds
 from peftfx.field_types import refuse_misfit_fields
 from peftfx.options import AUTO, CPU, FAST, check_choices, check_opset, check_tolerance, parse_size
@@ -34,13 +34,15 @@ class ExportOptions(Checked):
         quantize: `int8`, `int4` or `nf4`: weights of products are rounded in blocks, by role where it says so, as in
             `int4; int8@head`; see `peftfx.export_options.quantize`.
         budget: bytes of all weights, as a number or as `1.2GB`: each role's weights are rounded to int4, int8 or not at
-            all, so that they fit and the model differs least, as measured role by role; see `peftfx.export.budget`.
+            all, so that they fit and the model differs least, as measured role by role; see
+            `peftfx.export.rounding.budget`.
         max_error: what a quantised model may differ by from the same model in floating point: a number is over the
             largest magnitude of an output; `kl=0.05` bounds the mean divergence on a text in nats, and `top1=0.9` is
             the least share of tokens whose likeliest next one is the same. By default these are measured and
             reported, and may be whatever they are.
         calibration: a file of text that a quantised model is compared on, for a `source` with a tokenizer; by default
-            the model's own greedy text.
+            the model's own greedy text. Under `int4(gptq=True)` weights are rounded by it, too, but for its last fifth,
+            on which the model is compared.
         slots: for a base without adapters: where adapters can be put when the model runs, or at which layers alone,
             as a target; see `peftfx.export.slots.swappable`.
         batched: names of adapters of the model among which each row of a batch chooses; see
@@ -129,7 +131,8 @@ class ExportOptions(Checked):
             if self.rounds and given is not None:
                 what = f"what quantisation may cost is bounded by max_error, not by {name}"
                 raise PeftfxError(what, f"quantize, {name}", "pass max_error instead, as in max_error=0.1")
-        _ = self.bound, self.schemes, self.room
+        _ = self.bound, self.room
+        check_calibration(self.schemes, self.calibration, tuple(self.batched))
 
     def _check_places(self) -> None:
         names, places = list(self.batched), self.places

@@ -9,7 +9,7 @@ from typing import Literal, TypedDict
 from peftfx.bases.tasks import check_task
 from peftfx.errors import PeftfxError
 from peftfx.export_options.checked import Checked
-from peftfx.export_options.quantize import Scheme, check_directory_schemes, parse_schemes
+from peftfx.export_options.quantize import Scheme, check_calibration, check_directory_schemes, parse_schemes
 from peftfx.export_options.values import MaxError, refuse_idle_bounds
 from peftfx.field_types import refuse_misfit_fields
 from peftfx.options import check_choices, parse_size
@@ -28,7 +28,8 @@ class MergeOptions(Checked):
         quantize: `nf4`, `int4` or `int8`, by role too, as of `ExportOptions`: the merged weights are rounded, and the
             directory is bitsandbytes' (`nf4`) or compressed-tensors' (integers).
         max_error: what rounding may cost, as of `ExportOptions`.
-        calibration: a file of text that the rounded model is compared on; by default the model's own greedy text.
+        calibration: a file of text that the rounded model is compared on; by default the model's own greedy text. Under
+            `int4(gptq=True)` weights are rounded by it, too, but for its last fifth.
         max_shard_size: bytes of a file of weights, as a number or as `5GB`.
         force: replace the directory if an export made it.
 
@@ -52,7 +53,8 @@ class MergeOptions(Checked):
         if self.task is not None:
             check_task(self.task)
         refuse_idle_bounds(self.quantize is not None, max_error=self.max_error, calibration=self.calibration)
-        _ = self.bound, self.schemes
+        _ = self.bound
+        check_calibration(self.schemes, self.calibration)
         if self.shard < 1:
             raise PeftfxError("a file of weights holds one byte or more", "max_shard_size", "as in 5GB")
 

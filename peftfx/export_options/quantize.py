@@ -4,7 +4,7 @@
     scheme  := ('int4' | 'int8' | 'nf4' | 'none') ['(' options ')'] ['@' target]
 
 A target is an expression of `peftfx.sites.expression`; of several schemes for a weight the last one counts. Options are
-`block`, `symmetric` and `search`.
+`block`, `symmetric`, `search` and `gptq`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ BLOCKS = (16, 32, 64, 128, 256)  #: that ONNX Runtime's operators have
 DEFAULT_BLOCKS = {"nf4": 64}  #: bitsandbytes' own; 32 of the others
 _LEAST_TABLE_BLOCK = 64  #: of bitsandbytes
 _SCHEME = re.compile(r"\s*(\w+)\s*(?:\(([^()]*)\)\s*)?(?:@((?:/(?:[^/\\]|\\.)+/|[^/;])*))?(;|$)")
+_OPTIONS = ("block", "symmetric", "search", "gptq")
 _HINT = "as in int4, int4(block=64, symmetric=False), or int4; int8@head | attention.value"
 
 
@@ -37,6 +38,7 @@ class Scheme:
         block: numbers that share a grid; 0 is 64 for `nf4` and 32 for others.
         symmetric: the grid has its zero in the middle; otherwise each block has its own.
         search: whether the grid of the least squared error is searched for each block.
+        gptq: whether integers are chosen for what the outputs are on a text, or are the nearest ones.
         target: of which weights, as an expression of roles and paths; empty is of all.
     """
 
@@ -44,6 +46,7 @@ class Scheme:
     block: int = 0
     symmetric: bool = True
     search: bool = True
+    gptq: bool = False
     target: str = ""
 
     def __post_init__(self) -> None:
@@ -56,6 +59,8 @@ class Scheme:
             raise PeftfxError(f"no operator has blocks of {self.block}", "quantize", hint)
         if not self.symmetric and self.kind not in BITS:
             raise PeftfxError(f"{self.kind} has no zeros of its own", "quantize", "leave symmetric out")
+        if self.gptq and self.kind not in BITS:
+            raise PeftfxError(f"GPTQ rounds to integers, not to {self.kind}", "quantize", "leave gptq out")
         if self.target:
             parse(self.target)
 
@@ -71,6 +76,7 @@ class Scheme:
 
     def __str__(self) -> str:
         told = [f"block={self.block}", *(f"{n}=False" for n in ("symmetric", "search") if not getattr(self, n))]
+        told += ["gptq=True"] if self.gptq else []
         return f"{self.kind}({', '.join(told)})" + (f"@{self.target}" if self.target else "")
 
 
@@ -112,6 +118,18 @@ def check_directory_schemes(schemes: Sequence[Scheme]) -> None:
         raise PeftfxError(f"bitsandbytes has no blocks of {small.block}", "quantize", hint)
 
 
+def check_calibration(schemes: Sequence[Scheme], calibration: object, batched: Sequence[str] = ()) -> None:
+    """Refuse GPTQ without a text."""
+    if not any(scheme.gptq for scheme in schemes):
+        return
+    if batched:
+        what = "GPTQ rounds by what one model reads, and rows have adapters of their own"
+        raise PeftfxError(what, "quantize, batched", "leave gptq out, or export each adapter merged")
+    if calibration is None:
+        what = "GPTQ rounds by what layers read on a text, and none is given"
+        raise PeftfxError(what, "quantize", "give a file of plain text: --calibration FILE")
+
+
 def _options(inner: str, text: str) -> dict[str, Any]:
     try:
         call = ast.parse(f"options({inner})", mode="eval").body
@@ -119,8 +137,8 @@ def _options(inner: str, text: str) -> dict[str, Any]:
         found = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, TypeError, AssertionError, RecursionError, MemoryError) as error:
         raise PeftfxError(f"cannot read the options ({shown(inner)})", f"quantize: {shown(text)}", _HINT) from error
-    wrong = next((name for name in found if name not in ("block", "symmetric", "search")), None)
+    wrong = next((name for name in found if name not in _OPTIONS), None)
     if wrong is not None or call.args:
         what = f"a scheme has no option {wrong!r}" if wrong else "options are given by name"
-        raise PeftfxError(what, f"quantize: {shown(text)}", "there are block, symmetric and search")
+        raise PeftfxError(what, f"quantize: {shown(text)}", "there are block, symmetric, search and gptq")
     return found

@@ -98,12 +98,20 @@ class _Kept:
         made = codes.dequantise()
         if made.nbytes > self.left or not made.numel():
             return made
-        file = self.folder / str(len(self.found))
-        mapped = torch.from_file(str(file), shared=True, size=made.numel(), dtype=made.dtype).view(made.shape)
-        file.unlink(missing_ok=True)  # the mapping stays
         self.left -= made.nbytes
-        self.found[id(codes)] = codes, mapped.copy_(made)  # with the codes: no others can get their number meanwhile
-        return mapped
+        kept = mapped_copy(made, self.folder)
+        self.found[id(codes)] = codes, kept  # with the codes: no others can get their number meanwhile
+        return kept
+
+
+def mapped_copy(values: Tensor, beside: Path) -> Tensor:
+    """A copy in a mapped file without a name, on the disk of this directory: in no memory but what can be dropped."""
+    if not values.numel():
+        return values
+    with tempfile.TemporaryDirectory(prefix="values-", dir=beside) as folder:
+        file = str(Path(folder) / "0")
+        mapped = torch.from_file(file, shared=True, size=values.numel(), dtype=values.dtype).view(values.shape)
+        return mapped.copy_(values)  # the mapping stays when its file is gone
 
 
 _CURRENT: ContextVar[_Kept | None] = ContextVar("kept", default=None)

@@ -37,6 +37,11 @@ class Rounded:
     scales: Tensor
     zeros: Tensor | None
 
+    def values(self, middle: int) -> Tensor:
+        """The numbers that they stand for, float32 [out, blocks * block]; `middle` is the zero that all share."""
+        zeros = middle if self.zeros is None else self.zeros.float().unsqueeze(-1)
+        return ((self.integers.float() - zeros) * self.scales.float().unsqueeze(-1)).flatten(1)
+
 
 def round_blocks(
     weight: Tensor, bits: int, block: int, *, symmetric: bool = True, search: bool = True, signed: bool = True

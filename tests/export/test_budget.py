@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 import transformers as hf
@@ -60,7 +61,7 @@ def test_a_roles_cost_is_what_rounding_it_alone_costs(adapted: peftfx.AdaptedMod
 
 
 def test_the_least_sum_is_found() -> None:
-    from peftfx.export import budget
+    from peftfx.export.rounding import budget
     from peftfx.export_options.quantize import Scheme
 
     random = torch.Generator().manual_seed(1)
@@ -96,12 +97,40 @@ def test_what_makes_no_sense_is_refused(adapted: peftfx.AdaptedModel, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_a_model_of_two_graphs_is_refused_and_one_without_logits_is_measured(tmp_path: Path) -> None:
+def t5() -> peftfx.AdaptedModel:
+    """Of two graphs over one embedding, which is the head, too."""
+    torch.manual_seed(0)
     sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
-    t5 = hf.T5ForConditionalGeneration(hf.T5Config(**sizes, pad_token_id=0, decoder_start_token_id=0)).eval()
-    with pytest.raises(PeftfxError, match="measured for one graph"):
-        peftfx.transform(t5, peftfx.LoRA(r=2)).export(tmp_path / "t5", budget="1MB")
+    config = hf.T5Config(**sizes, pad_token_id=0, decoder_start_token_id=0)
+    return peftfx.transform(hf.T5ForConditionalGeneration(config).eval(), peftfx.LoRA(r=2), seed=0)
+
+
+@pytest.mark.slow
+def test_a_model_of_two_graphs_has_one_budget(tmp_path: Path) -> None:
+    adapted = t5()
+    report = adapted.export(tmp_path / "out", budget="30kB")
+    assert report.bytes["model.onnx.data"] <= 30_000
+    shares = {share.role: share for share in report.budget}
+    assert all(cost > 0 for share in shares.values() for cost in share.costs.values())
+    assert shares["head"].scheme != "none", "the largest: rounded in both graphs"
+    kept = onnx.load(tmp_path / "out/encoder_model.onnx", load_external_data=False).graph.initializer
+    assert not [value.name for value in kept if list(value.dims) == [64, 32]], "no float copy of the embedding"
+    assert {file for file, names in report.quantized.items() if names} == {"encoder_model.onnx", "decoder_model.onnx"}
+
+
+@pytest.mark.slow
+def test_a_graph_whose_adapters_change_is_measured_without_one(tmp_path: Path) -> None:
+    model = q.tiny(num_hidden_layers=1, hidden_size=64)
+    report = peftfx.export_onnx(model, tmp_path / "slots", slots="all-linear", budget="180kB")
+    assert report.budget
+    assert report.slots
+    made = peftfx.transform(model, peftfx.LoRA(r=2), seed=0).eval()
+    report = made.export(tmp_path / "rows", batched=["default"], budget="150kB")
+    assert all(cost > 0 for share in report.budget for cost in share.costs.values())
+
+
+@pytest.mark.slow
+def test_one_without_logits_is_measured(tmp_path: Path) -> None:
     size = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
     bert = peftfx.transform(
         hf.BertModel(hf.BertConfig(vocab_size=64, max_position_embeddings=64, **size)).eval(), peftfx.LoRA(r=2)

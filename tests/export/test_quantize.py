@@ -66,16 +66,19 @@ def _adapted(name: str) -> px.AdaptedModel:
 
 
 def _rounded(adapted: px.AdaptedModel, kind: str) -> nn.Module:
-    """The merged model, its linear weights rounded to what the blocks stand for."""
+    """The merged model, its linear weights rounded to what the blocks stand for; what was tied is tied."""
     linears = [site for site in adapted.sites if site.kind == "linear"]
     adapted.merge()
     model = adapted.remove()
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for site in linears:
         module = model.get_submodule(site.path)
         weight = module.weight.detach()
         rows = weight.T if site.transposed else weight
         new = unpack(*pack(rows, BITS[kind], BLOCK), BITS[kind], rows.shape[1])
-        module.weight = nn.Parameter(new.T.contiguous() if site.transposed else new)  # unties it
+        module.weight = nn.Parameter(new.T.contiguous() if site.transposed else new)
+    if tied:
+        model.get_input_embeddings().weight = model.get_output_embeddings().weight
     return model
 
 
@@ -95,6 +98,34 @@ def test_it_computes_what_the_rounded_weights_say_and_its_error_is_in_the_report
     want = _rounded(adapted, kind)(input_ids=ids).logits.detach()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     assert 1e-3 < float((want - plain).abs().max() / plain.abs().max()) < 3 * report.max_rel
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8(symmetric=False)", "nf4"])
+def test_a_head_tied_to_the_embedding_is_one_table_of_codes(scheme: str, tmp_path: Path) -> None:
+    size = {"vocab_size": 90, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = hf.LlamaConfig(**size, num_attention_heads=4, pad_token_id=0, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(config).eval()
+    report = px.export_onnx(model, tmp_path / "out", view="forward", quantize=f"{scheme}@head")
+    kept = {
+        v.name: list(v.dims) for v in onnx.load(tmp_path / "out/model.onnx", load_external_data=False).graph.initializer
+    }
+    assert not [name for name, dims in kept.items() if dims == [90, 64]], "no float copy"
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        (text,) = parse_schemes(scheme)
+        if scheme == "nf4":
+            codes, largest = round_table(weight, "nf4", 64)
+            weight.copy_((torch.tensor(TABLES["nf4"])[codes.int()].view(-1, 64) * largest.unsqueeze(1)).view_as(weight))
+        else:
+            made = round_blocks(weight, text.bits, text.block, symmetric=text.symmetric)
+            weight.copy_(made.values(text.middle))
+        ids = torch.randint(4, 90, (2, 8), generator=torch.Generator().manual_seed(0))
+        want = model(input_ids=ids).logits
+    got = px.runtime.load(tmp_path / "out")(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    off = float((got - want).abs().max() / want.abs().max())
+    assert off < (1e-5 if scheme == "nf4" else 0.02), "what is looked up, and the head, are the rounded weight"
+    assert report.quantized
 
 
 def test_it_is_smaller_and_generates(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ LAYERS = (
         "peftfx.serving.runs",
     ),
     *("peftfx.export.metadata", "peftfx.export.translation", "peftfx.export.writing", "peftfx.export.coded"),
-    *("peftfx.export.verification", "peftfx.export.checkpoint"),
+    *("peftfx.export.verification", "peftfx.export.rounding", "peftfx.export.checkpoint"),
     *("peftfx.export.deployment", "peftfx.export.slots", "peftfx.export", "peftfx.export.summaries"),
     *("peftfx.training", "peftfx.demo", "peftfx.cli", "peftfx.testing"),
 )

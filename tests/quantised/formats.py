@@ -10,8 +10,8 @@ import onnxruntime as ort
 import torch
 from support import quantised as q
 
-from peftfx.export.coded.operators import BlockProduct, Product
-from peftfx.export.coded.rows import row_nodes
+from peftfx.export.coded.operators import Product
+from peftfx.export.coded.rows import CodedRows, row_nodes
 
 BNB4, BNB8 = (
     {"quant_method": "bitsandbytes", "load_in_4bit": True},
@@ -61,10 +61,10 @@ FORMATS: dict[str, tuple[dict[str, object], q.Pack, str]] = {
 IDS = torch.tensor([[1, 5, 9, 30, 4, 77, 8], [1, 7, 7, 12, 3, 0, 2]])
 
 
-def picked(made: BlockProduct, ids: torch.Tensor) -> torch.Tensor:
+def picked(made: Product, rows: CodedRows, ids: torch.Tensor) -> torch.Tensor:
     """The rows that ONNX Runtime picks of the weight."""
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n", "m"]))
-    return run(row_nodes(made, x), x, made, ids.numpy())
+    return run(row_nodes(rows, x), x, made, ids.numpy())
 
 
 def on_identity(made: Product, columns: int) -> torch.Tensor:

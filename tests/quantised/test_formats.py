@@ -12,8 +12,8 @@ from support import quantised as q
 
 import peftfx
 from peftfx.bases.load import load_base
-from peftfx.export.coded.operators import BlockProduct, product_for
-from peftfx.export.coded.rows import refused_rows
+from peftfx.export.coded.operators import product_for
+from peftfx.export.coded.rows import CodedRows, coded_rows
 from peftfx.export.command import export_directory
 from peftfx.export.report import Report
 from peftfx.quantisation.coded import Coded
@@ -46,12 +46,13 @@ def test_codes_are_the_matrix_and_the_operator_has_it(name: str, tmp_path: Path)
     assert made.operator == operator
     got = on_identity(made, weight.codes.columns)
     torch.testing.assert_close(got, weight.codes.dequantise().T, rtol=2e-6, atol=2e-6 * float(got.abs().max()))
-    why = refused_rows(made)
-    assert bool(why) == (operator != "MatMulNBits" or name == "gptq-act")
-    if not why:
-        fresh = product_for(weight.codes, "w", "w", 23)
-        assert isinstance(fresh, BlockProduct)
-        rows = picked(fresh, torch.tensor([[3, 0], [63, 3]]))
+    fresh = product_for(weight.codes, "w", "w", 23, by_row=True)
+    assert not isinstance(fresh, str)
+    found = coded_rows(fresh)
+    unpicked = operator == "DequantizeLinear" or name in ("gptq-act", "nf4-blocks-of-512")
+    assert isinstance(found, str) == unpicked, "no blocks of rows of their own, or columns in another order"
+    if isinstance(found, CodedRows):
+        rows = picked(fresh, found, torch.tensor([[3, 0], [63, 3]]))
         want = weight.codes.dequantise()[torch.tensor([[3, 0], [63, 3]])]
         torch.testing.assert_close(rows, want, rtol=1e-6, atol=1e-6 * float(want.abs().max()))
 

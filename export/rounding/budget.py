@@ -14,16 +14,17 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from peftfx.errors import PeftfxError
-from peftfx.export.coded.rounded import read_weight, roundable, rounded_rows
+from peftfx.export.coded.rounded import columns_of, read_weight, roundable, rounded_rows
 from peftfx.export.metadata import SOURCE
+from peftfx.export.rounding.calibrated import layer_at
 from peftfx.export.verification.agreement import LOGITS, divergence
 from peftfx.export.verification.comparison import Reference
 from peftfx.export.verification.tolerance import Tensors
+from peftfx.export.writing.readers import lookups
 from peftfx.export.writing.stream import PAGE
-from peftfx.export.writing.weights import LARGE
+from peftfx.export.writing.weights import LARGE, content_of
 from peftfx.export_options.quantize import Scheme
 from peftfx.graph.graph import DERIVED
 from peftfx.model.adapted import AdaptedModel
@@ -74,14 +75,17 @@ class _Role:
     costs: dict[str, float] = field(default_factory=dict)
     why: str = ""
 
+    def takes(self, scheme: Scheme) -> bool:
+        """Whether none of its weights is narrower than a block."""
+        return all(columns_of(weight, transposed) >= scheme.block for weight, transposed in self.weights)
+
     def bytes(self, scheme: Scheme | None) -> int:
         return sum(_bytes(weight, transposed, scheme) for weight, transposed in self.weights)
 
 
 def share_out(
     limit: int,
-    program: ir.Model,
-    sites: Sites,
+    programs: Sequence[tuple[ir.Model, Sites]],
     adapted: AdaptedModel,
     reference: Reference,
     feeds: Sequence[Tensors],
@@ -91,8 +95,7 @@ def share_out(
 
     Args:
         limit: bytes of all weights.
-        program: what is written, merged.
-        sites: whose roles count.
+        programs: what is written, merged, and the sites of each, whose roles count. They share weights.
         adapted: the model in torch, whose modules are hooked.
         reference: what it gives, by name.
         feeds: calls to measure at.
@@ -101,15 +104,15 @@ def share_out(
     Raises:
         PeftfxError: even the smallest way does not fit.
     """
-    roles = _roles(program, sites, schemes)
+    roles = _roles(programs, schemes)
     by_name = {str(scheme): scheme for scheme in schemes}
     wants = [reference(feed) for feed in feeds]
     for role in roles.values():
         for name, scheme in by_name.items():
-            if not role.why:
+            if not role.why and role.takes(scheme):
                 _measure(role, name, scheme, adapted.base, reference, feeds, wants)
-    tensors = [value.const_value for value in program.graph.initializers.values()]
-    others = sum(_in_file(tensor.nbytes) for tensor in tensors if tensor is not None)
+    values = {content_of(v): v.const_value for program, _ in programs for v in program.graph.initializers.values()}
+    others = sum(_in_file(tensor.nbytes) for tensor in values.values() if tensor is not None)
     others -= sum(role.bytes(None) for role in roles.values())
     found = _least(roles, by_name, limit - others)
     if found is None:
@@ -128,20 +131,35 @@ def share_out(
     return chosen.get, shares
 
 
-def _roles(program: ir.Model, sites: Sites, schemes: Sequence[Scheme]) -> dict[str, _Role]:
-    owners: dict[object, list[tuple[str, str]]] = {}
-    for site in sites.weights:
-        for source in {site.weight, f"{DERIVED}.{site.path}.weight"}:
-            owners.setdefault(source, []).append((site.role, site.path))
+def _roles(programs: Sequence[tuple[ir.Model, Sites]], schemes: Sequence[Scheme]) -> dict[str, _Role]:
+    block = min(scheme.block for scheme in schemes)
+    found: dict[object, tuple[ir.Value, bool, list[tuple[str, str]]]] = {}
+    others: dict[object, bool] = {}
+    for program, sites in programs:
+        owners: dict[object, list[tuple[str, str]]] = {}
+        for site in sites.weights:
+            for source in {site.weight, f"{DERIVED}.{site.path}.weight"}:
+                owners.setdefault(source, []).append((site.role, site.path))
+        for weight, transposed, alone in roundable(program, block):
+            source = weight.meta.get(SOURCE, weight)
+            _, _, own = found.setdefault(source, (weight, transposed, []))
+            own += [pair for pair in owners.get(source, []) if pair not in own]
+            others[source] = others.get(source, False) or not alone
+    for program, _ in programs:  # of two graphs one may look up what the other multiplies by
+        products = {weight for weight, _, _ in roundable(program, block)}
+        for weight in program.graph.initializers.values():
+            source = weight.meta.get(SOURCE, weight)
+            if source in found and weight not in products:
+                others[source] = others[source] or len(list(lookups(weight))) < len(list(weight.uses()))
     roles: dict[str, _Role] = {}
-    for weight, transposed, alone in roundable(program, max(scheme.block for scheme in schemes)):
-        own = owners.get(weight.meta.get(SOURCE), [])
-        role = roles.setdefault(own[0][0] if own else "no role", _Role())
+    for which, (weight, transposed, own) in found.items():
+        multiplied = [role for role, _ in own if not role.startswith("embedding")]
+        role = roles.setdefault(next(iter(multiplied), own[0][0]) if own else "no role", _Role())
         role.weights.append((weight, transposed))
         role.modules[str(weight.name)] = [path for _, path in own]
         if not own:
             role.why = "no layer reads them alone"
-        elif not alone:
+        elif others[which]:
             role.why = "something else than a product reads one, and would keep it in floating point beside the codes"
     return dict(sorted(roles.items()))
 
@@ -177,11 +195,8 @@ def _measure(
     with ExitStack() as stack:
         for weight, transposed in role.weights:
             for path in role.modules[str(weight.name)]:
-                try:
-                    module = base.get_submodule(path)
-                except AttributeError:
-                    module = None
-                if not isinstance(module, nn.Linear | Conv1D):
+                module = layer_at(base, path)
+                if module is None:
                     role.why = f"{path} is no linear layer: what it costs to round it cannot be measured"
                     return
                 hook = _hook(path, weight, transposed, scheme, ran)
@@ -198,6 +213,9 @@ def _hook(path: str, weight: ir.Value, transposed: bool, scheme: Scheme, ran: se
     def add(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         ran.add(path)
         value = read_weight(weight, transposed)
+        if isinstance(module, nn.Embedding):
+            rows = value[args[0]].flatten(0, -2)
+            return y + (rounded_rows(rows, scheme).float() - rows.float()).view(y.shape).to(y.dtype)
         parts = []
         for some in value.split(max(1, _AT_ONCE // value.shape[1])):
             off = rounded_rows(some, scheme).float() - some.float()
@@ -217,7 +235,7 @@ def _distance(want: Tensors, got: Tensors, feed: Tensors) -> float:
 
 def _least(roles: Mapping[str, _Role], schemes: Mapping[str, Scheme], room: int) -> dict[str, str] | None:
     """The scheme of each role, of the ways that fit that of the least sum of costs; None where none fits."""
-    ways: list[tuple[int, float, dict[str, str]]] = [(0, 0.0, {})]
+    ways: list[tuple[int, float, dict[str, str]]] = [(0, 0.0, {})] if room >= 0 else []
     for path, role in roles.items():
         options = [(role.bytes(None), 0.0, _NONE), *((role.bytes(schemes[n]), c, n) for n, c in role.costs.items())]
         longer = [(a + b, c + d, {**picks, path: name}) for a, c, picks in ways for b, d, name in options]
