@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from peftfx.telling import tell_stage
+
 OnStage = Callable[[str], object]
 """Called with a line when a stage begins."""
 
@@ -18,6 +20,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        tell_stage(name)
         self.progress(name)
         start = time.perf_counter()
         yield

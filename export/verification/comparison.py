@@ -18,6 +18,7 @@ from peftfx.export.verification.float32_twin import runnable
 from peftfx.export.verification.tolerance import Tensors, Tolerance
 from peftfx.graph.graph import Graph
 from peftfx.serving.onnx_model import OnnxModel, find
+from peftfx.telling import tell_share
 
 Reference = Callable[[Tensors], Tensors]
 """What a model is held against: takes inputs by name and returns outputs by name."""
@@ -113,6 +114,7 @@ def verify(
             _same_interface(model, graph)
         found = []
         for number, feed in enumerate(inputs):
+            tell_share(f"{number} of {len(inputs)} calls", 0.5 + number / (2 * len(inputs)))
             want = reference(feed)
             exact = tolerance.measure(reference, feed) if tolerance.measures and number in own else {}
             got = model(**(_widened(feed, model) if widened else feed))

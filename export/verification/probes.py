@@ -16,6 +16,7 @@ from peftfx.export.verification.sizes import EVERY, Sizes
 from peftfx.generation.invocation import invoked
 from peftfx.graph.graph import Graph, TensorSpec, path_name
 from peftfx.model.adapted import AdaptedModel
+from peftfx.telling import tell_share
 from peftfx.views.arguments import nested
 from peftfx.views.entry import Entry, forward
 from peftfx.views.view import Axes, RunView, View, without_cache
@@ -90,6 +91,7 @@ def probes(
         if accepts is None:
             _compare(captured, case, want)
         found.append(case)
+        tell_share(f"{len(found)} of {count} calls by the model's own code", len(found) / (2 * count))
         if len(found) == count:
             return found
     if not found:
@@ -130,7 +132,9 @@ def view_cases(adapted: AdaptedModel, view: View, run: RunView, sizes: Sizes = E
     """
     cases = []
     own: Sequence[Mapping[str, int]] = [] if is_large(adapted.base) else [{}]
-    for seed, wanted in enumerate((*trials_of(adapted, view), *own, *sizes.probes), 1):
+    wanted_sizes = (*trials_of(adapted, view), *own, *sizes.probes)
+    for seed, wanted in enumerate(wanted_sizes, 1):
+        tell_share(f"{seed} of {len(wanted_sizes)} calls by the model's own code", seed / (2 * len(wanted_sizes)))
         made = view.inputs(adapted.base, sizes=wanted, seed=seed)
         if sizes.allow(_named_sizes(view.axes, made)):
             cases.append(view.with_past(adapted.base, made, run, seed))

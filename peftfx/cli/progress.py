@@ -1,31 +1,44 @@
-"""Progress: how far an export is, on stderr: a line for each stage, and bytes, rate and time left while it writes."""
+"""Progress: how far an export is, on stderr: a line for each stage, and how far it is while it lasts.
+
+On a terminal a bar shows the layers of a capture, the calls of a verification and the bytes that are written, with the
+time that is left; elsewhere bytes are told in lines.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from peftfx.cli.voice import VOICE
+from peftfx.telling import listening
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
 
 _EVERY = 5.0  #: seconds between two lines where stderr is not a terminal
 
 
 class Progress:
-    """Tells stages and bytes. On a terminal, the bytes are a bar; elsewhere, a line every few seconds."""
+    """Tells stages and how far they are. On a terminal that is a bar; elsewhere, bytes are a line every few seconds."""
 
     def __init__(self) -> None:
         self._start = self._stage_start = self._told = time.perf_counter()
         self._silent = VOICE.quiet
-        self._bar = _Bar() if sys.stderr.isatty() and not self._silent else None
+        shown = sys.stderr.isatty() and not self._silent and not VOICE.as_json
+        self._bar = _Bar() if shown else None
+        self._undone = ExitStack()
 
     def __enter__(self) -> Self:
+        self._undone.enter_context(listening(None if self._bar is None else self._bar.share))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._undone.close()
         self._close()
 
     def stage(self, name: str) -> None:
@@ -58,26 +71,51 @@ def written_line(done: int, total: int, seconds: float) -> str:
     return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:,.0f} MB/s, {left:.0f} s left"
 
 
+def share_line(words: str, share: float, seconds: float) -> str:
+    """How far a stage is, and the time left, in words; of the latter nothing ahead of a second."""
+    left = f", {seconds * (1 - share) / share:.0f} s left" if share > 0 and seconds >= 1 else ""
+    return f"{words}{left}"
+
+
 class _Bar:
-    """A bar on a terminal, from its first bytes on until it is closed."""
+    """A bar on a terminal, of bytes or of shares of a stage, from the first of them on until it is closed."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-        from rich.progress import Progress as Bars
-
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self._bars = Bars(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bars.add_task("write")
-        self._shown = False
+        self._bars: Bars | None = None
+        self._bytes = False
+        self._begun = self._share = 0.0
 
     def show(self, done: int, total: int) -> None:
-        if not self._shown:
-            self._bars.start()
-            self._shown = True
-        self._bars.update(self._task, completed=done, total=total)
+        """Show bytes."""
+        bars = self._opened(of_bytes=True)
+        bars.update(bars.task_ids[0], completed=done, total=total)
+
+    def share(self, words: str, share: float) -> None:
+        """Show the share of a stage that is done. Where it falls, another piece of work has begun."""
+        bars, now = self._opened(of_bytes=False), time.perf_counter()
+        if share < self._share or not self._begun:
+            self._begun = now
+        self._share = share
+        line = share_line(words, share, now - self._begun)
+        bars.update(bars.task_ids[0], completed=share, total=1.0, description=line)
 
     def close(self) -> None:
-        if self._shown:
+        if self._bars is not None:
             self._bars.stop()
-            self._shown = False
+        self._bars, self._begun, self._share = None, 0.0, 0.0
+
+    def _opened(self, *, of_bytes: bool) -> Bars:
+        if self._bars is not None and self._bytes == of_bytes:
+            return self._bars
+        self.close()
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import Progress as Bars
+
+        of_shares = (BarColumn(), TextColumn("{task.description}"))
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._bars = Bars(*(columns if of_bytes else of_shares), console=Console(stderr=True), transient=True)
+        self._bars.add_task("")
+        self._bars.start()
+        self._bytes = of_bytes
+        return self._bars

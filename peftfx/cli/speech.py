@@ -17,7 +17,8 @@ from peftfx.errors import PeftfxWarning
 def quiet() -> Iterator[None]:
     """Other libraries' warnings and bars do not belong in this program's output; afterwards they speak again."""
     if VOICE.verbose:
-        yield
+        with _logged():
+            yield
         return
     with contextlib.ExitStack() as undone:
         import logging as standard
@@ -44,6 +45,25 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         yield
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[None]:
+    """What the logger `peftfx` has of single steps, on stderr; stages are told there anyway."""
+    import logging
+
+    from peftfx.telling import LOG
+
+    handler, level = logging.StreamHandler(), LOG.level
+    handler.setFormatter(logging.Formatter("peftfx: %(message)s"))
+    handler.addFilter(lambda record: record.levelno < logging.INFO)
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        LOG.setLevel(level)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

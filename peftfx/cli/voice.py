@@ -23,7 +23,7 @@ class Voice:
     Attributes:
         as_json: results, and errors, are JSON on stdout.
         quiet: nothing but errors, warnings, and JSON if that was asked for.
-        verbose: what other libraries say is let through, and an error is followed by what caused it.
+        verbose: single steps and what other libraries say are told, and an error is followed by what caused it.
     """
 
     as_json: bool = False
@@ -37,7 +37,10 @@ _OPTIONS = {
     "as_json": Annotated[bool, typer.Option("--json", help="Print the result as JSON.")],
     "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no result in words.")],
     "verbose": Annotated[
-        bool, typer.Option("--verbose", "-v", help="Let other libraries speak; with an error, what caused it.")
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Tell single steps, let other libraries speak; with an error, what caused it."
+        ),
     ],
 }
 

@@ -31,6 +31,7 @@ from peftfx.graph.places import name_places
 from peftfx.graph.size_conditions import Note, conditions_of, noted
 from peftfx.graph.written import refuse_written
 from peftfx.patterns.find import with_patterns
+from peftfx.telling import tell_share
 from peftfx.views.entry import Entry, EntryCall, forward
 from peftfx.views.view import Axes, free_images, name_axes, without_cache
 
@@ -81,6 +82,7 @@ def capture(
                 program = torch.export.export(
                     wrapper, tuple(examples.values()), dynamic_shapes={"flat": free}, strict=False
                 )
+            tell_share("nodes into a graph", 0.7)
             module = program.module(check_guards=False)
         except PeftfxError:
             raise
@@ -243,6 +245,7 @@ def _as_graph(
     conditions = conditions_of(notes, symbols)
     result = Graph(linked, tuple(specs), out_spec, sizes, model.training, None, conditions=conditions)  # type: ignore[arg-type]
     refuse_written(result)
+    tell_share("sites", 0.9)
     result.sites = with_patterns(result, find_sites(result))
     return result
 

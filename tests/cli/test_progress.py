@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertModel
 
-from peftfx.cli.progress import Progress, written_line
+import peftfx
+from peftfx.cli.progress import Progress, share_line, written_line
+from peftfx.cli.voice import VOICE
 from peftfx.errors import PeftfxError
 from peftfx.options import parse_size
+from peftfx.telling import LOG, listening, tell_share
 
 
 def test_a_line_says_bytes_rate_and_time_left() -> None:
@@ -26,6 +35,62 @@ def test_without_a_terminal_there_is_a_line_every_few_seconds(
             progress.written(done * 10**9, 4 * 10**9)
     lines = capsys.readouterr().err.splitlines()
     assert [re.sub(r"^\[.*?\] *", "", line) for line in lines] == ["write", "2.00 of 4.00 GB, 364 MB/s, 6 s left"]
+
+
+class Terminal(io.StringIO):
+    """What stands for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What the logger `peftfx` has."""
+    found: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = found.append  # type: ignore[method-assign]
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.DEBUG)
+    yield found
+    LOG.removeHandler(handler)
+    LOG.setLevel(logging.NOTSET)
+
+
+def test_a_line_says_how_far_a_stage_is_and_the_time_left() -> None:
+    assert share_line("3 of 12 layers", 0.25, 6.0) == "3 of 12 layers, 18 s left"
+    assert share_line("3 of 12 layers", 0.25, 0.3) == "3 of 12 layers"
+
+
+def test_how_far_a_stage_is_shows_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {}
+    for asked in ("terminal", "as_json", "quiet", "piped"):
+        stream = io.StringIO() if asked == "piped" else Terminal()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", stream)
+            if hasattr(VOICE, asked):
+                patch.setattr(VOICE, asked, True)
+            with Progress() as progress:
+                progress.stage("capture")
+                tell_share("3 of 12 layers", 0.25)
+        said[asked] = stream.getvalue()
+    assert "3 of 12 layers" in said["terminal"]
+    assert re.fullmatch(r"\[ *0.0 s\] capture\n", said["piped"])
+    assert said["as_json"] == said["piped"]
+    assert said["quiet"] == ""
+
+
+def test_captures_and_verifications_tell_how_far_they_are(logged: list[logging.LogRecord], tmp_path: Path) -> None:
+    size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    model = BertModel(BertConfig(**size, num_hidden_layers=3)).eval()
+    told: list[tuple[str, float]] = []
+    with listening(lambda words, share: told.append((words, share))):
+        peftfx.export_onnx(model, tmp_path / "onnx")
+    words = [text for text, _ in told]
+    assert {"1 of 3 layers", "3 of 3 layers", "sites", "0 of 6 calls"} <= {*words}
+    assert all(0 <= share <= 1 for _, share in told)
+    said = {level: [r.getMessage() for r in logged if r.levelno == level] for level in (logging.INFO, logging.DEBUG)}
+    assert said == {logging.INFO: ["capture", "convert", "write", "verify"], logging.DEBUG: words}
 
 
 @pytest.mark.parametrize(

@@ -43,21 +43,22 @@ def inspect(
     check_page(html, adapter or (), others=target is not None or network or graphml is not None, rules=rules)
     from rich.console import Console
 
+    from peftfx.cli.progress import Progress
     from peftfx.export.command import inspect_directory, page_directory, plan_directory
     from peftfx.sites.network import to_json, write_graphml
 
     if html is not None:
-        with quiet():
+        with quiet(), Progress():
             page_directory(model, rules=rules, adapters=adapter or (), task=task).save(html)
         size = html.stat().st_size
         tell({"output": str(html), "bytes": size}, f"{html}: {size:,} B")
         return
     if rules is not None:
-        with quiet():
+        with quiet(), Progress():
             plan = plan_directory(model, rules, task=task)
         tell(plan.to_dict(), plan)
         return
-    with quiet():
+    with quiet(), Progress():
         sites = inspect_directory(model, task=task, target=target)
     if graphml is not None:
         write_graphml(sites.network(), graphml)
