@@ -32,6 +32,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare, plan
 from peftfx.model.plan import Plan, shapes_of
 from peftfx.pages.page import Page
+from peftfx.passes.base import Pass
 from peftfx.pictures.adapted import show
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
 from peftfx.rules.resolution import place, saved_modules
@@ -48,6 +49,7 @@ def export_directory(
     *,
     progress: OnStage | None = None,
     written: Written | None = None,
+    passes: Sequence[Pass] = (),
     **changes: Unpack[DirectoryChanges],
 ) -> Report:
     """Export a base model's directory, with HF PEFT adapters' or without, to a directory that ONNX Runtime serves.
@@ -59,6 +61,7 @@ def export_directory(
         options: see `DirectoryOptions`. They can be given by name as well, as in `view="decode"`.
         progress: called with a line when a stage begins.
         written: called with the bytes of weights written so far, and those there will be.
+        passes: run on the graphs, merged, ahead of ONNX, as in `export_onnx`.
         changes: options by name; they come before those in `options`.
 
     Raises:
@@ -67,11 +70,16 @@ def export_directory(
     asked = DirectoryOptions.of(options, changes)
     refuse_output(Path(base), output, list(asked.folders.values()), asked.force)
     with as_directory(Path(base)) as directory:
-        return _export(directory, output, asked, progress, written)
+        return _export(directory, output, asked, progress, written, passes)
 
 
 def _export(
-    base: Path, output: str | Path, asked: DirectoryOptions, progress: OnStage | None, written: Written | None
+    base: Path,
+    output: str | Path,
+    asked: DirectoryOptions,
+    progress: OnStage | None,
+    written: Written | None,
+    passes: Sequence[Pass],
 ) -> Report:
     folders = asked.folders
     say = progress or (lambda line: None)
@@ -96,7 +104,14 @@ def _export(
             say(f"not copied, links that leave their directory: {', '.join(map(str, links))}")
         inputs.check()
 
-    return export_onnx(adapted, output, asked, source=home.resolve(), assets=assets, progress=progress, written=written)
+    return export_onnx(
+        *(adapted, output, asked),
+        source=home.resolve(),
+        assets=assets,
+        progress=progress,
+        written=written,
+        passes=passes,
+    )
 
 
 def served_dtype(base: Path, wanted: str | None, quantize_base: str | None) -> torch.dtype | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,10 @@ from peftfx.export.assets import write_configs
 from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, InGraph
+from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.metadata import ADAPTERS_KEY, BASE_MODEL, FINGERPRINT
+from peftfx.export.own_passes import behind, refuse_unfit, run_own, shown_of
 from peftfx.export.quantised import agreement_of, refuse_disagreement, round_weights
 from peftfx.export.report import Report, tell_rounding
 from peftfx.export.slots.batched import Batched
@@ -26,6 +28,7 @@ from peftfx.export.tensor_counts import Destination, count_row_tensors, count_te
 from peftfx.export.translation.scopes import put_rest
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.verification.comparison import verify
+from peftfx.export.verification.oracle import Oracle
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export.writing.finite import refuse_infinite_adapters
 from peftfx.export.writing.memory import refuse_memory
@@ -38,6 +41,7 @@ from peftfx.graph.graph import BASE
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.passes.adaptation.merge import Merge
+from peftfx.passes.base import Pass
 from peftfx.passes.manager import PassManager
 from peftfx.quantisation.coded import Coded, keeping
 
@@ -58,6 +62,7 @@ def export_onnx(
     assets: Callable[[Path], object] | None = None,
     progress: OnStage | None = None,
     written: Written | None = None,
+    passes: Sequence[Pass] = (),
     **changes: Unpack[ExportChanges],
 ) -> Report:
     """Write `directory/model.onnx` (and `model.onnx.data`) for the model in eval mode.
@@ -77,6 +82,8 @@ def export_onnx(
         assets: called with the new directory, to put files beside the model.
         progress: called with a line when a stage begins.
         written: called with the bytes of weights written so far, and those there will be.
+        passes: run on the graphs, merged, ahead of ONNX; see `peftfx.passes`. Where they change the outputs, the result
+            is held against what they leave.
         changes: options by name; they come before those in `options`.
 
     Raises:
@@ -90,6 +97,7 @@ def export_onnx(
     limit, (atol, rtol) = asked.bound, _bounds(asked)
     coded = any(isinstance(p, Coded) for p in adapted.base.parameters())
     way = _deployment(asked, str(source), merges=asked.merges(coded))
+    refuse_unfit(passes, way)
     refuse_memory(adapted, asked.memory)
     refuse_infinite_adapters(adapted, way.names(adapted))
     report = Report.of(adapted, way.names(adapted))
@@ -97,6 +105,10 @@ def export_onnx(
     if any(p.dtype == torch.bfloat16 for p in adapted.base.parameters()):
         say(_BFLOAT16)
     stages = Stages(report.seconds, say)
+
+    def oracle_of(part: GraphPart) -> Oracle:
+        return behind(way.oracle(adapted, part, example), passes, part)
+
     with publish(Path(directory), asked.force) as temporary, in_eval(adapted):
         with stages("capture"):
             parts = [
@@ -116,6 +128,9 @@ def export_onnx(
                 report.add_merged(merged)
                 told = [tell_rounding(graph, report.add_rounding) for graph in merged]
                 parts = [replace(part, exported=graph) for part, graph in zip(parts, told, strict=True)]
+        if passes:
+            with stages("rewrite"):
+                parts, report.passes = run_own(passes, parts)
         with stages("convert"):
             programs = {
                 part.file: to_onnx(part.exported, opset=asked.opset, engine=asked.engine, optimize=asked.optimize)
@@ -129,7 +144,7 @@ def export_onnx(
         if asked.rounds:
             with stages("round"), keeping(temporary.parent) if coded else nullcontext():
                 round_weights(
-                    *(asked, adapted, parts, programs, lambda part: way.oracle(adapted, part, example), source),
+                    *(asked, adapted, parts, programs, oracle_of, source),
                     *(report, temporary.parent),
                     merged=way.merges,
                 )
@@ -143,7 +158,7 @@ def export_onnx(
             idle: list[set[str]] = []
             verified = []
             for part in parts:
-                oracle = way.oracle(adapted, part, example)
+                oracle = oracle_of(part)
                 found = verify(
                     temporary / part.file,
                     oracle.reference,
@@ -152,7 +167,7 @@ def export_onnx(
                     atol=atol,
                     rtol=rtol,
                     graph=part.graph,
-                    shown=None if part.view is None else part.view.shown,
+                    shown=shown_of(part),
                 )
                 verified.append(replace(part, found=found))
                 if asked.rounds:

@@ -44,6 +44,7 @@ class Report:
         merged_bytes: size of those weights, and of their biases where these changed.
         rounding: what each of them lost to the dtype of the weights, `max_abs` and, of its largest value, `max_rel`;
             empty in fp32, which is what they are computed in.
+        passes: of the user's own, at how many places each changed something.
         folded: what else became a constant of the graph: soft prompts, whatever they were computed from.
         inputs, outputs: of the ONNX model, with their shapes; those of one of several as `decoder_model.logits`.
         sizes: conditions on the sizes of a call under which the model is right, and what is beyond; none, if all are.
@@ -77,6 +78,7 @@ class Report:
     merged: list[str] = field(default_factory=list)
     merged_bytes: int = 0
     rounding: dict[str, dict[str, float]] = field(default_factory=dict)
+    passes: dict[str, int] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
     inputs: dict[str, list[int | str]] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
@@ -209,6 +211,7 @@ class Report:
             ("adapter", adapters or "none"),
             *([("tensors", f"{sum(self.tensors.values())} in the file: {went}")] if self.tensors else []),
             ("merged sites", merged),
+            *((name, f"{count} places") for name, count in self.passes.items()),
             ("inputs", ", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in self.inputs.items())),
             ("outputs", ", ".join(self.outputs)),
             *([("sizes", "right where " + "; ".join(self.sizes[:4]))] if self.sizes else []),

@@ -15,6 +15,7 @@ from torch._guards import detect_fake_mode
 from peftfx.contract.placement import Placement
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import REPLACES
+from peftfx.patterns.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Pass(ABC):
 
 def written(value: object) -> str:
     """A pass or an option as text. What is neither plain data nor a record of it, a tensor say, is `...`."""
+    if isinstance(value, Pattern):
+        return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [f for f in dataclasses.fields(value) if f.repr and f.init]
         given = [(f.name, getattr(value, f.name)) for f in fields if not _is_default(f, getattr(value, f.name))]

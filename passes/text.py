@@ -25,6 +25,7 @@ from peftfx.passes.patterns.probe import Probe
 from peftfx.passes.patterns.rewrite import Rewrite
 from peftfx.passes.slots.by_row import ByRow
 from peftfx.passes.slots.open import Open
+from peftfx.patterns.pattern import known_patterns
 from peftfx.sites.site import Call, HeadedSite, Heads, Part
 
 _KNOWN = (Cleanup, Evaluate, Fuse, Insert, Merge, Prefill, Probe, Remove, Rewrite, Sweep, ByRow, Open, PassManager)
@@ -70,6 +71,9 @@ def _made(name: str, options: Mapping[str, object], text: str) -> object:
     known: dict[str, Any] = {cls.__name__: cls for cls in [*_KNOWN, *_RECORDS]} | {
         cls.__name__: cls for cls in _below(Pass)
     }
+    patterns = {pattern.name: pattern for pattern in known_patterns()}
+    if name in patterns and name not in known and not options:
+        return patterns[name]
     if name not in known:
         raise PeftfxError(f"there is no pass {name!r}", text, nearest(name, known))
     fields = {field.name: field for field in dataclasses.fields(known[name]) if field.init}

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from peftfx.cli.own_code import import_module
 from peftfx.errors import PeftfxError
 
 
@@ -45,22 +46,32 @@ _OPTIONS = {
 }
 
 
+_MODULES = Annotated[
+    list[str] | None,
+    typer.Option("--import", help="Module to import first, for its methods and patterns; may be given again."),
+]
+
+
 def spoken(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with the options of its voice beside its own."""
+    """A command with the options of its voice, and modules of the user's, beside its own."""
     own = inspect.signature(command, eval_str=True)
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
         for name in _OPTIONS:
             setattr(VOICE, name, given.pop(name))
+        modules = given.pop("modules")
         if VOICE.quiet and VOICE.verbose:
             VOICE.as_json = False
             raise PeftfxError("--quiet and --verbose are both given", "--quiet, --verbose", "pass one of them")
+        for name in modules or ():
+            import_module(name)
         command(**given)
 
+    kinds = [("modules", None, _MODULES), *((name, False, kind) for name, kind in _OPTIONS.items())]
     more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-        for name, kind in _OPTIONS.items()
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, default, kind in kinds
     ]
     run.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in (*own.parameters.values(), *more)}

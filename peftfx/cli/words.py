@@ -6,6 +6,9 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from peftfx.bases.tasks import check_task
 from peftfx.errors import PeftfxError
@@ -53,23 +56,46 @@ def dtype_named(text: str | None) -> str | None:
     return text if text is None else _DTYPES.get(text.lower().removeprefix("torch."), text)
 
 
-def found_base(base: Path) -> Path:
+Download = Annotated[
+    bool, typer.Option("--download", help="Fetch a base org/name that is not in the local Hugging Face cache.")
+]
+
+
+def found_base(base: Path, *, download: bool = False) -> Path:
     """A base's directory or file; `org/name` that is none is a model in the local Hugging Face cache.
 
+    With `download` it is fetched from the Hub where it is not in the cache; nothing else asks the network.
+
     Raises:
-        PeftfxError: it is neither. Nothing is fetched.
+        PeftfxError: it is none of these, or the Hub does not give it.
     """
     if os.path.exists(base) or not _HUB.fullmatch(base.as_posix()):
         return base
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or _HOME) / "hub").expanduser()
-    model = cache / f"models--{base.as_posix().replace('/', '--')}"
+    found = _cached(base.as_posix())
+    if found is not None:
+        return found
+    if download:
+        from peftfx.cli.hub import from_hub
+
+        return from_hub(base.as_posix(), _cache())
+    what = "there is no such directory, and no model of this name in the local Hugging Face cache"
+    hint = "pass --download to fetch it, or give a directory"
+    raise PeftfxError(what, f"{base}, {_cache()}", hint)
+
+
+def _cache() -> Path:
+    home = os.environ.get("HF_HOME") or _HOME
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def _cached(name: str) -> Path | None:
+    model = _cache() / f"models--{name.replace('/', '--')}"
     revision = model / "refs" / "main"
     if os.path.isfile(revision):
         found = model / "snapshots" / revision.read_text(encoding="utf-8").strip()
         if os.path.isdir(found):
             return found
-    what = "there is no such directory, and no model of this name in the local Hugging Face cache"
-    raise PeftfxError(what, f"{base}, {cache}", f"fetch it first: hf download {base.as_posix()}; or give a directory")
+    return None
 
 
 def chosen_slots(target: str | None, *, swappable: bool, prefix: bool) -> Slots | None:

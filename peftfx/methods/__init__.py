@@ -123,7 +123,7 @@ def unknown(name: str, where: str, known: Iterable[str]) -> PeftfxError:
         hint = "merge it with peft where peft can, and export the base; or write it as a method of your own"
         return PeftfxError(what, where, f"{hint} (docs/writing-a-method.md)")
     hint = nearest(name, known) or f"methods that peftfx knows: {', '.join(sorted(known))}"
-    elsewhere = f"; one of another package needs peftfx.register, or an entry point of the group {GROUP!r}"
+    elsewhere = f"; one of another package needs peftfx.register (--import MODULE), or an entry point, {GROUP!r}"
     return PeftfxError(f"unknown method {name!r}", where, f"{hint}{elsewhere}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, Unpack
 
@@ -19,6 +19,7 @@ from peftfx.generation.invocation import Invocations, under_invocations
 from peftfx.graph.graph import BASE, Graph
 from peftfx.model.calls import AdapterCalls
 from peftfx.model.gathered import gathering, whole_base
+from peftfx.passes.base import Pass
 from peftfx.sharding import is_sharded, on_first
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
@@ -70,6 +71,7 @@ class AdaptedModel(AdapterCalls):
         assets: Callable[[Path], object] | None = None,
         progress: Callable[[str], object] | None = None,
         written: Callable[[int, int], object] | None = None,
+        passes: Sequence[Pass] = (),
         **changes: Unpack[ExportChanges],
     ) -> Report:
         """Write an ONNX model to a new directory and verify it: `peftfx.export_onnx` of this model.
@@ -80,7 +82,7 @@ class AdaptedModel(AdapterCalls):
         Args:
             directory: where to; it appears when it is complete and verified.
             options: see `peftfx.ExportOptions`. They can be given by name as well, as in `merge=False`.
-            inputs, source, assets, progress, written: see `peftfx.export_onnx`.
+            inputs, source, assets, progress, written, passes: see `peftfx.export_onnx`.
             changes: options by name; they come before those in `options`.
 
         Raises:
@@ -101,6 +103,7 @@ class AdaptedModel(AdapterCalls):
                 assets=assets,
                 progress=progress,
                 written=written,
+                passes=passes,
             )
 
         return self.gathered("export", write) if is_sharded(self) else write(self)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.utils.generic import ModelOutput
 
 from peftfx.bases.transformers_config import read_config
-from peftfx.errors import PeftfxError, first_line, nearest
+from peftfx.errors import PeftfxError, first_line, nearest, shown
 from peftfx.files import is_file, read_json
 from peftfx.formats import BATCHED, read_stamped
 from peftfx.graph.slots import MODEL
@@ -140,7 +140,11 @@ class Served:
         Raises:
             PeftfxError: an input is unknown or missing, or has a shape or dtype that the model does not take.
         """
+        wrong = next((n for n in self.model.inputs if not isinstance(inputs.get(n), Tensor | None)), None)
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        if wrong is not None or not given:
+            what = f"{wrong} is no tensor: {shown(inputs[wrong])}" if wrong else "the call gives no tensors"
+            raise PeftfxError(what, str(self.directory), f"pass torch tensors by name: {', '.join(self.model.inputs)}")
         given = {name: value for name, value in given.items() if name in self.model.inputs or name not in _OPTIONAL}
         first = given.get("input_ids")
         for name in ("attention_mask", "token_type_ids"):

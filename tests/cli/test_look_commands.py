@@ -92,7 +92,7 @@ def test_a_base_is_found_in_the_local_cache(
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert_refused(peftfx("inspect", "org/name"), "local Hugging Face cache", "hf download org/name")
+    assert_refused(peftfx("inspect", "org/name"), "local Hugging Face cache", "pass --download to fetch it")
     model = tmp_path / "models--org--name"
     shutil.copytree(inputs.encoder, model / "snapshots" / "abc")
     (model / "refs").mkdir()

@@ -9,12 +9,12 @@ import typer
 
 from peftfx.cli.speech import quiet
 from peftfx.cli.voice import tell
-from peftfx.cli.words import found_base
+from peftfx.cli.words import Download, found_base
 from peftfx.errors import PeftfxError
 
 
 def convert(
-    base: Annotated[Path, typer.Option(help="Directory of the base model (transformers, or a diffusers model).")],
+    base: Annotated[Path, typer.Option(help="Directory of the base model (transformers, or diffusers), or org/name.")],
     output: Annotated[Path, typer.Option(help="Directory to make, or with --to kohya or diffusers a file.")],
     adapter: Annotated[Path | None, typer.Option(help="HF PEFT directory, of any method that acts on weights.")] = None,
     tuned: Annotated[Path | None, typer.Option(help="Directory of another checkpoint: its difference.")] = None,
@@ -25,13 +25,14 @@ def convert(
     to: Annotated[str, typer.Option(help="peft, kohya or diffusers.")] = "peft",
     prefix: Annotated[str, typer.Option(help="Of the keys of a single file.")] = "lora_unet",
     force: Annotated[bool, typer.Option("--force", help="Replace what is at the output.")] = False,
+    download: Download = False,
 ) -> None:
     """Write an adapter, the difference of two checkpoints or a single file as a LoRA. Exit codes: as of export."""
     from peftfx.export.convert_command import convert_directory
 
     with quiet():
         made = convert_directory(
-            found_base(base),
+            found_base(base, download=download),
             output,
             adapter=adapter,
             tuned=tuned,

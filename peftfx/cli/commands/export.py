@@ -7,15 +7,17 @@ from typing import Annotated
 
 import typer
 
+from peftfx.cli.own_code import passes_named
 from peftfx.cli.speech import print_report, quiet
 from peftfx.cli.voice import tell
-from peftfx.cli.words import chosen_slots, dtype_named, found_base, named_directories
+from peftfx.cli.words import Download, chosen_slots, dtype_named, found_base, named_directories
 from peftfx.export_options.directory import DirectoryOptions
 
 
 def export(
     base: Annotated[
-        Path, typer.Option(help="Directory of the base model (transformers, or a diffusers model), or a GGUF file.")
+        Path,
+        typer.Option(help="Directory of the base model (transformers, or diffusers), org/name, or a GGUF file."),
     ],
     output: Annotated[Path, typer.Option(help="Directory to make; it appears when it is complete and verified.")],
     adapter: Annotated[Path | None, typer.Option(help="HF PEFT directory; without one the base is exported.")] = None,
@@ -86,6 +88,10 @@ def export(
     prefix: Annotated[
         bool, typer.Option(help="With --swappable, a place for soft prompts, for which keys and values are copied.")
     ] = True,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option("--pass", help="A pass of your own, as my_rules:TANH; may be given again, and they run in order."),
+    ] = None,
     max_memory: Annotated[
         str | None,
         typer.Option(help="Refuse to start if the export needs more, as 4GB; mapped files are free."),
@@ -98,6 +104,7 @@ def export(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would be written, how large, how long; write nothing.")
     ] = False,
+    download: Download = False,
 ) -> None:
     """Export a model, with or without an adapter, to ONNX, and check it in ONNX Runtime.
 
@@ -127,7 +134,7 @@ def export(
         "max_memory": max_memory,
     }
     asked = DirectoryOptions.of(None, chosen)
-    base = found_base(base)
+    base = found_base(base, download=download)
     if dry_run:
         from peftfx.export.summaries.dry_run import dry_run as run
 
@@ -138,5 +145,6 @@ def export(
     from peftfx.export.command import export_directory
 
     with quiet(), Progress() as progress:
-        report = export_directory(base, output, asked, progress=progress.stage, written=progress.written)
+        own = passes_named(passes or ())
+        report = export_directory(base, output, asked, progress=progress.stage, written=progress.written, passes=own)
     print_report(report, output)

@@ -9,6 +9,7 @@ import typer
 
 from peftfx.cli.speech import quiet
 from peftfx.cli.voice import tell
+from peftfx.cli.words import Download, found_base
 from peftfx.export_options.adapter import AdapterDirectoryOptions
 
 
@@ -17,7 +18,8 @@ def export_adapter(
     graph: Annotated[Path, typer.Option("--for", help="Directory that `peftfx export --swappable` wrote.")],
     output: Annotated[Path, typer.Option(help="File to make; .onnx_adapter is added to its name if it is not there.")],
     base: Annotated[
-        Path | None, typer.Option(help="Directory of the base model; by default where the graph was exported from.")
+        Path | None,
+        typer.Option(help="The base model, as of export; by default where the graph was exported from."),
     ] = None,
     combination: Annotated[
         str, typer.Option(help="How weighted adapters are combined: cat (LoRA, exactly) or linear (LoRA, IA3).")
@@ -28,11 +30,13 @@ def export_adapter(
     ] = None,
     rtol: Annotated[float | None, typer.Option(help="The same, over its largest magnitude.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    download: Download = False,
 ) -> None:
     """Write an adapter of any method as an .onnx_adapter file, for a graph that has places for it.
 
     Exit codes: as of export.
     """
+    base = None if base is None else found_base(base, download=download)
     options = {"base": base, "combination": combination, "check": check, "force": force, "atol": atol, "rtol": rtol}
     asked = AdapterDirectoryOptions.of(None, options)
     from peftfx.cli.progress import Progress

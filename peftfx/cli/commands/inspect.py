@@ -10,11 +10,11 @@ import typer
 
 from peftfx.cli.speech import quiet
 from peftfx.cli.voice import VOICE, tell
-from peftfx.cli.words import check_looks, check_page, found_base
+from peftfx.cli.words import Download, check_looks, check_page, found_base
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="Directory of a model; its config is enough.")],
+    model: Annotated[Path, typer.Argument(help="Directory of a model, whose config is enough, or org/name.")],
     task: Annotated[str | None, typer.Option(help="Pipeline name; by default the model's own.")] = None,
     target: Annotated[
         str | None, typer.Option(help="Show only what this target picks, as 'attention.query | mlp'.")
@@ -34,12 +34,13 @@ def inspect(
     adapter: Annotated[
         list[Path] | None, typer.Option(help="With --html: a HF PEFT directory to show; may be given again.")
     ] = None,
+    download: Download = False,
 ) -> None:
     """Print where adapters can act: each site's module path, kind, role, layer and shape; or what rules would do."""
     import json
 
     check_looks(task, target, rules, drawn=network or graphml is not None)
-    model = found_base(model)
+    model = found_base(model, download=download)
     check_page(html, adapter or (), others=target is not None or network or graphml is not None, rules=rules)
     from rich.console import Console
 

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from peftfx.cli.speech import print_report, quiet
-from peftfx.cli.words import dtype_named, found_base
+from peftfx.cli.words import Download, dtype_named, found_base
 from peftfx.export_options.merge import MergeOptions
 
 
 def merge(
     base: Annotated[
-        Path, typer.Option(help="Directory of the base model (transformers), quantised too, or a GGUF file.")
+        Path, typer.Option(help="Directory of the base model (transformers), quantised too, org/name, or a GGUF file.")
     ],
     output: Annotated[Path, typer.Option(help="Directory to make; it appears when it is complete and verified.")],
     adapter: Annotated[
@@ -40,6 +40,7 @@ def merge(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
+    download: Download = False,
 ) -> None:
     """Write a base with an adapter folded in as a transformers directory: for vLLM, llama.cpp's converter and others.
 
@@ -61,5 +62,6 @@ def merge(
     from peftfx.export.merge_command import merge_directory
 
     with quiet(), Progress() as progress:
-        report = merge_directory(found_base(base), output, asked, progress=progress.stage, written=progress.written)
+        base = found_base(base, download=download)
+        report = merge_directory(base, output, asked, progress=progress.stage, written=progress.written)
     print_report(report, output)

@@ -9,11 +9,11 @@ import typer
 
 from peftfx.cli.speech import quiet
 from peftfx.cli.voice import tell
-from peftfx.cli.words import found_base
+from peftfx.cli.words import Download, found_base
 
 
 def train(
-    base: Annotated[Path, typer.Option(help="Directory of the base model, with its tokenizer.")],
+    base: Annotated[Path, typer.Option(help="Directory of the base model, with its tokenizer, or org/name.")],
     data: Annotated[
         Path,
         typer.Option(
@@ -34,6 +34,7 @@ def train(
     save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints; 0 keeps none.")] = 500,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
+    download: Download = False,
 ) -> None:
     """Train an adapter on a file of rows, by transformers' Trainer, and write it as HF PEFT does.
 
@@ -56,5 +57,5 @@ def train(
         force=force,
     )
     with quiet(), Progress() as progress:
-        made = run(found_base(base), data, rules, output, asked, progress.stage)
+        made = run(found_base(base, download=download), data, rules, output, asked, progress.stage)
     tell(made)

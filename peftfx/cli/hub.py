@@ -1,0 +1,45 @@
+"""The Hugging Face Hub: the one place from which a command fetches anything, where that was asked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+
+from peftfx.errors import PeftfxError, first_line
+
+#: What transformers' directories have for other frameworks, and what they were made from.
+_OTHERS = [
+    "*.h5",
+    "*.msgpack",
+    "*.ot",
+    "*.onnx",
+    "*.onnx_data",
+    "*.tflite",
+    "onnx/*",
+    "original/*",
+    "coreml/*",
+]
+_PICKLED = ["*.bin", "*.pt", "*.pth", "*.ckpt"]
+
+
+def from_hub(name: str, cache: Path) -> Path:
+    """The directory of a model in the local cache, fetched from the Hub at its `main`.
+
+    Of weights in several formats, safetensors are fetched. Tokens and mirrors are those of `huggingface_hub`.
+
+    Raises:
+        PeftfxError: the network is switched off, there is no such model, it is gated, or the Hub is not reached.
+    """
+    if constants.HF_HUB_OFFLINE:
+        what = "the model is not in the local cache, and HF_HUB_OFFLINE switches the network off"
+        raise PeftfxError(what, name, "unset HF_HUB_OFFLINE, or give a directory")
+    try:
+        endpoint = os.environ.get("HF_ENDPOINT")
+        files = [own.rfilename for own in HfApi(endpoint).model_info(name).siblings or ()]
+        ignored = _OTHERS + (_PICKLED if any(file.endswith(".safetensors") for file in files) else [])
+        return Path(snapshot_download(name, cache_dir=cache, endpoint=endpoint, ignore_patterns=ignored))
+    except Exception as error:  # whatever the client raises: names, rights, the network
+        hint = "check the name; for a gated model log in (hf auth login); or give a directory"
+        raise PeftfxError(f"the Hub does not give this model: {first_line(error)}", name, hint) from error
