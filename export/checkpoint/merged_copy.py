@@ -11,7 +11,7 @@ from peftfx.adapters.merge_report import MergeReport, refuse_unmergeable
 from peftfx.graph.contexts import evaluating
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.adaptation.merge import Merge
-from peftfx.passes.adaptation.pattern_weights import refuse_beside
+from peftfx.passes.adaptation.pattern_weights import refuse_unfolded
 from peftfx.twins.twin import copied
 
 
@@ -32,6 +32,6 @@ def merged_copy(adapted: AdaptedModel) -> tuple[nn.Module, MergeReport]:
         return made, MergeReport((), 0)
     with evaluating(adapted.base):
         graph = adapted.graph()
-        refuse_beside(graph)
+        refuse_unfolded(graph)
         merged = Merge()(graph).graph
     return made, merge_into(made, merged, adapted.named.acting(), late=True)

@@ -129,7 +129,7 @@ def foldable(graph: Graph) -> tuple[list[Folds], list[str]]:
     return found, why
 
 
-def refuse_beside(graph: Graph) -> None:
+def refuse_unfolded(graph: Graph) -> None:
     """Refuse to merge, where a pattern method that was inserted into a graph does something beside the weights.
 
     Raises:

@@ -16,7 +16,7 @@ from peftfx.model.gathered import gathering
 from peftfx.model.graphs.graph_cache import Graphs
 from peftfx.model.saved import SavedAdapters
 from peftfx.passes.adaptation.merge import Merge
-from peftfx.passes.adaptation.pattern_weights import refuse_beside
+from peftfx.passes.adaptation.pattern_weights import refuse_unfolded
 from peftfx.sharding import is_sharded, refuse_zero3
 
 
@@ -60,7 +60,7 @@ class Merging(SavedAdapters):
         refuse_unmergeable({name: self.adapter(name) for name in self.active})
         with evaluating(self.base):
             graph = self.graph()
-            refuse_beside(graph)
+            refuse_unfolded(graph)
             return Merge()(graph).graph
 
     def merge_and_unload(
