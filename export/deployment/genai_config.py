@@ -17,7 +17,8 @@ _UNLIMITED = 2048
 def write_genai_config(directory: Path, config: Any, view: Decode, ahead: int = 0) -> bool:
     """Write `genai_config.json` into a directory, and say whether GenAI can run the model at all.
 
-    It cannot where layers differ in their heads, or keys in width from values: its config has one number for all.
+    It cannot where layers differ in their heads, or keys in width from values: its config has one number for all. Nor
+    where a layer keeps states: GenAI knows these under the names of a few architectures.
     GenAI pads a batch on the right, and finds padding by `pad_token_id`.
 
     Args:
@@ -27,7 +28,7 @@ def write_genai_config(directory: Path, config: Any, view: Decode, ahead: int = 
         ahead: virtual tokens bound inside, which take of what the model can hold.
     """
     layers = set(view.layers)
-    if len(layers) != 1 or any(layer.key != layer.value for layer in layers):
+    if len(layers) != 1 or any(not layer.attends or layer.key != layer.value for layer in layers):
         return False
     (layer,) = layers
     text = config.get_text_config(decoder=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.caches.held import cache_names
 from peftfx.errors import PeftfxError
 from peftfx.export.verification.comparison import Reference
 from peftfx.export.verification.eager_reference import EagerReference
@@ -22,7 +23,7 @@ from peftfx.export.verification.probes import is_large
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.export_options.values import MaxError
 from peftfx.model.adapted import AdaptedModel
-from peftfx.views.decode import PAST, PRESENT, Decode, cache_names, positions
+from peftfx.views.decode import PAST, PRESENT, Decode, positions
 from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder, Encoder
 from peftfx.views.view import View
 
@@ -149,14 +150,15 @@ def _sizes(adapted: AdaptedModel) -> tuple[int, int]:
     return (_ROWS // 2, _LENGTH // 2) if is_large(adapted.base) else (_ROWS, _LENGTH)
 
 
-def _step(adapted: AdaptedModel, view: Decode, ids: Tensor, past: Mapping[str, Tensor] | None = None) -> Tensors:
-    """A call of a decode view with these tokens, behind what an earlier call gave."""
+def _step(
+    adapted: AdaptedModel, view: Decode, ids: Tensor, past: Mapping[str, Tensor] | None = None, before: int = 0
+) -> Tensors:
+    """A call of a decode view with these tokens, behind what an earlier call gave of so many."""
     rows, length = ids.shape
     made = view.inputs(adapted.base, sizes={"batch": rows, "sequence": length, "past": 0})
-    names = cache_names(PAST, len(view.layers))
     if past is not None:
-        made |= {n: past[present] for n, present in zip(names, cache_names(PRESENT, len(view.layers)), strict=True)}
-    mask = torch.ones(rows, made[names[0]].shape[2] + length, dtype=torch.long)
+        made |= {n: past[present] for n, present in zip(view.past_names, view.present_names, strict=True)}
+    mask = torch.ones(rows, before + length, dtype=torch.long)
     made |= {"input_ids": ids, "attention_mask": mask}
     if view.positions:
         made["position_ids"] = positions(mask)[:, -length:]
@@ -168,8 +170,8 @@ def _greedy(adapted: AdaptedModel, view: Decode, reference: Reference) -> Tensor
     rows, length = _sizes(adapted)
     ids = example_inputs(adapted.base, sizes={"batch": rows, "sequence": 1}, seed=1)["input_ids"]
     written, past = [ids], None
-    for _ in range(length - 1):
-        past = reference(_step(adapted, view, written[-1], past))
+    for before in range(length - 1):
+        past = reference(_step(adapted, view, written[-1], past, before))
         written.append(past[LOGITS][:, -1:].argmax(-1))
     return torch.cat(written, 1)
 
@@ -180,18 +182,18 @@ def decoded(
     """A call of a decoder with what it writes itself about a text, or about so many rows of it."""
     usual, length = _sizes(adapted)
     rows = usual if rows is None else rows
-    base, count = adapted.base, len(view.layers.own)
+    base, layers = adapted.base, view.layers
     made = example_inputs(base, sizes={"batch": rows, "sequence": length, "decoder_sequence": 1}, seed=1)
     ids = made["input_ids"] if text is None else text[:rows]
     start, mask = made["decoder_input_ids"][: len(ids)], torch.ones_like(ids)
     encoded = EagerReference(adapted, Encoder(view.layers))({"input_ids": ids, "attention_mask": mask})
-    crossed = zip(*(cache_names(kind, count, part=ENCODED) for kind in (PAST, PRESENT)), strict=True)
+    crossed = zip(*(cache_names(kind, layers.cross, ENCODED) for kind in (PAST, PRESENT)), strict=True)
     own = view.inputs(base, sizes={"batch": len(ids), "encoder_sequence": ids.shape[1], "sequence": 1, "past": 0})
     feed = {**own, "encoder_attention_mask": mask, **{name: encoded[present] for name, present in crossed}}
     first, written = dict(feed), [start]
     for _ in range(length - 1):
         found = reference({**feed, "input_ids": written[-1]})
         written.append(found[LOGITS][:, -1:].argmax(-1))
-        held = zip(*(cache_names(kind, count, part=DECODED) for kind in (PAST, PRESENT)), strict=True)
+        held = zip(*(cache_names(kind, layers.own, DECODED) for kind in (PAST, PRESENT)), strict=True)
         feed |= {name: found[present] for name, present in held}
     return {**first, "input_ids": torch.cat(written, 1)}

@@ -24,7 +24,7 @@ from peftfx.graph.graph import leaf_names
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import nested
 from peftfx.views.cache_prefix import Prefilled
-from peftfx.views.decode import PRESENT, Decode, cache_names
+from peftfx.views.decode import Decode
 from peftfx.views.entry import Entry, forward
 from peftfx.views.view import View, without_cache
 
@@ -147,7 +147,7 @@ def _prefilled(base: nn.Module, view: Decode, entry: Prefilled, hole: Tensor) ->
     made = view.inputs(base, sizes={"batch": 1, "sequence": 1, "past": 0})
     output = entry.tokens(view, base, hole, made)
     assert isinstance(output, dict)
-    kept = [output[name][:, :, : len(hole)] for name in cache_names(PRESENT, len(view.layers))]
+    kept = [output[name][:, :, : len(hole)] for name in view.present_names]
     return torch.cat([rows[0].transpose(0, 1).flatten(1) for rows in kept], 1)
 
 

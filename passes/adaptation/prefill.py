@@ -13,7 +13,7 @@ from peftfx.graph.recipe import Get
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.base import Pass, PassResult, attributes_of
 from peftfx.views.cache_prefix import Prefilled
-from peftfx.views.decode import PRESENT, Decode, cache_names
+from peftfx.views.decode import Decode
 
 NAME = "sequence.prefilled"  #: of the derived tensor
 _TOLERANCE = 1e-4  #: of keys under one text against those under another, relative to the largest
@@ -48,7 +48,7 @@ class Left:
 
         flat = _Reads(self.graph.module, read).run(*self._texts())
         outputs = dict(zip(self.graph.outputs, flat, strict=True))
-        kept = [outputs[name][:, :, : self.entry.shape[0]] for name in cache_names(PRESENT, len(self.view.layers))]
+        kept = [outputs[name][:, :, : self.entry.shape[0]] for name in self.view.present_names]
         for rows in kept:
             if float((rows[0] - rows[1]).abs().max()) > _TOLERANCE * float(rows.abs().max()):
                 what = "virtual tokens of this model see the text behind them: they are no constant ahead of its cache"

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfx.caches.cache import held
 from peftfx.demo.bar import training_bar
 from peftfx.model.adapted import AdaptedModel
-from peftfx.views.cache import held
 
 _BATCH, WARM_UP = 2, 3
 

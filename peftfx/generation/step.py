@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig
+from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from peftfx.caches.cache import cache_of, held, refuse
+from peftfx.caches.held import kept_by
 from peftfx.errors import PeftfxError
 from peftfx.generation.invocation import OFFSETS, as_offsets, with_offsets
-from peftfx.views.cache import cache_of, fill_cache, held, refuse
-from peftfx.views.decode import PAST, PRESENT, Decode, cache_names
+from peftfx.views.decode import Decode
 from peftfx.views.row_adapters import IDS
 
 Step = Callable[[dict[str, Tensor], Cache | None], Mapping[str, Tensor]]
@@ -25,6 +27,23 @@ Step = Callable[[dict[str, Tensor], Cache | None], Mapping[str, Tensor]]
 
 #: Arguments of a forward that say how to return what it computes, and change none of it.
 _HARMLESS = frozenset({"return_dict", "use_cache"})
+
+
+class GraphCache(DynamicCache):
+    """A cache that a graph's tensors are handed into; it counts tokens where no layer does.
+
+    Attributes:
+        seen: how many tokens there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many tokens there were."""
+        counting = not self.layers or any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
+        return super().get_seq_length(layer_idx) if counting else self.seen
 
 
 class Generates:
@@ -40,7 +59,7 @@ class Generates:
 
     def new_cache(self) -> DynamicCache:
         """An empty cache."""
-        return cache_of([])
+        return GraphCache()
 
     def forward(
         self,
@@ -65,7 +84,9 @@ class Generates:
         if OFFSETS in self.view.axes:
             inputs[OFFSETS] = as_offsets([0] * len(input_ids) if alora_offsets is None else alora_offsets, input_ids)
         outputs = self.step(inputs, cache)
-        fill_cache(cache, [outputs[name] for name in cache_names(PRESENT, len(self.view.layers))])
+        cache_of(self.view.layers, [outputs[name] for name in self.view.present_names], cache)
+        if isinstance(cache, GraphCache):
+            cache.seen += input_ids.shape[1]
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = outputs["logits"][:, kept]
         return CausalLMOutputWithPast(logits=logits, cache=cache)  # type: ignore[call-arg, arg-type]
@@ -114,13 +135,14 @@ def step_inputs(
     """
     batch, length = tokens.shape
     past = held(cache)
+    kept = kept_by(view.layers)
     if not past:
-        past = [
-            torch.zeros(batch, layer.heads, 0, width, dtype=layer.dtype, device=tokens.device)
-            for layer in view.layers
-            for width in (layer.key, layer.value)
-        ]
-    before = past[0].shape[-2]
+        past = [tensor.empty(batch, tokens.device) for tensor in kept]
+    counted = [value.shape[t.along] for t, value in zip(kept, past, strict=True) if t.along is not None]
+    if counted:
+        before = counted[0]
+    else:
+        before = cache.seen if isinstance(cache, GraphCache) else 0 if mask is None else mask.shape[1] - length
     if mask is None:
         mask = torch.ones(batch, before + length, dtype=torch.long, device=tokens.device)
     made = {"input_ids": tokens, "attention_mask": mask.long()}
@@ -128,7 +150,7 @@ def step_inputs(
         if positions is None:
             positions = torch.arange(before, before + length, device=tokens.device)[None]
         made["position_ids"] = positions.long().expand(batch, length)
-    return made | dict(zip(cache_names(PAST, len(view.layers)), past, strict=True))
+    return made | dict(zip(view.past_names, past, strict=True))
 
 
 def refuse_arguments(others: Mapping[str, object]) -> None:

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from peftfx.caches.cache import cache_of, held
+from peftfx.caches.held import cache_names, kept_by
 from peftfx.errors import PeftfxError
 from peftfx.generation.step import Generates, Step, refuse_arguments
-from peftfx.views.cache import cache_of, fill_cache, held
-from peftfx.views.decode import PAST, PRESENT, cache_names
+from peftfx.views.decode import PAST, PRESENT
 from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT, Decoder
 from peftfx.views.row_adapters import IDS
 
@@ -78,7 +79,7 @@ class GeneratesFromSource(Generates):
 
     def new_caches(self) -> EncoderDecoderCache:
         """Two empty caches: of what is decoded, and of the encoded source."""
-        return EncoderDecoderCache(self.new_cache(), cache_of([]))
+        return EncoderDecoderCache(self.new_cache(), DynamicCache())
 
     def forward(  # type: ignore[override]
         self,
@@ -111,8 +112,9 @@ class GeneratesFromSource(Generates):
         inputs = self._inputs(decoder_input_ids, attention_mask, encoder_outputs, cache)
         inputs |= {} if adapter_ids is None else {IDS: adapter_ids}
         outputs = self.step(inputs, cache.self_attention_cache)
-        names = cache_names(PRESENT, len(self.view.layers.own), part=DECODED)
-        fill_cache(cache.self_attention_cache, [outputs[name] for name in names])
+        own = self.view.layers.own
+        made = [outputs[name] for name in cache_names(PRESENT, own, DECODED)]
+        cache_of(own, made, cache.self_attention_cache)  # type: ignore[arg-type]
         return Seq2SeqLMOutput(logits=outputs["logits"], cache=cache)  # type: ignore[call-arg, arg-type]
 
     def _inputs(
@@ -121,26 +123,22 @@ class GeneratesFromSource(Generates):
         layers = self.view.layers
         cross = cache.cross_attention_cache
         if not held(cross):
-            names = cache_names(PRESENT, len(layers.cross), part=ENCODED)
+            names = cache_names(PRESENT, layers.cross, ENCODED)
             if missing := [name for name in names if name not in encoded]:
                 hint = "make them by get_encoder() of this model, or pass input_ids"
                 raise PeftfxError("these encoder outputs lack the decoder's keys and values", missing[0], hint)
-            fill_cache(cross, [encoded[name] for name in names])
+            cache_of(layers.cross, [encoded[name] for name in names], cross)  # type: ignore[arg-type]
         past = held(cache.self_attention_cache)
         if not past:
-            past = [
-                torch.zeros(len(tokens), layer.heads, 0, width, dtype=layer.dtype, device=tokens.device)
-                for layer in layers.own
-                for width in (layer.key, layer.value)
-            ]
+            past = [kept.empty(len(tokens), tokens.device) for kept in kept_by(layers.own)]
         seen = {}
         if layers.masked:
             seen["encoder_attention_mask"] = (encoded["attention_mask"] if mask is None else mask).long()
         return {
             "input_ids": tokens,
             **seen,
-            **dict(zip(cache_names(PAST, len(layers.own), part=DECODED), past, strict=True)),
-            **dict(zip(cache_names(PAST, len(layers.cross), part=ENCODED), held(cross), strict=True)),
+            **dict(zip(cache_names(PAST, layers.own, DECODED), past, strict=True)),
+            **dict(zip(cache_names(PAST, layers.cross, ENCODED), held(cross), strict=True)),
         }
 
     def _given_cache(self, given: Cache) -> None:

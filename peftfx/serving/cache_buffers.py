@@ -6,7 +6,8 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+
+from peftfx.generation.step import GraphCache
 
 
 class Buffers:
@@ -29,8 +30,8 @@ class Buffers:
         return pair[index][:size].view(shape)
 
 
-class BufferedCache(DynamicCache):
-    """A cache whose keys and values are written into memory of its own, step by step.
+class BufferedCache(GraphCache):
+    """A cache whose tensors are written into memory of its own, step by step.
 
     As with transformers' caches, what it held before a step is gone after the next.
     """

@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from peftfx.bases.tasks import maker_of
 from peftfx.bases.transformers_config import understanding
+from peftfx.caches.held import Held, KeptTensor
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file, read_json
 from peftfx.generation.invocation import OFFSETS, TOKENS, under_invocations
@@ -25,8 +26,7 @@ from peftfx.serving.cache_buffers import BufferedCache, Buffers
 from peftfx.serving.made_for import task_of_directory
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import ONNX_DTYPES, Served
-from peftfx.views.cache import Held
-from peftfx.views.decode import PAST, PRESENT, Decode, cache_names
+from peftfx.views.decode import PAST, PRESENT, Decode
 from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT, Decoder, EncoderDecoderLayers
 from peftfx.views.row_adapters import IDS
 
@@ -71,11 +71,10 @@ class _Serves(Served, GenerationMixin):
         batch, length = given["input_ids"].shape
         vocabulary = int(self.model.axes["logits"][-1])
         outputs = {"logits": torch.empty(batch, length, vocabulary, dtype=self.dtype)}
-        count = count_layers(self.model, self.part)
-        names = (cache_names(kind, count, part=self.part) for kind in (PAST, PRESENT))
-        for past, present in zip(*names, strict=True):
-            before = given[past]
-            shape = (*before.shape[:2], before.shape[2] + length, before.shape[3])
+        for present in (name for name in self.model.outputs if name.startswith(f"{PRESENT}.")):
+            past = PAST + present.removeprefix(PRESENT)
+            axes, before = self.model.axes[past], given[past]
+            shape = tuple(s + length if axis == _PAST_AXIS else s for s, axis in zip(before.shape, axes, strict=True))
             outputs[present] = buffers.room(present, shape, before)
         self.model.run_into(given, outputs)
         return outputs
@@ -149,20 +148,18 @@ def skeleton(served: Served) -> Any:
     return made
 
 
-def count_layers(model: OnnxModel, part: str = "") -> int:
-    """How many layers the cache of a model has."""
-    end = f".{part}.key" if part else ".key"
-    return sum(name.startswith(f"{PAST}.") and name.endswith(end) for name in model.inputs)
+_PAST_AXIS = "past"  #: the name of an axis with an entry for each token
 
 
 def _layers_of(model: OnnxModel, part: str = "") -> tuple[Held, ...]:
     """What the layers of a model's cache hold, told by its inputs."""
-    layers = []
-    for i in range(count_layers(model, part)):
-        key, value = cache_names(PAST, 1, i, part)
-        (_, heads, _, width), (*_, other) = model.axes[key], model.axes[value]
-        layers.append(Held(int(heads), int(width), int(other), ONNX_DTYPES[model.types[key]]))
-    return tuple(layers)
+    found: dict[int, list[KeptTensor]] = {}
+    for name in model.inputs:
+        kind, *inner = name.split(".")
+        if kind == PAST and inner[1:-1] == ([part] if part else []):
+            shape = tuple(size if isinstance(size, int) else None for size in model.axes[name][1:])
+            found.setdefault(int(inner[0]), []).append(KeptTensor(inner[-1], shape, ONNX_DTYPES[model.types[name]]))
+    return tuple(Held(tuple(found.get(i, ()))) for i in range(max(found, default=-1) + 1))
 
 
 def _generation_config(directory: Path, config: PreTrainedConfig) -> GenerationConfig:

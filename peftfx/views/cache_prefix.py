@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftfx.views.cache import Held
-from peftfx.views.decode import PAST, PRESENT, cache_names
+from peftfx.caches.held import Held, cache_names
+from peftfx.views.decode import PAST, PRESENT
 from peftfx.views.entry import POSITIONS, Entry, EntryCall, VirtualTokens
 
 _MASK = "attention_mask"
@@ -83,7 +83,7 @@ class CachePrefix(Entry):
             yield part.unflatten(-1, (heads, width)).transpose(1, 2)
 
     def _names(self, kind: str) -> list[str]:
-        return cache_names(kind, len(self.layers), part=self.part)
+        return cache_names(kind, self.layers, self.part)
 
 
 @dataclass(frozen=True)

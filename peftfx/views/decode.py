@@ -3,7 +3,9 @@
     input_ids, attention_mask, position_ids, past_key_values.N.key/value -> logits, present.N.key/value
 
 One graph serves prefill (a past of length 0), continuation and single tokens, at any batch, padded on either side:
-mask and positions are inputs. The names are those that ONNX Runtime's users know.
+mask and positions are inputs. The names are those that ONNX Runtime's users know. What a layer keeps instead, or
+besides, goes in and out by the same names: `past_key_values.N.conv_state` and `.recurrent_state`, whose sizes are
+fixed and which are zeros before the first token, and `.indexer_key`.
 """
 
 from __future__ import annotations
@@ -11,14 +13,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import DynamicCache
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.caches.cache import cache_of, empty_cache, held, layers_in
+from peftfx.caches.held import Held, cache_names, kept_by
 from peftfx.errors import PeftfxError, first_line
-from peftfx.views.cache import Held, cache_of, held, refuse_unknown
 from peftfx.views.dry_run import fake_run
 from peftfx.views.view import Axes, RunView
 
@@ -55,7 +60,18 @@ class Decode:
         }
         if self.positions:
             text["position_ids"] = ("batch", "sequence")
-        return {**text, **dict.fromkeys(cache_names(PAST, len(self.layers)), ("batch", None, "past", None))}
+        kept = zip(self.past_names, kept_by(self.layers), strict=True)
+        return {**text, **{name: tensor.axes("past") for name, tensor in kept}}
+
+    @property
+    def past_names(self) -> list[str]:
+        """Of the inputs that hold what was kept."""
+        return cache_names(PAST, self.layers)
+
+    @property
+    def present_names(self) -> list[str]:
+        """Of the outputs that hold what is to be kept, in the same order."""
+        return cache_names(PRESENT, self.layers)
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Valid inputs of this view; with room for it, the last row is padded on the left.
@@ -74,11 +90,10 @@ class Decode:
             made = {"input_ids": _unpadded(base, batch, sequence, seed), "attention_mask": mask}
             if self.positions:
                 made["position_ids"] = positions(mask)[:, past:]
-            return made | {
-                name: torch.randn(batch, held.heads, past, width, generator=random).to(held.dtype)
-                for i, held in enumerate(self.layers)
-                for name, width in zip(cache_names(PAST, 1, i), (held.key, held.value), strict=True)
-            }
+            for name, tensor in zip(self.past_names, kept_by(self.layers), strict=True):
+                values = torch.randn(tensor.sizes(batch, past), generator=random)
+                made[name] = (values if past else torch.zeros_like(values)).to(tensor.dtype)
+            return made
 
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
@@ -91,34 +106,53 @@ class Decode:
             run: runs the model.
             seed: of the text.
         """
-        names = cache_names(PAST, len(self.layers))
-        batch, past = inputs[names[0]].shape[0], inputs[names[0]].shape[2]
+        past = _past(inputs)
         if not past:
             return dict(inputs)
+        batch, kept = len(inputs["input_ids"]), kept_by(self.layers)
         mask = inputs["attention_mask"][:, :past]
         text = _unpadded(base, batch, past, seed + 1)
-        feed = {**inputs, "input_ids": text, "attention_mask": mask, **{n: inputs[n][:, :, :0] for n in names}}
+        none = {name: tensor.empty(batch) for name, tensor in zip(self.past_names, kept, strict=True)}
+        feed = {**inputs, "input_ids": text, "attention_mask": mask, **none}
         if self.positions:
             feed["position_ids"] = positions(mask)
         made = run(self, feed)
-        presents = zip(names, cache_names(PRESENT, len(self.layers)), strict=True)
-        hidden = mask[:, None, :, None] == 0  # what is kept of padding is nobody's business, but a NaN would spread
-        return {**inputs, **{name: made[present].masked_fill(hidden, 0.0) for name, present in presents}}
+        found = dict(inputs)
+        for name, present, tensor in zip(self.past_names, self.present_names, kept, strict=True):
+            found[name] = made[present]
+            if tensor.along is not None:  # what is kept of padding is nobody's business, but a NaN would spread
+                found[name] = found[name].movedim(tensor.along, 1)
+                hidden = (mask == 0).view(batch, past, *[1] * (found[name].ndim - 2))
+                found[name] = found[name].masked_fill(hidden, 0.0).movedim(1, tensor.along)
+        return found
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model on inputs of this view."""
         given = dict(inputs)
-        past = [given.pop(name) for name in cache_names(PAST, len(self.layers))]
-        cache = cache_of(past)  # type: ignore[arg-type]
+        past: list[Any] = [given.pop(name) for name in self.past_names]
+        if not torch.compiler.is_exporting():
+            if self.has_states and not _past(inputs):  # type: ignore[arg-type]
+                return self._run(base, given, empty_cache(base))  # which no state of zeros stands for
+            kept = zip(past, kept_by(self.layers), strict=True)  # some code writes into its states
+            past = [value.clone() if tensor.along is None else value for value, tensor in kept]
+        return self._run(base, given, cache_of(self.layers, past))
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a layer keeps something else than an entry for each token."""
+        return any(tensor.along is None for tensor in kept_by(self.layers))
+
+    def _run(self, base: nn.Module, given: Mapping[str, object], cache: DynamicCache) -> dict[str, Tensor]:
         output = base(**given, cache=cache, use_cache=True)
-        return {"logits": output.logits, **dict(zip(cache_names(PRESENT, len(self.layers)), held(cache), strict=True))}
+        return {"logits": output.logits, **dict(zip(self.present_names, held(cache), strict=True))}
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """Logits of the tokens that the mask shows, and the keys and values of these."""
+        """Logits of the tokens that the mask shows, and what is kept of these; states whole."""
         mask = inputs["attention_mask"].cpu() != 0
         if name == "logits":
             return value[mask[:, mask.shape[1] - value.shape[1] :]]
-        return value.transpose(1, 2)[mask]
+        along = next(t.along for n, t in zip(self.present_names, kept_by(self.layers), strict=True) if n == name)
+        return value if along is None else value.movedim(along, 1)[mask]
 
     @property
     def trials(self) -> tuple[Mapping[str, int], ...]:
@@ -131,13 +165,8 @@ def _unpadded(base: nn.Module, batch: int, sequence: int, seed: int) -> Tensor:
     return example_inputs(base, sizes={"batch": batch + 1, "sequence": sequence}, seed=seed)["input_ids"][:batch]
 
 
-def cache_names(kind: str, count: int, first: int = 0, part: str = "") -> list[str]:
-    """`past_key_values.0.key`, `past_key_values.0.value`, ... of `count` layers from `first` on.
-
-    With a part, one of a layer's two caches: `past_key_values.0.decoder.key`.
-    """
-    inner = f".{part}" if part else ""
-    return [f"{kind}.{i}{inner}.{what}" for i in range(first, first + count) for what in ("key", "value")]
+def _past(inputs: Mapping[str, Tensor]) -> int:
+    return inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1]
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -151,18 +180,17 @@ def decode_view(base: nn.Module) -> Decode:
     Its layers are found by running the model on fake tensors, so its size costs nothing.
 
     Raises:
-        PeftfxError: the model takes no cache, or one whose layers are not keys and values of every token.
+        PeftfxError: the model takes no cache, or one of a kind that is not handed in and out as tensors.
     """
     accepted = inspect.signature(base.forward).parameters
     if "cache" not in accepted:
         what = "the model takes no key/value cache: it has no decode view"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
-    refuse_unknown(base)
     text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
     if "attention_mask" not in text:
         what = "the model takes no attention mask: texts of different lengths could not be told apart in a batch"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
-    cache = cache_of([])
+    cache = empty_cache(base)
     with fake_run(base) as fake:
         given = {name: fake(text[name]) for name in ("input_ids", "attention_mask")}
         try:
@@ -170,11 +198,8 @@ def decode_view(base: nn.Module) -> Decode:
         except Exception as error:
             what = f"the model does not run with a plain key/value cache: {first_line(error)}"
             raise PeftfxError(what, type(base).__name__, "use the forward view") from error
-    pairs = held(cache)
-    if not pairs:
+    layers = layers_in(cache) if held(cache) else ()
+    if not layers:
         what = "the model leaves its key/value cache empty: it has no decode view"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
-    return Decode(
-        tuple(Held.of(key, value) for key, value in zip(pairs[::2], pairs[1::2], strict=True)),
-        "position_ids" in accepted,
-    )
+    return Decode(layers, "position_ids" in accepted)

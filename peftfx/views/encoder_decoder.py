@@ -21,13 +21,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.caches.cache import cache_of, held
+from peftfx.caches.held import Held, cache_names, kept_by
 from peftfx.graph.slots import SLOT_PROMPT
-from peftfx.views.cache import Held, cache_of, held
-from peftfx.views.decode import PAST, PRESENT, cache_names
+from peftfx.views.decode import PAST, PRESENT
 from peftfx.views.view import Axes, RunView
 
 _SIZES: Mapping[str, int] = {"batch": 2, "encoder_sequence": 7, "sequence": 5, "past": 3}
@@ -104,7 +105,7 @@ class Encoder:
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the encoder, and what of the decoder reads its output alone."""
         encoded, cross = _encode(base, inputs)
-        names = cache_names(PRESENT, len(self.layers.cross), part=ENCODED)
+        names = cache_names(PRESENT, self.layers.cross, ENCODED)
         return {"last_hidden_state": encoded, **dict(zip(names, cross, strict=True))}
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
@@ -131,14 +132,17 @@ class Decoder:
     @property
     def axes(self) -> Axes:
         """The name of each input's axes."""
-        count = len(self.layers.own)
         encoded = "encoder_total" if self.layers.ahead else "encoder_sequence"
         mask = {"encoder_attention_mask": ("batch", "encoder_sequence")} if self.layers.masked else {}
+        parts = (DECODED, self.layers.own, "past"), (ENCODED, self.layers.cross, encoded)
         return {
             "input_ids": ("batch", "sequence"),
             **mask,
-            **dict.fromkeys(cache_names(PAST, count, part=DECODED), ("batch", None, "past", None)),
-            **dict.fromkeys(cache_names(PAST, count, part=ENCODED), ("batch", None, encoded, None)),
+            **{
+                name: kept.axes(length)
+                for part, layers, length in parts
+                for name, kept in zip(cache_names(PAST, layers, part), kept_by(layers), strict=True)
+            },
         }
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
@@ -150,10 +154,9 @@ class Decoder:
             random = torch.Generator().manual_seed(seed)
             held_by = (DECODED, self.layers.own, past), (ENCODED, self.layers.cross, length + ahead)
             caches = {
-                name: torch.randn(batch, layer.heads, size, width, generator=random).to(layer.dtype)
+                name: torch.randn(kept.sizes(batch, size), generator=random).to(kept.dtype)
                 for part, layers, size in held_by
-                for i, layer in enumerate(layers)
-                for name, width in zip(cache_names(PAST, 1, i, part), (layer.key, layer.value), strict=True)
+                for name, kept in zip(cache_names(PAST, layers, part), kept_by(layers), strict=True)
             }
         return {
             "input_ids": text["decoder_input_ids"],
@@ -172,8 +175,8 @@ class Decoder:
             run: runs the model, its encoder too.
             seed: of the texts.
         """
-        count, mask = len(self.layers.own), inputs.get("encoder_attention_mask")
-        crossed, own = (cache_names(PAST, count, part=part) for part in (ENCODED, DECODED))
+        layers, mask = self.layers, inputs.get("encoder_attention_mask")
+        crossed, own = cache_names(PAST, layers.cross, ENCODED), cache_names(PAST, layers.own, DECODED)
         past, encoded_length = inputs[own[0]].shape[2], inputs[crossed[0]].shape[2]
         length = encoded_length if mask is None else mask.shape[1]
         sizes = {"batch": len(inputs["input_ids"]), "sequence": length, "decoder_sequence": max(past, 1)}
@@ -181,20 +184,20 @@ class Decoder:
         encoder = Encoder(self.layers)
         source = {self.layers.source: text[self.layers.source]}
         made = run(encoder, source if mask is None else {**source, "attention_mask": mask})
-        encoded = zip(crossed, cache_names(PRESENT, count, part=ENCODED), strict=True)
+        encoded = zip(crossed, cache_names(PRESENT, layers.cross, ENCODED), strict=True)
         feed = {**inputs, **{name: _behind(inputs[name], made[present]) for name, present in encoded}}
         if not past:
             return feed
         earlier = {**feed, "input_ids": text["decoder_input_ids"], **{n: inputs[n][:, :, :0] for n in own}}
         made = run(self, earlier)
-        return {**feed, **dict(zip(own, (made[n] for n in cache_names(PRESENT, count, part=DECODED)), strict=True))}
+        return {**feed, **dict(zip(own, (made[n] for n in cache_names(PRESENT, layers.own, DECODED)), strict=True))}
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the decoder on inputs of this view."""
         given: dict[str, Any] = dict(inputs)
-        count = len(self.layers.own)
-        own = cache_of([given[name] for name in cache_names(PAST, count, part=DECODED)])
-        cross = cache_of([given[name] for name in cache_names(PAST, count, part=ENCODED)])
+        layers = self.layers
+        own = cache_of(layers.own, [given[name] for name in cache_names(PAST, layers.own, DECODED)])
+        cross = cache_of(layers.cross, [given[name] for name in cache_names(PAST, layers.cross, ENCODED)])
         first = held(cross)[0]
         shape, mask = (first.shape[0], first.shape[2]), {}
         if self.layers.masked:
@@ -209,7 +212,7 @@ class Decoder:
             cache=EncoderDecoderCache(own, cross),
             use_cache=True,
         )
-        names = cache_names(PRESENT, count, part=DECODED)
+        names = cache_names(PRESENT, layers.own, DECODED)
         return {"logits": output.logits, **dict(zip(names, held(own), strict=True))}
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
@@ -226,7 +229,7 @@ def _behind(given: Tensor, made: Tensor) -> Tensor:
 def _encode(base: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, list[Tensor]]:
     given: dict[str, Any] = dict(inputs)
     encoded = base.get_encoder()(**given, return_dict=True)  # type: ignore[operator]
-    cache = EncoderDecoderCache(cache_of([]), cache_of([]))
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     mask = {name: given[name] for name in ("attention_mask",) if name in given}
     seen = encoded.last_hidden_state
     tokens = given.get(TEXT, seen.new_zeros((seen.shape[0], 1), dtype=torch.long))

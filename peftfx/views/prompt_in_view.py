@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from peftfx.caches.held import width_of
 from peftfx.errors import PeftfxError
-from peftfx.views.cache import Held
 from peftfx.views.cache_prefix import CachePrefix, Prefilled
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import DECODED, Decoder, Encoder
@@ -40,6 +40,7 @@ def prompt_in_view(view: View, entry: Entry) -> tuple[View, Entry | None]:
             return seen, entry if isinstance(view, Encoder) else None
     if isinstance(entry, Prefix):
         if isinstance(view, Decode):
+            width_of(view.layers)  # refuses what no prefix stands ahead of
             return view, CachePrefix(entry.shape, entry.dtype, view.layers)
         if isinstance(view, Decoder):
             return view, CachePrefix(entry.shape, entry.dtype, view.layers.own, DECODED)
@@ -47,8 +48,3 @@ def prompt_in_view(view: View, entry: Entry) -> tuple[View, Entry | None]:
             return view, None
     what = f"a {type(entry).__name__} has no place in the {view.name} view"
     raise PeftfxError(what, view.name, "use its forward, or a method that acts on weights")
-
-
-def width_of(layers: tuple[Held, ...]) -> int:
-    """What one token has in all layers of a cache."""
-    return sum(layer.heads * (layer.key + layer.value) for layer in layers)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from peftfx.caches.held import width_of
 from peftfx.graph.slots import PREFIX, SLOT_PROMPT, Slot
 from peftfx.views.cache_prefix import CachePrefix
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import Entry, EntryCall
-from peftfx.views.prompt_in_view import prompt_in_view, width_of
+from peftfx.views.prompt_in_view import prompt_in_view
 from peftfx.views.view import Axes, RunView
 
 
@@ -86,6 +87,8 @@ class WithPromptInputs:
     @staticmethod
     def of(view: Decode | Encoder | Decoder, places: Sequence[Place]) -> WithPromptInputs:
         """A view, given the places of the model's forward."""
+        if isinstance(view, Decode) and not all(layer.attends for layer in view.layers):
+            return WithPromptInputs(view, ())
         if isinstance(view, Decode):  # whose layers may differ, where HF PEFT's prefixes have those of a forward alike
             return WithPromptInputs(
                 view, (Place(PREFIX, CachePrefix((3, width_of(view.layers)), view.layers[0].dtype, view.layers)),)

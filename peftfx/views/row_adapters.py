@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from peftfx.caches.held import width_of
 from peftfx.errors import PeftfxError
 from peftfx.views.cache_prefix import CachePrefix
 from peftfx.views.decode import Decode
@@ -151,8 +152,7 @@ class WithRowAdapters:
         if isinstance(view, Encoder):
             return WithRowAdapters(view, lengths, prompts)
         held = view.layers
-        width = sum(layer.heads * (layer.key + layer.value) for layer in held)
-        shape = len(lengths), max(lengths), width
+        shape = len(lengths), max(lengths), width_of(held)
         return WithRowAdapters(view, lengths, CachePrefixByRow(shape, held[0].dtype, held, lengths=lengths))
 
     @property

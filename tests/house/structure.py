@@ -38,6 +38,7 @@ LAYERS = (
         "peftfx.graph",
         "peftfx.quantisation",
         "peftfx.bases",
+        "peftfx.caches",
         "peftfx.twins",
         "peftfx.export_options",
     ),

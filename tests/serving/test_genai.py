@@ -14,9 +14,10 @@ from support.zoo import ZOO
 
 import peftfx
 from peftfx import runtime
+from peftfx.caches.held import Held
 from peftfx.contract.method import Method
 from peftfx.export.deployment.genai_config import GENAI_CONFIG, write_genai_config
-from peftfx.views.decode import Decode, Held
+from peftfx.views.decode import Decode
 
 NEW = 24
 
@@ -94,7 +95,7 @@ def genai_tokens(directory: Path, given: torch.Tensor) -> torch.Tensor:
 
 def test_a_cache_that_genai_has_no_words_for_gets_no_config(tmp_path: Path) -> None:
     config = ZOO["llama"].make().config
-    narrow, wide = Held(2, 8, 8, torch.float32), Held(2, 8, 16, torch.float32)
+    narrow, wide = (Held.keys_and_values(2, 8, width, torch.float32) for width in (8, 16))
     assert not write_genai_config(tmp_path, config, Decode((narrow, wide), positions=True))
     assert not write_genai_config(tmp_path, config, Decode((wide, wide), positions=True))
     assert not list(tmp_path.iterdir())

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import peftfx
 import peftfx.runtime
+from peftfx.caches.held import kept_by
 from peftfx.model.adapted import AdaptedModel
-from peftfx.views.decode import PAST, PRESENT, Decode, cache_names, positions
+from peftfx.views.decode import Decode, positions
 
 NEW = 32
 
@@ -79,17 +80,17 @@ def in_pieces(adapted: AdaptedModel, ids: Tensor, mask: Tensor, lengths: list[in
     """Logits of the decode view, which is given these many tokens at a time and its own cache back."""
     view, graph = adapted.view("decode"), adapted.graph(view="decode")
     assert isinstance(view, Decode)
-    past = [torch.zeros(len(ids), h.heads, 0, width) for h in view.layers for width in (h.key, h.value)]
-    done, count = 0, len(view.layers)
+    kept, done = kept_by(view.layers), 0
+    past = [tensor.empty(len(ids)) for tensor in kept]
     for length in lengths:
         end = done + length
         given = {"input_ids": ids[:, done:end], "attention_mask": mask[:, :end]}
         if view.positions:
             given["position_ids"] = positions(mask[:, :end])[:, done:]
-        given |= dict(zip(cache_names(PAST, count), past, strict=True))
+        given |= dict(zip(view.past_names, past, strict=True))
         output = dict(zip(graph.outputs, graph.run(*(given[s.name] for s in graph.inputs)), strict=True))
-        past = [output[name] for name in cache_names(PRESENT, count)]
-        assert all(p.shape[2] == end for p in past)
+        past = [output[name] for name in view.present_names]
+        assert all(p.shape == t.sizes(len(ids), end) for p, t in zip(past, kept, strict=True))
         yield output["logits"]
         done = end
 

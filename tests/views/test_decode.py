@@ -16,9 +16,18 @@ from torch import nn
 import peftfx
 import peftfx.runtime
 from peftfx.model.adapted import AdaptedModel
-from peftfx.views.decode import PAST, PRESENT, cache_names, positions
+from peftfx.views.decode import PRESENT, Decode, positions
 from peftfx.views.finding.named_views import find_view
 
+OWN_CACHE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "num_local_experts": 2,
+    "head_dim": 8,
+}
 CAUSAL = [name for name, entry in ZOO.items() if entry.task == "text-generation"]
 PIECES = {"one by one": [1] * 9, "prefill, a continuation, single tokens": [4, 3, 1, 1], "at once": [9]}
 
@@ -84,14 +93,15 @@ def test_its_sites_are_those_of_the_forward(adapted: AdaptedModel) -> None:
 
 
 def test_its_names_and_axes_are_those_that_runtimes_know(adapted: AdaptedModel) -> None:
-    graph, count = adapted.graph(view="decode"), len(adapted.view("decode").layers)  # type: ignore[union-attr]
+    graph, view = adapted.graph(view="decode"), adapted.view("decode")
+    assert isinstance(view, Decode)
     shapes = {spec.name: spec.shape for spec in graph.inputs}
     assert shapes["input_ids"] == ("batch", "sequence")
     assert shapes["attention_mask"] == ("batch", "total")
     assert shapes.get("position_ids", ("batch", "sequence")) == ("batch", "sequence")
-    caches = [shapes[name] for name in cache_names(PAST, count)]
+    caches = [shapes[name] for name in view.past_names]
     assert all((s[0], s[2]) == ("batch", "past") and isinstance(s[1], int) and isinstance(s[3], int) for s in caches)
-    assert graph.outputs == ("logits", *cache_names(PRESENT, count))
+    assert graph.outputs == ("logits", *view.present_names)
 
 
 def test_each_view_has_a_graph_of_its_own_and_both_follow_the_adapters() -> None:
@@ -106,10 +116,10 @@ def test_each_view_has_a_graph_of_its_own_and_both_follow_the_adapters() -> None
 @pytest.mark.parametrize(
     ("make", "what"),
     [
-        (lambda: hf.MambaForCausalLM(hf.MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2)), "LinearAttention"),
+        (lambda: hf.MiniMaxForCausalLM(hf.MiniMaxConfig(**TOKENS, **OWN_CACHE)), "does not run with a plain"),
         (lambda: ZOO["bert"].build(), "no key/value cache"),
     ],
-    ids=["state space", "encoder"],
+    ids=["a cache of its own", "encoder"],
 )
 def test_a_model_without_such_a_cache_is_refused_by_name(make: Callable[[], nn.Module], what: str) -> None:
     model = make().eval()
@@ -128,7 +138,7 @@ def test_an_unknown_view_is_refused_with_the_nearest() -> None:
 def test_a_large_model_is_checked_at_fewer_sizes_each_of_another_kind(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("peftfx.export.verification.probes.LARGE", 0)
+    monkeypatch.setattr("peftfx.export.verification.probes._LARGE", 0)
     report = peftfx.model.api.bare(ZOO["gpt2"].build()).export(tmp_path / "out", view="decode")
     seen = {tuple(shapes["past_key_values.*.key"]) for shapes in report.probes}
     assert {past for _, _, past, _ in seen} == {0, 1, 6}

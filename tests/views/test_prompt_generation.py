@@ -19,8 +19,8 @@ from views.test_encoder_decoder import texts
 
 import peftfx
 from peftfx import PeftfxError, runtime
+from peftfx.caches.cache import cache_of
 from peftfx.model.adapted import AdaptedModel
-from peftfx.views.cache import cache_of
 
 FEW = [("gpt2", "prompt"), ("llama", "prefix")]
 MORE = (
@@ -73,7 +73,7 @@ class Case:
         method = self.ours.adapter("default").placements[0].method
         rows = table.view(COUNT, 2 * method.num_layers, method.num_attention_heads, -1).permute(1, 2, 0, 3)
         beams = batch * int(str(options.get("num_beams", 1)))
-        held = cache_of([row.expand(beams, -1, -1, -1).clone() for row in rows])
+        held = cache_of(self.ours.view("decode").layers, [row.expand(beams, -1, -1, -1).clone() for row in rows])
         ids = torch.cat([torch.full((batch, COUNT), 5), given["input_ids"]], 1)  # those that a cache holds are not read
         found = self.base.generate(ids, cache=held, attention_mask=mask, **options)
         found.sequences = found.sequences[:, ids.shape[1] :]

@@ -48,6 +48,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "falcon": lambda: tr.FalconForCausalLM(
         tr.FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, alibi=True)
     ),
+    "lfm2": lambda: tr.Lfm2ForCausalLM(
+        tr.Lfm2Config(
+            **{**TEXT, "num_hidden_layers": 8}, num_key_value_heads=2, layer_types=["conv"] * 5 + ["full_attention"] * 3
+        )
+    ),
     "bert": lambda: tr.BertForSequenceClassification(tr.BertConfig(**TEXT)),
     "albert": lambda: tr.AlbertForSequenceClassification(tr.AlbertConfig(**TEXT, embedding_size=16)),
     "vit": lambda: tr.ViTForImageClassification(
@@ -77,7 +82,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 SHORT = ("llama decode", "gpt2 forward")
-CAUSAL = (*list(MODELS)[:13],)
+CAUSAL = (*list(MODELS)[:14],)
 VIEWS = [
     *(f"{name} forward" for name in MODELS),
     *(f"{name} decode" for name in CAUSAL),

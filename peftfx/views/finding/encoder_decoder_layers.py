@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from dataclasses import replace
 
-from torch import Tensor, nn
-from transformers import EncoderDecoderCache
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.caches.cache import held, layers_in
 from peftfx.errors import PeftfxError, first_line
-from peftfx.views.cache import Held, cache_of, held
 from peftfx.views.dry_run import fake_run
 from peftfx.views.encoder_decoder import TEXT, EncoderDecoderLayers
 from peftfx.views.view import free_images, name_axes
@@ -32,12 +32,14 @@ def find_layers(base: nn.Module) -> EncoderDecoderLayers:
         what = f"the model is no encoder-decoder that can be split: its forward has no {missing}"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
     text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
-    cache = EncoderDecoderCache(cache_of([]), cache_of([]))
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     with fake_run(base) as fake:
         given = {name: fake(t) for name, t in text.items() if name in needed}
         try:
             output = base(**given, cache=cache, use_cache=True)
-            own, cross = held(cache.self_attention_cache), held(cache.cross_attention_cache)
+            for part in (cache.self_attention_cache, cache.cross_attention_cache):
+                held(part)  # refuses what it does not know
+            own, cross = layers_in(cache.self_attention_cache), layers_in(cache.cross_attention_cache)
             width = int(output.encoder_last_hidden_state.shape[-1])
         except Exception as error:
             what = f"the model does not run with plain key/value caches: {first_line(error)}"
@@ -45,12 +47,8 @@ def find_layers(base: nn.Module) -> EncoderDecoderLayers:
     if not own or len(own) != len(cross):
         what = "the model's decoder has not one cache of its own and one of what is encoded for each layer"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
-    layers = EncoderDecoderLayers(_layers(own), _layers(cross), width)
+    layers = EncoderDecoderLayers(own, cross, width)
     if source == TEXT:
         return layers
     axes = free_images(name_axes({source: text[source]}), base)[source]
     return replace(layers, source=source, source_axes=axes)
-
-
-def _layers(tensors: list[Tensor]) -> tuple[Held, ...]:
-    return tuple(Held.of(key, value) for key, value in zip(tensors[::2], tensors[1::2], strict=True))

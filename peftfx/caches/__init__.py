@@ -1,0 +1,1 @@
+"""What a model keeps between its calls: transformers' caches as plain tensors, and back."""

@@ -1,0 +1,171 @@
+"""Caches of states: convolutions, recurrences and indexers go in and out of the decode view as keys and values do."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from support.few import but_for
+from support.parity import randomise
+from support.zoo import TOKENS
+from torch import Tensor, nn
+from transformers.cache_utils import LinearAttentionLayer
+
+import peftfx
+from peftfx import PeftfxError, runtime
+from peftfx.caches.held import kept_by
+from peftfx.caches.states import StateLayer
+from peftfx.export.deployment.genai_config import GENAI_CONFIG
+from peftfx.model.adapted import AdaptedModel
+from peftfx.views.decode import Decode, positions
+
+_SIZES = {**TOKENS, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+_MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 24}
+_INDEX = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "convolutions between attentions": (
+        "lfm2",
+        {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    ),
+    "both in one layer": ("falcon_h1", {"num_hidden_layers": 2, "mamba_d_ssm": 64, **_MAMBA}),
+    "recurrences between attentions": ("bamba", {"num_hidden_layers": 2, "attn_layer_indices": [1], **_MAMBA}),
+    "recurrences alone": ("mamba2", {"num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "n_groups": 1}),
+    "an indexer's keys": ("deepseek_v32", {"num_hidden_layers": 2, **_LATENT, **_EXPERTS, **_INDEX}),
+}
+_SMALL_STATES = {"mamba2": {"state_size": 8, "chunk_size": 4}}
+QUICK = "convolutions between attentions"
+
+
+def build(name: str) -> nn.Module:
+    kind, fields = MODELS[name]
+    sizes = {**_SIZES, **fields, **_SMALL_STATES.get(kind, {})}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(kind, **sizes))
+        for parameter in model.parameters():
+            parameter.data += torch.randn_like(parameter) * 0.05
+    return model.eval()
+
+
+Case = tuple[nn.Module, AdaptedModel, Path]
+
+
+@pytest.fixture(scope="module", params=but_for(set(MODELS) - {QUICK}, MODELS))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A model with a random LoRA of `peft`; the same in peftfx; and exported."""
+    directory = tmp_path_factory.mktemp("states")
+    torch.manual_seed(0)
+    named = build(request.param).named_modules()
+    plain = [n for n, m in named if isinstance(m, nn.Linear) and not n.endswith(("out_proj", "lm_head", "gate"))]
+    theirs = peft.get_peft_model(build(request.param), peft.LoraConfig(r=4, target_modules=plain)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(directory / "adapter"))
+    ours = peftfx.load(build(request.param), directory / "adapter")
+    ours.export(directory / "out", view="decode", assets=ours.base.config.save_pretrained)
+    return theirs, ours, directory / "out"
+
+
+def greedy(model: Any, batch: int, **options: object) -> tuple[Tensor, Tensor]:
+    """Tokens, and the logits that they were chosen by; the second of two prompts is padded on the left."""
+    ids = torch.randint(4, 99, (2, 7), generator=torch.Generator().manual_seed(1))[:batch]
+    mask = torch.ones_like(ids)
+    mask[1:, :3] = 0
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        **{"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "repetition_penalty": 1.5, **options},
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return found.sequences, torch.stack(list(found.logits), 1)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_generated_tokens_are_pefts_in_torch_and_in_onnx_runtime(case: Case, batch: int) -> None:
+    theirs, ours, directory = case
+    tokens, logits = greedy(theirs, batch)
+    for model in (ours, runtime.load(directory)):
+        found, steps = greedy(model, batch)
+        torch.testing.assert_close(steps, logits, atol=1e-4, rtol=1e-4)
+        assert torch.equal(found, tokens)
+
+
+def test_beams_take_their_states_along(case: Case) -> None:
+    theirs, ours, directory = case
+    want, _ = greedy(theirs, 2, num_beams=3)
+    for model in (ours, runtime.load(directory)):
+        assert torch.equal(greedy(model, 2, num_beams=3)[0], want)
+
+
+def test_pieces_of_a_text_leave_what_the_whole_leaves(case: Case) -> None:
+    _, ours, _ = case
+    view, graph = ours.view("decode"), ours.graph(view="decode")
+    assert isinstance(view, Decode)
+    ids = torch.randint(4, 99, (2, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+
+    def run(pieces: list[int]) -> list[Tensor]:
+        past, done, logits = [tensor.empty(2) for tensor in kept_by(view.layers)], 0, []
+        for end in itertools.accumulate(pieces):
+            given = {"input_ids": ids[:, done:end], "attention_mask": mask[:, :end]}
+            given["position_ids"] = positions(mask[:, :end])[:, done:]
+            given |= dict(zip(view.past_names, past, strict=True))
+            first, *past = graph.run(*(given[spec.name] for spec in graph.inputs))
+            logits.append(first)
+            done = end
+        shown = mask[:, -1:].bool().expand(2, 4)
+        return [
+            torch.cat(logits, 1)[:, -4:][shown],
+            *(p for p, k in zip(past, kept_by(view.layers)) if k.along is None),
+        ]
+
+    whole = run([9])
+    for pieces in ([4, 1, 3, 1], [1] * 9):
+        for got, want in zip(run(pieces), whole, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_its_names_say_what_each_layer_keeps(case: Case) -> None:
+    _, ours, directory = case
+    view = ours.view("decode")
+    assert isinstance(view, Decode)
+    names = {kept.name for kept in kept_by(view.layers)}
+    assert names & {"conv_state", "recurrent_state", "indexer_key"}
+    axes = runtime.load(directory).model.axes
+    for name, present, kept in zip(view.past_names, view.present_names, kept_by(view.layers), strict=True):
+        assert axes[name] == tuple(named or size for named, size in zip(kept.axes("past"), (None, *kept.shape)))
+        assert [axis for axis in axes[present] if isinstance(axis, int)] == [size for size in kept.shape if size]
+    assert not (directory / GENAI_CONFIG).exists(), "GenAI knows states by architecture"
+
+
+def test_a_soft_prompt_is_refused_ahead_of_states() -> None:
+    adapted = peftfx.transform(build(QUICK), peftfx.PromptTuning(num_virtual_tokens=2))
+    with pytest.raises(PeftfxError, match="no place in a cache whose layer 0 keeps conv_state"):
+        adapted.graph(view="decode")
+
+
+@pytest.mark.parametrize("lengths", [(5, 1, 2, 1), (1, 1, 6), (3, 4)])
+def test_a_layer_of_states_is_transformers_own(lengths: tuple[int, ...]) -> None:
+    ours, theirs = StateLayer(2), LinearAttentionLayer(2)
+    random = torch.Generator().manual_seed(0)
+    for length in lengths:
+        new, state = torch.randn(2, 3, length, generator=random), torch.randn(2, 4, generator=random)
+        for layer in (0, 1):
+            got, want = (x.update_conv_state(new, layer, conv_kernel_size=3 + layer) for x in (ours, theirs))
+            assert torch.equal(got, want)
+        assert torch.equal(ours.update_recurrent_state(state, 1), theirs.update_recurrent_state(state, 1))
+        for name in ("conv_states", "recurrent_states"):
+            pairs = zip(getattr(ours, name).values(), getattr(theirs, name).values(), strict=True)
+            assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
+        assert ours.has_previous_state == theirs.has_previous_state
+    ours.reorder_cache(torch.tensor([1, 1]))
+    theirs.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(ours.conv_states[0], theirs.conv_states[0])
