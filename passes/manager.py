@@ -76,19 +76,31 @@ class PassManager(Pass):
             )
         changed = 0
         for step in self.passes:
-            before, start = graph, time.perf_counter()
+            before = graph
             if self.check != "none":
                 check_properties(step.requires, graph, f"{step} cannot run")
+            told, wanted = self._ahead(graph, step)
+            start = time.perf_counter()
             try:
                 result = step(graph)
             except PeftfxError as error:
                 raise PeftfxError(f"{step}: {error.what}", error.where, error.hint) from error
             graph, changed = result.graph, changed + result.changed
             self.timings.append(Timing(str(step), time.perf_counter() - start, result.changed))
-            self._verify(step, before, graph)
+            if told is not None and before.text() != told:
+                hint = "a pass rewrites a copy: Rewriter(graph) makes one"
+                raise PeftfxError(f"{step} changed the graph that it was given", "graph", hint)
+            self._verify(step, before, graph, wanted)
         return PassResult(graph, changed)
 
-    def _verify(self, step: Pass, before: Graph, after: Graph) -> None:
+    def _ahead(self, graph: Graph, step: Pass) -> tuple[str | None, Sequence[torch.Tensor]]:
+        """What a numeric check has to know of a graph before a pass could change it: its text, and its outputs."""
+        if self.check != "numeric":
+            return None, ()
+        with torch.no_grad():
+            return graph.text(), graph.run(*self.inputs) if step.preserves else ()
+
+    def _verify(self, step: Pass, before: Graph, after: Graph, wanted: Sequence[torch.Tensor]) -> None:
         if self.check == "none":
             return
         try:
@@ -106,7 +118,7 @@ class PassManager(Pass):
                     raise PeftfxError(what, name, "this is a fault of the pass")
         if self.check == "numeric" and step.preserves:
             with torch.no_grad():
-                pairs = zip(before.outputs, before.run(*self.inputs), after.run(*self.inputs), strict=True)
+                pairs = zip(before.outputs, wanted, after.run(*self.inputs), strict=True)
             for name, want, got in pairs:
                 error = float((want - got).abs().max() / want.abs().max().clamp_min(1e-12)) if want.numel() else 0.0
                 if not error <= self.tolerance:

@@ -15,7 +15,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, shown
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.slots.adapter_tensors import adapter_tensors
 from peftfx.export.verification.comparison import verify
@@ -90,6 +90,9 @@ def export_adapter(
         PeftfxError: the graph is of another base, or has no place for what an adapter does.
         VerificationError: ONNX Runtime and torch disagree; nothing is left.
     """
+    if not isinstance(adapted, AdaptedModel):
+        hint = "pass what peftfx.load(model, directory) gives; for directories there is peftfx export-adapter"
+        raise PeftfxError(f"not an adapted model: {shown(adapted)}", "adapted", hint)
     asked, adapted = AdapterOptions.of(options, changes), adapted.floating()
     directory, output = Path(directory), adapter_path(Path(output), asked.force)
     manifest = Manifest.read(directory)

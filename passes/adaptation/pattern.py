@@ -23,7 +23,7 @@ def apply_at_match(splicer: Splicer, placement: PatternPlacement) -> int:
     site = next((s for s in splicer.graph.sites.patterns if s.path == path), None)
     if site is None:  # this view does not run it
         return 0
-    own, named = _anonymous(site), type(method).__name__
+    own, named = unnamed(site), type(method).__name__
     for call in splicer.called(site).calls:
         x, y = (splicer.latest.get(name, splicer.nodes[name]) for name in (call.x, call.y))
         params = splicer.parameters(placement, splicer.name, splicer.adapter, y)
@@ -58,7 +58,7 @@ def refuse_within_layers(graph: Graph) -> None:
             raise PeftfxError(what, placement.site.path, "write the pattern around the whole layer, or leave it out")
 
 
-def _anonymous(site: PatternSite) -> PatternSite:
+def unnamed(site: PatternSite) -> PatternSite:
     """A match as its method sees it: without what tells it from others that are alike."""
     operands = tuple(_unnamed(operand) for operand in site.operands)
     return dataclasses.replace(site, path="", layer=None, calls=(), operands=operands)

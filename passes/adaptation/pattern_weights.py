@@ -20,7 +20,7 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.graph.recipe import Get
 from peftfx.graph.rewriter import REGION, REPLACES
-from peftfx.passes.adaptation.pattern import _anonymous
+from peftfx.passes.adaptation.pattern import unnamed
 from peftfx.passes.base import Region, results
 from peftfx.sites.blocks import turned
 from peftfx.sites.site import PatternSite, WeightSite
@@ -71,13 +71,13 @@ class MatchStep:
                 made = dataclasses.replace(made, bias=self._folded(held.name, base.bias, p))
             elif held.slot == "weight":
                 with asking(self.method, "update", self.site.path):
-                    own = self.method.update(_anonymous(self.site), held.name, p)
+                    own = self.method.update(unnamed(self.site), held.name, p)
                 made = made.then(own.turned() if held.site.transposed else own)
         return made
 
     def _folded(self, name: str, weight: Tensor, p: Mapping[str, Tensor]) -> Tensor:
         with asking(self.method, "fold", self.site.path):
-            made = self.method.fold(_anonymous(self.site), name, weight, p)
+            made = self.method.fold(unnamed(self.site), name, weight, p)
         refuse_folded(self.method, self.site.path, name, made, weight)
         return made
 
@@ -158,7 +158,7 @@ def held_weights(graph: Graph, placement: PatternPlacement, beside: Sequence[Reg
     if site is None:
         raise Elsewhere(f"{path}: the call that the model was transformed with does not run it")
     with asking(method, "folds", path):
-        names = method.folds(_anonymous(site))
+        names = method.folds(unnamed(site))
     if not names:
         raise Elsewhere(f"{path}: {type(method).__name__}.folds names no arguments of {site.pattern}")
     inner = {node.name for node in _inner(graph, site)}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from peftfx.contract.completeness import asking, refuse_forward_output
+from peftfx.contract.completeness import asking, refuse_forward_output, refuse_forward_shape
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.placement import WeightPlacement
 from peftfx.contract.weight import WeightMethod
@@ -84,8 +84,10 @@ def adapted(
     own, where = y if y is None or block is None else block.take(y, dim), acting.site.role
     with asking(acting.method, "forward", where):
         rows = acting.method.forward(acting.site, run, x, own, base, p, training)  # type: ignore[arg-type]
-    if own is not None:  # else the method does not read it, and nothing tells what its output is like
+    if own is not None:
         refuse_forward_output(acting.method, where, rows, own)
+    elif acting.site.kind == "linear":  # of other layers nothing tells the output's shape where it is not computed
+        refuse_forward_shape(acting.method, where, rows, (*x.shape[:-1], base.weight.shape[0]))
     return rows if y is None or block is None else block.put(y, rows, dim)
 
 

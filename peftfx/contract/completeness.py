@@ -6,7 +6,7 @@ An error names the method, the member, and what the contract says that this memb
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -97,17 +97,28 @@ def refuse_keys(
 
 def refuse_forward_output(method: object, where: str, got: object, like: Tensor) -> None:
     """Refuse what `forward` gave that is not of the shape and dtype of `y`."""
+    refuse_forward_shape(method, where, got, like.shape)
+    if isinstance(got, Tensor) and got.dtype != like.dtype:
+        raise _gave(type(method), "forward", where, f"{got.dtype} where y is {like.dtype}")
+
+
+def refuse_forward_shape(method: object, where: str, got: object, shape: Sequence[int]) -> None:
+    """Refuse what `forward` gave that is no tensor of this shape."""
     if not isinstance(got, Tensor):
         raise _gave(type(method), "forward", where, shown(got))
-    if tuple(got.shape) != tuple(like.shape) or got.dtype != like.dtype:
-        given, wanted = (f"{t.dtype}{list(t.shape)}" for t in (got, like))
-        raise _gave(type(method), "forward", where, f"{given} where y is {wanted}")
+    if tuple(got.shape) != tuple(shape):
+        raise _gave(type(method), "forward", where, f"{list(got.shape)} where y is {list(shape)}")
 
 
-def refuse_fold(method: object, where: str, got: object) -> None:
-    """Refuse what `fold` gave that is no weight and bias."""
+def refuse_fold(method: object, where: str, got: object, like: Tensor) -> None:
+    """Refuse what `fold` gave that is no weight and bias, or a weight of another shape."""
     if not (isinstance(got, tuple) and len(got) == 2 and isinstance(got[0], Tensor)):
         raise _gave(type(method), "fold", where, shown(got))
+    if got[0].shape != like.shape:
+        raise _gave(type(method), "fold", where, f"a weight {list(got[0].shape)} where it was {list(like.shape)}")
+    if got[1] is not None and (not isinstance(got[1], Tensor) or got[1].shape != like.shape[:1]):
+        given = list(got[1].shape) if isinstance(got[1], Tensor) else shown(got[1])
+        raise _gave(type(method), "fold", where, f"a bias {given} where {list(like.shape[:1])} fits")
 
 
 def refuse_folded(method: object, where: str, name: str, got: object, weight: Tensor) -> None:

@@ -22,7 +22,7 @@ from peftfx.hosting.call import CURRENT, Keys
 from peftfx.hosting.call_inputs import read_call_inputs
 from peftfx.hosting.seats import AttentionSeat, CopySeat, PatternSeat, WeightSeat
 from peftfx.passes.adaptation.attention import anonymous, attended
-from peftfx.passes.adaptation.pattern import _anonymous as unnamed
+from peftfx.passes.adaptation.pattern import unnamed
 from peftfx.twins.layers import WeightReader, is_quantised
 
 _Forward = Callable[..., object]

@@ -15,6 +15,7 @@ from peftfx.graph.graph import Graph
 from peftfx.patterns.match import Match, Trail, uncast
 from peftfx.patterns.matching import Traces, match_at, refuse_own
 from peftfx.patterns.spelling import Spelling, spell
+from peftfx.sites.expression import is_role
 from peftfx.sites.site import ROLES
 
 _VERSIONS = count(1)
@@ -140,7 +141,7 @@ def pattern(
         PeftfxError: the function cannot be traced, or the role is one of peftfx's.
     """
     words = role.split(".")
-    if role in ROLES or not all(word.replace("_", "a").isalnum() for word in words):
+    if is_role(role) or not all(word.replace("_", "a").isalnum() for word in words):
         what = f"{role!r} is no name for a pattern's role"
         raise PeftfxError(what, "pattern", f"take a name of your own, as mlp.swiglu; peftfx has {', '.join(ROLES)}")
 

@@ -25,7 +25,7 @@ from peftfx.contract.placement import (
 )
 from peftfx.contract.sequence import SequenceMethod, sequence_site
 from peftfx.contract.weight import WeightMethod
-from peftfx.errors import PeftfxError, nearest
+from peftfx.errors import PeftfxError, nearest, warn
 from peftfx.graph.places import places_of
 from peftfx.rules.naming import as_named
 from peftfx.rules.parameters import as_parameter, refuse_unknown_parameters
@@ -35,7 +35,7 @@ from peftfx.rules.token_rows import trained_tokens
 from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, HeadedSite, Part, PatternSite, Site, WeightSite
 from peftfx.sites.sites import Sites
-from peftfx.sites.target import Where, select
+from peftfx.sites.target import Where, select, unknown_words
 
 _M = TypeVar("_M", bound=Method)
 
@@ -66,6 +66,8 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     if error := no_module_to_save(base, method, saved):
         raise error
     own = [p for p in placements_of(method, base, sites) if not is_inside(p.site.path, saved)]
+    for word, near in unknown_words(sites, where(method)).items():
+        warn(f"{word!r} is no role and no module that this model runs: it picks nothing. {near}".strip())
     own = as_modules(base, method, own)
     if not own:
         hint = "leave them out of modules_to_save, or target others"

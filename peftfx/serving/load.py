@@ -12,7 +12,9 @@ from pathlib import Path
 import onnxruntime as ort
 
 from peftfx.bases.sentences.steps import SENTENCE
+from peftfx.errors import PeftfxError
 from peftfx.files import is_file
+from peftfx.serving.adapter_file import is_adapter_file
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.providers import Provider
 from peftfx.serving.served import Served
@@ -49,6 +51,9 @@ def load(
     from peftfx.serving.sentences import ServedSentences
 
     directory = Path(directory)
+    if is_adapter_file(directory):
+        hint = "load the graph that it was written for, and then model.load_adapter(file)"
+        raise PeftfxError("this is an adapter for a graph, not a model", str(directory), hint)
     if is_file(directory / ENCODER):
         encoder, decoder = (
             OnnxModel(directory / name, threads=threads, options=options, providers=providers)

@@ -51,6 +51,21 @@ def ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
+def is_role(word: str) -> bool:
+    """Whether a word of a target is a role, a group of roles, or `all-linear`."""
+    return word in ROLES or word in _GROUPS or word.lower() == ALL_LINEAR
+
+
+def words_of(text: str) -> list[str]:
+    """The words of an expression that are to be roles or modules."""
+    found, position = list[str](), 0
+    while token := _TOKEN.match(text, position):
+        position = token.end()
+        if (word := token["word"]) and not (word in RELATIONS and text[position:].lstrip().startswith("(")):
+            found.append(word)
+    return found
+
+
 def all_linear(site: Site) -> Units:
     """As in PEFT: every linear layer and Conv1D but heads; no embedding, no convolution."""
     return units(site) if site.kind == "linear" and site.role != "head" else frozenset()
@@ -76,7 +91,7 @@ class _Parser:
     def parse(self) -> Reading:
         reading = self._union()
         if self.text[self.position :].strip():
-            raise self._error("expected '|', '&' or the end")
+            raise self._error("expected '|', '&' or the end; a regular expression stands between slashes: /.../")
         return reading
 
     def _union(self) -> Reading:

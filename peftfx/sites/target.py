@@ -10,7 +10,18 @@ from typing import TypedDict, Unpack
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.field_types import refuse_misfits
-from peftfx.sites.expression import ALL_LINEAR, Picker, Target, Units, all_linear, ends_with, parse, units
+from peftfx.sites.expression import (
+    ALL_LINEAR,
+    Picker,
+    Target,
+    Units,
+    all_linear,
+    ends_with,
+    is_role,
+    parse,
+    units,
+    words_of,
+)
 from peftfx.sites.patterns import compiled, quick
 from peftfx.sites.site import EXPERTS, ROLES, WEIGHT_KINDS, Site
 
@@ -72,8 +83,21 @@ def select(
     reasons = explain(sites, kinds=kinds, **where)
     matches = [reason.match for reason in reasons if reason.match]
     if not matches:
-        raise _nothing_matches(reasons, where)
+        raise _of_other_kinds(reasons, kinds, where) or _nothing_matches(reasons, where)
     return matches
+
+
+def unknown_words(sites: Collection[Site], where: Where) -> dict[str, str]:
+    """The words of a target that are no role and no module here, so that they pick nothing, and the nearest of each."""
+    target, modules = where.get("target"), where.get("target_modules")
+    asked = target if modules is None else () if isinstance(modules, str) else modules
+    items = (asked,) if isinstance(asked, str) else () if isinstance(asked, re.Pattern) else tuple(asked or ())
+    said = [words_of(item) if modules is None else (item,) for item in items if isinstance(item, str)]
+    paths = [path for site in sites for path in (site.path, site.parameter) if path]
+    names = [*paths, *(site.role for site in sites)]
+    lost = [w for words in said for w in words if not is_role(w) and not any(_leads_to(name, w) for name in names)]
+    ends = {path.rpartition(".")[2] for path in paths}
+    return {word: nearest(word, {*ends, *(ROLES if modules is None else ())}) for word in lost}
 
 
 def explain(sites: Iterable[Site], *, kinds: Collection[str] = WEIGHT_KINDS, **where: Unpack[Where]) -> list[Reason]:
@@ -168,15 +192,39 @@ def _match(site: Site, picked: Units) -> SelectedSite | None:
     return SelectedSite(site, () if picked == units(site) else tuple(p.role for p in site.parts if p.role in picked))
 
 
-def _nothing_matches(reasons: Sequence[Reason], where: Where) -> PeftfxError:
+def _leads_to(path: str, name: str) -> bool:
+    """Whether a name is that of a module, the end of its path, or of one that it is in."""
+    return f".{name}." in f".{path}."
+
+
+def _of_other_kinds(reasons: Sequence[Reason], kinds: Collection[str], where: Where) -> PeftfxError | None:
+    """What to say of a target that picks sites, and none of a kind that may be picked."""
+    sites = [reason.site for reason in reasons]
+    picker = _picker(sites, where)
+    others = sorted({site.kind for site in sites if site.kind not in kinds and picker(site)})
+    if not others:
+        return None
+    what = f"the target picks sites of kind {', '.join(others)} alone, which this rule does not act on"
+    return PeftfxError(
+        what, ", ".join(_asked(where)), f"target sites of kind {', '.join(kinds)}; peftfx.inspect shows them"
+    )
+
+
+def _asked(where: Where) -> list[str]:
+    """What was asked for, as texts."""
     modules, target = where.get("target_modules") or where.get("target_parameters"), where.get("target")
     asked = modules if modules is not None else where.get("default", ALL_LINEAR) if target is None else target
     items = [asked] if isinstance(asked, str | re.Pattern) else list(asked)
-    texts = [item.pattern if isinstance(item, re.Pattern) else item for item in items]
+    return [item.pattern if isinstance(item, re.Pattern) else item for item in items]
+
+
+def _nothing_matches(reasons: Sequence[Reason], where: Where) -> PeftfxError:
+    texts = _asked(where)
     sites = [reason.site for reason in reasons]
     names = {end for site in sites for end in (site.path, site.path.rpartition(".")[2])}
     words = dict.fromkeys(word for text in texts for word in re.findall(r"[\w.-]+", text))
-    close = [found for word in list(words)[:_FEW] if (found := nearest(word, {*names, *ROLES}))]
+    lost = [word for word in list(words)[:_FEW] if word not in names and not is_role(word)]
+    close = [found for word in lost if (found := nearest(word, {*names, *ROLES}))]
     matched_but = {reason.why for reason in reasons if reason.why.startswith(("exclude", "its layer"))}
     roles = ", ".join(f"{role} ({count})" for role, count in sorted(Counter(site.role for site in sites).items()))
     ours = [_OF_PEFT] if any(site.path.endswith(".base_layer") for site in sites) else []

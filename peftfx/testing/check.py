@@ -52,8 +52,11 @@ class CheckReport:
         return tuple(finding for finding in self.findings if finding.broken)
 
     def __str__(self) -> str:
-        count, total = len(self.broken), len(self.findings)
-        head = f"{self.method}: {count} of {total} laws broken" if count else f"{self.method}: all {total} laws hold"
+        broken, skipped = len(self.broken), sum(bool(finding.skipped) for finding in self.findings)
+        tried = len(self.findings) - skipped
+        head = f"{self.method}: {broken} of {tried} laws broken" if broken else f"{self.method}: all {tried} laws hold"
+        head = head if tried else f"{self.method}: no law was tried"
+        head += f", {skipped} skipped" if skipped else ""
         return "\n".join([head, *map(str, self.findings)])
 
 

@@ -174,7 +174,11 @@ WRONG: Mapping[str, tuple[Members, str]] = {
     "keys of nothing": ({"keys": lambda *_: {"l": "l", "m": "m"}}, r"Wrong\.keys names m, and there is no such tensor"),
     "keys are one": ({"keys": lambda *_: {"l": "l", "seen": "l"}}, r"Wrong\.keys gives two tensors one key"),
     "forward gives nothing": ({"forward": lambda *_: None}, r"Wrong\.forward gave None(?s:.*)must give Tensor"),
-    "forward of a shape": ({"forward": lambda s, *a: a[3].sum()}, r"Wrong\.forward gave torch\.float32\[\] where y is"),
+    "forward of a shape": ({"forward": lambda s, *a: a[3].sum()}, r"Wrong\.forward gave \[\] where y is \[3, 6\]"),
+    "forward of a shape, without y": (
+        {"reruns": True, "forward": lambda s, *a: a[2].new_zeros(2, 3)},
+        r"Wrong\.forward gave \[2, 3\] where y is",
+    ),
     "forward needs a name": ({"forward": lambda s, *a: a[5]["z"]}, r"Wrong\.forward failed with KeyError: 'z'"),
 }
 
@@ -190,6 +194,13 @@ def test_a_fold_that_gives_no_weight_is_told_by_its_name() -> None:
     cls = type("Wrong", (Scale,), {"fold": lambda s, site, base, p: base.weight})
     ours = peftfx.transform(model(), cls(), inputs={"input": X})
     with pytest.raises(PeftfxError, match=r"Wrong\.fold gave(?s:.*)fold must give Base: The adapted weight and bias"):
+        ours.merge()
+
+
+def test_a_fold_of_another_shape_is_told_by_its_name() -> None:
+    cls = type("Wrong", (Scale,), {"fold": lambda s, site, base, p: Base(base.weight[:, :1], base.bias)})
+    ours = peftfx.transform(model(), cls(), inputs={"input": X})
+    with pytest.raises(PeftfxError, match=r"Wrong\.fold gave a weight \[\d+, 1\] where it was"):
         ours.merge()
 
 

@@ -121,6 +121,27 @@ def test_each_level_finds_what_the_one_below_does_not(case: Captured) -> None:
         PassManager([Doubles()], check="numeric", inputs=inputs(case))(case.graph)
 
 
+@dataclass(frozen=True)
+class InPlace(Pass):
+    """A pass that says it keeps the outputs, and doubles them in the graph that it was given."""
+
+    preserves = True
+
+    def __call__(self, graph: Graph) -> PassResult:
+        (logits,) = output_nodes(graph)
+        with graph.module.graph.inserting_after(logits):
+            twice = graph.module.graph.call_function(torch.ops.aten.mul.Tensor, (logits, 2))
+        twice.meta = dict(logits.meta)
+        logits.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
+        graph.module.recompile()
+        return PassResult(graph, 1)
+
+
+def test_a_pass_that_changes_its_input_is_found(case: Captured) -> None:
+    with pytest.raises(PeftfxError, match="InPlace changed the graph that it was given"):
+        PassManager([InPlace()], check="numeric", inputs=inputs(case))(case.graph.clone())
+
+
 def test_an_error_inside_a_pass_names_the_pass(case: Captured) -> None:
     @dataclass(frozen=True)
     class Refuses(Pass):

@@ -177,6 +177,11 @@ class TestClassification:
         assert "no tokenizer" in peftfx("run", tmp_path / "bare", "--text", "w5").err
         with pytest.raises(PeftfxError, match="no such directory"):
             runtime.load(tmp_path / "none")
+        with pytest.raises(PeftfxError, match="no cache to generate with"):
+            runtime.load(directory).generate(input_ids=torch.ones(1, 2, dtype=torch.long))
+        (tmp_path / "one.onnx_adapter").write_bytes(b"\0\0\0\0TORT")
+        with pytest.raises(PeftfxError, match="an adapter for a graph, not a model"):
+            runtime.load(tmp_path / "one.onnx_adapter")
 
 
 def test_a_session_has_the_options_that_it_is_given(llama: tuple[Pair, Path]) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import Any
 
 import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from support.zoo import ZOO
 
-from peftfx.errors import PeftfxError
+import peftfx
+from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.sites.expression import Target
 from peftfx.sites.site import Part, Site
 from peftfx.sites.sites import Sites
@@ -175,3 +178,32 @@ def test_contradictions_are_refused() -> None:
         select(SITES, target_modules=".*down", layers_to_transform=[0])
     with pytest.raises(PeftfxError, match="bad regular expression"):
         select(SITES, target_modules="(")
+
+
+class TestWhatPicksNothing:
+    """A word that picks nothing is told, with what is near it; sites of other kinds are named."""
+
+    @pytest.mark.parametrize(
+        ("where", "word"),
+        [
+            ({"target": "attention.qurey | attention.value"}, "attention.qurey"),
+            ({"target": ["attention.value", "no_module & mlp"]}, "no_module"),
+            ({"target_modules": ["q_pro", "v_proj"]}, "q_pro"),
+        ],
+    )
+    def test_a_word_that_is_no_role_and_no_module_is_told(self, where: dict[str, Any], word: str) -> None:
+        model = ZOO["llama"].build()
+        with pytest.warns(PeftfxWarning, match=f"'{word}' is no role and no module that this model runs"):
+            peftfx.transform(model, peftfx.LoRA(**where))
+
+    @pytest.mark.parametrize(
+        "target", ["attention.value | mlp.up", "v_proj | layers.0 & mlp", r"/.*v_proj/ | all-linear"]
+    )
+    def test_words_that_are_something_here_are_not(self, target: str, recwarn: pytest.WarningsRecorder) -> None:
+        peftfx.transform(ZOO["llama"].build(), peftfx.LoRA(target=target))
+        assert [str(w.message) for w in recwarn if w.category is PeftfxWarning] == []
+
+    @pytest.mark.parametrize("target", ["norm", "self_attn", "input_layernorm"])
+    def test_sites_of_another_kind_are_named(self, target: str) -> None:
+        with pytest.raises(PeftfxError, match=r"picks sites of kind (norm|attention) alone"):
+            peftfx.transform(ZOO["llama"].build(), peftfx.LoRA(target=target))

@@ -30,7 +30,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     tokenizer = model.tokenizer
     inputs = _encode(tokenizer, asked.prompt, asked.chat, asked.directory)
     options = generation_options(asked, most=128) | {"pad_token_id": tokenizer.pad_token_id}
-    tokens = model.generate(**inputs, **options, streamer=streamer_to(out, tokenizer))
+    tokens: Any = model.generate(**inputs, **options, streamer=streamer_to(out, tokenizer))
     new = tokens[0, inputs["input_ids"].shape[1] if model.pads_left else 1 :]  # a decoder has a start of its own
     yield Found({"prompt": asked.prompt, "text": str(tokenizer.decode(new, skip_special_tokens=True))}, words="")
 
