@@ -14,7 +14,7 @@ from peftfx.caches.held import cache_names, kept_by
 from peftfx.errors import PeftfxError
 from peftfx.generation.step import Generates, Step, refuse_arguments
 from peftfx.views.decode import PAST, PRESENT
-from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT, Decoder
+from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT_INPUT, Decoder
 from peftfx.views.row_adapters import IDS
 
 
@@ -26,7 +26,7 @@ class SourceEncoder:
         main_input_name: the argument that is encoded.
     """
 
-    def __init__(self, encode: Step, source: str = TEXT) -> None:
+    def __init__(self, encode: Step, source: str = TEXT_INPUT) -> None:
         self.encode, self.main_input_name = encode, source
 
     def forward(
@@ -37,7 +37,7 @@ class SourceEncoder:
         **others: object,
     ) -> BaseModelOutput:
         """What is encoded, and what each of the decoder's layers attends to in it."""
-        given = input_ids if self.main_input_name == TEXT else others.pop(self.main_input_name, None)
+        given = input_ids if self.main_input_name == TEXT_INPUT else others.pop(self.main_input_name, None)
         refuse_arguments(others)
         if not isinstance(given, Tensor):
             where = self.main_input_name
@@ -51,7 +51,7 @@ class SourceEncoder:
         return output
 
     def _mask(self, given: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        if self.main_input_name == TEXT:
+        if self.main_input_name == TEXT_INPUT:
             return {"attention_mask": torch.ones_like(given) if mask is None else mask.long()}
         if mask is not None and not bool(mask.all()):
             hint = "give one at a time, or all of one length, without padding"
@@ -95,7 +95,7 @@ class GeneratesFromSource(Generates):
     ) -> Seq2SeqLMOutput:
         """Logits for the decoder's tokens, and the caches with these in it."""
         source = self.view.layers.source
-        given = input_ids if source == TEXT else others.pop(source, None)
+        given = input_ids if source == TEXT_INPUT else others.pop(source, None)
         refuse_arguments(others)
         if decoder_input_ids is None or (encoder_outputs is None and given is None):
             where = "decoder_input_ids" if decoder_input_ids is None else source

@@ -14,7 +14,7 @@ from transformers import Cache
 
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
-from peftfx.generation.stand_in import stand_in
+from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates, Step
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
 from peftfx.graph.conditions import unmet
@@ -43,11 +43,11 @@ def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_o
         raise PeftfxError("this model does not generate", type(base).__name__, "only language models do")
     if not encodes_and_decodes(base):
         decode = view_named("decode")
-        return stand_in(base, Generates, view=decode, step=_runner(decode, graph_of))
+        return over_graphs(base, Generates, view=decode, step=_runner(decode, graph_of))
     encoder, decoder = view_named("encoder"), view_named("decoder")
     assert isinstance(decoder, Decoder)
     encodes = SourceEncoder(_runner(encoder, graph_of), decoder.layers.source)
-    return stand_in(base, GeneratesFromSource, view=decoder, step=_runner(decoder, graph_of), source_encoder=encodes)
+    return over_graphs(base, GeneratesFromSource, view=decoder, step=_runner(decoder, graph_of), source_encoder=encodes)
 
 
 def _runner(view: View | None, graph_of: GraphOf) -> Step:

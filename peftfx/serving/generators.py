@@ -19,7 +19,7 @@ from peftfx.caches.held import Held, KeptTensor
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file, read_json
 from peftfx.generation.invocation import OFFSETS, TOKENS, under_invocations
-from peftfx.generation.stand_in import stand_in
+from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
 from peftfx.serving.cache_buffers import BufferedCache, Buffers
@@ -27,7 +27,7 @@ from peftfx.serving.made_for import task_of_directory
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import ONNX_DTYPES, Served
 from peftfx.views.decode import PAST, PRESENT, Decode
-from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT, Decoder, EncoderDecoderLayers
+from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT_INPUT, Decoder, EncoderDecoderLayers
 from peftfx.views.row_adapters import IDS
 
 
@@ -108,7 +108,7 @@ class ServedSeq2Seq(_Buffered, GeneratesFromSource, _Serves):  # type: ignore[mi
 
     def generate(self, *args: object, **options: object) -> object:
         """transformers' `generate`; of what encodes sound or images, as the model's own class has it."""
-        if self.view.layers.source == TEXT:
+        if self.view.layers.source == TEXT_INPUT:
             return super().generate(*args, **options)
         return self._stand_in.generate(*args, **options)
 
@@ -121,7 +121,7 @@ class ServedSeq2Seq(_Buffered, GeneratesFromSource, _Serves):  # type: ignore[mi
     @cached_property
     def _stand_in(self) -> Any:
         parts = {"view": self.view, "step": self.step, "source_encoder": self.source_encoder}
-        return stand_in(skeleton(self), _Sourced, **parts, generation_config=self.generation_config)
+        return over_graphs(skeleton(self), _Sourced, **parts, generation_config=self.generation_config)
 
 
 class _Sourced(_Buffered, GeneratesFromSource):  # type: ignore[misc]

@@ -33,7 +33,7 @@ from peftfx.views.view import Axes, RunView
 
 _SIZES: Mapping[str, int] = {"batch": 2, "encoder_sequence": 7, "sequence": 5, "past": 3}
 ENCODED, DECODED = "encoder", "decoder"
-TEXT = "input_ids"
+TEXT_INPUT = "input_ids"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class EncoderDecoderLayers:
     cross: tuple[Held, ...]
     width: int
     ahead: int = 0
-    source: str = TEXT
+    source: str = TEXT_INPUT
     source_axes: tuple[str | None, ...] = ("batch", "encoder_sequence")
 
     @property
@@ -65,7 +65,7 @@ class EncoderDecoderLayers:
     @property
     def masked(self) -> bool:
         """Whether a mask says what of the encoded is seen."""
-        return self.source == TEXT
+        return self.source == TEXT_INPUT
 
     def widened(self, mask: Tensor, length: int) -> Tensor:
         """The mask of what is encoded, which is so long, given that of the text."""
@@ -232,7 +232,7 @@ def _encode(base: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, list
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     mask = {name: given[name] for name in ("attention_mask",) if name in given}
     seen = encoded.last_hidden_state
-    tokens = given.get(TEXT, seen.new_zeros((seen.shape[0], 1), dtype=torch.long))
+    tokens = given.get(TEXT_INPUT, seen.new_zeros((seen.shape[0], 1), dtype=torch.long))
     base(
         **mask,
         decoder_input_ids=tokens[:, :1],  # any token: what depends on it is not looked at

@@ -12,7 +12,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.caches.cache import held, layers_in
 from peftfx.errors import PeftfxError, first_line
 from peftfx.views.dry_run import fake_run
-from peftfx.views.encoder_decoder import TEXT, EncoderDecoderLayers
+from peftfx.views.encoder_decoder import TEXT_INPUT, EncoderDecoderLayers
 from peftfx.views.view import free_images, name_axes
 
 
@@ -23,9 +23,9 @@ def find_layers(base: nn.Module) -> EncoderDecoderLayers:
         PeftfxError: it is none, or its caches are not keys and values.
     """
     accepted = inspect.signature(base.forward).parameters
-    source = str(getattr(base, "main_input_name", TEXT))
+    source = str(getattr(base, "main_input_name", TEXT_INPUT))
     needed = {source, "decoder_input_ids", "encoder_outputs", "cache"} | (
-        {"attention_mask"} if source == TEXT else set()
+        {"attention_mask"} if source == TEXT_INPUT else set()
     )
     if not needed <= set(accepted) or not hasattr(base, "get_encoder"):
         missing = ", ".join(sorted(needed - set(accepted))) or "get_encoder"
@@ -48,7 +48,7 @@ def find_layers(base: nn.Module) -> EncoderDecoderLayers:
         what = "the model's decoder has not one cache of its own and one of what is encoded for each layer"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
     layers = EncoderDecoderLayers(own, cross, width)
-    if source == TEXT:
+    if source == TEXT_INPUT:
         return layers
     axes = free_images(name_axes({source: text[source]}), base)[source]
     return replace(layers, source=source, source_axes=axes)

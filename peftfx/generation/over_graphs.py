@@ -15,7 +15,7 @@ from torch import nn
 from peftfx.generation.step import Generates
 
 
-def stand_in(base: nn.Module, way: type[Generates], **parts: object) -> Any:
+def over_graphs(base: nn.Module, way: type[Generates], **parts: object) -> Any:
     """A model of the base's own class, over the base's own tensors, whose forward is `way`'s.
 
     Args:
