@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -89,8 +90,20 @@ def _export(
     kept = served_dtype(home, asked.dtype, asked.quantize_base)
     say("load" if kept is None else f"load in {str(kept).removeprefix('torch.')}")
     adapted = load_directories(
-        home, folders, task=asked.task, dtype=kept, quantize_base=asked.quantize_base, sentences=sentences
+        home,
+        folders,
+        task=asked.task,
+        dtype=kept,
+        quantize_base=asked.quantize_base,
+        sentences=sentences,
+        task_id=asked.task_id,
     )
+    for name in asked.batched:
+        if adapted.tasks_of(name):
+            adapted.split_tasks(name)
+            adapted.remove(name)
+    if asked.batched:
+        asked = replace(asked, batched=dict.fromkeys(adapted.names(), ""))
 
     def assets(directory: Path) -> None:
         if sentences is not None and embeds_sentences(adapted.base):
@@ -140,11 +153,14 @@ def load_directories(
     dtype: torch.dtype | None = None,
     quantize_base: str | None = None,
     sentences: SentenceModules | None = None,
+    task_id: int | None = None,
 ) -> AdaptedModel:
     """A base model with adapters on it by name, all from directories; the last is active.
 
     With `quantize_base` the base is quantised on the way: see `peftfx.bases.quantised.quantise`. With `sentences`, and
     no other task, it is a sentence encoder: see `peftfx.bases.sentences.encoder`.
+
+    With `task_id`, of an adapter that acts by task that one alone is left.
 
     A head that an adapter holds sets the number of labels, and embeddings that of tokens, whatever the config says.
     """
@@ -173,7 +189,19 @@ def load_directories(
     adapted = bare(_with_steps(model, task, sentences))
     for name, adapter in adapters.items():
         adapted.load_adapter(adapter, name)
+    if task_id is not None:
+        _take_task(adapted, task_id)
     return adapted
+
+
+def _take_task(adapted: AdaptedModel, task_id: int) -> None:
+    """Leave one task's adapter of each that has several."""
+    several = [name for name in adapted.names() if adapted.tasks_of(name)]
+    if not several:
+        what = "no adapter acts by task: each does the same for every one"
+        raise PeftfxError(what, f"task_id {task_id}", "leave --task-id out")
+    for name in several:
+        adapted.take_task(name, task_id)
 
 
 def sentence_task(asked: str | None, told: str | None, sentences: SentenceModules | None, base: Path) -> str | None:

@@ -114,7 +114,12 @@ def _load(base: Path, asked: MergeOptions) -> AdaptedModel:
         hint = "export it to ONNX, or merge it in Python: peftfx.load(model, adapter).merge()"
         raise PeftfxError("models of diffusers are not written", str(base), hint)
     return load_directories(
-        base, asked.folders, task=asked.task, dtype=torch.float32, quantize_base=asked.quantize_base
+        base,
+        asked.folders,
+        task=asked.task,
+        dtype=torch.float32,
+        quantize_base=asked.quantize_base,
+        task_id=asked.task_id,
     )
 
 

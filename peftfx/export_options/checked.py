@@ -35,6 +35,13 @@ class Checked:
         return dataclasses.replace(given, **changes)  # type: ignore[type-var]
 
 
+def check_task_id(task_id: int | None, adapters: Mapping[str, object]) -> None:
+    """Refuse a task's number where no adapter is that could have it."""
+    if task_id is not None and not adapters:
+        hint = "name the adapter: adapter=, --adapter DIR"
+        raise PeftfxError("a task is one of an adapter's, and there is no adapter", f"task_id: {task_id}", hint)
+
+
 def takes(options: type) -> Callable[[Function], Function]:
     """Show a function's `**changes` as the options that they are: in `help`, and in the hints of notebooks."""
 

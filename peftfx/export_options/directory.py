@@ -9,6 +9,7 @@ from typing import Literal
 
 from peftfx.bases.tasks import check_task
 from peftfx.errors import PeftfxError
+from peftfx.export_options.checked import check_task_id
 from peftfx.export_options.export import ExportChoices, ExportOptions
 
 
@@ -20,6 +21,8 @@ class DirectoryOptions(ExportOptions):
         adapter: a HF PEFT directory; without one the base is exported.
         batched: HF PEFT directories by name, among which each row of a batch chooses.
         task: name of a pipeline; by default the adapter's or the model's.
+        task_id: the number of the task to export, of an adapter that acts by `task_ids` (Poly, multitask prompts); in
+            `batched`, where it is left out, each task is a row's to choose, by the name `NAME_0` and so on.
         dtype: `fp32`, `fp16` or `bf16`, of the weights, which are merged in fp32 and rounded once; by default the
             base's own, but fp32 for a bfloat16 base: ONNX Runtime's CPU provider has no kernels for it. A quantised
             base is served in fp32.
@@ -30,6 +33,7 @@ class DirectoryOptions(ExportOptions):
     adapter: str | Path | None = None
     batched: Mapping[str, str | Path] = field(default_factory=dict, hash=False)
     task: str | None = None
+    task_id: int | None = None
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     quantize_base: Literal["nf4"] | None = None
 
@@ -43,6 +47,7 @@ class DirectoryOptions(ExportOptions):
             raise PeftfxError(
                 what, f"adapter, batched: {self.adapter}", "give it a name among the others: --batched NAME=DIR"
             )
+        check_task_id(self.task_id, self.folders)
         if self.adapter is not None and self.slots is not None:
             what = "a graph for swappable adapters is of the base alone"
             hint = "leave the adapter out, and write it to a file of its own (export-adapter)"
@@ -66,5 +71,6 @@ class DirectoryChanges(ExportChoices, total=False):
     adapter: str | Path | None
     batched: Mapping[str, str | Path]
     task: str | None
+    task_id: int | None
     dtype: Literal["fp32", "fp16", "bf16"] | None
     quantize_base: Literal["nf4"] | None

@@ -8,7 +8,7 @@ from typing import Literal, TypedDict
 
 from peftfx.bases.tasks import check_task
 from peftfx.errors import PeftfxError
-from peftfx.export_options.checked import Checked
+from peftfx.export_options.checked import Checked, check_task_id
 from peftfx.export_options.quantize import Scheme, check_calibration, check_directory_schemes, parse_schemes
 from peftfx.export_options.values import MaxError, refuse_idle_bounds
 from peftfx.field_types import refuse_misfit_fields
@@ -22,6 +22,7 @@ class MergeOptions(Checked):
     Args:
         adapter: a HF PEFT directory; without one the base is written, a quantised one in floating point.
         task: name of a pipeline; by default the adapter's or the model's.
+        task_id: the number of the task to merge, of an adapter that acts by `task_ids` (Poly).
         dtype: `fp32`, `fp16` or `bf16`, of the weights, which are merged in fp32 and rounded once; by default the
             base's own, and fp32 for a quantised base, which no code of it is rounded to.
         quantize_base: `nf4` makes of a base in floating point what `load_in_4bit` makes of it, ahead of the merge.
@@ -39,6 +40,7 @@ class MergeOptions(Checked):
 
     adapter: str | Path | None = None
     task: str | None = None
+    task_id: int | None = None
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     quantize_base: Literal["nf4"] | None = None
     quantize: str | None = None
@@ -52,6 +54,7 @@ class MergeOptions(Checked):
         check_choices(self)
         if self.task is not None:
             check_task(self.task)
+        check_task_id(self.task_id, self.folders)
         refuse_idle_bounds(self.quantize is not None, max_error=self.max_error, calibration=self.calibration)
         _ = self.bound
         check_calibration(self.schemes, self.calibration)
@@ -88,6 +91,7 @@ class MergeChanges(TypedDict, total=False):
 
     adapter: str | Path | None
     task: str | None
+    task_id: int | None
     dtype: Literal["fp32", "fp16", "bf16"] | None
     quantize_base: Literal["nf4"] | None
     quantize: str | None

@@ -93,7 +93,9 @@ def refuse_unsettled(adapters: Mapping[str, Collection[Method]]) -> None:
         for method in methods:
             for asked in (asked for asked, count in method.inputs.items() if count > 1):
                 what = f"{type(method).__name__} acts by {asked}, and a graph has no such input"
-                hint = f"make an adapter of each ({name!r}: split_tasks), and take one, or serve them by row (batched=)"
+                hint = (
+                    f"take one task (--task-id N; take_task({name!r}, N)), or serve all by row (--batched; split_tasks)"
+                )
                 raise PeftfxError(what, asked, hint)
 
 

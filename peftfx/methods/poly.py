@@ -26,6 +26,9 @@ from peftfx.sites.site import Site
 A, B, LOGITS, TASKS = "poly_lora_A", "poly_lora_B", "module_logits", "task_ids"
 
 
+TAKE = "take one (--task-id N, take_task), or split_tasks"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Poly(WeightMethod):
     """Low-rank updates of linear layers, mixed from skills by each row's task.
@@ -70,7 +73,7 @@ class Poly(WeightMethod):
 
     @property
     def unfoldable(self) -> str:
-        return "" if self.n_tasks == 1 else f"Poly has {self.n_tasks} tasks, and a weight for each: split_tasks first"
+        return "" if self.n_tasks == 1 else f"Poly has {self.n_tasks} tasks, and a weight for each: {TAKE}"
 
     def settled(self, values: Mapping[str, int]) -> Poly:
         return dataclasses.replace(self, n_tasks=1) if TASKS in values else self

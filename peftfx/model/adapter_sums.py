@@ -70,6 +70,37 @@ class AdapterSums(AdaptersByName):
         made.named = adapter.named
         self._install(new_name, made)
 
+    def tasks_of(self, adapter_name: str) -> int:
+        """How many tasks an adapter acts by, one for each row of a batch; 0 where it does the same for every row."""
+        counts = (count for rule in self.adapter(adapter_name).rules for count in rule.inputs.values() if count > 1)
+        return next(counts, 0)
+
+    def take_task(self, adapter_name: str, task: int) -> None:
+        """Leave of an adapter that acts by `task_ids` one task's, under its name; see `split_tasks`.
+
+        Raises:
+            PeftfxError: the adapter does not act by task, or has no task of this number.
+        """
+        from peftfx.adapters.combination import settled
+
+        asked_name, count = self._tasks(adapter_name)
+        if not 0 <= task < count:
+            raise PeftfxError(f"the adapter has no task {task}", adapter_name, f"they are 0 to {count - 1}")
+        made, before = settled(self.adapter(adapter_name), {asked_name: task}), self.active
+        self.named.apart("an adapter is replaced")
+        self.remove(adapter_name)
+        self._install(adapter_name, made)
+        self.set_adapter(before)
+
+    def _tasks(self, adapter_name: str) -> tuple[str, int]:
+        """The input by which an adapter acts, and how many tasks there are."""
+        asked = {name: count for rule in self.adapter(adapter_name).rules for name, count in rule.inputs.items()}
+        if not asked:
+            what = "this adapter does the same for every task"
+            raise PeftfxError(what, adapter_name, "Poly and MultitaskPromptTuning have tasks")
+        ((asked_name, count),) = asked.items()
+        return asked_name, count
+
     def split_tasks(self, adapter_name: str) -> tuple[str, ...]:
         """Add an adapter for each task of one that acts by `task_ids`, over the same tensors; returns their names.
 
@@ -83,11 +114,7 @@ class AdapterSums(AdaptersByName):
         from peftfx.adapters.combination import settled
 
         adapter = self.adapter(adapter_name)
-        asked = {name: count for rule in adapter.rules for name, count in rule.inputs.items()}
-        if not asked:
-            what = "this adapter does the same for every task"
-            raise PeftfxError(what, adapter_name, "Poly and MultitaskPromptTuning have tasks")
-        ((asked_name, count),) = asked.items()
+        asked_name, count = self._tasks(adapter_name)
         names, before = tuple(f"{adapter_name}_{task}" for task in range(count)), self.active
         for name in names:
             self.named.refuse(name)

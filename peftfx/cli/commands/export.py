@@ -37,6 +37,13 @@ def export(
         typer.Option(help="forward, decode (cache in and out), or auto: decode for a model that generates text."),
     ] = "auto",
     opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
+    task_id: Annotated[
+        int | None,
+        typer.Option(
+            help="The task to take, from 0, of an adapter of several (Poly, multitask prompts). "
+            "With --batched and without it, rows choose among all of them, as NAME_0 and so on."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; by default the base's own, but fp32 for a bfloat16 base.")
     ] = None,
@@ -115,6 +122,7 @@ def export(
         "adapter": adapter,
         "merge": merge,
         "task": task,
+        "task_id": task_id,
         "view": view,
         "dtype": dtype_named(dtype),
         "engine": engine,

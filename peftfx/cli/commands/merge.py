@@ -23,6 +23,9 @@ def merge(
     task: Annotated[
         str | None, typer.Option(help="Pipeline name, as text-classification; by default the adapter's or the model's.")
     ] = None,
+    task_id: Annotated[
+        int | None, typer.Option(help="The task to merge, from 0, of an adapter of several (Poly).")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; by default the base's own, and fp32 for a quantised base.")
     ] = None,
@@ -49,6 +52,7 @@ def merge(
     chosen = {
         "adapter": adapter,
         "task": task,
+        "task_id": task_id,
         "dtype": dtype_named(dtype),
         "quantize_base": quantize_base,
         "quantize": quantize,
