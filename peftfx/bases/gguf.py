@@ -113,7 +113,7 @@ def unpack(file: Path, directory: Path) -> None:
     _write_tokenizer(file, directory)
 
 
-def stand_in(file: Path, directory: Path) -> None:
+def stand_in_of_file(file: Path, directory: Path) -> None:
     """Write a directory that `load_base` takes for the file: config, tokenizer files and a link to the weights."""
     config = gguf_config(file).to_dict()
     config[QUANTISED] = {"quant_method": METHOD}
@@ -142,7 +142,7 @@ def as_directory(base: Path) -> Iterator[Path]:
         yield base
         return
     with tempfile.TemporaryDirectory(prefix="peftfx-") as directory:
-        stand_in(base, Path(directory))
+        stand_in_of_file(base, Path(directory))
         yield Path(directory)
 
 

@@ -17,7 +17,7 @@ from peftfx.files import is_file
 from peftfx.serving.adapter_file import is_adapter_file
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.providers import Provider
-from peftfx.serving.served import Served
+from peftfx.serving.served import Served, ServedForward
 from peftfx.views.decode import PAST
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
@@ -65,7 +65,7 @@ def load(
         if any(name.startswith(f"{PAST}.") for name in model.inputs):
             made = ServedGenerator(directory, model)
         else:
-            made = (ServedSentences if SENTENCE in model.outputs else Served)(directory, model)
+            made = (ServedSentences if SENTENCE in model.outputs else ServedForward)(directory, model)
     if adapter is not None:
         made.load_adapter(adapter)
     return made

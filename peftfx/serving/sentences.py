@@ -11,13 +11,13 @@ from peftfx.bases.sentences.modules import LENGTHS, SETTINGS, prompts_of
 from peftfx.bases.sentences.steps import SENTENCE
 from peftfx.errors import PeftfxError, nearest
 from peftfx.files import is_file, read_json
-from peftfx.serving.served import Served
+from peftfx.serving.served import ServedForward
 
 _BATCH = 32
 _QUERIES, _DOCUMENTS = ("query",), ("document", "passage", "corpus")
 
 
-class ServedSentences(Served):
+class ServedSentences(ServedForward):
     """A model with `sentence_embedding` among its outputs.
 
     Prompts, the longest text and the measure of similarity are those that sentence-transformers' files beside it say.

@@ -119,15 +119,6 @@ class Served:
         """Whether it writes token by token; one without a cache does not."""
         return False
 
-    def generate(self, *args: Any, **options: Any) -> object:
-        """Refuse: a model without a cache writes no text.
-
-        Raises:
-            PeftfxError: always. Models with a cache have a `generate` of their own.
-        """
-        hint = "export it with --view decode; in Python, view='decode'"
-        raise PeftfxError("this model has no cache to generate with", str(self.directory), hint)
-
     @property
     def main_input_name(self) -> str:
         """The input that says how many rows there are."""
@@ -189,6 +180,19 @@ class Served:
         if found.pad_token is None:
             found.pad_token = found.eos_token
         return found
+
+
+class ServedForward(Served):
+    """A model without a cache: it answers calls, and writes no text."""
+
+    def generate(self, *args: Any, **options: Any) -> object:
+        """Refuse: a model without a cache writes no text.
+
+        Raises:
+            PeftfxError: always. Models with a cache have a `generate` of their own.
+        """
+        hint = "export it with --view decode; in Python, view='decode'"
+        raise PeftfxError("this model has no cache to generate with", str(self.directory), hint)
 
 
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})

@@ -20,12 +20,12 @@ from torch import Tensor
 from peftfx.errors import PeftfxError, shown
 from peftfx.files import is_file
 
-TEXT, COMPLETION, CHAT, CLASSES = "text", "completion", "chat", "classification"
+_TEXT, COMPLETION, CHAT, CLASSES = "text", "completion", "chat", "classification"
 _KINDS: Mapping[str, frozenset[str]] = {
     CLASSES: frozenset({"text", "label"}),
     COMPLETION: frozenset({"prompt", "completion"}),
     CHAT: frozenset({"messages"}),
-    TEXT: frozenset({"text"}),
+    _TEXT: frozenset({"text"}),
 }
 IGNORED = -100  #: a label that the loss passes by
 _Row = Mapping[str, Any]
@@ -133,7 +133,7 @@ def encoded(rows: TrainingRows, tokenizer: Any, most: int, classes: Sequence[str
 def _tokens(kind: str, row: _Row, tokenizer: Any, where: str) -> tuple[list[int], int]:
     """The tokens of a row, and how many of them are ahead of what is learnt."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if kind == TEXT:
+    if kind == _TEXT:
         return list(tokenizer(row["text"])["input_ids"]) + end, 0
     if kind == COMPLETION:
         ahead = list(tokenizer(row["prompt"])["input_ids"])
