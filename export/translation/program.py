@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.exact_functions import EXACT
+from peftfx.export.translation.recurrences import RECURRENCES
 from peftfx.export.translation.torchlib import collected_once
 from peftfx.graph.graph import DERIVED, Graph, TensorSpec
 from peftfx.graph.lazy_weights import identity
@@ -53,7 +54,7 @@ def _sorted_sum(text: str) -> str:
 
 def run_exporter(program: ExportedProgram, opset: int | None) -> ir.Model:
     """Translate a program by torch's exporter, without its optimiser: that one copies weights and renames them."""
-    table = {**_translations(), **EXACT}
+    table = {**_translations(), **EXACT, **RECURRENCES}
     with collected_once():
         result = torch.onnx.export(
             program, optimize=False, verbose=False, opset_version=opset, custom_translation_table=table

@@ -23,6 +23,7 @@ from peftfx.errors import PeftfxError, first_line
 from peftfx.graph.capturing.axis_symbols import place_of, symbols_of, tied
 from peftfx.graph.capturing.filled_tensors import concatenate_filled
 from peftfx.graph.capturing.joined_vectors import read_apart
+from peftfx.graph.capturing.recurrences import recurrences
 from peftfx.graph.capturing.stamping import stamped
 from peftfx.graph.contexts import fake_mode_of, isolated, sparing, unchanged
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
@@ -78,7 +79,8 @@ def capture(
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
         named = [axes.get(name) or (None,) * t.ndim for name, t in examples.items()]
         try:
-            with noted() as notes, tied(named), stamped(model) if stamp else nullcontext():
+            loops = nullcontext() if model.training else recurrences(model)
+            with noted() as notes, tied(named), loops, stamped(model) if stamp else nullcontext():
                 program = torch.export.export(
                     wrapper, tuple(examples.values()), dynamic_shapes={"flat": free}, strict=False
                 )

@@ -1,0 +1,174 @@
+"""Recurrences: loops over the tokens of a linear attention, or of a state space, as one operator for every length.
+
+A model's code runs such a loop in pieces of so many tokens, and a capture would write as many as its example has. The
+kernels that transformers asks for by name at these places have one meaning each, whoever calls them. So while a model
+is captured, these names stand for one operator, `peftfx::recurrence`, of which each step is
+
+    S <- decay * S;    S <- S + key (beta * (value - key^T S))^T;    out = query^T S
+
+with `corrected`, the delta rule; without it nothing is taken from the value. It is a loop in torch, with gradients, and
+a `Scan` in ONNX: one token costs one step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Steps = tuple[Tensor, Tensor]
+
+
+def _steps(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor, corrected: bool) -> Steps:
+    outputs = []
+    for t in range(v.shape[1]):
+        state = state * decay[:, t, :, :, None]
+        key, new = k[:, t, :, :, None], v[:, t]
+        if corrected:
+            new = new - (key * state).sum(-2)
+        state = state + key * (new * beta[:, t, :, None])[..., None, :]
+        outputs.append((q[:, t, :, :, None] * state).sum(-2))
+    return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), state.clone()
+
+
+@torch.library.custom_op("peftfx::recurrence", mutates_args=())
+def recurrence(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor, corrected: bool
+) -> tuple[Tensor, Tensor]:
+    """Run a recurrence over the tokens of each row.
+
+    Args:
+        query, key: [batch, tokens, heads or 1, keys].
+        value: [batch, tokens, heads, values].
+        decay: [batch, tokens, heads, keys or 1], what is left of the state.
+        beta: [batch, tokens, heads].
+        state: [batch, heads, keys, values], ahead of the first token.
+        corrected: whether a value is what is to be read there, and not what is added.
+
+    Returns:
+        What each token reads, as `value`, and the state behind the last.
+    """
+    return _steps(query, key, value, decay, beta, state, corrected)
+
+
+@recurrence.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor, corrected: bool
+) -> tuple[Tensor, Tensor]:
+    return value.new_empty(value.shape), state.new_empty(state.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    *tensors, ctx.corrected = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the same steps, run again."""
+    with torch.enable_grad():
+        given = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        outputs = _steps(*given, ctx.corrected)  # type: ignore[call-arg]
+        found = torch.autograd.grad(outputs, given, gradients, allow_unused=True)
+    return (*found, None)
+
+
+recurrence.register_autograd(_backward, setup_context=_keep)
+
+
+def _delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: object,
+) -> tuple[Tensor, Tensor | None]:
+    """`chunk_gated_delta_rule` of flash-linear-attention, g [batch, tokens, heads], and its `chunk_kda`, g [..., keys].
+
+    g is the logarithm of decays. Each of the heads of query and key is for as many heads of value.
+    """
+    dtype, heads, width = query.dtype, value.shape[2], key.shape[-1]
+    if key.shape[2] != heads:
+        query, key = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (query, key))
+    query, key, value, g, beta = (x.float() for x in (query, key, value, g, beta))
+    if use_qk_l2norm_in_kernel:
+        query, key = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
+    decay = (g if g.ndim == 4 else g[..., None]).exp()
+    if initial_state is None:
+        initial_state = value.new_zeros(value.shape[0], heads, width, value.shape[-1])
+    out, state = recurrence(query * width**-0.5, key, value, decay, beta, initial_state.float(), True)
+    return out.to(dtype), state if output_final_state else None
+
+
+def _selective_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **_: object,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`selective_scan_fn` of mamba_ssm.
+
+    hidden_states, dt and z are [batch, channels, tokens], A is [channels, states], B and C are [batch, states, tokens].
+    """
+    dtype = hidden_states.dtype
+    dt = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
+    dt = (F.softplus(dt) if delta_softplus else dt).transpose(1, 2)
+    key, query = (x.transpose(1, 2)[:, :, None].float() for x in (B, C))
+    value = (dt * hidden_states.transpose(1, 2)).float()[..., None]
+    decay = torch.exp(A * dt[..., None]).float()
+    state = value.new_zeros(value.shape[0], value.shape[2], key.shape[-1], 1)
+    read, state = recurrence(query, key, value, decay, torch.ones_like(value[..., 0]), state, False)
+    out = read[..., 0].transpose(1, 2).to(dtype)
+    out = out if D is None else out + hidden_states * D[None, :, None]
+    out = out if z is None else out * F.silu(z)
+    return (out, state[..., 0].to(dtype)) if return_last_state else out
+
+
+_KERNELS: Mapping[str, Callable[..., object]] = {
+    "chunk_gated_delta_rule": _delta_rule,
+    "chunk_kda": _delta_rule,
+    "selective_scan_fn": _selective_scan,
+}
+
+
+@contextmanager
+def recurrences(model: nn.Module) -> Iterator[None]:
+    """Inside, the kernels of these names that the code of `model` asks for are recurrences."""
+    replaced: list[tuple[dict[str, Any], str, object]] = []
+    try:
+        for name in sorted({kind.__module__ for module in model.modules() for kind in type(module).__mro__}):
+            namespace = vars(sys.modules[name]) if name.startswith("transformers.models.") else {}
+            for attribute, function in list(namespace.items()):
+                kernel = _KERNELS.get(_kernel_of(function))
+                if kernel is not None:
+                    replaced.append((namespace, attribute, function))
+                    namespace[attribute] = kernel
+        yield
+    finally:
+        for namespace, attribute, function in replaced:
+            namespace[attribute] = function
+
+
+def _kernel_of(function: object) -> str:
+    """The name by which transformers asks for the kernel that a function stands in for; empty for another function."""
+    if not inspect.isfunction(function) or not hasattr(function, "__wrapped__"):
+        return ""
+    name = inspect.getclosurevars(function).nonlocals.get("func_name")
+    return name if isinstance(name, str) else ""

@@ -1,0 +1,114 @@
+"""Loops over tokens are captured as one operator: equal to the model's own code at every length, one token included."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from support.few import but_for
+from support.parity import randomise
+from support.zoo import TOKENS
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.export import OnnxModel
+from peftfx.graph.capturing.recurrences import _delta_rule, _selective_scan, recurrence, recurrences
+
+_SIZES = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_KINDS = {"layer_types": ["linear_attention", "full_attention"]}
+MODELS: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 4, "time_step_rank": 4},
+    "qwen3_next": {**_HEADS, **_EXPERTS, **_LINEAR, **_KINDS, "shared_expert_intermediate_size": 24},
+}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def own(model: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64, 70])
+@pytest.mark.parametrize("normed", [True, False], ids=["normed", "plain"])
+@pytest.mark.parametrize(
+    ("function", "heads", "per_key"),
+    [
+        (("qwen3_next", "torch_chunk_gated_delta_rule"), 2, False),
+        (("olmo_hybrid", "torch_chunk_gated_delta_rule"), 4, False),
+        (("kimi_linear", "chunk_kimi_delta_attention"), 4, True),
+    ],
+    ids=["heads in groups", "a decay a head", "a decay a key"],
+)
+def test_a_delta_rule_is_the_one_in_chunks(
+    function: tuple[str, str], heads: int, per_key: bool, normed: bool, tokens: int
+) -> None:
+    shape = (2, tokens)
+    given = {
+        "query": draw(*shape, heads, 8) / 3,
+        "key": draw(*shape, heads, 8, seed=1) / 3,
+        "value": draw(*shape, 4, 6),
+        "g": -draw(*shape, 4, *([8] if per_key else [])).abs(),
+        "beta": draw(*shape, 4, seed=2).sigmoid(),
+        "initial_state": draw(2, 4, 8, 6),
+        "use_qk_l2norm_in_kernel": normed,
+        "output_final_state": True,
+    }
+    for got, want in zip(_delta_rule(**given), own(*function)(**given), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_a_selective_scan_is_the_one_in_a_loop(gated: bool) -> None:
+    given: dict[str, Any] = {"hidden_states": draw(2, 5, 7), "dt": draw(2, 5, 7, seed=1), "A": -draw(5, 3).abs()}
+    given |= {"B": draw(2, 3, 7), "C": draw(2, 3, 7, seed=1), "delta_softplus": gated, "return_last_state": True}
+    given |= {"D": draw(5), "z": draw(2, 5, 7, seed=2), "delta_bias": draw(5, seed=1)} if gated else {}
+    if not gated:
+        given["dt"] = given["dt"].abs()
+    for got, want in zip(_selective_scan(**given), own("jamba", "mamba_selective_scan")(**given), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_its_gradients_are_those_of_its_steps() -> None:
+    shapes = (1, 3, 2, 4), (1, 3, 2, 4), (1, 3, 2, 3), (1, 3, 2, 4), (1, 3, 2), (1, 2, 4, 3)
+    given = [draw(*shape).double().requires_grad_() for shape in shapes]
+    for corrected in (True, False):
+        assert torch.autograd.gradcheck(lambda *tensors, c=corrected: recurrence(*tensors, c), given)
+
+
+def build(name: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(name, **_SIZES, **MODELS[name]))
+    return model.eval()
+
+
+def test_the_models_code_is_its_own_again() -> None:
+    model = build("mamba")
+    namespace = vars(importlib.import_module(type(model).__module__))
+    before = dict(namespace)
+    with recurrences(model):
+        assert namespace["mamba_selective_scan"] is _selective_scan
+    assert namespace == before
+
+
+@pytest.mark.parametrize("name", but_for({"qwen3_next"}, MODELS))
+def test_an_export_takes_every_length(name: str, tmp_path: Path) -> None:
+    adapted = peftfx.transform(build(name), peftfx.LoRA(r=2, target_modules=["x_proj", "in_proj_qkvz"]), seed=0)
+    randomise(adapted.adapters)
+    adapted.export(tmp_path / "out", view="forward")
+    model = OnnxModel(tmp_path / "out")
+    for batch, tokens in ((1, 1), (2, 3), (1, 70)):
+        ids = torch.randint(4, 99, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            want = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        got = model(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
