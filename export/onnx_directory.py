@@ -35,7 +35,7 @@ from peftfx.export.writing.memory import refuse_memory
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
-from peftfx.generation.invocation import TOKENS
+from peftfx.generation.invocation import INVOCATION_KEY
 from peftfx.graph.fingerprint import SAMPLED, fingerprint
 from peftfx.graph.graph import BASE
 from peftfx.model.adapted import AdaptedModel
@@ -190,7 +190,7 @@ def _provenance(adapted: AdaptedModel, report: Report, *, coded: bool) -> dict[s
     """What a model says of where it comes from. Weights in codes are not read for it."""
     adapters = "; ".join(f"{adapter['name']}: {'+'.join(adapter['methods'])}" for adapter in report.adapters)  # type: ignore[arg-type]
     said = {ADAPTERS_KEY: adapters, BASE_MODEL: report.model}
-    said[TOKENS] = "; ".join(" ".join(map(str, tokens)) for tokens in adapted.invocations)
+    said[INVOCATION_KEY] = "; ".join(" ".join(map(str, tokens)) for tokens in adapted.invocations)
     known = not coded and not any(p.is_meta for p in adapted.base.parameters())
     return {name: text for name, text in said.items() if text} | (
         {FINGERPRINT: fingerprint(adapted.base, SAMPLED)} if known else {}

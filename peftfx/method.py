@@ -1,6 +1,7 @@
 """What the author of a method imports: the contract, in one place; see `peftfx.contract`."""
 
 from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.override import OverrideMethod
 from peftfx.contract.sequence import PromptMethod, SequenceMethod
@@ -21,4 +22,5 @@ __all__ = [
     "Update",
     "WeightMethod",
     "Weighted",
+    "adapter_dtype",
 ]

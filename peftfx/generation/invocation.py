@@ -20,7 +20,7 @@ from peftfx.views.decode import Decode
 from peftfx.views.view import Axes
 
 _IDS, OFFSETS, ACTIVE = "input_ids", "alora_offsets", "active"
-TOKENS = "peftfx.invocation"  #: metadata key of an exported model: the tokens behind which its adapters act
+INVOCATION_KEY = "peftfx.invocation"  #: metadata key of an exported model: the tokens behind which its adapters act
 Invocations = tuple[tuple[int, ...], ...]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError, shown
-from peftfx.generation.invocation import _IDS, OFFSETS
+from peftfx.generation.invocation import OFFSETS
 from peftfx.graph.contexts import TRACING
 from peftfx.graph.graph import Graph
 from peftfx.hosting.call import CURRENT, acting_by_row
@@ -81,7 +81,7 @@ class AdapterCalls(PeftSurface):
                 what = "the graph of a forward finds invocations in its input_ids, and has no such input"
                 raise PeftfxError(what, OFFSETS, 'leave it out, or take the other road: transform(..., road="modules")')
             return kwargs, given
-        ids = named_arguments(self.base, args, kwargs).get(_IDS)
+        ids = named_arguments(self.base, args, kwargs).get("input_ids")
         return kwargs, given | invocations(acting, ids, offsets)
 
     def _run_by_row(self, names: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:

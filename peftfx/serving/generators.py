@@ -18,7 +18,7 @@ from peftfx.bases.transformers_config import understanding
 from peftfx.caches.held import Held, KeptTensor
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file, read_json
-from peftfx.generation.invocation import OFFSETS, TOKENS, under_invocations
+from peftfx.generation.invocation import INVOCATION_KEY, OFFSETS, under_invocations
 from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
@@ -88,7 +88,7 @@ class ServedGenerator(_Buffered, Generates, _Serves):  # type: ignore[misc]
     def __init__(self, directory: Path, model: OnnxModel) -> None:
         super().__init__(directory, model)
         view = Decode(_layers_of(model), "position_ids" in model.inputs)
-        tokens = tuple(map(int, model.metadata.get(TOKENS, "").split()))
+        tokens = tuple(map(int, model.metadata.get(INVOCATION_KEY, "").split()))
         self.view = under_invocations(view, (tokens,) if tokens and OFFSETS in model.inputs else ())
 
 
