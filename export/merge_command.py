@@ -19,7 +19,7 @@ from peftfx.bases.sentences.modules import ALL, SentenceModules
 from peftfx.bases.tasks import FEATURES, task_of
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets, write_configs
-from peftfx.export.checkpoint.contents import contents_of, plain_names, refuse_unlike
+from peftfx.export.checkpoint.contents import CheckpointContents, contents_of, plain_names, refuse_unlike
 from peftfx.export.checkpoint.merged_copy import merged_copy
 from peftfx.export.checkpoint.merged_report import Difference, MergedReport
 from peftfx.export.checkpoint.requantised import Requantised
@@ -156,8 +156,22 @@ def _write(
     rounded = {name.removesuffix(".weight"): r for name, r in contents.roundings.items() if name.endswith(".weight")}
     report.rounding = {path: asdict(rounded[path]) for path in report.merged if path in rounded}
     if requantised is not None:
-        report.quantized, report.left, report.lost = requantised.schemes, dict(requantised.left), requantised.lost
+        report.quantized, report.lost = requantised.schemes, requantised.lost
+        report.left = {**requantised.left, **requantised.beside}
+        _ignore(model, contents)
     return merged, requantised
+
+
+def _ignore(model: Any, contents: CheckpointContents) -> None:
+    """Say in the config which other matrices of the files are in floating point: those that a stack is cut into."""
+    said, paths = model.config.quantization_config, {path for path, _ in model.named_modules()}
+    if "ignore" in said:
+        names = (
+            n.removesuffix(".weight")
+            for n, c in contents.tensors.items()
+            if n.endswith(".weight") and len(c.shape) == 2
+        )
+        said["ignore"] = [*said["ignore"], *(name for name in names if name not in paths)]
 
 
 def _own_dtype(base: Path, model: nn.Module) -> torch.dtype:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError
-from peftfx.export.coded.rounded import Choose, columns_of, multiplied_in, quantize, read_weight, roundable
+from peftfx.export.coded.rounded import Choose, columns_of, left_out, multiplied_in, quantize, read_weight, roundable
 from peftfx.export.coded.schemes import scheme_for
 from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.metadata import SOURCE
@@ -73,7 +73,7 @@ def round_weights(
     Raises:
         PeftfxError: the budget is too small, or a text says nothing.
     """
-    made: dict[object, Rounded] = {}
+    made, untold = dict[object, Rounded](), None
     if asked.room is None:
         chosen = {part.file: scheme_for(part.graph.sites, asked.schemes) for part in parts}
         if any(scheme.gptq for scheme in asked.schemes):
@@ -85,7 +85,7 @@ def round_weights(
     else:
         with adapted.disable_adapter() if asked.batched else nullcontext():  # rows choose: the base is what they share
             reference, feeds = _calls(asked, adapted, parts, oracle, source)
-            choose, report.budget = share_out(
+            choose, untold, report.budget = share_out(
                 *(asked.room, [(programs[part.file], part.graph.sites) for part in parts], adapted, reference, feeds),
                 candidates(),
             )
@@ -99,6 +99,8 @@ def round_weights(
 
     done = {f: quantize(programs[f], functools.partial(scheme_of, f), made, owners) for f in chosen}
     report.add_quantized(done)
+    left = {f: left_out(programs[f], untold or functools.partial(scheme_of, f)) for f in chosen}
+    report.left = {file: found for file, found in left.items() if found}
 
 
 def _calls(

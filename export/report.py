@@ -52,6 +52,7 @@ class Report:
         opset: version of the ONNX operators.
         fused: how many operators there are that stand for a whole attention, rotary embedding or norm.
         quantized: for each graph, the names of the weights that were rounded.
+        left: for each graph, why other weights that were to be rounded were not, by their names.
         schemes: for each graph, to what, and how many.
         budget: what each role got of a budget of bytes, what each scheme costs it alone, and why.
         codes: for each graph, how weights of a quantised base are written: their format, the operator that holds their
@@ -87,6 +88,7 @@ class Report:
     opset: int = 0
     fused: dict[str, int] = field(default_factory=dict)
     quantized: dict[str, list[str]] = field(default_factory=dict)
+    left: dict[str, dict[str, str]] = field(default_factory=dict)
     schemes: dict[str, dict[str, int]] = field(default_factory=dict)
     budget: list[Share] = field(default_factory=list)
     codes: dict[str, list[Choice]] = field(default_factory=dict)
@@ -219,6 +221,7 @@ class Report:
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
             ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes{whole}, engine {self.engine}"),
             *([("quantised", small)] if small else []),
+            *(("not quantised", _first(why)) for why in self.left.values()),
             *([("GPTQ", str(self.gptq))] if self.gptq is not None else []),
             *([("budget", "; ".join(map(str, self.budget)))] if self.budget else []),
             *(("base, as it is", ", ".join(map(str, found))) for found in self.codes.values()),
@@ -266,6 +269,12 @@ def _written(value: object) -> str:
         rows = ({k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in item.items()} for item in value)
         return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]"
     return json.dumps(value)
+
+
+def _first(why: Mapping[str, str], most: int = 3) -> str:
+    """The first weights that are told, and how many others there are."""
+    told = ", ".join(f"{name}: {reason}" for name, reason in list(why.items())[:most])
+    return told + (f", and {len(why) - most} others" if len(why) > most else "")
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -35,11 +36,13 @@ class Requantised:
     Attributes:
         packings: of linear layers, by their paths.
         left: why each other linear layer is in floating point, by its path.
+        beside: why other weights of products are, by their names.
         dtype: that the model computes in.
     """
 
     packings: Mapping[str, Packing]
     left: Mapping[str, str]
+    beside: Mapping[str, str]
     dtype: torch.dtype
 
     @staticmethod
@@ -80,10 +83,11 @@ class Requantised:
         if odd:
             hint = "files hold rounded weights of torch's linear layers alone; export it to ONNX instead"
             raise PeftfxError("a layer that is to be rounded is no linear layer", ", ".join(odd[:3]), hint)
+        beside = {path: why for path, why in _beside(model).items() if path not in left}
         if not packings:
-            why = next(iter(left.values()), "it has no linear layers")
+            why = next(iter((beside | left).values()), "it has no linear layers")
             raise PeftfxError(f"nothing of this model can be rounded: {why}", "quantize", "leave quantize out")
-        return Requantised(packings, left, dtype)
+        return Requantised(packings, left, beside, dtype)
 
     def config(self) -> dict[str, Any]:
         """The model's `quantization_config`.
@@ -153,6 +157,16 @@ def _obstacle(path: str, module: nn.Linear, scheme: Scheme, shared: Collection[i
     if f"{path}.weight" not in plain:
         return "transformers puts its weight together from others in the files"
     return ""
+
+
+def _beside(model: nn.Module) -> dict[str, str]:
+    """Weights of products that are no linear layer's: these formats hold such alone."""
+    found = {path: "it is a Conv1D" for path, module in model.named_modules() if isinstance(module, Conv1D)}
+    for name, p in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if p.ndim == 3 and p.is_floating_point() and not isinstance(owner, nn.modules.conv._ConvNd):
+            found[name] = f"it is a stack of weights {list(p.shape)}"
+    return found
 
 
 def _shared(model: nn.Module) -> set[int]:

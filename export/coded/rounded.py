@@ -11,15 +11,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
-from typing import Generic, TypeVar
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
+from peftfx.export.coded.once import Once
 from peftfx.export.coded.operators import Product, TableProduct
 from peftfx.export.coded.rows import CodedRows, CodedSum, coded_rows, codes_of_bytes, row_nodes
+from peftfx.export.coded.stacks import readers_of, stack_of, unstack
 from peftfx.export.metadata import SOURCE
 from peftfx.export.translation.layout import name_apart, value_of
 from peftfx.export.writing.readers import DOMAIN, Lookup, Reader, lookups, readers
@@ -32,7 +33,6 @@ FINITE = 1e30  #: the bound on the error where nobody gave one: what is lost dep
 _ACCURACY = 4  #: activations are rounded to int8 on the fly: several times faster than in float, and what others do
 _UINT8 = ir.DataType.UINT8
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-Made = TypeVar("Made")
 Choose = Callable[[object], Scheme | None]
 """How a weight is rounded, by where it comes from; None leaves it."""
 
@@ -52,10 +52,11 @@ def quantize(
     that something else reads too stays for that. Adapters that are apart, and weights narrower than a block, stay as
     they are.
     """
+    unstack(model, lambda source: choose(source) is not None)
     done, looked_up = dict[str, list[str]](), False
     for weight in list(model.graph.initializers.values()):
         source = weight.meta.get(SOURCE)
-        scheme = choose(source)
+        scheme = choose(stack_of(source))
         products = [] if scheme is None else list(_products(weight, scheme.block))
         transposed = products[0].transposed if products else source is not None and source in multiplied
         picks = _picks(weight, transposed)
@@ -87,6 +88,23 @@ def _product(
     if scheme.kind == "nf4":
         return _tabled(weight, transposed, scheme, by_row=bool(_picks(weight, transposed)))
     return IntegerProduct(weight, transposed, scheme, fitted.get(weight.meta.get(SOURCE)))
+
+
+def left_out(model: ir.Model, choose: Choose) -> dict[str, str]:
+    """Why weights are still in floating point that were to be rounded, by their names; vectors are not told."""
+    found = {}
+    for weight in model.graph.initializers.values():
+        scheme, shape = choose(stack_of(weight.meta.get(SOURCE))), weight.shape
+        named = isinstance(weight.meta.get(SOURCE), str) and not str(weight.name).startswith(f"{ADAPTERS}.")
+        if scheme is None or not named or shape is None or len(shape) < 2 or weight.dtype not in _FLOATS:
+            continue
+        if products := list(readers(weight)):
+            narrow = columns_of(weight, products[0].transposed)
+            found[str(weight.name)] = f"its {narrow} columns are fewer than a block of {scheme.block}"
+        else:
+            who = " and ".join(readers_of(weight)) or "nothing"
+            found[str(weight.name)] = f"no product reads it, but {who}"
+    return found
 
 
 def multiplied_in(model: ir.Model) -> set[object]:
@@ -139,7 +157,7 @@ def _tabled(weight: ir.Value, transposed: bool, scheme: Scheme, *, by_row: bool)
         hint = "leave --dtype out, or quantise to int4"
         raise PeftfxError("the operator that holds nf4 computes in fp32 alone", str(weight.name), hint)
     rows, columns = _size(weight, transposed)
-    once = _Once(lambda: round_table(read_weight(weight, transposed), "nf4", scheme.block, search=scheme.search), 2)
+    once = Once(lambda: round_table(read_weight(weight, transposed), "nf4", scheme.block, search=scheme.search), 2)
 
     def packed() -> Tensor:
         codes = torch.nn.functional.pad(once.take(0)[0], (0, rows * columns % 2))
@@ -165,7 +183,7 @@ class IntegerProduct(Product):
         self.scheme, self.kind, (self.out, self.columns) = scheme, weight.dtype, _size(weight, transposed)
         self.count = count = -(-self.columns // scheme.block)
         bits, options = scheme.bits, {"symmetric": scheme.symmetric, "search": scheme.search}
-        once = _Once(
+        once = Once(
             lambda: fitted or round_blocks(read_weight(weight, transposed), bits, scheme.block, **options),
             2 if scheme.symmetric else 3,
         )
@@ -230,21 +248,3 @@ def read_weight(weight: ir.Value, transposed: bool) -> Tensor:
     assert weight.const_value is not None
     value = value_of(weight.const_value)
     return value if transposed else value.T
-
-
-class _Once(Generic[Made]):
-    """What is written in several tensors is made once: they are written one after the other."""
-
-    def __init__(self, make: Callable[[], Made], count: int) -> None:
-        self.make, self.count = make, count
-        self.made: Made | None = None
-        self.left: set[int] = set()
-
-    def take(self, number: int) -> Made:
-        if self.made is None or number not in self.left:
-            self.made, self.left = self.make(), set(range(self.count))
-        made = self.made
-        self.left.discard(number)
-        if not self.left:
-            self.made = None
-        return made

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.errors import PeftfxError
-from peftfx.export.coded.rounded import columns_of, read_weight, roundable, rounded_rows
+from peftfx.export.coded.rounded import Choose, columns_of, read_weight, roundable, rounded_rows
 from peftfx.export.metadata import SOURCE
 from peftfx.export.rounding.calibrated import layer_at
 from peftfx.export.verification.agreement import LOGITS, divergence
@@ -90,8 +90,8 @@ def share_out(
     reference: Reference,
     feeds: Sequence[Tensors],
     schemes: Sequence[Scheme],
-) -> tuple[Callable[[object], Scheme | None], list[Share]]:
-    """How each weight is rounded, by where it comes from, and what each role got.
+) -> tuple[Choose, Choose, list[Share]]:
+    """How each weight is rounded, by where it comes from; which weights are in no role; what each role got.
 
     Args:
         limit: bytes of all weights.
@@ -128,7 +128,8 @@ def share_out(
         for weight, _ in roles[path].weights
     }
     shares = [_share(path, role, found[path], by_name, limit) for path, role in roles.items()]
-    return chosen.get, shares
+    known = {weight.meta.get(SOURCE) for role in roles.values() for weight, _ in role.weights}
+    return chosen.get, lambda source: None if source in known else schemes[0], shares
 
 
 def _roles(programs: Sequence[tuple[ir.Model, Sites]], schemes: Sequence[Scheme]) -> dict[str, _Role]:

@@ -152,6 +152,20 @@ def test_what_cannot_be_rounded_is_refused(
 
 
 @pytest.mark.slow
+def test_layers_that_a_format_has_no_codes_for_are_told(tmp_path: Path) -> None:
+    size = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    config = hf.MixtralConfig(**size, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
+    hf.MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    report = merge_directory(tmp_path / "base", tmp_path / "out", quantize="int4")
+    assert "a stack of weights" in report.left["model.layers.0.mlp.experts.gate_up_proj"]
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "model.layers.0.block_sparse_moe.experts.1.w2" in said["ignore"], "as the files name it"
+    hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=4)).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(PeftfxError, match="it is a Conv1D"):
+        merge_directory(tmp_path / "gpt2", tmp_path / "out2", quantize="int4")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantize", "package"), [("nf4", "bitsandbytes"), ("int4; int8@mlp.down", "compressed_tensors")]
 )

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 import transformers as hf
 from onnx import helper, numpy_helper
+from onnx_ir.tensor_adapters import TorchTensor
 from support.command import Result
 from support.quantised import BLOCK, pack, unpack
 from support.zoo import ZOO
@@ -18,8 +20,10 @@ from torch import Tensor, nn
 
 import peftfx as px
 from peftfx.errors import PeftfxError
+from peftfx.export.coded.rounded import left_out, quantize
+from peftfx.export.metadata import SOURCE
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.export_options.quantize import BITS, parse_schemes
+from peftfx.export_options.quantize import BITS, Scheme, parse_schemes
 from peftfx.quantisation.codes import TABLES
 from peftfx.quantisation.rounding import round_blocks, round_table
 
@@ -238,3 +242,38 @@ def test_schemes_by_role_and_zeros_of_their_own(tmp_path: Path) -> None:
 def test_a_scheme_that_makes_no_sense_is_one_message(text: str, what: str) -> None:
     with pytest.raises(PeftfxError, match=what):
         parse_schemes(text)
+
+
+def test_matrices_of_a_stack_are_rounded_one_by_one() -> None:
+    stack, x = torch.randn(3, 64, 48, generator=torch.Generator().manual_seed(0)), torch.ones(2, 64)
+    value = ir.Value(name="experts", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(stack.shape))
+    value.const_value = TorchTensor(stack, name="experts")
+    value.meta[SOURCE] = "base.experts"
+    given = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", 64]))
+    axes = ir.node("Constant", [], {"value_ints": [0]})
+    split = ir.node("Split", [value], {"axis": 0, "num_outputs": 3}, num_outputs=3)
+    cut = [ir.node("Squeeze", [piece, axes.outputs[0]]) for piece in split.outputs]
+    products = [ir.node("MatMul", [given, squeeze.outputs[0]]) for squeeze in cut]
+    total = ir.node("Sum", [product.outputs[0] for product in products])
+    nodes = [axes, split, *cut, *products, total]
+    graph = ir.Graph([given], total.outputs, nodes=nodes, initializers=[value], opset_imports={"": 21})
+    total.outputs[0].name = "y"
+    model = ir.Model(graph, ir_version=10)
+    assert sum(map(len, quantize(model, lambda source: Scheme("int8")).values())) == 3
+    assert left_out(model, lambda source: Scheme("int8")) == {}
+    assert "experts" not in graph.initializers
+    run = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    want = sum(x @ matrix for matrix in stack)
+    torch.testing.assert_close(torch.from_numpy(run.run(None, {"x": x.numpy()})[0]), want, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.slow
+def test_experts_are_rounded_and_what_is_not_is_told(tmp_path: Path) -> None:
+    size = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    config = hf.MixtralConfig(**size, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    report = px.export_onnx(hf.MixtralForCausalLM(config).eval(), tmp_path / "out", view="forward", quantize="int4")
+    assert len(report.quantized["model.onnx"]) == 4 + 1 + 8 + 1
+    assert report.left == {"model.onnx": {"model.embed_tokens.weight": "no product reads it, but Gather"}}
+    assert report.agreement["model"].kl < 0.01
+    assert "not quantised: model.embed_tokens.weight" in str(report)

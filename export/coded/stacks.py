@@ -1,0 +1,86 @@
+"""unstack: products with the matrices of a stack, as mixtures of experts have one, read each as a weight of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+
+from peftfx.export.coded.once import Once
+from peftfx.export.metadata import SOURCE
+from peftfx.export.translation.layout import value_of
+
+_MARK = "#"  #: between a stack's source and a matrix's number
+
+
+def stack_of(source: object) -> object:
+    """The source of the stack that a matrix is of; any other source as it is."""
+    return source.partition(_MARK)[0] if isinstance(source, str) else source
+
+
+def unstack(model: ir.Model, chosen: Callable[[object], bool]) -> None:
+    """Cut stacks [experts, in, out] whose matrices products read one by one.
+
+    Args:
+        model: its graph is changed; of a stack that is cut nothing is left.
+        chosen: which stacks, by where they come from.
+    """
+    for stack in list(model.graph.initializers.values()):
+        if not chosen(stack.meta.get(SOURCE)) or not isinstance(stack.meta.get(SOURCE), str):
+            continue
+        split = _split(stack)
+        if split is None:
+            continue
+        once = Once(functools.partial(value_of, stack.const_value), len(split.outputs))  # type: ignore[arg-type]
+        for number, piece in enumerate(split.outputs):
+            for squeeze in [use.node for use in piece.uses()]:
+                matrix = _matrix(stack, once, number)
+                model.graph.initializers[str(matrix.name)] = matrix
+                ir.convenience.replace_all_uses_with(squeeze.outputs[0], matrix)
+                model.graph.remove(squeeze, safe=True)
+        model.graph.remove(split, safe=True)
+        del model.graph.initializers[str(stack.name)]
+
+
+def _split(stack: ir.Value) -> ir.Node | None:
+    """The node that cuts a stack into matrices, if that is all that is done with it, and products alone read these."""
+    shape, uses = stack.shape, list(stack.uses())
+    if shape is None or len(shape) != 3 or len(uses) != 1 or stack.is_graph_input():
+        return None
+    node = uses[0].node
+    if node.op_type != "Split" or node.attributes.get_int("axis", 0) != 0 or len(node.outputs) != int(str(shape[0])):
+        return None
+    return node if all(_multiplied(piece) for piece in node.outputs) else None
+
+
+def _multiplied(piece: ir.Value) -> bool:
+    for squeeze in (use.node for use in piece.uses()):
+        axes = squeeze.inputs[1] if squeeze.op_type == "Squeeze" and len(squeeze.inputs) > 1 else None
+        known = None if axes is None else ir.convenience.get_const_tensor(axes)
+        if known is None or known.numpy().reshape(-1).tolist() != [0] or squeeze.outputs[0].is_graph_output():
+            return False
+        if not all(use.node.op_type == "MatMul" and use.idx == 1 for use in squeeze.outputs[0].uses()):
+            return False
+    return True
+
+
+def _matrix(stack: ir.Value, once: Once[torch.Tensor], number: int) -> ir.Value:
+    assert stack.shape is not None
+    assert stack.dtype is not None
+    name, shape = f"{stack.name}.{number}", ir.Shape(stack.shape.dims[1:])
+
+    def tensor() -> ir.TensorProtocol:
+        return TorchTensor(once.take(number)[number], name=name)
+
+    lazy = ir.LazyTensor(tensor, dtype=stack.dtype, shape=shape, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(stack.dtype), shape=shape, const_value=lazy)
+    value.meta[SOURCE] = f"{stack.meta[SOURCE]}{_MARK}{number}"
+    return value
+
+
+def readers_of(weight: ir.Value) -> Iterator[str]:
+    """The operators that read a weight, each once."""
+    yield from dict.fromkeys(use.node.op_type for use in weight.uses())
