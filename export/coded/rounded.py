@@ -20,7 +20,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.coded.once import Once
 from peftfx.export.coded.operators import Product, TableProduct
 from peftfx.export.coded.rows import CodedRows, CodedSum, coded_rows, codes_of_bytes, row_nodes
-from peftfx.export.coded.stacks import readers_of, stack_of, unstack
+from peftfx.export.coded.stacks import cut_stacks, readers_of, stack_of
 from peftfx.export.metadata import SOURCE
 from peftfx.export.translation.layout import name_apart, value_of
 from peftfx.export.writing.readers import DOMAIN, Lookup, Reader, lookups, readers
@@ -52,7 +52,7 @@ def quantize(
     that something else reads too stays for that. Adapters that are apart, and weights narrower than a block, stay as
     they are.
     """
-    unstack(model, lambda source: choose(source) is not None)
+    cut_stacks(model, lambda source: choose(source) is not None)
     done, looked_up = dict[str, list[str]](), False
     for weight in list(model.graph.initializers.values()):
         source = weight.meta.get(SOURCE)

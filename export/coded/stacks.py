@@ -1,4 +1,4 @@
-"""unstack: products with the matrices of a stack, as mixtures of experts have one, read each as a weight of its own."""
+"""cut_stacks: matrices of a stack, as mixtures of experts have one, that products read become weights of their own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def stack_of(source: object) -> object:
     return source.partition(_MARK)[0] if isinstance(source, str) else source
 
 
-def unstack(model: ir.Model, chosen: Callable[[object], bool]) -> None:
+def cut_stacks(model: ir.Model, chosen: Callable[[object], bool]) -> None:
     """Cut stacks [experts, in, out] whose matrices products read one by one.
 
     Args:
