@@ -11,7 +11,7 @@ from torch import fx
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.placement import Placement, WeightPlacement
 from peftfx.errors import PeftfxError
-from peftfx.generation.invocation import _IDS, ACTIVE, OFFSETS, active
+from peftfx.generation.invocation import ACTIVE, OFFSETS, TOKEN_IDS, active
 from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.graph.rewriter import REGION, REPLACES, Cursor, Rewriter
 from peftfx.passes.base import Region, attributes_of, fake_like, results
@@ -81,16 +81,16 @@ class Splicer:
         if tokens and tokens not in self.invocations:
             inputs = [node for node in self.rewriter.graph.nodes if node.op == "placeholder"]
             named = {spec.name: node for spec, node in zip(self.graph.inputs, inputs, strict=True)}
-            if _IDS not in named:
+            if TOKEN_IDS not in named:
                 what = "an aLoRA acts behind its invocation tokens, and no input_ids reach this graph"
                 raise PeftfxError(what, placement.site.path, "give inputs= with input_ids, in place of embeddings")
-            ids, offsets = named[_IDS], named.get(OFFSETS)
+            ids, offsets = named[TOKEN_IDS], named.get(OFFSETS)
             if offsets is not None and not offsets.users:  # nothing has said yet that it is as long as the batch
                 self.rewriter.revalue(offsets, ids.meta["val"][:, 0])
             first = next(n for n in self.rewriter.graph.nodes if n.op not in ("placeholder", "get_attr"))
             function = functools.partial(active, tokens=tokens)
             self.invocations[tokens] = self.rewriter.before(first, region=region).trace(
-                function, ids, offsets, key=("active", tokens), what=ACTIVE, where=_IDS
+                function, ids, offsets, key=("active", tokens), what=ACTIVE, where=TOKEN_IDS
             )
         return {ACTIVE: self.invocations[tokens]} if tokens else {}
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from peftfx.demo.classifier import Classifier, accuracy, evaluate_classifier, latency, train_classifier
-from peftfx.demo.report import _APART, DemoResult, print_demo_report
+from peftfx.demo.report import APART_DIRECTORY, DemoResult, print_demo_report
 from peftfx.demo.topics import TOPICS, batches, load_split
 from peftfx.errors import PeftfxError
 from peftfx.export.command import export_directory
@@ -150,7 +150,7 @@ def find_encoder() -> Path:
 
 def _refuse_foreign(output: Path) -> None:
     """`force` is for replacing an earlier demo, not somebody's files."""
-    own = {*PARTS, _APART}
+    own = {*PARTS, APART_DIRECTORY}
     others = sorted({p.name for p in output.iterdir()} - own) if output.is_dir() else []
     if others:
         raise PeftfxError(f"this directory has other things in it: {others[0]}", str(output), "choose another --output")

@@ -27,7 +27,7 @@ from peftfx.bases.gguf import unpack
 from peftfx.bases.load import load_base
 from peftfx.contract.method import Method
 from peftfx.demo.demo import is_demo, quiet_libraries
-from peftfx.demo.language import _BATCH, continue_prompt, fine_tune, perplexity, start_from_text
+from peftfx.demo.language import FINE_TUNE_BATCH, continue_prompt, fine_tune, perplexity, start_from_text
 from peftfx.demo.passages import Passages, load_passages
 from peftfx.demo.report import print_next
 from peftfx.errors import PeftfxError
@@ -128,7 +128,7 @@ def run_generation(
         unpack(source, place / "base")
         tokenizer = AutoTokenizer.from_pretrained(place / "base", local_files_only=True)
         found = load_passages(tokenizer, LENGTH)
-        passages = Passages(found.train[: steps * _BATCH], found.held_out[:windows])
+        passages = Passages(found.train[: steps * FINE_TUNE_BATCH], found.held_out[:windows])
         adapted = bare(load_base(place / "base"))
         before = perplexity(lambda ids: adapted(input_ids=ids).logits, passages.held_out)
         say(f"perplexity of {passages.held_out.numel()} held-out tokens: {before:.2f}")

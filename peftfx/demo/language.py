@@ -15,13 +15,13 @@ from peftfx.caches.cache import held
 from peftfx.demo.bar import training_bar
 from peftfx.model.adapted import AdaptedModel
 
-_BATCH, WARM_UP = 2, 3
+FINE_TUNE_BATCH, WARM_UP = 2, 3
 
 
 def fine_tune(adapted: AdaptedModel, rate: float, windows: Tensor) -> float:
     """A plain loop: AdamW on what requires a gradient, warm-up, linear decay; a bar. Returns seconds for a step."""
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-    batches = windows.split(_BATCH)
+    batches = windows.split(FINE_TUNE_BATCH)
     decay = len(batches) + 1
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / WARM_UP, 1 - s / decay))
     seconds = []
@@ -52,7 +52,7 @@ def start_from_text(adapted: AdaptedModel, tokens: Tensor) -> None:
 def perplexity(logits: Callable[[Tensor], Tensor], windows: Tensor) -> float:
     """The exponential of the mean loss of every token of the windows but the first, each after what is before it."""
     total = 0.0
-    for ids in windows.split(_BATCH):
+    for ids in windows.split(FINE_TUNE_BATCH):
         shown = logits(ids)[:, -ids.shape[1] : -1]  # ahead of the text there may be virtual tokens
         total += float(nn.functional.cross_entropy(shown.transpose(1, 2), ids[:, 1:], reduction="sum"))
     return math.exp(total / windows[:, 1:].numel())

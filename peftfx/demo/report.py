@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_APART = "onnx-apart"  #: where the last of the commands to try next writes, in the demo's directory
+APART_DIRECTORY = "onnx-apart"  #: where the last of the commands to try next writes, in the demo's directory
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def print_next(commands: Iterable[str], console: Console) -> None:
 
 def next_commands(output: Path) -> tuple[str, ...]:
     """Commands that work on what the demo left behind: where adapters can act, and the adapter kept apart."""
-    base, adapter, apart = (shlex.quote(str(output / part)) for part in ("base", "adapter", _APART))
+    base, adapter, apart = (shlex.quote(str(output / part)) for part in ("base", "adapter", APART_DIRECTORY))
     return (
         f"peftfx inspect {base}",
         f"peftfx export --base {base} --adapter {adapter} --no-merge --output {apart}",

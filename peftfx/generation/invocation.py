@@ -19,7 +19,7 @@ from peftfx.errors import PeftfxError, shown
 from peftfx.views.decode import Decode
 from peftfx.views.view import Axes
 
-_IDS, OFFSETS, ACTIVE = "input_ids", "alora_offsets", "active"
+TOKEN_IDS, OFFSETS, ACTIVE = "input_ids", "alora_offsets", "active"
 INVOCATION_KEY = "peftfx.invocation"  #: metadata key of an exported model: the tokens behind which its adapters act
 Invocations = tuple[tuple[int, ...], ...]
 
@@ -86,7 +86,7 @@ def as_offsets(value: object, ids: Tensor) -> Tensor:
 
 def invoked(inputs: Mapping[str, Tensor], invocations: Invocations, seed: int = 0) -> dict[str, Tensor]:
     """Inputs of a call with an invocation in some of its rows, wherever one has room: without, no adapter would act."""
-    ids = inputs.get(_IDS)
+    ids = inputs.get(TOKEN_IDS)
     if ids is None or ids.ndim != 2:
         return dict(inputs)
     made, length = ids.clone(), ids.shape[1]
@@ -95,7 +95,7 @@ def invoked(inputs: Mapping[str, Tensor], invocations: Invocations, seed: int = 
         for row in range(i, len(made), max(2, len(invocations) + 1)) if room > 0 else ():
             at = (seed + row) % room
             made[row, at : at + len(tokens)] = torch.tensor(tokens)
-    return {**inputs, _IDS: made}
+    return {**inputs, TOKEN_IDS: made}
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class InvokedDecode(Decode):
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         made = invoked(super().inputs(base, sizes=sizes, seed=seed), self.invocations, seed)
-        batch, length = made[_IDS].shape
+        batch, length = made[TOKEN_IDS].shape
         return {**made, OFFSETS: (torch.arange(batch) + seed) % 3 * length // 2}
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def with_offsets(view: object, args: Sequence[object], options: Mapping[str, obj
     """Options of `generate`, with where the rows of its prompt invoke the adapters of a view, if that is not told."""
     if not isinstance(view, InvokedDecode) or options.get(OFFSETS) is not None:
         return dict(options)
-    ids = args[0] if args else options.get(_IDS, options.get("inputs"))
+    ids = args[0] if args else options.get(TOKEN_IDS, options.get("inputs"))
     found = [offsets_of(ids, tokens) for tokens in view.invocations] if isinstance(ids, Tensor) else []
     return {**options, OFFSETS: found[0]} if found else dict(options)
 

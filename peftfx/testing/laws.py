@@ -77,11 +77,11 @@ class Law:
 
 
 LAWS = (
-    Law(statements._identity, 20),
+    Law(statements.neutral, 20),
     Law(arithmetic.fold, 60, (WeightMethod,)),
     Law(arithmetic.update, 30, (WeightMethod,)),
     Law(prompts.saved, 15, (SequenceMethod,)),
-    Law(statements._merge, 30, _ALL),
+    Law(statements.merge, 30, _ALL),
     Law(statements.merge_in_place, 12, _ALL),
     Law(statements.remove, 20, _ALL),
     Law(statements.remove_one, 12),

@@ -30,7 +30,7 @@ from peftfx.testing.setup import LOOSE, adapt, assert_close, assert_untouched, b
 
 
 @torch.no_grad()
-def _identity(case: Case, method: Method) -> None:
+def neutral(case: Case, method: Method) -> None:
     """An adapter that was just made changes no output, unless its method says so."""
     if not method.neutral:
         return
@@ -41,7 +41,7 @@ def _identity(case: Case, method: Method) -> None:
 
 
 @torch.no_grad()
-def _merge(case: Case, method: Method) -> None:
+def merge(case: Case, method: Method) -> None:
     """The merged graph is the adapted graph, reads no adapter but its overrides, and merging touches no weight."""
     adapted, before = adapt(case, method), snapshot(captured(case.spec).model)
     inputs = tuple(case.inputs().values())

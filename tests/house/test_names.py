@@ -45,3 +45,17 @@ def test_no_public_name_is_defined_in_two_modules() -> None:
     twice = {name: sorted(found) for name, found in modules.items() if len(found) > 1}
     assert {n: f for n, f in twice.items() if n not in EXCEPTIONS} == {}
     assert {*twice} == EXCEPTIONS  # an exception that nothing needs goes
+
+
+def test_no_module_imports_anothers_private_names() -> None:
+    """A name with an underscore is its own module's."""
+    taken = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {alias.name}"
+        for folder in PACKAGES.values()
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peftfx")
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert taken == []

@@ -35,9 +35,9 @@ ATTENDING = Case(Text((AttentionBlock(), AttentionBlock("softmax", "heads"))), b
 PROMPTED = Case(Causal(()), batch=3, sequence=4)
 
 BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod | SequenceMethod]], ...] = (
-    (laws._identity, wrong.StartsAtRandom),
+    (laws.neutral, wrong.StartsAtRandom),
     (arithmetic.fold, wrong.ForgetsTheBias),
-    (laws._merge, wrong.FoldsInPlace),
+    (laws.merge, wrong.FoldsInPlace),
     (laws.merge_in_place, wrong.ForgetsTheBias),
     (laws.remove, wrong.MovesTheBase),
     (laws.idempotence, wrong.IgnoresTheSeed),
@@ -49,8 +49,8 @@ BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod | S
     (laws.sizes, wrong.LooksAtTheBatch),
     (laws.onnx, wrong.IsNoisyInEval),
     (laws.roads, wrong.LooksAtTheTrace),
-    (laws._identity, wrong.StartsWithAnOpenGate),
-    (laws._merge, wrong.PromptsAtRandom),
+    (laws.neutral, wrong.StartsWithAnOpenGate),
+    (laws.merge, wrong.PromptsAtRandom),
     (laws.remove, wrong.ScalesTheKeys),
     (laws.idempotence, wrong.DrawsForItself),
     (laws.commute, wrong.CountsAttentions),
@@ -60,7 +60,7 @@ BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod | S
     (laws.onnx, wrong.PromptsAtRandom),
     (law_prompts.saved, wrong.SaysAnotherShape),
     (law_prompts.saved, wrong.ScalesWhatIsSaved),
-    (laws._merge, wrong.WordsAtRandom),
+    (laws.merge, wrong.WordsAtRandom),
     (laws.remove, wrong.ScalesTheEmbedding),
     (laws.idempotence, wrong.DrawsItsOwnWords),
     (law_frame.gradients, wrong.DetachesItsWords),

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from peftfx.method import Base, Op, Params, Rows, WeightMethod
+from peftfx.method import Base, Op, Params, Rows, WeightMethod, adapter_dtype
 from peftfx.sites import Site
 from peftfx.vectors import row_index
 
@@ -23,7 +23,7 @@ class RowScale(WeightMethod):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
-        return {"scale": torch.ones_like(base.weight[:, 0])}
+        return {"scale": torch.ones_like(base.weight[:, 0], dtype=adapter_dtype(base.weight.dtype))}
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         return (y * p["scale"]).to(y.dtype)
@@ -36,7 +36,7 @@ class RowScale(WeightMethod):
         return {"scale": "row_scale"}
 
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[RowScale, dict[str, Tensor]]:
-        scale = torch.ones_like(base.weight[:, 0])
+        scale = torch.ones_like(base.weight[:, 0], dtype=adapter_dtype(base.weight.dtype))
         for rows, p in parts.items():
             scale[row_index(rows)] = p["scale"].detach().to(scale.dtype)
         return self, {"scale": scale}
