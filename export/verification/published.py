@@ -45,7 +45,8 @@ def on_output(method: WeightMethod, p: Params, kind: str) -> OnOutput | None:
     if isinstance(method, IA3) and not method.feedforward:
         return lambda x, y: (y * p["ia3_l"].flatten()).to(y.dtype)
     if isinstance(method, LoRA) and not method.use_dora and "lora_A0" not in p:
-        a, b, bias, s = p["lora_A"], p["lora_B"], p.get("lora_B_bias"), _scaling(method)
+        a, b = _factors(method, p)
+        bias, s = p.get("lora_B_bias"), _scaling(method)
         if kind == "embedding":
             return lambda x, y: (y + s * (F.embedding(x, a.T) @ b.T)).to(y.dtype)
         return lambda x, y: (y + s * F.linear(F.linear(x.to(a.dtype), a), b, bias)).to(y.dtype)
@@ -86,7 +87,7 @@ def on_weight(method: WeightMethod, start: Base, under: Base, p: Params, kind: s
 def _low_rank(method: LoRA, start: Base, under: Base, p: Params, kind: str, groups: int) -> Base:
     """LoRA's update; DoRA's norm is of the weight at the start with it, and scales all that is there but a bias."""
     s, bias = _scaling(method), under.bias
-    update = _product(p["lora_A"], p["lora_B"], kind, groups)
+    update = _product(*_factors(method, p), kind, groups)
     if "lora_A0" in p:
         update = update - _product(p["lora_A0"], p["lora_B0"], kind, groups)
     weight = _dense(under.weight, update) + s * update
@@ -100,6 +101,16 @@ def _low_rank(method: LoRA, start: Base, under: Base, p: Params, kind: str, grou
             of_adapters = bias if start.bias is None else bias - start.bias
             bias = bias + (gains - 1) * of_adapters
     return Base(weight, bias if added is None else added if bias is None else bias + added)
+
+
+def _factors(method: LoRA, p: Params) -> tuple[Tensor, Tensor]:
+    """A and B; of BD-LoRA the blocks of one of them on a diagonal, and of KaSA the diagonal in A."""
+    a, b, bd = p["lora_A"], p["lora_B"], method.use_bdlora or {}
+    if bd.get("target_modules_bd_a"):
+        a = torch.block_diag(*a.chunk(int(str(bd.get("nblocks", 1)))))
+    if bd.get("target_modules_bd_b"):
+        b = torch.block_diag(*b.chunk(int(str(bd.get("nblocks", 1)))))
+    return (torch.diag(p["lora_diag"]) @ a if "lora_diag" in p else a), b
 
 
 def _scaling(method: LoRA) -> float:

@@ -112,7 +112,14 @@ def as_single_file(adapter: Adapter, how: str, prefix: str) -> dict[str, Tensor]
     for placement in adapter.placements:
         at, method = placement.on_weight, placement.method
         p = {} if at is None else adapter.params(at)
-        if at is None or at.part or not isinstance(method, LoRA) or p.keys() != {"lora_A", "lora_B"} or method.use_dora:
+        if (
+            at is None
+            or at.part
+            or not isinstance(method, LoRA)
+            or p.keys() != {"lora_A", "lora_B"}
+            or method.use_dora
+            or method.use_bdlora
+        ):
             what = f"a single file holds plain LoRAs of whole layers, and no {type(method).__name__} as this one"
             raise PeftfxError(what, placement.site.path, "convert the adapter to a LoRA first")
         if at.site.kind not in ("linear", "conv"):

@@ -57,14 +57,11 @@ def where_active(change: Tensor, acts: Tensor) -> Tensor:
     return torch.where(acts, change, 0)
 
 
-def refuse_beside(tokens: Sequence[int], *, dora: bool, moved: bool) -> None:
-    """Refuse an invocation without tokens, and what acts on all tokens beside one that does not."""
+def refuse_no_tokens(tokens: Sequence[int]) -> None:
+    """Refuse an invocation without tokens."""
     option, hint = "alora_invocation_tokens", "give the tokens of the invocation: tokenizer.encode(...)"
     if not tokens or min(tokens) < 0:
         raise PeftfxError("an aLoRA needs one token or more, each from 0", option, hint)
-    if dora or moved:
-        what = "DoRA's magnitudes scale" if dora else "a start from the weight (PiSSA, OLoRA) changes"
-        raise PeftfxError(f"{what} all tokens, and an aLoRA acts on some", option, "leave one of the two out")
 
 
 def as_offsets(value: object, ids: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ magnitude: `g (W + s B A) x + b` with `g = m / ||W + s B A||`, the norm held con
 
 PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from factors of `W` itself. HF PEFT moves these factors out
 of the base weight when it loads; here the base stays as it is, and the update is `s (B A - B0 A0)` with `A0`, `B0` the
-factors at the start.
+factors at the start. So is what KaSA leaves out of it (arXiv:2412.06071), whose update is `s B diag(d) A`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,20 @@ from peftfx.contract.broadcast import adapter_dtype, along_channels, along_rows
 from peftfx.contract.combination import Combination
 from peftfx.contract.common.dora import gain, row_norms
 from peftfx.contract.common.experts import fill_experts, of_experts, refuse_on_parameters
-from peftfx.contract.common.lora_factors import A0, B0, B_BIAS, MAGNITUDE, A, B, joined, stacked_factors
+from peftfx.contract.common.lora_factors import (
+    A0,
+    B0,
+    B_BIAS,
+    DIAG,
+    MAGNITUDE,
+    A,
+    B,
+    Blocks,
+    dropped_part,
+    joined,
+    set_out,
+    stacked_factors,
+)
 from peftfx.contract.common.lora_init import (
     REFUSED,
     doubt_of,
@@ -37,6 +50,7 @@ from peftfx.contract.common.lora_init import (
     known_start,
     minor_of,
     obstacle_of,
+    refuse_together,
     starts_from_weight,
 )
 from peftfx.contract.common.low_rank import check_options, dense, padding_in_peft, product, summed, weighted_sum
@@ -45,12 +59,12 @@ from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.update import Update
 from peftfx.contract.weight import Weighted, WeightMethod
 from peftfx.errors import PeftfxError
-from peftfx.generation.invocation import ACTIVE, refuse_beside, where_active
+from peftfx.generation.invocation import ACTIVE, refuse_no_tokens, where_active
 from peftfx.sites.blocks import Rows
 from peftfx.sites.expression import ends_with
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Site
 
-_AT_LAYERS = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora")
+_AT_LAYERS = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "use_bdlora", "kasa_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +87,9 @@ class LoRA(WeightMethod):
             (`experts.down_proj`), or a layer's `weight`. They come on top of the other targets.
         trainable_token_indices: tokens whose rows of the token embedding are trained, or the tokens of each embedding
             by its path; see `TrainableTokens`.
+        use_bdlora: HF PEFT's `BdLoraConfig`, as a dict: a factor that is blocks on a diagonal, by patterns of paths.
+        kasa_config: HF PEFT's `KasaConfig`, as a dict: the `r` smallest singular values of the weight are left out, and
+            a trained diagonal is between the factors. Its losses are the user's to add, as in HF PEFT.
         alora_invocation_tokens: act from the last of these tokens in a row's text on, and not before (aLoRA,
             arXiv:2504.12397). What is ahead is the base's, and so is its cache. Of linear layers in causal models.
     """
@@ -91,6 +108,8 @@ class LoRA(WeightMethod):
     target_parameters: Sequence[str] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     alora_invocation_tokens: Sequence[int] | None = None
+    use_bdlora: Mapping[str, object] | None = None
+    kasa_config: Mapping[str, object] | None = None
 
     peft_type: ClassVar[str] = "LORA"
     kinds: ClassVar[frozenset[str]] = frozenset({*WEIGHT_KINDS, EXPERTS})
@@ -105,12 +124,16 @@ class LoRA(WeightMethod):
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "LoRA(r=8)")
         check_options(self, self.lora_dropout, self.bias)
         object.__setattr__(self, "init_lora_weights", known_start(self.init_lora_weights))
+        refuse_together(self.use_dora, self.alora_invocation_tokens, self.use_bdlora, self.kasa_config)
+        if self._linear_alone and self.init_lora_weights not in (True, False, "gaussian"):
+            what = f"{self.init_lora_weights!r} is no start of a variant of LoRA that acts at linear layers alone"
+            raise PeftfxError(what, "init_lora_weights", "True, False or 'gaussian'")
         if self.alora_invocation_tokens is not None:
-            refuse_beside(self.invoked_by, dora=self.use_dora, moved=starts_from_weight(self.init_lora_weights))
+            refuse_no_tokens(self.invoked_by)
 
     @property
     def neutral(self) -> bool:
-        return self.init_lora_weights is not False
+        return self.init_lora_weights is not False and self.kasa_config is None
 
     @property
     def dropout(self) -> float:
@@ -121,7 +144,17 @@ class LoRA(WeightMethod):
         return tuple(self.alora_invocation_tokens or ())
 
     def acts_at(self, site: Site) -> bool:
-        return super().acts_at(site) and (site.kind == "linear" or not self.invoked_by)
+        return super().acts_at(site) and (site.kind == "linear" or not self._linear_alone)
+
+    @property
+    def _linear_alone(self) -> bool:
+        """Whether it is a variant that acts at linear layers alone."""
+        return any(given is not None for given in (self.alora_invocation_tokens, self.use_bdlora, self.kasa_config))
+
+    @property
+    def _blocks(self) -> Blocks | None:
+        """Which factor is blocks, where it is the method of one site."""
+        return Blocks.at(self.use_bdlora, "")
 
     @property
     def unfoldable(self) -> str:
@@ -129,7 +162,7 @@ class LoRA(WeightMethod):
 
     @property
     def attention_rank(self) -> int | None:
-        return None if self.use_dora else self.r
+        return None if self.use_dora or self._linear_alone else self.r
 
     def at(self, site: Site) -> LoRA:
         """With the rank and alpha that the patterns give this site.
@@ -141,7 +174,9 @@ class LoRA(WeightMethod):
             refuse_on_parameters(site, self._only_at_layers())
         r = int(by_path(self.rank_pattern, "rank_pattern", site.path, self.r))
         alpha = by_path(self.alpha_pattern, "alpha_pattern", site.path, self.lora_alpha)
-        return dataclasses.replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
+        blocks = Blocks.at(self.use_bdlora, site.path)
+        own = None if blocks is None else blocks.config()
+        return dataclasses.replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={}, use_bdlora=own)
 
     def _only_at_layers(self) -> list[str]:
         """The options that HF PEFT has for layers and not for parameters, of those that are set."""
@@ -174,12 +209,15 @@ class LoRA(WeightMethod):
             names[B_BIAS] = "lora_B.bias"
         if self.use_dora:
             names[MAGNITUDE] = "lora_magnitude_vector"
+        if self.kasa_config is not None:
+            names[DIAG] = "lora_diag"
         return names
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         r, weight = self.r, base.weight
         if not self.acts_at(site):
-            raise PeftfxError(f"an aLoRA acts at linear layers, not at a {site.kind}", site.path, "exclude this module")
+            what = f"this variant of LoRA acts at linear layers, not at a {site.kind}"
+            raise PeftfxError(what, site.path, "exclude this module")
         if site.kind == EXPERTS:
             return self._init_experts(site, weight, rng)
         if site.groups > 1 and r % site.groups:
@@ -202,7 +240,14 @@ class LoRA(WeightMethod):
         elif self.init_lora_weights == "mica" and site.kind == "linear":
             p[B] = minor_of(site, weight.float(), r).to(p[B].dtype)
         else:
+            if self._blocks is not None:
+                rows, columns = p[self._blocks.factor].shape
+                p[self._blocks.factor] = new(self._blocks.shape(rows, columns, site.path))
             fill_factors(self.init_lora_weights, site, p[A], p[B], rng)
+        if self.kasa_config is not None:
+            a0, b0 = dropped_part(weight.float(), r, site.path)
+            p |= {A0: a0.to(p[A].dtype), B0: (b0 / self.scaling).to(p[A].dtype)}
+            p[DIAG] = p[A].new_empty(r).normal_(generator=rng)
         if self.lora_bias:
             p[B_BIAS] = new(out)
         if self.use_dora:
@@ -217,6 +262,7 @@ class LoRA(WeightMethod):
         return p
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        p = set_out(p, self._blocks)
         drops = training and self.lora_dropout > 0 and site.kind != "embedding"
         dropped = F.dropout(x, self.lora_dropout, training=True) if drops else x
         delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS))
@@ -265,6 +311,7 @@ class LoRA(WeightMethod):
 
     def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
         """As in HF PEFT, DoRA's norm is that of the base with its own update alone, and scales all that is there."""
+        p = set_out(p, self._blocks)
         weight = self._updated(site, under.weight, p)
         if not self.use_dora:
             return Base(weight, self._bias(under.bias, None, p))
@@ -289,7 +336,7 @@ class LoRA(WeightMethod):
         if site.kind == EXPERTS:
             what = "LoRA on experts' weights cannot be put into a running graph"
             raise PeftfxError(what, site.path, "export the adapter merged")
-        q = {name: t.float() for name, t in p.items()}
+        q = set_out({name: t.float() for name, t in p.items()}, self._blocks)
         both, gains = (joined(q) if A0 in q else q), None
         b = self.scaling * dense(both[B], site.groups).flatten(1)
         if self.use_dora:
@@ -335,6 +382,8 @@ class LoRA(WeightMethod):
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[LoRA, dict[str, Tensor]]:
         """Alpha grows with the rank so that the scale stays what it is."""
+        if self._linear_alone and not self.invoked_by:
+            return super().whole(site, base, parts)  # type: ignore[return-value]
         if any(A0 in q for q in parts.values()):
             return self._plain(parts.values()).whole(site, base, {rows: joined(q) for rows, q in parts.items()})
         count = len(parts)
@@ -362,13 +411,16 @@ class LoRA(WeightMethod):
                 )
             scales.append(method.scaling)
             both.append(weight * method.scaling)
-            params.append(joined(p) if A0 in p else dict(p))
+            q = set_out(p, method._blocks)
+            params.append(joined(q) if A0 in q else dict(q))
         a, b = summed(site, how, [w.weight for w in given], scales, [(p[A], p[B]) for p in params])
         biased = [(s, p[B_BIAS]) for s, p in zip(both, params, strict=True) if B_BIAS in p]
         new = {A: a, B: b} | ({B_BIAS: weighted_sum(*zip(*biased, strict=True))} if biased else {})
         first = given[0].method
         assert isinstance(first, LoRA)
-        plain = dataclasses.replace(first, use_rslora=False, init_lora_weights=True, bias="none")
+        plain = dataclasses.replace(
+            first, use_rslora=False, init_lora_weights=True, bias="none", use_bdlora=None, kasa_config=None
+        )
         r = len(a) // (site.shape[0] if site.kind == EXPERTS else 1)
         return dataclasses.replace(plain, r=r, lora_alpha=r, lora_bias=bool(biased)), new
 

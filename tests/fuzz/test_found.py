@@ -50,7 +50,7 @@ FIELDS: Mapping[str, tuple[str, str, object, str]] = {
     "adapter_layers": ("adaption", "adapter_layers", 0.5, "the wrong type: adapter_layers"),
     "infinity": ("lora", "lora_alpha", float("inf"), "the wrong type: lora_alpha"),
     "depth": ("lora", "rank_pattern", deep(110), "nested too deeply"),
-    "a variant that an empty object turns on": ("lora", "kasa_config", {}, "does not support kasa_config"),
+    "a variant that an empty object turns on": ("lora", "velora_config", {}, "does not support velora_config"),
 }
 RULES: Mapping[str, tuple[str, str]] = {
     "a list as a key": ("lora(r={[]:1})", "not a Python literal"),

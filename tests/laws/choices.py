@@ -14,6 +14,7 @@ CHOICES: Mapping[str, Choices] = {
     "LORA": {
         "init_lora_weights": (True, False, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal", "mica"),
         "alora_invocation_tokens": (None,),  # of text; tests/method_table/test_alora.py
+        **dict.fromkeys(("use_bdlora", "kasa_config"), (None,)),  # of linear layers; tests/method_table/variants.py
         "rank_pattern": ({}, {"words": 4, "head": 4, r"blocks\.0\.\w+": 4}),
         "alpha_pattern": ({}, {"0": 5.0, "o|up|conv": 3.0}),
     },

@@ -126,8 +126,8 @@ def test_what_cannot_be_is_refused(ours: AdaptedModel) -> None:
         ours(input_ids=IDS, alora_offsets=[1])
     for options, what in (
         ({"alora_invocation_tokens": []}, "one token or more"),
-        ({"alora_invocation_tokens": [1], "use_dora": True}, "DoRA's magnitudes scale all tokens"),
-        ({"alora_invocation_tokens": [1], "init_lora_weights": "pissa"}, "a start from the weight"),
+        ({"alora_invocation_tokens": [1], "use_dora": True}, "variants of LoRA of which a rule has one"),
+        ({"alora_invocation_tokens": [1], "init_lora_weights": "pissa"}, "is no start of a variant"),
     ):
         with pytest.raises(PeftfxError, match=what):
             peftfx.LoRA(**options)

@@ -69,9 +69,8 @@ VARIANTS = (
         "GPTQ layers",
     ),
     Variant(
-        *("KaSA", {"kasa_config": {}}, "refused"),
-        "refused: it cuts the base's weights, and its file does not say how",
-        "cuts the base's weights",
+        *("KaSA", {"kasa_config": {}}, "works"),
+        f"{_EQUAL}; what it leaves out of the weights is found again",
     ),
     Variant(
         *("VeLoRA", {"velora_config": {"num_groups": 2, "init_type": "random"}}, "refused"),
@@ -84,9 +83,8 @@ VARIANTS = (
         "draws its factors",
     ),
     Variant(
-        *("BD-LoRA", {"use_bdlora": {"target_modules_bd_a": ["lin0"], "match_strict": False}}, "refused"),
-        "refused: its factors are blocks on a diagonal; HF PEFT converts or merges it",
-        "blocks on a diagonal",
+        *("BD-LoRA", {"use_bdlora": {"target_modules_bd_a": [".q"], "match_strict": False, "nblocks": 2}}, "works"),
+        _EQUAL,
     ),
     Variant(
         *("layer replication", {"layer_replication": [[0, 1], [0, 2]]}, "refused"),

@@ -1,8 +1,9 @@
-"""LoRA's factors by their names: joined with those of the start, and stacked for a fused site."""
+"""LoRA's factors by their names: set out, joined with those of the start, and stacked for a fused site."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +12,86 @@ from peftfx.contract.broadcast import row_index
 from peftfx.contract.common.dora import row_norms
 from peftfx.contract.common.experts import of_parts
 from peftfx.contract.method import Params
+from peftfx.errors import PeftfxError, shown
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import EXPERTS, Site
 
 A, B, MAGNITUDE, B_BIAS = "lora_A", "lora_B", "lora_magnitude_vector", "lora_B_bias"
 A0, B0 = "lora_A0", "lora_B0"
+DIAG = "lora_diag"  #: KaSA's diagonal between the factors
+
+
+class Blocks(NamedTuple):
+    """BD-LoRA: which factor is blocks on a diagonal, kept one below the other, and how many they are."""
+
+    factor: str
+    number: int
+
+    @staticmethod
+    def at(config: Mapping[str, object] | None, path: str) -> Blocks | None:
+        """What HF PEFT's config says of the layer at a path: a pattern is found anywhere in it.
+
+        Raises:
+            PeftfxError: it says both factors, or none where each layer must have one, or no number of blocks.
+        """
+        if config is None:
+            return None
+        patterns = {A: config.get("target_modules_bd_a"), B: config.get("target_modules_bd_b")}
+        found = [factor for factor, given in patterns.items() if any(str(text) in path for text in _listed(given))]
+        count = config.get("nblocks", 1)
+        if len(found) > 1 or (not found and config.get("match_strict", True)):
+            what = f"BD-LoRA's patterns name {'both factors' if found else 'no factor'} of this layer"
+            raise PeftfxError(what, path, "one of target_modules_bd_a, target_modules_bd_b; or match_strict=False")
+        if not isinstance(count, int) or count < 1:
+            raise PeftfxError(f"not a number of blocks: {shown(count)}", "use_bdlora: nblocks", "1 or more")
+        return Blocks(found[0], count) if found else None
+
+    def config(self) -> dict[str, object]:
+        """HF PEFT's config of a layer that has these."""
+        return {"target_modules_bd_a" if self.factor == A else "target_modules_bd_b": [""], "nblocks": self.number}
+
+    def shape(self, rows: int, columns: int, where: str) -> tuple[int, int]:
+        """Of the blocks of a factor of this shape, one below the other.
+
+        Raises:
+            PeftfxError: it is not cut into so many.
+        """
+        if rows % self.number or columns % self.number:
+            what = f"{self.number} blocks do not divide a factor of {rows} x {columns}"
+            raise PeftfxError(what, where, "a divisor of the rank and of the layer's size as nblocks")
+        return rows, columns // self.number
+
+    def set_out(self, blocks: Tensor) -> Tensor:
+        """The whole factor."""
+        each = blocks.unflatten(0, (self.number, -1))  # [blocks, rows, columns]
+        eye = torch.eye(self.number, dtype=blocks.dtype, device=blocks.device)
+        return (each[:, :, None] * eye[:, None, :, None]).flatten(2).flatten(0, 1)
+
+
+def _listed(given: object) -> Sequence[object]:
+    return given if isinstance(given, list | tuple) else ()
+
+
+def set_out(p: Params, blocks: Blocks | None) -> Params:
+    """Parameters as a plain LoRA has them: blocks on their diagonal, and a diagonal multiplied into A."""
+    if blocks is not None:
+        p = {**p, blocks.factor: blocks.set_out(p[blocks.factor])}
+    if DIAG in p:
+        p = {name: t * p[DIAG][:, None] if name == A else t for name, t in p.items() if name != DIAG}
+    return p
+
+
+def dropped_part(weight: Tensor, r: int, where: str) -> tuple[Tensor, Tensor]:
+    """KaSA: factors of what a weight has of its smallest singular values, [r, in] and [out, r].
+
+    Raises:
+        PeftfxError: nothing is left beside them.
+    """
+    if r >= min(weight.shape):
+        what = f"KaSA leaves out {r} singular values, and a weight of {list(weight.shape)} has {min(weight.shape)}"
+        raise PeftfxError(what, where, f"r={min(weight.shape) - 1} or less")
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    return vh[-r:].contiguous(), u[:, -r:] * s[-r:]
 
 
 def joined(p: Params) -> dict[str, Tensor]:

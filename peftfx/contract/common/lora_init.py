@@ -26,15 +26,11 @@ REFUSED = {
     "arrow_config": "Arrow mixes several LoRAs by each token, and no weight does that; make one LoRA active at a time",
     "ensure_weight_tying": "copies of a tied weight are tied again by it, and copies here are their modules' own; "
     "name one of the modules that share the weight",
-    "kasa_config": "KaSA cuts the base's weights to a rank, which no file of the adapter says, and has a diagonal "
-    "between its factors; merge it with peft",
     "layer_replication": "it makes a model of more layers than the base has; build that model, and adapt it",
     "megatron_config": "it is for Megatron's own parallel layers; merge it with peft",
     "monteclora_config": "MonteCLoRA draws its factors in training from distributions that its file has beside them; "
     "merge it with peft",
-    "use_bdlora": "BD-LoRA's factors are blocks on a diagonal, for servers that split them; "
-    "merge it with peft, or convert it (peft.convert_to_lora)",
-    "use_qalora": "QALoRA reads means of groups of inputs of GPTQ layers, and HF PEFT merges it into none; "
+    "use_qalora": "QALoRA reads means of groups of inputs of GPTQ layers, and of other layers HF PEFT makes a LoRA; "
     "train a LoRA over the quantised base in its place (docs/training.md)",
     "velora_config": "VeLoRA trains by gradients of compressed activations, and its file is a LoRA's; "
     "take velora_config out of adapter_config.json: it is that LoRA, and goes on by exact gradients",
@@ -58,6 +54,15 @@ def known_start(how: Start) -> Start:
         hint = f"one of True, False, {', '.join(map(repr, _NAMED))}, 'pissa_niter_16'"
         raise PeftfxError(f"unknown initialisation {how!r}", "init_lora_weights", hint)
     return name
+
+
+def refuse_together(dora: bool, invocation: object, blocks: object, kasa: object) -> None:
+    """Refuse several variants of LoRA at once, as HF PEFT does."""
+    given = {"use_dora": dora or None, "alora_invocation_tokens": invocation, "use_bdlora": blocks, "kasa_config": kasa}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        what = f"{' and '.join(names)} are variants of LoRA of which a rule has one"
+        raise PeftfxError(what, names[0], "leave all but one out")
 
 
 def obstacle_of(how: Start, ranks: Iterable[int]) -> PeftfxError | None:
