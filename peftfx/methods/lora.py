@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype, along_channels, along_rows
 from peftfx.contract.combination import Combination
-from peftfx.contract.common.dora import gain, row_norms
+from peftfx.contract.common.dora import gain, row_norms, updated_norms
 from peftfx.contract.common.experts import fill_experts, of_experts, refuse_on_parameters
 from peftfx.contract.common.lora_factors import (
     A0,
@@ -53,7 +53,16 @@ from peftfx.contract.common.lora_init import (
     refuse_together,
     starts_from_weight,
 )
-from peftfx.contract.common.low_rank import check_options, dense, padding_in_peft, product, summed, weighted_sum
+from peftfx.contract.common.low_rank import (
+    check_options,
+    dense,
+    is_narrow,
+    padding_in_peft,
+    product,
+    summed,
+    through_narrow,
+    weighted_sum,
+)
 from peftfx.contract.common.patterns import by_path
 from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.update import Update
@@ -265,13 +274,13 @@ class LoRA(WeightMethod):
         p = set_out(p, self._blocks)
         drops = training and self.lora_dropout > 0 and site.kind != "embedding"
         dropped = F.dropout(x, self.lora_dropout, training=True) if drops else x
-        delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS))
+        delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS), training=training)
         start = self._delta(site, op, x, p[A0], p[B0], None) if A0 in p else None
         if self.invoked_by:
             delta = where_active(delta, p[ACTIVE])
         if not self.use_dora:
             return (y + delta if start is None else y + (delta - start)).to(y.dtype)
-        gains = along_channels(gain(site, p[MAGNITUDE], self._updated(site, base.weight, p)), site)
+        gains = along_channels(gain(p[MAGNITUDE], self._norms(site, base.weight, p)), site)
         bias = None if base.bias is None else along_channels(base.bias, site)
         if not drops:
             bare = y if bias is None else y - bias
@@ -283,14 +292,20 @@ class LoRA(WeightMethod):
             moved, delta = y + (begun - start), delta - begun
         return (moved + (gains - 1) * bare + gains * delta).to(y.dtype)
 
-    def _delta(self, site: Site, op: Op, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    def _delta(
+        self, site: Site, op: Op, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, *, training: bool = False
+    ) -> Tensor:
         """`B(s A(x))`, in the adapter's own precision: the scale is where the least has to be scaled."""
         if site.kind == "embedding":
             return F.linear(self.scaling * op(x, a.T), b)
         if site.kind == EXPERTS:
             down, up = of_experts(site.shape[0], a, b)
             return op(self.scaling * op(x.to(a.dtype), down), up)
-        low, bias = self.scaling * op(x.to(a.dtype), a), None if bias is None else self.scaling * bias
+        bias = None if bias is None else self.scaling * bias
+        if site.kind == "linear" and training and is_narrow(x, a):
+            delta = through_narrow(x.to(a.dtype), a, b, self.scaling)
+            return delta if bias is None else delta + bias
+        low = self.scaling * op(x.to(a.dtype), a)
         if site.kind == "linear":
             return F.linear(low, b, bias)
         conv = (F.conv1d, F.conv2d, F.conv3d)[b.ndim - 3]
@@ -298,13 +313,24 @@ class LoRA(WeightMethod):
 
     def _updated(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         """`W + s (B A - B0 A0)`; dense where the site is a conv of several groups."""
-        if site.kind == "linear" and A0 not in p and weight.dtype == p[A].dtype:
-            return torch.addmm(weight, p[B], p[A], alpha=self.scaling)  # in one pass over the weight
+        if self._in_one_pass(site, weight, p):
+            return torch.addmm(weight, p[B], p[A], alpha=self.scaling)
         update = product(site, p[A], p[B])
         if A0 in p:
             update = update - product(site, p[A0], p[B0])
         groups = 1 if weight.shape[1] == p[A].shape[1] else site.groups  # another adapter may have made it dense
         return dense(weight, groups) + self.scaling * update
+
+    def _norms(self, site: Site, weight: Tensor, p: Params) -> Tensor:
+        """The norms of the updated weight's output rows; they are constants in the gradient."""
+        if self._in_one_pass(site, weight, p):
+            return updated_norms(weight.detach(), p[A].detach(), p[B].detach(), self.scaling)
+        return row_norms(site, self._updated(site, weight, p)).detach()
+
+    @staticmethod
+    def _in_one_pass(site: Site, weight: Tensor, p: Params) -> bool:
+        """Whether the updated weight is made in one pass over the weight."""
+        return site.kind == "linear" and A0 not in p and weight.dtype == p[A].dtype
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         return self.fold_over(site, base, base, p)
@@ -316,7 +342,7 @@ class LoRA(WeightMethod):
         if not self.use_dora:
             return Base(weight, self._bias(under.bias, None, p))
         alone = weight if under is base else self._updated(site, base.weight, p)
-        gains = gain(site, p[MAGNITUDE], alone)
+        gains = gain(p[MAGNITUDE], row_norms(site, alone))
         bias = under.bias
         if bias is not None and bias is not base.bias:
             bias = bias + (gains - 1) * (bias if base.bias is None else bias - base.bias)
@@ -341,7 +367,7 @@ class LoRA(WeightMethod):
         b = self.scaling * dense(both[B], site.groups).flatten(1)
         if self.use_dora:
             weight = self._updated(site, base.weight.float(), q)
-            gains = gain(site, q[MAGNITUDE], weight)
+            gains = gain(q[MAGNITUDE], row_norms(site, weight))
             b = gains[:, None] * b
         bias = self._bias(base.bias, gains, q)
         return Update(outer=gains, a=both[A], b=b, bias=None if bias is base.bias else bias)

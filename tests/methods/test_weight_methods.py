@@ -10,15 +10,19 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from support.adapter_files import first, load_peft, same
 from support.few import but_for
 from support.parity import check, randomise
 from support.zoo import ZOO
-from torch import nn
+from torch import Tensor, nn
 
 import peftfx
 from peftfx import IA3, PeftfxError
+from peftfx.contract.common import dora
+from peftfx.contract.common.dora import updated_norms
+from peftfx.contract.common.low_rank import through_narrow
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
 from peftfx.model.adapted import AdaptedModel
@@ -173,3 +177,35 @@ def test_ia3_follows_another_adapter_at_its_site() -> None:
     want = first(llama, inputs)
     llama.merge()
     same(first(llama.remove(), inputs), want)
+
+
+def _random(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.double).requires_grad_()
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 1, 5), (2, 0, 5)], ids=str)
+def test_through_few_ranks_is_two_linear_layers(shape: tuple[int, ...]) -> None:
+    x, a, b = _random(*shape), _random(3, 5), _random(7, 3)
+    got, want = through_narrow(x, a, b, 0.5), F.linear(0.5 * F.linear(x, a), b)
+    torch.testing.assert_close(got, want)
+    back = torch.randn_like(want)
+    ours, theirs = (torch.autograd.grad(y, (x, a, b), back) for y in (got, want))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_gradients_through_few_ranks_have_gradients() -> None:
+    inputs = _random(2, 2, 4), _random(2, 4), _random(3, 2)
+    assert torch.autograd.gradgradcheck(lambda x, a, b: through_narrow(x, a, b, 0.5), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("left", [1.0, 1e-3], ids=["rows", "rows that nearly cancel"])
+def test_norms_in_pieces_are_those_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, left: float
+) -> None:
+    a, b = _random(4, 30).detach().to(dtype), _random(50, 4).detach().to(dtype)
+    weight = (left * _random(50, 30).detach()).to(dtype) - 2 * (b @ a)
+    want = torch.linalg.vector_norm(torch.addmm(weight, b, a, alpha=2), dim=1)
+    monkeypatch.setattr(dora, "_PIECE", {"cpu": 100, "other": 100})  # three rows at once
+    torch.testing.assert_close(updated_norms(weight, a, b, 2), want, rtol=1e-6 / left, atol=0)

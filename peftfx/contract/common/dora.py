@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.sites.site import Site
+
+#: How many values of a weight are updated at once: on a CPU so many that they stay in its cache.
+_PIECE = {"cpu": 2**18, "other": 2**24}
 
 
 def row_norms(site: Site, weight: Tensor) -> Tensor:
@@ -17,6 +21,20 @@ def row_norms(site: Site, weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.flatten(1), dim=1).view(1, -1, *(1,) * (weight.ndim - 2))
 
 
-def gain(site: Site, magnitude: Tensor, weight: Tensor) -> Tensor:
-    """The factor of each output row of `weight` that gives it its magnitude; the norm is a constant in the gradient."""
-    return magnitude.flatten() / row_norms(site, weight).detach().flatten()
+def updated_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """The norm of each row of `W + s B A`, of a linear site.
+
+    A large weight is updated some rows at a time, in memory that is used again: it is read once, and no second one of
+    its size is made. What is compiled or traced is one expression.
+    """
+    piece = _PIECE["cpu" if weight.device.type == "cpu" else "other"]
+    if weight.numel() <= piece or isinstance(weight, FakeTensor) or torch.compiler.is_compiling():
+        return torch.linalg.vector_norm(torch.addmm(weight, b, a, alpha=scaling), dim=1)
+    rows = max(1, piece // weight.shape[1])
+    pieces = zip(weight.split(rows), b.split(rows), strict=True)
+    return torch.cat([torch.linalg.vector_norm(torch.addmm(w, part, a, alpha=scaling), dim=1) for w, part in pieces])
+
+
+def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """The factor of each output row that gives it its magnitude; the norm is a constant in the gradient."""
+    return magnitude.flatten() / norms.detach().flatten()
