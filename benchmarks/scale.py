@@ -75,6 +75,10 @@ def contenders(row: Row, model: nn.Module) -> dict[str, nn.Module]:
     """One base and adapter in `peft`, and on each of our roads."""
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, **row.options))  # type: ignore[arg-type]
     made: dict[str, nn.Module] = {"peft": theirs}
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:  # at zero, the gradients of A are zero too, and any would be equal
+                parameter.normal_(std=0.02)
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
         for road in ("modules",) if row.checkpointed else ("modules", "graph"):

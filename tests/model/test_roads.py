@@ -58,7 +58,10 @@ def test_a_step_is_that_of_the_graph(rule: object) -> None:
     got = step(model, example(model))
     model.wanted = "graph"
     assert model.road == "graph"
-    torch.testing.assert_close(got, step(model, example(model)), rtol=1e-5, atol=1e-6)
+    want = step(model, example(model))
+    assert got.keys() == want.keys()
+    for name, value in want.items():  # products through few ranks are rounded otherwise in modules
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6 + 5e-6 * float(value.abs().max()))
 
 
 def test_the_trained_parameters_are_children_of_the_bases_modules(adapted: AdaptedModel) -> None:
