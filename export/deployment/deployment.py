@@ -18,6 +18,7 @@ from peftfx.export.verification.sizes import Sizes
 from peftfx.generation.invocation import InvokedDecode
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import Decode
+from peftfx.views.images import DecodeWithImages
 
 Inputs = Mapping[str, object]
 
@@ -55,8 +56,8 @@ class Deployment(ABC):
     def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs) -> None:
         """Tell other runtimes, beside the models, how they are served."""
         for part in parts:
-            if isinstance(part.seen, InvokedDecode):
-                continue  # other runtimes know nothing of where a row invokes an adapter
+            if isinstance(part.seen, InvokedDecode | DecodeWithImages):
+                continue  # other runtimes know nothing of where a row invokes an adapter, or of images beside a text
             if isinstance(part.seen, Decode):
                 _, entry = adapted.under_prompt(part.seen)
                 write_genai_config(directory, adapted.base.config, part.seen, 0 if entry is None else entry.shape[0])

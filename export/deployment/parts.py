@@ -9,7 +9,7 @@ from torch import nn
 
 from peftfx.bases.tasks import HEARING, task_of
 from peftfx.contract.sequence import encodes_and_decodes
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, warn
 from peftfx.export.verification.comparison import Comparison
 from peftfx.export.verification.sizes import Sizes
 from peftfx.graph.graph import Graph
@@ -17,12 +17,16 @@ from peftfx.graph.slots import Slot
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import AUTO, DECODE, FORWARD, check_view
 from peftfx.views.finding.encoder_decoder_layers import find_layers
+from peftfx.views.finding.image_views import find_images, reads_images
+from peftfx.views.images import IMAGE_TOKENS, VISION
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
 from peftfx.views.view import View, name_axes
 
 #: Axes that have to be free where nobody gave a size.
-FREE = frozenset({"batch", "sequence", "decoder_sequence", "encoder_sequence", "encoder_total", "past", "total"})
+FREE = frozenset(
+    {IMAGE_TOKENS, "batch", "sequence", "decoder_sequence", "encoder_sequence", "encoder_total", "past", "total"}
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,26 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
         return {"model.onnx": FORWARD}
     if encodes_and_decodes(base):
         return {"encoder_model.onnx": "encoder", "decoder_model.onnx": "decoder"}
-    return {"model.onnx": DECODE}
+    if not reads_images(base):
+        return {"model.onnx": DECODE}
+    try:
+        find_images(base)
+    except PeftfxError as error:
+        warn(f"images are left out, and text alone is served: {error.what}")
+        return {"model.onnx": DECODE}
+    return {"vision_encoder.onnx": VISION, "model.onnx": DECODE}
+
+
+def without_images(views: dict[str, str]) -> dict[str, str]:
+    """These views.
+
+    Raises:
+        PeftfxError: one is of images, beside which adapters cannot be put or chosen.
+    """
+    if VISION in views.values():
+        what = "adapters are swapped and chosen by row in models of text alone, and this one reads images"
+        raise PeftfxError(what, VISION, "export it merged, or in its forward view")
+    return views
 
 
 def refuse_fixed(graph: Graph, axes: Mapping[str, tuple[str | None, ...]]) -> None:

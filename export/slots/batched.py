@@ -18,7 +18,7 @@ from torch import Tensor
 from peftfx.contract.sequence import size_of
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.deployment import Deployment, Inputs
-from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of
+from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of, without_images
 from peftfx.export.slots.row_stacks import stacks_of_rows, told
 from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
 from peftfx.export.verification.eager_reference import EagerReference, no_oracle
@@ -55,7 +55,7 @@ class Batched(Deployment):
             PeftfxError: an adapter does something that rows cannot have apart.
         """
         base = adapted.base
-        views = views_of(base, view, inputs)
+        views = without_images(views_of(base, view, inputs))
         each = [told(adapted, name, decodes=DECODE in views.values()) for name in self.adapters]
         lengths = (0, *(len(next((own[p] for p in _SOFT if p in own), ())) for own in each))
         if DECODE not in views.values() and any(("", PREFIX) in own for own in each):

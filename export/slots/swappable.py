@@ -20,7 +20,7 @@ from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.errors import PeftfxError
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, Inputs
-from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of
+from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of, without_images
 from peftfx.export.metadata import PERM, SOURCE
 from peftfx.export.slots.prompt_places import find_forward, hold_forward, prompt_places_of
 from peftfx.export.translation.to_onnx import every_value
@@ -81,7 +81,7 @@ class Swappable(Deployment):
             _forward(adapted, inputs, places)
             if name == FORWARD
             else _generating(adapted, file, name, places, self.slots)
-            for file, name in views_of(base, view, inputs).items()
+            for file, name in without_images(views_of(base, view, inputs)).items()
         ]
         return [_opened(adapted, part, self.slots.target) for part in parts]
 

@@ -117,7 +117,7 @@ def texts(
     if isinstance(view, Decode):
         own = _greedy(adapted, view, reference) if text is None else text
         return [_step(adapted, view, own)], OWN if text is None else named
-    if isinstance(view, Decoder):
+    if isinstance(view, Decoder) and view.layers.masked:
         return [decoded(adapted, view, reference, text)], OWN if text is None else f"what it makes of {named}"
     if text is None:
         return list(cases), RANDOM
@@ -168,7 +168,7 @@ def _step(
 def _greedy(adapted: AdaptedModel, view: Decode, reference: Reference) -> Tensor:
     """Text that the model writes itself, each row from a random token on."""
     rows, length = _sizes(adapted)
-    ids = example_inputs(adapted.base, sizes={"batch": rows, "sequence": 1}, seed=1)["input_ids"]
+    ids = example_inputs(adapted.base, sizes={"batch": rows, "sequence": 1}, seed=1)["input_ids"][:, -1:]
     written, past = [ids], None
     for before in range(length - 1):
         past = reference(_step(adapted, view, written[-1], past, before))

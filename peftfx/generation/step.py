@@ -61,6 +61,10 @@ class Generates:
         """An empty cache."""
         return GraphCache()
 
+    def beside(self) -> dict[str, Tensor]:
+        """What the view takes beside a text and a cache."""
+        return {}
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -83,7 +87,7 @@ class Generates:
             inputs[IDS] = adapter_ids
         if OFFSETS in self.view.axes:
             inputs[OFFSETS] = as_offsets([0] * len(input_ids) if alora_offsets is None else alora_offsets, input_ids)
-        outputs = self.step(inputs, cache)
+        outputs = self.step(inputs | self.beside(), cache)
         cache_of(self.view.layers, [outputs[name] for name in self.view.present_names], cache)
         if isinstance(cache, GraphCache):
             cache.seen += input_ids.shape[1]

@@ -17,9 +17,11 @@ from peftfx.errors import PeftfxError
 from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates, Step
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
+from peftfx.generation.step_images import GeneratesWithImages
 from peftfx.graph.conditions import unmet
 from peftfx.graph.graph import Graph
 from peftfx.views.encoder_decoder import Decoder
+from peftfx.views.images import VISION, DecodeWithImages
 from peftfx.views.view import View
 
 GraphOf = Callable[[View, "dict[str, Tensor] | None"], Graph]
@@ -43,7 +45,10 @@ def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_o
         raise PeftfxError("this model does not generate", type(base).__name__, "only language models do")
     if not encodes_and_decodes(base):
         decode = view_named("decode")
-        return over_graphs(base, Generates, view=decode, step=_runner(decode, graph_of))
+        if not isinstance(decode, DecodeWithImages):
+            return over_graphs(base, Generates, view=decode, step=_runner(decode, graph_of))
+        encode = _runner(view_named(VISION), graph_of)
+        return over_graphs(base, GeneratesWithImages, view=decode, step=_runner(decode, graph_of), encode=encode)
     encoder, decoder = view_named("encoder"), view_named("decoder")
     assert isinstance(decoder, Decoder)
     encodes = SourceEncoder(_runner(encoder, graph_of), decoder.layers.source)

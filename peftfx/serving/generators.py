@@ -31,7 +31,7 @@ from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT_INPUT, Decoder, 
 from peftfx.views.row_adapters import IDS
 
 
-class _Buffered:
+class Buffered:
     """What gives a model caches with memory of their own; ahead of `Generates`, whose caches have none."""
 
     def new_cache(self) -> BufferedCache:
@@ -80,7 +80,7 @@ class _Serves(Served, GenerationMixin):
         return outputs
 
 
-class ServedGenerator(_Buffered, Generates, _Serves):  # type: ignore[misc]
+class ServedGenerator(Buffered, Generates, _Serves):  # type: ignore[misc]
     """A causal language model in ONNX Runtime."""
 
     pads_left = True
@@ -92,7 +92,7 @@ class ServedGenerator(_Buffered, Generates, _Serves):  # type: ignore[misc]
         self.view = under_invocations(view, (tokens,) if tokens and OFFSETS in model.inputs else ())
 
 
-class ServedSeq2Seq(_Buffered, GeneratesFromSource, _Serves):  # type: ignore[misc]
+class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[misc]
     """An encoder-decoder in ONNX Runtime, as two graphs over one file of weights."""
 
     part = DECODED
@@ -124,7 +124,7 @@ class ServedSeq2Seq(_Buffered, GeneratesFromSource, _Serves):  # type: ignore[mi
         return over_graphs(skeleton(self), _Sourced, **parts, generation_config=self.generation_config)
 
 
-class _Sourced(_Buffered, GeneratesFromSource):  # type: ignore[misc]
+class _Sourced(Buffered, GeneratesFromSource):  # type: ignore[misc]
     """The forward of a stand-in for a model that is in ONNX Runtime; its own tensors hold nothing."""
 
     @property

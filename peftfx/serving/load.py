@@ -19,8 +19,10 @@ from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.providers import Provider
 from peftfx.serving.served import Served, ServedForward
 from peftfx.views.decode import PAST
+from peftfx.views.images import IMAGE_FEATURES
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
+VISION_ENCODER = "vision_encoder.onnx"
 
 
 def load(
@@ -48,6 +50,7 @@ def load(
         PeftfxError: there is no such model, ONNX Runtime cannot open it, or it has no such provider.
     """
     from peftfx.serving.generators import ServedGenerator, ServedSeq2Seq
+    from peftfx.serving.image_generators import ServedWithImages
     from peftfx.serving.sentences import ServedSentences
 
     directory = Path(directory)
@@ -62,7 +65,10 @@ def load(
         made: Served = ServedSeq2Seq(directory, decoder, encoder)
     else:
         model = OnnxModel(directory, threads=threads, options=options, providers=providers)
-        if any(name.startswith(f"{PAST}.") for name in model.inputs):
+        if is_file(directory / VISION_ENCODER) and IMAGE_FEATURES in model.inputs:
+            encoder = OnnxModel(directory / VISION_ENCODER, threads=threads, options=options, providers=providers)
+            made = ServedWithImages(directory, model, encoder)
+        elif any(name.startswith(f"{PAST}.") for name in model.inputs):
             made = ServedGenerator(directory, model)
         else:
             made = (ServedSentences if SENTENCE in model.outputs else ServedForward)(directory, model)

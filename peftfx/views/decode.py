@@ -161,8 +161,12 @@ class Decode:
 
 
 def _unpadded(base: nn.Module, batch: int, sequence: int, seed: int) -> Tensor:
-    """Random tokens, int64[batch, sequence]: an example's last row is padded, so there is one more to leave out."""
-    return example_inputs(base, sizes={"batch": batch + 1, "sequence": sequence}, seed=seed)["input_ids"][:batch]
+    """Random tokens, int64[batch, sequence]: an example's last row is padded, so there is one more to leave out.
+
+    What stands for an image is ahead of an example's text, and is left out too.
+    """
+    made = example_inputs(base, sizes={"batch": batch + 1, "sequence": sequence}, seed=seed)["input_ids"]
+    return made[:batch, made.shape[1] - sequence :]
 
 
 def _past(inputs: Mapping[str, Tensor]) -> int:

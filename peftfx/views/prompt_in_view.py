@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | decode | the keys and values that they leave in the cache, ahead of the past | ahead of the past |
 | encoder | ahead of the text | nothing |
+| vision | nothing | nothing |
 | decoder | the encoded text is longer by them than its mask | ahead of the past |
 """
 
@@ -17,6 +18,7 @@ from peftfx.views.cache_prefix import CachePrefix, Prefilled
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import DECODED, Decoder, Encoder
 from peftfx.views.entry import Entry, VirtualTokens
+from peftfx.views.images import ImageEncoder
 from peftfx.views.prefix import Prefix
 from peftfx.views.view import View
 
@@ -31,6 +33,8 @@ def prompt_in_view(view: View, entry: Entry) -> tuple[View, Entry | None]:
     Raises:
         PeftfxError: the soft prompt has no place in this view.
     """
+    if isinstance(view, ImageEncoder):
+        return view, None
     if isinstance(entry, VirtualTokens):
         count = entry.shape[0]
         if isinstance(view, Decode):

@@ -71,9 +71,10 @@ class Asked:
             check_task(self.task)
         if self.query is not None and not self.texts:
             raise PeftfxError("there are no texts to hold against the query", "run", "pass --text or --texts too")
-        given = (self.prompt is not None, bool(self.texts or self.images), bool(self.sounds))
+        described = self.prompt is not None and bool(self.images) and not self.texts
+        given = (self.prompt is not None, bool(self.texts or self.images) and not described, bool(self.sounds))
         if sum(given) != 1:
-            hint = "pass --prompt, or --text, or --image, or --audio"
+            hint = "pass --prompt, or --text, or --image, or --audio; a prompt may have images"
             raise PeftfxError("give one input: a prompt, texts, images or recordings", "run", hint)
         for kind, paths in (("image", self.images), ("recording", self.sounds)):
             missing = next((path for path in paths if not os.path.isfile(path)), None)
@@ -92,7 +93,9 @@ class Asked:
                 return "sentences"
         if self.query is not None:
             return "pairs"
-        return "prompts" if self.prompt is not None else "labels"
+        if self.prompt is None:
+            return "labels"
+        return "image_prompts" if self.images else "prompts"
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
-"""The views of a model by their names: forward, decode, encoder, decoder."""
+"""The views of a model by their names: forward, decode, encoder, decoder, vision."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from peftfx.errors import PeftfxError, nearest
-from peftfx.views.decode import decode_view
+from peftfx.views.decode import Decode, decode_view
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.finding.encoder_decoder_layers import find_layers
+from peftfx.views.finding.image_views import find_images, reads_images
+from peftfx.views.images import VISION, DecodeWithImages, ImageEncoder
 from peftfx.views.view import View
+
+_NAMES = ("forward", "decode", "encoder", "decoder", VISION)
 
 
 def find_view(base: nn.Module, name: str) -> View | None:
@@ -20,9 +24,22 @@ def find_view(base: nn.Module, name: str) -> View | None:
     if name == "forward":
         return None
     if name == "decode":
-        return decode_view(base)
+        return _decode(base)
+    if name == VISION:
+        return ImageEncoder(find_images(base))
     if name in ("encoder", "decoder"):
         layers = find_layers(base)
         return Encoder(layers) if name == "encoder" else Decoder(layers)
-    known = ("forward", "decode", "encoder", "decoder")
-    raise PeftfxError(f"there is no view {name!r}", "view", nearest(name, known) or f"one of {', '.join(known)}")
+    raise PeftfxError(f"there is no view {name!r}", "view", nearest(name, _NAMES) or f"one of {', '.join(_NAMES)}")
+
+
+def _decode(base: nn.Module) -> Decode:
+    """With a place for images where the model reads them, and it can be told what they are to it."""
+    view = decode_view(base)
+    if not reads_images(base):
+        return view
+    try:
+        images = find_images(base)
+    except PeftfxError:
+        return view  # of text alone; what is exported warns of it
+    return DecodeWithImages(view.layers, view.positions, images)

@@ -1,0 +1,55 @@
+"""Served generators of text about images: two graphs over one file of weights, and the model's own class in front."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftfx.bases.config_fields import first_of
+from peftfx.errors import PeftfxError
+from peftfx.generation.over_graphs import over_graphs
+from peftfx.generation.step_images import GeneratesWithImages
+from peftfx.serving.generators import Buffered, ServedGenerator, skeleton
+from peftfx.serving.onnx_model import OnnxModel
+from peftfx.serving.served import ONNX_DTYPES
+from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages, Images
+from peftfx.views.row_adapters import IDS
+
+
+class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[misc]
+    """A model of text and images in ONNX Runtime; images are encoded once, by a graph of their own."""
+
+    def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel) -> None:
+        super().__init__(directory, model)
+        self.graphs = {"vision_encoder": encoder, "model": model}
+        token = first_of(self.config, "image_token_id", "image_token_index")
+        if not isinstance(token, int):
+            what, hint = "the config names no image token", "copy the base model's config.json again"
+            raise PeftfxError(what, str(directory / "config.json"), hint)
+        inputs = tuple((name, len(encoder.axes[name])) for name in encoder.inputs if name != IDS)
+        width, dtype = int(model.axes[IMAGE_FEATURES][-1]), ONNX_DTYPES[model.types[IMAGE_FEATURES]]
+        images = Images(token, width, dtype, None, True, inputs)
+        self.view = DecodeWithImages(self.view.layers, self.view.positions, images)
+        dtypes = {name: ONNX_DTYPES.get(encoder.types[name]) for name, _ in inputs}
+        self.encode = lambda given, _: encoder(**{n: v.to(dtypes.get(n) or v.dtype) for n, v in given.items()})
+
+    def generate(self, *args: object, **options: object) -> Any:
+        """transformers' `generate`, as the model's own class has it."""
+        return self._own.generate(*args, **options)
+
+    @cached_property
+    def _own(self) -> Any:
+        parts = {"view": self.view, "step": self.step, "encode": self.encode}
+        return over_graphs(skeleton(self), _OwnClass, **parts, generation_config=self.generation_config)
+
+
+class _OwnClass(Buffered, GeneratesWithImages):  # type: ignore[misc]
+    """The forward in front of the model's own class, whose tensors hold nothing."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the graphs' tensors are."""
+        return torch.device("cpu")

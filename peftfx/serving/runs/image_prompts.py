@@ -1,0 +1,113 @@
+"""Prompts with images: a text about them streams out of a model of text and images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from peftfx.bases.transformers_config import understanding
+from peftfx.errors import PeftfxError
+from peftfx.serving.image_generators import ServedWithImages
+from peftfx.serving.load import load
+from peftfx.serving.runs.asked import Asked, Found
+from peftfx.serving.runs.streaming import generation_options, streamer_to
+
+_TEXT = ("input_ids", "attention_mask")
+
+
+def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
+    """Continue the prompt, which has the images in it, writing each word to `out` as it comes.
+
+    Images go where the prompt has the processor's own image token (`<image>`), ahead of it where it has none, or, with
+    the chat template, where that puts them.
+
+    Raises:
+        PeftfxError: the model reads no images, its directory has no processor or chat template, or the processor makes
+            what the graph of images does not take.
+    """
+    model = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
+    if not isinstance(model, ServedWithImages):
+        what = "this model continues no prompt with images"
+        raise PeftfxError(what, str(asked.directory), "export a model of text and images with --view decode")
+    processor = processor_of(asked.directory)
+    tokenizer = processor.tokenizer
+    assert asked.prompt is not None
+    text = _templated(processor, asked) if asked.chat else with_image_tokens(processor, asked.prompt, len(asked.images))
+    images = [read_image(path) for path in asked.images]
+    with understanding(asked.directory, "the processor does not take these images", "see `__cause__`"):
+        made = dict(processor(text=text, images=images, return_tensors="pt"))
+    inputs = _taken(model, made, asked.directory)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    options = generation_options(asked, most=128) | {"pad_token_id": pad}
+    tokens = model.generate(**inputs, **options, streamer=streamer_to(out, tokenizer))
+    written = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    told = {"prompt": asked.prompt, "images": [str(path) for path in asked.images], "text": str(written)}
+    yield Found(told, words="")
+
+
+def processor_of(directory: Path) -> Any:
+    """The processor of text and images in a directory.
+
+    Raises:
+        PeftfxError: there is none, or it takes no images.
+    """
+    from transformers import AutoProcessor
+
+    with understanding(directory, "no processor can be loaded", "put the base model's processor files there"):
+        found = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if not hasattr(found, "image_processor") or not hasattr(found, "tokenizer"):
+        what, hint = "there is no processor of text and images", "put the base model's processor files there"
+        raise PeftfxError(what, str(directory), hint)
+    return found
+
+
+def read_image(path: Path) -> Any:
+    """An image in colour.
+
+    Raises:
+        PeftfxError: it cannot be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise PeftfxError(f"this image cannot be read: {error}", str(path), "give a PNG or a JPEG") from error
+
+
+def with_image_tokens(processor: Any, prompt: str, count: int) -> str:
+    """The prompt, with an image token ahead of it for each image where it has none of its own."""
+    token = getattr(processor, "image_token", None)
+    if not isinstance(token, str) or token in prompt:
+        return prompt
+    return token * count + prompt
+
+
+def _templated(processor: Any, asked: Asked) -> str:
+    if not getattr(processor, "chat_template", None):
+        raise PeftfxError("the processor has no chat template", str(asked.directory), "leave --chat out")
+    content = [*({"type": "image"} for _ in asked.images), {"type": "text", "text": asked.prompt}]
+    said = [{"role": "user", "content": content}]
+    with understanding(asked.directory, "the chat template cannot be filled", "leave --chat out"):
+        return str(processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
+
+
+def _taken(model: ServedWithImages, made: dict[str, Any], directory: Path) -> dict[str, Tensor]:
+    """What the graphs take of what the processor makes.
+
+    Raises:
+        PeftfxError: it makes more, which they would not see.
+    """
+    known = (*_TEXT, *(name for name, _ in model.view.images.inputs))
+    empty = {name for name in made if name.endswith("token_type_ids") and not made[name].any()}
+    lost = [name for name in made if name not in known and name not in empty]
+    missing = [name for name in known if name not in made]
+    if lost or missing:
+        name = (lost or missing)[0]
+        what = f"the processor makes {name}, which the graphs do not take" if lost else f"the processor makes no {name}"
+        raise PeftfxError(what, str(directory), "run it by transformers, or export its forward view")
+    return {name: made[name] for name in known}

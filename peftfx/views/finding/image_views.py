@@ -1,0 +1,50 @@
+"""What images are to a model of text and images, found by running its own encoder of them on fake tensors."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import Tensor, nn
+
+from peftfx.bases.config_fields import first_of
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.errors import PeftfxError, first_line
+from peftfx.views.dry_run import fake_run
+from peftfx.views.images import Images
+
+
+def reads_images(base: nn.Module) -> bool:
+    """Whether a model takes images into its text, as transformers' `generate` has them encoded ahead of the prefill."""
+    own = getattr(base, "base_model", None)
+    takes = "mm_encoder_outputs" in inspect.signature(base.forward).parameters
+    return takes and "image" in (getattr(base, "input_modalities", None) or ()) and hasattr(own, "get_image_features")
+
+
+def find_images(base: nn.Module) -> Images:
+    """What images are to a model that reads them.
+
+    Raises:
+        PeftfxError: no example of an image is known, or its encoder does not run on one.
+    """
+    accepted = inspect.signature(base.base_model.get_image_features).parameters  # type: ignore[union-attr, arg-type]
+    token = first_of(base.config, "image_token_id", "image_token_index")
+    made = example_inputs(base, sizes={"batch": 1})
+    given = {name: value for name, value in made.items() if name in accepted}
+    if not isinstance(token, int) or not given:
+        what = "no image token is known" if given else "no example of an image is known"
+        raise PeftfxError(what, type(base).__name__, "export its forward view, with inputs=... of a call")
+    if "token_type_ids" in inspect.signature(base.forward).parameters:
+        what = "the model's attention tells images from text by token types, which the decode view has not"
+        raise PeftfxError(what, type(base).__name__, "export its forward view")
+    with fake_run(base) as fake:
+        try:
+            fed = {name: fake(value) for name, value in given.items()}
+            pooled = base.base_model.get_image_features(**fed, return_dict=True).pooler_output  # type: ignore[union-attr, operator]
+        except Exception as error:
+            what = f"the model's encoder of images does not run by itself: {first_line(error)}"
+            raise PeftfxError(what, type(base).__name__, "export its forward view") from error
+    listed = not isinstance(pooled, Tensor)
+    first = pooled[0] if listed else pooled
+    each = int(first.shape[-2]) if not listed and first.ndim > 2 else None
+    inputs = tuple((name, value.ndim) for name, value in given.items())
+    return Images(token, int(first.shape[-1]), first.dtype, each, listed, inputs)

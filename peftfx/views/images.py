@@ -1,0 +1,158 @@
+"""Images: the two views of a model of text and images that generates, each run with its own graph.
+
+    vision:  pixel_values, ... -> image_features
+    decode:  what it is of text, and image_features -> logits, present.N.key/value
+
+A call of the first is of one image. Its features are put where the text has image tokens, in the order of both: in the
+prefill, once. A step without image tokens is given none: `image_features` of length 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.views.decode import Decode
+from peftfx.views.view import Axes, RunView
+
+IMAGE_FEATURES, IMAGE_TOKENS = "image_features", "image_tokens"
+VISION = "vision"
+
+
+@dataclass(frozen=True)
+class Images:
+    """What both views know.
+
+    Attributes:
+        token: that stands for a piece of an image in the text.
+        width: of the features of a piece.
+        dtype: of these.
+        each: how many pieces an image has, where the model wants to be told images apart; None where it does not.
+        listed: whether it takes them as a list of tensors.
+        inputs: the arguments that are encoded, and how many axes each has.
+    """
+
+    token: int
+    width: int
+    dtype: torch.dtype
+    each: int | None
+    listed: bool
+    inputs: tuple[tuple[str, int], ...]
+
+    def as_output(self, features: Tensor) -> BaseModelOutputWithPooling:
+        """Features, [pieces, width], as the model's own encoder returns them."""
+        shaped = features if self.each is None else features.reshape(-1, self.each, self.width)
+        pooled = [features] if self.listed else shaped
+        return BaseModelOutputWithPooling(pooler_output=pooled)  # type: ignore[call-arg, arg-type]
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    """What happens once for an image: the features of its pieces are computed, as wide as embedded text."""
+
+    images: Images
+    name = VISION
+    trials: ClassVar[tuple[Mapping[str, int], ...]] = ({},)
+
+    @property
+    def axes(self) -> Axes:
+        """No axis is free: a call is of one image, of the model's size."""
+        return {name: (None,) * count for name, count in self.images.inputs}
+
+    def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """A random image."""
+        made = example_inputs(base, sizes={"batch": 1}, seed=seed)
+        return {name: made[name] for name, _ in self.images.inputs}
+
+    def with_past(
+        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """The same inputs: they hold no keys and values."""
+        return dict(inputs)
+
+    def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
+        """Run the encoder of images, and what makes its features as wide as the text's."""
+        return {IMAGE_FEATURES: encode_images(base, inputs)}
+
+    def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
+        """All of it."""
+        return value
+
+
+@dataclass(frozen=True)
+class DecodeWithImages(Decode):
+    """The decode view of a model that reads images in its text.
+
+    Attributes:
+        images: what they are to it.
+    """
+
+    images: Images
+
+    @property
+    def axes(self) -> Axes:
+        """The name of each input's axes."""
+        return {**super().axes, IMAGE_FEATURES: (IMAGE_TOKENS, None)}
+
+    @property
+    def trials(self) -> tuple[Mapping[str, int], ...]:
+        """Those of a text, without images and with some."""
+        few = self.images.each or 3
+        return (
+            *({**sizes, IMAGE_TOKENS: 0} for sizes in super().trials[:3]),
+            {"batch": 1, "sequence": few + 4, "past": 0, IMAGE_TOKENS: few},
+            {"batch": 3, "sequence": few + 2, "past": 2, IMAGE_TOKENS: 2 * few},
+        )
+
+    def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Valid inputs of this view: a text's, with image tokens behind the first of each row, and random features.
+
+        Where sizes are given, there are no images but those of `image_tokens`, of which there are as many as fit: whole
+        images, behind the first token of a row.
+        """
+        few, each = self.images.each or 3, self.images.each or 1
+        wanted: dict[str, int] = (
+            {"batch": 2, "sequence": few + 4, IMAGE_TOKENS: 2 * few} if sizes is None else {**sizes}
+        )
+        count = wanted.pop(IMAGE_TOKENS, 0)
+        made = super().inputs(base, sizes=wanted, seed=seed)
+        with unset_fake_temporarily():
+            ids = made["input_ids"].clone()
+            rows, length = ids.shape
+            room = (length - 1) // each * each
+            count = min(count // each * each, rows * room)
+            for row in range(rows):
+                many = min(room, count - room * row)
+                ids[row, 1 : 1 + max(many, 0)] = self.images.token
+            random = torch.Generator().manual_seed(seed)
+            made["input_ids"] = ids
+            made[IMAGE_FEATURES] = torch.randn(count, self.images.width, generator=random).to(self.images.dtype)
+        return made
+
+    def with_past(
+        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """The same inputs behind a past that is what the model makes of a random text."""
+        plain = {**inputs, IMAGE_FEATURES: inputs[IMAGE_FEATURES][:0]}
+        return {**super().with_past(base, plain, run, seed), IMAGE_FEATURES: inputs[IMAGE_FEATURES]}
+
+    def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
+        """Run the model on inputs of this view."""
+        given = dict(inputs)
+        features = given.pop(IMAGE_FEATURES)
+        assert isinstance(features, Tensor)
+        return super().__call__(base, {**given, "mm_encoder_outputs": {"image": self.images.as_output(features)}})
+
+
+def encode_images(base: nn.Module, inputs: Mapping[str, object]) -> Tensor:
+    """The features of images, [pieces, width], by the model's own code."""
+    pooled = base.base_model.get_image_features(**inputs, return_dict=True).pooler_output  # type: ignore[union-attr, operator]
+    parts = [pooled] if isinstance(pooled, Tensor) else list(pooled)
+    return torch.cat([part.flatten(0, -2) for part in parts])
