@@ -76,12 +76,13 @@ class Swappable(Deployment):
             hint = "remove the adapters, and write each to a file of its own (export-adapter)"
             raise PeftfxError("a graph for swappable adapters is of the base alone", ", ".join(adapted.active), hint)
         base = adapted.base
+        views = without_images(views_of(base, view, inputs))
         places = tuple(prompt_places_of(base, adapted.sites)) if self.slots.prefix else ()
         parts = [
             _forward(adapted, inputs, places)
             if name == FORWARD
             else _generating(adapted, file, name, places, self.slots)
-            for file, name in without_images(views_of(base, view, inputs)).items()
+            for file, name in views.items()
         ]
         return [_opened(adapted, part, self.slots.target) for part in parts]
 

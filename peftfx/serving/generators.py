@@ -115,7 +115,8 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
     @property
     def options(self) -> frozenset[str]:
         """What this model's `generate` takes that transformers' own for all models does not: `language`, say."""
-        given = inspect.signature(type(self._stand_in).generate).parameters
+        _, own = type(self._stand_in).__bases__  # what forwards to graphs, and the model's own class
+        given = inspect.signature(own.generate).parameters  # type: ignore[attr-defined]
         return frozenset(given) - set(inspect.signature(GenerationMixin.generate).parameters)
 
     @cached_property

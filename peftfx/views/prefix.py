@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError
@@ -101,7 +102,7 @@ def _measured(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
         inputs = {name: fake(t) for name, t in example_inputs(base).items()}
         try:
             base(**inputs, **{_CACHE: _beside_encoder(cache) if decodes else cache})
-        except TypeError as error:  # no such argument
+        except (TypeError, DataDependentOutputException) as error:  # no such argument; images are counted in the text
             raise _no_place(base) from error
     shapes = [tuple(_shape(getattr(layer, name, None)) for name in ("keys", "values")) for layer in cache.layers]
     if not shapes or any(None in pair for pair in shapes):
