@@ -237,6 +237,9 @@ class Report:
             ("seconds", ", ".join(f"{n} {s:.1f}" for n, s in self.seconds.items())),
         ]
 
+    def __repr__(self) -> str:
+        return f"Report({self.model}, {len(self.adapters)} adapters, {sum(self.bytes.values()):,} B)"
+
     def __str__(self) -> str:
         return "\n".join([self.model, *(f"  {name}: {text}" for name, text in self.rows() if text)])
 

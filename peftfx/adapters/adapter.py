@@ -74,6 +74,11 @@ class Adapter(Holder):
             self._rule |= {placement.key: number for placement in rule.placements}
         self.placed += tuple(placed)
 
+    def __repr__(self) -> str:
+        kinds = ", ".join(dict.fromkeys(type(rule).__name__ for rule in self.rules)) or "no rules"
+        count = sum(p.numel() for p in self.parameters())
+        return f"Adapter({kinds}: {len(self.placements)} places, {count:,} parameters)"
+
     @property
     def rules(self) -> tuple[Method, ...]:
         """The methods of its rules."""

@@ -36,6 +36,9 @@ class MergeReport:
         """The site that rounding took most from, relative to its weight; nothing from none if all are exact."""
         return max(self.roundings.items(), key=lambda item: item[1].max_rel, default=("", Rounding()))
 
+    def __repr__(self) -> str:
+        return f"MergeReport({len(self.sites)} sites, {self.bytes:,} B)"
+
     def __str__(self) -> str:
         path, worst = self.worst
         lines = [

@@ -146,6 +146,10 @@ class Graph:
                     f"the graph takes {spec}, not {got}", spec.name, "capture it again with such an input"
                 )
 
+    def __repr__(self) -> str:
+        given = ", ".join(f"{spec.name} [{', '.join(map(str, spec.shape))}]" for spec in self.inputs)
+        return f"Graph({given}; {len(self.module.graph.nodes):,} nodes)"
+
     def __call__(self, **kwargs: torch.Tensor) -> object:
         """Run on keyword arguments and rebuild the model's own output.
 

@@ -138,7 +138,7 @@ class Rewriter:
             PeftfxError: it is one of some sizes alone.
         """
         shapes = [(v.dtype, v.shape) if isinstance(v, torch.Tensor) else v for v in values]
-        full = repr((key, shapes))
+        full = _whole((key, shapes))
         if full not in self._traces:
             self._traces[full] = trace(function, _apart(values), what, where)
         return self._traces[full]
@@ -261,3 +261,15 @@ def _computed(target: Any, args: Any, kwargs: Any) -> object:
 
 def _keyed(tags: Mapping[str, object]) -> dict[str, object]:
     return {f"peftfx_{name}": value for name, value in tags.items()}
+
+
+def _whole(value: object) -> str:
+    """A key as text that tells all of it: what users are shown of a site or a method is shorter."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (f for f in dataclasses.fields(value) if f.repr)
+        value = (type(value).__qualname__, *((f.name, getattr(value, f.name)) for f in fields))
+    if isinstance(value, Mapping):
+        value = ("mapping", *value.items())
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_whole, value))})"
+    return repr(value)

@@ -80,6 +80,9 @@ class Plan:
     parameters: int
     total: int
 
+    def __repr__(self) -> str:
+        return f"Plan({'; '.join(rule.rule for rule in self.rules)}: {self.parameters:,} parameters)"
+
     def __str__(self) -> str:
         share = 100 * self.parameters / max(1, self.total)
         last = f"trainable params: {self.parameters:,} || all params: {self.total:,} || trainable%: {share:.4f}"

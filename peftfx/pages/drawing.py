@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from peftfx.pages.page import Page, make_page, table, text
 
-_WIDTH, _HEIGHT, _ACROSS, _DOWN, _EDGE = 124, 32, 12, 20, 14
+_WIDTH, _HEIGHT, _ACROSS, _DOWN, _EDGE = 136, 32, 12, 20, 14
 COLOURS = ("embedding", "attention", "mlp", "experts", "norm", "conv", "linear", "head", "pattern")
 MOST_ACROSS = 5  #: boxes side by side: what reads one value in a hundred ways goes on below
 
@@ -163,7 +163,7 @@ def _box(box: Box, place: tuple[int, int], number: int) -> str:
     return (
         f'<g class="s{" a" if adapted else ""}" tabindex="0" role="button" aria-pressed="false" data-i="{number}" '
         f'aria-label="{said}"><rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="5" '
-        f'style="fill:var(--{box.colour})"/><text x="{x + 7}" y="{line}">{text(_short(box.label, 20))}</text>{mark}</g>'
+        f'style="fill:var(--{box.colour})"/><text x="{x + 7}" y="{line}">{text(_short(box.label, 19))}</text>{mark}</g>'
     )
 
 

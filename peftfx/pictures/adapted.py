@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.recipes import Rounding
 from peftfx.contract.method import Base, Method
 from peftfx.contract.placement import Placement, WeightPlacement, site_tensors
 from peftfx.errors import PeftfxError
@@ -18,6 +19,7 @@ from peftfx.sites.blocks import turned
 from peftfx.sites.picture import picture
 from peftfx.sites.sites import Sites
 
+_ROUNDED = 64  #: rows of a weight of which it is told how far a merge rounds
 _MOST = 4  #: singular values that are told of an update
 
 
@@ -51,8 +53,8 @@ def _told(base: nn.Module, adapter: Adapter, placement: Placement, name: str, *,
     shapes = ", ".join(f"{key} {'x'.join(map(str, t.shape))}" for key, t in params.items())
     said = [f"{sum(t.numel() for t in params.values()):,} parameters at each", f"tensors: {shapes}"]
     said += [f"options: {text}"] if (text := _options(method)) else []
-    if values and (found := _singular(base, placement, params)):
-        said.append(f"singular values of its update: {found}")
+    if values:
+        said += _of_values(base, placement, params)
     at = f"{name}: " if name else ""
     return Adapted(f"{at}{short}{role}", "\n".join(said), f"{at}{short}")
 
@@ -63,16 +65,23 @@ def _options(method: Method) -> str:
     return ", ".join(given)
 
 
-def _singular(base: nn.Module, placement: Placement, params: Mapping[str, Tensor]) -> str:
-    """The largest singular values of what a low-rank method adds to a weight; empty where it adds no such sum."""
+def _of_values(base: nn.Module, placement: Placement, params: Mapping[str, Tensor]) -> list[str]:
+    """Of a low-rank sum at a weight: its largest singular values, and how far a merge rounds; none of anything else."""
     at = placement.on_weight
     found = None if at is None or at.site.kind != "linear" else _low_rank(base, at, params)
-    if found is None:
-        return ""
+    if found is None or at is None:
+        return []
     a, b = found
     inner = torch.linalg.qr(b.float()).R @ torch.linalg.qr(a.float().T).R.T
     largest = torch.linalg.svdvals(inner)[:_MOST]
-    return ", ".join(f"{float(value):.3g}" for value in largest)
+    said = [f"singular values of its update: {', '.join(f'{float(value):.3g}' for value in largest)}"]
+    stored, _ = site_tensors(base, at.site)
+    if stored.is_floating_point() and stored.dtype != torch.float32:
+        weight = turned(stored.detach(), at.site.transposed)[:_ROUNDED].float()
+        merged = weight + b[:_ROUNDED].float() @ a.float()
+        where = f" in {_ROUNDED} of its rows" if stored.numel() > weight.numel() else ""
+        said.append(f"a merge rounds to {str(stored.dtype)[6:]}{where}: {Rounding.of(merged.to(stored.dtype), merged)}")
+    return said
 
 
 def _low_rank(base: nn.Module, at: WeightPlacement, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:

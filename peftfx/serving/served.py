@@ -134,6 +134,9 @@ class Served:
         """Of what it computes: float16 for a model in half precision."""
         return next((ONNX_DTYPES[kind] for kind in self.model.types.values() if kind in ONNX_DTYPES), torch.float32)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.directory)!r}, adapters: {', '.join(self.adapters) or 'none'})"
+
     def forward(self, **inputs: Tensor) -> ModelOutput:
         """Outputs by name, for inputs by name; a mask that is left out shows everything, arguments of None are dropped.
 

@@ -134,23 +134,28 @@ class Site:
         """How many output rows a linear weight has, or each expert's."""
         return self.shape[self.rows_axis + self.transposed]
 
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        told = (repr(self.path), self.role, *([shape] if shape else []))
+        return f"{type(self).__name__}({', '.join(told)})"
+
     def to_dict(self) -> dict[str, Any]:
         """This site as JSON-ready values; sites of all families have the same keys."""
         first = dict.fromkeys(own.name for own in dataclasses.fields(Site))
         return {**first, **_NOTHING_MORE, **dataclasses.asdict(self)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WeightSite(Site):
     """Where a weight is applied: a linear layer, a conv, an embedding, or a stack of experts' weights."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NormSite(Site):
     """A norm: a statistic of the values, and parameters of the module that scale or shift what it gives."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AttentionSite(Site):
     """An attention: a computation between weights.
 
@@ -163,7 +168,7 @@ class AttentionSite(Site):
     headless: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class HeadedSite(AttentionSite):
     """A self-attention whose heads, and the layers around it, are known: an attention method can act there."""
 
@@ -187,7 +192,7 @@ class Operand:
     weight: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PatternSite(Site):
     """Where a graph computes what a pattern's function computes; it has no weight of its own.
 
@@ -242,7 +247,7 @@ _NOTHING_MORE: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SequenceSite(Site):
     """The stream of tokens, ahead of which a soft prompt goes. Its weight is that of the table that embeds them."""
 

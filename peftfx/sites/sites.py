@@ -195,6 +195,10 @@ class Sites(Sequence[Site]):
             table.add_row(*_cells(site)[:3], layer, *_cells(site)[3:])
         return table
 
+    def __repr__(self) -> str:
+        kinds = Counter(site.kind for site in self.items)
+        return f"Sites({', '.join(f'{kind} {count}' for kind, count in kinds.items()) or 'none'})"
+
     def __str__(self) -> str:
         counts = ", ".join(f"{role} {count}" for role, count in sorted(self.roles().items()))
         rows = [_cells(site) for site in self.items]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftfx.bases.gguf import as_directory
 from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
@@ -101,7 +102,7 @@ def train(
     """Train an adapter; its directory appears when it is done, with the losses and a plot of them in `training`.
 
     Args:
-        base: directory of the base model.
+        base: directory of the base model, or a GGUF file.
         data: file of JSON lines; see `peftfx.training.rows`.
         rules: as text.
         output: where to. Checkpoints are beside it, in `OUTPUT-checkpoints`, until it is done.
@@ -119,11 +120,28 @@ def train(
     if held is not None and held.kind != rows.kind:
         raise PeftfxError(f"rows of kind {held.kind}, and {rows.kind} to train on", held.where, "give rows of one kind")
     trainer_class = _trainer()
-    read_base_config(base)
-    tokenizer = _tokenizer(base)
+    with as_directory(base) as directory:
+        return _train(directory, base, rows, held, rules, output, asked, say, trainer_class)
+
+
+def _train(
+    directory: Path,
+    base: Path,
+    rows: TrainingRows,
+    held: TrainingRows | None,
+    rules: str,
+    output: Path,
+    asked: TrainOptions,
+    say: Callable[[str], object],
+    trainer_class: Any,
+) -> Trained:
+    read_base_config(directory)
+    tokenizer = _tokenizer(directory)
     say("load")
     torch.manual_seed(asked.seed)
-    model, saved = _model(base, rows)
+    model, saved = _model(directory, rows)
+    if directory != base:
+        setattr(model.config, "_name_or_path", str(base))  # noqa: B010 - what the adapter's file says that it is of
     methods = parse_rules(rules)
     if saved:
         methods = (dataclasses.replace(methods[0], modules_to_save=saved), *methods[1:])

@@ -150,6 +150,22 @@ def test_a_page_is_written_or_says_why_not(captured: Callable[[str], Captured], 
     assert dataclasses.replace(page, title="x")._repr_html_().startswith("<iframe")
 
 
+def test_how_far_a_merge_rounds_is_told_of_a_base_that_is_rounded() -> None:
+    model = nn.Sequential(nn.Linear(6, 70), nn.ReLU(), nn.Linear(70, 4)).bfloat16().eval()
+    adapted = peftfx.transform(model, "lora(r=2)@all-linear", inputs={"input": torch.randn(2, 6).bfloat16()})
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.normal_()
+    (told,) = {site["path"]: site for site in Read(adapted.show()).data}["0"]["adapters"]  # type: ignore[misc]
+    found = re.search(r"a merge rounds to bfloat16 in 64 of its rows: (\S+) ", told["said"])
+    assert found is not None
+    layer = adapted.adapter("default")
+    update = 4 * layer.get("0.lora_B").float() @ layer.get("0.lora_A").float()
+    merged = (model[0].weight.float() + update)[:64]
+    want = (merged.bfloat16().float() - merged).abs().max()
+    assert float(found[1]) == pytest.approx(float(want), rel=0.05)
+
+
 def dom(page: Path, tmp_path: Path, anchor: str = "") -> str:
     """The page as Chromium has it after its script ran."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")

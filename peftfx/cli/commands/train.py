@@ -13,7 +13,9 @@ from peftfx.cli.words import Download, found_base
 
 
 def train(
-    base: Annotated[Path, typer.Option(help="Directory of the base model, with its tokenizer, or org/name.")],
+    base: Annotated[
+        Path, typer.Option(help="Directory of the base model, with its tokenizer; or org/name, or a GGUF file.")
+    ],
     data: Annotated[
         Path,
         typer.Option(
