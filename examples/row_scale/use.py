@@ -8,6 +8,8 @@ from transformers import BertConfig, BertModel
 
 import peftfx
 
+if len(sys.argv) != 2:
+    sys.exit("python use.py OUT, a directory to make")
 OUT = Path(sys.argv[1])
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 torch.manual_seed(0)
