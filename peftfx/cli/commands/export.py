@@ -11,6 +11,7 @@ from peftfx.cli.own_code import passes_named
 from peftfx.cli.speech import print_report, quiet
 from peftfx.cli.voice import tell
 from peftfx.cli.words import Download, chosen_slots, dtype_named, found_base, named_directories
+from peftfx.errors import PeftfxError
 from peftfx.export_options.directory import DirectoryOptions
 
 
@@ -143,6 +144,19 @@ def export(
     }
     asked = DirectoryOptions.of(None, chosen)
     base = found_base(base, download=download)
+    from peftfx.export.pipeline_command import export_pipeline, is_pipeline
+
+    if is_pipeline(base) and (dry_run or passes):
+        what = "--dry-run and --pass are of one model, and this is a pipeline of several"
+        raise PeftfxError(what, str(base), "give the folder of one of its models")
+    if is_pipeline(base):
+        from peftfx.cli.progress import Progress
+
+        with quiet(), Progress() as progress:
+            reports = export_pipeline(base, output, asked, progress=progress.stage)
+        for folder, report in reports.items():
+            print_report(report, output / folder)
+        return
     if dry_run:
         from peftfx.export.summaries.dry_run import dry_run as run
 
