@@ -191,6 +191,8 @@ class _Finder:
         if site is None:
             raise Unhostable(f"{path}: the call that the model was transformed with does not run it")
         module = path.removesuffix(f".{site.pattern}.{path.rpartition('.')[2]}")
+        if module not in self.modules:  # the whole model is in no module that could host it
+            raise Unhostable(f"{path}: no module below the model computes what the pattern {site.pattern} does")
         self.host(module)
         for call in site.calls:
             region = self.regions.around(module, self.nodes[call.y])

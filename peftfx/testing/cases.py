@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method
 from peftfx.contract.override import OverrideMethod, copies_of
+from peftfx.contract.pattern import PatternMethod
 from peftfx.contract.placed import Placed, Placements, shared_by
 from peftfx.contract.placement import WeightPlacement
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.rules.resolution import prompt_placement
-from peftfx.sites.site import AttentionSite, Site, WeightSite
+from peftfx.sites.site import AttentionSite, PatternSite, Site, WeightSite
 from peftfx.testing.models import Spec
 from peftfx.testing.pool import POOL, PROMPTED, captured
 
@@ -138,6 +139,11 @@ def _(method: AttentionMethod, spec: Spec, site: AttentionSite) -> bool:
 
 
 @_can_start.register
+def _(method: PatternMethod, spec: Spec, site: PatternSite) -> bool:
+    return method.acts_at(site)
+
+
+@_can_start.register
 def _(method: OverrideMethod, spec: Spec, site: Site) -> bool:
     return bool(copies_of(captured(spec).model, method, site))
 
@@ -164,14 +170,14 @@ def cases(
 ) -> tuple[Case, Method]:
     """A case, and a method with a target of at least so many places in its model."""
     if issubclass(cls, SequenceMethod):
-        case, prompt = draw(_calls(PROMPTED)), draw(configs(cls, choices))
+        case, prompt = draw(_calls(PROMPTED if pool is POOL else pool)), draw(configs(cls, choices))
         if not _fits(case.spec, prompt):
             reject()
         return case, prompt
     if issubclass(cls, AttentionMethod):
         pool = [spec for spec in pool if repr(spec).count("Attention(") >= least]
     case, method = draw(_calls(pool)), draw(configs(cls, choices))
-    saved = draw(st.sampled_from((None, None, ("head",))))
+    saved = draw(st.sampled_from((None, None, ("head",)))) if case.spec.sizes() is None else None
     found = [place for place in places(case.spec, method) if saved is None or place != "head"]
     if len(found) < least or method.obstacle is not None:
         reject()
@@ -191,4 +197,5 @@ def _fits(spec: Spec, method: Method) -> bool:
 @st.composite
 def _calls(draw: st.DrawFn, pool: Sequence[Spec]) -> Case:
     spec = draw(st.sampled_from(pool))
-    return Case(spec, draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(0, 9)))
+    batch, sequence = spec.sizes() or (draw(st.integers(1, 3)), draw(st.integers(1, 5)))
+    return Case(spec, batch, sequence, draw(st.integers(0, 9)))

@@ -7,14 +7,24 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
 
 import peftfx.methods as table
 from peftfx.contract.completeness import refuse_incomplete
 from peftfx.contract.method import Method
+from peftfx.contract.pattern import PatternMethod
 from peftfx.errors import PeftfxError, first_line
 from peftfx.testing.extras import needed
+from peftfx.testing.models import GivenModel
 
 _MOST = 1500  #: characters of what broke a law
+
+
+if TYPE_CHECKING:
+    from peftfx.testing.cases import Choices
+    from peftfx.testing.laws import Law
 
 
 @dataclass(frozen=True)
@@ -66,34 +76,65 @@ def check(
     *,
     configs: Sequence[Mapping[str, object]] = ({},),
     whole: bool = False,
+    model: nn.Module | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> CheckReport:
     """Run every law that is about a method, and compare it with HF PEFT's where HF PEFT has its type.
 
     Args:
+        cls: the class of the method.
         choices: for options whose values their type does not tell (a string, a dict), those to draw from. Options
             that are switches, numbers or `Literal` are drawn without.
         configs: the options that are compared with HF PEFT, one comparison each.
         whole: on all examples of each law; by default on a simple and a random one.
+        model: to try the laws on, in place of small random ones, in float32 or bfloat16; it is not changed. Pattern
+            methods need one, in which the pattern matches.
+        inputs: the arguments of one call of that model: tensors, whose first axis is the batch's.
 
     Returns:
         What was found, a line a law when printed.
 
     Raises:
         AssertionError: a law is broken; its text is the report.
-        PeftfxError: the class is half done, or hypothesis is not installed.
+        PeftfxError: the class is half done, no model has a place for it, or hypothesis is not installed.
     """
     refuse_incomplete(cls)
     needed("hypothesis")
     from peftfx.testing.laws import LAWS
 
     with known(cls):
-        laws = (law for law in LAWS if law.is_about(cls))
-        findings = [_tried(law.name, law.text, functools.partial(law.hold, cls, choices, whole=whole)) for law in laws]
+        spec = _given(cls, model, inputs)
+        hold = functools.partial(_held, cls, choices, whole, spec)
+        laws = (law for law in LAWS if law.is_about(cls) and (spec is None or law.least == 1))
+        findings = [_tried(law.name, law.text, functools.partial(hold, law)) for law in laws]
         findings += [_compared(cls, options) for options in configs]
     report = CheckReport(cls.__name__, tuple(findings))
     if report.broken:
         raise AssertionError(str(report))
     return report
+
+
+def _held(cls: type[Method], choices: Choices | None, whole: bool, spec: GivenModel | None, law: Law) -> None:
+    law.hold(cls, choices, whole=whole, spec=spec)
+
+
+def _given(cls: type[Method], model: nn.Module | None, inputs: Mapping[str, Tensor] | None) -> GivenModel | None:
+    """The caller's model as laws take it."""
+    if (model is None) != (inputs is None):
+        raise PeftfxError("a model and its inputs go together", "model, inputs", "pass both, or neither")
+    if model is None or inputs is None:
+        if issubclass(cls, PatternMethod):
+            hint = "pass model= and inputs=, the arguments of one call, of a model in which it matches"
+            raise PeftfxError("laws of a pattern are tried where it matches", cls.__name__, hint)
+        return None
+    from peftfx.testing.pool import captured
+
+    dtype = next((str(p.dtype) for p in model.parameters() if p.is_floating_point()), "torch.float32")
+    spec = GivenModel((), dtype=dtype.removeprefix("torch."), model=model, example=inputs)  # type: ignore[arg-type]
+    if not any(site.kind in cls.kinds for site in captured(spec).graph.sites):
+        what = f"this model has no site that {cls.__name__} acts at"
+        raise PeftfxError(what, type(model).__name__, "peftfx.inspect(model) shows its sites")
+    return spec
 
 
 def _tried(name: str, text: str, run: Callable[[], None]) -> Finding:

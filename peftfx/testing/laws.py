@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method
 from peftfx.contract.override import OverrideMethod
+from peftfx.contract.pattern import PatternMethod
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.contract.weight import WeightMethod
 from peftfx.testing import arithmetic, frame, prompts, slots, statements
 from peftfx.testing.cases import Choices, cases, examples
+from peftfx.testing.models import Spec
 from peftfx.testing.pool import POOL
 
-_ACTS = (WeightMethod, AttentionMethod, OverrideMethod)
+_ACTS = (WeightMethod, AttentionMethod, OverrideMethod, PatternMethod)
 _ALL = (*_ACTS, SequenceMethod)
 _QUICK = 2  #: examples by default: hypothesis begins with the simplest case there is, and draws the other
 
@@ -57,14 +59,27 @@ class Law:
         return issubclass(cls, self.of)
 
     def hold(
-        self, cls: type[Method], choices: Choices | None = None, *, whole: bool = False, quick: int = _QUICK
+        self,
+        cls: type[Method],
+        choices: Choices | None = None,
+        *,
+        whole: bool = False,
+        quick: int = _QUICK,
+        spec: Spec | None = None,
     ) -> None:
         """Try it on random cases of a method, on all of its examples or on so many: the simplest one, and random ones.
+
+        Args:
+            cls: the method.
+            choices: of options; see `cases`.
+            whole: whether on all of its examples.
+            quick: on how many else.
+            spec: the model to try it on, in place of random ones.
 
         Raises:
             Exception: what the statement raised, with the case and the method in its notes.
         """
-        pool = [spec for spec in POOL if spec.dtype in self.dtypes]
+        pool = [one for one in POOL if one.dtype in self.dtypes] if spec is None else [spec]
         count = self.examples if whole else quick
 
         @seed(zlib.crc32(f"{self.name} {cls.peft_type}".encode()))

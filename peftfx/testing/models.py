@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,10 @@ class Spec(ABC):
     @abstractmethod
     def inputs(self, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
         """Keyword arguments of a call."""
+
+    def sizes(self) -> tuple[int, int] | None:
+        """Batch and sequence of its calls, where it has inputs for one alone."""
+        return None
 
     def build(self) -> nn.Module:
         """The module in eval mode, every parameter off its initial value: no bias is 0 and no scale 1."""
@@ -95,6 +101,32 @@ class _Image(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(self.blocks(pixels).mean((2, 3)))
+
+
+@dataclass(frozen=True, eq=False)
+class GivenModel(Spec):
+    """A model of the caller's, with the arguments of one call, whose first axis is the batch's."""
+
+    model: nn.Module = field(kw_only=True, repr=False)
+    example: Mapping[str, Tensor] = field(kw_only=True, repr=False)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # what is captured of one is not another's
+
+    def module(self) -> nn.Module:
+        return copy.deepcopy(self.model)
+
+    def build(self) -> nn.Module:
+        return self.module().eval()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """As hypothesis prints it: the class alone, for the caller has the model."""
+        printer.text(f"<{type(self.model).__name__}, as it was given>")
+
+    def sizes(self) -> tuple[int, int]:
+        return len(next(iter(self.example.values()))), 1
+
+    def inputs(self, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
+        return dict(self.example)
 
 
 @dataclass(frozen=True)

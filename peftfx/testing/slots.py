@@ -113,7 +113,8 @@ def rows(case: Case, method: WeightMethod) -> None:
     """Rows of a batch that have an adapter are the adapted model's, and the others are the base's."""
     adapted, inputs = adapt(case, method), tuple(case.inputs().values())
     try:
-        stacks = {key: value for path, told in _updates_of(adapted).items() for key, value in _stacked(path, *told)}
+        told = [(site, update, site_tensors(adapted.base, site)[1]) for site, update in _updates_of(adapted).values()]
+        stacks = {key: value for one in told for key, value in _stacked(*one)}
         by_row = Evaluate()(ByRow(stacks)(adapted.graph(adapted=False)).graph).graph
     except PeftfxError:  # it reads the tokens of all rows as one, as position embeddings do
         return
@@ -127,10 +128,14 @@ def rows(case: Case, method: WeightMethod) -> None:
         assert_close(got[row], (none if number < 0 else own)[row], 1e-4, f"row {row}")
 
 
-def _stacked(path: str, site: Site, update: Update) -> list[tuple[tuple[str, str], Tensor]]:
+def _stacked(site: Site, update: Update, bias: Tensor | None) -> list[tuple[tuple[str, str], Tensor]]:
+    """The entries of no adapter, which has the base's own bias, and of this one."""
     a, b = update.factors(site)
     ones = {INNER: update.inner, OUTER: update.outer}
     found = {what: torch.stack([torch.ones_like(value), value]) for what, value in ones.items() if value is not None}
-    zeros = {SLOT_A: a, SLOT_B: b, BIAS_STACK: update.bias}
+    zeros = {SLOT_A: a, SLOT_B: b}
     found |= {what: torch.stack([torch.zeros_like(v), v]) for what, v in zeros.items() if v is not None}
-    return [((path, what), value) for what, value in found.items()]
+    if update.bias is not None:
+        own = torch.zeros_like(update.bias) if bias is None else bias.to(update.bias.dtype)
+        found[BIAS_STACK] = torch.stack([own, update.bias])
+    return [((site.path, what), value) for what, value in found.items()]

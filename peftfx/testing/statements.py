@@ -183,8 +183,8 @@ def roads(case: Case, method: Method) -> None:
     """The base's own modules with the method inside them are the graph: in training, outputs and gradients."""
     for training in (True, False):
         adapted = adapt(case, method, training=training)
-        attends = adapted.adapter("default").placements.attentions
-        apart = attends or "reflect" in repr(case.spec)
+        placed = adapted.adapter("default").placements
+        apart = placed.attentions or placed.patterns or "reflect" in repr(case.spec)
         assert adapted.road == "modules" or apart, adapted.obstacle
         found = []
         for road in ("modules", "graph") if adapted.road == "modules" else ():
