@@ -12,7 +12,7 @@ from peftfx.serving.load import load
 from peftfx.serving.made_for import task_of_directory
 from peftfx.serving.served import Served
 
-_IMAGES = frozenset({"image-classification", "image-segmentation"})
+_IMAGES = frozenset({"image-classification", "image-segmentation", "object-detection"})
 
 
 def pipeline(model: str | Path | Served, task: str | None = None) -> Any:

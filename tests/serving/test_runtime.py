@@ -158,6 +158,33 @@ class TestClassification:
         assert [x["label"] for x in found] == [x["label"] for x in want]
         assert found[0]["score"] == pytest.approx(want[0]["score"], abs=1e-5)
 
+    def test_a_segmenter_counts_its_pixels_and_draws_them(self, tmp_path: Path, peftfx: Run) -> None:
+        from PIL import Image
+
+        model = ZOO["segformer"].build()
+        directory = exported(model, tmp_path / "out")
+        processor = hf.SegformerImageProcessor(size={"height": 32, "width": 32})
+        processor.save_pretrained(directory)
+        image = Image.effect_noise((50, 40), 60).convert("RGB")
+        image.save(tmp_path / "noise.png")
+        where = ("--image", tmp_path / "noise.png", "--output", tmp_path / "mask.png")
+        result = peftfx("run", directory, *where)
+        assert result.code == 0, result.err
+        with torch.no_grad():
+            output = model(**processor(image, return_tensors="pt"))
+        (want,) = processor.post_process_semantic_segmentation(output, target_sizes=[(40, 50)])
+        mask = Image.open(tmp_path / "mask.png")
+        assert torch.equal(torch.tensor(list(mask.getdata())).view(40, 50), want)
+        (told,) = (json.loads(line) for line in result.out.splitlines())
+        counts = torch.bincount(want.flatten())
+        assert [x["pixels"] for x in told] == sorted((n for n in counts.tolist() if n), reverse=True)
+        assert {model.config.label2id[x["label"]]: x["pixels"] for x in told} == {
+            i: n for i, n in enumerate(counts.tolist()) if n
+        }
+        refused = peftfx("run", directory, *where, "--image", tmp_path / "noise.png")
+        assert refused.code == 2
+        assert "one image" in refused.err
+
     def test_what_is_not_there_is_said(
         self,
         classifier: tuple[nn.Module, Path],

@@ -45,6 +45,7 @@ def run(
     top: Annotated[int, typer.Option(help="How many labels to print.")] = 5,
     adapter: Annotated[Path | None, typer.Option(help="An .onnx_adapter file to put into the model.")] = None,
     prompt_name: Annotated[str | None, typer.Option(help="The model's own prompt for texts that are embedded.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A .png file for segments: each pixel its class.")] = None,
     save: Annotated[Path | None, typer.Option(help="A .npy file for embeddings, which are printed otherwise.")] = None,
     provider: Annotated[
         list[str] | None, typer.Option(help="Where ONNX Runtime computes: cuda, directml, openvino; given again, next.")
@@ -67,6 +68,7 @@ def run(
         query=query,
         prompt_name=prompt_name,
         save=save,
+        output=output,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

@@ -31,6 +31,7 @@ class Asked:
         query: a text that each of the texts is held against.
         prompt_name: of the text that goes ahead of texts that are embedded.
         save: a `.npy` file for embeddings.
+        output: a `.png` file for the segments of an image.
         max_new_tokens: where generation stops, if the model does not stop first; by default after 128 tokens of a
             continuation, and as its own generation config says of what is transcribed.
         temperature: of sampling; 0 takes the likeliest token each time.
@@ -53,6 +54,7 @@ class Asked:
     query: str | None = None
     prompt_name: str | None = None
     save: Path | None = None
+    output: Path | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
     seed: int | None = None
@@ -121,6 +123,8 @@ def runner(asked: Asked) -> Run:
     Raises:
         PeftfxError: something is asked for that it does not do.
     """
+    if asked.output is not None and asked.kind != "labels":
+        raise PeftfxError("--output is a picture of the segments of an image", "--output", "leave it out")
     lost = "--save" if asked.save is not None else "--prompt-name" if asked.prompt_name is not None else ""
     if lost and (asked.kind != "sentences" or asked.query is not None):
         what = f"{lost} is of embeddings, and nothing else has a use for it"

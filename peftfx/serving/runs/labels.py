@@ -12,6 +12,13 @@ from peftfx.serving.load import load
 from peftfx.serving.made_for import task_of_directory
 from peftfx.serving.pipelines import pipeline
 from peftfx.serving.runs.asked import Asked, Found
+from peftfx.serving.runs.segments import SEGMENTS, counted, write_mask
+
+#: Tasks whose results are read as JSON.
+_TOLD = (
+    *("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction"),
+    *("text-generation", "text2text-generation", "image-classification", "object-detection", SEGMENTS),
+)
 
 
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
@@ -24,11 +31,21 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     task = task_of_directory(served.directory) if asked.task is None else resolve_task(asked.task)
     if task in HEARING:
         raise PeftfxError("this model takes sound, not texts and images", task, "pass --audio FILE.wav")
+    if task not in _TOLD:
+        raise PeftfxError("the command line does not show what this model gives", task, "call peftfx.runtime.pipeline")
+    if asked.output is not None and (task != SEGMENTS or len(asked.images) != 1):
+        hint = "pass one --image to a model that segments images"
+        raise PeftfxError("--output is a picture of the segments of one image", "--output", hint)
     found = pipeline(served, task)
     options = _options(found.task, asked.top)
     for item in (*asked.texts, *map(str, asked.images)):
         with understanding(item, f"the {found.task} pipeline does not take this", "see `__cause__`"):
             value = found(item, **options)
+        if task == SEGMENTS:
+            if asked.output is not None:
+                numbers = dict(getattr(served.config, "label2id", None) or {})
+                write_mask(asked.output, value, numbers)
+            value = counted(value)
         yield Found(value)
 
 
