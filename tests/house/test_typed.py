@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,15 +30,3 @@ def test_a_strict_reader_finds_nothing_wrong(tmp_path: Path) -> None:
     own = [line for line in done.stdout.splitlines() if line.startswith("tests/house/typed_calls.py")]
     assert own == [], "\n".join(own)
     assert "Success" in done.stdout, done.stdout[-2000:]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("document", ["README.md", "docs/quickstart.md"])
-def test_what_the_documents_show_is_typed(document: str, tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    (tmp_path / "shown.py").write_text("\n".join(blocks), encoding="utf-8")
-    command = [sys.executable, "-m", "mypy", "--check-untyped-defs", "--ignore-missing-imports", "--no-error-summary"]
-    command += ["--follow-imports", "silent", "--cache-dir", str(tmp_path / "cache"), str(tmp_path / "shown.py")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.returncode) == ("", 0), done.stdout
