@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -82,13 +84,21 @@ def is_handed_out(model: nn.Module) -> bool:
     """Whether a model's tensors are about to be handed out to the processes, by names and values of its `state_dict`.
 
     Accelerate does so under FSDP2 with `cpu_ram_efficient_loading`: the first process has the values, all shard a model
-    on the meta device, and each part is filled. It says so in the environment, as it does for transformers.
+    on the meta device, and each part is filled. It says so in the environment, as it does for transformers; a model
+    that is not sharded is handed out to Accelerate's own code alone, since the environment tells of no model.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return False
     parts = [p for p in model.parameters() if is_part(p)]
     asked = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("true", "1")
-    return any(p.is_meta for p in parts) if parts else asked
+    return any(p.is_meta for p in parts) if parts else asked and _is_called_by("accelerate.utils.fsdp_utils")
+
+
+def _is_called_by(module: str) -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != module:
+        frame = frame.f_back
+    return frame is not None
 
 
 def reshard(model: nn.Module) -> None:

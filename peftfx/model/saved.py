@@ -14,6 +14,7 @@ from peftfx.hosting.road import ModulesRoad
 from peftfx.model.adapter_sums import AdapterSums
 from peftfx.model.gathered import gathering
 from peftfx.model.graphs.graph_cache import Graphs
+from peftfx.model.handed_out import hold_buffers, send_buffers
 from peftfx.model.shared_base import shared
 from peftfx.sharding import is_handed_out, rank
 from peftfx.twins.twin import Twin
@@ -83,7 +84,9 @@ class SavedAdapters(AdapterSums):
         """
         prefix = f"{kwargs.get('prefix', '')}{BASE}."
         own: dict[str, Tensor] = super().state_dict(*args, **kwargs)  # type: ignore[call-overload]
-        if not is_handed_out(self):
+        if is_handed_out(self):
+            hold_buffers(self, own)
+        else:
             for key in [k for k in own if k.startswith(prefix)]:
                 del own[key]
         return own
@@ -97,6 +100,7 @@ class SavedAdapters(AdapterSums):
             assign: take these tensors themselves, and do not copy their values.
         """
         self.named.apart("adapters get other values")
+        state_dict = send_buffers(self, state_dict)
         own: dict[str, Tensor] = super().state_dict()
         refuse_other_state(own, state_dict, {name: self.adapter(name) for name in self.names()}, strict)
         for name in self.names():

@@ -13,6 +13,7 @@ from sharded.work import PROMPT, message, off
 from torch import distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -21,12 +22,23 @@ import peftfx
 
 def handed_out(folder: Path) -> dict[str, Any]:
     """What training differs from one process by, where Accelerate hands the first one's values out."""
-    found = {}
-    for name, rule in {"lora": LORA, "prompt": PROMPT}.items():
-        model = _prepared(peftfx.transform(llama(), rule, seed=0))
+    found: dict[str, Any] = {}
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
+    whole = peftfx.transform(llama(), LORA, seed=0).state_dict()
+    found["whole saved"] = sorted({key.partition(".")[0] for key in whole})
+    for name, rule in {"lora": LORA, "prompt": PROMPT, "vera": peftfx.VeRA(r=8)}.items():
+        model = _prepared(peftfx.transform(_with_buffer(), rule, seed=0))
         found[name] = off(rule, model, model)
         found[f"{name} saved"] = sorted({key.partition(".")[0] for key in model.state_dict()})
+        found[f"{name} buffers"] = model.base.model.extra.tolist()  # type: ignore[union-attr, operator]
     return found
+
+
+def _with_buffer() -> LlamaForCausalLM:
+    """A base with a saved buffer, of which the first process has the values."""
+    base = llama()
+    base.model.register_buffer("extra", torch.arange(3) * (dist.get_rank() == 0))
+    return base
 
 
 def _prepared(model: peftfx.AdaptedModel) -> peftfx.AdaptedModel:

@@ -73,8 +73,10 @@ def test_other_ways_are_refused_and_fsdp2_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_accelerate_hands_out_what_the_first_process_has(tmp_path: Path) -> None:
     for found in in_two(handed_out, tmp_path):
-        assert max(*found["lora"], *found["prompt"]) < 1e-5
-        assert found["lora saved"] == found["prompt saved"] == ["adapters"]
+        assert max(*found["lora"], *found["prompt"], *found["vera"]) < 1e-5
+        assert found["lora saved"] == found["prompt saved"] == found["vera saved"] == ["adapters"]
+        assert found["lora buffers"] == found["prompt buffers"] == found["vera buffers"] == [0, 1, 2]
+        assert found["whole saved"] == ["adapters"]  # Accelerate did not ask
 
 
 @pytest.mark.slow
