@@ -275,7 +275,7 @@ class LoRA(WeightMethod):
         drops = training and self.lora_dropout > 0 and site.kind != "embedding"
         dropped = F.dropout(x, self.lora_dropout, training=True) if drops else x
         delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS), training=training)
-        start = self._delta(site, op, x, p[A0], p[B0], None) if A0 in p else None
+        start = self._delta(site, op, x, p[A0], p[B0], None, training=training) if A0 in p else None
         if self.invoked_by:
             delta = where_active(delta, p[ACTIVE])
         if not self.use_dora:
@@ -288,7 +288,7 @@ class LoRA(WeightMethod):
             return (scaled if bias is None else scaled + bias).to(y.dtype)
         moved, bare = y, op(dropped, base.weight)
         if start is not None:  # HF PEFT's base has lost s B0 A0, which dropout then passes by
-            begun = self._delta(site, op, dropped, p[A0], p[B0], None)
+            begun = self._delta(site, op, dropped, p[A0], p[B0], None, training=training)
             moved, delta = y + (begun - start), delta - begun
         return (moved + (gains - 1) * bare + gains * delta).to(y.dtype)
 

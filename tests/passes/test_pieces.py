@@ -156,6 +156,24 @@ def test_running_means_are_counted_once_and_what_is_written_into_is_not_cut() ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"prefix_projection": True, "encoder_hidden_size": 8}], ids=["", "projected"])
+def test_a_prefix_trains_through_a_graph_in_pieces_and_is_refused_in_modules(options: dict[str, object]) -> None:
+    rule = peftfx.PrefixTuning(num_virtual_tokens=3, **options)  # type: ignore[arg-type]
+    model = adapt("llama", rule, road="graph").train()
+    inputs = ZOO["llama"].inputs(model=model.base, labels=True)
+    want = step(model, inputs)
+    for reentrant in (True, False):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        got = step(model, inputs)
+        model.gradient_checkpointing_disable()
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], value) for name, value in want.items())
+    model = adapt("llama", rule).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(PeftfxError, match="prefix does not work with gradient checkpointing"):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_models_of_other_kinds_are_cut(name: str) -> None:
     model = adapt(name, peftfx.LoRA(target="all-linear", lora_dropout=0.1), road="graph").train()
