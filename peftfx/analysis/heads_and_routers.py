@@ -2,7 +2,8 @@
 
 A head's value is put out as it is. A router says which of a stack of experts a row of values meets: rows are sorted by
 their experts and meet the weights in one grouped product, and where each expert's rows end is computed from the
-indices that the router's scores gave.
+indices that the router's scores gave. Where every expert meets every value, a router is a layer of whose features the
+largest are picked, for each value alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx
 
-from peftfx.analysis.dataflow import ACTIVATIONS, ELEMENTWISE, MOVEMENT, PRODUCTS, Flow, op_name
+from peftfx.analysis.dataflow import ACTIVATIONS, ELEMENTWISE, MOVEMENT, PRODUCTS, SOFTMAX, Flow, op_name
 from peftfx.analysis.facts import Analysis, WeightFacts
 from peftfx.graph.graph import Graph
 from peftfx.sites.site import EXPERTS
@@ -48,6 +49,30 @@ def _data(node: fx.Node, flows: Mapping[fx.Node, Flow]) -> list[fx.Node]:
 
 
 def find_routers(analysis: Analysis) -> Iterator[WeightFacts]:
+    """The linear layers whose output says which expert a value meets, once each or more."""
+    yield from _choosing(analysis)
+    yield from _sorting(analysis)
+
+
+def _choosing(analysis: Analysis) -> Iterator[WeightFacts]:
+    """Linear layers whose output features are ranked: nothing but scales, shifts and a softmax is ahead of a `topk`."""
+    for node in analysis.graph.nodes():
+        if op_name(node) != "topk" or not isinstance(node.args[0], fx.Node):
+            continue
+        scores, axis = node.args[0], node.args[2] if len(node.args) > 2 else -1
+        if axis not in (-1, scores.meta["val"].ndim - 1):
+            continue
+        while scores not in analysis.owner and (op_name(scores) in SOFTMAX or op_name(scores) in ELEMENTWISE):
+            data = _data(scores, analysis.flows)
+            if len(data) != 1:
+                break
+            (scores,) = data
+        weight = analysis.owner.get(scores)
+        if weight is not None and weight.occurrences[0].kind == "linear":
+            yield weight
+
+
+def _sorting(analysis: Analysis) -> Iterator[WeightFacts]:
     """The linear layers that the ends of a grouped product's groups come from, once each, by one walk back."""
     ends = [found.op.args[2] for found in analysis.occurrences() if found.kind == EXPERTS]
     todo = [node for node in ends if isinstance(node, fx.Node)]

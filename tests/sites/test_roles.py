@@ -134,3 +134,25 @@ def test_keys_and_values_of_one_layer_are_its_parts() -> None:
     roles = roles_of(OneHead())
     assert roles["kv"] == "attention.kv attention.key=0:2 attention.value=2:4"
     assert (roles["q"], roles["o"]) == ("attention.query", "attention.output")
+
+
+class Routed(nn.Module):
+    """Every expert meets every value, weighted; or values are picked by one number of each, which routes nothing."""
+
+    def __init__(self, *, of_features: bool) -> None:
+        super().__init__()
+        self.scores, self.experts = nn.Linear(8, 4), nn.Parameter(torch.randn(4, 8, 8))
+        self.out = nn.Linear(8, 8)
+        self.of_features = of_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.scores(x).float()
+        best, index = torch.topk(torch.softmax(scores, -1), 2, dim=-1 if self.of_features else 1)
+        weights = torch.zeros_like(scores).scatter(-1 if self.of_features else 1, index, best)
+        return self.out(torch.einsum("bte,btd,edf->btf", weights, x, self.experts))
+
+
+def test_a_layer_whose_features_are_ranked_is_a_router_and_one_that_ranks_tokens_is_none() -> None:
+    for of_features in (True, False):
+        sites = capture(Routed(of_features=of_features).eval(), {"x": torch.randn(2, 5, 8)}).sites
+        assert (sites.by_path("scores").role == "router") is of_features
