@@ -49,6 +49,8 @@ _SMALL: Mapping[str, int] = {
     **dict.fromkeys(("embedding_size",), 16),
     **dict.fromkeys(("projection_dim",), 24),
     **dict.fromkeys(("linear_num_key_heads",), 2),
+    **dict.fromkeys(("linear_num_heads",), 4),
+    **dict.fromkeys(("linear_head_dim",), 8),
     **dict.fromkeys(("linear_num_value_heads",), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "mamba_state_dim"), 8),

@@ -28,7 +28,7 @@ _SIZES = {**TOKENS, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_
 _MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 24}
-_INDEX = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
+_INDEX = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 64}  # with fewer, ties decide
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "convolutions between attentions": (
         "lfm2",
@@ -37,7 +37,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "both in one layer": ("falcon_h1", {"num_hidden_layers": 2, "mamba_d_ssm": 64, **_MAMBA}),
     "recurrences between attentions": ("bamba", {"num_hidden_layers": 2, "attn_layer_indices": [1], **_MAMBA}),
     "recurrences alone": ("mamba2", {"num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "n_groups": 1}),
-    "an indexer's keys": ("deepseek_v32", {"num_hidden_layers": 2, **_LATENT, **_EXPERTS, **_INDEX}),
+    "an indexer's keys": (
+        "deepseek_v32",
+        {"num_hidden_layers": 2, "num_key_value_heads": 4, **_LATENT, **_EXPERTS, **_INDEX},
+    ),
 }
 _SMALL_STATES = {"mamba2": {"state_size": 8, "chunk_size": 4}}
 QUICK = "convolutions between attentions"
