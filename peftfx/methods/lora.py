@@ -35,7 +35,7 @@ from peftfx.contract.common.lora_factors import (
     MAGNITUDE,
     A,
     B,
-    Blocks,
+    DiagonalBlocks,
     dropped_part,
     joined,
     set_out,
@@ -161,9 +161,9 @@ class LoRA(WeightMethod):
         return any(given is not None for given in (self.alora_invocation_tokens, self.use_bdlora, self.kasa_config))
 
     @property
-    def _blocks(self) -> Blocks | None:
+    def _blocks(self) -> DiagonalBlocks | None:
         """Which factor is blocks, where it is the method of one site."""
-        return Blocks.at(self.use_bdlora, "")
+        return DiagonalBlocks.at(self.use_bdlora, "")
 
     @property
     def unfoldable(self) -> str:
@@ -183,7 +183,7 @@ class LoRA(WeightMethod):
             refuse_on_parameters(site, self._only_at_layers())
         r = int(by_path(self.rank_pattern, "rank_pattern", site.path, self.r))
         alpha = by_path(self.alpha_pattern, "alpha_pattern", site.path, self.lora_alpha)
-        blocks = Blocks.at(self.use_bdlora, site.path)
+        blocks = DiagonalBlocks.at(self.use_bdlora, site.path)
         own = None if blocks is None else blocks.config()
         return dataclasses.replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={}, use_bdlora=own)
 

@@ -21,14 +21,14 @@ A0, B0 = "lora_A0", "lora_B0"
 DIAG = "lora_diag"  #: KaSA's diagonal between the factors
 
 
-class Blocks(NamedTuple):
+class DiagonalBlocks(NamedTuple):
     """BD-LoRA: which factor is blocks on a diagonal, kept one below the other, and how many they are."""
 
     factor: str
     number: int
 
     @staticmethod
-    def at(config: Mapping[str, object] | None, path: str) -> Blocks | None:
+    def at(config: Mapping[str, object] | None, path: str) -> DiagonalBlocks | None:
         """What HF PEFT's config says of the layer at a path: a pattern is found anywhere in it.
 
         Raises:
@@ -44,7 +44,7 @@ class Blocks(NamedTuple):
             raise PeftfxError(what, path, "one of target_modules_bd_a, target_modules_bd_b; or match_strict=False")
         if not isinstance(count, int) or count < 1:
             raise PeftfxError(f"not a number of blocks: {shown(count)}", "use_bdlora: nblocks", "1 or more")
-        return Blocks(found[0], count) if found else None
+        return DiagonalBlocks(found[0], count) if found else None
 
     def config(self) -> dict[str, object]:
         """HF PEFT's config of a layer that has these."""
@@ -72,7 +72,7 @@ def _listed(given: object) -> Sequence[object]:
     return given if isinstance(given, list | tuple) else ()
 
 
-def set_out(p: Params, blocks: Blocks | None) -> Params:
+def set_out(p: Params, blocks: DiagonalBlocks | None) -> Params:
     """Parameters as a plain LoRA has them: blocks on their diagonal, and a diagonal multiplied into A."""
     if blocks is not None:
         p = {**p, blocks.factor: blocks.set_out(p[blocks.factor])}
