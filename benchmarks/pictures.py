@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[Any, str, str]] = {
     "mixtral": (hf.MixtralConfig(), "MixtralForCausalLM", "lora(r=8)@attention | experts"),
     "bert": (hf.BertConfig(), "BertForSequenceClassification", "lora(r=8)@attention; bitfit@mlp"),
     "t5": (hf.T5Config(), "T5ForConditionalGeneration", "lora(r=8)@attention"),
-    "blip2": (hf.Blip2Config(), "Blip2ForConditionalGeneration", "lora(r=8)@attention"),
+    "blip2": (hf.Blip2Config(image_token_index=50265), "Blip2ForConditionalGeneration", "lora(r=8)@attention"),
 }
 CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-sync"]
 
