@@ -71,12 +71,20 @@ class AdapterSums(AdaptersByName):
         self._install(new_name, made)
 
     def tasks_of(self, adapter_name: str) -> int:
-        """How many tasks an adapter acts by, one for each row of a batch; 0 where it does the same for every row."""
+        """How many tasks an adapter acts by, one for each row of a batch; 0 where it does the same for every row.
+
+        Args:
+            adapter_name: the adapter's.
+        """
         counts = (count for rule in self.adapter(adapter_name).rules for count in rule.inputs.values() if count > 1)
         return next(counts, 0)
 
     def take_task(self, adapter_name: str, task: int) -> None:
-        """Leave of an adapter that acts by `task_ids` one task's, under its name; see `split_tasks`.
+        """Keep one task of an adapter that acts by `task_ids`, under the adapter's name; see `split_tasks`.
+
+        Args:
+            adapter_name: the adapter's.
+            task: its number, from 0.
 
         Raises:
             PeftfxError: the adapter does not act by task, or has no task of this number.
