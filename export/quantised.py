@@ -82,6 +82,7 @@ def round_weights(
             ids, _ = split_text(given, source)
             found = [c for part in parts for c in _candidates(programs[part.file], part.graph.sites, chosen[part.file])]
             made, report.gptq = fit_weights(adapted, ids, given.name, found, beside, merged=merged)
+            report.gptq.left |= {n: w for part in parts for n, w in _stacks(programs[part.file], chosen[part.file])}
     else:
         with adapted.disable_adapter() if asked.batched else nullcontext():  # rows choose: the base is what they share
             reference, feeds = _calls(asked, adapted, parts, oracle, source)
@@ -134,6 +135,14 @@ def _candidates(program: ir.Model, sites: Sites, choose: Choose) -> Iterator[Can
         scheme = choose(source := weight.meta.get(SOURCE))
         if scheme is not None and scheme.gptq and columns_of(weight, transposed) >= scheme.block:
             yield Candidate(source, paths(source), functools.partial(read_weight, weight, transposed), scheme)
+
+
+def _stacks(program: ir.Model, choose: Choose) -> Iterator[tuple[str, str]]:
+    """The stacks of weights that GPTQ is asked for, and why it leaves them."""
+    for weight in program.graph.initializers.values():
+        scheme = choose(weight.meta.get(SOURCE))
+        if scheme is not None and scheme.gptq and weight.shape is not None and len(weight.shape) == 3:
+            yield str(weight.name), "a stack of weights, each of which reads tokens of its own"
 
 
 def agreement_of(

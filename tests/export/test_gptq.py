@@ -126,3 +126,21 @@ def test_a_text_that_says_nothing_is_one_message(base: Path, tmp_path: Path) -> 
     with pytest.raises(PeftfxError, match="no tokenizer"):
         model.export(tmp_path / "out", quantize="int4(gptq=True)", calibration=base / "text.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+@pytest.mark.slow
+def test_an_encoder_and_a_decoder_are_rounded_by_one_call(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    hf.T5ForConditionalGeneration(hf.T5Config(**sizes, pad_token_id=0, decoder_start_token_id=0)).save_pretrained(
+        tmp_path / "t5"
+    )
+    write_tokenizer(tmp_path / "t5")
+    (tmp_path / "text.txt").write_text(words(700))
+    text = tmp_path / "text.txt"
+    report = export_directory(tmp_path / "t5", tmp_path / "out", quantize="int8(gptq=True)", calibration=text)
+    assert report.gptq is not None
+    assert report.gptq.weights == 17, "6 of the encoder, 10 of the decoder, and the head"
+    assert not report.gptq.left
+    assert report.gptq.off < report.gptq.plain
+    assert set(report.quantized) == {"encoder_model.onnx", "decoder_model.onnx"}
