@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -114,6 +114,11 @@ class Served:
         for graph, model in self.graphs.items():
             model.put({} if name is None else self.adapters[name][graph])
         self.active = name
+
+    if TYPE_CHECKING:
+
+        def generate(self, *args: Any, **options: Any) -> Any:
+            """Of models with a cache, by transformers' own code; the others refuse (`ServedForward`)."""
 
     def can_generate(self) -> bool:
         """Whether it writes token by token; one without a cache does not."""

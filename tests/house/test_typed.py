@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,20 @@ def test_every_public_name_is_used() -> None:
     used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "peftfx"}
     used |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names}
     assert set(peftfx.__all__) - set(method_classes()) - used == {"PatternMethod"}, "methods are all made alike"
+
+
+@pytest.mark.slow
+def test_the_blocks_of_the_readme_and_the_quickstart_are_typed(tmp_path: Path) -> None:
+    """A type checker finds nothing wrong in what users copy."""
+    files = []
+    for page in (ROOT / "README.md", ROOT / "docs" / "quickstart.md"):
+        blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        files.append(tmp_path / f"{page.stem}_blocks.py".lower())
+        files[-1].write_text("\n".join(blocks), encoding="utf-8")
+    for file in files:  # each alone: names are a page's own
+        command = [sys.executable, "-m", "mypy", "--ignore-missing-imports", "--cache-dir", str(tmp_path / "cache")]
+        done = subprocess.run([*command, str(file)], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert "Success" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.slow
