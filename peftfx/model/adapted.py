@@ -18,7 +18,7 @@ from peftfx.export_options.export import ExportChanges, ExportOptions
 from peftfx.generation.invocation import Invocations, under_invocations
 from peftfx.graph.graph import BASE, Graph
 from peftfx.model.calls import AdapterCalls
-from peftfx.model.gathered import gathering, whole_base
+from peftfx.model.processes.gathered import gathering, whole_base
 from peftfx.passes.base import Pass
 from peftfx.sharding import is_sharded, on_first
 from peftfx.sites.sites import Sites

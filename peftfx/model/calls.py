@@ -21,9 +21,9 @@ from peftfx.hosting.call_inputs import invocations, take
 from peftfx.hosting.checkpointing import checkpoint_base, is_checkpointed
 from peftfx.hosting.other_forward import run_other
 from peftfx.hosting.road import NO_ADAPTER
-from peftfx.model.gathered import refuse_graph
 from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.peft_surface import PeftSurface
+from peftfx.model.processes.gathered import refuse_graph
 from peftfx.views.arguments import named_arguments
 
 LOSS = "loss"  #: the output that methods add their penalties to

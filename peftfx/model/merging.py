@@ -12,8 +12,8 @@ from peftfx.adapters.merge_report import MergeReport, refuse_unmergeable
 from peftfx.errors import PeftfxError, warn
 from peftfx.graph.contexts import evaluating
 from peftfx.graph.graph import Graph
-from peftfx.model.gathered import gathering
 from peftfx.model.graphs.graph_cache import Graphs
+from peftfx.model.processes.gathered import gathering
 from peftfx.model.saved import SavedAdapters
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.adaptation.pattern_weights import refuse_unfolded

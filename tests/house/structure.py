@@ -59,6 +59,7 @@ LAYERS = (
         "peftfx.passes.text",
         "peftfx.hosting",
         "peftfx.model.graphs",
+        "peftfx.model.processes",
         "peftfx.model",
         "peftfx.serving",
         "peftfx.serving.runs",

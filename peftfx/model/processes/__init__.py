@@ -1,0 +1,1 @@
+"""A model of which each process has a part: gathered, and handed out."""
