@@ -57,7 +57,7 @@ class RecipeStep:
         with asking(self.method, "fold", self.site.path):
             alone, method = start is now, self.method
             made = method.fold(self.site, now, p) if alone else method.fold_over(self.site, start, now, p)
-        refuse_fold(self.method, self.site.path, made, now.weight)
+        refuse_fold(self.method, self.site.path, made, now.weight, self.site.groups)
         return Base(*made)
 
     def _rows(self, base: Base) -> Base:

@@ -110,11 +110,12 @@ def refuse_forward_shape(method: object, where: str, got: object, shape: Sequenc
         raise _gave(type(method), "forward", where, f"{list(got.shape)} where y is {list(shape)}")
 
 
-def refuse_fold(method: object, where: str, got: object, like: Tensor) -> None:
-    """Refuse what `fold` gave that is no weight and bias, or a weight of another shape."""
+def refuse_fold(method: object, where: str, got: object, like: Tensor, groups: int = 1) -> None:
+    """Refuse what `fold` gave that is no weight and bias, or a weight of another shape; that of a conv may be dense."""
     if not (isinstance(got, tuple) and len(got) == 2 and isinstance(got[0], Tensor)):
         raise _gave(type(method), "fold", where, shown(got))
-    if got[0].shape != like.shape:
+    dense = (*like.shape[:1], *(size * groups for size in like.shape[1:2]), *like.shape[2:])
+    if tuple(got[0].shape) not in (tuple(like.shape), dense):
         raise _gave(type(method), "fold", where, f"a weight {list(got[0].shape)} where it was {list(like.shape)}")
     if got[1] is not None and (not isinstance(got[1], Tensor) or got[1].shape != like.shape[:1]):
         given = list(got[1].shape) if isinstance(got[1], Tensor) else shown(got[1])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.delta import dropped, in_dtype
+from peftfx.contract.common.subspaces import in_basis, joint_basis
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
@@ -85,7 +86,7 @@ class FRoD(WeightMethod):
         own, made = torch.Generator().manual_seed(self.projection_prng_key), {}
         for name, layers in sorted(weights.items()):
             first, each = next(iter(layers.values())), [layers[i].float().cpu() for i in sorted(layers)]
-            v = first.new_zeros(first.shape[1:] * 2) if first.is_meta else _basis(each, self.regularization_alpha)
+            v = first.new_zeros(first.shape[1:] * 2) if first.is_meta else joint_basis(each, self.regularization_alpha)
             made[f"{V}__{name}"] = v.to(like.device, first.dtype).to(adapter_dtype(first.dtype)).contiguous()
             made[f"{WHERE}__{name}"] = self._places(len(v), own).to(like.device)
             made[f"{SIZE}__{name}"] = torch.tensor([len(v)] * 2, device=like.device)
@@ -118,7 +119,7 @@ class FRoD(WeightMethod):
     def start(self, site: Site, base: Base, shared: Params, rng: torch.Generator | None) -> dict[str, Tensor]:
         kind, dtype = base.weight.dtype, adapter_dtype(base.weight.dtype)
         values = shared[V].new_zeros(shared[WHERE].shape[1], dtype=dtype)
-        u, scales = _scaled(shared[V], base.weight)
+        u, scales = in_basis(shared[V], base.weight)
         p = {U: u.to(kind).to(dtype), L: scales.to(kind).to(dtype), S: values}
         if not self.init_weights:
             p[S].normal_(std=0.1, generator=rng)
@@ -162,28 +163,3 @@ def _layer(site: Site, number: int) -> int:
     parts = site.path.split(".")
     behind = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
     return next((int(part) for part in (*behind, *parts) if part.isdigit()), number)
-
-
-def _basis(weights: Sequence[Tensor], alpha: float) -> Tensor:
-    """The joint basis of weights [out, in], as HF PEFT finds it."""
-    stacked = torch.cat(list(weights))
-    if stacked.shape[0] < stacked.shape[1]:
-        return torch.linalg.svd(stacked, full_matrices=True)[2].T
-    q, r = torch.linalg.qr(stacked)
-    eye = alpha * torch.eye(r.shape[1])
-    terms = torch.stack([torch.linalg.inv(part.T @ part + eye) for part in q.split([len(w) for w in weights])])
-    return r.T @ torch.linalg.eigh(terms.mean(0))[1]
-
-
-def _scaled(v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`U` and `l` with `U diag(l) V^T` the weight, computed in float64."""
-    if v.is_meta:
-        return v.new_empty(weight.shape), v.new_empty(weight.shape[1])
-    wide, basis = weight.detach().double().cpu(), v.double().cpu()
-    try:
-        inner = torch.linalg.solve(basis, wide.T).T
-    except RuntimeError:  # HF PEFT's way where the basis is singular
-        inner = wide @ torch.linalg.pinv(basis, rtol=1e-6).T
-    lengths = inner.norm(dim=0)
-    u = torch.where(lengths > 1e-12, inner / lengths.clamp_min(1e-12), 0)
-    return u.float().to(v.device), lengths.float().to(v.device)

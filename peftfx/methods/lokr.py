@@ -7,21 +7,17 @@ of the ranks: so it is put into a graph that runs, where that is smaller than th
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.common.delta import DeltaMethod, dropped_rows, kept
-from peftfx.contract.common.low_rank import dense
-from peftfx.contract.common.patterns import by_path, pattern_of
-from peftfx.contract.method import Base, Method, Params
+from peftfx.contract.common.delta import LycorisMethod, dropped_rows, kept
+from peftfx.contract.method import Base, Params
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
@@ -30,62 +26,35 @@ W1, W1A, W1B, W2, W2A, W2B, T2 = (f"lokr_{name}" for name in ("w1", "w1_a", "w1_
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoKr(DeltaMethod):
+class LoKr(LycorisMethod):
     """A Kronecker product added to linear and conv weights.
 
     Args:
         r: rank of a factor that is cut in two.
-        alpha: numerator of the scale.
-        rank_dropout: the share of the update's rows that training leaves out.
-        rank_dropout_scale: make those that are left larger by as much.
-        module_dropout: how often training leaves all of it out.
+        alpha, rank_dropout, module_dropout, rank_pattern, alpha_pattern: as of `LycorisMethod`.
+        rank_dropout_scale: make those rows that are left larger by as much.
         use_effective_conv2d: give a conv's second factor a core of its kernel's size.
         decompose_both: let the first factor be cut in two as well.
         decompose_factor: what the sizes are divided by; -1 is near their square roots.
-        rank_pattern, alpha_pattern: other `r` and `alpha` for module paths that match a key.
         init_weights: start as the identity, by a zero first factor, or second ("lycoris"); otherwise at random.
     """
 
-    r: int = 8
-    alpha: float = 8
-    rank_dropout: float = 0.0
     rank_dropout_scale: bool = False
-    module_dropout: float = 0.0
-    use_effective_conv2d: bool = False
     decompose_both: bool = False
     decompose_factor: int = -1
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     init_weights: bool | Literal["lycoris"] = True
 
     peft_type: ClassVar[str] = "LOKR"
-    default_target: ClassVar[str] = "attention.query | attention.value"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "LoKr(r=8)")
         if self.decompose_factor < 1 and self.decompose_factor != -1:
             what = f"it must be 1 or more, or -1 for the square root, not {self.decompose_factor}"
             raise PeftfxError(what, "decompose_factor", "LoKr(decompose_factor=-1)")
-        for name in ("rank_dropout", "module_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                what = f"it must be a probability below 1, not {getattr(self, name)}"
-                raise PeftfxError(what, name, f"LoKr({name}=0.1)")
 
     @property
     def neutral(self) -> bool:
         return bool(self.init_weights)
-
-    def at(self, site: Site) -> LoKr:
-        r = int(by_path(self.rank_pattern, "rank_pattern", site.path, self.r))
-        alpha = by_path(self.alpha_pattern, "alpha_pattern", site.path, self.alpha)
-        return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
-
-    def gather(self, methods: Mapping[str, Method]) -> LoKr:
-        ranks, alphas = pattern_of(methods, "r", self.r), pattern_of(methods, "alpha", self.alpha)
-        return dataclasses.replace(self, rank_pattern=ranks, alpha_pattern=alphas)
 
     def _sizes(self, site: Site) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter; those with r columns are cut in two, and a core is of the kernel's size."""
@@ -130,11 +99,7 @@ class LoKr(DeltaMethod):
         if other.ndim == 4:
             one = one[:, :, None, None]
         # HF PEFT multiplies a conv's kernel of one dimension along it as it is: [c, d, kernel] by [1, a, b].
-        shape = (*weight.shape[:1], -1, *site.shape[2:]) if site.kind == "conv" else weight.shape
-        delta = (torch.kron(one, other.contiguous()) * (self.alpha / self.r)).reshape(shape)
-        if delta.shape[1] == weight.shape[1]:
-            return delta
-        return dense(delta, site.groups)  # another adapter has made the grouped conv dense
+        return self.of_weight(site, weight, torch.kron(one, other.contiguous()))
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
         if site.kind != "linear":
@@ -146,7 +111,7 @@ class LoKr(DeltaMethod):
         if len(a) >= min(base.weight.shape):
             what = f"this Kronecker product is of rank {len(a)}, which is the weight's own: there is no low-rank sum"
             raise PeftfxError(what, site.path, "export the adapter merged; or a smaller r, with decompose_both")
-        return Update(a=a, b=b * (self.alpha / self.r))
+        return Update(a=a, b=b * self.scaling)
 
 
 def _halves(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,12 +60,12 @@ class AdaptedModel(AdapterCalls):
         """A model without adapters yet, whose `forward` has the base's signature: `Trainer` reads it."""
         return _subclass(own_class(base))(base, sites, example, road, twin)  # type: ignore[arg-type]
 
-    @takes(ExportOptions)
     def __repr__(self) -> str:
         active = ", ".join(self.active) or "none"
         told = "; ".join(f"{name}: {self.adapter(name)!r}" for name in self.names()) or "no adapters"
         return f"{type(self).__name__}({told}; active: {active}; road: {self.road})"
 
+    @takes(ExportOptions)
     def export(
         self,
         directory: str | Path,

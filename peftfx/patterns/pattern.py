@@ -161,6 +161,13 @@ def forget(names: Iterable[str]) -> None:
     _version[0] = next(_VERSIONS)
 
 
+def remember(known: Pattern) -> None:
+    """Search graphs for a pattern from now on, if they are not searched for it already."""
+    if _known.get(known.name) is not known:
+        _known[known.name] = known
+        _version[0] = next(_VERSIONS)
+
+
 def known_patterns() -> tuple[Pattern, ...]:
     """The patterns that graphs are searched for."""
     return tuple(_known.values())

@@ -83,7 +83,7 @@ def select(
     reasons = explain(sites, kinds=kinds, **where)
     matches = [reason.match for reason in reasons if reason.match]
     if not matches:
-        raise _of_other_kinds(reasons, kinds, where) or _nothing_matches(reasons, where)
+        raise _of_other_kinds(sites, kinds, where) or _nothing_matches(reasons, where)
     return matches
 
 
@@ -197,9 +197,8 @@ def _leads_to(path: str, name: str) -> bool:
     return f".{name}." in f".{path}."
 
 
-def _of_other_kinds(reasons: Sequence[Reason], kinds: Collection[str], where: Where) -> PeftfxError | None:
+def _of_other_kinds(sites: Iterable[Site], kinds: Collection[str], where: Where) -> PeftfxError | None:
     """What to say of a target that picks sites, and none of a kind that may be picked."""
-    sites = [reason.site for reason in reasons]
     picker = _picker(sites, where)
     others = sorted({site.kind for site in sites if site.kind not in kinds and picker(site)})
     if not others:

@@ -170,12 +170,12 @@ def cases(
 ) -> tuple[Case, Method]:
     """A case, and a method with a target of at least so many places in its model."""
     if issubclass(cls, SequenceMethod):
-        case, prompt = draw(_calls(PROMPTED if pool is POOL else pool)), draw(configs(cls, choices))
+        case, prompt = draw(_calls(PROMPTED if pool[0].sizes() is None else pool)), draw(configs(cls, choices))
         if not _fits(case.spec, prompt):
             reject()
         return case, prompt
     if issubclass(cls, AttentionMethod):
-        pool = [spec for spec in pool if repr(spec).count("Attention(") >= least]
+        pool = [spec for spec in pool if repr(spec).count("AttentionBlock(") >= least]
     case, method = draw(_calls(pool)), draw(configs(cls, choices))
     saved = draw(st.sampled_from((None, None, ("head",)))) if case.spec.sizes() is None else None
     found = [place for place in places(case.spec, method) if saved is None or place != "head"]

@@ -16,6 +16,7 @@ from peftfx.contract.completeness import refuse_incomplete
 from peftfx.contract.method import Method
 from peftfx.contract.pattern import PatternMethod
 from peftfx.errors import PeftfxError, first_line
+from peftfx.patterns.pattern import remember
 from peftfx.testing.extras import needed
 from peftfx.testing.models import GivenModel
 
@@ -163,6 +164,8 @@ def known(cls: type[Method]) -> Iterator[None]:
     """Inside, the method's type is this class."""
     before = dict(table._registered)
     table._registered[cls.peft_type] = cls
+    if issubclass(cls, PatternMethod):
+        remember(cls.pattern)
     try:
         yield
     finally:

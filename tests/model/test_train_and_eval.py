@@ -56,7 +56,7 @@ class TestTraining:
         adapted.train()
         assert not torch.equal(adapted(**inputs), quiet)
         adapted.base.drop.eval()
-        assert torch.equal(adapted(**inputs), quiet)
+        torch.testing.assert_close(adapted(**inputs), quiet, rtol=0, atol=1e-6)  # training has products of its own
 
     @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
     def test_only_adapter_parameters_are_trained(self, bias: str, bare_bert: AdaptedModel) -> None:

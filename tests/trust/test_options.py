@@ -154,10 +154,16 @@ def test_the_command_line_has_an_option_for_each() -> None:
 
     typed = set(inspect.signature(main.export).parameters) - {"base", "output"}
     asked = {f.name for f in dataclasses.fields(DirectoryOptions)}
-    assert typed - asked == {"swappable", "prefix", "dry_run"}
+    assert typed - asked == {"swappable", "prefix", "dry_run", "download", "passes"}
     assert asked <= typed
     typed = set(inspect.signature(main.export_adapter).parameters)
-    assert typed == {"adapter", "graph", "output", *(f.name for f in dataclasses.fields(AdapterDirectoryOptions))}
+    assert typed == {
+        "adapter",
+        "graph",
+        "output",
+        "download",
+        *(f.name for f in dataclasses.fields(AdapterDirectoryOptions)),
+    }
 
 
 def test_the_exit_code_is_the_class_s() -> None:

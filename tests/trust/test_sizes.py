@@ -87,7 +87,7 @@ def test_graphs_of_other_branches_are_kept_and_are_few() -> None:
 
 
 def test_what_branches_everywhere_forgets_its_first_graphs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftfx.model.graphs.graph_cache.MOST", 4)
+    monkeypatch.setattr("peftfx.model.graphs.graph_cache._MOST", 4)
     adapted = adapted_on(Branching("n in tuple(range(2, 40))"), x=torch.zeros(2, 5, 4))
     for n in (2, 3, 4):
         adapted(torch.zeros(2, n, 4))

@@ -1,15 +1,22 @@
-"""DeltaMethod: an update that is added to the weight, whatever it is computed from."""
+"""DeltaMethod: an update that is added to the weight, whatever it is computed from; and those of LyCORIS."""
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfx.contract.method import Base, Op, Params
+from peftfx.contract.common.low_rank import dense
+from peftfx.contract.common.patterns import by_path, pattern_of
+from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.weight import WeightMethod
+from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 
 
@@ -37,6 +44,63 @@ class DeltaMethod(WeightMethod):
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         return Base(base.weight + self.delta(site, base.weight, p), base.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LycorisMethod(DeltaMethod):
+    """What LyCORIS's methods share: ranks and scales by path, two dropouts of the update, and the shape of a conv's.
+
+    Args:
+        r: rank of a product of two factors.
+        alpha: numerator of the scale, `alpha / r`.
+        rank_dropout: the share of the update's rows that training leaves out.
+        module_dropout: how often training leaves all of it out.
+        use_effective_conv2d: give a conv a core of its kernel's size, and factors for its channels.
+        rank_pattern, alpha_pattern: other `r` and `alpha` for module paths that match a key.
+    """
+
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    default_target: ClassVar[str] = "attention.query | attention.value"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
+            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", f"{name}(r=8)")
+        for option in ("rank_dropout", "module_dropout"):
+            if not 0 <= getattr(self, option) < 1:
+                what = f"it must be a probability below 1, not {getattr(self, option)}"
+                raise PeftfxError(what, option, f"{name}({option}=0.1)")
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the update."""
+        return self.alpha / self.r
+
+    def at(self, site: Site) -> Self:
+        r = int(by_path(self.rank_pattern, "rank_pattern", site.path, self.r))
+        alpha = by_path(self.alpha_pattern, "alpha_pattern", site.path, self.alpha)
+        return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def gather(self, methods: Mapping[str, Method]) -> Self:
+        ranks, alphas = pattern_of(methods, "r", self.r), pattern_of(methods, "alpha", self.alpha)
+        return dataclasses.replace(self, rank_pattern=ranks, alpha_pattern=alphas)
+
+    def of_weight(self, site: Site, weight: Tensor, update: Tensor) -> Tensor:
+        """An update as computed, scaled and in the weight's shape."""
+        shape = (*weight.shape[:1], -1, *site.shape[2:]) if site.kind == "conv" else weight.shape
+        delta = (update * self.scaling).reshape(shape)
+        if delta.shape[1] == weight.shape[1]:
+            return delta
+        return dense(delta, site.groups)  # another adapter has made the grouped conv dense
 
 
 def in_dtype(output: Tensor, computed: torch.dtype, own: torch.dtype) -> Tensor:

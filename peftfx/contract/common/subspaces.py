@@ -1,4 +1,4 @@
-"""Clusters of a weight's rows, as AdaMSS finds them, and which of them go on being trained (ASA)."""
+"""Subspaces of weights: AdaMSS's clusters of rows and which of them are trained on (ASA), and FRoD's joint basis."""
 
 from __future__ import annotations
 
@@ -109,3 +109,28 @@ def _scores(place: Kept, a: str, b: str) -> dict[int, Tensor]:
             parts = [(seen[f"{n}_{_IMPORTANCE}"] * seen[f"{n}_{_UNCERTAINTY}"]).mean() for n in names]
             scores[i] = parts[0] + parts[1]
     return scores
+
+
+def joint_basis(weights: Sequence[Tensor], alpha: float) -> Tensor:
+    """`V` [in, in], a basis of several weights [out, in], as HF PEFT's FRoD finds it."""
+    stacked = torch.cat(list(weights))
+    if stacked.shape[0] < stacked.shape[1]:
+        return torch.linalg.svd(stacked, full_matrices=True)[2].T
+    q, r = torch.linalg.qr(stacked)
+    eye = alpha * torch.eye(r.shape[1])
+    terms = torch.stack([torch.linalg.inv(part.T @ part + eye) for part in q.split([len(w) for w in weights])])
+    return r.T @ torch.linalg.eigh(terms.mean(0))[1]
+
+
+def in_basis(v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`U` and `l` with `U diag(l) V^T` the weight, computed in float64."""
+    if v.is_meta:
+        return v.new_empty(weight.shape), v.new_empty(weight.shape[1])
+    wide, basis = weight.detach().double().cpu(), v.double().cpu()
+    try:
+        inner = torch.linalg.solve(basis, wide.T).T
+    except RuntimeError:  # HF PEFT's way where the basis is singular
+        inner = wide @ torch.linalg.pinv(basis, rtol=1e-6).T
+    lengths = inner.norm(dim=0)
+    u = torch.where(lengths > 1e-12, inner / lengths.clamp_min(1e-12), 0)
+    return u.float().to(v.device), lengths.float().to(v.device)
