@@ -14,6 +14,7 @@ from torch import nn
 
 from peftfx.adapters.files.base_weights import resize_vocabulary
 from peftfx.bases.gguf import as_directory
+from peftfx.bases.labels import name_labels
 from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.quantised import QUANTISED, quantise
 from peftfx.bases.sentences.encoder import as_sentence_encoder, embeds_sentences
@@ -183,6 +184,7 @@ def load_directories(
         labels = labels or _labels(load_base(base, task=task, weights=False), weights[folder], methods[folder])
     given = {name.replace(".base_layer.", ".") for own in weights.values() for name in own.names}
     model = load_base(base, task=task, num_labels=labels, given=given, dtype=dtype)
+    name_labels(model, adapters.values())
     resize_vocabulary(model, weights.values())
     if quantize_base is not None:
         quantise(model, quantize_base)

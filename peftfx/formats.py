@@ -15,11 +15,12 @@ from peftfx.version import __version__
 
 FORMAT = "format"  #: the field that has it
 SLOTS, BATCHED, REPORT = "peftfx_slots.json", "peftfx_adapters.json", "peftfx_report.json"  #: beside a model
+LABELS = "peftfx_labels.json"  #: in an adapter's directory: what the classes of its head are called
 RULES = "peftfx_rules.json"  #: in an adapter's directory: the folders, one a rule, of what several rules made
 ADAPTER = ".onnx_adapter"  #: the end of a name; the format is ONNX Runtime's, the version of what is in it ours
 
 #: What this peftfx writes, and the newest that it reads. A change that an older reader would not understand adds 1.
-VERSIONS: Mapping[str, int] = {SLOTS: 1, BATCHED: 1, REPORT: 1, RULES: 1, ADAPTER: 1}
+VERSIONS: Mapping[str, int] = {SLOTS: 1, BATCHED: 1, REPORT: 1, RULES: 1, LABELS: 1, ADAPTER: 1}
 
 
 def with_version(name: str, values: Mapping[str, object]) -> dict[str, object]:

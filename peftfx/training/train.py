@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from peftfx.bases.gguf import as_directory
+from peftfx.bases.labels import write_labels
 from peftfx.bases.load import load_base, read_base_config
+from peftfx.bases.tasks import PEFT_TASKS, task_of
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.export.writing.atomic_directory import check_output, publish
@@ -166,12 +168,17 @@ def _train(
         losses=losses,
     )
     with publish(output, asked.force, _is_adapter) as made:
-        _write(made, adapted, tokenizer, told)
+        _write(made, adapted, tokenizer, told, rows)
     return told
 
 
-def _write(made: Path, adapted: AdaptedModel, tokenizer: Any, told: Trained) -> None:
+def _write(made: Path, adapted: AdaptedModel, tokenizer: Any, told: Trained, rows: TrainingRows) -> None:
+    of_task = {task: kind for kind, task in PEFT_TASKS.items()}
+    for name in adapted.names():  # so that an export, or `peft`, needs not be told the task
+        adapted.adapter(name).records.setdefault("task_type", of_task.get(task_of(adapted.base)))
     adapted.save_pretrained(made)
+    if rows.kind == CLASSES:
+        write_labels(made, rows.labels)
     tokenizer.save_pretrained(made)
     folder = made / "training"
     folder.mkdir()
@@ -239,8 +246,6 @@ def _model(base: Path, rows: TrainingRows) -> tuple[nn.Module, tuple[str, ...]]:
     prefix = str(getattr(bare, "base_model_prefix", ""))
     head = {name for name in names if not name.startswith(f"{prefix}.")}
     model = load_base(base, task="text-classification", num_labels=len(labels), given=head)
-    config: Any = model.config
-    config.id2label, config.label2id = dict(enumerate(labels)), {own: i for i, own in enumerate(labels)}
     return model, tuple(sorted({name.rpartition(".")[0] for name in head}))
 
 

@@ -113,7 +113,9 @@ def test_classes_are_learnt_with_a_new_head(peftfx: Command, tmp_path: Path) -> 
     assert done.code == 0, done.err
     assert json.loads(done.out)["evaluation"]["eval_loss"] < 0.3
     export = ("export", "--base", tmp_path / "bert", "--adapter", tmp_path / "out", "--output", tmp_path / "onnx")
-    assert peftfx(*export, "--task", "text-classification", "--quiet").code == 0
+    assert peftfx(*export, "--quiet").code == 0  # the adapter says its task
+    (found,) = (json.loads(line) for line in peftfx("run", tmp_path / "onnx", "--text", "one red").out.splitlines())
+    assert found[0]["label"] == "warm"  # and what its classes are called
 
 
 def test_of_a_chat_the_last_message_counts(base: Path, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import torch
 from house.structure import ROOT
 
 from peftfx import PeftfxError
+from peftfx.bases.labels import read_labels, write_labels
 from peftfx.export import Report
-from peftfx.formats import ADAPTER, BATCHED, FORMAT, REPORT, RULES, SLOTS, VERSIONS, with_version
+from peftfx.formats import ADAPTER, BATCHED, FORMAT, LABELS, REPORT, RULES, SLOTS, VERSIONS, with_version
 from peftfx.graph.slots import Manifest, Slot
 from peftfx.rules.peft_files import rule_folders
 from peftfx.serving.adapter_file import read_adapter_file, write_adapter_file
@@ -51,6 +52,7 @@ FILES: dict[str, tuple[Callable[[Path], None], Callable[[Path], object]]] = {
     BATCHED: (batched, row_adapters),
     REPORT: (lambda directory: Report("BertForMaskedLM").write(directory), task_of_directory),
     RULES: (rules, rule_folders),
+    LABELS: (lambda directory: write_labels(directory, ["cold", "warm"]), read_labels),
 }
 
 
@@ -101,6 +103,7 @@ def test_the_page_has_each_format_and_its_fields() -> None:
     assert set(told[REPORT]) == {FORMAT, *(f.name for f in fields(Report))}
     assert set(told[BATCHED]) == {FORMAT, "adapters"}
     assert set(told[RULES]) == {FORMAT, "rules"}
+    assert set(told[LABELS]) == {FORMAT, "labels"}
     assert all(f"`{f.name}`" in sections[SLOTS] for f in fields(Slot))
     for name, text in sections.items():
         assert re.search(rf"version, {VERSIONS[name]}\b|there, {VERSIONS[name]};", text), name

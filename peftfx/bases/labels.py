@@ -1,0 +1,50 @@
+"""Labels: what the classes of a head are called that an adapter brings; HF PEFT's files have the head alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftfx.errors import PeftfxError
+from peftfx.files import is_file
+from peftfx.formats import LABELS, read_stamped, with_version
+
+
+def write_labels(directory: Path, labels: Sequence[str]) -> None:
+    """Put the names of classes, in the order of their numbers, into an adapter's directory."""
+    text = json.dumps(with_version(LABELS, {"labels": list(labels)}), indent=1)
+    (directory / LABELS).write_text(text + "\n", encoding="utf-8")
+
+
+def read_labels(directory: Path) -> list[str]:
+    """The names of the classes of an adapter's head; none where its directory does not say.
+
+    Raises:
+        PeftfxError: the file is broken, or of a newer format.
+    """
+    path = directory / LABELS
+    if not is_file(path):
+        return []
+    labels = read_stamped(path, "train the adapter again").get("labels")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise PeftfxError("not a list of labels", str(path), "train the adapter again, or delete this file")
+    return labels
+
+
+def name_labels(model: nn.Module, directories: Iterable[Path]) -> None:
+    """Give the classes of a model's head the names that an adapter's directory has.
+
+    Raises:
+        PeftfxError: there are names for another number of classes.
+    """
+    config: Any = getattr(model, "config", None)
+    for directory in directories:
+        if labels := read_labels(directory):
+            if len(labels) != config.num_labels:
+                what = f"{len(labels)} labels, and the head has {config.num_labels} classes"
+                raise PeftfxError(what, str(directory / LABELS), "delete this file, or name the adapter's own task")
+            config.id2label, config.label2id = dict(enumerate(labels)), {own: i for i, own in enumerate(labels)}
