@@ -30,7 +30,7 @@ from peftfx.export.deployment.parts import views_of
 from peftfx.export.quantised import refuse_disagreement
 from peftfx.export.report import versions
 from peftfx.export.rounding.calibrated import fit_weights
-from peftfx.export.rounding.texts import compared_text, split_text
+from peftfx.export.rounding.texts import compared_text, refuse_text, split_text
 from peftfx.export.stages import OnStage, Stages
 from peftfx.export.verification.agreement import agreement
 from peftfx.export.verification.comparison import VerificationError
@@ -87,6 +87,7 @@ def merge_directory(
     with as_directory(Path(base)) as directory, publish(output, asked.force) as temporary:
         folders = [part for folder in asked.folders.values() for part in (folder, *rule_folders(folder))]
         inputs = Snapshot(directory, *folders)
+        refuse_text(asked.calibration, directory, asked.schemes)
         with stages("load"):
             adapted = _load(directory, asked)
         with stages("write"):

@@ -21,6 +21,7 @@ from peftfx.export.metadata import ADAPTERS_KEY, BASE_MODEL, FINGERPRINT
 from peftfx.export.own_passes import behind, refuse_unfit, run_own, shown_of
 from peftfx.export.quantised import agreement_of, refuse_disagreement, round_weights
 from peftfx.export.report import Report, tell_rounding
+from peftfx.export.rounding.texts import refuse_text
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Swappable
 from peftfx.export.stages import OnStage, Stages
@@ -99,6 +100,7 @@ def export_onnx(
     way = _deployment(asked, str(source), merges=asked.merges(coded))
     refuse_unfit(passes, way)
     refuse_memory(adapted, asked.memory)
+    refuse_text(asked.calibration, source, asked.schemes)
     refuse_infinite_adapters(adapted, way.names(adapted))
     report = Report.of(adapted, way.names(adapted))
     say = progress or (lambda line: None)

@@ -39,6 +39,16 @@ def compared_text(path: Path, source: str | Path, schemes: Sequence[Scheme] = ()
     return _in_rows(ids)
 
 
+def refuse_text(path: str | Path | None, source: str | Path, schemes: Sequence[Scheme]) -> None:
+    """Refuse a text that nothing can be told from, before anything is computed.
+
+    Raises:
+        PeftfxError: as `compared_text`.
+    """
+    if path is not None:
+        compared_text(Path(path), source, schemes)
+
+
 def split_text(path: Path, source: str | Path) -> tuple[Tensor, Tensor]:
     """The ids [rows, tokens] of a text that GPTQ rounds by, and of its last fifth, which shows what that is worth.
 
