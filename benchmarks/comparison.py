@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--olive", type=Path)
     parser.add_argument("--optimum", type=Path)
     args = parser.parse_args()
+    args.folder = args.folder.resolve()
     ids, logits = made(args.folder)
     rows: dict[str, list[str]] = {}
     for name in CONFIGS:
@@ -131,7 +132,8 @@ def main() -> None:
             if exporter != "peftfx":  # from an environment of its own
                 environment = {k: v for k, v in environment.items() if k != "PYTHONPATH"}
                 environment["PATH"] = f"{Path(command[0]).parent}:{environment['PATH']}"
-            subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=_SECONDS, check=False)
+            words = list(map(str, command))  # where they run, some leave a cache
+            subprocess.run(words, cwd=args.folder, env=environment, capture_output=True, timeout=_SECONDS, check=False)
             out = args.folder / "out" / f"{exporter}-{name}"
             rows.setdefault(exporter, []).append(distance(out, ids, logits[name], logits["base"]))
     print(f"| | {' | '.join(CONFIGS)} |\n| {' | '.join(['---'] * (len(CONFIGS) + 1))} |")
