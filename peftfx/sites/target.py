@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -94,8 +94,8 @@ def unknown_words(sites: Collection[Site], where: Where) -> dict[str, str]:
     items = (asked,) if isinstance(asked, str) else () if isinstance(asked, re.Pattern) else tuple(asked or ())
     said = [words_of(item) if modules is None else (item,) for item in items if isinstance(item, str)]
     paths = [path for site in sites for path in (site.path, site.parameter) if path]
-    names = [*paths, *(site.role for site in sites)]
-    lost = [w for words in said for w in words if not is_role(w) and not any(_leads_to(name, w) for name in names)]
+    known = {part for name in (*paths, *(site.role for site in sites)) for part in _runs(name)}
+    lost = [word for words in said for word in words if not is_role(word) and word not in known]
     ends = {path.rpartition(".")[2] for path in paths}
     return {word: nearest(word, {*ends, *(ROLES if modules is None else ())}) for word in lost}
 
@@ -192,9 +192,11 @@ def _match(site: Site, picked: Units) -> SelectedSite | None:
     return SelectedSite(site, () if picked == units(site) else tuple(p.role for p in site.parts if p.role in picked))
 
 
-def _leads_to(path: str, name: str) -> bool:
-    """Whether a name is that of a module, the end of its path, or of one that it is in."""
-    return f".{name}." in f".{path}."
+def _runs(path: str) -> Iterator[str]:
+    """Each run of names in a path: a module, the end of one, or one that it is in."""
+    names = path.split(".")
+    for start in range(len(names)):
+        yield from (".".join(names[start:end]) for end in range(start + 1, len(names) + 1))
 
 
 def _of_other_kinds(sites: Iterable[Site], kinds: Collection[str], where: Where) -> PeftfxError | None:

@@ -93,6 +93,17 @@ class Narrows(Pass):
         return PassResult(new, 1)
 
 
+def doubled(graph: Graph) -> PassResult:
+    """A graph whose one output is twice what it was, in place."""
+    (logits,) = output_nodes(graph)
+    with graph.module.graph.inserting_after(logits):
+        twice = graph.module.graph.call_function(torch.ops.aten.mul.Tensor, (logits, 2))
+    twice.meta = dict(logits.meta)
+    logits.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
+    graph.module.recompile()
+    return PassResult(graph, 1)
+
+
 @dataclass(frozen=True)
 class Doubles(Pass):
     """Says that it keeps the outputs, and doubles them."""
@@ -100,14 +111,7 @@ class Doubles(Pass):
     preserves = True
 
     def __call__(self, graph: Graph) -> PassResult:
-        new = graph.clone()
-        (logits,) = output_nodes(new)
-        with new.module.graph.inserting_after(logits):
-            twice = new.module.graph.call_function(torch.ops.aten.mul.Tensor, (logits, 2))
-        twice.meta = dict(logits.meta)
-        logits.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
-        new.module.recompile()
-        return PassResult(new, 1)
+        return doubled(graph.clone())
 
 
 def test_each_level_finds_what_the_one_below_does_not(case: Captured) -> None:
@@ -128,13 +132,7 @@ class InPlace(Pass):
     preserves = True
 
     def __call__(self, graph: Graph) -> PassResult:
-        (logits,) = output_nodes(graph)
-        with graph.module.graph.inserting_after(logits):
-            twice = graph.module.graph.call_function(torch.ops.aten.mul.Tensor, (logits, 2))
-        twice.meta = dict(logits.meta)
-        logits.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
-        graph.module.recompile()
-        return PassResult(graph, 1)
+        return doubled(graph)
 
 
 def test_a_pass_that_changes_its_input_is_found(case: Captured) -> None:
