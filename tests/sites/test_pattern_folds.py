@@ -22,6 +22,16 @@ from peftfx.patterns.pattern import Pattern, forget, known_patterns
 from peftfx.sites.site import PatternSite
 
 
+class Scales(peftfx.PatternMethod):
+    """A scale of what a pattern gives."""
+
+    def init(self, site: PatternSite, like: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
+        return {"scale": like.new_ones(site.width)}
+
+    def forward(self, site: PatternSite, x: Tensor, y: Tensor, p: peftfx.method.Params, training: bool) -> Tensor:
+        return y * p["scale"]
+
+
 @pytest.fixture(autouse=True)
 def _alone(swiglu: Pattern) -> Iterator[None]:
     yield
@@ -34,15 +44,9 @@ def louder(swiglu: Pattern) -> type[peftfx.PatternMethod]:
 
     @peftfx.register
     @dataclass(frozen=True, kw_only=True)
-    class Louder(peftfx.PatternMethod):
+    class Louder(Scales):
         peft_type: ClassVar[str] = "LOUDER"
         pattern: ClassVar[Pattern] = swiglu
-
-        def init(self, site: PatternSite, like: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
-            return {"scale": like.new_ones(site.width)}
-
-        def forward(self, site: PatternSite, x: Tensor, y: Tensor, p: peftfx.method.Params, training: bool) -> Tensor:
-            return y * p["scale"]
 
         def folds(self, site: PatternSite) -> tuple[str, ...]:
             return ("down",)
@@ -148,15 +152,9 @@ def test_a_weight_that_is_stored_turned_and_its_bias() -> None:
 
     @peftfx.register
     @dataclass(frozen=True, kw_only=True)
-    class Times(peftfx.PatternMethod):
+    class Times(Scales):
         peft_type: ClassVar[str] = "TIMES"
         pattern: ClassVar[Pattern] = turned
-
-        def init(self, site: PatternSite, like: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
-            return {"scale": like.new_ones(site.width)}
-
-        def forward(self, site: PatternSite, x: Tensor, y: Tensor, p: peftfx.method.Params, training: bool) -> Tensor:
-            return y * p["scale"]
 
         def folds(self, site: PatternSite) -> tuple[str, ...]:
             return ("down", "bias")
