@@ -32,11 +32,16 @@ from peftfx.views.row_adapters import IDS
 
 
 class Buffered:
-    """What gives a model caches with memory of their own; ahead of `Generates`, whose caches have none."""
+    """A model in ONNX Runtime: its caches have memory of their own. Ahead of `Generates`, whose caches have none."""
 
     def new_cache(self) -> BufferedCache:
         """An empty cache."""
         return BufferedCache()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the graphs' tensors are."""
+        return torch.device("cpu")
 
 
 class _Serves(Served, GenerationMixin):
@@ -127,11 +132,6 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
 
 class _Sourced(Buffered, GeneratesFromSource):  # type: ignore[misc]
     """The forward of a stand-in for a model that is in ONNX Runtime; its own tensors hold nothing."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the graphs' tensors are."""
-        return torch.device("cpu")
 
 
 def skeleton(served: Served) -> Any:

@@ -6,8 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from peftfx.bases.config_fields import first_of
 from peftfx.errors import PeftfxError
 from peftfx.generation.over_graphs import over_graphs
@@ -48,8 +46,3 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
 
 class _OwnClass(Buffered, GeneratesWithImages):  # type: ignore[misc]
     """The forward in front of the model's own class, whose tensors hold nothing."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the graphs' tensors are."""
-        return torch.device("cpu")
