@@ -137,7 +137,7 @@ def served_dtype(base: Path, wanted: str | None, quantize_base: str | None) -> t
     config = read_base_config(base)
     if config.get(QUANTISED) is not None or quantize_base is not None:
         if wanted not in (None, "fp32"):
-            what = f"the operators that hold a quantised base's codes compute in fp32, not in {wanted}"
+            what = f"the operators for a quantised base's codes compute in fp32, not in {wanted}"
             raise PeftfxError(what, str(base), "leave --dtype out")
         return torch.float32
     if wanted is None:

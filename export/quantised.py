@@ -158,7 +158,7 @@ def agreement_of(
     elif isinstance(part.view, WithRowAdapters):
         if text is not None:
             hint = "leave --calibration out, or export each adapter merged"
-            raise PeftfxError("rows with adapters of their own are compared on no text", str(text), hint)
+            raise PeftfxError("a batched export cannot be compared on a text", str(text), hint)
         view = None
     found = agreement(model, adapted, view, reference, oracle.cases, ids, Path(text or "").name)
     return {} if found is None else {part.stem: found}

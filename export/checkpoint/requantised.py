@@ -99,7 +99,7 @@ class Requantised:
         if found["quant_method"] == BITSANDBYTES:
             wrong = [path for path in self.packings if not should_convert_module(path, list(self.left))]
             if wrong:
-                what = "transformers would take this layer for one that is not rounded: it goes by ends of names"
+                what = "transformers would read this layer as not rounded: it compares the ends of names"
                 raise PeftfxError(what, ", ".join(wrong[:3]), "round to int4 or int8, whose files name layers whole")
         return found
 
@@ -144,7 +144,7 @@ class Requantised:
             got, want = print_of(weight.codes.dequantise()), packing.print
             assert want is not None
             if not float((got - want).abs().max()) <= _NEAR * max(1.0, float(want.abs().max())):
-                raise VerificationError(f"{path} is another weight when it is read again", where, "report this model")
+                raise VerificationError(f"{path} has other values when it is read again", where, "report this model")
 
 
 def _obstacle(path: str, module: nn.Linear, scheme: Scheme, shared: Collection[int], plain: Collection[str]) -> str:

@@ -155,7 +155,7 @@ def _source(weight: ir.Value, transposed: bool, scheme: Scheme) -> object:
 def _tabled(weight: ir.Value, transposed: bool, scheme: Scheme, *, by_row: bool) -> TableProduct:
     if weight.dtype != ir.DataType.FLOAT:
         hint = "leave --dtype out, or quantise to int4"
-        raise PeftfxError("the operator that holds nf4 computes in fp32 alone", str(weight.name), hint)
+        raise PeftfxError("the operator for nf4 computes in fp32 only", str(weight.name), hint)
     rows, columns = _size(weight, transposed)
     once = Once(lambda: round_table(read_weight(weight, transposed), "nf4", scheme.block, search=scheme.search), 2)
 

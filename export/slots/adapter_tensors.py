@@ -86,7 +86,7 @@ def _matches(graph: Graph) -> list[Folds]:
     found, why = foldable(graph)
     if why:
         path, _, reason = why[0].partition(": ")
-        raise PeftfxError(f"no slot tells what is added at a pattern: {reason}", path, "export the adapter merged")
+        raise PeftfxError(f"a slot cannot hold what is added at a pattern: {reason}", path, "export the adapter merged")
     return found
 
 

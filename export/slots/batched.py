@@ -59,7 +59,7 @@ class Batched(Deployment):
         each = [told(adapted, name, decodes=DECODE in views.values()) for name in self.adapters]
         lengths = (0, *(len(next((own[p] for p in _SOFT if p in own), ())) for own in each))
         if DECODE not in views.values() and any(("", PREFIX) in own for own in each):
-            what = "rows have prefixes of their own in a decoder alone, where the positions behind them are inputs"
+            what = "each row can have its own prefix only in a decoder whose positions are inputs"
             raise PeftfxError(what, type(base).__name__, "export the adapter merged, or swappable")
         prompts = _prompts(adapted, self.adapters, lengths)
         beside = adapted.sites.headed

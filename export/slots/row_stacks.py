@@ -47,7 +47,7 @@ def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, 
         elif at in norms:
             made[at, SLOT_OWN] = value
         else:
-            what, hint = f"a trained copy of {at} cannot be a row's own", "export the adapter merged"
+            what, hint = f"rows cannot each have a trained copy of {at}", "export the adapter merged"
             raise PeftfxError(what, name, hint)
     return made
 

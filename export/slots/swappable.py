@@ -74,7 +74,9 @@ class Swappable(Deployment):
         """
         if adapted.active:
             hint = "remove the adapters, and write each to a file of its own (export-adapter)"
-            raise PeftfxError("a graph for swappable adapters is of the base alone", ", ".join(adapted.active), hint)
+            raise PeftfxError(
+                "a graph for swappable adapters is made of the base alone", ", ".join(adapted.active), hint
+            )
         base = adapted.base
         views = without_images(views_of(base, view, inputs))
         places = tuple(prompt_places_of(base, adapted.sites)) if self.slots.prefix else ()

@@ -242,7 +242,7 @@ def _refuse_rows(override: Override, count: int) -> None:
     """Rows must be there, and each be named once."""
     wrong = [row for row in override.rows if not 0 <= row < count or override.rows.count(row) > 1]
     if wrong:
-        what = f"tokens that the embedding of {count} does not have, or that are named twice: {wrong[:5]}"
+        what = f"these tokens are outside the embedding's {count} rows, or are named twice: {wrong[:5]}"
         hint = "resize the base's embedding before you adapt it (resize_token_embeddings), and name each token once"
         raise PeftfxError(what, override.name, hint)
 

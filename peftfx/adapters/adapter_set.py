@@ -99,12 +99,20 @@ class AdapterSet:
             hint = "it must be a valid name of a directory, without dots, slashes, or spaces at its ends"
             raise PeftfxError(f"not a name for an adapter: {shown(name)}", "adapter_name", hint)
         if keyword.iskeyword(name):
-            raise PeftfxError(f"a word of Python's own: {name!r}", "adapter_name", f"call it {name + '_'!r}, say")
+            raise PeftfxError(
+                f"an adapter's name cannot be a keyword of Python: {name!r}",
+                "adapter_name",
+                f"call it {name + '_'!r}, say",
+            )
         if name in self.names():
             hint = "give it another name, or remove it first"
             raise PeftfxError(f"there is already an adapter named {name!r}", name, hint)
         if hasattr(self.module, name):
-            raise PeftfxError(f"every torch module has an attribute {name!r}", "adapter_name", "give it another name")
+            raise PeftfxError(
+                f"an adapter's name cannot be an attribute of torch modules: {name!r}",
+                "adapter_name",
+                "give it another name",
+            )
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Add one, and make it the active one."""

@@ -79,7 +79,7 @@ def combine(
     for key, given in sorted(found.items(), key=lambda item: order.get(item[1][0][0].site.path, len(order))):
         first, classes = given[0][0], {type(w.method) for _, w in given}
         if len(classes) > 1:
-            what = f"{' and '.join(sorted(c.__name__ for c in classes))} have no sum"
+            what = f"{' and '.join(sorted(c.__name__ for c in classes))} cannot be summed"
             raise PeftfxError(what, key, "make both active instead: set_adapter([...])")
         (cls,) = classes
         method, values[key] = cls.combined(first.view, combination, [w for _, w in given])
@@ -134,11 +134,12 @@ def _refuse_copies(adapters: Mapping[str, Adapter]) -> None:
                 raise PeftfxError(
                     "adapters that train the base's biases cannot be summed",
                     override.key.partition(".")[2],
-                    "train without",
+                    "train without them (bias='none')",
                 )
             if owners.setdefault(override.key, name) != name:
                 what = (
-                    f"{owners[override.key]!r} and {name!r} both train their own copy of this, and copies have no sum"
+                    f"{owners[override.key]!r} and {name!r} both train their own copy of this, and copies "
+                    "cannot be summed"
                 )
                 raise PeftfxError(what, override.key.partition(".")[2], "combine adapters of which one has it")
 

@@ -163,7 +163,10 @@ def _refuse_untying(base: nn.Module, sharing: Mapping[int, Sequence[str]], sites
     for site in sites:
         tensor = site_tensors(base, site)[0]
         if is_part(tensor) and len(sharing.get(id(tensor), ())) > 1:
-            what = f"its weight is {', '.join(sharing[id(tensor)])} in one, of which each process has a part"
+            what = (
+                f"its weight is one tensor with {', '.join(sharing[id(tensor)])}, and each process has "
+                "only a part of it"
+            )
             raise PeftfxError(what, site.path, "export it merged, or save the adapter and merge in one process")
 
 

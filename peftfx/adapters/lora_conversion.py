@@ -42,7 +42,7 @@ def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None 
     """
     if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
         raise PeftfxError(
-            f"the rank must be 1 or more, or a share from 0 to 1, not {rank}", "rank", "rank=8, or rank=0.95"
+            f"the rank must be 1 or more, or a share between 0 and 1, not {rank}", "rank", "rank=8, or rank=0.95"
         )
     placements, values = [], {}
     for site, update in updates:
@@ -93,7 +93,7 @@ def updates_of(base: nn.Module, adapter: Adapter) -> Iterator[tuple[WeightSite, 
         what = f"what {type(beside[0].method).__name__} does is no update of a weight"
         raise PeftfxError(what, beside[0].site.path, "convert adapters that act on weights")
     if adapter.overrides:
-        what = "trained copies of the base's tensors are no part of a LoRA of this"
+        what = "a LoRA cannot hold a trained copy of a tensor of the base"
         raise PeftfxError(what, adapter.overrides[0].key.partition(".")[2], "convert an adapter without them")
     groups: dict[str, list[WeightPlacement]] = {}
     for placement in adapter.placements.weights:
@@ -115,7 +115,9 @@ def _update(base: nn.Module, adapter: Adapter, group: Sequence[WeightPlacement])
             what = f"{type(placement.method).__name__} changes a bias, and a LoRA has none"
             raise PeftfxError(what, site.path, "merge it instead")
         if made.weight.shape != start.weight.shape:
-            raise PeftfxError("it joins the groups of a grouped conv, and a LoRA cannot", site.path, "merge it instead")
+            raise PeftfxError(
+                "its update mixes the groups of a grouped conv, and a LoRA cannot", site.path, "merge it instead"
+            )
         delta = made.weight - start.weight
         whole = delta if block is None else block.put(whole, delta, site.rows_axis)
     return whole

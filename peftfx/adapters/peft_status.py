@@ -118,7 +118,7 @@ def model_status(
 def _places(base: nn.Module, adapter: Adapter) -> Iterable[tuple[str, str, list[Tensor]]]:
     """Where an adapter acts: the module's path, HF PEFT's name of its kind, and the adapter's parameters."""
     if adapter.placements.prompts:
-        what = "a soft prompt is ahead of the modules, and in none"
+        what = "a soft prompt acts before the modules: no module holds it"
         raise PeftfxError(what, "get_layer_status", "ask for peft_config, or named_parameters() of its adapter()")
     for placement in adapter.placements:
         path = placement.site.path

@@ -53,7 +53,7 @@ def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, T
     known = {name: path for path in modules for name in (path, path.replace(".", "_"))}
     twice = [path for path in modules if known[path.replace(".", "_")] != path]
     if twice:
-        what = "underscores do not tell these modules of the model apart"
+        what = "with underscores for dots, these modules of the model have one name"
         raise PeftfxError(what, ", ".join(twice[:2]), "convert the file where it was made")
     prefixes = {p for stem in by_stem for p in _prefixes(stem) if stem[len(p) :] in known}
     if not prefixes:
@@ -133,6 +133,8 @@ def as_single_file(adapter: Adapter, how: str, prefix: str) -> dict[str, Tensor]
             found |= {f"{prefix}.{path}.{_DOWN}": a, f"{prefix}.{path}.{_UP}": b * method.scaling}
     if adapter.overrides:
         raise PeftfxError(
-            "a single file cannot hold copies of the base's tensors", adapter.overrides[0].key, "train without"
+            "a single file cannot hold copies of the base's tensors",
+            adapter.overrides[0].key,
+            "train the adapter without them",
         )
     return found

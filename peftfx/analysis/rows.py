@@ -159,7 +159,7 @@ def hint(size: object) -> int:
     if not isinstance(size, torch.SymInt):
         return int(size)  # type: ignore[call-overload]
     if size.node.hint is None:
-        what = "a size in this model's code depends on the values of a tensor: sites cannot be found behind it"
+        what = "a size in this model's code depends on the values of a tensor: sites cannot be found after it"
         raise PeftfxError(what, str(size), "pass arguments or a config that avoid it")
     return int(size.node.hint)
 

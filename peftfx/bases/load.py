@@ -90,7 +90,7 @@ def read_base_config(directory: Path) -> dict[str, object]:
     for name, value in config.items():
         most = next((count for end, count in _MOST.items() if name.endswith(end)), None)
         if most is not None and isinstance(value, int) and value > most:
-            raise PeftfxError(f"{name} is {shown(value)}, and no model has so many", str(path), "download it again")
+            raise PeftfxError(f"{name} is {shown(value)}, which cannot be right", str(path), "download it again")
     return config
 
 

@@ -73,7 +73,7 @@ def filled_model(maker: Any, config: object, tensors: dict[str, Tensor], dtype: 
     wrong = {name for name, *_ in info["mismatched_keys"]}
     lost = [name for key, name in coded.items() if key not in held and name not in wrong]
     if lost:
-        what = f"{len(lost)} quantised weights are of no layer of a {type(model).__name__}"
+        what = f"{len(lost)} quantised weights belong to no layer of a {type(model).__name__}"
         hint = "name the task the base is for; weights that transformers puts together are not read quantised"
         raise PeftfxError(what, ", ".join(lost[:3]), hint)
     return model.eval(), info

@@ -142,5 +142,8 @@ def empty_cache(base: nn.Module) -> DynamicCache:
 
 def refuse(kind: str) -> NoReturn:
     """Refuse a kind of cache layer, by its name."""
-    what = f"a cache of {kind} is no kind that the decode view carries: keys and values of every token, and states"
+    what = (
+        f"a cache of {kind} cannot be carried by the decode view, which carries the keys and values of "
+        "every token, and states"
+    )
     raise PeftfxError(what, kind, "use transformers' DynamicCache, or the forward view")

@@ -49,7 +49,7 @@ def _pass_named(text: str) -> Pass:
 
     name, _, attribute = text.partition(":")
     if not name or not attribute:
-        raise PeftfxError("not a pass by its name", text, "as in --pass my_rules:TANH, for TANH in my_rules.py")
+        raise PeftfxError("a pass is given as MODULE:NAME", text, "as in --pass my_rules:TANH, for TANH in my_rules.py")
     module = import_module(name)
     found = getattr(module, attribute, None)
     if found is None:

@@ -37,16 +37,18 @@ def check_looks(task: str | None, target: str | None, rules: str | None, *, draw
             "--target and --rules are both given", "inspect", "put the target into the rule, as in lora@mlp"
         )
     if drawn and (target is not None or rules is not None):
-        what = "--network and --graphml show all sites, and not those that a target or rules pick"
+        what = "--network and --graphml always show all sites"
         raise PeftfxError(what, "inspect", "leave out --target and --rules")
 
 
 def check_page(html: Path | None, adapters: Sequence[Path], *, others: bool, rules: str | None) -> None:
     """Refuse what does not go together with a page, and an adapter to show without one."""
     if html is None and adapters:
-        raise PeftfxError("--adapter is shown on a page alone", "inspect", "say where to: --html page.html")
+        raise PeftfxError("--adapter is shown on a page only", "inspect", "say where to: --html page.html")
     if html is not None and others:
-        raise PeftfxError("a page is of the whole model", "inspect", "leave out --target, --network and --graphml")
+        raise PeftfxError(
+            "a page always shows the whole model", "inspect", "leave out --target, --network and --graphml"
+        )
     if adapters and rules is not None:
         raise PeftfxError("--rules and --adapter are both given", "inspect", "show one of them")
 
@@ -108,7 +110,7 @@ def chosen_slots(target: str | None, *, swappable: bool, prefix: bool) -> Slots 
         return Slots(DEFAULT_SLOTS if target is None else target, prefix)
     lost = "--slots" if target is not None else "" if prefix else "--no-prefix"
     if lost:
-        raise PeftfxError(f"{lost} says what a graph with --swappable has", lost, "pass --swappable too")
+        raise PeftfxError(f"{lost} is an option of --swappable", lost, "pass --swappable too")
     return None
 
 

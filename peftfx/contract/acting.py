@@ -72,7 +72,10 @@ def adapted(
 
     def again(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if weight is not base.weight:  # what acts under it is not in that weight
-            what = f"{type(acting.method).__name__} runs a {acting.site.kind} with another weight, over another adapter"
+            what = (
+                f"{type(acting.method).__name__} computes this {acting.site.kind} with a weight of its "
+                "own, and another adapter acts there already"
+            )
             raise PeftfxError(what, acting.site.role, "merge the other one first, or put this one first")
         y = op(x, *acting._replace(block=None).base(*stored))
         for other, q in under:

@@ -55,7 +55,7 @@ class AttentionMethod(Method):
 
         `attend` is then `output + softmax(query key^T) value`: what a graph can be given when it runs.
         """
-        what = f"what {type(self).__name__} adds to an attention is told by no keys and values"
+        what = f"what {type(self).__name__} adds to an attention cannot be written as keys and values"
         raise PeftfxError(what, site.path, "export the adapter merged")
 
     @abstractmethod

@@ -46,7 +46,9 @@ class Combination:
         check_choice(self.combination_type, KINDS, "combination_type", "unknown way to combine:")
         check_choice(self.majority_sign_method, ("total", "frequency"), "majority_sign_method", "unknown way to count:")
         if self.prunes and self.density is None:
-            what = f"{self.combination_type} keeps a share of the entries, and no density says which"
+            what = (
+                f"{self.combination_type} keeps a share of the entries, and density, which sets the share, is missing"
+            )
             raise PeftfxError(what, "density", "density=0.5")
         for name, value in (("density", self.density), ("svd_clamp", self.svd_clamp)):
             if value is not None and not 0 < value <= 1:

@@ -68,7 +68,7 @@ class Update:
             PeftfxError: it scales what only these rows read.
         """
         if self.inner is not None:
-            what = "a scale of the input of some rows alone is none of the whole weight's input"
+            what = "this scales the input of some rows of a weight, and there is no such scale for the whole weight"
             raise PeftfxError(what, where, "target the whole module, or export the adapter merged")
         outer = None if self.outer is None else block.put(self.outer.new_ones(rows), self.outer, 0)
         b = None if self.b is None else block.put(self.b.new_zeros(rows, self.b.shape[1]), self.b, 0)

@@ -90,7 +90,7 @@ class WeightMethod(Method):
 
         `base` is as it is stored, of any dtype: who needs its weight pays for reading it. What is returned is fp32.
         """
-        what = f"{type(self).__name__} is no scale and no low-rank sum: it cannot be put into a running graph"
+        what = f"{type(self).__name__} is neither a scale nor a low-rank sum: it cannot be put into a running graph"
         raise PeftfxError(what, site.path, "export the adapter merged")
 
     @abstractmethod
@@ -125,9 +125,7 @@ class WeightMethod(Method):
 
         HF PEFT knows no parts: this is how they are saved. By default parts cannot be.
         """
-        what = (
-            f"what {type(self).__name__} does to some rows of a weight is not one of it to the whole, as files have it"
-        )
+        what = f"files of HF PEFT hold {type(self).__name__} for whole weights, and here it acts on some rows of one"
         raise PeftfxError(what, site.path, f"target {site.role}, or export the adapter merged")
 
     @classmethod

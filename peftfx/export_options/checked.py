@@ -39,7 +39,7 @@ def check_task_id(task_id: int | None, adapters: Mapping[str, object]) -> None:
     """Refuse a task's number where no adapter is that could have it."""
     if task_id is not None and not adapters:
         hint = "name the adapter: adapter=, --adapter DIR"
-        raise PeftfxError("a task is one of an adapter's, and there is no adapter", f"task_id: {task_id}", hint)
+        raise PeftfxError("a task belongs to an adapter, and no adapter is given", f"task_id: {task_id}", hint)
 
 
 def takes(options: type) -> Callable[[Function], Function]:

@@ -49,13 +49,13 @@ class DirectoryOptions(ExportOptions):
             )
         check_task_id(self.task_id, self.folders)
         if self.adapter is not None and self.slots is not None:
-            what = "a graph for swappable adapters is of the base alone"
+            what = "a graph for swappable adapters is made of the base alone"
             hint = "leave the adapter out, and write it to a file of its own (export-adapter)"
             raise PeftfxError(what, f"adapter, slots: {self.adapter}", hint)
         if self.rounds and self.dtype == "bf16":
             raise PeftfxError("weights in bfloat16 are not quantised", "quantize, dtype", "pass dtype='fp32' or 'fp16'")
         if self.quantize_base is not None and self.dtype not in (None, "fp32"):
-            what = f"the operators that hold a quantised base's codes compute in fp32, not in {self.dtype}"
+            what = f"the operators for a quantised base's codes compute in fp32, not in {self.dtype}"
             raise PeftfxError(what, "quantize_base, dtype", "leave dtype out")
 
     @property

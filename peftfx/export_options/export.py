@@ -125,7 +125,7 @@ class ExportOptions(Checked):
 
     def _check_quantization(self) -> None:
         if self.quantize is not None and self.budget is not None:
-            raise PeftfxError("a budget chooses what is rounded itself", "quantize, budget", "leave one of them out")
+            raise PeftfxError("a budget chooses by itself what is rounded", "quantize, budget", "leave one of them out")
         refuse_idle_bounds(self.rounds, max_error=self.max_error, calibration=self.calibration)
         for name, given in (("atol", self.atol), ("rtol", self.rtol)):
             if self.rounds and given is not None:
@@ -147,7 +147,7 @@ class ExportOptions(Checked):
             raise PeftfxError(what, "merge, batched" if names else "merge, slots", "leave merge out")
         if names and self.calibration is not None:
             hint = "leave the calibration text out, or export each adapter merged"
-            raise PeftfxError("rows with adapters of their own are compared on no text", "batched, calibration", hint)
+            raise PeftfxError("a batched export cannot be compared on a text", "batched, calibration", hint)
 
 
 class ExportChoices(TypedDict, total=False):

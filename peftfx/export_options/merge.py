@@ -59,7 +59,7 @@ class MergeOptions(Checked):
         _ = self.bound
         check_calibration(self.schemes, self.calibration)
         if self.shard < 1:
-            raise PeftfxError("a file of weights holds one byte or more", "max_shard_size", "as in 5GB")
+            raise PeftfxError("the size of a file of weights must be 1 byte or more", "max_shard_size", "as in 5GB")
 
     @property
     def bound(self) -> MaxError | None:

@@ -56,9 +56,9 @@ class Scheme:
             object.__setattr__(self, "block", DEFAULT_BLOCKS.get(self.kind, 32))
         if self.block not in BLOCKS:
             hint = f"one of {', '.join(map(str, BLOCKS))}"
-            raise PeftfxError(f"no operator has blocks of {self.block}", "quantize", hint)
+            raise PeftfxError(f"ONNX Runtime has no operator with blocks of {self.block}", "quantize", hint)
         if not self.symmetric and self.kind not in BITS:
-            raise PeftfxError(f"{self.kind} has no zeros of its own", "quantize", "leave symmetric out")
+            raise PeftfxError(f"{self.kind} has no zero points", "quantize", "leave symmetric out")
         if self.gptq and self.kind not in BITS:
             raise PeftfxError(f"GPTQ rounds to integers, not to {self.kind}", "quantize", "leave gptq out")
         if self.target:
@@ -123,7 +123,7 @@ def check_calibration(schemes: Sequence[Scheme], calibration: object, batched: S
     if not any(scheme.gptq for scheme in schemes):
         return
     if batched:
-        what = "GPTQ rounds by what one model reads, and rows have adapters of their own"
+        what = "GPTQ rounds by what the layers of one model read, and in a batched export each row has its own adapter"
         raise PeftfxError(what, "quantize, batched", "leave gptq out, or export each adapter merged")
     if calibration is None:
         what = "GPTQ rounds by what layers read on a text, and none is given"

@@ -50,7 +50,10 @@ def where_active(change: Tensor, acts: Tensor) -> Tensor:
         PeftfxError: the layer reads the tokens of all rows as one.
     """
     if change.ndim != 3:
-        what = f"a layer reads {list(change.shape)}, and rows of text are behind their own invocations"
+        what = (
+            f"a layer reads {list(change.shape)}, which does not keep the rows of the batch apart; each "
+            "row has an invocation of its own"
+        )
         raise PeftfxError(what, "alora_invocation_tokens", "leave out layers that read the tokens of all rows as one")
     if acts.shape[1] != change.shape[1]:
         acts = acts[:, acts.shape[1] - change.shape[1] :]

@@ -162,4 +162,4 @@ def refuse_arguments(others: Mapping[str, object]) -> None:
     for name, value in others.items():
         if name not in _HARMLESS and value is not None and value is not False:
             hint = "leave it out, or generate with the base model" if name.startswith("output_") else "leave it out"
-            raise PeftfxError("the graph of the decode view knows nothing of this argument", name, hint)
+            raise PeftfxError("the graph of the decode view does not take this argument", name, hint)

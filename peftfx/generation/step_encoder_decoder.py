@@ -41,7 +41,7 @@ class SourceEncoder:
         refuse_arguments(others)
         if not isinstance(given, Tensor):
             where = self.main_input_name
-            raise PeftfxError("the encoder's graph has nothing to encode", where, f"pass {where}")
+            raise PeftfxError("the call has nothing for the encoder", where, f"pass {where}")
         mask = self._mask(given, attention_mask)
         rows = {} if adapter_ids is None else {IDS: adapter_ids}
         found = self.encode({self.main_input_name: given, **mask, **rows}, None)
@@ -55,9 +55,7 @@ class SourceEncoder:
             return {"attention_mask": torch.ones_like(given) if mask is None else mask.long()}
         if mask is not None and not bool(mask.all()):
             hint = "give one at a time, or all of one length, without padding"
-            raise PeftfxError(
-                "the graph of the encoder has no mask: it takes all of it into account", "attention_mask", hint
-            )
+            raise PeftfxError("the graph of the encoder has no mask: it would read padding too", "attention_mask", hint)
         return {}
 
     __call__ = forward
@@ -143,7 +141,9 @@ class GeneratesFromSource(Generates):
 
     def _given_cache(self, given: Cache) -> None:
         if not isinstance(given, EncoderDecoderCache):
-            raise PeftfxError("an encoder-decoder has two caches", type(given).__name__, "pass an EncoderDecoderCache")
+            raise PeftfxError(
+                "an encoder-decoder needs a cache with two parts", type(given).__name__, "pass an EncoderDecoderCache"
+            )
         held(given.self_attention_cache), held(given.cross_attention_cache)
 
     def _new_generation_cache(self) -> Cache:

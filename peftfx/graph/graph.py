@@ -169,7 +169,7 @@ class Graph:
         broken = [c for c in unmet(self.conditions, self.sizes_of(kwargs), edges=False) if c.code]
         if broken:
             hint = "capture it again with an input of this size: the model's code computes something else there"
-            raise PeftfxError(f"the graph is the model where {broken[0]}", broken[0].where, hint)
+            raise PeftfxError(f"the graph is equal to the model only where {broken[0]}", broken[0].where, hint)
         flat = self.run(*flat)
         return pytree.tree_unflatten(flat, self.out_spec)
 

@@ -67,7 +67,7 @@ def check_calls(module: fx.GraphModule, sites: Sequence[Site]) -> None:
         for call in site.calls:
             lost = next((f"its {what}, %{name}," for what, name in named(call) if name not in names), None)
             if lost is not None:
-                what = f"a call of this site names a node that is gone: {lost} is not in the graph"
+                what = f"a call of this site names a node that is no longer there: {lost} is not in the graph"
                 raise PeftfxError(what, site.path, "erase and replace nodes by `peftfx.graph.rewriter.Rewriter`")
 
 

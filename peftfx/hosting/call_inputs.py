@@ -92,7 +92,7 @@ def refuse_unsettled(adapters: Mapping[str, Collection[Method]]) -> None:
     for name, methods in adapters.items():
         for method in methods:
             for asked in (asked for asked, count in method.inputs.items() if count > 1):
-                what = f"{type(method).__name__} acts by {asked}, and a graph has no such input"
+                what = f"{type(method).__name__} acts by {asked}, and an exported graph has no such input"
                 hint = (
                     f"take one task (--task-id N; take_task({name!r}, N)), or serve all by row (--batched; split_tasks)"
                 )
@@ -105,7 +105,7 @@ def _checked(name: str, value: object, count: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise PeftfxError(f"no whole numbers: {shown(value)}", name, "one for each row of the batch") from error
     if numbers.ndim != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
-        what = f"{str(numbers.dtype)[6:]}{list(numbers.shape)}, and not a whole number for each row"
+        what = f"{str(numbers.dtype)[6:]}{list(numbers.shape)}, not one whole number for each row"
         raise PeftfxError(what, name, "pass [batch] whole numbers")
     if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
         what = f"there are {count}, from 0 to {count - 1}, and not {int(numbers.min())} to {int(numbers.max())}"

@@ -153,7 +153,7 @@ class _Read(property):
             return guests.read(name, own)
 
         def write(module: nn.Module, value: object) -> None:
-            what = f"a plain value is put in the place of {name}, of which an adapter has a copy"
+            what = f"a plain tensor replaces the parameter {name}, of which an adapter has a copy"
             hint = "FSDP1 does so, and is not supported: use FSDP2, torch.distributed.fsdp.fully_shard on the layers"
             raise PeftfxError(what, type(module).__name__, hint)
 

@@ -53,7 +53,7 @@ class BOFT(WeightMethod):
         super().__post_init__()
         size, count = self.boft_block_size, self.boft_block_num
         if (size > 0) == (count > 0) or min(size, count) < 0:
-            what = f"one of the two is above 0 and the other is 0, not {size} and {count}"
+            what = f"set one of the two above 0 and the other to 0, not {size} and {count}"
             hint = "BOFT(boft_block_size=4), or BOFT(boft_block_num=8, boft_block_size=0)"
             raise PeftfxError(what, "boft_block_size, boft_block_num", hint)
         if self.boft_n_butterfly_factor < 1:
@@ -84,7 +84,7 @@ class BOFT(WeightMethod):
         count = self.boft_block_num or features // asked
         size = features // count
         if factors > 1 and (count % 2 ** (factors - 1) or size % 2):
-            what = f"{factors} butterfly factors of {count} blocks of {size}"
+            what = f"{factors} butterfly factors cannot be made of {count} blocks of size {size}"
             raise PeftfxError(what, site.path, f"blocks of an even size, {2 ** (factors - 1)} of them or a multiple")
         like = torch.zeros((), dtype=adapter_dtype(base.weight.dtype), device=base.weight.device)
         out = len(base.weight)

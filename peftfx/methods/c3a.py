@@ -67,7 +67,9 @@ class C3A(DeltaMethod):
         (out, inner), size = base.weight.shape, self.block_size
         if out % size or inner % size:
             what = f"blocks of {size} do not divide a weight of {out} x {inner}"
-            raise PeftfxError(what, site.path, "a common divisor, in block_size_pattern for this module alone")
+            raise PeftfxError(
+                what, site.path, "give a common divisor; block_size_pattern sets it for this module alone"
+            )
         kernel = torch.zeros(out // size, inner // size, size, device=base.weight.device)
         if self.init_weights == "gaussian":
             kernel.normal_(generator=rng)

@@ -70,14 +70,16 @@ class CPT(PromptMethod):
         refuse_misfit_fields(self)
         count = len(self.cpt_token_ids)
         if self.num_virtual_tokens not in (0, count):
-            what = f"{self.num_virtual_tokens} virtual tokens, and {count} tokens of the prompt"
+            what = f"{self.num_virtual_tokens} virtual tokens, but the prompt has {count} tokens"
             raise PeftfxError(what, "num_virtual_tokens", "leave it out")
         object.__setattr__(self, "num_virtual_tokens", count)
         for name in ("cpt_mask", "cpt_tokens_type_mask"):
             given = getattr(self, name)
             object.__setattr__(self, name, tuple(given) if given is not None else (1,) * count)
             if len(getattr(self, name)) != count:
-                raise PeftfxError(f"{len(given)} for {count} tokens of the prompt", name, "give one for each token")
+                raise PeftfxError(
+                    f"{len(given)} values for the {count} tokens of the prompt", name, "give one for each token"
+                )
         super().__post_init__()
         if self.opt_weighted_loss_type not in ("none", "decay"):
             what = f"unknown weights {self.opt_weighted_loss_type!r}"

@@ -56,7 +56,7 @@ class GraLoRA(WeightMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gralora_k < 1 or self.r < 1 or self.r % self.gralora_k:
-            what = f"the rank is a multiple of the parts, both 1 or more, not {self.r} of {self.gralora_k}"
+            what = f"r must be a multiple of gralora_k, both 1 or more, not {self.r} of {self.gralora_k}"
             raise PeftfxError(what, "r, gralora_k", "GraLoRA(r=32, gralora_k=2)")
         if self.hybrid_r < 0:
             raise PeftfxError(f"the rank must be 0 or more, not {self.hybrid_r}", "hybrid_r", "GraLoRA(hybrid_r=0)")
@@ -75,7 +75,7 @@ class GraLoRA(WeightMethod):
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         (out, inner), k, r = base.weight.shape, self.gralora_k, self.r
         if out % k or inner % k:
-            what = f"{k} parts of a weight of {out} x {inner}"
+            what = f"{k} parts do not divide a weight of {out} x {inner}"
             raise PeftfxError(what, site.path, "gralora_k=, a divisor of both")
         sizes: dict[str, tuple[int, ...]] = {A: (k, r, inner // k), B: (k, out // k, r)}
         if self.hybrid_r:

@@ -68,7 +68,10 @@ class Lily(WeightMethod):
         named = super().naming(paths, modules)
         ends = [path.rpartition(".")[2] for path in paths]
         if named is not self and set(named.target_modules or ()) != set(ends) and len(set(ends)) < len(ends):
-            what = "HF PEFT shares factors by the ends of names, which are those of modules that are not adapted, too"
+            what = (
+                "HF PEFT shares factors by the ends of module names, and modules that are not adapted "
+                "have these ends too"
+            )
             raise PeftfxError(what, min(paths), "give target_modules that only these modules' names end in")
         return named
 

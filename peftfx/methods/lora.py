@@ -231,7 +231,7 @@ class LoRA(WeightMethod):
             return self._init_experts(site, weight, rng)
         if site.groups > 1 and r % site.groups:
             hint = f"take a multiple of {site.groups}, in rank_pattern for this module alone"
-            raise PeftfxError(f"a conv of {site.groups} groups cannot have rank {r}", site.path, hint)
+            raise PeftfxError(f"a conv of {site.groups} groups cannot have a LoRA of rank {r}", site.path, hint)
         if self.lora_bias and site.kind == "embedding":
             raise PeftfxError("an embedding has no place for lora_bias", site.path, "leave embeddings out of this rule")
         out, inner = weight.shape[0], weight.shape[1] * site.groups

@@ -96,7 +96,7 @@ class MultitaskPromptTuning(PromptTuning):
             if name != PROMPT and len(value):
                 number = self.prompt_tuning_init_task
                 if self.prompt_tuning_init == _EXACT and not 0 <= number < len(value):
-                    what = f"the source has {len(value)} tasks, and not one of number {number}"
+                    what = f"the source has {len(value)} tasks, from 0, and none has the number  {number}"
                     raise PeftfxError(what, "prompt_tuning_init_task", f"from 0 to {len(value) - 1}")
                 one = value[number] if self.prompt_tuning_init == _EXACT else value.mean(0)
                 value = one.expand(self.num_tasks, *one.shape)

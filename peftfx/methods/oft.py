@@ -61,7 +61,7 @@ class OFT(WeightMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.r > 0) == (self.oft_block_size > 0) or min(self.r, self.oft_block_size) < 0:
-            what = f"one of the two is above 0 and the other is 0, not {self.r} and {self.oft_block_size}"
+            what = f"set one of the two above 0 and the other to 0, not {self.r} and {self.oft_block_size}"
             raise PeftfxError(what, "r, oft_block_size", "OFT(oft_block_size=32), or OFT(r=4, oft_block_size=0)")
         if self.num_cayley_neumann_terms < 1:
             what = f"a series has 1 term or more, not {self.num_cayley_neumann_terms}"

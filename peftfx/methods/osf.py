@@ -85,7 +85,7 @@ class OSF(WeightMethod):
         else:
             count = min(least, int(least * rank) if isinstance(rank, float) and rank <= 1 else int(rank))
         if not 0 < count < least:
-            what = f"{count} of {least} singular values stay: some must, and others are trained"
+            what = f"{count} of {least} singular values are kept: keep at least 1, and leave at least 1 to train"
             raise PeftfxError(what, site.path, f"effective_rank=, from 1 to {least - 1}")
         return count
 

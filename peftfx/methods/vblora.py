@@ -61,7 +61,7 @@ class VBLoRA(FactoredMethod):
             if getattr(self, name) < 1:
                 raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"VBLoRA({name}=4)")
         if self.topk > self.num_vectors:
-            raise PeftfxError(f"{self.topk} of {self.num_vectors} vectors", "topk", "lower topk")
+            raise PeftfxError(f"topk={self.topk} is more than num_vectors={self.num_vectors}", "topk", "lower topk")
         if not 0 <= self.vblora_dropout < 1:
             what = f"it must be a probability below 1, not {self.vblora_dropout}"
             raise PeftfxError(what, "vblora_dropout", "VBLoRA(vblora_dropout=0.05)")
@@ -93,7 +93,7 @@ class VBLoRA(FactoredMethod):
         out, inner = base.weight.shape
         length = self.vector_length
         if out % length or inner % length:
-            what = f"vectors of {length} do not cut a weight of {out} x {inner} into whole pieces"
+            what = f"vectors of length {length} do not divide a weight of {out} x {inner}"
             raise PeftfxError(what, site.path, "give a vector_length that divides both")
         new = base.weight.new_empty(0, dtype=adapter_dtype(base.weight.dtype))
         shapes = (self.r, inner // length, self.num_vectors), (out // length, self.r, self.num_vectors)

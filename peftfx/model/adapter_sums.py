@@ -93,7 +93,7 @@ class AdapterSums(AdaptersByName):
 
         asked_name, count = self._tasks(adapter_name)
         if not 0 <= task < count:
-            raise PeftfxError(f"the adapter has no task {task}", adapter_name, f"they are 0 to {count - 1}")
+            raise PeftfxError(f"the adapter has no task {task}", adapter_name, f"its tasks are 0 to {count - 1}")
         made, before = settled(self.adapter(adapter_name), {asked_name: task}), self.active
         self.named.apart("an adapter is replaced")
         self.remove(adapter_name)

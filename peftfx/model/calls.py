@@ -87,13 +87,15 @@ class AdapterCalls(PeftSurface):
     def _run_by_row(self, names: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """A call in which each row has the adapter of its name."""
         if isinstance(names, str) or not isinstance(names, Sequence):
-            raise PeftfxError(f"not a list of names: {shown(names)}", "adapter_names", "give the name of each row's")
+            raise PeftfxError(
+                f"not a list of names: {shown(names)}", "adapter_names", "give one adapter's name for each row"
+            )
         if self.named.folded:
             raise PeftfxError(
-                "adapters are merged: rows have none of their own", "adapter_names", "unmerge_adapter() first"
+                "adapters are merged: rows cannot choose among them", "adapter_names", "unmerge_adapter() first"
             )
         if self.training:
-            raise PeftfxError("rows have adapters of their own in eval mode", "adapter_names", "call eval() first")
+            raise PeftfxError("adapter_names works in eval mode only", "adapter_names", "call eval() first")
         for name in set(names) - {NO_ADAPTER}:
             self.adapter(name)
         with self.modules_road.acting(()), acting_by_row(self.modules_road.rows(names)):

@@ -39,7 +39,7 @@ class SavedAdapters(AdapterSums):
         Args:
             adapter_name: the one to write; by default all.
             selected_adapters: those to write, as in HF PEFT.
-            safe_serialization: safetensors; pickles are not written.
+            safe_serialization: safetensors; peftfx does not write pickles.
             is_main_process: where it is false, nothing is written.
             state_dict, save_embedding_layers: refused; the adapters' own tensors are what is written.
 

@@ -54,16 +54,14 @@ def format_of(config: object, where: Path) -> Format:
     """
     if not isinstance(config, Mapping):
         raise PeftfxError(
-            f"the base model is quantised, and how is no object: {shown(config)}", str(where), "download the file again"
+            f"quantization_config is not an object: {shown(config)}", str(where), "download the file again"
         )
     name = str(config.get("quant_method", "bitsandbytes" if _bits(config) else "unknown"))
     if name == "bitsandbytes":
         name = f"bitsandbytes {_bits(config) or 4} bits"
     if name not in _FORMATS:
         hint = nearest(name, _KNOWN) or f"use the unquantised model, or one of {', '.join(_KNOWN)}"
-        raise PeftfxError(
-            f"the base model is quantised in a way that is not read here: {shown(name)}", str(where), hint
-        )
+        raise PeftfxError(f"peftfx cannot read a base that is quantised in this way: {shown(name)}", str(where), hint)
     return _FORMATS[name]
 
 

@@ -175,7 +175,7 @@ def _(method: OverrideMethod, base: nn.Module, sites: Sites) -> list[Placement]:
         found.append(placement_at(method, base, named[match.site]))
     found = [placement for placement in found if placement.copies]
     if not found:
-        raise PeftfxError(f"nothing that is targeted has what {type(method).__name__} trains", "target", "widen it")
+        raise PeftfxError(f"no targeted module has what {type(method).__name__} trains", "target", "widen it")
     return without_ties(found)
 
 

@@ -45,7 +45,7 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
     if not len(samples):
         raise PeftfxError("the recording is empty", str(path), "give one that has a sound in it")
     if not np.isfinite(samples).all():
-        raise PeftfxError("the recording holds what is no number", str(path), "record it again")
+        raise PeftfxError("the recording holds NaN or an infinity", str(path), "record it again")
     return torch.from_numpy(np.ascontiguousarray(samples.mean(axis=1), dtype=np.float32)), int(rate)
 
 
@@ -95,4 +95,4 @@ def _numbers(body: bytes, kind: int, bits: int, path: Path) -> np.ndarray:
         parts = np.frombuffer(body, np.uint8).reshape(-1, 3).astype(np.int32)
         whole = parts[:, 0] | parts[:, 1] << 8 | parts[:, 2] << 16
         return (whole - ((whole & 0x800000) << 1)).astype(np.float32) / 2.0**23
-    raise PeftfxError(f"a WAV file of kind {kind} with {bits} bits, which is not read", str(path), _CONVERT)
+    raise PeftfxError(f"peftfx cannot read a WAV file of kind {kind} with {bits} bits", str(path), _CONVERT)

@@ -32,7 +32,9 @@ class Block:
         expected = tuple((first + i * block.stride, end + i * block.stride) for i in range(count))
         if part.rows != expected or out % count:
             raise PeftfxError(
-                "its rows are spread irregularly, and cannot be adapted apart", part.role, "target the whole site"
+                "the rows of this part are spread irregularly in the weight: it cannot be adapted by itself",
+                part.role,
+                "target the whole site",
             )
         return block
 

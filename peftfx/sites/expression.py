@@ -183,7 +183,7 @@ def _relation(name: str, readings: Sequence[Reading]) -> Reading:
         network = getattr(sites, "network", None)
         if network is None:
             hint = "ask the sites of the whole base, as peftfx.inspect(model) gives them"
-            raise PeftfxError(f"{name}(...) is about a model, and these are sites alone", "target", hint)
+            raise PeftfxError(f"{name}(...) needs the model, and these are only its sites", "target", hint)
         listed = list(sites)
         keys = {(site.path, site.kind): key for site, key in zip(listed, keys_of(listed), strict=True)}
         pickers = [reading(sites) for reading in readings]

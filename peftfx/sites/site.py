@@ -231,7 +231,7 @@ class PatternSite(Site):
         """
         size = self.output.shape[-1] if self.output.shape else None
         if size is None:
-            what = f"the last axis of what {self.pattern} gives has no size of its own"
+            what = f"the last axis of what {self.pattern} gives has no fixed size"
             raise PeftfxError(what, self.path, "a method of its parameters needs an axis that the model fixes")
         return size
 

@@ -150,7 +150,7 @@ class Sites(Sequence[Site]):
 
         if self.flow is None:
             hint = "ask the sites of the whole base, as peftfx.inspect(model) gives them"
-            raise PeftfxError("what is between these sites is not known", "network", hint)
+            raise PeftfxError("the connections between these sites are not known", "network", hint)
         return make_network([site for site in self.items if site.kind != PATTERN], self.flow)
 
     def show(self, title: str = "") -> Page:

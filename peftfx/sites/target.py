@@ -205,7 +205,7 @@ def _of_other_kinds(sites: Iterable[Site], kinds: Collection[str], where: Where)
     others = sorted({site.kind for site in sites if site.kind not in kinds and picker(site)})
     if not others:
         return None
-    what = f"the target picks sites of kind {', '.join(others)} alone, which this rule does not act on"
+    what = f"the target picks only sites of kind {', '.join(others)}, which this rule does not act on"
     return PeftfxError(
         what, ", ".join(_asked(where)), f"target sites of kind {', '.join(kinds)}; peftfx.inspect shows them"
     )

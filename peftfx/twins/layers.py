@@ -49,7 +49,7 @@ def codes_in(module: nn.Module, path: str, config: Mapping[str, object]) -> Code
     found = next((form for mark, form in _BY_NAME if mark in own), None)
     if isinstance(module, nn.Embedding) or not (found or (quantised == ["weight"] and torchao.is_torchao(weight))):
         kind, names = type(module).__name__, ", ".join(own or quantised)
-        what = f"this layer is quantised in a way that is not read here: a {kind} with {names}"
+        what = f"peftfx cannot read a layer that is quantised in this way: a {kind} with {names}"
         raise PeftfxError(what, path, "use the unquantised model, or bitsandbytes, torchao, GPTQ, AWQ or fp8 linears")
     if found is None:
         return torchao.read(weight)  # type: ignore[arg-type]

@@ -97,11 +97,11 @@ class VirtualTokens(Entry):
             if not isinstance(value, Tensor) or name in (self.tokens, "inputs_embeds", *self.dropped):
                 continue
             if name in self._grown and name != "labels" and value.ndim != 2:
-                what = f"virtual tokens do not know how to widen a {name} of {value.ndim} axes"
+                what = f"virtual tokens cannot be added to a {name} of {value.ndim} axes"
                 raise PeftfxError(what, name, "pass it as [batch, sequence]")
             along = value.ndim > 1 and value.shape[:2] == text.shape[:2] and not name.startswith("decoder_")
             if along and name not in (*self._grown, "labels"):
-                what = f"{name} runs along the text, and virtual tokens have none of it"
+                what = f"{name} has one value for each token, and virtual tokens have none"
                 raise PeftfxError(what, name, "leave it out, or use a method that acts on weights")
 
     def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:

@@ -49,7 +49,7 @@ class Prefix(Entry):
     def check(self, inputs: Mapping[str, object]) -> None:
         mask = inputs.get(self._masks)
         if isinstance(mask, Tensor) and mask.ndim != 2:
-            what = f"a prefix does not know how to widen a mask of {mask.ndim} axes"
+            what = f"a prefix cannot be added to a mask of {mask.ndim} axes"
             raise PeftfxError(what, self._masks, "pass it as [batch, sequence]")
         given = next((name for name in (_CACHE, "past_key_values") if inputs.get(name) is not None), None)
         if given is not None:

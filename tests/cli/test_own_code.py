@@ -89,7 +89,7 @@ def test_passes_run_on_what_is_exported(inputs: Inputs, peftfx: Command, here: P
 @pytest.mark.parametrize(
     ("named", "said"),
     [
-        ("my_rules", "not a pass by its name"),
+        ("my_rules", "a pass is given as MODULE:NAME"),
         ("my_rules:TANG", "did you mean 'TANH'"),
         ("my_rules:NONE", "NONE is a int, and no pass"),
         ("my_rules:Needs", "Needs needs options"),

@@ -140,5 +140,5 @@ def test_no_slot_of_a_graph_takes_experts(tmp_path: Path) -> None:
 def test_a_stack_that_peft_would_take_for_turned_is_not_written(tmp_path: Path) -> None:
     ours = peftfx.transform(mixture("gpt_oss"), LoRA(r=2, target="experts"))
     ours.base.model.layers[0].mlp.experts.is_transposed = False
-    with pytest.raises(PeftfxError, match="HF PEFT takes it for the other"):
+    with pytest.raises(PeftfxError, match="HF PEFT reads it the other way round"):
         ours.save_pretrained(tmp_path)

@@ -232,10 +232,10 @@ def test_schemes_by_role_and_zeros_of_their_own(tmp_path: Path) -> None:
     ("text", "what"),
     [
         ("int5", "unknown quantisation 'int5'"),
-        ("int4(block=24)", "no operator has blocks of 24"),
+        ("int4(block=24)", "no operator with blocks of 24"),
         ("int4(size=32)", "no option 'size'"),
         ("int4(32)", "by name"),
-        ("nf4(symmetric=False)", "no zeros of its own"),
+        ("nf4(symmetric=False)", "no zero points"),
         ("int4@", "cannot read"),
     ],
 )

@@ -33,8 +33,8 @@ CONFIGS: Mapping[str, tuple[Change, str]] = {
     "a class of another model": (Change("architectures", ["GPT2LMHeadModel"]), "of another model than its model_type"),
     "a class that is no model": (Change("architectures", ["Trainer"]), "the task can be told neither"),
     "a quantisation that is a text": (Change("quantization_config", "int8"), "quantised"),
-    "layers without end": (Change("num_hidden_layers", 10**18), "no model has so many"),
-    "labels without end": (Change("num_labels", 10**30), "no model has so many"),
+    "layers without end": (Change("num_hidden_layers", 10**18), "which cannot be right"),
+    "labels without end": (Change("num_labels", 10**30), "which cannot be right"),
     "depth": (Change("rope_parameters", deep(110)), "nested too deeply"),
 }
 FIELDS: Mapping[str, tuple[str, str, object, str]] = {

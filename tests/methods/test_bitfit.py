@@ -44,5 +44,5 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_a_model_without_biases_is_refused() -> None:
-    with pytest.raises(PeftfxError, match="nothing that is targeted has what BitFit trains"):
+    with pytest.raises(PeftfxError, match="no targeted module has what BitFit trains"):
         peftfx.transform(ZOO["t5"].build(), "bitfit")

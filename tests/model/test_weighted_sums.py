@@ -148,7 +148,7 @@ def test_what_has_no_sum_is_refused(model: AdaptedModel) -> None:
     for names, how, message in (
         (["a", "b"], "linear", "equal ranks, not 2, 3"),
         (["a", "dora"], "cat", "DoRA adapters cannot be summed"),
-        (["a", "scale"], "linear", "IA3 and LoRA have no sum"),
+        (["a", "scale"], "linear", "IA3 and LoRA cannot be summed"),
         (["scale"], "cat", "IA3 has no combination 'cat'"),
         (["a", "biased"], "linear", "biases cannot be summed"),
         (["a", "prompt"], "linear", "PromptTuning has no sum"),

@@ -124,7 +124,7 @@ def test_tasks_are_rows_of_one_export(name: str, tmp_path: Path) -> None:
         (torch.tensor([0, 1, 2, 3]), "there are 3, from 0 to 2"),
         (torch.tensor([0, -1, 2, 1]), "there are 3, from 0 to 2"),
         (torch.tensor([0, 1]), "2"),
-        (torch.zeros(4), "not a whole number for each row"),
+        (torch.zeros(4), "not one whole number for each row"),
         ("two", "no whole numbers"),
     ],
 )

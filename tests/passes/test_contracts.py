@@ -122,7 +122,7 @@ class Inlines(Pass):
 
 
 def test_a_call_of_a_node_that_is_gone_is_told(case: Captured) -> None:
-    with pytest.raises(PeftfxError, match=r"a call of this site names a node that is gone: its op.*lm_head"):
+    with pytest.raises(PeftfxError, match=r"a call of this site names a node that is no longer there: its op.*lm_head"):
         PassManager([Inlines()])(case.graph)
 
 

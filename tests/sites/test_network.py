@@ -135,7 +135,7 @@ def test_a_target_that_cannot_be_read_or_asked() -> None:
             sites.select(target)
     with pytest.raises(PeftfxError, match="not known"):
         sites.filter(kind="linear").select("upstream(layers.1.0)")
-    with pytest.raises(PeftfxError, match="about a model"):
+    with pytest.raises(PeftfxError, match="needs the model"):
         select(list(sites), target="upstream(layers.1.0)")
     named = Sites((Site("upstream", "linear", "linear", None, "", None, (2, 2), False, (), ()),))
     assert named.select("upstream")[0].site.path == "upstream"

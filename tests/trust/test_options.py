@@ -55,7 +55,7 @@ WRONG: list[tuple[dict[str, object], str]] = [
     ({"batched": ("one",), "slots": "mlp"}, "batched and swappable are both given"),
     ({"batched": ("one",), "merge": True}, "leave merge out"),
     ({"slots": "mlp", "merge": True}, "chosen when the graph runs"),
-    ({"batched": ("one",), "quantize": "int8", "calibration": __file__}, "compared on no text"),
+    ({"batched": ("one",), "quantize": "int8", "calibration": __file__}, "cannot be compared on a text"),
     ({"veiw": "decode"}, "did you mean 'view'"),
 ]
 OF_DIRECTORIES: list[tuple[dict[str, object], str]] = [

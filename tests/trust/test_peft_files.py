@@ -135,7 +135,7 @@ class TestEmbeddingLayers:
         theirs.save_pretrained(tmp_path, save_embedding_layers=True)
         with torch.no_grad():
             base.get_input_embeddings().weight.add_(1)
-        with pytest.raises(PeftfxError, match="rows of it that were trained"):
+        with pytest.raises(PeftfxError, match="trained rows of it"):
             peftfx.load(base, tmp_path)
 
     def test_beside_a_soft_prompt_they_count_too(self, plain: AdaptedModel, tmp_path: Path) -> None:

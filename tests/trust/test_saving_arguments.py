@@ -43,7 +43,7 @@ def test_selected_adapters_are_those_that_are_saved(adapted: AdaptedModel, tmp_p
     ("arguments", "why"),
     [
         ({"selected_adapters": ["one", "tow"]}, "no adapter named 'tow'"),
-        ({"safe_serialization": False}, "pickles are not written"),
+        ({"safe_serialization": False}, "peftfx does not write pickles"),
         ({"state_dict": {}}, "the adapters' own tensors"),
         ({"save_embedding_layers": True}, "embeddings are not saved"),
         ({"adapter_name": "one", "selected_adapters": ["one"]}, "are both given"),

@@ -46,14 +46,16 @@ def replaced_weights(
             weights.names.pop(key)
             continue
         if _ROWS in key:
-            what = "the file has this embedding, not as it is in the base, and rows of it that were trained"
+            what = "the file has a copy of this embedding that differs from the base's, and trained rows of it too"
             hint = "resize the base's embedding, put the file's weight into it, and save the base; then load this"
             raise PeftfxError(what, key, hint)
         before, _ = found.setdefault(id(own[path]), (key, Override(f"{SAVED}.{path}", "", path, trained=False)))
         if before != key:
             if not torch.equal(weights[before], weights[key]):
                 hint = "untie the base's embeddings (tie_word_embeddings=False), and load it on that"
-                raise PeftfxError(f"one tensor in this model, and {before} differs in the file", key, hint)
+                raise PeftfxError(
+                    f"this and {before} are one tensor in the model, but they differ in the file", key, hint
+                )
             weights.names.pop(key)
     return [override for _, override in found.values()]
 

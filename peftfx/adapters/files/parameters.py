@@ -61,7 +61,10 @@ def refuse_turned(base: nn.Module, placements: Iterable[Placement]) -> None:
         if site.kind == EXPERTS:
             owner, _ = owner_of(base, site.path)
             if bool(getattr(owner, "is_transposed", False)) != site.transposed:
-                what = f"each expert's is stored {stored}, and HF PEFT takes it for the other, by its module"
+                what = (
+                    f"the weight of each expert is stored as {stored}, and HF PEFT reads it the other way "
+                    "round because of its module's class"
+                )
                 raise PeftfxError(what, site.path, f"set is_transposed = {site.transposed} on the module's class")
         elif site.transposed and picks(placement.method, site.parameter):
             what = f"it is stored {stored}, and HF PEFT takes what target_parameters name for [out, in]"

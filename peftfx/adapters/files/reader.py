@@ -183,7 +183,7 @@ def _copy(adapter: Adapter, wanted: Mapping[str, str], weights: Weights) -> None
     for name, key in wanted.items():
         value, first = weights[name], names.setdefault(key, name)
         if first != name and not torch.equal(value, weights[first]):
-            what = f"these two keys are one tensor that places share, and the file has two values: the other is {first}"
+            what = f"two keys of the file name one shared tensor, but hold different values; the other key is {first}"
             raise PeftfxError(what, f"{weights.path}: {name}", "save the adapter again")
         adapter.get(key).copy_(value)
 

@@ -49,7 +49,7 @@ def swap_file(base: nn.Module, sites: Sites, adapter: Adapter, directory: Path) 
     rules = _computed(new) != _computed(adapter)
     if names or shapes or rules:
         where = min([*names, *shapes], default="its options")
-        what = "this adapter is not the one that is there with other values: its places, ranks or options differ"
+        what = "this adapter cannot take the place of the loaded one: its places, ranks or options differ"
         raise PeftfxError(what, where, "load it beside the other one: load_adapter(path, another_name)")
     for name, value in others.items():
         own[name].copy_(value)

@@ -71,9 +71,9 @@ def refuse_save_arguments(safe: bool, state: Mapping[str, Tensor] | None, embedd
     """Arguments of HF PEFT's `save_pretrained` that ask for what is not written."""
     if not safe:
         hint = "leave safe_serialization out: HF PEFT reads safetensors"
-        raise PeftfxError("pickles are not written", "safe_serialization=False", hint)
+        raise PeftfxError("peftfx does not write pickles", "safe_serialization=False", hint)
     if state is not None:
-        what = "the adapters' own tensors are saved, and no others"
+        what = "save_pretrained saves the adapters' own tensors, and takes no other state"
         raise PeftfxError(what, "state_dict", "give the state to load_state_dict first, then save")
     if embeddings not in ("auto", False):
         hint = "name the embedding in modules_to_save, or save the base itself"

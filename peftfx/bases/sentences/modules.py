@@ -68,7 +68,7 @@ class SentenceModules:
         """
         made = [make_step(kind, self.directory / folder) for kind, folder in self.steps]
         if not any(isinstance(step, Pooling) for step in made):
-            what = f"none of its modules pools: nothing gives {SENTENCE}"
+            what = f"none of its modules pools the tokens, so there is no {SENTENCE}"
             raise PeftfxError(what, str(self.directory / FILE), "export it with --task feature-extraction")
         return nn.Sequential(*(step for step in made if step is not None)).eval()
 

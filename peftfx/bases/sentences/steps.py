@@ -166,7 +166,10 @@ def _pooling(config: Mapping[str, object], folder: Path) -> nn.Module:
         hint = f"known are {', '.join(POOLINGS)}"
         raise PeftfxError(f"not a way of pooling: {shown(named)}", str(folder / "config.json"), hint)
     if config.get("include_prompt") is False:
-        what = "its pooling leaves out the prompt's tokens (include_prompt), and a graph is not told how many these are"
+        what = (
+            "include_prompt is false: the pooling leaves out the prompt's tokens, but a graph does not "
+            "know how many these are"
+        )
         hint = "set include_prompt to true if you give texts without a prompt"
         raise PeftfxError(what, str(folder / "config.json"), hint)
     return Pooling(modes)
@@ -197,7 +200,7 @@ def _activation(config: Mapping[str, object]) -> nn.Module:
     name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     found = getattr(nn, name.rpartition(".")[2], None)
     if not name.startswith("torch.nn.") or not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"the activation is {name}, which is none of torch's")
+        raise ValueError(f"the activation is {name}, which torch does not have")
     return found()
 
 

@@ -49,4 +49,4 @@ def refuse_on_parameters(site: Site, wrong: Iterable[str]) -> None:
     names = ", ".join(wrong)
     if names:
         hint = "leave it out, or give the parameters a rule of their own"
-        raise PeftfxError(f"a LoRA on a parameter without a layer cannot have {names}", site.path, hint)
+        raise PeftfxError(f"a LoRA on a bare parameter (target_parameters) cannot have {names}", site.path, hint)

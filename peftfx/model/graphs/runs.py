@@ -49,7 +49,7 @@ class Checkpoints:
         other = [name for name in self.given if name not in _TAKEN]
         other += [name for name, value in self.options.items() if value and name != "every_n_layers"]
         if other:
-            hint = f"leave it out; of a graph's there are every_n_layers, {', '.join(_TAKEN)}"
+            hint = f"leave it out; when calls run a graph, there are every_n_layers, {', '.join(_TAKEN)}"
             raise PeftfxError(f"calls run a graph, whose layers cannot be checkpointed with {other[0]}", other[0], hint)
         if self.every < 1:
             raise PeftfxError(f"not a number of layers: {self.every}", "every_n_layers", "give 1 or more")

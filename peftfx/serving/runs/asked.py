@@ -127,7 +127,7 @@ def runner(asked: Asked) -> Run:
         raise PeftfxError("--output is a picture of the segments of an image", "--output", "leave it out")
     lost = "--save" if asked.save is not None else "--prompt-name" if asked.prompt_name is not None else ""
     if lost and (asked.kind != "sentences" or asked.query is not None):
-        what = f"{lost} is of embeddings, and nothing else has a use for it"
+        what = f"{lost} is only for models that embed sentences"
         raise PeftfxError(what, lost, "leave it out, or run a model that embeds sentences, without --query")
     run: Run = import_module(f"peftfx.serving.runs.{asked.kind}").run
     return run

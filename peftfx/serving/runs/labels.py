@@ -32,7 +32,9 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     if task in HEARING:
         raise PeftfxError("this model takes sound, not texts and images", task, "pass --audio FILE.wav")
     if task not in _TOLD:
-        raise PeftfxError("the command line does not show what this model gives", task, "call peftfx.runtime.pipeline")
+        raise PeftfxError(
+            "the command line cannot show the outputs of this model", task, "call peftfx.runtime.pipeline"
+        )
     if asked.output is not None and (task != SEGMENTS or len(asked.images) != 1):
         hint = "pass one --image to a model that segments images"
         raise PeftfxError("--output is a picture of the segments of one image", "--output", hint)

@@ -25,7 +25,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     """
     served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
     if "logits" not in served.model.outputs or len(served.model.axes["logits"]) != 2:
-        what = "this model neither embeds sentences nor classifies texts: it has nothing to say of a query and a text"
+        what = "this model neither embeds sentences nor classifies texts: it cannot compare a query with texts"
         raise PeftfxError(what, str(asked.directory), "leave --query out")
     assert asked.query is not None
     logits = torch.cat([_logits(served, asked.query, some) for some in _batches(asked.texts)])
@@ -52,7 +52,7 @@ def activation(config: object) -> Callable[[Tensor], Tensor]:
     name = name or getattr(config, "sbert_ce_default_activation_function", None) or "torch.nn.Sigmoid"
     found = getattr(nn, str(name).rpartition(".")[2], None)
     if not str(name).startswith("torch.nn.") or not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise PeftfxError(f"the activation of scores is {name}, which is none of torch's", "config.json", "change it")
+        raise PeftfxError(f"the activation of scores is {name}, which torch does not have", "config.json", "change it")
     return found()
 
 

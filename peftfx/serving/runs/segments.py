@@ -39,7 +39,11 @@ def write_mask(path: Path, found: list[dict[str, Any]], numbers: dict[str, int])
 
     ids = [numbers.get(one["label"], -1) for one in found]
     if not found or not all(0 <= number < 256 for number in ids):
-        what = "nothing was found to draw" if not found else "a picture holds classes 0 to 255, and one here is none"
+        what = (
+            "nothing was found to draw"
+            if not found
+            else "a picture can hold classes from 0 to 255 only, and here is another"
+        )
         raise PeftfxError(what, str(path), "leave --output out: the counts are printed")
     mask = np.zeros(np.asarray(found[0]["mask"]).shape, np.uint8)
     for number, one in zip(ids, found, strict=True):

@@ -52,7 +52,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
 def _refuse_options(asked: Asked) -> None:
     for name in ("language", "translate", "timestamps"):
         if getattr(asked, name):
-            what = "this model does not write word by word: it has no languages to choose from, and tells no times"
+            what = "this model has no choice of languages and gives no times"
             raise PeftfxError(what, f"--{name}", "leave it out")
 
 

@@ -34,7 +34,7 @@ def find_images(base: nn.Module) -> Images:
         what = "no image token is known" if given else "no example of an image is known"
         raise PeftfxError(what, type(base).__name__, "export its forward view, with inputs=... of a call")
     if "token_type_ids" in inspect.signature(base.forward).parameters:
-        what = "the model's attention tells images from text by token types, which the decode view has not"
+        what = "the model's attention tells images from text by token types, which the decode view does not take"
         raise PeftfxError(what, type(base).__name__, "export its forward view")
     with fake_run(base) as fake:
         try:
