@@ -83,7 +83,7 @@ def merge_directory(
     asked = MergeOptions.of(options, changes)
     refuse_output(Path(base), output, list(asked.folders.values()), asked.force)
     report = MergedReport("")
-    stages = Stages(report.seconds, progress or (lambda line: None))
+    stages = Stages(report.seconds, report.memory, progress or (lambda line: None))
     with as_directory(Path(base)) as directory, publish(output, asked.force) as temporary:
         folders = [part for folder in asked.folders.values() for part in (folder, *rule_folders(folder))]
         inputs = Snapshot(directory, *folders)

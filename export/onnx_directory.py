@@ -106,7 +106,7 @@ def export_onnx(
     say = progress or (lambda line: None)
     if any(p.dtype == torch.bfloat16 for p in adapted.base.parameters()):
         say(_BFLOAT16)
-    stages = Stages(report.seconds, say)
+    stages = Stages(report.seconds, report.memory, say)
 
     def oracle_of(part: GraphPart) -> Oracle:
         return behind(way.oracle(adapted, part, example), passes, part)

@@ -20,6 +20,7 @@ from peftfx.export.verification.agreement import Agreement
 from peftfx.export.verification.comparison import Comparison, short_shapes
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.sizes import Limit
+from peftfx.export.writing.memory import memory_line
 from peftfx.formats import REPORT, with_version
 from peftfx.graph.graph import DERIVED, Graph
 from peftfx.graph.slots import listed
@@ -63,6 +64,8 @@ class Report:
         nodes: in the ONNX graph.
         bytes: size of each file.
         seconds: wall time of each stage.
+        memory: the most that the process had in each stage, in bytes, beyond files that are mapped: looked at every
+            20 ms, on Linux; elsewhere empty.
         verified: what ONNX Runtime ran: the model, or its float32 twin over the same weights.
         reference: what it was held against.
         unmeasured: why the reference could not be run in float64, where it could not: the bounds are constants then.
@@ -98,6 +101,7 @@ class Report:
     nodes: int = 0
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
     verified: str = ""
     reference: str = ""
     unmeasured: str = ""
@@ -235,6 +239,7 @@ class Report:
                 else []
             ),
             ("seconds", ", ".join(f"{n} {s:.1f}" for n, s in self.seconds.items())),
+            *([("memory", memory_line(self.memory))] if self.memory else []),
         ]
 
     def __repr__(self) -> str:

@@ -23,7 +23,8 @@ def report_page(directories: Sequence[Path]) -> Page:
         PeftfxError: a directory has no report, or one that cannot be read.
     """
     reports = [read_report(directory) for directory in directories]
-    columns = [_page(report, directory) for report, directory in zip(reports, directories, strict=True)]
+    most = {name: _largest(reports, name) for name in ("bytes", "seconds", "memory")}
+    columns = [_page(report, directory, most) for report, directory in zip(reports, directories, strict=True)]
     names = " and ".join(directory.name or str(directory) for directory in directories)
     body = f'<main><div class="pair">{"".join(f"<div>{column}</div>" for column in columns)}</div></main>'
     return make_page(f"Export {names}", ", ".join(dict.fromkeys(str(report["model"]) for report in reports)), body)
@@ -45,15 +46,21 @@ def read_report(directory: Path) -> Mapping[str, Any]:
     return found
 
 
-def _page(report: Mapping[str, Any], directory: Path) -> str:
+def _largest(reports: Sequence[Mapping[str, Any]], name: str) -> float:
+    """The largest number of this name, so that bars of reports side by side have one scale."""
+    found = [report[name] for report in reports if isinstance(report.get(name), dict)]
+    return max((float(v) for values in found for v in values.values() if isinstance(v, int | float)), default=0.0)
+
+
+def _page(report: Mapping[str, Any], directory: Path, most: Mapping[str, float]) -> str:
     try:
-        return "".join(_sections(report, directory))
+        return "".join(_sections(report, directory, most))
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         what = f"not the report of an export: {type(error).__name__}: {error}"
         raise PeftfxError(what, str(directory / REPORT), "export the model again") from error
 
 
-def _sections(report: Mapping[str, Any], directory: Path) -> list[str]:
+def _sections(report: Mapping[str, Any], directory: Path, most: Mapping[str, float]) -> list[str]:
     adapters = [(a["name"], "+".join(a["methods"]), int(a["parameters"]), int(a["bytes"])) for a in report["adapters"]]
     facts = [
         ("held against", report.get("reference", "")),
@@ -67,8 +74,9 @@ def _sections(report: Mapping[str, Any], directory: Path) -> list[str]:
         table(("", ""), [fact for fact in facts if fact[1]]),
         table(("adapter", "methods", "parameters", "bytes"), adapters, "Adapters"),
         _counts("Where each tensor of the adapters went", report["tensors"]),
-        _sized("Files, in bytes", report["bytes"], "{:,}"),
-        _sized("Time by stage, in seconds", report["seconds"], "{:.1f}"),
+        _sized("Files, in bytes", report["bytes"], "{:,}", most["bytes"]),
+        _sized("Time by stage, in seconds", report["seconds"], "{:.1f}", most["seconds"]),
+        _memory(report.get("memory", {}), most["memory"]),
         _errors(report),
         _probes(report),
         _rounding(report),
@@ -81,8 +89,15 @@ def _counts(caption: str, counts: Mapping[str, int]) -> str:
     return _sized(caption, counts, "{:,}") if counts else ""
 
 
-def _sized(caption: str, values: Mapping[str, float], form: str) -> str:
-    return bars({n: float(v) for n, v in values.items()}, {n: form.format(v) for n, v in values.items()}, caption)
+def _memory(memory: Mapping[str, float], largest: float) -> str:
+    caption = "The most memory by stage, in MB, beyond files that are mapped"
+    in_mb = {name: value / 1e6 for name, value in memory.items()}
+    return _sized(caption, in_mb, "{:,.0f}", largest / 1e6) if memory else ""
+
+
+def _sized(caption: str, values: Mapping[str, float], form: str, largest: float | None = None) -> str:
+    said = {name: form.format(value) for name, value in values.items()}
+    return bars({name: float(value) for name, value in values.items()}, said, caption, largest)
 
 
 def _errors(report: Mapping[str, Any]) -> str:

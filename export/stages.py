@@ -1,4 +1,4 @@
-"""Stages: what an export does, one after another, each timed."""
+"""Stages: what an export does, one after another; of each, the time and the most memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from peftfx.export.writing.memory import MemoryPeak
 from peftfx.telling import tell_stage
 
 OnStage = Callable[[str], object]
@@ -13,15 +14,24 @@ OnStage = Callable[[str], object]
 
 
 class Stages:
-    """Times the stages of an export, and says when each begins."""
+    """Times the stages of an export, watches their memory, and says when each begins.
 
-    def __init__(self, seconds: dict[str, float], progress: OnStage) -> None:
-        self.seconds, self.progress = seconds, progress
+    Args:
+        seconds: gets the wall time of each stage.
+        memory: gets the most memory of each, in bytes; see `MemoryPeak`. Where it cannot be told, it gets nothing.
+        progress: called with the name of a stage when it begins.
+    """
+
+    def __init__(self, seconds: dict[str, float], memory: dict[str, int], progress: OnStage) -> None:
+        self.seconds, self.memory, self.progress = seconds, memory, progress
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         tell_stage(name)
         self.progress(name)
-        start = time.perf_counter()
-        yield
+        start, peak = time.perf_counter(), MemoryPeak()
+        with peak.watched():
+            yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
+        if peak.bytes:
+            self.memory[name] = peak.bytes

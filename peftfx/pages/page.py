@@ -78,9 +78,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str = 
     return f"<table>{title}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def bars(values: dict[str, float], said: dict[str, str], caption: str) -> str:
-    """Numbers as bars beside their names: what `said` says of each is the text."""
-    largest = max(values.values(), default=0.0) or 1.0
+def bars(values: dict[str, float], said: dict[str, str], caption: str, largest: float | None = None) -> str:
+    """Numbers as bars beside their names: what `said` says of each is the text.
+
+    The longest bar is of `largest`, by default of the largest value.
+    """
+    largest = (max(values.values(), default=0.0) if largest is None else largest) or 1.0
     rows = []
     for name, value in values.items():
         width = 100 * max(0.0, value) / largest

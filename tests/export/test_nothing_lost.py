@@ -72,7 +72,7 @@ def contents(directory: Path) -> Contents:
     found = {p.name: p.read_bytes() for p in directory.iterdir()}
     with contextlib.suppress(KeyError):
         report = json.loads(found["peftfx_report.json"])
-        found["peftfx_report.json"] = json.dumps({**report, "seconds": {}}).encode()
+        found["peftfx_report.json"] = json.dumps({**report, "seconds": {}, "memory": {}}).encode()
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,11 +29,25 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_report_is_told_whole(exported: Path) -> None:
     html = report_page([exported]).html
     report = json.loads((exported / "peftfx_report.json").read_text(encoding="utf-8"))
-    for name in (*report["bytes"], *report["seconds"], *report["tensors"], "LoRA", "output"):
+    for name in (*report["bytes"], *report["seconds"], *report["tensors"], "LoRA", "output", "memory by stage"):
         assert name in html, name
     assert f"{report['bytes']['model.onnx']:,}" in html
     assert "src=" not in html
-    assert report_page([exported, exported]).html.count("Files, in bytes") == 2
+
+
+def test_reports_side_by_side_have_one_scale(exported: Path, tmp_path: Path) -> None:
+    report = json.loads((exported / "peftfx_report.json").read_text(encoding="utf-8"))
+    twice = {**report, "seconds": {name: 2 * taken for name, taken in report["seconds"].items()}}
+    (tmp_path / "peftfx_report.json").write_text(json.dumps(twice), encoding="utf-8")
+    widths = []
+    for column in report_page([exported, tmp_path]).html.split("<h2>")[1:]:
+        bars = column.partition("Time by stage")[2].partition("</table>")[0]
+        widths.append([float(width) for width in re.findall(r"width:([\d.]+)%", bars)])
+    assert max(widths[1]) == 100
+    assert widths[0] == pytest.approx([width / 2 for width in widths[1]], abs=0.1)
+    del twice["memory"]  # written where it cannot be told, or ahead of it
+    (tmp_path / "peftfx_report.json").write_text(json.dumps(twice), encoding="utf-8")
+    assert report_page([exported, tmp_path]).html.count("memory by stage") == 1
 
 
 def test_what_is_no_report_is_told(exported: Path, tmp_path: Path) -> None:
