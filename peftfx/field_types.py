@@ -8,13 +8,14 @@ import math
 import numbers
 import sys
 import types
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from peftfx.errors import PeftfxError, shown
+from peftfx.errors import PeftfxError, nearest, shown
 
 _HINT = "give a value of the type in parentheses"
+_VALUES: Mapping[object, tuple[object, ...]] = {bool: (True, False), types.NoneType: (None,)}
 
 
 def misfits(made: Any) -> list[str]:
@@ -29,6 +30,26 @@ def refuse_misfit_fields(made: Any) -> None:
     """Refuse a dataclass with a field whose value is of another type than its annotation."""
     if wrong := misfits(made):
         raise PeftfxError(f"options have the wrong type: {', '.join(wrong)}", type(made).__name__, _HINT)
+
+
+def refuse_unknown_choices(made: Any) -> None:
+    """Refuse a dataclass with a text that is none of those that its field's annotation lists."""
+    cls: Any = type(made)
+    for name, kind in _kinds(cls).items():
+        value, choices = getattr(made, name), list(_choices(kind))
+        if isinstance(value, str) and choices and value not in choices:
+            hint = nearest(value, [one for one in choices if isinstance(one, str)])
+            listed = f"one of {', '.join(map(repr, choices))}"
+            raise PeftfxError(f"unknown choice {shown(value)}", name, f"{hint}; {listed}" if hint else listed)
+
+
+def _choices(kind: Any) -> Iterator[object]:
+    """The values that a type lists, if it lists texts and takes no other; else none."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if str in kinds or not any(get_origin(one) is Literal for one in kinds):
+        return
+    for one in kinds:
+        yield from get_args(one) if get_origin(one) is Literal else _VALUES.get(one, ())
 
 
 def refuse_misfits(values: Mapping[str, object], kind: type, where: str) -> None:
@@ -50,7 +71,7 @@ def fits(value: object, kind: Any) -> bool:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return any(fits(value, one) for one in inner)
-    if origin is Literal:  # which of them it may be, its class says: it knows what to do instead
+    if origin is Literal:  # which of them it may be is another question: `refuse_unknown_choices`
         return any(isinstance(value, type(one)) for one in inner)
     if kind in (None, types.NoneType):
         return value is None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peftfx.contract.completeness import refuse_incomplete
 from peftfx.contract.kept import Kept
 from peftfx.errors import PeftfxError, nearest
-from peftfx.field_types import refuse_misfit_fields
+from peftfx.field_types import refuse_misfit_fields, refuse_unknown_choices
 from peftfx.sites.site import Site
 
 PLACING = (
@@ -100,12 +100,21 @@ class Method(ABC):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Options are of their fields' types; sequences become tuples, so that a method can be hashed and compared."""
+        """Options are checked; sequences become tuples, so that a method can be hashed and compared.
+
+        Raises:
+            PeftfxError: a value is not of its field's type, or none of the texts that the type lists; or a field whose
+                name ends in `dropout` is no probability below 1.
+        """
         refuse_misfit_fields(self)
+        refuse_unknown_choices(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (list, set)):
                 object.__setattr__(self, field.name, tuple(sorted(value) if isinstance(value, set) else value))
+            if field.name.endswith("dropout") and not 0 <= value < 1:
+                hint = f"{type(self).__name__}({field.name}=0.05)"
+                raise PeftfxError(f"it must be a probability below 1, not {value}", field.name, hint)
 
     def __hash__(self) -> int:
         return hash(repr(self))

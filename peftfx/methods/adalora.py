@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype, row_index
 from peftfx.contract.common.lora_factors import A, B
-from peftfx.contract.common.low_rank import check_options, padding_in_peft
+from peftfx.contract.common.low_rank import padding_in_peft
 from peftfx.contract.common.rank_allocation import KEPT, REMEMBERED, E, allocate
 from peftfx.contract.kept import Kept
 from peftfx.contract.method import Base, Method, Op, Params
@@ -89,7 +89,6 @@ class AdaLoRA(WeightMethod):
         if self.lora_alpha <= 0 or self.orth_reg_weight < 0:
             hint = "AdaLoRA(lora_alpha=8, orth_reg_weight=0.5)"
             raise PeftfxError("a scale must be above 0, and a weight not below", "lora_alpha, orth_reg_weight", hint)
-        check_options(self, self.lora_dropout, self.bias)
         if self.total_step is not None and not 0 <= self.tinit < self.total_step - self.tfinal:
             hint = "tinit + tfinal must be less than total_step"
             raise PeftfxError("this schedule leaves no steps in which ranks are cut", "total_step", hint)

@@ -59,9 +59,6 @@ class BOFT(WeightMethod):
         if self.boft_n_butterfly_factor < 1:
             what = f"there is 1 factor or more, not {self.boft_n_butterfly_factor}"
             raise PeftfxError(what, "boft_n_butterfly_factor", "BOFT(boft_n_butterfly_factor=1)")
-        if not 0 <= self.boft_dropout < 1:
-            what = f"it must be a probability below 1, not {self.boft_dropout}"
-            raise PeftfxError(what, "boft_dropout", "BOFT(boft_dropout=0.1)")
 
     @property
     def neutral(self) -> bool:

@@ -81,9 +81,6 @@ class CPT(PromptMethod):
                     f"{len(given)} values for the {count} tokens of the prompt", name, "give one for each token"
                 )
         super().__post_init__()
-        if self.opt_weighted_loss_type not in ("none", "decay"):
-            what = f"unknown weights {self.opt_weighted_loss_type!r}"
-            raise PeftfxError(what, "opt_weighted_loss_type", "one of 'none', 'decay'")
 
     def sized(self, base: nn.Module, site: SequenceSite) -> CPT:
         if max(self.cpt_token_ids) >= site.shape[0] or min(self.cpt_token_ids) < 0:

@@ -62,14 +62,6 @@ class DEFT(WeightMethod):
         super().__post_init__()
         if self.r < 1:
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "DEFT(r=8)")
-        if self.decomposition_method not in ("relu", "qr"):
-            what = f"unknown decomposition {self.decomposition_method!r}"
-            raise PeftfxError(what, "decomposition_method", "one of 'relu', 'qr'")
-        if not 0 <= self.deft_dropout < 1:
-            what = f"it must be a probability below 1, not {self.deft_dropout}"
-            raise PeftfxError(what, "deft_dropout", "DEFT(deft_dropout=0.05)")
-        if self.bias not in ("none", "all", "deft_only"):
-            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'deft_only'")
 
     @property
     def neutral(self) -> bool:

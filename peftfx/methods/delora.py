@@ -58,9 +58,6 @@ class DeLoRA(WeightMethod):
         super().__post_init__()
         if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "DeLoRA(r=8)")
-        if not 0 <= self.module_dropout < 1:
-            what = f"it must be a probability below 1, not {self.module_dropout}"
-            raise PeftfxError(what, "module_dropout", "DeLoRA(module_dropout=0.1)")
 
     @property
     def neutral(self) -> bool:

@@ -64,11 +64,6 @@ class FRoD(WeightMethod):
             raise PeftfxError(
                 f"it must be a share from 0 to 1, not {self.sparse_rate}", "sparse_rate", "FRoD(sparse_rate=0.01)"
             )
-        if not 0 <= self.frod_dropout < 1:
-            what = f"it must be a probability below 1, not {self.frod_dropout}"
-            raise PeftfxError(what, "frod_dropout", "FRoD(frod_dropout=0.05)")
-        if self.bias not in ("none", "all", "frod_only"):
-            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'frod_only'")
 
     @property
     def neutral(self) -> bool:

@@ -20,9 +20,6 @@ from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 
-_FORMS = {"config_A_B": ("lora", "vector", "constant", "none"), "config_C": ("lora", "vector", "none")}
-_FORMS["config_D_E"] = ("vector", "constant", "none")
-
 
 @dataclass(frozen=True, kw_only=True)
 class GLoRA(WeightMethod):
@@ -53,9 +50,6 @@ class GLoRA(WeightMethod):
         super().__post_init__()
         if self.r < 1:
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "GLoRA(r=8)")
-        for name, forms in _FORMS.items():
-            if getattr(self, name) not in forms:
-                raise PeftfxError(f"unknown form {getattr(self, name)!r}", name, f"one of {', '.join(forms)}")
 
     @property
     def neutral(self) -> bool:

@@ -60,9 +60,6 @@ class GraLoRA(WeightMethod):
             raise PeftfxError(what, "r, gralora_k", "GraLoRA(r=32, gralora_k=2)")
         if self.hybrid_r < 0:
             raise PeftfxError(f"the rank must be 0 or more, not {self.hybrid_r}", "hybrid_r", "GraLoRA(hybrid_r=0)")
-        if not 0 <= self.gralora_dropout < 1:
-            what = f"it must be a probability below 1, not {self.gralora_dropout}"
-            raise PeftfxError(what, "gralora_dropout", "GraLoRA(gralora_dropout=0.05)")
 
     @property
     def neutral(self) -> bool:

@@ -53,9 +53,6 @@ class HiRA(WeightMethod):
         super().__post_init__()
         if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "HiRA(r=32)")
-        if not 0 <= self.hira_dropout < 1:
-            what = f"it must be a probability below 1, not {self.hira_dropout}"
-            raise PeftfxError(what, "hira_dropout", "HiRA(hira_dropout=0.05)")
 
     @property
     def neutral(self) -> bool:

@@ -54,7 +54,6 @@ from peftfx.contract.common.lora_init import (
     starts_from_weight,
 )
 from peftfx.contract.common.low_rank import (
-    check_options,
     dense,
     is_narrow,
     padding_in_peft,
@@ -131,7 +130,6 @@ class LoRA(WeightMethod):
         super().__post_init__()
         if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "LoRA(r=8)")
-        check_options(self, self.lora_dropout, self.bias)
         object.__setattr__(self, "init_lora_weights", known_start(self.init_lora_weights))
         refuse_together(self.use_dora, self.alora_invocation_tokens, self.use_bdlora, self.kasa_config)
         if self._linear_alone and self.init_lora_weights not in (True, False, "gaussian"):

@@ -2,10 +2,14 @@
 
 The input is cut into shards of `r` features, which are summed: `y + sum(shards of dropout(x)) B`, `B` being [r, out].
 So each `r` columns of the weight get `B`; what is told of it where an adapter is put into a graph is of rank `r`.
+
+"bat" cuts the weight into blocks `W_ij` of `r` x `r`, and each row of blocks has a matrix `B_i`, [r, r], of its own:
+`W_ij + W_ij B_i + B_i`. This is of full rank.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype, row_index
-from peftfx.contract.common.delta import dropped
+from peftfx.contract.common.delta import DeltaMethod, dropped
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
-from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
@@ -27,48 +30,51 @@ _BLOCK = "miss_block"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiSS(WeightMethod):
+class MiSS(DeltaMethod):
     """One trained matrix that all shards of the input of a linear layer go through.
 
     Args:
         r: features of a shard.
-        miss_dropout: dropout on the adapter's input in training.
+        miss_dropout: dropout on the adapter's input in training; "bat" has none, as in HF PEFT.
         mini_r: with `init_weights="mini"`, how many outputs the matrix has; they are repeated.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (MiSS_only).
-        init_weights: start as the identity (True), or at random (False); "mini" is a smaller matrix.
+        init_weights: start as the identity (True), or at random (False); "mini" is a smaller matrix, "bat" one of each
+            row of blocks. Both start as the identity.
     """
 
     r: int = 64
     miss_dropout: float = 0.0
     mini_r: int = 1
     bias: Literal["none", "all", "MiSS_only"] = "none"
-    init_weights: bool | Literal["mini"] = True
+    init_weights: bool | Literal["mini", "bat"] = True
 
     peft_type: ClassVar[str] = "MISS"
     default_target: ClassVar[str] = "attention.query | attention.value"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     def __post_init__(self) -> None:
-        if str(self.init_weights) == "bat":
-            what = "MiSS's bat starts from products with the weight, which is another method"
-            raise PeftfxError(what, "init_weights", "True, False or 'mini'; or merge it with peft")
         super().__post_init__()
         if self.r < 1 or self.mini_r < 1:
             raise PeftfxError("sizes must be 1 or more", "r, mini_r", "MiSS(r=64)")
-        if not 0 <= self.miss_dropout < 1:
-            what = f"it must be a probability below 1, not {self.miss_dropout}"
-            raise PeftfxError(what, "miss_dropout", "MiSS(miss_dropout=0.05)")
 
     @property
     def neutral(self) -> bool:
         return bool(self.init_weights)
+
+    @property
+    def _bat(self) -> bool:
+        return self.init_weights == "bat"
 
     def keys(self, site: Site) -> dict[str, str]:
         return {_BLOCK: _BLOCK}
 
     @property
     def dropout(self) -> float:
-        return self.miss_dropout
+        return 0.0 if self._bat else self.miss_dropout
+
+    @property
+    def replaces(self) -> bool:
+        return self._bat
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         out, inner = base.weight.shape
@@ -76,23 +82,41 @@ class MiSS(WeightMethod):
             raise PeftfxError(f"shards of {self.r} features of an input of {inner}", site.path, f"r={inner} or less")
         if self.init_weights == "mini" and out % self.mini_r:
             raise PeftfxError(f"mini_r={self.mini_r} does not divide {out} outputs", site.path, "mini_r=1")
-        columns = self.mini_r if self.init_weights == "mini" else out
-        block = base.weight.new_zeros(self.r, columns, dtype=adapter_dtype(base.weight.dtype))
+        if self._bat and (out % self.r or inner % self.r):
+            what = f"a weight of {out} x {inner} is not cut into blocks of {self.r} x {self.r}"
+            raise PeftfxError(what, site.path, "a common divisor of both sizes as r")
+        new = functools.partial(base.weight.new_zeros, dtype=adapter_dtype(base.weight.dtype))
+        if self._bat:
+            return {_BLOCK: new(out // self.r, self.r, self.r)}
+        block = new(self.r, self.mini_r if self.init_weights == "mini" else out)
         if not self.init_weights:
             block.uniform_(-1, 1, generator=rng).mul_(out**-0.5)
         return {_BLOCK: block}
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        if self._bat:
+            return super().forward(site, op, x, y, base, p, training)
         block = self._block(base.weight, p)
         given = dropped(x, self.miss_dropout, training).to(block.dtype)
         short = -base.weight.shape[1] % self.r
         shards = (F.pad(given, (0, short)) if short else given).unflatten(-1, (-1, self.r))
         return (y + shards.sum(-2) @ block).to(y.dtype)
 
-    def fold(self, site: Site, base: Base, p: Params) -> Base:
-        return Base(self.update(site, base, p).apply(base.weight), base.bias)
+    def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
+        inner = weight.shape[1]
+        if not self._bat:
+            return self._block(weight, p).T.repeat(1, -(-inner // self.r))[:, :inner]
+        each = p[_BLOCK]  # [rows of blocks, r, r]
+        blocks = weight.to(each.dtype).unflatten(0, (-1, self.r)).unflatten(2, (-1, self.r))
+        return (torch.einsum("iajk,ikb->iajb", blocks, each) + each[:, :, None]).reshape(weight.shape)
+
+    def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
+        """As in `forward`, blocks are those of the base's weight, not of what acts already."""
+        return Base(under.weight + self.delta(site, base.weight, p), under.bias)
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
+        if self._bat:
+            return super().update(site, base, p)
         block, inner = self._block(base.weight, p), base.weight.shape[1]
         shards = torch.eye(self.r, dtype=block.dtype, device=block.device).repeat(1, -(-inner // self.r))
         return Update(a=shards[:, :inner], b=block.T)
@@ -104,7 +128,7 @@ class MiSS(WeightMethod):
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[MiSS, dict[str, Tensor]]:
         """One matrix, 0 at the rows of no part."""
-        if self.init_weights == "mini":
+        if self.init_weights in ("mini", "bat"):
             return super().whole(site, base, parts)  # type: ignore[return-value]
         block = next(iter(parts.values()))[_BLOCK].new_zeros(self.r, base.weight.shape[0])
         for rows, p in parts.items():

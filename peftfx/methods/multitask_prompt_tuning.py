@@ -48,7 +48,6 @@ class MultitaskPromptTuning(PromptTuning):
     num_tasks: int = 1
 
     peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
-    starts: ClassVar[tuple[str, ...]] = (*PromptTuning.starts, _AVERAGE, _EXACT, _SHARED)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,8 +45,6 @@ class PTuning(PromptMethod):
         super().__post_init__()
         how = getattr(self.encoder_reparameterization_type, "value", self.encoder_reparameterization_type)
         object.__setattr__(self, "encoder_reparameterization_type", how)
-        if how not in ("MLP", "LSTM"):
-            raise PeftfxError(f"unknown encoder {how!r}", "encoder_reparameterization_type", "one of 'MLP', 'LSTM'")
         if self.encoder_num_layers < 1 or (self.encoder_hidden_size or 1) < 1 or not 0 <= self.encoder_dropout < 1:
             hint = "PTuning(encoder_hidden_size=128, encoder_num_layers=2, encoder_dropout=0.1)"
             raise PeftfxError("an encoder of this size cannot be made", "encoder_hidden_size", hint)

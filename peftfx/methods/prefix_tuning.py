@@ -44,8 +44,6 @@ class PrefixTuning(PrefixMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_weights not in (None, "zero"):
-            raise PeftfxError(f"unknown start {self.init_weights!r}", "init_weights", "None (random) or 'zero'")
         if (self.encoder_hidden_size or 1) < 1:
             raise PeftfxError("an encoder of this size cannot be made", "encoder_hidden_size", "1 or more")
 

@@ -36,15 +36,11 @@ class PromptTuning(PromptMethod):
     tokenizer_kwargs: dict[str, object] | None = None
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    starts: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         how = getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)
         object.__setattr__(self, "prompt_tuning_init", how)
-        if how not in self.starts:
-            hint = f"one of {', '.join(map(repr, self.starts))}"
-            raise PeftfxError(f"unknown initialisation {how!r}", "prompt_tuning_init", hint)
         for name in ("prompt_tuning_init_text", "tokenizer_name_or_path") if how == "TEXT" else ():
             if not getattr(self, name):
                 raise PeftfxError(f"prompt_tuning_init='TEXT' needs {name}", name, "give it, or start at 'RANDOM'")

@@ -71,12 +71,9 @@ class PSOFT(WeightMethod):
             if getattr(self, name) < 1:
                 raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"PSOFT({name}=5)")
         eps = self.cayley_neumann_eps
-        for name, wrong in (
-            ("psoft_dropout", not 0 <= self.psoft_dropout < 1),
-            ("cayley_neumann_eps", eps is not None and not 0 < eps < 1),
-        ):
-            if wrong:
-                raise PeftfxError(f"it must be a number below 1, not {getattr(self, name)}", name, f"PSOFT({name}=0.5)")
+        if eps is not None and not 0 < eps < 1:
+            hint = "PSOFT(cayley_neumann_eps=0.5)"
+            raise PeftfxError(f"it must be a number between 0 and 1, not {eps}", "cayley_neumann_eps", hint)
 
     @property
     def neutral(self) -> bool:

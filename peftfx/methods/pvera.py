@@ -61,11 +61,6 @@ class PVeRA(WeightMethod):
         super().__post_init__()
         if self.r < 1:
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "PVeRA(r=256)")
-        if not 0 <= self.pvera_dropout < 1:
-            what = f"it must be a probability below 1, not {self.pvera_dropout}"
-            raise PeftfxError(what, "pvera_dropout", "PVeRA(pvera_dropout=0.05)")
-        if self.bias not in ("none", "all", "pvera_only"):
-            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'pvera_only'")
 
     @property
     def neutral(self) -> bool:

@@ -62,9 +62,6 @@ class RandLoRA(WeightMethod):
         super().__post_init__()
         if self.r < 1:
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "RandLoRA(r=32)")
-        if not 0 <= self.randlora_dropout < 1:
-            what = f"it must be a probability below 1, not {self.randlora_dropout}"
-            raise PeftfxError(what, "randlora_dropout", "RandLoRA(randlora_dropout=0.05)")
 
     @property
     def neutral(self) -> bool:

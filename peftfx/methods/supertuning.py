@@ -56,9 +56,6 @@ class SuperTuning(DeltaMethod):
             raise PeftfxError(
                 f"it must be a share below 1, not {self.sparsity}", "sparsity", "SuperTuning(sparsity=0.99)"
             )
-        if not 0 <= self.lora_dropout < 1:
-            what = f"it must be a probability below 1, not {self.lora_dropout}"
-            raise PeftfxError(what, "lora_dropout", "SuperTuning(r=8, lora_dropout=0.05)")
         if self.r is not None and self.r < 1:
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "SuperTuning(r=8)")
         if self.r is None and self.lora_alpha is not None:

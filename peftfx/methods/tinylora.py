@@ -52,7 +52,7 @@ class TinyLoRA(WeightMethod):
     tinylora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "tinylora_only"] = "none"
-    init_weights: bool | str = True
+    init_weights: bool | Literal["uniform"] = True
 
     peft_type: ClassVar[str] = "TINYLORA"
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
@@ -64,15 +64,9 @@ class TinyLoRA(WeightMethod):
         for name in ("r", "u"):
             if getattr(self, name) < 1:
                 raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"TinyLoRA({name}=2)")
-        for name, most in (("tinylora_dropout", 1), ("weight_tying", 1.1)):
-            if not 0 <= getattr(self, name) < most:
-                raise PeftfxError(
-                    f"it must be a share from 0 to 1, not {getattr(self, name)}", name, f"TinyLoRA({name}=0.1)"
-                )
-        if self.init_weights not in (True, False, "uniform"):
-            raise PeftfxError(f"unknown start {self.init_weights!r}", "init_weights", "one of True, False, 'uniform'")
-        if self.bias not in ("none", "all", "tinylora_only"):
-            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'tinylora_only'")
+        if not 0 <= self.weight_tying <= 1:
+            what = f"it must be a share from 0 to 1, not {self.weight_tying}"
+            raise PeftfxError(what, "weight_tying", "TinyLoRA(weight_tying=0.1)")
 
     @property
     def neutral(self) -> bool:

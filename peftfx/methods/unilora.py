@@ -61,13 +61,8 @@ class UniLoRA(FactoredMethod):
         for name in ("r", "theta_d_length"):
             if getattr(self, name) < 1:
                 raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"UniLoRA({name}=4)")
-        if not 0 <= self.unilora_dropout < 1:
-            what = f"it must be a probability below 1, not {self.unilora_dropout}"
-            raise PeftfxError(what, "unilora_dropout", "UniLoRA(unilora_dropout=0.05)")
         if self.init_theta_d_bound <= 0:
             raise PeftfxError("the bound must be more than 0", "init_theta_d_bound", "UniLoRA(init_theta_d_bound=0.02)")
-        if self.bias not in ("none", "all", "unilora_only"):
-            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'unilora_only'")
 
     @property
     def neutral(self) -> bool:

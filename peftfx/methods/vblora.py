@@ -62,11 +62,6 @@ class VBLoRA(FactoredMethod):
                 raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"VBLoRA({name}=4)")
         if self.topk > self.num_vectors:
             raise PeftfxError(f"topk={self.topk} is more than num_vectors={self.num_vectors}", "topk", "lower topk")
-        if not 0 <= self.vblora_dropout < 1:
-            what = f"it must be a probability below 1, not {self.vblora_dropout}"
-            raise PeftfxError(what, "vblora_dropout", "VBLoRA(vblora_dropout=0.05)")
-        if self.bias not in ("none", "all", "vblora_only"):
-            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'vblora_only'")
 
     @property
     def neutral(self) -> bool:

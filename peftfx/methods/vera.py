@@ -59,11 +59,6 @@ class VeRA(WeightMethod):
         super().__post_init__()
         if self.r < 1:
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "VeRA(r=256)")
-        if not 0 <= self.vera_dropout < 1:
-            what = f"it must be a probability below 1, not {self.vera_dropout}"
-            raise PeftfxError(what, "vera_dropout", "VeRA(vera_dropout=0.05)")
-        if self.bias not in ("none", "all", "vera_only"):
-            raise PeftfxError(f"unknown choice {self.bias!r}", "bias", "one of 'none', 'all', 'vera_only'")
 
     @property
     def neutral(self) -> bool:

@@ -27,7 +27,7 @@ CHOICES: Mapping[str, Choices] = {
     "ADAPTION_PROMPT": {"adapter_layers": (None,)},
     "TRAINABLE_TOKENS": {"token_indices": ((0, 2), (1,))},
     "LOHA": {"rank_pattern": ({}, {"words|head": 4}), "alpha_pattern": ({}, {"0": 5.0})},
-    "MISS": {"init_weights": (True, False, "mini")},
+    "MISS": {"r": (2, 4), "init_weights": (True, False, "mini", "bat")},
     "FOURIERFT": {"n_frequency": (5, 12), "random_loc_seed": (777, 3), "n_frequency_pattern": ({}, {"head|0": 7})},
     "C3A": {"block_size": (4, 2, 1), "block_size_pattern": ({}, {"head|0": 1})},
     "HIRA": {"rank_pattern": ({}, {"words|head": 4})},

@@ -216,3 +216,19 @@ def test_a_report_says_which_law_is_broken_and_by_what() -> None:
     assert "Case(" in text
     assert "holds   frame:" in text
     assert "skipped parity" in text
+
+
+def required(cls: type[Method]) -> dict[str, object]:
+    """The options that a method cannot do without."""
+    return {"token_indices": (1,)} if "token_indices" in cls.options() else {}
+
+
+@pytest.mark.parametrize("cls", table.methods().values(), ids=lambda cls: cls.peft_type)
+def test_a_choice_that_there_is_not_and_a_dropout_that_is_no_probability_are_refused(cls: type[Method]) -> None:
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+    for name in (name for name, kind in kinds.items() if "Literal" in kind):
+        with pytest.raises(PeftfxError, match=f"unknown choice 'none at all' .{name}"):
+            cls(**{**required(cls), name: "none at all"})
+    for name in (name for name in kinds if name.endswith("dropout")):
+        with pytest.raises(PeftfxError, match=f"it must be a probability below 1, not 1.5 .{name}"):
+            cls(**{**required(cls), name: 1.5})

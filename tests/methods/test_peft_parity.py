@@ -16,6 +16,7 @@ CASES: tuple[tuple[str, Mapping[str, object]], ...] = (
     ("LOHA", {"r": 3, "alpha": 5, "rank_pattern": {"blocks.0": 2}}),
     ("MISS", {"r": 3}),
     ("MISS", {"r": 4, "init_weights": "mini"}),
+    ("MISS", {"r": 4, "init_weights": "bat"}),
     ("FOURIERFT", {"n_frequency": 20, "n_frequency_pattern": {"up": 7}}),
     ("HIRA", {"r": 3}),
     ("HRA", {"r": 4}),

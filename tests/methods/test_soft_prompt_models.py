@@ -151,13 +151,13 @@ def test_a_model_of_images_and_text_has_it_in_its_language_model(
         ("gpt2", lambda: PromptTuning(num_virtual_tokens=0), "must be 1 or more"),
         ("gpt2", lambda: PromptTuning(target="mlp"), "has no target"),
         ("gpt2", lambda: PromptTuning(token_dim=31), "have 32 features, not 31"),
-        ("gpt2", lambda: PromptTuning(prompt_tuning_init="WORDS"), "unknown initialisation 'WORDS'"),
+        ("gpt2", lambda: PromptTuning(prompt_tuning_init="WORDS"), "unknown choice 'WORDS'"),
         ("gpt2", lambda: PromptTuning(prompt_tuning_init="TEXT"), "needs prompt_tuning_init_text"),
         ("gpt2", lambda: [PromptTuning(), PrefixTuning()], "two rules act here"),
         ("gpt2", lambda: PrefixTuning(num_layers=3), "num_layers 2, not 3"),
         ("deberta", lambda: PrefixTuning(), "keeps no keys and values"),
-        ("gpt2", lambda: PrefixTuning(init_weights="one"), "unknown start 'one'"),
-        ("gpt2", lambda: PTuning(encoder_reparameterization_type="GRU"), "unknown encoder 'GRU'"),
+        ("gpt2", lambda: PrefixTuning(init_weights="one"), "unknown choice 'one'"),
+        ("gpt2", lambda: PTuning(encoder_reparameterization_type="GRU"), "unknown choice 'GRU'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -72,13 +72,8 @@ class LycorisMethod(DeltaMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self).__name__
         if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", f"{name}(r=8)")
-        for option in ("rank_dropout", "module_dropout"):
-            if not 0 <= getattr(self, option) < 1:
-                what = f"it must be a probability below 1, not {getattr(self, option)}"
-                raise PeftfxError(what, option, f"{name}({option}=0.1)")
+            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", f"{type(self).__name__}(r=8)")
 
     @property
     def scaling(self) -> float:

@@ -1,4 +1,4 @@
-"""What methods of low-rank updates have in common: the product of their factors, its sums, and their options."""
+"""What methods of low-rank updates have in common: the product of their factors, and its sums."""
 
 from __future__ import annotations
 
@@ -12,21 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.contract.combination import Combination
 from peftfx.contract.common.experts import of_experts
-from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
 from peftfx.options import CAT
 from peftfx.sites.site import EXPERTS, Site
 
 _COLUMNS = 16
-
-
-def check_options(method: Method, lora_dropout: float, bias: str) -> None:
-    """Refuse a dropout that is no probability, and an unknown choice of biases."""
-    if not 0 <= lora_dropout < 1:
-        what = f"it must be a probability below 1, not {lora_dropout}"
-        raise PeftfxError(what, "lora_dropout", f"{type(method).__name__}(lora_dropout=0.05)")
-    if bias not in ("none", "all", "lora_only"):
-        raise PeftfxError(f"unknown choice {bias!r}", "bias", "one of 'none', 'all', 'lora_only'")
 
 
 def padding_in_peft(module: nn.Module) -> str:
