@@ -1,1 +1,1 @@
-"""Adapters: trainable state by name, what is made of it (sums, merged weights, ranks), and its files."""
+"""Adapters: named trainable tensors, what is computed from them (sums, merged weights, LoRAs), and their files."""

@@ -1,4 +1,4 @@
-"""Adapter: the named, trainable state of one transform: site path -> parameter name -> tensor."""
+"""The class `Adapter`: the trained tensors of one adapter, each under its site's path and its parameter's name."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from peftfx.sharding import full, is_part
 
 @dataclass(frozen=True)
 class Account:
-    """What became of each tensor of the file that a rule was loaded from, by its name there.
+    """What became of each tensor of the file that a rule was loaded from; tensors go by their names in the file.
 
     Attributes:
-        taken: where the adapter keeps it.
-        repeats: those that only repeat what the base or the file has anyway.
-        unused: those of modules that never run: they change nothing, and are saved again as they were.
+        taken: for each tensor that the adapter took, the dotted name under which the adapter keeps the tensor.
+        repeats: the tensors that only repeat a tensor of the base or another tensor of the file.
+        unused: the tensors of modules that never run. They change nothing, and are saved again unchanged.
     """
 
     taken: Mapping[str, str]
@@ -33,29 +33,29 @@ class Account:
 
 
 class Holder(nn.Module):
-    """A module of an adapter's tree.
+    """A module in the tree of modules that holds an adapter's tensors.
 
     Attributes:
-        hosted: whether a module of the base has it as a child too. It is that one's then, to who goes through children
-            and must meet each parameter once, as `fully_shard` does.
+        hosted: whether this module is also a child of a module of the base. Code that walks over children and must
+            meet each parameter once, such as `fully_shard`, then finds this module only there.
     """
 
     hosted = False
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Those that no module of the base has."""
+        """Yield the child modules that are not also children of a module of the base."""
         return ((n, m) for n, m in super().named_children() if not (isinstance(m, Holder) and m.hosted))
 
 
 class Adapter(Holder):
-    """The state of one adapter. Parameters live in modules that mirror the base's paths.
+    """The trained tensors of one adapter, in modules that mirror the module paths of the base.
 
     Attributes:
-        placed: the rules it was made from, with where they act.
-        records: what a loaded config said of the base and the task; saved again with it.
-        accounts: of the rules that were loaded, by their numbers.
+        placed: the rules that the adapter was made from, each with its placements.
+        records: what a loaded config says about the base and the task; saved again with the adapter.
+        accounts: the `Account` of each rule that was loaded from a file, by the rule's number.
         named: the module paths that the keys of a loaded file name, whether or not a rule acts there.
-        ran: of new adapters, the modules that the call ran from which the rules were placed.
+        ran: for a new adapter, the modules that ran in the call from which the rules were placed.
     """
 
     def __init__(self, placed: Sequence[Placed], config: Mapping[str, object] | None = None) -> None:
@@ -81,28 +81,28 @@ class Adapter(Holder):
 
     @property
     def rules(self) -> tuple[Method, ...]:
-        """The methods of its rules."""
+        """The methods of the adapter's rules, in the rules' order."""
         return tuple(rule.method for rule in self.placed)
 
     @property
     def placements(self) -> Placements:
-        """Where its rules act."""
+        """The placements of all of the adapter's rules."""
         return Placements(p for rule in self.placed for p in rule.placements)
 
     @property
     def overrides(self) -> tuple[Override, ...]:
-        """The base's tensors it trains copies of, once each however many rules name one."""
+        """The base's tensors that the adapter trains copies of; a tensor that several rules name is here once."""
         placed = [o for rule in self.placed for o in rule.overrides]
         return tuple({o.key: o for o in (*placed, *(o for p in self.placements for o in p.copies))}.values())
 
     def create(self, base: nn.Module, rng: torch.Generator | None) -> None:
-        """Make every parameter, at its method's initial values; overrides start as copies of the base's tensors."""
+        """Make every parameter with its method's initial values; overrides start as copies of the base's tensors."""
         self.share(base, rng)
         for rule in self.placed:
             for placement in rule.placements:
                 with torch.no_grad():
                     params = placement.init(base, rng, {n: self.get(key) for n, key in self._reads(placement).items()})
-                self._holder(placement.key)  # a place may have nothing of its own beside what its rule shares
+                self._holder(placement.key)  # a placement may have no tensors beside those that its rule shares
                 for name, value in params.items():
                     trained = not placement.method.is_constant(name, value)
                     self.put(f"{placement.key}.{name}", value, trained=trained)
@@ -110,13 +110,13 @@ class Adapter(Holder):
 
     @torch.no_grad()
     def share(self, base: nn.Module, rng: torch.Generator | None = None) -> None:
-        """Make what the places of each rule share."""
+        """Make the tensors that all placements of a rule share, for each rule."""
         for number, rule in enumerate(self.placed):
             for name, value in shared_by(rule, base, rng).items():
                 self.put(shared_key(number, name), value, trained=not rule.method.is_constant(name, value))
 
     def copy_overridden(self, base: nn.Module) -> None:
-        """Start the overrides as copies of the base's tensors."""
+        """Make the overrides, as copies of the base's tensors."""
         for override in self.overrides:
             owner, leaf = owner_of(base.get_submodule(override.module), override.name)
             tensor = full(getattr(owner, leaf)).detach()
@@ -128,33 +128,33 @@ class Adapter(Holder):
             self.put(override.key, tensor.clone(), trained=override.trained and leaf in owner._parameters)
 
     def params(self, placement: Placement) -> dict[str, Tensor]:
-        """The parameters of one placement by name, constants included, and those that its rule's places share."""
+        """Return a placement's parameters and constants by name, with the tensors that its rule's placements share."""
         return {name: self.get(key) for name, key in self.keys(placement).items()}
 
     def keys(self, placement: Placement) -> dict[str, str]:
-        """The dotted name of each of them."""
+        """Return the dotted name of each tensor of `params(placement)`, by the parameter's name."""
         remembered = placement.method.remembered()
         own = {name: f"{placement.key}.{name}" for name in self.all_of(placement) if name not in remembered}
         return own | self._reads(placement)
 
     def _reads(self, placement: Placement) -> dict[str, str]:
-        """What a placement reads of what its rule's places share: by its name there, where it is kept."""
+        """Return the dotted names of the shared tensors that a placement reads, by the parameters' names."""
         number = self._rule[placement.key]
         chosen = self.placed[number].reads(placement, self.shared(number))
         return {name: shared_key(number, kept) for name, kept in chosen.items()}
 
     def shared(self, number: int) -> dict[str, Tensor]:
-        """What the places of a rule share, by name."""
+        """Return the tensors that the placements of rule `number` share, by name."""
         folder = self._modules.get(SHARED)
         rule = None if folder is None else folder._modules.get(str(number))
         return {} if rule is None else _tensors_of(rule)
 
     def all_of(self, placement: Placement) -> dict[str, Tensor]:
-        """The parameters of one placement, and what training remembers beside them."""
+        """Return the parameters of one placement, and the buffers that its method keeps during training, by name."""
         return _tensors_of(self.get_submodule(placement.key))
 
     def penalty(self) -> Tensor | None:
-        """What its rules add to the model's loss: each the mean over its places."""
+        """Return the term that the rules add to the model's loss: for each rule the mean over its placements."""
         total = None
         for rule in self.placed:
             if type(rule.method).penalty is Method.penalty:
@@ -167,7 +167,7 @@ class Adapter(Holder):
         return total
 
     def recall(self, state: Mapping[str, Tensor]) -> None:
-        """Make room for what a saved state remembers, by dotted names, and forget what it does not."""
+        """Make buffers for what a method keeps during training, if `state` has a value; delete the other ones."""
         for placement in self.placements:
             holder = self.get_submodule(placement.key)
             device = next((p.device for p in holder.parameters(recurse=False)), None)
@@ -179,7 +179,7 @@ class Adapter(Holder):
                     self.put(key, torch.empty_like(state[key], device=device), trained=False)
 
     def put(self, key: str, value: Tensor, *, trained: bool = True) -> None:
-        """Keep a tensor under a dotted name."""
+        """Keep the tensor `value` under the dotted name `key`, as a parameter (`trained`) or as a buffer."""
         path, _, name = key.rpartition(".")
         holder = self._holder(path)
         if trained:
@@ -188,7 +188,7 @@ class Adapter(Holder):
             holder.register_buffer(name, value)
 
     def _holder(self, path: str) -> nn.Module:
-        """The module at a dotted path, made where there is none."""
+        """Return the module at a dotted path; make the modules of the path that do not exist yet."""
         holder: nn.Module = self
         for part in path.split(".") if path else ():
             if part not in holder._modules:
@@ -197,7 +197,7 @@ class Adapter(Holder):
         return holder
 
     def add(self, other: Adapter) -> None:
-        """Take another adapter's rules, behind this one's, with their tensors."""
+        """Append another adapter's rules, with their tensors, to this adapter's rules."""
         first = len(self.placed)
         self._take(other.placed)
         self.records = {**other.records, **self.records}
@@ -215,31 +215,31 @@ class Adapter(Holder):
             self.put(moved.get(name, name), value.detach(), trained=name in trained)
 
     def gathered(self) -> Adapter:
-        """The same with all of its tensors, of which each process may have a part; they are gathered one at a time."""
+        """Return the adapter with whole tensors: tensors that are sharded over processes are gathered one by one."""
         if not any(is_part(tensor) for _, tensor in self.tensors()):
             return self
         made = Adapter(())
         made.add(self)
         made.ran, trained = self.ran, {name for name, _ in made.named_parameters()}
-        own = dict(self.tensors())  # a copy of a parameter does not know what its parts are of
+        own = dict(self.tensors())  # read from the original: a copy of a sharded tensor does not know its whole
         for name in [name for name, _ in made.tensors()]:
             made.put(name, full(own[name]).detach(), trained=name in trained)
         return made
 
     def get(self, key: str) -> Tensor:
-        """The tensor kept under a dotted name."""
+        """Return the tensor that is kept under the dotted name `key`."""
         value = getattr(*owner_of(self, key))
         assert isinstance(value, Tensor)
         return value
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with its dotted name."""
+        """Yield every parameter and buffer with its dotted name."""
         yield from self.named_parameters()
         yield from self.named_buffers()
 
 
 def _refuse_rows(override: Override, count: int) -> None:
-    """Rows must be there, and each be named once."""
+    """Refuse rows that the tensor does not have, and rows that are named twice."""
     wrong = [row for row in override.rows if not 0 <= row < count or override.rows.count(row) > 1]
     if wrong:
         what = f"these tokens are outside the embedding's {count} rows, or are named twice: {wrong[:5]}"
@@ -252,5 +252,5 @@ def _tensors_of(holder: nn.Module) -> dict[str, Tensor]:
 
 
 def shared_key(number: int, name: str) -> str:
-    """Where an adapter keeps what the places of a rule share, by the rule's number."""
+    """Return the dotted name of a tensor `name` that the placements of rule `number` share."""
     return f"{SHARED}.{number}.{name}"

@@ -1,4 +1,4 @@
-"""AdapterSet: the adapters of one model by name, and which of them act."""
+"""The class `AdapterSet`: the adapters of one model by name, and which of them are active."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.contract.override import Override
 from peftfx.errors import PeftfxError, nearest, shown, warn
 
-_LONGEST = 200  #: bytes of a name: an adapter's is a folder's
+_LONGEST = 200  #: the most bytes of an adapter's name, because the name becomes a folder's name
 _NAME = re.compile(r'[^\x00-\x1f\x7f\ud800-\udfff./\\:*?"<>|]+')
-"""As in HF PEFT without dots, which part the names of modules; and a directory's on every system."""
+"""Without dots, as in HF PEFT, because dots separate module names; and valid as a directory name on every system."""
 
 
 class _Here(threading.local):
-    """What is active in one thread, inside `acting_as`; None outside."""
+    """The names of the active adapters in one thread, inside `acting_as`; None outside."""
 
     names: tuple[str, ...] | None = None
 
 
 class AdapterSet:
-    """The modules in `module`, each an Adapter.
+    """The adapters of one model: the child modules of `module`, each an `Adapter`.
 
     Attributes:
-        folded: those that are in the base's weights for now (`merge_adapter`): calls then add none.
-        unfold: takes them out.
+        folded: the names of the adapters that `merge_adapter` merged into the base's weights for now. While there are
+            such adapters, calls add none.
+        unfold: unmerges these adapters; None while none is merged.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,7 +49,7 @@ class AdapterSet:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Those that act, in this order."""
+        """The names of the active adapters, in their order."""
         here = self._here.names
         return self._active if here is None else tuple([name for name in here if name in self.module._modules])
 
@@ -60,7 +61,7 @@ class AdapterSet:
             self._here.names = names
 
     def names(self) -> tuple[str, ...]:
-        """Of all."""
+        """Return the names of all adapters."""
         return tuple(name for name, _ in self.module.named_children())
 
     def __getitem__(self, name: str) -> Adapter:
@@ -74,22 +75,22 @@ class AdapterSet:
         return found
 
     def acting(self) -> list[Adapter]:
-        """Those that calls add to the base."""
+        """Return the adapters that calls add to the base."""
         return [self[name] for name in self.called]
 
     @property
     def called(self) -> tuple[str, ...]:
-        """The names of those that calls add to the base: the active ones, or none while some are in its weights."""
+        """The names of the adapters that calls add to the base: none while adapters are merged into its weights."""
         return () if self.folded else self.active
 
     def apart(self, what: str) -> None:
-        """Take out of the base's weights what `merge_adapter` put there, and say so, ahead of what needs the base."""
+        """Unmerge what `merge_adapter` put into the base's weights, with a warning that names the reason `what`."""
         if self.unfold is not None:
             warn(f"{what}: the merged adapters {', '.join(self.folded)} are unmerged first")
             self.unfold()
 
     def refuse(self, name: str) -> None:
-        """A name for a new one is a folder's and a module's, and nobody else's here."""
+        """Refuse a `name` for a new adapter if it cannot name a folder and a module, or is taken."""
         if (
             not isinstance(name, str)
             or not _NAME.fullmatch(name)
@@ -115,14 +116,14 @@ class AdapterSet:
             )
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Add one, and make it the active one."""
+        """Add an adapter under a name, and make it the only active adapter."""
         self.module.add_module(name, adapter)
         self.activate((name,))
 
     def activate(self, names: Sequence[str]) -> None:
-        """Make these the active ones, in this order; only they are trained.
+        """Make these adapters the active ones, in this order; only they are trained.
 
-        Inside `acting_as` that is for as long as it lasts, and what is trained stays as it is.
+        Inside `acting_as` the change lasts until the block ends, and does not change which adapters are trained.
         """
         self.apart("adapters are made active")
         self._check(names)
@@ -140,7 +141,7 @@ class AdapterSet:
 
     @contextmanager
     def acting_as(self, names: Sequence[str] = ()) -> Iterator[None]:
-        """Inside, these act in this thread, or those that are made active there; afterwards all is as it was."""
+        """Make these adapters the active ones in this thread, until the `with` block ends."""
         self.apart("a call is to have other adapters, or none")
         self._check(names)
         before = self._here.names
@@ -151,14 +152,14 @@ class AdapterSet:
             self._here.names = before
 
     def drop(self, name: str) -> None:
-        """Remove one; the others stay as they are."""
+        """Remove the adapter of this name; the other adapters do not change."""
         self[name]
         delattr(self.module, name)
         self._active = tuple(a for a in self._active if a != name)
 
 
 def _refuse_rivals(adapters: dict[str, Adapter]) -> None:
-    """Effects of adapters add up, but two copies of one of the base's tensors cannot both be in its place."""
+    """Refuse adapters that cannot act together: two soft prompts, or two copies of one tensor of the base."""
     soft = [n for n, a in adapters.items() if a.placements.prompts]
     if len(soft) > 1:
         what = f"the soft prompts of {soft[0]!r} and {soft[1]!r} cannot both be ahead of the text"

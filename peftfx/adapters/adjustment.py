@@ -1,4 +1,4 @@
-"""adjust: methods that change their parameters between the steps of a training, as AdaLoRA gives out its ranks anew."""
+"""The step between training steps in which a method changes its own parameters, as AdaLoRA reallocates its ranks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from peftfx.errors import PeftfxError
 
 @torch.no_grad()
 def adjust(adapters: Iterable[Adapter], step: int) -> None:
-    """Let each rule that changes its parameters between steps do so; see `Method.adjust`.
+    """Let each rule whose method changes its parameters between training steps do so; see `Method.adjust`.
 
     Raises:
-        PeftfxError: no rule does, or there are no gradients.
+        PeftfxError: no rule has such a method, or there are no gradients.
     """
     rules = [(a, r) for a in adapters for r in a.placed if type(r.method).adjust is not Method.adjust]
     if not rules:
@@ -32,7 +32,7 @@ def adjust(adapters: Iterable[Adapter], step: int) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """What an adapter keeps of one place; see `peftfx.contract.kept`."""
+    """An adapter's tensors at one placement, as `Method.adjust` sees them; see `peftfx.contract.kept`."""
 
     adapter: Adapter
     placement: Placement

@@ -1,4 +1,4 @@
-"""BaseWriter: writes tensors into a base module, in place for good, or beside what was there, which it can put back."""
+"""The class `BaseWriter`: writes tensors into a base's modules, for good or so that the old ones can be put back."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _NOTHING = object()
 
 
 class Ledger:
-    """Entries of dicts that were written over, with what they were: the very objects."""
+    """The dict entries that were overwritten, with their old values: the same objects, not copies."""
 
     def __init__(self) -> None:
         self._was: list[tuple[dict[str, Any], str, object]] = []
 
     def write(self, table: dict[str, Any], key: str, value: object) -> None:
-        """Write an entry, and remember what it was."""
+        """Write the entry `key` of a dict, and remember the entry's old value."""
         self._was.append((table, key, table.get(key, _NOTHING)))
         table[key] = value
 
     def swap(self) -> None:
-        """Put back what was there; once more, and what was written is there again."""
+        """Exchange the old values and the written ones; a second call exchanges them again."""
         swapped = []
         for table, key, value in reversed(self._was):
             swapped.append((table, key, table.get(key, _NOTHING)))
@@ -40,27 +40,27 @@ class Ledger:
 
 
 class BaseWriter:
-    """Writes into one base.
+    """A writer of parameters, buffers and attributes into the modules of one base.
 
     Args:
-        base: the module.
-        ledger: takes what was there, and each tensor written is a new one; without it tensors are overwritten.
+        base: the base, as a torch module.
+        ledger: keeps the old values, and each tensor written is a new tensor. Without a ledger tensors are overwritten.
     """
 
     def __init__(self, base: nn.Module, ledger: Ledger | None = None) -> None:
         self.base, self.ledger = base, ledger
 
     def assign(self, name: str, value: Tensor, *, untie: bool) -> int:
-        """Write a parameter or a buffer; returns the bytes.
+        """Write a parameter or a buffer of the base, and return its size in bytes.
 
         Args:
-            name: dotted.
-            value: may be the tensor that is there.
-            untie: whether this module gets a tensor of its own, where others share the one that is there.
+            name: the dotted name of the parameter or buffer.
+            value: the new value; it may be the present tensor itself.
+            untie: whether this module gets a tensor of its own if other modules share the present tensor.
         """
         module, leaf = owner_of(self.base, name)
         old = getattr(module, leaf, None)
-        fixed = isinstance(value, Deferred) or isinstance(old, Stored | Deferred)  # what cannot be written, or not yet
+        fixed = isinstance(value, Deferred) or isinstance(old, Stored | Deferred)  # not writable, or without values yet
         fixed = fixed or (self.ledger is not None and value is not old)
         if isinstance(old, Tensor) and not fixed and (not untie or is_part(old)) and old.shape == value.shape:
             if old is not value:
@@ -74,28 +74,28 @@ class BaseWriter:
         return value.numel() * value.element_size()
 
     def _holders(self, tensor: object) -> list[tuple[nn.Module, str]]:
-        """The modules that have a tensor, and its names there."""
+        """Return the modules that hold a tensor, each with the tensor's name in that module."""
         held = ((m, (*m._parameters.items(), *m._buffers.items())) for m in self.base.modules())
         return [(m, name) for m, named in held for name, t in named if t is tensor]
 
     def put(self, table: dict[str, Any], key: str, value: object) -> None:
-        """Write an entry of a module's own dicts."""
+        """Write an entry of a dict that belongs to a module, such as its parameters or attributes."""
         if self.ledger is None:
             table[key] = value
         else:
             self.ledger.write(table, key, value)
 
     def untie_configs(self) -> None:
-        """Have the configs say that input and output embeddings are two."""
+        """Set `tie_word_embeddings` to False in the configs of the base."""
         for owner in self.base.modules():
             config = getattr(owner, "config", None)
             if hasattr(config, "tie_word_embeddings"):
                 self.put(vars(config), "tie_word_embeddings", False)
 
     def part(self, changed: Iterable[str], called: Sequence[str]) -> None:
-        """Give each module that changes an object of its own, where it is called by another path too.
+        """Copy each module in `changed` that the base also calls by another path, so that only one path changes.
 
-        Under the other path it stays what it is, or changes in another way.
+        Under the other path the module does not change, or changes in another way.
         """
         names: dict[int, list[str]] = {}
         for path in (p for p in called if has_module(self.base, p)):
@@ -106,7 +106,7 @@ class BaseWriter:
                     self._part_from(path.split("."), other.split("."))
 
     def _part_from(self, path: Sequence[str], other: Sequence[str]) -> None:
-        """Copy the first module along a path that is along the other too, behind what the paths begin with."""
+        """Copy the first module that both paths run through after their common beginning, for `path` only."""
         shorter = min(len(path), len(other))
         apart = next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), shorter)
         others = {id(self.base.get_submodule(".".join(other[: i + 1]))) for i in range(apart, len(other))}

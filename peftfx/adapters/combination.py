@@ -1,4 +1,4 @@
-"""Adapters made of others: a sum of several, as HF PEFT's `add_weighted_adapter` makes it, and one task of several."""
+"""Adapters made of other adapters: a weighted sum (HF PEFT's `add_weighted_adapter`), or one task of several."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from peftfx.field_types import fits
 
 
 def settled(adapter: Adapter, values: Mapping[str, int]) -> Adapter:
-    """An adapter that does for all rows what another does for those of these inputs of a call; tensors are shared.
+    """Return an adapter that does for all rows what `adapter` does for rows with these input values; it shares tensors.
 
     Args:
-        values: of inputs that its methods read (`Method.inputs`).
+        adapter: the adapter whose methods read inputs of the call (`Method.inputs`).
+        values: the value of each input to fix, by the input's name.
     """
     placed = []
     for rule in adapter.placed:
@@ -48,16 +49,19 @@ def settled(adapter: Adapter, values: Mapping[str, int]) -> Adapter:
 def combine(
     base: nn.Module, adapters: Mapping[str, Adapter], weights: Sequence[float], how: str | Combination
 ) -> Adapter:
-    """One adapter that stands for several, by their names, each times its weight.
+    """Return one adapter that is the weighted sum of the adapters of these names.
 
-    It acts wherever one of them does. A trained copy of one of the base's tensors has no weight: it is kept if one of
-    the adapters alone has it.
+    The sum acts wherever one of the adapters acts. A trained copy of a tensor of the base has no weight: the copy is
+    kept if only one of the adapters has one.
 
     Args:
-        how: HF PEFT's combination type, or one with its options; what it is, is the method's to say.
+        base: the base of all adapters.
+        adapters: the adapters by name.
+        weights: a factor for each adapter, in the order of `adapters`.
+        how: HF PEFT's combination type, or a `Combination` with options. Each method defines its own combinations.
 
     Raises:
-        PeftfxError: a method has no such sum, two of them meet at one place, or two adapters train one tensor.
+        PeftfxError: a method has no such sum, two methods meet at one placement, or two adapters train one tensor.
     """
     if not fits(weights, Sequence[float]):
         raise PeftfxError(f"weights are numbers, not {shown(weights)}", "weights", "give one for each adapter")
@@ -75,7 +79,7 @@ def combine(
             found.setdefault(placement.key, []).append((placement, Weighted(weight, placement.method, params)))
     values: dict[str, Params] = {}
     placements: dict[type[Method], list[WeightPlacement]] = {}
-    order = {path: i for i, (path, _) in enumerate(own_modules(base))}  # in which HF PEFT draws
+    order = {path: i for i, (path, _) in enumerate(own_modules(base))}  # the order in which HF PEFT draws at random
     for key, given in sorted(found.items(), key=lambda item: order.get(item[1][0][0].site.path, len(order))):
         first, classes = given[0][0], {type(w.method) for _, w in given}
         if len(classes) > 1:
@@ -88,7 +92,7 @@ def combine(
 
 
 def tell_left_out(adapters: Mapping[str, Adapter]) -> None:
-    """Name the tensors of these adapters' files that no call runs: they are kept there, and a sum has none of them."""
+    """Warn of the tensors in these adapters' files that no call runs, because the sum leaves them out."""
     for name, adapter in adapters.items():
         left = sorted({key for account in adapter.accounts.values() for key in account.unused})
         if left:
@@ -121,7 +125,7 @@ def _made(
 
 
 def _expression(placement: WeightPlacement) -> str:
-    """A target that picks this place alone."""
+    """Return a target that picks only the site, or the part of a site, of this placement."""
     path = f"/{re.escape(placement.site.path)}/"
     return path if placement.part is None else f"{path} & {placement.part.role}"
 
@@ -145,7 +149,7 @@ def _refuse_copies(adapters: Mapping[str, Adapter]) -> None:
 
 
 def _meeting(adapters: Mapping[str, Adapter]) -> set[str]:
-    """The fused sites of which one adapter has the whole and another parts."""
+    """Return the paths of fused sites where one adapter acts on the whole and another on parts."""
     placements = [p for adapter in adapters.values() for p in adapter.placements.weights]
     return {p.site.path for p in placements if p.part} & {p.site.path for p in placements if p.part is None}
 
@@ -153,7 +157,7 @@ def _meeting(adapters: Mapping[str, Adapter]) -> set[str]:
 def _places(
     base: nn.Module, name: str, adapter: Adapter, meeting: set[str]
 ) -> Iterator[tuple[WeightPlacement, Params]]:
-    """Where an adapter acts, with its parameters; parts of a site that meets a whole one are made whole."""
+    """Yield an adapter's placements and parameters; parts become the whole at the sites in `meeting`."""
     groups: dict[str, list[WeightPlacement]] = {}
     if beside := adapter.placements.beside_weights:
         what = f"{type(beside[0].method).__name__} has no sum"

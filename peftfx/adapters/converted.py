@@ -1,4 +1,4 @@
-"""Methods whose files have other tensors than they train: room for the file's while it is read, and then theirs."""
+"""Methods whose files hold other tensors than the trained ones: room for the file's tensors, and the conversion."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from peftfx.contract.placement import WeightPlacement
 
 
 def _converted(adapter: Adapter) -> Iterator[WeightPlacement]:
-    """The placements whose file has what `WeightMethod.written` makes of their parameters."""
+    """Return the placements whose file holds what `WeightMethod.written` computes, not the parameters themselves."""
     return (p for p in adapter.placements.weights if p.method.file_keys(p.site) != p.method.keys(p.site))
 
 
 @torch.no_grad()
 def make_room(adapter: Adapter) -> None:
-    """Beside the parameters of new placements, put tensors of the shapes that their file has."""
+    """Add to each new placement of a converted method empty tensors of the shapes in its file."""
     for placement in _converted(adapter):
         for name, value in placement.method.written(adapter.all_of(placement))[1].items():
             adapter.put(f"{placement.key}.{name}", value, trained=False)
@@ -25,7 +25,7 @@ def make_room(adapter: Adapter) -> None:
 
 @torch.no_grad()
 def take_over(adapter: Adapter) -> dict[str, str]:
-    """Give the parameters what these tensors say, and drop them; for each that is gone, a parameter made of it."""
+    """Convert the file's tensors to parameters, delete them, and map each deleted name to a parameter's name."""
     instead = {}
     for placement in _converted(adapter):
         holder, names = adapter.get_submodule(placement.key), placement.method.file_keys(placement.site)

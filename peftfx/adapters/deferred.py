@@ -1,4 +1,4 @@
-"""Deferred: a tensor that is made when its values are asked for; operators on it wait as well."""
+"""The class `Deferred`: a tensor that is computed when its values are asked for, and the operators on such a tensor."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _Make = Callable[[], Sequence[Tensor]]
 
 
 class Deferred(Tensor):
-    """Looks like a tensor; nothing is computed until `value` is called, and nothing is kept after.
+    """A tensor that is computed when `value` is called, and whose values are not kept afterwards.
 
-    So what is made of a model, by whatever code, can be written one tensor at a time. It is read-only.
+    So a model's computed tensors can be written one at a time, whichever code computes them. A deferred tensor is
+    read-only.
     """
 
     _call: _Call
@@ -30,17 +31,17 @@ class Deferred(Tensor):
 
     @staticmethod
     def of(make: _Make, likes: Sequence[Tensor]) -> list[Deferred]:
-        """What `make` gives, when it is called; it is called once for all, if they are asked for one after another.
+        """Return deferred tensors that `make` computes in one call, if their values are asked for one after another.
 
         Args:
-            make: makes them; a second time, where one is asked for again.
-            likes: of their shapes and dtypes, on the meta device.
+            make: computes all of the tensors; called once more if a tensor is asked for again.
+            likes: tensors of the same shapes and dtypes, on the meta device.
         """
         call = _Call(make, len(likes))
         return [Deferred(call, at, like) for at, like in enumerate(likes)]
 
     def value(self) -> Tensor:
-        """The tensor, made now."""
+        """Compute the tensor now, and return it."""
         return self._call.take(self._at)
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
@@ -71,7 +72,7 @@ class Deferred(Tensor):
 
 
 class _Call:
-    """Something that makes tensors: what it made is kept until each has been taken."""
+    """A function that computes several tensors; each result is kept until it has been taken once."""
 
     def __init__(self, make: _Make, count: int) -> None:
         self.make, self.count = make, count

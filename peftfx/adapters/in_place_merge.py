@@ -1,4 +1,4 @@
-"""merge_into: the in-memory evaluator of derived weights that writes them into the base module itself."""
+"""The function `merge_into`: computes merged weights and writes them into the base's own modules."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ def merge_into(
     *,
     late: bool = False,
 ) -> MergeReport:
-    """Write the derived weights of a merged graph, and the adapters' overrides, into the base's parameters.
+    """Write the merged weights of a graph, and the adapters' overrides, into the base's parameters.
 
-    One site at a time; sites that share a tensor are computed together before any is written. A tensor that a module
-    outside the merge uses too is untied: the merged site gets a parameter of its own. With a ledger nothing is
-    overwritten, and what was there can be put back.
+    One site is computed at a time. Sites that share a tensor are all computed before any of them is written. A tensor
+    that a module outside the merge uses too is untied: the merged site gets a parameter of its own. With a `ledger`
+    nothing is overwritten, and the old tensors can be put back.
 
-    With `late` nothing is computed: the base, of which the graph has another copy, gets parameters that are `Deferred`,
-    and the report's roundings are there when these have been made. What is not finite is for who asks for them to see.
+    With `late` nothing is computed now: the base, of which the graph has another copy, gets `Deferred` parameters. The
+    report's roundings are complete when these have been computed. Weights that are not finite are then not refused:
+    the caller must look for them.
 
     Raises:
         PeftfxError: a merged weight would not be finite; nothing is written.
@@ -55,7 +56,7 @@ def merge_into(
     folded = foldings(merged.derived.values())
     _refuse_left_over(folded, adapters)
     _refuse_new_biases(base, merged)
-    for folding in () if late else folded.values():  # computed twice: what fails halfway could not be undone
+    for folding in () if late else folded.values():  # computed twice, because a failure halfway could not be undone
         _refuse_infinite(folding.site, folding.evaluate(read))
     opened = open_quantised(base, [f.site.path for f in folded.values() if has_module(base, f.site.path)])
     trained = {override.module for adapter in adapters for override in adapter.overrides if override.module}
@@ -82,7 +83,7 @@ def merge_into(
     for adapter in adapters:
         for override in adapter.overrides:
             name = f"{override.module}.{override.name}" if override.module else override.name
-            if not override.module:  # wherever the tensor is used: of two tied modules one may have a folding
+            if not override.module:  # under any of the tensor's names: one of two tied modules may have a folding
                 name = next((other for other in everywhere.get(name, ()) if other not in written_names), name)
             if name not in written_names:  # a trained bias at a merged site went into its folding
                 written += _put(writer, name, override, full(adapter.get(override.key)))
@@ -97,7 +98,7 @@ def _now(folding: Folding, read: Get, roundings: dict[str, Rounding]) -> Base:
 
 
 def _later(folding: Folding, read: Get, roundings: dict[str, Rounding]) -> Base:
-    """What a folding will give, known by its shapes."""
+    """Return the deferred result of a folding; now only its shapes and dtypes are known."""
     memo: dict[str, Tensor] = {}
 
     def blank(target: str) -> Tensor:
@@ -117,7 +118,7 @@ def _later(folding: Folding, read: Get, roundings: dict[str, Rounding]) -> Base:
 
 
 def _refuse_left_over(folded: Mapping[str, Folding], adapters: Sequence[Adapter]) -> None:
-    """The adapters are gone after a merge: what the merged graph does not run would go with them."""
+    """Refuse to merge placements that the merged graph does not run, because a merge deletes the adapters."""
     wanted = {p.site.path for adapter in adapters for p in adapter.placements.weights}
     left = sorted(wanted - folded.keys())
     if left:
@@ -126,19 +127,19 @@ def _refuse_left_over(folded: Mapping[str, Folding], adapters: Sequence[Adapter]
 
 
 def _put(writer: BaseWriter, name: str, override: Override, value: Tensor) -> int:
-    """Write what an adapter trained in the base's place; returns the bytes."""
+    """Write a tensor that an adapter trained in place of the base's; return its size in bytes."""
     if not override.rows:
         return writer.assign(name, value, untie=bool(override.module))
     holder, leaf = owner_of(writer.base, name)
     whole = full(getattr(holder, leaf))
     indices = torch.tensor(override.rows, device=whole.device)
-    # under a module: in this one alone, though others may share the tensor
+    # an override under a module replaces the tensor only there, though other modules may share the tensor
     writer.assign(name, _with_rows(whole, indices, value), untie=bool(override.module))
     return value.numel() * value.element_size()
 
 
 def _with_rows(whole: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    """A tensor with other rows; of one that stays in its file, when it is asked for."""
+    """Return a tensor with some rows replaced; a `Stored` tensor is read only when the values are asked for."""
     if not isinstance(whole, Stored):
         return whole.index_copy(0, indices, rows)
     like = torch.empty(whole.shape, dtype=whole.dtype, device="meta")
@@ -146,7 +147,7 @@ def _with_rows(whole: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
 
 
 def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:
-    """A module that was written without a bias does not read one: a fold that makes one would be lost."""
+    """Refuse a fold that makes a bias at a module without a bias parameter, because the module ignores it."""
     for derived in merged.derived.values():
         if not isinstance(derived, Derived) or derived.output != "bias":
             continue
@@ -159,7 +160,7 @@ def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:
 
 
 def _refuse_untying(base: nn.Module, sharing: Mapping[int, Sequence[str]], sites: Iterable[Site]) -> None:
-    """What FSDP2 has sharded stays: a parameter that is put in its place would be forgotten at the next call."""
+    """Refuse to untie a tensor that FSDP2 has sharded, because FSDP2 forgets a new parameter at the next call."""
     for site in sites:
         tensor = site_tensors(base, site)[0]
         if is_part(tensor) and len(sharing.get(id(tensor), ())) > 1:
@@ -171,7 +172,7 @@ def _refuse_untying(base: nn.Module, sharing: Mapping[int, Sequence[str]], sites
 
 
 def _run(merged: Graph) -> list[str]:
-    """The places in which the graph runs its sites' modules, those where no adapter acts too."""
+    """Return the paths where the graph runs its sites' modules, including paths without an adapter."""
     return [site.path for site in merged.sites] + [n for names in merged.sites.elsewhere.values() for n in names]
 
 
@@ -201,7 +202,7 @@ def _refuse_infinite(site: Site, value: Base) -> None:
 
 
 def own_names(base: nn.Module, site: Site) -> tuple[str, str]:
-    """The names of a site's weight and bias as its own module has them; a tied weight's graph name may be another's."""
+    """Return the names of a site's weight and bias in its own module; a graph may name a tied weight by another."""
     own = f"{site.path}.weight"
     holder, leaf = owner_of(base, own) if has_module(base, site.path) else (None, "")
     weight = own if holder is not None and leaf in holder._parameters else site.weight.partition(".")[2]

@@ -1,7 +1,7 @@
-"""LoRAs of other changes of weights: of what an adapter of any method does, or of what another checkpoint has.
+"""LoRAs that approximate other changes of weights: an adapter of any method, or another checkpoint.
 
-An update of a weight is cut to a rank, or to as many as hold a share of its energy (the squares of its singular
-values), by its singular value decomposition, as HF PEFT's `convert_to_lora` does. One update is in memory at a time.
+The singular value decomposition cuts a weight's update to a rank, or to the rank that holds a share of the update's
+energy (the sum of the squared singular values), as HF PEFT's `convert_to_lora` does. One update is in memory at a time.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from peftfx.sites.blocks import turned
 from peftfx.sites.site import WeightSite
 
 Updates = Iterable[tuple[WeightSite, Tensor]]
-"""Sites, each with what is added to its weight, [out, in, *kernel] or [num, dim], in fp32."""
+"""Sites, each with the tensor that is added to its weight: [out, in, *kernel] or [num, dim], in fp32."""
 
 
 @torch.no_grad()
 def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None = None) -> Adapter:
-    """A LoRA whose effect is that of these updates, cut.
+    """Return a LoRA whose effect is that of these updates, cut to a rank.
 
     Args:
-        updates: what is added; what is zero has no place in the LoRA.
-        rank: a whole number is the rank; a number of 0 to 1 is the share of the energy that is kept.
-        records: what a config says of the base and the task.
+        updates: the update of each site's weight; updates that are all zero get no placement in the LoRA.
+        rank: a whole number is the rank; a float between 0 and 1 is the share of the energy to keep.
+        records: what a config says about the base and the task.
 
     Raises:
-        PeftfxError: a rank that is none, or that a weight has not; a stack of experts or a conv of several groups; or
-            no update at all.
+        PeftfxError: the rank is not valid or larger than a weight's; a site is a stack of experts or a conv of several
+            groups; or there is no update.
     """
     if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
         raise PeftfxError(
@@ -84,10 +84,10 @@ def _factors(site: WeightSite, update: Tensor, rank: float) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def updates_of(base: nn.Module, adapter: Adapter) -> Iterator[tuple[WeightSite, Tensor]]:
-    """What an adapter adds to each weight that it acts on.
+    """Yield what an adapter adds to each weight that it acts on.
 
     Raises:
-        PeftfxError: it does something beside weights: a prompt, copies of the base's tensors, or a bias.
+        PeftfxError: the adapter does more than change weights: with a prompt, copies of the base's tensors, or a bias.
     """
     if beside := adapter.placements.beside_weights:
         what = f"what {type(beside[0].method).__name__} does is no update of a weight"
@@ -125,12 +125,12 @@ def _update(base: nn.Module, adapter: Adapter, group: Sequence[WeightPlacement])
 
 @torch.no_grad()
 def difference(base: nn.Module, tuned: nn.Module, sites: Iterable[WeightSite]) -> Iterator[tuple[WeightSite, Tensor]]:
-    """What the weights of another checkpoint of the same architecture have more, site by site.
+    """Yield the difference of the weights of `tuned`, another checkpoint, from those of `base`, site by site.
 
-    Tensors that differ and are no weight of such a site are told: no LoRA has them.
+    A warning names the tensors that differ but are no weight of such a site, because a LoRA cannot hold them.
 
     Raises:
-        PeftfxError: the two have other tensors.
+        PeftfxError: the two checkpoints do not have the same tensors.
     """
     own, others = (dict(m.named_parameters(remove_duplicate=False)) for m in (base, tuned))
     odd = [n for n in own.keys() | others.keys() if n not in own or n not in others or own[n].shape != others[n].shape]

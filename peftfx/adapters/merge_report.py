@@ -1,4 +1,4 @@
-"""MergeReport: what a merge into a base's own weights did, and which adapters have no place there."""
+"""The class `MergeReport`: what a merge did to a base's weights; and the refusal of adapters that cannot be merged."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from peftfx.errors import PeftfxError
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """What a merge into the base's weights did.
 
     Attributes:
         sites: the module paths whose weights changed.
-        bytes: of the weights and biases that were written, trained copies included.
-        adapter_bytes: of what went into them, and is no longer needed.
-        roundings: what each site's weight lost to the base's dtype: nothing where that is fp32.
-        untied: the weights that another module shared until now, and that are their own now.
-        dequantised: how each layer was stored that was quantised, by its path; torch's own layer stands there now.
+        bytes: the size of the weights and biases that were written, trained copies included.
+        adapter_bytes: the size of the adapters' tensors that were merged and are no longer needed.
+        roundings: the error of each site's weight from rounding to the base's dtype; zero if that is fp32.
+        untied: the weights that another module shared before the merge, and that are separate tensors now.
+        dequantised: the format of each layer that was quantised, by its path; now torch's own layer is there.
     """
 
     sites: tuple[str, ...]
@@ -33,7 +33,7 @@ class MergeReport:
 
     @property
     def worst(self) -> tuple[str, Rounding]:
-        """The site that rounding took most from, relative to its weight; nothing from none if all are exact."""
+        """The site with the largest rounding relative to its weight, with that rounding; zeros if all are exact."""
         return max(self.roundings.items(), key=lambda item: item[1].max_rel, default=("", Rounding()))
 
     def __repr__(self) -> str:
@@ -53,7 +53,7 @@ class MergeReport:
 
 
 def refuse_unmergeable(adapters: Mapping[str, Adapter]) -> None:
-    """What acts beside the weights has no place in them."""
+    """Refuse adapters that act beside the weights, because such an effect cannot be merged into them."""
     placements = Placements(p for adapter in adapters.values() for p in adapter.placements)
     if placements.prompts:
         hint = "export it: there it becomes a constant of the graph; or make adapters of weights alone active"

@@ -1,4 +1,4 @@
-"""What HF PEFT tells of a model's adapters: `get_layer_status`, `get_model_status`."""
+"""The reports on a model's adapters that HF PEFT has: `get_layer_status` and `get_model_status`."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class ModelStatus:
 def layer_status(
     base: nn.Module, adapters: Mapping[str, Adapter], active: Iterable[str], merged: Sequence[str] = ()
 ) -> list[LayerStatus]:
-    """The status of each module that an adapter acts in, in the base's order.
+    """Return the status of each module that an adapter acts in, in the base's order.
 
     Raises:
-        PeftfxError: there are no adapters, or an adapter is a soft prompt, which is in no module.
+        PeftfxError: there are no adapters, or an adapter is a soft prompt, which acts in no module.
     """
     found: dict[str, dict[str, list[Tensor]]] = {}
     kinds: dict[str, str] = {}
@@ -89,7 +89,7 @@ def model_status(
     counts: tuple[int, int],
     merged: Sequence[str] = (),
 ) -> ModelStatus:
-    """The status of all modules together; `counts` are the trainable parameters and all."""
+    """Return the status of all modules together; `counts` are the trainable and the total parameters."""
     layers = layer_status(base, adapters, active, merged)
     types = {name: adapter.rules[0].peft_type for name, adapter in adapters.items()}
     grads: dict[str, list[Known]] = {name: [] for name in adapters}
@@ -116,7 +116,7 @@ def model_status(
 
 
 def _places(base: nn.Module, adapter: Adapter) -> Iterable[tuple[str, str, list[Tensor]]]:
-    """Where an adapter acts: the module's path, HF PEFT's name of its kind, and the adapter's parameters."""
+    """Yield each placement's module path, HF PEFT's name for the kind of layer, and the adapter's parameters."""
     if adapter.placements.prompts:
         what = "a soft prompt acts before the modules: no module holds it"
         raise PeftfxError(what, "get_layer_status", "ask for peft_config, or named_parameters() of its adapter()")

@@ -1,4 +1,4 @@
-"""Derived weights: expressions over base and adapter tensors, evaluated now or one by one as they are written."""
+"""Derived weights: expressions over tensors of base and adapter, evaluated at once or one at a time when written."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from peftfx.sites.site import Site
 
 
 class Folded(Protocol):
-    """What is done to the weight and bias of a layer, with the names of the tensors in the graph that it reads."""
+    """A change of a layer's weight and bias, with the names of the tensors in the graph that the change reads."""
 
     @property
     def params(self) -> Mapping[str, str]: ...
 
     def fold(self, start: Base, base: Base, get: Get) -> Base:
-        """The weight and bias after it, of what they were at the start and are now."""
+        """Return the changed weight and bias, given those before the first change (`start`) and now (`base`)."""
         ...
 
 
 @dataclass(frozen=True)
 class RecipeStep:
-    """One method applied at a site, or at a part of a fused one, with the names of its parameters in the graph."""
+    """One method at a site, or at a part of a fused site, with the names of its parameters in the graph."""
 
     method: WeightMethod
     site: Site
@@ -40,7 +40,7 @@ class RecipeStep:
     params: Mapping[str, str]
 
     def fold(self, start: Base, base: Base, get: Get) -> Base:
-        """The weight and bias after this step, of what they were at the start and are now."""
+        """Return the weight and bias after this step, given those before the first step (`start`) and now (`base`)."""
         p = widened({name: get(target) for name, target in self.params.items()})
         if self.block is None:
             return self._over(start, base, p)
@@ -53,7 +53,7 @@ class RecipeStep:
         return Base(self.block.put(base.weight, new.weight, self.site.rows_axis), whole)
 
     def _over(self, start: Base, now: Base, p: Mapping[str, Tensor]) -> Base:
-        """What the method makes of a weight, alone or over what acts there already."""
+        """Return what the method makes of a weight, as the first step or after other steps."""
         with asking(self.method, "fold", self.site.path):
             alone, method = start is now, self.method
             made = method.fold(self.site, now, p) if alone else method.fold_over(self.site, start, now, p)
@@ -68,11 +68,11 @@ class RecipeStep:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What a merged weight lost when it was rounded to the base's dtype.
+    """The error of a merged weight that was rounded to the base's dtype.
 
     Attributes:
-        max_abs: the largest difference from its value in fp32.
-        max_rel: the same, relative to the weight's largest magnitude.
+        max_abs: the largest absolute difference of an element from its value in fp32.
+        max_rel: `max_abs` relative to the weight's largest magnitude.
     """
 
     max_abs: float = 0.0
@@ -80,7 +80,7 @@ class Rounding:
 
     @staticmethod
     def of(rounded: Tensor, exact: Tensor) -> Rounding:
-        """The rounding between two tensors, a few rows in memory at a time; none where the dtype is one."""
+        """Return the rounding error between two tensors, a few rows at a time; zero if they have one dtype."""
         if rounded.dtype == exact.dtype or rounded.is_meta or isinstance(rounded, FakeTensor) or not exact.numel():
             return Rounding()
         pairs = zip(rounded.split(_ROWS), exact.split(_ROWS), strict=True)
@@ -97,7 +97,7 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class Folding:
-    """The weight-space form of an adapted site: the tensors of its base and the steps over them."""
+    """The merged form of an adapted site: the names of its base's tensors, and the steps that change them."""
 
     site: Site
     weight: str
@@ -106,12 +106,12 @@ class Folding:
 
     @torch.no_grad()
     def evaluate(self, get: Get) -> Base:
-        """The new weight, stored as the base's is, and bias: computed in fp32, rounded once to the base's dtype."""
+        """Return the new weight, in the base's layout, and bias: computed in fp32, rounded once to the base's dtype."""
         return self.measure(get)[0]
 
     @torch.no_grad()
     def measure(self, get: Get) -> tuple[Base, Rounding]:
-        """What `evaluate` gives, and what rounding took from the weight."""
+        """Return the result of `evaluate`, and the rounding error of the weight."""
         weight, bias = get(self.weight), None if self.bias is None else get(self.bias)
         stored = exact(weight)
         seen = turned(stored, self.site.transposed)
@@ -123,38 +123,38 @@ class Folding:
         rounding = Rounding.of(new, base.weight)
         new = turned(new, self.site.transposed).contiguous()
         if base.bias is None or base.bias is start.bias:
-            return Base(new, bias), rounding  # the very tensor: this is how callers see that it did not change
+            return Base(new, bias), rounding  # the same object: so callers see that the bias did not change
         return Base(new, base.bias.to(weight.dtype if bias is None else bias.dtype)), rounding
 
     def targets(self) -> list[str]:
-        """The names of all tensors it reads."""
+        """Return the names of all tensors that the folding reads."""
         own = [self.weight] if self.bias is None else [self.weight, self.bias]
         return own + [target for step in self.steps for target in step.params.values()]
 
 
 @dataclass(frozen=True)
 class Own:
-    """An adapter's own tensor in the place of the base's: the recipe that copies."""
+    """A recipe that puts an adapter's own tensor in place of the base's."""
 
     target: str
 
     def evaluate(self, get: Get) -> Tensor:
-        """The adapter's tensor."""
+        """Return the adapter's tensor."""
         return get(self.target).detach()
 
 
 @dataclass(frozen=True)
 class Derived:
-    """One tensor of a folding."""
+    """A recipe for one tensor of a folding: the weight or the bias."""
 
     folding: Folding
     output: Literal["weight", "bias"]
 
     tell: Callable[[str, Rounding], object] | None = field(default=None, compare=False, repr=False)
-    """Called, when it is evaluated, with the site's path and what rounding took."""
+    """Called at each evaluation with the site's path and the rounding error."""
 
     def evaluate(self, get: Get) -> Tensor:
-        """Its value now, given how to read the graph's tensors."""
+        """Return the tensor's value; `get` reads the graph's tensors by name."""
         base, rounding = self.folding.measure(get)
         if self.tell is not None:
             self.tell(self.folding.site.path, rounding)
@@ -164,5 +164,5 @@ class Derived:
 
 
 def foldings(recipes: Iterable[Recipe]) -> dict[str, Folding]:
-    """The foldings among recipes, by the path of their site."""
+    """Return the foldings among the recipes, by the paths of their sites."""
     return {r.folding.site.path: r.folding for r in recipes if isinstance(r, Derived)}

@@ -1,4 +1,4 @@
-"""LoRAs in one safetensors file, as kohya's trainers and diffusers write them, to HF PEFT's names and back.
+"""LoRAs in one safetensors file, as kohya's trainers and diffusers write them: reading and writing.
 
 kohya's keys are `PREFIX_path_with_underscores.lora_down.weight`, `.lora_up.weight` and `.alpha`; diffusers' are
 `PREFIX.path.lora_A.weight` and `.lora_B.weight`, or `.lora.down.weight` and `.lora.up.weight`. A file may hold LoRAs of
@@ -34,12 +34,13 @@ _SUFFIXES = {
 
 
 def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """HF PEFT's config and tensors of the LoRA that a file has for this model.
+    """Return HF PEFT's config and tensors for the LoRA of this model in a file.
 
-    LoRAs of other models in the file are told.
+    A warning names the LoRAs of other models in the file.
 
     Raises:
-        PeftfxError: the file cannot be read, has no LoRA of this model, or has tensors for it that are no LoRA's.
+        PeftfxError: the file cannot be read, has no LoRA of this model, or has tensors for this model that are not a
+            LoRA's.
     """
     try:
         tensors = load_file(path)
@@ -77,7 +78,7 @@ def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, T
 
 
 def _prefixes(stem: str) -> list[str]:
-    """What may stand before a module's path in a key: up to each dot or underscore."""
+    """Return the possible prefixes of a key before the module's path: up to each dot or underscore."""
     return ["", *(stem[: i + 1] for i, letter in enumerate(stem) if letter in "._")]
 
 
@@ -96,17 +97,17 @@ def _config(own: Mapping[str, Mapping[str, Tensor]]) -> dict[str, object]:
 
 
 def _fitted(module: nn.Module, tensor: Tensor) -> Tensor:
-    """Of a linear layer trained as a conv of one pixel, the matrix."""
+    """Return the tensor for a module; a 1x1 conv factor of a linear layer becomes a matrix."""
     linear = isinstance(module, nn.Linear) and tensor.ndim == 4
     return (tensor[:, :, 0, 0] if linear else tensor).contiguous()
 
 
 @torch.no_grad()
 def as_single_file(adapter: Adapter, how: str, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a LoRA by the names of a single file; diffusers' have the scale in B.
+    """Return the tensors of a LoRA by the names of a single file; diffusers' have the scale in B.
 
     Raises:
-        PeftfxError: it is no plain LoRA on whole linear and conv layers, which is all that such files hold.
+        PeftfxError: the adapter is more than a plain LoRA on whole linear and conv layers; such files hold only that.
     """
     found: dict[str, Tensor] = {}
     for placement in adapter.placements:

@@ -1,4 +1,4 @@
-"""A saved state, held against the adapters that it is loaded into before any of it is taken."""
+"""The check of a saved state against the adapters that it is loaded into, before a tensor is copied."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from peftfx.graph.graph import ADAPTERS
 def refuse_other_state(
     own: Mapping[str, Tensor], given: Mapping[str, Tensor], adapters: Mapping[str, Adapter], strict: bool
 ) -> None:
-    """Refuse a state that is not of these adapters.
+    """Refuse a state whose tensors are not those of these adapters.
 
     Args:
-        own: all that the model holds, by name.
+        own: all tensors of the model, by name.
         given: the state.
-        adapters: by name; what their training remembers may be there or not, and be of any size.
-        strict: whether every tensor of an adapter must be there, and nothing else.
+        adapters: the adapters by name. Buffers that their methods keep during training may be missing, or of any size.
+        strict: whether the state must have every tensor of the adapters, and no other tensor.
 
     Raises:
-        PeftfxError: what is missing, unexpected, of another shape or no tensor.
+        PeftfxError: the state has missing or unexpected names, tensors of another shape, or values that are no tensors.
     """
     placed = ((f"{ADAPTERS}.{name}.{p.key}", p) for name, adapter in adapters.items() for p in adapter.placements)
     remembered = {f"{start}.{name}" for start, p in placed for name in p.method.remembered()}

@@ -1,1 +1,1 @@
-"""HF PEFT directories, read and written."""
+"""Reading and writing of HF PEFT's adapter directories."""

@@ -1,7 +1,8 @@
-"""Accounts: what becomes of each tensor of an adapter's file. None is dropped: it is taken, or the file is refused.
+"""What becomes of each tensor of an adapter's file: every tensor is accounted for, or the file is refused.
 
-A tensor is *taken* into the adapter; it is a *repeat* of what the base or the file has anyway; or it is *unused*: of a
-module that is proven never to run, so that it changes nothing in HF PEFT either. That is kept, and saved again.
+A tensor is *taken* into the adapter; or it is a *repeat* of a tensor of the base or of the file; or it is *unused*: the
+tensor of a module that provably never runs, and so changes nothing in HF PEFT either. Unused tensors are kept, and
+saved again.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ _WRAPPERS = (".modules_to_save.", ".original_module.")
 
 
 def repeats(weights: Weights, taken: Collection[str], base: nn.Module) -> set[str]:
-    """Names that are not taken and whose tensors say nothing new: the base's own, or those under another name.
+    """Return the names of tensors that are not taken and only repeat a tensor of the base or of the file.
 
-    HF PEFT writes the frozen weight of an adapted embedding, with `bias="all"` the bias of a saved module thrice, the
-    rows of trained tokens once for each module that has the tensor, and so RandLoRA's bases, which all modules share.
+    HF PEFT repeats these tensors: the frozen weight of an adapted embedding; with `bias="all"` the bias of a saved
+    module, three times; the rows of trained tokens, once for each module that has the tensor; and RandLoRA's bases,
+    once for each module, although all modules share them.
     """
     return {
         name
@@ -35,7 +37,7 @@ def repeats(weights: Weights, taken: Collection[str], base: nn.Module) -> set[st
 
 
 def _originals(weights: Weights, name: str, taken: Collection[str], base: nn.Module) -> Iterator[Tensor]:
-    """What a tensor may be a copy of."""
+    """Yield the tensors that the tensor `name` may be a copy of."""
     if name.endswith(f".{TOKENS}"):
         same = (n for n in taken if n.endswith(f".{TOKENS}") and _is_tied(base, _owner(n), _owner(name)))
         yield from (weights[n] for n in same)
@@ -46,7 +48,7 @@ def _originals(weights: Weights, name: str, taken: Collection[str], base: nn.Mod
     for wrapper in _WRAPPERS:
         head, found, tail = name.partition(wrapper)
         if found:
-            leaf = tail.rpartition(".")[2]  # behind `modules_to_save.` is the adapter's name
+            leaf = tail.rpartition(".")[2]  # the adapter's name comes after `modules_to_save.`
             plain = f"{head}.{leaf}"
             yield from [weights[plain]] if plain in weights.names else []
             yield from _tensor(base, plain)
@@ -76,7 +78,7 @@ def _equal(value: Tensor, other: Tensor) -> bool:
 
 
 def unused(names: Collection[str], marks: Collection[str], base: nn.Module, sites: Sites) -> set[str]:
-    """Those of these names that are of a module that no call of the base runs."""
+    """Return those of `names` that belong to a module that no call of the base runs."""
     paths = {name: module_of(name, marks) for name in names}
     idle = {path for path in set(paths.values()) if path not in names and never_runs(path, base, sites)}
     return {name for name, path in paths.items() if path in idle}

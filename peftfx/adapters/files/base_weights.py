@@ -1,4 +1,4 @@
-"""Weights of the base itself in a HF PEFT file: `save_embedding_layers`, and the base layers of adapted embeddings."""
+"""Tensors of the base in a HF PEFT file: `save_embedding_layers`, and the base layers of adapted embeddings."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ def replaced_weights(
     overrides: Iterable[Override],
     own_names: Collection[str] = (),
 ) -> list[Override]:
-    """The base's tensors that a file has of its own, under their own names or as the `base_layer` of what adapts them.
+    """Return the base's tensors that the file has with other values, as overrides that are not trained.
 
-    HF PEFT puts them in the base's place when it loads: after a vocabulary was resized its file has the embeddings.
-    Those that are the base's own are taken off the file's list; the others act as the adapter's, and are not trained.
-    `own_names` are those that the method itself has under such names: BitFit's biases are its parameters.
+    The file has such a tensor under the base's own name, or as the `base_layer` of an adapted module. HF PEFT replaces
+    the base's tensor when it loads the file: after a vocabulary was resized, the file has the embeddings. Tensors that
+    equal the base's are dropped from `weights.names`. The others become overrides that are not trained. `own_names`
+    are names that look like the base's but are the method's own: BitFit's biases are its parameters.
 
     Raises:
-        PeftfxError: tied tensors differ in the file, or tokens of a tensor are trained that the file has another of.
+        PeftfxError: tied tensors differ in the file, or the file has trained rows of a tensor and another whole tensor.
     """
     own = dict(own_parameters(base, remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     adapted = {p.site.path for p in placements}
@@ -61,7 +62,7 @@ def replaced_weights(
 
 
 def resize_vocabulary(base: nn.Module, files: Iterable[Weights]) -> None:
-    """Give a base as many tokens as the embeddings in the files of its adapters have, where those are more.
+    """Resize the base's embedding to the most tokens that an adapter's file has, if that is more.
 
     Raises:
         PeftfxError: a file has no rows of the output for the new tokens, and the output is not tied to the embedding.
@@ -89,7 +90,7 @@ def resize_vocabulary(base: nn.Module, files: Iterable[Weights]) -> None:
 
 
 def _base_name(key: str, own: Mapping[str, Tensor], adapted: set[str]) -> str | None:
-    """The name of the base's tensor that a key of a file stands for, if it does."""
+    """Return the name of the base's tensor that a key of a file stands for, or None."""
     if key in own:
         return key
     for mark in (_ROWS, _LAYER):
@@ -101,7 +102,7 @@ def _base_name(key: str, own: Mapping[str, Tensor], adapted: set[str]) -> str | 
 
 
 def _differs(weights: Weights, key: str, tensor: Tensor) -> bool:
-    """Whether the file's tensor is another than the base's; one of another shape is left to be listed as that."""
+    """Return whether the file's tensor is not equal to the base's tensor; another shape is a difference too."""
     if weights.shapes[key] != tuple(tensor.shape):
         return True
     return tensor.is_meta or not torch.equal(weights[key].to(tensor), tensor)

@@ -1,4 +1,4 @@
-"""upload: a saved adapter, to a repository of the Hugging Face Hub."""
+"""Upload of a saved adapter to a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from peftfx.errors import PeftfxError, first_line
 def upload(
     folder: str, repo_id: str, token: str | None, private: bool | None, revision: str | None, message: str
 ) -> str:
-    """Upload a folder; returns the repository's address.
+    """Upload a folder to the Hugging Face Hub, and return the repository's address.
 
     Raises:
-        PeftfxError: the hub cannot be reached, or refuses.
+        PeftfxError: the Hub cannot be reached, or refuses the upload.
     """
     if constants.HF_HUB_OFFLINE:
         hint = "unset HF_HUB_OFFLINE, or save_pretrained(directory) and upload that later"

@@ -1,4 +1,4 @@
-"""What does not fit: the names in an adapter's file against what a base needs, all of it told in one error."""
+"""The comparison of the names in an adapter's file with those that a base needs; one error lists each misfit."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ def refuse_mismatch(
     module_of: Callable[[str], str] = lambda name: name,
     why: Callable[[str], str] = lambda path: "",
 ) -> None:
-    """Compare the file with what this base needs, and list all that does not fit at once.
+    """Refuse a file that does not fit the base, in one error that lists everything that does not fit.
 
     Args:
-        wanted: what this base needs of the file.
-        harmless: the names that change nothing.
-        expected: module paths that must have a name.
-        module_of: the module path in a name.
-        why: why the module of this path has no place; empty where there is none.
+        weights: the file.
+        wanted: the tensors that this base needs from the file, by name.
+        harmless: the names of tensors that change nothing.
+        where: the file's directory, for the message.
+        modules: the base's module paths, from which the message suggests the nearest.
+        expected: module paths for which the file must have at least one tensor.
+        module_of: returns the module path in a name.
+        why: returns why the module at a path cannot be adapted, or an empty text if no reason is known.
     """
     left = weights.names.keys() - wanted.keys() - set(harmless)
     reasons = {path: why(path) for path in {module_of(name) for name in left} - left}

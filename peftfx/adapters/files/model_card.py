@@ -1,4 +1,4 @@
-"""The model card of a saved adapter: a README.md, as HF PEFT writes one, where there is none yet."""
+"""The model card of a saved adapter: a README.md like HF PEFT's, written if the directory has none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CARD = "README.md"
 
 
 def write_card(directory: Path, base: nn.Module, adapter: Adapter) -> None:
-    """Write a card that says what the adapter is for, for hubs and readers; one that is there stays as it is."""
+    """Write a model card that says what the adapter is for, unless `directory` has a README.md already."""
     path = directory / CARD
     if not is_file(path):
         text = _card(base, adapter)
@@ -34,5 +34,5 @@ def _card(base: nn.Module, adapter: Adapter) -> str:
 
 
 def _given_tags(base: nn.Module) -> list[str]:
-    """What `add_model_tags` noted."""
+    """Return the tags that `add_model_tags` set."""
     return [str(tag) for tag in getattr(base, "model_tags", None) or ()]

@@ -1,4 +1,4 @@
-"""Names of tensors in HF PEFT's files, without the prefix: what a module path, a suffix, an override become there."""
+"""The names of tensors in HF PEFT's files, without the prefix: of sites' parameters and of overrides."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from peftfx.contract.override import SAVED, Override
 
 
 def name_of(path: str, suffix: str) -> str:
-    """A tensor's name in a file."""
+    """Return a tensor's name in a file, from its module `path` and its `suffix`."""
     return f"{path}.{suffix}".removeprefix(".")
 
 
 def override_name(override: Override, adapted: set[str]) -> str:
-    """The name HF PEFT gives a trained tensor of the base: one of an adapted module is its `base_layer`'s."""
+    """Return HF PEFT's name of a trained tensor of the base: in an adapted module, the name of its `base_layer`."""
     name = override.key.removeprefix(f"{SAVED}.")
     path, _, leaf = name.rpartition(".")
     if override.rows:
@@ -26,12 +26,12 @@ def override_name(override: Override, adapted: set[str]) -> str:
 
 
 def module_of(name: str, marks: Iterable[str]) -> str:
-    """The module path in a name; the name itself where no mark of the method's suffixes follows a path."""
+    """Return the module path in a tensor's name, or the whole name if no mark of the method follows a path."""
     return re.split(rf"\.(?:{'|'.join(map(re.escape, ('base_layer', *marks)))})(?:\.|$)", name)[0]
 
 
 def named_modules(names: Collection[str], base: nn.Module) -> frozenset[str]:
-    """The modules that the keys of a file name by something that is the adapter's own, sites or not."""
+    """Return the paths of modules that the keys of a file name with a suffix of an adapter's own tensor."""
     modules = dict(own_modules(base))
     found = set()
     for name in names:
@@ -45,5 +45,5 @@ def named_modules(names: Collection[str], base: nn.Module) -> frozenset[str]:
     return frozenset(found)
 
 
-#: How the names of copies of the base's own tensors go on behind a module's path.
+#: What follows a module's path in the names of copies of the base's own tensors.
 _COPIES = ("base_layer.", "original_module.", "modules_to_save.", "token_adapter.")

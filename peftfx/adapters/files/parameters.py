@@ -1,7 +1,8 @@
-"""Parameters that HF PEFT adapts without a layer of their own (`target_parameters`), in its files.
+"""HF PEFT's file format for parameters that are adapted without a layer (`target_parameters`).
 
-PEFT wraps the module that holds such a parameter, and the wrapper again for the next one: the factors of the last, in
-the order in which the module has them, are under the module's path, of the one before under its `base_layer`.
+PEFT wraps the module that holds such a parameter, and wraps the wrapper again for each further parameter. So the
+factors of the module's last parameter are under the module's path, those of the parameter before it under
+`base_layer`, and so on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from peftfx.sites.site import EXPERTS, Site
 
 
 def parameter_path(base: nn.Module, method: Method, path: str) -> str:
-    """Where a file has the factors of the parameter at a path; the path itself where it is a module's."""
+    """Return the path under which a file has the factors of a parameter; a module's path stays the same."""
     if has_module(base, path) or not picks(method, path):
         return path
     owner, leaf = owner_of(base, path)
@@ -33,7 +34,7 @@ def parameter_path(base: nn.Module, method: Method, path: str) -> str:
 
 
 def as_parameters(base: nn.Module, rule: Placed) -> dict[str, str]:
-    """The parameters' names of the sites that HF PEFT adapts as such, by the sites' paths."""
+    """Return the names of the parameters that HF PEFT adapts without a layer, by the paths of their sites."""
     if TARGET_PARAMETERS not in rule.method.options():
         return {}
     sites = {p.site.path: p.site for p in rule.placements}
@@ -41,19 +42,20 @@ def as_parameters(base: nn.Module, rule: Placed) -> dict[str, str]:
 
 
 def naming_parameters(method: Method, names: Mapping[str, str]) -> Method:
-    """A rule that names these parameters, as it does already if it was given their names."""
+    """Return a rule whose `target_parameters` are these names, or the rule itself if it names them already."""
     if not names or (method.target is None and method.target_parameters):
         return method
     return dataclasses.replace(method, **{TARGET_PARAMETERS: tuple(sorted(names.values()))})  # type: ignore[arg-type]
 
 
 def refuse_turned(base: nn.Module, placements: Iterable[Placement]) -> None:
-    """Refuse parameters that HF PEFT takes for stored the other way round.
+    """Refuse parameters whose storage order (in, out) HF PEFT would read the other way round.
 
-    Of experts the module's `is_transposed` says how; a single weight is always taken for [out, in].
+    For experts, HF PEFT reads the storage order from the module's `is_transposed`. A single weight is always taken for
+    [out, in].
 
     Raises:
-        PeftfxError: its A would be our B.
+        PeftfxError: HF PEFT would read the other order, so that its A would be our B.
     """
     for placement in placements:
         site = placement.site
@@ -72,7 +74,7 @@ def refuse_turned(base: nn.Module, placements: Iterable[Placement]) -> None:
 
 
 def _is_bare(base: nn.Module, method: Method, site: Site) -> bool:
-    """Whether HF PEFT has no layer for a site: experts, and layers of the model's own classes, as routers are."""
+    """Return whether HF PEFT has no layer for a site: experts, and layers of the model's own classes, as routers."""
     if site.kind == EXPERTS or picks(method, site.parameter):
         return True
     if site.kind != "linear" or site.transposed or not has_module(base, site.path):

@@ -1,9 +1,10 @@
-"""HF PEFT directories of soft prompts. PEFT saves the prompt that an encoder computed, and never the encoder.
+"""HF PEFT directories of soft prompts. PEFT saves the prompt that an encoder computed, and not the encoder.
 
-peftfx keeps the encoder's parameters beside it, in a file that PEFT does not read, so that training can go on. Without
-that file, or where the prompt is no longer the one it computes, the prompt itself is what is loaded and trained.
+peftfx keeps the encoder's parameters beside the prompt, in a file that PEFT does not read, so that training can go on.
+Without that file, or if the encoder no longer computes the saved prompt, the prompt itself is loaded and trained.
 
-PEFT wants a task's head in the file too, trained or not: it is written, and counts where it is not the base's own.
+PEFT also wants the task's head in the file, trained or not. So the head is always written. A head that is read is
+taken if it differs from the base's.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def read_prompt(
     sites: Sites,
     config: Mapping[str, object],
 ) -> tuple[Adapter, dict[str, str]]:
-    """The adapter in a directory, and for each name the file must have where the adapter keeps its value."""
+    """Return the adapter in a directory, and the adapter's key for each name that the file must have."""
     placement = prompt_placement(method, base, sites)
     saved = saved_modules(base, method)
     overrides = overrides_of(base, method, (*saved, *_other_heads(base, weights, saved, config.get("task_type"))), ())
@@ -59,7 +60,7 @@ def read_prompt(
         return adapter, wanted
     like = next((p for p in base.parameters() if p.is_floating_point()), torch.empty(0))
     for name, shape in placement.method.written_shapes().items():
-        device = like.device if tuple(shape) == weights.shapes.get(name) else torch.device("meta")  # refused, later
+        device = like.device if tuple(shape) == weights.shapes.get(name) else torch.device("meta")  # refused later
         adapter.put(f"{placement.key}.{name}", torch.empty(shape, dtype=adapter_dtype(like.dtype), device=device))
         wanted[name] = f"{placement.key}.{name}"
     return adapter, wanted
@@ -67,7 +68,7 @@ def read_prompt(
 
 @torch.no_grad()
 def split(adapter: Adapter) -> None:
-    """Have the parameters that the prompt just read stands for, where it stands for others than itself."""
+    """Replace the prompt that was read by the parameters that the method splits it into, if it splits it."""
     (placement,) = adapter.placements.prompts
     method, holder = placement.method, adapter.get_submodule(placement.key)
     if method.splits:
@@ -78,13 +79,13 @@ def split(adapter: Adapter) -> None:
 
 
 def _heads(base: nn.Module, kind: object) -> list[str]:
-    """The modules that HF PEFT saves with every prompt of this task type."""
+    """Return the paths of the modules that HF PEFT saves with every prompt of this task type."""
     ends = PEFT_HEADS.get(str(kind), ())
     return [path for path, _ in own_modules(base) if path.endswith(ends)] if ends else []
 
 
 def _other_heads(base: nn.Module, weights: Weights, saved: Sequence[str], kind: object) -> list[str]:
-    """The heads in a file that no `modules_to_save` names and that are not the base's own; those that are go out."""
+    """Return the heads in a file that differ from the base's; equal heads are dropped from `weights.names`."""
     other = []
     for path in (path for path in _heads(base, kind) if not is_inside(path, saved)):
         own = {f"{path}.{name}": tensor for name, tensor in base.get_submodule(path).state_dict().items()}
@@ -105,7 +106,7 @@ def _override_name(override: Override) -> str:
 def _state(
     directory: Path, weights: Weights, placement: SequencePlacement, base: nn.Module
 ) -> dict[str, Tensor] | None:
-    """The parameters that the saved prompt was computed from, if they are there and do compute it."""
+    """Return the encoder's parameters, if their file exists and they compute the saved prompt."""
     method = placement.method
     if method.splits or not is_file(directory / STATE) or PROMPT not in weights.names:
         return None
@@ -126,7 +127,7 @@ def _state(
 
 @torch.no_grad()
 def written_prompt(base: nn.Module, adapter: Adapter, rule: Placed) -> Contents:
-    """What `save_pretrained` writes for a soft prompt."""
+    """Return the config and the tensors that `save_pretrained` writes for a soft prompt."""
     (placement,) = rule.placements.prompts
     method, params = placement.method, adapter.params(placement)
     config = _config(base, adapter, method)
@@ -144,7 +145,7 @@ def written_prompt(base: nn.Module, adapter: Adapter, rule: Placed) -> Contents:
 
 
 def _config(base: nn.Module, adapter: Adapter, method: SequenceMethod) -> dict[str, object]:
-    """HF PEFT's config. Its task type tells PEFT how to call the model: it is written even where none was given."""
+    """Return HF PEFT's config; the task type is always written, because PEFT reads from it how to call the model."""
     options = {name: getattr(method, name) for name in method.options() if name not in PLACING}
     kinds = {task: name for name, task in PEFT_TASKS.items()}
     name = getattr(getattr(base, "config", None), "_name_or_path", None) or None

@@ -1,4 +1,4 @@
-"""HF PEFT directories, read: an adapter for a base model. What writes them is in `peftfx/adapters/files/writer.py`."""
+"""The reader of HF PEFT directories: an adapter for a base. The writer is `peftfx/adapters/files/writer.py`."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ from peftfx.sites.sites import Sites
 
 
 def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
-    """The adapter in a HF PEFT directory, or in the directories of its rules, for this base.
+    """Return the adapter in a HF PEFT directory, or in the directories of its rules, for this base.
 
-    Which sites it has is read from its keys. Every tensor of the file is taken, or is told to change nothing; see
-    `peftfx.adapters.files.accounts`.
+    The keys of the file say which sites the adapter has. Every tensor of the file is taken, or a warning says that the
+    tensor changes nothing; see `peftfx.adapters.files.accounts`.
 
     Raises:
-        PeftfxError: a file is missing or damaged, or keys are missing, unexpected, of another shape or of a module that
-            cannot be adapted here: all are listed.
+        PeftfxError: a file is missing or damaged; or keys are missing, unexpected, of another shape, or of a module
+            that cannot be adapted here. The message lists all of them.
     """
     _refuse_no_values(base)
     folders = rule_folders(directory)
@@ -72,7 +72,7 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
 
 
 def _refuse_no_values(base: nn.Module) -> None:
-    """An adapter's tensors are made where the base's are: of a base without values, the file's would be lost."""
+    """Refuse a base without values: an adapter's tensors are made on its devices, and would lose the file's values."""
     tensors = base.named_parameters()
     empty = next((n for n, p in tensors if p.is_meta or isinstance(p, FakeTensor)), None)
     if empty is not None:
@@ -81,7 +81,7 @@ def _refuse_no_values(base: nn.Module) -> None:
 
 
 def _refuse_conflict(adapter: Adapter, other: Adapter, folder: Path) -> None:
-    """Two rules may train one tensor of the base, if they hold the same values of it: an adapter has one."""
+    """Refuse two rules that train the same tensor of the base but have different values for it."""
     kept = {override.key for override in adapter.overrides}
     for override in other.overrides:
         if override.key in kept and not torch.equal(adapter.get(override.key), other.get(override.key)):
@@ -90,7 +90,7 @@ def _refuse_conflict(adapter: Adapter, other: Adapter, folder: Path) -> None:
 
 
 def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
-    """The adapter that one rule made."""
+    """Return the adapter in the directory of one rule."""
     config = read_adapter_config(directory)
     method = method_from_config(config, str(directory / CONFIG))
     weights = Weights(directory, method.prefix)
@@ -101,14 +101,14 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
 
 @functools.singledispatch
 def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, config: Mapping[str, object]) -> Adapter:
-    """The adapter of a method, whose places are those that the file has tensors for."""
+    """Return the adapter of a method; its placements are the sites that the file has tensors for."""
     directory = weights.path.parent
     refuse_unasked(base, method)
     able = (s for s in sites if method.acts_at(s) and (s.kind != EXPERTS or picks(method, s.parameter)))
     possible = [placement_at(method, base, site) for site in able]
     marks = {suffix.partition(".")[0] for p in possible for suffix in p.file_suffixes().values()}
     placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
-    if not marks:  # its places save nothing of their own: the config alone says which there are
+    if not marks:  # the placements save no tensors of their own: only the config says which placements there are
         placements = list(placements_of(method, base, sites))
         refuse_unplaced(base, method, sites, where(method), {p.site.path for p in placements})
     placements = as_modules(base, method, without_ties(placements))
@@ -122,7 +122,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     overrides += replaced_weights(base, weights, placements, overrides, own_names)
     rule = Placed(method, Placements(placements), tuple(overrides))
     adapter = Adapter([rule], config)
-    with without_memory(not fit(rule, weights, base)):  # then it is refused below
+    with without_memory(not fit(rule, weights, base)):  # a rule that does not fit is refused below
         adapter.create(base, None)
         make_room(adapter)
     wanted = _wanted(adapter, placements, overrides, base) | _shared(adapter, method, weights)
@@ -155,7 +155,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
 
 @_read_as.register
 def _(method: SequenceMethod, weights: Weights, base: nn.Module, sites: Sites, config: Mapping[str, object]) -> Adapter:
-    # A soft prompt has one place, and a file of its own form.
+    # A soft prompt has one placement, and its file has a form of its own.
     directory, names = weights.path.parent, set(weights.names)
     adapter, wanted = read_prompt(directory, weights, method, base, sites, config)
     modules = [name for name, _ in own_modules(base)]
@@ -197,7 +197,7 @@ def _scale(adapter: Adapter, placement: Placement, base: nn.Module) -> None:
 
 
 def _names(placement: Placement, base: nn.Module) -> dict[str, str]:
-    """A placement's names in the file, each with where the adapter keeps its value."""
+    """Return a placement's names in the file, each with the adapter's key for its value."""
     path = path_in_file(base, placement.method, placement.site.path, placement.known_as)
     return {name_of(path, suffix): f"{placement.key}.{name}" for name, suffix in placement.file_suffixes().items()}
 
@@ -205,7 +205,7 @@ def _names(placement: Placement, base: nn.Module) -> dict[str, str]:
 def _wanted(
     adapter: Adapter, placements: list[Placement], overrides: list[Override], base: nn.Module
 ) -> dict[str, str]:
-    """For each name the file must have, where the adapter keeps its value: one that places share has several."""
+    """Return each name that the file must have, with the adapter's key; several names may have one shared tensor."""
     wanted: dict[str, str] = {}
     for placement in placements:
         kept = {f"{placement.key}.{name}": key for name, key in adapter.keys(placement).items()}
@@ -215,9 +215,9 @@ def _wanted(
 
 
 def _shared(adapter: Adapter, method: Method, weights: Weights) -> dict[str, str]:
-    """The same for what the rule's places share, with room for what is in the file.
+    """Return the names and keys of the tensors that placements share, resized to their shapes in the file.
 
-    HF PEFT's may be larger: it is for all modules that were targeted, whether or not they run.
+    HF PEFT's shared tensors may be larger: they are for all targeted modules, whether or not they run.
     """
     own = adapter.shared(0)
     keys = method.shared_keys(adapter.placed[0].sites)
@@ -230,7 +230,7 @@ def _shared(adapter: Adapter, method: Method, weights: Weights) -> dict[str, str
 
 
 def _refuse_unknown_share(adapter: Adapter, method: Method, idle: Collection[str], where: Path) -> None:
-    """What places share depends on all of them: if some do not run here, it cannot be made again."""
+    """Refuse shared tensors that the file lacks if some modules that they depend on do not run here."""
     unsaved = adapter.shared(0).keys() - method.shared_keys(adapter.placed[0].sites).keys()
     if unsaved and idle:
         what = f"{', '.join(sorted(unsaved))} are not in the file, and depend on modules that this model never runs"
@@ -238,7 +238,7 @@ def _refuse_unknown_share(adapter: Adapter, method: Method, idle: Collection[str
 
 
 def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:
-    """The sites that the config's own targets match; they may name none that this model runs."""
+    """Return the paths of the sites that the config's own targets match; an empty set if none of them runs."""
     names = method.target_modules or method.target_parameters
     try:
         placements = placements_of(method, base, sites) if names else []

@@ -1,4 +1,4 @@
-"""Sizes: what a config asks for is compared with the header of its file before memory is asked for."""
+"""The comparison of a config's sizes with the header of its file, before memory is allocated."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from peftfx.rules.peft_files import Weights
 
 
 def without_memory(needed: bool = True) -> contextlib.AbstractContextManager[object]:
-    """Inside, tensors that are made have shapes and dtypes and no values, if that is needed."""
+    """Return a context in which new tensors have shapes and dtypes but no values, if `needed`."""
     return FakeTensorMode(allow_non_fake_inputs=True) if needed else contextlib.nullcontext()
 
 
 def fit(rule: Placed, weights: Weights, base: nn.Module) -> bool:
-    """Whether what a rule's method makes at its places has the shapes that it has in the file, where it is there."""
+    """Return whether the tensors that a rule makes have the shapes of the file's tensors of the same names."""
     try:
         with without_memory(), torch.no_grad():
             shared = shared_by(rule, base, None)
             return all(_fits(rule, placement, shared, weights, base) for placement in rule.placements)
-    except DataDependentOutputException:  # a start that looks at the base's numbers
+    except DataDependentOutputException:  # initial values that depend on the base's values
         return True
 
 

@@ -1,4 +1,4 @@
-"""swap: other tensors for an adapter that is there, in place: what reads its parameters goes on, compiled or not."""
+"""The exchange of an adapter's tensors in place, so that what reads its parameters, compiled or not, goes on."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from peftfx.rules.peft_files import WEIGHTS
 from peftfx.sites.sites import Sites
 
 _STARTS = frozenset({*PLACING, "modules_to_save", "init_lora_weights", "init_ia3_weights", "init_weights"})
-"""Options that say where an adapter is and how it began; what it computes does not depend on them any more."""
+"""Options that say where an adapter acts and how it was initialised. Its outputs do not depend on them any more."""
 
 
 def swap_state(base: nn.Module, sites: Sites, adapter: Adapter, state: Mapping[str, Tensor]) -> None:
-    """Give an adapter the tensors of a state, by HF PEFT's names.
+    """Copy the tensors of a state, by HF PEFT's names, into an adapter.
 
     Raises:
-        PeftfxError: the state is not of such an adapter.
+        PeftfxError: the state is of an adapter with other placements, ranks or options.
     """
     config, _ = config_and_tensors(base, adapter)
     with tempfile.TemporaryDirectory() as folder:
@@ -37,10 +37,10 @@ def swap_state(base: nn.Module, sites: Sites, adapter: Adapter, state: Mapping[s
 
 @torch.no_grad()
 def swap_file(base: nn.Module, sites: Sites, adapter: Adapter, directory: Path) -> None:
-    """Give an adapter the tensors of a HF PEFT directory.
+    """Copy the tensors of a HF PEFT directory into an adapter.
 
     Raises:
-        PeftfxError: that adapter is another one in more than its tensors' values.
+        PeftfxError: the two adapters differ in more than the values of their tensors.
     """
     new = read_adapter(directory, base, sites)
     own, others = dict(adapter.tensors()), dict(new.tensors())
@@ -56,7 +56,7 @@ def swap_file(base: nn.Module, sites: Sites, adapter: Adapter, directory: Path) 
 
 
 def _computed(adapter: Adapter) -> dict[str, object]:
-    """What its rules compute, by place."""
+    """Return the options that an adapter's outputs depend on, by placement."""
     return {p.key: _options(p) for p in adapter.placements}
 
 

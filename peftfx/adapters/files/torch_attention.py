@@ -1,10 +1,10 @@
-"""`torch.nn.MultiheadAttention` in HF PEFT's files: one adapter for its two projections, whose weights it reads itself.
+"""`torch.nn.MultiheadAttention` in HF PEFT's files: one adapter for its input projection and its output projection.
 
-HF PEFT's LoRA on the attention at `a` is `a.lora_A` and `a.lora_B` for the input projection, query, key and value in
-one weight, and the same under `a.base_layer.out_proj` for the output projection. In a graph they are two sites.
+HF PEFT's LoRA on the attention at `a` is `a.lora_A` and `a.lora_B` for the input projection (query, key and value in
+one weight), and `a.base_layer.out_proj.lora_A` and `.lora_B` for the output projection. In a graph these are two sites.
 
-HF PEFT (0.21.2, and those before) adds the update of the output projection twice, once itself and once by the layer's
-own merge, in each call and when it merges. An adapter was trained so: here its B is twice what the file has.
+HF PEFT (0.21.2 and earlier) adds the update of the output projection twice, in each call and in a merge: once itself
+and once by the layer's own merge. Adapters were trained with this factor, so B is here twice what the file has.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peftfx.rules.torch_attention import IN_PROJ, OUT_PROJ, wrapper_of
 
 
 def path_in_file(base: nn.Module, method: Method, path: str, known_as: str = "") -> str:
-    """A site's module path as HF PEFT names it in its keys: `Placement.known_as`, if the placement has one."""
+    """Return a site's module path in HF PEFT's keys: `known_as`, if the placement has one."""
     if known_as:
         return known_as
     owner = wrapper_of(base, method, path)
@@ -32,16 +32,16 @@ def path_in_file(base: nn.Module, method: Method, path: str, known_as: str = "")
 
 
 def times_in_use(base: nn.Module, method: Method, path: str, suffix: str) -> float:
-    """How many times what a file has under this suffix is what acts at the site."""
+    """Return the factor between a tensor of the file with this suffix and the tensor that acts at the site."""
     doubled = suffix.startswith("lora_B") and path.endswith(OUT_PROJ) and wrapper_of(base, method, path) is not None
     return 2.0 if doubled else 1.0
 
 
 def by_wrapper(base: nn.Module, methods: Mapping[str, Method]) -> dict[str, Method]:
-    """The methods of sites, by the paths of the modules that HF PEFT adapts.
+    """Return the methods of sites by the paths of the modules that HF PEFT adapts.
 
     Raises:
-        PeftfxError: the two projections of an attention have other options.
+        PeftfxError: the two projections of an attention have different options, or options that HF PEFT has not.
     """
     found: dict[str, Method] = {}
     for path, method in methods.items():
@@ -57,7 +57,7 @@ def by_wrapper(base: nn.Module, methods: Mapping[str, Method]) -> dict[str, Meth
 
 @torch.no_grad()
 def other_projections(base: nn.Module, methods: Mapping[str, Method], like: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Tensors of the projections that are not adapted, of attentions whose other one is: HF PEFT's files have both."""
+    """Return tensors for the projections that are not adapted but that HF PEFT's files have beside adapted ones."""
     tensor = next(iter(like), torch.empty(0))
     found: dict[str, Tensor] = {}
     for path, method in methods.items():

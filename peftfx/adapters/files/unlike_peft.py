@@ -1,4 +1,4 @@
-"""Where an adapter's outputs are not those that HF PEFT computes, or its file is of another base: it is said."""
+"""Warnings where an adapter's outputs differ from HF PEFT's, or where its file was made for another base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftfx.errors import warn
 
 
 def warn_unlike_peft(base: nn.Module, placements: Placements, where: str) -> None:
-    """Name the modules at which HF PEFT computes something else, and why."""
+    """Warn of the modules where HF PEFT computes other outputs, with the reason."""
     found: dict[str, list[str]] = {}
     modules = dict(own_modules(base, remove_duplicate=False))
     for placement in placements.weights:
@@ -31,7 +31,7 @@ def warn_unlike_peft(base: nn.Module, placements: Placements, where: str) -> Non
 
 @contextmanager
 def telling_other_base(adapter: Adapter, where: str) -> Iterator[None]:
-    """Inside, an adapter gets what its file has; a warning where that was made of another base than this one."""
+    """Warn, after the `with` block copied a file into an adapter, if the file was made for another base."""
     plain = WeightMethod.apart_from_base
     asked = [p for p in adapter.placements.weights if type(p.method).apart_from_base is not plain]
     made = {p: {name: t.detach().clone() for name, t in adapter.params(p).items()} for p in asked}

@@ -1,4 +1,4 @@
-"""HF PEFT directories, written: adapters, each rule of one in a directory of its own."""
+"""The writer of HF PEFT directories: adapters, each rule of an adapter in a directory of its own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from peftfx.rules.peft_files import CONFIG, STATE, WEIGHTS
 
 
 def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: Path) -> None:
-    """Write adapters as HF PEFT does: the one named "default", or the only one, in `directory`, others below it."""
+    """Write adapters as HF PEFT does: "default", or the only one, to `directory`, the others to folders in it."""
     if not adapters:
         raise PeftfxError(
             "there is no adapter to save", str(directory), "add one with add_adapter, or save before merge()"
@@ -52,10 +52,10 @@ def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: P
 
 
 def config_and_tensors(base: nn.Module, adapter: Adapter) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The config that HF PEFT has for an adapter, and its tensors by their names in the file.
+    """Return the config that HF PEFT has for an adapter, and its tensors by their names in the file.
 
     Raises:
-        PeftfxError: several rules made it, each of which has a config of its own.
+        PeftfxError: the adapter has several rules, each with a config of its own.
     """
     contents = list(_contents(base, adapter).values())
     if len(contents) != 1:
@@ -68,7 +68,7 @@ def config_and_tensors(base: nn.Module, adapter: Adapter) -> tuple[dict[str, obj
 
 
 def refuse_save_arguments(safe: bool, state: Mapping[str, Tensor] | None, embeddings: str | bool) -> None:
-    """Arguments of HF PEFT's `save_pretrained` that ask for what is not written."""
+    """Refuse arguments of HF PEFT's `save_pretrained` that ask for what peftfx does not write."""
     if not safe:
         hint = "leave safe_serialization out: HF PEFT reads safetensors"
         raise PeftfxError("peftfx does not write pickles", "safe_serialization=False", hint)
@@ -81,10 +81,10 @@ def refuse_save_arguments(safe: bool, state: Mapping[str, Tensor] | None, embedd
 
 
 def _write(directory: Path, rules: dict[str, Contents]) -> None:
-    """Write an adapter: one rule as HF PEFT does, of several each in a folder of its own."""
+    """Write an adapter to a directory: one rule as HF PEFT does, several rules each to a folder of its own."""
     if len(rules) == 1:
         write_rule_directory(directory, *rules.popitem()[1])
-        (directory / RULES).unlink(missing_ok=True)  # another adapter's, that was here before
+        (directory / RULES).unlink(missing_ok=True)  # left by another adapter that was saved here before
         return
     for name, contents in rules.items():
         (directory / name).mkdir(exist_ok=True)
@@ -111,12 +111,12 @@ def _save_json(value: dict[str, object], path: Path) -> None:
 
 
 def _contents(base: nn.Module, adapter: Adapter) -> dict[str, Contents]:
-    """The config and tensors of each rule of an adapter, by the name of its folder."""
+    """Return the config and the tensors of each rule of an adapter, by the name of the rule's folder."""
     named = [(f"{i}-{rule.method.peft_type.lower()}", rule) for i, rule in enumerate(adapter.placed, 1)]
     owners: dict[str, str] = {}
     for name, rule in named:
         paths = (p.site.path for p in rule.placements.weights)
-        for path in dict.fromkeys(paths):  # in order: the first is named
+        for path in dict.fromkeys(paths):  # in order, so that the message names the first path
             if owners.setdefault(path, name) != name:
                 what = "two rules act on parts of this module, and HF PEFT's files know no parts"
                 raise PeftfxError(what, path, "make an adapter of each rule (add_adapter), or export it merged")
@@ -155,7 +155,7 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
 
 
 def _apart(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by their names; one that places share, and HF PEFT has at each, more than once."""
+    """Yield the tensors by name, with a copy for each further name of a tensor that placements share."""
     seen: set[int] = set()
     for key, value in named.items():
         yield key, value.detach().clone() if id(value) in seen else value.detach().contiguous()
@@ -170,12 +170,12 @@ def _by_site(placements: Iterable[Placement]) -> dict[str, list[Placement]]:
 
 
 def _config(base: nn.Module, adapter: Adapter, rule: Placed, method: Method, paths: Sequence[str]) -> dict[str, object]:
-    """HF PEFT's config of an adapter: its records are kept from the one it was loaded with, if any."""
+    """Return HF PEFT's config of an adapter, with the records of the config that it was loaded from."""
     method = method.naming(paths, [name for name, _ in own_modules(base)])
     options: dict[str, object] = {f: getattr(method, f) for f in method.options()}
     if any(p.site.transposed and p.site.kind == "linear" for p in rule.placements) and "fan_in_fan_out" in options:
         options["fan_in_fan_out"] = True
     name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
     records = {"task_type": None, "base_model_name_or_path": name, **adapter.records}
-    options = {f: v for f, v in options.items() if v is not None}  # not each method of HF PEFT has each field
+    options = {f: v for f, v in options.items() if v is not None}  # HF PEFT's methods do not all have all fields
     return {**records, **options, "peft_type": method.peft_type, "inference_mode": True}
