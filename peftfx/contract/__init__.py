@@ -1,1 +1,1 @@
-"""The contract: what a method must say, for each kind of site; `peftfx.method` hands on what authors import."""
+"""The contract that a method fulfils for each kind of site. Authors import its names from `peftfx.method`."""

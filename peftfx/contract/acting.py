@@ -1,4 +1,4 @@
-"""adapted: what weight methods make of a site's output: the arithmetic that a graph traces, and that modules run."""
+"""`adapted` computes a site's output under a weight method, by the same arithmetic in graphs and in modules."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from peftfx.sites.site import Site
 
 
 class Acting(NamedTuple):
-    """A weight method where it acts.
+    """A weight method at one place, without the place's path.
 
     Attributes:
-        method: as it is at the place.
-        site: as the method sees it, without its path: one trace serves every site of a signature.
-        block: the rows of a fused weight that it acts on, if not on all.
+        method: the method, as configured for the place.
+        site: the site as the method sees it, without its path, so that one trace serves all sites of the same
+            signature.
+        block: the rows of a fused weight that the method acts on; None for all rows.
         transposed: whether the weight is stored [in, out].
     """
 
@@ -34,12 +35,12 @@ class Acting(NamedTuple):
 
     @staticmethod
     def of(placement: WeightPlacement) -> Acting:
-        """That of a placement."""
+        """Return the method, site and rows of `placement`, without the site's path."""
         site = dataclasses.replace(placement.view, path="")
         return Acting(placement.method, site, placement.block, placement.site.transposed)
 
     def base(self, weight: Tensor, bias: Tensor | None) -> Base:
-        """The site's tensors, as they are stored, as the method sees them."""
+        """Return the stored `weight` and `bias` as the method sees them: [out, in], and only the block's rows."""
         weight = turned(weight, self.transposed)
         if self.block is None:
             return Base(weight, bias)
@@ -57,21 +58,22 @@ def adapted(
     *,
     training: bool,
 ) -> Tensor:
-    """What a method makes of `y`, which `op` and all that acts under it made of `x`.
+    """Return the output that a method makes from the input `x` and from the output `y` of all that acts under it.
 
     Args:
         acting: the method.
-        p: its parameters.
+        p: the method's parameters.
         op: the site's own operation.
-        x, y: its input and output; no output where the method reads none (`WeightMethod.reruns`, `replaces`).
-        stored: its weight and bias, as they are stored.
-        under: what acts there already, which the method runs again (`WeightMethod.reruns`).
+        x, y: the site's input and output; `y` is None where the method does not read the output (`WeightMethod.reruns`,
+            `replaces`).
+        stored: the site's weight and bias, in their stored layout.
+        under: the methods that act at the site already, which this method runs again (`WeightMethod.reruns`).
         training: whether dropout is on.
     """
     base, block, dim = acting.base(*stored), acting.block, row_dim(acting.site)
 
     def again(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if weight is not base.weight:  # what acts under it is not in that weight
+        if weight is not base.weight:  # the methods under this one do not act on that weight
             what = (
                 f"{type(acting.method).__name__} computes this {acting.site.kind} with a weight of its "
                 "own, and another adapter acts there already"
@@ -89,16 +91,16 @@ def adapted(
         rows = acting.method.forward(acting.site, run, x, own, base, p, training)  # type: ignore[arg-type]
     if own is not None:
         refuse_forward_output(acting.method, where, rows, own)
-    elif acting.site.kind == "linear":  # of other layers nothing tells the output's shape where it is not computed
+    elif acting.site.kind == "linear":  # the output's shape of other layers is unknown unless the output is computed
         refuse_forward_shape(acting.method, where, rows, (*x.shape[:-1], base.weight.shape[0]))
     return rows if y is None or block is None else block.put(y, rows, dim)
 
 
 def overlap(one: WeightPlacement, other: WeightPlacement) -> bool:
-    """Whether two placements of one site act on common rows."""
+    """Return whether the placements `one` and `other` of one site act on common rows."""
     return None in (one.part, other.part) or one.part == other.part
 
 
 def row_dim(site: Site) -> int:
-    """Which dimension of a site's output its weight's rows are."""
+    """Return which dimension of a site's output stands for the rows of its weight."""
     return -1 if site.kind != "conv" else 1 - len(site.shape)

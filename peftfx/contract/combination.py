@@ -1,9 +1,10 @@
-"""Combination: how several adapters become one: HF PEFT's combination types, and what they do to tensors.
+"""Combination: how several adapters become one adapter, by HF PEFT's combination types.
 
-What a type does to tensors of one shape, each with its weight: `linear`, `cat` and `svd` sum them; `magnitude_prune`
-keeps the largest share of each first; `dare_linear` a random share, rescaled; `ties` and `dare_ties` keep, entry by
-entry, the mean of those whose sign the most have (Yadav et al. 2023, arXiv:2306.01708; Yu et al. 2023,
-arXiv:2311.03099). With `_svd`, and `svd`, the tensors are the updates, whose merge is cut to a rank; else the factors.
+Each type merges tensors of one shape, each with its weight. `linear`, `cat` and `svd` sum them. `magnitude_prune` first
+keeps the largest entries of each tensor; `dare_linear` first keeps random entries, rescaled. `ties` and `dare_ties`
+take, entry by entry, the mean of the values that have the majority's sign (Yadav et al. 2023, arXiv:2306.01708; Yu et
+al. 2023, arXiv:2311.03099). The tensors are the factors. In `svd` and in types that end in `_svd` they are the updates,
+and the merged update is cut to a rank.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ KINDS = (LINEAR, CAT, "svd", *_PRUNED, *(f"{kind}_svd" for kind in _PRUNED))
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """How adapters are combined, by HF PEFT's names.
+    """The options for combining several adapters into one, by HF PEFT's names.
 
     Args:
         combination_type: one of `KINDS`.
-        svd_rank: the rank of what an SVD gives; by default the largest of the adapters'.
-        svd_clamp: the quantile to which its factors are clamped.
+        svd_rank: the rank of the factors that an SVD gives; by default the largest rank of the adapters.
+        svd_clamp: the quantile to which the SVD's factors are clamped.
         density: the share of entries that pruning keeps.
-        majority_sign_method: whether signs are weighed by magnitude (total) or counted (frequency).
+        majority_sign_method: `total` weighs signs by magnitude, `frequency` counts them.
     """
 
     combination_type: str = LINEAR
@@ -58,22 +59,22 @@ class Combination:
 
     @property
     def prunes(self) -> bool:
-        """Whether it keeps a share of the entries."""
+        """Whether this type keeps only a share of the entries."""
         return self.combination_type.removesuffix("_svd") in _PRUNED
 
     @property
     def cuts(self) -> bool:
-        """Whether updates are merged, and cut to a rank; else factors are."""
+        """Whether updates are merged and then cut to a rank. Otherwise the factors are merged."""
         return self.combination_type.endswith("svd")
 
     def of(self, count: int, rank: int) -> Combination:
-        """This one of so many adapters, their largest rank this: one adapter is only scaled, as in HF PEFT."""
+        """Return this combination for `count` adapters of at most `rank`. As in HF PEFT, one adapter is only scaled."""
         if count == 1 and self.combination_type != CAT:
             return Combination()
         return dataclasses.replace(self, svd_rank=self.svd_rank or rank or None)
 
     def merge(self, weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors of one shape as one; random ones are drawn from torch's own generator."""
+        """Merge tensors of one shape, each with its weight. Random types draw from torch's own generator."""
         kind = self.combination_type.removesuffix("_svd")
         kept = torch.stack([self._pruned(t, random=kind.startswith("dare")) if self.prunes else t for t in tensors])
         weighted = kept * torch.tensor(weights, dtype=kept.dtype).view(-1, *(1,) * (kept.ndim - 1)).to(kept.device)
@@ -94,7 +95,7 @@ class Combination:
         return tensor * torch.zeros_like(tensor).flatten().index_fill(0, best, 1).view(tensor.shape)
 
     def cut(self, update: Tensor) -> tuple[Tensor, Tensor]:
-        """The best factors A [rank, in] and B [out, rank] of a merged update [out, in], the singular values in B."""
+        """Return the best factors A [rank, in] and B [out, rank] of `update` [out, in], singular values in B."""
         u, s, vh = torch.linalg.svd(update, full_matrices=False)
         b, a = u[:, : self.svd_rank] * s[: self.svd_rank], vh[: self.svd_rank]
         if self.svd_clamp is None:

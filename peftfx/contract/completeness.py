@@ -1,6 +1,6 @@
-"""Completeness: what the contract asks of a method, held against the method; what is half done is told by its name.
+"""Checks that a method fulfils the contract, and that its members give what the contract says.
 
-An error names the method, the member, and what the contract says that this member gives.
+An error names the method, the member, and what the contract says that the member gives.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _SAID = {
     "default_target": 'where it acts if a rule does not say, as "attention.value | mlp.up"',
     "kinds": "the kinds of sites it acts at: derive from WeightMethod, AttentionMethod, PromptMethod or OverrideMethod",
 }
-_BARE = (AttributeError, KeyError, TypeError, NotImplementedError)  #: what Python raises where code is half done
+_BARE = (AttributeError, KeyError, TypeError, NotImplementedError)  #: the errors that Python raises in unfinished code
 
 
 def refuse_incomplete(cls: type) -> None:
-    """Refuse the class of a method that does not have what the contract asks for.
+    """Refuse a method's class that lacks a member of the contract.
 
     Raises:
-        PeftfxError: all that it lacks, each with what it must give.
+        PeftfxError: names all members that the class lacks, each with what the member must give.
     """
     lacking = [f"{name}: {_said(cls, name)}" for name in sorted(getattr(cls, "__abstractmethods__", ()))]
     lacking += [f"{name}: {text}" for name, text in _SAID.items() if not getattr(cls, name, None)]
@@ -41,7 +41,7 @@ def refuse_incomplete(cls: type) -> None:
 
 
 class Frozen(Protocol):
-    """What says which of its tensors are constants: a method."""
+    """An object that says which of its tensors are constants: a method."""
 
     def is_constant(self, name: str, value: Tensor) -> bool: ...
 
@@ -54,12 +54,12 @@ def refuse_parameters(
     member: str = "init",
     beside: Collection[str] = (),
 ) -> None:
-    """Refuse what a member made that is no parameters, or whose trained ones have no key to be saved under.
+    """Refuse a member's result that is not parameters, or that has trained tensors without a key.
 
     Args:
-        made: what it gave.
-        keys: what `keys` gives, where the method has files of its own.
-        beside: names of what places share, which `keys` may name too.
+        made: the member's result.
+        keys: the result of `keys`, where the method has files of its own.
+        beside: names of shared tensors, which `keys` may name too.
     """
     if not isinstance(made, Mapping) or not all(map(_is_parameter, made.items())):
         raise _gave(type(method), member, where, shown(made))
@@ -80,7 +80,7 @@ def _is_parameter(item: tuple[object, object]) -> bool:
 def refuse_keys(
     method: Frozen, member: str, where: str, keys: object, made: Mapping[str, Tensor], beside: Collection[str] = ()
 ) -> None:
-    """Refuse keys that leave out what is trained, name what there is not, or give two tensors one key."""
+    """Refuse keys that leave out a trained tensor, name an unknown tensor, or give two tensors one key."""
     cls, names = type(method), made.keys()
     if not isinstance(keys, Mapping) or not all(isinstance(key, str) for key in keys.values()):
         raise _gave(cls, member, where, shown(keys))
@@ -96,14 +96,14 @@ def refuse_keys(
 
 
 def refuse_forward_output(method: object, where: str, got: object, like: Tensor) -> None:
-    """Refuse what `forward` gave that is not of the shape and dtype of `y`."""
+    """Refuse a result of `forward` that is not of the shape and dtype of `y`."""
     refuse_forward_shape(method, where, got, like.shape)
     if isinstance(got, Tensor) and got.dtype != like.dtype:
         raise _gave(type(method), "forward", where, f"{got.dtype} where y is {like.dtype}")
 
 
 def refuse_forward_shape(method: object, where: str, got: object, shape: Sequence[int]) -> None:
-    """Refuse what `forward` gave that is no tensor of this shape."""
+    """Refuse a result of `forward` that is not a tensor of this shape."""
     if not isinstance(got, Tensor):
         raise _gave(type(method), "forward", where, shown(got))
     if tuple(got.shape) != tuple(shape):
@@ -111,7 +111,7 @@ def refuse_forward_shape(method: object, where: str, got: object, shape: Sequenc
 
 
 def refuse_fold(method: object, where: str, got: object, like: Tensor, groups: int = 1) -> None:
-    """Refuse what `fold` gave that is no weight and bias, or a weight of another shape; that of a conv may be dense."""
+    """Refuse a result of `fold` that is not a weight and bias of the old shapes. A conv's weight may be dense."""
     if not (isinstance(got, tuple) and len(got) == 2 and isinstance(got[0], Tensor)):
         raise _gave(type(method), "fold", where, shown(got))
     dense = (*like.shape[:1], *(size * groups for size in like.shape[1:2]), *like.shape[2:])
@@ -123,7 +123,7 @@ def refuse_fold(method: object, where: str, got: object, like: Tensor, groups: i
 
 
 def refuse_folded(method: object, where: str, name: str, got: object, weight: Tensor) -> None:
-    """Refuse what a pattern method's `fold` gave that is nothing to stand in an argument's place."""
+    """Refuse a result of a pattern method's `fold` that cannot replace the argument `name`."""
     if not isinstance(got, Tensor) or got.shape != weight.shape:
         what = f"{list(got.shape)} for {name}, which is {list(weight.shape)}" if isinstance(got, Tensor) else shown(got)
         raise _gave(type(method), "fold", where, what)
@@ -131,7 +131,7 @@ def refuse_folded(method: object, where: str, name: str, got: object, weight: Te
 
 @contextmanager
 def asking(method: object, member: str, where: str) -> Iterator[None]:
-    """Inside, a bare error of a method's own code is told as one of this member; the bare one is its cause."""
+    """Inside this context, turn a bare error of a method's own code into a PeftfxError that names the member."""
     try:
         yield
     except _BARE as error:
@@ -148,14 +148,15 @@ def _must(cls: type, member: str) -> str:
 
 
 def _said(cls: type, member: str) -> str:
-    """What the contract says that a member gives: the type, and the first line of its documentation."""
+    """Return what the contract says that a member gives: its type, and the first line of its documentation."""
     owners = [c for c in cls.__mro__ if c.__module__.startswith(_CONTRACT) and member in vars(c)]
     if not owners:
         return member
     found = vars(owners[0])[member]
     function: Any = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
     kind = inspect.get_annotations(function).get("return", "")
-    return f"{kind}: {(inspect.getdoc(function) or '').partition(chr(10))[0]}"
+    first = (inspect.getdoc(function) or "").partition("\n")[0]
+    return f"{kind}: {first.removeprefix('Return ')}"
 
 
 def _home(cls: type) -> str:

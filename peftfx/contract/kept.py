@@ -1,4 +1,4 @@
-"""Kept: what an adapter keeps of one place, as a method sees it that changes it between the steps of a training."""
+"""Kept: what an adapter keeps of one place, for methods that change it between the steps of a training."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 
 class Kept(Protocol):
-    """One place of a rule."""
+    """One place of a rule, with its parameters and what training remembers."""
 
     @property
     def key(self) -> str:
-        """Its name in the adapter, for messages."""
+        """The name of the place in the adapter, for messages."""
 
     def params(self) -> Mapping[str, Tensor]:
-        """The parameters, by name; the adapter's own, to be changed in place."""
+        """Return the parameters by name. They are the adapter's own tensors, to be changed in place."""
 
     def remembered(self) -> Mapping[str, Tensor]:
-        """What training remembers beside them, by name; see `Method.remembered`."""
+        """Return the tensors that training remembers beside the parameters, by name; see `Method.remembered`."""
 
     def remember(self, name: str, value: Tensor) -> None:
-        """Keep this until it is forgotten: it is saved with a checkpoint."""
+        """Keep `value` under `name` until it is forgotten. A checkpoint saves it."""
 
     def forget(self, names: Collection[str]) -> None:
-        """Drop these, where they are."""
+        """Drop the remembered tensors of these `names`, where they exist."""

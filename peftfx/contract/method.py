@@ -1,8 +1,8 @@
-"""Method: what a rule does at a site. A method is plain torch; it knows no model architecture and edits no graph.
+"""Method: the base class of all methods. A method is plain torch: it knows no architecture and edits no graph.
 
-There is a protocol for each kind of site: that of weights is in `weight.py` beside this file, that of attention in
-`attention.py`, that of the token stream in `sequence.py`; what trains copies of the base's own tensors is in
-`override.py`.
+Each kind of site has a base class of its own, in a file beside this one: `weight.py` for weights, `attention.py` for
+attentions, `sequence.py` for the token stream, `pattern.py` for matches of patterns. `override.py` has the methods that
+train copies of the base's own tensors.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Params = Mapping[str, Tensor]
 
 
 class Base(NamedTuple):
-    """The frozen tensors of a site, however they are stored.
+    """The frozen weight and bias of a site, in one layout for all ways of storing them.
 
-    `weight` is [out, in, *kernel]; [num, dim] for an embedding, [experts, out, in] for experts.
+    `weight` is [out, in, *kernel]; [num, dim] for an embedding; [experts, out, in] for experts.
     """
 
     weight: Tensor
@@ -42,10 +42,11 @@ class Base(NamedTuple):
 
 
 class Op(Protocol):
-    """A site's own operation, with stride, padding, dilation, padding index and the like bound.
+    """A site's own operation, with stride, padding, dilation, padding index and similar constants given.
 
-    A conv's groups follow from its weight: a [out, in, *kernel] weight at a site of several groups is a dense conv.
-    At experts each row of `x` meets the weight of its own: any [experts, out, in] weight will do.
+    A conv's groups follow from the weight's shape: a weight [out, in, *kernel] at a site of several groups makes a
+    dense conv. At experts each row of `x` is multiplied by its own expert's weight, and any weight [experts, out, in]
+    works.
     """
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
@@ -53,14 +54,14 @@ class Op(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A method's options and where it applies; together, a rule.
+    """A method's options and the target where it applies; together, a rule.
 
     Args:
         target: an expression over roles, module-path suffixes, `/regular expressions/` and `all-linear`, combined by
             `|`, `&`, `~` and parentheses: `"attention.query | attention.value"`. See `peftfx.sites.target`.
         target_modules, exclude_modules, layers_to_transform, layers_pattern: as in HF PEFT.
-        modules_to_save: modules trained and saved whole beside the adapter, a fresh head say; as in HF PEFT, each name
-            is the end of a path, and need not begin at a dot.
+        modules_to_save: modules that are trained and saved whole with the adapter, such as a fresh head. As in HF PEFT,
+            each name is the end of a path, and need not start at a dot.
     """
 
     target: str | re.Pattern[str] | Sequence[str | re.Pattern[str]] | None = None
@@ -78,29 +79,30 @@ class Method(ABC):
     ignored: ClassVar[frozenset[str]] = frozenset()
     """Fields of HF PEFT's config that change nothing for this method, whatever their value."""
     refused: ClassVar[Mapping[str, str]] = {}
-    """Fields of HF PEFT's config that are refused, each with why, and, behind a semicolon, what to do instead."""
+    """Fields of HF PEFT's config that are refused, each with the reason and, after a semicolon, what to do instead."""
     wraps_attention: ClassVar[bool] = False
     """Whether HF PEFT adapts a `torch.nn.MultiheadAttention` by this method, its two projections at once."""
     counted: ClassVar[bool] = False
-    """Whether what a place has depends on how many there are, and on its number: all that are targeted must run."""
+    """Whether a place's parameters depend on the number of places and on the place's index: all targeted places must
+    run."""
     layered: ClassVar[bool] = True
-    """Whether HF PEFT's config has `layers_to_transform`; else the modules that it leaves are named."""
+    """Whether HF PEFT's config has `layers_to_transform`. Otherwise files name the modules that this option leaves."""
     targeted: ClassVar[bool] = True
-    """Whether the options say at which sites it acts; else there is one place for it."""
+    """Whether the options say at which sites the method acts. Otherwise there is only one place for it."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Hashed as `Method` is: what a dataclass makes of its fields cannot hash a dict."""
+        """Give the subclass the hash of `Method`: a dataclass's own hash fails for options that are dicts."""
         super().__init_subclass__(**options)
         if "__hash__" not in vars(cls):
             cls.__hash__ = Method.__hash__  # type: ignore[method-assign]
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """A method that is half done is refused, by what it lacks."""
+        """Refuse a method's class that lacks a member of the contract."""
         refuse_incomplete(cls)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Options are checked; sequences become tuples, so that a method can be hashed and compared.
+        """Check the types of the options, and make sequences tuples, to hash and compare methods.
 
         Raises:
             PeftfxError: a value is not of its field's type, or none of the texts that the type lists; or a field whose
@@ -120,21 +122,22 @@ class Method(ABC):
         return hash(repr(self))
 
     def at(self, site: Site) -> Self:
-        """This method as configured for one site: options that depend on its path are resolved here, and here alone."""
+        """Return this method as configured for one site. Options that depend on the path are resolved only here."""
         return self
 
     def acts_at(self, site: Site) -> bool:
-        """Whether it can act at a site: by default at all of its kinds."""
+        """Return whether the method can act at a site: by default at all sites of its kinds."""
         return site.kind in self.kinds
 
     def gather(self, methods: Mapping[str, Method]) -> Self:
-        """The rule that gives each module path the method that it has: the inverse of `at`."""
+        """Return the rule that gives each module path its method of `methods`: the inverse of `at`."""
         return self
 
     def naming(self, paths: Sequence[str], modules: Sequence[str]) -> Self:
-        """This rule by HF PEFT's options: with those that pick these module paths, of all the base's, and no others.
+        """Return this rule with HF PEFT's options that pick the module `paths`, of all the base's `modules`.
 
-        `target_modules` that were given stay; else it gets the shortest that will do, last components or whole paths.
+        Given `target_modules` are kept. Otherwise they become the shortest names that work: last components, or whole
+        paths.
         """
         if self.target is None and self.target_modules and (self.layered or self.layers_to_transform is None):
             return self
@@ -146,38 +149,38 @@ class Method(ABC):
 
     @property
     def bias(self) -> str:
-        """Which of the base's biases are trained with it: `none`, `all`, or those of its sites, `lora_only` say."""
+        """Which biases of the base are trained too: `none`, `all`, or those of the rule's sites, as by `lora_only`."""
         return "none"
 
     @property
     def target_parameters(self) -> Collection[str] | None:
-        """Parameters that are targeted by their own names, as experts' weights are."""
+        """The parameters that are targeted by their own names, such as experts' weights."""
         return None
 
     @property
     def trainable_token_indices(self) -> Sequence[int] | Mapping[str, Sequence[int]] | None:
-        """Rows of embeddings that are trained beside it."""
+        """The rows of embeddings that are trained beside the adapter's parameters."""
         return None
 
     def rows(self) -> tuple[int, ...]:
-        """The rows of each tensor that it trains, where it trains some of them alone."""
+        """Return the rows of each tensor that the method trains, if it trains only some rows."""
         return ()
 
     @property
     def dropout(self) -> float:
-        """The rate of a dropout that the method has itself, and that is no module of the model."""
+        """The rate of a dropout that the method applies itself, not by a module of the model."""
         return 0.0
 
     @property
     def attention_rank(self) -> int | None:
-        """The rank that HF PEFT's files have for both projections of one of torch's attentions; None: no file can.
+        """The rank in HF PEFT's files of both projections of torch's attention; None: no file can have them.
 
-        Of methods that are `wraps_attention`.
+        It is read only of methods with `wraps_attention`.
         """
         return None
 
     def needs_place(self, module: nn.Module) -> bool:
-        """Whether a module must be a site where `target_modules` name it: else the rule is refused."""
+        """Return whether a `module` named in `target_modules` must be a site; if it is not, the rule is refused."""
         return False
 
     @property
@@ -187,102 +190,102 @@ class Method(ABC):
 
     @property
     def obstacle(self) -> PeftfxError | None:
-        """Why no new adapter can start with these options here; files that have them are read."""
+        """The error that says why no new adapter can start with these options here. Files with them are read."""
         return None
 
     @property
     def doubt(self) -> str:
-        """Why a file of this method may not give what was trained, a warning on loading; empty where it does."""
+        """Why a file of this method may not give what was trained: a warning on loading. Empty if it gives it."""
         return ""
 
     @property
     def unfoldable(self) -> str:
-        """Why no weight does what `forward` does, and `fold` is refused; empty where one does.
+        """Why no weight does what `forward` does, so that `fold` is refused. Empty if a weight does.
 
-        What it does stays beside the weight then: it is never merged, and an export has its operations.
+        Such a method stays beside the weight: it is never merged, and an export has its operations.
         """
         return ""
 
     @property
     def inputs(self) -> Mapping[str, int]:
-        """Arguments of a call beside the model's own, as HF PEFT's `task_ids`: of each, how many values there are.
+        """The arguments of a call beside the model's own, such as HF PEFT's `task_ids`, each with its value count.
 
-        They are whole numbers from 0, one for each row of the batch, [batch]. What a method computes a call by finds
-        them in `p`, where there is more than one value. Such a method has no graph until it is `settled`.
+        Each argument is [batch], a whole number from 0 for each row of the batch. Where an argument has more than one
+        value, the method's functions find it in `p`. Such a method has no graph until it is `settled`.
         """
         return {}
 
     @property
     def invoked_by(self) -> tuple[int, ...]:
-        """Tokens of an invocation: it acts from the last of them in a row's text on, and not before; none, everywhere.
+        """The tokens of an invocation: in each row, the method acts from the last of them on. Empty: everywhere.
 
-        Where that is, `forward` finds in `p` by the name `active`: bool[batch, length, 1].
+        `forward` finds the positions where the method acts in `p["active"]`: bool[batch, length, 1].
         """
         return ()
 
     def settled(self, values: Mapping[str, int]) -> Self:
-        """This method for one value of each of its inputs."""
+        """Return this method for one value of each of its inputs."""
         return self
 
     def settle(self, p: Params, values: Mapping[str, int]) -> dict[str, Tensor]:
-        """The parameters of the `settled` method."""
+        """Return the parameters of the `settled` method."""
         return dict(p)
 
     def frozen(self) -> frozenset[str]:
-        """Names of those of `init` and of `shared` that are constants: kept beside the adapter, and not trained.
+        """Return the names of tensors of `init` and `shared` that are constants: kept in the adapter, not trained.
 
-        Whole numbers are, named or not.
+        Tensors of whole numbers are constants, named or not.
         """
         return frozenset()
 
     def is_constant(self, name: str, value: Tensor) -> bool:
-        """Whether one of its tensors is not trained."""
+        """Return whether the tensor `name` is a constant, so that it is not trained."""
         return not value.is_floating_point() or name in self.frozen()
 
     def remembered(self) -> frozenset[str]:
-        """Names of tensors that training keeps beside the parameters, once there are any; no graph reads them."""
+        """Return the names of tensors that training may keep beside the parameters. No graph reads them."""
         return frozenset()
 
     def shared(
         self, sites: Sequence[Site], bases: Iterable[Base], like: Tensor, rng: torch.Generator | None
     ) -> dict[str, Tensor]:
-        """What all places of a rule read, whose sites these are: kept once, in each `p`, trained if not `frozen`.
+        """Return the tensors that all places of a rule read: kept once, in each place's `p`, trained if not `frozen`.
 
-        The sites are in the order of the base's modules, which is HF PEFT's. `bases` are their tensors, made one by one
-        as they are asked for; none where the sites have no weights.
-        `like` is one of the base's weights: it has the device and the dtype.
+        `sites` are those of the places, in the order of the base's modules, as in HF PEFT. `bases` are their tensors,
+        made one by one as they are read; none where the sites have no weights. `like` is one of the base's weights, for
+        its device and dtype.
         """
         return {}
 
     def shares(self, sites: Sequence[Site], site: Site) -> dict[str, str] | None:
-        """Which of what is shared one of these sites reads: by its name in `p`, the name that `shared` gave it.
+        """Return which shared tensors the place at `site` reads: by its name in `p`, the name that `shared` gave.
 
-        By default all of it, by its own names.
+        By default (None) the place reads all of them, by the same names.
         """
         return None
 
     def shared_keys(self, sites: Sequence[Site]) -> dict[str, str]:
-        """For each of these that is saved, its key in a HF PEFT checkpoint, prefix included.
+        """Return the key in a HF PEFT checkpoint of each shared tensor that is saved, prefix included.
 
-        What is trained must be. What is not is made again when an adapter is loaded.
+        A trained tensor must be saved. Other tensors are made again when an adapter is loaded.
         """
         return {}
 
     def adjust(self, places: Sequence[Kept], step: int) -> None:  # noqa: B027
-        """Change the parameters of the rule's places between two steps of a training, while there are gradients."""
+        """Change the parameters of the rule's places between two training steps, while there are gradients."""
 
     def penalty(self, p: Params) -> Tensor | None:
-        """A term for the model's loss; the loss gets the mean over the rule's places that have one."""
+        """Return a term for the model's loss. The loss gets the mean over the rule's places that have a term."""
         return None
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        """The names of this method's fields."""
+        """Return the names of this method's options."""
         return tuple(f.name for f in dataclasses.fields(cls))
 
     @classmethod
     def from_options(cls, options: Mapping[str, object]) -> Method:
-        """Build from keyword options; an unknown one is an error that names the nearest."""
+        """Build the method from keyword options. An error for an unknown option names the nearest known option."""
         for name in options:
             if name not in cls.options():
                 raise PeftfxError(f"{cls.__name__} has no option {name!r}", name, nearest(name, cls.options()))
@@ -290,6 +293,6 @@ class Method(ABC):
 
 
 def has_parameter(module: nn.Module, axes: int) -> bool:
-    """Whether a module has a parameter of its own, of so many axes at least, or a weight computed from some."""
+    """Return whether a module has a parameter of at least `axes` axes, or a weight computed from parameters."""
     own = module._parameters.values()
     return hasattr(module, "parametrizations") or any(p is not None and p.ndim >= axes for p in own)

@@ -1,7 +1,7 @@
-"""Overrides: tensors of the base that an adapter replaces by copies it trains, and the methods that do nothing else.
+"""Overrides: trained copies of the base's own tensors, and the methods that only train such copies.
 
-Nothing is computed beside the base: within the module, the graph reads the copies. That is exact whatever the module
-does with its tensors. Merged, a copy is the tensor.
+Nothing is computed beside the base: inside the module, the graph reads the copies instead. That is exact, whatever the
+module does with its tensors. Merging puts the copy in the tensor's place.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ TOKENS = "trainable_tokens_delta"  #: HF PEFT's name for the rows of an embeddin
 
 @dataclass(frozen=True)
 class Override:
-    """A tensor of the base that an adapter replaces by one of its own, or rows of it, within one module.
+    """A tensor of the base, or some of its rows, that an adapter replaces by its own within one module.
 
     Attributes:
         key: where the adapter keeps its tensor, a dotted name.
         module: the module path within which uses of the base's tensor are replaced.
         name: the tensor's name, relative to the module.
-        rows: which of its rows the adapter's tensor is; empty for the whole.
-        trained: whether the adapter trains it; one that a file brought is as it is.
+        rows: the rows of the base's tensor that the adapter's tensor replaces; empty for all rows.
+        trained: whether the adapter trains its tensor. A tensor that was only read from a file is not trained.
     """
 
     key: str
@@ -45,17 +45,17 @@ class Override:
 
     @property
     def stands(self) -> bool:
-        """Whether it is counted as the base's own, as HF PEFT counts a trained bias; copies and rows come on top."""
+        """Whether the tensor counts as the base's own, as HF PEFT counts a trained bias. Copies and rows are extra."""
         return self.trained and not self.module and not self.rows
 
     @property
     def indices(self) -> str:
-        """Where the adapter keeps the rows' indices."""
+        """The name under which the adapter keeps the rows' indices."""
         return f"{self.key.rpartition('.')[0]}.token_indices"
 
 
 class OverrideMethod(Method):
-    """A method that trains copies of what the modules that it targets hold."""
+    """A method that trains copies of the tensors of the targeted modules."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({*WEIGHT_KINDS, NORM})
 
@@ -64,21 +64,21 @@ class OverrideMethod(Method):
 
     @abstractmethod
     def copied(self, site: Site, names: Sequence[str]) -> Sequence[str]:
-        """The tensors that it copies, of all that the site's module holds, by their names there.
+        """Return the tensors to copy, of the `names` that the site's module holds.
 
-        Parameters are trained; buffers, as a batch norm's averages, go with them.
+        Parameters are trained. Buffers, such as a batch norm's averages, are copied too.
         """
 
     @abstractmethod
     def suffix(self, name: str) -> str:
-        """A copy's suffix in a HF PEFT checkpoint."""
+        """Return the suffix of a copy in a HF PEFT checkpoint."""
 
 
 def copies_of(base: nn.Module, method: OverrideMethod, site: Site) -> tuple[Override, ...]:
-    """The tensors that a method trains copies of at a site: of its module, or the bare parameter that it is.
+    """Return the overrides of a method at a site: of tensors of the site's module, or of the bare parameter.
 
-    Rows of the model's embedding are those of the tensor wherever the base uses it, in a tied head too: see
-    `tied_embedding`.
+    Trained rows of the model's embedding replace the tensor's rows wherever the base uses them, also in a tied head:
+    see `tied_embedding`.
     """
     try:
         module, own = site.path, base.get_submodule(site.path).state_dict(keep_vars=True)
@@ -95,10 +95,10 @@ def copies_of(base: nn.Module, method: OverrideMethod, site: Site) -> tuple[Over
 
 
 def tied_embedding(base: nn.Module, method: Method, site: Site) -> str:
-    """HF PEFT's path of the model's tied embedding, where a method trains rows of it at this site; empty elsewhere.
+    """Return HF PEFT's path of the tied embedding, if the method trains rows of it at this site; else "".
 
-    As in HF PEFT: rows of another module that has the same tensor, of T5's `encoder.embed_tokens`, are its alone, if
-    that is named and not the model's embedding (`shared`).
+    As in HF PEFT: another module may have the same tensor, such as T5's `encoder.embed_tokens`. If that module is
+    named, and not the model's embedding (`shared`), its trained rows are used only in that module.
     """
     path = embedding_path(base) if method.rows() and site.kind == "embedding" and ties_embeddings(base) else None
     if path is None or not has_module(base, site.path):
@@ -114,20 +114,20 @@ def tied_embedding(base: nn.Module, method: Method, site: Site) -> str:
 
 
 def tied_paths(base: nn.Module, path: str) -> list[str]:
-    """The modules that have the weight of the one at `path`, itself among them, as HF PEFT's files have their rows."""
+    """Return the paths of all modules that share the weight of the module at `path`, including `path`."""
     weight = base.get_submodule(path).weight
     return [name for name, m in own_modules(base) if m._parameters.get("weight") is weight]
 
 
 def ties_embeddings(base: nn.Module) -> bool:
-    """Whether a model says, as transformers' do, that its embeddings are tied: what HF PEFT goes by.
+    """Return whether a model says, as transformers' do, that its embeddings are tied. HF PEFT goes by this.
 
-    Where a module is tied by hand alone, HF PEFT trains the rows of the one that is named, and the others keep theirs.
+    Where modules are tied only by hand, HF PEFT trains the rows of the named module, and the other modules keep theirs.
     """
     tied = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
     return bool(tied) and getattr(base, "_tied_weights_keys", None) is not None
 
 
 def rows_of(path: str, rows: tuple[int, ...], name: str, module: str = "") -> Override:
-    """Rows of the tensor of this name, as the adapter of a module's own: of the one at `path`."""
+    """Return an override of rows of the tensor `name`, kept in the adapter under the module at `path`."""
     return Override(f"{SAVED}.{path}.{TOKENS}", module, name, rows)

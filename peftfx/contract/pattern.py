@@ -1,11 +1,12 @@
-"""PatternMethod: what a rule does where a graph computes what a pattern's function computes.
+"""PatternMethod: a method that acts where a graph computes what a pattern's function computes.
 
-A pattern is no layer: HF PEFT knows none, and files of such methods are peftfx's own. What such a method does belongs
-into the base's weights where it says how (`folds`), as
+A pattern is not a layer: HF PEFT has no patterns, and files of such methods are peftfx's own. If the method says how
+(`folds`), merging puts its effect into the base's weights, such that
 
     forward(site, x, f(x, *weights), p, training=False) == f(x, *(fold(site, name, w, p) for each name, w))
 
-for the pattern's function `f`. Otherwise it stays in the graph when that is merged, with its parameters as constants.
+for the pattern's function `f`. Otherwise a merged graph keeps the method's operations, with its parameters as
+constants.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from peftfx.sites.site import PATTERN, PatternSite, Site
 
 
 class PatternMethod(Method):
-    """A method that acts at the matches of a pattern, which its class names.
+    """A method that acts at the matches of a pattern. Its class names the pattern.
 
         @dataclass(frozen=True, kw_only=True)
         class Beside(peftfx.PatternMethod):
             peft_type: ClassVar[str] = "BESIDE"
             pattern: ClassVar[peftfx.Pattern] = swiglu
 
-    By default it acts at all of them.
+    By default the method acts at all matches.
     """
 
     pattern: ClassVar[Pattern]
     kinds: ClassVar[frozenset[str]] = frozenset({PATTERN})
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Where it acts by default is the pattern's role."""
+        """Make the pattern's role the default target."""
         super().__init_subclass__(**options)
         own = vars(cls).get("pattern")
         if own is not None and not isinstance(own, Pattern):
@@ -47,35 +48,37 @@ class PatternMethod(Method):
             cls.default_target = own.role
 
     def acts_at(self, site: Site) -> bool:
-        """Whether this is a match of its pattern."""
+        """Return whether `site` is a match of the method's pattern."""
         return site.kind == PATTERN and getattr(site, "pattern", "") == self.pattern.name
 
     @abstractmethod
     def init(self, site: PatternSite, like: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
-        """New parameters; with them `forward` is the identity on `y` if the method is `neutral`.
+        """Return new parameters. With them `forward` is the identity on `y` if the method is `neutral`.
 
-        `site` has the shapes and dtypes of the match's operands; `like`, without elements, has the base's dtype and
+        `site` has the shapes and dtypes of the match's operands. `like` has no elements, and the base's dtype and
         device.
         """
 
     @abstractmethod
     def forward(self, site: PatternSite, x: Tensor, y: Tensor, p: Params, training: bool) -> Tensor:
-        """The adapted value, given the function's first argument and what it gives; shape and dtype of `y`.
+        """Return the adapted value for the function's argument `x` and result `y`, of shape and dtype of `y`.
 
-        `site` is without its path: one trace serves all matches that are alike.
+        `site` has no path, so that one trace serves all equal matches.
         """
 
     def folds(self, site: PatternSite) -> tuple[str, ...]:
-        """Names of the function's arguments, weights or biases of layers, that do all that `forward` does; or none.
+        """Return the names of the function's arguments that can be changed to do all that `forward` does.
 
-        Where one of them is no layer's at a match, or is read by something else too, nothing is folded there.
+        They are weights or biases of layers. Where one of them is not a layer's tensor at a match, or something else
+        reads it too, nothing is folded there. By default there are none, and the method stays in the graph.
         """
         return ()
 
     def fold(self, site: PatternSite, name: str, weight: Tensor, p: Params) -> Tensor:
-        """What stands in the place of an argument that `folds` names: shape of `weight`, in fp32, as `p` is.
+        """Return the new value of an argument that `folds` names: shape of `weight`, in fp32 as `p` is.
 
-        `weight` is as the function reads it. By default it is what `update` says; of a bias, [out], its scale `outer`.
+        `weight` has the layout that the function reads. By default `update` is applied; to a bias, [out], only its
+        scale `outer`.
         """
         update = self.update(site, name, p)
         if weight.ndim == 1:
@@ -83,12 +86,12 @@ class PatternMethod(Method):
         return update.apply(weight)
 
     def update(self, site: PatternSite, name: str, p: Params) -> Update:
-        """What `fold` does to a linear weight, [out, in], as scales and a low-rank sum: for graphs with slots."""
+        """Return what `fold` does to a linear weight, [out, in], as scales and a low-rank sum, for slots."""
         what = f"{type(self).__name__} does not say what it does to {name}, as scales and a low-rank sum"
         raise PeftfxError(what, site.path, f"write {type(self).__name__}.update, or export the adapter merged")
 
     def keys(self, site: PatternSite) -> dict[str, str]:
-        """For each parameter that is saved, its name in files behind the site's path: by default its own."""
+        """Return the name in files of each parameter that is saved, after the site's path: by default its own."""
         return {name: name for name in self.init(site, torch.empty(0, device="meta"), None)}
 
     def naming(self, paths: Any, modules: Any) -> PatternMethod:

@@ -1,4 +1,4 @@
-"""Placed: a rule resolved against a model: where it acts, and what its places share."""
+"""Placed: a rule resolved against a model, with its placements and the tensors that they share."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from peftfx.contract.placement import (
 from peftfx.sharding import is_part
 from peftfx.sites.site import Site
 
-SHARED = "shared_by_rule"  #: the folder in which each rule, by its number, keeps what its places share
+SHARED = "shared_by_rule"  #: the adapter's folder of shared tensors, by the number of the rule
 _P = TypeVar("_P", bound=Placement)
 
 
 class Placements(tuple[Placement, ...]):
-    """Placements of all families, in the order of the rules; and those of each family."""
+    """The placements of all families, in the order of the rules, and those of each family."""
 
     @property
     def weights(self) -> tuple[WeightPlacement, ...]:
-        """Those at weights."""
+        """The placements at weights."""
         return self._of(WeightPlacement)
 
     @property
     def beside_weights(self) -> tuple[Placement, ...]:
-        """Those of all other families."""
+        """The placements that do not belong into a weight: other families, and unfoldable methods."""
         return tuple(placement for placement in self if placement.on_weight is None)
 
     @property
     def attentions(self) -> tuple[AttentionPlacement, ...]:
-        """Those at attentions."""
+        """The placements at attentions."""
         return self._of(AttentionPlacement)
 
     @property
     def patterns(self) -> tuple[PatternPlacement, ...]:
-        """Those at matches of patterns."""
+        """The placements at matches of patterns."""
         return self._of(PatternPlacement)
 
     @property
     def prompts(self) -> tuple[SequencePlacement, ...]:
-        """The soft prompts."""
+        """The placements of soft prompts."""
         return self._of(SequencePlacement)
 
     def _of(self, family: type[_P]) -> tuple[_P, ...]:
@@ -63,9 +63,9 @@ class Placed:
     """A rule resolved against a model.
 
     Attributes:
-        method: as the rule has it.
-        placements: where it acts.
-        overrides: the base's tensors it trains copies of (`modules_to_save`, `bias`).
+        method: the rule's method, with the rule's options.
+        placements: where the method acts.
+        overrides: the base's tensors of which the rule trains copies (`modules_to_save`, `bias`).
     """
 
     method: Method
@@ -74,20 +74,20 @@ class Placed:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites, or the parts of sites, of its placements."""
+        """The sites, or the parts of sites, of the rule's placements."""
         return tuple(p.view for p in self.placements)
 
     def reads(self, placement: Placement, shared: Params) -> dict[str, str]:
-        """Which of what the places share one of them reads: by its name there, the name that it is shared by."""
+        """Return which shared tensors `placement` reads: by its name there, the name that the tensor is shared by."""
         chosen = self.method.shares(self.sites, placement.view) if shared else {}
         return {name: name for name in shared} if chosen is None else chosen
 
 
 def shared_by(rule: Placed, base: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
-    """What the places of a rule share, new.
+    """Return new tensors that the places of a rule share.
 
     Raises:
-        PeftfxError: the method's `shared` gives no tensors by name, or `shared_keys` leaves out what is trained.
+        PeftfxError: the method's `shared` does not give tensors by name, or `shared_keys` leaves out a trained tensor.
     """
     if not rule.placements:
         return {}

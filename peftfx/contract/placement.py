@@ -1,4 +1,4 @@
-"""Placements: where a rule acts, and on what. Each family of methods has a placement of its own."""
+"""Placements: a method at a site, with a class for each family of methods."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Placement(ABC):
     @property
     @abstractmethod
     def key(self) -> str:
-        """Where its parameters are in the adapter."""
+        """The name under which the adapter keeps the placement's parameters."""
 
     @property
     def view(self) -> Site:
@@ -43,48 +43,49 @@ class Placement(ABC):
 
     @property
     def copies(self) -> tuple[Override, ...]:
-        """The base's tensors that the method trains copies of here."""
+        """The tensors of the base that the method trains copies of at this site."""
         return ()
 
     @property
     def known_as(self) -> str:
-        """HF PEFT's path of the place, where that is of another module than the site's: a tied embedding's."""
+        """HF PEFT's path of the place, if that is the path of another module: a tied embedding's. Else empty."""
         return ""
 
     @property
     def on_weight(self) -> WeightPlacement | None:
-        """This placement, where what it does belongs into a weight."""
+        """This placement, if what it does belongs into a weight; else None."""
         return None
 
     @abstractmethod
     def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
-        """New parameters for this place in the base module; not the copies that it has.
+        """Return new parameters for this place in the base module, without its copies.
 
         Raises:
-            PeftfxError: the method's `init` or `keys` give something else than they must.
+            PeftfxError: the method's `init` or `keys` does not give what the contract says.
         """
 
     @abstractmethod
     def suffixes(self) -> dict[str, str]:
-        """For each parameter that is saved, its suffix in a HF PEFT checkpoint."""
+        """Return the suffix in a HF PEFT checkpoint of each parameter that is saved."""
 
     def file_suffixes(self) -> dict[str, str]:
-        """For each tensor of its file, its suffix there."""
+        """Return the suffix in a HF PEFT checkpoint of each tensor that the file has."""
         return self.suffixes()
 
     def whole(self, base: nn.Module, group: Mapping[Self, Params]) -> tuple[Method, Params]:
-        """A method and parameters that do at the whole site what this group of placements does there.
+        """Return a method and parameters that do at the whole site what the placements of `group` do there.
 
         Args:
             base: the base module.
-            group: all placements of a rule at this site, this one among them, with all that the adapter keeps of each.
+            group: all placements of a rule at this site, including this one, with all tensors that the adapter keeps of
+                each.
         """
         return self.method, group[self]
 
 
 @dataclass(frozen=True)
 class WeightPlacement(Placement):
-    """A method at a site with a weight, or at one part of a fused one."""
+    """A method at a site with a weight, or at one part of a fused weight."""
 
     method: WeightMethod
     site: WeightSite
@@ -92,12 +93,12 @@ class WeightPlacement(Placement):
 
     @property
     def key(self) -> str:
-        """The site's path, and the part's role in short."""
+        """The site's path, followed by the last word of the part's role."""
         return self.site.path if self.part is None else f"{self.site.path}.{self.part.role.rpartition('.')[2]}"
 
     @property
     def block(self) -> Block | None:
-        """The rows of the part."""
+        """The rows of the part, or None for the whole weight."""
         return None if self.part is None else Block.of(self.part, self.site.rows)
 
     @property
@@ -106,7 +107,7 @@ class WeightPlacement(Placement):
 
     @property
     def known_as(self) -> str:
-        """HF PEFT's path of the place, where that is of another module than the site's: a tied embedding's."""
+        """HF PEFT's path of the place, if that is the path of another module: a tied embedding's. Else empty."""
         return ""
 
     @property
@@ -115,7 +116,7 @@ class WeightPlacement(Placement):
 
     def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
         with asking(self.method, "init", self.site.path):
-            with unset_fake_temporarily():  # views of tensors that have values have them where new ones have none
+            with unset_fake_temporarily():  # views of real tensors stay real where new tensors are fake
                 own = self.base(*whole_tensors(base, self.site))
             params = self.method.init(self.view, own, rng)
             more = self.method.start(self.view, own, shared or {}, rng)
@@ -127,7 +128,7 @@ class WeightPlacement(Placement):
         return self._suffixes_at(self.site)
 
     def _suffixes_at(self, site: Site) -> dict[str, str]:
-        """Those of the site, as files have it, or of the part, whose shape may make other parameters."""
+        """Return the suffixes for the whole site, as in files, or for the part, which may differ."""
         with asking(self.method, "keys", self.site.path):
             return self.method.keys(site)
 
@@ -135,7 +136,7 @@ class WeightPlacement(Placement):
         return self.method.file_keys(self.site)
 
     def base(self, weight: Tensor, bias: Tensor | None) -> Base:
-        """The site's tensors as the method sees them: [out, in] or [experts, out, in], and the part's rows alone."""
+        """Return the tensors as the method sees them: [out, in] or [experts, out, in], only the part's rows."""
         weight = turned(weight, self.site.transposed)
         if self.block is None:
             return Base(weight, bias)
@@ -159,7 +160,7 @@ class AttentionPlacement(Placement):
 
     @property
     def key(self) -> str:
-        """The path of the attention's module; one without a path computes it itself."""
+        """The path of the attention's module, or `ATTENTION` where the base itself computes the attention."""
         return self.site.path or ATTENTION
 
     def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
@@ -175,14 +176,14 @@ class AttentionPlacement(Placement):
 
 @dataclass(frozen=True)
 class SequencePlacement(Placement):
-    """A soft prompt ahead of the text. Its file has what it computes, and none of its parameters."""
+    """A soft prompt before the text. Its file has the computed prompt, and none of its parameters."""
 
     method: SequenceMethod
     site: SequenceSite
 
     @property
     def key(self) -> str:
-        """There is one stream of tokens."""
+        """`SEQUENCE`, as there is only one stream of tokens."""
         return SEQUENCE
 
     def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
@@ -230,7 +231,7 @@ class OverridePlacement(Placement):
 
     @property
     def key(self) -> str:
-        """The folder of the copies."""
+        """The adapter's folder of the copies."""
         return f"{SAVED}.{self.site.path}"
 
     def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
@@ -242,19 +243,19 @@ class OverridePlacement(Placement):
 
 
 def whole_tensors(base: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
-    """The same as `site_tensors`, gathered where each process has a part of them."""
+    """Return a site's whole weight and bias, gathered where each process has only a part of them."""
     weight, bias = site_tensors(base, site)
     return full(weight), None if bias is None else full(bias)
 
 
 def site_tensors(base: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
-    """The weight, as it is stored, and the bias of a site in the base module."""
+    """Return a site's weight, in its stored layout, and its bias from the base module."""
     weight = getattr(*owner_of(base, site.weight.partition(".")[2]))
     bias = None if site.bias is None else getattr(*owner_of(base, site.bias.partition(".")[2]))
     return weight, bias
 
 
 def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The submodule that holds a tensor of this dotted name, and the name's last part."""
+    """Return the submodule that holds the tensor of this dotted name, and the last part of the name."""
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf

@@ -1,7 +1,7 @@
-"""SequenceMethod: what a rule does ahead of the model's token stream, by virtual tokens or by their keys and values.
+"""SequenceMethod: a method that puts virtual tokens, or keys and values of virtual tokens, before the text.
 
-A sequence method says what fills the hole of an entry (`peftfx/views/entry.py`); the compiler traces that once and
-splices it in. It depends on no input: merging makes a constant of it, whatever encoder it came from.
+A sequence method computes what fills the hole of an entry (`peftfx/views/entry.py`). The compiler traces that once and
+inserts it into the graph. The result depends on no input: merging makes it a constant, whatever encoder computed it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from peftfx.sites.sites import Sites
 from peftfx.views.entry import Entry, VirtualTokens
 from peftfx.views.prefix import Prefix, cache_shape
 
-PROMPT = "prompt_embeddings"  #: HF PEFT's name for what is saved, and ours for a prompt without an encoder
+PROMPT = "prompt_embeddings"  #: HF PEFT's name of the saved tensor, and peftfx's of a prompt without an encoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceMethod(Method):
-    """Soft prompts. They have no target: there is one stream of tokens.
+    """A soft prompt. It has no target, for there is only one stream of tokens.
 
     Args:
         num_virtual_tokens: how many virtual tokens.
         token_dim, num_layers, num_attention_heads, num_transformer_submodules: sizes of the model, by HF PEFT's names;
-            read off the model where they are not given.
+            read from the model where they are not given.
     """
 
     num_virtual_tokens: int = 20
@@ -62,57 +62,57 @@ class SequenceMethod(Method):
 
     @abstractmethod
     def sized(self, base: nn.Module, site: SequenceSite) -> Self:
-        """This method with every size that it was not given read off the model.
+        """Return this method with every missing size read from the model.
 
         Raises:
-            PeftfxError: the model has no place for it, or a size that was given is not the model's.
+            PeftfxError: the model has no place for a soft prompt, or a given size is not the model's.
         """
 
     @abstractmethod
     def init(self, site: SequenceSite, embed: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
-        """New parameters; `embed` is the module that embeds the text. Only a sized method has any."""
+        """Return new parameters. `embed` is the module that embeds the text. Only a sized method has any."""
 
     @abstractmethod
     def saved(self, p: Params, training: bool = False) -> Tensor:
-        """What HF PEFT saves, computed from the parameters, or the parameter `PROMPT` itself where that is all."""
+        """Return the tensor that HF PEFT saves: computed from the parameters, or the parameter `PROMPT` itself."""
 
     def split(self, saved: Tensor) -> dict[str, Tensor]:
-        """The parameters that a saved prompt stands for: one of that name, whatever made it, or those it is made of."""
+        """Return the parameters of a saved prompt: `PROMPT` alone, or those that the prompt is made of."""
         return {PROMPT: saved}
 
     @property
     def splits(self) -> bool:
-        """Whether what is saved tells the parameters, which no file beside it has then."""
+        """Whether the saved tensor tells the parameters, so that no other file needs to hold them."""
         return type(self).split is not SequenceMethod.split
 
     @abstractmethod
     def saved_shape(self) -> tuple[int, ...]:
-        """The shape of what is saved."""
+        """Return the shape of the tensor that HF PEFT saves."""
 
     def written(self, p: Params) -> dict[str, Tensor]:
-        """The tensors of HF PEFT's file, by their names: the saved prompt, or parameters by their own names, too."""
+        """Return the tensors of HF PEFT's file by name: the saved prompt, and further parameters if any."""
         return {PROMPT: self.saved(p)}
 
     def written_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shapes of these."""
+        """Return the shapes of the tensors of `written`."""
         return {PROMPT: self.saved_shape()}
 
     @abstractmethod
     def virtual(self, p: Params, training: bool) -> Tensor:
-        """What fills the hole of this method's entry; with a first axis of rows, where it is another for each."""
+        """Return what fills the hole of the method's entry. It has a first axis of rows where rows differ."""
 
     @abstractmethod
     def entry(self, base: nn.Module, site: SequenceSite) -> Entry:
-        """The way into the base that this method takes."""
+        """Return the entry by which this method gets its virtual tokens into the base."""
 
     @property
     def submodules(self) -> int:
-        """HF PEFT counts virtual tokens twice where there are an encoder and a decoder."""
+        """How often HF PEFT counts the virtual tokens: twice for an encoder with a decoder, else once."""
         return self.num_transformer_submodules or 1
 
 
 class PromptMethod(SequenceMethod):
-    """Virtual tokens ahead of the text; HF PEFT's table has as many more rows for a decoder, which are never read."""
+    """Virtual tokens before the text. For a decoder HF PEFT's table has as many rows again, which are never read."""
 
     def saved_shape(self) -> tuple[int, ...]:
         assert self.token_dim is not None
@@ -129,7 +129,7 @@ _M = TypeVar("_M", bound=SequenceMethod)
 
 
 def sequence_site(base: nn.Module, sites: Sites) -> SequenceSite:
-    """The stream of tokens as a site: the argument that holds the ids, and the table that embeds them.
+    """Return the stream of tokens as a site: the argument that holds the ids, and the table that embeds them.
 
     Raises:
         PeftfxError: the model embeds no text.
@@ -147,7 +147,7 @@ def sequence_site(base: nn.Module, sites: Sites) -> SequenceSite:
 
 
 def size_of(base: nn.Module, *names: str) -> int | None:
-    """The first of these fields that the config of the model's text has."""
+    """Return the first of the fields `names` that the config of the model's text has."""
     config = getattr(base, "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     values = (getattr(text, name, None) for name in names)
@@ -155,7 +155,7 @@ def size_of(base: nn.Module, *names: str) -> int | None:
 
 
 def with_text_sizes(method: _M, base: nn.Module, site: Site) -> _M:
-    """A method of virtual tokens with the model's sizes; those that no virtual token needs are HF PEFT's to read."""
+    """Return a method of virtual tokens with the model's sizes. Some sizes are only for HF PEFT to read."""
     width = site.shape[1]
     if method.token_dim not in (None, width):
         what = f"the model's embeddings have {width} features, not {method.token_dim}"
@@ -170,7 +170,7 @@ def with_text_sizes(method: _M, base: nn.Module, site: Site) -> _M:
 
 
 def virtual_tokens(count: int, base: nn.Module, site: SequenceSite) -> VirtualTokens:
-    """The entry of so many virtual tokens."""
+    """Return the entry of `count` virtual tokens."""
     return VirtualTokens(
         (count, site.shape[1]),
         stream_dtype(base, site),
@@ -183,7 +183,7 @@ def virtual_tokens(count: int, base: nn.Module, site: SequenceSite) -> VirtualTo
 
 
 def prefix(count: int, base: nn.Module, site: SequenceSite) -> Prefix:
-    """The entry of the keys and values of so many virtual tokens, in each layer.
+    """Return the entry of the keys and values of `count` virtual tokens, in each layer.
 
     Raises:
         PeftfxError: the model keeps no keys and values.
@@ -195,33 +195,33 @@ def prefix(count: int, base: nn.Module, site: SequenceSite) -> Prefix:
 
 
 _SEQ_TO_SEQ = "text2text-generation"
-_WITHOUT_TYPES = ("text-generation", "feature-extraction", _SEQ_TO_SEQ)  #: HF PEFT takes no token types there
+_WITHOUT_TYPES = ("text-generation", "feature-extraction", _SEQ_TO_SEQ)  #: HF PEFT takes no token types for these tasks
 
 
 def untyped(base: nn.Module) -> frozenset[str]:
-    """The arguments that HF PEFT does not pass on under a soft prompt, by what the model is for."""
+    """Return the arguments that HF PEFT does not pass on under a soft prompt, by the model's task."""
     return frozenset({"token_type_ids"} if task_of(base) in _WITHOUT_TYPES else ())
 
 
 def stream_dtype(base: nn.Module, site: SequenceSite) -> torch.dtype:
-    """The dtype of the embedded text."""
+    """Return the dtype of the embedded text."""
     weight = base.get_submodule(site.embedding).weight
     assert isinstance(weight, Tensor)
     return weight.dtype
 
 
 def submodules_of(base: nn.Module) -> int:
-    """How many parts HF PEFT counts in the model: an encoder and a decoder of text are two."""
+    """Return how many parts HF PEFT counts in the model: an encoder and a decoder of text are two."""
     return 2 if task_of(base) == _SEQ_TO_SEQ else 1
 
 
 def encodes_and_decodes(base: nn.Module) -> bool:
-    """Whether the model has an encoder and a decoder of text."""
+    """Return whether the model has an encoder and a decoder of text."""
     return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
 
 
 def plain_token(base: nn.Module, vocabulary: int) -> int:
-    """The first id to which no config of the model gives a meaning of its own."""
+    """Return the first token id to which no config of the model gives a special meaning."""
     special = set(_special_tokens(base))
     return next((i for i in range(vocabulary) if i not in special), 0)
 
@@ -246,13 +246,13 @@ def _owns_weight(base: nn.Module, path: str) -> bool:
 
 
 def embedding_path(base: nn.Module) -> str | None:
-    """The path of the module that embeds the model's text, the first of those that lead to it; None if none is told."""
+    """Return the path of the module that embeds the model's text, or None if the model does not tell it."""
     wanted = input_embeddings(base)
     return None if wanted is None else next((path for path, m in own_modules(base) if m is wanted), None)
 
 
 def input_embeddings(base: nn.Module) -> nn.Module | None:
-    """The module that transformers calls the model's input embeddings; nothing for a model that tells of none."""
+    """Return the module that transformers calls the model's input embeddings, or None."""
     try:
         return base.get_input_embeddings()  # type: ignore[operator, no-any-return]
     except (AttributeError, NotImplementedError):

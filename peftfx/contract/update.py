@@ -1,12 +1,12 @@
-"""Update: what a method does to a weight, as scales and a low-rank sum: what a graph can be given when it runs.
+"""Update: what a method does to a weight, as scales and a low-rank sum. Graphs with slots take this form.
 
     W' = diag(outer) W diag(inner) + B A        b' = bias
 
-At an embedding `W` is [dim, num], as it is for a number in the form of a vector of zeros and a one. At a conv `A` is a
-conv of one group, [r, in, *kernel], and `B A` its product with [out, r].
+At an embedding `W` is [dim, num], as if each id were a one-hot vector. At a conv `A` is a conv of one group, [r, in,
+*kernel], and `B A` its product with `B`, [out, r].
 
-Updates are closed under composition: one after another is one again. So any number of adapters at a site is one update,
-and a graph that has a place for one serves them all.
+Updates are closed under composition: two updates in turn are again one update. So any number of adapters at a site is
+one update, and a graph with inputs for one update serves them all.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from peftfx.sites.site import Site
 
 @dataclass(frozen=True)
 class Update:
-    """Scales and a low-rank sum; what is None changes nothing.
+    """Scales and a low-rank sum that change a weight. A field that is None changes nothing.
 
     Attributes:
         inner: [in], a factor of each column.
         outer: [out], a factor of each row of the base's weight.
         a: [r, in], or [r, in, *kernel].
-        b: [out, r], every scale of the method in it.
-        bias: [out], what takes the place of the base's bias.
+        b: [out, r], with every scale of the method multiplied in.
+        bias: [out], which replaces the base's bias.
     """
 
     inner: Tensor | None = None
@@ -43,7 +43,7 @@ class Update:
     bias: Tensor | None = None
 
     def then(self, later: Update) -> Update:
-        """This update, and a later one of what it gives."""
+        """Return this update followed by the update `later`, as one update."""
         a, b = self.a, self.b
         if a is not None and b is not None:
             a = a if later.inner is None else a * along_columns(later.inner, a, groups=1)
@@ -57,15 +57,15 @@ class Update:
         )
 
     def turned(self) -> Update:
-        """What this update of a weight is to the weight transposed; neither has a bias."""
+        """Return this update of a weight as an update of the transposed weight. Neither has a bias."""
         a, b = (None if t is None else t.T for t in (self.b, self.a))
         return Update(inner=self.outer, outer=self.inner, a=a, b=b)
 
     def spread(self, block: Block, rows: int, where: str) -> Update:
-        """This update of some rows as one of a whole weight.
+        """Return this update of the rows of `block` as an update of a whole weight of `rows` rows.
 
         Raises:
-            PeftfxError: it scales what only these rows read.
+            PeftfxError: the update scales the input of only these rows.
         """
         if self.inner is not None:
             what = "this scales the input of some rows of a weight, and there is no such scale for the whole weight"
@@ -75,7 +75,7 @@ class Update:
         return dataclasses.replace(self, outer=outer, b=b)
 
     def factors(self, site: Site) -> tuple[Tensor | None, Tensor | None]:
-        """A and B as a slot of this site has them."""
+        """Return A and B in the layout of a slot of this site."""
         if self.a is None or self.b is None:
             return None, None
         if site.kind == "conv":
@@ -83,7 +83,7 @@ class Update:
         return self.a.T, self.b.T
 
     def apply(self, weight: Tensor) -> Tensor:
-        """The updated weight of a linear layer, [out, in]."""
+        """Return the updated weight of a linear layer, [out, in]."""
         weight = weight if self.inner is None else weight * self.inner
         weight = weight if self.outer is None else weight * self.outer[:, None]
         return weight if self.a is None or self.b is None else weight + self.b @ self.a

@@ -145,7 +145,7 @@ class Optional(Scale):
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
-        (Half, r"Half is no whole method(?s:.*)fold: Base: The adapted weight(?s:.*)default_target: where it acts"),
+        (Half, r"Half is no whole method(?s:.*)fold: Base: the adapted weight(?s:.*)default_target: where it acts"),
         (Nameless, r"Nameless is no whole method(?s:.*)peft_type: its name in files"),
         (Optional, r"Optional has options \(size\) and is no dataclass"),
     ],
@@ -166,7 +166,7 @@ WRONG: Mapping[str, tuple[Members, str]] = {
         {"init": lambda *_: {"double": torch.ones(2)}},
         r"calls a tensor 'double', which every torch",
     ),
-    "init needs a name": ({"init": lambda *_: {}["x"]}, r"Wrong\.init failed with KeyError(?s:.*)New parameters"),
+    "init needs a name": ({"init": lambda *_: {}["x"]}, r"Wrong\.init failed with KeyError(?s:.*)new parameters"),
     "keys gives a list": (
         {"keys": lambda *_: ["l"]},
         r"Wrong\.keys gave \['l'\](?s:.*)keys must give dict\[str, str\]",
@@ -193,7 +193,7 @@ def test_what_a_member_gives_is_told_by_its_name(members: Members, words: str) -
 def test_a_fold_that_gives_no_weight_is_told_by_its_name() -> None:
     cls = type("Wrong", (Scale,), {"fold": lambda s, site, base, p: base.weight})
     ours = peftfx.transform(model(), cls(), inputs={"input": X})
-    with pytest.raises(PeftfxError, match=r"Wrong\.fold gave(?s:.*)fold must give Base: The adapted weight and bias"):
+    with pytest.raises(PeftfxError, match=r"Wrong\.fold gave(?s:.*)fold must give Base: the adapted weight and bias"):
         ours.merge()
 
 

@@ -1,1 +1,1 @@
-"""Arithmetic that several methods have in common."""
+"""Arithmetic that several methods share."""

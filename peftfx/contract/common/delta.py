@@ -1,4 +1,4 @@
-"""DeltaMethod: an update that is added to the weight, whatever it is computed from; and those of LyCORIS."""
+"""DeltaMethod: a method that adds an update to a weight. LycorisMethod: the base class of LyCORIS's methods."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from peftfx.sites.site import Site
 
 
 class DeltaMethod(WeightMethod):
-    """A weight method that says what it adds: `forward` is `y + op(x, delta)`, and `fold` is `W + delta`."""
+    """A weight method that adds an update: `forward` is `y + op(x, delta)`, and `fold` is `W + delta`."""
 
     @abstractmethod
     def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
-        """What is added to a weight, in the weight's shape."""
+        """Return the update that is added to a weight, in the weight's shape."""
 
     def trained_delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
-        """What is added in training, where something of it is drawn anew in each call."""
+        """Return the update for a call in training, where a method may draw a random part anew."""
         return self.delta(site, weight, p)
 
     @property
@@ -48,15 +48,15 @@ class DeltaMethod(WeightMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class LycorisMethod(DeltaMethod):
-    """What LyCORIS's methods share: ranks and scales by path, two dropouts of the update, and the shape of a conv's.
+    """The base class of LyCORIS's methods: ranks and scales by path, two dropouts of the update, conv factors.
 
     Args:
         r: rank of a product of two factors.
         alpha: numerator of the scale, `alpha / r`.
-        rank_dropout: the share of the update's rows that training leaves out.
-        module_dropout: how often training leaves all of it out.
+        rank_dropout: the probability with which each call in training leaves out a row of the update.
+        module_dropout: the probability with which a call in training leaves out the whole update.
         use_effective_conv2d: give a conv a core of its kernel's size, and factors for its channels.
-        rank_pattern, alpha_pattern: other `r` and `alpha` for module paths that match a key.
+        rank_pattern, alpha_pattern: other values of `r` and `alpha` for module paths that match a key.
     """
 
     r: int = 8
@@ -77,7 +77,7 @@ class LycorisMethod(DeltaMethod):
 
     @property
     def scaling(self) -> float:
-        """The factor of the update."""
+        """The factor that the update is multiplied by, `alpha / r`."""
         return self.alpha / self.r
 
     def at(self, site: Site) -> Self:
@@ -90,7 +90,7 @@ class LycorisMethod(DeltaMethod):
         return dataclasses.replace(self, rank_pattern=ranks, alpha_pattern=alphas)
 
     def of_weight(self, site: Site, weight: Tensor, update: Tensor) -> Tensor:
-        """An update as computed, scaled and in the weight's shape."""
+        """Return the computed `update`, scaled and in the weight's shape."""
         shape = (*weight.shape[:1], -1, *site.shape[2:]) if site.kind == "conv" else weight.shape
         delta = (update * self.scaling).reshape(shape)
         if delta.shape[1] == weight.shape[1]:
@@ -99,17 +99,17 @@ class LycorisMethod(DeltaMethod):
 
 
 def in_dtype(output: Tensor, computed: torch.dtype, own: torch.dtype) -> Tensor:
-    """What was computed in one dtype, in the one that the site gives: its own, or autocast's where that was on."""
+    """Convert an output computed in dtype `computed` to the site's dtype `own`. Autocast's dtype is left."""
     return output.to(own) if output.dtype == computed else output
 
 
 def kept(like: Tensor, dropout: float) -> Tensor:
-    """1, or in training and by this chance 0; a number is drawn whatever the chance, as in HF PEFT."""
+    """Return 1, or 0 with probability `dropout`. As in HF PEFT, a number is drawn whatever the probability."""
     return (torch.rand(1, device=like.device) > dropout).to(like.dtype)
 
 
 def dropped_rows(delta: Tensor, dropout: float, *, rescaled: bool = True) -> Tensor:
-    """LyCORIS's dropout of an update's rows in training."""
+    """Apply LyCORIS's dropout to an update's rows, in training."""
     if not dropout:
         return delta
     rows = (torch.rand(delta.shape[0], device=delta.device) > dropout).to(delta.dtype)
@@ -118,5 +118,5 @@ def dropped_rows(delta: Tensor, dropout: float, *, rescaled: bool = True) -> Ten
 
 
 def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
-    """An input behind a method's dropout."""
+    """Apply a method's dropout to its input `x`, only in training."""
     return F.dropout(x, probability, training=True) if training and probability else x

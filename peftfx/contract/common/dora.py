@@ -1,4 +1,4 @@
-"""DoRA's magnitude: the norm of each output row of a weight, learned apart from the row's direction."""
+"""DoRA's magnitude: the norm of each output row of a weight, learned separately from the row's direction."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.sites.site import Site
 
-#: How many values of a weight are updated at once: on a CPU so many that they stay in its cache.
+#: How many values of a weight are updated at once. On a CPU they fit into its cache.
 _PIECE = {"cpu": 2**18, "other": 2**24}
 
 
 def row_norms(site: Site, weight: Tensor) -> Tensor:
-    """The norm of each output row, in the shape in which HF PEFT stores the magnitude."""
+    """Return the norm of each output row, in the shape in which HF PEFT stores the magnitude."""
     if site.kind == "embedding":
         return torch.linalg.vector_norm(weight, dim=0)
     if site.kind == "linear":
@@ -22,10 +22,10 @@ def row_norms(site: Site, weight: Tensor) -> Tensor:
 
 
 def updated_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The norm of each row of `W + s B A`, of a linear site.
+    """Return the norm of each row of `W + s B A`, for a linear site.
 
-    A large weight is updated some rows at a time, in memory that is used again: it is read once, and no second one of
-    its size is made. What is compiled or traced is one expression.
+    A large weight is updated some rows at a time, in memory that is used again: the weight is read once, and no second
+    tensor of its size is made. Compiled and traced calls compute one whole expression.
     """
     piece = _PIECE["cpu" if weight.device.type == "cpu" else "other"]
     if weight.numel() <= piece or isinstance(weight, FakeTensor) or torch.compiler.is_compiling():
@@ -36,5 +36,5 @@ def updated_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tenso
 
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """The factor of each output row that gives it its magnitude; the norm is a constant in the gradient."""
+    """Return the factor of each output row that gives the row its magnitude. The norm is a constant in the gradient."""
     return magnitude.flatten() / norms.detach().flatten()

@@ -1,7 +1,7 @@
-"""LoRA on a stack of experts' weights, as HF PEFT's `target_parameters` has it: its factors, start and limits.
+"""LoRA on a stack of experts' weights, as in HF PEFT's `target_parameters`: its factors, start and limits.
 
-The update of expert e is `s B_e A_e`. The factors of all are kept as HF PEFT keeps them: of A, [experts * r, in],
-the rows of one expert lie together; of B, [out, r * experts], the columns of one lie apart.
+The update of expert e is `s B_e A_e`. The factors of all experts are stored as in HF PEFT. In A, [experts * r, in], the
+rows of one expert are adjacent. In B, [out, r * experts], the columns of one expert are `experts` columns apart.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from peftfx.sites.site import Site
 
 
 def of_experts(count: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of each of so many experts, [experts, r, in] and [experts, out, r]."""
+    """Split joint factors into those of each of `count` experts, [experts, r, in] and [experts, out, r]."""
     return a.unflatten(0, (count, -1)), b.unflatten(1, (-1, count)).permute(2, 0, 1)
 
 
 def of_parts(count: int, rows: int, parts: Sequence[tuple[Rows, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Factors of whole weights of so many rows from those of some rows each: A stacked, B block-structured."""
+    """Join the factors of parts into factors of whole weights of `rows` rows: A stacked, B block-structured."""
     each = [(index, *of_experts(count, a, b)) for index, a, b in parts]
     down = torch.cat([a for _, a, _ in each], 1)
     up = down.new_zeros(count, rows, down.shape[1])
@@ -36,7 +36,7 @@ def of_parts(count: int, rows: int, parts: Sequence[tuple[Rows, Tensor, Tensor]]
 
 
 def fill_experts(how: bool | str, r: int, a: Tensor, b: Tensor, rng: torch.Generator | None) -> None:
-    """Random factors in place of zeros, of all experts at once, as HF PEFT draws them."""
+    """Fill the zero factors of all experts with random numbers, as HF PEFT draws them."""
     if how == "gaussian":
         a.normal_(std=1 / r, generator=rng)
         return

@@ -1,4 +1,4 @@
-"""FactoredMethod: a low-rank update of a linear weight, whatever its two factors are computed from."""
+"""FactoredMethod: a method whose update of a linear weight is the product of two low-rank factors."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from peftfx.sites.site import Site
 
 
 class FactoredMethod(WeightMethod):
-    """A weight method that says its factors: `forward` is `y + B A drop(x)`, and `fold` is `W + B A`."""
+    """A weight method that gives two factors: `forward` is `y + B A drop(x)`, and `fold` is `W + B A`."""
 
     @abstractmethod
     def factors(self, base: Base, p: Params) -> tuple[Tensor, Tensor]:
-        """`A` [r, in] and `B` [out, r], every scale in them."""
+        """Return `A` [r, in] and `B` [out, r], with every scale multiplied in."""
 
     @property
     def input_dropout(self) -> float:
-        """The dropout on the adapter's input in training."""
+        """The rate of the dropout on the adapter's input in training."""
         return 0.0
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:

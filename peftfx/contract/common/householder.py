@@ -1,4 +1,4 @@
-"""The orthonormal factor of a tall matrix by reflections: LAPACK's, signs included, in operators that ONNX has."""
+"""The orthonormal factor of a tall matrix, with LAPACK's reflections and signs, in operators that ONNX has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def orthonormal(p: Tensor) -> Tensor:
-    """Q of `p = Q R`, [rows, columns] with no more columns than rows, as `torch.linalg.qr` gives it."""
+    """Return Q of `p = Q R`, [rows, columns], as `torch.linalg.qr` gives it. There are no more columns than rows."""
     rows, columns = p.shape
     vectors: list[Tensor] = []
     for i in range(columns):

@@ -1,4 +1,4 @@
-"""LoRA's factors by their names: set out, joined with those of the start, and stacked for a fused site."""
+"""LoRA's factors by name: expanded from blocks, joined with the factors of the start, stacked for a fused site."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ DIAG = "lora_diag"  #: KaSA's diagonal between the factors
 
 
 class DiagonalBlocks(NamedTuple):
-    """BD-LoRA: which factor is blocks on a diagonal, kept one below the other, and how many they are."""
+    """BD-LoRA: the name of the block-diagonal factor, and its number of blocks, stored one below the other."""
 
     factor: str
     number: int
 
     @staticmethod
     def at(config: Mapping[str, object] | None, path: str) -> DiagonalBlocks | None:
-        """What HF PEFT's config says of the layer at a path: a pattern is found anywhere in it.
+        """Read HF PEFT's config for the layer at `path`. A pattern matches anywhere in the path.
 
         Raises:
-            PeftfxError: it says both factors, or none where each layer must have one, or no number of blocks.
+            PeftfxError: the config names both factors for the layer, or neither where each layer must have one, or
+                `nblocks` is not a whole number of 1 or more.
         """
         if config is None:
             return None
@@ -47,14 +48,14 @@ class DiagonalBlocks(NamedTuple):
         return DiagonalBlocks(found[0], count) if found else None
 
     def config(self) -> dict[str, object]:
-        """HF PEFT's config of a layer that has these."""
+        """Return HF PEFT's config of a layer with these blocks."""
         return {"target_modules_bd_a" if self.factor == A else "target_modules_bd_b": [""], "nblocks": self.number}
 
     def shape(self, rows: int, columns: int, where: str) -> tuple[int, int]:
-        """Of the blocks of a factor of this shape, one below the other.
+        """Return the shape of the stored blocks of a factor of `rows` x `columns`.
 
         Raises:
-            PeftfxError: it is not cut into so many.
+            PeftfxError: the number of blocks does not divide the factor's shape.
         """
         if rows % self.number or columns % self.number:
             what = f"{self.number} blocks do not divide a factor of {rows} x {columns}"
@@ -62,7 +63,7 @@ class DiagonalBlocks(NamedTuple):
         return rows, columns // self.number
 
     def set_out(self, blocks: Tensor) -> Tensor:
-        """The whole factor."""
+        """Return the whole factor, with `blocks` on its diagonal and zeros elsewhere."""
         each = blocks.unflatten(0, (self.number, -1))  # [blocks, rows, columns]
         eye = torch.eye(self.number, dtype=blocks.dtype, device=blocks.device)
         return (each[:, :, None] * eye[:, None, :, None]).flatten(2).flatten(0, 1)
@@ -73,7 +74,7 @@ def _listed(given: object) -> Sequence[object]:
 
 
 def set_out(p: Params, blocks: DiagonalBlocks | None) -> Params:
-    """Parameters as a plain LoRA has them: blocks on their diagonal, and a diagonal multiplied into A."""
+    """Return the parameters of a plain LoRA: blocks expanded, and KaSA's diagonal multiplied into A."""
     if blocks is not None:
         p = {**p, blocks.factor: blocks.set_out(p[blocks.factor])}
     if DIAG in p:
@@ -82,10 +83,10 @@ def set_out(p: Params, blocks: DiagonalBlocks | None) -> Params:
 
 
 def dropped_part(weight: Tensor, r: int, where: str) -> tuple[Tensor, Tensor]:
-    """KaSA: factors of what a weight has of its smallest singular values, [r, in] and [out, r].
+    """Return KaSA's factors of the part of a weight with the `r` smallest singular values, [r, in] and [out, r].
 
     Raises:
-        PeftfxError: nothing is left beside them.
+        PeftfxError: the weight has no further singular values.
     """
     if r >= min(weight.shape):
         what = f"KaSA leaves out {r} singular values, and a weight of {list(weight.shape)} has {min(weight.shape)}"
@@ -95,17 +96,17 @@ def dropped_part(weight: Tensor, r: int, where: str) -> tuple[Tensor, Tensor]:
 
 
 def joined(p: Params) -> dict[str, Tensor]:
-    """Factors whose product is `B A - B0 A0`."""
+    """Return factors whose product is `B A - B0 A0`."""
     both = {A: torch.cat([p[A], p[A0]]), B: torch.cat([p[B], -p[B0]], 1)}
     return {name: both.get(name, t) for name, t in p.items() if name not in (A0, B0)}
 
 
 def stacked_factors(site: Site, weight: Tensor, parts: Mapping[Rows, Params]) -> dict[str, Tensor]:
-    """One LoRA of a fused site that does what those of its parts do: A stacked, B block-structured.
+    """Return one LoRA of a fused site that equals the LoRAs of its parts: A stacked, B block-structured.
 
     Args:
-        weight: the whole site's, [out, in, *kernel]; where there are magnitudes, those of rows without a part are its.
-        parts: the parameters of each part by its rows, all of one rank.
+        weight: the whole site's weight, [out, in, *kernel]. In DoRA, rows without a part get their magnitudes from it.
+        parts: the parameters of each part, by the part's rows; all parts have the same rank.
     """
     if site.kind == EXPERTS:
         factors = [(rows, q[A], q[B]) for rows, q in parts.items()]

@@ -1,4 +1,4 @@
-"""What LoRA's factors are at the start: HF PEFT's initialisations, at random or from the weight itself."""
+"""How LoRA's factors start: HF PEFT's initialisations, at random or from the weight itself."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from peftfx.sites.site import Site
 
 Start = bool | str
 """True (Kaiming A, zero B), False (both random), `gaussian`, `orthogonal`, `pissa`, `pissa_niter_[n]`, `olora`, `mica`;
-in files also what needs data to begin, `eva` and `lora_ga`."""
+in files also `eva` and `lora_ga`, which need data to start."""
 
 _NAMED = ("gaussian", "orthogonal", "pissa", "olora", "mica")
 _NEEDS_DATA = {"eva": "activations", "lora_ga": "gradients"}
 _MOVES_BASE = {"corda": "covariances", "loftq": "a quantisation of the base"}
 
 
-#: Fields of HF PEFT's config whose LoRAs are no LoRAs of this repository, why, and what to do.
+#: Fields of HF PEFT's config that make a LoRA which peftfx refuses: why, and what to do.
 REFUSED = {
     "arrow_config": "Arrow mixes several LoRAs by each token, and no weight does that; make one LoRA active at a time",
     "ensure_weight_tying": "copies of a tied weight are tied again by it, and copies here are their modules' own; "
@@ -38,10 +38,10 @@ REFUSED = {
 
 
 def known_start(how: Start) -> Start:
-    """A start by its name in lower case.
+    """Return a start as a bool, or as a known name in lower case.
 
     Raises:
-        PeftfxError: HF PEFT has no such name, or with this start its files do not say what was trained.
+        PeftfxError: HF PEFT has no such start, or files of adapters with this start lack what was changed in the base.
     """
     if isinstance(how, bool):
         return how
@@ -57,7 +57,7 @@ def known_start(how: Start) -> Start:
 
 
 def refuse_together(dora: bool, invocation: object, blocks: object, kasa: object) -> None:
-    """Refuse several variants of LoRA at once, as HF PEFT does."""
+    """Refuse several variants of LoRA in one rule, as HF PEFT does."""
     given = {"use_dora": dora or None, "alora_invocation_tokens": invocation, "use_bdlora": blocks, "kasa_config": kasa}
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
@@ -66,7 +66,7 @@ def refuse_together(dora: bool, invocation: object, blocks: object, kasa: object
 
 
 def obstacle_of(how: Start, ranks: Iterable[int]) -> PeftfxError | None:
-    """Why no new adapter can have this start here."""
+    """Return an error that says why no new adapter can have this start here, or None."""
     if how in _NEEDS_DATA:
         what = f"{how} starts from {_NEEDS_DATA[str(how)]} on data, which peftfx does not gather"
         hint = "start it with peft, save it, and load that; or take another start, as 'pissa'"
@@ -77,7 +77,7 @@ def obstacle_of(how: Start, ranks: Iterable[int]) -> PeftfxError | None:
 
 
 def doubt_of(how: Start) -> str:
-    """Why a file of this start may not give what was trained; empty where it does."""
+    """Return why a file with this start may not give what was trained. Empty if the file gives it."""
     if how == "lora_ga":
         return "lora_ga moves the base's weights in training, and not on loading, where HF PEFT leaves them too"
     if is_random(how):
@@ -86,17 +86,17 @@ def doubt_of(how: Start) -> str:
 
 
 def is_random(how: Start) -> bool:
-    """Whether the start is a random approximation of the weight: made again, it is another."""
+    """Return whether the start is a random approximation of the weight, which differs each time."""
     return isinstance(how, str) and how.startswith("pissa_niter_")
 
 
 def starts_from_weight(how: Start) -> bool:
-    """Whether the factors at the start are some of the weight, which the update then is without."""
+    """Return whether the factors start as a part of the weight. The update then subtracts that part."""
     return isinstance(how, str) and how.startswith(("pissa", "olora"))
 
 
 def fill_factors(how: Start, site: Site, a: Tensor, b: Tensor, rng: torch.Generator | None) -> None:
-    """Random factors, in place of zeros; one of the two stays zero where the update is to start as nothing."""
+    """Fill zero factors with random numbers. One factor stays zero where the update is to start as zero."""
     if site.kind == "embedding":
         b.normal_(generator=rng)
         if how is False:
@@ -112,7 +112,7 @@ def fill_factors(how: Start, site: Site, a: Tensor, b: Tensor, rng: torch.Genera
 
 
 def _orthogonal(site: Site, a: Tensor, b: Tensor, rng: torch.Generator | None) -> None:
-    """Random factors whose product is nothing: rows of one rotation, these for A and those for B, are orthogonal."""
+    """Fill factors whose product is zero: A and B use different rows of one rotation, which are orthogonal."""
     if site.kind != "linear":
         hint = "leave convs and embeddings out of this rule"
         raise PeftfxError(f"an orthogonal start is for linear weights, not for a {site.kind}", site.path, hint)
@@ -126,7 +126,7 @@ def _orthogonal(site: Site, a: Tensor, b: Tensor, rng: torch.Generator | None) -
 
 
 def minor_of(site: Site, weight: Tensor, r: int) -> Tensor:
-    """MiCA's B: the left singular vectors of the smallest singular values."""
+    """Return MiCA's B: the left singular vectors of the `r` smallest singular values."""
     if site.kind != "linear" or r > min(weight.shape):
         what = f"mica needs a linear weight of rank {r} or more, not a {site.kind} of {list(weight.shape)}"
         raise PeftfxError(what, site.path, "leave it out of this rule, or lower the rank")
@@ -134,7 +134,7 @@ def minor_of(site: Site, weight: Tensor, r: int) -> Tensor:
 
 
 def factors_of(how: Start, site: Site, weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A and B with `s B A` (PiSSA) or `B A` (OLoRA) the best or the orthogonal low-rank part of `weight`."""
+    """Return A and B: `s B A` (PiSSA) is the best, `B A` (OLoRA) the orthogonal low-rank part of `weight`."""
     if site.kind != "linear":
         hint = "leave convs and embeddings out of this rule"
         raise PeftfxError(f"{how} starts from a linear weight, not from a {site.kind}", site.path, hint)
@@ -146,7 +146,7 @@ def factors_of(how: Start, site: Site, weight: Tensor, r: int, scaling: float) -
     else:
         niter = int(str(how).rpartition("_")[2])
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
-            torch.manual_seed(0)  # an adapter that starts from the same seed must be the same, and a file that is read
+            torch.manual_seed(0)  # the same start must give the same adapter each time, also for a file that is read
             u, s, v = torch.svd_lowrank(weight, r, niter=niter)
         vh = v.T
     root = torch.sqrt(s[:r] / scaling)

@@ -1,4 +1,4 @@
-"""What methods of low-rank updates have in common: the product of their factors, and its sums."""
+"""What methods of low-rank updates share: the product of two factors, sums of updates, and checks of options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLUMNS = 16
 
 
 def padding_in_peft(module: nn.Module) -> str:
-    """Why HF PEFT pads an adapter's input in another way than a conv pads its own; empty where it does not."""
+    """Return why HF PEFT pads an adapter's input differently from the conv itself. Empty if both pad alike."""
     how, padding = getattr(module, "padding_mode", "zeros"), getattr(module, "padding", 0)
     if how == "zeros" or padding == "valid" or not any(padding if isinstance(padding, tuple) else (padding,)):
         return ""
@@ -28,7 +28,7 @@ def padding_in_peft(module: nn.Module) -> str:
 
 
 def product(site: Site, a: Tensor, b: Tensor) -> Tensor:
-    """`B A` in the shape of the site's weight."""
+    """Return `B A` in the shape of the site's weight."""
     if site.kind == "linear":
         return b @ a
     if site.kind == EXPERTS:
@@ -43,16 +43,16 @@ def product(site: Site, a: Tensor, b: Tensor) -> Tensor:
 
 
 def is_narrow(x: Tensor, a: Tensor) -> bool:
-    """Whether `through_narrow` is the cheaper way of `B(A(x))`: on a CPU, whose products want 16 columns at once."""
+    """Return whether `through_narrow` computes `B(A(x))` faster: on a CPU, whose products want 16 columns at once."""
     traced = isinstance(x, FakeTensor) or torch.compiler.is_compiling()
     return len(a) < _COLUMNS and x.device.type == "cpu" and not traced and not torch.is_autocast_enabled("cpu")
 
 
 def through_narrow(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """`B(s A(x))` of vectors along the last axis, through few ranks, in training.
+    """Return `B(s A(x))` of vectors along the last axis, for a small rank, in training.
 
-    The ranks are rows, and not columns, of what is computed on the way, forward and backward. So all products are wide
-    ones, which take half the time of narrow ones.
+    The ranks are the rows, not the columns, of all intermediate results, forward and backward. So all matrix products
+    are wide. They take half the time of narrow products.
     """
     y: Tensor = _Narrow.apply(x.reshape(-1, x.shape[-1]), a, b, scaling)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], len(b))
@@ -69,7 +69,7 @@ class _Narrow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, a, b, low = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient of gradients is asked for, and `low` is neither input nor output
+        if torch.is_grad_enabled():  # for a gradient of gradients, as `low` is neither an input nor an output
             low = ctx.scaling * (a @ x.T)
         for_x, for_a, for_b, _ = ctx.needs_input_grad
         through = ctx.scaling * (b.T @ y.T)
@@ -77,7 +77,7 @@ class _Narrow(torch.autograd.Function):
 
 
 def dense(weight: Tensor, groups: int) -> Tensor:
-    """A grouped conv's [out, in / groups, *kernel] weight as that of the same conv in one group."""
+    """Return the weight of a grouped conv, [out, in / groups, *kernel], as that of the same conv in one group."""
     if groups == 1:
         return weight
     out, inner = weight.shape[0] // groups, weight.shape[1]
@@ -88,7 +88,7 @@ def dense(weight: Tensor, groups: int) -> Tensor:
 
 
 def weighted_sum(factors: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape, each times its factor."""
+    """Return the sum of tensors of one shape, each times its factor."""
     return torch.stack([f * t for f, t in zip(factors, tensors, strict=True)]).sum(0)
 
 
@@ -99,11 +99,11 @@ def summed(
     scales: Sequence[float],
     factors: Sequence[tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """The factors of a sum of low-rank updates `s_i B_i A_i`, each times its weight.
+    """Return the factors of a sum of low-rank updates `s_i B_i A_i`, each times its weight.
 
-    `cat`: `B A = sum w_i s_i B_i A_i`, exactly, at the sum of the ranks. `svd` and its like: the merged updates, cut to
-    a rank. `linear` and its like, which are HF PEFT's approximations: A and B are merged by themselves, each with the
-    root of `w_i s_i`, its sign with A.
+    `cat` is exact: `B A = sum w_i s_i B_i A_i`, at the sum of the ranks. `svd` and the types that end in `_svd` merge
+    the updates and cut the result to a rank. `linear` and the other types are HF PEFT's approximations: they merge A
+    and B separately, each with the square root of `w_i s_i`, whose sign goes to A.
     """
     down, up = zip(*factors, strict=True)
     both = [w * s for w, s in zip(weights, scales, strict=True)]

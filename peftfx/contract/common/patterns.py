@@ -1,4 +1,4 @@
-"""HF PEFT's patterns: options that are others for module paths that match a key."""
+"""HF PEFT's patterns: options that have other values for module paths that match a key."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ N = TypeVar("N", int, float)
 
 
 def by_path(patterns: Mapping[str, float], option: str, path: str, default: float) -> float:
-    """HF PEFT's lookup: the first key that the path ends with, a regular expression."""
+    """Return the value of the first key, a regular expression, that matches the end of `path`, or else `default`."""
     found = (v for key, v in patterns.items() if compiled(key, option, r"^(.*\.)?({})$").fullmatch(path))
     return next(found, default)
 
 
 def pattern_of(methods: Mapping[str, Method], name: str, default: N, *, escaped: bool = True) -> dict[str, N]:
-    """The pattern that gives each module path the value that its method has of an option, where that is another.
+    """Return a pattern from each module path to its method's value of an option, where that is not `default`.
 
-    Not `escaped`, keys are paths as they are: some methods of HF PEFT take no expression for a whole path.
+    Keys are escaped for a regular expression. If not `escaped`, they are plain paths: some methods of HF PEFT do not
+    read a whole path as an expression.
     """
     own = {path: getattr(method, name) for path, method in methods.items()}
     return {re.escape(path) if escaped else path: value for path, value in own.items() if value != default}

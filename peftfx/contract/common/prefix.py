@@ -1,4 +1,4 @@
-"""PrefixMethod: what methods of keys and values ahead of the text's have in common: sizes, layout and the way in."""
+"""PrefixMethod: the base class of methods that put keys and values before those of the text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peftfx.views.prefix import cache_shape
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixMethod(SequenceMethod):
-    """A table [num_virtual_tokens, 2 * num_layers * token_dim]: a layer's keys and then its values, layer by layer."""
+    """A table [num_virtual_tokens, 2 * num_layers * token_dim]: each layer's keys and then its values."""
 
     def sized(self, base: nn.Module, site: SequenceSite) -> Self:
         layers, heads, features = cache_shape(base, encodes_and_decodes(base))
@@ -46,7 +46,7 @@ class PrefixMethod(SequenceMethod):
         table = self.saved(p, training)
         if self.submodules == 1:
             return table
-        # HF PEFT doubles the table and gives each layer four parts of it, of which self-attention takes the first two.
+        # HF PEFT doubles the table and gives each layer four parts. Self-attention uses the first two of them.
         parts = table.chunk(2 * self.num_layers, 1)
         taken = [(4 * i + j) % len(parts) for i in range(self.num_layers) for j in (0, 1)]
         return torch.cat([parts[i] for i in taken], 1)

@@ -1,6 +1,6 @@
-"""The small networks that soft prompts are trained through: parameters that start as HF PEFT's do, and plain torch.
+"""The small networks that compute soft prompts in training, in plain torch. Parameters start as in HF PEFT.
 
-A layer `mlp_head.0` of HF PEFT's has the parameters `mlp_head_0_weight` and `mlp_head_0_bias` here.
+HF PEFT's layer `mlp_head.0` has the parameters `mlp_head_0_weight` and `mlp_head_0_bias` here.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from peftfx.contract.method import Params
 
-EMBEDDING = "embedding_weight"  #: one row for each virtual token, the network's input
-_GATES = 4  #: of an LSTM
+EMBEDDING = "embedding_weight"  #: the network's input, one row for each virtual token
+_GATES = 4  #: the number of gates of an LSTM
 
 
 def embedding(like: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
-    """Rows of an embedding as torch starts them, shaped like `like`."""
+    """Return new rows of an embedding, shaped like `like`, drawn as torch draws them."""
     return {EMBEDDING: torch.empty_like(like).normal_(generator=rng)}
 
 
 def layer(name: str, inner: int, outer: int, like: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
-    """A linear layer as torch starts it."""
+    """Return the parameters of a new linear layer, drawn as torch draws them."""
     bound = 1 / math.sqrt(inner)
     return {
         f"{name}_weight": like.new_empty(outer, inner).uniform_(-bound, bound, generator=rng),
@@ -33,12 +33,12 @@ def layer(name: str, inner: int, outer: int, like: Tensor, rng: torch.Generator 
 
 
 def linear(name: str, p: Params, x: Tensor) -> Tensor:
-    """A linear layer."""
+    """Apply the linear layer `name` to `x`."""
     return F.linear(x, p[f"{name}_weight"], p[f"{name}_bias"])
 
 
 def perceptron(names: tuple[str, ...], p: Params, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """Linear layers with an activation between them."""
+    """Apply linear layers in turn, with an activation between each two."""
     for name in names[:-1]:
         x = activation(linear(name, p, x))
     return linear(names[-1], p, x)
@@ -47,7 +47,7 @@ def perceptron(names: tuple[str, ...], p: Params, x: Tensor, activation: Callabl
 def lstm(
     name: str, inner: int, hidden: int, layers: int, like: Tensor, rng: torch.Generator | None
 ) -> dict[str, Tensor]:
-    """A bidirectional LSTM as torch starts it."""
+    """Return the parameters of a new bidirectional LSTM, drawn as torch draws them."""
     bound, made = 1 / math.sqrt(hidden), {}
     for key in _lstm_names(layers):
         width = 2 * hidden if not key.endswith(("l0", "l0_reverse")) else inner
@@ -58,13 +58,13 @@ def lstm(
 
 
 def run_lstm(name: str, layers: int, p: Params, x: Tensor, dropout: float, training: bool) -> Tensor:
-    """The bidirectional LSTM's outputs along the rows of `x`."""
+    """Run the bidirectional LSTM along the rows of `x` and return its outputs."""
     weights = [p[f"{name}_{key}"] for key in _lstm_names(layers)]
     start = x.new_zeros(2 * layers, 1, weights[1].shape[1])
     return torch.lstm(x[None], (start, start), weights, True, layers, dropout, training, True, True)[0][0]
 
 
 def _lstm_names(layers: int) -> list[str]:
-    """torch's names of the parameters, in the order in which it takes them."""
+    """Return torch's names of the parameters, in the order in which `torch.lstm` takes them."""
     ends = [f"l{i}{reverse}" for i in range(layers) for reverse in ("", "_reverse")]
     return [f"{kind}_{end}" for end in ends for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]

@@ -1,13 +1,14 @@
-"""Rank allocation: AdaLoRA's budget of ranks, and which of them it is spent on (arXiv:2303.10512, section 3.2).
+"""AdaLoRA's rank allocation: a budget of ranks, and which ranks are kept (arXiv:2303.10512, section 3.2).
 
-A rank of a module is a triplet: a row of A, a singular value, a column of B. How much each number matters is
-`|p * gradient|`, averaged over the steps (`I`), and so is how far it varies from its average (`U`). A triplet's score
-is `I U` of its singular value, and the means of `I U` over its row and its column. In the budget's phase the triplets
-with the lowest scores, of all modules together, have their singular values set to 0, as many as leave
+A rank of a module is a triplet: a row of A, a singular value, a column of B. The importance of each number is
+`|p * gradient|`, averaged over the steps (`I`). Its uncertainty is the distance from that average, also averaged (`U`).
+A triplet's score is `I U` of its singular value, plus the means of `I U` over its row and its column. While the budget
+shrinks, the triplets with the lowest scores of all modules get a singular value of 0, and so many ranks are left:
 
     b(step) = target + (start - target) (1 - (step - tinit) / (total_step - tfinal - tinit))^3
 
-They go on being trained, and can come back, until `total_step - tfinal`; what is kept then stays. All as in HF PEFT.
+Until `total_step - tfinal` all triplets go on being trained, and a triplet can come back. Then the kept triplets are
+final. All this is as in HF PEFT.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ REMEMBERED = frozenset({KEPT} | {f"{name}_{kind}" for name in (A, B, E) for kind
 
 
 class _Schedule(Protocol):
-    """A rule with a budget; what its fields mean is AdaLoRA's to say."""
+    """A rule with a budget of ranks. `AdaLoRA` documents the fields."""
 
     @property
     def target_r(self) -> int: ...
@@ -49,10 +50,10 @@ class _Schedule(Protocol):
 
 @torch.no_grad()
 def allocate(rule: _Schedule, places: Sequence[Kept], step: int) -> None:
-    """Note what matters in this step's gradients, and keep to the step's budget.
+    """Add this step's gradients to the importance averages, and keep only the ranks of the step's budget.
 
     Raises:
-        PeftfxError: the rule does not say how long the training is, or there are no gradients.
+        PeftfxError: the rule has no `total_step`, or a parameter has no gradient.
     """
     if rule.total_step is None:
         hint = "give total_step and tfinal: AdaLoRA(total_step=1000, tfinal=100)"
@@ -72,7 +73,7 @@ def allocate(rule: _Schedule, places: Sequence[Kept], step: int) -> None:
 
 
 def budget(rule: _Schedule, step: int, start: Sequence[int]) -> int:
-    """How many ranks all modules share at a step after `tinit`, given how many each started with."""
+    """Return how many ranks all modules share at `step`, after `tinit`, given how many each module started with."""
     assert rule.total_step is not None
     whole, target = sum(start), rule.target_r * len(start)
     left = 1 - (step - rule.tinit) / (rule.total_step - rule.tfinal - rule.tinit)
@@ -80,7 +81,7 @@ def budget(rule: _Schedule, step: int, start: Sequence[int]) -> int:
 
 
 def _note(place: Kept, rule: _Schedule) -> None:
-    """Add this step to the averages."""
+    """Add this step's gradients to a place's averages."""
     before = place.remembered()
     for name, p in place.params().items():
         if p.grad is None:
@@ -97,7 +98,7 @@ def _note(place: Kept, rule: _Schedule) -> None:
 
 
 def _keep_best(places: Sequence[Kept], count: int) -> None:
-    """Keep so many triplets; of equals at the limit, none."""
+    """Keep the `count` triplets with the best scores. Triplets that equal the limit are not kept."""
     scores = [_scores(place) for place in places]
     everything = torch.cat(scores)
     gone = len(everything) - count
@@ -108,7 +109,7 @@ def _keep_best(places: Sequence[Kept], count: int) -> None:
 
 
 def _scores(place: Kept) -> Tensor:
-    """The score of each triplet of a module."""
+    """Return the score of each triplet of a module."""
     seen = place.remembered()
     if f"{E}_{IMPORTANCE}" not in seen:
         raise PeftfxError(

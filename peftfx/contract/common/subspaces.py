@@ -1,4 +1,4 @@
-"""Subspaces of weights: AdaMSS's clusters of rows and which of them are trained on (ASA), and FRoD's joint basis."""
+"""Subspaces of weights: AdaMSS's clusters of rows, ASA's choice of the clusters to train, and FRoD's joint basis."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _IMPORTANCE, _UNCERTAINTY = "importance", "uncertainty"
 
 
 def clusters(rows: Tensor, count: int, where: str) -> tuple[Tensor, ...]:
-    """The numbers of the rows of each cluster, by scikit-learn's k-means from HF PEFT's seed.
+    """Return the row numbers of each of `count` clusters, by scikit-learn's k-means with HF PEFT's seed.
 
     Raises:
-        PeftfxError: scikit-learn is not installed, or there are not so many clusters.
+        PeftfxError: scikit-learn is not installed, or the rows do not make `count` clusters.
     """
     try:
         from sklearn.cluster import KMeans
@@ -54,14 +54,14 @@ class _Schedule(Protocol):
 
 
 def remembered(*factors: str, count: int) -> frozenset[str]:
-    """The names of what is remembered of so many clusters' factors."""
+    """Return the names of the tensors that training remembers for the factors of `count` clusters."""
     return frozenset(f"{f}_{i}_{what}" for f in factors for i in range(count) for what in (_IMPORTANCE, _UNCERTAINTY))
 
 
 def freeze_clusters(rule: _Schedule, places: Sequence[Kept], step: int, a: str, b: str) -> None:
-    """Note how much each cluster matters; each interval, freeze those that matter least, over all places.
+    """Note how much each cluster matters. At each interval, freeze those that matter least, over all places.
 
-    A frozen one stays frozen. As in HF PEFT, of those that are as good as the last that is kept, none is.
+    A frozen cluster stays frozen. As in HF PEFT, the clusters whose score equals the limit are frozen too.
     """
     if not rule.init_warmup <= step <= rule.final_warmup:
         return
@@ -112,7 +112,7 @@ def _scores(place: Kept, a: str, b: str) -> dict[int, Tensor]:
 
 
 def joint_basis(weights: Sequence[Tensor], alpha: float) -> Tensor:
-    """`V` [in, in], a basis of several weights [out, in], as HF PEFT's FRoD finds it."""
+    """Return `V` [in, in], a basis of several weights [out, in], as HF PEFT's FRoD finds it."""
     stacked = torch.cat(list(weights))
     if stacked.shape[0] < stacked.shape[1]:
         return torch.linalg.svd(stacked, full_matrices=True)[2].T
@@ -123,13 +123,13 @@ def joint_basis(weights: Sequence[Tensor], alpha: float) -> Tensor:
 
 
 def in_basis(v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`U` and `l` with `U diag(l) V^T` the weight, computed in float64."""
+    """Return `U` and `l` such that `U diag(l) V^T` is the weight, computed in float64."""
     if v.is_meta:
         return v.new_empty(weight.shape), v.new_empty(weight.shape[1])
     wide, basis = weight.detach().double().cpu(), v.double().cpu()
     try:
         inner = torch.linalg.solve(basis, wide.T).T
-    except RuntimeError:  # HF PEFT's way where the basis is singular
+    except RuntimeError:  # what HF PEFT does where the basis is singular
         inner = wide @ torch.linalg.pinv(basis, rtol=1e-6).T
     lengths = inner.norm(dim=0)
     u = torch.where(lengths > 1e-12, inner / lengths.clamp_min(1e-12), 0)
