@@ -1,4 +1,4 @@
-"""AdaptedModel: a base module, the adapters on it, and the graphs derived from them, each made when first needed."""
+"""The class `AdaptedModel`: a base, its adapters, and the graphs derived from both, each made when first needed."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _T = TypeVar("_T")
 
 
 class AdaptedModel(AdapterCalls):
-    """What `peftfx.transform` returns. Called as the base is, with the same arguments and the same output.
+    """The result of `peftfx.transform`: a model that is called as the base is, with the same arguments and outputs.
 
-    It holds the base (shared, frozen) and the adapters' parameters. A call runs the base's own modules with the
-    methods inside them, or a graph, made when it is first needed, where no module can host what acts: `road` says
-    which. Weights are never edited to switch an adapter or a mode. `state_dict` is that of the adapters alone:
-    whatever saves a module (`Trainer` too) saves them.
+    The model holds the base (shared, frozen) and the adapters' parameters. A call runs the base's own modules with the
+    methods inside them. If no module can host an adapter, the call runs a graph instead, which is made when it is
+    first needed; `road` says which of the two. Weights are never edited to switch an adapter or a mode. `state_dict`
+    has only the adapters' tensors: whatever saves a module (`Trainer`, for example) saves only these.
 
-    In eval mode a call takes `adapter_names`, as in HF PEFT: the name of the adapter of each row of the batch,
+    In eval mode a call takes `adapter_names`, as in HF PEFT: for each row of the batch the name of its adapter, or
     `"__base__"` for none.
     """
 
@@ -57,7 +57,7 @@ class AdaptedModel(AdapterCalls):
         road: str | None = None,
         twin: Twin | None = None,
     ) -> AdaptedModel:
-        """A model without adapters yet, whose `forward` has the base's signature: `Trainer` reads it."""
+        """Return a model without adapters, whose `forward` has the base's signature, because `Trainer` reads that."""
         return _subclass(own_class(base))(base, sites, example, road, twin)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
@@ -81,19 +81,19 @@ class AdaptedModel(AdapterCalls):
     ) -> Report:
         """Write an ONNX model to a new directory and verify it: `peftfx.export_onnx` of this model.
 
-        A model that generates text is exported in its decode view, with the key/value cache in and out;
+        A model that generates text is exported in its decode view, with the key/value cache as inputs and outputs;
         `view="forward"` exports its forward.
 
         Args:
-            directory: where to; it appears when it is complete and verified.
-            options: see `peftfx.ExportOptions`. They can be given by name as well, as in `merge=False`.
+            directory: the directory to write; it appears when it is complete and verified.
+            options: see `peftfx.ExportOptions`. Options can also be given by name, as in `merge=False`.
             inputs, source, assets, progress, written, passes: see `peftfx.export_onnx`.
-            changes: options by name; they come before those in `options`.
+            changes: options by name; they override those in `options`.
 
         Raises:
             PeftfxError: an option makes no sense, the model cannot be captured or translated, or the directory cannot
                 be written.
-            VerificationError: ONNX Runtime and torch disagree; nothing is left.
+            VerificationError: ONNX Runtime and torch disagree; no files are left.
         """
         from peftfx.export.onnx_directory import export_onnx
 
@@ -114,16 +114,17 @@ class AdaptedModel(AdapterCalls):
         return self.gathered("export", write) if is_sharded(self) else write(self)
 
     def gathered(self, what: str, work: Callable[[AdaptedModel], _T]) -> _T:
-        """What a function makes, in the first process, of a model of which each process has a part, gathered there.
+        """Gather a sharded model in the first process, call `work` with it there, and return the result.
 
-        Its weights are gathered one at a time, into memory-mapped files. The other processes wait, and get the same.
+        The weights are gathered one at a time, into memory-mapped files. The other processes wait, and return the same
+        result.
 
         Args:
-            what: the name of what every process calls.
+            what: the name of the method that every process calls.
             work: called in the first process, with the whole model.
 
         Raises:
-            PeftfxError: another process does not call it.
+            PeftfxError: another process does not call this method.
         """
         gathering(self, what)
         adapters = {name: self.adapter(name).gathered() for name in self.names()}
@@ -131,9 +132,9 @@ class AdaptedModel(AdapterCalls):
             return on_first(lambda: work(self._over(base, adapters)))  # type: ignore[arg-type]
 
     def floating(self) -> AdaptedModel:
-        """The same adapters over a base in floating point: itself, or, of a quantised base, over what that stands for.
+        """Return the same adapters over a base in floating point: over this base, or over a dequantised one.
 
-        Of that base each weight is dequantised when it is read, to float32.
+        Each weight of a dequantised base is dequantised to float32 when it is read.
         """
         if self.source is self.base:
             return self
@@ -144,7 +145,7 @@ class AdaptedModel(AdapterCalls):
         return made
 
     def _over(self, base: nn.Module, adapters: Mapping[str, Adapter]) -> AdaptedModel:
-        """The same adapters over another base of the same parts."""
+        """Return the same adapters over another base that has the same modules."""
         made = AdaptedModel.on(base, self.sites, self.example, self.wanted)
         for name, adapter in adapters.items():
             made._install(name, adapter)
@@ -152,9 +153,9 @@ class AdaptedModel(AdapterCalls):
         return made
 
     def show(self) -> Page:
-        """The model as a page: its layers, and what each adapter does where; in a notebook, it is shown.
+        """Return the model as a page: its layers and what each adapter does there; a notebook shows the page.
 
-        `adapted.show().save("page.html")` writes it. Equal layers are drawn once; a site that is clicked tells more.
+        `adapted.show().save("page.html")` writes the page. Equal layers are drawn once. A click on a site shows more.
         """
         from peftfx.pictures.adapted import show
 
@@ -164,7 +165,7 @@ class AdaptedModel(AdapterCalls):
         return self.show()._repr_html_()
 
     def print_readable(self) -> str:
-        """Print the adapted graph as Python code; returns the text."""
+        """Print the adapted graph as Python code, and return the text."""
         return str(self.graph().module.print_readable())
 
     def graph(  # type: ignore[override]
@@ -175,15 +176,15 @@ class AdaptedModel(AdapterCalls):
         view: str | View = "forward",
         exact: bool = False,
     ) -> Graph:
-        """The graph for a call with these keyword arguments (or with example inputs), in the current mode.
+        """Return the graph of a call with these keyword arguments, or with example inputs, in the current mode.
 
         Args:
-            inputs: as for a call; values do not matter, sizes only where the model fixes them or branches on them:
-                the graph's `conditions` say for which it holds.
-            adapted: with the active adapters; otherwise the base's own graph.
-            view: `forward`, or another view of the model: `decode` has the key/value cache in and out.
-            exact: where a size is 1 and the model's code has a branch for that, the graph of this branch, as a call
-                takes it; otherwise one of many sizes.
+            inputs: as for a call. Values do not matter. Sizes matter only if the model fixes them or branches on them:
+                the graph's `conditions` say for which sizes the graph holds.
+            adapted: whether the graph has the active adapters; otherwise it is the base's own graph.
+            view: `forward`, or another view of the model: `decode` has the key/value cache as inputs and outputs.
+            exact: if a size is 1 and the model's code has a branch for size 1, whether the graph is that of this
+                branch, which a call takes, or that of many sizes.
         """
         if not adapted:
             self.named.apart("the base's own graph is asked for")
@@ -201,7 +202,7 @@ class AdaptedModel(AdapterCalls):
         return self.graph(named, exact=True)
 
     def under_prompt(self, view: View) -> tuple[View, Entry | None]:
-        """A view of the base as it is under an active soft prompt, and the way into it."""
+        """Return a view of the base as an active soft prompt changes it, and the entry into the base."""
         entry = self.entry()
         if isinstance(view, Decode):
             view = under_invocations(view, self.invocations)
@@ -209,27 +210,27 @@ class AdaptedModel(AdapterCalls):
 
     @property
     def invocations(self) -> Invocations:
-        """The tokens behind which active adapters act, that act so."""
+        """The invocation tokens of the active adapters that act only after such tokens."""
         rules = (rule for adapter in self.named.acting() for rule in adapter.rules)
         return tuple(dict.fromkeys(rule.invoked_by for rule in rules if rule.invoked_by))
 
     def entry(self) -> Entry | None:
-        """The way into the base that an active soft prompt takes; None is the base's own forward."""
+        """Return the entry into the base that an active soft prompt takes, or None for the base's own forward."""
         prompts = (p for adapter in self.named.acting() for p in adapter.placements.prompts)
         return next((p.method.entry(self.base, p.site) for p in prompts), None)
 
     def view(self, name: str) -> View | None:
-        """The view of this name, as it is under an active soft prompt; `None` for the forward."""
+        """Return the view of this name, as an active soft prompt changes it, or None for the forward."""
         found = self.graphs.view(name)
         return None if found is None else self.under_prompt(found)[0]
 
     def generate(self, *args: object, **kwargs: object) -> object:
-        """Generate tokens with the active adapters: transformers' own `generate`, over the graph of the decode view.
+        """Generate tokens with the active adapters: transformers' own `generate` over the decode view's graph.
 
         Arguments and result are those of the base's `generate`.
 
         Raises:
-            PeftfxError: the model generates nothing, or is asked for what a graph cannot give.
+            PeftfxError: the model does not generate text, or an argument asks for what a graph cannot do.
         """
         from peftfx.model.generation import generator
 
@@ -238,7 +239,7 @@ class AdaptedModel(AdapterCalls):
         )
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]
-        """Attributes of the base (`config`, `device`, ...); not its methods, which know nothing of adapters."""
+        """Return an attribute of the base (`config`, `device`, ...); the base's methods are refused."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -248,7 +249,7 @@ class AdaptedModel(AdapterCalls):
             return value
 
     def _apply(self, fn: object, recurse: bool = True) -> AdaptedModel:
-        """Moved or cast: graphs made for the old device and dtype are dropped, and examples follow the dtype."""
+        """Move or cast the model, drop the graphs made for the old device and dtype, and cast the examples."""
         self.named.apart("the model is moved or cast")
         self.graphs.forget()
         self.example = pytree.tree_map_only(Tensor, lambda t: t.to(fn(t).dtype), self.example)  # type: ignore[operator]
@@ -272,6 +273,6 @@ def _subclass(base_class: type[nn.Module]) -> type[AdaptedModel]:
 
 
 def _blank(base_class: type[nn.Module]) -> AdaptedModel:
-    """An AdaptedModel without state yet, for `copy` and `pickle`: its class has no name they could look up."""
+    """Return an AdaptedModel without state, for `copy` and `pickle`, which cannot find its class by a name."""
     cls = _subclass(base_class)  # type: ignore[arg-type]
     return cls.__new__(cls)

@@ -1,4 +1,4 @@
-"""AdapterSums: adapters that are made of others: a weighted sum, a LoRA in place of another, one task of several."""
+"""The class `AdapterSums`: adapters made of other adapters: a weighted sum, a LoRA of any method, one task of many."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peftfx.model.by_name import AdaptersByName
 
 
 class AdapterSums(AdaptersByName):
-    """The adapters by name, and new ones made of them."""
+    """Adapters by name, with methods that make new adapters from them."""
 
     def add_weighted_adapter(
         self,
@@ -24,15 +24,16 @@ class AdapterSums(AdaptersByName):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Add an adapter that stands for others, each times its weight, and make it the active one. As in HF PEFT.
+        """Add a weighted sum of adapters as a new adapter, and make it the active one. As in HF PEFT.
 
         Args:
-            adapters, weights: names of adapters of one method, and their weights; these may be negative.
-            adapter_name: the new one's.
-            combination_type: for LoRA, `cat` sums the effects exactly, at the sum of the ranks; `svd` sums them and
-                cuts the sum to a rank; `linear` sums A and B, each times the root of its weight, which is an
-                approximation. `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` prune A and B ahead of that,
-                and with `_svd` behind them the effects. IA3 has `linear` alone.
+            adapters, weights: names of adapters of one method, and a factor for each; factors may be negative.
+            adapter_name: the name of the new adapter.
+            combination_type: for LoRA, `cat` sums the effects exactly, and the sum's rank is the sum of the ranks.
+                `svd` sums the effects and cuts the sum to a rank. `linear` sums the A and the B, each times the root of
+                its adapter's weight, which is an approximation. `ties`, `dare_linear`, `dare_ties` and
+                `magnitude_prune` prune A and B before that sum; with the ending `_svd` they prune the effects. For IA3
+                there is only `linear`.
             svd_rank, svd_clamp, density, majority_sign_method: see `peftfx.contract.combination.Combination`.
         """
         from peftfx.adapters.combination import combine, tell_left_out
@@ -55,12 +56,12 @@ class AdapterSums(AdaptersByName):
         self._install(adapter_name, combined)
 
     def convert_to_lora(self, adapter_name: str, rank: float, new_name: str = "lora") -> None:
-        """Add a LoRA that does what another adapter does to weights, and make it the active one.
+        """Add a LoRA that has another adapter's effect on weights, and make it the active one.
 
         Args:
-            adapter_name: an adapter of any method that acts on weights.
-            rank: a whole number is the rank; a number of 0 to 1 the share of each update's energy that is kept.
-            new_name: the LoRA's.
+            adapter_name: the name of an adapter of any method that acts on weights.
+            rank: a whole number is the rank; a float between 0 and 1 is the share of each update's energy to keep.
+            new_name: the name of the LoRA.
         """
         from peftfx.adapters.lora_conversion import lora_of, updates_of
 
@@ -71,20 +72,20 @@ class AdapterSums(AdaptersByName):
         self._install(new_name, made)
 
     def tasks_of(self, adapter_name: str) -> int:
-        """How many tasks an adapter acts by, one for each row of a batch; 0 where it does the same for every row.
+        """Return how many tasks an adapter tells apart in the rows of a batch; 0 if it treats all rows alike.
 
         Args:
-            adapter_name: the adapter's.
+            adapter_name: the adapter's name.
         """
         counts = (count for rule in self.adapter(adapter_name).rules for count in rule.inputs.values() if count > 1)
         return next(counts, 0)
 
     def take_task(self, adapter_name: str, task: int) -> None:
-        """Keep one task of an adapter that acts by `task_ids`, under the adapter's name; see `split_tasks`.
+        """Keep only one task of an adapter that acts by `task_ids`, under the same name; see `split_tasks`.
 
         Args:
-            adapter_name: the adapter's.
-            task: its number, from 0.
+            adapter_name: the adapter's name.
+            task: the task's number, from 0.
 
         Raises:
             PeftfxError: the adapter does not act by task, or has no task of this number.
@@ -101,7 +102,7 @@ class AdapterSums(AdaptersByName):
         self.set_adapter(before)
 
     def _tasks(self, adapter_name: str) -> tuple[str, int]:
-        """The input by which an adapter acts, and how many tasks there are."""
+        """Return the name of the input that chooses an adapter's task, and the number of tasks."""
         asked = {name: count for rule in self.adapter(adapter_name).rules for name, count in rule.inputs.items()}
         if not asked:
             what = "this adapter does the same for every task"
@@ -110,14 +111,18 @@ class AdapterSums(AdaptersByName):
         return asked_name, count
 
     def split_tasks(self, adapter_name: str) -> tuple[str, ...]:
-        """Add an adapter for each task of one that acts by `task_ids`, over the same tensors; returns their names.
+        """Add an adapter for each task of one that acts by `task_ids`, and return their names.
 
-        Each does for all rows what that one does for rows of its task, and needs no `task_ids`: it is merged and
-        exported as others are, and all are rows of an export with `batched=`. They are called `<adapter_name>_0` and
-        so on; which adapters are active stays as it is. HF PEFT has nothing of the kind.
+        A new adapter does for all rows what `adapter_name` does for rows of one task. It shares that adapter's tensors
+        and needs no `task_ids`. So it can be merged and exported as other adapters are, and an export with `batched=`
+        can give each row a task. The names are `<adapter_name>_0` and so on. The active adapters do not change. HF PEFT
+        has no such method.
+
+        Args:
+            adapter_name: the name of the adapter that acts by `task_ids`.
 
         Raises:
-            PeftfxError: the adapter does not act by task, or there is one of such a name.
+            PeftfxError: the adapter does not act by task, or an adapter has one of the new names already.
         """
         from peftfx.adapters.combination import settled
 

@@ -1,4 +1,4 @@
-"""transform, load, inspect, plan: a model and rules, or a model and a HF PEFT directory, become an AdaptedModel."""
+"""The functions `transform`, `load`, `inspect` and `plan`: from a model and rules or a directory to an AdaptedModel."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def transform(
     seed: int | None = None,
     road: str | None = None,
 ) -> AdaptedModel:
-    """Adapt a model by rules. Its parameters are shared and frozen, never copied; only the adapter's are trained.
+    """Adapt a model by rules. The model's parameters are shared and frozen, never copied; only adapters are trained.
 
         adapted = peftfx.transform(model, peftfx.LoRA(r=8, target="attention.query | attention.value"))
 
     Args:
-        model: any module. A transformers model needs no inputs: they are made from its config and task. Of a
-            `peft.PeftModel` the adapters are taken over, by their names, and those that are active are so here. It
-            stays what it is, and shares the base's tensors: train one of the two.
-        rules: a method, a text as `"lora(r=8)@attention.query"` (see `peftfx.rules.text`), a `peft` config object, or
-            a sequence of them; each says where it applies. May be left out for a `peft.PeftModel` alone.
+        model: any module. A transformers model needs no inputs: they are made from its config and task. The adapters of
+            a `peft.PeftModel` are taken over with their names, and the same ones are active. The `peft.PeftModel` does
+            not change, and shares the base's tensors: train only one of the two.
+        rules: a method, a text such as `"lora(r=8)@attention.query"` (see `peftfx.rules.text`), a `peft` config object,
+            or a sequence of them; each says where it applies. Only for a `peft.PeftModel` may rules be left out.
         adapter_name: any valid name of a directory, without dots.
         inputs: keyword arguments of a call, for a model that example inputs cannot be made for.
-        seed: of the adapter's random initial values; by default they come from torch's global generator.
-        road: how calls are run: `modules`, by the methods inside the model's own modules, or `graph`, by a captured
-            graph. By default the modules, and a graph where no module can host the adapter; `AdaptedModel.road` says
-            which.
+        seed: the seed of the adapter's random initial values; by default they come from torch's global generator.
+        road: how calls are run: with `modules`, by the methods inside the model's own modules; with `graph`, by a
+            captured graph. By default calls run the modules, or a graph if no module can host the adapter;
+            `AdaptedModel.road` says which.
 
     Raises:
         PeftfxError: the model cannot be captured, a rule matches nothing, or an adapter cannot be taken over.
@@ -72,19 +72,19 @@ def load(
 ) -> AdaptedModel:
     """Adapt a model by a HF PEFT directory: `adapter_config.json` and `adapter_model.safetensors`.
 
-    `road` says how calls are run, as in `transform`. Of a `peft.PeftModel` the adapters are taken over, as there;
-    `path` is one more, and may be left out.
+    The adapters of a `peft.PeftModel` are taken over, as by `transform`; `path` is a further adapter, and may be left
+    out.
 
     Args:
         model: the base that the adapter was trained on.
-        path: a directory that `save_pretrained` wrote, of `peft` or of peftfx.
-        adapter_name: what it is called here.
+        path: a directory that `save_pretrained` of `peft` or of peftfx wrote.
+        adapter_name: the adapter's name in the model.
         inputs: keyword arguments of one call, for a model that example inputs cannot be made for.
         road: see `transform`.
 
     Raises:
-        PeftfxError: there is no such adapter, or it is not for this model: every key that is missing, unexpected or of
-            another shape is listed.
+        PeftfxError: there is no such adapter, or it does not fit this model. The message lists every key that is
+            missing, unexpected or of another shape.
     """
     if is_peft_model(model):
         adapted = _taken_over(model, inputs, road)
@@ -100,7 +100,7 @@ def load(
 
 
 def _taken_over(model: nn.Module, inputs: Mapping[str, object] | None, road: str | None) -> AdaptedModel:
-    """A HF PEFT model's base and adapters."""
+    """Return an adapted model with the base and the adapters of a HF PEFT model."""
     with tempfile.TemporaryDirectory(prefix="peftfx-taken-over-") as folder:
         folders = save_peft_adapters(model, Path(folder))
         adapted = bare(plain_base(model), inputs, road)
@@ -111,10 +111,10 @@ def _taken_over(model: nn.Module, inputs: Mapping[str, object] | None, road: str
 
 
 def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> Sites:
-    """The sites of a model: where adapters can act, with the role that the dataflow gives each.
+    """Return the sites of a model: where adapters can act, each with the role that the dataflow gives.
 
     Args:
-        model: any module; of a transformers model, meta and fake tensors will do.
+        model: any module; a transformers model may have meta or fake tensors.
         inputs: keyword arguments of one call, for a model that example inputs cannot be made for.
 
     Raises:
@@ -124,7 +124,7 @@ def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> 
 
 
 def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None = None) -> Plan:
-    """What `transform` would do with these rules: where each acts, how many parameters, why a site is skipped.
+    """Return what `transform` would do with these rules: sites, numbers of parameters, and why sites are skipped.
 
     Args:
         model: any module; it is not changed.
@@ -136,14 +136,14 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
 
 
 def bare(model: nn.Module, inputs: Mapping[str, object] | None = None, road: str | None = None) -> AdaptedModel:
-    """A model captured, its sites found, without adapters yet."""
+    """Capture a model and find its sites; return the adapted model, which has no adapters yet."""
     if not isinstance(model, nn.Module):
         raise PeftfxError(f"not a model: {shown(model)}", "model", "pass a torch module, as from_pretrained gives")
     if inputs is not None and not isinstance(inputs, Mapping):
         raise PeftfxError(f"not the arguments of a call: {shown(inputs)}", "inputs", "pass a dict, by their names")
     refuse_other_wrappings(model)
     refuse_zero3(model, "its sites can be found no more", "adapt it ahead of deepspeed.initialize and of zero.Init")
-    methods()  # of other packages, whose patterns are searched for
+    methods()  # loads the methods of other packages, so that their patterns are searched for
     example = example_inputs(model) if inputs is None else inputs
     twin = Twin(model)
     with evaluating(model):
@@ -156,11 +156,11 @@ def bare(model: nn.Module, inputs: Mapping[str, object] | None = None, road: str
 
 
 def get_peft_model_state_dict(model: AdaptedModel, adapter_name: str = "default") -> dict[str, Tensor]:
-    """The tensors of an adapter by their names in HF PEFT's file, as `peft.get_peft_model_state_dict` gives them.
+    """Return an adapter's tensors by HF PEFT's names, as `peft.get_peft_model_state_dict` does.
 
     Args:
         model: the adapted model.
-        adapter_name: the adapter's.
+        adapter_name: the adapter's name.
     """
     with model.plain():
         return config_and_tensors(model.source, model.adapter(adapter_name))[1]
@@ -169,30 +169,30 @@ def get_peft_model_state_dict(model: AdaptedModel, adapter_name: str = "default"
 def set_peft_model_state_dict(
     model: AdaptedModel, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
 ) -> None:
-    """Give an adapter the tensors of such a state, in place.
+    """Copy the tensors of a state, by HF PEFT's names, into an adapter.
 
     Args:
         model: the adapted model.
         peft_model_state_dict: tensors by their names in HF PEFT's file, as `get_peft_model_state_dict` gives them.
-        adapter_name: the adapter that gets them.
+        adapter_name: the name of the adapter that gets the tensors.
 
     Raises:
-        PeftfxError: the state is not of this adapter: keys are missing or unexpected, or of another shape.
+        PeftfxError: the state does not fit this adapter: keys are missing, unexpected or of another shape.
     """
     model.named.apart("an adapter gets other values")
     swap_state(model.source, model.sites, model.adapter(adapter_name), peft_model_state_dict)
 
 
 def hotswap_adapter(model: AdaptedModel, path: str | Path, adapter_name: str = "default") -> None:
-    """Give an adapter the tensors of a HF PEFT directory, in place: a compiled model is not compiled again.
+    """Copy the tensors of a HF PEFT directory into an adapter; a compiled model is not compiled again.
 
     Args:
         model: the adapted model.
-        path: a HF PEFT directory, of an adapter with the same places, ranks and options.
-        adapter_name: the adapter that gets its tensors.
+        path: a HF PEFT directory of an adapter with the same placements, ranks and options.
+        adapter_name: the name of the adapter that gets the tensors.
 
     Raises:
-        PeftfxError: that adapter differs from this one in places, ranks or options, or is not for this model.
+        PeftfxError: the two adapters differ in placements, ranks or options, or the file does not fit this model.
     """
     model.named.apart("an adapter gets other values")
     swap_file(model.source, model.sites, model.adapter(adapter_name), Path(path))

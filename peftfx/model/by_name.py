@@ -1,4 +1,4 @@
-"""AdaptersByName: the adapters over a base, by name: added, loaded, made active, merged, removed, saved."""
+"""The class `AdaptersByName`: adds, loads, activates and removes the adapters of a base, by name."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ ROADS = ("modules", "graph")
 
 
 class AdaptersByName(nn.Module):
-    """A base, shared and frozen, and the adapters on it.
+    """A base, shared and frozen, and its adapters by name.
 
     Args:
         base: the model.
         sites: where adapters can act.
-        example: a call of the base, by the names of its arguments.
-        wanted: the road that calls take, `modules` or `graph`; None is the modules where they can host all that acts.
-        twin: of the base, if there is one already.
+        example: the arguments of an example call of the base, by name.
+        wanted: the road that calls take, `modules` or `graph`; None is the modules if they can host all that acts.
+        twin: the twin of the base, if there is one already.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class AdaptersByName(nn.Module):
         super().__init__()
         if wanted not in (None, *ROADS):
             raise PeftfxError(f"unknown road {wanted!r}", "road", "one of 'modules', 'graph'")
-        self.adapters = nn.Module()  # ahead of the base, which has what they hold again: by these names it is known
+        # The adapters come before the base, whose modules hold the same tensors: so tensors get the adapters' names.
+        self.adapters = nn.Module()
         self.base, self.example, self.wanted = base, dict(example), wanted
         self._sites: Sites | None = sites
         self._patterns = version()
@@ -72,16 +73,16 @@ class AdaptersByName(nn.Module):
 
     @abstractmethod
     def graph(self, *, adapted: bool = True) -> Graph:
-        """The graph of an example call."""
+        """Return the graph of an example call."""
 
     @property
     def source(self) -> nn.Module:
-        """The base as its weights are read: itself, or its twin, where some are quantised (`peftfx.twins.twin`)."""
+        """The base with readable weights: the base itself, or its twin if weights are quantised (`peftfx.twins`)."""
         return self._twin.module
 
     @property
     def sites(self) -> Sites:
-        """The adaptable places of the base as it is now; a merge can change a shape, or untie a weight."""
+        """The sites of the base in its present state: a merge can change a shape or untie a weight."""
         if self._sites is None or self._patterns != version():
             self._patterns = version()
             with evaluating(self.base):
@@ -94,7 +95,7 @@ class AdaptersByName(nn.Module):
         Args:
             name: any valid name of a directory, without dots; not the name of another adapter.
             rules: see `transform`.
-            seed: of the random initial values; by default they come from torch's global generator.
+            seed: the seed of the random initial values; by default they come from torch's global generator.
         """
         self.named.refuse(name)
         self.named.apart("an adapter is added")
@@ -104,10 +105,10 @@ class AdaptersByName(nn.Module):
         self._install(name, adapter)
 
     def reset_parameters(self, adapter_name: str | None = None, *, seed: int | None = None) -> None:
-        """Give an adapter, or all, initial values anew; where it was added to a base on the meta device, its first.
+        """Give one adapter, or all adapters, new initial values, as after a meta base got values.
 
         Args:
-            adapter_name: by default all.
+            adapter_name: the adapter's name; by default all adapters get new values.
             seed: see `add_adapter`.
         """
         self.base_changed()
@@ -128,10 +129,10 @@ class AdaptersByName(nn.Module):
         self.modules_road.enter(name, adapter, seating)
 
     def _seat(self, adapter: Adapter) -> Seating:
-        """Where an adapter acts in the base's modules.
+        """Return where an adapter acts in the base's modules.
 
         Raises:
-            PeftfxError: no module can host it, and that road was asked for.
+            PeftfxError: no module can host the adapter, and the modules road was asked for.
         """
         if self.wanted == "graph":
             return Seating(obstacle=self.obstacle)
@@ -153,18 +154,18 @@ class AdaptersByName(nn.Module):
 
     @property
     def obstacle(self) -> str:
-        """Why calls do not take the modules road; empty where they do."""
+        """The reason why calls do not take the modules road; empty if they do."""
         return 'road="graph" was asked for' if self.wanted == "graph" else self.modules_road.obstacle(self.named.called)
 
     def load_adapter(self, path: str | Path, name: str) -> None:
         """Add an adapter from a HF PEFT directory, and make it the active one.
 
         Args:
-            path: a directory that `save_pretrained` wrote, of `peft` or of peftfx.
-            name: what it is called here.
+            path: a directory that `save_pretrained` of `peft` or of peftfx wrote.
+            name: the adapter's name in this model.
 
         Raises:
-            PeftfxError: it is not for this base, or the base has no values: fake tensors, or such on the meta device.
+            PeftfxError: the adapter does not fit this base, or the base has no values (fake tensors, the meta device).
         """
         from peftfx.adapters.files.reader import read_adapter
 
@@ -174,26 +175,26 @@ class AdaptersByName(nn.Module):
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The names of the adapters that act."""
+        """The names of the active adapters, in their order."""
         return self.named.active
 
     def names(self) -> tuple[str, ...]:
-        """The names of all adapters."""
+        """Return the names of all adapters."""
         return self.named.names()
 
     def adapter(self, name: str) -> Adapter:
-        """One adapter's state.
+        """Return the adapter of this name, with its tensors.
 
         Args:
-            name: the adapter's.
+            name: the adapter's name.
 
         Raises:
-            PeftfxError: there is none of this name.
+            PeftfxError: there is no adapter of this name.
         """
         return self.named[name]
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
-        """Make adapters the active ones; only they are trained. In every thread.
+        """Make adapters the active ones, in every thread; only they are trained.
 
         Args:
             names: one name, or several in the order in which they act.
@@ -202,9 +203,10 @@ class AdaptersByName(nn.Module):
         self.named.activate(given)
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Give out the rank budgets of the active adapters anew; see `peftfx.contract.common.rank_allocation`.
+        """Reallocate the ranks of the active adapters within their budgets, as AdaLoRA does.
 
-        Call it in each step of training, after `optimizer.step()` and before gradients are zeroed.
+        Call this method in each training step, after `optimizer.step()` and before the gradients are zeroed; see
+        `peftfx.contract.common.rank_allocation`.
 
         Args:
             global_step: the number of the step, from 0.
@@ -212,16 +214,16 @@ class AdaptersByName(nn.Module):
         adjust(self.named.acting(), global_step)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Inside, the model is the base. In other threads it is not."""
+        """Call the base without adapters until the `with` block ends, in this thread only."""
         return self.named.acting_as()
 
     def remove(self, name: str | None = None) -> nn.Module:
-        """Remove an adapter, or all of them; returns the base, which is as it was before when all are gone.
+        """Remove an adapter, or all adapters, and return the base, restored when all adapters are removed.
 
-        It trains what it trained before when no other adapted model has adapters on it either.
+        The base's parameters are trained as before when no other adapted model has adapters on the base either.
 
         Args:
-            name: of one adapter; by default all are removed.
+            name: the name of one adapter; by default all adapters are removed.
         """
         self.named.apart("an adapter is removed")
         for gone in self.names() if name is None else (name,):
@@ -234,7 +236,7 @@ class AdaptersByName(nn.Module):
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """Inside, the base's weights are without what `merge_adapter` put there."""
+        """Put the base's original weights back until the `with` block ends, if `merge_adapter` changed them."""
         if self.ledger is None:
             yield
             return
@@ -245,12 +247,12 @@ class AdaptersByName(nn.Module):
             self.ledger.swap()
 
     def base_changed(self) -> None:
-        """Drop what was made from the base: its weights are others now, here or under another adapted model."""
+        """Drop everything that was made from the base, because its weights have changed."""
         self.graphs.forget()
         self._renew()
         self._sites = None
 
     def _renew(self) -> None:
-        """The base has other tensors now."""
+        """Make a new twin, because the base has new tensors."""
         self._twin = Twin(self.base)
         self.graphs.base = self.source

@@ -1,4 +1,4 @@
-"""AdapterCalls: a call of an adapted model: which road it takes, which adapter a row has, what a loss gets."""
+"""The class `AdapterCalls`: the call of an adapted model: its road, the adapter of each row, penalties in the loss."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ LOSS = "loss"  #: the output that methods add their penalties to
 
 
 class AdapterCalls(PeftSurface):
-    """The adapters by name, and how a call runs with them."""
+    """Adapters by name, and the calls of the model with them."""
 
     @abstractmethod
     def graph_of_call(self, named: Mapping[str, object]) -> Graph:
-        """The graph that a call with these arguments runs, where it takes the graph road."""
+        """Return the graph that a call with these arguments runs on the graph road."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base, with the active adapters; those in modules act in a forward that others set, too."""
+        """Call the base with the active adapters, also where other code has replaced `forward`."""
         if "forward" not in vars(self):
             return super().__call__(*args, **kwargs)
         call = functools.partial(super().__call__, *args, **kwargs)
@@ -54,7 +54,7 @@ class AdapterCalls(PeftSurface):
             refuse_graph(self, self.obstacle)
             return self._run_graph(args, kwargs)
         if not torch.compiler.is_compiling():
-            with TRACING:  # torch patches modules for all threads while one of them traces
+            with TRACING:  # wait: torch patches modules for all threads while one thread traces
                 pass
         names = self.named.called
         asked = self.checkpoints
@@ -69,7 +69,7 @@ class AdapterCalls(PeftSurface):
     def _beside(
         self, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> tuple[Mapping[str, object], Mapping[str, Tensor]]:
-        """The arguments of a call without what methods read beside the model's own, and that."""
+        """Split a call's arguments into those of the model and the tensors that only methods read."""
         known = [rule for name in self.names() for rule in self.adapter(name).rules]
         if not any(rule.inputs or rule.invoked_by for rule in known):
             return kwargs, {}
@@ -85,7 +85,7 @@ class AdapterCalls(PeftSurface):
         return kwargs, given | invocations(acting, ids, offsets)
 
     def _run_by_row(self, names: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        """A call in which each row has the adapter of its name."""
+        """Run a call in which each row of the batch has the adapter of its name."""
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise PeftfxError(
                 f"not a list of names: {shown(names)}", "adapter_names", "give one adapter's name for each row"
@@ -108,7 +108,7 @@ class AdapterCalls(PeftSurface):
         return output
 
     def _penalties(self) -> list[Tensor]:
-        """What the active adapters add to the model's loss."""
+        """Return the terms that the active adapters add to the model's loss."""
         found = (adapter.penalty() for adapter in self.named.acting())
         return [penalty for penalty in found if penalty is not None]
 
@@ -124,13 +124,13 @@ class AdapterCalls(PeftSurface):
     def _find(
         self, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> tuple[Graph, Callable[..., list[Tensor]], list[Tensor]]:
-        """The graph for a call, what runs it, and its inputs; torch.compile sees what is found and not how."""
+        """Return a call's graph, the function that runs it, and its inputs; `torch.compile` skips this search."""
         named = named_arguments(self.base, args, kwargs)
         leaves, _ = pytree.tree_flatten_with_path(named)
         tensors = [v for _, v in leaves if isinstance(v, Tensor)]
         asked = self.checkpoints
         if asked is None and self.training and is_checkpointed(self.base):
             asked = Checkpoints()
-        with TRACING:  # a graph that another thread is making may be the one
+        with TRACING:  # wait: another thread may be making the graph that this call needs
             graph = self.graph_of_call(named)
             return graph, self.graphs.runs.runner(graph, tensors, asked if self.training else None), tensors

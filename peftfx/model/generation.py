@@ -1,7 +1,7 @@
-"""Generating: transformers' own `generate` on an adapted model, over the graphs of its views.
+"""Text generation: transformers' own `generate` on an adapted model, over the graphs of the model's views.
 
-The model it runs on is of the base's own class, so that what the class has of its own for generation (inputs that it
-prepares, tokens that it suppresses) stays; its forward alone is another.
+`generate` runs on a model of the base's own class, of which only the forward is replaced. So everything that the class
+does for generation (inputs that it prepares, tokens that it suppresses) stays.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from peftfx.views.images import VISION, DecodeWithImages
 from peftfx.views.view import View
 
 GraphOf = Callable[[View, "dict[str, Tensor] | None"], Graph]
-"""The adapted graph of a view, for inputs of these sizes; `None` stands for examples."""
+"""Returns the adapted graph of a view for inputs of these sizes, or of example inputs (`None`)."""
 
 
 def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_of: GraphOf) -> Any:
-    """A model of the base's own class, over the base's own tensors, whose forward is the adapted graph.
+    """Return a model of the base's own class, with the base's own tensors, whose forward is the adapted graph.
 
-    So everything that the class has of its own for generation (inputs it prepares, tokens it suppresses) stays.
+    So everything that the class does for generation (inputs that it prepares, tokens that it suppresses) stays.
 
     Args:
-        base: the model, whose class generates.
-        view_named: the view of a name, as it is under the active adapters.
-        graph_of: the adapted graph of a view. One graph is for steps of one token and of many.
+        base: the model whose class generates.
+        view_named: returns the view of a name, as the active adapters change it.
+        graph_of: returns the adapted graph of a view. One graph serves steps of one token and of many.
 
     Raises:
         PeftfxError: the base is not a model that generates text, or has no decode view.
@@ -57,7 +57,7 @@ def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_o
 
 def _runner(view: View | None, graph_of: GraphOf) -> Step:
     assert view is not None
-    graph = graph_of(view, None)  # the usual one: another is looked for only where the model's code branches elsewhere
+    graph = graph_of(view, None)  # the usual graph: sizes at which the model's code branches get another
 
     def run(inputs: dict[str, Tensor], _: Cache | None) -> dict[str, Tensor]:
         fits = not unmet(graph.conditions, graph.sizes_of(inputs), edges=False)

@@ -1,4 +1,4 @@
-"""Merging: adapters folded into the base's own weights, for good, or until they are taken out again."""
+"""Merging: adapters folded into the base's own weights, for good or until they are unmerged."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from peftfx.sharding import is_sharded, refuse_zero3
 
 
 class Merging(SavedAdapters):
-    """Adapters by name, which can be merged."""
+    """Adapters by name, with methods that merge them into the base."""
 
     def merge(self) -> MergeReport:
         """Fold the active adapters into the base's own weights, in place, one site at a time, and remove them.
 
-        Weights shared with a module that is not adapted (a tied head, say) are untied first. `remove()` then gives the
-        merged module. Nothing is changed if an active adapter cannot be merged, or another adapted model over the
-        same base has adapters.
+        Weights that are shared with a module that is not adapted (a tied head, for example) are untied first. After the
+        merge `remove()` returns the merged module. Nothing changes if an active adapter cannot be merged, or if another
+        adapted model over the same base has adapters.
         """
         self.named.apart("adapters are merged for good")
         self._shared.refuse_others(self)
@@ -52,10 +52,10 @@ class Merging(SavedAdapters):
         return report
 
     def _merged(self) -> Graph:
-        """The graph of an example call, with the active adapters in its weights.
+        """Return the graph of an example call, with the active adapters folded into its weights.
 
         Raises:
-            PeftfxError: one of them has no place there.
+            PeftfxError: one of the adapters cannot be folded into weights.
         """
         refuse_unmergeable({name: self.adapter(name) for name in self.active})
         with evaluating(self.base):
@@ -66,12 +66,12 @@ class Merging(SavedAdapters):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """Fold adapters into the base's own weights, remove all, and return the base; see `merge`.
+        """Fold adapters into the base's own weights, remove all adapters, and return the base; see `merge`.
 
         Args:
             progressbar: ignored.
-            safe_merge: every merge is safe: nothing is written where a weight would not be finite.
-            adapter_names: those to fold; by default the active ones.
+            safe_merge: ignored, because every merge is safe: nothing is written if a weight would not be finite.
+            adapter_names: the names of the adapters to fold; by default the active ones.
         """
         before = self.active
         try:
@@ -84,19 +84,20 @@ class Merging(SavedAdapters):
         return self.remove()
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters into the base's weights until `unmerge_adapter`, which puts the very tensors back.
+        """Fold adapters into the base's weights until `unmerge_adapter` puts the original tensors back.
 
-        Until then calls run the base and nothing else, and the weights as they were are kept beside those that are
-        merged: memory for the adapted weights once more. What needs the base as it was (another adapter, `merge`,
-        `export`, a copy) unmerges first, and says so.
+        Until then calls run only the base. The original weights are kept beside the merged ones, so the adapted weights
+        take twice their memory. Whatever needs the original base (another adapter, `merge`, `export`, a copy) unmerges
+        first, with a warning.
 
         Args:
-            adapter_names: those to fold, beside those that are folded already; by default the active ones.
-            safe_merge: every merge is safe: nothing is written where a weight would not be finite.
+            adapter_names: the names of the adapters to fold, besides those that are folded already; by default the
+                active ones.
+            safe_merge: ignored, because every merge is safe: nothing is written if a weight would not be finite.
 
         Raises:
-            PeftfxError: an adapter has no place in the weights, these are quantised or fetched by hooks, processes have
-                parts of them, or another adapted model over the same base has adapters. Nothing is changed then.
+            PeftfxError: an adapter cannot be folded into weights; the weights are quantised, fetched by hooks or
+                sharded; or another adapted model over the same base has adapters. Then nothing is changed.
         """
         given = self.active if adapter_names is None else tuple(adapter_names)
         new = [name for name in given if self.adapter(name) and name not in self.named.folded]
@@ -140,7 +141,7 @@ class Merging(SavedAdapters):
         self.ledger, self.named.folded, self.named.unfold = ledger, names, put_back
 
     def unmerge_adapter(self) -> None:
-        """Take out of the base's weights what `merge_adapter` put there: the very tensors are back."""
+        """Put the base's original tensors back in place of the weights that `merge_adapter` wrote."""
         if self.named.unfold is None:
             warn("nothing to unmerge: no adapter is merged")
             return

@@ -1,4 +1,4 @@
-"""PeftSurface: what trainers and users of HF PEFT call a model by, with HF PEFT's names and meanings."""
+"""The class `PeftSurface`: the methods by which trainers and users of HF PEFT call a model, as HF PEFT names them."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from peftfx.model.reference import ReferenceModel
 
 
 class PeftConfig(SimpleNamespace):
-    """An adapter's config, its fields HF PEFT's; `to_dict` gives them."""
+    """An adapter's config; its fields are HF PEFT's, and `to_dict` returns them."""
 
     @classmethod
     def of(cls, base: nn.Module, adapter: Adapter, trained: bool) -> PeftConfig:
-        """That of an adapter, as its file would have it."""
+        """Return the config of an adapter, as its file would have it."""
         config, _ = config_and_tensors(base, adapter)
         return cls(**{**config, "inference_mode": not trained})
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Whether it is a soft prompt, ahead of the text."""
+        """Whether the adapter is a soft prompt, which comes before the text's tokens."""
         return hasattr(self, "num_virtual_tokens")
 
     def to_dict(self) -> dict[str, object]:
-        """Its fields."""
+        """Return the config's fields, by name."""
         return dict(vars(self))
 
 
 class PeftSurface(Merging):
-    """An adapted model by HF PEFT's names. What is named otherwise, or differs: `docs/coming-from-peft.md`."""
+    """An adapted model by HF PEFT's names. Names that differ from HF PEFT's: `docs/coming-from-peft.md`."""
 
     def get_base_model(self) -> nn.Module:
-        """The base, with the adapters' parameters in its modules: called by itself it is without adapters."""
+        """Return the base. Called by itself it acts without adapters, though its modules hold their tensors."""
         return self.base
 
     @property
@@ -59,19 +59,19 @@ class PeftSurface(Merging):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The names of the adapters that act."""
+        """The names of the active adapters, in their order."""
         return list(self.active)
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The name of the adapter that acts; a list where it is not one."""
+        """The name of the active adapter; a list of names unless exactly one is active."""
         return self.active[0] if len(self.active) == 1 else self.active_adapters
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If none is active then, the first that is left becomes active, as in HF PEFT.
+        """Remove an adapter. If none is active then, the first remaining adapter becomes active, as in HF PEFT.
 
         Args:
-            adapter_name: the one to remove.
+            adapter_name: the name of the adapter to remove.
         """
         self.remove(adapter_name)
         left = self.names()
@@ -80,7 +80,7 @@ class PeftSurface(Merging):
             self.set_adapter(left[0])
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Say whether adapters are trained, until `set_adapter` says it anew.
+        """Set whether adapters are trained, until the next `set_adapter`.
 
         Args:
             adapter_names: one name, or several.
@@ -90,15 +90,15 @@ class PeftSurface(Merging):
             self.adapter(name).requires_grad_(requires_grad)
 
     def unload(self) -> nn.Module:
-        """Remove all adapters; returns the base as it was before."""
+        """Remove all adapters, and return the base as it was before."""
         return self.remove()
 
     def get_layer_status(self) -> list[LayerStatus]:
-        """The adapters in each module, in HF PEFT's words."""
+        """Return the adapters in each module, in HF PEFT's words."""
         return layer_status(self.base, self._by_name(), self.active, self.named.folded)
 
     def get_model_status(self) -> ModelStatus:
-        """The adapters of the model, in HF PEFT's words."""
+        """Return the adapters of the model, in HF PEFT's words."""
         return model_status(
             self.base, self._by_name(), self.active, self.get_nb_trainable_parameters(), self.named.folded
         )
@@ -115,62 +115,63 @@ class PeftSurface(Merging):
         revision: str | None = None,
         commit_message: str = "Upload adapter",
     ) -> str:
-        """Save the adapters and upload the files to a repository of the Hugging Face Hub; returns its address.
+        """Save the adapters, upload the files to a repository of the Hugging Face Hub, and return its address.
 
         Args:
-            repo_id: as in `name/repository`; it is made where it is not there.
-            token: of the hub; by default the one that `hf auth login` kept.
-            private: whether a new repository is.
+            repo_id: the repository, such as `name/repository`; it is created if it does not exist.
+            token: the Hub's access token; by default the one that `hf auth login` stored.
+            private: whether a new repository is private.
             revision: the branch to upload to.
-            commit_message: of the upload.
+            commit_message: the message of the upload's commit.
 
         Raises:
-            PeftfxError: the hub cannot be reached, or refuses.
+            PeftfxError: the Hub cannot be reached, or refuses the upload.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return upload(folder, repo_id, token, private, revision, commit_message)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The base's."""
+        """Return the base's input embeddings."""
         return self.base.get_input_embeddings()  # type: ignore[operator, no-any-return]
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The base's: None where it has no head of that kind."""
+        """Return the base's output embeddings, or None if the base has none."""
         return self.base.get_output_embeddings()  # type: ignore[operator, no-any-return]
 
     def tie_weights(self, *args: object, **kwargs: object) -> None:
-        """Tie the base's weights again, as after parameters of it were put in the place of others."""
+        """Tie the base's weights again, for example after some of its parameters were replaced."""
         self.base.tie_weights(*args, **kwargs)  # type: ignore[operator]
 
     def add_model_tags(self, tags: Sequence[str] | str) -> None:
-        """Note what a model card is to say; see `save_pretrained`.
+        """Add tags for the model card; see `save_pretrained`.
 
         Args:
-            tags: one, or several.
+            tags: one tag, or several.
         """
         self.base.add_model_tags(tags)  # type: ignore[operator]
 
     def reference(self, names: str | Sequence[str] = ()) -> ReferenceModel:
-        """The base, or the base with these adapters, as a model of its own over the same tensors.
+        """Return the base, or the base with these adapters, as a separate model over the same tensors.
 
-        For trainers that hold a model against another one: TRL's `DPOTrainer(adapted, adapted.reference())`.
+        For trainers that compare a model with a second one: TRL's `DPOTrainer(adapted, adapted.reference())`.
 
         Args:
-            names: of the adapters that act in it; none is the base.
+            names: the names of the adapters that act in the reference model; without names it is the base.
         """
         return ReferenceModel(self, (names,) if isinstance(names, str) else names)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, object] | None = None, **options: object
     ) -> None:
-        """Keep the inputs of the base's layers alone, and compute the rest again in the backward.
+        """Keep only the inputs of the base's layers, and compute the rest again in the backward.
 
-        Where calls run a graph, it is cut where the layers end.
+        If calls run a graph, the graph is cut where the layers end.
 
         Args:
-            gradient_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`, as `{"use_reentrant": False}`.
-            options: of the base's own `activation_checkpointing_enable`.
+            gradient_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`, such as
+                `{"use_reentrant": False}`.
+            options: options of the base's own `activation_checkpointing_enable`.
 
         Raises:
             PeftfxError: the base's layers cannot be checkpointed, or an option is not known.
@@ -186,7 +187,7 @@ class PeftSurface(Merging):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, object] | None = None, **options: object
     ) -> None:
-        """The same by transformers' new name.
+        """Enable gradient checkpointing, by transformers' new name.
 
         Args:
             activation_checkpointing_kwargs, options: see `gradient_checkpointing_enable`.
@@ -194,19 +195,19 @@ class PeftSurface(Merging):
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
+        """Disable gradient checkpointing: keep all activations again."""
         self.checkpoints = None
         stop_checkpointing(self.base)
 
     def activation_checkpointing_disable(self) -> None:
-        """The same by transformers' new name."""
+        """Disable gradient checkpointing, by transformers' new name."""
         self.checkpoints = None
         stop_checkpointing(self.base)
 
     def enable_input_require_grads(self) -> None:
-        """Have what the base embeds require gradients, as checkpoints need that take them through their inputs."""
+        """Make the embeddings' outputs require gradients, as reentrant checkpoints need."""
         self.base.enable_input_require_grads()  # type: ignore[operator]
 
     def disable_input_require_grads(self) -> None:
-        """What the base embeds is again what it was."""
+        """Undo `enable_input_require_grads`."""
         self.base.disable_input_require_grads()  # type: ignore[operator]

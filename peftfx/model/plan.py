@@ -1,4 +1,4 @@
-"""plan: what rules would do to a model, told before it is done: sites, parameters, and why a site is skipped."""
+"""Plans: what rules would do to a model, computed beforehand: sites, parameters, and why a site is skipped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from peftfx.sites.target import explain
 
 @dataclass(frozen=True)
 class Touched:
-    """What a rule does at the places of one role: how many there are, and the parameters it adds there."""
+    """What a rule does at the sites of one role: how many sites there are, and how many parameters are added."""
 
     places: int
     parameters: int
@@ -31,13 +31,13 @@ class Touched:
 
 @dataclass(frozen=True)
 class RulePlan:
-    """What one rule would do.
+    """What one rule would do to a model.
 
     Attributes:
-        rule: as text.
-        touched: where it acts, by role; of a fused site, the parts that it acts on.
-        copies: tensors of the base that it trains copies of, and their sizes (`modules_to_save`, `bias`).
-        skipped: the other sites, by why they are skipped.
+        rule: the rule as text.
+        touched: what the rule does, by the role of the sites; parts of a fused site count under their own roles.
+        copies: the tensors of the base that the rule trains copies of (`modules_to_save`, `bias`), with their sizes.
+        skipped: the sites where the rule does not act, by the reason.
     """
 
     rule: str
@@ -47,7 +47,7 @@ class RulePlan:
 
     @property
     def parameters(self) -> int:
-        """How many parameters it trains."""
+        """The number of parameters that the rule trains."""
         return sum(t.parameters for t in self.touched.values()) + sum(self.copies.values())
 
     def __str__(self) -> str:
@@ -71,9 +71,9 @@ class Plan:
     """What rules would do to a model.
 
     Attributes:
-        rules: each on its own.
-        parameters: that are trained, counted once where two rules train one copy.
-        total: of the adapted model; a trained bias stands for the base's own, as in HF PEFT.
+        rules: the plan of each rule.
+        parameters: the number of trained parameters; a copy that two rules train is counted once.
+        total: the number of all parameters of the adapted model; a trained bias replaces the base's own, as in HF PEFT.
     """
 
     rules: tuple[RulePlan, ...]
@@ -89,15 +89,15 @@ class Plan:
         return "\n\n".join([*map(str, self.rules), last])
 
     def to_dict(self) -> dict[str, object]:
-        """This plan as JSON-ready values."""
+        """Return this plan as JSON-ready values."""
         return {"rules": [_as_dict(rule) for rule in self.rules], "parameters": self.parameters, "total": self.total}
 
 
 def make_plan(base: nn.Module, sites: Sites, rules: object) -> Plan:
-    """What `transform` would do with these rules; nothing is made but shapes.
+    """Return what `transform` would do with these rules; only shapes are computed.
 
     Raises:
-        PeftfxError: what `transform` would raise.
+        PeftfxError: for the same reasons as `transform`.
     """
     placed = place(base, sites, rules)
     adapter = shapes_of(base, placed)
@@ -109,7 +109,7 @@ def make_plan(base: nn.Module, sites: Sites, rules: object) -> Plan:
 
 
 def shapes_of(base: nn.Module, placed: tuple[Placed, ...]) -> Adapter:
-    """The adapter, of fake tensors."""
+    """Return the adapter of these rules, made of fake tensors."""
     own = fake_mode_of(base)
     adapter = Adapter(placed)
     with own if isinstance(own, FakeTensorMode) else FakeTensorMode(allow_non_fake_inputs=True):
@@ -128,7 +128,7 @@ def _plan(base: nn.Module, sites: Sites, rule: Placed, sizes: Mapping[str, int],
 
 
 def _skipped(base: nn.Module, sites: Sites, rule: Placed) -> dict[str, tuple[Site, ...]]:
-    """The sites where a rule does not act, by why. A soft prompt has one place, and passes no site by."""
+    """Return the sites where a rule does not act, by the reason; empty for a soft prompt, which skips no site."""
     method = rule.method
     if not method.targeted:
         return {}

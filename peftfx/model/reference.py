@@ -1,4 +1,4 @@
-"""Reference: an adapted model under other adapters, or none, as the model that a trainer holds another one against."""
+"""The reference model of a trainer: an adapted model with other adapters, or with none, over the same tensors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from peftfx.model.by_name import AdaptersByName
 
 
 class ReferenceModel(nn.Module):
-    """A model whose calls are an adapted model's under these adapters, without gradients.
+    """A model whose calls are an adapted model's calls with these adapters, without gradients.
 
-    It has no parameters of its own, and the adapted model is no child of it: modes, devices and optimizers do not reach
-    that from here.
+    The reference model has no parameters of its own, and the adapted model is not its child module. So a change of
+    mode or device, or an optimizer of the reference model, does not reach the adapted model.
     """
 
     def __init__(self, model: AdaptersByName, names: Sequence[str] = ()) -> None:
@@ -32,12 +32,12 @@ class ReferenceModel(nn.Module):
             warn(f"{what}: losses have its noise. Adapt without it, as in LoRA(lora_dropout=0.0)")
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        """What the adapted model returns."""
+        """Return the outputs of the adapted model."""
         model = self._held[0]
         return type(model).forward(model, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the adapted model under the reference's adapters; in a forward that others set, too."""
+        """Call the adapted model with the reference's adapters, also where other code replaced `forward`."""
         model, call = self._held[0], functools.partial(super().__call__, *args, **kwargs)
         with torch.no_grad(), model.named.acting_as(self._names):
             if "forward" not in vars(self):
@@ -45,7 +45,7 @@ class ReferenceModel(nn.Module):
             return run_other(model.modules_road, model.active, call, lambda output: output)
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]
-        """Attributes of the adapted model (`config`, `device`, ...)."""
+        """Return an attribute of the adapted model (`config`, `device`, ...)."""
         try:
             return super().__getattr__(name)
         except AttributeError:

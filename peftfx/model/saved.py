@@ -1,4 +1,4 @@
-"""SavedAdapters: the adapters in files of HF PEFT, in a state dict, in a pickle and in a copy."""
+"""The class `SavedAdapters`: adapters in HF PEFT's files, in state dicts, in pickles and in copies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peftfx.twins.twin import Twin
 
 
 class SavedAdapters(AdapterSums):
-    """The adapters by name, and how they are kept: only their own tensors are, never the base's."""
+    """Adapters by name, with methods that save and load them: only their own tensors, never the base's."""
 
     def save_pretrained(
         self,
@@ -37,14 +37,15 @@ class SavedAdapters(AdapterSums):
         """Write HF PEFT directories: one adapter in `directory`, others in folders of their names below it.
 
         Args:
-            adapter_name: the one to write; by default all.
-            selected_adapters: those to write, as in HF PEFT.
-            safe_serialization: safetensors; peftfx does not write pickles.
-            is_main_process: where it is false, nothing is written.
-            state_dict, save_embedding_layers: refused; the adapters' own tensors are what is written.
+            directory: the directory to write.
+            adapter_name: the name of the adapter to write; by default all adapters are written.
+            selected_adapters: the names of the adapters to write, as in HF PEFT.
+            safe_serialization: must be true: peftfx writes safetensors, and no pickles.
+            is_main_process: if false, nothing is written.
+            state_dict, save_embedding_layers: refused, because only the adapters' own tensors are written.
 
         Raises:
-            PeftfxError: there is no such adapter, or an argument asks for what is not written.
+            PeftfxError: there is no such adapter, or an argument asks for what peftfx does not write.
         """
         from peftfx.adapters.files.writer import refuse_save_arguments, save_adapters
 
@@ -66,7 +67,7 @@ class SavedAdapters(AdapterSums):
                 save_adapters(self.source, adapters, Path(directory))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """The number of trainable parameters, and of all; a trained bias stands for the base's own, as in HF PEFT."""
+        """Return the numbers of trainable and of all parameters; a trained bias replaces the base's, as in HF PEFT."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         own = {o.key: self.adapter(n).get(o.key) for n in self.names() for o in self.adapter(n).overrides if o.stands}
         every = {id(p): p.numel() for p in (*self.adapters.parameters(), *self.source.parameters())}
@@ -78,9 +79,10 @@ class SavedAdapters(AdapterSums):
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
-        """The adapters' tensors, as `adapters.<name>.<path>.<parameter>`; the base's are not the adapter's to save.
+        """Return the adapters' tensors, as `adapters.<name>.<path>.<parameter>`, without the base's tensors.
 
-        While a model's tensors are handed out to processes (`peftfx.sharding.is_handed_out`), the base's are there too.
+        While Accelerate distributes the model to processes (`peftfx.sharding.is_handed_out`), the base's tensors
+        are included.
         """
         prefix = f"{kwargs.get('prefix', '')}{BASE}."
         own: dict[str, Tensor] = super().state_dict(*args, **kwargs)  # type: ignore[call-overload]
@@ -92,12 +94,12 @@ class SavedAdapters(AdapterSums):
         return own
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
-        """Load what `state_dict` gave.
+        """Load the tensors that `state_dict` returned.
 
         Args:
             state_dict: the adapters' tensors.
-            strict: every key must fit and none may be missing.
-            assign: take these tensors themselves, and do not copy their values.
+            strict: whether every key must fit and no key may be missing.
+            assign: whether these tensors themselves become the parameters; otherwise their values are copied.
         """
         self.named.apart("adapters get other values")
         state_dict = send_buffers(self, state_dict)
@@ -111,7 +113,7 @@ class SavedAdapters(AdapterSums):
         return result
 
     def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles leave the graphs behind: they are made again, over the copy's own tensors."""
+        """Return the state for copies and pickles, without graphs: a copy makes its own, over its own tensors."""
         self.named.apart("the model is copied")
         left = ("graphs", "_shared", "modules_road", "_twin")
         own = {key: value for key, value in self.__dict__.items() if key not in left}

@@ -1,4 +1,4 @@
-"""shared_base: what the adapted models over one base have in common: its parameters, and whether these are trained."""
+"""The adapted models that share one base, and which of its parameters were trained before."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from peftfx.errors import PeftfxError
 
 
 class OverBase(Protocol):
-    """An adapted model, as the others over its base see it."""
+    """An adapted model, as the other models over its base see it."""
 
     def names(self) -> tuple[str, ...]:
-        """Of its adapters."""
+        """Return the names of its adapters."""
 
     def base_changed(self) -> None:
-        """The base is another now: what was made from it is of no use."""
+        """Drop what was made from the base, because the base has changed."""
 
 
 class SharedBase:
     """The adapted models over one base.
 
-    The base is frozen while one of them has an adapter, and trains what it trained before when none has.
+    The base is frozen while one of the models has an adapter. When none has one any more, the parameters that were
+    trained before are trained again.
     """
 
     def __init__(self) -> None:
@@ -34,31 +35,31 @@ class SharedBase:
         self.trained: dict[str, bool] = {}
 
     def freeze(self, base: nn.Module) -> None:
-        """The first adapter over the base is there: remember what is trained, and freeze it."""
+        """Freeze the base before its first adapter is added, and remember which parameters were trained."""
         if not any(user.names() for user in self.users):
-            # What a model that is gone has left frozen was trained before.
+            # A deleted model may have left parameters frozen that were trained before it: these count as trained.
             named = own_parameters(base, remove_duplicate=False)
             self.trained = {key: p.requires_grad or self.trained.get(key, False) for key, p in named}
             base.requires_grad_(False)
 
     def thaw(self, base: nn.Module) -> None:
-        """The last adapter over the base is gone: what was trained before is so again."""
+        """Train the parameters that were trained before, after the base's last adapter was removed."""
         if not any(user.names() for user in self.users):
             for key, p in own_parameters(base, remove_duplicate=False):
                 p.requires_grad_(self.trained.get(key, p.requires_grad))
             self.trained = {}
 
     def refuse_others(self, user: OverBase) -> None:
-        """Refuse to write into the base where another model's adapters act on it."""
+        """Refuse to write into the base while another model has adapters on it."""
         if any(other.names() for other in self.users if other is not user):
-            gc.collect()  # some that nobody holds may wait for it
+            gc.collect()  # models that are no longer in use may wait for the garbage collector
         names = [name for other in self.users if other is not user for name in other.names()]
         if names:
             hint = "remove its adapters first, or adapt a copy of the base (copy.deepcopy)"
             raise PeftfxError("a merge would change the base under another adapted model", ", ".join(names), hint)
 
     def changed(self) -> None:
-        """The base's weights are others now."""
+        """Tell all models over the base that its weights have changed."""
         for user in list(self.users):
             user.base_changed()
 
@@ -67,7 +68,7 @@ _SHARED: WeakKeyDictionary[nn.Module, SharedBase] = WeakKeyDictionary()
 
 
 def shared(base: nn.Module, user: OverBase, trained: Mapping[str, bool] | None = None) -> SharedBase:
-    """What the models over this base share, with one more of them; a copied one says what its base trained before."""
+    """Return what the models over this base share, with `user` added; a copied model brings its own `trained`."""
     found = _SHARED.setdefault(base, SharedBase())
     found.users.add(user)
     found.trained |= trained or {}

@@ -1,4 +1,4 @@
-"""Callbacks of transformers' `Trainer`: what a method does in each step of training, and what is told of it."""
+"""Callbacks of transformers' `Trainer`: rank allocation in each training step, and peak memory in the logs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from peftfx.model.adapted import AdaptedModel
 
 
 class RankAllocation(TrainerCallback):
-    """Calls `update_and_allocate` in each step of `transformers.Trainer`; pass it as one of its `callbacks`."""
+    """A callback that calls `update_and_allocate` in each step of `transformers.Trainer` (`callbacks=`)."""
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """After the optimizer's step, while there are gradients."""
+        """Reallocate ranks after the optimizer's step, while there are gradients."""
         model = kwargs["model"]
         if not isinstance(model, AdaptedModel):
             what = f"ranks are allocated in an AdaptedModel, not in a {type(model).__name__}"
@@ -26,7 +26,7 @@ class RankAllocation(TrainerCallback):
 
 
 class MemoryInLogs(TrainerCallback):
-    """Adds `peak_memory_gb` to what `transformers.Trainer` logs and prints; pass it as one of its `callbacks`."""
+    """A callback that adds `peak_memory_gb` to what `transformers.Trainer` logs and prints (`callbacks=`)."""
 
     def on_log(
         self,
@@ -36,21 +36,21 @@ class MemoryInLogs(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        """Ahead of what prints the logs."""
+        """Add the peak memory to the logs before they are printed."""
         if logs is not None:
             logs["peak_memory_gb"] = round(peak_memory(), 3)
 
 
 def peak_memory() -> float:
-    """The most memory that this process has taken, in 10^9 bytes: of its GPU where it has one, or else of the host.
+    """Return the most memory that this process has used, in 10^9 bytes: of its GPU if there is one, else of the host.
 
-    Where the system does not tell, it is 0.
+    The result is 0 if the system does not report memory.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     try:
         import resource
-    except ImportError:  # as on Windows
+    except ImportError:  # on Windows
         return 0.0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / 1e9 if sys.platform == "darwin" else most * 1024 / 1e9

@@ -1,1 +1,1 @@
-"""The graphs of a base: kept, derived, and dropped when what they were made from is another."""
+"""The graphs of a base: cached, derived for adapters, and dropped when the base or the adapters change."""

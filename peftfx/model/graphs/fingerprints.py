@@ -1,4 +1,4 @@
-"""fingerprints: what a graph was made from, beside tensors: compared by value, and cheaply, at each call."""
+"""Fingerprints: the state besides tensors that a graph was made from, compared by value, and cheaply, at each call."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch.nn.modules import module as torch_hooks
 from peftfx.bases.config_fields import collect_configs
 from peftfx.bases.guests import GUESTS, own_modules
 
-#: Of what torch keeps in every module, what a forward reads, and a graph does not read anew when it runs.
+#: The attributes that torch keeps in every module and a forward reads, but a graph does not read again when it runs.
 _READ = frozenset({"_modules", "_forward_hooks", "_forward_pre_hooks"})
 _TORCHS = frozenset(vars(nn.Module())) - {"training"}
-_DEPTH, _MOST = 4, 1000  #: how far into what an attribute holds, and how long a collection may be
-#: What adapters put into a module, and what a capture sets itself, whatever it is: layers are not checkpointed in one.
+_DEPTH, _MOST = 4, 1000  #: the deepest level of nested values that is compared, and the longest collection
+#: The attributes that adapters put into a module, or that a capture sets itself: it never checkpoints layers.
 _NEVER_READ = frozenset({GUESTS, "gradient_checkpointing", "_gradient_checkpointing_func"})
-_CACHE = "use_cache"  #: of a config; a capture sets it, too
+_CACHE = "use_cache"  #: an attribute of a config that a capture sets itself, too
 _PLAIN = (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout, enum.Enum, type)
 
 
 class ModelState:
-    """Attributes, modes, hooks and parts of a model, as they were when this was made.
+    """A snapshot of a model's attributes, modes, hooks and modules.
 
-    What a graph reads when it runs, parameters and buffers, is not among them. Collections that are long, and objects
-    beyond a depth, are compared by identity.
+    Parameters and buffers are not part of the snapshot, because a graph reads them when it runs. Long collections, and
+    objects beyond a depth, are compared by identity.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,18 +47,18 @@ class ModelState:
         self._configs = {id(vars(config)) for config in configs.values() if hasattr(config, "__dict__")}
 
     def holds(self) -> bool:
-        """Whether all is as it was."""
+        """Return whether the model still has the state of the snapshot."""
         return self.difference() is None
 
     def difference(self) -> str | None:
-        """The name of an attribute, or the key of an item, that is another; None if all is as it was."""
+        """Return the name of an attribute, or the key of an item, that differs; None if nothing differs."""
         if _global_hooks() != self._hooks:
             return "a hook for all modules"
         for now, then in self._parts:
             try:
                 if now == then:
                     continue
-            except (RuntimeError, ValueError, TypeError):  # of what has no plain answer: tensors and arrays
+            except (RuntimeError, ValueError, TypeError):  # tensors and arrays do not compare to a bool
                 pass
             name = _first_other(*(self._read(part, now) for part in (now, then)))
             if name is not None:
@@ -66,7 +66,7 @@ class ModelState:
         return None
 
     def _read(self, part: object, now: object) -> object:
-        """What a capture reads of a container, which is `now` or was it."""
+        """Return the part of a container that a capture reads."""
         if not isinstance(part, dict):
             return part
         cache = id(now) in self._configs and isinstance(part.get(_CACHE), bool)
@@ -79,7 +79,7 @@ def _global_hooks() -> tuple[int, ...]:
 
 
 def _containers(value: object, seen: set[int], depth: int) -> Iterator[tuple[object, object]]:
-    """Every dict, list and set that a value is, or holds, or that is an object's attributes; and a copy of it."""
+    """Yield each dict, list and set that a value is, holds or has as attributes, with a copy."""
     if isinstance(value, (nn.Module, Tensor, *_PLAIN, float, ModuleType)) or callable(value) or id(value) in seen:
         return
     own = value if isinstance(value, (dict, list, set)) else getattr(value, "__dict__", None)
@@ -94,7 +94,7 @@ def _containers(value: object, seen: set[int], depth: int) -> Iterator[tuple[obj
 
 
 def _first_other(now: object, then: object) -> str | None:
-    """What differs by value; what is equal, but another object, takes the place of the one that was remembered."""
+    """Return what differs by value; an object that is equal but not identical becomes the remembered one."""
     if isinstance(now, dict) and isinstance(then, dict) and now.keys() == then.keys():
         for key, value in now.items():
             if value is not then[key]:
@@ -113,12 +113,12 @@ def _equal(a: object, b: object) -> bool:
     if a is b:
         return True
     if isinstance(a, (dict, list, set)):
-        return False  # one object for another: the graph was made from what is in the first
+        return False  # another container: the graph was made from the contents of the first
     return type(a) is type(b) and value_key(a) == value_key(b)
 
 
 def value_key(value: object, depth: int = _DEPTH) -> object:
-    """A hashable stand-in for an argument that is no tensor of a call: equal for equal contents alone."""
+    """Return a hashable key for an argument that is not a tensor of a call; keys are equal only for equal contents."""
     if isinstance(value, float):
         return value.hex()
     if isinstance(value, _PLAIN):

@@ -1,4 +1,4 @@
-"""The graphs of one base: captured once for each kind of call, and derived once for each set of active adapters."""
+"""The graphs of one base: captured once for each kind of call, derived once for each tuple of active adapters."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ from peftfx.views.entry import Entry
 from peftfx.views.finding.named_views import find_view
 from peftfx.views.view import Axes, View, apart, name_axes
 
-MOST_STATES = 4  #: states of the base for one kind of call: training and not, and two more
-_MOST = 16  #: graphs of one kind of call: of sizes at which the model's code computes something else
+MOST_STATES = 4  #: the most states of the base for one kind of call: training, evaluation, and two more
+_MOST = 16  #: the most graphs for one kind of call, for sizes at which the model's code computes something else
 
 
 class Graphs:
-    """What was captured from `base` and derived with its `adapters`; made when it is first asked for.
+    """The graphs that were captured from `base` and derived with `adapters`; each is made when first asked for.
 
-    A captured graph is found again by what a call like it must have in common: the view, the names, dtypes and ranks of
-    its tensors, the values of all else, and the way into the base; and by the state of the base: attributes that its
-    code may read, the mode of each module, hooks.
+    A captured graph serves a later call that has the same view, the same entry into the base, the same names, dtypes
+    and ranks of tensors, and the same values of all other arguments. The base must also have the same state: attributes
+    that its code may read, the mode of each module, and hooks.
     """
 
     def __init__(self, base: nn.Module, adapters: AdapterSet) -> None:
         self.base, self.adapters = base, adapters
         self._captured: dict[object, list[tuple[ModelState, list[Graph]]]] = {}
-        self._derived: dict[object, tuple[Graph, Graph]] = {}  # what it was made of too, as for those that are swept
+        self._derived: dict[object, tuple[Graph, Graph]] = {}  # captured, derived: the key has its id
         self.runs = Runs()
         self._views: dict[str, View | None] = {}
         self._patterns = patterns_version()
 
     def view(self, name: str) -> View | None:
-        """The base's view of this name; `None` for the forward."""
+        """Return the base's view of this name, or None for the forward."""
         if name not in self._views:
             self._views[name] = find_view(self.base, name)
         return self._views[name]
@@ -66,10 +66,10 @@ class Graphs:
         *,
         exact: bool = False,
     ) -> Graph:
-        """The base's graph for such a call, by its own forward or by another way into it; an entry's hole is empty.
+        """Return the base's graph for such a call, by its own forward or by another entry without its prompt.
 
-        It holds for the sizes of this call. A size of 1 is one of many, unless the answer has to be `exact`: then a
-        graph is captured for it alone where the model's code has a branch for it.
+        The graph holds for the sizes of this call. A size of 1 counts as one of many sizes. With `exact`, a separate
+        graph is captured for a size of 1 if the model's code has a branch for that size.
         """
         self._find_patterns()
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
@@ -89,17 +89,17 @@ class Graphs:
         self._remember(known, graph)
         if alone:
             return graph
-        if not all(s.accepts(tensors[s.name]) for s in graph.inputs):  # it fixes what stood in the place of a size of 1
+        if not all(s.accepts(tensors[s.name]) for s in graph.inputs):  # the graph fixes a size that replaced 1
             axes = name_axes(tensors) if view is None else apart(view.axes, tensors)
             sizes = _sizes(_all_named(axes, tensors), tensors)
             known[-1] = self._capture(inputs, tensors, entry, view, frozenset(a for a, n in sizes.items() if n == 1))
             return known[-1]
-        if unmet(graph.conditions, graph.sizes_of(tensors), edges=exact):  # what stood there is on the other side
+        if unmet(graph.conditions, graph.sizes_of(tensors), edges=exact):  # the replacing size takes another branch
             return self.captured(inputs, entry, view, exact=exact)
         return graph
 
     def _find_patterns(self) -> None:
-        """Search what was captured for the patterns that are known by now."""
+        """Search the captured graphs for the patterns that have been registered since the last search."""
         if self._patterns != patterns_version():
             self._patterns = patterns_version()
             for graph in (graph for states in self._captured.values() for _, known in states for graph in known):
@@ -113,9 +113,10 @@ class Graphs:
         view: View | None,
         alone: frozenset[str],
     ) -> Graph:
-        """Capture anew; the axes that are `alone` keep the size that they have here.
+        """Capture a new graph; the axes in `alone` keep the sizes that they have in this call.
 
-        So does an axis of 1 beside longer ones, as positions that all rows share, where it is no size among others.
+        An axis of size 1 without a name (positions that all rows share, for example) also keeps its size if the capture
+        with free sizes fails.
         """
         axes = name_axes(tensors) if view is None else apart(view.axes, tensors)
         named = _all_named(axes, tensors)
@@ -148,7 +149,7 @@ class Graphs:
         *,
         exact: bool = False,
     ) -> Graph:
-        """The graph for such a call under the adapters of these names, as they are now; see `captured`."""
+        """Return the graph for such a call with the adapters of these names, in their present state; see `captured`."""
         refuse_unsettled({name: self.adapters[name].rules for name in names})
         captured = self.captured(inputs, entry, view, exact=exact)
         if not names:
@@ -163,11 +164,11 @@ class Graphs:
         return found
 
     def keep(self, graph: Graph, inputs: Mapping[str, object]) -> None:
-        """Keep a graph that was captured from the base, as it is now, with these inputs."""
+        """Cache a graph that was captured, with these inputs, from the base in its present state."""
         self._known(inputs, None, None).append(graph)
 
     def derived(self, captured: Graph, names: Sequence[str], *more: Pass) -> Graph:
-        """A captured graph with the adapters of these names in it, in order, and what more passes make of that."""
+        """Return a captured graph with the adapters of these names inserted in order, after the passes `more`."""
         key = (id(captured), tuple(names))
         if key not in self._derived:
             for name in names:
@@ -178,25 +179,25 @@ class Graphs:
             try:
                 self._derived[key] = captured, PassManager([*inserts, *more], check="none")(linked).graph
             except PeftfxError:
-                self._captured.clear()  # a method that asked for a size has bound it, for all graphs of this capture
+                self._captured.clear()  # the failed method may have bound a size, for all graphs of this capture
                 raise
         return self._derived[key][1]
 
     def forget_derived(self) -> None:
-        """An adapter has gone: drop the graphs that may hold it."""
+        """Drop the derived graphs, because an adapter in them has been removed."""
         self._derived.clear()
         self.runs.forget()
 
     def forget(self) -> None:
-        """The base has changed: drop all."""
+        """Drop all graphs, because the base has changed."""
         self._captured.clear()
         self._views.clear()
         self.forget_derived()
 
     def _known(self, inputs: Mapping[str, object], entry: Entry | None, view: View | None) -> list[Graph]:
-        """The graphs captured for calls like this one from the base as it is now; they differ in sizes.
+        """Return the graphs for calls like this one of the base in its present state; they differ in sizes.
 
-        They are of sizes that the model fixes, or at which its code computes something else.
+        The model fixes their sizes, or its code computes something else at these sizes.
         """
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
         kinds = [
@@ -217,7 +218,7 @@ class Graphs:
 
 
 def _all_named(axes: Axes, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str | None, ...]]:
-    """The name of every axis: one that has none of its own is free under that of its place."""
+    """Return a name for every axis: an axis without a name of its own gets its tensor's name and its number."""
     return {n: axes.get(n) or tuple(f"{n}.{i}" for i in range(t.ndim)) for n, t in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""Late modules: those that a call runs, and that the call from which an adapter's rules were placed did not run."""
+"""Late modules: modules that a call runs but that the call from which an adapter was placed did not run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from peftfx.sites.sites import Sites
 
 
 def refuse_late(base: nn.Module, adapter: Adapter, sites: Sites) -> None:
-    """Refuse a call that runs modules which the rules of a new adapter pick, and which have none of its parameters.
+    """Refuse a call that runs modules which an adapter's rules pick but which have none of its parameters.
 
     Args:
-        sites: of the graph of this call.
+        base: the base of the adapter.
+        adapter: the adapter; one that was loaded from a file is never refused.
+        sites: the sites of the graph of this call.
 
     Raises:
         PeftfxError: there are such modules.
@@ -33,10 +35,11 @@ def refuse_late(base: nn.Module, adapter: Adapter, sites: Sites) -> None:
 
 
 def may_run_late(base: nn.Module, adapter: Adapter, sites: Sites) -> str:
-    """A module that another call may run and that a rule of a new adapter would pick there by its role, and why not.
+    """Return a text that names a module which another call may run and a rule would pick by role, or "".
 
-    In a graph each call is looked at; inside modules none is, so such an adapter does not act there. Empty where every
-    module with parameters has run, cannot run, or is none that a rule picks by role.
+    On the graph road `refuse_late` checks each call. The modules road checks no call, so an adapter for which this text
+    is not empty must not take it. The text is empty if every module with parameters has run or provably cannot run, or
+    if no rule picks by role.
     """
     by_role = any(rule.targeted and rule.target_modules is None for rule in adapter.rules)
     if not adapter.ran or not by_role:
@@ -55,5 +58,5 @@ def _picked(base: nn.Module, rule: Method, sites: Sites) -> set[str]:
         return set()
     try:
         return {placement.site.path for placement in placements_of(rule, base, sites)}
-    except PeftfxError:  # it picks nothing in this call, or what it picks was refused when the rules were placed
+    except PeftfxError:  # the rule picks nothing in this call, or its pick was refused when the rules were placed
         return set()

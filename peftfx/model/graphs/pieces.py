@@ -1,6 +1,7 @@
-"""Pieces: a graph cut where layers end, each piece computed again in the backward: gradient checkpointing for graphs.
+"""Gradient checkpointing for graphs: a graph is cut where layers end, and the backward computes each piece again.
 
-A cut is a place in the order in which nodes run, so any is right; at the end of a layer few values pass it.
+A cut is a position in the order in which the nodes run, so every cut is correct. At the end of a layer, few values pass
+from one side to the other.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from peftfx.sites.network import keys_of
 
 @dataclass(frozen=True)
 class Piece:
-    """Nodes that run one after the other, as a module of its own.
+    """Consecutive nodes of a graph, as a module of their own.
 
     Attributes:
-        run: from the values of `inputs` to those of `outputs`.
-        inputs, outputs: nodes of the graph, by their names.
-        dropped: what nobody reads behind it.
-        layer: whether it is computed again; what is behind the last layer is not, and what may run only once.
+        run: computes the values of `outputs` from those of `inputs`.
+        inputs, outputs: the names of nodes of the graph.
+        dropped: the names of nodes that no later piece reads.
+        layer: whether the backward computes the piece again. The nodes after the last layer, and pieces with nodes that
+            may run only once, are not computed again.
     """
 
     run: Callable[..., tuple[Any, ...]]
@@ -37,12 +39,12 @@ class Piece:
 
 
 class Pieces:
-    """A graph that is run piece by piece, those of layers checkpointed.
+    """A graph that runs piece by piece; the pieces that are layers are checkpointed.
 
     Args:
-        graph: to be run.
-        every: of how many layers one is checkpointed.
-        options: of `torch.utils.checkpoint.checkpoint`.
+        graph: the graph to run.
+        every: the number of layers of which one is checkpointed.
+        options: options of `torch.utils.checkpoint.checkpoint`.
     """
 
     def __init__(self, graph: Graph, every: int, options: Mapping[str, Any]) -> None:
@@ -54,7 +56,7 @@ class Pieces:
         self.pieces = tuple(_pieces(graph, parts, output, every))
 
     def run(self, *tensors: Tensor) -> list[Tensor]:
-        """As `Graph.run`."""
+        """Run the graph, as `Graph.run` does."""
         self.graph.refuse_unlike(tensors)
         values: dict[str, Any] = dict(zip((n.name for n in self.graph.nodes() if n.op == "placeholder"), tensors))
         for piece in self.pieces:
@@ -69,25 +71,25 @@ class Pieces:
         if not piece.layer or not torch.is_grad_enabled():
             return piece.run(*given)
         starts = not any(isinstance(value, Tensor) and value.requires_grad for value in given)
-        if starts and self.options["use_reentrant"]:  # it would lose the gradients of what is within
+        if starts and self.options["use_reentrant"]:  # a reentrant checkpoint would lose the gradients inside
             return piece.run(*given)
         return checkpoint(piece.run, *given, **self.options)  # type: ignore[no-any-return]
 
 
 def layers_end(graph: Graph) -> bool:
-    """Whether there is a place where a graph can be cut."""
+    """Return whether a graph has a place where a layer ends and the graph can be cut."""
     return bool(_ends(graph))
 
 
 class _Name:
-    """Stands for a node in what a graph returns."""
+    """A node's name, which stands for the node in a graph's output structure."""
 
     def __init__(self, node: fx.Node) -> None:
         self.name = node.name
 
 
 def _ends(graph: Graph) -> set[str]:
-    """The names of the nodes by which layers end."""
+    """Return the names of the nodes where layers end."""
     sites = dict(zip(keys_of(graph.sites.items), graph.sites.items, strict=True))
     names = {node.name for node in graph.nodes()}
     ends = graph.sites.layer_ends().values()
@@ -96,7 +98,7 @@ def _ends(graph: Graph) -> set[str]:
 
 
 def _cut(nodes: Sequence[fx.Node], ends: set[str]) -> list[list[fx.Node]]:
-    """The nodes in parts, each up to the end of a layer, and what is behind the last."""
+    """Return the nodes in parts: each part up to the end of a layer, and the rest after the last layer."""
     apart: list[list[fx.Node]] = [[]]
     held = _held_together(nodes)
     for place, node in enumerate(nodes):
@@ -107,7 +109,7 @@ def _cut(nodes: Sequence[fx.Node], ends: set[str]) -> list[list[fx.Node]]:
 
 
 def _held_together(nodes: Sequence[fx.Node]) -> list[tuple[int, int]]:
-    """From where to where a graph is not cut: a value that is written into is computed with what writes there."""
+    """Return the ranges in which a graph is not cut: from a tensor's creation to the last write into it."""
     places = {node: place for place, node in enumerate(nodes)}
     return [(places.get(_root(written), 0), place) for place, n in enumerate(nodes) for written in _written(n)]
 
@@ -122,7 +124,7 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _root(node: fx.Node) -> fx.Node:
-    """What a view is of."""
+    """Return the node whose output a node is a view of, or the node itself."""
     schema = getattr(node.target, "_schema", None)
     while node.op == "call_function" and schema is not None and any(a.alias_info for a in schema.arguments):
         first = node.args[0] if node.args else None
@@ -158,7 +160,7 @@ def _pieces(graph: Graph, parts: Sequence[Sequence[fx.Node]], output: fx.Node, e
 
 
 def _runs_once(node: fx.Node, graph: Graph) -> bool:
-    """Whether a node changes what it reads of the model, as running means of a norm, or an input."""
+    """Return whether a node writes into the model's tensors (a norm's running mean, say) or into an input."""
     if any(_root(written).op in ("placeholder", "get_attr") for written in _written(node)):
         return True
     name = str(getattr(node.target, "_opname", ""))

@@ -1,4 +1,4 @@
-"""Runs: graphs as calls run them: without what nobody reads, without plain masks, and checkpointed, in pieces."""
+"""The optimised form of graphs that calls run: without unused nodes and plain masks, and in checkpointed pieces."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _TAKEN = ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_chec
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """How layers are checkpointed.
+    """The options by which layers are checkpointed.
 
     Attributes:
         given: options of `torch.utils.checkpoint.checkpoint`.
-        options: of transformers' `activation_checkpointing_enable`.
-        in_modules: whether the base's own code has been told; it is when a call first takes that road.
+        options: options of transformers' `activation_checkpointing_enable`.
+        in_modules: whether checkpointing is enabled in the base's modules; done when a call first takes that road.
     """
 
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -37,14 +37,14 @@ class Checkpoints:
 
     @property
     def every(self) -> int:
-        """Of how many layers one is checkpointed."""
+        """The number of layers of which one is checkpointed."""
         return int(self.options.get("every_n_layers", 1))
 
     def refuse_for(self, graph: Graph) -> None:
-        """Hold them to what can be done for a graph.
+        """Refuse options that a graph cannot be checkpointed with, and graphs without a place to cut.
 
         Raises:
-            PeftfxError: an option is unknown, or there is nothing to cut at.
+            PeftfxError: an option is unknown, or no layer's end is found in the graph.
         """
         other = [name for name in self.given if name not in _TAKEN]
         other += [name for name, value in self.options.items() if value and name != "every_n_layers"]
@@ -59,20 +59,21 @@ class Checkpoints:
 
 
 class Runs:
-    """What calls run of graphs that are kept; made when first needed."""
+    """The optimised forms of cached graphs; each is made when first needed."""
 
     def __init__(self) -> None:
-        self._swept: dict[object, tuple[Graph, Graph]] = {}  # both: a number is of an object that lives
+        self._swept: dict[object, tuple[Graph, Graph]] = {}  # both graphs: an id is valid only while its object lives
         self._masks: dict[int, tuple[Graph, _Masks | None]] = {}
         self._pieces: dict[object, tuple[Graph, Pieces]] = {}
 
     def swept(self, graph: Graph, kinds: Kinds = ()) -> Graph:
-        """A graph without what it computes and nobody uses, to be run and nothing else.
+        """Return a graph without nodes whose results are not used; it is meant only to be run.
 
         Args:
-            kinds: what masks show, by the names of their nodes; these are left out.
+            graph: the graph.
+            kinds: for masks that are to be left out, by the names of their nodes, which positions they show.
         """
-        if graph.derived:  # such weights are computed anew, and given to the graph itself
+        if graph.derived:  # derived weights are computed again and written into this graph itself
             return graph
         key = (id(graph), kinds)
         if key not in self._swept:
@@ -83,7 +84,7 @@ class Runs:
     def runner(
         self, graph: Graph, tensors: Sequence[Tensor], checkpoints: Checkpoints | None
     ) -> Callable[..., list[Tensor]]:
-        """What runs a graph for a call with these inputs."""
+        """Return the function that runs a graph for a call with these inputs."""
         found = self.swept(graph, self._kinds(graph, tensors))
         if checkpoints is None or found.derived:
             return found.run
@@ -93,13 +94,13 @@ class Runs:
         return self._pieces[key][1].run
 
     def forget(self) -> None:
-        """The graphs have gone."""
+        """Drop all forms, because their graphs have been dropped."""
         self._swept.clear()
         self._masks.clear()
         self._pieces.clear()
 
     def _kinds(self, graph: Graph, tensors: Sequence[Tensor]) -> Kinds:
-        """What the masks of a graph show for these inputs, of those that show everything, or all that came before."""
+        """Return, for these inputs, which masks of a graph show everything, or all earlier positions."""
         if graph.derived or any(isinstance(t, FakeTensor) or t.is_meta for t in tensors):
             return ()
         if id(graph) not in self._masks:
@@ -110,11 +111,11 @@ class Runs:
 
 @dataclass(frozen=True)
 class _Masks:
-    """The masks of a graph.
+    """The attention masks of a graph, and a program that computes them.
 
     Attributes:
-        names: of their nodes.
-        program: computes them from the graph's inputs.
+        names: the names of the masks' nodes.
+        program: computes the masks from the graph's inputs.
     """
 
     names: tuple[str, ...]
@@ -122,7 +123,7 @@ class _Masks:
 
     @staticmethod
     def of(graph: Graph) -> _Masks | None:
-        """Those of a graph; None if there are none."""
+        """Return the masks of a graph, or None if there are none."""
         masks = masks_of(graph)
         needed = {node for mask in masks for node in sources(mask, graph) or ()}
         inputs = [node for node in graph.nodes() if node.op == "placeholder"]
@@ -132,7 +133,7 @@ class _Masks:
         return _Masks(tuple(mask.name for mask in masks), link(made, holders)) if masks else None
 
     def kinds(self, tensors: Sequence[Tensor]) -> Kinds:
-        """What each shows for these inputs, where it needs no mask."""
+        """Return what each mask shows for these inputs, by the mask's name, if attention needs no mask for that."""
         with torch.no_grad():
             seen = zip(self.names, self.program.forward(*tensors), strict=True)
             return tuple((name, kind) for name, mask in seen if (kind := kind_of(mask)))

@@ -1,1 +1,1 @@
-"""A model of which each process has a part: gathered, and handed out."""
+"""Sharded models, of which each process has a part: gathering and loading."""

@@ -1,4 +1,4 @@
-"""Gathered: a model of which each process has a part, as one whole in the first process, its weights in files."""
+"""The gathering of a sharded model: a whole model in the first process, with its weights in files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from peftfx.twins.twin import copied
 
 
 def gathering(model: nn.Module, what: str) -> bool:
-    """Get ready to gather a model's weights, if processes have parts of it; returns whether they have.
+    """Prepare a sharded model's weights for gathering; return whether the model is sharded.
 
     Args:
-        what: the method that every process is to call.
+        model: the model.
+        what: the name of the method that every process must call.
 
     Raises:
-        PeftfxError: another process does not call it.
+        PeftfxError: another process does not call this method.
     """
     refuse_other_wrappings(model)
     if not is_sharded(model):
@@ -34,10 +35,10 @@ def gathering(model: nn.Module, what: str) -> bool:
 
 
 def refuse_graph(model: nn.Module, obstacle: str) -> None:
-    """A graph reads weights outside of the modules that FSDP2 gathers them for.
+    """Refuse the graph road for a sharded model, because FSDP2 gathers weights only for the calls of modules.
 
     Raises:
-        PeftfxError: processes have parts of the model.
+        PeftfxError: the model is sharded.
     """
     if is_sharded(model):
         what = f"each process has a part of this model's weights, and calls run a graph, which gathers none: {obstacle}"
@@ -46,9 +47,9 @@ def refuse_graph(model: nn.Module, obstacle: str) -> None:
 
 @contextmanager
 def whole_base(base: nn.Module) -> Iterator[nn.Module | None]:
-    """Inside, in the first process, a base with all of its weights, in memory-mapped files; None in the others.
+    """Yield the base with all of its weights, in memory-mapped files, in the first process; None in the others.
 
-    Its weights are gathered one at a time.
+    The weights are gathered one at a time.
     """
     with tempfile.TemporaryDirectory(prefix="peftfx-gathered-") as folder, unhooked(base):
         made: dict[int, Tensor] = {}
@@ -65,7 +66,7 @@ def whole_base(base: nn.Module) -> Iterator[nn.Module | None]:
 
 
 def _kept(value: Tensor, file: Path) -> Tensor:
-    """A tensor in a file."""
+    """Write a tensor to a file, and return it as a memory-mapped tensor."""
     value = value.cpu().contiguous()
     value.reshape(-1).view(torch.uint8).numpy().tofile(file)
     return torch.from_file(str(file), shared=False, size=value.numel(), dtype=value.dtype).view(value.shape)

@@ -1,4 +1,4 @@
-"""Saved buffers of a model that Accelerate hands out: it hands out parameters alone, and would fail at a buffer."""
+"""Saved buffers of a model that Accelerate distributes: it distributes only parameters, and fails at a buffer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import distributed as dist
 
 from peftfx.sharding import is_part
 
-_HELD = "_held_back"  #: an attribute of a model: its saved buffers, while its parameters are handed out
+_HELD = "_held_back"  #: the attribute of a model that keeps its saved buffers while its parameters are distributed
 
 
 def hold_buffers(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Take the saved buffers out of what is handed out; those with values are kept for `send_buffers`."""
+    """Take the saved buffers out of `state` before it is distributed; keep their values for `send_buffers`."""
     names = [name for name, _ in model.named_buffers(remove_duplicate=False) if name in state]
     held = {name: state.pop(name) for name in names}
     if _part_without_values(model) is None:
@@ -22,7 +22,7 @@ def hold_buffers(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def send_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """What is loaded, with the buffers that were held back, at the values of the first process. All must call it."""
+    """Return the loaded state with the buffers of the first process. All processes must call this function."""
     held: dict[str, Tensor] = model.__dict__.pop(_HELD, {})
     part = _part_without_values(model)
     if part is None:
@@ -36,5 +36,5 @@ def send_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, 
 
 
 def _part_without_values(model: nn.Module) -> Tensor | None:
-    """One of a model's parts, if none has values yet."""
+    """Return a sharded parameter without values, or None if there is none."""
     return next((p for p in model.parameters() if is_part(p) and p.is_meta), None)
