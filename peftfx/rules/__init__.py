@@ -1,1 +1,1 @@
-"""Rules: methods and where they apply, from text, objects or HF PEFT's configs, resolved against a model's sites."""
+"""Rules: methods with options and targets, from text, objects or HF PEFT's configs, and the sites that they pick."""

@@ -1,4 +1,4 @@
-"""The methods as data, for the command line: names, options, defaults, and the documentation in their docstrings."""
+"""The methods as data for the command line: names, options, defaults, and documentation from their docstrings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*)$")
 
 @dataclass(frozen=True)
 class Option:
-    """A field of a method: one of its options in a rule."""
+    """One option of a method in a rule: a field of the method's class."""
 
     name: str
     type: str
@@ -26,14 +26,14 @@ class Option:
 
 @dataclass(frozen=True)
 class Description:
-    """A method as its file describes it.
+    """The description of a method, read from its class.
 
     Attributes:
-        name: in a rule.
-        title: the first line of its docstring.
-        kinds: of sites that it acts at.
-        default_target: where it acts if a rule does not say.
-        options: those of its own, then those that say where.
+        name: the method's name in a rule.
+        title: the first line of the method's docstring.
+        kinds: the kinds of sites that the method can act at.
+        default_target: the target if a rule has none.
+        options: the method's own options, then the options that every method has.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Description:
 
 
 def catalogue() -> tuple[Description, ...]:
-    """Every method there is, by name."""
+    """Return the descriptions of all methods, sorted by name."""
     return tuple(describe(cls) for _, cls in sorted(methods().items()))
 
 
 def describe(cls: type[Method]) -> Description:
-    """One method."""
+    """Return the description of one method."""
     texts: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         texts |= _documented(owner)
@@ -70,7 +70,7 @@ def describe(cls: type[Method]) -> Description:
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """What the `Args` of a class's own docstring say of each name."""
+    """Return what the `Args` section of a class's own docstring says about each name."""
     own = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2]
     found: dict[str, str] = {}
     names: list[str] = []

@@ -1,4 +1,4 @@
-"""as_named: a site at the path by which HF PEFT's options know it, where that is another than its module's."""
+"""The path by which HF PEFT's options know a site, if that differs from the path of the site's module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftfx.sites.site import Site
 
 
 def as_named(base: nn.Module, method: Method, site: Site) -> Site:
-    """A site at the path by which HF PEFT's `target_modules`, and patterns over modules, know it."""
+    """Return a site with the path by which HF PEFT's `target_modules`, and patterns over modules, know it."""
     if method.target_modules is None or method.target_modules == ALL_LINEAR:
         return site
     owner = wrapper_of(base, method, site.path) or tied_embedding(base, method, site)

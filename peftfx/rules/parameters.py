@@ -1,4 +1,4 @@
-"""`target_parameters`: parameters that a rule names by themselves, as HF PEFT's LoRA does: experts' weights mostly."""
+"""The option `target_parameters`: parameters that a rule names directly, as HF PEFT's LoRA names experts' weights."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ TARGET_PARAMETERS = "target_parameters"
 
 
 def picks(method: Method, parameter: str) -> bool:
-    """Whether a rule names this parameter."""
+    """Return whether a rule's `target_parameters` name this parameter."""
     names = method.target_parameters or ()
     return any(ends_with(parameter, name) for name in names)
 
 
 def as_parameter(method: Method, site: Site) -> Site:
-    """A site at the name by which HF PEFT's patterns know it, if the rule names its parameter."""
+    """Return a site with the name by which HF PEFT's patterns know its parameter, if the rule names the parameter."""
     return dataclasses.replace(site, path=site.parameter) if picks(method, site.parameter) else site
 
 
 def refuse_unknown_parameters(base: nn.Module, method: Method, sites: Sites) -> None:
-    """Refuse a rule whose `target_parameters` name a parameter that has no site here, or none at all.
+    """Refuse `target_parameters` that name a parameter without a site, or no parameter of the model.
 
     Raises:
-        PeftfxError: one such name, and why it has no site.
+        PeftfxError: there is such a name; the message says why it has no site.
     """
     if not method.target_parameters:
         return

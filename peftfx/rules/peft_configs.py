@@ -1,4 +1,4 @@
-"""HF PEFT's config objects as methods, at the modules that HF PEFT itself picks and its config does not spell out."""
+"""HF PEFT's config objects as methods, with the target modules that HF PEFT chooses if the config names none."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from peftfx.sites.expression import ALL_LINEAR
 
 
 def is_peft_config(rule: object) -> bool:
-    """Whether a rule is an object as HF PEFT's configs are."""
+    """Return whether a rule is a config object like HF PEFT's."""
     return hasattr(rule, "peft_type") and hasattr(rule, "to_dict")
 
 
 def method_from_object(config: Any, base: nn.Module) -> Method:
-    """The method of a HF PEFT config object, for this base.
+    """Return the method that a HF PEFT config object describes, for this base.
 
-    HF PEFT looks `target_modules` that are not given up in tables by the model's type, which are read from the
-    installed `peft`; where these have no entry for the model, the method's own default holds. `all-linear` is every
-    `nn.Linear` and `Conv1D` but the output embedding, and a task's head joins `modules_to_save`.
+    If the config has no `target_modules`, they come from HF PEFT's tables by model type, in the installed `peft`. If
+    these have no entry for the model, the method's own default holds. `all-linear` stands for every `nn.Linear` and
+    `Conv1D` except the output embedding. A task's head is added to `modules_to_save`.
     """
     options: dict[str, object] = dict(config.to_dict())
     kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -45,14 +45,14 @@ def method_from_object(config: Any, base: nn.Module) -> Method:
 
 
 def records_of(rules: Iterable[object]) -> dict[str, object]:
-    """What the first HF PEFT config object among rules says of the base and the task, for the files."""
+    """Return what the first HF PEFT config object among `rules` says of base and task, for the saved files."""
     found: Any = next((rule for rule in rules if is_peft_config(rule)), None)
     options: Mapping[str, object] = {} if found is None else found.to_dict()
     return {k: getattr(v, "value", v) for k, v in options.items() if k in RECORDS and v is not None}
 
 
 def _tables(kind: str) -> dict[str, Mapping[str, object]]:
-    """HF PEFT's tables for a method: for each option that may be left out, its value by the model's type."""
+    """Return HF PEFT's tables for a method: for each option that may be left out, its default by model type."""
     utils = importlib.import_module("peft.utils")
     name = f"TRANSFORMERS_MODELS_TO_{kind.replace('_', '')}"
     found = {
@@ -63,7 +63,7 @@ def _tables(kind: str) -> dict[str, Mapping[str, object]]:
 
 
 def _every_linear(base: nn.Module) -> list[str]:
-    """The modules that HF PEFT's `all-linear` stands for."""
+    """Return the paths of the modules that HF PEFT's `all-linear` stands for."""
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
     return [path for path, module in own_modules(base) if path and _is_linear(module) and module is not head]
 
@@ -75,7 +75,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _heads(base: nn.Module, options: Mapping[str, object]) -> list[str]:
-    """The ends of the heads that HF PEFT trains with the config's task, if the base has any."""
+    """Return the path endings of the heads that HF PEFT trains for the config's task, if the base has such heads."""
     kind = options.get("task_type")
     ends = PEFT_HEADS.get(str(getattr(kind, "value", kind)), ())
     return [end for end in ends if any(path.endswith(end) for path, _ in own_modules(base))]

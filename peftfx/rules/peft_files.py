@@ -1,4 +1,4 @@
-"""The files of a HF PEFT directory, read: `adapter_config.json`, `adapter_model.safetensors`; nothing is unpickled."""
+"""The reader of `adapter_config.json` and `adapter_model.safetensors` in a HF PEFT directory; no file is unpickled."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from peftfx.formats import RULES, read_stamped
 from peftfx.methods import method_named
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-STATE = "peftfx_state.safetensors"  #: ours: what a saved prompt was computed from, so that training can go on
+STATE = "peftfx_state.safetensors"  #: peftfx's own file: the encoder of a saved prompt, so that training can go on
 RECORDS = frozenset(
     {
         *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode"),
         *("base_model_name_or_path", "revision", "runtime_config"),
     }
 )
-"""Fields of a HF PEFT config that describe it and change no number."""
+"""Fields of a HF PEFT config that describe the adapter and change no number."""
 INERT = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}, "ensure_weight_tying": False}
 """Fields that do nothing at these values; every other field that peftfx does not know must be null or false.
 
-An empty object is a value: HF PEFT asks of many whether they are None, and `kasa_config: {}` starts KaSA.
+An empty object counts as a value, because HF PEFT compares many fields with None: `kasa_config: {}` enables KaSA.
 """
 
 
 def read_adapter_config(directory: Path) -> dict[str, object]:
-    """The adapter config of a HF PEFT directory."""
+    """Return the adapter config of a HF PEFT directory."""
     if not is_folder(directory):
         raise PeftfxError(
             "there is no such directory", str(directory), "give the folder that holds adapter_config.json"
@@ -50,7 +50,7 @@ def read_adapter_config(directory: Path) -> dict[str, object]:
 
 
 def rule_folders(directory: Path) -> tuple[Path, ...]:
-    """The HF PEFT directories of an adapter: itself, or one for each of its rules where several made it."""
+    """Return the HF PEFT directories of an adapter: `directory` itself, or one for each of several rules."""
     path = directory / RULES
     if not is_file(path):
         return (directory,)
@@ -64,7 +64,7 @@ def rule_folders(directory: Path) -> tuple[Path, ...]:
 
 
 def method_from_config(config: Mapping[str, object], where: str) -> Method:
-    """The method of a HF PEFT config. An option that changes numbers and that peftfx does not know is refused."""
+    """Return the method of a HF PEFT config. Unknown options that change numbers are refused."""
     cls = method_named(str(getattr(config["peft_type"], "value", config["peft_type"])))
     options = {k: v for k, v in config.items() if k in cls.options() and v is not None}
     known = {*cls.options(), *cls.ignored, *RECORDS}
@@ -79,7 +79,7 @@ def method_from_config(config: Mapping[str, object], where: str) -> Method:
 
 
 class Weights:
-    """The tensors of an adapter file, read one at a time, by module path and suffix, without HF PEFT's prefix."""
+    """The tensors of an adapter file, read one at a time, by their names without HF PEFT's prefix."""
 
     def __init__(self, directory: Path, prefix: str = Method.prefix, file: str = WEIGHTS) -> None:
         self.path, self._prefix = directory / file, prefix

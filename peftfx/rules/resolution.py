@@ -1,4 +1,4 @@
-"""Rules: what a user asks for, resolved against a model's sites into placements and overrides."""
+"""The resolution of rules: what a user asks for becomes placements and overrides at a model's sites."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _M = TypeVar("_M", bound=Method)
 
 
 def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
-    """Each rule with where it acts, and the base's tensors that are trained with it."""
+    """Return each rule with its placements, and with the base's tensors that the rule trains."""
     placed = tuple(_place(base, sites, method) for method in as_methods(rules, base))
     refuse_crowding(placed)
     tell_elsewhere(sites, acted_at(placed))
@@ -49,7 +49,7 @@ def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
 
 
 def acted_at(placed: Iterable[Placed]) -> set[str]:
-    """The module paths that rules act at, or whose tensors they train copies of."""
+    """Return the module paths where rules act, or whose tensors the rules train copies of."""
     return {
         path
         for rule in placed
@@ -84,12 +84,12 @@ def _inside_of(base: nn.Module, modules: Sequence[str]) -> Iterable[str]:
 
 
 def as_items(rules: object) -> Sequence[object]:
-    """Rules one by one, as they were given."""
+    """Return the rules as a sequence, in the form in which they were given."""
     return rules if isinstance(rules, Sequence) and not isinstance(rules, str) else (rules,)
 
 
 def as_methods(rules: object, base: nn.Module) -> tuple[Method, ...]:
-    """Rules as methods: a Method, a text as `lora(r=8)@mlp`, a `peft` config object, or a sequence of them."""
+    """Return the rules as methods; a rule is a method, a text, a `peft` config object, or a sequence of these."""
     methods: list[Method] = []
     for item in as_items(rules):
         if isinstance(item, Method):
@@ -109,7 +109,7 @@ def as_methods(rules: object, base: nn.Module) -> tuple[Method, ...]:
 
 @functools.singledispatch
 def placements_of(method: Method, base: nn.Module, sites: Sites) -> Sequence[Placement]:
-    """Where a method acts: one placement a site, or one a part where only parts of a fused site are targeted."""
+    """Return a method's placements: one for each targeted site, or one for each targeted part of a fused site."""
     raise PeftfxError(f"{type(method).__name__} does not act on weights", "rules", "use a weight method, as LoRA")
 
 
@@ -130,7 +130,7 @@ def _(method: WeightMethod, base: nn.Module, sites: Sites) -> list[WeightPlaceme
 
 
 def as_modules(base: nn.Module, method: Method, placements: Sequence[Placement]) -> list[Placement]:
-    """The placements of a rule that shares tensors, in the order in which HF PEFT meets them: that of the modules."""
+    """Return the placements of a rule that shares tensors in the order of HF PEFT: that of the base's modules."""
     if type(method).shared is Method.shared:
         return list(placements)
     order = {path: i for i, (path, _) in enumerate(own_modules(base))}
@@ -139,8 +139,8 @@ def as_modules(base: nn.Module, method: Method, placements: Sequence[Placement])
 
 @placements_of.register
 def _(method: AttentionMethod, base: nn.Module, sites: Sites) -> list[AttentionPlacement]:
-    # By default all that it can act at, and else each that is named.
-    if isinstance(method.target_modules, str):  # in HF PEFT it is the end of a path, and no expression
+    # By default the method acts at every attention that it can act at; otherwise it must act at each targeted one.
+    if isinstance(method.target_modules, str):  # in HF PEFT this text is the end of a path, not an expression
         method = dataclasses.replace(method, target_modules=(method.target_modules,))
     found = {match.site for match in select(sites, **where(method), kinds=method.kinds)}
     able = [site for site in sites.headed if site in found]
@@ -185,14 +185,14 @@ def _(method: SequenceMethod, base: nn.Module, sites: Sites) -> list[SequencePla
 
 
 def without_ties(placements: Sequence[Placement]) -> list[Placement]:
-    """The placements but for those that train rows of a tensor of which another trains them, wherever it is used."""
+    """Return the placements without those whose tied tensor's rows another placement trains already."""
     rows = {p.site.weight: p for p in reversed(placements) if any(c.rows and not c.module for c in p.copies)}
     return [p for p in placements if rows.get(p.site.weight, p) is p]
 
 
 @functools.singledispatch
 def placement_at(method: Method, base: nn.Module, site: Site) -> Placement:
-    """A method at the whole of a site of its family."""
+    """Return the placement of a method at a whole site."""
     raise PeftfxError(f"{type(method).__name__} acts at no site", site.path, "use a weight method, as LoRA")
 
 
@@ -218,12 +218,12 @@ def _(method: OverrideMethod, base: nn.Module, site: Site) -> OverridePlacement:
 
 
 def _as_at(method: _M, base: nn.Module, site: Site) -> _M:
-    """A method with the options that it has at a site."""
+    """Return a method with the options that it has at a site."""
     return method.at(as_parameter(method, as_named(base, method, site)))
 
 
 def where(method: Method) -> Where:
-    """Where a method's options say that it applies."""
+    """Return the options of a method that say where it applies."""
     return {
         "target": method.target,
         "target_modules": method.target_modules,
@@ -236,15 +236,15 @@ def where(method: Method) -> Where:
 
 
 def prompt_placement(method: SequenceMethod, base: nn.Module, sites: Sites) -> SequencePlacement:
-    """The one place that a sequence method has: ahead of the text."""
+    """Return the only placement of a sequence method: before the text's tokens."""
     site = sequence_site(base, sites)
     return SequencePlacement(method.sized(base, site), site)
 
 
 def saved_modules(base: nn.Module, method: Method) -> tuple[str, ...]:
-    """The module paths that `modules_to_save` names: those that end so, as in HF PEFT, wherever the end begins.
+    """Return the module paths that `modules_to_save` names: paths that end with a given name, as in HF PEFT.
 
-    `classifier` names DistilBERT's `pre_classifier` too.
+    So `classifier` also names DistilBERT's `pre_classifier`.
     """
     names = tuple(method.modules_to_save or ())
     found = tuple(path for path, _ in own_modules(base) if path and path.endswith(names)) if names else ()
@@ -252,7 +252,7 @@ def saved_modules(base: nn.Module, method: Method) -> tuple[str, ...]:
 
 
 def no_module_to_save(base: nn.Module, method: Method, saved: Sequence[str]) -> PeftfxError | None:
-    """That `modules_to_save` names no module of this base, where that is so."""
+    """Return an error if `modules_to_save` names no module of this base, else None."""
     names = tuple(method.modules_to_save or ())
     if not names or saved:
         return None
@@ -261,7 +261,7 @@ def no_module_to_save(base: nn.Module, method: Method, saved: Sequence[str]) -> 
 
 
 def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: Iterable[Site]) -> list[Override]:
-    """The tensors of the base that are trained: whole modules, and biases."""
+    """Return the base's tensors that a rule trains copies of: whole modules, biases, and rows of tokens."""
     found = []
     places = places_of(base) if saved else {}
     for path in saved:
@@ -280,12 +280,12 @@ def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: I
 
 
 def is_inside(path: str, modules: Iterable[str]) -> bool:
-    """Whether a path is one of these modules or inside one."""
+    """Return whether a path is one of these modules, or inside one of them."""
     return any(path == m or path.startswith(f"{m}.") for m in modules)
 
 
 def refuse_crowding(placed: Iterable[Placed]) -> None:
-    """Two rules of one adapter may not act at the same place: their parameters would have one name."""
+    """Refuse two rules of one adapter at the same place, because their parameters would have one name."""
     seen: set[str] = set()
     for placement in (p for rule in placed for p in rule.placements):
         if placement.key in seen:

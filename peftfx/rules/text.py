@@ -1,10 +1,10 @@
-"""Rules as text: `"lora(r=8)@attention.query; prefix_tuning(num_virtual_tokens=10)"`.
+"""Rules as text, such as `"lora(r=8)@attention.query; prefix_tuning(num_virtual_tokens=10)"`.
 
     rules := rule (';' rule)*
     rule  := method ['(' options ')'] ['@' target]
 
-A method goes by its HF PEFT type in lower case (`prefix_tuning`) or by its class (`PrefixTuning`). Options are its
-fields, with Python literals as values; a target is an expression of `peftfx.sites.expression`.
+A method is named by its HF PEFT type in lower case (`prefix_tuning`) or by its class (`PrefixTuning`). Options are the
+method's fields, with Python literals as values. A target is an expression of `peftfx.sites.expression`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _REGEX = r"/(?:[^/\\]|\\.)+/"
 _NAME = re.compile(r"\s*([A-Za-z][\w-]*)\s*")
 _OPTIONS = re.compile(rf"\(((?:{_STRING}|[^'\"()]|\([^()]*\))*)\)\s*")
-_TOO_DEEP = (RecursionError, MemoryError)  #: what Python's parser raises for what is nested too deeply
+_TOO_DEEP = (RecursionError, MemoryError)  #: what Python's parser raises for a text that is nested too deeply
 _TARGET = re.compile(rf"@((?:{_REGEX}|[^/;])*)")
 
 
 def parse_rules(text: str) -> tuple[Method, ...]:
-    """The methods that a text describes.
+    """Return the methods that a text describes.
 
     Raises:
-        PeftfxError: the text cannot be read, or names a method or an option that there is not: the nearest is named.
+        PeftfxError: the text cannot be read, or names an unknown method or option; the message names the nearest.
     """
     found: list[Method] = []
     position = 0
@@ -45,7 +45,7 @@ def parse_rules(text: str) -> tuple[Method, ...]:
 
 
 def write_rule(method: Method) -> str:
-    """A rule as text: what `parse_rules` reads as this method. Options at their defaults are left out."""
+    """Return a rule as text, which `parse_rules` reads back; options that have their defaults are left out."""
     fields = [f for f in dataclasses.fields(method) if getattr(method, f.name) != _default(f)]
     target = method.target if isinstance(method.target, str) else None
     written = [f"{f.name}={getattr(method, f.name)!r}" for f in fields if f.name != "target" or target is None]
@@ -59,7 +59,7 @@ def _default(field: dataclasses.Field[object]) -> object:
 
 
 def method_by_name(name: str) -> type[Method]:
-    """The method of this HF PEFT type or class name, however it is written: `prefix_tuning`, `PrefixTuning`."""
+    """Return the method of a HF PEFT type or class name, in any spelling: `prefix_tuning`, `PrefixTuning`."""
     known = {plain(n): cls for cls in methods().values() for n in (cls.peft_type, cls.__name__)}
     if plain(name) not in known:
         raise unknown(name.lower(), "rules", [peft_type.lower() for peft_type in methods()])
@@ -67,7 +67,7 @@ def method_by_name(name: str) -> type[Method]:
 
 
 def _rule(text: str, position: int) -> tuple[Method, int]:
-    """The rule that begins here, and where it ends."""
+    """Return the rule that begins at a position of the text, and the position of its end."""
     name = _NAME.match(text, position)
     if name is None:
         raise _unreadable(text, position, "expected the name of a method")
@@ -112,7 +112,7 @@ def _literal(keyword: ast.keyword, text: str) -> object:
         return ast.literal_eval(keyword.value)
     except _TOO_DEEP as error:
         raise PeftfxError(f"{keyword.arg}: a value that is nested too deeply", text, "write it shorter") from error
-    except (ValueError, TypeError) as error:  # a TypeError: a list is no key of a dict
+    except (ValueError, TypeError) as error:  # TypeError: a list cannot be a key of a dict
         source = _source(keyword.value)
         quoted = f"; write {source!r} if it is a text" if isinstance(keyword.value, ast.Name) else ""
         what = f"{keyword.arg}={source}: not a Python literal"

@@ -1,4 +1,4 @@
-"""trained_tokens: the rows of embeddings that a rule trains beside what it does elsewhere, as HF PEFT names them."""
+"""The rows of embeddings that a rule trains besides its own parameters (HF PEFT's `trainable_token_indices`)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ Tokens = Sequence[int] | Mapping[str, Sequence[int]] | None
 
 
 def trained_tokens(base: nn.Module, given: Tokens, saved: Iterable[str] = ()) -> list[Override]:
-    """The rows that these tokens are, of the token embedding or of the embeddings that are named.
+    """Return overrides for the rows of these tokens, in the token embedding or in the named embeddings.
 
-    A head that the model says is tied reads them too, unless tokens of its own are named for it.
+    A head that the model declares as tied reads the trained rows too, unless the rule names tokens for the head itself.
+
+    Args:
+        base: the base.
+        given: the tokens of the token embedding; or, for each name, those of the modules whose paths end with the name.
+        saved: the paths of modules that are trained whole (`modules_to_save`).
 
     Raises:
-        PeftfxError: a name that no module ends with, or a module that is trained whole.
+        PeftfxError: no module's path ends with a name, or a named module is in `saved`.
     """
     if not given:
         return []
@@ -42,7 +47,7 @@ def trained_tokens(base: nn.Module, given: Tokens, saved: Iterable[str] = ()) ->
 
 
 def _embedding(base: nn.Module) -> str:
-    """The path of the token embedding."""
+    """Return the path of the token embedding."""
     path = embedding_path(base)
     if path is None:
         hint = "name the embedding: {'path': [...]}"
@@ -51,7 +56,7 @@ def _embedding(base: nn.Module) -> str:
 
 
 def _named(base: nn.Module, given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """The tokens by the paths of the modules that end with each name."""
+    """Return the tokens by module path, for the modules whose paths end with a given name."""
     paths = [path for path, module in own_modules(base) if isinstance(getattr(module, "weight", None), nn.Parameter)]
     found: dict[str, tuple[int, ...]] = {}
     for name, rows in given.items():

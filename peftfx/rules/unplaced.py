@@ -1,4 +1,4 @@
-"""Unplaced modules: what a rule or a file names and no site stands for. Nothing of it is passed by without a word."""
+"""Modules that a rule or a file names but that have no site: they are refused, or a warning names them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
     """Refuse a rule whose `target_modules` name modules with weights that have no site here.
 
     Args:
-        where: the rule's own options that say where it applies.
-        done: module paths that the rule acts at, or trains whole.
+        base: the base.
+        method: the rule.
+        sites: the base's sites.
+        where: the rule's options that say where it applies.
+        done: module paths where the rule acts, or whose modules it trains whole.
 
     Raises:
-        PeftfxError: one of them runs, or may run in another call, or HF PEFT counts it (`Method.counted`).
+        PeftfxError: such a module runs, or may run in another call, or HF PEFT counts it (`Method.counted`).
     """
     if method.target_modules is None:
         return
@@ -64,7 +67,7 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
 
 
 def refuse_unasked(base: nn.Module, method: Method) -> None:
-    """Refuse a method that an invocation in the text calls, in a model that reads no text, or one text and another."""
+    """Refuse a method that waits for invocation tokens, in a model that is not a causal model of text."""
     if not method.invoked_by:
         return
     if "input_ids" not in inspect.signature(base.forward).parameters or encodes_and_decodes(base):
@@ -73,9 +76,9 @@ def refuse_unasked(base: nn.Module, method: Method) -> None:
 
 
 def tell_elsewhere(sites: Sites, adapted: Collection[str]) -> None:
-    """Say which adapted modules the model also runs under other names: nothing acts there, as in HF PEFT.
+    """Warn of adapted modules that the model also runs under other names, where nothing acts, as in HF PEFT.
 
-    And which it passes by: what acts there does not in HF PEFT.
+    Also warn of adapted modules where HF PEFT's layer may give other outputs (`Sites.passed_by`).
     """
     told = [f"{path} as {', '.join(sites.elsewhere[path])}" for path in sites.elsewhere if path in adapted]
     if told:
@@ -90,14 +93,14 @@ def tell_elsewhere(sites: Sites, adapted: Collection[str]) -> None:
 
 
 def never_runs(path: str, base: nn.Module, sites: Sites) -> bool:
-    """Whether it is proven that no call runs the module at this path."""
+    """Return whether it is proven that no call runs the module at this path."""
     if path in sites.called or not has_module(base, path):
         return False
     return is_read_by_attention(base, path) or is_unreached(base, path)
 
 
 def why_no_place(path: str, base: nn.Module, sites: Sites, kinds: Collection[str]) -> str:
-    """Why an adapter's module has no place here; empty where the base has no such module."""
+    """Return why a method cannot act at the module of this path; empty if the base has no such module."""
     if not has_module(base, path):
         return ""
     kind = next((site.kind for site in sites if site.path == path), None)
