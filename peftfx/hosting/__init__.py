@@ -1,1 +1,1 @@
-"""Hosting: the same methods inside the base's own modules, for training and eager inference: the modules road."""
+"""Hosting: methods inside the base's own modules, for training and eager inference: the modules road."""

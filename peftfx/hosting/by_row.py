@@ -1,4 +1,4 @@
-"""Rows of one batch with an adapter each: a module that hosts runs once for each set of adapters, on their rows."""
+"""Batches whose rows have different adapters: a hosting module runs once for each tuple of adapters, on their rows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from peftfx.hosting.guests import Hosted
 
 
 def run_by_row(module: nn.Module, guests: Hosted, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
-    """Run a module, each row with its adapters.
+    """Run a module so that each row of its input has its own adapters.
 
     Raises:
-        PeftfxError: it is not a function of the rows of one tensor.
+        PeftfxError: the module is not a function of the rows of one tensor.
     """
     rows = CURRENT.rows
     assert rows is not None

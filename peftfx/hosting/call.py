@@ -1,4 +1,4 @@
-"""What acts in a call of a base's modules, in this thread; outside of an adapted model's call it is nothing."""
+"""The adapters that act in the present call of a base, for each thread; outside of an adapted model's call none act."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from types import MappingProxyType
 from torch import Tensor
 
 Keys = tuple[str, ...]
-"""Adapters, each by the number of its model and its name, in the order in which they act."""
+"""The keys of adapters (each made of its model's number and its name), in the order in which the adapters act."""
 RowsByAdapter = tuple[tuple[Keys, Tensor], ...]
-"""The rows of a batch by the adapters that act in them: for each set of these, the numbers of its rows."""
+"""The rows of a batch by adapter: for each tuple of adapters, the numbers of the rows in which these act."""
 
 
 class _Current(threading.local):
-    keys: Keys | None = None  #: None outside of a call
-    given: Mapping[str, Tensor] = MappingProxyType({})  #: inputs that methods read beside the model's own
-    inner: bool = False  #: whether the forward of torch's own layer has run, within a module that computes more
+    keys: Keys | None = None  #: the adapters that act; None outside of a call
+    given: Mapping[str, Tensor] = MappingProxyType({})  #: the inputs that methods read besides the model's own
+    inner: bool = False  #: whether the forward of torch's own layer has run, inside a module that computes more
     rows: RowsByAdapter | None = (
-        None  #: in a call of rows with an adapter each: which rows have which; `keys` is empty then
+        None  #: the rows of each adapter, if rows have different adapters; then `keys` is empty
     )
-    called: bool = False  #: whether the adapted model's own forward has run, in a call whose forward others have set
+    called: bool = False  #: whether the model's own forward has run, in a call for which other code has set `forward`
 
 
-CURRENT = _Current()  #: read by every module that hosts something, each time that it runs
+CURRENT = _Current()  #: what acts in this thread; every hosting module reads it each time that the module runs
 
 
 @contextmanager
 def acting(keys: Keys | None, given: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """Inside, in this thread, these adapters act, and read these inputs of the call beside the model's own."""
+    """Let these adapters act, with these extra inputs, in this thread until the `with` block ends."""
     before = CURRENT.keys, CURRENT.given
     CURRENT.keys, CURRENT.given = keys, given or MappingProxyType({})
     try:
@@ -41,7 +41,7 @@ def acting(keys: Keys | None, given: Mapping[str, Tensor] | None = None) -> Iter
 
 @contextmanager
 def acting_by_row(rows: RowsByAdapter | None) -> Iterator[None]:
-    """Inside, in this thread, each row of a batch has its adapters; None ends that, for what runs some rows alone."""
+    """Let each row of a batch have its own adapters, in this thread, until the `with` block ends; None: no rows."""
     before = CURRENT.rows
     CURRENT.rows = rows
     try:

@@ -1,4 +1,4 @@
-"""Inputs of a call beside the model's own, `task_ids` say: taken from its arguments, checked, and read by methods."""
+"""Inputs of a call besides the model's own, such as `task_ids`: taken from its arguments, checked, read by methods."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from peftfx.hosting.call import CURRENT
 def take(
     known: Iterable[Method], acting: Iterable[Method], kwargs: Mapping[str, object]
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The arguments that are the model's own, and what methods read beside them.
+    """Split a call's arguments into the model's own and the inputs that methods read.
 
     Args:
-        known: all methods: what one that does not act would read is no argument of the model either.
-        acting: those that act.
+        known: the methods of all adapters. The inputs of a method that does not act are not the model's either.
+        acting: the methods that act.
         kwargs: the arguments of the call.
 
     Raises:
-        PeftfxError: one that acts reads what is not given, or is no such number.
+        PeftfxError: an input of a method that acts is missing, or is not one valid whole number for each row.
     """
     names = {name for method in known for name in method.inputs}
     given = {}
@@ -38,15 +38,16 @@ def take(
 
 
 def invocations(acting: Iterable[Method], ids: object, offsets: object) -> dict[str, Tensor]:
-    """Where methods act that are invoked by tokens of the text, by the names that `read_call_inputs` looks for.
+    """Return where methods act that invocation tokens of the text call, by the names that `read_call_inputs` reads.
 
     Args:
         acting: the methods that act.
-        ids: the tokens of the call, if it has any.
-        offsets: how many of the last tokens of each row are behind an invocation that the call tells, as HF PEFT's.
+        ids: the tokens of the call, if there are any.
+        offsets: for each row, how many of its last tokens come after the invocation, as HF PEFT's `alora_offsets`; None
+            if the call has no offsets.
 
     Raises:
-        PeftfxError: the call has no tokens, or tells no such numbers.
+        PeftfxError: the call has no tokens, or `offsets` are not such numbers.
     """
     wanted = {method.invoked_by for method in acting} - {()}
     if wanted and not (isinstance(ids, Tensor) and ids.ndim == 2):
@@ -65,10 +66,11 @@ def _named(tokens: tuple[int, ...]) -> str:
 
 
 def read_call_inputs(method: Method, x: Tensor | None = None) -> dict[str, Tensor]:
-    """What a method reads in the call that runs in this thread, by name.
+    """Return the inputs that a method reads in this thread's present call, by name.
 
     Args:
-        x: what a layer reads, whose first axis must be the batch's.
+        method: the method.
+        x: the input of the layer, whose first axis must be the batch.
     """
     found = {}
     for name, count in method.inputs.items():
@@ -88,7 +90,7 @@ def read_call_inputs(method: Method, x: Tensor | None = None) -> dict[str, Tenso
 
 
 def refuse_unsettled(adapters: Mapping[str, Collection[Method]]) -> None:
-    """Refuse methods that act by an input of the call, where there is none."""
+    """Refuse methods that act by an input of the call, because an exported graph has no such input."""
     for name, methods in adapters.items():
         for method in methods:
             for asked in (asked for asked, count in method.inputs.items() if count > 1):

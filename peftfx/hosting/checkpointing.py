@@ -1,7 +1,7 @@
-"""Gradient checkpointing: what a layer is computed by again in the backward are the adapters that it was computed by.
+"""Gradient checkpointing: the backward computes a layer again with the same adapters as the forward did.
 
-A layer runs again outside of the adapted model's call, and perhaps in another thread. So the function by which the
-base's layers are checkpointed is bound to the adapters that act when a layer runs.
+In the backward a layer runs outside of the adapted model's call, and perhaps in another thread. So the function that
+checkpoints the base's layers remembers the adapters that act when a layer first runs.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
 from peftfx.hosting.call import CURRENT, Keys, acting
 
-#: Where transformers' layers, and torch's wrapper of any module, keep the function that checkpoints them.
+#: The attributes in which transformers' layers, and torch's checkpoint wrapper, keep the checkpointing function.
 _FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 class _Bound:
-    """A function that checkpoints, of functions that compute with the adapters that act now."""
+    """A checkpointing function that computes each layer again with the adapters that act now."""
 
     def __init__(self, checkpoint: Callable[..., object]) -> None:
         self.checkpoint = checkpoint
@@ -37,10 +37,10 @@ def _run(keys: Keys, given: Mapping[str, Tensor], function: Callable[..., object
 
 
 def refuse_recomputed() -> None:
-    """Refuse to run outside of a call, in a backward: nobody says which adapters acted when this was computed first.
+    """Refuse to run in a backward outside of a call, because the adapters of the forward are not known there.
 
     Raises:
-        PeftfxError: so it is.
+        PeftfxError: a layer runs in a backward outside of a call.
     """
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         what = "a layer is computed again in the backward by a checkpoint that peftfx does not know of"
@@ -49,7 +49,7 @@ def refuse_recomputed() -> None:
 
 
 def bind_checkpoints(base: nn.Module) -> None:
-    """Bind the functions that the base's layers are checkpointed by."""
+    """Bind the functions that checkpoint the base's layers to the adapters that act."""
     for _, module in own_modules(base):
         for name in _FUNCTIONS:
             function = vars(module).get(name)
@@ -58,10 +58,10 @@ def bind_checkpoints(base: nn.Module) -> None:
 
 
 def checkpoint_base(base: nn.Module, given: Mapping[str, object] | None, options: Mapping[str, object]) -> None:
-    """Checkpoint the base's layers as its own code does it.
+    """Enable gradient checkpointing by the base's own code.
 
     Raises:
-        PeftfxError: it has none that can be.
+        PeftfxError: the base's code cannot checkpoint layers.
     """
     enable = getattr(base, "activation_checkpointing_enable", None)
     if enable is None:
@@ -76,12 +76,12 @@ def checkpoint_base(base: nn.Module, given: Mapping[str, object] | None, options
 
 
 def is_checkpointed(base: nn.Module) -> bool:
-    """Whether the base's own code checkpoints a layer."""
+    """Return whether the base's own code checkpoints a layer."""
     return any(getattr(module, "gradient_checkpointing", False) for _, module in own_modules(base))
 
 
 def stop_checkpointing(base: nn.Module) -> None:
-    """Keep activations again."""
+    """Disable gradient checkpointing in the base."""
     disable = getattr(base, "activation_checkpointing_disable", None)
     if disable is not None:
         disable()

@@ -1,4 +1,4 @@
-"""What acts in one module: weight methods, attention methods and copies, by the adapters that brought them."""
+"""What acts in one module, by adapter: weight methods, attention methods, pattern methods, and copies of tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _Forward = Callable[..., object]
 
 
 class Parameters:
-    """The parameters of a placement, read anew at each call from the modules of the adapter that hold them."""
+    """The parameters of a placement, read at each call from the adapter's modules."""
 
     def __init__(self, adapter: Adapter, keys: Mapping[str, str]) -> None:
         self.held = [(name, *owner_of(adapter, key)) for name, key in keys.items()]
@@ -39,11 +39,11 @@ class Parameters:
 
 
 class WeightGuest:
-    """A weight method at a module's output.
+    """A weight method that acts at a module's output.
 
     Attributes:
-        alone: whether it reads nothing of that output, which need not be computed then.
-        first: whether it reads nothing of it where it is the first.
+        alone: whether the method never reads the module's output, so that the output need not be computed.
+        first: whether the method does not read the module's output if it is the first method that acts.
     """
 
     def __init__(self, seat: WeightSeat, adapter: Adapter, module: nn.Module) -> None:
@@ -56,13 +56,13 @@ class WeightGuest:
     def act(
         self, own: _Forward, module: nn.Module, x: Tensor, y: Tensor | None, before: Sequence[WeightGuest]
     ) -> Tensor:
-        """The module's output with what this one does.
+        """Return the module's output with the effect of this method.
 
         Args:
             own: the module's own forward.
-            module: itself.
-            x, y: its input, and its output as it is before.
-            before: those that have acted there.
+            module: the module.
+            x, y: the module's input, and its output before this method acts.
+            before: the methods that have acted at this module before.
         """
         bias = None if self.seat.bias is None else getattr(module, self.seat.bias)
         stored = module.weight if self.reader is None else self.reader(module, x.dtype), bias
@@ -76,7 +76,7 @@ class WeightGuest:
         return adapted(self.acting, p, operation, x, y, stored, rerun, training=module.training)  # type: ignore[arg-type]
 
     def _operation(self, own: _Forward, module: nn.Module, stored: tuple[Tensor, Tensor | None]) -> Op:
-        """The site's own operation; with the weight of a quantised layer it is what the layer itself computes."""
+        """Return the site's operation; for a quantised weight that is unchanged, it calls the layer's forward."""
         operation = self.seat.operation
         if self.reader is None:
             return operation
@@ -99,7 +99,7 @@ class AttentionGuest:
         self.layers = base.get_submodule(heads.key), base.get_submodule(heads.value)
 
     def act(self, module: nn.Module, query: Tensor, y: Tensor) -> Tensor:
-        """What the attention gives, or what leaves the module, with what this one does."""
+        """Return the output of the attention, or of the module, with the effect of this method."""
         p, (key, value) = self.params(), self.layers
         read = self.method.reads(p)
         read = read if is_quantised(key) else read.to(key.weight.dtype)  # type: ignore[union-attr, arg-type]
@@ -109,14 +109,14 @@ class AttentionGuest:
 
 
 class PatternGuest:
-    """A pattern method at the output of a module that computes what the pattern does."""
+    """A pattern method at the output of a module that computes what the pattern computes."""
 
     def __init__(self, seat: PatternSeat, adapter: Adapter) -> None:
         self.path, self.method = seat.placement.site.path, seat.placement.method
         self.site, self.params = unnamed(seat.placement.site), Parameters(adapter, adapter.keys(seat.placement))
 
     def act(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """What the module gives, with what this one does."""
+        """Return the module's output with the effect of this method."""
         with asking(self.method, "forward", self.path):
             made = self.method.forward(self.site, x, y, self.params(), module.training)
         refuse_forward_output(self.method, self.path, made, y)
@@ -124,20 +124,20 @@ class PatternGuest:
 
 
 class Copy:
-    """An adapter's copy of a module's tensor, or of rows of it."""
+    """An adapter's copy of a module's tensor, or of some rows of the tensor."""
 
     def __init__(self, seat: CopySeat, adapter: Adapter) -> None:
         self.owner, self.leaf = owner_of(adapter, seat.override.key)
         self.indices = owner_of(adapter, seat.override.indices) if seat.override.rows else None
 
     def read(self, own: Tensor) -> Tensor:
-        """What the module reads in the place of its own."""
+        """Return the tensor that the module reads in place of its own tensor."""
         value: Tensor = getattr(self.owner, self.leaf)
         return value if self.indices is None else torch.index_put(own, (getattr(*self.indices),), value)
 
 
 class Hosted(Guests):
-    """What acts in one module, by adapter; their parameters are its children."""
+    """All that acts in one module, by adapter; the adapters' parameters are its child modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Hosted(Guests):
         self.kept: dict[str, list[str]] = {}
 
     def keep(self, key: str, owner: nn.Module) -> None:
-        """Have an adapter's parameters as a child, once."""
+        """Add the module `owner` of an adapter's parameters as a child, unless it is a child already."""
         if not any(child is owner for child in self.children()):
             number = next(n for n in itertools.count() if f"{key}_{n}" not in self._modules)
             self.add_module(f"{key}_{number}", owner)
@@ -157,7 +157,7 @@ class Hosted(Guests):
             self.kept.setdefault(key, []).append(f"{key}_{number}")
 
     def drop(self, key: str) -> bool:
-        """Let go of what an adapter brought; returns whether anything is left."""
+        """Remove all that an adapter brought; return whether anything is left."""
         for table in self._tables():
             table.pop(key, None)
         for child in self.kept.pop(key, ()):
@@ -168,23 +168,23 @@ class Hosted(Guests):
         return any(self._tables())
 
     def hosts(self, keys: Keys) -> bool:
-        """Whether one of these adapters acts here."""
+        """Return whether one of these adapters acts in this module."""
         return any(key in table for table in self._tables() for key in keys)
 
     def _tables(self) -> tuple[dict[str, Any], ...]:
         return (self.weights, self.attentions, self.matches, *self.copies.values())
 
     def read(self, name: str, own: Tensor) -> Tensor:
-        """A tensor of the module, as the adapters that act have it."""
+        """Return a tensor of the module as the active adapters replace it; `own` is the module's own tensor."""
         for key in CURRENT.keys or ():
             copy = self.copies[name].get(key)
             own = own if copy is None else copy.read(own)
         return own
 
     def weigh(self, own: _Forward, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        """What a module's own forward gives, with all weight methods that act."""
+        """Return the output of a module's own forward with all active weight methods."""
         found = [guest for key in CURRENT.keys or () for guest in self.weights.get(key, ())]
-        found.sort(key=lambda guest: guest.placement.on_weight is None)  # behind those that are one weight
+        found.sort(key=lambda guest: guest.placement.on_weight is None)  # after methods at one weight
         alone = [i for i, guest in enumerate(found) if guest.alone or (i == 0 and guest.first)]
         y = None if alone else own(module, *args, **kwargs)
         for i in range(alone[-1] if alone else 0, len(found)):
@@ -195,7 +195,7 @@ class Hosted(Guests):
         return y
 
     def join(self, module: nn.Module, y: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        """What a module gives, with all pattern methods that act."""
+        """Return a module's output with all active pattern methods."""
         for guest in (guest for key in CURRENT.keys or () for guest in self.matches.get(key, ())):
             if not isinstance(y, Tensor):
                 raise other_call(guest.path, f"it returned a {type(y).__name__}")
@@ -203,12 +203,12 @@ class Hosted(Guests):
         return y
 
     def attending(self, keys: Keys) -> list[AttentionGuest]:
-        """The attention methods that act, in order."""
+        """Return the attention methods of these adapters, in order."""
         return [guest for key in keys for guest in self.attentions.get(key, ())]
 
 
 class Attending(TorchFunctionMode):
-    """Inside, attention methods act where a module calls torch's fused attention."""
+    """A torch function mode in which attention methods act where a module calls torch's fused attention."""
 
     def __init__(self, module: nn.Module, guests: Sequence[AttentionGuest]) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class Attending(TorchFunctionMode):
         return y
 
     def leaving(self, output: object) -> object:
-        """What leaves the module, with the methods that act there.
+        """Return the module's output with the methods that act on the output.
 
         Raises:
             PeftfxError: the module has not called torch's fused attention.
@@ -258,6 +258,6 @@ def _only_tensor(path: str, args: tuple[object, ...], kwargs: Mapping[str, objec
 
 
 def other_call(where: str, what: str) -> PeftfxError:
-    """What to raise where a module runs in another way than the graph says: nothing may be passed by."""
+    """Return the error for a module that runs in another way than the graph says."""
     said = f"this module is not called as it was when the model was transformed: {what}"
     return PeftfxError(said, where, 'take the other road: peftfx.transform(..., road="graph")')

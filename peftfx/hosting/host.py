@@ -1,8 +1,8 @@
-"""host: a module gets a class of its own beside its own one, and its own one back.
+"""Host modules: a module gets another class, which also runs adapters, and later its own class back.
 
-The forward of that class runs the module's, and then what acts there in this call; a tensor that adapters have copies
-of is a property. Outside of an adapted model's call the module is what it was. Copies and pickles of it are of its own
-class, without guests.
+The forward of the new class runs the module's own forward and then the adapters that act there in this call. A tensor
+that adapters have copies of becomes a property. Outside of an adapted model's call the module behaves as before. Copies
+and pickles of the module have its own class, and no guests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peftfx.twins.offloaded import OWN_FORWARD
 
 
 def guests_of(module: nn.Module) -> Hosted:
-    """What acts in a module; made, and empty, where nothing does."""
+    """Return what acts in a module, after making an empty `Hosted` if there is none."""
     found = module._modules.get(GUESTS)
     if isinstance(found, Hosted):
         return found
@@ -38,7 +38,7 @@ def dress(module: nn.Module, *, inner: bool = False) -> None:
     """Give a module the class that runs its guests.
 
     Raises:
-        PeftfxError: it got another class since it has guests, and that has no place for these.
+        PeftfxError: other code gave the module another class after it got guests, and that class cannot run them.
     """
     copied = frozenset(guests_of(module).copies)
     own, before = own_class(module), type(module)
@@ -52,14 +52,14 @@ def dress(module: nn.Module, *, inner: bool = False) -> None:
 
 
 def undress(module: nn.Module) -> None:
-    """Give a module without guests its own class back, if nobody has put another over it since."""
+    """Give a module without guests its own class back, unless other code has set another class since."""
     del module._modules[GUESTS]
     if OWN_CLASS in vars(type(module)):
         _reclass(module, own_class(module))
 
 
 def _reclass(module: nn.Module, wanted: type[nn.Module]) -> None:
-    """Give a module another class; hooks that run around its forward, as accelerate's, then run that class's."""
+    """Set a module's class, and update hooks around its forward, such as accelerate's, to the new class."""
     before, module.__class__ = type(module).forward, wanted
     inner = vars(module).get(OWN_FORWARD)
     if isinstance(inner, MethodType) and inner.__func__ is before:
@@ -67,7 +67,7 @@ def _reclass(module: nn.Module, wanted: type[nn.Module]) -> None:
 
 
 class _Inner:
-    """Beside a class whose forward calls that of torch's layer: marks that guests act there."""
+    """A marker base class: guests act inside the forward of torch's own layer, which the module's forward calls."""
 
 
 def _copied(cls: type) -> frozenset[str]:
@@ -78,7 +78,7 @@ def _copied(cls: type) -> frozenset[str]:
 
 @functools.cache
 def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module] | None) -> type[nn.Module]:
-    """The class beside a module's own: with these tensors as properties, acting inside the forward of this layer."""
+    """Return the hosting subclass of a class: `copied` tensors as properties, guests inside the forward of `layer`."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
         guests = self._modules.get(GUESTS)
@@ -111,7 +111,7 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
         if isinstance(state, dict) and "_modules" in state:
             state = {**state, "_modules": {n: m for n, m in state["_modules"].items() if n != GUESTS}}
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
-            make = _new  # pickle would hold that one to the object's class
+            make = _new  # pickle requires that `__newobj__` makes the object's own class
         return (make, tuple(own if arg is type(self) else arg for arg in args), state, *rest)
 
     members = {OWN_CLASS: own, "forward": forward, "__reduce_ex__": reduce, "__module__": own.__module__}
@@ -128,7 +128,7 @@ def _new(cls: type, *args: Any) -> Any:
 
 @functools.cache
 def _within(layer: type[nn.Module]) -> type[nn.Module]:
-    """A class that stands before torch's own layer, where a module's forward looks for the layer's."""
+    """Return a class that comes before torch's own layer in the method order and runs the guests there."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
         guests, CURRENT.inner = self._modules.get(GUESTS), True
@@ -140,7 +140,7 @@ def _within(layer: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Read(property):
-    """A tensor of a module, as the adapters that act have it."""
+    """A property for a module's tensor: the tensor as the active adapters replace it."""
 
     def __init__(self, name: str) -> None:
         def read(module: nn.Module) -> Tensor | None:

@@ -1,6 +1,7 @@
-"""A forward that others set on an adapted model: the adapters act in what it runs of the base, or it is refused.
+"""A `forward` that other code set on an adapted model: adapters act in the base's modules, or the call is refused.
 
-TRL sets one that runs the base's backbone and multiplies by the head's weight itself, without the model's own forward.
+TRL sets a `forward` that runs the base's backbone and multiplies by the head's weight itself. It does not call the
+model's own forward.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from peftfx.hosting.road import ModulesRoad
 def run_other(
     road: ModulesRoad, names: Sequence[str], call: Callable[[], object], penalised: Callable[[object], object]
 ) -> object:
-    """Run a call whose forward others have set, with these adapters in the base's modules.
+    """Run a call whose `forward` other code has set, with these adapters in the base's modules.
 
     Args:
-        road: the adapters in their modules.
-        names: of those that act.
-        call: runs it.
-        penalised: adds to an output's loss what the adapters add; the model's own forward has done so itself.
+        road: the adapters in the base's modules.
+        names: the names of the adapters that act.
+        call: runs the call.
+        penalised: adds the adapters' penalties to an output's loss; only used if the model's own forward has not run.
 
     Raises:
-        PeftfxError: it passed by the model's own forward, and an adapter acts where no module of the base hosts it.
+        PeftfxError: the call does not run the model's own forward, and an adapter acts where no module of the base
+            hosts it.
     """
     before, CURRENT.called = CURRENT.called, False
     try:

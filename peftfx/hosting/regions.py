@@ -1,4 +1,4 @@
-"""Regions: what a module computes in one call, in a graph: what enters it, and what leaves it."""
+"""Regions of a graph: the nodes that one call of a module runs, with the tensors that enter and leave."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class _Region:
     """The nodes that one call of a module runs.
 
     Attributes:
-        nodes: what it runs, modules within it included.
-        inputs: the tensors that they read and that are made elsewhere, weights and constants aside.
-        outputs: the tensors that are read elsewhere.
+        nodes: the nodes that the call runs, including those of modules inside the module.
+        inputs: the tensors that these nodes read and other nodes compute, without weights and constants.
+        outputs: the tensors that these nodes compute and other nodes read.
     """
 
     nodes: frozenset[fx.Node]
@@ -45,11 +45,11 @@ class Regions:
         self._found = {path: [_Region(frozenset(n)) for n in calls.values()] for path, calls in found.items()}
 
     def of(self, path: str) -> list[_Region]:
-        """Those of a module, one for each call."""
+        """Return the regions of a module, one for each of its calls."""
         return self._found.get(path, [])
 
     def around(self, path: str, node: fx.Node) -> _Region | None:
-        """That of the module's call that runs this node."""
+        """Return the region of the module's call that runs this node, or None."""
         return next((region for region in self.of(path) if node in region.nodes), None)
 
 

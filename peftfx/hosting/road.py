@@ -1,4 +1,4 @@
-"""ModulesRoad: the adapters of one model in its base's modules: they take their seats, act in calls, and leave."""
+"""The class `ModulesRoad`: puts the adapters of one model into its base's modules, calls these, and takes them out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from peftfx.hosting.seats import AttentionSeat, CopySeat, PatternSeat, Seat, Sea
 from peftfx.sharding import settle, share_whole
 from peftfx.views.entry import Entry, forward
 
-NO_ADAPTER = "__base__"  #: the name of none, as in HF PEFT
+NO_ADAPTER = "__base__"  #: the name that stands for no adapter, as in HF PEFT
 _NUMBERS = itertools.count()
 
 
@@ -32,8 +32,8 @@ class ModulesRoad:
     """The adapters of one model, in the modules of its base.
 
     Attributes:
-        seatings: of each adapter, by name.
-        prompts: the soft prompts among them, which act ahead of the modules.
+        seatings: the seating of each adapter, by name.
+        prompts: the placement of each adapter that is a soft prompt, by name; soft prompts act before the modules.
     """
 
     def __init__(self, base: nn.Module, adapters: AdapterSet) -> None:
@@ -43,7 +43,7 @@ class ModulesRoad:
         self.prompts: dict[str, SequencePlacement] = {}
 
     def enter(self, name: str, adapter: Adapter, seating: Seating) -> None:
-        """Seat an adapter."""
+        """Put an adapter into the modules where its seating says that it acts."""
         self.seatings[name] = seating
         for placement in adapter.placements.prompts:
             self.prompts[name] = placement
@@ -52,7 +52,7 @@ class ModulesRoad:
         bind_checkpoints(self.base)
 
     def leave(self, name: str) -> None:
-        """Take an adapter out of the modules; those without another one are what they were before."""
+        """Take an adapter out of the modules; a module without adapters gets its own class back."""
         seating = self.seatings.pop(name, Seating())
         self.prompts.pop(name, None)
         for path in dict.fromkeys(s.path for s in seating.seats):
@@ -66,11 +66,11 @@ class ModulesRoad:
                 undress(module)
 
     def key(self, name: str) -> str:
-        """An adapter as the modules know it: another model's over this base may have the same name."""
+        """Return an adapter's key in the modules, where adapters of other models may have the same name."""
         return f"{self.number}_{name}"
 
     def obstacle(self, names: Sequence[str]) -> str:
-        """Why these adapters cannot act in the modules; empty where they can."""
+        """Return why these adapters cannot act in the modules; empty if they can."""
         for name in names:
             seating = self.seatings.get(name)
             if seating is None:
@@ -80,15 +80,15 @@ class ModulesRoad:
         return ""
 
     def keys(self, names: Sequence[str]) -> Keys:
-        """These adapters, as the modules know them."""
+        """Return these adapters' keys in the modules, in order."""
         return tuple([self.key(name) for name in names])
 
     def acting(self, names: Sequence[str], given: Mapping[str, Tensor] | None = None) -> AbstractContextManager[None]:
-        """Inside, in this thread, these adapters act in the modules, and read this beside the model's inputs."""
+        """Let these adapters act in the modules, in this thread, until the `with` block ends."""
         return acting(self.keys(names), given)
 
     def entry(self, names: Sequence[str]) -> Entry | None:
-        """The way into the base that a soft prompt among these adapters takes; None is the base's own forward."""
+        """Return the entry that a soft prompt of these adapters takes, or None for the base's own forward."""
         found = (self.prompts[name] for name in names if name in self.prompts)
         return next((p.method.entry(self.base, p.site) for p in found), None)
 
@@ -100,7 +100,7 @@ class ModulesRoad:
         kwargs: Mapping[str, Any],
         given: Mapping[str, Tensor] | None = None,
     ) -> object:
-        """Call the base with these adapters, through the way in that a soft prompt takes; its arguments are named."""
+        """Call the base with these adapters; with an `entry` of a soft prompt, `kwargs` has all arguments by name."""
         part = settle(self.base)
         if part is not None:
             share_whole((t for name in names for _, t in self.adapters[name].tensors()), part)
@@ -111,10 +111,10 @@ class ModulesRoad:
             return entry(forward, self.base, self._virtual(names, entry), kwargs)
 
     def rows(self, names: Sequence[str]) -> RowsByAdapter:
-        """The rows of a batch by adapter, given the name of each row's; `__base__` is none.
+        """Return the rows of a batch by adapter, given the adapter's name of each row; `__base__` is no adapter.
 
         Raises:
-            PeftfxError: one of them does not act in the modules of the base.
+            PeftfxError: an adapter cannot act for some rows only, in the modules of the base.
         """
         for name in dict.fromkeys(names):
             reason = "" if name == NO_ADAPTER else self.obstacle((name,))
@@ -135,7 +135,7 @@ class ModulesRoad:
         return tuple((keys[name], torch.tensor(at)) for name, at in found.items())
 
     def _virtual(self, names: Sequence[str], entry: Entry) -> Any:
-        """What fills the hole of a soft prompt's entry."""
+        """Return the virtual tokens that a soft prompt puts into its entry."""
         name = next(name for name in names if name in self.prompts)
         placement = self.prompts[name]
         p = self.adapters[name].params(placement) | read_call_inputs(placement.method)

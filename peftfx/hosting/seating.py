@@ -1,8 +1,9 @@
-"""seat: where an adapter's placements act in the base's own modules, told from the graph; or why a module cannot host.
+"""The search, in a graph, for the modules where an adapter's placements can act, or for the reason why none can.
 
-A module hosts a weight method where all that it computes is the site's operation: its input is the operation's, and so
-is its output. Where it computes more and calls the forward of torch's own layer for the operation, as embeddings that
-are scaled or count positions do, the method acts at the output of that. What is left is said, and runs as a graph.
+A module hosts a weight method if it computes only the site's operation: the module and the operation have the same
+input and the same output. Some modules compute more and call the forward of torch's own layer for the operation, as
+embeddings that are scaled or that count positions do. There the method acts at the output of that layer's forward. An
+adapter with any other placement gets an obstacle, and its calls run a graph.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ from peftfx.sites.site import EXPERTS, Site, WeightSite
 
 #: torch's own layers, whose forward is one operation on their weight.
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
-_FUSES = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  #: they pass their own layers by where it is faster
+_FUSES = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  #: classes that may compute without calling their layers
 
 
 class Unhostable(Exception):
-    """Why a placement cannot act inside a module."""
+    """The reason why a placement cannot act inside a module."""
 
 
 def seat(graph: Graph, adapter: Adapter, obstacles: Mapping[str, str]) -> Seating:
-    """Where an adapter acts in the modules of a graph's base.
+    """Return the seats of an adapter in the modules of a graph's base, or the obstacle.
 
     Args:
-        graph: of the base, or of its twin.
-        adapter: what acts.
-        obstacles: why modules cannot host anything, by their paths.
+        graph: a graph of the base, or of its twin.
+        adapter: the adapter.
+        obstacles: the reasons why modules cannot host any adapter, by the modules' paths.
     """
     finder = _Finder(graph, obstacles)
     try:
@@ -59,7 +60,7 @@ def seat(graph: Graph, adapter: Adapter, obstacles: Mapping[str, str]) -> Seatin
 
 
 class _Finder:
-    """Finds seats in one graph."""
+    """The finder of seats in one graph."""
 
     def __init__(self, graph: Graph, obstacles: Mapping[str, str]) -> None:
         self.graph, self.base, self.obstacles = graph, graph.base, obstacles
@@ -78,7 +79,7 @@ class _Finder:
 
     @functools.singledispatchmethod
     def seats(self, placement: Placement) -> Sequence[Seat]:
-        """Where one placement acts, its copies aside."""
+        """Return where one placement acts; its copies are found by `copies`."""
         return ()
 
     @seats.register
@@ -94,7 +95,7 @@ class _Finder:
         return [self.pattern(placement)]
 
     def host(self, path: str) -> nn.Module:
-        """The module at a path, if what acts there acts in no other place, and its forward runs whenever it is used."""
+        """Return the module at a path, if it has only this path and its forward runs whenever its weight is used."""
         module = self.modules.get(path)
         if module is None:
             raise Unhostable(f"{path}: a bare parameter, of no module of its own")
@@ -111,13 +112,13 @@ class _Finder:
         return module
 
     def site(self, path: str) -> WeightSite:
-        """The site of a weight, as the graph runs it."""
+        """Return the site of a weight, as this graph runs the site."""
         if path not in self.weights:
             raise Unhostable(f"{path}: the call that the model was transformed with does not run it")
         return self.weights[path]
 
     def weight(self, placement: WeightPlacement) -> WeightSeat:
-        """Where a weight method acts."""
+        """Return where a weight method acts."""
         path = placement.site.path
         module, site = self.host(path), self.site(placement.site.path)
         if module._parameters.get("weight") is not self.graph.get(site.weight):
@@ -131,14 +132,14 @@ class _Finder:
         return WeightSeat(path, placement, operation, self.bias(module, site), inner=not whole)
 
     def is_whole(self, site: Site, index: int) -> bool:
-        """Whether all that the module computes in a call is the site's operation."""
+        """Return whether a call of the module computes only the site's operation."""
         call = site.calls[index]
         region = self.regions.around(site.path, self.nodes[call.op])
         x, y = self.nodes[call.x], self.nodes[call.y]
         return region is not None and region.inputs == {x} and region.outputs <= {y}
 
     def is_inner(self, module: nn.Module, site: Site, index: int) -> bool:
-        """Whether the module's forward calls that of torch's layer for the site's operation."""
+        """Return whether the module's forward calls the forward of torch's layer for the site's operation."""
         layer = torch_layer_of(type(module))
         call = site.calls[index]
         op = self.nodes[call.op]
@@ -147,7 +148,7 @@ class _Finder:
         return inside and own and call.y == call.op and self.nodes[call.x] in op.all_input_nodes
 
     def bias(self, module: nn.Module, site: Site) -> str | None:
-        """The name of a site's bias in its module."""
+        """Return the name of a site's bias in its module, or None."""
         if site.bias is None:
             return None
         tensor = self.graph.get(site.bias)
@@ -157,7 +158,7 @@ class _Finder:
         return name
 
     def attention(self, placement: AttentionPlacement) -> AttentionSeat:
-        """Where an attention method acts."""
+        """Return where an attention method acts."""
         path, heads, method = placement.site.path, placement.site.heads, placement.method
         self.host(path)
         site = self.attentions.get(path)
@@ -185,13 +186,13 @@ class _Finder:
         return AttentionSeat(path, placement, behind)
 
     def pattern(self, placement: PatternPlacement) -> PatternSeat:
-        """Where a pattern method acts: at the module that all of a match runs in, if it computes nothing else."""
+        """Return where a pattern method acts: at a module that computes the pattern's match and nothing else."""
         path = placement.site.path
         site = next((s for s in self.graph.sites.patterns if s.path == path), None)
         if site is None:
             raise Unhostable(f"{path}: the call that the model was transformed with does not run it")
         module = path.removesuffix(f".{site.pattern}.{path.rpartition('.')[2]}")
-        if module not in self.modules:  # the whole model is in no module that could host it
+        if module not in self.modules:  # a match at the model's root is in no module that could host the method
             raise Unhostable(f"{path}: no module below the model computes what the pattern {site.pattern} does")
         self.host(module)
         for call in site.calls:
@@ -203,7 +204,7 @@ class _Finder:
         return PatternSeat(module, placement)
 
     def copies(self, override: Override) -> Iterator[CopySeat]:
-        """The modules that read an adapter's copy in the place of their own tensor."""
+        """Yield the modules that read an adapter's copy in place of their own tensor."""
         within = f"{override.module}." if override.module else ""
         tensor = getattr(*owner_of(self.base.get_submodule(override.module), override.name))
         owners = {path: name for path, m in self.modules.items() if (name := _name_of(m, tensor)) is not None}
@@ -225,7 +226,7 @@ class _Finder:
 
 
 def torch_layer_of(own: type[nn.Module]) -> type[nn.Module] | None:
-    """torch's own layer that a class of modules derives from."""
+    """Return torch's own layer that a class of modules derives from, or None."""
     return next((layer for layer in LAYERS if issubclass(own, layer)), None)
 
 
@@ -235,5 +236,5 @@ def _name_of(module: nn.Module, tensor: Tensor) -> str | None:
 
 
 def _holds(value: object, tensor: Tensor) -> bool:
-    """Whether a module's attribute is a list of tensors, this one among them."""
+    """Return whether a module's attribute is a list of tensors that contains this tensor."""
     return isinstance(value, list | tuple) and any(item is tensor for item in value)

@@ -1,4 +1,4 @@
-"""Seats: where placements act in a base's modules, as plain data that copies and pickles take with them."""
+"""Seats: where placements act in a base's modules, as plain data that copies and pickles can carry."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from peftfx.passes.rewriting.site_op import Operation
 
 @dataclass(frozen=True)
 class WeightSeat:
-    """A weight method at the output of a module.
+    """The place of a weight method: the output of a module.
 
     Attributes:
-        path: of the module.
-        placement: what acts.
-        operation: the site's own.
-        bias: the name of the module's bias.
-        inner: whether it acts at the output of torch's own forward, that the module's forward calls and computes on.
+        path: the module's path.
+        placement: the placement.
+        operation: the site's operation.
+        bias: the name of the module's bias, or None.
+        inner: whether the method acts at the output of torch's own layer, whose forward the module's forward calls.
     """
 
     path: str
@@ -30,12 +30,12 @@ class WeightSeat:
 
 @dataclass(frozen=True)
 class AttentionSeat:
-    """An attention method at the fused attention that a module calls.
+    """The place of an attention method: the fused attention that a module calls.
 
     Attributes:
-        path: of the module.
-        placement: what acts.
-        behind: whether it acts on what leaves the module, and not on what the attention gives.
+        path: the module's path.
+        placement: the placement.
+        behind: whether the method acts on the module's output, and not on the output of the attention.
     """
 
     path: str
@@ -45,11 +45,11 @@ class AttentionSeat:
 
 @dataclass(frozen=True)
 class PatternSeat:
-    """A pattern method at a module that computes what the pattern does, and nothing else.
+    """The place of a pattern method: a module that computes only what the pattern computes.
 
     Attributes:
-        path: of the module.
-        placement: what acts.
+        path: the module's path.
+        placement: the placement.
     """
 
     path: str
@@ -58,12 +58,12 @@ class PatternSeat:
 
 @dataclass(frozen=True)
 class CopySeat:
-    """An adapter's copy of a tensor, or of its rows, that a module reads in the place of its own.
+    """The place of an adapter's copy of a tensor, or of its rows: the module that reads the copy.
 
     Attributes:
-        path: of the module.
-        name: of the tensor there.
-        override: the copy.
+        path: the module's path.
+        name: the tensor's name in the module.
+        override: the adapter's copy.
     """
 
     path: str
@@ -76,11 +76,11 @@ Seat = WeightSeat | AttentionSeat | PatternSeat | CopySeat
 
 @dataclass(frozen=True)
 class Seating:
-    """Where all of an adapter acts in the base's modules.
+    """All the places where an adapter acts in the base's modules, or the obstacle.
 
     Attributes:
-        seats: in the order in which they act; none for what acts outside of the modules, as a soft prompt.
-        obstacle: why the modules cannot host it; empty where they can.
+        seats: the seats in the order in which they act; none for a soft prompt, which acts outside of the modules.
+        obstacle: why the modules cannot host the adapter; empty if they can.
     """
 
     seats: tuple[Seat, ...] = ()
