@@ -210,7 +210,7 @@ class AdaptedModel(AdapterCalls):
 
     @property
     def invocations(self) -> Invocations:
-        """The invocation tokens of the active adapters that act only after such tokens."""
+        """The invocation tokens of the active adapters that act only from such tokens on."""
         rules = (rule for adapter in self.named.acting() for rule in adapter.rules)
         return tuple(dict.fromkeys(rule.invoked_by for rule in rules if rule.invoked_by))
 
