@@ -19,9 +19,7 @@ class _Current(threading.local):
     keys: Keys | None = None  #: the adapters that act; None outside of a call
     given: Mapping[str, Tensor] = MappingProxyType({})  #: the inputs that methods read besides the model's own
     inner: bool = False  #: whether the forward of torch's own layer has run, inside a module that computes more
-    rows: RowsByAdapter | None = (
-        None  #: the rows of each adapter, if rows have different adapters; then `keys` is empty
-    )
+    rows: RowsByAdapter | None = None  #: the rows of each adapter, if rows have different ones; then `keys` is empty
     called: bool = False  #: whether the model's own forward has run, in a call for which other code has set `forward`
 
 

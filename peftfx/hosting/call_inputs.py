@@ -43,8 +43,8 @@ def invocations(acting: Iterable[Method], ids: object, offsets: object) -> dict[
     Args:
         acting: the methods that act.
         ids: the tokens of the call, if there are any.
-        offsets: for each row, how many of its last tokens come after the invocation, as HF PEFT's `alora_offsets`; None
-            if the call has no offsets.
+        offsets: HF PEFT's `alora_offsets`: for each row, how many of its last tokens are from the invocation's first
+            token on; None if the call has no offsets.
 
     Raises:
         PeftfxError: the call has no tokens, or `offsets` are not such numbers.
