@@ -1,4 +1,4 @@
-"""From a Graph to a directory that ONNX Runtime serves: translated, written, verified, then published."""
+"""Turn a graph into a directory that ONNX Runtime serves: translate it, write it, verify it, publish it."""
 
 if __name__ != "peftfx.export":
     raise ImportError("import this package as peftfx.export: a second copy under another name would not know the first")

@@ -1,4 +1,4 @@
-"""What the command line does to put an adapter into a file of its own, for a graph that has slots."""
+"""The command `export-adapter`: put adapters into a file of their own, for an exported graph that has slots."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def export_adapter_directories(
     """Write HF PEFT directories as one `.onnx_adapter` file for a directory that was exported with slots.
 
     Args:
-        adapters: directories; their effects add up, each times a weight where it is given: `DIR=0.5`.
+        adapters: directories. Their effects are summed, each multiplied by its weight if one is given: `DIR=0.5`.
         graph: the exported directory.
         output: the file.
-        options: see `AdapterDirectoryOptions`. They can be given by name as well.
+        options: see `AdapterDirectoryOptions`. Options can be given by name as well.
         progress: called with a line when a stage begins.
-        changes: options by name; they come before those in `options`.
+        changes: options by name; they override the same fields of `options`.
 
     Raises:
-        PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
+        PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way no file is left.
     """
     asked = AdapterDirectoryOptions.of(options, changes)
     say = progress or (lambda line: None)
@@ -64,7 +64,7 @@ def export_adapter_directories(
         _refuse_head(folder, manifest.model)
     say("load")
     model = load_base(source, task=task_of_class(manifest.model), dtype=getattr(torch, manifest.dtype))
-    sentences = SentenceModules.found([Path(graph)])  # there where the graph embeds sentences
+    sentences = SentenceModules.found([Path(graph)])  # None unless the graph embeds sentences
     adapted = bare(model if sentences is None else as_sentence_encoder(model, sentences.build()))
     names = [f"adapter_{i}" for i in range(len(given))]
     for name, (folder, _) in zip(names, given, strict=True):
@@ -81,7 +81,7 @@ def export_adapter_directories(
 
 
 def _counted(adapted: AdaptedModel, manifest: Manifest, names: Sequence[str]) -> str:
-    """Where the tensors of the adapters' files went."""
+    """Say in a line where the tensors of the adapters' files went, with a count for each destination."""
     with adapted.named.acting_as(tuple(names)), in_eval(adapted):
         views = (adapted.view(kind) for kind in manifest.views.values())
         graphs = [adapted.graph() if view is None else adapted.graph(view=view) for view in views]
@@ -90,7 +90,7 @@ def _counted(adapted: AdaptedModel, manifest: Manifest, names: Sequence[str]) ->
 
 
 def _refuse_head(folder: Path, model: str) -> None:
-    """Refuse an adapter that brings a head to a graph of a model for something else."""
+    """Refuse an adapter with a head for one task if the graph is of a model for another task."""
     kind, own = str(read_adapter_config(folder).get("task_type")), task_of_class(model)
     if kind in PEFT_HEADS and own not in (None, PEFT_TASKS[kind]):
         task = PEFT_TASKS[kind]
@@ -99,7 +99,7 @@ def _refuse_head(folder: Path, model: str) -> None:
 
 
 def _weighted(text: str) -> tuple[Path, float | None]:
-    """A directory, and its weight if it has one: `DIR=0.5`."""
+    """Split `DIR=0.5` into the directory and its weight. The weight is None if the text has none."""
     folder, _, weight = text.rpartition("=")
     if not folder or os.path.exists(text):
         return Path(text), None

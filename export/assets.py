@@ -1,4 +1,4 @@
-"""What a server needs beside the weights: tokenizer, processor and config files, copied from a base or an adapter."""
+"""Copy what a server needs beside the weights, from a base or an adapter: tokenizer, processor and config files."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ _NOT = (
     genai_config.GENAI_CONFIG,
     EXPORT_MANIFEST_FILE,
 )
-"""How names begin, in small letters, of what is no asset, or is told by the export that made it, for that alone."""
+"""Lower-case prefixes of file names that are never copied. Some of these files describe one export and hold for that
+export only."""
 
 
 def copy_assets(source: Path, target: Path, *leave: str) -> list[Path]:
-    """Copy config, tokenizer and processor files, not weights or adapters. What is in the target already stays.
+    """Copy config, tokenizer and processor files, not weights or adapters. Files that the target already has stay.
 
     Args:
-        source: a directory.
-        target: where to.
-        leave: more names that are not copied.
+        source: the directory to copy from.
+        target: the directory to copy to.
+        leave: names of further files that are not copied.
 
     Returns:
-        The links that were not followed, because they lead out of the source. Those of Hugging Face's cache, from
-        `snapshots/REVISION` to `blobs`, are followed.
+        The symbolic links that were not followed, because they lead out of the source. Links inside Hugging Face's
+        cache, from `snapshots/REVISION` to `blobs`, are followed.
     """
     left_out = []
     for path in (source / name for name in assets_of(source, *leave)):
@@ -49,7 +50,7 @@ def copy_assets(source: Path, target: Path, *leave: str) -> list[Path]:
 
 
 def assets_of(source: Path, *leave: str) -> list[str]:
-    """The names of the files that a server needs, in a directory."""
+    """Return the names of the files in the directory `source` that a server needs, except the names in `leave`."""
 
     def wanted(path: Path) -> bool:
         name = path.name.lower()
@@ -60,7 +61,7 @@ def assets_of(source: Path, *leave: str) -> list[str]:
 
 
 def write_configs(base: nn.Module, directory: Path) -> None:
-    """Write the config of the model as it is, with the labels of an adapter's head say, and how it generates."""
+    """Write the model's current config, for example with an adapter's labels, and its generation config."""
     write = getattr(getattr(base, "config", None), "to_json_file", None)
     if write is not None:
         write(directory / "config.json")
@@ -70,7 +71,7 @@ def write_configs(base: nn.Module, directory: Path) -> None:
 
 
 def _leaves(path: Path, source: Path) -> bool:
-    """Whether a path leads out of its directory."""
+    """Say whether a path leads out of the source directory."""
     home, real = source.resolve(), path.resolve()
     cached = home.parent.name == "snapshots" and real.is_relative_to(home.parent.parent / "blobs")
     return not (real.is_relative_to(home) or cached)

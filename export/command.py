@@ -1,4 +1,4 @@
-"""What the command line does: directories in, a directory out."""
+"""The command `export`: read a base's directory and adapters' directories, and write an ONNX directory."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ def export_directory(
     passes: Sequence[Pass] = (),
     **changes: Unpack[DirectoryChanges],
 ) -> Report:
-    """Export a base model's directory, with HF PEFT adapters' or without, to a directory that ONNX Runtime serves.
+    """Export a base model's directory, with or without HF PEFT adapters, to a directory for ONNX Runtime.
 
     Args:
-        base: the base model's directory, or a GGUF file. The inputs are read where they are: one that changes
-            meanwhile is an error.
-        output: where to; it appears when it is complete.
-        options: see `DirectoryOptions`. They can be given by name as well, as in `view="decode"`.
+        base: the base model's directory, or a GGUF file. The inputs are read in place; if a file changes during the
+            export, this is an error.
+        output: the directory to write. It appears only when it is complete.
+        options: see `DirectoryOptions`. Options can be given by name as well, for example `view="decode"`.
         progress: called with a line when a stage begins.
-        written: called with the bytes of weights written so far, and those there will be.
-        passes: run on the graphs, merged, ahead of ONNX, as in `export_onnx`.
-        changes: options by name; they come before those in `options`.
+        written: called with the bytes of weights written so far, and the total.
+        passes: run on the merged graphs before their translation to ONNX, as in `export_onnx`.
+        changes: options by name; they override the same fields of `options`.
 
     Raises:
-        PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way nothing is left.
+        PeftfxError: bad input; VerificationError: ONNX Runtime and torch disagree. Either way no output is left.
     """
     asked = DirectoryOptions.of(options, changes)
     refuse_output(Path(base), output, list(asked.folders.values()), asked.force)
@@ -113,7 +113,7 @@ def _export(
         links = [
             link for own in reversed(folders.values()) for link in copy_assets(own, directory, "config.json", *leave)
         ]
-        links += copy_assets(home, directory, *leave)  # behind the adapters': a tokenizer trained with one is its own
+        links += copy_assets(home, directory, *leave)  # after the adapters': an adapter's own tokenizer wins
         if links:
             say(f"not copied, links that leave their directory: {', '.join(map(str, links))}")
         inputs.check()
@@ -129,10 +129,10 @@ def _export(
 
 
 def served_dtype(base: Path, wanted: str | None, quantize_base: str | None) -> torch.dtype | None:
-    """What to load the base in; None is its own.
+    """Return the dtype to load the base in. None means the dtype that the base is stored in.
 
     Raises:
-        PeftfxError: a quantised base is to be served in another dtype than fp32.
+        PeftfxError: the base is quantised, and a dtype other than fp32 is wanted.
     """
     config = read_base_config(base)
     if config.get(QUANTISED) is not None or quantize_base is not None:
@@ -156,14 +156,15 @@ def load_directories(
     sentences: SentenceModules | None = None,
     task_id: int | None = None,
 ) -> AdaptedModel:
-    """A base model with adapters on it by name, all from directories; the last is active.
+    """Load a base model with adapters on it by name, all from directories. The last adapter is active.
 
-    With `quantize_base` the base is quantised on the way: see `peftfx.bases.quantised.quantise`. With `sentences`, and
-    no other task, it is a sentence encoder: see `peftfx.bases.sentences.encoder`.
+    With `quantize_base` the base is quantised after loading: see `peftfx.bases.quantised.quantise`. With `sentences`,
+    and no other task, the model is a sentence encoder: see `peftfx.bases.sentences.encoder`.
 
-    With `task_id`, of an adapter that acts by task that one alone is left.
+    With `task_id`, an adapter that acts differently for each task keeps only the part for this task.
 
-    A head that an adapter holds sets the number of labels, and embeddings that of tokens, whatever the config says.
+    If an adapter holds a head, the head sets the number of labels, whatever the config says. If it holds embeddings,
+    they set the number of tokens.
     """
     config = read_base_config(base)
     if not adapters:
@@ -197,7 +198,7 @@ def load_directories(
 
 
 def _take_task(adapted: AdaptedModel, task_id: int) -> None:
-    """Leave one task's adapter of each that has several."""
+    """Reduce each adapter that has several tasks to the adapter of one task."""
     several = [name for name in adapted.names() if adapted.tasks_of(name)]
     if not several:
         what = "no adapter acts by task: each does the same for every one"
@@ -207,10 +208,10 @@ def _take_task(adapted: AdaptedModel, task_id: int) -> None:
 
 
 def sentence_task(asked: str | None, told: str | None, sentences: SentenceModules | None, base: Path) -> str | None:
-    """The task to load a base for: what is asked for, or sentences, where nothing and no adapter asks for another.
+    """Return the task to load a base for: the one `asked` for, or sentences if nothing asks for another task.
 
     Raises:
-        PeftfxError: sentences are asked for, and nothing says how they are embedded.
+        PeftfxError: the sentence task is asked for, and no file says how sentences are embedded.
     """
     if asked is not None and resolve_task(asked) == SENTENCES and sentences is None:
         what = f"there is no {FILE}, which says how tokens become a sentence's embedding"
@@ -224,7 +225,7 @@ def _with_steps(model: nn.Module, task: str | None, sentences: SentenceModules |
 
 
 def inspect_directory(directory: str | Path, *, task: str | None = None, target: str | None = None) -> Sites:
-    """The sites of a model in a directory; its weights are not read."""
+    """Return the sites of a model in a directory, or those that `target` picks. The weights are not read."""
     sites = bare(load_base(Path(directory), task=task, weights=False)).sites
     return sites if target is None else Sites(tuple(match.site for match in sites.select(target)))
 
@@ -232,7 +233,7 @@ def inspect_directory(directory: str | Path, *, task: str | None = None, target:
 def page_directory(
     directory: str | Path, *, rules: str | None = None, adapters: Sequence[Path] = (), task: str | None = None
 ) -> Page:
-    """A model in a directory as a page, with what rules would do, or with adapters; weights are read for adapters."""
+    """Show a model in a directory as a page, with `rules` or with `adapters`. Weights are read only for adapters."""
     if not adapters:
         adapted = bare(load_base(Path(directory), task=task, weights=False))
         made = {} if rules is None else {"": shapes_of(adapted.source, place(adapted.source, adapted.sites, rules))}
@@ -244,12 +245,12 @@ def page_directory(
 
 
 def plan_directory(directory: str | Path, rules: str, *, task: str | None = None) -> Plan:
-    """What rules would do to a model in a directory; its weights are not read."""
+    """Return what `rules` would do to a model in a directory. The weights are not read."""
     return plan(load_base(Path(directory), task=task, weights=False), rules)
 
 
 def _labels(model: nn.Module, weights: Weights, method: object) -> int | None:
-    """The number of labels of the head in an adapter, where it is not the model's."""
+    """Return the number of labels of an adapter's head if it differs from the model's number; None otherwise."""
     own = getattr(getattr(model, "config", None), "num_labels", None)
     for path in saved_modules(model, method):  # type: ignore[arg-type]
         for name, tensor in model.get_submodule(path).state_dict().items():
@@ -260,7 +261,7 @@ def _labels(model: nn.Module, weights: Weights, method: object) -> int | None:
 
 
 def refuse_output(base: Path, output: str | Path, adapters: Sequence[Path], force: bool) -> None:
-    """Refuse at once what would be refused after minutes of work."""
+    """Refuse at once an output that would otherwise be refused after minutes of work."""
     target = Path(output).resolve()
     inputs = [base.resolve(), *(adapter.resolve() for adapter in adapters)]
     if any(target == i or target in i.parents for i in inputs):

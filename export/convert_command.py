@@ -1,4 +1,4 @@
-"""convert_directory: an adapter, a checkpoint or a single file becomes a LoRA in HF PEFT's format, or a single file."""
+"""The command `convert`: turn an adapter, a checkpoint or a single file into a LoRA or a single file."""
 
 from __future__ import annotations
 
@@ -36,24 +36,25 @@ def convert_directory(
     prefix: str = "lora_unet",
     force: bool = False,
 ) -> str:
-    """Write what changes a model as a LoRA.
+    """Convert an adapter, a tuned checkpoint or a single file to a LoRA, and write the LoRA.
 
     Args:
         base: the model's directory.
-        output: a directory in HF PEFT's format, or with `to` a safetensors file.
+        output: where to write: a directory in HF PEFT's format, or a safetensors file if `to` is another format.
         adapter: a HF PEFT directory of any method that acts on weights.
-        tuned: the directory of another checkpoint of the model, whose difference it is.
-        file: a single file of kohya's or of diffusers'. One of the three is given.
-        rank: of the LoRA, or the share of the energy that is kept; not needed of a LoRA, which stays as it is then.
+        tuned: the directory of another checkpoint of the model. The LoRA approximates its difference from the base.
+        file: a single LoRA file of kohya's or diffusers' format. Exactly one of `adapter`, `tuned` and `file` is given.
+        rank: the rank of the LoRA, or the share of the energy that is kept (below 1). Without a rank, an adapter that
+            is a LoRA already is not changed.
         to: `peft`, `kohya` or `diffusers`.
-        prefix: of a single file's keys.
+        prefix: how the keys of a single file begin.
         force: replace what is at `output`.
 
     Returns:
-        What was written, in words.
+        A line that says what was written.
 
     Raises:
-        PeftfxError: bad input, or what no LoRA tells.
+        PeftfxError: bad input, or a change that no LoRA can express.
     """
     check_choice(to, FORMATS, "to", "unknown format")
     target = Path(output)
@@ -85,7 +86,7 @@ def convert_directory(
 
 
 def _changed(base: Path, tuned: str | Path | None, file: str | Path | None, rank: float | None) -> AdaptedModel:
-    """The base with the LoRA that another checkpoint or a single file is."""
+    """Return the base with a LoRA from a single file, or from the difference of another checkpoint."""
     adapted = bare(load_base(base))
     if tuned is not None:
         if rank is None:

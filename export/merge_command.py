@@ -1,4 +1,4 @@
-"""merge_directory: a base and an adapter become one directory of transformers' own, streamed weight by weight."""
+"""The command `merge`: fold an adapter into a base, and write transformers' own directory, one weight at a time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ from peftfx.quantisation.coded import Coded, keeping
 from peftfx.rules.peft_files import rule_folders
 
 _Tensors = Mapping[str, Tensor]
-#: What an output may differ by, over its largest magnitude: beyond it, what was written is not what was merged.
+#: How far an output may differ, relative to its largest magnitude. A larger difference means that the written weights
+# are not the merged weights.
 _BOUNDS = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
 
 
@@ -62,23 +63,23 @@ def merge_directory(
     written: Written | None = None,
     **changes: Unpack[MergeChanges],
 ) -> MergedReport:
-    """Write a base with an adapter folded into its weights as transformers' `save_pretrained` would.
+    """Write a base with an adapter folded into its weights, as transformers' `save_pretrained` would write it.
 
-    Config, tokenizer and, in safetensors files of at most `max_shard_size`, the weights, which are made one at a time
-    as they are written. The directory is loaded again, and held against the base as it is with the adapter beside it,
-    before it appears.
+    The directory gets the config, the tokenizer, and the weights in safetensors files of at most `max_shard_size`. The
+    weights are computed one at a time, when they are written. Before the directory appears, it is loaded again and
+    compared with the base on which the adapter is not merged.
 
     Args:
         base: a transformers model's directory, quantised or not, or a GGUF file.
-        output: where to; it appears when it is complete.
-        options: see `MergeOptions`. They can be given by name as well.
+        output: the directory to write. It appears only when it is complete.
+        options: see `MergeOptions`. Options can be given by name as well.
         progress: called with a line when a stage begins.
-        written: called with the bytes of weights written so far, and those there will be.
-        changes: options by name; they come before those in `options`.
+        written: called with the bytes of weights written so far, and the total.
+        changes: options by name; they override the same fields of `options`.
 
     Raises:
-        PeftfxError: bad input, or an adapter that has no place in weights (a soft prompt).
-        VerificationError: what was written computes something else. Either way nothing is left.
+        PeftfxError: bad input, or an adapter that cannot be folded into weights (such as a soft prompt).
+        VerificationError: the written model computes something else. Either way no output is left.
     """
     asked = MergeOptions.of(options, changes)
     refuse_output(Path(base), output, list(asked.folders.values()), asked.force)
@@ -98,7 +99,7 @@ def merge_directory(
         leave = () if sentences is None else ALL
         for folder in asked.folders.values():
             copy_assets(folder, temporary, "config.json", *leave)
-        copy_assets(directory, temporary, *leave)  # behind the adapter's: a tokenizer trained with one is its own
+        copy_assets(directory, temporary, *leave)  # after the adapter's: an adapter's own tokenizer wins
         write_configs(model, temporary)
         inputs.check()
         with stages("verify"), keeping(temporary.parent):
@@ -110,7 +111,7 @@ def merge_directory(
 
 
 def _load(base: Path, asked: MergeOptions) -> AdaptedModel:
-    """In float32, whatever is stored: weights are folded in it, and rounded when they are written."""
+    """Load the base and adapter in float32, whatever is stored. Weights are folded in float32, then rounded."""
     if "_class_name" in read_base_config(base):
         hint = "export it to ONNX, or merge it in Python: peftfx.load(model, adapter).merge()"
         raise PeftfxError("models of diffusers are not written", str(base), hint)
@@ -132,7 +133,7 @@ def _write(
     report: MergedReport,
     written: Written | None,
 ) -> tuple[nn.Module, Requantised | None]:
-    """The merged model, whose weights are in the directory now, and what of them was rounded."""
+    """Write the merged model's weights. Return the model, and which of its layers were rounded."""
     merged, done = merged_copy(adapted)
     model: Any = merged
     refuse_unlike(adapted.base.state_dict(keep_vars=True), model.state_dict(keep_vars=True))
@@ -164,7 +165,7 @@ def _write(
 
 
 def _ignore(model: Any, contents: CheckpointContents) -> None:
-    """Say in the config which other matrices of the files are in floating point: those that a stack is cut into."""
+    """List further matrices in floating point in the config: those of stacks that the files hold matrix by matrix."""
     said, paths = model.config.quantization_config, {path for path, _ in model.named_modules()}
     if "ignore" in said:
         names = (
@@ -176,7 +177,7 @@ def _ignore(model: Any, contents: CheckpointContents) -> None:
 
 
 def _own_dtype(base: Path, model: nn.Module) -> torch.dtype:
-    """What a base is in: its config's dtype, or its files'; float32 where its weights are codes."""
+    """Return the dtype of a base: its config's, else its weights'; float32 if its weights are codes."""
     if any(isinstance(p, Coded) for p in model.parameters()):
         return torch.float32
     config = read_base_config(base)
@@ -191,12 +192,13 @@ def _own_dtype(base: Path, model: nn.Module) -> torch.dtype:
 def _verify(
     directory: Path, adapted: AdaptedModel, report: MergedReport, asked: MergeOptions, rounded: Requantised | None
 ) -> None:
-    """Load what was written, and hold it against the base with the adapter beside it, at sizes that nobody saw.
+    """Load the written model, and compare it with the base and its unmerged adapter, at sizes not seen before.
 
-    Of rounded weights, that the files hold what was written; what they cost is measured, and bounded as was asked.
+    For rounded weights, check that the files hold what was written. The error that rounding causes is measured, and
+    bounded as the options say.
 
     Raises:
-        VerificationError: it computes something else, or rounding costs more than was asked for.
+        VerificationError: the written model computes something else, or rounding costs more than the options allow.
     """
     loaded = load_base(directory, task=None, dtype=torch.float32)
     if rounded is not None:
@@ -229,10 +231,10 @@ def _agree(
     asked: MergeOptions,
     directory: Path,
 ) -> None:
-    """Say how far the rounded model agrees with the base with the adapter beside it, on a text.
+    """Measure on a text how far the rounded model agrees with the base and its unmerged adapter.
 
     Raises:
-        VerificationError: less than was asked for.
+        VerificationError: the models agree less than the options ask for.
     """
     text = asked.calibration
     ids = None if text is None else compared_text(Path(text), directory, asked.schemes)
@@ -247,7 +249,7 @@ def _agree(
 
 @dataclass(frozen=True)
 class _Eager:
-    """A model in torch, called by names."""
+    """A torch model that takes tensors by name and returns its outputs by name."""
 
     reference: EagerReference
     inputs: frozenset[str]

@@ -1,4 +1,4 @@
-"""export_onnx: a model, adapted or not, becomes a directory that ONNX Runtime serves, checked before it appears."""
+"""Export a model, adapted or not, as a directory that ONNX Runtime serves. It is verified before it appears."""
 
 from __future__ import annotations
 
@@ -68,29 +68,30 @@ def export_onnx(
 ) -> Report:
     """Write `directory/model.onnx` (and `model.onnx.data`) for the model in eval mode.
 
-    In the forward view, inputs and outputs have the names of the model's keyword arguments and output fields; batch and
-    sequence are free. In the decode view they are those that runtimes which generate know, cache in and out: see
-    `peftfx.views.decode`; an encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx` over one file of
-    weights: see `peftfx.views.encoder_decoder`. The result is run in ONNX Runtime at sizes that the export never saw,
-    against the graph and against the base module with its adapters in torch, and moved into place only if they agree.
+    In the forward view, inputs and outputs have the names of the model's keyword arguments and output fields; batch
+    size and sequence length are free. In the decode view, inputs and outputs have the names that generating runtimes
+    know, with the key/value cache in and out: see `peftfx.views.decode`. An encoder-decoder becomes
+    `encoder_model.onnx` and `decoder_model.onnx`, which share one file of weights: see `peftfx.views.encoder_decoder`.
+    The result is run in ONNX Runtime at sizes that the export never saw, and compared with the graph and with the base
+    module and its adapters in torch. The directory is moved into place only if they agree.
 
     Args:
         model: an AdaptedModel with its active adapters, or any module.
-        directory: where to; it appears when it is complete.
-        options: see `peftfx.ExportOptions`. They can be given by name as well, as in `view="decode"`.
-        inputs: keyword arguments of a forward call, for a model that example inputs cannot be made for.
-        source: where the base was read from, for who puts adapters there.
+        directory: the directory to write. It appears only when it is complete.
+        options: see `peftfx.ExportOptions`. Options can be given by name as well, for example `view="decode"`.
+        inputs: keyword arguments of a forward call, needed if peftfx cannot make example inputs for the model.
+        source: where the base was read from. An export with slots keeps it, for those who write adapters for it later.
         assets: called with the new directory, to put files beside the model.
         progress: called with a line when a stage begins.
-        written: called with the bytes of weights written so far, and those there will be.
-        passes: run on the graphs, merged, ahead of ONNX; see `peftfx.passes`. Where they change the outputs, the result
-            is held against what they leave.
-        changes: options by name; they come before those in `options`.
+        written: called with the bytes of weights written so far, and the total.
+        passes: run on the merged graphs before their translation to ONNX; see `peftfx.passes`. If a pass changes the
+            outputs, the result is compared with the graph after the passes.
+        changes: options by name; they override the same fields of `options`.
 
     Raises:
         PeftfxError: an option makes no sense, the model cannot be captured or translated, or the directory cannot be
             written.
-        VerificationError: ONNX Runtime and torch disagree; nothing is left.
+        VerificationError: ONNX Runtime and torch disagree; no output is left.
     """
     asked = ExportOptions.of(options, changes)
     adapted = (model if isinstance(model, AdaptedModel) else bare(model, inputs)).floating()
@@ -189,7 +190,7 @@ def export_onnx(
 
 
 def _provenance(adapted: AdaptedModel, report: Report, *, coded: bool) -> dict[str, str]:
-    """What a model says of where it comes from. Weights in codes are not read for it."""
+    """Return the metadata that says where a model comes from. Codes of quantised weights are not read for it."""
     adapters = "; ".join(f"{adapter['name']}: {'+'.join(adapter['methods'])}" for adapter in report.adapters)  # type: ignore[arg-type]
     said = {ADAPTERS_KEY: adapters, BASE_MODEL: report.model}
     said[INVOCATION_KEY] = "; ".join(" ".join(map(str, tokens)) for tokens in adapted.invocations)
@@ -206,7 +207,7 @@ def _deployment(asked: ExportOptions, source: str, *, merges: bool) -> Deploymen
 
 
 def _bounds(asked: ExportOptions) -> tuple[float | None, float | None]:
-    """What outputs may differ by, absolutely and relative to the largest magnitude; None is measured."""
+    """Return the absolute and the relative tolerance of outputs. None means that the tolerance is measured."""
     if not asked.rounds:
         return asked.atol, asked.rtol
     return 0.0, asked.bound.value if asked.bound is not None and asked.bound.kind == "error" else FINITE

@@ -1,4 +1,4 @@
-"""Passes of the user's own in an export: run on what is written, and held against what they leave."""
+"""The user's own passes in an export: run them on the graphs, and choose what the result is compared with."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from peftfx.passes.patterns.probe import Probe
 
 
 def refuse_unfit(passes: Sequence[Pass], way: Deployment) -> None:
-    """Refuse passes where adapters are chosen when the graph runs, or are left apart in it."""
+    """Refuse passes if adapters are chosen when the graph runs, or stay unmerged in the graph."""
     if passes and not way.merges:
         what = "passes run on a graph whose adapters are merged, or that has none"
         raise PeftfxError(what, ", ".join(map(str, passes)), "leave merge, slots and batched out")
 
 
 def run_own(passes: Sequence[Pass], parts: Sequence[GraphPart]) -> tuple[list[GraphPart], dict[str, int]]:
-    """What is written, behind these passes, and at how many places each changed something.
+    """Run the passes on each part. Return the changed parts, and at how many places each pass changed something.
 
     Raises:
-        PeftfxError: one of them changes nothing, fails, or leaves no whole graph.
+        PeftfxError: a pass changes nothing, fails, or leaves an invalid graph.
     """
     changed = dict.fromkeys(map(str, passes), 0)
     found = []
@@ -59,9 +59,10 @@ def _misses(step: Pass, part: GraphPart) -> list[str]:
 
 
 def behind(oracle: Oracle, passes: Sequence[Pass], part: GraphPart) -> Oracle:
-    """What an export with these passes is held against.
+    """Return the oracle that an export with these passes is compared with.
 
-    It is what it was, where all of them keep the outputs; beside it what probes add. Otherwise it is what they leave.
+    If all passes keep the outputs, the oracle stays as it was. If some add probes, their outputs are added to it. If a
+    pass changes outputs, the reference is the graph after the passes.
     """
     added = [step for step in passes if not step.preserves]
     if not added:
@@ -78,7 +79,7 @@ def behind(oracle: Oracle, passes: Sequence[Pass], part: GraphPart) -> Oracle:
 
 
 def shown_of(part: GraphPart) -> Shown | None:
-    """What is compared of each output of a part: where the mask shows something, of what passes added too."""
+    """Return what is compared of each output of a part: the values at unmasked tokens, also of added outputs."""
     if part.view is None:
         return None
     own, view = set(onnx_outputs(part.graph)), part.view

@@ -1,4 +1,4 @@
-"""export_pipeline: the models of a diffusion pipeline's directory, each exported to a folder of its own."""
+"""Export a diffusion pipeline's directory: each of its models goes to a folder of its own."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from peftfx.rules.peft_files import CONFIG, WEIGHTS
 INDEX = "model_index.json"
 _DECODER = "vae_decoder"
 _LIBRARIES = ("transformers", "diffusers")
-_FILES = ("pytorch_lora_weights.safetensors",)  #: a LoRA in a directory, as diffusers saves it
-#: How kohya's keys of a part begin, behind `lora_`; of diffusers' the part's own name does.
+_FILES = ("pytorch_lora_weights.safetensors",)  #: the file name under which diffusers saves a LoRA in a directory
+#: How kohya's keys of a part begin after `lora_`. In diffusers' files, keys begin with the part's own name.
 _KOHYA: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("te_", "te1_"),
     "text_encoder_2": ("te2_",),
@@ -42,28 +42,29 @@ _KOHYA: Mapping[str, tuple[str, ...]] = {
 
 
 def is_pipeline(base: Path) -> bool:
-    """Whether this is the directory of a whole pipeline of diffusers."""
+    """Say whether `base` is the directory of a whole diffusers pipeline."""
     return is_file(base / INDEX)
 
 
 def export_pipeline(
     base: Path, output: Path, asked: DirectoryOptions, progress: OnStage | None = None
 ) -> dict[str, Report]:
-    """Export each model of a pipeline: text encoders, the U-Net, and of the autoencoder the decoder.
+    """Export each model of a pipeline: the text encoders, the U-Net, and the decoder of the autoencoder.
 
     Args:
-        base: has `model_index.json` and a folder for each part.
-        output: where to: a folder for each model, and the scheduler's and tokenizers'; it appears when it is complete.
-        asked: holds for each model. An adapter is a file of kohya's or diffusers', or a directory with a folder in HF
-            PEFT's format for each model that it adapts (`unet`, `text_encoder`, `vae`).
+        base: the pipeline's directory, with `model_index.json` and a folder for each part.
+        output: the directory to write: a folder for each model, and those of the scheduler and tokenizers. It appears
+            only when it is complete.
+        asked: the options, which apply to each model. The adapter is a file in kohya's or diffusers' format, or a
+            directory with a folder in HF PEFT's format for each adapted model (`unet`, `text_encoder`, `vae`).
         progress: called with a line when a stage begins.
 
     Returns:
-        What was done with each model, by its folder.
+        The report of each model, by the name of its folder.
 
     Raises:
         PeftfxError: bad input, or a model that cannot be exported; VerificationError: ONNX Runtime and torch disagree.
-            Either way nothing is left.
+            Either way no output is left.
     """
     if asked.batched or asked.slots is not None or asked.calibration is not None or asked.task is not None:
         what = "a pipeline's models are exported as they are, or with an adapter merged"
@@ -95,7 +96,7 @@ def _made(directory: Path) -> bool:
 
 
 def _parts(base: Path) -> tuple[list[str], list[str]]:
-    """The folders of models, and those of what is beside them: tokenizers, schedulers, processors of images."""
+    """Return the folders of the models, and the other folders: tokenizers, schedulers, image processors."""
     listed = {
         name: value[0]
         for name, value in read_json(base / INDEX).items()
@@ -127,10 +128,10 @@ def _export(base: Path, output: Path, asked: DirectoryOptions, model: nn.Module,
 
 @contextmanager
 def _adapters(source: Path | None, base: Path, parts: list[str]) -> Iterator[dict[str, Path]]:
-    """HF PEFT's directories by the part that each is for; those of a single file are there inside alone.
+    """Yield HF PEFT directories by the part that each is for. Those made from a single file are temporary.
 
     Raises:
-        PeftfxError: it is for none of the parts, or has something that is for none.
+        PeftfxError: the adapter is for none of the parts, or holds something that belongs to no part.
     """
     if source is None:
         yield {}

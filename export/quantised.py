@@ -1,4 +1,4 @@
-"""What quantisation costs: each part of an export held against the model in floating point, on a text."""
+"""Round an export's weights, and measure the cost: compare each part with the floating-point model on a text."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from peftfx.views.row_adapters import WithRowAdapters
 
 
 class _Told(Protocol):
-    """A report that says how far a model agrees."""
+    """A report that says how far a quantised model agrees with the floating-point model."""
 
     @property
     def agreement(self) -> dict[str, Agreement]:
-        """By the names of its parts."""
+        """The measured agreement, by the names of the parts."""
 
 
 def round_weights(
@@ -57,21 +57,21 @@ def round_weights(
     *,
     merged: bool,
 ) -> None:
-    """Round the weights of programs, by the schemes that were asked for or by a budget.
+    """Round the weights of ONNX programs, by the schemes asked for or within a budget of bytes.
 
     Args:
-        asked: that weights are rounded.
-        adapted: the model.
-        parts: of the export.
-        programs: of each part, by its file; they are changed.
-        oracle: what a part is held against.
-        source: of the base, for a text's tokenizer.
-        report: is told.
-        beside: a directory on whose disk what is made may be kept.
-        merged: whether the weights are those that the adapters were folded into.
+        asked: the export's options, which ask for rounded weights.
+        adapted: the model that is exported.
+        parts: the graphs of the export.
+        programs: the ONNX program of each part, by its file name; changed in place.
+        oracle: gives the oracle that a part is compared with.
+        source: the base's directory, which has the tokenizer for a text.
+        report: gets what was rounded, and what was not.
+        beside: a directory on the disk where temporary files may be kept.
+        merged: whether the adapters were folded into the weights.
 
     Raises:
-        PeftfxError: the budget is too small, or a text says nothing.
+        PeftfxError: the budget is too small, or the text is unusable.
     """
     made, untold = dict[object, Rounded](), None
     if asked.room is None:
@@ -84,7 +84,7 @@ def round_weights(
             made, report.gptq = fit_weights(adapted, ids, given.name, found, beside, merged=merged)
             report.gptq.left |= {n: w for part in parts for n, w in _stacks(programs[part.file], chosen[part.file])}
     else:
-        with adapted.disable_adapter() if asked.batched else nullcontext():  # rows choose: the base is what they share
+        with adapted.disable_adapter() if asked.batched else nullcontext():  # rows share only the base
             reference, feeds = _calls(asked, adapted, parts, oracle, source)
             choose, untold, report.budget = share_out(
                 *(asked.room, [(programs[part.file], part.graph.sites) for part in parts], adapted, reference, feeds),
@@ -95,7 +95,7 @@ def round_weights(
     owners = {source: file for file, sources in multiplied.items() for source in sources}
 
     def scheme_of(file: str, source: object) -> Scheme | None:
-        """By the graph that multiplies: of two, one may look rows up in what the other multiplies by."""
+        """Return a weight's scheme. If two graphs share the weight, the graph that multiplies by it decides."""
         return chosen[file if source in multiplied[file] else owners.get(source, file)](source)
 
     done = {f: quantize(programs[f], functools.partial(scheme_of, f), made, owners) for f in chosen}
@@ -111,9 +111,10 @@ def _calls(
     oracle: Callable[[GraphPart], Oracle],
     source: str | Path,
 ) -> tuple[Reference, list[Tensors]]:
-    """What a budget is measured by: the model's own code, and calls of it.
+    """Return the reference and the calls that a budget is measured by.
 
-    Of several graphs, and of one whose adapters are chosen when it runs, it is the forward of the model as a whole.
+    If the export has several graphs, or its adapters are chosen when it runs, this is the forward call of the whole
+    model.
     """
     text = asked.calibration
     ids, named = None if text is None else compared_text(Path(text), source), Path(text or "").name
@@ -129,7 +130,7 @@ def _calls(
 
 
 def _candidates(program: ir.Model, sites: Sites, choose: Choose) -> Iterator[Candidate]:
-    """The weights of a program that GPTQ is asked for."""
+    """Yield the weights of a program that GPTQ is asked for."""
     paths = paths_of(sites)
     for weight, transposed, _ in roundable(program, min(BLOCKS)):
         scheme = choose(source := weight.meta.get(SOURCE))
@@ -138,7 +139,7 @@ def _candidates(program: ir.Model, sites: Sites, choose: Choose) -> Iterator[Can
 
 
 def _stacks(program: ir.Model, choose: Choose) -> Iterator[tuple[str, str]]:
-    """The stacks of weights that GPTQ is asked for, and why it leaves them."""
+    """Yield the stacks of weights that GPTQ is asked for, and why GPTQ leaves them."""
     for weight in program.graph.initializers.values():
         scheme = choose(weight.meta.get(SOURCE))
         if scheme is not None and scheme.gptq and weight.shape is not None and len(weight.shape) == 3:
@@ -148,12 +149,12 @@ def _stacks(program: ir.Model, choose: Choose) -> Iterator[tuple[str, str]]:
 def agreement_of(
     path: Path, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, source: str | Path, asked: ExportOptions
 ) -> dict[str, Agreement]:
-    """How far a quantised part agrees with the model on a text, by the part's name."""
+    """Measure on a text how far a quantised part agrees with the model. Return the result by the part's name."""
     model = OnnxModel(path, mapped=True)
     text = asked.calibration
     ids = None if text is None else compared_text(Path(text), source, asked.schemes)
     view, reference = part.seen, oracle.reference
-    if isinstance(part.view, WithPromptInputs):  # what may be put into it is left out of a call
+    if isinstance(part.view, WithPromptInputs):  # optional prompt inputs are left out of a call
         reference = named_in(part.graph, EagerReference(adapted, view))
     elif isinstance(part.view, WithRowAdapters):
         if text is not None:
@@ -165,11 +166,11 @@ def agreement_of(
 
 
 def refuse_disagreement(report: _Told, limit: MaxError | None, text: str | Path | None, where: Path) -> None:
-    """Refuse a quantised model that agrees less than was asked for.
+    """Refuse a quantised model that agrees less with the original than was asked for.
 
     Raises:
-        VerificationError: it does.
-        PeftfxError: the model has no logits to tell it by.
+        VerificationError: the model agrees less.
+        PeftfxError: the model has no logits to measure the agreement by.
     """
     if text is not None and not report.agreement:
         hint = "leave --calibration out: its error is measured at random inputs"

@@ -1,4 +1,4 @@
-"""Report: what an export did, told to the caller and kept beside the model."""
+"""The report of an export: what was done, returned to the caller and written beside the model."""
 
 from __future__ import annotations
 
@@ -38,42 +38,46 @@ class Report:
 
     Attributes:
         model: the class of the base model.
-        adapters: what was exported with it: name, method, the number of its parameters, and their bytes.
-        tensors: how many tensors of the adapters' files went where; they add up to what is in the files.
-        merged: the module paths whose weights the adapters were merged into, or that trained copies took the place of;
-            empty where they were left apart.
-        merged_bytes: size of those weights, and of their biases where these changed.
-        rounding: what each of them lost to the dtype of the weights, `max_abs` and, of its largest value, `max_rel`;
-            empty in fp32, which is what they are computed in.
-        passes: of the user's own, at how many places each changed something.
-        folded: what else became a constant of the graph: soft prompts, whatever they were computed from.
-        inputs, outputs: of the ONNX model, with their shapes; those of one of several as `decoder_model.logits`.
-        sizes: conditions on the sizes of a call under which the model is right, and what is beyond; none, if all are.
-        slots: how many inputs may be left out: where adapters are put when the model runs.
+        adapters: the exported adapters: name, methods, number of parameters, and their bytes.
+        tensors: how many tensors of the adapters' files went to each destination. The counts add up to all tensors in
+            the files.
+        merged: the module paths whose weights the adapters were merged into, or were replaced by trained copies. Empty
+            if the adapters stayed unmerged.
+        merged_bytes: the size of those weights, and of their changed biases.
+        rounding: what each merged weight lost to the dtype of the weights: the largest difference `max_abs`, and the
+            same relative to the weight's largest value, `max_rel`. Empty in fp32, in which merged weights are computed.
+        passes: for each of the user's own passes, at how many places it changed something.
+        folded: what else became a constant of the graph, such as soft prompts and whatever they were computed from.
+        inputs, outputs: the inputs of the ONNX model with their shapes, and its outputs. If there are several models,
+            names have the model's name as a prefix, such as `decoder_model.logits`.
+        sizes: the conditions on the sizes of a call under which the model is right, and what happens otherwise. Empty
+            if the model is right at all sizes.
+        slots: the number of optional inputs, into which adapters are put when the model runs.
         opset: version of the ONNX operators.
-        fused: how many operators there are that stand for a whole attention, rotary embedding or norm.
+        fused: the number of fused operators, each of which stands for a whole attention, rotary embedding or norm.
         quantized: for each graph, the names of the weights that were rounded.
-        left: for each graph, why other weights that were to be rounded were not, by their names.
-        schemes: for each graph, to what, and how many.
-        budget: what each role got of a budget of bytes, what each scheme costs it alone, and why.
-        codes: for each graph, how weights of a quantised base are written: their format, the operator that holds their
-            codes, or `float32`, and the reason.
-        gptq: what GPTQ did, where it was asked for: on which text, what outputs are off by, what it left.
-        agreement: for each of them that gives logits, how far it agrees with the model in floating point on a text.
-        engine: the road to ONNX that was taken; where it is not the one asked for, why.
-        nodes: in the ONNX graph.
-        bytes: size of each file.
+        left: for each graph, why other weights were not rounded, by their names.
+        schemes: for each graph, the number of weights that were rounded by each scheme.
+        budget: what each role got of a budget of bytes, what each scheme costs that role alone, and why.
+        codes: for each graph, how the weights of a quantised base are written: their format; the operator that holds
+            their codes, or `float32`; and the reason.
+        gptq: what GPTQ did, if it was asked for: the text, the error of the outputs, and which weights it left.
+        agreement: for each graph that gives logits, how far it agrees with the floating-point model on a text.
+        engine: the engine that translated to ONNX; if it is not the one asked for, why.
+        nodes: the number of nodes in the ONNX graph.
+        bytes: the size of each file.
         seconds: wall time of each stage.
-        memory: the most that the process had in each stage, in bytes, beyond files that are mapped: looked at every
-            20 ms, on Linux; elsewhere empty.
-        verified: what ONNX Runtime ran: the model, or its float32 twin over the same weights.
-        reference: what it was held against.
-        unmeasured: why the reference could not be run in float64, where it could not: the bounds are constants then.
-        idle: module paths that an adapter acts at and that ran in none of the calls compared.
-        probes: the shapes of each of these calls; `*` stands for every layer of a cache.
-        comparisons: the verification, output by output at each probe, by its number: the largest difference, the same
-            over the largest magnitude, what it may be, and how far the reference's own rounding is from float64.
-        versions: of the libraries that made it.
+        memory: the peak memory of the process in each stage, in bytes, without mapped files. Sampled every 20 ms on
+            Linux; empty on other systems.
+        verified: what ONNX Runtime ran: the model itself, or its float32 twin over the same weights.
+        reference: what the model was compared with.
+        unmeasured: why the reference could not be run in float64; then the tolerances are constants. Empty if it could.
+        idle: the module paths at which an adapter acts, but which ran in none of the compared calls.
+        probes: the input shapes of each compared call; `*` stands for every layer of a cache.
+        comparisons: the verification of each output at each probe (`probe` is its number): the largest difference, the
+            same relative to the largest magnitude, the tolerance, and how far the reference's own rounding is from
+            float64.
+        versions: the versions of the libraries that made the export.
     """
 
     model: str
@@ -112,7 +116,7 @@ class Report:
 
     @classmethod
     def of(cls, adapted: AdaptedModel, names: Sequence[str]) -> Report:
-        """A report that names the model, these of its adapters, and the libraries."""
+        """Make a report that names the model, the adapters in `names`, and the versions of the libraries."""
         adapters: list[dict[str, object]] = [
             {
                 "name": name,
@@ -125,9 +129,9 @@ class Report:
         return cls(type(adapted.base).__name__, adapters, versions=versions())
 
     def add_merged(self, graphs: Sequence[Graph]) -> None:
-        """Add the sites that graphs read merged weights at, and what else was folded.
+        """Add the sites at which graphs read merged weights, and what else was folded.
 
-        How merged weights are rounded is added when they are computed, which is when they are written.
+        The rounding of merged weights is added later, when the weights are computed and written.
         """
         merged, folded = set(self.merged), set(self.folded)
         for graph in graphs:
@@ -145,28 +149,28 @@ class Report:
             self.rounding[path] = asdict(rounding)
 
     def add_quantized(self, found: Mapping[str, Mapping[str, list[str]]]) -> None:
-        """Add which weights were rounded to what, graph by graph."""
+        """Add which weights were rounded by which scheme, for each graph."""
         self.quantized = {name: [w for weights in by.values() for w in weights] for name, by in found.items()}
         self.schemes = {name: {scheme: len(w) for scheme, w in by.items()} for name, by in found.items()}
 
     def add_codes(self, codes: dict[str, list[Choice]]) -> None:
-        """Add how the quantised weights of the base are written, graph by graph."""
+        """Add how the quantised weights of the base are written, for each graph."""
         self.codes = {graph: found for graph, found in codes.items() if found}
 
     def add_sizes(self, program: ir.Model, limits: Sequence[Limit], prefix: str = "") -> None:
-        """Add the conditions under which a model is right, here and in its metadata."""
+        """Add the size conditions under which a model is right, to this report and to the model's metadata."""
         if limits:
             program.metadata_props[SIZES_KEY] = "; ".join(map(str, limits))
             self.sizes += [f"{prefix}{limit}" for limit in limits]
 
     def describe(self, graph: Graph, program: ir.Model, found: list[Comparison], prefix: str = "") -> None:
-        """Add a graph that was written, and how it compared; a prefix tells its names from those of another graph."""
+        """Add a written graph and its comparisons. A prefix distinguishes its names from another graph's names."""
         left_out = {value.name for value in program.graph.inputs if value.is_initializer()}
         self.slots += len(left_out)
         self.inputs |= {prefix + s.name: list(s.shape) for s in graph.inputs if s.name not in left_out}
         self.outputs += [prefix + str(value.name) for value in program.graph.outputs]
         self.opset = max(self.opset, program.opset_imports[""])
-        if self.engine in ("", FAST):  # what one graph could not have is worth more than what the other had
+        if self.engine in ("", FAST):  # a reason against the fast engine is kept, whichever graph has it
             self.engine = program.metadata_props[ENGINE]
         self.nodes += sum(1 for _ in program.graph)
         whole = Counter(node.op_type for node in program.graph if node.op_type in FUSED)
@@ -175,7 +179,7 @@ class Report:
         self.compare(found, left_out, prefix)
 
     def compare(self, found: Sequence[Comparison], left_out: Collection[str | None], prefix: str = "") -> None:
-        """Add how a graph compared; inputs that are left out are not told."""
+        """Add the comparisons of a graph. The inputs in `left_out` are not listed."""
         for c in found:
             self.unmeasured = self.unmeasured or c.unmeasured
             shapes = short_shapes({name: shape for name, shape in c.shapes.items() if name not in left_out})
@@ -185,17 +189,17 @@ class Report:
             self.comparisons.append({"output": prefix + c.output, "probe": self.probes.index(shapes), **numbers})
 
     def measure(self, directory: Path) -> None:
-        """Add the sizes of the files."""
+        """Add the sizes of the files in a directory."""
         self.bytes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
 
     def write(self, directory: Path) -> None:
-        """Put `peftfx_report.json` into the directory."""
+        """Write `peftfx_report.json` into the directory."""
         lines = (f"{json.dumps(name)}: {_written(value)}" for name, value in with_version(REPORT, asdict(self)).items())
         text = "{\n" + ",\n".join(lines) + "\n}\n"
         (directory / REPORT).write_text(text, encoding="utf-8")
 
     def rows(self) -> list[tuple[str, str]]:
-        """This report in words, line by line."""
+        """Return this report in words, as pairs of a name and a text."""
         adapters = ", ".join(f"{'+'.join(a['methods'])} ({a['parameters']:,} parameters)" for a in self.adapters)  # type: ignore[arg-type]
         went = ", ".join(f"{count} {place}" for place, count in self.tensors.items())
         apart = "none: the adapter is apart" if adapters else ""
@@ -250,29 +254,29 @@ class Report:
 
     @property
     def max_abs(self) -> float:
-        """The largest difference between ONNX Runtime and torch that verification saw."""
+        """The largest difference between ONNX Runtime and torch in the verification."""
         return max((float(str(c["max_abs"])) for c in self.comparisons), default=0.0)
 
     @property
     def float32(self) -> float | None:
-        """The largest difference between torch in the model's own dtype and in float64; None where not measured."""
+        """The largest difference between torch in the model's own dtype and in float64; None if not measured."""
         noises = [float(str(c["float32"])) for c in self.comparisons if c["float32"] is not None]
         return max(noises, default=None)
 
     @property
     def max_rel(self) -> float:
-        """The largest difference over the largest magnitude of its output: of a quantised model, what it lost."""
+        """The largest difference relative to its output's largest magnitude. For a quantised model, its loss."""
         return max((float(str(c["max_rel"])) for c in self.comparisons), default=0.0)
 
 
 def tell_rounding(graph: Graph, tell: Callable[[str, Rounding], None]) -> Graph:
-    """A graph like this one that tells how each merged weight is rounded, when it is computed."""
+    """Return a copy of a graph that calls `tell` with the rounding of each merged weight when it is computed."""
     derived = {n: replace(r, tell=tell) if isinstance(r, Derived) else r for n, r in graph.derived.items()}
     return replace(graph, derived=derived)
 
 
 def _written(value: object) -> str:
-    """JSON, with a line for each of what there is a list of, whose numbers have three digits."""
+    """Write a value as JSON. A list of objects gets a line for each object, and its numbers have three digits."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         rows = ({k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in item.items()} for item in value)
         return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]"
@@ -280,13 +284,13 @@ def _written(value: object) -> str:
 
 
 def _first(why: Mapping[str, str], most: int = 3) -> str:
-    """The first weights that are told, and how many others there are."""
+    """Name the first weights with their reasons, and count the others."""
     told = ", ".join(f"{name}: {reason}" for name, reason in list(why.items())[:most])
     return told + (f", and {len(why) - most} others" if len(why) > most else "")
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that make what is exported."""
+    """Return the versions of the libraries that make an export."""
     import onnxruntime
     import transformers
 

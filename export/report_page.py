@@ -1,4 +1,4 @@
-"""The report of an export as a page; two of them side by side."""
+"""The page that shows the report of an export, or two reports side by side."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _KNOWN = ("model", "adapters", "tensors", "bytes", "seconds", "comparisons", "pr
 
 
 def report_page(directories: Sequence[Path]) -> Page:
-    """The page of one or several exports, by their directories.
+    """Make the page of one or several exports, given their directories.
 
     Raises:
-        PeftfxError: a directory has no report, or one that cannot be read.
+        PeftfxError: a directory has no report, or a report that cannot be read.
     """
     reports = [read_report(directory) for directory in directories]
     most = {name: _largest(reports, name) for name in ("bytes", "seconds", "memory")}
@@ -31,10 +31,10 @@ def report_page(directories: Sequence[Path]) -> Page:
 
 
 def read_report(directory: Path) -> Mapping[str, Any]:
-    """What `peftfx_report.json` of an export says.
+    """Read the `peftfx_report.json` of an export in `directory`.
 
     Raises:
-        PeftfxError: there is none, or it is damaged.
+        PeftfxError: the report is missing or damaged.
     """
     path = directory / REPORT
     if not is_file(path):
@@ -47,7 +47,7 @@ def read_report(directory: Path) -> Mapping[str, Any]:
 
 
 def _largest(reports: Sequence[Mapping[str, Any]], name: str) -> float:
-    """The largest number of this name, so that bars of reports side by side have one scale."""
+    """Return the largest number under this name in all reports, so that bars side by side have one scale."""
     found = [report[name] for report in reports if isinstance(report.get(name), dict)]
     return max((float(v) for values in found for v in values.values() if isinstance(v, int | float)), default=0.0)
 
@@ -101,7 +101,7 @@ def _sized(caption: str, values: Mapping[str, float], form: str, largest: float 
 
 
 def _errors(report: Mapping[str, Any]) -> str:
-    """The largest difference of each output, over all sizes that were tried."""
+    """Make the table of the largest difference of each output, over all sizes that were tried."""
     worst: dict[str, dict[str, Any]] = {}
     for found in report["comparisons"]:
         name = found["output"]
@@ -120,7 +120,7 @@ def _number(value: object) -> object:
 
 
 def _probes(report: Mapping[str, Any]) -> str:
-    """The largest difference at each size that was tried."""
+    """Make the table of the largest difference at each size that was tried."""
     worst: dict[int, float] = {}
     for found in report["comparisons"]:
         worst[found["probe"]] = max(worst.get(found["probe"], 0.0), float(found["max_abs"]))

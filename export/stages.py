@@ -1,4 +1,4 @@
-"""Stages: what an export does, one after another; of each, the time and the most memory."""
+"""The stages of an export, one after another: their time and their peak memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ OnStage = Callable[[str], object]
 
 
 class Stages:
-    """Times the stages of an export, watches their memory, and says when each begins.
+    """A timer for the stages of an export. It also watches their memory, and says when each stage begins.
 
     Args:
         seconds: gets the wall time of each stage.
-        memory: gets the most memory of each, in bytes; see `MemoryPeak`. Where it cannot be told, it gets nothing.
+        memory: gets the peak memory of each stage, in bytes; see `MemoryPeak`. It gets nothing if memory cannot be
+            measured.
         progress: called with the name of a stage when it begins.
     """
 

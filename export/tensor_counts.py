@@ -1,4 +1,4 @@
-"""Where the tensors of an adapter's file went: counts that add up to what is in the file."""
+"""Counts of where the tensors of an adapter's file went. They add up to all tensors in the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftfx.sites.site import SEQUENCE
 
 
 class Destination(StrEnum):
-    """Where a tensor of an adapter's file went, as reports say it."""
+    """A place where a tensor of an adapter's file went, in the words of reports."""
 
     MERGED = "merged into weights"
     CONSTANTS = "made constants"
@@ -31,12 +31,13 @@ class Destination(StrEnum):
 
 
 def count_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph], to: str) -> dict[str, int]:
-    """How many tensors of these adapters' files went where; of an adapter that is new, of the file that it would be.
+    """Count how many tensors of the adapters' files went to each destination. For a new adapter, count its state.
 
     Args:
-        adapters: by name.
-        graphs: those that are exported, with the adapters in them, before anything is merged.
-        to: where what the graphs read goes: `Destination.MERGED`, `Destination.APART` or `Destination.SLOTS`.
+        adapters: the adapters, by name.
+        graphs: the exported graphs, with the adapters in them, before a merge.
+        to: the destination of the tensors that the graphs read: `Destination.MERGED`, `Destination.APART` or
+            `Destination.SLOTS`.
     """
     read = {target for graph in graphs for target in attributes_of(graph) if target.startswith(f"{ADAPTERS}.")}
     own = {name: {t.split(".", 2)[2] for t in read if t.startswith(f"{ADAPTERS}.{name}.")} for name in adapters}
@@ -46,13 +47,13 @@ def count_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph], to: 
 
 
 def count_row_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph]) -> dict[str, int]:
-    """The same for adapters that rows choose from: these graphs read all of them in one stack at each place."""
+    """Count the same for a batched export, whose graphs read all `adapters` in one stack at each place."""
     runs = {path for graph in graphs for path in (*graph.sites.called, *(site.path for site in graph.sites))}
     return _count(adapters, {name: set(_acting(adapter, runs)) for name, adapter in adapters.items()}, Destination.ROWS)
 
 
 def _acting(adapter: Adapter, runs: Collection[str]) -> Iterator[str]:
-    """Where an adapter keeps what acts at modules that run."""
+    """Yield the keys of an adapter's tensors that act at modules which run."""
     for placement in adapter.placements:
         if placement.site.path in runs:
             yield from adapter.keys(placement).values()
@@ -80,7 +81,7 @@ def _count(
 
 
 def _keys(adapter: Adapter, rule: Placed, number: int) -> Iterator[str]:
-    """Where the adapter keeps what is in the file of one of its rules."""
+    """Yield the keys in the adapter of all tensors that the file of one of its rules holds."""
     if number in adapter.accounts:
         yield from adapter.accounts[number].taken.values()
         return

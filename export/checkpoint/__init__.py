@@ -1,1 +1,1 @@
-"""A merged model as a directory of transformers' own: what others convert, quantise and serve."""
+"""A merged model as transformers' own directory, which other tools convert, quantise and serve."""

@@ -1,4 +1,4 @@
-"""contents_of: what the files of a model hold, by the names that transformers has for it, made when it is written."""
+"""Say what a model's files hold, under transformers' names. Tensors are computed only when they are written."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from peftfx.graph.lazy_weights import exact
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """What the files of a model hold.
+    """The contents of a model's files.
 
     Attributes:
-        tensors: by their names there.
-        roundings: what merged weights, by their names in the model, lost to the dtype that they were written in; of
-            those that have been.
+        tensors: the tensors, by their names in the files.
+        roundings: what merged weights lost to the dtype that they were written in, by their names in the model. It has
+            the weights that have been written so far.
     """
 
     tensors: dict[str, Content]
@@ -37,16 +37,17 @@ def contents_of(
     dtype: Callable[[str], torch.dtype],
     packings: Mapping[str, Packing] = MappingProxyType({}),
 ) -> CheckpointContents:
-    """The tensors of a model in the order and under the names of its files.
+    """Return the tensors of a model in the order and under the names of its files.
 
-    A tensor that several modules share is written once, if the model ties them when it is loaded; the config says of a
-    model whose words and head are not one any more that they are two. What transformers puts together when it loads
-    (experts) is taken apart again.
+    A tensor that several modules share is written once, if the model ties it when it is loaded. If the embeddings and
+    the head are no longer tied, the config says so. Tensors that transformers joins when it loads (such as experts) are
+    split again.
 
     Args:
-        model: its parameters may be `Deferred`, or stay in their files.
-        dtype: what each floating tensor is written in, by its name in the model.
-        packings: of layers whose weights are rounded, by their paths; they are `plain_names`.
+        model: the model. Its parameters may be `Deferred`, or stay in their files.
+        dtype: gives the dtype that a floating tensor is written in, by its name in the model.
+        packings: how the weights of layers are rounded, by the layers' paths. Their weights must be among
+            `plain_names`.
     """
     roundings: dict[str, Rounding] = {}
     packed = {f"{path}.weight": packing for path, packing in packings.items()}
@@ -66,14 +67,14 @@ def contents_of(
 
 
 def plain_names(model: PreTrainedModel) -> frozenset[str]:
-    """The names of tensors that are in the files as they are in the model, by whatever name."""
+    """Return the names of tensors that the files hold unchanged, perhaps under another name."""
     late = {name: _deferred(name, tensor, torch.float32, {}) for name, tensor in _written(model).items()}
     found = {id(tensor) for tensor in _as_in_files(model, late).values()}
     return frozenset(name for name, tensor in late.items() if id(tensor) in found)
 
 
 def _written(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What is written of a model's state, by its names there."""
+    """Return the tensors of a model's state that are written, by their names in the state."""
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in _ignored(model)}
     _untie(model, own)
     tied = _tied(model, own)
@@ -81,10 +82,10 @@ def _written(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def refuse_unlike(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-    """Refuse what a merge made that a config cannot say: new biases, and weights of other shapes.
+    """Refuse merge results that a config cannot describe: new biases, and weights of other shapes.
 
     Raises:
-        PeftfxError: there is such a tensor.
+        PeftfxError: the merged model has such a tensor.
     """
     hint = "export it to ONNX: a graph can hold it"
     new = [name for name in after if name not in before]
@@ -101,13 +102,13 @@ def _ignored(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _tied(model: PreTrainedModel, own: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors that loading makes one with another that is written."""
+    """Return the names of tensors that loading ties to another written tensor."""
     pairs = model.all_tied_weights_keys
     return [name for name, source in pairs.items() if name in own and source in own and own[name] is own[source]]
 
 
 def _untie(model: PreTrainedModel, own: Mapping[str, Tensor]) -> None:
-    """Say in the config where tensors that it ties are two."""
+    """Say in the config that tensors which the config ties are no longer equal."""
     pairs = model.all_tied_weights_keys
     if any(name in own and source in own and own[name] is not own[source] for name, source in pairs.items()):
         for module in model.modules():

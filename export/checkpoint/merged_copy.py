@@ -1,4 +1,4 @@
-"""merged_copy: a base with adapters folded in, none of whose merged weights is made before it is asked for."""
+"""Copy a base with adapters folded in. No merged weight is computed before it is asked for."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from peftfx.twins.twin import copied
 
 
 def merged_copy(adapted: AdaptedModel) -> tuple[nn.Module, MergeReport]:
-    """Modules like the base's, with its tensors, and with `Deferred` ones where the active adapters act.
+    """Copy the base's modules, with its tensors, and with `Deferred` tensors where the active adapters act.
 
-    The adapted model stays what it is. The report's roundings are there when the weights have been made.
+    The adapted model is not changed. The report has its roundings only after the weights have been computed.
 
     Raises:
         PeftfxError: an active adapter cannot be merged.
     """
     refuse_unmergeable({name: adapted.adapter(name) for name in adapted.active})
     made, memo = copied(adapted.base), dict[int, object]()
-    for module in made.modules():  # what a merge unties, configs tell
+    for module in made.modules():  # configs say which tensors a merge unties
         if "config" in vars(module):
             vars(module)["config"] = copy.deepcopy(vars(module)["config"], memo)
     if not adapted.active:

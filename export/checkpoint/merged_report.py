@@ -1,4 +1,4 @@
-"""MergedReport: what a merge into a transformers directory did, told to the caller and kept beside the weights."""
+"""The report of a merge into a transformers directory, returned to the caller and written beside the weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from peftfx.formats import REPORT, with_version
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an output of the merged model is from that of the base with its adapter beside it.
+    """How far an output of the merged model is from the output of the base with its unmerged adapter.
 
     Attributes:
-        output: its name.
-        shapes: of the inputs.
+        output: the output's name.
+        shapes: the shapes of the inputs.
         max_abs: the largest difference.
-        max_rel: the same over the output's largest magnitude.
+        max_rel: the same relative to the output's largest magnitude.
     """
 
     output: str
@@ -37,24 +37,25 @@ class MergedReport:
 
     Attributes:
         model: the class of the model.
-        methods: of the adapter that was merged.
-        dtype: of the weights.
-        merged: the module paths whose weights it went into.
-        untied: weights that another module shared until now.
-        rounding: what each merged weight lost to its dtype, `max_abs` and, of its largest value, `max_rel`.
-        quantized: the module paths of weights that were rounded, by what to.
-        left: why other linear layers were not, by their paths.
-        lost: what rounding took away from each weight, over its norm.
-        gptq: what GPTQ did, where it was asked for: see `Report`.
-        agreement: how far the rounded model agrees with the base with its adapter beside it on a text, where it has
+        methods: the methods of the merged adapter.
+        dtype: the dtype of the weights.
+        merged: the module paths whose weights the adapter was merged into.
+        untied: the weights that were tied to another module's before the merge.
+        rounding: what each merged weight lost to its dtype: the largest difference `max_abs`, and the same relative to
+            the weight's largest value, `max_rel`.
+        quantized: the module paths of the rounded weights, by scheme.
+        left: why other linear layers were not rounded, by their paths.
+        lost: the norm of each weight's rounding error, relative to the weight's norm.
+        gptq: what GPTQ did, if it was asked for: see `Report`.
+        agreement: how far the rounded model agrees on a text with the base and its unmerged adapter, if the model gives
             logits.
-        differences: outputs of the directory, loaded again, against the base as it is with the adapter beside it, both
-            computed in float32.
-        bytes: size of each file.
+        differences: the outputs of the directory, loaded again, compared with those of the base and its unmerged
+            adapter, both computed in float32.
+        bytes: the size of each file.
         seconds: wall time of each stage.
-        memory: the most that the process had in each stage, in bytes, beyond files that are mapped: looked at every
-            20 ms, on Linux; elsewhere empty.
-        versions: of the libraries that made it.
+        memory: the peak memory of the process in each stage, in bytes, without mapped files. Sampled every 20 ms on
+            Linux; empty on other systems.
+        versions: the versions of the libraries that made the directory.
     """
 
     model: str
@@ -75,21 +76,21 @@ class MergedReport:
     versions: dict[str, str] = field(default_factory=dict)
 
     def add_merge(self, done: MergeReport) -> None:
-        """Add which sites were merged."""
+        """Add which sites were merged, and which weights were untied."""
         self.merged, self.untied = sorted(done.sites), sorted(done.untied)
 
     @property
     def max_abs(self) -> float:
-        """The largest difference of an output."""
+        """The largest difference over all outputs."""
         return max((d.max_abs for d in self.differences), default=0.0)
 
     @property
     def max_rel(self) -> float:
-        """The largest difference over its output's largest magnitude."""
+        """The largest difference relative to its output's largest magnitude."""
         return max((d.max_rel for d in self.differences), default=0.0)
 
     def rows(self) -> list[tuple[str, str]]:
-        """This report in words, line by line."""
+        """Return this report in words, as pairs of a name and a text."""
         worst = max(self.rounding, key=lambda path: self.rounding[path]["max_rel"], default=None)
         rounded = f", rounded by at most {Rounding(**self.rounding[worst])}" if worst is not None else ""
         small = "; ".join(f"{len(paths)} weights as {kind}" for kind, paths in self.quantized.items())
@@ -117,10 +118,10 @@ class MergedReport:
         return "\n".join([self.model, *(f"  {name}: {text}" for name, text in self.rows() if text)])
 
     def measure(self, directory: Path) -> None:
-        """Add the sizes of the files."""
+        """Add the sizes of the files in a directory."""
         self.bytes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
 
     def write(self, directory: Path) -> None:
-        """Put `peftfx_report.json` into the directory."""
+        """Write `peftfx_report.json` into the directory."""
         text = json.dumps(with_version(REPORT, asdict(self)), indent=1) + "\n"
         (directory / REPORT).write_text(text, encoding="utf-8")

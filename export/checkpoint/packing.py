@@ -1,8 +1,8 @@
-"""Packing: a merged weight rounded, as the tensors that a layer of a format's files has.
+"""Round a merged weight, and pack it into the tensors that a file format holds for a quantised layer.
 
-bitsandbytes holds nf4, compressed-tensors' `pack-quantized` integers of 4 and 8 bits, symmetric or not.
-https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/functional.py (QuantState)
-https://github.com/vllm-project/compressed-tensors/tree/main/src/compressed_tensors/compressors
+The format of bitsandbytes holds nf4. The format `pack-quantized` of compressed-tensors holds integers of 4 and 8 bits,
+symmetric or not. https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/functional.py
+(QuantState) https://github.com/vllm-project/compressed-tensors/tree/main/src/compressed_tensors/compressors
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Packing:
 
     Attributes:
         scheme: how it is rounded.
-        dtype: of its scales, and of what it is dequantised to.
-        lost: the norm of what rounding took away over the weight's own, once it has been made.
-        fitted: its blocks, where a text has rounded them already.
-        print: what the rounded weight makes of a vector of its own, float64 [out], to know it by when it is read again.
+        dtype: the dtype of the scales, and of the dequantised weight.
+        lost: the norm of the rounding error relative to the weight's norm, set when the weight has been rounded.
+        fitted: the rounded blocks, if GPTQ has rounded the weight already.
+        print: the rounded weight times a fixed vector, float64 [out]. It identifies the weight when it is read again.
     """
 
     scheme: Scheme
@@ -45,10 +45,10 @@ class Packing:
     fitted: Rounded | None = field(default=None, repr=False)
 
     def tensors(self, weight: Deferred) -> dict[str, Deferred]:
-        """What files have in the place of the weight, by the names after its module's path; made when it is written.
+        """Return the tensors that replace the weight in files, by suffix after the module's path. They are lazy.
 
         Args:
-            weight: float32 [out, in]; its columns are whole blocks.
+            weight: float32 [out, in]. The number of columns is a multiple of the block size.
         """
         rows, columns = weight.shape
         likes = self._table_like(rows, columns) if self.scheme.kind == TABLE else self._integers_like(rows, columns)
@@ -106,14 +106,14 @@ class Packing:
 
 
 def print_of(weight: Tensor) -> Tensor:
-    """A weight [out, in] times a vector of +1 and -1, float64 [out]: another weight makes something else of it."""
+    """Multiply a weight [out, in] by a fixed vector of +1 and -1 in float64 [out]. It tells weights apart."""
     rng = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (weight.shape[1],), generator=rng).double() * 2 - 1
     return torch.cat([part.double() @ signs for part in weight.split(max(1, (1 << 20) // weight.shape[1]))])
 
 
 def words(codes: Tensor, bits: int) -> Tensor:
-    """int32 [..., ceil(n * bits / 32)] of uint8 codes [..., n], the first in the lowest bits."""
+    """Pack uint8 codes [..., n] into int32 [..., ceil(n * bits / 32)], the first code in the lowest bits."""
     per = 32 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per))
     if bits == 4:
@@ -122,12 +122,12 @@ def words(codes: Tensor, bits: int) -> Tensor:
 
 
 def quantisation_config(packings: Mapping[str, Packing], left: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
-    """The `quantization_config` of a model.
+    """Make the `quantization_config` of a model.
 
     Args:
-        packings: of its linear layers, by their paths.
-        left: the paths of its other linear layers.
-        dtype: that it computes in.
+        packings: how its linear layers are rounded, by their paths.
+        left: the paths of the linear layers that are not rounded.
+        dtype: the dtype that the model computes in.
     """
     schemes = list(dict.fromkeys(packing.scheme for packing in packings.values()))
     if schemes[0].kind == TABLE:

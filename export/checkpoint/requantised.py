@@ -1,4 +1,4 @@
-"""Requantised: which layers of a merged model are rounded in its files, to what, and which are left, and why."""
+"""Choose which layers of a merged model are rounded in its files, and to what. Say why the others are not."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.rounding import Rounded
 from peftfx.sites.sites import Sites
 
-_NEAR = 1e-5  #: of the largest number of a print: how far it may be when it is read again, summed in another order
+_NEAR = 1e-5  #: tolerance of a print that is computed again, summed in another order, relative to its largest number
 
 
 @dataclass(frozen=True)
 class Requantised:
-    """What is rounded in a model's files.
+    """The layers that are rounded in a model's files, and those that are not.
 
     Attributes:
-        packings: of linear layers, by their paths.
-        left: why each other linear layer is in floating point, by its path.
-        beside: why other weights of products are, by their names.
-        dtype: that the model computes in.
+        packings: how linear layers are rounded, by their paths.
+        left: why each other linear layer stays in floating point, by its path.
+        beside: why other weights of products stay in floating point, by their names.
+        dtype: the dtype that the model computes in.
     """
 
     packings: Mapping[str, Packing]
@@ -49,19 +49,19 @@ class Requantised:
     def of(
         model: Any, sites: Sites, schemes: Sequence[Scheme], dtype: torch.dtype, plain: Collection[str]
     ) -> Requantised:
-        """What these schemes pick.
+        """Choose the layers that the schemes pick.
 
-        A scheme without a target leaves what transformers leaves when it quantises: the head, and what is tied.
+        A scheme without a target leaves out what transformers leaves out when it quantises: the head, and tied weights.
 
         Args:
-            model: merged, transformers'.
-            sites: of the base.
-            schemes: of several for a layer the last one counts.
-            dtype: of what is not rounded, and of scales.
-            plain: the parameters that files have under one name.
+            model: the merged transformers model.
+            sites: the sites of the base.
+            schemes: how weights are rounded. If several pick one layer, the last one counts.
+            dtype: the dtype of scales and of weights that are not rounded.
+            plain: the names of the parameters that files hold unchanged: see `plain_names`.
 
         Raises:
-            PeftfxError: a scheme names a layer that cannot be rounded, or nothing can.
+            PeftfxError: a scheme names a layer that cannot be rounded, or no layer can be rounded.
         """
         choose, apart = scheme_for(sites, schemes), set(get_keys_to_not_convert(model))
         named = {match.site.path for s in schemes if s.target and s.kind != "none" for match in sites.select(s.target)}
@@ -90,10 +90,11 @@ class Requantised:
         return Requantised(packings, left, beside, dtype)
 
     def config(self) -> dict[str, Any]:
-        """The model's `quantization_config`.
+        """Make the model's `quantization_config`.
 
         Raises:
-            PeftfxError: transformers would take the name of a layer for that of another one.
+            PeftfxError: transformers would confuse the name of a rounded layer with that of a layer which is not
+                rounded.
         """
         found = quantisation_config(self.packings, list(self.left), self.dtype)
         if found["quant_method"] == BITSANDBYTES:
@@ -105,7 +106,7 @@ class Requantised:
 
     @property
     def schemes(self) -> dict[str, list[str]]:
-        """The paths by what they are rounded to."""
+        """The paths of the rounded layers, by scheme."""
         found: dict[str, list[str]] = {}
         for path, packing in self.packings.items():
             found.setdefault(str(packing.scheme), []).append(path)
@@ -113,11 +114,11 @@ class Requantised:
 
     @property
     def lost(self) -> dict[str, float]:
-        """What rounding took away from each weight, over its norm."""
+        """The norm of each weight's rounding error, relative to the weight's norm."""
         return {path: packing.lost for path, packing in self.packings.items()}
 
     def candidates(self, model: nn.Module) -> Iterator[Candidate]:
-        """What GPTQ is asked for, by the paths of the layers of the merged model."""
+        """Yield the layers that GPTQ is asked for, by their paths in the merged model."""
         for path, packing in self.packings.items():
             if packing.scheme.gptq:
                 p = model.get_submodule(path)._parameters["weight"]
@@ -127,15 +128,15 @@ class Requantised:
                 yield Candidate(path, [path], read, packing.scheme, signed=False, dtype=packing.dtype)
 
     def take(self, fitted: Mapping[object, Rounded]) -> None:
-        """Take weights that were rounded already, by their paths."""
+        """Take weights that GPTQ has rounded already, by their layers' paths."""
         for path, made in fitted.items():
             self.packings[str(path)].fitted = made
 
     def check(self, loaded: nn.Module, where: str) -> None:
-        """Hold the weights of a model that was loaded again against what was written.
+        """Compare the weights of a model that was loaded again with the weights that were written.
 
         Raises:
-            VerificationError: a layer is another one, or its codes are not in the files.
+            VerificationError: a layer has other values, or its codes are not in the files.
         """
         for path, packing in self.packings.items():
             weight = loaded.get_submodule(path)._parameters["weight"]
@@ -160,7 +161,7 @@ def _obstacle(path: str, module: nn.Linear, scheme: Scheme, shared: Collection[i
 
 
 def _beside(model: nn.Module) -> dict[str, str]:
-    """Weights of products that are no linear layer's: these formats hold such alone."""
+    """Say why other weights of products are not rounded: these formats hold only linear layers' weights."""
     found = {path: "it is a Conv1D" for path, module in model.named_modules() if isinstance(module, Conv1D)}
     for name, p in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -170,7 +171,7 @@ def _beside(model: nn.Module) -> dict[str, str]:
 
 
 def _shared(model: nn.Module) -> set[int]:
-    """The ids of parameters that several modules hold."""
+    """Return the ids of parameters that several modules hold."""
     found: dict[int, set[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(p), set()).add(name)

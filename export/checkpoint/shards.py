@@ -1,4 +1,4 @@
-"""write_shards: tensors become safetensors files, and an index of them, with one tensor in memory at a time.
+"""Write tensors to safetensors files, with an index, while only one tensor is in memory.
 
 https://huggingface.co/docs/safetensors/index#format
 """
@@ -44,8 +44,8 @@ class Content:
     """A tensor that will be written.
 
     Attributes:
-        shape, dtype: of it.
-        make: makes it, when its turn comes.
+        shape, dtype: the tensor's shape and dtype.
+        make: computes the tensor when it is written.
     """
 
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class Content:
 
     @property
     def nbytes(self) -> int:
-        """Its bytes in a file."""
+        """The tensor's size in a file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -68,15 +68,15 @@ def write_shards(
     """Write `name.safetensors`, or `name-00001-of-00003.safetensors` and so on with `name.safetensors.index.json`.
 
     Args:
-        contents: by their names.
-        directory: that is there.
-        size: bytes that a file may have, unless one tensor has more.
-        written: called with the bytes written so far, and those there will be.
-        name: of the files.
+        contents: the tensors, by their names.
+        directory: an existing directory.
+        size: the most bytes of a file, unless one tensor alone has more.
+        written: called with the bytes written so far, and the total.
+        name: how the files' names begin.
 
     Raises:
-        PeftfxError: the disk refuses or has not the room, a tensor holds NaN or an infinity, or one is of a dtype that
-            the format does not have.
+        PeftfxError: the disk refuses or is too small, a tensor holds NaN or an infinity, or a tensor has a dtype that
+            the format lacks.
     """
     odd = next(
         (f"{n} is {str(c.dtype).removeprefix('torch.')}" for n, c in contents.items() if c.dtype not in _NAMES), ""
@@ -88,7 +88,7 @@ def write_shards(
         what = f"{total:,} bytes are needed, {free:,} are free"
         raise PeftfxError(what, str(directory), "free some space, or choose a directory on another disk")
     plan = split_state_dict_into_shards_factory(
-        contents,  # type: ignore[arg-type]  # it looks at their sizes alone
+        contents,  # type: ignore[arg-type]  # only the sizes are read
         get_storage_size=lambda content: content.nbytes,  # type: ignore[arg-type, attr-defined]
         filename_pattern=f"{name}{{suffix}}.safetensors",
         max_shard_size=size,
@@ -134,8 +134,8 @@ def _bytes(name: str, content: Content) -> memoryview:
     value = content.make().detach().contiguous()
     assert (tuple(value.shape), value.dtype) == (content.shape, content.dtype), name
     if value.is_floating_point() and value.numel() and value.dtype.itemsize > 1:
-        low, high = value.aminmax()  # NaN if one is
+        low, high = value.aminmax()  # both are NaN if a value is NaN
         if not bool(low.isfinite() & high.isfinite()):
             hint = "look at the training that made it, or merge in fp32 (--dtype fp32)"
             raise PeftfxError("this tensor holds NaN or an infinity", name, hint)
-    return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it has a buffer
+    return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
