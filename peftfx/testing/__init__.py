@@ -1,6 +1,6 @@
-"""The laws of methods, for any method: `peftfx.testing.check(MyMethod)` runs them, and compares with HF PEFT's.
+"""The laws of methods: `peftfx.testing.check(MyMethod)` tests a method of any class, and compares it with HF PEFT's.
 
-hypothesis draws the cases, and `peft` is what is compared with: the extra `peftfx[testing]` has both.
+The extra `peftfx[testing]` installs hypothesis, which draws the cases, and `peft`, which is the reference.
 """
 
 from peftfx.testing.check import CheckReport, check

@@ -1,4 +1,4 @@
-"""What the laws say of a method's arithmetic at one weight, with no graph around it."""
+"""The laws of a method's arithmetic at one weight, without a graph."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fold(case: Case, method: WeightMethod) -> None:
 
 @torch.no_grad()
 def update(case: Case, method: WeightMethod) -> None:
-    """Scales and a low-rank sum, where a method tells them, make the weight and the bias that `fold` makes."""
+    """The scales and the low-rank sum of a method's `update`, if it has one, make the weight and bias of `fold`."""
     if type(method).update is WeightMethod.update:
         return  # optional
     adapted = adapt(case, method)
@@ -54,7 +54,7 @@ def update(case: Case, method: WeightMethod) -> None:
         p = widened(adapted.adapter("default").params(placement))
         try:
             told = own.update(placement.view, base, p)
-        except PeftfxError:  # it has as many ranks as the weight, say
+        except PeftfxError:  # this adapter has no such update: its rank is the weight's, for example
             continue
         want = own.fold(placement.view, base, p)
         got = Base(told.apply(base.weight), base.bias if told.bias is None else told.bias)
@@ -65,7 +65,7 @@ def update(case: Case, method: WeightMethod) -> None:
 
 
 def input_of(case: Case, site: Site, rng: torch.Generator) -> Tensor:
-    """What a site of this shape reads, at a case's sizes."""
+    """Return a random input for a site of this shape, at a case's sizes."""
     if site.kind == "embedding":
         return torch.randint(site.shape[0], (case.batch, case.sequence), generator=rng)
     inner = site.shape[0 if site.transposed else 1]

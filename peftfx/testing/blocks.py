@@ -1,4 +1,4 @@
-"""Blocks of the laws' models: frozen specs, and the plain torch modules they build."""
+"""The blocks of the laws' models: frozen specs, and the plain torch modules that they build."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-WIDTH = 8  #: of every value between blocks of a text model
-CHANNELS = 4  #: of every value between blocks of an image model
+WIDTH = 8  #: the width of every value between the blocks of a text model
+CHANNELS = 4  #: the channels of every value between the blocks of an image model
 
 
 class BlockSpec(ABC):
-    """The spec of a module from [batch, sequence, WIDTH] to the same, or from one image to another."""
+    """The spec of a module from [batch, sequence, WIDTH] to the same shape, or from an image to an image."""
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The module, untouched."""
+        """Return a new module with torch's own initial values."""
 
 
 @dataclass(frozen=True)
 class DenseBlock(BlockSpec):
-    """A linear layer, stored [in, out] as GPT-2's if `transposed`."""
+    """A linear layer, stored [in, out] like GPT-2's if `transposed`."""
 
     bias: bool = True
     transposed: bool = False
@@ -39,7 +39,7 @@ class DenseBlock(BlockSpec):
 
 @dataclass(frozen=True)
 class ProductBlock(BlockSpec):
-    """A linear layer spelled out with a bare parameter: `x @ W` or `x @ W.T`, and `+ b`."""
+    """A linear layer written out with a bare parameter: `x @ W` or `x @ W.T`, and `+ b`."""
 
     turned: bool = True
     bias: bool = True
@@ -62,7 +62,7 @@ class _Product(nn.Module):
 
 @dataclass(frozen=True)
 class Mlp(BlockSpec):
-    """A feed-forward, gated in one of two ways or not at all."""
+    """A feed-forward block with a separate gate, a fused gate, or no gate."""
 
     gate: Literal["none", "beside", "fused"] = "none"
     transposed: bool = False
@@ -89,7 +89,7 @@ class _Mlp(nn.Module):
 
 @dataclass(frozen=True)
 class AttentionBlock(BlockSpec):
-    """Self-attention: the softmax written out or PyTorch's own op; projections apart, in thirds, or head by head."""
+    """Self-attention, written out or by PyTorch's fused operator; projections separate, in thirds, or head by head."""
 
     style: Literal["softmax", "sdpa"] = "sdpa"
     layout: Literal["apart", "thirds", "heads"] = "apart"
@@ -130,7 +130,7 @@ class _Attention(nn.Module):
 
 @dataclass(frozen=True)
 class Mix(BlockSpec):
-    """A convolution over tokens."""
+    """A convolution over the tokens."""
 
     groups: int = 1
 
@@ -144,7 +144,7 @@ class _Mix(nn.Module):
         self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=spec.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.transpose(1, 2)).transpose(1, 2).contiguous()  # GPT-2's Conv1D takes no other
+        return self.conv(x.transpose(1, 2)).transpose(1, 2).contiguous()  # GPT-2's Conv1D needs contiguous tensors
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class _Norm(nn.Module):
 
 @dataclass(frozen=True)
 class Branch(BlockSpec):
-    """Two modules side by side."""
+    """Two modules side by side, whose outputs are added."""
 
     left: BlockSpec
     right: BlockSpec
@@ -228,7 +228,7 @@ class _Branch(nn.Module):
 
 @dataclass(frozen=True)
 class Twice(BlockSpec):
-    """One module called two times in a row."""
+    """A module that is called twice, one call after the other."""
 
     inner: BlockSpec
 

@@ -1,4 +1,4 @@
-"""Cases: which model, method and sizes a law is tried on. Strategies for a method's options come from its fields."""
+"""Test cases of the laws: a model, a method and sizes. Strategies for a method's options come from its fields."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from peftfx.testing.models import Spec
 from peftfx.testing.pool import POOL, PROMPTED, captured
 
 Choices = Mapping[str, Sequence[object]]
-"""For options whose values their type does not tell: which to draw from."""
+"""The values to draw from, for options whose values their type does not tell."""
 _LAWS = settings(
     deadline=None,
     derandomize=True,  # the same examples in every run: a law that fails fails for everybody
@@ -38,14 +38,14 @@ _LAWS = settings(
 
 
 def examples(count: int, *, shrink: bool = True) -> settings:
-    """So many examples a test, the same in every run; one that fails is made as small as it can be, if asked."""
+    """Return hypothesis settings with this many examples, the same in each run; failures shrink if `shrink`."""
     phases = tuple(Phase) if shrink else (Phase.generate,)
     return settings(_LAWS, max_examples=count, phases=phases)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the sizes of a call, and the seed of everything random. Its print is a reproduction to paste."""
+    """A model, the sizes of a call, and the seed of everything random. Its repr can be pasted to reproduce it."""
 
     spec: Spec
     batch: int = 2
@@ -53,12 +53,12 @@ class Case:
     seed: int = 0
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """Keyword arguments of a call of these sizes."""
+        """Return the keyword arguments of a call of these sizes."""
         return self.spec.inputs(self.batch, self.sequence, self.seed)
 
 
 def configs(cls: type[Method], choices: Choices | None = None) -> st.SearchStrategy[Method]:
-    """Methods of a class without a target. They shrink to the one with no options given."""
+    """Return a strategy for methods of a class, without a target; it shrinks to the method without options."""
     shared = _sizes() if issubclass(cls, SequenceMethod) else {f.name for f in dataclasses.fields(Method)}
     hints = typing.get_type_hints(cls)
     known = {name: st.sampled_from(values) for name, values in (choices or {}).items()}
@@ -70,12 +70,12 @@ def configs(cls: type[Method], choices: Choices | None = None) -> st.SearchStrat
 
 
 def _sizes() -> set[str]:
-    """The options of a soft prompt that are read off the model, with those that it has no use for."""
+    """Return the options of a soft prompt that are read from the model or not used for prompts."""
     return {f.name for f in dataclasses.fields(SequenceMethod)} - {"num_virtual_tokens"}
 
 
 def _starts(cls: type[Method], field: dataclasses.Field[object]) -> bool:
-    """Whether a method can be made without this option."""
+    """Return whether a method can be made without this option."""
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         return False
     try:
@@ -93,7 +93,7 @@ def _configured(cls: type[Method], options: Mapping[str, object]) -> Method:
 
 
 def _values(name: str, hint: object) -> st.SearchStrategy[object] | None:
-    """Values of a field by its name and type, or None to leave it at its default."""
+    """Return a strategy for a field's values from its name and type, or None for its default."""
     if "dropout" in name:
         return st.sampled_from((0.0, 0.5))
     if hint is bool:
@@ -113,7 +113,7 @@ def _values(name: str, hint: object) -> st.SearchStrategy[object] | None:
 
 @functools.cache
 def places(spec: Spec, method: Method) -> tuple[str, ...]:
-    """Targets of one site or of one part of a fused site, wherever this method can act."""
+    """Return a target for each site, and for each part of a fused site, where this method can act."""
     found = []
     for site in captured(spec).graph.sites:
         if acts_at(method, spec, site):
@@ -124,7 +124,7 @@ def places(spec: Spec, method: Method) -> tuple[str, ...]:
 
 
 def acts_at(method: Method, spec: Spec, site: Site) -> bool:
-    """Whether a method can start at a site: some options are refused at some kinds of sites."""
+    """Return whether a method can start at a site; some kinds of sites refuse some options."""
     return site.kind in method.kinds and _can_start(method, spec, site)
 
 
@@ -168,7 +168,7 @@ def cases(
     pool: Sequence[Spec] = POOL,
     least: int = 1,
 ) -> tuple[Case, Method]:
-    """A case, and a method with a target of at least so many places in its model."""
+    """Draw a case, and a method whose target picks at least `least` places in the case's model."""
     if issubclass(cls, SequenceMethod):
         case, prompt = draw(_calls(PROMPTED if pool[0].sizes() is None else pool)), draw(configs(cls, choices))
         if not _fits(case.spec, prompt):
@@ -186,7 +186,7 @@ def cases(
 
 
 def _fits(spec: Spec, method: Method) -> bool:
-    """Whether a soft prompt has a place in a model."""
+    """Return whether a soft prompt can act in a model."""
     try:
         prompt_placement(method, captured(spec).model, captured(spec).graph.sites)  # type: ignore[arg-type]
     except PeftfxError:

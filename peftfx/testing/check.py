@@ -1,4 +1,4 @@
-"""check: the laws, and the comparison with HF PEFT, run on one method; what they found, in words."""
+"""The function `check`: runs the laws and the comparison with HF PEFT on one method, and reports the results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peftfx.patterns.pattern import remember
 from peftfx.testing.extras import needed
 from peftfx.testing.models import GivenModel
 
-_MOST = 1500  #: characters of what broke a law
+_MOST = 1500  #: the most characters of an error that broke a law
 
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one law.
+    """The result of one law.
 
     Attributes:
-        name: of the law.
-        text: what it says.
-        broken: how it was broken, and by which case; empty where it holds.
-        skipped: why it was not tried; empty where it was.
+        name: the law's name.
+        text: the law's statement in words.
+        broken: how the law was broken, and by which case; empty if the law holds.
+        skipped: why the law was not tested; empty if it was.
     """
 
     name: str
@@ -52,14 +52,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found of a method."""
+    """The results of `check` for one method."""
 
     method: str
     findings: tuple[Finding, ...]
 
     @property
     def broken(self) -> tuple[Finding, ...]:
-        """The laws that do not hold."""
+        """The findings of laws that do not hold."""
         return tuple(finding for finding in self.findings if finding.broken)
 
     def __str__(self) -> str:
@@ -80,24 +80,24 @@ def check(
     model: nn.Module | None = None,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> CheckReport:
-    """Run every law that is about a method, and compare it with HF PEFT's where HF PEFT has its type.
+    """Test a method by every law that applies to it, and compare it with HF PEFT's method of the same type, if any.
 
     Args:
         cls: the class of the method.
-        choices: for options whose values their type does not tell (a string, a dict), those to draw from. Options
-            that are switches, numbers or `Literal` are drawn without.
-        configs: the options that are compared with HF PEFT, one comparison each.
-        whole: on all examples of each law; by default on a simple and a random one.
-        model: to try the laws on, in place of small random ones, in float32 or bfloat16; it is not changed. Pattern
-            methods need one, in which the pattern matches.
-        inputs: the arguments of one call of that model: tensors, whose first axis is the batch's.
+        choices: the values to draw from, for options whose type does not tell them (a string, a dict). Options that are
+            bools, numbers or `Literal` need no choices.
+        configs: the options to compare with HF PEFT; one comparison for each.
+        whole: whether to test all examples of each law; by default a simple and a random example.
+        model: a model to test the laws on, in place of small random models, in float32 or bfloat16; it is not changed.
+            Pattern methods need a model in which the pattern matches.
+        inputs: the arguments of one call of that model: tensors whose first axis is the batch.
 
     Returns:
-        What was found, a line a law when printed.
+        The results; printed, they are one line for each law.
 
     Raises:
-        AssertionError: a law is broken; its text is the report.
-        PeftfxError: the class is half done, no model has a place for it, or hypothesis is not installed.
+        AssertionError: a law is broken; the error's text is the report.
+        PeftfxError: the class is not complete, no model has a site for the method, or hypothesis is not installed.
     """
     refuse_incomplete(cls)
     needed("hypothesis")
@@ -120,7 +120,7 @@ def _held(cls: type[Method], choices: Choices | None, whole: bool, spec: GivenMo
 
 
 def _given(cls: type[Method], model: nn.Module | None, inputs: Mapping[str, Tensor] | None) -> GivenModel | None:
-    """The caller's model as laws take it."""
+    """Return the caller's model as a spec for the laws, or None without a model."""
     if (model is None) != (inputs is None):
         raise PeftfxError("a model and its inputs go together", "model, inputs", "pass both, or neither")
     if model is None or inputs is None:
@@ -161,7 +161,7 @@ def _compared(cls: type[Method], options: Mapping[str, object]) -> Finding:
 
 @contextmanager
 def known(cls: type[Method]) -> Iterator[None]:
-    """Inside, the method's type is this class."""
+    """Register the method's class under its type until the `with` block ends."""
     before = dict(table._registered)
     table._registered[cls.peft_type] = cls
     if issubclass(cls, PatternMethod):

@@ -1,4 +1,4 @@
-"""What running the laws needs beside the package itself: imported here and nowhere else, and missed by name."""
+"""The packages that only the laws need: imported here, with an error that names a missing package."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from peftfx.errors import PeftfxError
 
 
 def needed(name: str) -> ModuleType:
-    """A module of an extra.
+    """Import and return a module of an optional package.
 
     Raises:
-        PeftfxError: it is not installed.
+        PeftfxError: the package is not installed.
     """
     try:
         return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""What an insertion left alone: the rest of the program, the base's tensors, and the gradients that are not its own."""
+"""The laws of what an insertion must not change: the rest of the program, the base's tensors, and other gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def frame(case: Case, method: Method) -> None:
 
 
 def gradients(case: Case, method: Method) -> None:
-    """A training step moves the adapter's trained tensors, each of them, and no other bit of the model."""
+    """A training step changes each trained tensor of the adapter, and no other bit of the model."""
     adapted = adapt(case, method, training=True)
     adapter, before = adapted.adapter("default"), snapshot(captured(case.spec).model)
     constants = {name: t.clone() for name, t in adapter.named_buffers()}
@@ -40,7 +40,7 @@ def gradients(case: Case, method: Method) -> None:
 
 
 def _kept(graph: Graph) -> list[str]:
-    """A program's lines without what adapters added to it: written apart from `Remove`, and compared with it."""
+    """Return a program's lines without what adapters added; written independently of `Remove`, to check that pass."""
     names: dict[fx.Node, str] = {}
     lines: list[str] = []
     overridden: dict[fx.Node, str] = {}
@@ -63,4 +63,4 @@ def _kept(graph: Graph) -> list[str]:
 
 
 class Name(str):
-    """The name of a value inside arguments."""
+    """A value's name inside arguments."""

@@ -1,4 +1,4 @@
-"""The laws, by name: what each says, of which methods, and on how many examples."""
+"""The laws by name: each law's statement, the methods that it applies to, and the number of its examples."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from peftfx.testing.pool import POOL
 
 _ACTS = (WeightMethod, AttentionMethod, OverrideMethod, PatternMethod)
 _ALL = (*_ACTS, SequenceMethod)
-_QUICK = 2  #: examples by default: hypothesis begins with the simplest case there is, and draws the other
+_QUICK = 2  #: the number of examples by default: the simplest case, with which hypothesis begins, and a random one
 
 
 @dataclass(frozen=True)
 class Law:
-    """A law of methods.
+    """A law of methods: a statement, and the cases that it is tested on.
 
     Attributes:
-        statement: a function of a case and a method; it raises where the law does not hold.
-        examples: on how many it is tried as a whole.
-        of: the kinds of methods that it is about.
-        least: at how many places the method acts at least.
-        dtypes: of the models.
+        statement: a function of a case and a method, which raises if the law does not hold.
+        examples: the number of examples of a whole test.
+        of: the families of methods that the law applies to.
+        least: the least number of places where the method must act.
+        dtypes: the dtypes of the models.
     """
 
     statement: Callable[..., None]
@@ -46,16 +46,16 @@ class Law:
 
     @property
     def name(self) -> str:
-        """Of its function."""
+        """The law's name: that of its function."""
         return self.statement.__name__
 
     @property
     def text(self) -> str:
-        """What it says."""
+        """The law's statement in words: the first line of its function's docstring."""
         return (self.statement.__doc__ or "").partition("\n")[0]
 
     def is_about(self, cls: type[Method]) -> bool:
-        """Whether it is one of this method."""
+        """Return whether the law applies to this class of methods."""
         return issubclass(cls, self.of)
 
     def hold(
@@ -67,17 +67,17 @@ class Law:
         quick: int = _QUICK,
         spec: Spec | None = None,
     ) -> None:
-        """Try it on random cases of a method, on all of its examples or on so many: the simplest one, and random ones.
+        """Test the law on random cases of a method: on all of its examples, or on a few that include the simplest.
 
         Args:
-            cls: the method.
-            choices: of options; see `cases`.
-            whole: whether on all of its examples.
-            quick: on how many else.
-            spec: the model to try it on, in place of random ones.
+            cls: the method's class.
+            choices: the values to draw for some options; see `Choices`.
+            whole: whether to test all of the law's examples.
+            quick: the number of examples otherwise.
+            spec: the model to test on, in place of random models.
 
         Raises:
-            Exception: what the statement raised, with the case and the method in its notes.
+            Exception: the error that the statement raised, with the case and the method in its notes.
         """
         pool = [one for one in POOL if one.dtype in self.dtypes] if spec is None else [spec]
         count = self.examples if whole else quick

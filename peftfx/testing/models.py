@@ -1,4 +1,4 @@
-"""Models for the laws: small frozen specs that print as a reproduction, and the plain torch modules they build."""
+"""Models for the laws: small frozen specs whose repr reproduces them, and the plain torch modules that they build."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Spec(ABC):
 
     @abstractmethod
     def module(self) -> nn.Module:
-        """The module, untouched."""
+        """Return a new module, whose parameters `build` has not moved off their initial values yet."""
 
     @abstractmethod
     def inputs(self, batch: int, sequence: int, seed: int = 0) -> dict[str, Tensor]:
-        """Keyword arguments of a call."""
+        """Return the keyword arguments of a call."""
 
     def sizes(self) -> tuple[int, int] | None:
-        """Batch and sequence of its calls, where it has inputs for one alone."""
+        """Return the batch and the sequence of a call if the model has inputs of only these sizes, else None."""
         return None
 
     def build(self) -> nn.Module:
-        """The module in eval mode, every parameter off its initial value: no bias is 0 and no scale 1."""
+        """Return the module in eval mode with all parameters moved off their initial values, so that no bias is 0."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self.module()
@@ -49,7 +49,7 @@ class Spec(ABC):
 
 @dataclass(frozen=True)
 class Text(Spec):
-    """Token ids to scores of words."""
+    """A text model: from token ids to scores of words."""
 
     tied: bool = False
     positions: bool = False
@@ -82,7 +82,7 @@ class _Text(nn.Module):
 
 @dataclass(frozen=True)
 class Image(Spec):
-    """An image to scores of classes; the image's height grows with `sequence`."""
+    """An image model: from an image to scores of classes; the image's height grows with `sequence`."""
 
     def module(self) -> nn.Module:
         return _Image(self)
@@ -105,12 +105,12 @@ class _Image(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class GivenModel(Spec):
-    """A model of the caller's, with the arguments of one call, whose first axis is the batch's."""
+    """A caller's model, with the arguments of one call; their first axis is the batch."""
 
     model: nn.Module = field(kw_only=True, repr=False)
     example: Mapping[str, Tensor] = field(kw_only=True, repr=False)
 
-    __eq__, __hash__ = object.__eq__, object.__hash__  # what is captured of one is not another's
+    __eq__, __hash__ = object.__eq__, object.__hash__  # by identity: captures are cached by spec
 
     def module(self) -> nn.Module:
         return copy.deepcopy(self.model)
@@ -119,7 +119,7 @@ class GivenModel(Spec):
         return self.module().eval()
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """As hypothesis prints it: the class alone, for the caller has the model."""
+        """Print only the class in hypothesis's reports, because the caller has the model."""
         printer.text(f"<{type(self.model).__name__}, as it was given>")
 
     def sizes(self) -> tuple[int, int]:
@@ -131,7 +131,7 @@ class GivenModel(Spec):
 
 @dataclass(frozen=True)
 class Causal(Spec):
-    """A LLaMA of transformers': token ids to scores of words, behind the keys and values of a cache."""
+    """A LLaMA of transformers: from token ids to scores of words, with a key/value cache."""
 
     layers: int = 1
     groups: int = 1

@@ -1,7 +1,7 @@
-"""Parity: a method against HF PEFT's of the same type, on random adapters: forward, gradients, files both ways.
+"""The comparison of a method with HF PEFT's of the same type, on random adapters: forward, gradients, files both ways.
 
-The oracle is `peft`'s own forward. Of the adapted modules are linear layers with and without a bias, stored both ways
-where `peft` takes both, convs and embeddings: what the method acts on and `peft` adapts.
+The oracle is `peft`'s own forward. The adapted modules are those that both the method and `peft` can adapt: linear
+layers with and without a bias, stored both ways, convs and embeddings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from peftfx.testing.extras import needed
 from peftfx.testing.models import Image, Spec, Text
 from peftfx.testing.setup import assert_close, stir
 
-_TOLERANCE = 2e-5  #: relative to the largest value
+_TOLERANCE = 2e-5  #: the largest error, relative to the largest value
 _MODELS: tuple[Spec, ...] = (
     Text((DenseBlock(outer=12), DenseBlock(bias=False, inner=12), Mlp())),
     Text((DenseBlock(transposed=True, outer=12), DenseBlock(transposed=True, inner=12))),
@@ -38,7 +38,7 @@ _SIZES = ((3, 5), (1, 4))
 
 
 def config_class(cls: type[Method]) -> Any:
-    """HF PEFT's config of this type; None where it has none, or the method acts on no weights."""
+    """Return HF PEFT's config class of this method's type, or None if there is none or it adapts no weights."""
     mapping = needed("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING
     return next(
         (c for kind, c in mapping.items() if kind.value == cls.peft_type and issubclass(cls, WeightMethod)), None
@@ -46,13 +46,13 @@ def config_class(cls: type[Method]) -> Any:
 
 
 def compare(cls: type[Method], options: Mapping[str, object], *, gradients: bool = True) -> None:
-    """Hold a method against HF PEFT's, with these options, on each model that both can adapt."""
+    """Compare a method with HF PEFT's, with these options, on each model that both can adapt."""
     tried = [spec for spec in _MODELS if _compare_on(cls, options, spec, gradients=gradients)]
     assert tried, "HF PEFT adapts none of the models"
 
 
 def _compare_on(cls: type[Method], options: Mapping[str, object], spec: Spec, *, gradients: bool) -> bool:
-    """Whether HF PEFT adapts this model at all; what differs is raised."""
+    """Compare on one model, raising for a difference; return whether HF PEFT adapts the model at all."""
     peft, base = needed("peft"), spec.build()
     targets = _targets(cls, base)
     if not targets:
@@ -67,7 +67,7 @@ def _compare_on(cls: type[Method], options: Mapping[str, object], spec: Spec, *,
                 raise AssertionError(f"peft refuses these options: {first_line(error)}") from error
             return False
         if not any(p.requires_grad for p in theirs.parameters()):
-            return False  # it passes over these modules without a word
+            return False  # peft silently skips these modules
         _stir(theirs)
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
@@ -88,7 +88,7 @@ def _compare_on(cls: type[Method], options: Mapping[str, object], spec: Spec, *,
             stir(made.adapter("default"), 1)
             made.save_pretrained(folder)
             read = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
-            read = read.base_model if made.adapter("default").rules[0].inputs else read  # a task's own is read there
+            read = read.base_model if made.adapter("default").rules[0].inputs else read  # its forward takes task_ids
             _same_forward(made, read, spec, "loaded by peft")
     return True
 
@@ -119,14 +119,14 @@ def _same_forward(ours: AdaptedModel, theirs: nn.Module, spec: Spec, what: str) 
 
 
 def same_gradients(adapter: Adapter, theirs: nn.Module) -> None:
-    """Hold the gradients of each tensor that both train against each other, found by its key in a file that was read.
+    """Compare the gradients of each tensor that both models train, found by its key in a loaded file.
 
     Args:
-        adapter: ours, loaded, with its gradients.
-        theirs: HF PEFT's model, with its own.
+        adapter: the adapter that peftfx loaded, with gradients.
+        theirs: HF PEFT's model, with gradients.
 
     Raises:
-        AssertionError: they differ, or the two train other tensors.
+        AssertionError: the gradients differ, or the two train different tensors.
     """
     named = theirs.named_parameters(remove_duplicate=False)
     trained = {_plain(n).removeprefix("model."): p for n, p in named if p.requires_grad}
@@ -142,11 +142,11 @@ def same_gradients(adapter: Adapter, theirs: nn.Module) -> None:
 
 
 def _beside(ours: AdaptedModel, batch: int) -> dict[str, Tensor]:
-    """What the method reads of a call beside the model's own inputs, of so many rows."""
+    """Return the inputs that the method reads besides the model's own, for `batch` rows."""
     (method,) = ours.adapter("default").rules
     return {name: torch.arange(batch) % count for name, count in method.inputs.items()}
 
 
 def _plain(name: str) -> str:
-    """A tensor's name without what only files, or only `peft`'s modules, have around it."""
+    """Return a tensor's name without the prefixes and suffixes of files and of `peft`'s modules."""
     return name.replace(".default", "").removeprefix("base_model.").removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""The pool: specs of random models, sorted by size, each built and captured once in a session."""
+"""The pool of random models: specs sorted by size; each model is built and captured once per process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from peftfx.testing.blocks import (
 from peftfx.testing.models import Causal, Dtype, Image, Spec, Text
 from peftfx.views.capture import capture
 
-#: One of each kind of block on its own: what a failing example shrinks to.
+#: A model for each kind of block, with few blocks: failing examples shrink to these.
 _SMALL = (
     Text(()),
     Text((), tied=True, positions=True),
@@ -56,7 +56,7 @@ _MODES: tuple[Literal["zeros", "reflect"], ...] = ("zeros", "reflect")
 
 
 def random_block(random: Random, depth: int = 1) -> BlockSpec:
-    """A block of a text model; `depth` is how far blocks may hold blocks."""
+    """Return a random block of a text model; `depth` is how deeply blocks may contain blocks."""
     flag = lambda: random.random() < 0.5  # noqa: E731
     kinds = ("dense", "product", "mix", "mlp", "attention", *("residual", "branch", "twice") * (2 * depth))
     match random.choice(kinds):
@@ -80,7 +80,7 @@ def random_block(random: Random, depth: int = 1) -> BlockSpec:
 
 
 def random_conv(random: Random) -> BlockSpec:
-    """A block of an image model."""
+    """Return a random block of an image model."""
     padding = random.choice((0, 1, 2, "same", "valid"))
     stride = 1 if padding == "same" else random.choice((1, 2))
     mode = random.choice(_MODES)
@@ -88,7 +88,7 @@ def random_conv(random: Random) -> BlockSpec:
 
 
 def random_spec(seed: int) -> Spec:
-    """A whole model."""
+    """Return the spec of a random model."""
     random = Random(seed)
     dtype: Dtype = random.choice(_DTYPES)
     if random.random() < 0.3:
@@ -97,7 +97,7 @@ def random_spec(seed: int) -> Spec:
     return Text(blocks, tied=random.random() < 0.5, positions=random.random() < 0.5, dtype=dtype)
 
 
-#: What soft prompts go ahead of: a model of plain torch, and one that keeps keys and values, as prefixes need.
+#: The models for soft prompts: causal models with a key/value cache, because prefixes need one.
 PROMPTED: tuple[Spec, ...] = (Causal(()), Causal((), layers=2, groups=2))
 
 POOL: tuple[Spec, ...] = tuple(
@@ -107,13 +107,13 @@ POOL: tuple[Spec, ...] = tuple(
 
 @dataclass(frozen=True)
 class Captured:
-    """A model and its graph. Shared: neither may be changed."""
+    """A model and its graph. Both are shared, and must not be changed."""
 
     model: nn.Module
     graph: Graph
 
     def copy(self) -> Captured:
-        """A copy to change: its own parameters, the same structure."""
+        """Return a copy that may be changed: with its own parameters and the same structure."""
         model, graph = copy.deepcopy(self.model), self.graph.clone()
         graph.module = link(graph.module.graph, {**dict(graph.module.named_children()), BASE: model})
         return Captured(model, graph)
@@ -121,6 +121,6 @@ class Captured:
 
 @functools.cache
 def captured(spec: Spec, *, training: bool = False) -> Captured:
-    """The model of a spec and its graph, in eval or in train mode."""
+    """Return the model of a spec and its graph, in eval or in train mode; cached."""
     model = spec.build().train(training)
     return Captured(model, capture(model, spec.inputs(2, 3)))

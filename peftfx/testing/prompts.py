@@ -1,4 +1,4 @@
-"""What a soft prompt must satisfy beside the laws of all methods: what is saved of it is all that it does."""
+"""The law that only soft prompts have: the saved prompt is all that has an effect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftfx.testing.setup import LOOSE, adapt, assert_close, bare_case, output
 
 @torch.no_grad()
 def saved(case: Case, method: SequenceMethod) -> None:
-    """What is saved has the shape that the method says, and the same outputs follow from it alone."""
+    """The saved prompt has the shape that the method states, and loading only that prompt gives the same outputs."""
     adapted = adapt(case, method)
     (placement,) = adapted.adapter("default").placements.prompts
     sized, p = placement.method, adapted.adapter("default").params(placement)

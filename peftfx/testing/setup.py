@@ -1,4 +1,4 @@
-"""What laws share: adapted models of the pool, each its law's own to change, and how results are compared."""
+"""Helpers of the laws: adapted models of the pool that a law may change, and comparisons of results."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.testing.cases import Case
 from peftfx.testing.pool import captured
 
-LOOSE = {"float32": 1e-4, "bfloat16": 0.1}  #: largest error by dtype, relative to the largest output
+LOOSE = {"float32": 1e-4, "bfloat16": 0.1}  #: the largest error by dtype, relative to the largest output
 
 
 def bare_case(case: Case, *, training: bool = False) -> AdaptedModel:
-    """A model of the pool without adapters, its own to change."""
+    """Return a model of the pool without adapters, as a copy that may be changed."""
     own, example = captured(case.spec, training=training).copy(), case.spec.inputs(2, 3)
     adapted = AdaptedModel.on(own.model, own.graph.sites, example)
     adapted.graphs.keep(own.graph, example)
@@ -27,7 +27,7 @@ def bare_case(case: Case, *, training: bool = False) -> AdaptedModel:
 
 
 def adapt(case: Case, *rules: Method, training: bool = False, stirred: bool = True) -> AdaptedModel:
-    """A model of the pool with an adapter; `stirred`, its parameters are off their initial values."""
+    """Return a model of the pool with an adapter; if `stirred`, its parameters are moved off their initial values."""
     adapted = bare_case(case, training=training)
     adapted.add_adapter("default", rules, seed=case.seed)
     if stirred:
@@ -36,7 +36,7 @@ def adapt(case: Case, *rules: Method, training: bool = False, stirred: bool = Tr
 
 
 def output(adapted: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """What a model gives for a call: its one tensor, or the first where a model returns several."""
+    """Return a model's output tensor for a call, or the first one if the model returns several."""
     first = pytree.tree_leaves(adapted(**inputs))[0]
     assert isinstance(first, Tensor)
     return first
@@ -44,14 +44,14 @@ def output(adapted: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def stir(adapter: Adapter, seed: int) -> None:
-    """Move every trained tensor off its initial value, by an amount that its name and the seed decide."""
+    """Add to every trained tensor a random amount that depends on its name and the seed."""
     for name, p in adapter.named_parameters():
         rng = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
         p.add_(torch.randn(p.shape, generator=rng).to(p.dtype), alpha=0.3)
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
-    """Compare relative to the largest value."""
+    """Assert that two tensors differ by at most `tolerance`, relative to the largest value."""
     assert (got.shape, got.dtype) == (want.shape, want.dtype), f"{what}: {got.dtype}{list(got.shape)}"
     if not want.numel():
         return
@@ -60,12 +60,12 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of every tensor of a module."""
+    """Return a copy of every tensor of a module, by name."""
     return {name: t.detach().clone() for name, t in nn.Module.state_dict(module).items()}
 
 
 def assert_untouched(module: nn.Module, before: dict[str, Tensor]) -> None:
-    """Every tensor is bit for bit what it was."""
+    """Assert that every tensor of a module is bit for bit the same as in `before`."""
     now = snapshot(module)
     assert now.keys() == before.keys()
     changed = [name for name in now if not torch.equal(now[name], before[name])]

@@ -1,4 +1,4 @@
-"""Laws of slots and rows: a filled slot is the adapter inserted, and a row is the model with its adapter alone."""
+"""The laws of slots and rows: filled slots equal an inserted adapter, and a row equals the model with its adapter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from peftfx.testing.setup import adapt, assert_close
 
 @torch.no_grad()
 def slot_fold(case: Case) -> None:
-    """A layer with slots is the layer with the weight that they make, at every kind of site; in float64."""
+    """A layer with slots equals the layer with the weight that the slots make, at every kind of site; in float64."""
     graph, rng = captured(case.spec).graph, torch.Generator().manual_seed(case.seed)
     nodes = {node.name: node for node in graph.nodes()}
     for site in (site for site in graph.sites if site.kind in WEIGHT_KINDS):
@@ -57,7 +57,7 @@ def _folded(site: Site, stored: Tensor, a: Tensor, b: Tensor, outer: Tensor, inn
 
 
 def _updates_of(adapted: AdaptedModel) -> dict[str, tuple[Site, Update]]:
-    """What the adapter does at each site, by its path; nothing where a method does not tell it."""
+    """Return the adapter's update at each site, by the site's path."""
     adapter, found = adapted.adapter("default"), dict[str, tuple[Site, Update]]()
     for placement in adapter.placements.weights:
         site, method = placement.site, placement.method
@@ -70,7 +70,7 @@ def _updates_of(adapted: AdaptedModel) -> dict[str, tuple[Site, Update]]:
 
 
 def _spread(update: Update, placement: WeightPlacement, weight: Tensor, bias: Tensor | None) -> Update:
-    """An update of a part's rows as one of all; a bias of theirs goes into the whole one."""
+    """Return an update of a part's rows as an update of the whole weight, with the part's bias in the whole bias."""
     site, block = placement.site, placement.block
     assert block is not None
     rows = weight.shape[1 if site.transposed else 0]
@@ -83,14 +83,14 @@ def _spread(update: Update, placement: WeightPlacement, weight: Tensor, bias: Te
 
 @torch.no_grad()
 def slots(case: Case, method: WeightMethod) -> None:
-    """A graph with an adapter in its slots is the graph with the adapter inserted; with nothing in them, the base."""
+    """A graph with an adapter in its slots equals the graph with the adapter inserted; with empty slots, the base's."""
     adapted, inputs = adapt(case, method), tuple(case.inputs().values())
     try:
         told = _updates_of(adapted)
-    except PeftfxError:  # it scales what only some rows of a fused weight read
+    except PeftfxError:  # the update scales inputs that only some rows of a fused weight read
         return
     if any(update.bias is not None for _, update in told.values()) or adapted.adapter("default").overrides:
-        return  # those are tensors of the base's own, for the exported program
+        return  # biases and overrides have no slots: in an exported program they replace the base's own tensors
     scaled = tuple(path for path, (site, _) in told.items() if site.kind != "embedding")
     opened = Open(tuple(told), scaled)(adapted.graph(adapted=False)).graph
     opened.lint()
@@ -110,13 +110,13 @@ def _filled(slot: Slot, site: Site, update: Update) -> Tensor:
 
 @torch.no_grad()
 def rows(case: Case, method: WeightMethod) -> None:
-    """Rows of a batch that have an adapter are the adapted model's, and the others are the base's."""
+    """Rows of a batch with an adapter equal the adapted model's rows, and rows without one equal the base's."""
     adapted, inputs = adapt(case, method), tuple(case.inputs().values())
     try:
         told = [(site, update, site_tensors(adapted.base, site)[1]) for site, update in _updates_of(adapted).values()]
         stacks = {key: value for one in told for key, value in _stacked(*one)}
         by_row = Evaluate()(ByRow(stacks)(adapted.graph(adapted=False)).graph).graph
-    except PeftfxError:  # it reads the tokens of all rows as one, as position embeddings do
+    except PeftfxError:  # the layer does not keep the rows apart, as position embeddings do not
         return
     if adapted.adapter("default").overrides:
         return
@@ -129,7 +129,7 @@ def rows(case: Case, method: WeightMethod) -> None:
 
 
 def _stacked(site: Site, update: Update, bias: Tensor | None) -> list[tuple[tuple[str, str], Tensor]]:
-    """The entries of no adapter, which has the base's own bias, and of this one."""
+    """Return a stack of two entries for each tensor: no adapter (with the base's own bias), and this adapter."""
     a, b = update.factors(site)
     ones = {INNER: update.inner, OUTER: update.outer}
     found = {what: torch.stack([torch.ones_like(value), value]) for what, value in ones.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What the laws say: functions of a case and a method that raise AssertionError."""
+"""The statements of the laws: functions of a case and a method that raise AssertionError if the law does not hold."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from peftfx.testing.setup import LOOSE, adapt, assert_close, assert_untouched, b
 
 @torch.no_grad()
 def neutral(case: Case, method: Method) -> None:
-    """An adapter that was just made changes no output, unless its method says so."""
+    """A new adapter changes no output, unless its method says that it does."""
     if not method.neutral:
         return
     adapted, inputs = adapt(case, method, stirred=False), case.inputs()
@@ -42,7 +42,7 @@ def neutral(case: Case, method: Method) -> None:
 
 @torch.no_grad()
 def merge(case: Case, method: Method) -> None:
-    """The merged graph is the adapted graph, reads no adapter but its overrides, and merging touches no weight."""
+    """The merged graph equals the adapted graph, reads no adapter except overrides, and merging changes no weight."""
     adapted, before = adapt(case, method), snapshot(captured(case.spec).model)
     inputs = tuple(case.inputs().values())
     graph = adapted.graph()
@@ -56,12 +56,12 @@ def merge(case: Case, method: Method) -> None:
 
 @torch.no_grad()
 def merge_in_place(case: Case, method: Method) -> None:
-    """A base that its adapter was merged into is the adapted model, as a graph and as plain code; or it is refused."""
+    """A base after `merge` equals the adapted model, as a graph and as modules; or the merge is refused."""
     adapted, before, inputs = adapt(case, method), snapshot(captured(case.spec).model), case.inputs()
     want = output(adapted, inputs)
     try:
         adapted.merge()
-    except PeftfxError:  # a module whose code has no place for a bias cannot be given one
+    except PeftfxError:  # a module whose code reads no bias cannot get one
         assert_untouched(adapted.base, before)
         return
     assert adapted.names() == ()
@@ -71,7 +71,7 @@ def merge_in_place(case: Case, method: Method) -> None:
 
 @torch.no_grad()
 def remove(case: Case, method: Method) -> None:
-    """Remove behind insert restores the text, the state and the outputs: an adapter leaves no trace."""
+    """Removing an inserted adapter restores the graph's text, the state and the outputs exactly."""
     adapted, before = bare_case(case), snapshot(captured(case.spec).model)
     grads = {name: p.requires_grad for name, p in captured(case.spec).model.named_parameters()}
     base, inputs = adapted.graph(), tuple(case.inputs().values())
@@ -80,7 +80,7 @@ def remove(case: Case, method: Method) -> None:
     adapted.add_adapter("default", method, seed=case.seed)
     stir(adapted.adapter("default"), case.seed)
     output(adapted, case.inputs())
-    if method.targeted:  # a prompt acts in a graph of its own, captured through its entry
+    if method.targeted:  # a prompt acts in a separate graph, captured through its entry
         removed = Remove()(adapted.graph()).graph
         removed.lint()
         assert removed.text() == text == base.text()
@@ -92,7 +92,7 @@ def remove(case: Case, method: Method) -> None:
 
 
 def remove_one(case: Case, method: WeightMethod) -> None:
-    """Of two adapters inserted, removing one leaves what inserting the other alone gives."""
+    """Removing one of two inserted adapters leaves the same graph as inserting only the other one."""
     method = dataclasses.replace(method, modules_to_save=None)
     adapted = bare_case(case)
     inserts = {}
@@ -101,7 +101,7 @@ def remove_one(case: Case, method: WeightMethod) -> None:
         inserts[name] = Insert(name, adapted.adapter(name))
     first = adapted.adapter("first")
     if first.overrides:
-        return  # two adapters cannot both stand for one tensor of the base
+        return  # two adapters cannot both replace one tensor of the base
     linked = adapted.graph(adapted=False).clone()
     linked.module.add_module(ADAPTERS, adapted.adapters)
     both = inserts["second"](inserts["first"](linked).graph).graph
@@ -113,7 +113,7 @@ def remove_one(case: Case, method: WeightMethod) -> None:
 
 @torch.no_grad()
 def idempotence(case: Case, method: Method) -> None:
-    """Doing it again changes nothing: to merge, evaluate or remove twice, or transform with the same seed."""
+    """Merging, evaluating or removing twice, or transforming again with the same seed, changes nothing."""
     adapted, again, inputs = adapt(case, method), adapt(case, method), case.inputs()
     assert adapted.graph().text() == again.graph().text()
     assert torch.equal(output(adapted, inputs), output(again, inputs)), "another adapter from the same seed"
@@ -129,20 +129,20 @@ def idempotence(case: Case, method: Method) -> None:
 
 @torch.no_grad()
 def commute(case: Case, method: Method) -> None:
-    """Rules on disjoint places give the same outputs and the same merged weights in either order."""
+    """Rules at different places give the same outputs and the same merged weights in either order."""
     assert isinstance(method.target, tuple)
     targets = method.target
     rules = [dataclasses.replace(method, target=part) for part in (targets[:1], targets[1:])]
     one = adapt(case, method)
     if len({p.site.path for p in one.adapter("default").placements}) < len(targets):
-        return  # two of the places are of one site
+        return  # two of the places belong to one site
     results = []
     for order in (rules, rules[::-1]):
         adapted = adapt(case, *order)
         for name, value in adapted.adapter("default").tensors():
             if not name.startswith(f"{SHARED}."):
                 value.copy_(one.adapter("default").get(name))
-            elif isinstance(value, nn.Parameter):  # what its places share is each rule's own: by its target, here
+            elif isinstance(value, nn.Parameter):  # each rule has shared tensors of its own: seeded by its target
                 _, number, leaf = name.split(".")
                 rng = torch.Generator().manual_seed(zlib.crc32(f"{order[int(number)].target} {leaf}".encode()))
                 value.copy_(torch.randn(value.shape, generator=rng))
@@ -154,7 +154,7 @@ def commute(case: Case, method: Method) -> None:
 
 
 def save_and_load(case: Case, method: Method) -> None:
-    """An adapter saved and loaded onto another base gives the same outputs; one that has no format is refused."""
+    """A saved adapter that is loaded onto another base gives the same outputs; a method without a format is refused."""
     adapted, other = adapt(case, method), bare_case(case)
     with tempfile.TemporaryDirectory() as directory:
         try:
@@ -169,7 +169,7 @@ def save_and_load(case: Case, method: Method) -> None:
 
 @torch.no_grad()
 def sizes(case: Case, method: Method) -> None:
-    """At sizes the capture never saw, each row of a batch is what it is alone, if what the method does is a weight."""
+    """At sizes that the capture never saw, each row of a batch equals that row alone, if the method can be folded."""
     if method.unfoldable:
         return
     adapted, inputs = adapt(case, method), case.inputs()
@@ -180,7 +180,7 @@ def sizes(case: Case, method: Method) -> None:
 
 
 def roads(case: Case, method: Method) -> None:
-    """The base's own modules with the method inside them are the graph: in training, outputs and gradients."""
+    """The modules road and the graph road give equal outputs and gradients, in train and in eval mode."""
     for training in (True, False):
         adapted = adapt(case, method, training=training)
         placed = adapted.adapter("default").placements
@@ -204,9 +204,10 @@ def roads(case: Case, method: Method) -> None:
 
 @torch.no_grad()
 def onnx(case: Case, method: Method) -> None:
-    """ONNX Runtime computes what the graph computes: the adapted one, or by the seed the merged one.
+    """ONNX Runtime gives the outputs of the graph: of the adapted or the merged graph, depending on the seed.
 
-    The merged one, too, where ONNX has no operator for what a method does to its parameters: an inverse, say.
+    The merged graph is also taken if ONNX has no operator for what a method computes from its parameters, such as an
+    inverse.
     """
     adapted, inputs = adapt(case, method), case.inputs()
     merged = Merge()(adapted.graph()).graph
