@@ -1,1 +1,1 @@
-"""Training from the command line: rows of a file, a thin layer over transformers' Trainer."""
+"""Training from the command line: the rows of a file, and a thin layer over transformers' Trainer."""

@@ -1,9 +1,11 @@
-"""Rows: a file of JSON lines as what a model is trained on: texts, completions, chats, or labelled texts.
+"""The rows of a JSON lines file as training data: texts, completions, chats, or labelled texts.
 
-{"text": ...}                                   all of a text
-{"prompt": ..., "completion": ...}              what follows a prompt
-{"messages": [{"role": ..., "content": ...}]}   the last message of a chat, by the tokenizer's template
-{"text": ..., "label": ...}                     the class of a text
+Each form of a row, and what is learnt from it:
+
+{"text": ...}                                   the whole text
+{"prompt": ..., "completion": ...}              the completion after the prompt
+{"messages": [{"role": ..., "content": ...}]}   the last message of a chat, in the tokenizer's chat template
+{"text": ..., "label": ...}                     the class of the text
 """
 
 from __future__ import annotations
@@ -27,18 +29,18 @@ _KINDS: Mapping[str, frozenset[str]] = {
     CHAT: frozenset({"messages"}),
     _TEXT: frozenset({"text"}),
 }
-IGNORED = -100  #: a label that the loss passes by
+IGNORED = -100  #: the label of tokens that the loss ignores
 _Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The rows of a file.
+    """The rows of a training file.
 
     Attributes:
-        kind: one of `_KINDS`.
-        items: as they are in the file.
-        where: the file.
+        kind: the kind of the rows, one of `_KINDS`.
+        items: the rows as they are in the file.
+        where: the path of the file.
     """
 
     kind: str
@@ -47,15 +49,15 @@ class TrainingRows:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes, in order."""
+        """The names of the classes, sorted; empty if the rows have no labels."""
         return tuple(sorted({str(row["label"]) for row in self.items})) if self.kind == CLASSES else ()
 
 
 def read_rows(file: Path) -> TrainingRows:
-    """Read a file of JSON lines.
+    """Return the rows of a file of JSON lines.
 
     Raises:
-        PeftfxError: there is none, a line is no object, or the rows are of no kind, or of several.
+        PeftfxError: there is no such file, a line is not a JSON object, or the rows are of no known kind or of several.
     """
     if not is_file(file):
         raise PeftfxError("there is no such file", str(file), "give a file of JSON lines")
@@ -107,10 +109,11 @@ def _is_right(name: str, value: object) -> bool:
 
 
 def encoded(rows: TrainingRows, tokenizer: Any, most: int, classes: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Rows as tokens and labels; of completions and chats what is ahead is passed by.
+    """Return the rows as tokens and labels; the loss ignores the prompts of completions and chats.
 
     Raises:
-        PeftfxError: a label is unknown, the tokenizer has no template, or nothing of a row is left to learn from.
+        PeftfxError: a label is unknown, the tokenizer has no chat template, or a row that was cut to `most` tokens has
+            nothing left to learn.
     """
     found = []
     for number, row in enumerate(rows.items, 1):
@@ -131,7 +134,7 @@ def encoded(rows: TrainingRows, tokenizer: Any, most: int, classes: Sequence[str
 
 
 def _tokens(kind: str, row: _Row, tokenizer: Any, where: str) -> tuple[list[int], int]:
-    """The tokens of a row, and how many of them are ahead of what is learnt."""
+    """Return the tokens of a row, and how many of them come before the tokens to learn."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if kind == _TEXT:
         return list(tokenizer(row["text"])["input_ids"]) + end, 0
@@ -152,10 +155,10 @@ def _tokens(kind: str, row: _Row, tokenizer: Any, where: str) -> tuple[list[int]
 
 @dataclass(frozen=True)
 class Padded:
-    """Rows as tensors of one length, padded on the right.
+    """A collator that makes tensors of one length from rows, padded on the right.
 
     Attributes:
-        pad: the token.
+        pad: the id of the padding token.
     """
 
     pad: int

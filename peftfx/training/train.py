@@ -1,4 +1,4 @@
-"""train: an adapter from a base, rules and a file of rows: transformers' Trainer, with what it needs around it."""
+"""The function `train`: makes an adapter from a base, rules and a file of rows, by transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from peftfx.training.rows import CLASSES, Padded, TrainingRows, encoded, read_ro
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How an adapter is trained.
+    """The options of a training.
 
     Args:
-        epochs: times that each row is seen.
-        steps: of the optimizer, in place of epochs.
-        learning_rate, batch_size: as of transformers' `TrainingArguments`; rates fall to 0 in a line.
-        max_length: tokens of a row; what is behind is cut off.
-        seed: of the adapter's start, the order of rows and dropout.
-        evaluate: a file of rows that the loss is told of at each epoch.
-        resume: go on from the last checkpoint of a run that was stopped.
-        save_steps: between two checkpoints; none, if 0.
-        force: replace the output.
+        epochs: how many times each row is seen.
+        steps: the number of optimizer steps, in place of epochs; -1 means that `epochs` counts.
+        learning_rate, batch_size: as in transformers' `TrainingArguments`; the learning rate falls linearly to 0.
+        max_length: the most tokens of a row; further tokens are cut off.
+        seed: the seed of the adapter's initial values, of the order of rows and of dropout.
+        evaluate: a file of rows whose loss is computed after each epoch.
+        resume: whether to go on from the last checkpoint of a run that was stopped.
+        save_steps: the number of steps between two checkpoints; 0 means no checkpoints.
+        force: whether to replace an existing output.
     """
 
     epochs: float = 1.0
@@ -56,7 +56,7 @@ class TrainOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what is no number of its kind."""
+        """Refuse numbers that are out of range."""
         wrong = [name for name in ("epochs", "learning_rate") if not 0 < getattr(self, name) < float("inf")]
         wrong += [name for name in ("batch_size", "max_length") if getattr(self, name) < 1]
         wrong += ["steps"] if self.steps == 0 or self.steps < -1 else []
@@ -67,15 +67,15 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training did.
+    """The result of a training.
 
     Attributes:
-        output: where the adapter is.
-        kind: of the rows.
-        rows, steps, parameters: how many.
-        loss: the mean over training.
-        evaluation: of the rows to evaluate on, at the end.
-        losses: by step.
+        output: the adapter's directory.
+        kind: the kind of the rows.
+        rows, steps, parameters: the numbers of rows, of optimizer steps, and of trained parameters.
+        loss: the mean loss over the training.
+        evaluation: the loss on the rows of `TrainOptions.evaluate` at the end, by its name; empty without such rows.
+        losses: each step with its loss.
     """
 
     output: str
@@ -101,18 +101,18 @@ def train(
     asked: TrainOptions,
     progress: Callable[[str], object] | None = None,
 ) -> Trained:
-    """Train an adapter; its directory appears when it is done, with the losses and a plot of them in `training`.
+    """Train an adapter. Its directory appears when training is done, with the losses and their plot in `training`.
 
     Args:
-        base: directory of the base model, or a GGUF file.
-        data: file of JSON lines; see `peftfx.training.rows`.
-        rules: as text.
-        output: where to. Checkpoints are beside it, in `OUTPUT-checkpoints`, until it is done.
-        asked: how.
+        base: the directory of the base model, or a GGUF file.
+        data: a file of JSON lines; see `peftfx.training.rows`.
+        rules: the rules as text.
+        output: the directory to write. Checkpoints are beside it, in `OUTPUT-checkpoints`.
+        asked: the options.
         progress: called with a line when a stage begins.
 
     Raises:
-        PeftfxError: bad input; nothing is left but checkpoints.
+        PeftfxError: an input is wrong; only checkpoints are left.
     """
     say = progress or (lambda line: None)
     check_output(output, asked.force, _is_adapter)
@@ -143,7 +143,7 @@ def _train(
     torch.manual_seed(asked.seed)
     model, saved = _model(directory, rows)
     if directory != base:
-        setattr(model.config, "_name_or_path", str(base))  # noqa: B010 - what the adapter's file says that it is of
+        setattr(model.config, "_name_or_path", str(base))  # noqa: B010 - the base's name in the adapter's file
     methods = parse_rules(rules)
     if saved:
         methods = (dataclasses.replace(methods[0], modules_to_save=saved), *methods[1:])
@@ -174,7 +174,7 @@ def _train(
 
 def _write(made: Path, adapted: AdaptedModel, tokenizer: Any, told: Trained, rows: TrainingRows) -> None:
     of_task = {task: kind for kind, task in PEFT_TASKS.items()}
-    for name in adapted.names():  # so that an export, or `peft`, needs not be told the task
+    for name in adapted.names():  # so that an export and `peft` find the task in the file
         adapted.adapter(name).records.setdefault("task_type", of_task.get(task_of(adapted.base)))
     adapted.save_pretrained(made)
     if rows.kind == CLASSES:
@@ -219,7 +219,7 @@ def _trainer() -> Any:
         raise PeftfxError(what, "train", "pip install 'peftfx[train]'") from error
 
     class Silent(Trainer):
-        """Losses are told at the end, and not printed as they come."""
+        """A Trainer that keeps the losses for the end, and does not print them during training."""
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             self.state.log_history.append({**logs, "step": self.state.global_step})
@@ -235,7 +235,7 @@ def _tokenizer(base: Path) -> Any:
 
 
 def _model(base: Path, rows: TrainingRows) -> tuple[nn.Module, tuple[str, ...]]:
-    """The base, and of a new head the modules that are trained whole."""
+    """Return the base, and the paths of a new head's modules, which are trained whole."""
     if rows.kind != CLASSES:
         return load_base(base), ()
     labels = rows.labels
@@ -264,5 +264,5 @@ def _last(checkpoints: Path) -> str:
 
 
 def _is_adapter(directory: Path) -> bool:
-    """Whether a directory is an adapter's, that may be replaced."""
+    """Return whether a directory holds an adapter, and so may be replaced."""
     return any((directory / name).is_file() for name in (CONFIG, RULES))
