@@ -1,4 +1,4 @@
-"""peftfx: one file per method, sites read from the graph, every adapter down to one ONNX model."""
+"""peftfx compiles PEFT adapters to ONNX models: a file per method, sites read from the graph, a model per export."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _HOME = {
 
 @functools.cache
 def _homes() -> dict[str, str]:
-    """The module that each public name is made in: those above, and the methods, found in their folder."""
+    """Return the module of each public name: of the names in `_HOME`, and of the methods found in their folder."""
     from peftfx.discovery import method_classes
 
     return {**_HOME, **method_classes()}
@@ -52,13 +52,13 @@ def __getattr__(name: str) -> object:
     if name == "__all__":
         return ["__version__", *sorted(_homes())]
     home = _HOME.get(name)
-    if home is None and name[:1].isupper():  # a method: its file alone names it
+    if home is None and name[:1].isupper():  # a method: only its own file names it
         home = _homes().get(name)
     if home is None:
         raise AttributeError(f"module 'peftfx' has no attribute {name!r}")
     if not home:
         return importlib.import_module(f"peftfx.{name}")
-    # Bound here for good: importing the submodule of the same name would put the module in its function's place.
+    # Kept in this module: an import of a submodule of the same name would else replace the function by the module.
     value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value

@@ -1,4 +1,4 @@
-"""`python -m peftfx`: the command line."""
+"""The command line, as `python -m peftfx`."""
 
 from peftfx.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Which methods there are, read from the text of their files: nothing is imported, so that `dir(peftfx)` is cheap."""
+"""The search for methods in the text of their files, without imports, so that `dir(peftfx)` is cheap."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from importlib.resources import files
 
 
 def method_classes() -> dict[str, str]:
-    """The class name of each method in `peftfx/methods/`, and the module that defines it.
+    """Return the class name of each method in `peftfx/methods/`, with the module that defines the class.
 
-    A method is a class that says its `peft_type`.
+    A method is a class that defines `peft_type`.
     """
     return dict(sorted(_classes()))
 

@@ -1,4 +1,4 @@
-"""The one error a user of peftfx can cause, and the one warning: what is wrong, where, and what to do about it."""
+"""The error for users' mistakes and the warning for users: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import ClassVar
 
 
 class PeftfxError(Exception):
-    """Bad input: a path, a file, a key, a shape, a target or an option that peftfx cannot work with.
+    """An input that peftfx cannot work with: a path, a file, a key, a shape, a target or an option.
 
-    The message fits on one screen, whatever it quotes; the attributes have all of it.
+    The message fits on one screen, however long the quoted texts are; the attributes have the full texts.
 
     Args:
         what: what is wrong, in one sentence.
-        where: the module path, checkpoint key or file it is about; empty when there is no one place.
-        hint: what to do, with the nearest valid name where one exists.
+        where: the module path, checkpoint key or file that the error is about; empty if there is no single place.
+        hint: what to do, with the nearest valid name if there is one.
     """
 
     exit_code: ClassVar[int] = 2
-    """What a command ends with that meets this error."""
+    """The exit code of a command that ends with this error."""
 
     def __init__(self, what: str, where: str = "", hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
@@ -32,11 +32,11 @@ class PeftfxError(Exception):
 
 
 class PeftfxWarning(UserWarning):
-    """What a user has to know and decide on; the command line shows it too."""
+    """A warning that a user must know of to decide; the command line shows it too."""
 
 
 def _cut(text: str, lines: int, characters: int) -> str:
-    """A text of at most so many lines and characters, and how much more there was."""
+    """Return a text cut to this many lines and characters, with a note of how much is left out."""
     rows = text.split("\n")
     kept = "\n".join(rows[:lines])
     if len(kept) > characters:
@@ -49,12 +49,12 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def shown(value: object) -> str:
-    """A value that a user gave, as Python writes it; the middle of what is long, and what lies deep, is left out."""
+    """Return a user's value as Python writes it, without the middle of long values and without deeply nested ones."""
     return _SHORT.repr(value)
 
 
 def pointed(text: str, position: int, around: int = 60) -> str:
-    """Where something is wrong in a text that was typed: the line with a mark below it, or what is around the mark."""
+    """Return the place of a mistake in a typed text: the line, or the text around the mistake, with a mark below."""
     rest = text[position : position + around]
     column = position + len(rest) - len(rest.lstrip())
     start = max(0, column - around) if len(text) > 2 * around else 0
@@ -63,18 +63,18 @@ def pointed(text: str, position: int, around: int = 60) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, or the error's name where it has none."""
+    """Return the first line of another library's error message, or the error's class name if it has no message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
-    """`did you mean 'a', 'b'?` for the valid names closest to `name`, or an empty string."""
+    """Return `did you mean 'a', 'b'?` for the valid `names` closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.5)
     return f"did you mean {', '.join(repr(c) for c in close)}?" if close else ""
 
 
 def warn(text: str) -> None:
-    """Warn the user, at the line of theirs that called into this package."""
+    """Warn the user; the warning points to the line of the user's code that called this package."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "peftfx":
         frame, level = frame.f_back, level + 1

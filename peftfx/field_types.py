@@ -1,4 +1,4 @@
-"""Field types: whether the values of a dataclass are of the types that its fields say, however it was made."""
+"""Type checks of a dataclass's fields: whether the values have the types of the annotations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _VALUES: Mapping[object, tuple[object, ...]] = {bool: (True, False), types.NoneT
 
 
 def misfits(made: Any) -> list[str]:
-    """Each field of a dataclass whose value is of another type than its annotation, as `r='8' (int)`."""
+    """Return a text such as `r='8' (int)` for each field whose value does not have the type of its annotation."""
     cls: Any = type(made)
     kinds = _kinds(cls)
     wrong = [f for f in fields(made) if not fits(getattr(made, f.name), kinds[f.name])]
@@ -27,13 +27,13 @@ def misfits(made: Any) -> list[str]:
 
 
 def refuse_misfit_fields(made: Any) -> None:
-    """Refuse a dataclass with a field whose value is of another type than its annotation."""
+    """Refuse a dataclass with a field whose value does not have the type of its annotation."""
     if wrong := misfits(made):
         raise PeftfxError(f"options have the wrong type: {', '.join(wrong)}", type(made).__name__, _HINT)
 
 
 def refuse_unknown_choices(made: Any) -> None:
-    """Refuse a dataclass with a text that is none of those that its field's annotation lists."""
+    """Refuse a dataclass with a text that is not among the choices of its field's annotation."""
     cls: Any = type(made)
     for name, kind in _kinds(cls).items():
         value, choices = getattr(made, name), list(_choices(kind))
@@ -44,7 +44,7 @@ def refuse_unknown_choices(made: Any) -> None:
 
 
 def _choices(kind: Any) -> Iterator[object]:
-    """The values that a type lists, if it lists texts and takes no other; else none."""
+    """Return the values that a type lists, if the type accepts only listed texts; else nothing."""
     kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if str in kinds or not any(get_origin(one) is Literal for one in kinds):
         return
@@ -53,7 +53,7 @@ def _choices(kind: Any) -> Iterator[object]:
 
 
 def refuse_misfits(values: Mapping[str, object], kind: type, where: str) -> None:
-    """Refuse values that are not of the types that a TypedDict has for their names."""
+    """Refuse values that do not have the types that a TypedDict has for their names."""
     kinds, told = _hints(kind), inspect.get_annotations(kind)
     wrong = [
         _told(n, v, getattr(told[n], "__forward_arg__", told[n])) for n, v in values.items() if not fits(v, kinds[n])
@@ -67,11 +67,11 @@ def _told(name: str, value: object, kind: object) -> str:
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Whether a value is of a type, inside and out. A truth value is no number, and a number is finite."""
+    """Return whether a value has a type, with its items. A bool is not a number, and a number must be finite."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return any(fits(value, one) for one in inner)
-    if origin is Literal:  # which of them it may be is another question: `refuse_unknown_choices`
+    if origin is Literal:  # only the type is checked here; `refuse_unknown_choices` checks the value
         return any(isinstance(value, type(one)) for one in inner)
     if kind in (None, types.NoneType):
         return value is None
@@ -92,7 +92,7 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def _is_number(value: object, kind: type) -> bool:
-    """A number of this kind that a tensor can hold: what JSON has may be infinite, or have a thousand digits."""
+    """Return whether a tensor can hold a value as a number of this kind; JSON has infinite and very long numbers."""
     if isinstance(value, bool) or not isinstance(value, kind):
         return False
     if isinstance(value, numbers.Integral):
@@ -107,7 +107,7 @@ def _hints(kind: type) -> Mapping[str, Any]:
 
 @functools.cache
 def _kinds(cls: Any) -> Mapping[str, Any]:
-    """The type of each field. Of one whose annotation cannot be read where the class stands, anything goes."""
+    """Return the type of each field; a type that cannot be evaluated in the class's module becomes `object`."""
     return {f.name: _kind(cls, f.name, f.type) for f in fields(cls)}
 
 

@@ -1,4 +1,4 @@
-"""Files: written so that nothing half-written is left, and read so that a change underneath is noticed."""
+"""File access: files are written completely or not at all, and changes during reading are noticed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from peftfx.errors import PeftfxError
 
-_DEEPEST = 100  #: levels of a JSON file: more serve nobody, and what walks through them would run out of stack
+_DEEPEST = 100  #: the most levels of a JSON file: recursive code would run out of stack on a deeper one
 _ADVICE = {
     13: "choose a directory that you may write to",
     28: "free some space, or choose a directory on another disk",
@@ -20,24 +20,24 @@ _ADVICE = {
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file here; a path that no file can have (too long, say) has none."""
+    """Return whether there is a file at this path; false for a path that no file can have (too long, for example)."""
     return os.path.isfile(path)
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a directory here; as above."""
+    """Return whether there is a directory at this path; false for a path that no directory can have."""
     return os.path.isdir(path)
 
 
 def read_json(path: Path, hint: str = "download the file again") -> dict[str, object]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Args:
         path: the file.
-        hint: what to do with a broken one.
+        hint: what the user can do if the file is broken.
 
     Raises:
-        PeftfxError: it cannot be read, is not JSON or not an object, or is nested too deeply.
+        PeftfxError: the file cannot be read, is not JSON, is not an object, or is nested too deeply.
     """
     found = _read(path, hint)
     if not isinstance(found, dict):
@@ -46,7 +46,7 @@ def read_json(path: Path, hint: str = "download the file again") -> dict[str, ob
 
 
 def read_objects(path: Path, hint: str = "download the file again") -> list[dict[str, object]]:
-    """The objects in the list in a JSON file; errors are those of `read_json`."""
+    """Return the list of objects in a JSON file; the errors are those of `read_json`."""
     found = _read(path, hint)
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise PeftfxError("not a list of JSON objects", str(path), hint)
@@ -77,7 +77,7 @@ def _is_deep(value: object) -> bool:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into PeftfxErrors about `path`."""
+    """Turn the operating system's errors in the `with` block into PeftfxErrors about `path`."""
     try:
         yield
     except ValueError as error:  # a path that no file system takes
@@ -90,10 +90,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
-    """Let `write` make a file beside `path`, then move it there.
+    """Let `write` make a temporary file in the folder of `path`, then move that file to `path`.
 
     Raises:
-        PeftfxError: there is one by now, and it may not be replaced.
+        PeftfxError: there is a file at `path` by now, and `replace` is false.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -107,7 +107,7 @@ def write_file(path: Path, write: Callable[[Path], object], *, replace: bool = T
 
 
 def _place(temporary: Path, path: Path) -> None:
-    """Move a file to where none may be: of two that try, one can."""
+    """Move a file to a path where no file may be; of two processes that try, only one succeeds."""
     try:
         os.link(temporary, path)
     except FileExistsError as error:
@@ -119,12 +119,12 @@ def _place(temporary: Path, path: Path) -> None:
 
 
 def already_there(path: Path) -> PeftfxError:
-    """What to raise where there is an output, and nobody said to replace it."""
+    """Return the error for an output that exists already and may not be replaced."""
     return PeftfxError("the output exists already", str(path), "pass --force (force=True) to replace it")
 
 
 class Snapshot:
-    """What the files of some directories were like, to tell later whether any changed."""
+    """The state of the files in some directories, to notice later whether a file has changed."""
 
     def __init__(self, *directories: Path) -> None:
         self._directories = directories
@@ -143,7 +143,7 @@ class Snapshot:
         return found
 
     def check(self) -> None:
-        """Raise if one of them changed or went away since."""
+        """Raise if a file has changed or disappeared since the snapshot."""
         now = self._look()
         changed = [str(path) for path, status in self._seen.items() if now.get(path) != status]
         if changed:
@@ -151,7 +151,7 @@ class Snapshot:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether this is a file in GGUF, llama.cpp's format of a model."""
+    """Return whether a file has the GGUF format, llama.cpp's format of models."""
     if not is_file(path):
         return False
     with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Formats: the version that each file of peftfx's own carries; `docs/formats.md` has what is in them.
+"""The format versions of peftfx's own files; `docs/formats.md` describes the formats.
 
-A file of an older version is read, one of a newer version is refused: what is new in it would be lost without a word.
-A file without a version is older than versions are, and is read as 1.
+A file of an older version is read. A file of a newer version is refused, because its new content would be lost
+silently. A file without a version was written before there were versions, and is read as version 1.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from peftfx.errors import PeftfxError, shown
 from peftfx.files import read_json
 from peftfx.version import __version__
 
-FORMAT = "format"  #: the field that has it
-SLOTS, BATCHED, REPORT = "peftfx_slots.json", "peftfx_adapters.json", "peftfx_report.json"  #: beside a model
-LABELS = "peftfx_labels.json"  #: in an adapter's directory: what the classes of its head are called
-RULES = "peftfx_rules.json"  #: in an adapter's directory: the folders, one a rule, of what several rules made
-ADAPTER = ".onnx_adapter"  #: the end of a name; the format is ONNX Runtime's, the version of what is in it ours
+FORMAT = "format"  #: the field that holds the version
+SLOTS, BATCHED, REPORT = "peftfx_slots.json", "peftfx_adapters.json", "peftfx_report.json"  #: files beside a model
+LABELS = "peftfx_labels.json"  #: in an adapter's directory: the names of its head's classes
+RULES = "peftfx_rules.json"  #: in an adapter's directory: the folders of its rules, if several rules made the adapter
+ADAPTER = ".onnx_adapter"  #: the ending of a file's name; the format is ONNX Runtime's, the version that of peftfx
 
-#: What this peftfx writes, and the newest that it reads. A change that an older reader would not understand adds 1.
+#: The versions that this peftfx writes, and the newest that it reads. A change that breaks an older reader adds 1.
 VERSIONS: Mapping[str, int] = {SLOTS: 1, BATCHED: 1, REPORT: 1, RULES: 1, LABELS: 1, ADAPTER: 1}
 
 
 def with_version(name: str, values: Mapping[str, object]) -> dict[str, object]:
-    """The values of a file of this name, with its version ahead."""
+    """Return the values of a file of this name, with the file's version first."""
     return {FORMAT: VERSIONS[name], **values}
 
 
 def read_stamped(path: Path, hint: str) -> dict[str, object]:
-    """The values of a JSON file of peftfx's own, without its version.
+    """Return the values of a JSON file of peftfx's own, without its version.
 
     Raises:
         PeftfxError: it cannot be read, or is newer than this peftfx.
@@ -40,7 +40,7 @@ def read_stamped(path: Path, hint: str) -> dict[str, object]:
 
 
 def refuse_newer(version: object, name: str, path: Path, hint: str) -> None:
-    """Refuse a file whose version is none, or newer than what this peftfx reads."""
+    """Refuse a file whose version is not valid, or newer than this peftfx reads."""
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise PeftfxError(f"not a version of a format: {FORMAT}={shown(version)}", str(path), hint)
     if version > VERSIONS[name]:

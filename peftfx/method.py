@@ -1,4 +1,4 @@
-"""What the author of a method imports: the contract, in one place; see `peftfx.contract`."""
+"""The names that the author of a method imports; see `peftfx.contract`."""
 
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.broadcast import adapter_dtype

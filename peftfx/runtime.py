@@ -1,4 +1,4 @@
-"""Runtime: an exported directory in ONNX Runtime, which answers, generates and classifies. No torch model is built.
+"""Exported models in ONNX Runtime: they answer calls, generate and classify, without a torch model.
 
 model = peftfx.runtime.load("out")
 model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)

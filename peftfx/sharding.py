@@ -1,4 +1,4 @@
-"""Sharding: tensors of which each process has a part (FSDP2's, DeepSpeed's ZeRO-3), gathered one at a time by all."""
+"""Sharded tensors, of which each process has a part (FSDP2, DeepSpeed's ZeRO-3): tests, gathering, and writing."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from torch import distributed as dist
 from peftfx.errors import PeftfxError
 
 _T = TypeVar("_T")
-PATIENCE = datetime.timedelta(seconds=60)  #: for how long a process waits for the others to do what it does
+PATIENCE = datetime.timedelta(seconds=60)  #: how long a process waits for the others to make the same call
 _CALLS: dict[str, int] = {}
-_SHARED = (
-    "peftfx_shared"  #: an attribute of a tensor that was started alike in all processes, whose gradients are averaged
-)
+_SHARED = "peftfx_shared"  #: the attribute that marks tensors which `share_whole` has handled
 
 
 def is_part(tensor: object) -> bool:
-    """Whether this process has a part of a tensor: a DTensor, or a parameter of ZeRO-3."""
+    """Return whether this process has only a part of a tensor: a DTensor, or a parameter of ZeRO-3."""
     if not dist.is_available():
         return False
     if _is_zero3(tensor):
@@ -51,12 +49,12 @@ def _is_zero3(tensor: object) -> bool:
 
 
 def is_zero3(model: nn.Module) -> bool:
-    """Whether DeepSpeed's ZeRO-3 has partitioned a model's parameters."""
+    """Return whether DeepSpeed's ZeRO-3 has partitioned a model's parameters."""
     return any(_is_zero3(p) for p in model.parameters())
 
 
 def overwrite(tensor: Tensor, value: Tensor) -> None:
-    """Write all of a tensor, of which each process may have a part; nothing is sent."""
+    """Write a whole value into a tensor that may be sharded; the processes exchange no data."""
     if not is_part(tensor):
         tensor.copy_(value)
         return
@@ -67,7 +65,7 @@ def overwrite(tensor: Tensor, value: Tensor) -> None:
 
 
 def sharded_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that `fully_shard` was called on."""
+    """Return the modules that `fully_shard` was called on."""
     if not dist.is_available():
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -76,16 +74,17 @@ def sharded_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes have parts of a model."""
+    """Return whether a model is sharded: whether processes have parts of its parameters."""
     return bool(sharded_modules(model)) or any(is_part(p) for p in model.parameters())
 
 
 def is_handed_out(model: nn.Module) -> bool:
-    """Whether a model's tensors are about to be handed out to the processes, by names and values of its `state_dict`.
+    """Return whether Accelerate is about to distribute a model's tensors, by its `state_dict`, to the processes.
 
-    Accelerate does so under FSDP2 with `cpu_ram_efficient_loading`: the first process has the values, all shard a model
-    on the meta device, and each part is filled. It says so in the environment, as it does for transformers; a model
-    that is not sharded is handed out to Accelerate's own code alone, since the environment tells of no model.
+    Accelerate does so under FSDP2 with `cpu_ram_efficient_loading`: the first process has the values, all processes
+    shard a model on the meta device, and then each part is filled. Accelerate announces this in the environment, as it
+    does for transformers. The environment names no model. So for a model that is not sharded yet, the result is true
+    only if Accelerate's own code is the caller.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return False
@@ -102,16 +101,16 @@ def _is_called_by(module: str) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of the weights that FSDP2 keeps gathered after a forward: what is written, is written to the parts."""
+    """Free the weights that FSDP2 keeps gathered after a forward, so that writes go to the parts."""
     for module in sharded_modules(model):
         module.reshard()  # type: ignore[operator]
 
 
 def settle(model: nn.Module) -> Tensor | None:
-    """Have FSDP2 look at the modules' parameters now, and not within the first call, where adapters' copies are seen.
+    """Make FSDP2 find the modules' parameters now, before adapters' copies replace some during the first call.
 
     Returns:
-        A part of one of its tensors; None where no process has parts.
+        A sharded tensor of the model, or None if the model is not sharded.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -125,7 +124,7 @@ def settle(model: nn.Module) -> Tensor | None:
 
 @contextmanager
 def unhooked(model: nn.Module) -> Iterator[None]:
-    """Inside, the modules run without the hooks of FSDP2 and ZeRO-3, which gather weights."""
+    """Let the modules run without the hooks of FSDP2 and ZeRO-3 that gather weights, until the `with` block ends."""
     found = []
     for module in model.modules() if is_zero3(model) else sharded_modules(model):
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -141,7 +140,7 @@ def unhooked(model: nn.Module) -> Iterator[None]:
 
 
 def without_fsdp(own: type[nn.Module]) -> type[nn.Module]:
-    """The class that a module had before `fully_shard` gave it one."""
+    """Return the class that a module had before `fully_shard` changed it."""
     if not dist.is_available():
         return own
     from torch.distributed.fsdp import FSDPModule
@@ -150,15 +149,16 @@ def without_fsdp(own: type[nn.Module]) -> type[nn.Module]:
 
 
 def rank() -> int:
-    """The number of this process; 0 where there is one."""
+    """Return the number of this process; 0 if there is only one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def share_whole(tensors: Iterable[Tensor], like: Tensor) -> None:
-    """Start tensors that each process has all of at the first one's values, and average their gradients, as DDP does.
+    """Start unsharded tensors with the first process's values, and average their gradients, as DDP does.
 
     Args:
-        like: a part of a tensor of the model that they are in: the processes are those that have its other parts.
+        tensors: the tensors that each process has whole; sharded ones are skipped.
+        like: a sharded tensor of the same model; the processes are those that have its parts.
     """
     mesh = like.device_mesh  # type: ignore[attr-defined]
 
@@ -180,20 +180,20 @@ def share_whole(tensors: Iterable[Tensor], like: Tensor) -> None:
 
 
 def refuse_zero3(model: nn.Module, what: str, hint: str) -> None:
-    """Refuse what cannot be done once ZeRO-3 has partitioned a model.
+    """Refuse what cannot be done after ZeRO-3 has partitioned a model; `what` and `hint` go into the message.
 
     Raises:
-        PeftfxError: it has.
+        PeftfxError: ZeRO-3 has partitioned the model.
     """
     if is_zero3(model):
         raise PeftfxError(f"this model is partitioned by DeepSpeed's ZeRO-3: {what}", type(model).__name__, hint)
 
 
 def refuse_other_wrappings(model: nn.Module) -> None:
-    """Refuse the ways of sharing a model out among processes that are not supported.
+    """Refuse FSDP1 and tensor parallel layers, which are not supported.
 
     Raises:
-        PeftfxError: FSDP1, or tensor parallel layers.
+        PeftfxError: the model is wrapped in FSDP1, or has tensor parallel layers.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -209,7 +209,7 @@ def refuse_other_wrappings(model: nn.Module) -> None:
 
 
 def _is_fsdp1(model: nn.Module) -> bool:
-    """Whether FSDP1 has put a model's parameters into flat ones: they know of it, or there are none left."""
+    """Return whether FSDP1 has put a model's parameters into flat tensors: they are marked, or none are left."""
     first = next(model.parameters(), None)
     if first is None:
         return bool(getattr(model, "_is_fsdp_managed_module", False))
@@ -223,16 +223,16 @@ def _other_wrapping(parameter: Tensor, fsdp2: bool) -> str | None:
 
 
 def _is_fsdp2s(parameter: Tensor) -> bool:
-    """Whether a tensor has parts along one axis of processes alone, as `fully_shard` leaves it."""
+    """Return whether a tensor is sharded along only one axis of processes, as `fully_shard` does."""
     parted = [placement for placement in parameter.placements if not placement.is_replicate()]  # type: ignore[attr-defined]
     return len(parted) == 1 and parted[0].is_shard()
 
 
 def together(what: str) -> None:
-    """Wait until every process is about to do the same, ahead of the first gathering.
+    """Wait until every process calls this function for the same work, before the first gathering.
 
     Raises:
-        PeftfxError: another one does not come: gathering would wait for it without an end.
+        PeftfxError: another process does not call this function in time; gathering would wait for it for ever.
     """
     call, size = _CALLS.get(what, 0), dist.get_world_size()
     store = dist.distributed_c10d._get_default_store()
@@ -253,7 +253,7 @@ _WRITES = "rank 0 alone writes"
 
 
 def on_first(work: Callable[[], _T]) -> _T:
-    """Do something in the first process, while the others wait; all return what it gave, or raise what it raised."""
+    """Call `work` in the first process while the others wait; all return its result, or raise its error."""
     told: list[object] = [None, None]
     if rank() == 0:
         try:

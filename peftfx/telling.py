@@ -1,7 +1,7 @@
-"""What long work tells while it runs: to the logger `peftfx`, and to who listens for how far it is.
+"""Progress messages of long work: to the logger `peftfx`, and to listeners that show how far the work is.
 
-The logger has stages at INFO, and what they are made of at DEBUG. What a user should act on is a warning, and what was
-asked for is a result: neither is logged.
+The logger reports stages at INFO and their progress at DEBUG. Messages that a user should act on are warnings, and
+results are returned; neither is logged.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ LOG = logging.getLogger("peftfx")
 LOG.addHandler(logging.NullHandler())
 
 Listener = Callable[[str, float], object]
-"""Called with words, as `12 of 32 layers`, and with the share of the stage that is done, from 0 to 1."""
+"""Called with words such as `12 of 32 layers`, and with the share of the stage that is done, from 0 to 1."""
 
 _LISTENER: ContextVar[Listener | None] = ContextVar("peftfx_listener", default=None)
 
 
 @contextmanager
 def listening(listener: Listener | None) -> Iterator[None]:
-    """Inside, in this thread, work tells how far it is."""
+    """Send the progress of work in this thread to `listener` until the `with` block ends."""
     token = _LISTENER.set(listener)
     try:
         yield
@@ -31,7 +31,7 @@ def listening(listener: Listener | None) -> Iterator[None]:
 
 
 def tell_share(words: str, share: float) -> None:
-    """Say how far a stage is."""
+    """Report which share of a stage is done, from 0 to 1, with words for it."""
     LOG.debug("%s", words)
     listener = _LISTENER.get()
     if listener is not None:

@@ -1,3 +1,3 @@
-"""The version, where the build and the package both find it without importing anything else."""
+"""The version of the package, which the build and the package both read without other imports."""
 
 __version__ = "0.1.0"
