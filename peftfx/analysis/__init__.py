@@ -1,1 +1,1 @@
-"""Sites and roles, read from a graph by following the dataflow; nothing here knows an architecture."""
+"""Analysis: finds sites and their roles in a graph by following the dataflow, without knowing any architecture."""

@@ -1,7 +1,7 @@
-"""Heads of attentions: how many, which rows of which layers make their keys and values, and the scale of their scores.
+"""Heads of attentions: how many heads there are, which rows of which layers are their keys and values, and their scale.
 
-All of it is read from the graph: row numbers are sent from a projection to where the attention takes its keys and
-values, and factors are gathered on the way from the product of queries and keys to the softmax.
+All this is read from the graph. Row numbers are sent from a projection to the attention's keys and values. Factors are
+collected between the product of queries and keys and the softmax.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class _Projection(NamedTuple):
 
 
 def read_heads(analysis: Analysis, attention: Attention) -> Heads:
-    """The heads of a self-attention.
+    """Return the heads of a self-attention.
 
     Raises:
-        PeftfxError: it is none, or its keys or values are not each the rows of one linear layer, head by head.
+        PeftfxError: the attention is no self-attention, or its keys or values are not the rows of one linear layer,
+            head by head.
     """
     shape = attention.query.meta["val"].shape
     if op_name(attention.product) == "einsum" or len(shape) not in (3, 4):
@@ -86,7 +87,7 @@ def _width(found: Occurrence) -> int:
 
 
 def _is_self(analysis: Analysis, attention: Attention, key: Occurrence) -> bool:
-    """Whether keys are made of what queries are made of, or of a layer over it."""
+    """Return whether keys are computed from the same values as queries, or from a layer over those values."""
     owners = (analysis.owner.get(o) for o in analysis.flows[attention.query].origins)
     sources = {
         o.x for w in owners if w is not None for o in w.occurrences if o.op in analysis.flows[attention.query].origins
@@ -105,7 +106,7 @@ def _is_self(analysis: Analysis, attention: Attention, key: Occurrence) -> bool:
 
 
 def _stacked(analysis: Analysis, attention: Attention) -> int:
-    """How many heads a query of [batch * heads, length, features] has; 1 where it is [batch, length, features]."""
+    """Return how many heads a query [batch * heads, length, features] has; 1 for [batch, length, features]."""
     origins = [o for o in analysis.flows[attention.query].origins if o in analysis.owner]
     if len(origins) != 1:
         raise _unclear("its queries come from several layers")
@@ -117,7 +118,7 @@ def _stacked(analysis: Analysis, attention: Attention) -> int:
 
 
 def _rows(projection: _Projection, node: fx.Node, heads: int, *, turned: bool) -> tuple[Rows, int]:
-    """The rows that keys or values are, head by head, and of how many heads they are."""
+    """Return the rows that are keys or values, head by head, and the number of their heads."""
     for numbers in projection.tracer.numbers_at(node):
         entries = numbers.transpose(-1, -2) if turned else numbers
         entries = entries[0, :, 0] if entries.ndim == 4 else entries[: max(heads, 1), 0]
@@ -131,7 +132,7 @@ def _rows(projection: _Projection, node: fx.Node, heads: int, *, turned: bool) -
 
 
 def _in_order(entries: Tensor, heads: int) -> tuple[Rows, int] | None:
-    """The rows and the number of heads of [heads, features] row numbers that grow head by head, each head repeated."""
+    """Return the rows and the number of heads of [heads, features] row numbers, or None if not in heads' order."""
     rows = sorted({int(row) for row in entries.flatten()})
     kept, rest = divmod(len(rows), entries.shape[1])
     if not rows or rows[0] < 0 or rest or heads % kept:
@@ -143,7 +144,7 @@ def _in_order(entries: Tensor, heads: int) -> tuple[Rows, int] | None:
 
 
 def _scale(analysis: Analysis, attention: Attention, key: _Projection) -> float:
-    """The factor of a query's product with a key as its layer makes it: also what the model multiplies keys by."""
+    """Return the factor of a query's product with a key. It includes factors by which the model multiplies keys."""
     on_keys = _factor(analysis, key, attention.key, key.found.op, lambda flow: key.found.op in flow.origins)
     if op_name(attention.op) == FUSED_ATTENTION:
         given = attention.op.kwargs.get("scale")
@@ -164,7 +165,7 @@ def _factor(
     *,
     strict: bool = False,
 ) -> float:
-    """The product of the numbers that a value is multiplied by on its way from a source; `strict` refuses tensors."""
+    """Return the product of the numbers that multiply a value on the way from `source`; `strict` refuses tensors."""
     factor = 1.0
     while node is not source:
         before = next((n for n in node.all_input_nodes if n is source or comes_from(analysis.flows[n])), None)
@@ -218,6 +219,6 @@ def _number(value: object) -> float:
 
 
 def _output(analysis: Analysis, attention: Attention) -> str:
-    """The first layer that reads what the attention gives, as it is or normed or gated."""
+    """Return the path of the first linear layer that reads the attention's output, also through a norm or a gate."""
     readers = (found for found, _ in analysis.readers[attention.op] if found.kind == "linear")
     return next((found.path for found in readers), "")

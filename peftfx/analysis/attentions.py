@@ -1,4 +1,4 @@
-"""Attentions: softmax(query key^T) value, as one op or written out, found by the flow of scores and probabilities."""
+"""Attentions: softmax(query key^T) value, as one op or as several, found by the flow of scores and probabilities."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from peftfx.graph.graph import Graph
 
 @dataclass(frozen=True)
 class Attention:
-    """softmax(query key^T) value, fused or written out; `op` is the last of its nodes.
+    """One softmax(query key^T) value, fused or of several nodes. `op` is the last node.
 
     Attributes:
-        op: whose value leaves the attention.
-        query, key, value: the operands; a key that is written out is turned.
-        product: the product of query and key; `op` itself where all is one op.
-        logits: what the softmax is taken of.
+        op: the node whose value leaves the attention.
+        query, key, value: the operands. If there are several nodes, the key is transposed.
+        product: the product of query and key; `op` itself if the attention is one op.
+        logits: the input of the softmax.
     """
 
     op: fx.Node
@@ -34,7 +34,7 @@ class Attention:
 
 
 def find_attentions(graph: Graph, flows: Mapping[fx.Node, Flow]) -> Iterator[Attention]:
-    """The attentions of a graph, in order. A softmax of anything but a product of two values is none (routers are)."""
+    """Yield the attentions of a graph, in order. A softmax of anything but a product of two values is none."""
     for node in graph.nodes():
         if node.op != "call_function" or not flows[node].origins:
             continue

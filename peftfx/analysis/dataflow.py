@@ -1,8 +1,9 @@
-"""Dataflow: for every node, where its value comes from. One forward pass; nothing is walked twice.
+"""Dataflow: for every node of a graph, the sources of its value, found in one forward pass.
 
-The origins of a value are the nodes found by going back from it to the first *source* on every branch: a weight op, a
-matrix product, an attention, a floating input, an op this page does not know, or a *join*. A join is a sum of values of
-different origins, which is what a residual connection is: a walk from one layer never runs into the layers before.
+The origins of a value are the nodes found by going back from the value to the first *source* on every branch. A source
+is a weight op, a matrix product, an attention, a floating-point input, an op that this module does not know, or a
+*join*. A join is a sum of values of different origins, such as a residual connection, so a walk back from one layer
+never reaches the layers before the join.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch import fx
 
 
 def names(text: str) -> frozenset[str]:
-    """The words of a text as a set: tables of ops read better so."""
+    """Return the words of a text as a set."""
     return frozenset(text.split())
 
 
-# What happened on the way from an origin, as bits.
+# What happened to a value on the way from an origin, as bits.
 ACTIVATED, NORMED, SPLIT, GATED = 1, 2, 4, 8
 
 SPLITS = names(
@@ -55,25 +56,25 @@ RESAMPLING = names(
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d"
     " avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d max_pool2d sum amax"
 )
-PICKS = names("index index_select gather take_along_dim")  #: ops that pick values by others that say where these are
+PICKS = names("index index_select gather take_along_dim")  #: ops that pick values by indices
 TRANSPARENT = MOVEMENT | ELEMENTWISE | NORMS | RESAMPLING
 MATMULS = names("matmul bmm baddbmm einsum mm")
 SOFTMAX = frozenset({"softmax", "_softmax"})
 FUSED_ATTENTION = "scaled_dot_product_attention"
 
 _SIZES = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-_MANY = 16  # a value of more origins than this is a stream of its own (keeps the pass linear)
+_MANY = 16  # a value with more origins becomes an origin itself, which keeps the pass linear
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Where a value comes from.
+    """The sources that a value comes from.
 
     Attributes:
-        origins: the first sources met going back, each with what happened on the way (ACTIVATED, ...).
-        products: matrix products whose entries these are, scaled, masked and biased: attention scores, if a softmax
-            follows.
-        softmax: the softmax whose probabilities these are.
+        origins: the first sources on the way back, each with what happened on the way (ACTIVATED, ...).
+        products: matrix products whose entries this value has, possibly scaled, masked and biased: attention scores, if
+            a softmax follows.
+        softmax: the softmax whose probabilities this value has.
     """
 
     origins: Mapping[fx.Node, int] = field(default_factory=dict)
@@ -84,12 +85,12 @@ class Flow:
 NOTHING = Flow()
 
 
-#: The larger and the smaller of two tensors, which have the names of reductions.
+#: Ops that take the larger or the smaller of two tensors, but are named as reductions are.
 _OF_TWO: Mapping[object, str] = {torch.ops.aten.max.other: "maximum", torch.ops.aten.min.other: "minimum"}
 
 
 def op_name(node: fx.Node) -> str:
-    """The op's name without namespace, overload and the mark of being in place: `add` for `aten.add_.Tensor`."""
+    """Return an op's name without namespace, overload and in-place mark: `add` for `aten.add_.Tensor`."""
     target = node.target
     if target in _OF_TWO:
         return _OF_TWO[target]
@@ -101,7 +102,7 @@ def op_name(node: fx.Node) -> str:
 
 
 def trace_flow(nodes: Iterable[fx.Node], weight_ops: Collection[fx.Node]) -> dict[fx.Node, Flow]:
-    """The flow of every node; `weight_ops` are the sources that rules are about."""
+    """Return the flow of every node. `weight_ops` are the ops that roles are assigned to."""
     flows: dict[fx.Node, Flow] = {}
     for node in nodes:
         flows[node] = _flow(node, flows, weight_ops)
@@ -109,7 +110,7 @@ def trace_flow(nodes: Iterable[fx.Node], weight_ops: Collection[fx.Node]) -> dic
 
 
 def operands(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Left and right operand of a matrix product, or None if it is not one of two nodes."""
+    """Return the left and the right operand of a matrix product, or None if it is not a product of two nodes."""
     args = product.args
     if op_name(product) == "baddbmm":
         args = args[1:]
@@ -128,7 +129,7 @@ def _flow(node: fx.Node, flows: Mapping[fx.Node, Flow], weight_ops: Collection[f
     if node.op != "call_function" or isinstance(value, _SIZES):
         return NOTHING
     if isinstance(value, torch.Tensor) and value.dtype is torch.bool:
-        return NOTHING  # what is compared decides where a value comes from, and is none of it
+        return NOTHING  # the result of a comparison selects values, and is no value itself
     if node in weight_ops:
         return source
     name = op_name(node)
@@ -168,16 +169,16 @@ def _merge(node: fx.Node, name: str, inputs: list[Flow]) -> dict[fx.Node, int]:
 
 
 def _is_join(inputs: list[Flow]) -> bool:
-    """Whether no input's origins contain all the others': `x + f(x)` of one value is arithmetic, not a join.
+    """Return whether no input's origins contain all other origins. `x + f(x)` of one value is not a join.
 
-    Floating inputs of the graph count only where a value comes from nothing else (rotary tables may be inputs).
+    Floating-point inputs of the graph count only if a value comes from nothing else, as rotary tables may be inputs.
     """
     sets = [frozenset(o for o in flow.origins if o.op != "placeholder") or frozenset(flow.origins) for flow in inputs]
     return not any(all(other <= one for other in sets) for one in sets)
 
 
 def is_depthwise(node: fx.Node) -> bool:
-    """Whether this is a convolution of each channel by itself, which mixes positions and not features."""
+    """Return whether a node is a convolution of each channel by itself, which mixes positions, not features."""
     if not op_name(node).startswith("conv") or len(node.args) < 7:
         return False
     source, groups = node.args[0], node.args[6]

@@ -1,4 +1,4 @@
-"""Indices: what an embedding embeds, judged by where its integer indices come from."""
+"""Embeddings' roles: tokens, positions or types, judged by where the integer indices come from."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _POSITION, _TYPE, _TOKEN = "embedding.position", "embedding.type", "embedding.to
 
 
 def embedding_role(graph: Graph, indices: fx.Node) -> str:
-    """The role of an embedding that is looked up at `indices`.
+    """Return the role of an embedding that is looked up at `indices`.
 
-    Counted indices (arange, a cumulated mask, a buffer that counts) are positions; the graph's own input is tokens,
-    unless the argument of the model's forward is called position or token type; constants are types.
+    Counted indices (arange, a cumulated mask, a buffer that counts) are positions. The graph's own input is tokens,
+    unless the name of the model's argument contains `position` or `token_type`. Constants are types.
     """
     found = set(_evidence(graph, indices))
     for role in (_POSITION, _TOKEN, _TYPE):
@@ -49,7 +49,7 @@ def _evidence(graph: Graph, indices: fx.Node) -> Iterator[str]:
 
 
 def _values(node: fx.Node, name: str) -> list[fx.Node]:
-    """The operands that the node's values come from: not conditions, indices or sizes."""
+    """Return the operands that the node's values come from, without conditions, indices and sizes."""
     if name in _CREATION:
         return list(_written_into(node))
     first = node.args[:1] if name in ("gather", "index", "index_select", "masked_fill") else node.args
@@ -60,7 +60,7 @@ def _values(node: fx.Node, name: str) -> list[fx.Node]:
 
 
 def _written_into(node: fx.Node) -> Iterator[fx.Node]:
-    """What is copied into a fresh tensor or a slice of it (shifted labels are made so)."""
+    """Yield the values that are copied into a fresh tensor or a slice of it, as shifted labels are."""
     for user in node.users:
         if op_name(user) == "copy" and user.args[0] is node and isinstance(user.args[1], fx.Node):
             yield user.args[1]

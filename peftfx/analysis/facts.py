@@ -1,4 +1,4 @@
-"""Analysis: what is known of a graph while the roles of its weights are found."""
+"""Analysis: the facts about a graph that are collected while the roles of its weights are found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peftfx.sites.site import Part
 
 @dataclass
 class WeightFacts:
-    """A site in the making: every occurrence of one module's weight."""
+    """All occurrences of one module's weight, with the role and parts found so far."""
 
     occurrences: list[Occurrence]
     role: str = ""
@@ -28,7 +28,7 @@ class WeightFacts:
 
 @dataclass
 class Analysis:
-    """What is known of a graph while its roles are found."""
+    """The facts about a graph that are collected while roles are found."""
 
     graph: Graph
     weights: dict[tuple[str, str], WeightFacts]

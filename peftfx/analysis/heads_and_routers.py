@@ -1,9 +1,9 @@
-"""Heads and routers, each found by one walk back: from a graph's outputs, and from where experts' rows end.
+"""Output heads and expert routers, found by walking back from outputs and from the ends of experts' rows.
 
-A head's value is put out as it is. A router says which of a stack of experts a row of values meets: rows are sorted by
-their experts and meet the weights in one grouped product, and where each expert's rows end is computed from the
-indices that the router's scores gave. Where every expert meets every value, a router is a layer of whose features the
-largest are picked, for each value alone.
+A head's value is an output of the graph, unchanged. A router selects the expert of each row of values. If rows are
+sorted by their experts, one grouped product multiplies them, and the ends of each expert's rows are computed from the
+indices that the router's scores give. If every expert reads every value, a router is a layer whose largest output
+features are picked, for each value by itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peftfx.sites.site import EXPERTS
 
 
 def reaches_output(graph: Graph, flows: Mapping[fx.Node, Flow]) -> set[fx.Node]:
-    """The nodes whose values reach an output, moved, scaled, shifted or masked by constants and otherwise unchanged."""
+    """Return the nodes whose values reach an output only moved, scaled, shifted or masked by constants."""
     reached: set[fx.Node] = set()
     for node in reversed(list(graph.nodes())):
         if node.op == "output" or (node in reached and _keeps(node, flows)):
@@ -35,7 +35,7 @@ def _keeps(node: fx.Node, flows: Mapping[fx.Node, Flow]) -> bool:
 
 
 def _is_soft_cap(tanh: fx.Node) -> bool:
-    """`c * tanh(x / c)` bounds logits; a bare tanh is an activation, and what is before it a hidden layer."""
+    """Return whether a tanh is part of `c * tanh(x / c)`, which bounds logits. Another tanh is an activation."""
     after = list(tanh.users)
     return len(after) == 1 and _scales(tanh.args[0]) and _scales(after[0])
 
@@ -49,13 +49,13 @@ def _data(node: fx.Node, flows: Mapping[fx.Node, Flow]) -> list[fx.Node]:
 
 
 def find_routers(analysis: Analysis) -> Iterator[WeightFacts]:
-    """The linear layers whose output says which expert a value meets, once each or more."""
+    """Yield the linear layers whose output selects the expert of a value. A layer may come several times."""
     yield from _choosing(analysis)
     yield from _sorting(analysis)
 
 
 def _choosing(analysis: Analysis) -> Iterator[WeightFacts]:
-    """Linear layers whose output features are ranked: nothing but scales, shifts and a softmax is ahead of a `topk`."""
+    """Yield linear layers whose output reaches a `topk` over features through scales, shifts and softmax only."""
     for node in analysis.graph.nodes():
         if op_name(node) != "topk" or not isinstance(node.args[0], fx.Node):
             continue
@@ -73,7 +73,7 @@ def _choosing(analysis: Analysis) -> Iterator[WeightFacts]:
 
 
 def _sorting(analysis: Analysis) -> Iterator[WeightFacts]:
-    """The linear layers that the ends of a grouped product's groups come from, once each, by one walk back."""
+    """Yield the linear layers that the ends of a grouped product's groups are computed from."""
     ends = [found.op.args[2] for found in analysis.occurrences() if found.kind == EXPERTS]
     todo = [node for node in ends if isinstance(node, fx.Node)]
     seen = set(todo)

@@ -1,7 +1,7 @@
-"""Links: what is between the sites of a graph. One forward pass; of each node, what its value comes from.
+"""Links: the connections between the sites of a graph, found in one forward pass over the nodes.
 
-What is behind a site comes from that site alone. Where values of different sites are added, the sum is a *join*, which
-stands for them from there on: so no node has many origins, and the pass is linear.
+A site's output has only that site as its origin. Where values of different sites are added, the sum is a *join*, which
+is the only origin of all later values. So no node has many origins, and the pass is linear.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from peftfx.graph.graph import Graph
 from peftfx.sites.dataflow import INPUT, JOIN, OUTPUT, Dataflow, Junction, Link
 from peftfx.sites.site import Call, Site
 
-_MANY = 16  #: origins of one value, beyond which it stands for them itself
+_MANY = 16  #: a value with more origins than this becomes a join
 _SIZES = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 Origins = Mapping[int, tuple[str, ...]]
-"""Numbers of nodes of the network, each with the operators on the way from it."""
+"""Numbers of the network's nodes, each with the operators on the way from the node."""
 
 
 def find_links(graph: Graph, sites: Sequence[Site]) -> Dataflow:
-    """What is between these sites of a base graph."""
+    """Return the connections between the `sites` of a base graph."""
     reader = _Reader(graph, sites)
     for node in graph.nodes():
         reader.read(node)
@@ -35,7 +35,7 @@ def find_links(graph: Graph, sites: Sequence[Site]) -> Dataflow:
 
 @dataclass
 class _Reader:
-    """The origins of each node so far, and the links that they make."""
+    """The origins of each node so far, and the links found so far."""
 
     graph: Graph
     sites: Sequence[Site]
@@ -52,9 +52,9 @@ class _Reader:
                 self.ends[call.op] = self.ends[call.y] = number
 
     def read(self, node: fx.Node) -> None:
-        """Note where a node's value comes from, and what it links."""
+        """Record where a node's value comes from, and the links that end at the node."""
         for number, call in self.ops.get(node.name, ()):
-            beside = [n.name for n in node.all_input_nodes] if call.key else []  # an attention's mask, or its bias
+            beside = [n.name for n in node.all_input_nodes] if call.key else []  # an attention's mask or bias
             for operand in dict.fromkeys((call.x, call.key, call.value, *beside)):
                 self._link(self.origins.get(operand, {}), number)
         if node.op == "placeholder":
@@ -67,7 +67,7 @@ class _Reader:
             self.origins[node.name] = self._through(node)
 
     def dataflow(self) -> Dataflow:
-        """The links that lead from an input or a site to a site or an output, and the joins on their way."""
+        """Return the links from inputs and sites to sites and outputs, and the joins between them."""
         before: dict[int, list[int]] = {}
         for source, target in self.links:
             before.setdefault(target, []).append(source)
@@ -98,7 +98,7 @@ class _Reader:
         return {origin: _with(ops, name) for origin, ops in merged.items()}
 
     def _joins(self, inputs: Sequence[Origins]) -> bool:
-        """Whether values of sites meet that do not all come from what one of them comes from; inputs do not count."""
+        """Return whether values of several sites meet, and no value includes the others' origins, inputs aside."""
         sets = [frozenset(origin for origin in found if not self._is_input(origin)) for found in inputs]
         return not any(all(other <= one for other in sets) for one in sets) if sets else False
 

@@ -1,7 +1,7 @@
-"""no_grad regions: torch.export keeps what a model runs under `torch.no_grad` as a small program that one node calls.
+"""Regions under `torch.no_grad`: torch.export makes each a small program. This module inlines those with weights.
 
-Where such a program has weights, it is put back into the graph, so that its layers are sites as any others. What leaves
-the region is detached: no gradient passes it, into the weights and adapters in it neither, as in the model.
+Inlined layers are sites as all others. Values that leave the region are detached: as in the model, no gradient reaches
+the weights and adapters in the region.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _REGION = "wrap_with_set_grad_enabled"
 
 
 def inline_no_grad(module: fx.GraphModule, holds_weight: Callable[[fx.Node], bool]) -> None:
-    """Inline, in place, every region that a weight goes into; regions inside of it too, if a weight goes into them."""
+    """Inline, in place, every region that takes a weight, and every such region inside it."""
     todo = list(module.graph.nodes)
     while todo:
         node = todo.pop()
@@ -27,7 +27,7 @@ def inline_no_grad(module: fx.GraphModule, holds_weight: Callable[[fx.Node], boo
 
 
 def _inline(module: fx.GraphModule, region: fx.Node) -> list[fx.Node]:
-    """Put one region's nodes ahead of it, and its results in its results' places; returns the new nodes."""
+    """Replace a region by its nodes and results, in place, and return the new nodes."""
     enabled, program, *operands = region.args
     assert isinstance(program, fx.Node)
     inner = module.get_submodule(str(program.target))
@@ -61,7 +61,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _moved(module: fx.GraphModule, inner: nn.Module, target: str, region: str) -> str:
-    """An attribute of a region's program, as the graph's own: the program of another region, say."""
+    """Move an attribute of a region's program into the graph's module, and return its new name."""
     name = f"{region}_{target}".replace(".", "_")
     value: object = inner
     for part in target.split("."):

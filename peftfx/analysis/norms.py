@@ -1,8 +1,8 @@
-"""Norms: the modules of a graph that normalise values, and their own weights: torch's operators, or arithmetic.
+"""Norms: the modules of a graph that normalise values, by torch's operators or by arithmetic, with their parameters.
 
-A norm written by hand (an RMS norm mostly is) takes a statistic of its input, and multiplies or shifts the result by a
-parameter of the same module: `weight * x`, `x * (1 + weight.float())`. What is done to the parameter on the way makes
-no difference: what trains it trains a copy, in its place.
+A norm in plain arithmetic, as most RMS norms are, takes a statistic of its input, and multiplies or shifts the result
+by a parameter of the same module: `weight * x`, `x * (1 + weight.float())`. Operations on the parameter before that
+make no difference, because methods train a copy that replaces the parameter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHIFTS = names("add sub rsub")
 
 @dataclass
 class _Found:
-    """A norm in the making."""
+    """The weight, bias and calls of a norm found so far."""
 
     weight: str = ""
     bias: str | None = None
@@ -34,10 +34,10 @@ class _Found:
 
 
 def find_norms(graph: Graph, flows: Mapping[fx.Node, Flow]) -> Iterator[NormSite]:
-    """The norms of a graph that have a weight or a bias, in the order in which they first run."""
+    """Yield the norms of a graph that have a weight or a bias, in the order in which they first run."""
     found: dict[str, _Found] = {}
-    parameters: dict[fx.Node, str] = {}  # what comes from one parameter alone, however it is cast, shaped or shifted
-    measured: set[str] = set()  # the modules that have taken a statistic
+    parameters: dict[fx.Node, str] = {}  # values of only one parameter, possibly cast, reshaped or shifted
+    measured: set[str] = set()  # the modules that have computed a statistic
     for node in graph.nodes():
         if node.op == "get_attr" and _is_parameter(graph, str(node.target)):
             parameters[node] = str(node.target)
@@ -49,7 +49,8 @@ def find_norms(graph: Graph, flows: Mapping[fx.Node, Flow]) -> Iterator[NormSite
                 measured.add(module_path(node))
             else:
                 affine = _affine(node, name, parameters, flows, measured)
-                data = (n for n in inputs if parameters.get(n) not in affine.values())  # a table's norm has no other
+                # A node that normalises a table has no other input.
+                data = (n for n in inputs if parameters.get(n) not in affine.values())
                 _note(graph, found, node, next(data, node), affine)
     return (_site(graph, path, norm) for path, norm in found.items())
 
@@ -61,7 +62,7 @@ def _is_parameter(graph: Graph, target: str) -> bool:
 def _affine(
     node: fx.Node, name: str, parameters: Mapping[fx.Node, str], flows: Mapping[fx.Node, Flow], measured: set[str]
 ) -> dict[str, str]:
-    """The parameters by which a node scales (`weight`) or shifts (`bias`) a value that is normed there."""
+    """Return the parameters by which a node scales (`weight`) or shifts (`bias`) a normalised value."""
     if name in _NORMS:
         given = {a.name: v for a, v in zip(_arguments(node), node.args, strict=False)} | node.kwargs
         nodes = {role: given.get(role) for role in ("weight", "bias")}
@@ -82,12 +83,12 @@ def _note(graph: Graph, found: dict[str, _Found], node: fx.Node, x: fx.Node, aff
     for role, target in affine.items():
         norm = found.setdefault(_path(graph, node, target), _Found())
         norm.weight, norm.bias = (target, norm.bias) if role == "weight" else (norm.weight, target)
-        if role == "weight" or not norm.calls:  # a sum behind it is the same call
+        if role == "weight" or not norm.calls:  # a sum after the product is the same call
             norm.calls.append(Call(x.name, node.name, node.name))
 
 
 def _path(graph: Graph, node: fx.Node, target: str) -> str:
-    """The module that ran the node, if this is its parameter and no module in it has any; else the parameter's path."""
+    """Return the path of the module that ran the node, if it alone owns the parameter; else the parameter's path."""
     path, (owner, _, name) = module_path(node), target.removeprefix(f"{BASE}.").rpartition(".")
     module = graph.base.get_submodule(path)
     own = {id(p) for p in module.parameters(recurse=False)}

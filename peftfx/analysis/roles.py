@@ -1,12 +1,12 @@
-"""Roles: what each weight of a graph is for, decided by where its output goes and where its input comes from.
+"""Roles: the purpose of each weight of a graph, decided by where its output goes and where its input comes from.
 
-Nothing here knows an architecture or the name of a module. In order, and first come, first served:
+No architecture and no module's name is used. Roles are assigned in this order, and the first role stays:
 
 1. attention: the weights that queries, keys and values come from, and the first weight that reads the result;
 2. heads: weights whose output is an output of the graph;
 3. embeddings, by where their indices come from;
-4. MLPs: a linear layer whose input is another linear layer's output behind an activation, or experts that are so;
-5. routers: the linear layers whose output says which expert a value meets.
+4. MLPs: a linear layer whose input is another linear layer's activated output, and experts in the same way;
+5. routers: the linear layers whose output selects the expert of a value.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _FUSED = {
 
 
 def find_sites(graph: Graph) -> Sites:
-    """The sites of a base graph, in the order in which they first run. Linear in the size of the graph."""
+    """Return the sites of a base graph, in the order in which they first run, in time linear in the graph's size."""
     analysis = _analyse(graph)
     _assign_attention(analysis)
     _assign_heads(analysis)
@@ -118,10 +118,10 @@ def _assign_attention(analysis: Analysis) -> None:
 
 
 def _assign_latents(analysis: Analysis, projections: Mapping[int, WeightFacts]) -> None:
-    """Layers that make the latents which one attention's queries, or keys and values, are projected from.
+    """Assign roles to layers that compute a latent from which queries, or keys and values, are projected.
 
-    A latent is narrower than what it is made of, and no other attention reads it. Keys may have a part beside it that
-    the same layer makes: they are rotated.
+    A latent is narrower than the layer's input, and no other attention reads it. The same layer may also compute a
+    second part for the keys, which is rotated.
     """
     for down in analysis.weights.values():
         first = down.occurrences[0]
@@ -140,10 +140,10 @@ def _narrows(found: Occurrence) -> bool:
 
 
 def _projects(analysis: Analysis, origin: fx.Node, marks: int) -> bool:
-    """Whether this origin of a query, key or value is its projection.
+    """Return whether this origin of a query, key or value is its projection.
 
-    A norm in between is allowed (queries and keys are often normed), but not if other weights read the normed value
-    too: that is the layer's own input, and the attention takes it as it is.
+    A norm in between is allowed, as queries and keys are often normalised. It is not allowed if other weights read the
+    normalised value too: then the value is the layer's own input, and the attention uses it without a projection.
     """
     weight = analysis.owner.get(origin)
     if weight is None or weight.occurrences[0].kind == "embedding":
@@ -186,7 +186,7 @@ def _assign_mlps(analysis: Analysis) -> None:
 
 
 def _feeds_only(analysis: Analysis, origin: fx.Node, down: WeightFacts) -> bool:
-    """Whether this is an unassigned layer, linear as `down` is, that no other than `down` reads."""
+    """Return whether `origin` is a layer of no role yet, of `down`'s kind, that only `down` reads."""
     up = analysis.owner.get(origin)
     if up is None or up is down or up.role or up.occurrences[0].kind != down.occurrences[0].kind:
         return False
@@ -208,7 +208,7 @@ def _assign_mlp(analysis: Analysis, down: Occurrence, origins: Mapping[fx.Node, 
 
 def _assign_up(analysis: Analysis, up: WeightFacts, op: fx.Node, marks: int, down: Occurrence) -> None:
     up.role = _of_mlp(down, "up")
-    # Both halves of a fused gate and up have one origin; `glu` splits and multiplies at once.
+    # Both halves of a fused gate and up projection have one origin. `glu` splits and multiplies in one op.
     halves = analysis.tracer(op).gate_and_up(down.x) if marks else None
     if halves:
         up.role = _of_mlp(down, "gate_up")
@@ -245,7 +245,7 @@ def _attention_sites(analysis: Analysis) -> Iterator[AttentionSite]:
 
 
 def _heads(analysis: Analysis, attentions: list[Attention]) -> tuple[Heads | None, str]:
-    """The heads of the attentions of one module, or why they cannot be told."""
+    """Return the heads of a module's attentions, or the reason why they are not known."""
     try:
         found = {read_heads(analysis, attention) for attention in attentions}
     except PeftfxError as error:

@@ -1,8 +1,8 @@
-"""Rows: which rows of a fused weight arrive where, found by sending row numbers through the ops that move data.
+"""Rows: which rows of a fused weight reach which node, found by sending row numbers through the ops that move data.
 
-Instead of the output of the weight op, every entry of which belongs to one row of the weight, the numbers of those rows
-are sent from the op to the place in question. Ops that move data move the numbers; ops that combine entries of one
-position (rotary embeddings do) keep both. Sizes that are free in the graph take the values of its example.
+Every entry of a weight op's output belongs to one row of the weight. The numbers of these rows, in place of the
+output's values, are sent from the op to a later node. Ops that move data move the numbers. Ops that combine entries of
+one position, as rotary embeddings do, keep both numbers. Free sizes of the graph take the values of its example.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.sites.blocks import Rows
 
-Numbers = list[torch.Tensor]  # of one shape; an entry stems from the rows they name there, counted from 1; 0 is no row
+Numbers = list[torch.Tensor]  # of one shape: the rows that each entry comes from, counted from 1; 0 means no row
 
 _RESHAPES = names("view _unsafe_view view_as reshape_as")
 _JOINING = names("cat concat concatenate stack hstack vstack")
 
 
 class RowTracer:
-    """Sends the row numbers of one weight op forward; a node's numbers are computed when first asked for."""
+    """Sends the row numbers of one weight op forward. A node's numbers are computed when they are first read."""
 
     def __init__(self, graph: Graph, flows: Mapping[fx.Node, Flow], op: fx.Node, axis: int, size: int) -> None:
         self.graph, self.flows, self.op = graph, flows, op
@@ -33,18 +33,18 @@ class RowTracer:
         self._constants: dict[fx.Node, Any] = {}
 
     def rows_at(self, node: fx.Node) -> set[int]:
-        """The rows of the weight that reach this node."""
+        """Return the rows of the weight that reach this node."""
         return _rows(_flatten(self._at(node)))
 
     def numbers_at(self, node: fx.Node) -> Numbers:
-        """The numbers, from 1 on, of the rows that each entry of this node stems from; 0 is no row.
+        """Return the row numbers that each entry of this node comes from, counted from 1; 0 means no row.
 
-        Several tensors where entries stem from several rows: the first from the one that is added to first.
+        There are several tensors if entries come from several rows; the first tensor is that of the first operand.
         """
         return _flatten(self._at(node))
 
     def gate_and_up(self, node: fx.Node) -> tuple[set[int], set[int]] | None:
-        """Rows behind and beside the activation, where two halves of the output multiply on the way to `node`."""
+        """Return the activated (gate) and the other (up) rows, if two halves are multiplied before `node`."""
         for product in self._between(node):
             halves = [n for n in product.all_input_nodes if self.op in self.flows[n].origins]
             if op_name(product) == "glu":
@@ -117,7 +117,7 @@ class RowTracer:
         return torch.zeros(_shape(node), dtype=torch.int64, device="cpu")
 
     def constant(self, node: fx.Node) -> Any:
-        """The value of a size or an index that does not depend on the weight, for the example's sizes."""
+        """Return the value of a size or index that does not depend on the weight, at the example's sizes."""
         for pending in _in_order(node, self._needs):
             if pending not in self._constants:
                 self._constants[pending] = self._evaluate(pending)
@@ -134,13 +134,13 @@ class RowTracer:
         return _call(node, self._constants.__getitem__)
 
     def _needs(self, node: fx.Node) -> list[fx.Node]:
-        """What a constant is computed from; nothing where it comes from inputs or other weights: zeros will do."""
+        """Return the nodes that a constant is computed from; none for values of inputs or other weights."""
         is_constant = isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)) and not self.flows[node].origins
         return node.all_input_nodes if is_constant else []
 
 
 def as_ranges(rows: set[int]) -> Rows:
-    """Sorted, half-open ranges that hold exactly these rows."""
+    """Return sorted, half-open ranges that hold exactly these rows."""
     ranges: list[tuple[int, int]] = []
     for row in sorted(rows):
         if ranges and ranges[-1][1] == row:
@@ -151,10 +151,10 @@ def as_ranges(rows: set[int]) -> Rows:
 
 
 def hint(size: object) -> int:
-    """The value a size had in the example the graph was captured with.
+    """Return the value that a size had in the example that the graph was captured with.
 
     Raises:
-        PeftfxError: it has none: it depends on the values of a tensor.
+        PeftfxError: the size has no such value, because it depends on the values of a tensor.
     """
     if not isinstance(size, torch.SymInt):
         return int(size)  # type: ignore[call-overload]
@@ -185,14 +185,14 @@ def _rows(numbers: Iterable[torch.Tensor]) -> set[int]:
 
 
 def _present(numbers: torch.Tensor) -> list[int]:
-    """The distinct numbers, by marking them: sorting them would take longer than the capture."""
+    """Return the distinct numbers of a tensor, by marking each. Sorting would take longer than the capture."""
     marks = torch.zeros(int(numbers.max()) + 1, dtype=torch.bool) if numbers.numel() else torch.zeros(0)
     marks[numbers.reshape(-1)] = True
     return [int(i) for i in marks.nonzero().flatten()]
 
 
 def _fit(numbers: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """The numbers at the shape of a result; None for statistics (a mean over the features has no rows)."""
+    """Expand the numbers to the shape of a result, or return None for statistics, which have no rows."""
     aligned = zip(reversed(numbers.shape), reversed(shape), strict=False)
     fits = numbers.ndim <= len(shape) and all(size in (1, wanted) for size, wanted in aligned)
     return numbers.expand(shape) if fits else None
@@ -211,7 +211,7 @@ def _distinct(numbers: Iterable[torch.Tensor]) -> Numbers:
 
 
 def _in_order(node: fx.Node, inputs: Callable[[fx.Node], list[fx.Node]]) -> Iterable[fx.Node]:
-    """The node and all it needs, each behind what it needs itself."""
+    """Return the node and all nodes that it needs, each after those that it needs itself."""
     needed, todo = {node}, [node]
     while todo:
         for previous in inputs(todo.pop()):

@@ -1,6 +1,6 @@
-"""Running modules: which modules a graph calls, and how it reads the parameters of those that are no sites.
+"""Running modules: which modules a graph calls, and what reads the parameters of modules that are no sites.
 
-What is written here is for messages: a module that runs and is no site cannot be adapted, and a user wants to know why.
+The texts are for messages: a module that runs but is no site cannot be adapted, and a user wants to know why.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _REGIONS = {
     "wrap_with_autocast": "it runs under torch.autocast",
     "wrap_with_set_grad_enabled": "it runs under torch.no_grad",
 }
-#: Why HF PEFT's layer, which stands in a module's place, would not do what the operation on its weight does.
+#: Why HF PEFT's layer, which replaces a module, would act differently from an adapter of the operation on the weight.
 _PAST = "the model's code runs it, or reads its weight, past its call: HF PEFT's may not act there until it is merged"
 _HOOKED = "its hooks change what goes in or out: here of the adapted layer, in HF PEFT of the layer without its adapter"
 _FUSED = "in eval mode torch's encoder layer reads its weights past HF PEFT's layer, until it is merged"
 
 
 def called_modules(graph: Graph) -> frozenset[str]:
-    """The paths of the modules that are called in a graph, and of those that they are inside."""
+    """Return the paths of the modules that a graph calls, and of their parents."""
     paths: set[str] = set()
     for node in _all_nodes(graph.module):
         for entry in (node.meta.get("nn_module_stack") or {}).values():
@@ -41,16 +41,16 @@ def called_modules(graph: Graph) -> frozenset[str]:
 
 
 def run_elsewhere(base: nn.Module, called: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """For each module that runs in the place of its first name: the other places in which it runs too."""
+    """Return, for each module that runs under its first path, the other paths under which it runs too."""
     runs = {path: tuple(name for name in names if name in called) for path, names in places_of(base).items()}
     return {path: tuple(n for n in names if n != path) for path, names in runs.items() if path in names and names[1:]}
 
 
 def parameter_reads(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
-    """For each module that is no site and has a parameter that the graph reads, what reads it.
+    """Return, for each module that is no site but has a parameter that the graph reads, what reads it.
 
-    A tensor with several owners is read for the one whose code reads it; where the code is of none of them, for those
-    that are inside the module that the code is of.
+    A tensor with several owners counts for the owner whose code reads it. If the code belongs to no owner, the tensor
+    counts for the owners inside the code's module.
     """
     owners = _owners(graph.base)
     adapted = {site.path for site in sites if site.weight}
@@ -67,7 +67,7 @@ def parameter_reads(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
 
 
 def _owners(base: nn.Module) -> dict[int, list[tuple[str, str]]]:
-    """The path and the name by which each module has each parameter."""
+    """Return, by a parameter's id, the path of each module that has the parameter, and its name there."""
     owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for path, module in own_modules(base):
         for name, p in module._parameters.items():
@@ -92,7 +92,7 @@ def _how(name: str, user: fx.Node) -> str:
 
 
 def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
-    """The nodes of a graph and of the regions in it."""
+    """Yield the nodes of a graph and of the regions in it."""
     for node in module.graph.nodes:
         yield node
         if node.op == "get_attr":
@@ -109,7 +109,7 @@ def _attribute(module: nn.Module, target: str) -> object:
 
 
 def passed_by(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
-    """For each site where HF PEFT's layer would not do what the operation on the weight does: why."""
+    """Return, for each site where HF PEFT's layer acts differently from an adapter of the operation, the reason."""
     modules = dict(own_modules(graph.base, remove_duplicate=False))
     nodes = {node.name: node for node in graph.nodes()}
     found = {}
@@ -121,15 +121,15 @@ def passed_by(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
 
 
 def refuse_other_readers(merged: Graph, sites: Iterable[Site], tied: Collection[str]) -> None:
-    """Refuse to write weights in place that the model's code reads besides: it would read the merged ones.
+    """Refuse to merge in place where the model's code reads the weight elsewhere too.
 
     Args:
-        merged: the graph with all adapted sites merged.
-        sites: those.
-        tied: paths of sites whose weights other modules have too: these get weights of their own.
+        merged: the graph in which all adapted sites are merged.
+        sites: the adapted sites.
+        tied: paths of sites whose weights other modules share. These sites get weights of their own.
 
     Raises:
-        PeftfxError: one is read by something else than the sites' operations.
+        PeftfxError: something other than the sites' operations reads a weight. It would then read the merged weight.
     """
     live: set[fx.Node] = set()
     for node in reversed(list(merged.nodes())):
@@ -148,7 +148,7 @@ def _why(site: Site, module: nn.Module, above: list[nn.Module], nodes: dict[str,
     if any(isinstance(one, nn.TransformerEncoderLayer) for one in above):
         return _FUSED
     if isinstance(above[-1], nn.MultiheadAttention) or isinstance(module, nn.MultiheadAttention):
-        return ""  # HF PEFT has a layer of its own for it
+        return ""  # HF PEFT has a special layer for this module
     for call in site.calls:
         if not _inside(nodes[call.op], site.path):
             return _PAST
@@ -160,12 +160,12 @@ def _why(site: Site, module: nn.Module, above: list[nn.Module], nodes: dict[str,
 
 
 def _above(path: str) -> list[str]:
-    """The paths of the modules that this one is in, from the outside in."""
+    """Return the paths of the modules that contain this module, from the outermost inwards."""
     parts = path.split(".")
     return [".".join(parts[:i]) for i in range(len(parts))]
 
 
 def _inside(node: fx.Node, path: str) -> bool:
-    """Whether a call of this module runs the node."""
+    """Return whether a call of this module runs the node."""
     name = f"{BASE}.{path}" if path else BASE
     return any(entry[0].partition("@")[0] == name for entry in (node.meta.get("nn_module_stack") or {}).values())

@@ -1,9 +1,10 @@
-"""Unreached modules: those that no call of the model can run, because no code that a call reaches ever names them.
+"""Unreached modules: those that no call of the model can run, as no code that a call reaches names them.
 
-A capture shows what one call runs, and never what another call might. The proof is by names: from the `forward` of each
-class of the model, every function of the model's own files that the code names is followed, and the attribute names
-that they all read are collected. A module whose name is not among them is an attribute that only other code reads: T5's
-`shared`, which gives its weight to the embeddings of encoder and decoder as they are made, and is not called.
+A capture shows what one call runs, but not what another call might run. The proof is by names. From the `forward` of
+each of the model's classes, every function that the code names in the model's own files is followed, and the attribute
+names that these functions read are collected. A module whose name is not collected is read only by other code. An
+example is T5's `shared`: it gives its weight to the embeddings of encoder and decoder when they are built, and is never
+called.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from torch import nn
 
 from peftfx.bases.guests import own_class, own_modules
 
-#: Names by which code reaches submodules without naming them. Code that reads one of these proves nothing.
+#: Names by which code reaches submodules without naming them. For code that reads one of these there is no proof.
 _WALKS = frozenset({"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "__dict__"})
-#: Libraries whose code knows no model's attributes by name, and what in them are models after all.
+#: Libraries whose code knows no model's attributes by name, and the prefix of the modules in them that are models.
 _GENERAL, _MODELS = ("torch", "numpy", "builtins", "transformers", "typing", "enum"), "transformers.models."
 
 
 def is_unreached(base: nn.Module, path: str) -> bool:
-    """Whether it is proven that no call of `base` runs the module at this path, or one that it is inside.
+    """Return whether it is proven that no call of `base` runs the module at `path`, or one of its parents.
 
-    False where there is no proof: the module may run, in another call or another mode.
+    False means no proof: the module may run in another call or another mode.
     """
     try:
         names = _read_by_calls(base)
@@ -37,7 +38,7 @@ def is_unreached(base: nn.Module, path: str) -> bool:
 
 
 def _is_unnamed(base: nn.Module, path: str, names: _Names) -> bool:
-    """Whether nothing that was read names this module. One that a container of torch's holds is named by nobody."""
+    """Return whether no code that was read names this module. Modules in torch's containers are not judged."""
     owner, _, leaf = path.rpartition(".")
     if _is_general(type(base.get_submodule(owner)).__module__) or leaf in names.read:
         return False
@@ -46,14 +47,14 @@ def _is_unnamed(base: nn.Module, path: str, names: _Names) -> bool:
 
 @dataclass(frozen=True)
 class _Names:
-    """The names that some code reads, and pieces of those that it puts together: `getattr(self, f"layer{i}")`."""
+    """The names that some code reads, and the pieces of computed names, such as `getattr(self, f"layer{i}")`."""
 
     read: frozenset[str]
     pieces: frozenset[str]
 
 
 def _only_there(base: nn.Module, path: str) -> bool:
-    """Whether this is the module's only path: one that has another name too is reached by that."""
+    """Return whether this is the module's only path. A module with another path can be reached by that."""
     module = base.get_submodule(path)
     inner = {id(m) for m in module.modules()}
     paths = [p for p, m in own_modules(base, remove_duplicate=False) if id(m) in inner]
@@ -61,11 +62,11 @@ def _only_there(base: nn.Module, path: str) -> bool:
 
 
 class _Unknown(Exception):
-    """Code was reached that may run any module."""
+    """Raised where code is reached that may run any module."""
 
 
 def _read_by_calls(base: nn.Module) -> _Names:
-    """Every name that code reads which a call of the model can reach, as an attribute or as a text."""
+    """Return every name that reachable code of the model reads, as an attribute or as a text."""
     modules = [module for _, module in own_modules(base)]
     own = [f for m in modules for f in vars(m).values() if isinstance(f, (FunctionType, MethodType))]
     hooks = [h for m in modules for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
@@ -97,7 +98,7 @@ def _names_of(classes: tuple[type[nn.Module], ...], more: tuple[object, ...]) ->
 
 
 def _members(classes: Iterable[type]) -> dict[str, list[object]]:
-    """What the classes of the model define under each name, torch's own left out."""
+    """Return what the model's classes define under each name, without torch's own classes."""
     owners = dict.fromkeys(owner for cls in classes for owner in cls.__mro__ if not _is_general(owner.__module__))
     found: dict[str, list[object]] = {}
     for owner in owners:
@@ -107,7 +108,7 @@ def _members(classes: Iterable[type]) -> dict[str, list[object]]:
 
 
 def _functions(value: object) -> Iterator[FunctionType]:
-    """The Python functions that using this value may run: its own, what it wraps, and a class's methods."""
+    """Yield the Python functions that use of this value may run: its own, wrapped functions, a class's methods."""
     todo, seen = [value], set[int]()
     while todo:
         item = todo.pop()
@@ -145,7 +146,7 @@ def _is_general(module: str) -> bool:
 
 
 def _names_in(code: CodeType) -> Iterator[str]:
-    """Names that code reads: attributes, globals, imports."""
+    """Yield the names that code reads: attributes, globals, imports."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -153,7 +154,7 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 
 def _texts_in(code: CodeType) -> Iterator[str]:
-    """Texts in code that are names, or may be pieces of names."""
+    """Yield the texts in code that are names, or may be pieces of names."""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _texts_in(constant)

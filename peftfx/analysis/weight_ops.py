@@ -1,4 +1,4 @@
-"""Occurrences: the ops of a graph that apply a weight of the base module, and the module each belongs to."""
+"""Occurrences: the ops of a graph that apply a weight of the base module, with the module of each op."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _AS_IT_IS = _CASTS | names("detach alias clone contiguous lift_fresh_copy")
 
 @dataclass(frozen=True)
 class Occurrence:
-    """`y = op(x, weight, bias)` in a graph; `x` and `y` are outside the reshapes and casts that are put around it."""
+    """One `y = op(x, weight, bias)` in a graph. `x` and `y` are outside the reshapes and casts around the op."""
 
     path: str
     kind: str
@@ -35,12 +35,12 @@ class Occurrence:
 
     @property
     def mixes_features(self) -> bool:
-        """Whether outputs depend on other features than their own: false for depthwise convolutions."""
+        """Whether outputs depend on features of other channels: false for depthwise convolutions."""
         return self.kind != "conv" or not is_depthwise(self.op)
 
     @property
     def groups(self) -> int:
-        """Into how many groups a convolution splits its channels."""
+        """The number of groups into which a convolution splits its channels."""
         if self.kind != "conv":
             return 1
         return int(self.x.meta["val"].shape[1 - len(self.shape)]) // self.shape[1]
@@ -56,7 +56,7 @@ class Occurrence:
 
 
 def find_occurrences(graph: Graph) -> Iterator[Occurrence]:
-    """The weight ops of a graph, in order."""
+    """Yield the weight ops of a graph, in order."""
     paths = _Paths(graph)
     for node in graph.nodes():
         if node.op != "call_function":
@@ -90,7 +90,7 @@ def _weighted(
 
 
 def _product(paths: _Paths, op: fx.Node, x: object, weight: object, bias: object) -> Iterator[Occurrence]:
-    """A linear layer written as a product: `x @ W` (W stored [in, out]) or `x @ W.T`."""
+    """Yield a linear layer that is written as a product: `x @ W` (W stored [in, out]) or `x @ W.T`."""
     turned = isinstance(weight, fx.Node) and op_name(weight) in _TRANSPOSES
     stored = _parameter(weight.args[0] if isinstance(weight, fx.Node) and turned else weight)
     if stored is None:
@@ -102,7 +102,7 @@ def _product(paths: _Paths, op: fx.Node, x: object, weight: object, bias: object
 
 
 def _grouped(paths: _Paths, op: fx.Node) -> Iterator[Occurrence]:
-    """A stack of linear layers, `x[i] @ W[group of i]`: W [groups, in, out], or turned from [groups, out, in]."""
+    """Yield a stack of linear layers, `x[i] @ W[group of i]`, with W [groups, in, out] or transposed."""
     x, weight, _ = op.args
     turned = isinstance(weight, fx.Node) and op_name(weight) in _TRANSPOSES
     stored = _parameter(weight.args[0] if isinstance(weight, fx.Node) and turned else weight)
@@ -114,7 +114,7 @@ def _grouped(paths: _Paths, op: fx.Node) -> Iterator[Occurrence]:
 
 
 def _with_added_bias(graph: Graph, found: Occurrence) -> Occurrence:
-    """The bias of `x @ W.T + b`, where that sum is all the product is used for."""
+    """Add the bias of `x @ W.T + b` to the occurrence, if only that sum uses the product."""
     user = next(iter(found.y.users), None)
     if user is None or len(found.y.users) != 1 or op_name(user) != "add" or user.args[0] is not found.y:
         return found
@@ -129,7 +129,7 @@ def _with_added_bias(graph: Graph, found: Occurrence) -> Occurrence:
 
 
 def _outside_views(op: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The values outside `view(-1, in) -> op -> view(..., out)`, else the op's own."""
+    """Return the values outside `view(-1, in) -> op -> view(..., out)`, or else the op's own."""
     after = next(iter(op.users), None)
     wrapped = op_name(op) in ("addmm", "mm") and op_name(x) in _VIEWS and len(op.users) == 1
     if not wrapped or after is None or op_name(after) not in _VIEWS or not isinstance(x.args[0], fx.Node):
@@ -140,7 +140,7 @@ def _outside_views(op: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _outside_casts(op: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The values outside `cast -> op -> cast back`, else the op's own: a layer that computes in a dtype of its own."""
+    """Return the values outside `cast -> op -> cast back`, or else the op's own."""
     after = next(iter(op.users), None)
     wrapped = op_name(x) in _CASTS and x.meta["val"].is_floating_point() and len(op.users) == 1
     if not wrapped or after is None or op_name(after) not in _CASTS or not isinstance(x.args[0], fx.Node):
@@ -150,7 +150,7 @@ def _outside_casts(op: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _parameter(value: object) -> fx.Node | None:
-    """The node that reads the base's tensor that this value is, whatever floating dtype it was cast to."""
+    """Return the node that reads the base's tensor that `value` is, through casts to floating dtypes; or None."""
     if not isinstance(value, fx.Node):
         return None
     read = as_stored(value)
@@ -158,7 +158,7 @@ def _parameter(value: object) -> fx.Node | None:
 
 
 def as_stored(node: fx.Node) -> fx.Node:
-    """What a value was before it was cast, copied or detached."""
+    """Return the node of a value before its casts, copies and detachments."""
     while node.op == "call_function" and op_name(node) in _AS_IT_IS and node.meta["val"].is_floating_point():
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -171,7 +171,7 @@ def _arg(node: fx.Node, index: int) -> object:
 
 
 def module_path(node: fx.Node) -> str:
-    """The innermost module that ran this node, relative to the base module."""
+    """Return the path of the innermost module that ran this node, relative to the base module."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(list(stack.values())), ("",))[0].partition("@")[0]
     return path.removeprefix(BASE).removeprefix(".") if path.partition(".")[0] == BASE else ""
@@ -180,7 +180,7 @@ def module_path(node: fx.Node) -> str:
 class _Paths:
     """Module paths of weights: the module that ran the op if it owns the tensor, else the tensor's own name.
 
-    A tied weight has one name in the graph and several owners, so its name cannot tell them apart.
+    A tied weight has one name in the graph and several owners, so the name does not identify the owner.
     """
 
     def __init__(self, graph: Graph) -> None:

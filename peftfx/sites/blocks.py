@@ -1,4 +1,4 @@
-"""Rows of a fused weight: as ranges, as blocks that repeat, and a part of a site seen as a site of its own."""
+"""Rows of a fused weight: as ranges, as blocks that repeat, and a part of a site as a site of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rows = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a fused weight that repeat: `count` blocks of `stride` rows, of which `length` from `start` on."""
+    """Rows of a fused weight that repeat: in each of `count` blocks of `stride` rows, `length` rows from `start` on."""
 
     count: int
     stride: int
@@ -26,7 +26,7 @@ class Block:
 
     @staticmethod
     def of(part: Part, out: int) -> Block:
-        """The block of a part of a weight of `out` rows."""
+        """Return the rows of `part` as a block, in a weight of `out` rows."""
         (first, end), count = part.rows[0], len(part.rows)
         block = Block(count, out // count, first, end - first)
         expected = tuple((first + i * block.stride, end + i * block.stride) for i in range(count))
@@ -39,14 +39,14 @@ class Block:
         return block
 
     def take(self, t: Tensor, dim: int) -> Tensor:
-        """These rows of `t` along `dim`."""
+        """Return these rows of `t` along `dim`."""
         dim %= t.ndim
         return (
             t.unflatten(dim, (self.count, self.stride)).narrow(dim + 1, self.start, self.length).flatten(dim, dim + 1)
         )
 
     def put(self, t: Tensor, rows: Tensor, dim: int) -> Tensor:
-        """A copy of `t` with these rows along `dim` replaced."""
+        """Return a copy of `t` in which `rows` replace these rows along `dim`."""
         dim %= t.ndim
         blocks = t.unflatten(dim, (self.count, self.stride))
         new, after = rows.unflatten(dim, (self.count, self.length)), self.start + self.length
@@ -55,14 +55,14 @@ class Block:
 
 
 def part_site(site: Site, part: Part, block: Block) -> Site:
-    """A part of a fused site, seen as a site of its own."""
+    """Return a part of a fused site as a site of its own."""
     shape = list(site.shape)
     shape[site.rows_axis + site.transposed] = block.count * block.length
     return dataclasses.replace(site, role=part.role, shape=tuple(shape), parts=())
 
 
 def turned(weight: Tensor, transposed: bool) -> Tensor:
-    """A weight as it is stored seen as [out, in, ...], or [experts, out, in]; and one seen so as it is stored."""
+    """Convert a weight between its stored layout and [out, in, ...] or [experts, out, in], in both directions."""
     if not transposed:
         return weight
     return weight.T if weight.ndim == 2 else weight.transpose(-2, -1)

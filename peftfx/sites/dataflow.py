@@ -1,4 +1,4 @@
-"""Dataflow: what is between the sites of a graph, as plain data; `peftfx.sites.network` makes a network of it."""
+"""Dataflow: the connections between the sites of a graph, as plain data. `peftfx.sites.network` builds on it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ INPUT, JOIN, OUTPUT = "input", "join", "output"
 
 @dataclass(frozen=True)
 class Junction:
-    """A node of the network that is no site.
+    """A node of the network that is not a site.
 
     Attributes:
-        name: of the input or output; of a join, its node's in the graph.
+        name: the name of the input or output, or of a join's node in the graph.
         kind: input, join or output.
-        path: the module that joins.
+        path: the module that computes the join.
     """
 
     name: str
@@ -24,11 +24,11 @@ class Junction:
 
 @dataclass(frozen=True)
 class Link:
-    """What one node gives and another reads.
+    """A connection from a node to another node that reads its value.
 
     Attributes:
-        source, target: numbers of nodes: the sites in order, and behind them the junctions.
-        ops: names of the operators on the way, in the order in which they first run.
+        source, target: numbers of nodes: first the sites in order, then the junctions.
+        ops: names of the operators between the two nodes, in the order in which they first run.
     """
 
     source: int
@@ -38,7 +38,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Dataflow:
-    """What is between the sites of a graph."""
+    """The junctions and links between the sites of a graph."""
 
     junctions: tuple[Junction, ...] = ()
     links: tuple[Link, ...] = ()

@@ -1,4 +1,4 @@
-"""Expressions: the language of targets, read into functions from a site to the parts of it that are picked.
+"""Expressions: the language of targets, compiled to functions that say which parts of a site are picked.
 
     expression := term ('|' term)*        union
     term       := factor ('&' factor)*    intersection
@@ -8,11 +8,11 @@
     atom       := a role or group of roles (`attention.query`, `mlp`) | `all-linear`
                 | a module path or the end of one (`q_proj`, `layers.0.mlp.up_proj`) | /a regular expression/
 
-A word that is a role is a role; write `/(.*\\.)?head/` for a module of that name. A fused site is the set of its parts,
-so `attention.query` picks the query rows of a fused projection, and `~attention.query` its other rows.
+A word that is a role always means the role; for a module named `head`, write `/(.*\\.)?head/`. A fused site is the set
+of its parts, so `attention.query` picks the query rows of a fused projection, and `~attention.query` its other rows.
 
-`upstream(T)` are the sites whose values reach one that T picks, `downstream(T)` those that such values reach, and
-`between(A, B)` is `downstream(A) & upstream(B)`; see `peftfx.sites.network`.
+`upstream(T)` are the sites whose values reach a site that T picks, `downstream(T)` the sites that values of T's sites
+reach, and `between(A, B)` is `downstream(A) & upstream(B)`; see `peftfx.sites.network`.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ ALL_LINEAR = "all-linear"
 Target = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 Units = frozenset[str]  #: the parts of a site that are picked: their roles, or "" for a site that has no parts
 Picker = Callable[[Site], Units]
-Reading = Callable[[Iterable[Site]], Picker]  #: a target, to be read against a model's sites
+Reading = Callable[[Iterable[Site]], Picker]  #: a compiled target, to be applied to a model's sites
 RELATIONS = {
     "upstream": 1,
     "downstream": 1,
     "between": 2,
-}  #: what asks for the sites around others: of how many targets
+}  #: the words for sites around other sites, with the number of targets that each takes
 
 _TOKEN = re.compile(r"\s*(?:(?P<regex>/(?:[^/\\]|\\.)+/)|(?P<word>[\w.-]+)|(?P<sign>[|&~(),]))")
 _SIGN = re.compile(r"\s*([|&~(),]?)")
-_DEEPEST = 100  #: parentheses inside one another
+_DEEPEST = 100  #: the deepest nesting of parentheses
 _GROUPS = frozenset(role.partition(".")[0] for role in ROLES)
 
 
 def units(site: Site) -> Units:
-    """All that can be picked of a site."""
+    """Return all units of a site that a target can pick."""
     return frozenset(part.role for part in site.parts) or frozenset({""})
 
 
 def ends_with(path: str, name: str) -> bool:
-    """Whether `name` is this module path, or its end."""
+    """Return whether the module path `path` is `name`, or ends with `name` after a dot."""
     return path == name or path.endswith(f".{name}")
 
 
 def is_role(word: str) -> bool:
-    """Whether a word of a target is a role, a group of roles, or `all-linear`."""
+    """Return whether a word of a target is a role, a group of roles, or `all-linear`."""
     return word in ROLES or word in _GROUPS or word.lower() == ALL_LINEAR
 
 
 def words_of(text: str) -> list[str]:
-    """The words of an expression that are to be roles or modules."""
+    """Return the words of an expression that name roles or modules."""
     found, position = list[str](), 0
     while token := _TOKEN.match(text, position):
         position = token.end()
@@ -67,12 +67,12 @@ def words_of(text: str) -> list[str]:
 
 
 def all_linear(site: Site) -> Units:
-    """As in PEFT: every linear layer and Conv1D but heads; no embedding, no convolution."""
+    """Pick every linear layer and Conv1D but heads, and no embedding or convolution, as HF PEFT does."""
     return units(site) if site.kind == "linear" and site.role != "head" else frozenset()
 
 
 def parse(target: Target) -> Reading:
-    """A target as a function from a model's sites to one from a site to the parts of it that are picked."""
+    """Compile a target to a function from a model's sites to a picker, which gives the picked parts of a site."""
     if isinstance(target, re.Pattern):
         return _alone(lambda site: units(site) if target.fullmatch(site.path) else frozenset())
     if isinstance(target, str):
@@ -83,7 +83,7 @@ def parse(target: Target) -> Reading:
 
 
 class _Parser:
-    """A recursive-descent parser of one expression, into a reading."""
+    """A recursive-descent parser that compiles one expression."""
 
     def __init__(self, text: str) -> None:
         self.text, self.position, self.depth = text, 0, 0
@@ -114,7 +114,7 @@ class _Parser:
         return _without(reading) if negated else reading
 
     def _inner(self, count: int) -> list[Reading]:
-        """This many expressions with commas between them, and the parenthesis behind."""
+        """Parse `count` expressions with commas between them, and the closing parenthesis."""
         self.depth += 1
         if self.depth > _DEEPEST:
             raise self._error(f"more than {_DEEPEST} parentheses inside one another")
@@ -156,7 +156,7 @@ class _Parser:
 
 
 def _alone(picker: Picker) -> Reading:
-    """What looks at one site at a time."""
+    """Return a reading whose picker looks at one site at a time, without the other sites."""
     return lambda sites: picker
 
 
@@ -204,7 +204,7 @@ def _atom(word: str) -> Picker:
 
 
 def _is_own_role(site: Site, word: str) -> bool:
-    """Whether this is the role that a user gave a pattern, or a group of such."""
+    """Return whether `word` is the role that a user gave a pattern, or a group of such roles."""
     return site.kind == PATTERN and in_role(site.role, word)
 
 

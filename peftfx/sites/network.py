@@ -1,7 +1,8 @@
-"""The network of a model's sites: which reads what another gave, and what happens on the way.
+"""The network of a model's sites: which site reads the output of which other, and the operators between them.
 
-Beside the sites there are *junctions*: inputs, outputs, and joins, where values of different sites are added, as a
-residual connection does. So the network is as long as the model, and no site is tied to all that come before it.
+The network's other nodes are *junctions*: inputs, outputs, and joins, where values of different sites are added, as in
+a residual connection. Joins keep the network linear in the model's size: without them each site would have links from
+all sites before it.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ _LAYER = re.compile(r"(?:^|.*?\.)\d+(?=\.|$)")
 
 
 def keys_of(sites: Sequence[Site]) -> list[str]:
-    """A name for each site: its path; of an attention in a module that is a site by its weight too, another."""
+    """Return a name for each site: its path. An attention whose path is also that of a weight gets another name."""
     weighted = {site.path for site in sites if site.kind != "attention"}
     return [f"{s.path}:attention" if s.kind == "attention" and s.path in weighted else s.path for s in sites]
 
 
 def make_network(sites: Sequence[Site], flow: Dataflow) -> nx.DiGraph:
-    """The network, which cannot be changed.
+    """Return the network of the sites, which cannot be changed.
 
-    Nodes are named by paths, joins and the rest as `join:add_3`, `input:input_ids`; they have `path`, `kind`, `role`,
-    `layer` and `shape`. Edges have `ops`.
+    Nodes of sites are named by `keys_of`, junctions as `join:add_3` or `input:input_ids`. Nodes have the attributes
+    `path`, `kind`, `role`, `layer` and `shape`; edges have `ops`.
     """
     network = nx.DiGraph()
     names = [*keys_of(sites), *(f"{j.kind}:{j.name}" for j in flow.junctions)]
@@ -49,7 +50,7 @@ def make_network(sites: Sequence[Site], flow: Dataflow) -> nx.DiGraph:
 
 
 def reached(neighbours: Mapping[str, Iterable[str]], start: Iterable[str]) -> frozenset[str]:
-    """What is reached from any of these nodes by one step or more; each node is looked at once."""
+    """Return the nodes that are reached from the `start` nodes by one step or more. Each node is visited once."""
     found: set[str] = set()
     waiting = deque(start)
     while waiting:
@@ -62,13 +63,13 @@ def reached(neighbours: Mapping[str, Iterable[str]], start: Iterable[str]) -> fr
 
 @lru_cache(1 << 16)
 def layer_path(path: str) -> str:
-    """The path of the layer that a module is in, up to the first number: `model.layers.3`; empty where none is."""
+    """Return the path of the layer that a module is in, up to the first number: `model.layers.3`; or ""."""
     found = _LAYER.match(path)
     return found[0] if found else ""
 
 
 def equal_layers(network: nx.DiGraph) -> list[tuple[str, ...]]:
-    """The layers, by their paths, in groups that are alike: the same sites of the same shapes, linked alike."""
+    """Return the paths of the layers, in groups that have the same sites of the same shapes with the same links."""
     members: dict[str, list[str]] = defaultdict(list)
     for name, path in network.nodes(data="path"):
         if layer_path(path):
@@ -87,16 +88,16 @@ def equal_layers(network: nx.DiGraph) -> list[tuple[str, ...]]:
 
 
 def _hash(layer: nx.DiGraph) -> str:
-    with warnings.catch_warnings():  # networkx warns that its hashes are not those of 3.4: none is kept
+    with warnings.catch_warnings():  # networkx warns that hashes differ from those of 3.4; no hash is kept here
         warnings.simplefilter("ignore", UserWarning)
         return nx.weisfeiler_lehman_graph_hash(layer, node_attr="label", edge_attr="ops")  # type: ignore[no-any-return]
 
 
 def layer_ends(network: nx.DiGraph) -> dict[str, str]:
-    """The last node of each layer that all data pass on their way from a start of the model to an output.
+    """Return the last node of each layer that all data pass on the way from a start of the model to an output.
 
-    A start is a site that reads an input of the model, and no site before it: an embedding of tokens, a conv of
-    patches. A layer of which there is no such node (two values leave it) is left out.
+    A start is a site that reads an input of the model and no other site, such as an embedding of tokens or a conv of
+    patches. A layer without such a node, because two values leave it, is left out.
     """
     plain = nx.DiGraph()
     plain.add_nodes_from(n for n, kind in network.nodes(data="kind") if kind != INPUT)
@@ -115,7 +116,7 @@ def layer_ends(network: nx.DiGraph) -> dict[str, str]:
 
 
 def _spine(above: Mapping[str, str | None], node: str, start: str) -> list[str]:
-    """From a node back to the start, all that every way passes."""
+    """Return the nodes that every way from `start` to `node` passes, from `node` backwards."""
     spine = [node]
     while node != start and (parent := above[node]) is not None:
         spine.append(parent)
@@ -124,12 +125,12 @@ def _spine(above: Mapping[str, str | None], node: str, start: str) -> list[str]:
 
 
 def to_json(network: nx.DiGraph) -> dict[str, Any]:
-    """The network as JSON-ready values: networkx's node-link form."""
+    """Return the network as JSON-ready values, in networkx's node-link form."""
     return nx.node_link_data(network, edges="edges")  # type: ignore[no-any-return]
 
 
 def to_graphml(network: nx.DiGraph) -> str:
-    """The network as GraphML, whose attributes are plain: a shape as `64x32`, operators as words."""
+    """Return the network as GraphML with plain attributes: a shape as `64x32`, operators as words."""
     plain = nx.DiGraph()
     for name, data in network.nodes(data=True):
         shape = {"shape": "x".join(map(str, data["shape"]))}
@@ -139,17 +140,17 @@ def to_graphml(network: nx.DiGraph) -> str:
 
 
 def write_graphml(network: nx.DiGraph, file: Path) -> None:
-    """Write the network to a file; one that is there is replaced.
+    """Write the network to a file. An existing file is replaced.
 
     Raises:
-        PeftfxError: it cannot be written.
+        PeftfxError: the file cannot be written.
     """
     with writing(file):
         file.write_text(to_graphml(network), encoding="utf-8")
 
 
 def picked_by(relation: str, network: nx.DiGraph, *given: Iterable[str]) -> frozenset[str]:
-    """The nodes that `upstream`, `downstream` or `between` picks: what is before, behind, or in between."""
+    """Return the nodes before (`upstream`), after (`downstream`) or between the given nodes (`between`)."""
     if relation == "upstream":
         return reached(network.pred, given[0])
     if relation == "downstream":

@@ -1,7 +1,8 @@
-"""Regular expressions that a user or a file gives: what could keep Python's matcher busy for years is matched here.
+"""Regular expressions from users and files, matched in bounded time.
 
-Python's `re` tries one way through an expression after another; `(a+)+b` has 2^n of them. Where there may be too many,
-all ways are followed at once: a set of positions is carried through the expression, bit by bit of a number.
+Python's `re` tries the ways through an expression one after another, and `(a+)+b` has 2^n ways. Where there may be too
+many ways, the matcher of this module follows all at once: it carries a set of positions through the expression, as the
+bits of a number.
 """
 
 from __future__ import annotations
@@ -15,38 +16,38 @@ from peftfx.errors import PeftfxError
 
 try:
     from re import _compiler, _constants, _parser  # type: ignore[attr-defined]
-except ImportError:  # a Python that keeps them elsewhere: then what is not plain is refused
+except ImportError:  # a Python that has these modules elsewhere: then expressions that are not plain are refused
     _parser = None
 
-_LENGTH = 64  #: of a module path, about
-_WAYS = 50_000  #: through an expression, at a path of that length: Python tries them in some milliseconds
-_STEPS, _MORE = 1_000_000, 2_000  #: of the matcher here, in all matches of one expression, and more for each: a second
+_LENGTH = 64  #: the length of a long module path
+_WAYS = 50_000  #: ways through an expression, at a path of that length, that Python tries in some milliseconds
+_STEPS, _MORE = 1_000_000, 2_000  #: steps of this matcher for one expression, and for each match: about a second
 _NO_CODE = "write it without nested repetitions, or as a list of names"
 
 
 class _Matcher(Protocol):
-    """What can be asked of an expression."""
+    """An expression that can match whole paths."""
 
     def fullmatch(self, string: str, /) -> object:
-        """Whether it matches a whole path: something true."""
+        """Return a true value if the expression matches all of a path."""
 
 
 def compiled(pattern: str, where: str, around: str = "{}") -> _Matcher:
-    """A regular expression, ready to match in bounded time.
+    """Compile a regular expression that matches in bounded time.
 
     Args:
-        pattern: as it was given.
-        where: the option that it is of.
-        around: what it is put into, in place of `{}`.
+        pattern: the expression.
+        where: the option that the expression belongs to, for messages.
+        around: a larger expression, in which the pattern replaces `{}`.
 
     Raises:
-        PeftfxError: it cannot be read, or asks for more than Python's matcher can do, or for too much time.
+        PeftfxError: the expression cannot be read, is too large for Python's matcher, or may take too long.
     """
     return _compiled(pattern, where, around)
 
 
 def quick(pattern: str, where: str, around: str = "{}") -> re.Pattern[str]:
-    """The same for an expression whose groups are needed; one that could take long is refused."""
+    """Compile a regular expression whose groups are needed. An expression that could take long is refused."""
     found = _compiled(pattern, where, around)
     if isinstance(found, re.Pattern):
         return found
@@ -57,7 +58,7 @@ def quick(pattern: str, where: str, around: str = "{}") -> re.Pattern[str]:
 def _compiled(pattern: str, where: str, around: str) -> re.Pattern[str] | _AllWays:
     text = around.replace("{}", pattern)
     try:
-        with warnings.catch_warnings():  # of what another Python may read in another way: nobody here can change that
+        with warnings.catch_warnings():  # about other versions of Python, where a user can change nothing
             warnings.simplefilter("ignore", FutureWarning)
             found = re.compile(text)
             tree = None if _parser is None else _parser.parse(text)
@@ -78,7 +79,7 @@ def _refused(pattern: str, where: str) -> PeftfxError:
 
 
 def _ways(tree: Any) -> int:
-    """How many ways there may be through an expression, at most; beyond `_WAYS` any number."""
+    """Return an upper bound of the number of ways through an expression. Above `_WAYS` it is only a large number."""
     total = 1
     for kind, given in tree:
         total *= _ways_of(str(kind), given)
@@ -107,7 +108,7 @@ def _ways_of(kind: str, given: Any) -> int:
 
 
 class _AllWays:
-    """An expression that is matched in all ways at once."""
+    """An expression whose ways are all followed at once."""
 
     def __init__(self, tree: Any, flags: int, named: tuple[str, str]) -> None:
         self._tree, self._flags, self._named = tree, flags & ~re.DEBUG, named
@@ -115,10 +116,11 @@ class _AllWays:
         self._known: dict[str, bool] = {}
 
     def fullmatch(self, string: str, /) -> bool:
-        """Whether it matches all of a text.
+        """Return whether the expression matches all of a text.
 
         Raises:
-            PeftfxError: it takes too long, or has what cannot be followed in all ways: a reference to a group.
+            PeftfxError: the match takes too long, or the expression has a part that cannot be followed in all ways,
+                such as a reference to a group.
         """
         if string not in self._known:
             end = 1 << len(string)
@@ -127,7 +129,7 @@ class _AllWays:
         return self._known[string]
 
     def _run(self, tree: Any, at: int, text: _Text, flags: int) -> int:
-        """The positions behind an expression that begins at one of these; a position is a bit."""
+        """Return the positions after an expression that starts at one of the positions `at`; a position is a bit."""
         for kind, given in tree:
             if not at:
                 return 0
@@ -171,7 +173,7 @@ class _AllWays:
         return seen
 
     def _look(self, kind: str, way: int, body: Any, at: int, text: _Text, flags: int) -> int:
-        """The positions where what is ahead, or behind, is or is not so."""
+        """Return the positions where a lookahead or lookbehind holds."""
         back = body.getwidth()[0] if way < 0 else 0
         found = 0
         for position in (i for i in range(len(text.string) + 1) if at >> i & 1):
@@ -186,14 +188,14 @@ _ONE_CHARACTER = ("LITERAL", "NOT_LITERAL", "ANY", "IN")
 
 
 class _Text:
-    """A text, and where in it single characters and anchors match, as bits."""
+    """A text, and the positions where single characters and anchors match, as bits."""
 
     def __init__(self, string: str) -> None:
         self.string = string
         self._masks: dict[object, int] = {}
 
     def one(self, kind: str, given: Any, flags: int) -> int:
-        """The positions of characters that a part of an expression matches."""
+        """Return the positions of the characters that a part of an expression matches."""
         key = (kind, str(given), flags)
         if key not in self._masks:
             part = _part(kind, given, flags)
@@ -201,7 +203,7 @@ class _Text:
         return self._masks[key]
 
     def zero_width(self, given: Any, flags: int) -> int:
-        """The positions at which an anchor matches."""
+        """Return the positions at which an anchor matches."""
         key = ("AT", str(given), flags)
         if key not in self._masks:
             part = _part("AT", given, flags)
@@ -210,7 +212,7 @@ class _Text:
 
 
 def _part(kind: str, given: Any, flags: int) -> re.Pattern[str]:
-    """An expression of one part of a parsed one."""
+    """Return a regular expression of one part of a parsed expression."""
     state = _parser.State()
     state.flags = flags
     made: re.Pattern[str] = _compiler.compile(_parser.SubPattern(state, [(getattr(_constants, kind), given)]), flags)

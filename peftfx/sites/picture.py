@@ -1,4 +1,4 @@
-"""picture: the sites of a model as a page. Equal layers are drawn once; those that an adapter tells apart, apart."""
+"""`picture` draws the sites of a model as a page. Equal layers are drawn once, unless adapters make them differ."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from peftfx.sites.network import equal_layers, keys_of, layer_path
 from peftfx.sites.site import PATTERN, Site
 
 Marks = Mapping[str, Sequence[Adapted]]
-"""What acts at sites, by their paths."""
+"""The adapters that act at sites, by the sites' paths."""
 
 
 def picture(sites: Sequence[Site], network: nx.DiGraph, title: str, marks: Marks | None = None, lead: str = "") -> Page:
-    """The page of a model's sites.
+    """Return the page of a model's sites.
 
     Args:
-        sites: all of a base.
-        network: what is between them, as `Sites.network` gives it.
-        title: of the page.
-        marks: what acts where.
+        sites: all sites of a base.
+        network: the network of the sites, from `Sites.network`.
+        title: the page's title.
+        marks: the adapters that act at each site.
         lead: a line below the title.
     """
     drawn = _Picture(sites, network, marks or {})
@@ -32,7 +32,7 @@ def picture(sites: Sequence[Site], network: nx.DiGraph, title: str, marks: Marks
 
 
 class _Picture:
-    """One picture in the making."""
+    """The state of one drawing of a page."""
 
     def __init__(self, sites: Sequence[Site], network: nx.DiGraph, marks: Marks) -> None:
         self.network, self.marks = network, marks
@@ -44,7 +44,7 @@ class _Picture:
         self.alike = {layer: number for number, layers in enumerate(groups) for layer in layers}
 
     def columns(self) -> list[Column]:
-        """The parts of the model, each with its layers in the order in which they run."""
+        """Return the parts of the model, each with its layers in the order in which they run."""
         places = self._places()
         by_column: dict[str, list[Site]] = {}
         for site in self.sites:
@@ -52,7 +52,7 @@ class _Picture:
         return [Column(title or "model", tuple(self._cards(own))) for title, own in by_column.items()]
 
     def _places(self) -> dict[int, str]:
-        """The column of each site: where the paths of layers part; what is in no layer is with what ran before it."""
+        """Return the column of each site: where layers' paths differ. Other sites go where the site before went."""
         ways = [stack.split(".") for stack in dict.fromkeys(_stack(site.path) for site in self.sites) if stack]
         shared = 0
         while ways and all(len(way) > shared for way in ways) and len({way[shared] for way in ways}) == 1:
@@ -126,7 +126,7 @@ class _Picture:
 
 
 def _gathered(acting: Sequence[Sequence[Adapted]]) -> tuple[Adapted, ...]:
-    """What acts at equal places, told once, with what differs among them in lines."""
+    """Return what acts at equal places, listed once. Differences between the places are shown in the lines."""
     found = []
     for same in zip(*acting, strict=False):
         lines = [one.said.split("\n") for one in same]
@@ -136,7 +136,7 @@ def _gathered(acting: Sequence[Sequence[Adapted]]) -> tuple[Adapted, ...]:
 
 
 def _span(said: Sequence[str]) -> str:
-    """One line of equal places: itself where it is the same, else the first and the last."""
+    """Return one line for equal places: the common line, or else the first and the last."""
     return said[0] if len(set(said)) == 1 else f"{said[0]} … {said[-1].partition(': ')[2] or said[-1]}"
 
 
@@ -149,14 +149,14 @@ def _stack_of(layer: str) -> str:
 
 
 def _common(sites: Sequence[Site]) -> str:
-    """What sites of no layer are called together."""
+    """Return a common title for sites that are in no layer."""
     words = [site.path.split(".") for site in sites]
     shared = [a for a, *rest in zip(*words, strict=False) if all(a == b for b in rest)]
     return ".".join(shared) or ", ".join(dict.fromkeys(site.path.partition(".")[0] or "the model" for site in sites))
 
 
 def _label(site: Site) -> str:
-    """The end of a path that tells what it is: of a number, with the word before it."""
+    """Return the end of a path as a short label. A number gets the word before it."""
     words = site.path.split(".") if site.path else ["the model"]
     last = [word for word in words[-2:] if word] if words[-1].isdigit() else words[-1:]
     if site.kind == "attention":
@@ -179,7 +179,7 @@ def _rows(rows: Sequence[tuple[int, int]]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Numbers as ranges: `0–3, 5`."""
+    """Return numbers as text with ranges, such as `0–3, 5`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

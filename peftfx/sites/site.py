@@ -1,4 +1,4 @@
-"""Site: an adaptable place of a model, found by following the dataflow and never by name."""
+"""Site: an adaptable place of a model. Sites are found by following the dataflow, never by name."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import Any
 
 from peftfx.errors import PeftfxError, nearest
 
-#: Kinds of sites that have a weight that mixes features, or a row for each index. A norm's weight does neither; an
-#: attention is a computation between weights.
+#: Kinds of sites whose weight mixes features, or has a row for each index. A norm's weight does neither, and an
+#: attention has no weight of its own.
 WEIGHT_KINDS = ("linear", "conv", "embedding")
-EXPERTS = (
-    "experts"  #: a kind of site: a stack of linear weights, one for each expert, and each row of values has its own
-)
+EXPERTS = "experts"  #: a kind of site: a stack of linear weights; each row of values uses the weight of its own expert
 NORM = "norm"  #: a kind of site, and its role
 ATTENTION = "attention"  #: a kind of site, and its role
 PATTERN = "pattern"  #: a kind of site: where a graph computes what a user's function computes; its role is the user's
 SEQUENCE = "sequence"  #: a kind of site, and its role: the stream of tokens
-ROUTER = "router"  #: the role of a linear layer whose output says which expert a value meets
+ROUTER = "router"  #: the role of a linear layer whose output selects the expert of a value
 
-#: What a site can be for. A fused site's own role names all it holds; its parts have the plain roles.
+#: The roles that a site can have. The role of a fused site names all that the weight holds; its parts have the plain
+#: roles.
 ROLES = (
     *("attention.query", "attention.key", "attention.value", "attention.output"),
     *("attention.qkv", "attention.kv", "attention.qk", "attention.qv"),
@@ -42,10 +41,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Call:
-    """One occurrence of a site in a graph, by node names: `y = op(x, weight, bias)`.
+    """One call of a site in a graph, by node names: `y = op(x, weight, bias)`.
 
-    At an attention site `x` is the query, `op` and `y` the node whose value leaves the attention (probabilities times
-    value, or the fused op), and `key` and `value` are its other operands; elsewhere those two are empty.
+    At an attention site `x` is the query, and `op` and `y` are the node whose value leaves the attention (probabilities
+    times value, or the fused op). `key` and `value` are the attention's other operands; at other sites both are empty.
     """
 
     x: str
@@ -60,16 +59,16 @@ class Heads:
     """The heads of a self-attention, and the linear layers around it.
 
     Attributes:
-        count: of the query's heads.
-        kept: of the key's and value's heads; each serves `count // kept` heads in a row.
+        count: the number of the query's heads.
+        kept: the number of the key's and value's heads; each serves `count // kept` successive query heads.
         stacked: whether batch and heads are one axis of the query, [batch * heads, length, features].
-        scale: what a query's product with a key is multiplied by ahead of the softmax.
-        key, value: paths of the layers that make keys and values; of a fused layer both are its path.
-        key_rows, value_rows: their rows, head by head.
+        scale: the factor of a query's product with a key before the softmax.
+        key, value: paths of the layers that compute keys and values; for a fused layer both are its path.
+        key_rows, value_rows: the rows of these layers that are keys and values, head by head.
         weight: `get_attr` target of the key's weight.
-        width: how many features the two layers read.
+        width: the number of features that the two layers read.
         packed: whether query, key and value are one weight that is stored [in, out].
-        output: path of the layer that reads what the attention gives; empty where none does.
+        output: path of the layer that reads the attention's output; empty if there is no such layer.
     """
 
     count: int
@@ -88,22 +87,22 @@ class Heads:
 
 @dataclass(frozen=True)
 class Site:
-    """An adaptable place. Its identity is its module path. Each family of kinds has a type of its own, below.
+    """An adaptable place, identified by its module path. Each family of kinds has a class of its own below.
 
     Attributes:
         path: the module that owns the weight (`model.layers.0.self_attn.q_proj`); for a parameter that is not its
             module's `weight`, the parameter's own path. For attention, the module that computes it.
         kind: linear, conv, embedding, experts, norm or attention; sequence for the stream of tokens, pattern for a
-            user's.
-        role: one of `ROLES`; of a pattern, the user's.
+            match of a user's pattern.
+        role: one of `ROLES`; at a pattern, the role that the user gave.
         layer: the first number in the path.
         weight: `get_attr` target of the weight; tied sites share one. Empty for attention.
         bias: `get_attr` target of the bias.
-        shape: the weight's shape as stored, of experts with their number first; `()` for attention.
+        shape: the weight's stored shape; the first axis of experts is their number; `()` for attention.
         transposed: whether the weight, or each expert's, is stored [in, out].
-        parts: what the rows of the weight are for, where they differ or some are for nothing of the role.
+        parts: the roles of the weight's rows, where rows have different roles or some rows have none.
         calls: where the site runs, in order.
-        groups: of a conv.
+        groups: the number of groups of a conv.
     """
 
     path: str
@@ -120,18 +119,18 @@ class Site:
 
     @property
     def parameter(self) -> str:
-        """The full name of the weight in the model, under the module that it is read for."""
+        """The full name of the weight in the model, under the module that reads it."""
         own = self.weight.partition(".")[2] == self.path
         return self.path if own else f"{self.path}.weight".removeprefix(".")
 
     @property
     def rows_axis(self) -> int:
-        """Which axis of the weight its output rows are, where it is seen as [out, in, ...] or [experts, out, in]."""
+        """The axis of the weight's output rows, in the layout [out, in, ...] or [experts, out, in]."""
         return 1 if self.kind == EXPERTS else 0
 
     @property
     def rows(self) -> int:
-        """How many output rows a linear weight has, or each expert's."""
+        """The number of output rows of a linear weight, or of each expert's weight."""
         return self.shape[self.rows_axis + self.transposed]
 
     def __repr__(self) -> str:
@@ -140,28 +139,28 @@ class Site:
         return f"{type(self).__name__}({', '.join(told)})"
 
     def to_dict(self) -> dict[str, Any]:
-        """This site as JSON-ready values; sites of all families have the same keys."""
+        """Return this site as JSON-ready values. Sites of all families have the same keys."""
         first = dict.fromkeys(own.name for own in dataclasses.fields(Site))
         return {**first, **_NOTHING_MORE, **dataclasses.asdict(self)}
 
 
 @dataclass(frozen=True, repr=False)
 class WeightSite(Site):
-    """Where a weight is applied: a linear layer, a conv, an embedding, or a stack of experts' weights."""
+    """A site that applies a weight: a linear layer, a conv, an embedding, or a stack of experts' weights."""
 
 
 @dataclass(frozen=True, repr=False)
 class NormSite(Site):
-    """A norm: a statistic of the values, and parameters of the module that scale or shift what it gives."""
+    """A norm: a statistic of the values, and parameters of the module that scale or shift the result."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class AttentionSite(Site):
-    """An attention: a computation between weights.
+    """An attention: a computation between weights, without a weight of its own.
 
     Attributes:
-        heads: of a self-attention whose keys and values are each a linear layer's rows.
-        headless: why there are no `heads`.
+        heads: the heads of a self-attention whose keys and values are each the rows of a linear layer.
+        headless: why `heads` is None.
     """
 
     heads: Heads | None = None
@@ -170,20 +169,20 @@ class AttentionSite(Site):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class HeadedSite(AttentionSite):
-    """A self-attention whose heads, and the layers around it, are known: an attention method can act there."""
+    """A self-attention whose heads and surrounding layers are known, so that attention methods can act there."""
 
     heads: Heads = field()
 
 
 @dataclass(frozen=True)
 class Operand:
-    """What a pattern's function is given at a match, or what it gives.
+    """An argument of a pattern's function at a match, or its result.
 
     Attributes:
-        name: of the argument.
-        shape: None for an axis whose size is free.
+        name: the argument's name.
+        shape: the sizes of the axes; None for a free size.
         dtype: as torch names it, `float32`.
-        weight: `get_attr` target of the tensor, where it is one of the base's.
+        weight: `get_attr` target of the tensor, if the base owns the tensor.
     """
 
     name: str
@@ -194,15 +193,15 @@ class Operand:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PatternSite(Site):
-    """Where a graph computes what a pattern's function computes; it has no weight of its own.
+    """A place where a graph computes what a pattern's function computes. It has no weight of its own.
 
-    Its path is the innermost module that all of it runs in, the pattern's name and a number.
+    Its path joins the innermost module that runs the whole match, the pattern's name, and a number.
 
     Attributes:
-        pattern: its name.
-        operands: what the function is given here; the first is `x` of the calls.
-        output: what it gives.
-        numbers: the values of its `float` arguments.
+        pattern: the pattern's name.
+        operands: the function's arguments at this match; the first is `x` of the calls.
+        output: the function's result.
+        numbers: the values of the function's `float` arguments.
     """
 
     pattern: str
@@ -211,10 +210,10 @@ class PatternSite(Site):
     numbers: tuple[tuple[str, float], ...] = ()
 
     def operand(self, name: str) -> Operand:
-        """The operand of this name.
+        """Return the operand of this `name`.
 
         Raises:
-            PeftfxError: the spelling that matched has none.
+            PeftfxError: the spelling that matched has no such operand.
         """
         names = {operand.name: operand for operand in self.operands}
         if name not in names:
@@ -224,10 +223,10 @@ class PatternSite(Site):
 
     @property
     def width(self) -> int:
-        """The size of the last axis of what the function gives.
+        """The size of the last axis of the function's result.
 
         Raises:
-            PeftfxError: it is free.
+            PeftfxError: the size is free.
         """
         size = self.output.shape[-1] if self.output.shape else None
         if size is None:
@@ -236,7 +235,7 @@ class PatternSite(Site):
         return size
 
 
-#: The fields that some families of sites have, so that rows of all have them.
+#: The fields that only some families of sites have. `to_dict` gives them for all sites.
 _NOTHING_MORE: dict[str, Any] = {
     "heads": None,
     "headless": "",
@@ -249,7 +248,7 @@ _NOTHING_MORE: dict[str, Any] = {
 
 @dataclass(frozen=True, repr=False)
 class SequenceSite(Site):
-    """The stream of tokens, ahead of which a soft prompt goes. Its weight is that of the table that embeds them."""
+    """The stream of tokens, before which a soft prompt goes. Its weight is the table that embeds the tokens."""
 
     @property
     def embedding(self) -> str:
@@ -258,20 +257,20 @@ class SequenceSite(Site):
 
     @property
     def tokens(self) -> str:
-        """The argument that holds the ids."""
+        """The name of the argument that holds the token ids."""
         return self.calls[0].x
 
 
 def plays(site: Site, role: str) -> bool:
-    """Whether the site, or a part of it, has this role or one of this group of roles."""
+    """Return whether the site, or a part of it, has this role or a role of this group."""
     return any(in_role(own, role) for own in (site.role, *(part.role for part in site.parts)))
 
 
 def in_role(own: str, role: str) -> bool:
-    """Whether `own` is `role`, or belongs to the group that `role` names."""
+    """Return whether the role `own` is `role`, or belongs to the group that `role` names."""
     return own == role or own.startswith(f"{role}.")
 
 
 def layer_of(path: str) -> int | None:
-    """The first number in a module path."""
+    """Return the first number in a module path, or None."""
     return next((int(component) for component in path.split(".") if component.isdigit()), None)

@@ -1,4 +1,4 @@
-"""Sites: the adaptable places of one graph, to filter, select from and print."""
+"""Sites: the sequence of a graph's adaptable places, to filter, select from and print."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ class Sites(Sequence[Site]):
     Attributes:
         items: the sites.
         called: the paths of all modules that the graph calls, sites or not.
-        reads: for each module that has parameters which the graph reads, and is no site, what reads them.
-        elsewhere: for a site whose module the graph also runs in other places, their names: no adapter acts there.
-        passed_by: for a site where HF PEFT's layer would not do what the operation on the weight does, why.
-        flow: what is between the sites; None of a selection, which has not all of them.
-        misses: for a pattern that is nowhere in the graph, where it came closest, and what is another there.
+        reads: for each module that is not a site, but has parameters that the graph reads: what reads them.
+        elsewhere: for each site whose module the graph also runs in other places: their names. No adapter acts there.
+        passed_by: for each site where HF PEFT's layer would act differently from an adapter of the weight's operation:
+            why.
+        flow: the connections between the sites; None for a selection, which lacks some sites.
+        misses: for each pattern without a match in the graph: where it came closest, and what differs there.
     """
 
     items: tuple[Site, ...] = ()
@@ -61,42 +62,42 @@ class Sites(Sequence[Site]):
 
     @functools.cached_property
     def weights(self) -> tuple[WeightSite, ...]:
-        """The linear layers, convs, embeddings and stacks of experts."""
+        """The sites with weights: linear layers, convs, embeddings and stacks of experts."""
         return self._of(WeightSite)
 
     @functools.cached_property
     def weights_by_path(self) -> Mapping[str, WeightSite]:
-        """The same by their paths."""
+        """The sites with weights, by their paths."""
         return {site.path: site for site in self.weights}
 
     @functools.cached_property
     def norms(self) -> tuple[NormSite, ...]:
-        """The norms."""
+        """The norm sites."""
         return self._of(NormSite)
 
     @functools.cached_property
     def attentions(self) -> tuple[AttentionSite, ...]:
-        """The attentions."""
+        """The attention sites."""
         return self._of(AttentionSite)
 
     @functools.cached_property
     def headed(self) -> tuple[HeadedSite, ...]:
-        """The attentions whose heads are known: those that an attention method can act at."""
+        """The attentions whose heads are known. Attention methods can act at these."""
         return self._of(HeadedSite)
 
     @functools.cached_property
     def patterns(self) -> tuple[PatternSite, ...]:
-        """Where the graph computes what users' patterns compute."""
+        """The sites where the graph computes what users' patterns compute."""
         return self._of(PatternSite)
 
     def _of(self, family: type[_S]) -> tuple[_S, ...]:
         return tuple(site for site in self.items if isinstance(site, family))
 
     def filter(self, *, role: str | None = None, kind: str | None = None, layer: int | None = None) -> Sites:
-        """The sites that have all the given properties.
+        """Return the sites that have all the given properties.
 
         Args:
-            role: of the site or of a part of it; a group, such as `mlp`, is all roles in it.
+            role: the role of the site or of a part of it; a group, such as `mlp`, stands for all roles in it.
             kind: `linear`, `conv`, `embedding`, `norm`, `attention` and others.
             layer: the number of the layer, from 0.
         """
@@ -111,11 +112,11 @@ class Sites(Sequence[Site]):
         )
 
     def select(self, target: Target) -> list[SelectedSite]:
-        """The sites that a target expression picks; see `peftfx.sites.target`."""
+        """Return the sites that the expression `target` picks; see `peftfx.sites.target`."""
         return select(self, target=target)
 
     def by_path(self, path: str) -> Site:
-        """The site at this module path; one with a weight, if an attention has the same path."""
+        """Return the site at this module `path`. If an attention shares it with a weight, return the weight's site."""
         found = [site for site in self.items if site.path == path]
         if not found:
             hint = nearest(path, (site.path for site in self.items)) or "`table()` lists the sites"
@@ -123,21 +124,21 @@ class Sites(Sequence[Site]):
         return next((site for site in found if site.kind != "attention"), found[0])
 
     def renamed(self, now: Callable[[str, str], str]) -> Sites:
-        """These sites in a graph whose nodes have changed.
+        """Return these sites for a graph whose nodes have changed.
 
         Args:
-            now: gives for the name of a node, and what it is of a call, the name of what stands for it; empty where
-                nothing does: the call is gone then.
+            now: a function of a node's name and its place in a call, such as `x`, that gives the name of the node that
+                replaces it. If it gives an empty text, the call is removed.
         """
         items = (dataclasses.replace(site, calls=tuple(_renamed(site.calls, now))) for site in self.items)
         return dataclasses.replace(self, items=tuple(items))
 
     def roles(self) -> Counter[str]:
-        """How many sites have each role."""
+        """Return how many sites have each role."""
         return Counter(site.role for site in self.items)
 
     def network(self) -> nx.DiGraph:
-        """The network of these sites; see `peftfx.sites.network`. It is made once, and cannot be changed.
+        """Return the network of these sites; see `peftfx.sites.network`. It is made once, and cannot be changed.
 
         Raises:
             PeftfxError: these are not all sites of a base model, as `peftfx.inspect` gives them.
@@ -154,10 +155,10 @@ class Sites(Sequence[Site]):
         return make_network([site for site in self.items if site.kind != PATTERN], self.flow)
 
     def show(self, title: str = "") -> Page:
-        """These sites as a page: equal layers drawn once, what reads what, a search; `.save(file)` writes it.
+        """Return these sites as a page with a search. Equal layers are drawn once. `.save(file)` writes the page.
 
         Args:
-            title: what stands on top.
+            title: the heading of the page.
 
         Raises:
             PeftfxError: these are not all sites of a base model, as `peftfx.inspect` gives them.
@@ -170,23 +171,23 @@ class Sites(Sequence[Site]):
         return None if self.flow is None else self.show()._repr_html_()
 
     def equal_layers(self) -> list[tuple[str, ...]]:
-        """The layers of the model, by their paths, in groups that are alike."""
+        """Return the paths of the model's layers, in groups of equal layers."""
         from peftfx.sites.network import equal_layers
 
         return equal_layers(self.network())
 
     def layer_ends(self) -> dict[str, str]:
-        """The node of the network where each layer ends: all data pass it; see `peftfx.sites.network.layer_ends`."""
+        """Return the network's node where each layer ends; see `peftfx.sites.network.layer_ends`."""
         from peftfx.sites.network import layer_ends
 
         return layer_ends(self.network())
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """One JSON-ready row for each site."""
+        """Return one JSON-ready row for each site."""
         return [site.to_dict() for site in self.items]
 
     def table(self) -> Table:
-        """The sites as a rich table."""
+        """Return the sites as a rich table."""
         from rich.table import Table
 
         table = Table("path", "kind", "role", "layer", "shape", "parts", "calls")

@@ -1,4 +1,4 @@
-"""Targets: where a rule applies. An expression over roles and names, or HF PEFT's own `target_modules`."""
+"""Targets: the sites where a rule applies, by an expression over roles and names, or by HF PEFT's `target_modules`."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ Modules = str | Collection[str]
 
 @dataclass(frozen=True)
 class SelectedSite:
-    """A site that a target picked; `parts` names the roles of the picked rows where they are not the whole site."""
+    """A site that a target picked. `parts` names the roles of the picked rows, if not the whole site is picked."""
 
     site: Site
     parts: tuple[str, ...] = ()
 
 
 class Where(TypedDict, total=False):
-    """Where a rule applies, as `select` and `explain` are told; what is left out says nothing.
+    """The options of `select` and `explain` that say where a rule applies. Each may be left out.
 
     Attributes:
         target: an expression (see this module), a compiled pattern that must match a whole path, or several
             expressions, any of which may match.
         target_modules, exclude_modules, layers_to_transform, layers_pattern: as in HF PEFT. A list holds paths or ends
             of paths; a string is a regular expression that must match a whole path, or "all-linear".
-        target_parameters: as in HF PEFT: parameters by their full names or the ends of these, beside what else is
-            targeted, or alone.
-        default: the expression where neither `target` nor `target_modules` is given; `all-linear`.
+        target_parameters: as in HF PEFT: parameters by their full names or the ends of these, alone or in addition to
+            other targets.
+        default: the expression that is used if neither `target` nor `target_modules` is given; `all-linear` if left
+            out.
     """
 
     target: Target | None
@@ -60,7 +61,7 @@ class Where(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a site was picked or was not."""
+    """The reason why a site was picked or was not."""
 
     site: Site
     match: SelectedSite | None
@@ -70,7 +71,7 @@ class Reason:
 def select(
     sites: Iterable[Site], *, kinds: Collection[str] = WEIGHT_KINDS, **where: Unpack[Where]
 ) -> list[SelectedSite]:
-    """The sites that a rule applies to, in the order in which they run.
+    """Return the sites that a rule applies to, in the order in which they run.
 
     Args:
         sites: the sites to pick from.
@@ -88,7 +89,7 @@ def select(
 
 
 def unknown_words(sites: Collection[Site], where: Where) -> dict[str, str]:
-    """The words of a target that are no role and no module here, so that they pick nothing, and the nearest of each."""
+    """Return a target's words that are no role and no module here, so pick nothing, with the nearest known word."""
     target, modules = where.get("target"), where.get("target_modules")
     asked = target if modules is None else () if isinstance(modules, str) else modules
     items = (asked,) if isinstance(asked, str) else () if isinstance(asked, re.Pattern) else tuple(asked or ())
@@ -101,7 +102,7 @@ def unknown_words(sites: Collection[Site], where: Where) -> dict[str, str]:
 
 
 def explain(sites: Iterable[Site], *, kinds: Collection[str] = WEIGHT_KINDS, **where: Unpack[Where]) -> list[Reason]:
-    """For every site, whether `select` with the same arguments picks it, and why; raises only if they make no sense."""
+    """Return for every site whether `select` would pick it, and why. Only senseless arguments raise an error."""
     if unknown := next((name for name in where if name not in Where.__annotations__), None):
         raise PeftfxError(f"a target has no option {unknown!r}", "target", nearest(unknown, Where.__annotations__))
     refuse_misfits(where, Where, "target")
@@ -125,7 +126,7 @@ def explain(sites: Iterable[Site], *, kinds: Collection[str] = WEIGHT_KINDS, **w
     layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform or ())
     names = (layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern or ())
     patterns = [quick(name, "layers_pattern", _LAYER) for name in names]
-    # PEFT lets a module that is listed by its full path pass the filter on layers.
+    # HF PEFT does not apply the filter on layers to a module that is listed by its full path.
     exempt = target_modules if target_modules is not None and not isinstance(target_modules, str) else ()
 
     def reason(site: Site) -> Reason:
@@ -173,7 +174,7 @@ _LAYER = r"(?:^|.*?\.)(?:{})\.(?P<layer>\d+)\."
 
 
 def _layer(path: str, patterns: Sequence[re.Pattern[str]]) -> int | None:
-    """The layer as PEFT counts it: the first number in the path, behind one of the names where there are any."""
+    """Return the layer as HF PEFT counts it: the first number in the path, or the number after one of `patterns`."""
     if not patterns:
         found = re.match(r".*?\.[^.]*\.(?P<layer>\d+)\.", path)
         return int(found["layer"]) if found else None
@@ -182,7 +183,7 @@ def _layer(path: str, patterns: Sequence[re.Pattern[str]]) -> int | None:
 
 
 BY_PARAMETER = ("linear", EXPERTS)  #: kinds of sites whose weights `target_parameters` name
-_FEW = 8  #: words of a target that are looked up among the model's
+_FEW = 8  #: the most words of a target that are compared with the model's names
 _OF_PEFT = "peft has adapted this model, and its layers are called base_layer: pass the model without adapters"
 
 
@@ -193,14 +194,14 @@ def _match(site: Site, picked: Units) -> SelectedSite | None:
 
 
 def _runs(path: str) -> Iterator[str]:
-    """Each run of names in a path: a module, the end of one, or one that it is in."""
+    """Yield each run of names in a path: a module's path, the end of a path, or the path of a parent."""
     names = path.split(".")
     for start in range(len(names)):
         yield from (".".join(names[start:end]) for end in range(start + 1, len(names) + 1))
 
 
 def _of_other_kinds(sites: Iterable[Site], kinds: Collection[str], where: Where) -> PeftfxError | None:
-    """What to say of a target that picks sites, and none of a kind that may be picked."""
+    """Return the error for a target that picks sites, but none of a kind that may be picked; or None."""
     picker = _picker(sites, where)
     others = sorted({site.kind for site in sites if site.kind not in kinds and picker(site)})
     if not others:
@@ -212,7 +213,7 @@ def _of_other_kinds(sites: Iterable[Site], kinds: Collection[str], where: Where)
 
 
 def _asked(where: Where) -> list[str]:
-    """What was asked for, as texts."""
+    """Return what the target asked for, as texts."""
     modules, target = where.get("target_modules") or where.get("target_parameters"), where.get("target")
     asked = modules if modules is not None else where.get("default", ALL_LINEAR) if target is None else target
     items = [asked] if isinstance(asked, str | re.Pattern) else list(asked)
