@@ -23,7 +23,7 @@ from peftfx.graph.graph import BASE
 from peftfx.sites.blocks import Block, Rows
 from peftfx.sites.site import Heads, Part
 
-_STEPS = 4  #: how many layers may be between a query's input and a key's: a pooling convolution and its norm, say
+_STEPS = 4  #: how many layers may be between a query's input and a key's, such as a pooling convolution and its norm
 
 
 class _Projection(NamedTuple):

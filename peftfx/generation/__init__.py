@@ -1,1 +1,1 @@
-"""Generation: what stands in front of transformers' `generate` so that a graph answers each of its steps."""
+"""Generation: classes that let transformers' `generate` run on graphs, which compute each step."""

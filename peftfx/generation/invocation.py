@@ -1,9 +1,10 @@
-"""Invocation: the tokens in a row's text from which on an adapter acts (aLoRA), and no earlier.
+"""Invocation (aLoRA): the tokens in a row's text from which on an adapter acts. Before them it does not act.
 
-Ahead of it a row is the base's, keys and values included, so that a cache of the base is this adapter's too. Its place
-is counted from the end, as in HF PEFT's `alora_offsets`: how many of a row's last tokens are from its beginning on, 0
-for none. It is found in the tokens of the call. A call that goes on from a cache may be behind an invocation that its
-tokens no longer have: a view with a cache has these numbers as an input, and the larger one counts.
+Before the invocation a row is computed by the base alone, keys and values included, so that the adapter can use a cache
+of the base. The place of the invocation is counted from the end of the row, as in HF PEFT's `alora_offsets`: the number
+of last tokens from the invocation's first token on; 0 for no invocation. It is found in the tokens of the call. A call
+that continues a cache may follow an invocation that is not in its own tokens. So a view with a cache has these numbers
+as an input, and the larger number counts.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from peftfx.views.decode import Decode
 from peftfx.views.view import Axes
 
 TOKEN_IDS, OFFSETS, ACTIVE = "input_ids", "alora_offsets", "active"
-INVOCATION_KEY = "peftfx.invocation"  #: metadata key of an exported model: the tokens behind which its adapters act
+INVOCATION_KEY = "peftfx.invocation"  #: metadata key of an exported model: the tokens after which its adapters act
 Invocations = tuple[tuple[int, ...], ...]
 
 
 def offsets_of(ids: Tensor, tokens: Sequence[int]) -> Tensor:
-    """How many of the last tokens of each row are from the last invocation on, int64[batch]; `ids` [batch, length]."""
+    """Return how many last tokens of each row of `ids` [batch, length] start at its last invocation, int64[batch]."""
     length = ids.shape[1]
     padded = F.pad(ids, (0, len(tokens) - 1), value=-1)
     places = torch.arange(length, device=ids.device)
@@ -37,14 +38,14 @@ def offsets_of(ids: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def active(ids: Tensor, offsets: Tensor | None, tokens: Sequence[int]) -> Tensor:
-    """Where an adapter acts, bool[batch, length, 1]: from the invocation on, or in the last `offsets` of the tokens."""
+    """Return where an adapter acts, bool[batch, length, 1]: from the invocation on, or in the last `offsets` tokens."""
     found, length = offsets_of(ids, tokens), ids.shape[1]
     found = found if offsets is None else torch.maximum(found, offsets)
     return (torch.arange(length, device=ids.device) >= length - found[:, None])[..., None]
 
 
 def where_active(change: Tensor, acts: Tensor) -> Tensor:
-    """What is added to a layer's output, [batch, length, features], where it acts; a layer may read the last alone.
+    """Keep the change of a layer's output, [batch, length, features], only where `acts` is true.
 
     Raises:
         PeftfxError: the layer reads the tokens of all rows as one.
@@ -68,10 +69,10 @@ def refuse_no_tokens(tokens: Sequence[int]) -> None:
 
 
 def as_offsets(value: object, ids: Tensor) -> Tensor:
-    """Numbers that a call gives for its rows, None being 0, as HF PEFT has them.
+    """Return the numbers that a call gives for its rows as a tensor. None means 0, as in HF PEFT.
 
     Raises:
-        PeftfxError: they are no such numbers.
+        PeftfxError: the value is not one whole number from 0 for each row.
     """
     numbers = [0 if n is None else n for n in value] if isinstance(value, list | tuple) else value
     try:
@@ -85,7 +86,7 @@ def as_offsets(value: object, ids: Tensor) -> Tensor:
 
 
 def invoked(inputs: Mapping[str, Tensor], invocations: Invocations, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs of a call with an invocation in some of its rows, wherever one has room: without, no adapter would act."""
+    """Return inputs with an invocation in some rows, if there is room. Without invocations no adapter would act."""
     ids = inputs.get(TOKEN_IDS)
     if ids is None or ids.ndim != 2:
         return dict(inputs)
@@ -100,10 +101,10 @@ def invoked(inputs: Mapping[str, Tensor], invocations: Invocations, seed: int = 
 
 @dataclass(frozen=True)
 class InvokedDecode(Decode):
-    """A decode view whose adapters act behind an invocation, with the numbers of its rows as one more input.
+    """A decode view whose adapters act after an invocation. The numbers of its rows are one more input.
 
     Attributes:
-        invocations: of the adapters.
+        invocations: the tokens of the adapters' invocations.
     """
 
     invocations: Invocations = ()
@@ -122,7 +123,7 @@ class InvokedDecode(Decode):
 
 
 def with_offsets(view: object, args: Sequence[object], options: Mapping[str, object]) -> dict[str, object]:
-    """Options of `generate`, with where the rows of its prompt invoke the adapters of a view, if that is not told."""
+    """Return options of `generate` with the offsets of the prompt's rows, unless they are given."""
     if not isinstance(view, InvokedDecode) or options.get(OFFSETS) is not None:
         return dict(options)
     ids = args[0] if args else options.get(TOKEN_IDS, options.get("inputs"))
@@ -131,10 +132,10 @@ def with_offsets(view: object, args: Sequence[object], options: Mapping[str, obj
 
 
 def under_invocations(view: Decode, invocations: Invocations) -> Decode:
-    """A decode view as it is under adapters that act behind these invocations.
+    """Return a decode view for adapters that act after these invocations.
 
     Raises:
-        PeftfxError: they are several.
+        PeftfxError: there are several invocations.
     """
     if len(invocations) > 1:
         what = f"adapters of {len(invocations)} invocations act together, and {OFFSETS} of a row is one number"

@@ -1,7 +1,7 @@
-"""Stand-ins: a model of a base's own class whose forward is a graph's.
+"""Stand-ins: models of the base's own class whose forward runs a graph.
 
-What the class has of its own for generation stays: inputs that it prepares, tokens that it forces and suppresses, long
-recordings that it takes piece by piece.
+The class's own code for generation is still used: it prepares inputs, forces and suppresses tokens, and splits long
+recordings.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from peftfx.generation.step import Generates
 
 
 def over_graphs(base: nn.Module, way: type[Generates], **parts: object) -> Any:
-    """A model of the base's own class, over the base's own tensors, whose forward is `way`'s.
+    """Return a model of the base's class, over the base's tensors, whose forward is that of `way`.
 
     Args:
         base: the model, whose class generates.
-        way: its forward.
-        parts: what `way` needs: attributes.
+        way: the mixin whose forward is used.
+        parts: the attributes that `way` needs.
     """
     kind = _class(type(base), way)  # type: ignore[arg-type]
     made = kind.__new__(kind)
-    # Its own namespace over the base's own tables of modules and parameters: nothing is copied or registered.
+    # The model has its own attributes, but the base's tables of modules and parameters: nothing is copied or
+    # registered.
     vars(made).update(vars(base))
     vars(made).update(parts)
     return made
@@ -41,7 +42,7 @@ def _class(base: type[nn.Module], way: type[Generates]) -> Any:
         named |= named.pop("kwargs", {})
         return way.forward(self, **named)
 
-    # transformers reads there what the model takes: whether positions, and how many logits.
+    # transformers reads from the signature whether the model takes positions, and a number of logits.
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     setattr(made, "forward", forward)  # noqa: B010
     return made

@@ -1,7 +1,7 @@
-"""Stepping: what stands in front of `GenerationMixin` so that a graph, and no model, answers each of its steps.
+"""Steps of generation: a mixin for `GenerationMixin` that runs each step on a graph, in place of a model.
 
-`GenerationMixin` asks its model for logits and hands it its cache, step by step. Here both go to a graph, as plain
-tensors: everything else (sampling, beams, stopping, streaming) stays transformers'.
+`GenerationMixin` calls its model for logits and gives it the cache, step by step. The mixin hands both to a graph, as
+plain tensors. transformers does all the rest: sampling, beams, stopping, streaming.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from peftfx.views.decode import Decode
 from peftfx.views.row_adapters import IDS
 
 Step = Callable[[dict[str, Tensor], Cache | None], Mapping[str, Tensor]]
-"""Runs a view on its inputs, by name; the cache is where it may keep memory for what it returns."""
+"""A function that runs a view on its inputs, by name. It may keep memory for its results in the cache."""
 
-#: Arguments of a forward that say how to return what it computes, and change none of it.
+#: Arguments of a forward that only change how results are returned.
 _HARMLESS = frozenset({"return_dict", "use_cache"})
 
 
 class GraphCache(DynamicCache):
-    """A cache that a graph's tensors are handed into; it counts tokens where no layer does.
+    """A cache for tensors of a graph. It counts tokens by itself where no layer does.
 
     Attributes:
-        seen: how many tokens there were.
+        seen: the number of tokens so far.
     """
 
     def __init__(self) -> None:
@@ -41,28 +41,28 @@ class GraphCache(DynamicCache):
         self.seen = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens there were."""
+        """Return the number of tokens so far."""
         counting = not self.layers or any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
         return super().get_seq_length(layer_idx) if counting else self.seen
 
 
 class Generates:
-    """What stands in front of `GenerationMixin` in a class that generates with a decode view.
+    """A mixin, before `GenerationMixin`, for a class that generates with a decode view.
 
     Attributes:
-        view: of the model.
-        step: runs it.
+        view: the model's decode view.
+        step: the function that runs the view.
     """
 
     view: Decode
     step: Step
 
     def new_cache(self) -> DynamicCache:
-        """An empty cache."""
+        """Return an empty cache."""
         return GraphCache()
 
     def beside(self) -> dict[str, Tensor]:
-        """What the view takes beside a text and a cache."""
+        """Return the inputs of the view other than the text and the cache."""
         return {}
 
     def forward(
@@ -76,7 +76,7 @@ class Generates:
         alora_offsets: Tensor | None = None,
         **others: object,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the cache with these tokens in it."""
+        """Run the graph, and return the logits and the cache, to which these tokens are added."""
         refuse_arguments(others)
         if input_ids is None:
             raise PeftfxError("the graph of the decode view reads tokens", "inputs_embeds", "pass input_ids")
@@ -96,30 +96,30 @@ class Generates:
         return CausalLMOutputWithPast(logits=logits, cache=cache)  # type: ignore[call-arg, arg-type]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', for rows that invoke adapters too: where they do is found in the whole prompt, once."""
+        """Generate as transformers does. Where rows invoke adapters is found once, in the whole prompt."""
         return super().generate(*args, **with_offsets(self.view, args, kwargs))  # type: ignore[misc]
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """Where rows are invoked is told beside what the model's own class takes."""
+        """Accept the rows' offsets, beside what the model's own class accepts."""
         own = {name: value for name, value in model_kwargs.items() if name != OFFSETS}
         super()._validate_model_kwargs(own)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: object
     ) -> None:
-        """A cache of plain tensors; transformers' own choice for the model might be another kind."""
+        """Give a cache of plain tensors. transformers might choose another kind."""
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             refuse(f"the kind {kind!r}")
         given = model_kwargs.get("cache")
         if given is not None:
             self._given_cache(given)
-            given._is_user_defined = True  # what transformers' own method does with it
+            given._is_user_defined = True  # as in transformers' own method
         elif generation_config.use_cache is not False:
             model_kwargs["cache"] = self._new_generation_cache()
 
     def _given_cache(self, given: Cache) -> None:
-        held(given)  # refuses what it does not know
+        held(given)  # this refuses unknown kinds of caches
 
     def _new_generation_cache(self) -> Cache:
         return self.new_cache()
@@ -128,14 +128,14 @@ class Generates:
 def step_inputs(
     view: Decode, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: DynamicCache
 ) -> dict[str, Tensor]:
-    """The inputs of a decode view for these tokens, after what the cache holds.
+    """Return the inputs of a decode view for these tokens, which follow the tokens in the cache.
 
     Args:
-        view: says what they are.
+        view: the view.
         tokens: int64[batch, sequence].
-        mask: [batch, past + sequence]; none shows everything.
-        positions: [batch or 1, sequence]; none counts on from the past.
-        cache: empty, or filled by the view.
+        mask: [batch, past + sequence]; None shows all tokens.
+        positions: [batch or 1, sequence]; None counts on from the past.
+        cache: an empty cache, or one filled by the view.
     """
     batch, length = tokens.shape
     past = held(cache)
@@ -158,7 +158,7 @@ def step_inputs(
 
 
 def refuse_arguments(others: Mapping[str, object]) -> None:
-    """Refuse what a graph of tokens and a cache cannot take into account, or give."""
+    """Refuse arguments that a graph of tokens and a cache cannot respect, or outputs that it does not give."""
     for name, value in others.items():
         if name not in _HARMLESS and value is not None and value is not False:
             hint = "leave it out, or generate with the base model" if name.startswith("output_") else "leave it out"

@@ -1,4 +1,4 @@
-"""Stepping behind an encoder: a text, a sound or an image is encoded once, and attended to at every step."""
+"""Steps of an encoder-decoder: a text, sound or image is encoded once, and each step attends to it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from peftfx.views.row_adapters import IDS
 
 
 class SourceEncoder:
-    """What `GenerationMixin` takes for the model's encoder. Its output carries the decoder's keys and values along.
+    """The encoder that `GenerationMixin` calls. Its output includes the decoder's cross-attention keys and values.
 
     Attributes:
-        encode: runs the encoder's view.
-        main_input_name: the argument that is encoded.
+        encode: the function that runs the encoder's view.
+        main_input_name: the name of the argument that is encoded.
     """
 
     def __init__(self, encode: Step, source: str = TEXT_INPUT) -> None:
@@ -36,7 +36,7 @@ class SourceEncoder:
         adapter_ids: Tensor | None = None,
         **others: object,
     ) -> BaseModelOutput:
-        """What is encoded, and what each of the decoder's layers attends to in it."""
+        """Return the encoded input, and the keys and values that each decoder layer attends to."""
         given = input_ids if self.main_input_name == TEXT_INPUT else others.pop(self.main_input_name, None)
         refuse_arguments(others)
         if not isinstance(given, Tensor):
@@ -47,7 +47,7 @@ class SourceEncoder:
         found = self.encode({self.main_input_name: given, **mask, **rows}, None)
         output = BaseModelOutput(last_hidden_state=found["last_hidden_state"])  # type: ignore[call-arg, arg-type]
         for name, value in {**found, **mask}.items():
-            output[name] = value  # a part of it: beams and samples repeat all parts
+            output[name] = value  # stored in the output, as beams and samples repeat all parts of the output
         return output
 
     def _mask(self, given: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
@@ -62,21 +62,21 @@ class SourceEncoder:
 
 
 class GeneratesFromSource(Generates):
-    """A class that generates with the views of an encoder-decoder.
+    """A mixin for a class that generates with the views of an encoder-decoder.
 
     Attributes:
-        source_encoder: runs the encoder's.
+        source_encoder: runs the encoder's view.
     """
 
     view: Decoder  # type: ignore[assignment]
     source_encoder: SourceEncoder
 
     def get_encoder(self, modality: str | None = None) -> SourceEncoder:
-        """The encoder's graph."""
+        """Return the encoder's stand-in, which runs a graph."""
         return self.source_encoder
 
     def new_caches(self) -> EncoderDecoderCache:
-        """Two empty caches: of what is decoded, and of the encoded source."""
+        """Return two empty caches, for decoded tokens and for the encoded source."""
         return EncoderDecoderCache(self.new_cache(), DynamicCache())
 
     def forward(  # type: ignore[override]
@@ -91,7 +91,7 @@ class GeneratesFromSource(Generates):
         decoder_position_ids: Tensor | None = None,
         **others: object,
     ) -> Seq2SeqLMOutput:
-        """Logits for the decoder's tokens, and the caches with these in it."""
+        """Return the logits of the decoder's tokens, and the caches with these tokens added."""
         source = self.view.layers.source
         given = input_ids if source == TEXT_INPUT else others.pop(source, None)
         refuse_arguments(others)
@@ -151,7 +151,7 @@ class GeneratesFromSource(Generates):
 
 
 def _check_positions(given: Tensor | None, past: int) -> None:
-    """Refuse positions that do not count on from what was decoded, which is what the graph does."""
+    """Refuse positions that do not continue those of the decoded tokens, as the graph counts them itself."""
     if given is None:
         return
     counted = torch.arange(past, past + given.shape[-1], device=given.device)

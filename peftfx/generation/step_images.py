@@ -1,4 +1,4 @@
-"""Stepping with images: the same for models that read images in their text, which are encoded once, ahead of it."""
+"""Steps of models that read images in their text. Images are encoded once, before the text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages
 
 
 class GeneratesWithImages(Generates):
-    """A class that generates with the views of a model of text and images.
+    """A mixin for a class that generates with the views of a model of text and images.
 
     Attributes:
-        encode: runs the view of an image.
+        encode: the function that runs the view of an image.
     """
 
     view: DecodeWithImages
@@ -27,7 +27,7 @@ class GeneratesWithImages(Generates):
     _features: Tensor | None = None
 
     def encoded(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """The features of each image, [pieces, width]: each is encoded by itself."""
+        """Return the features of each image, [pieces, width]. Each image is encoded separately."""
         first = next(iter(inputs.values()))
         ones = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(len(first))]
         return [self.encode(one, None)[IMAGE_FEATURES] for one in ones]
@@ -42,7 +42,7 @@ class GeneratesWithImages(Generates):
         mm_encoder_outputs: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the cache with these tokens, and what they have of images, in it."""
+        """Return the logits, and the cache with these tokens and their images added."""
         given = {name: others.pop(name, None) for name, _ in self.view.images.inputs}
         pixels = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         output = (mm_encoder_outputs or {}).get("image")
@@ -63,7 +63,7 @@ class GeneratesWithImages(Generates):
             self._features = None
 
     def beside(self) -> dict[str, Tensor]:
-        """The features of this call."""
+        """Return the image features of this call."""
         assert self._features is not None
         return {IMAGE_FEATURES: self._features}
 
@@ -74,12 +74,12 @@ class GeneratesWithImages(Generates):
             raise PeftfxError(what, "input_ids, pixel_values", "make both by the model's processor")
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Images are encoded once, ahead of the prefill."""
+        """Encode images once, before the prefill."""
         given = {name: model_kwargs.pop(name, None) for name, _ in self.view.images.inputs}
         pixels = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         model_kwargs.setdefault("mm_encoder_outputs", {})
         if pixels:
-            # a list, an image each: beams and samples repeat the images of a text together
+            # a list with one entry for each image, as beams and samples repeat the images of a text together
             output = BaseModelOutputWithPooling(pooler_output=self.encoded(pixels))  # type: ignore[call-arg, arg-type]
             model_kwargs["mm_encoder_outputs"]["image"] = output
         return model_kwargs

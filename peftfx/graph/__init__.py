@@ -1,4 +1,4 @@
-"""Graph: a captured program, and what its `get_attr` nodes may read: stored weights, recipes, slots."""
+"""Graph: a captured program, and the tensors that its `get_attr` nodes may read: stored weights, recipes, slots."""
 
 from peftfx.graph.graph import Graph, TensorSpec
 

@@ -1,4 +1,4 @@
-"""Conditions: what a captured program takes for granted about the sizes of a call."""
+"""Conditions: the assumptions of a captured program about the sizes of a call."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _LARGEST, _MOST = 1 << 20, 4096
 
 @dataclass(frozen=True)
 class Condition:
-    """A statement about named axes, under which a captured program is what the model's code computes.
+    """A statement about named axes. If it holds, a captured program computes what the model's code computes.
 
     Attributes:
-        holds: the statement; its symbols are named as the axes.
-        where: the line of code that made it, as `file.py:12`.
-        code: whether Python code decided on it, and not an operator of torch's.
-        edge: whether the capture met one side of it only because it takes no size to be less than 2.
+        holds: the statement; its symbols have the names of the axes.
+        where: the line of code that made the statement, such as `file.py:12`.
+        code: whether Python code of the model branched on it, and not one of torch's operators.
+        edge: whether the capture took this branch only because it assumes that no size is less than 2.
     """
 
     holds: sympy.Basic
@@ -33,12 +33,12 @@ class Condition:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes it speaks of, sorted."""
+        """The axes in the statement, sorted."""
         return tuple(sorted(str(s) for s in self.holds.free_symbols))
 
     @property
     def relation(self) -> bool:
-        """Whether it says that an axis has the size of another, or one that follows from those of others."""
+        """Whether the statement fixes the size of an axis by the sizes of other axes."""
         if not isinstance(self.holds, sympy.Eq) or self.code:
             return False
         left, right = self.holds.args
@@ -47,17 +47,17 @@ class Condition:
         )
 
     def met(self, sizes: Mapping[str, int]) -> bool:
-        """Whether it holds for these sizes; what they do not tell is no reason to say that it does not."""
+        """Return whether the statement holds for these sizes. It counts as met if a size that it needs is missing."""
         axes, test = _compiled(self.holds)
         if any(axis not in sizes for axis in axes):
             return True
         try:
             return test(*(sizes[axis] for axis in axes))
-        except ZeroDivisionError:  # sizes of which it does not speak
+        except ZeroDivisionError:  # the statement says nothing about these sizes
             return True
 
     def tried(self) -> Iterator[dict[str, int]]:
-        """Sizes of its axes, the smallest first, among them those around every number that it speaks of."""
+        """Yield sizes of the statement's axes, the smallest first, including those near each of its numbers."""
         numbers = {int(n) for n in self.holds.atoms(sympy.Integer) if 0 < n < _LARGEST}
         around = {size for n in numbers for size in (n - 1, n, n + 1, 2 * n)}
         choices = sorted({*_SAMPLES, *around} - {0})
@@ -73,7 +73,7 @@ class Condition:
 
 
 def unmet(conditions: Iterable[Condition], sizes: Mapping[str, int], *, edges: bool = True) -> list[Condition]:
-    """The conditions that do not hold for these sizes; with `edges=False`, not those that only size 1 breaks."""
+    """Return the conditions that do not hold for these sizes. `edges=False` omits those that only size 1 breaks."""
     return [c for c in conditions if (edges or not c.edge) and not c.met(sizes)]
 
 

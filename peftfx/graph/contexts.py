@@ -1,4 +1,4 @@
-"""The contexts that models are captured, traced and looked at in, and left as they were."""
+"""Contexts in which models are captured, traced and inspected, and after which they are unchanged."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch._dynamo import config as dynamo_config
 from torch._guards import detect_fake_mode
 from torch.fx import config as fx_config
 
-TRACING = threading.RLock()  #: held by the thread that captures or traces
+TRACING = threading.RLock()  #: a lock, held by the thread that captures or traces
 
 
 @contextlib.contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """The context captures and traces run in, whatever the caller's: gradients on, no inference mode, no autocast.
+    """Run captures and traces with gradients on, and without inference mode or autocast, whatever the caller has set.
 
-    One thread at a time is in it: torch patches modules for all threads while it traces.
+    Only one thread can be in this context: torch patches modules for all threads while it traces.
     """
     kinds = ["cpu", *({p.device.type for p in model.parameters()} - {"cpu", "meta"})]
     before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
@@ -39,12 +39,12 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sparing(model: nn.Module) -> Iterator[None]:
-    """Inside, torch makes of a capture its nodes alone: no stack traces, and no source of a module until it is run.
+    """Make torch record only nodes in a capture: no stack traces, and no source of a module until it is run.
 
-    Nobody reads these, and they are a third of a capture. Python does not look for garbage either: it would go through
-    all nodes again and again. Fake tensors are not looked up in torch's cache of earlier calls: with sizes that are
-    symbols, to look one up and to make it from what is found costs more than to compute it.
-    Not for what runs the program of torch.export: its guards are made of such source.
+    Nothing reads these, and they take a third of a capture's time. Python's garbage collection is off too, as it would
+    visit all nodes again and again. torch's cache of fake tensors is off: with symbolic sizes a look-up costs more than
+    the computation. Code that runs the program of torch.export must not use this context, because the program's guards
+    are made from such source.
     """
     traces, recompile, collects = fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile, gc.isenabled()
     own = detect_fake_mode(list(model.parameters()))
@@ -52,7 +52,7 @@ def sparing(model: nn.Module) -> Iterator[None]:
 
     def later(module: fx.GraphModule) -> None:
         def forward(self: fx.GraphModule, *args: object, **kwargs: object) -> object:
-            recompile(self)  # which puts another forward in the place of this one
+            recompile(self)  # this replaces the forward
             return self.forward(*args, **kwargs)
 
         if isinstance(codegen := module._graph._codegen, fx.graph._PyTreeCodeGen):
@@ -60,7 +60,7 @@ def sparing(model: nn.Module) -> Iterator[None]:
         type(module).forward = forward
 
     fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile = True, later  # type: ignore[method-assign, assignment]
-    dynamo_config.fake_tensor_cache_enabled = False  # of the modes that torch makes
+    dynamo_config.fake_tensor_cache_enabled = False  # for the modes that torch makes
     if own is not None:
         own.cache_enabled = False
     gc.disable()
@@ -77,10 +77,10 @@ def sparing(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's code may set what attributes it likes; afterwards each is as it was.
+    """Restore all attributes of the model after the context, whatever its code sets inside.
 
-    Code that keeps a tensor for the next call would keep a fake one from a capture. It goes for the attributes of every
-    module, of the plain objects that they hold, and for what is in their lists, dicts and sets.
+    Otherwise code that keeps a tensor for the next call would keep a fake tensor after a capture. Restored are the
+    attributes of every module and of the plain objects in them, and the contents of their lists, dicts and sets.
     """
     before: dict[int, tuple[object, object]] = {}
     for module in model.modules():
@@ -92,11 +92,11 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             _restore(container, contents)
 
 
-_DEPTH = 4  #: how far into what an attribute holds
+_DEPTH = 4  #: how deep into an attribute's value
 
 
 def _remember(value: object, before: dict[int, tuple[object, object]], depth: int) -> None:
-    """Keep what is in a container, and in those within it."""
+    """Record the contents of a container, and of the containers in it."""
     if isinstance(value, (nn.Module, torch.Tensor, type, ModuleType)) or id(value) in before or not depth:
         return
     if isinstance(value, (dict, list, set)):
@@ -127,7 +127,7 @@ def _restore(container: object, contents: object) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module of `model` is in eval mode; afterwards each is as it was."""
+    """Put every module of `model` into eval mode inside the context, and restore the modes after it."""
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
         module.training = False
@@ -140,7 +140,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping_activations(model: nn.Module) -> Iterator[None]:
-    """Inside, no layer of a transformers model is checkpointed: a graph is checkpointed by pieces, not in its code."""
+    """Turn transformers' gradient checkpointing off inside the context: graphs are checkpointed by pieces."""
     found = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     for module in found:
         module.gradient_checkpointing = False  # type: ignore[assignment]
@@ -152,20 +152,20 @@ def keeping_activations(model: nn.Module) -> Iterator[None]:
 
 
 def fake_mode_of(model: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """The `FakeTensorMode` that the model was built under, or nothing."""
+    """Return the `FakeTensorMode` that the model was built under, or a null context."""
     return detect_fake_mode(list(model.parameters())) or contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what torch's exporters say of their own choices, and of what they raise, out of the user's terminal."""
+    """Suppress the messages of torch's exporters about their choices and about errors that they raise."""
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")  # and put back
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")  # and restored
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -1,4 +1,4 @@
-"""fingerprint: a hash of a base model's weights, by which a graph and an adapter know that they are of one base."""
+"""Fingerprint: a hash of a base model's weights, which tells whether a graph and an adapter belong to the same base."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from torch import Tensor, nn
 from peftfx.errors import PeftfxError
 from peftfx.graph.lazy_weights import exact
 
-VERSION = 2  #: of how it is made; 1 saw some values of each tensor alone
-SAMPLED = 1  #: the version that is cheap
-_SAMPLES = 64  #: values of a tensor that version 1 saw
-_CHUNK = 1 << 22  #: values that are in memory at a time
+VERSION = 2  #: the version of the hash; version 1 reads only some values of each tensor
+SAMPLED = 1  #: the version that reads only samples
+_SAMPLES = 64  #: how many values of a tensor version 1 reads
+_CHUNK = 1 << 22  #: how many values are in memory at a time
 
 
 def fingerprint(base: nn.Module, version: int = VERSION) -> str:
-    """A hash of a model's weights: of their names, their shapes and their values.
+    """Return a hash of a model's weights: of their names, shapes and values.
 
-    Values are taken in float32, so that a base is the same whether it is read in float32 or in the half precision of
-    its files. Each weight is read once, some megabytes at a time, at about two gigabytes of float32 a second.
+    Values are hashed in float32, so that a base has the same hash whether it is read in float32 or in the half
+    precision of its files. Each weight is read once, some megabytes at a time, at about two gigabytes of float32 a
+    second.
 
     Args:
         base: the model.
-        version: of the hash to make; an older one is for what an older peftfx exported, and sees less.
+        version: the version of the hash. The older version is for exports of an older peftfx, and reads fewer values.
 
     Raises:
-        PeftfxError: no such version is known.
+        PeftfxError: the version is unknown.
     """
     if version not in (SAMPLED, VERSION):
         what = f"the fingerprint of this base is of a later version, {version}"
@@ -45,7 +46,7 @@ def fingerprint(base: nn.Module, version: int = VERSION) -> str:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    """A hash of all values of a tensor."""
+    """Return a hash of all values of a tensor."""
     found = hashlib.sha256()
     flat = torch.view_as_real(tensor).reshape(-1) if tensor.is_complex() else tensor.reshape(-1)
     for chunk in flat.split(_CHUNK):

@@ -1,4 +1,4 @@
-"""Graph: a captured program. Passes never change their input: structure is copied, tensors are shared."""
+"""Graph: a captured program. Passes never change their input: they copy its structure and share its tensors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from peftfx.graph.recipe import Recipe
 from peftfx.sites.sites import Sites
 
 BASE = "base"  #: where a graph's `get_attr` nodes find the captured module
-ADAPTERS = "adapters"  #: where they find adapter tensors, as `adapters.<adapter>.<site path>.<parameter>`
-CONSTANTS = "constants"  #: where they find tensors that capture lifted out of the code
-DERIVED = "derived"  #: where they find weights that are computed from the others
+ADAPTERS = "adapters"  #: where `get_attr` nodes find adapter tensors, as `adapters.<adapter>.<site path>.<parameter>`
+CONSTANTS = "constants"  #: where `get_attr` nodes find tensors that the capture lifted out of the code
+DERIVED = "derived"  #: where `get_attr` nodes find weights that are computed from other tensors
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
     def accepts(self, value: torch.Tensor) -> bool:
-        """Whether `value` has this dtype and rank, and this size on every fixed axis."""
+        """Return whether `value` has this dtype and rank, and this size on every fixed axis."""
         return (
             value.dtype == self.dtype
             and value.ndim == len(self.shape)
@@ -52,12 +52,12 @@ class Graph:
         module: the `fx.GraphModule`; its `get_attr` nodes resolve, when it runs, to the captured module's own
             parameters (under `base.`), to adapters' (under `adapters.`), to lifted constants and to derived weights.
         inputs: one spec for each placeholder, in order.
-        out_spec: rebuilds the model's own output (a `ModelOutput`, tuple, ...) from the flat tuple.
-        sizes: the size that each named axis had in the example the graph was captured with.
-        training: whether dropout and the like are active.
+        out_spec: the spec that rebuilds the model's own output (a `ModelOutput`, tuple, ...) from the flat tuple.
+        sizes: the size of each named axis in the example that the graph was captured with.
+        training: whether dropout and similar layers are active.
         sites: the adaptable places, found on the base graph and carried through every rewrite.
         derived: recipes of the weights under `derived.`, by name.
-        conditions: on the named axes, under which this program is what the model's code computes.
+        conditions: statements about the named axes, under which this program computes what the model's code computes.
     """
 
     module: fx.GraphModule = field(repr=False)
@@ -76,13 +76,13 @@ class Graph:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the flat outputs: the fields of the model's output, nested ones joined by dots."""
-        # Made anew, an output may have its fields in another order than the model's code set them in.
+        """The names of the flat outputs: the fields of the model's output, nested fields joined by dots."""
+        # A rebuilt output may have its fields in another order than the model's code set them in.
         made = pytree.tree_unflatten(range(self.out_spec.num_leaves), self.out_spec)
         return tuple(name for _, name in sorted(zip(pytree.tree_leaves(made), leaf_names(made), strict=True)))
 
     def sizes_of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """The sizes that the named axes have in a call.
+        """Return the sizes that the named axes have in a call.
 
         Args:
             tensors: the inputs by name.
@@ -95,7 +95,7 @@ class Graph:
         }
 
     def mixed(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
-        """An axis that has two sizes in a call, where this program reads one of them; or None.
+        """Return an axis that has two sizes in a call where this program assumes one size, or None.
 
         Args:
             tensors: the inputs by name.
@@ -108,11 +108,11 @@ class Graph:
         return None
 
     def nodes(self) -> Iterator[fx.Node]:
-        """The graph's nodes in topological order."""
+        """Iterate over the graph's nodes in topological order."""
         return iter(self.module.graph.nodes)
 
     def clone(self) -> Graph:
-        """A copy whose structure can be rewritten; tensors, sites and node values are shared."""
+        """Return a copy whose structure can be rewritten. Tensors, sites and node values are shared."""
         graph = fx.Graph()
         val_map: dict[fx.Node, fx.Node] = {}
         graph.output(graph.graph_copy(self.module.graph, val_map))
@@ -122,22 +122,22 @@ class Graph:
         return dataclasses.replace(self, module=link(graph, holders), derived=dict(self.derived))
 
     def run(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Run, whatever the `conditions` say; gives the flat outputs in the order of `outputs`.
+        """Run the graph whatever the `conditions` say, and return the flat outputs in the order of `outputs`.
 
         Args:
             tensors: the inputs, in the order of `inputs`.
         """
         self.refuse_unlike(tensors)
-        return list(self.module.forward(*tensors))  # its `__call__` is patched while another thread traces
+        return list(self.module.forward(*tensors))  # `__call__` is patched while another thread traces
 
     def refuse_unlike(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Hold positional inputs to the types and sizes of this program's.
+        """Refuse positional inputs whose types or sizes are not those of this program.
 
         Args:
             tensors: the inputs, in the order of `inputs`.
 
         Raises:
-            PeftfxError: one is another.
+            PeftfxError: an input has another type or size.
         """
         for spec, value in zip(self.inputs, tensors, strict=True):
             if not spec.accepts(value):
@@ -151,11 +151,11 @@ class Graph:
         return f"Graph({given}; {len(self.module.graph.nodes):,} nodes)"
 
     def __call__(self, **kwargs: torch.Tensor) -> object:
-        """Run on keyword arguments and rebuild the model's own output.
+        """Run the graph on keyword arguments, and rebuild the model's own output.
 
         Raises:
-            PeftfxError: an input is missing or does not fit, or the model's code branches elsewhere at these sizes.
-                A branch that only size 1 takes is not refused here: see `conditions`.
+            PeftfxError: an input is missing or does not fit, or the model's code takes another branch at these sizes. A
+                branch that only size 1 takes is not refused: see `conditions`.
         """
         missing = [s.name for s in self.inputs if s.name not in kwargs]
         if missing or len(kwargs) != len(self.inputs):
@@ -174,7 +174,7 @@ class Graph:
         return pytree.tree_unflatten(flat, self.out_spec)
 
     def get(self, target: str) -> torch.Tensor:
-        """The tensor that a `get_attr` node with this target reads now; a derived weight is computed."""
+        """Return the tensor that a `get_attr` node with this `target` reads now. A derived weight is computed."""
         name = target.removeprefix(f"{DERIVED}.")
         if name != target and name in self.derived and name not in self.evaluated:
             return self.derived[name].evaluate(self.get)
@@ -184,12 +184,12 @@ class Graph:
 
     @property
     def evaluated(self) -> frozenset[str]:
-        """The derived weights that have a value."""
+        """The names of the derived weights that have a value."""
         holder = self.module._modules.get(DERIVED)
         return frozenset(() if holder is None else (name for name, _ in holder.named_buffers()))
 
     def text(self) -> str:
-        """The program as text, in a form that does not depend on how its nodes happen to be named."""
+        """Return the program as text that does not depend on the names of its nodes."""
         names: dict[fx.Node, str] = {}
         lines = []
         for node in self.nodes():
@@ -199,10 +199,10 @@ class Graph:
         return "\n".join(re.sub(r"\bcpu\b|device\(type='cpu'\)", "cpu", line) for line in lines)
 
     def lint(self) -> None:
-        """Check structure: order and names, values and holders, inputs and outputs, and the calls of the sites.
+        """Check the structure: order and names, values and holders, inputs and outputs, and the calls of the sites.
 
         Raises:
-            PeftfxError: the first thing that is wrong, and where.
+            PeftfxError: the first fault found, and where.
         """
         check_order(self.module)
         check_values(self.module, {f"{DERIVED}.{name}" for name in self.derived})
@@ -218,7 +218,7 @@ class _Name(str):
 
 
 def link(graph: fx.Graph, holders: Mapping[str, nn.Module]) -> fx.GraphModule:
-    """A GraphModule over `graph` whose attributes live in `holders`, looked up when it runs, not copied."""
+    """Return a GraphModule over `graph` whose attributes live in `holders`: looked up at run time, not copied."""
     module = fx.GraphModule(nn.Module(), fx.Graph())
     for name, holder in holders.items():
         module.add_module(name, holder)
@@ -227,12 +227,12 @@ def link(graph: fx.Graph, holders: Mapping[str, nn.Module]) -> fx.GraphModule:
 
 
 def path_name(path: pytree.KeyPath) -> str:
-    """A pytree path as a dotted name: `added_cond_kwargs.text_embeds`, `hidden_states.0`."""
+    """Return a pytree path as a dotted name: `added_cond_kwargs.text_embeds`, `hidden_states.0`."""
     return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
 def leaf_names(value: object, at: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Dotted names of an output's leaves: fields of a `ModelOutput`, items of a tuple; a lone one is `output`."""
+    """Return dotted names of an output's leaves: fields of a `ModelOutput`, items of a tuple; else `output`."""
     if isinstance(value, Mapping):
         items = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, (tuple, list)):

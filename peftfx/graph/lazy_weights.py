@@ -1,4 +1,4 @@
-"""Stored: a parameter that stays in its file, in the file's dtype, and is cast by whatever computes with it."""
+"""Stored: a parameter that stays in its file, in the file's dtype, and is cast by each operator that reads it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftfx.errors import PeftfxError
 from peftfx.sharding import is_part, unhooked
 
 aten = torch.ops.aten
-#: Operators that move no data: they are done on the stored tensor, and the cast waits.
+#: Operators that move no data. They act on the stored tensor, and the cast comes later.
 _VIEWS = frozenset(
     {
         *(aten.detach.default, aten.alias.default, aten.t.default, aten.transpose.int, aten.permute.default),
@@ -24,18 +24,18 @@ _VIEWS = frozenset(
     }
 )
 
-#: Operators that pick some numbers of many, by where these are: what they pick is cast.
+#: Operators that pick numbers by index. Only the picked numbers are cast.
 _PICKS = frozenset({aten.embedding.default, aten.index_select.default})
-_AT_ONCE = 1 << 24  #: numbers of a weight that are cast at a time, where a product reads it
+_AT_ONCE = 1 << 24  #: how many numbers of a weight are cast at a time for a product
 
 
 class Stored(Tensor):
-    """Looks like a tensor of `dtype`; each operator that needs its values casts `source` for itself, and lets go.
+    """A tensor that appears in `dtype`. Each operator that needs its values casts `source`, and then frees the copy.
 
-    So a model of bfloat16 files can be run in float32 with one weight of it in memory. It is read-only.
+    So a model with bfloat16 files can run in float32 with only one cast weight in memory. The tensor is read-only.
 
     Attributes:
-        source: the tensor as it is stored, memory-mapped.
+        source: the stored tensor, memory-mapped.
     """
 
     source: Tensor
@@ -49,12 +49,12 @@ class Stored(Tensor):
         return made
 
     def moved(self, view: Callable[[Tensor], Tensor]) -> Stored:
-        """A view of it."""
+        """Return a view of this tensor."""
         return Stored(view(self.source), self.dtype)
 
     @property
     def identity(self) -> object:
-        """Equal for two that are one tensor."""
+        """A value that is equal for two objects of the same tensor."""
         return identity(self.source)
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
@@ -85,12 +85,12 @@ class Stored(Tensor):
 
 
 def load_tensor(tensor: Tensor) -> Tensor:
-    """The tensor in its dtype, in memory."""
+    """Return the tensor in its dtype, in memory."""
     return tensor.source.to(tensor.dtype) if isinstance(tensor, Stored) else tensor
 
 
 def load_contiguous(tensor: Tensor) -> Tensor:
-    """The same, contiguous: of one that is stored in another order, too, a single copy is made."""
+    """Return the tensor in memory and contiguous. At most one copy is made, also of a transposed tensor."""
     if not isinstance(tensor, Stored):
         return tensor.contiguous()
     source = tensor.source
@@ -100,7 +100,7 @@ def load_contiguous(tensor: Tensor) -> Tensor:
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The same, some rows after others where it is large: no second copy of it is whole in memory."""
+    """Yield the contiguous tensor in groups of rows if it is large, so that no whole second copy is in memory."""
     source = exact(tensor)
     if tensor.numel() <= _AT_ONCE or (source.dtype == tensor.dtype and source.is_contiguous()):
         yield load_contiguous(tensor)
@@ -110,7 +110,7 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _in_pieces(func: object, args: tuple[Any, ...]) -> Tensor | None:
-    """A product with a large weight that is stored in another dtype, some of its columns at a time; else None."""
+    """Compute a product with a large weight of another stored dtype, some columns at a time; or return None."""
     if func is aten.mm.default:
         bias, (x, weight) = None, args
     elif func is aten.addmm.default and len(args) == 3:
@@ -128,12 +128,12 @@ def _in_pieces(func: object, args: tuple[Any, ...]) -> Tensor | None:
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """The tensor's values as they are stored, unrounded."""
+    """Return the tensor's stored values, unrounded."""
     return tensor.source if isinstance(tensor, Stored) else tensor
 
 
 def identity(tensor: Tensor) -> object:
-    """Equal for two tensors that are one."""
+    """Return a value that is equal for two objects of the same tensor."""
     if isinstance(tensor, Stored):
         return tensor.identity
     if tensor.device.type == "meta" or not tensor.numel():
@@ -143,9 +143,9 @@ def identity(tensor: Tensor) -> object:
 
 @contextmanager
 def faked(model: nn.Module) -> Iterator[None]:
-    """Inside, parameters that are stored, or of which this process has a part, are fake tensors of their dtypes.
+    """Replace stored and sharded parameters by fake tensors of their dtypes inside the context.
 
-    What captures a model need not know of storage, nor of sharding.
+    So captures do not depend on how weights are stored or sharded.
     """
     found = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
     stored = [(module, name, p) for module, name, p in found if p is not None and (isinstance(p, Stored) or is_part(p))]
@@ -169,7 +169,7 @@ def faked(model: nn.Module) -> Iterator[None]:
 
 
 def store(model: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:
-    """Present each floating parameter in the dtype that is wanted for its name, leaving it where it is stored."""
+    """Make each floating-point parameter appear in the dtype wanted for its name. Its values stay where they are."""
     seen: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
         for name, p in module._parameters.items():

@@ -1,4 +1,4 @@
-"""lint: what holds of every graph, whatever passes have made of it."""
+"""Checks that hold for every graph, whatever passes have done to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FAULT = "this is a fault of the pass that made the graph"
 
 
 def check_order(module: fx.GraphModule) -> None:
-    """Values are made before they are used, and names are unique."""
+    """Check that values are made before they are used, and that names are unique."""
     seen: set[fx.Node] = set()
     names: set[str] = set()
     for node in module.graph.nodes:
@@ -28,10 +28,10 @@ def check_order(module: fx.GraphModule) -> None:
 
 
 def check_values(module: fx.GraphModule, derived: Container[str]) -> None:
-    """Every tensor that is read is there, and every value that is used has its `meta["val"]`.
+    """Check that every tensor that is read exists, and that every value that is used has its `meta["val"]`.
 
-    Those at targets that are `derived` need not be there: they may not be computed yet. What returns nothing has no
-    value, nor has the body of a higher-order operator.
+    Tensors at `derived` targets need not exist, as they may not be computed yet. Nodes that return nothing, and bodies
+    of higher-order operators, have no value.
     """
     for node in module.graph.nodes:
         target = str(node.target)
@@ -50,7 +50,7 @@ def check_values(module: fx.GraphModule, derived: Container[str]) -> None:
 
 
 def check_interface(module: fx.GraphModule, inputs: Sequence[object], outputs: int) -> None:
-    """There is a placeholder for each input, and a value for each output."""
+    """Check that there is a placeholder for each input, and a value for each output."""
     places = module.graph.find_nodes(op="placeholder")
     if len(places) != len(inputs):
         what = f"the graph has {len(places)} placeholders, and tells of {len(inputs)} inputs"
@@ -61,7 +61,7 @@ def check_interface(module: fx.GraphModule, inputs: Sequence[object], outputs: i
 
 
 def check_calls(module: fx.GraphModule, sites: Sequence[Site]) -> None:
-    """Every node that a call of a site names is in the graph."""
+    """Check that every node that a call of a site names is in the graph."""
     names = {node.name for node in module.graph.nodes}
     for site in sites:
         for call in site.calls:
@@ -72,6 +72,6 @@ def check_calls(module: fx.GraphModule, sites: Sequence[Site]) -> None:
 
 
 def named(call: Call) -> Iterator[tuple[str, str]]:
-    """What a call names, and the names of its nodes."""
+    """Return the fields of a call that name a node, with the names."""
     given = {"x": call.x, "op": call.op, "y": call.y, "key": call.key, "value": call.value}
     return ((what, name) for what, name in given.items() if name)

@@ -1,7 +1,8 @@
-"""Places: where modules are held. A place is an attribute of the module that holds it, and has one name.
+"""Places: the attributes that hold modules. A place is an attribute of the holding module, and has one name.
 
-One module may be held in several places, and one place be reached by several paths, where a module around it is held
-in several. HF PEFT replaces what is in a place: every path there then runs the adapter, and no other place does.
+One module may be held in several places. One place may have several paths, if a module that contains it is held in
+several places. HF PEFT replaces the module in one place: all paths to that place then run the adapter, and no other
+place does.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ _CUT = re.compile(r"\.slice\((None|-?\d+), (None|-?\d+), (None|-?\d+)\)(?:\.(?P<
 
 
 def places_of(base: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For the path of each module that is held in several places: the names of all, the path's own first.
+    """Return, for the path of each module that is held in several places, the names of all, the path's own first.
 
-    The path is the first in `named_modules`, which is the one that HF PEFT knows.
+    The path is the module's first path in `named_modules`, which is the path that HF PEFT knows.
     """
     first = _first_paths(base)
     held: dict[str, list[str]] = {}
@@ -32,7 +33,7 @@ def places_of(base: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def has_module(base: nn.Module, path: str) -> bool:
-    """Whether the base has a module at this path; a weight may stand there, as experts' do."""
+    """Return whether the base has a module at this path. There may be a weight, such as experts', instead."""
     try:
         base.get_submodule(path)
     except AttributeError:
@@ -41,7 +42,7 @@ def has_module(base: nn.Module, path: str) -> bool:
 
 
 def twin(module: nn.Module) -> nn.Module:
-    """A copy of a module and of the modules in it, with the same tensors, hooks and attributes."""
+    """Return a copy of a module and of the modules in it, with the same tensors, hooks and attributes."""
     return _twin(module, {})
 
 
@@ -57,7 +58,7 @@ def _twin(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
 
 
 def name_places(module: fx.GraphModule, base: nn.Module) -> None:
-    """Write the names of places, in the metadata of a graph that was captured from `base`, for the paths it has."""
+    """Write the names of places into the metadata of a graph captured from `base`, in place of its paths."""
     renamed = _renamed(base)
 
     @functools.cache
@@ -74,10 +75,10 @@ def name_places(module: fx.GraphModule, base: nn.Module) -> None:
 
 
 def whole_path(path: str, base: nn.Module) -> str:
-    """A path through a part of a list of modules, which code cuts out as it runs, as the path through the list.
+    """Return a path through a slice of a list of modules, which code makes as it runs, as the path in the list.
 
-    torch.export writes `layers.slice(1, 3, None).0` for the first of `layers[1:3]`. A list counts its modules anew,
-    and an `nn.Sequential` keeps their names.
+    torch.export writes `layers.slice(1, 3, None).0` for the first module of `layers[1:3]`. A slice of a list counts
+    from 0 again; a slice of an `nn.Sequential` keeps the names.
     """
     while cut := _CUT.search(path):
         held, leaf = path[: cut.start()], cut["leaf"]
@@ -90,7 +91,7 @@ def whole_path(path: str, base: nn.Module) -> str:
 
 
 def _renamed(base: nn.Module) -> dict[str, str]:
-    """For each path into the base, as a graph has it, that is not its place's name: that name."""
+    """Return, for each path of a graph into the base that is not its place's name, that name."""
     first, modules = _first_paths(base), dict(base.named_modules(remove_duplicate=False))
     found = {}
     for path in filter(None, modules):

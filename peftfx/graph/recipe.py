@@ -1,4 +1,4 @@
-"""Recipe: what a graph keeps in place of a weight that is made from others."""
+"""Recipe: how a graph computes a weight that is made from other weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Get = Callable[[str], Tensor]
 
 
 class Recipe(Protocol):
-    """What a graph keeps in place of a weight that is made from others."""
+    """The computation of a weight from other weights, which a graph keeps in place of the weight."""
 
     def evaluate(self, get: Get) -> Tensor:
-        """Its value now, given how to read the graph's tensors."""
+        """Return the weight's current value. `get` reads the graph's tensors."""

@@ -1,8 +1,8 @@
-"""Rewriter: the one way to make nodes in a graph, and to put one in another's place.
+"""Rewriter: the one way to make nodes in a graph, and to replace nodes.
 
-A new node has its value (`meta["val"]`, computed on fake tensors), the module whose code it stands for, and the tags
-that it is made with. What takes another node's place takes it everywhere: in operands, in the calls of sites, and in
-what insertions say they replaced.
+A new node has a value (`meta["val"]`, computed on fake tensors), the module whose code it belongs to, and the tags that
+it is made with. A replacement is complete: in operands, in the calls of sites, and in the insertions' record of what
+they replaced.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from peftfx.graph.graph import Graph
 from peftfx.graph.trace import trace
 
 REGION = "peftfx_region"  #: in `node.meta` of every inserted node: its `Region`
-REPLACES = "peftfx_replaces"  #: in `node.meta` of a region's result: the name of the node whose place it took
-OVERRIDES = "peftfx_overrides"  #: in `node.meta` of an adapter's tensor: the target of the base's tensor it stands for
-_CODE = ("nn_module_stack", "stack_trace")  #: what says whose code a node is
-_COMPUTED: Any = object()  #: asks for a value to be computed
+REPLACES = "peftfx_replaces"  #: in `node.meta` of a region's result: the name of the node that it replaced
+OVERRIDES = "peftfx_overrides"  #: in `node.meta` of an adapter's tensor: the target of the base's tensor it replaces
+_CODE = ("nn_module_stack", "stack_trace")  #: metadata that says whose code a node is
+_COMPUTED: Any = object()  #: a default that means: compute the value
 
 
 class Rewriter:
     """Makes and replaces nodes of one graph.
 
     Attributes:
-        graph: that is rewritten.
+        graph: the graph that is rewritten.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -40,19 +40,19 @@ class Rewriter:
         self._traces: dict[str, fx.GraphModule] = {}
 
     def before(self, node: fx.Node, like: fx.Node | None = None, **tags: object) -> Cursor:
-        """Make nodes ahead of one, as code of the module that made `like`, by default of that one."""
+        """Return a cursor before `node`. New nodes count as code of `like`'s module, by default of `node`'s."""
         return Cursor(self, node, node if like is None else like, tags)
 
     def after(self, node: fx.Node, like: fx.Node | None = None, **tags: object) -> Cursor:
-        """Make nodes behind one, as code of the module that made `like`, by default of that one."""
+        """Return a cursor after `node`. New nodes count as code of `like`'s module, by default of `node`'s."""
         return Cursor(self, node.next, node if like is None else like, tags)
 
     def end(self) -> Cursor:
-        """Make nodes at the end: of a program without code of modules."""
+        """Return a cursor at the end, for a program without code of modules."""
         return Cursor(self, self.graph._root, None, {})
 
     def attribute(self, target: str, value: object, **tags: object) -> fx.Node:
-        """The `get_attr` node for a target, made ahead of the graph's first other node where there is none yet."""
+        """Return the `get_attr` node of `target`. A new one is made before the first node of another kind."""
         if not self._attributes:
             self._attributes = {str(n.target): n for n in self.graph.nodes if n.op == "get_attr"}
         node = self._attributes.get(target)
@@ -66,7 +66,7 @@ class Rewriter:
         return node
 
     def placeholder(self, name: str, value: object, after: fx.Node | None = None) -> fx.Node:
-        """A new input, behind one, or in a graph that has none yet."""
+        """Make a new input after the node `after`, or as the first of a graph without inputs."""
         place = self.graph._root if after is None else after
         with self.graph.inserting_after(place):
             node = self.graph.placeholder(name)
@@ -74,22 +74,22 @@ class Rewriter:
         return node
 
     def tag(self, node: fx.Node, **tags: object) -> None:
-        """Give a node tags that it gets behind its making."""
+        """Add tags to a node that exists already."""
         node.meta.update(_keyed(tags))
 
     def revalue(self, node: fx.Node, value: object) -> None:
-        """Say that a node has another value, where what it is given has changed."""
+        """Set a node's value, after its inputs have changed."""
         node.meta["val"] = value
 
     def update(self, node: fx.Node, target: object, *args: Any, **kwargs: Any) -> None:
-        """Let a node do something else, with its value computed anew; it keeps its place and its users."""
+        """Change a node's operator and arguments, and compute its value again. Its place and users stay."""
         node.target, node.args, node.kwargs = target, args, kwargs  # type: ignore[assignment]
         node.meta["val"] = _computed(target, args, kwargs)
 
     def replace(self, old: fx.Node, new: fx.Node, users: Collection[fx.Node] | None = None) -> None:
-        """Put a node that has the same value in another's place, for these users, by default for all but itself.
+        """Replace the node `old` by `new`, of the same value, for `users`: by default for all users but `new`.
 
-        In the place of all users it is what calls and insertions name from now on.
+        If `users` is left out, calls and insertions name `new` from now on.
         """
         chosen = [user for user in old.users if user is not new] if users is None else users
         for user in chosen:
@@ -103,19 +103,19 @@ class Rewriter:
                 new.meta[OVERRIDES] = old.meta[OVERRIDES]
 
     def extend(self, old: fx.Node, new: fx.Node) -> None:
-        """Let what a node computes on an operation's value stand for that; the operation itself is what it was."""
+        """Let `new`, computed from `old`, take its place for users. The site's operation itself stays `old`."""
         self.replace(old, new, [user for user in old.users if user is not new])
         self._extended[old.name] = new
 
     def erase(self, node: fx.Node) -> None:
-        """Take a node without users out; a call of a site that is not replaced goes with it."""
+        """Remove a node without users. Calls of sites that name it are removed too, if nothing replaced it."""
         self._became.setdefault(node.name, None)
         if node.op == "get_attr":
             self._attributes.clear()
         self.graph.erase_node(node)
 
     def close(self, graph: Graph) -> None:
-        """End a rewrite of a graph: what its sites' calls and its insertions name are its nodes again."""
+        """End a rewrite: make the calls of the sites and the insertions name the graph's current nodes."""
         if self._became or self._extended:
             graph.sites = graph.sites.renamed(self._now)
             regions: dict[int, Any] = {}
@@ -132,10 +132,10 @@ class Rewriter:
     def traced(
         self, key: object, function: Callable[..., object], values: Sequence[object], what: str, where: str
     ) -> Any:
-        """The program of a function of fake tensors; of one key and such values it is traced once.
+        """Return the program of a function of fake tensors. It is traced once for each key and such values.
 
         Raises:
-            PeftfxError: it is one of some sizes alone.
+            PeftfxError: the program holds only for some sizes.
         """
         shapes = [(v.dtype, v.shape) if isinstance(v, torch.Tensor) else v for v in values]
         full = _whole((key, shapes))
@@ -144,7 +144,7 @@ class Rewriter:
         return self._traces[full]
 
     def _now(self, name: str, what: str = "") -> str:
-        """What stands for a node of this name, in this field of a call, by its name; empty where nothing does."""
+        """Return the name of the node that now stands for `name` in the field `what` of a call, or ""."""
         known = self._became if what == "op" else {**self._became, **self._extended}
         while name in known:
             node = known[name]
@@ -156,13 +156,13 @@ class Rewriter:
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in a graph where nodes are made, and what they are made with.
+    """A place in a graph where nodes are made, with the module and the tags of new nodes.
 
     Attributes:
-        rewriter: of the graph.
-        place: the node ahead of which they stand.
-        like: a node of the module whose code they are; None for no module's.
-        tags: `REGION` and such.
+        rewriter: the graph's rewriter.
+        place: the node before which new nodes are put.
+        like: a node of the module to whose code new nodes belong; None for no module.
+        tags: metadata of new nodes, such as `REGION`.
     """
 
     rewriter: Rewriter = field(repr=False)
@@ -171,14 +171,14 @@ class Cursor:
     tags: Mapping[str, object]
 
     def call(self, target: Any, *args: Any, value: object = _COMPUTED, **kwargs: Any) -> fx.Node:
-        """A call of an operator; its value is computed, or given where the operator is known to keep one."""
+        """Make a call of an operator. Its value is computed, or given where the operator keeps a known value."""
         graph = self.rewriter.graph
         with graph.inserting_before(self.place):
             node = graph.call_function(target, args, kwargs)
         return self._made(node, _computed(target, args, kwargs) if value is _COMPUTED else value)
 
     def copy(self, node: fx.Node, operands: Mapping[fx.Node, fx.Node], *, anew: bool = False) -> fx.Node:
-        """A copy of a node that reads these in the place of its operands; its value is the same, or computed `anew`."""
+        """Make a copy of a node on other operands. Its value is that of the node, or computed again if `anew`."""
         graph = self.rewriter.graph
         with graph.inserting_before(self.place):
             made = graph.node_copy(node, lambda n: operands.get(n, n))
@@ -186,7 +186,7 @@ class Cursor:
         return self._made(made, value, node if self.like is None else self.like)
 
     def splice(self, program: fx.GraphModule, operands: Sequence[fx.Node | None]) -> Any:
-        """The nodes of a program, on these operands in the place of its inputs; gives what it returns."""
+        """Copy the nodes of a program onto the operands, in place of its inputs, and return its results."""
         inputs = program.graph.find_nodes(op="placeholder")
         mapped: dict[fx.Node, Any] = dict(zip(inputs, operands, strict=True))
         for node in program.graph.nodes:
@@ -204,12 +204,12 @@ class Cursor:
         what: str = "",
         where: str = "",
     ) -> Any:
-        """What a plain torch function makes of these nodes' values, as nodes; traced once for each key and signature.
+        """Trace a plain torch function on these nodes' values, once for each key and signature, and insert its nodes.
 
         Args:
-            function: of as many tensors as there are operands; None stays None.
-            key: equal for functions that compute the same.
-            what: names the function in errors.
+            function: a function of as many tensors as there are operands; an operand that is None stays None.
+            key: a key that is equal for functions that compute the same.
+            what: the function's name in errors.
             where: the place in the model, for errors.
         """
         values = [None if n is None else n.meta["val"] for n in operands]
@@ -226,7 +226,7 @@ class Cursor:
 def program_of(
     inputs: Sequence[fx.Node], body: Iterable[fx.Node], outputs: Sequence[fx.Node], *, single: bool = False
 ) -> fx.Graph:
-    """A graph of its own of some nodes, as a function of the values of others; `single` returns no tuple."""
+    """Return a separate graph of some nodes as a function of other nodes' values; `single` returns no tuple."""
     rewriter = Rewriter(fx.Graph())
     last, copies = None, dict[fx.Node, fx.Node]()
     for node in inputs:
@@ -240,14 +240,12 @@ def program_of(
 
 
 def values_of(arguments: Any) -> Any:
-    """Arguments with the nodes among them, however deep, as the values that they were captured with."""
+    """Return arguments with each node in them, at any depth, replaced by its captured value."""
     return fx.node.map_arg(arguments, lambda node: node.meta["val"])
 
 
 def _apart(values: Sequence[object]) -> list[object]:
-    """Values of which no two are one tensor: nodes of one program, put in twice, share theirs, and a trace tells inputs
-    apart by identity alone.
-    """
+    """Return the values such that no two are the same tensor."""
     found: list[object] = []
     for value in values:
         known = isinstance(value, torch.Tensor) and any(value is other for other in found)
@@ -264,7 +262,7 @@ def _keyed(tags: Mapping[str, object]) -> dict[str, object]:
 
 
 def _whole(value: object) -> str:
-    """A key as text that tells all of it: what users are shown of a site or a method is shorter."""
+    """Return a key as text with all of its fields. The text that users see of a site or a method is shorter."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = (f for f in dataclasses.fields(value) if f.repr)
         value = (type(value).__qualname__, *((f.name, getattr(value, f.name)) for f in fields))

@@ -1,8 +1,8 @@
-"""size_conditions: what a capture takes for granted about sizes, noted while it runs, and said of named axes.
+"""Size conditions: records the assumptions of a capture about sizes, and states them for named axes.
 
-A capture runs a model's code with sizes that are symbols. Where the code asks for the truth of a comparison of them,
-torch answers with the example's, and keeps a guard. It keeps none where the answer follows from its own assumption
-that no free size is less than 2: so `if n == 1` leaves no trace. Both are noted here, by listening to the answers.
+A capture runs a model's code with sizes that are symbols. Where the code compares sizes, torch answers for the
+example's sizes and keeps a guard. It keeps no guard if the answer follows from its own assumption that no free size is
+less than 2: so `if n == 1` leaves no guard. This module records both, by listening to torch's answers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peftfx.graph.conditions import Condition, unmet
 
 _TORCH = str(Path(torch.__file__).parent)
 _NN = str(Path(torch.nn.__file__).parent)
-#: Where torch asks in a caller's name: the caller is further out.
+#: Files in which torch asks on behalf of a caller, whose frame is further out.
 _BEARERS = tuple(
     str(Path(_TORCH, *parts))
     for parts in (
@@ -39,7 +39,7 @@ _BEARERS = tuple(
 
 @dataclass(frozen=True)
 class Note:
-    """An answer that a capture was given: what was asked, as it turned out, and by whom."""
+    """An answer that a capture was given: the statement that was true, and the code that asked."""
 
     holds: sympy.Basic
     where: str
@@ -49,7 +49,7 @@ class Note:
 
 @contextmanager
 def noted() -> Iterator[list[Note]]:
-    """Inside, what this thread's captures take for granted is noted in the list. Not for two threads at once."""
+    """Record the assumptions of this thread's captures in the yielded list. Not for two threads at once."""
     notes: list[Note] = []
     own, answer = threading.get_ident(), ShapeEnv.evaluate_expr
 
@@ -71,7 +71,7 @@ def _notes(expr: sympy.Basic, result: object, guarded: bool) -> Iterator[Note]:
     if not guarded and not _differs_at_1(expr, result):
         return
     where, code = _asker(sys._getframe(2))
-    if guarded or code:  # torch's own operators are right at size 1, whatever they ask
+    if guarded or code:  # torch's own operators are right at size 1, whatever they compare
         yield Note(_held(expr, result), where, code, edge=not guarded)
 
 
@@ -85,7 +85,7 @@ def _held(expr: sympy.Basic, result: object) -> sympy.Basic:
 
 @functools.lru_cache(4096)
 def _differs_at_1(expr: sympy.Basic, result: object) -> bool:
-    """Whether the answer would be another with a size of 1."""
+    """Return whether the answer would be different for a size of 1."""
     symbols = list(expr.free_symbols)
     other = sympy.false if result in (sympy.true, True) else sympy.true
     return any(_at_1(expr, choice) == other for choice in (*([symbol] for symbol in symbols), symbols))
@@ -94,12 +94,12 @@ def _differs_at_1(expr: sympy.Basic, result: object) -> bool:
 def _at_1(expr: sympy.Basic, symbols: Sequence[sympy.Basic]) -> sympy.Basic | None:
     try:
         return expr.xreplace(dict.fromkeys(symbols, sympy.Integer(1)))
-    except (AssertionError, ZeroDivisionError):  # sizes for which it says nothing: it divides by what is 0 there
+    except (AssertionError, ZeroDivisionError):  # the expression divides by 0 at these sizes
         return None
 
 
 def _asker(frame: FrameType | None) -> tuple[str, bool]:
-    """The line that asked, and whether it is Python code of a model's; torch's operators ask too, to pick a kernel."""
+    """Return the line that asked, and whether it is the model's Python code. Torch's operators ask to pick a kernel."""
     while frame is not None and frame.f_code.co_filename in _BEARERS:
         frame = frame.f_back
     first = "" if frame is None else frame.f_code.co_filename
@@ -110,12 +110,12 @@ def _asker(frame: FrameType | None) -> tuple[str, bool]:
 
 
 def conditions_of(notes: Sequence[Note], axes: Mapping[str, str | int]) -> tuple[Condition, ...]:
-    """The notes of a capture as statements about its axes: each once, without those that are always true.
+    """Return a capture's notes as statements about its axes, each once, without those that are always true.
 
     Args:
-        notes: in order.
-        axes: the name of each free axis, by the name of its symbol; symbols of one name have one size. Where the code
-            has fixed the axis, its size.
+        notes: the notes in order.
+        axes: the name of each free axis, by the name of its symbol, or its size if the code has fixed the axis. Symbols
+            of one name have one size.
     """
     names = {
         name: sympy.Integer(axis) if isinstance(axis, int) else sympy.Symbol(axis, integer=True, positive=True)
@@ -124,14 +124,14 @@ def conditions_of(notes: Sequence[Note], axes: Mapping[str, str | int]) -> tuple
     said: dict[tuple[sympy.Basic, bool, bool], Note] = {}
     for note in notes:
         symbols = {symbol: names.get(str(symbol)) for symbol in note.holds.free_symbols}
-        if None not in symbols.values():  # sizes of another capture are not this one's
+        if None not in symbols.values():  # leave out sizes of another capture
             said.setdefault((note.holds.xreplace(symbols), note.code, note.edge), note)
     order = {str(axis): i for i, axis in reversed(list(enumerate(axes.values())))}
     found, known = list[Condition](), dict[sympy.Basic, sympy.Basic]()
-    for relations in (True, False):  # what follows from how axes are joined is not said again
+    for relations in (True, False):  # relations first: a statement that follows from them is left out
         for (holds, code, edge), note in said.items():
             condition = Condition(_substituted(holds, known), note.where, code, edge)
-            kept = code or not isinstance(condition.holds, sympy.Ne)  # an operator's: it asks whether to be quick
+            kept = code or not isinstance(condition.holds, sympy.Ne)  # `!=` in an operator only chooses a faster way
             if condition.relation == relations and kept and condition not in found and not _follows(condition, found):
                 found.append(condition)
                 known |= _solved(condition, order) if relations else {}
@@ -139,7 +139,7 @@ def conditions_of(notes: Sequence[Note], axes: Mapping[str, str | int]) -> tuple
 
 
 def _solved(relation: Condition, order: Mapping[str, int]) -> dict[sympy.Basic, sympy.Basic]:
-    """The last of the axes that a relation joins, as an expression of those before."""
+    """Return the last axis of a relation as an expression of the axes before it."""
     left, right = relation.holds.args
     pairs = [(one, other) for one, other in ((left, right), (right, left)) if one.is_Symbol]
     pairs.sort(key=lambda pair: order[str(pair[0])], reverse=True)
@@ -153,7 +153,7 @@ def _substituted(holds: sympy.Basic, known: Mapping[sympy.Basic, sympy.Basic]) -
 
 
 def _follows(condition: Condition, found: Sequence[Condition]) -> bool:
-    """Whether a statement is true at all sizes tried; an operator's, at all at which the others are."""
+    """Return whether a statement is true at all tried sizes; an operator's: at all that meet the other conditions."""
     if not condition.axes:
         return condition.holds is sympy.true  # type: ignore[no-any-return]
     tried = list(condition.tried())
@@ -163,4 +163,4 @@ def _follows(condition: Condition, found: Sequence[Condition]) -> bool:
     return len(allowed) > _FEW and all(map(condition.met, allowed))
 
 
-_FEW = 3  #: sizes of which one cannot tell
+_FEW = 3  #: with so few tried sizes nothing is concluded

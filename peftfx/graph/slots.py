@@ -1,6 +1,7 @@
-"""Slots: the places of an exported graph where adapters are put when it runs, and which graph an adapter is for.
+"""Slots: the optional inputs of an exported graph that take an adapter's tensors at run time.
 
-A slot is an input that may be left out: an adapter's tensor, or nothing. A file beside the model lists them.
+An input that is left out changes nothing. A file beside the model lists the slots, and names the base that adapters
+must have been trained on.
 """
 
 from __future__ import annotations
@@ -21,30 +22,32 @@ from peftfx.formats import SLOTS, read_stamped, with_version
 from peftfx.sites.site import Site
 
 SLOTS_FILE = SLOTS
-#: What slots hold. At a layer `W' = diag(OUTER) W diag(INNER) + B A`; ahead of the text embeddings, or keys and values
-#: of all layers; beside an attention keys and values of a softmax of their own; and a tensor of the base itself.
+#: What a slot can hold. At a layer: the tensors of `W' = diag(OUTER) W diag(INNER) + B A`. Before the text: embeddings,
+#: or keys and values of all layers. Beside an attention: keys and values of a separate softmax. And a tensor that
+#: replaces one of the base's.
 SLOT_A, SLOT_B, INNER, OUTER, SLOT_PROMPT, PREFIX, KEYS, VALUES, SLOT_OWN = (
     *("lora_A", "lora_B", "input_scale", "output_scale", "prompt"),
     *("prefix", "beside.keys", "beside.values", "own"),
 )
-RANK, SLOT_TOKENS = "rank", "beside"  #: axes of any size; so are those named as what is ahead of the text
-MODEL = "model"  #: the graph that most are
+RANK, SLOT_TOKENS = "rank", "beside"  #: names of axes of any size; `SLOT_PROMPT` and `PREFIX` are such names too
+MODEL = "model"  #: the usual name of a graph
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One place.
+    """One slot of a graph.
 
     Attributes:
-        name: of the input.
-        what: what it holds, one of the words above.
-        at: the path of the layer or attention; for `SLOT_OWN`, the tensor's name in the base; ahead of the text, empty.
-        shape: with a word for an axis of any size: none, where nothing is put.
-        dtype: as torch names it.
-        perm: the order of axes in which the graph has the tensor of the base.
-        least: the size of such an axis where nothing is put: 1 at a conv, which has some channels everywhere.
-        behind: of keys and values beside an attention, whether they join behind its output projection.
-        graph: which of the graphs, by its file's stem.
+        name: the input's name.
+        what: what the slot holds, one of the words above.
+        at: the path of the layer or attention; for `SLOT_OWN`, the tensor's name in the base; empty before the text.
+        shape: the tensor's shape, with a word for each axis of any size. Such an axis has size `least` in an empty
+            slot.
+        dtype: the dtype's name in torch.
+        perm: the order of axes in which the graph reads the base's tensor.
+        least: the size of axes of any size in an empty slot: 1 at a conv, which cannot have 0 channels.
+        behind: whether the result of keys and values beside an attention is added after its output projection.
+        graph: the stem of the graph's file.
     """
 
     name: str
@@ -59,17 +62,17 @@ class Slot:
 
     @property
     def empty(self) -> tuple[int, ...]:
-        """The shape of what changes nothing."""
+        """The shape of a tensor for this slot that changes nothing."""
         return tuple(self.least if isinstance(size, str) else size for size in self.shape)
 
     def takes(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape fits."""
+        """Return whether a tensor of this shape fits."""
         sizes = zip(self.shape, shape, strict=False)
         return len(self.shape) == len(shape) and all(isinstance(want, str) or want == got for want, got in sizes)
 
 
 def shapes(site: Site) -> Mapping[str, tuple[int | str, ...]]:
-    """The shapes of what slots hold at a site with a weight: factors as they are multiplied with there."""
+    """Return the shapes of the slots at a site with a weight. Factors are in the layout of their products."""
     if site.kind == "conv":
         out, inner, ones = site.shape[0], site.shape[1] * site.groups, (1,) * (len(site.shape) - 2)
         return {SLOT_A: (RANK, inner, *site.shape[2:]), SLOT_B: (out, RANK, *ones), INNER: (inner,), OUTER: (out,)}
@@ -79,17 +82,17 @@ def shapes(site: Site) -> Mapping[str, tuple[int | str, ...]]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `FILE` holds.
+    """The contents of `SLOTS_FILE`.
 
     Attributes:
-        base: where the base was read from, or empty.
-        model: its class.
-        fingerprint: of its weights.
-        dtype: that the graph computes in, as torch names it.
-        views: what each graph is a view of, by its file's stem.
-        atol, rtol: that adapters' verification allows; see `verify`.
-        slots: of all graphs.
-        fingerprint_version: how the fingerprint was made; see `peftfx.graph.fingerprint`.
+        base: the place that the base was read from, or empty.
+        model: the base's class.
+        fingerprint: the hash of the base's weights.
+        dtype: the dtype that the graph computes in, by its name in torch.
+        views: the view of each graph, by the stem of the graph's file.
+        atol, rtol: the tolerances of adapters' verification; see `verify`.
+        slots: the slots of all graphs.
+        fingerprint_version: the version of the fingerprint; see `peftfx.graph.fingerprint`.
     """
 
     base: str
@@ -103,17 +106,17 @@ class Manifest:
     fingerprint_version: int = 1
 
     def write(self, directory: Path) -> None:
-        """Put `SLOTS_FILE` into the directory."""
+        """Write `SLOTS_FILE` into the directory."""
         (directory / SLOTS_FILE).write_text(
             json.dumps(with_version(SLOTS_FILE, asdict(self)), indent=1) + "\n", encoding="utf-8"
         )
 
     @staticmethod
     def read(directory: Path) -> Manifest:
-        """What a directory's graphs have.
+        """Read the manifest of a directory's graphs.
 
         Raises:
-            PeftfxError: there is no such file, or it is not one.
+            PeftfxError: there is no such file, or its contents are no manifest.
         """
         path = directory / SLOTS_FILE
         if not is_file(path):
@@ -132,23 +135,23 @@ class Manifest:
 
     @property
     def version(self) -> int:
-        """A number of the base, which files of adapters carry."""
+        """A number of the base, which adapters' files carry."""
         return int(self.fingerprint[:7], 16)
 
     def by_place(self) -> Mapping[tuple[str, str], Sequence[Slot]]:
-        """The slots by where they are and what they hold; two graphs may have one each for a layer that both run."""
+        """Return the slots by place and content. Two graphs that run the same layer may have one slot each."""
         found: dict[tuple[str, str], list[Slot]] = {}
         for slot in self.slots:
             found.setdefault((slot.at, slot.what), []).append(slot)
         return found
 
     def of(self, graph: str) -> Mapping[str, Slot]:
-        """The slots of one graph by their names."""
+        """Return the slots of one graph, by their names."""
         return {slot.name: slot for slot in self.slots if slot.graph == graph}
 
 
 def _wrong(manifest: Manifest) -> list[str]:
-    """What of a manifest is not what it should be."""
+    """Return the fields of a manifest that have wrong values."""
     wrong = [*misfits(manifest), *(text for slot in manifest.slots for text in misfits(slot))]
     if wrong:
         return wrong
@@ -160,6 +163,6 @@ def _wrong(manifest: Manifest) -> list[str]:
 
 
 def listed(slots: Iterable[Slot] | Sequence[str], most: int = 6) -> str:
-    """The first of some names."""
+    """Return the first names as text, and how many more there are."""
     names = [slot if isinstance(slot, str) else slot.at for slot in slots]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""trace: a plain torch function of fake tensors as a graph that serves all sizes."""
+"""Trace: makes a plain torch function of fake tensors a graph that serves all sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 def trace(function: Callable[..., object], values: Sequence[object], name: str, where: str) -> fx.GraphModule:
-    """A function of fake tensors as a graph; one that holds for some sizes alone is refused."""
+    """Trace a function of fake tensors. A graph that holds only for some sizes is refused."""
     mode = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
     guards = mode.shape_env.guards if mode is not None and mode.shape_env is not None else []
     before = len(guards)
@@ -33,10 +33,10 @@ def trace(function: Callable[..., object], values: Sequence[object], name: str, 
 
 
 def _binds(guard: ShapeGuard) -> bool:
-    """Whether a guard makes the trace one of some sizes alone.
+    """Return whether a guard makes the trace valid only for some sizes.
 
-    torch's own operators compare sizes too, to pick a kernel or a memory format: their inequalities bind nothing, an
-    equality of theirs does (a broadcast against a fixed size), unless it says no more than that a size is at least 1.
+    torch's own operators compare sizes too, to pick a kernel or a memory format. Their inequalities do not limit the
+    trace. Their equalities do (a broadcast against a fixed size), unless they only say that a size is at least 1.
     """
     place = guard.sloc.framework_loc
     inside = str(getattr(place, "filename", place)).startswith(_TORCH)

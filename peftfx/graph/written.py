@@ -1,4 +1,4 @@
-"""written: parameters that a program writes into when it runs, which no graph may."""
+"""Refuses parameters that a program writes into when it runs, which no graph may have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftfx.graph.graph import BASE, Graph
 def refuse_written(graph: Graph) -> None:
     """Refuse code that changes one of the model's own parameters in a forward, as `Embedding(max_norm=)` does.
 
-    What is merged or trained in the parameter's place would not be changed. Buffers may be written.
+    The code would not change a merged or trained tensor that replaces the parameter. Buffers may be written.
     """
     for node in graph.nodes():
         for written in _written(node):
@@ -28,7 +28,7 @@ def refuse_written(graph: Graph) -> None:
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values an operator writes into."""
+    """Return the nodes whose values an operator writes into."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return []
     arguments = zip(node.target._schema.arguments, node.args, strict=False)
@@ -36,7 +36,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """What a value is a view of."""
+    """Return the node that a value is a view of."""
     while isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
         returned = node.target._schema.returns
         if not returned or returned[0].alias_info is None:

@@ -1,1 +1,1 @@
-"""What makes a capture cheap: shared symbols for sizes, and equal layers that are copied."""
+"""Functions that make captures cheap: shared symbols for sizes, and copies of equal layers."""

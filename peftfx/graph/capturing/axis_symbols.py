@@ -1,7 +1,7 @@
-"""axis_symbols: while a model is captured, free axes of one name have one symbol for their size.
+"""Shared symbols for sizes: during a capture, free axes of the same name have the same symbol.
 
-torch.export gives each free axis a symbol of its own. The batch of each layer's keys and values is another one then, so
-no layer's shapes are those of the layer before, and half of all operators miss the cache of fake tensors.
+torch.export gives each free axis a separate symbol. Then the batch axis of each layer's keys and values has another
+symbol, no layer has the shapes of the layer before, and half of all operators miss the cache of fake tensors.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 @contextmanager
 def tied(axes: Sequence[Sequence[str | None]]) -> Iterator[None]:
-    """Inside, what this thread captures has one symbol for all sizes of one name. Not for two threads at once.
+    """Give all sizes of one name the same symbol in this thread's captures. Not for two threads at once.
 
     Args:
-        axes: the name of each axis of each input, in order. Where two of one name have different sizes in this call,
-            each size has its symbol: they are not one axis.
+        axes: the name of each axis of each input, in order. If two axes of one name have different sizes in this call,
+            each size has its own symbol: they are not the same axis.
     """
     names = {place_of(n, i): axis for n, own in enumerate(axes) for i, axis in enumerate(own) if axis is not None}
     own, create = threading.get_ident(), ShapeEnv.create_symbol
@@ -48,11 +48,11 @@ def tied(axes: Sequence[Sequence[str | None]]) -> Iterator[None]:
 
 
 def place_of(number: int, axis: int) -> str:
-    """torch's name for where the size of an axis of an input is."""
+    """Return torch's name of the size of an input's axis."""
     return f"L['flat'][{number}].size()[{axis}]"
 
 
 def symbols_of(values: Iterable[object]) -> Mapping[str, sympy.Expr]:
-    """The symbol that a capture made for each free size, by where the size is, given what it captured."""
+    """Return the symbols of a capture's free sizes, by the size's name in torch, given the captured values."""
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     return {} if mode is None or mode.shape_env is None else mode.shape_env.source_to_var

@@ -1,7 +1,7 @@
-"""filled tensors: an empty tensor that is filled piece by piece is the concatenation of its pieces, and is written so.
+"""Filled tensors: replaces an empty tensor that is written piece by piece by the concatenation of its pieces.
 
-Keys of a latent attention are made like that: one part from its latent, one from what is rotated. A write into a view
-hides from the dataflow where values come from, and from the translation that nothing else sees the memory.
+The keys of a latent attention are made in this way: one part from the latent, one part rotated. A write into a view
+hides from the dataflow where values come from, and the translation cannot know that nothing else uses the memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Piece(NamedTuple):
 
 
 def concatenate_filled(graph: fx.Graph) -> None:
-    """Replace each empty tensor whose pieces are all written before it is read by their concatenation; in place."""
+    """Replace each empty tensor by a concatenation, in place, if all pieces are written before any read."""
     rewriter = Rewriter(graph)
     for node in list(graph.nodes):
         if node.target in _EMPTY and isinstance(node.meta["val"], torch.Tensor):
@@ -54,7 +54,7 @@ def _concatenate(rewriter: Rewriter, empty: fx.Node) -> None:
 
 
 def _piece(empty: fx.Node, view: fx.Node) -> _Piece | None:
-    """What is written through a view, if it is cut along one axis at fixed places and seen by nobody else."""
+    """Return the piece written through a view, if it is a fixed range of one axis and nothing else reads the view."""
     whole, cut = empty.meta["val"], None
     while True:
         axis, start, end, step = _bounds(view)
@@ -82,7 +82,7 @@ def _bounds(view: fx.Node) -> tuple[object, object, object, object]:
 
 
 def _tile(pieces: list[_Piece], empty: fx.Node) -> bool:
-    """Whether the pieces lie one behind the other along one axis, and fill it."""
+    """Return whether the pieces are adjacent along one axis, and fill it."""
     if not pieces or len({piece.axis for piece in pieces}) != 1:
         return False
     ends = [0, *(piece.end for piece in pieces)]
@@ -91,7 +91,7 @@ def _tile(pieces: list[_Piece], empty: fx.Node) -> bool:
 
 
 def _as_written(rewriter: Rewriter, write: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """What a write puts down: of the dtype and the shape of what it is written into."""
+    """Return the written value in the dtype and shape of the memory that it is written to."""
     view, value = write.args[:2]
     assert isinstance(view, fx.Node)
     assert isinstance(value, fx.Node)

@@ -1,6 +1,6 @@
-"""joined vectors: torch's own attention with separate weights joins its three biases, only to take them apart again.
+"""Joined vectors: torch's attention with separate weights joins three biases and then splits them. This undoes both.
 
-Each is read as it is instead, so that the layers which add them are sites as any others.
+Each vector is then read directly, so that the layers which add them are sites as all others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _CUTS = {_aten.chunk.default, _aten.split.Tensor, _aten.split.sizes, _aten.split
 
 
 def read_apart(graph: fx.Graph) -> None:
-    """Read each vector that was joined with others and cut out again as it was before; in place."""
+    """Read each vector that was joined with others and split again directly, in place."""
     for node in graph.nodes:
         part = _before(node)
         if part is not None:
@@ -23,7 +23,7 @@ def read_apart(graph: fx.Graph) -> None:
 
 
 def _before(piece: fx.Node) -> fx.Node | None:
-    """The vector that this is a piece of a row of, if the row is cut where it was joined."""
+    """Return the vector before the join, if `piece` is cut from a row exactly where the vectors were joined."""
     cut = piece.args[0] if piece.target is operator.getitem else None
     if not isinstance(cut, fx.Node) or cut.target not in _CUTS:
         return None

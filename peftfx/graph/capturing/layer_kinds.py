@@ -1,8 +1,8 @@
-"""layer_kinds: what tells the layers of a model apart, and the calls of a layer: of one kind are those that are equal.
+"""Kinds of layers: tells which layers of a model, and which of their calls, are equal but for weights and inputs.
 
-A kind is told by what a layer's code can read: class, mode and attributes of each module in it, shapes and dtypes of
-weights, arguments by value and tensors by shape, and what the cache holds for it. The layer's own number is left out of
-it; what stands at that number in a list of a config, or of a module, is not.
+A kind is described by all that a layer's code can read: class, mode and attributes of each module in it, shapes and
+dtypes of weights, arguments by value, tensors by shape, and the layer's part of the cache. The layer's own number is
+left out of the description, but entries at that number in a list of a config or a module are included.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "b
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _INNER = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS})
-_FEWEST = 3  #: layers of one class for which copies can pay
+_FEWEST = 3  #: the fewest layers of one class for which copies can save time
 
 
 class Unknown(Exception):
-    """A layer, or a call of it, that cannot be told from another."""
+    """Raised for a layer or a call whose kind cannot be known."""
 
 
 class Number(int):
-    """A layer's own number, which tells whether its code computes with it.
+    """A layer's own number, which records whether the layer's code computes with it.
 
-    As an index into a list it is not seen: what stands there is part of the kind. Nor is its use in a cache, which asks
-    for nothing but the place.
+    Its use as an index into a list is not recorded, because the list's entry is part of the kind. Its use in a cache is
+    not recorded either, because caches use it only as a place.
     """
 
     used = False
@@ -64,7 +64,7 @@ for _name in (
 
 
 def layers_of(model: nn.Module) -> dict[int, nn.Module]:
-    """The modules that stand in lists with others of their class, by the identity of their attributes."""
+    """Return the modules that are in lists with others of their class, by the identity of their attributes."""
     found: dict[int, nn.Module] = {}
     for held in model.modules():
         if isinstance(held, (nn.ModuleList, nn.Sequential)):
@@ -77,7 +77,7 @@ def layers_of(model: nn.Module) -> dict[int, nn.Module]:
 
 @contextmanager
 def numbered(layer: nn.Module) -> Iterator[list[Number]]:
-    """Inside, each number of its own that the layer knows tells of its uses."""
+    """Make each layer number in the layer's attributes a `Number` inside the context, and yield these numbers."""
     found = [(vars(m), k, v) for m in layer.modules() for k, v in vars(m).items() if k in _NUMBERS and type(v) is int]
     numbers = [Number(value) for _, _, value in found]
     for (own, name, _), number in zip(found, numbers, strict=True):
@@ -97,13 +97,13 @@ class LayerCall:
     """One call of a layer.
 
     Attributes:
-        key: of its kind.
-        entries: every tensor that its code can read, by what the layer calls it.
-        nodes: of these.
-        labels: what the layer calls a tensor, by its node.
-        names: the same, by the tensor's identity.
-        caches: by the argument's name.
-        places: what the layer's own part of each cache holds, by the same, and what it held.
+        key: the key of its kind.
+        entries: every tensor that the layer's code can read, by the layer's label for it.
+        nodes: the nodes of these tensors, by label.
+        labels: the layer's label for a tensor, by the tensor's node.
+        names: the layer's label for a tensor, by the tensor's identity.
+        caches: the caches, by the argument's name.
+        places: what the layer's own part of each cache holds now, and what it held before, by the argument's name.
     """
 
     key: object = None
@@ -116,21 +116,21 @@ class LayerCall:
 
     @staticmethod
     def shape(tensor: Tensor) -> object:
-        """What a tensor without data is."""
+        """Return the sizes, strides, dtype and device of a tensor, and whether it needs a gradient."""
         sizes = [getattr(getattr(n, "node", None), "expr", n) for n in (*tensor.shape, *tensor.stride())]
         return tuple(sizes), tensor.dtype, tensor.device, tensor.requires_grad
 
     @staticmethod
     def is_cache(value: object) -> bool:
-        """Whether a value is a cache, which pytree must not open."""
+        """Return whether a value is a cache, which pytree must not flatten."""
         return isinstance(value, Cache)
 
     def label(self, tensor: Tensor) -> object:
-        """What the layer calls a tensor that it was given; `None` for another."""
+        """Return the layer's name for a tensor of the call, or None for another tensor."""
         return self.names.get(id(tensor))
 
     def value(self, value: object) -> object:
-        """Something that stands for a value which is no tensor of the call."""
+        """Return a hashable description of a value that is no tensor of the call."""
         if isinstance(value, torch.types.py_sym_types):
             return "size", value.node.expr
         if isinstance(value, _PLAIN):
@@ -144,7 +144,7 @@ class LayerCall:
         return "object", id(value)
 
     def enter(self, label: object, tensor: Tensor, find: Find) -> object:
-        """Take a tensor in; what it is, and which of the others is the same one."""
+        """Record a tensor, and return its description and the label of an equal tensor of the call."""
         node = find(tensor)
         self.entries[label] = tensor
         self.names.setdefault(id(tensor), label)
@@ -154,7 +154,7 @@ class LayerCall:
         return LayerCall.shape(tensor), self.labels.setdefault(node, label)
 
     def held(self, layer: nn.Module) -> list[tuple[object, list[object]]]:
-        """What the call must leave as it is: the layer's attributes and weights, and other layers' parts of caches."""
+        """Return what the call must not change: the layer's attributes and weights, and other layers' caches."""
         found: list[object] = []
         for module in layer.modules():
             found += vars(module), module._parameters, module._buffers
@@ -165,10 +165,10 @@ class LayerCall:
         return [(container, _contents(container)) for container in found]
 
     def changes(self, held: list[tuple[object, list[object]]]) -> dict[str, object]:
-        """What the call put into its caches.
+        """Return what the call wrote into its caches.
 
         Raises:
-            Unknown: it wrote something else.
+            Unknown: the call wrote something else.
         """
         for container, before in held:
             now = _contents(container)
@@ -182,7 +182,7 @@ class LayerCall:
         return found
 
     def change(self, changes: Mapping[str, object]) -> None:
-        """Put into its caches what another call put into its own."""
+        """Write what another call put into its caches into the caches of this call."""
         for name, value in changes.items():
             place, _, attribute = name.rpartition(".")
             self.places[place][0][attribute] = value
@@ -197,16 +197,16 @@ def _contents(container: object) -> list[object]:
 def described(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], find: Find, held: list[object]
 ) -> LayerCall:
-    """A call of a layer.
+    """Return a description of a call of a layer.
 
     Args:
         layer: the module.
-        args, kwargs: what it is called with.
-        find: the node of a tensor.
-        held: takes what must live as long as the key is used.
+        args, kwargs: the arguments of the call.
+        find: a function that gives the node of a tensor.
+        held: a list to which the objects are added that must live as long as the key is used.
 
     Raises:
-        Unknown: it cannot be told from another.
+        Unknown: the kind of the call cannot be known.
     """
     call = LayerCall()
     number = _number_of(layer)
@@ -248,7 +248,7 @@ def _module(call: LayerCall, path: str, module: nn.Module, number: int | None, f
 
 
 def _attribute(call: LayerCall, value: object, number: int | None) -> object:
-    """An attribute's value, and what stands at the layer's number in its lists: a config's are those of the model."""
+    """Describe an attribute's value, and the entries at the layer's number in the lists of the attribute."""
     lists = [value] if isinstance(value, (list, tuple)) else []
     if not isinstance(value, (*_PLAIN, list, tuple, dict, nn.Module, Tensor)) and hasattr(value, "to_dict"):
         lists = [v for v in vars(value).values() if isinstance(v, (list, tuple))]
@@ -257,7 +257,7 @@ def _attribute(call: LayerCall, value: object, number: int | None) -> object:
 
 
 def _cache(call: LayerCall, label: str, cache: Cache, number: int | None, find: Find) -> object:
-    """What a cache holds for the layer of this number."""
+    """Describe what a cache holds for the layer of this number."""
     if isinstance(cache, EncoderDecoderCache):
         if cache.is_updated.get(number):  # type: ignore[arg-type]
             raise Unknown

@@ -1,13 +1,13 @@
-"""Recurrences: loops over the tokens of a linear attention, or of a state space, as one operator for every length.
+"""Recurrences: loops over the tokens of a linear attention or a state space, as one operator for every length.
 
-A model's code runs such a loop in pieces of so many tokens, and a capture would write as many as its example has. The
-kernels that transformers asks for by name at these places have one meaning each, whoever calls them. So while a model
-is captured, these names stand for one operator, `peftfx::recurrence`, of which each step is
+A model's code runs such a loop in chunks of tokens, and a capture would record as many chunks as its example has.
+transformers asks for kernels by name here, and each name has one meaning in all models. So during a capture these names
+stand for one operator, `peftfx::recurrence`, with the step
 
     S <- decay * S;    S <- S + key (beta * (value - key^T S))^T;    out = query^T S
 
-with `corrected`, the delta rule; without it nothing is taken from the value. It is a loop in torch, with gradients, and
-a `Scan` in ONNX: one token costs one step.
+if `corrected` (the delta rule). Otherwise nothing is subtracted from the value. The operator is a loop in torch, with
+gradients, and a `Scan` in ONNX: each token costs one step.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def recurrence(
     Args:
         query, key: [batch, tokens, heads or 1, keys].
         value: [batch, tokens, heads, values].
-        decay: [batch, tokens, heads, keys or 1], what is left of the state.
+        decay: [batch, tokens, heads, keys or 1], the factor of the state in each step.
         beta: [batch, tokens, heads].
-        state: [batch, heads, keys, values], ahead of the first token.
-        corrected: whether a value is what is to be read there, and not what is added.
+        state: [batch, heads, keys, values], before the first token.
+        corrected: whether a value is the target of a read (the delta rule), and not an addition to the state.
 
     Returns:
-        What each token reads, as `value`, and the state behind the last.
+        What each token reads, in the shape of `value`, and the state after the last token.
     """
     return _steps(query, key, value, decay, beta, state, corrected)
 
@@ -70,7 +70,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
 
 
 def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    """Of the same steps, run again."""
+    """Return the gradients of the steps, which are run again."""
     with torch.enable_grad():
         given = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         outputs = _steps(*given, ctx.corrected)  # type: ignore[call-arg]
@@ -93,9 +93,10 @@ def _delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **_: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """`chunk_gated_delta_rule` of flash-linear-attention, g [batch, tokens, heads], and its `chunk_kda`, g [..., keys].
+    """Compute flash-linear-attention's `chunk_gated_delta_rule` (g [batch, tokens, heads]) or `chunk_kda`.
 
-    g is the logarithm of decays. Each of the heads of query and key is for as many heads of value.
+    g is the logarithm of the decays: [batch, tokens, heads, keys] for `chunk_kda`. Each head of query and key serves
+    the same number of value heads.
     """
     dtype, heads, width = query.dtype, value.shape[2], key.shape[-1]
     if key.shape[2] != heads:
@@ -123,7 +124,7 @@ def _selective_scan(
     return_last_state: bool = False,
     **_: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`selective_scan_fn` of mamba_ssm.
+    """Compute `selective_scan_fn` of mamba_ssm.
 
     hidden_states, dt and z are [batch, channels, tokens], A is [channels, states], B and C are [batch, states, tokens].
     """
@@ -150,7 +151,7 @@ _KERNELS: Mapping[str, Callable[..., object]] = {
 
 @contextmanager
 def recurrences(model: nn.Module) -> Iterator[None]:
-    """Inside, the kernels of these names that the code of `model` asks for are recurrences."""
+    """Replace the kernels of these names in the code of `model` by recurrences, inside the context."""
     replaced: list[tuple[dict[str, Any], str, object]] = []
     try:
         for name in sorted({kind.__module__ for module in model.modules() for kind in type(module).__mro__}):
@@ -167,7 +168,7 @@ def recurrences(model: nn.Module) -> Iterator[None]:
 
 
 def _kernel_of(function: object) -> str:
-    """The name by which transformers asks for the kernel that a function stands in for; empty for another function."""
+    """Return the name by which transformers asks for the kernel that a function replaces; empty for others."""
     if not inspect.isfunction(function) or not hasattr(function, "__wrapped__"):
         return ""
     name = inspect.getclosurevars(function).nonlocals.get("func_name")

@@ -1,13 +1,12 @@
-"""stamping: while a model is captured, equal layers are traced twice, and the others are copies of the second.
+"""Stamping: a capture traces two layers of each kind, and writes the other layers as copies of the second.
 
-What a capture costs is the code of the layers, run once for each on tensors without data. Layers that are equal but
-for their weights leave equal nodes. So two of a kind are traced; where the nodes of one are those of the other, with
-its own weights and inputs in their places, each further layer of that kind is written as a copy. Whatever differs is
-traced.
+Most of a capture's time goes to the code of the layers, which is run once for each layer on tensors without data.
+Layers that differ only in their weights give equal nodes. So two layers of a kind are traced. If their nodes are equal
+but for weights and inputs, each further layer of that kind is written as a copy. Layers that differ are traced.
 
-Of one kind are layers of one class with equal attributes, weights of equal shapes, in a call with equal arguments:
-see `layer_kinds` beside this file. A layer is traced if its code writes what the kind does not tell, or computes with
-its own number, as `1 / (layer + 1)` does: the number counts whose uses are seen, see `Number`.
+Layers are of one kind if they have the same class, equal attributes, weights of equal shapes, and equal arguments: see
+`layer_kinds.py`. A layer is always traced if its code writes something that the kind does not describe, or computes
+with the layer's number, such as `1 / (layer + 1)`; `Number` records such uses.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from peftfx.graph.capturing.layer_kinds import LayerCall, Unknown, described, la
 from peftfx.telling import tell_share
 
 _Forward = Callable[..., object]
-_TRACED = 0.4  #: the share of a capture in which the layers run; torch.export checks their nodes in the rest
-_TRIALS = 4  #: layers of a kind that are traced to find two that are equal
+_TRACED = 0.4  #: the share of a capture's time in which the layers run; in the rest torch.export checks the nodes
+_TRIALS = 4  #: the most layers of a kind that are traced to find two equal layers
 
 
 @contextmanager
 def stamped(model: nn.Module) -> Iterator[None]:
-    """Inside, a capture of `model` by this thread traces two of each kind of layer, and copies the others."""
+    """Trace two layers of each kind in this thread's captures of `model`, and copy the others, inside the context."""
     stamper = _Stamper(layers_of(model))
     with ExitStack() as stack:
         for kind in {type(layer) for layer in stamper.layers.values()}:
@@ -61,17 +60,18 @@ def _replaced(kind: type[nn.Module], stamper: _Stamper) -> Iterator[None]:
 
 @dataclass
 class _Traced:
-    """What a layer left in the graph.
+    """The nodes that a layer left in the graph, and what is needed to copy them.
 
     Attributes:
-        call: how it was called.
-        nodes: that it made, but for those that compute sizes.
-        places: of each node in `nodes`, and the entry of each node that was there before.
-        exits: what it returned, or put into its cache: tensors and other values.
-        again: entries that are other nodes now, and which: a cast that does nothing gives its argument anew.
-        text: all of it, without names: equal for two layers whose nodes are equal.
-        calls: how often modules within it were called, by their path within it.
-        path: of the layer.
+        call: the layer's call.
+        nodes: the nodes that it made, except those that compute sizes.
+        places: the index of each node in `nodes`, and the entry of each node that existed before.
+        exits: the tensors and other values that it returned or put into its cache.
+        again: the new nodes of entries that got another node: a cast to the same dtype returns its argument with a new
+            node.
+        text: a description of all this without names, which is equal for two layers whose nodes are equal.
+        calls: the number of calls of each module in the layer, by the module's path in the layer.
+        path: the layer's path.
     """
 
     call: LayerCall
@@ -88,7 +88,7 @@ class _Traced:
 
 @dataclass
 class _Kind:
-    """Attributes: traced: the last layer of this kind; ready: whether it may be copied; left: further trials."""
+    """The state of one kind of layers: the last traced layer, whether it may be copied, and the trials left."""
 
     traced: _Traced | None = None
     ready: bool = False
@@ -97,11 +97,11 @@ class _Kind:
 
 @dataclass
 class _Stamper:
-    """Runs layers in their turn. It tells a module from another by its attributes: torch may show it by a proxy."""
+    """Runs layers when the model calls them. Modules are identified by their attributes, as torch may show proxies."""
 
     layers: Mapping[int, nn.Module]
     kinds: dict[object, _Kind] = field(default_factory=dict)
-    held: list[object] = field(default_factory=list)  #: objects whose id is in a key
+    held: list[object] = field(default_factory=list)  #: objects whose id is in a key, kept alive
     thread: int = field(default_factory=threading.get_ident)
     run: set[int] = field(default_factory=set)  #: the layers that have run
 
@@ -148,7 +148,7 @@ def _node(tracer: Any, tensor: Tensor) -> fx.Node | None:
 def _trace(
     tracer: Any, layer: nn.Module, call: LayerCall, path: str, run: Callable[[], object]
 ) -> tuple[object, _Traced | None]:
-    """What a layer returns, and what it left in the graph: none, if it did what a copy of nodes does not tell."""
+    """Run a layer, and return its result and what it left in the graph; None if copied nodes would not be enough."""
     last, counts = tracer.graph._root.prev, dict(tracer.num_calls)
     with numbered(layer) as numbers:
         held = call.held(layer)
@@ -212,8 +212,8 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _text(tracer: Any, node: fx.Node, places: Mapping[fx.Node, tuple[str, object]]) -> object:
-    """A node without its name."""
-    if node.op == "get_attr":  # a constant that torch made of a tensor in the code
+    """Return a node's description without its name."""
+    if node.op == "get_attr":  # a constant that torch made from a tensor in the code
         value = getattr(tracer.root, str(node.target), None)
         if type(value) is not Tensor:
             raise Unknown
@@ -240,7 +240,7 @@ def _exit(tracer: Any, value: object, call: LayerCall, places: Mapping[fx.Node, 
 
 
 def _copied(tracer: Any, traced: _Traced, call: LayerCall, path: str) -> object:
-    """Write a layer as a copy of one that was traced, and give what it returns."""
+    """Write a layer as a copy of a traced layer, and return the layer's result."""
     copies: dict[fx.Node, fx.Node] = {}
     outer = tracer.module_stack
 
@@ -282,7 +282,7 @@ def _name(kind: type) -> str:
 
 
 def _again(tracer: Any, leaf: object, traced: _Traced, call: LayerCall, copies: Mapping[fx.Node, fx.Node]) -> object:
-    """What a copy returns in the place of what the traced layer did."""
+    """Return the value that a copied layer returns in place of the traced layer's `leaf`."""
     if not isinstance(leaf, Tensor):
         return leaf
     if (label := traced.call.label(leaf)) is not None:
@@ -290,7 +290,7 @@ def _again(tracer: Any, leaf: object, traced: _Traced, call: LayerCall, copies: 
     node = copies[traced.ends[id(leaf)]]
     with _disable_current_modes(), leaf.fake_mode:  # type: ignore[attr-defined]
         made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
-        if leaf.requires_grad:  # the code may write into it in place, as into a result, but into no leaf
+        if leaf.requires_grad:  # code may write in place into a result, but not into a leaf
             with torch.enable_grad():
                 result = made.requires_grad_().clone()
             made = result if result.stride() == made.stride() else made
