@@ -1,4 +1,4 @@
-"""How graphs are rewritten: one pass a file, each `Graph -> PassResult`, run and checked by `PassManager`."""
+"""Rewrite graphs by passes, one pass in each file: `Graph -> PassResult`, run and checked by `PassManager`."""
 
 if __name__ != "peftfx.passes":
     raise ImportError("import this package as peftfx.passes: a second copy under another name would not know the first")

@@ -1,4 +1,4 @@
-"""Pass: how a graph is rewritten, `Graph -> PassResult`; what it asks of a graph, and what it promises."""
+"""The base class of passes, which rewrite a graph (`Graph -> PassResult`), and helpers that passes share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peftfx.patterns.pattern import Pattern
 
 @dataclass(frozen=True)
 class PassResult:
-    """A pass's output graph and how many places it changed; with 0, the graph is the one that went in."""
+    """The graph that a pass returns, and the number of changed places; with 0, the graph is the input."""
 
     graph: Graph
     changed: int
@@ -28,12 +28,13 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """A rewrite. Its fields are its options; it never changes its input.
+    """A rewrite of graphs. Its fields are its options; it never changes its input.
 
     Attributes:
-        preserves: whether the outputs stay what they were: what the manager's numeric level checks.
-        requires: names of properties that a graph must have, checked ahead of it; see `peftfx.passes.properties`.
-        ensures: names of properties that its result has, checked behind it.
+        preserves: whether the outputs stay the same, which the manager's numeric level checks.
+        requires: the names of properties that a graph must have, checked before the pass; see
+            `peftfx.passes.properties`.
+        ensures: the names of properties that the result has, checked after the pass.
     """
 
     preserves: ClassVar[bool] = False
@@ -42,15 +43,15 @@ class Pass(ABC):
 
     @abstractmethod
     def __call__(self, graph: Graph) -> PassResult:
-        """Rewrite a copy of `graph`."""
+        """Rewrite a copy of `graph`, and return it."""
 
     def __str__(self) -> str:
-        """The pass with its options, those at their defaults left out: what `peftfx.passes.parse_pass` reads."""
+        """Return the pass as text, without options at their defaults, as `peftfx.passes.parse_pass` reads it."""
         return written(self)
 
 
 def written(value: object) -> str:
-    """A pass or an option as text. What is neither plain data nor a record of it, a tensor say, is `...`."""
+    """Return a pass or an option as text. A value that is not plain data or a dataclass, such as a tensor, is `...`."""
     if isinstance(value, Pattern):
         return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -71,7 +72,7 @@ def _is_default(field: dataclasses.Field[object], value: object) -> bool:
 
 @dataclass(frozen=True)
 class Region:
-    """The tag of the nodes that one insertion added: which adapter, where, and what they replace."""
+    """The tag of the nodes that one insertion added: the adapter, its placement, and the node that they replace."""
 
     adapter: str
     placement: Placement
@@ -80,23 +81,23 @@ class Region:
 
 
 def output_nodes(graph: Graph) -> list[fx.Node]:
-    """The nodes that the graph returns."""
+    """Return the nodes whose values the graph returns."""
     (output,) = (n for n in graph.nodes() if n.op == "output")
     return list(output.args[0])  # type: ignore[arg-type]
 
 
 def results(graph: Graph) -> list[fx.Node]:
-    """The result nodes of all insertions, in the order in which they apply."""
+    """Return the result nodes of all insertions, in the order in which the insertions apply."""
     return [n for n in graph.nodes() if REPLACES in n.meta]
 
 
 def attributes_of(graph: Graph) -> dict[str, fx.Node]:
-    """The graph's `get_attr` nodes by target."""
+    """Return the graph's `get_attr` nodes by target."""
     return {str(n.target): n for n in graph.nodes() if n.op == "get_attr"}
 
 
 def fake_like(anchor: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """A fake tensor shaped like `real`, in the fake mode and on the device of `anchor`, a node's value."""
+    """Make a fake tensor with the shape of `real`, in the fake mode and on the device of `anchor`, a node's value."""
     mode = detect_fake_mode([anchor])
     with mode or contextlib.nullcontext():
         return torch.empty(real.shape, dtype=real.dtype, device=anchor.device, requires_grad=real.requires_grad)

@@ -1,4 +1,4 @@
-"""PassManager: runs passes, checks what each asks for and what it did, and keeps the time; it is a pass itself."""
+"""Run passes, check what each pass requires and ensures, and measure the time. The manager is a pass, too."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class PassManager(Pass):
-    """Runs passes in order, checks the graph ahead of each and behind it, and keeps the time each took.
+    """Runs passes in order, checks the graph before and after each pass, and measures the time of each pass.
 
     Args:
-        passes: what to run; a manager may be among them.
-        check: `none` checks nothing; `lint` what passes require and ensure, and structure; `metadata` also that shapes
-            and dtypes of the outputs are kept; `numeric` also that passes which promise to keep the outputs do (to
-            `tolerance`, relative to the largest output).
+        passes: the passes to run; a manager may be one of them.
+        check: `none` checks nothing. `lint` checks what passes require and ensure, and the graph's structure.
+            `metadata` also checks that the outputs keep their shapes and dtypes. `numeric` also checks that passes
+            which promise to preserve the outputs do so (within `tolerance`, relative to the largest output).
         inputs: the tensors that the numeric check runs on, in the graph's order.
-        timings: of all passes run so far.
+        timings: the timings of all passes run so far.
     """
 
     passes: Sequence[Pass]
@@ -46,29 +46,29 @@ class PassManager(Pass):
     timings: list[Timing] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Passes are kept as a tuple, so that managers can be compared."""
+        """Store the passes as a tuple, so that managers can be compared."""
         object.__setattr__(self, "passes", tuple(self.passes))
 
     @property
     def preserves(self) -> bool:  # type: ignore[override]
-        """Whether all of them keep the outputs."""
+        """Whether all passes preserve the outputs."""
         return all(step.preserves for step in self.passes)
 
     @property
     def requires(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What the first of them requires."""
+        """The properties that the first pass requires."""
         return self.passes[0].requires if self.passes else ()
 
     @property
     def ensures(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What the last of them ensures."""
+        """The properties that the last pass ensures."""
         return self.passes[-1].ensures if self.passes else ()
 
     def __call__(self, graph: Graph) -> PassResult:
-        """Run every pass.
+        """Run every pass on `graph`.
 
         Raises:
-            PeftfxError: of a pass, which is named; or a property is missing ahead of a pass, or behind it.
+            PeftfxError: a pass fails (the message names the pass), or a property is missing before or after a pass.
         """
         if self.check == "numeric" and len(self.inputs) != len(graph.inputs):
             raise PeftfxError(
@@ -94,7 +94,7 @@ class PassManager(Pass):
         return PassResult(graph, changed)
 
     def _ahead(self, graph: Graph, step: Pass) -> tuple[str | None, Sequence[torch.Tensor]]:
-        """What a numeric check has to know of a graph before a pass could change it: its text, and its outputs."""
+        """Return what a numeric check needs from a graph before a pass could change it: its text and outputs."""
         if self.check != "numeric":
             return None, ()
         with torch.no_grad():

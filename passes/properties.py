@@ -1,6 +1,6 @@
-"""Properties: what passes may require of a graph and ensure of their result, by name.
+"""The properties, by name, that passes may require of a graph and ensure of their result.
 
-A property is a function of a graph that tells what is against it, and nothing where it holds.
+A property is a function that takes a graph and returns what violates the property, or an empty string if it holds.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from peftfx.passes.base import results
 
 @dataclass(frozen=True)
 class Property:
-    """Something that can hold of a graph.
+    """A property that a graph can have.
 
     Attributes:
-        against: what is against it, with the node or tensor it is about; empty where it holds.
-        hint: what to do where it does not hold.
+        against: returns what violates the property, with the node or tensor concerned; empty if the property holds.
+        hint: what to do if the property does not hold.
     """
 
     against: Callable[[Graph], str]
@@ -72,10 +72,10 @@ PROPERTIES: Mapping[str, Property] = {
 
 
 def check_properties(names: Iterable[str], graph: Graph, what: str) -> None:
-    """Hold a graph to properties.
+    """Check that a graph has the properties `names`.
 
     Raises:
-        PeftfxError: one does not hold, or there is none of that name.
+        PeftfxError: a property does not hold, or no property has this name.
     """
     for name in names:
         if name not in PROPERTIES:

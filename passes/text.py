@@ -1,4 +1,4 @@
-"""parse_pass: a pass from its text, `str` of it: `Merge`, `Remove(name='x')`, `PassManager(passes=(Merge, Evaluate))`.
+"""Read a pass from its text (its `str`): `Merge`, `Remove(name='x')`, `PassManager(passes=(Merge, Evaluate))`.
 
 Options are Python literals, tuples of them, passes, and the records of sites that some passes take.
 """
@@ -29,15 +29,15 @@ from peftfx.patterns.pattern import known_patterns
 from peftfx.sites.site import Call, HeadedSite, Heads, Part
 
 _KNOWN = (Cleanup, Evaluate, Fuse, Insert, Merge, Prefill, Probe, Remove, Rewrite, Sweep, ByRow, Open, PassManager)
-_RECORDS = (Call, HeadedSite, Heads, Part)  #: what options are made of, beside literals
-_TOO_DEEP = (RecursionError, MemoryError)  #: what Python's parser raises for what is nested too deeply
+_RECORDS = (Call, HeadedSite, Heads, Part)  #: the classes of options, besides literals
+_TOO_DEEP = (RecursionError, MemoryError)  #: the errors of Python's parser for text that is nested too deeply
 
 
 def parse_pass(text: str) -> Pass:
-    """The pass that a text describes; those of other packages are known once they are imported.
+    """Make the pass that `text` describes. Passes of other packages are known once they are imported.
 
     Raises:
-        PeftfxError: the text cannot be read, or names a pass or an option that there is not: the nearest is named.
+        PeftfxError: the text cannot be read, or names an unknown pass or option; the message names the nearest.
     """
     try:
         made = _value(ast.parse(text.strip(), mode="eval").body, text)

@@ -1,1 +1,1 @@
-"""Quantised weights of the base in ONNX, as they are: no code is rounded again."""
+"""Write the quantised weights of a base to ONNX with their codes unchanged: no weight is rounded again."""

@@ -1,8 +1,9 @@
-"""Grid: how the blocks of a weight become those of ONNX Runtime's `MatMulNBits`, and the tensors that it reads.
+"""Convert the blocks of a quantised weight to the blocks and tensors of ONNX Runtime's `MatMulNBits`.
 
-It takes blocks of 16 to 256 columns, a power of two, and codes of 4 bits fast. Codes of more bits are the sum of two
-products, of their high and their low halves: `s (q - z) = 16 s (q / 16 - z / 16) + s (q % 16 - z % 16)`, and no number
-is rounded by that. It is 1.1 times the time of a float32 product where codes of 8 bits take 17 times.
+The operator takes blocks of 16 to 256 columns, a power of two. It is fast only for codes of 4 bits. Codes of more bits
+are therefore computed as the sum of two products, one with their high halves and one with their low halves: `s (q - z)
+= 16 s (q / 16 - z / 16) + s (q % 16 - z % 16)`. This rounds no number. Two such products take 1.1 times as long as a
+float32 product; one product with codes of 8 bits takes 17 times as long.
 
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 """
@@ -16,19 +17,19 @@ from torch import Tensor
 
 from peftfx.quantisation.codes import Blocks, Unpacked
 
-LEAST, MOST = 16, 256  #: columns of a block
+LEAST, MOST = 16, 256  #: the fewest and the most columns of a block
 GRID_BITS = 4
-MIDDLE = 8  #: the operator's zero, where none is given
+MIDDLE = 8  #: the zero that the operator uses if none is given
 
 
 @dataclass
 class Grid:
-    """The blocks of a weight, as the operator has them.
+    """The blocks of a weight in the form that the operator takes.
 
     Attributes:
-        codes: the weight's.
-        block: columns of a block of the operator.
-        repeats: how many of them a block of the weight becomes.
+        codes: the codes of the weight.
+        block: the number of columns of an operator's block.
+        repeats: the number of operator's blocks that one block of the weight becomes.
     """
 
     codes: Blocks
@@ -39,7 +40,7 @@ class Grid:
 
     @staticmethod
     def of(codes: Blocks) -> Grid | None:
-        """None where the operator has no such blocks."""
+        """Make the grid for a weight's codes. Return None if the operator has no such blocks."""
         if codes.block >= codes.columns:
             whole = min(MOST, max(LEAST, 1 << (codes.columns - 1).bit_length()))
             return Grid(codes, whole, -(-codes.columns // whole))
@@ -48,19 +49,20 @@ class Grid:
 
     @property
     def count(self) -> int:
-        """How many blocks of the operator a row has."""
+        """The number of operator's blocks in a row."""
         return -(-self.codes.columns // self.block)
 
     @property
     def halves(self) -> tuple[int, ...]:
-        """By how many bits the codes of each product are shifted."""
+        """The number of bits by which the codes are shifted right, for each product."""
         return (0,) if self.codes.bits <= GRID_BITS else (GRID_BITS, 0)
 
     @property
     def centre(self) -> int:
-        """How many steps are taken from codes and given back to what is least: from 0 on all have one sign.
+        """The number of steps subtracted from codes so that they lie around zero. The least values add them back.
 
-        What two products of one sign lose in their difference is several times what one about zero loses.
+        If all codes have one sign, the rounding errors of two large sums that nearly cancel are several times larger
+        than with codes around zero.
         """
         codes = self.codes
         if not codes.shifted or codes.own_zeros or codes.zero:
@@ -68,26 +70,26 @@ class Grid:
         return (1 << codes.bits - 1) + (MIDDLE if codes.bits > GRID_BITS else 0)
 
     def zero(self, shift: int) -> int | None:
-        """The zero of all blocks in a product; None where each has its own."""
+        """Return the zero that all blocks share in the product of this `shift`; None if each block has its own."""
         zero = self.codes.zero + self.centre
         return None if self.codes.own_zeros else zero >> shift & _mask(shift, self.codes.bits)
 
     def wide(self, shift: int) -> bool:
-        """Whether a block's own zero may be one more than fits into its bits: it is a float then."""
+        """Say whether a block's own zero may be one too large for its bits. Such zeros are written as floats."""
         return self.codes.own_zeros and self.codes.largest_zero >> shift > 15 and shift == self.halves[0]
 
     def blocks(self, shift: int) -> Tensor:
-        """uint8 [out, blocks, block / 2] of a product, two codes in a byte."""
+        """Return the codes for the product of this `shift`: uint8 [out, blocks, block / 2], two codes in a byte."""
         codes = self._read(f"blocks{shift}").integers >> shift & 15
         padded = torch.nn.functional.pad(codes, (0, self.count * self.block - self.codes.columns))
         return (padded[:, ::2] | padded[:, 1::2] << 4).view(self.codes.rows, self.count, -1)
 
     def scales(self, shift: int) -> Tensor:
-        """float32 [out, blocks] of a product."""
+        """Return the scales for the product of this `shift`: float32 [out, blocks]."""
         return self._wide(self._read(f"scales{shift}").scales) * float(1 << shift)
 
     def zeros(self, shift: int) -> Tensor:
-        """uint8 [out, blocks / 2] of a product, two in a byte; or float32 [out, blocks]."""
+        """Return the zeros of a product: uint8 [out, blocks / 2], two in a byte, or float32 [out, blocks]."""
         rows, same = self.codes.rows, self.zero(shift)
         if same is not None:
             return torch.full((rows, -(-self.count // 2)), same | same << 4, dtype=torch.uint8)
@@ -100,7 +102,7 @@ class Grid:
         return padded[:, ::2] | padded[:, 1::2] << 4
 
     def least(self) -> Tensor:
-        """float32 [blocks of the weight, out]: what is taken away for each block's sum of inputs."""
+        """Return float32 [blocks of the weight, out]: what is subtracted, times the sum of each block's inputs."""
         found = self._read("least")
         assert found.least is not None
         return (found.least - self.centre * found.scales).T.contiguous()
@@ -109,7 +111,7 @@ class Grid:
         return values.repeat_interleave(self.repeats, 1)[:, : self.count].contiguous()
 
     def _read(self, what: str) -> Unpacked:
-        """The unpacked weight, kept until something is asked for again: what is written is written one by one."""
+        """Return the unpacked weight. It is kept until each of its tensors has been read once."""
         if self._last is None:
             self._last, self._waiting = self.codes.unpack(), self._wanted()
         found = self._last
@@ -124,5 +126,5 @@ class Grid:
 
 
 def _mask(shift: int, bits: int) -> int:
-    """Of a zero that all blocks share: the lower half's bits where there are two."""
+    """Return the bit mask of a zero that all blocks share: 4 bits for the lower half of two, else 5 bits."""
     return 15 if shift == 0 and bits > GRID_BITS else 31

@@ -1,4 +1,4 @@
-"""Once: what several tensors are written from is made once, and kept until the last of them has been."""
+"""A value that several tensors are written from. It is computed once, and kept until the last tensor is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Made = TypeVar("Made")
 
 
 class Once(Generic[Made]):
-    """What is written in several tensors is made once: they are written one after the other."""
+    """A value from which several tensors are written, one after the other. It is computed only once."""
 
     def __init__(self, make: Callable[[], Made], count: int) -> None:
         self.make, self.count = make, count
@@ -17,7 +17,7 @@ class Once(Generic[Made]):
         self.left: set[int] = set()
 
     def take(self, number: int) -> Made:
-        """What is made, for the tensor of this number; made anew for one that has had it."""
+        """Return the value for the tensor with this number. It is computed again if that tensor has had it already."""
         if self.made is None or number not in self.left:
             self.made, self.left = self.make(), set(range(self.count))
         made = self.made

@@ -1,4 +1,4 @@
-"""Operators: what computes `x @ W.T` in ONNX Runtime from the codes of W, and the initializers that hold these."""
+"""Operators that compute `x @ W.T` in ONNX Runtime from the codes of W, and the initializers that hold the codes."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from peftfx.export.writing.readers import DOMAIN
 from peftfx.quantisation.codes import Blocks, Codes, Floats8, Tabled
 
 _UINT8, _FLOAT, _INT64 = ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.INT64
-_LARGEST_TABLE_BLOCK = 256  #: of `MatMulBnb4`: larger ones repeat their magnitude
-_EXACT = 0  #: the accuracy level at which activations stay float32
+_LARGEST_TABLE_BLOCK = 256  #: of `MatMulBnb4`: a larger block is cut, and its magnitude repeated
+_EXACT = 0  #: the accuracy level that keeps activations in float32
 
 
 @dataclass
 class Product(ABC):
-    """What stands for a weight.
+    """The operator and initializers that replace a weight in its products.
 
     Attributes:
-        name: the weight's.
-        source: of the weight, as `SOURCE` in its value's meta.
-        initializers: what has to be in the graph.
+        name: the name of the weight.
+        source: where the weight comes from: `SOURCE` in its value's meta.
+        initializers: the initializers that the graph needs.
     """
 
     name: str
     source: object
     initializers: list[ir.Value] = field(default_factory=list)
 
-    #: What is told of it: the operator, and why this one.
+    #: What reports say: the operator, and why this one.
     operator = ""
     reason = ""
 
     @abstractmethod
     def nodes(self, x: ir.Value, bias: ir.Value | None) -> list[ir.Node]:
-        """Nodes for one product with it; the last has its result."""
+        """Make the nodes of one product of `x` with the weight, plus `bias`. The last node has the result."""
 
     def constant(self, what: str, kind: ir.DataType, shape: tuple[int, ...], read: Callable[[], Tensor]) -> ir.Value:
-        """An initializer that is computed when it is written."""
+        """Add an initializer that is computed when it is written."""
         name = f"{self.name}.{what}"
 
         def tensor() -> ir.TensorProtocol:
@@ -58,11 +58,11 @@ class Product(ABC):
 
 
 class TableProduct(Product):
-    """bitsandbytes' bytes as they are.
+    """A product with bitsandbytes' codes, whose bytes are unchanged.
 
     Attributes:
-        by_row: whether its tensors have an axis of rows, as is asked for where rows are picked, and where none shares a
-            byte or a magnitude with another.
+        by_row: whether its tensors have an axis of rows. This is asked for if rows are picked, and possible if no two
+            rows share a byte or a magnitude.
     """
 
     operator = "MatMulBnb4"
@@ -75,7 +75,7 @@ class TableProduct(Product):
         count = codes.rows * codes.columns
         repeats, blocks = codes.block // self.block, -(-count // self.block)
         size, blocked = (-(-count // 2),), (blocks,)
-        if self.by_row:  # what picks rows reads these tensors, too; the operator does not look at their shapes
+        if self.by_row:  # lookups of rows read these tensors, too; the operator ignores their shapes
             size, blocked = (codes.rows, codes.columns // 2), (codes.rows, codes.columns // self.block)  # type: ignore[assignment]
         self.packed = self.constant("codes", _UINT8, size, codes.packed)
         self.magnitudes = self.constant(
@@ -90,7 +90,7 @@ class TableProduct(Product):
 
 
 class BlockProduct(Product):
-    """Codes of 4 bits, or two products of the halves of more bits; columns put in order, what is least taken away."""
+    """A product with 4-bit codes, or two products with the halves of wider codes."""
 
     operator = "MatMulNBits"
 
@@ -155,7 +155,7 @@ class BlockProduct(Product):
         return made
 
     def _less(self, x: ir.Value, total: ir.Value, least: ir.Value) -> list[ir.Node]:
-        """What is least in each block, times the sum of the block's inputs, taken away."""
+        """Subtract the least value of each block, times the sum of the block's inputs."""
         assert x.shape is not None
         codes = self.grid.codes
         shape = ir.node("Constant", [], {"value_ints": [*([0] * (len(x.shape) - 1)), codes.count, codes.block]})
@@ -167,7 +167,7 @@ class BlockProduct(Product):
 
 
 class FloatProduct(Product):
-    """8-bit floats, scaled where they are used."""
+    """A product with 8-bit floats, which are scaled to float32 when they are used."""
 
     operator = "DequantizeLinear"
     reason = "ONNX Runtime has no product of 8-bit floats on a CPU: they are scaled to float32 as they are used"
@@ -194,7 +194,7 @@ def _transposed(values: Tensor) -> Tensor:
 
 
 def product_for(codes: Codes, name: str, source: object, opset: int, *, by_row: bool = False) -> Product | str:
-    """What stands for a weight, whose rows are picked too, perhaps; or why nothing does."""
+    """Make the product that replaces a weight, with rows to pick if `by_row`; or say why no operator can."""
     if isinstance(codes, Tabled):
         return TableProduct(name, source, codes, by_row=by_row)
     if isinstance(codes, Floats8):

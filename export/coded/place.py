@@ -1,4 +1,4 @@
-"""place_codes: products with quantised weights of the base become operators that hold these weights' codes."""
+"""Replace products with quantised weights of the base by operators that hold these weights' codes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FLOAT = "float32"
 
 @dataclass(frozen=True)
 class Choice:
-    """How some weights of the base are written.
+    """How some weights of the base are written, and why.
 
     Attributes:
-        format: of their codes.
-        operator: that holds them, or `float32`.
-        reason: why this one.
+        format: the format of their codes.
+        operator: the operator that holds the codes, or `float32`.
+        reason: why this operator.
         weights: their names.
     """
 
@@ -40,10 +40,10 @@ class Choice:
 
 
 def place_codes(model: ir.Model, graph: Graph) -> list[Choice]:
-    """Put codes in the place of the weights that they stand for; tells what was chosen.
+    """Replace weights by the codes that they stand for. Return what was chosen for which weights.
 
-    Of an embedding, rows of codes are gathered, and dequantised then. A weight that something else reads stays float32
-    for that, dequantised as it is written. Weights that a merge made are not the base's.
+    For an embedding, rows of codes are gathered and then dequantised. If another operator reads a weight, a float32
+    copy stays for it, dequantised when it is written. Merged weights are not the base's, and are left alone.
     """
     chosen: dict[Choice, Choice] = {}
     for weight in list(model.graph.initializers.values()):
@@ -69,7 +69,7 @@ def _coded(weight: ir.Value, graph: Graph) -> Coded | None:
 
 
 def _placed(model: ir.Model, weight: ir.Value, coded: Coded) -> Iterator[Choice]:
-    """Replace what can be replaced of a weight's readers, and tell how it is written."""
+    """Replace the readers of a weight that can be replaced, and yield how the weight is written."""
     codes, why = coded.codes, "something else than a product or a lookup reads it"
     found = [reader for reader in readers(weight) if _fits(reader, weight, coded)]
     picks = [lookup for lookup in lookups(weight) if coded.transposed is False and PERM not in weight.metadata_props]
@@ -102,7 +102,7 @@ def _placed(model: ir.Model, weight: ir.Value, coded: Coded) -> Iterator[Choice]
 
 
 def _fits(reader: Reader, weight: ir.Value, coded: Coded) -> bool:
-    """Whether a reader multiplies by the transpose of the matrix [out, in] of the codes."""
+    """Say whether a reader multiplies by the transpose of the codes' matrix [out, in]."""
     if coded.transposed is None or reader.x.shape is None:
         return False
     turns = [coded.transposed, weight.metadata_props.get(PERM) == "1 0", reader.transposed]

@@ -1,7 +1,7 @@
-"""quantize: weights of products are rounded, one at a time as they are written: to blocks of small integers, or to nf4.
+"""Round the weights of products to blocks of small integers or to nf4, one at a time, when they are written.
 
-ONNX Runtime's `MatMulNBits` reads the integers: each row is cut into blocks along the axis that the product sums over;
-`MatMulBnb4` reads nf4 in bitsandbytes' own layout. Activations are rounded to int8 by the first, not by the second.
+ONNX Runtime's `MatMulNBits` reads the integers. Each row is cut into blocks along the axis that the product sums over.
+`MatMulBnb4` reads nf4 in bitsandbytes' own layout. `MatMulNBits` rounds activations to int8, `MatMulBnb4` does not.
 
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 """
@@ -29,12 +29,12 @@ from peftfx.graph.graph import ADAPTERS
 from peftfx.quantisation.codes import Tabled
 from peftfx.quantisation.rounding import Rounded, round_blocks, round_table
 
-FINITE = 1e30  #: the bound on the error where nobody gave one: what is lost depends on the model, and is reported
-_ACCURACY = 4  #: activations are rounded to int8 on the fly: several times faster than in float, and what others do
+FINITE = 1e30  #: the bound on the error if none is asked for: the loss depends on the model, and is reported
+_ACCURACY = 4  #: activations are rounded to int8 at run time: several times faster than float32, and usual
 _UINT8 = ir.DataType.UINT8
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 Choose = Callable[[object], Scheme | None]
-"""How a weight is rounded, by where it comes from; None leaves it."""
+"""A function from a weight's source to the scheme that rounds the weight; None leaves it in floating point."""
 
 
 def quantize(
@@ -43,14 +43,15 @@ def quantize(
     fitted: Mapping[object, Rounded] = MappingProxyType({}),
     multiplied: Collection[object] = (),
 ) -> dict[str, list[str]]:
-    """Round every weight that a product reads whole, in place; returns their names by what they were rounded to.
+    """Round every weight that a product reads whole, in place. Return the weights' names by scheme.
 
-    Of `fitted` are weights that a text has rounded already, by where they come from. Of `multiplied` are those that
-    another graph multiplies by, stored [out, in]: where this one looks rows up in them, it looks them up in the codes.
+    `fitted` holds weights that GPTQ has rounded already, by their sources. `multiplied` holds the sources of weights
+    that another graph multiplies by, stored [out, in]. If this graph only looks up rows of such a weight, it looks them
+    up in the codes.
 
-    Where rows of such a weight are picked, too (an embedding tied to the head), they are picked of the codes. A weight
-    that something else reads too stays for that. Adapters that are apart, and weights narrower than a block, stay as
-    they are.
+    If rows of a rounded weight are looked up, too (an embedding tied to the head), they are looked up in the codes. If
+    another operator reads the weight as well, the weight stays in floating point for that operator. Unmerged adapters,
+    and weights narrower than a block, are not rounded.
     """
     cut_stacks(model, lambda source: choose(source) is not None)
     done, looked_up = dict[str, list[str]](), False
@@ -91,7 +92,7 @@ def _product(
 
 
 def left_out(model: ir.Model, choose: Choose) -> dict[str, str]:
-    """Why weights are still in floating point that were to be rounded, by their names; vectors are not told."""
+    """Say why weights that were to be rounded are still in floating point, by name. Vectors are not listed."""
     found = {}
     for weight in model.graph.initializers.values():
         scheme, shape = choose(stack_of(weight.meta.get(SOURCE))), weight.shape
@@ -108,12 +109,12 @@ def left_out(model: ir.Model, choose: Choose) -> dict[str, str]:
 
 
 def multiplied_in(model: ir.Model) -> set[object]:
-    """Where the weights come from that products read as [out, in]."""
+    """Return the sources of the weights that products read as [out, in]."""
     return {weight.meta.get(SOURCE) for weight, transposed, _ in roundable(model, 1) if transposed} - {None}
 
 
 def roundable(model: ir.Model, block: int) -> Iterator[tuple[ir.Value, bool, bool]]:
-    """The weights that `quantize` can round: each, whether it is stored [out, in], whether only products read it."""
+    """Yield each weight that `quantize` can round, whether it is stored [out, in], and if only products read it."""
     for weight in model.graph.initializers.values():
         products = list(_products(weight, block))
         if products:
@@ -122,14 +123,14 @@ def roundable(model: ir.Model, block: int) -> Iterator[tuple[ir.Value, bool, boo
 
 
 def rounded_rows(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Rows of a weight [n, in] as blocks of integers stand for them, float32."""
+    """Round rows of a weight [n, in] to blocks of integers, and return the rounded values in float32."""
     options = {"symmetric": scheme.symmetric, "search": scheme.search}
     made = round_blocks(weight, BITS[scheme.kind], scheme.block, **options)
     return made.values(scheme.middle)[:, : weight.shape[1]]
 
 
 def _products(weight: ir.Value, block: int) -> Iterator[Reader]:
-    """The products that read a weight, all of one layout."""
+    """Yield the products that read a weight, if they all read one layout."""
     if str(weight.name).startswith(f"{ADAPTERS}.") or weight.dtype not in _FLOATS or weight.is_graph_input():
         return
     if weight.shape is None or len(weight.shape) != 2 or isinstance(weight.meta.get(SOURCE), tuple):
@@ -143,12 +144,12 @@ def _products(weight: ir.Value, block: int) -> Iterator[Reader]:
 
 
 def _picks(weight: ir.Value, transposed: bool) -> list[Lookup]:
-    """What picks rows of a weight that products read as [out, in]."""
+    """Return the lookups of rows of a weight that products read as [out, in]."""
     return list(lookups(weight)) if transposed else []
 
 
 def _source(weight: ir.Value, transposed: bool, scheme: Scheme) -> object:
-    """Where codes come from: equal for those of one weight in two graphs."""
+    """Return where codes come from: equal for the codes of one weight in two graphs."""
     return weight.meta.get(SOURCE, weight), transposed, str(scheme)
 
 
@@ -168,13 +169,13 @@ def _tabled(weight: ir.Value, transposed: bool, scheme: Scheme, *, by_row: bool)
 
 
 class IntegerProduct(Product):
-    """Blocks of integers of 4 or 8 bits; activations are rounded on the fly.
+    """A product with blocks of integers of 4 or 8 bits. Activations are rounded to int8 at run time.
 
     Args:
-        weight: what is rounded, of float32 or float16.
-        transposed: whether it is stored [out, in].
-        scheme: how it is rounded.
-        fitted: its blocks, where they have been found already.
+        weight: the weight to round, float32 or float16.
+        transposed: whether the weight is stored [out, in].
+        scheme: how the weight is rounded.
+        fitted: the rounded blocks, if GPTQ has rounded the weight already.
     """
 
     def __init__(self, weight: ir.Value, transposed: bool, scheme: Scheme, fitted: Rounded | None) -> None:
@@ -205,7 +206,7 @@ class IntegerProduct(Product):
         return [ir.node("MatMulNBits", inputs, {**numbers, "accuracy_level": _ACCURACY}, domain=DOMAIN)]
 
     def rows(self) -> CodedRows:
-        """Its rows, to be picked."""
+        """Return the weight's rows for lookups."""
         scheme, bits = self.scheme, self.scheme.bits
         part = CodedSum(self.blocks, self.scales, self.zeros, scheme.middle if self.zeros is None else 0)
 
@@ -228,12 +229,12 @@ def _zeros(made: Rounded, bits: int) -> Tensor:
 
 
 def halves(integers: Tensor, bits: int) -> Tensor:
-    """Bytes of integers: those of 4 bits two in a byte, along the last axis."""
+    """Pack integers into bytes: integers of 4 bits become two in a byte, along the last axis."""
     return integers if bits == 8 else integers[..., ::2] | integers[..., 1::2] << 4
 
 
 def columns_of(weight: ir.Value, transposed: bool) -> int:
-    """Of a weight [out, in], how many numbers are in a row."""
+    """Return the number of columns of a weight [out, in]."""
     return _size(weight, transposed)[1]
 
 
@@ -244,7 +245,7 @@ def _size(weight: ir.Value, transposed: bool) -> tuple[int, int]:
 
 
 def read_weight(weight: ir.Value, transposed: bool) -> Tensor:
-    """A weight [out, in], computed now."""
+    """Compute a weight now, and return it as [out, in]."""
     assert weight.const_value is not None
     value = value_of(weight.const_value)
     return value if transposed else value.T

@@ -1,6 +1,7 @@
-"""row_nodes: what picks rows of a weight that is held as codes: codes are gathered, and those rows alone dequantised.
+"""Look up rows of a weight that is held as codes: the codes are gathered, and only these rows are dequantised.
 
-The initializers are those of the product with the weight, so an embedding that is the head, too, is in a file once.
+The lookups read the initializers of the product with the weight. An embedding tied to the head is therefore in the file
+only once.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ REASON = "rows are gathered as codes, and dequantised where they are read"
 
 @dataclass(frozen=True)
 class CodedSum:
-    """One of the sums that a weight in blocks is.
+    """One term of the sum that a weight in blocks is.
 
     Attributes:
-        blocks: uint8 [out, ...], the codes' bytes.
-        scales: [out, blocks].
-        zeros: of the blocks, packed as their codes are, or as floats; None where all share one.
-        middle: that one.
+        blocks: the bytes of the codes, uint8 [out, ...].
+        scales: the scales of the blocks, [out, blocks].
+        zeros: the zeros of the blocks, packed like the codes, or as floats; None if all blocks share one zero.
+        middle: the zero that all blocks share; otherwise 0.
     """
 
     blocks: ir.Value
@@ -38,15 +39,15 @@ class CodedSum:
 
 @dataclass(frozen=True)
 class CodedRows:
-    """A weight [out, in] whose rows are read one by one.
+    """A weight [out, in] whose rows are read separately.
 
     Attributes:
-        parts: their sum is the weight.
-        count, block: blocks of a row, and their columns; the last one may be filled up.
-        columns: of the weight.
-        bytes: gives the table [256, n] of the codes of a byte, less the zero that all share.
-        least: float [blocks, out], what is taken away in the end, of `least_blocks` columns each.
-        least_block: columns of those.
+        parts: the terms whose sum is the weight.
+        count, block: the number of blocks in a row, and of columns in a block; the last block may be padded.
+        columns: the number of columns of the weight.
+        bytes: gives the table [256, n] of the codes in each byte, minus the zero that all blocks share.
+        least: float [blocks, out], subtracted at the end from blocks of `least_block` columns; None if there is none.
+        least_block: the number of columns of such a block.
     """
 
     parts: Sequence[CodedSum]
@@ -59,14 +60,14 @@ class CodedRows:
 
 
 def codes_of_bytes(bits: int, middle: int) -> Tensor:
-    """float32 [256, 8 / bits]: the codes of each byte, the first in the low half, less a zero."""
+    """Return float32 [256, 8 / bits]: the codes in each byte, the low half first, minus the zero `middle`."""
     byte = torch.arange(256)
     parts = [byte] if bits == 8 else [byte & 15, byte >> 4]
     return torch.stack(parts, 1).float() - middle
 
 
 def coded_rows(product: Product) -> CodedRows | str:
-    """The rows of a weight that a product holds; or why they cannot be picked."""
+    """Return the rows of the weight that a product holds, or say why rows cannot be looked up."""
     if isinstance(product, TableProduct):
         if not product.by_row:
             return "rows of its codes do not begin with a byte of their own"
@@ -101,11 +102,11 @@ def _tables(product: Product, read: Callable[[int], Tensor]) -> Callable[[int], 
 
 
 def row_nodes(rows: CodedRows, ids: ir.Value) -> list[ir.Node]:
-    """Nodes for rows [..., in] of a weight [out, in], given their numbers; the last has them.
+    """Make the nodes that look up rows [..., in] of a weight [out, in]. The last node has the rows.
 
     Args:
-        rows: of the weight.
-        ids: integers, of a known rank.
+        rows: the weight's rows.
+        ids: the numbers of the rows: integers of a known rank.
     """
     return _Rows(rows, ids).run()
 
@@ -138,12 +139,12 @@ class _Rows:
         return self.nodes
 
     def _codes(self, packed: ir.Value, middle: int) -> ir.Value:
-        """[..., bytes, codes of a byte]: the codes of the rows, less the zero that all have."""
+        """Look up [..., bytes, codes of a byte]: the rows' codes, minus the zero that all blocks share."""
         numbers = self._add("Cast", [self._picked(packed)], to=int(ir.DataType.INT32))
         return self._add("Gather", [self.rows.bytes(middle), numbers], axis=0)
 
     def _zeros(self, zeros: ir.Value) -> ir.Value:
-        """[..., blocks]."""
+        """Look up the zeros of the rows' blocks, [..., blocks]."""
         if zeros.dtype != ir.DataType.UINT8:
             return self._picked(zeros)
         assert zeros.shape is not None

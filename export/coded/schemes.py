@@ -1,4 +1,4 @@
-"""scheme_for: which of several schemes a weight is rounded by."""
+"""Choose the scheme that rounds a weight, from several schemes with targets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from peftfx.sites.sites import Sites
 
 
 def scheme_for(sites: Sites, schemes: Sequence[Scheme]) -> Callable[[object], Scheme | None]:
-    """The last scheme for a weight, by the graph's name for it.
+    """Return a function from a weight's source in the graph to the last of `schemes` that picks the weight in `sites`.
 
     Raises:
-        PeftfxError: a target picks nothing, or rows of a fused weight.
+        PeftfxError: a target picks no site, or only some rows of a fused weight.
     """
     everywhere = next((scheme for scheme in reversed(schemes) if not scheme.target), None)
     chosen: dict[object, Scheme] = {}

@@ -1,4 +1,4 @@
-"""cut_stacks: matrices of a stack, as mixtures of experts have one, that products read become weights of their own."""
+"""Cut stacks of matrices, as in mixtures of experts: each matrix that a product reads becomes a weight of its own."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from peftfx.export.coded.once import Once
 from peftfx.export.metadata import SOURCE
 from peftfx.export.translation.layout import value_of
 
-_MARK = "#"  #: between a stack's source and a matrix's number
+_MARK = "#"  #: separates a stack's source from a matrix's number
 
 
 def stack_of(source: object) -> object:
-    """The source of the stack that a matrix is of; any other source as it is."""
+    """Return the source of the stack that a matrix was cut from. Any other source is returned unchanged."""
     return source.partition(_MARK)[0] if isinstance(source, str) else source
 
 
 def cut_stacks(model: ir.Model, chosen: Callable[[object], bool]) -> None:
-    """Cut stacks [experts, in, out] whose matrices products read one by one.
+    """Cut stacks [experts, in, out] whose matrices are read by one product each.
 
     Args:
-        model: its graph is changed; of a stack that is cut nothing is left.
-        chosen: which stacks, by where they come from.
+        model: its graph is changed. A stack that is cut is removed.
+        chosen: says whether to cut a stack, given its source.
     """
     for stack in list(model.graph.initializers.values()):
         if not chosen(stack.meta.get(SOURCE)) or not isinstance(stack.meta.get(SOURCE), str):
@@ -46,7 +46,7 @@ def cut_stacks(model: ir.Model, chosen: Callable[[object], bool]) -> None:
 
 
 def _split(stack: ir.Value) -> ir.Node | None:
-    """The node that cuts a stack into matrices, if that is all that is done with it, and products alone read these."""
+    """Return the node that cuts a stack into matrices, if nothing else reads the stack and only products the parts."""
     shape, uses = stack.shape, list(stack.uses())
     if shape is None or len(shape) != 3 or len(uses) != 1 or stack.is_graph_input():
         return None
@@ -82,5 +82,5 @@ def _matrix(stack: ir.Value, once: Once[torch.Tensor], number: int) -> ir.Value:
 
 
 def readers_of(weight: ir.Value) -> Iterator[str]:
-    """The operators that read a weight, each once."""
+    """Yield the operators that read a weight, each operator once."""
     yield from dict.fromkeys(use.node.op_type for use in weight.uses())

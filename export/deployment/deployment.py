@@ -1,4 +1,4 @@
-"""Deployment: a way of serving adapters, as what an export does differently for it at each of its stages."""
+"""The ways of serving adapters, and what an export does differently for each way at each of its stages."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ Inputs = Mapping[str, object]
 
 
 class Deployment(ABC):
-    """A way of serving adapters. What is here is what most of them do."""
+    """A way of serving adapters. The defaults are what most ways do."""
 
-    #: Whether active adapters are folded into the weights, where there are any.
+    #: Whether active adapters are folded into the weights.
     merges: bool = False
 
     def names(self, adapted: AdaptedModel) -> Sequence[str]:
-        """The adapters that are in the graphs."""
+        """Return the names of the adapters that are in the graphs."""
         return adapted.active
 
     @abstractmethod
     def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[GraphPart]:
-        """The graphs to write; see `capture_parts`."""
+        """Capture the graphs to write; see `capture_parts`."""
 
     def finish(self, adapted: AdaptedModel, part: GraphPart, program: ir.Model) -> tuple[GraphPart, ir.Model]:
-        """A part and its program as it is written."""
+        """Return the part and its ONNX program in their final form, as they are written."""
         return part, program
 
     def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
-        """What the part is held against, and in which calls."""
+        """Return the oracle that the part is compared with, and the calls to compare."""
         return eager_oracle(adapted, part.graph, part.view, example, part.sizes)
 
     def sizes(self, adapted: AdaptedModel, part: GraphPart, example: Inputs, allow_fixed: bool) -> Sizes:
-        """Where the part is right: where the model that it is a view of is.
+        """Return the sizes at which the part is right: those at which the viewed model is right.
 
         Raises:
-            PeftfxError: for sizes on one side of a branch in the model's code alone; not with `allow_fixed`.
+            PeftfxError: the graph is right only on one side of a branch in the model's code; not with `allow_fixed`.
         """
         return sizes_of(adapted, part.seen, example, allow_fixed=allow_fixed)
 
     def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs) -> None:
-        """Tell other runtimes, beside the models, how they are served."""
+        """Write files beside the models that tell other runtimes how to serve them."""
         for part in parts:
             if isinstance(part.seen, InvokedDecode | DecodeWithImages):
-                continue  # other runtimes know nothing of where a row invokes an adapter, or of images beside a text
+                continue  # other runtimes do not know where a row invokes an adapter, nor images beside a text
             if isinstance(part.seen, Decode):
                 _, entry = adapted.under_prompt(part.seen)
                 write_genai_config(directory, adapted.base.config, part.seen, 0 if entry is None else entry.shape[0])
@@ -67,7 +67,7 @@ class Deployment(ABC):
 
 @dataclass(frozen=True)
 class InGraph(Deployment):
-    """The active adapters in the graph: merged, or apart as initializers under their own names."""
+    """The active adapters are in the graph: merged, or as initializers under their own names."""
 
     merges: bool = True
 

@@ -1,7 +1,7 @@
-"""export.json: what transformers' `ExportedModel.from_pretrained` reads to run a directory as the model it came from.
+"""Write `export.json`, which transformers' `ExportedModel.from_pretrained` reads to run an exported directory.
 
-It has the forward view alone: for generation transformers wants a graph for prefill and one for each token, with other
-names for the cache.
+The file describes only the forward view. For generation, transformers expects one graph for the prompt and another for
+each further token, with other names for the cache.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def write_export_json(directory: Path, file: str, graph: Graph, base: nn.Module,
     """Write `export.json` for the forward graph in `file`, if transformers can name what the model takes and returns.
 
     Args:
-        directory: where to.
-        file: of the graph.
-        graph: that was exported.
-        base: its model.
-        inputs: keyword arguments that it was captured with.
+        directory: the directory to write to.
+        file: the file name of the graph.
+        graph: the exported graph.
+        base: the graph's model.
+        inputs: the keyword arguments that the graph was captured with.
     """
     if not isinstance(base, PreTrainedModel):
         return
     _, in_spec = pytree.tree_flatten(((), dict(inputs)))
     try:
         named_in, named_out = pytree.treespec_dumps(in_spec), pytree.treespec_dumps(graph.out_spec)
-    except NotImplementedError:  # a type of the model's own, which has no name to be found by
+    except NotImplementedError:  # transformers cannot name a type of the model's own
         return
     metadata = ExportMetadata(
         architecture=type(base).__name__,

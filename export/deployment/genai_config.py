@@ -1,4 +1,4 @@
-"""genai_config.json: what ONNX Runtime GenAI reads to run a model in its decode view."""
+"""Write `genai_config.json`, which ONNX Runtime GenAI reads to run a model in its decode view."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from peftfx.views.decode import PAST, PRESENT, Decode
 
 GENAI_CONFIG = "genai_config.json"
-#: Fields of configs that say how many tokens a model can hold; one without any has no limit of its own.
+#: The fields of configs that say how many tokens a model can hold. A model without such a field has no limit of its
+# own.
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
 _UNLIMITED = 2048
 
@@ -17,15 +18,15 @@ _UNLIMITED = 2048
 def write_genai_config(directory: Path, config: Any, view: Decode, ahead: int = 0) -> bool:
     """Write `genai_config.json` into a directory, and say whether GenAI can run the model at all.
 
-    It cannot where layers differ in their heads, or keys in width from values: its config has one number for all. Nor
-    where a layer keeps states: GenAI knows these under the names of a few architectures.
-    GenAI pads a batch on the right, and finds padding by `pad_token_id`.
+    GenAI cannot run a model whose layers differ in their heads, or whose keys and values differ in width: its config
+    has one number for all. Nor can it run a model with a layer that keeps states: GenAI knows states only for a few
+    named architectures. GenAI pads a batch on the right, and recognises padding by `pad_token_id`.
 
     Args:
-        directory: has `model.onnx` in the decode view.
-        config: transformers', of the model.
-        view: that view.
-        ahead: virtual tokens bound inside, which take of what the model can hold.
+        directory: the directory that has `model.onnx` in the decode view.
+        config: the model's transformers config.
+        view: the decode view.
+        ahead: the number of virtual tokens inside the graph, which reduce the tokens that the model can hold.
     """
     layers = set(view.layers)
     if len(layers) != 1 or any(not layer.attends or layer.key != layer.value for layer in layers):
@@ -35,7 +36,7 @@ def write_genai_config(directory: Path, config: Any, view: Decode, ahead: int = 
     length = context_length(text) - ahead
     made = {
         "model": {
-            "type": "decoder",  # any: what a named type would add is in the graph
+            "type": "decoder",  # any type will do: what a named type adds is in the graph
             "vocab_size": text.vocab_size,
             "context_length": length,
             **_tokens(config, text),
@@ -71,13 +72,13 @@ def write_genai_config(directory: Path, config: Any, view: Decode, ahead: int = 
 
 
 def context_length(config: Any) -> int:
-    """How many tokens a model can hold."""
+    """Return how many tokens a model can hold, by its `config`."""
     lengths = (getattr(config, name, None) for name in _LENGTHS)
     return next((length for length in lengths if isinstance(length, int)), _UNLIMITED)
 
 
 def _tokens(config: Any, text: Any) -> dict[str, object]:
-    """The ids of special tokens; where there is no padding, the end stands for it."""
+    """Return the ids of special tokens. If there is no padding token, the end token is used for it."""
     found = {
         name: next((v for c in (config, text) if (v := getattr(c, name, None)) is not None), None)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")

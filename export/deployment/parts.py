@@ -1,4 +1,4 @@
-"""Parts: the graphs that a model is served by, each in an `.onnx` file of its own."""
+"""The graphs that a model is served by, each in an `.onnx` file of its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from peftfx.views.prompt_inputs import Place, WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
 from peftfx.views.view import View, name_axes
 
-#: Axes that have to be free where nobody gave a size.
+#: Axes that must be free if the user gave no size.
 FREE = frozenset(
     {IMAGE_TOKENS, "batch", "sequence", "decoder_sequence", "encoder_sequence", "encoder_total", "past", "total"}
 )
@@ -31,17 +31,17 @@ FREE = frozenset(
 
 @dataclass(frozen=True)
 class GraphPart:
-    """A graph on its way to a file, as it is after a stage of the export: the next one makes another of it.
+    """A graph on its way to a file, after a stage of the export. Each stage makes a new part.
 
     Attributes:
-        file: its name.
-        view: what the graph is a view of; None is the forward.
-        graph: as captured, with the adapters in it.
-        exported: what is written: the same, or merged.
-        slots: where adapters can be put when it runs.
-        found: how what was written compares.
-        places: of soft prompts, in a forward.
-        sizes: where it is right.
+        file: the name of the file.
+        view: the view of the model that the graph is; None is the forward view.
+        graph: the graph as captured, with the adapters in it.
+        exported: the graph that is written: the same, or merged.
+        slots: the inputs for adapters, filled when the graph runs.
+        found: the comparisons of the written model with its reference.
+        places: the places of soft prompts, in the forward view.
+        sizes: the sizes at which the graph is right.
     """
 
     file: str
@@ -55,7 +55,7 @@ class GraphPart:
 
     @property
     def seen(self) -> View | None:
-        """The view without places for soft prompts, and without the numbers of adapters."""
+        """The view without its inputs for soft prompts and for adapters' numbers."""
         return self.view.view if isinstance(self.view, WithPromptInputs | WithRowAdapters) else self.view
 
     @property
@@ -65,15 +65,17 @@ class GraphPart:
 
 
 def capture_parts(adapted: AdaptedModel, view: str, inputs: Mapping[str, object] | None) -> list[GraphPart]:
-    """Capture what a model is served by.
+    """Capture the graphs that a model is served by.
 
     Args:
-        adapted: in eval mode.
-        view: `forward`, or `decode`, which is two graphs for an encoder-decoder, or `auto`: by the model's task.
-        inputs: of a forward call, where they were chosen: sizes may be fixed, and `auto` is `forward`.
+        adapted: the model, in eval mode.
+        view: `forward`; `decode`, which is two graphs for an encoder-decoder; or `auto`, which chooses by the model's
+            task.
+        inputs: the inputs of a forward call, if the user chose them. Sizes may then be fixed, and `auto` means
+            `forward`.
 
     Raises:
-        PeftfxError: the model has no such view, or fixes a size that nobody chose.
+        PeftfxError: the model has no such view, or fixes a size that the user did not choose.
     """
     views = views_of(adapted.base, view, inputs)
     if FORWARD in views.values():
@@ -94,7 +96,7 @@ def capture_parts(adapted: AdaptedModel, view: str, inputs: Mapping[str, object]
 
 
 def generates(base: nn.Module) -> bool:
-    """Whether the model is one that writes text token by token: such a one is served with its cache."""
+    """Say whether the model `base` writes text token by token. Such a model is served with its cache."""
     task = task_of(base)
     if task == HEARING[0] and encodes_and_decodes(base):
         return _splits(base)
@@ -102,7 +104,7 @@ def generates(base: nn.Module) -> bool:
 
 
 def _splits(base: nn.Module) -> bool:
-    """Whether an encoder-decoder can be served as two graphs."""
+    """Say whether an encoder-decoder can be served as two graphs."""
     try:
         find_layers(base)
     except PeftfxError:
@@ -111,10 +113,10 @@ def _splits(base: nn.Module) -> bool:
 
 
 def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) -> dict[str, str]:
-    """The files that a model is served by in a view, and the view that each holds; see `capture_parts`.
+    """Return the files that a model is served by in a view, and the view in each file; see `capture_parts`.
 
     Raises:
-        PeftfxError: there is no such view.
+        PeftfxError: the view does not exist.
     """
     check_view(view)
     if view == FORWARD or (view == AUTO and (inputs is not None or not generates(base))):
@@ -132,10 +134,10 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
 
 
 def without_images(views: dict[str, str]) -> dict[str, str]:
-    """These views.
+    """Return the given views, and refuse a view that reads images.
 
     Raises:
-        PeftfxError: one is of images, beside which adapters cannot be put or chosen.
+        PeftfxError: a view reads images; with images, adapters cannot be swapped or chosen by row.
     """
     if VISION in views.values():
         what = "adapters are swapped and chosen by row in models of text alone, and this one reads images"
@@ -144,7 +146,7 @@ def without_images(views: dict[str, str]) -> dict[str, str]:
 
 
 def refuse_fixed(graph: Graph, axes: Mapping[str, tuple[str | None, ...]]) -> None:
-    """A batch or sequence of the example's size, which nobody chose, would serve nobody."""
+    """Refuse a graph whose batch or sequence is fixed at the example's size, which the user did not choose."""
     for spec in graph.inputs:
         for wanted, got in zip(axes.get(spec.name, ()), spec.shape, strict=False):
             if wanted in FREE and isinstance(got, int):

@@ -1,4 +1,4 @@
-"""The mode that a model is exported in: eval, without gradients; afterwards the mode is as before."""
+"""Put a model into the mode that it is exported in (eval, without gradients), and restore its mode afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftfx.model.adapted import AdaptedModel
 
 @contextmanager
 def in_eval(adapted: AdaptedModel) -> Iterator[None]:
-    """Without gradients, the base and the model's own flag in eval mode; afterwards the flag is as it was."""
+    """Put the base and the adapted model into eval mode without gradients. The modes are restored afterwards."""
     training = adapted.training
     adapted.training = False
     try:

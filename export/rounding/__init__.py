@@ -1,1 +1,1 @@
-"""What rounding weights costs the outputs, measured: GPTQ on a text, bits by role under a budget."""
+"""Round weights so that the outputs change least, as measured: by GPTQ on a text, or by a bit width for each role."""

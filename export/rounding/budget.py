@@ -1,8 +1,9 @@
-"""Budget: bits by role, so that a model fits into so many bytes and differs least, as was measured role by role.
+"""Choose a bit width for each role, so that the weights fit into a budget of bytes and the outputs change least.
 
-For each role its weights are rounded in torch, all others left, and it is measured how far the outputs are then: the
-KL divergence in nats on a text where there are logits, else the squared error over the squared outputs. These are
-taken to add up, and of all ways that fit the one of the least sum is chosen.
+The cost of each role is measured: its weights are rounded in torch, all others are not, and the outputs are compared.
+The cost is the KL divergence in nats on a text if the model gives logits, otherwise the squared error relative to the
+squared outputs. Costs are assumed to add up. Of all choices that fit into the budget, the one with the smallest sum is
+taken.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.sites.sites import Sites
 
 _NONE = "none"
-_AT_ONCE = 1 << 22  #: numbers of a weight that are rounded at a time
+_AT_ONCE = 1 << 22  #: how many numbers of a weight are rounded at a time
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a role gets of a budget.
+    """What a role gets of a budget of bytes.
 
     Attributes:
-        role: of the weights.
-        scheme: what they are rounded to, or `none`.
-        bytes: of them in the file.
-        costs: how far the outputs were when they alone were rounded, by scheme.
-        reason: why this one.
-        weights: how many they are.
+        role: the role of the weights.
+        scheme: the scheme that rounds them, or `none`.
+        bytes: their size in the file, in bytes.
+        costs: how far the outputs changed when only these weights were rounded, by scheme.
+        reason: why this scheme was chosen.
+        weights: the number of weights.
     """
 
     role: str
@@ -61,13 +62,13 @@ class Share:
 
 @dataclass
 class _Role:
-    """The weights of a role.
+    """The weights of a role, and what rounding them costs.
 
     Attributes:
-        weights: of products, with whether each is stored [out, in].
-        modules: that multiply by each, by the weight's name.
-        costs: as measured.
-        why: they are left as they are, where they have to be.
+        weights: the weights of products, and whether each is stored [out, in].
+        modules: the paths of the modules that multiply by each weight, by its name.
+        costs: the measured costs, by scheme.
+        why: why the weights cannot be rounded; empty if they can.
     """
 
     weights: list[tuple[ir.Value, bool]] = field(default_factory=list)
@@ -76,7 +77,7 @@ class _Role:
     why: str = ""
 
     def takes(self, scheme: Scheme) -> bool:
-        """Whether none of its weights is narrower than a block."""
+        """Say whether all weights are at least as wide as a block of the scheme."""
         return all(columns_of(weight, transposed) >= scheme.block for weight, transposed in self.weights)
 
     def bytes(self, scheme: Scheme | None) -> int:
@@ -91,18 +92,18 @@ def share_out(
     feeds: Sequence[Tensors],
     schemes: Sequence[Scheme],
 ) -> tuple[Choose, Choose, list[Share]]:
-    """How each weight is rounded, by where it comes from; which weights are in no role; what each role got.
+    """Choose how each weight is rounded within a budget. Return two choices by source, and the roles' shares.
 
     Args:
-        limit: bytes of all weights.
-        programs: what is written, merged, and the sites of each, whose roles count. They share weights.
+        limit: the most bytes of all weights.
+        programs: the merged ONNX programs, each with the sites whose roles count. They may share weights.
         adapted: the model in torch, whose modules are hooked.
-        reference: what it gives, by name.
-        feeds: calls to measure at.
-        schemes: what may be chosen, beside no rounding.
+        reference: computes the model's outputs, by name.
+        feeds: the calls at which costs are measured.
+        schemes: the schemes to choose from, besides no rounding.
 
     Raises:
-        PeftfxError: even the smallest way does not fit.
+        PeftfxError: even the smallest choice does not fit.
     """
     roles = _roles(programs, schemes)
     by_name = {str(scheme): scheme for scheme in schemes}
@@ -146,7 +147,7 @@ def _roles(programs: Sequence[tuple[ir.Model, Sites]], schemes: Sequence[Scheme]
             _, _, own = found.setdefault(source, (weight, transposed, []))
             own += [pair for pair in owners.get(source, []) if pair not in own]
             others[source] = others.get(source, False) or not alone
-    for program, _ in programs:  # of two graphs one may look up what the other multiplies by
+    for program, _ in programs:  # one graph may look up rows of a weight that another multiplies by
         products = {weight for weight, _, _ in roundable(program, block)}
         for weight in program.graph.initializers.values():
             source = weight.meta.get(SOURCE, weight)
@@ -177,7 +178,7 @@ def _bytes(weight: ir.Value, transposed: bool, scheme: Scheme | None) -> int:
 
 
 def _in_file(size: int) -> int:
-    """What a tensor takes there at most: a large one starts on a page."""
+    """Return the most bytes that a tensor of this size takes in a file: a large tensor starts on a page."""
     return size + PAGE if size >= LARGE else size
 
 
@@ -191,7 +192,7 @@ def _measure(
     feeds: Sequence[Tensors],
     wants: Sequence[Tensors],
 ) -> None:
-    """Note how far the outputs are when these weights alone are rounded; or why that cannot be said."""
+    """Record how far the outputs change when only these weights are rounded, or why this cannot be measured."""
     ran: set[str] = set()
     with ExitStack() as stack:
         for weight, transposed in role.weights:
@@ -235,14 +236,14 @@ def _distance(want: Tensors, got: Tensors, feed: Tensors) -> float:
 
 
 def _least(roles: Mapping[str, _Role], schemes: Mapping[str, Scheme], room: int) -> dict[str, str] | None:
-    """The scheme of each role, of the ways that fit that of the least sum of costs; None where none fits."""
+    """Choose each role's scheme: of the choices that fit, the one with the least sum of costs; None if none fits."""
     ways: list[tuple[int, float, dict[str, str]]] = [(0, 0.0, {})] if room >= 0 else []
     for path, role in roles.items():
         options = [(role.bytes(None), 0.0, _NONE), *((role.bytes(schemes[n]), c, n) for n, c in role.costs.items())]
         longer = [(a + b, c + d, {**picks, path: name}) for a, c, picks in ways for b, d, name in options]
         ways, best = [], float("inf")
         for way in sorted((way for way in longer if way[0] <= room), key=lambda way: way[:2]):
-            if way[1] < best:  # what is larger and no better is dropped
+            if way[1] < best:  # a larger choice that is no better is dropped
                 ways.append(way)
                 best = way[1]
     return ways[-1][2] if ways else None
@@ -259,5 +260,5 @@ def _share(path: str, role: _Role, name: str, schemes: Mapping[str, Scheme], lim
 
 
 def candidates() -> tuple[Scheme, ...]:
-    """What a budget chooses among, beside no rounding."""
+    """Return the schemes that a budget chooses from, besides no rounding."""
     return Scheme("int8"), Scheme("int4"), replace(Scheme("int4"), block=128)

@@ -1,8 +1,9 @@
-"""fit_weights: the weights of a model rounded by GPTQ, in one call of the model on a text.
+"""Round the weights of a model by GPTQ, in one call of the model on a text.
 
-The model's own code runs once, on all of the text. Ahead of each layer its inputs are there, so its weight is rounded
-then, and the layer's outputs become those of the rounded weight: what comes later is rounded by what it will read.
-One weight and one matrix of inputs are in memory at a time; integers go to mapped files without names.
+The model's own code runs once, on the whole text. When a layer is about to run, its inputs are known and its weight is
+rounded. The layer then returns the outputs of the rounded weight, so later layers are rounded with the inputs that they
+will really read. Only one weight and one matrix of inputs are in memory at a time. The integers go to mapped files
+without names.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from peftfx.sites.sites import Sites
 
 @dataclass(frozen=True)
 class Candidate:
-    """A weight to round by its inputs.
+    """A weight that GPTQ may round.
 
     Attributes:
-        key: what it is known by.
-        paths: of the modules that multiply by it.
-        weight: makes it, [out, in]; the dtype is that of its scales.
-        scheme: how it is rounded.
+        key: identifies the weight.
+        paths: the paths of the modules that multiply by the weight.
+        weight: computes the weight, [out, in]. Its dtype is also the dtype of its scales.
+        scheme: how the weight is rounded.
         signed: whether a scale may be negative.
-        dtype: of its scales, where that is another one.
+        dtype: the dtype of the scales, if it differs from the weight's.
     """
 
     key: object
@@ -52,14 +53,14 @@ class Candidate:
 
 @dataclass
 class Fitted:
-    """What GPTQ did.
+    """What GPTQ did, and how much it helped.
 
     Attributes:
-        text: on which.
-        tokens: of it.
-        weights: that were rounded so.
-        off: what the outputs of a weight are off by, over their norm, in the mean of the weights.
-        plain: the same where each number is the nearest integer's.
+        text: the name of the text.
+        tokens: the number of tokens of the text.
+        weights: the number of weights that GPTQ rounded.
+        off: the error of a weight's outputs relative to their norm, averaged over the weights.
+        plain: the same if each number is rounded to the nearest integer.
         left: why other weights were rounded without the text, by the paths of their modules.
     """
 
@@ -83,15 +84,15 @@ class Fitted:
 
 
 class _Enough(Exception):
-    """All weights are rounded: what the model would compute further is of no use."""
+    """Raised when all weights are rounded, to end the call: the rest of the computation is not needed."""
 
 
 @dataclass
 class Watched(EagerReference):
-    """The model's own code with hooks that are put on its modules behind those of the adapters.
+    """The model's own code, with hooks on its modules that run after the hooks of the adapters.
 
     Attributes:
-        watch: puts hooks on; the stack takes them off.
+        watch: registers the hooks; the given stack removes them.
     """
 
     watch: Callable[[ExitStack], object] = lambda _: None
@@ -103,7 +104,7 @@ class Watched(EagerReference):
 
 
 def paths_of(sites: Sites) -> Callable[[object], list[str]]:
-    """The paths of the modules that multiply by a weight, by the graph's name for it."""
+    """Return a function from a weight's source in the graph to the paths of the modules that multiply by it."""
     found: dict[object, list[str]] = {}
     for site in sites.weights:
         for source in {site.weight, f"{DERIVED}.{site.path}.weight"}:
@@ -112,7 +113,7 @@ def paths_of(sites: Sites) -> Callable[[object], list[str]]:
 
 
 def layer_at(base: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path, if its forward is one product with its weight, or a lookup in it."""
+    """Return the module at a path, if its forward is one product with its weight, or a lookup in it; else None."""
     try:
         module = base.get_submodule(path)
     except AttributeError:
@@ -124,15 +125,16 @@ def layer_at(base: nn.Module, path: str) -> nn.Module | None:
 def fit_weights(
     adapted: AdaptedModel, ids: Tensor, named: str, candidates: Sequence[Candidate], beside: Path, *, merged: bool
 ) -> tuple[dict[object, Rounded], Fitted]:
-    """Round weights by what they are multiplied with on a text; by their keys, and what is told of it.
+    """Round weights by the inputs that they get on a text. Return the rounded weights by key, and a summary.
 
     Args:
         adapted: the model, whose active adapters act.
-        ids: of the text, [rows, tokens].
-        named: what the text is.
-        candidates: what to round. One whose module does not run, or is no linear layer, is left out, and told.
-        beside: a directory on whose disk the integers are kept.
-        merged: whether the weights are those that the adapters were folded into, or the adapters stay beside them.
+        ids: the token ids of the text, [rows, tokens].
+        named: the name of the text.
+        candidates: the weights to round. A weight whose module does not run, or is no linear layer, is left out and
+            listed in the summary.
+        beside: a directory on the disk where the integers are kept.
+        merged: whether the adapters were folded into the weights. Otherwise they stay unmerged.
 
     Raises:
         PeftfxError: the model reads no text.
@@ -156,7 +158,7 @@ def fit_weights(
 
     with ExitStack() as stack, suppress(_Enough):
         if not merged:
-            watch(stack)  # ahead of what adapters add
+            watch(stack)  # before the hooks of the adapters
         if can:
             Watched(adapted, None, adapted.example, watch=watch if merged else lambda _: None)(call)
     walk.told.left |= {paths[0]: "it does not run on a text" for c, paths in can if c.key in walk.waiting}
@@ -168,10 +170,10 @@ class _Walk:
     """The state of a call in which weights are rounded.
 
     Attributes:
-        beside: a directory on whose disk integers are kept.
-        told: what was done.
-        made: by key.
-        waiting: the keys of what is to be rounded.
+        beside: a directory on the disk where the integers are kept.
+        told: the summary.
+        made: the rounded weights, by key.
+        waiting: the keys of the weights that are still to be rounded.
     """
 
     beside: Path
@@ -182,7 +184,7 @@ class _Walk:
     _off: tuple[object, Tensor] | None = None
 
     def watch(self, candidate: Candidate, module: nn.Module, stack: ExitStack) -> None:
-        """Round a weight when its module runs, and give the outputs that it has then."""
+        """Round a weight when its module is about to run, and make the module return the rounded weight's outputs."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if candidate.key in self.waiting:
@@ -193,7 +195,7 @@ class _Walk:
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
             x = (*args, *kwargs.values())[0]
-            if self._off is None or self._off[0] != candidate.key:  # it runs again
+            if self._off is None or self._off[0] != candidate.key:  # the module runs again
                 weight = candidate.weight().float()
                 self._off = candidate.key, _values(self.made[candidate.key], candidate.scheme, weight) - weight
             off, self._off = self._off[1], None
@@ -204,7 +206,7 @@ class _Walk:
 
     def _round(self, candidate: Candidate, x: Tensor) -> None:
         scheme, given = candidate.scheme, candidate.weight()
-        if self._inputs is None or self._inputs[0] is not x:  # several layers read one input
+        if self._inputs is None or self._inputs[0] is not x:  # several layers may read one input
             flat = x.detach().flatten(0, -2).float()
             hessian = flat.T @ flat
             self._inputs = x, hessian, factor_of(hessian)

@@ -1,11 +1,12 @@
-"""round_by_inputs: GPTQ. A weight is rounded column by column; what a column loses is made up for in those that follow.
+"""Round a weight by GPTQ: column by column, while the following columns compensate the error of each column.
 
-Of a product `x @ W.T` with the inputs x of a text it is the outputs that count: rounded to Q, they are off by
-`tr((W - Q) H (W - Q).T)`, `H = x.T @ x`. The column i is rounded to the grid of its block, and with the Cholesky factor
-U of H's inverse, `U.T @ U = H^-1`, the columns after it take over `(w_i - q_i) / U_ii * U_i`.
+GPTQ makes the error of the outputs `x @ W.T` small, where x are the inputs on a text. If W is rounded to Q, the squared
+error is `tr((W - Q) H (W - Q).T)` with `H = x.T @ x`. Column i is rounded to the grid of its block. With the Cholesky
+factor U of H's inverse, `U.T @ U = H^-1`, the later columns are reduced by `(w_i - q_i) / U_ii * U_i`.
 
-https://arxiv.org/abs/2210.17323 (algorithm 1). Grids are those of the whole weight before anything was rounded, so that
-columns can be rounded in the order of their inputs' sizes, the largest first, and stay in their places.
+https://arxiv.org/abs/2210.17323 (algorithm 1). The grids are computed from the whole weight before any column is
+rounded. Columns can therefore be rounded in the order of their inputs' magnitudes, the largest first, without being
+moved.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ from torch import Tensor
 
 from peftfx.quantisation.rounding import Rounded
 
-_DAMP = 0.01  #: of the mean of H's diagonal, added to it: an input that the text hardly has would count for nothing
-_COLUMNS = 128  #: that are rounded before the others take over what they lost
-_AT_ONCE = 1 << 23  #: numbers of a weight that are rounded at a time: its rows are independent
+_DAMP = 0.01  #: share of the mean of H's diagonal that is added to it, so that inputs rare in the text count, too
+_COLUMNS = 128  #: how many columns are rounded before all later columns are updated
+_AT_ONCE = 1 << 23  #: how many numbers of a weight are rounded at a time (rows are independent)
 
 
 def factor_of(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """What rounding needs of `x.T @ x`: the order of columns, and the factor U in that order.
+    """Return what GPTQ needs of `x.T @ x`: the order of columns, and the factor U in that order.
 
     Args:
-        hessian: float32 or float64 [in, in].
+        hessian: the matrix `x.T @ x`, float32 or float64 [in, in].
 
     Returns:
-        int64 [in], and float32 [in, in], upper triangular.
+        The order, int64 [in], and U, float32 [in, in], upper triangular.
     """
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
     inner = hessian[order][:, order]
     damp = _DAMP * float(diagonal.mean())
-    for _ in range(8):  # a text of few tokens has directions without inputs
+    for _ in range(8):  # a short text gives a singular matrix
         inner.diagonal().add_(damp if damp > 0 else 1.0)
         factor, failed = torch.linalg.cholesky_ex(inner)
         if not int(failed):
@@ -42,17 +43,17 @@ def factor_of(hessian: Tensor) -> tuple[Tensor, Tensor]:
             if not int(failed):
                 return order, upper.float()
         damp *= 10
-    return order, torch.eye(len(order))  # nothing is made up for
+    return order, torch.eye(len(order))  # without compensation
 
 
 def round_by_inputs(weight: Tensor, grid: Rounded, factor: tuple[Tensor, Tensor], bits: int) -> Rounded:
-    """The integers of a weight on a grid, chosen for what its outputs are.
+    """Choose the integers of a weight on a grid so that the error of its outputs is small.
 
     Args:
-        weight: float32 [out, in].
-        grid: its blocks' scales and zeros; the scales as they are written.
-        factor: of its inputs, see `factor_of`.
-        bits: of an integer.
+        weight: the weight, float32 [out, in].
+        grid: the scales and zeros of its blocks. The scales have the values that are written.
+        factor: the factor of its inputs, see `factor_of`.
+        bits: the number of bits of an integer.
     """
     rows = max(1, _AT_ONCE // weight.shape[1])
     integers = grid.integers.clone().flatten(1)
@@ -68,7 +69,7 @@ def _rows(
     weight: Tensor, scales: Tensor, zeros: Tensor | None, block: int, factor: tuple[Tensor, Tensor], bits: int
 ) -> Tensor:
     order, upper = factor
-    left = weight.T[order].contiguous()  # [in, out]: a column is read and written whole
+    left = weight.T[order].contiguous()  # [in, out], so that a column is contiguous
     blocks, top = order // block, float((1 << bits) - 1)
     steps = scales.T[blocks]
     inverse = torch.where(steps != 0, 1 / steps, 0.0)
@@ -90,7 +91,7 @@ def _rows(
 
 
 def outputs_off(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
-    """The norm of what the outputs of a rounded weight are off by, over the norm of the outputs."""
+    """Return the norm of the error of a rounded weight's outputs, relative to the norm of the outputs."""
     off = weight - rounded
     lost, whole = ((part @ hessian * part).sum().clamp(min=0) for part in (off, weight))
     return float((lost / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt())

@@ -1,4 +1,4 @@
-"""Texts that quantised models are compared on, and that GPTQ rounds by, as rows of tokens; calls of a model on them."""
+"""Read texts as rows of tokens: GPTQ rounds weights on them, and quantised models are compared on them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from peftfx.export_options.values import check_text
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.encoder_decoder import Decoder
 
-_LONGEST, _MOST = 128, 2048  #: tokens of a row of a text that is given, and of all of it that models are compared on
-_FITTED = 8192  #: tokens that GPTQ rounds by, at most
-_LEAST = 128  #: of a text that GPTQ rounds by
+_LONGEST, _MOST = 128, 2048  #: most tokens of a row of a given text; most tokens of a text to compare on
+_FITTED = 8192  #: the most tokens that GPTQ uses
+_LEAST = 128  #: the fewest tokens of a text for GPTQ
 _INSTEAD = "leave --calibration out: the model's own text is used"
 _INSTEAD_OF_FIT = "leave gptq and --calibration out: weights are rounded without a text"
 
 
 def compared_text(path: Path, source: str | Path, schemes: Sequence[Scheme] = ()) -> Tensor:
-    """The ids [rows, tokens] that a rounded model is compared on: the end of a text that GPTQ rounds by.
+    """Return the ids [rows, tokens] on which a rounded model is compared. With GPTQ, the end of its text.
 
     Raises:
-        PeftfxError: there is no such file, no tokenizer, or hardly a token.
+        PeftfxError: the file or the tokenizer is missing, or the text has fewer than two tokens.
     """
     if any(scheme.gptq for scheme in schemes):
         return split_text(path, source)[1]
@@ -40,20 +40,20 @@ def compared_text(path: Path, source: str | Path, schemes: Sequence[Scheme] = ()
 
 
 def refuse_text(path: str | Path | None, source: str | Path, schemes: Sequence[Scheme]) -> None:
-    """Refuse a text that nothing can be told from, before anything is computed.
+    """Refuse an unusable text before anything is computed. No text (None) is accepted.
 
     Raises:
-        PeftfxError: as `compared_text`.
+        PeftfxError: for the same reasons as `compared_text`.
     """
     if path is not None:
         compared_text(Path(path), source, schemes)
 
 
 def split_text(path: Path, source: str | Path) -> tuple[Tensor, Tensor]:
-    """The ids [rows, tokens] of a text that GPTQ rounds by, and of its last fifth, which shows what that is worth.
+    """Split a text into the ids [rows, tokens] that GPTQ uses and its last fifth, which tests GPTQ's result.
 
     Raises:
-        PeftfxError: there is no such file, no tokenizer, or a text too short to tell anything.
+        PeftfxError: the file or the tokenizer is missing, or the text is too short.
     """
     ids = _ids(path, source, _INSTEAD_OF_FIT)
     if len(ids) < _LEAST:
@@ -64,13 +64,13 @@ def split_text(path: Path, source: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def _ids(path: Path, source: str | Path, instead: str) -> list[int]:
-    """Of a text file, by the tokenizer beside a base model."""
+    """Return the token ids of a text file, by the tokenizer in the base model's directory."""
     from transformers import AutoTokenizer
 
     check_text(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
-    except Exception as error:  # whatever a library raises for a directory that holds none
+    except Exception as error:  # libraries raise various errors if the directory has no tokenizer
         what = f"the base has no tokenizer that can be read: {first_line(error)}"
         raise PeftfxError(what, str(source), instead) from error
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -83,7 +83,7 @@ def _in_rows(ids: Sequence[int]) -> Tensor:
 
 
 def whole_call(adapted: AdaptedModel, ids: Tensor, named: str) -> Tensors:
-    """Arguments of a forward call of a model on a text; a decoder reads what it writes itself about it.
+    """Make the arguments of a forward call on a text. A decoder reads the tokens that the model itself generates.
 
     Raises:
         PeftfxError: the model reads no text.

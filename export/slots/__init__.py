@@ -1,1 +1,1 @@
-"""Exports with adapters apart: put into a graph when it runs, or chosen by each row of a batch."""
+"""Exports with unmerged adapters: put into a graph when it runs, or chosen by each row of a batch."""

@@ -1,6 +1,7 @@
-"""export_adapter: the active adapters of a model as the tensors of an `.onnx_adapter` file, for a graph that has slots.
+"""Write the active adapters of a model to an `.onnx_adapter` file, for an exported graph that has slots.
 
-What goes where is told in `adapter_tensors.py`; here it is laid into the slots of a graph, written and verified.
+`adapter_tensors.py` computes the tensors and their places. This module lays them out as the slots of a graph need them,
+writes the file and verifies it.
 """
 
 from __future__ import annotations
@@ -72,23 +73,23 @@ def export_adapter(
     options: AdapterOptions | None = None,
     **changes: Unpack[AdapterChanges],
 ) -> Path:
-    """Write the active adapters as one `.onnx_adapter` for the graph in a directory.
+    """Write the active adapters as one `.onnx_adapter` for the exported graph in a directory.
 
-    It is a file, or, for an encoder-decoder's two graphs, a directory with a file for each.
+    The result is a file. For the two graphs of an encoder-decoder it is a directory with a file for each graph.
 
-    What the graph computes with it in ONNX Runtime is held against torch, at sizes that no capture saw, before it
-    appears.
+    Before the result appears, the graph is run with it in ONNX Runtime and compared with torch, at sizes that no
+    capture saw.
 
     Args:
-        adapted: the base that the graph was exported from, with its adapters.
-        directory: that `peftfx export --swappable` wrote.
-        output: where to; it gets the suffix if it has none.
-        options: see `AdapterOptions`. They can be given by name as well, as in `check=False`.
-        changes: options by name; they come before those in `options`.
+        adapted: the base that the graph was exported from, with the adapters on it.
+        directory: the directory that `peftfx export --swappable` wrote.
+        output: the path to write. The suffix `.onnx_adapter` is added if it is missing.
+        options: see `AdapterOptions`. Options can be given by name as well, for example `check=False`.
+        changes: options by name; they override the same fields of `options`.
 
     Raises:
-        PeftfxError: the graph is of another base, or has no place for what an adapter does.
-        VerificationError: ONNX Runtime and torch disagree; nothing is left.
+        PeftfxError: the graph is of another base, or has no slot for something that an adapter does.
+        VerificationError: ONNX Runtime and torch disagree; no file is left.
     """
     if not isinstance(adapted, AdaptedModel):
         hint = "pass what peftfx.load(model, directory) gives; for directories there is peftfx export-adapter"
@@ -115,10 +116,11 @@ def export_adapter(
 
 
 def adapter_path(output: Path, force: bool) -> Path:
-    """Where an adapter will be: a path with the suffix of its kind.
+    """Return the path that an adapter will have: `output`, with the suffix `.onnx_adapter`.
 
     Raises:
-        PeftfxError: it has no name; it is there, and `force` is not set, or it is no adapter that may be replaced.
+        PeftfxError: the path has no file name; or the file exists, and `force` is not set or the file is not an
+            adapter.
     """
     if output.name in ("", ".."):
         raise PeftfxError(
@@ -161,10 +163,10 @@ def _write_checked(
 
 
 def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, dict[str, Tensor]]:
-    """What the active adapters put into slots, by graphs and names; slots that they leave alone are not there.
+    """Return the tensors that the active adapters put into slots, by graph and slot name. Unused slots are left out.
 
     Raises:
-        PeftfxError: there is no slot for something: all that has none is listed.
+        PeftfxError: some tensors have no slot; all of them are listed.
     """
     if not adapted.active:
         raise PeftfxError("no adapter is active", "export_adapter", "load one, or make one active (set_adapter)")
@@ -186,6 +188,6 @@ def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, dict[st
 
 
 def _laid(value: Tensor, slot: Slot) -> Tensor | None:
-    """A tensor as the graph has it, if it fits."""
+    """Return a tensor in the layout and dtype of its slot, or None if it does not fit."""
     laid = value.permute(slot.perm) if slot.perm and len(slot.perm) == value.ndim else value
     return laid.detach().to(getattr(torch, slot.dtype)).contiguous().cpu() if slot.takes(tuple(laid.shape)) else None

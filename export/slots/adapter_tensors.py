@@ -1,7 +1,8 @@
-"""adapter_tensors: what active adapters do, as tensors by where they go and what a slot there holds.
+"""Compute what active adapters do as tensors, by the place and the kind of slot that each tensor goes to.
 
-Each method says itself what its tensors are in a slot (`WeightMethod.update`, `AttentionMethod.beside`); a soft prompt
-is what is ahead of the past in the decode view. Scales, ranks and alphas are folded in, weights of sums too.
+Each method says what its tensors are in a slot (`WeightMethod.update`, `AttentionMethod.beside`). In the decode view, a
+soft prompt is the keys and values before the past ones. Scales, ranks and alphas are folded in, and so are the weights
+of weighted sums.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from peftfx.sites.site import Site
 from peftfx.views.entry import VirtualTokens
 
 AdapterTensors = dict[tuple[str, str], Tensor]
-"""What goes where: by a path and what a slot there holds."""
+"""Tensors by a path and the kind of slot there."""
 
 
 def adapter_tensors(adapted: AdaptedModel, *, decodes: bool) -> AdapterTensors:
-    """What the active adapters do: at linear layers, beside attentions, ahead of the text, and in the base's place.
+    """Compute the tensors of the active adapters: at layers, at attentions, before the text, and trained copies.
 
     Args:
         adapted: the model.
-        decodes: in a decode view, in which any soft prompt is a prefix.
+        decodes: whether the graph is a decode view, in which every soft prompt is a prefix of keys and values.
     """
     own = {o.key.removeprefix(f"{SAVED}."): adapted.adapter(n).get(o.key) for n, o in _overrides(adapted)}
     updates = _updates_of(adapted, own)
     wanted = {(name, SLOT_OWN): value for name, value in own.items() if not _unchanged(adapted, name, value)}
-    wanted |= _updated(adapted, updates)  # over the copies: a bias of an updated layer counts as it is after that
+    wanted |= _updated(adapted, updates)  # after the copies: the updated bias of a layer replaces its trained copy
     return wanted | _beside(adapted, updates, own) | _ahead(adapted, decodes)
 
 
@@ -57,11 +58,11 @@ def _placements(adapted: AdaptedModel) -> Iterator[tuple[str, Placements]]:
 
 
 def _updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, Update]:
-    """What the active adapters do at each site with a weight, one after another.
+    """Compute what the active adapters do at each site with a weight, composed in order.
 
     Args:
-        adapted: with the adapters.
-        own: tensors that stand in the place of the base's, by their names.
+        adapted: the model with the adapters.
+        own: the tensors that replace the base's, by their names.
     """
     updates: dict[str, Update] = {}
     for name, placement in ((name, p) for name, placements in _placements(adapted) for p in placements.weights):
@@ -78,10 +79,10 @@ def _updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, U
 
 
 def _matches(graph: Graph) -> list[Folds]:
-    """What pattern methods do in a graph, at layers that they fold into, in the order in which they act.
+    """Return what pattern methods fold into layers of a graph, in the order in which they act.
 
     Raises:
-        PeftfxError: one does something else.
+        PeftfxError: a pattern method does something that cannot be folded into a layer.
     """
     found, why = foldable(graph)
     if why:
@@ -91,7 +92,7 @@ def _matches(graph: Graph) -> list[Folds]:
 
 
 def _base(adapted: AdaptedModel, site: Site, before: Update, own: Mapping[str, Tensor]) -> Base:
-    """A site's tensors, [out, in]: the weight as it is stored, the bias as it is after what was before."""
+    """Return a site's tensors, [out, in]: the stored weight, and the bias after the updates in `before`."""
     weight, bias = site_tensors(adapted.base, site)
     bias = before.bias if before.bias is not None else bias
     if site.bias is not None and before.bias is None:
@@ -126,7 +127,7 @@ def _updated(adapted: AdaptedModel, updates: Mapping[str, Update]) -> AdapterTen
 
 
 def _beside(adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[str, Tensor]) -> AdapterTensors:
-    """Keys and values beside attentions, from what reads them through the projections as they are adapted."""
+    """Compute the keys and values beside attentions, through the projections with their updates."""
     found: AdapterTensors = {}
     for name, placement in ((name, p) for name, placements in _placements(adapted) for p in placements.attentions):
         method, heads = placement.method, placement.site.heads
@@ -146,7 +147,7 @@ def _beside(adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[s
 
 
 def _ahead(adapted: AdaptedModel, decodes: bool) -> AdapterTensors:
-    """A soft prompt, a row for each of its tokens: embeddings, or keys and values."""
+    """Compute a soft prompt, a row for each of its tokens: embeddings, or keys and values."""
     for name, placement in ((name, p) for name, placements in _placements(adapted) for p in placements.prompts):
         embedded = isinstance(adapted.entry(), VirtualTokens)
         if embedded and decodes:
@@ -157,7 +158,7 @@ def _ahead(adapted: AdaptedModel, decodes: bool) -> AdapterTensors:
 
 
 def _unchanged(adapted: AdaptedModel, name: str, value: Tensor) -> bool:
-    """Whether a trained copy is still what the base has; trained rows have a name of their own."""
+    """Say whether a trained copy still equals the base's tensor. Trained rows have a name of their own."""
     tensor = getattr(*owner_of(adapted.base, name), None)
     own = None if tensor is None else exact(tensor)
     return own is not None and own.shape == value.shape and torch.equal(own.to(value), value)

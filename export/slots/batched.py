@@ -1,7 +1,7 @@
-"""batched: one graph in which each row of a batch has an adapter of its own, by a number that it comes with.
+"""Export one graph in which each row of a batch uses an adapter of its own, chosen by a number in an input.
 
-The adapters are constants of the graph: what they do at a layer is stacked, ranks padded by zeros to the largest, and
-each row takes its own. Soft prompts are padded to the longest, and masked.
+The adapters are constants of the graph. At each layer, the adapters' tensors are stacked, with ranks padded with zeros
+to the largest, and each row takes its own entry. Soft prompts are padded to the longest, and masked.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SOFT = (("", PREFIX), ("", SLOT_PROMPT))  #: the places of soft prompts
 
 @dataclass(frozen=True)
 class Batched(Deployment):
-    """The graph of a model in which rows choose among these of its adapters."""
+    """The graph of a model in which each row chooses among the `adapters`."""
 
     adapters: tuple[str, ...] = ()
 
@@ -49,10 +49,10 @@ class Batched(Deployment):
         return self.adapters
 
     def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[GraphPart]:
-        """Capture the base, and let rows choose.
+        """Capture the base, and add the choice of an adapter for each row.
 
         Raises:
-            PeftfxError: an adapter does something that rows cannot have apart.
+            PeftfxError: an adapter does something that cannot differ between rows.
         """
         base = adapted.base
         views = without_images(views_of(base, view, inputs))
@@ -81,7 +81,7 @@ class Batched(Deployment):
         return parts
 
     def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
-        """Each row is what the model with that row's adapter alone makes of it; rows have them, and none, in turn."""
+        """Make the oracle: each row equals the model with only that row's adapter. Some rows have no adapter."""
         acting = [*((name,) for name in self.adapters), ()]
         alone = [Remembered(_alone(adapted, part, names, example)) for names in acting]
         with adapted.disable_adapter():
@@ -108,7 +108,7 @@ class Batched(Deployment):
     def _takes(
         self, adapted: AdaptedModel, alone: Sequence[Remembered], case: dict[str, Tensor], example: Inputs
     ) -> bool:
-        """Whether the model takes a call under each adapter: its longest text has no room for virtual tokens."""
+        """Say whether the model takes a call under each adapter. Its longest text leaves no room for virtual tokens."""
         try:
             for name, reference in zip(self.adapters, alone, strict=False):
                 with adapted.named.acting_as((name,)):
@@ -116,23 +116,23 @@ class Batched(Deployment):
                     accepts(case)
         except VerificationError:
             raise
-        except Exception:  # whatever the model's code raises for a size it does not take
+        except Exception:  # a model's code raises various errors for a size that it does not take
             return False
         return True
 
     def sizes(self, adapted: AdaptedModel, part: GraphPart, example: Inputs, allow_fixed: bool) -> Sizes:
-        """Where the model without adapters is right."""
+        """Return the sizes at which the model without adapters is right."""
         with adapted.disable_adapter():
             return super().sizes(adapted, part, example, allow_fixed)
 
     def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs) -> None:
-        """Tell which number is which adapter's; other runtimes do not know of `adapter_ids`."""
+        """Write which number chooses which adapter. Other runtimes do not know the input `adapter_ids`."""
         told = json.dumps(with_version(BATCHED, {"adapters": list(self.adapters)}), indent=1)
         (directory / BATCHED).write_text(f"{told}\n", encoding="utf-8")
 
 
 def _prompts(adapted: AdaptedModel, names: Sequence[str], lengths: tuple[int, ...]) -> PromptsByRow | None:
-    """What puts virtual tokens ahead of each row's text, if an adapter has any."""
+    """Return the entry that puts virtual tokens before each row's text, or None if no adapter has virtual tokens."""
     for name in names:
         with adapted.named.acting_as((name,)):
             entry = adapted.entry()
@@ -145,7 +145,7 @@ def _prompts(adapted: AdaptedModel, names: Sequence[str], lengths: tuple[int, ..
 
 
 def _forward(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow | None) -> GraphPart:
-    """The forward, with virtual tokens of each row's own."""
+    """Capture the forward view, with each row's own virtual tokens."""
     (part,) = capture_parts(adapted, FORWARD, inputs)
     if prompts is None:
         return part
@@ -156,17 +156,17 @@ def _forward(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow
 
 
 def each_alone(part: GraphPart, alone: Sequence[Reference]) -> Reference:
-    """The reference: each row is what the model with that row's adapter alone makes of it.
+    """Make the reference: each row is computed by the model with only that row's adapter.
 
     Args:
-        part: what is held against it.
-        alone: the model with each of the adapters alone, and, last, without any.
+        part: the graph that is compared with the reference.
+        alone: the model with only one adapter, for each adapter; and last the model without adapters.
     """
     together = reference_of(Evaluate()(part.graph).graph)
 
     def run(feed: dict[str, Tensor]) -> dict[str, Tensor]:
         ids, view = feed[IDS], part.view
-        found = together(feed)  # what is padding, behind what is compared
+        found = together(feed)  # padding, which is not compared, keeps these values
         for number in sorted(set(ids.tolist())):
             rest = {name: value for name, value in feed.items() if name != IDS}
             rest = view.alone(feed, number) if isinstance(view, WithRowAdapters) else rest
@@ -179,7 +179,7 @@ def each_alone(part: GraphPart, alone: Sequence[Reference]) -> Reference:
 
 
 def _alone(adapted: AdaptedModel, part: GraphPart, names: tuple[str, ...], example: Inputs) -> Reference:
-    """The model under these adapters, by its own code where that can be had."""
+    """Return the model under these adapters as a function, by its own code if possible, otherwise by its graph."""
     acting = adapted.named.acting_as
     with acting(names):
         if not no_oracle(adapted):
@@ -196,7 +196,7 @@ def _alone(adapted: AdaptedModel, part: GraphPart, names: tuple[str, ...], examp
 
 
 def with_ids(cases: Sequence[Mapping[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
-    """Calls in which the rows have adapters, and none, in turn."""
+    """Add adapter numbers to calls: the rows take the adapters, and none, in turn."""
     made = []
     for first, case in enumerate(cases):
         rows = next(iter(case.values())).shape[0]

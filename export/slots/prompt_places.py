@@ -1,4 +1,4 @@
-"""Prompt places: where a model's forward takes soft prompts, and its graph with these places among its inputs."""
+"""The places where a model's forward takes soft prompts, and its graph with these places as inputs."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from peftfx.views.prefix import Prefix
 from peftfx.views.prompt_inputs import Place, through
 from peftfx.views.view import name_axes, without_cache
 
-EXAMPLE = 3  #: virtual tokens of an example
+EXAMPLE = 3  #: the number of virtual tokens in an example
 
 
 def prompt_places_of(base: nn.Module, sites: Sites) -> Iterator[Place]:
-    """The places for soft prompts that a model's forward has: none where it has no use for such a prompt."""
+    """Yield the places for soft prompts in the forward of a model: none if the model cannot use soft prompts."""
     ways: dict[str, Callable[[int, nn.Module, SequenceSite], VirtualTokens | Prefix]]
     ways = {SLOT_PROMPT: virtual_tokens, PREFIX: prefix}
     for what, way in ways.items():
-        with contextlib.suppress(PeftfxError):  # it embeds no text, or keeps no keys and values
+        with contextlib.suppress(PeftfxError):  # the model embeds no text, or keeps no keys and values
             entry = way(EXAMPLE, base, sequence_site(base, sites))
             yield Place(what, dataclasses.replace(entry, dropped=frozenset()), untyped(base))
 
@@ -39,10 +39,10 @@ def prompt_places_of(base: nn.Module, sites: Sites) -> Iterator[Place]:
 def find_forward(
     base: nn.Module, inputs: Mapping[str, object], places: Sequence[Place]
 ) -> tuple[Graph, tuple[Place, ...]] | None:
-    """The graph of a forward with those of these places that its code takes, and which; None if there is none."""
+    """Capture a forward with those `places` that the model's code takes. Return the graph and them, or None."""
     taken = tuple(place for place in places if place.what not in inputs and _takes(place, inputs))
     for chosen in dict.fromkeys((taken, taken[:1], taken[1:])):
-        with contextlib.suppress(PeftfxError):  # its code does not run under one of them
+        with contextlib.suppress(PeftfxError):  # the model's code does not run with one of the places
             if chosen:
                 return capture_forward(base, inputs, chosen), chosen
     return None
@@ -57,7 +57,7 @@ def _takes(place: Place, inputs: Mapping[str, object]) -> bool:
 
 
 def capture_forward(base: nn.Module, inputs: Mapping[str, object], places: Sequence[Place]) -> Graph:
-    """The graph of a forward with these places among its inputs."""
+    """Capture the graph of a forward with these places as inputs."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     axes = {**name_axes(tensors), **{place.what: (place.what, None) for place in places}}
     holes = {place.what: place.entry.hole(base) for place in places}
@@ -68,25 +68,25 @@ def capture_forward(base: nn.Module, inputs: Mapping[str, object], places: Seque
 def hold_forward(
     base: nn.Module, graph: Graph, places: Sequence[Place], case: Mapping[str, Tensor], call: Mapping[str, object]
 ) -> bool:
-    """Hold a graph with these places against the model's own code; False where that takes no call of this size.
+    """Compare a graph with the model's own code. Return False if the code takes no call of this size.
 
-    A text of the longest that a model takes has no room for virtual tokens.
+    For example, the longest text that a model takes leaves no room for virtual tokens.
 
     Args:
         base: the model.
-        graph: where nothing else than a soft prompt changes anything.
-        places: of the graph.
-        case: all of the graph's inputs.
-        call: the same as keyword arguments of the model, without the places.
+        graph: the graph, whose slots other than soft prompts change nothing in this call.
+        places: the places for soft prompts in the graph.
+        case: all inputs of the graph.
+        call: the same inputs as keyword arguments of the model, without the soft prompts.
 
     Raises:
-        VerificationError: they differ.
+        VerificationError: the graph and the model's code differ.
     """
     rows = {place.what: case[place.what] for place in places}
     try:
         with without_cache(base):
             want = through(places, forward)(base, {**call, **rows})
-    except Exception:  # whatever the model's code raises for a size it does not take
+    except Exception:  # a model's code raises various errors for a size that it does not take
         return False
     got = graph.run(*(case[spec.name] for spec in graph.inputs))
     leaves = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]

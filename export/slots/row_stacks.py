@@ -1,6 +1,6 @@
-"""Row stacks: what several adapters do at each place, one behind another, for rows to choose from by a number.
+"""Stack the tensors of several adapters at each place, so that each row of a batch chooses an entry by a number.
 
-Ahead of them is an entry that changes nothing; ranks and soft prompts are padded to the longest.
+The first entry changes nothing. Ranks and soft prompts are padded to the largest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from peftfx.views.decode import Decode
 
 
 def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, str], Tensor]:
-    """What one adapter does at layers, as updates alone, and its prefix."""
+    """Compute what the adapter `name` does: its prefix, and updates at layers, with trained copies as updates."""
     with adapted.named.acting_as((name,)):
         told = adapter_tensors(adapted, decodes=decodes)
     layers = [site for site in adapted.sites if site.kind in WEIGHT_KINDS]
@@ -53,7 +53,7 @@ def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, 
 
 
 def _replaced(adapted: AdaptedModel, site: Site, weight: Tensor) -> dict[tuple[str, str], Tensor]:
-    """Another weight in the place of a site's, a head's say: a scale of 0, and a sum that is the weight."""
+    """Express another weight for a site, such as a head's, as an update: a scale of 0, and a sum that is the weight."""
     own = weight.T if site.transposed else weight
     rows, columns = site_tensors(adapted.base, site)[0].T.shape if site.transposed else site.shape
     if own.shape != (rows, columns):
@@ -71,7 +71,7 @@ def _replaced(adapted: AdaptedModel, site: Site, weight: Tensor) -> dict[tuple[s
 
 
 def stacks_of_rows(adapted: AdaptedModel, each: Sequence[AdapterTensors]) -> dict[tuple[str, str], Tensor]:
-    """An entry for each adapter, behind one that changes nothing; ranks, prefixes and what is beside are padded."""
+    """Stack an entry for each adapter after an entry that changes nothing. Shapes are padded to the largest."""
     stacks: dict[tuple[str, str], Tensor] = {}
     for place in dict.fromkeys(place for own in each for place in own):
         at, what = place
@@ -108,7 +108,7 @@ def _tensor(adapted: AdaptedModel, name: str) -> Tensor:
 
 
 def _neutral(adapted: AdaptedModel, at: str, what: str, shape: Sequence[int]) -> Tensor:
-    """What changes nothing."""
+    """Return the entry that changes nothing at a place."""
     if what in (INNER, OUTER):
         return torch.ones(shape)
     if what == SLOT_OWN:
@@ -120,7 +120,7 @@ def _neutral(adapted: AdaptedModel, at: str, what: str, shape: Sequence[int]) ->
 
 
 def _padded(value: Tensor, shape: Sequence[int], what: str) -> Tensor:
-    """A tensor with zeros behind it; ahead of it where it is a prefix."""
+    """Pad a tensor with zeros at its end, or at its start if it is a prefix."""
     padded = value.new_zeros(*shape)
     if what == PREFIX:
         padded[len(padded) - len(value) :] = value

@@ -1,7 +1,7 @@
-"""swappable: one graph of a base model in which adapters are put when it runs.
+"""Export one graph of a base model with slots, into which adapters are put when the graph runs.
 
-An initializer that is an input too may be left out of a call: then it is what the file holds, of size zero or ones,
-which is the base model. ONNX Runtime's `.onnx_adapter` files are named tensors that are given in their place.
+An initializer that is also an input may be left out of a call. It then has the value in the file, which is empty, or
+ones, and gives the base model. ONNX Runtime's `.onnx_adapter` files hold named tensors that replace these values.
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
 
-#: Roles of layers whose input IA3 scales. HF PEFT names modules: for BERT both that end in `output.dense`.
+#: The roles of layers whose input IA3 scales. HF PEFT picks them by module name; for BERT these are both modules that
+# end in `output.dense`.
 SCALED = ("mlp.down", "attention.output")
 
 
 @dataclass(frozen=True)
 class Swappable(Deployment):
-    """The graph of a model without adapters, with its slots open.
+    """The graph of a model without adapters, with open slots.
 
     Attributes:
-        slots: which.
-        source: where the base was read from, or empty.
-        atol, rtol: of the verification, adapters' too; None is measured.
+        slots: which slots to open.
+        source: where the base was read from; may be empty.
+        atol, rtol: the tolerances of the verification, also for adapters later; None means measured.
     """
 
     slots: Slots = field(default_factory=Slots)
@@ -65,9 +66,9 @@ class Swappable(Deployment):
     def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[GraphPart]:
         """Capture the base and open its slots.
 
-        Sites that are targeted get a low-rank sum and a scale of their output, and one of their input where their
-        role is one of `SCALED`. There is a place for soft prompts ahead of the text, and beside each attention one
-        for keys and values.
+        Each targeted site gets slots for a low-rank sum and for a scale of its output. A site with a role in `SCALED`
+        also gets a slot for a scale of its input. There are slots for soft prompts before the text, and for keys and
+        values beside each attention.
 
         Raises:
             PeftfxError: the model has adapters.
@@ -89,18 +90,18 @@ class Swappable(Deployment):
         return [_opened(adapted, part, self.slots.target) for part in parts]
 
     def finish(self, adapted: AdaptedModel, part: GraphPart, program: ir.Model) -> tuple[GraphPart, ir.Model]:
-        """The part with all its slots, and the program, whose slots may be left out of a call."""
+        """Return the part with all its slots, and the program, whose slots may be left out of a call."""
         slots = open_initializers(program, part.slots, adapted.base, part.graph.sites)
         return dataclasses.replace(part, slots=slots), program
 
     def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
-        """The graph with something in each slot; with nothing in them it is held against the model's own code."""
+        """Make the oracle: the graph with random tensors in its slots. With empty slots, the model's own code."""
         cases = self._cases(adapted, part, example)
         told = "the graph with random tensors in its slots; without them, the model's own code"
         return Oracle(reference_of(part.graph), cases, measured_of(adapted, cases), told)
 
     def _cases(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> list[dict[str, Tensor]]:
-        """Calls with something in each slot."""
+        """Make calls with tensors in each slot."""
         if part.view is not None:
             cases = view_cases(adapted, part.view, lambda view, feed: EagerReference(adapted, view)(feed), part.sizes)
             largest = max(cases, key=lambda case: sum(value.numel() for value in case.values()))
@@ -124,7 +125,7 @@ class Swappable(Deployment):
         return held
 
     def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs) -> None:
-        """Tell which slots there are, too, and of which base the model is."""
+        """Write which slots the graphs have, and which base the model is, as well."""
         super().describe(directory, adapted, parts, example)
         base = adapted.base
         kinds = (p.dtype for p in base.parameters() if p.is_floating_point())
@@ -141,13 +142,13 @@ class Swappable(Deployment):
         ).write(directory)
 
     def _rtol(self, parts: Sequence[GraphPart]) -> float | None:
-        """Of adapters: four times what random ones showed, where nobody bounded what a quantised graph loses."""
+        """Return adapters' relative tolerance; for a quantised graph without a bound, 4 times random ones' error."""
         bounded = self.rtol is None or self.rtol < FINITE
         return self.rtol if bounded else 4 * max(c.max_rel for part in parts for c in part.found)
 
 
 def _forward(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[Place]) -> GraphPart:
-    """The forward, with places for soft prompts."""
+    """Capture the forward view, with places for soft prompts."""
     (part,) = capture_parts(adapted, FORWARD, inputs)
     example = adapted.example if inputs is None else inputs
     found = find_forward(adapted.base, example, places)
@@ -158,7 +159,7 @@ def _forward(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[Plac
 
 
 def _generating(adapted: AdaptedModel, file: str, name: str, places: Sequence[Place], slots: Slots) -> GraphPart:
-    """One of the views that a model generates in, with places for soft prompts."""
+    """Capture a view that a model generates in, with places for soft prompts."""
     found = adapted.view(name)
     assert isinstance(found, Decode | Encoder | Decoder)
     view = WithPromptInputs.of(found, places) if slots.prefix else found
@@ -170,7 +171,7 @@ def _generating(adapted: AdaptedModel, file: str, name: str, places: Sequence[Pl
 
 
 def _opened(adapted: AdaptedModel, part: GraphPart, target: str) -> GraphPart:
-    """A part with the slots of its layers."""
+    """Open the slots of a part's layers."""
     sites = {match.site.path: match.site for match in select(adapted.sites, target=target, kinds=WEIGHT_KINDS)}
     scaled = tuple(path for path, site in sites.items() if any(plays(site, role) for role in SCALED))
     beside = adapted.sites.headed
@@ -179,16 +180,18 @@ def _opened(adapted: AdaptedModel, part: GraphPart, target: str) -> GraphPart:
 
 
 def open_initializers(program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Sites) -> tuple[Slot, ...]:
-    """Let the slots of a program be left out of a call, and let tensors of the base be replaced; returns all slots.
+    """Make the slots of a program optional inputs, and some tensors of the base, too. Return all slots.
 
-    These are the biases at sites with slots, norms, and the heads that HF PEFT trains with an adapter.
+    The tensors of the base are the biases at sites with slots, norms, and the heads that HF PEFT trains with an
+    adapter.
     """
     values = {str(value.name): value for value in program.graph.inputs}
     for slot in slots:
         value = values[slot.name]
         value.const_value = TorchTensor(neutral_of(slot), name=slot.name)
         value.meta[SOURCE] = ("ones", slot.empty, slot.dtype)
-        # Each site has a rank of its own: one word for all would be a promise, on which memory is planned.
+        # Each site has a rank of its own. One name for all ranks would tell ONNX Runtime that they are equal, and it
+        # plans memory by that.
         value.shape = ir.Shape([f"{slot.at}.{s}".strip(".") if isinstance(s, str) else s for s in slot.shape])
         program.graph.initializers[slot.name] = value
     for value in every_value(program.graph):
@@ -198,7 +201,7 @@ def open_initializers(program: ir.Model, slots: Sequence[Slot], base: nn.Module,
 
 
 def _own(program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Sites) -> Iterator[Slot]:
-    """Tensors of the base, as inputs that may be left out."""
+    """Make tensors of the base optional inputs, and yield their slots."""
     at = {slot.at for slot in slots if slot.what == OUTER}
     wanted = dict.fromkeys(site.bias for site in sites if site.path in at and site.bias is not None)
     norms = [site.path for site in sites.norms]
@@ -207,7 +210,7 @@ def _own(program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Sites
     found = {value.meta.get(SOURCE): value for value in program.graph.initializers.values()}
     for target in wanted:
         value = found.get(target)
-        if value is None or value.shape is None or value.dtype is None:  # tied, or read by nothing
+        if value is None or value.shape is None or value.dtype is None:  # tied, or not read
             continue
         program.graph.inputs.append(value)
         shape = tuple(int(str(size)) for size in value.shape)
@@ -217,7 +220,7 @@ def _own(program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Sites
 
 
 def head_tensors(base: nn.Module) -> list[str]:
-    """The tensors of the heads that HF PEFT trains and saves with any adapter of this task."""
+    """Return the names of the heads' tensors that HF PEFT trains and saves with any adapter of this task."""
     kinds = {task: kind for kind, task in PEFT_TASKS.items()}
     ends = PEFT_HEADS.get(kinds.get(task_of(base), ""), ())
     paths = [path for path, _ in base.named_modules() if ends and path.endswith(ends)]
@@ -225,12 +228,12 @@ def head_tensors(base: nn.Module) -> list[str]:
 
 
 def neutral_of(slot: Slot) -> Tensor:
-    """What changes nothing."""
+    """Return the tensor that changes nothing in a slot."""
     return (torch.ones if slot.what in (INNER, OUTER) else torch.zeros)(slot.empty, dtype=getattr(torch, slot.dtype))
 
 
 def _filled(cases: Sequence[Mapping[str, Tensor]], slots: Sequence[Slot]) -> list[dict[str, Tensor]]:
-    """Calls with something in each slot: in the first what changes nothing, in the others random values."""
+    """Make calls with tensors in each slot: neutral tensors in the first call, random values in the others."""
     random = torch.Generator().manual_seed(0)
     made = []
     for rank, case in enumerate(cases):

@@ -1,1 +1,1 @@
-"""What is in directories, what two differ in, and what an export would be: told without running a model."""
+"""Summaries without running a model: what a directory holds, how two differ, and what an export would write."""

@@ -1,4 +1,4 @@
-"""about: what is in a directory or a file of peftfx's: an adapter, an export, a slot file, a base."""
+"""Say what a directory or a file holds: an adapter, an export, an `.onnx_adapter` file, or a base."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from peftfx.rules.text import write_rule
 
 @dataclass(frozen=True)
 class About:
-    """What something is, and facts about it.
+    """The kind of a directory or file, and facts about it.
 
     Attributes:
-        kind: adapter, export, slots or base.
-        facts: by what they are of.
+        kind: `adapter`, `export`, `slots` or `base`.
+        facts: the facts, by their names.
     """
 
     kind: str
@@ -36,10 +36,10 @@ class About:
 
 
 def about(path: Path) -> About:
-    """What is at a path.
+    """Find out what is at a path.
 
     Raises:
-        PeftfxError: there is nothing, or nothing that is known, or it is damaged.
+        PeftfxError: nothing is at the path, or something unknown or damaged.
     """
     if is_file(path) and path.name.endswith(ADAPTER):
         return _slot_file(path)

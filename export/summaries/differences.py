@@ -1,4 +1,4 @@
-"""differences: what two adapters, or two exports, differ in."""
+"""Compare two adapters, or two exports."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from peftfx.files import is_file
 from peftfx.formats import REPORT
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
 
-_MOST = 20  #: of a kind, in words
-_PASSING = ("seconds", "probes", "comparisons")  #: of a report: what two runs of one export differ in
+_MOST = 20  #: the most items of a kind that are listed
+_PASSING = ("seconds", "probes", "comparisons")  #: the fields of a report in which two runs of the same export differ
 
 
 @dataclass(frozen=True)
 class Differences:
-    """What two of a kind differ in; nothing where they are the same.
+    """The differences between two adapters or two exports. Empty if they are the same.
 
     Attributes:
-        kind: adapter or export.
+        kind: `adapter` or `export`.
         fields: options or facts, each with its two values.
-        only_first, only_second: tensors that one of them has.
-        tensors: for each that both have and that differs: the largest difference, and the norm of the difference over
-            the first's; of another shape, the two shapes.
-        same: how many tensors are equal.
+        only_first, only_second: the names of tensors that only the first, or only the second, has.
+        tensors: for each tensor that both have and that differs, the largest difference, and the norm of the difference
+            relative to the first's norm; if the shapes differ, the two shapes.
+        same: the number of equal tensors.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Differences:
 
     @property
     def any(self) -> bool:
-        """Whether there is one."""
+        """Whether there is a difference."""
         return bool(self.fields or self.only_first or self.only_second or self.tensors)
 
     def __str__(self) -> str:
@@ -55,10 +55,10 @@ class Differences:
 
 
 def differences(first: Path, second: Path) -> Differences:
-    """What two directories differ in.
+    """Compare two directories.
 
     Raises:
-        PeftfxError: they are not of one kind, or neither adapters nor exports, or damaged.
+        PeftfxError: the directories are of different kinds, are neither adapters nor exports, or are damaged.
     """
     kinds = [is_file(path / REPORT) for path in (first, second)]
     if all(kinds):
@@ -97,7 +97,7 @@ def _weights(folder: Path, config: Mapping[str, object]) -> Weights:
 
 
 def _between(a: Tensor, b: Tensor) -> Mapping[str, Any] | None:
-    """What two tensors differ in; None where they are equal."""
+    """Compare two tensors. Return None if they are equal."""
     if a.shape != b.shape:
         return {"shapes": [list(a.shape), list(b.shape)]}
     if a.dtype == b.dtype and bool(a.equal(b)):
@@ -109,7 +109,7 @@ def _between(a: Tensor, b: Tensor) -> Mapping[str, Any] | None:
 
 
 def _fields(a: Mapping[str, Any], b: Mapping[str, Any], ahead: str = "") -> dict[str, tuple[Any, Any]]:
-    """The leaves that differ, by dotted names."""
+    """Return the leaves that differ between two mappings, by dotted names."""
     found: dict[str, tuple[Any, Any]] = {}
     for name in dict.fromkeys((*a, *b)):
         one, other = a.get(name), b.get(name)

@@ -1,4 +1,4 @@
-"""dry_run: what an export would write, told from configs and the sizes of files; no graph is captured."""
+"""Say what an export would write, from configs and file sizes alone. No graph is captured."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_ad
 from peftfx.rules.text import write_rule
 from peftfx.views.finding.named_views import find_view
 
-_PACE = (30e6, 300e6)  #: bytes of weights a second, from the first stage to the last: a slow machine, and a fast one
-_START = (5.0, 60.0)  #: seconds that a small model takes, and one of many layers
+_PACE = (30e6, 300e6)  #: bytes of weights per second over all stages: on a slow machine, and on a fast one
+_START = (5.0, 60.0)  #: seconds besides the weights: for a small model, and for a model of many layers
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What an export would be.
+    """What an export would write, and what it would cost.
 
     Attributes:
-        output: where to.
+        output: the directory to write.
         model: the class of the base.
-        adapters: its rules, by name.
-        views: what would be exported.
-        files: their names; of the weights, the bytes.
-        dtype: of the weights.
-        parameters: of the base.
-        memory: bytes that it would need, beyond files that are mapped.
-        seconds: the least and the most that it may take.
-        notes: what only the export itself tells.
+        adapters: the rules of the adapters, by name.
+        views: the views that would be exported.
+        files: the names of the files, and the bytes of the weights' file.
+        dtype: the dtype of the weights.
+        parameters: the number of parameters of the base.
+        memory: the bytes of memory that the export would need, without mapped files.
+        seconds: the shortest and the longest time that the export may take.
+        notes: what only the export itself can tell.
     """
 
     output: str
@@ -74,11 +74,11 @@ class DryRun:
 
 
 def dry_run(base: Path, output: Path, asked: DirectoryOptions) -> DryRun:
-    """What `export_directory` would do with the same arguments.
+    """Say what `export_directory` would do with `base`, `output` and the options `asked`, without doing it.
 
     Raises:
-        PeftfxError: what an export refuses before it captures: the output is there, files are missing or broken, too
-            little memory is allowed, the model has no such view.
+        PeftfxError: for what an export refuses before capture: the output exists, files are missing or broken, too
+            little memory is allowed, or the model has no such view.
     """
     refuse_output(base, output, list(asked.folders.values()), asked.force)
     with as_directory(base) as directory:

@@ -1,1 +1,1 @@
-"""From a Graph to an ONNX model in memory, its weights still to be read."""
+"""Translate a graph to an ONNX model in memory, whose weights are read later, when they are written."""

@@ -1,6 +1,7 @@
-"""complex pairs: ONNX has no complex numbers; where a model turns queries with them, each becomes a pair of reals.
+"""Replace complex numbers, which ONNX lacks, by pairs of reals. Some models rotate queries with complex numbers.
 
-A complex value [...] is a real one [..., 2] here. What makes pairs of reals complex, and complex ones real, is nothing.
+A complex value [...] becomes a real value [..., 2]. The operators that convert pairs to complex numbers and back are
+removed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _ALONG = {_aten.slice.Tensor, _aten.unsqueeze.default, _aten.select.int}
 
 
 def pair_complex(rewriter: Rewriter) -> None:
-    """Write complex numbers as pairs, in place; an operator that is not known stays as it is, and is refused later."""
+    """Replace complex numbers by pairs, in place. Unknown operators stay, and are refused later."""
     pairs: dict[fx.Node, fx.Node] = {}
     for node in list(rewriter.graph.nodes):
         if node.op != "call_function":

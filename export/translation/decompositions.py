@@ -1,6 +1,7 @@
-"""lower: operators that torch's exporter has no translation for are taken apart one by one, where they stand.
+"""Decompose operators that torch's exporter cannot translate, one by one, in place.
 
-torch.onnx decomposes a program by tracing all of it again. A `LoweredProgram` traces each operator that needs it alone.
+torch.onnx decomposes a program by tracing the whole program again. A `LoweredProgram` traces only the operators that
+need it, one at a time.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ Table = Mapping[OpOverload, Callable[..., object]]
 
 
 class Uncovered(Exception):
-    """The fast road does not take this graph; the text says what is in its way."""
+    """Raised when the fast road cannot translate a graph. The text says why."""
 
 
 class LoweredProgram(ExportedProgram):
-    """A program whose `run_decompositions` takes operators apart where they stand."""
+    """A program whose `run_decompositions` decomposes operators in place."""
 
     def run_decompositions(
         self, decomp_table: Table | None = None, decompose_custom_triton_ops: bool = False
     ) -> ExportedProgram:
-        """This program without the operators in `decomp_table`."""
+        """Remove the operators in `decomp_table` from this program."""
         table = decomp_table or {}
         for node in list(self.graph.nodes):
             if node.op == "call_function" and (node.target in table or _is_composite(node.target)):
@@ -55,7 +56,7 @@ class LoweredProgram(ExportedProgram):
 
 
 def _drop_relabels(graph: fx.Graph) -> None:
-    """Leave out writes that give other strides to axes of size 1 alone, as torch's pooling does: no element moves."""
+    """Remove writes that only change strides of axes of size 1, as in torch's pooling: no element moves."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided_.default):
         tensor, *layout = node.args[:3]
         sizes, strides = ([s.meta["val"] if isinstance(s, fx.Node) else s for s in given] for given in layout)
@@ -68,7 +69,7 @@ def _drop_relabels(graph: fx.Graph) -> None:
 
 
 def lowered_program(graph: fx.Graph, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> LoweredProgram:
-    """A program of a graph that reads nothing but its inputs and writes into none of them."""
+    """Make a program of a graph that reads only its inputs, and does not write to them."""
     places = [InputSpec(InputKind.USER_INPUT, _argument(node), None) for node in inputs]
     _, in_spec = pytree.tree_flatten(((0,) * len(inputs), {}))
     _, out_spec = pytree.tree_flatten((0,) * len(outputs))
@@ -96,7 +97,7 @@ def _argument(node: fx.Node) -> TensorArgument | SymIntArgument | SymFloatArgume
     return SymBoolArgument(node.name) if isinstance(value, torch.SymBool) else TensorArgument(node.name)
 
 
-#: Composite operators that torch always takes apart, so that its tables name them nowhere.
+#: Composite operators that torch always decomposes, and therefore does not list in its tables.
 _COMPOSITE = frozenset(
     [
         "adjoint",
@@ -128,7 +129,7 @@ def _is_composite(target: object) -> bool:
 
 
 def _is_local(write: fx.Node) -> bool:
-    """Whether `write` has a form that returns the result, and nobody sees the memory later under another name."""
+    """Say whether a write has a functional form, and no other name of the same memory is read later."""
     target, kwargs = write.args[0] if write.args else None, write.kwargs
     if _functional_form(write.target) is None or "out" in kwargs or not isinstance(target, fx.Node):
         return False
@@ -143,7 +144,7 @@ def _is_local(write: fx.Node) -> bool:
 
 
 def _names_of_memory(node: fx.Node) -> set[fx.Node]:
-    """The nodes whose values may share memory with this one's."""
+    """Return the nodes whose values may share memory with the value of `node`."""
     root = node
     while _is_view(root) and root.args and isinstance(root.args[0], fx.Node):
         root = root.args[0]
@@ -157,12 +158,12 @@ def _names_of_memory(node: fx.Node) -> set[fx.Node]:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether the node's result may share memory with one of its arguments."""
+    """Say whether the node's result may share memory with one of its arguments."""
     if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
         return False
     if not isinstance(node.target, OpOverload):
         return True
-    # `reshape`, `contiguous`, `to` and the like say nothing in their schema: they are views when they can be.
+    # The schemas of `reshape`, `contiguous`, `to` and similar operators do not say that the result may be a view.
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
     aliases = any(r.alias_info is not None for r in node.target._schema.returns) and not node.target._schema.is_mutable
     return aliases or (composite and node.target not in _FRESH)
@@ -172,7 +173,7 @@ _FRESH = {torch.ops.aten.linear.default, torch.ops.aten.matmul.default, torch.op
 
 
 def _functional_form(target: object) -> OpOverload | None:
-    """`aten.add.Tensor` for `aten.add_.Tensor`."""
+    """Return the functional form of an operator, such as `aten.add.Tensor` for `aten.add_.Tensor`, or None."""
     assert isinstance(target, OpOverload)
     namespace, name = target._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
@@ -180,10 +181,10 @@ def _functional_form(target: object) -> OpOverload | None:
 
 
 def make_functional(graph: fx.Graph) -> None:
-    """Replace writes into fresh tensors by operators that return the result.
+    """Replace writes to fresh tensors by operators that return the result.
 
     Raises:
-        Uncovered: a tensor is written that is seen under another name too.
+        Uncovered: a written tensor is also seen under another name.
     """
     writes = [n for n in graph.nodes if isinstance(n.target, OpOverload) and n.target._schema.is_mutable]
     for node in writes:

@@ -1,7 +1,8 @@
-"""Functions that torch's exporter translates with a loss near zero, translated without one.
+"""Exact translations of functions that torch's exporter translates with a loss of precision near zero.
 
-`exp(x) - 1`, `log(1 + x)` and `log(sigmoid(x))` are the difference of, or the logarithm of, numbers near 1: in float32
-nothing is left of a small result. What is here has the relative error of the operators that it is made of.
+`exp(x) - 1`, `log(1 + x)` and `log(sigmoid(x))`, computed literally, take the difference or the logarithm of numbers
+near 1. In float32, a small result then loses all its digits. The functions here keep the relative error of the
+operators that they use.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from typing import Any
 import torch
 from onnxscript import opset18
 
-op: Any = opset18  # its types want tensors where it takes numbers
+op: Any = opset18  # its type hints ask for tensors, but numbers work
 
 
 def expm1(self: Any) -> Any:
-    """`exp(x) - 1 = tanh(x / 2) (exp(x) + 1)`."""
+    """Compute `exp(x) - 1` as `tanh(x / 2) (exp(x) + 1)`."""
     half, one = (op.CastLike(op.Constant(value_float=number), self) for number in (0.5, 1.0))
     return op.Mul(op.Tanh(op.Mul(self, half)), op.Add(op.Exp(self), one))
 
 
 def log1p(self: Any) -> Any:
-    """`log(u) x / (u - 1)` with `u = 1 + x` as it is rounded (Kahan); beyond 1 plainly `log(u)`, for infinity too."""
+    """Compute `log(1 + x)` as `log(u) x / (u - 1)`, with `u = 1 + x` rounded (Kahan); for x > 1, as `log(u)`."""
     one = op.CastLike(op.Constant(value_float=1.0), self)
     rounded = op.Add(self, one)
     plain = op.Log(rounded)
@@ -31,7 +32,7 @@ def log1p(self: Any) -> Any:
 
 
 def log_sigmoid(self: Any) -> Any:
-    """`-softplus(-x)`."""
+    """Compute `log(sigmoid(x))` as `-softplus(-x)`."""
     return op.Neg(op.Softplus(op.Neg(self)))
 
 

@@ -1,4 +1,4 @@
-"""tidy: an ONNX model without what nothing uses, and with each weight laid out as its operators read it."""
+"""Tidy an ONNX model: remove what is unused, and store each weight in the layout that its operators read."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
 from peftfx.export.metadata import PERM, PERMUTED, PIECES, SCOPE
 
-_SMALL = 256  #: how many elements a folded constant may have
+_SMALL = 256  #: the most elements of a folded constant
 
 
 def tidy(model: ir.Model) -> None:
-    """Inline functions; fold small constants; drop dead code, identities, repeats and the exporter's notes.
+    """Inline functions, fold small constants, and drop dead code, identities, repeats and the exporter's notes.
 
-    Of which module a node is stays. Weights have no value here, so nothing that depends on one is folded: that would
-    rename it, and copy it.
+    Each node keeps the path of its module. Weights have no value at this point, so nothing that depends on a weight is
+    folded. Folding would rename and copy the weight.
     """
     for weight in model.graph.initializers.values():
         weight.const_value = None
@@ -30,7 +30,7 @@ def tidy(model: ir.Model) -> None:
     ir.passes.Sequential(common.InlinePass(), common.ClearMetadataAndDocStringPass())(model)
     with contextlib.suppress(
         RuntimeError
-    ):  # onnxscript's fails at a split by sizes that are computed: the rest stays as it is
+    ):  # onnxscript's pass fails at a split with computed sizes: nothing more is folded then
         FoldConstantsPass(shape_inference=False, input_size_limit=_SMALL, output_size_limit=_SMALL)(model)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
@@ -46,11 +46,11 @@ def tidy(model: ir.Model) -> None:
 
 
 def store_transposed(model: ir.Model) -> None:
-    """Leave no transpose of a weight to ONNX Runtime, which would fold it into a second copy when it loads the model.
+    """Remove transposes of weights. ONNX Runtime would fold each into a second copy of the weight.
 
-    A weight that is only ever read through one permutation is stored permuted, under its own name, with the
-    permutation in its metadata: its MatMul stays the MatMul that ONNX Runtime's fusions look for. One that is also
-    read as it is (an embedding tied to the head) stays one tensor, and its MatMul becomes a Gemm with `transB`.
+    A weight that is only read through one permutation is stored permuted, under its own name, with the permutation in
+    its metadata. Its MatMul stays a MatMul, which ONNX Runtime's fusions look for. A weight that is also read without a
+    permutation (an embedding tied to the head) stays one tensor, and its MatMul becomes a Gemm with `transB`.
     """
     for weight in list(model.graph.initializers.values()):
         readers = [use.node for use in weight.uses()]
@@ -69,7 +69,7 @@ def _permute(weight: ir.Value, perm: tuple[int, ...], transposes: Sequence[ir.No
     before = weight.const_value
     assert before is not None
 
-    permuted = before.meta.get(PERMUTED)  # before its dtype is another one: no second copy is in memory
+    permuted = before.meta.get(PERMUTED)  # permuted before the dtype changes, so that no second copy is in memory
 
     def read() -> ir.TensorProtocol:
         if permuted is not None:
@@ -88,13 +88,13 @@ def _permute(weight: ir.Value, perm: tuple[int, ...], transposes: Sequence[ir.No
 
 
 def value_of(tensor: ir.TensorProtocol) -> torch.Tensor:
-    """What an initializer holds; a lazy one is read now."""
+    """Return the value of an initializer. A lazy initializer is read now."""
     source = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor
     return source.raw if isinstance(source, tensor_adapters.TorchTensor) else torch.from_numpy(source.numpy())
 
 
 def _use_gemm(graph: ir.Graph, weight: ir.Value, transpose: ir.Node) -> None:
-    """MatMul(x, Transpose(w)) becomes Gemm(x, w, transB=1), with the leading axes of x folded into one around it."""
+    """Replace MatMul(x, Transpose(w)) by Gemm(x, w, transB=1), with the leading axes of x folded into one."""
     shape = weight.shape
     if shape is None or len(shape) != 2:
         return
@@ -138,7 +138,7 @@ def _remove(node: ir.Node) -> None:
 
 
 def name_apart(model: ir.Model) -> None:
-    """Rename nodes and inner values so that no two have one name; inputs, outputs and weights keep theirs."""
+    """Rename nodes and inner values so that all names differ. Inputs, outputs and weights keep their names."""
     graph = model.graph
     fixed = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
     taken = {value.name for value in fixed}

@@ -1,4 +1,4 @@
-"""numbers: an operator that ONNX has not, applied to a number that the model's code says, is computed here."""
+"""Compute operators that ONNX lacks at export time if they are applied only to constants in the model's code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WITHOUT_ONNX = {_aten.erfinv.default, _aten.special_erfinv.default, _aten.speci
 
 
 def compute_numbers(rewriter: Rewriter, graph: Graph) -> None:
-    """Put what such operators give in their place, where it depends on nothing that the model is given; in place."""
+    """Replace such operators by their results if they depend on no input of the model. Works in place."""
     for node in list(graph.nodes()):
         if node.target not in _WITHOUT_ONNX or node.meta["val"].numel() != 1:
             continue
@@ -25,7 +25,7 @@ def compute_numbers(rewriter: Rewriter, graph: Graph) -> None:
 
 
 def _number(node: fx.Node, graph: Graph) -> Tensor | None:
-    """The value of a node that is computed from numbers alone."""
+    """Return the value of a node that is computed only from constants, or None."""
     if node.op == "get_attr" and str(node.target).startswith(f"{CONSTANTS}."):
         constant = graph.get(str(node.target))
         return None if isinstance(constant, FakeTensor) or constant.is_meta else constant

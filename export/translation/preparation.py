@@ -1,4 +1,4 @@
-"""prepare: a graph made ready for translation, rewritten on a copy without any change of meaning in inference."""
+"""Prepare a graph for translation: rewrite a copy without changing what it computes in inference."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ _SDPA = aten.scaled_dot_product_attention.default
 
 
 def prepare(graph: Graph) -> Graph:
-    """Clean up; write casts, convs without a bias and gathers in order in one form; give SDPA's outputs plain strides.
+    """Clean up a copy of a graph, and bring casts, convs, gathers and SDPA into forms that translate well.
 
-    The strides matter where the output is transposed: torch's decompositions of SDPA lay it out otherwise than SDPA
-    itself does, and a `view` that the model was right to take then fails; the copy becomes an Identity and goes away
-    again. SDPA without heads gets one head: its translation wants four axes.
+    Transposed outputs of SDPA are copied to plain strides: torch's decompositions of SDPA return other strides than
+    SDPA itself, so a valid `view` in the model would fail. The copy becomes an Identity and is removed later. SDPA
+    without heads gets one head, because its translation needs four axes. Each cast gets one form, each conv without a
+    bias as well, and gathers of rows in order become slices.
     """
     result = Cleanup()(graph).graph  # a copy
     rewriter = Rewriter(result.module.graph)
     pair_complex(rewriter)
     compute_numbers(rewriter, result)
-    written = any(writes(node) for node in result.nodes())  # then a gather, which copies, is more than its value
+    written = any(writes(node) for node in result.nodes())  # with writes, a gather's copy matters, not only its value
     for node in list(result.nodes()):
         if node.target is _SDPA and _rank(node) == 3:
             _widen(rewriter, node)
         elif node.target in CASTS and isinstance(node.meta.get("val"), torch.Tensor):
-            # One form for all casts, and one that the translation knows.
+            # One form for all casts, which the translation knows.
             node.target, node.args, node.kwargs = (
                 aten._to_copy.default,
                 node.args[:1],
@@ -57,7 +58,7 @@ def prepare(graph: Graph) -> Graph:
 
 
 def _promote(rewriter: Rewriter, node: fx.Node) -> None:
-    """Cast operands to the result's dtype: torch's exporter does not, of a float less a mask of integers."""
+    """Cast operands to the result's dtype. torch's exporter does not, for example for a float minus an integer mask."""
     dtype = node.meta["val"].dtype
     for operand in node.all_input_nodes:
         value = operand.meta.get("val")
@@ -67,7 +68,7 @@ def _promote(rewriter: Rewriter, node: fx.Node) -> None:
 
 
 def _spell_out(node: fx.Node) -> None:
-    """A conv without a bias, in the form that stays so: torch's translations of others make one, 3-d a wrong one."""
+    """Write a conv without a bias in a form that keeps it so. In other forms torch adds a bias, in 3-d a wrong one."""
     stride, padding, dilation, groups = filled(node)[3:7]
     node.target = aten.convolution.default
     node.args = (*node.args[:2], None, stride, padding, dilation, False, [0] * len(stride), groups)  # type: ignore[arg-type]
@@ -84,7 +85,7 @@ def _rank(node: fx.Node) -> int:
 
 
 def _widen(rewriter: Rewriter, node: fx.Node) -> None:
-    """SDPA over (batch, length, width) becomes SDPA over (batch, 1, length, width)."""
+    """Turn SDPA over (batch, length, width) into SDPA over (batch, 1, length, width)."""
     at = rewriter.before(node)
     wide = [at.call(aten.unsqueeze.default, x, 1) for x in node.args[:3]]
     mask = node.args[3:4]

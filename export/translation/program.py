@@ -26,13 +26,13 @@ _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 @dataclass(frozen=True)
 class Translation:
-    """A graph in ONNX, with generated names, and what they stand for.
+    """A graph in ONNX with generated names, and what the names stand for.
 
     Attributes:
-        model: its initializers have no values yet.
-        targets: for each weight among the initializers, the `get_attr` target in the graph that it stands for.
-        axes: for each size symbol, the axis name (or an expression of one) that it stands for.
-        outputs: names of the outputs that are tensors.
+        model: the ONNX model. Its initializers have no values yet.
+        targets: for each initializer that is a weight, its `get_attr` target in the graph.
+        axes: for each size symbol, its axis name, or an expression of an axis name.
+        outputs: the names of the outputs that are tensors.
     """
 
     model: ir.Model
@@ -41,19 +41,19 @@ class Translation:
     outputs: tuple[str, ...]
 
     def size(self, text: str) -> str:
-        """A size expression of the program in the words of the graph's axes."""
+        """Rewrite a size expression of the program with the names of the graph's axes."""
         if (whole := _sorted_sum(text)) in self.axes:
             return self.axes[whole]
         return _sorted_sum(_SYMBOL.sub(lambda match: self.axes.get(match[0], match[0]), text))
 
 
 def _sorted_sum(text: str) -> str:
-    """One spelling of a sum of sizes, whose terms are written in any order."""
+    """Return one spelling of a sum of sizes, whatever the order of its terms."""
     return text if "(" in text else " + ".join(sorted(text.split(" + ")))
 
 
 def run_exporter(program: ExportedProgram, opset: int | None) -> ir.Model:
-    """Translate a program by torch's exporter, without its optimiser: that one copies weights and renames them."""
+    """Translate a program by torch's exporter without its optimiser, which copies and renames weights."""
     table = {**_translations(), **EXACT, **RECURRENCES}
     with collected_once():
         result = torch.onnx.export(
@@ -64,20 +64,20 @@ def run_exporter(program: ExportedProgram, opset: int | None) -> ir.Model:
 
 
 def _translations() -> Mapping[Callable[..., object], Callable[..., object]]:
-    """transformers' own translations, of operators that torch has none for or wrong ones: experts' grouped products."""
+    """Return transformers' translations of operators that torch lacks or gets wrong: experts' grouped products."""
     from transformers.exporters import exporter_onnx
 
     return getattr(exporter_onnx, "_ONNX_TRANSLATION_TABLE", {})
 
 
 def onnx_outputs(graph: Graph) -> tuple[str, ...]:
-    """Names of the outputs in ONNX, where one cannot be called as an input is."""
+    """Return the names of the outputs in ONNX. An output with the name of an input gets the suffix `.output`."""
     inputs = {spec.name for spec in graph.inputs}
     return tuple(f"{name}.output" if name in inputs else name for name in graph.outputs)
 
 
 def flatten_outputs(graph: Graph) -> tuple[str, ...]:
-    """Leave out outputs that are None and make tensors of plain numbers; returns the names that remain."""
+    """Remove outputs that are None, and turn plain numbers into tensors. Return the remaining names."""
     (output,) = (node for node in graph.nodes() if node.op == "output")
     named = [(n, v) for n, v in zip(onnx_outputs(graph), output.args[0], strict=True) if v is not None]  # type: ignore[arg-type]
     at = Rewriter(graph.module.graph).before(output)
@@ -91,7 +91,7 @@ def _full(at: Cursor, number: fx.node.Argument) -> fx.Node:
 
 
 def weights_of(graph: Graph) -> dict[fx.Node, str]:
-    """A generated name for the tensor that each `get_attr` node reads; one name where two read one tensor."""
+    """Return a generated name for the tensor that each `get_attr` node reads. Equal tensors have one name."""
     names: dict[object, str] = {}
     found: dict[fx.Node, str] = {}
     for node in graph.nodes():
@@ -108,14 +108,14 @@ def _attribute(graph: Graph, node: fx.Node) -> object:
 
 
 def _identity(graph: Graph, target: str) -> object:
-    """Equal for two targets that read one tensor: tied weights are stored once."""
+    """Return an object that is equal for two targets which read one tensor: tied weights are stored once."""
     if target.startswith(f"{DERIVED}."):
         return target
     return identity(graph.get(target))
 
 
 def symbol_axes(specs: Sequence[TensorSpec], values: Sequence[torch.Tensor]) -> dict[str, str]:
-    """The axis name that each size symbol of the inputs stands for; solved for where a size is an expression of one."""
+    """Return the axis name of each size symbol of the inputs. Sizes that are expressions are solved for it."""
     names: dict[str, str] = {}
     for spec, value in zip(specs, values, strict=True):
         for axis, size in zip(spec.shape, value.shape, strict=True):
@@ -124,7 +124,7 @@ def symbol_axes(specs: Sequence[TensorSpec], values: Sequence[torch.Tensor]) -> 
             if isinstance(size, int):
                 raise PeftfxError(f"axis {axis!r} is fixed at {size} by the graph's own code", spec.name, "")
             symbols = size.node.expr.free_symbols
-            if len(symbols) > 1:  # an axis that has to be the sum of others: past and sequence
+            if len(symbols) > 1:  # an axis that is the sum of others: past and sequence
                 names.setdefault(_sorted_sum(str(size.node.expr)), axis)
             if len(symbols) == 1:
                 (symbol,) = symbols

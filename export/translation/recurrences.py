@@ -1,4 +1,4 @@
-"""Recurrences in ONNX: the steps of `peftfx::recurrence` as the body of a `Scan`."""
+"""Translate recurrences to ONNX: the steps of `peftfx::recurrence` become the body of a `Scan`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftfx.graph.capturing import recurrences
 
 
 def _recurrence(query: Any, key: Any, value: Any, decay: Any, beta: Any, state: Any, corrected: bool) -> Any:
-    """Over axis 1 of all but the state."""
+    """Translate a recurrence over axis 1 of all inputs except the state."""
     inputs = (query, key, value, decay, beta)
     last, read = call_op(
         "Scan",

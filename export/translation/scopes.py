@@ -1,6 +1,6 @@
-"""Scopes: which module of the base each ONNX node stands for, in its name, its values' names and its metadata.
+"""Record the base's module that each ONNX node comes from: in its name, its values' names and its metadata.
 
-Netron shows them, and explorers that group nodes by the paths in their names show a model layer by layer.
+Netron shows these names. Explorers that group nodes by the paths in their names show a model layer by layer.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from torch import fx
 from peftfx.analysis.weight_ops import module_path
 from peftfx.export.metadata import SCOPE
 
-_BETWEEN = "/"  #: a module's path and what it is in it
+_BETWEEN = "/"  #: between a module's path and a node's name in the module
 
 
 def scoped(name: str, node: fx.Node) -> str:
-    """A name in the module that a node is of."""
+    """Prefix a name with the path of the module that a node belongs to."""
     return f"{path}{_BETWEEN}{name}" if (path := module_path(node)) else name
 
 
 def put_scope(made: ir.Node, node: fx.Node) -> None:
-    """Say of which module an ONNX node is, and call it after that; `name_apart` numbers what has one name."""
+    """Record the module of an ONNX node, and name the node after it. `name_apart` makes equal names differ."""
     if path := module_path(node):
         made.metadata_props[SCOPE] = path
         made.name = f"{path}{_BETWEEN}{made.op_type}"
 
 
 def put_rest(program: ir.Model) -> None:
-    """Say so of nodes that took the place of others, as products of codes: their neighbours tell."""
+    """Record the module of nodes that replaced others, such as products of codes: their neighbours tell it."""
     nodes = list(program.graph)
     taken = {node.name for node in nodes}
     for node in reversed(nodes):
@@ -43,7 +43,7 @@ def put_rest(program: ir.Model) -> None:
 
 
 def _take(node: ir.Node, others: Iterable[ir.Node], taken: set[str | None]) -> None:
-    """Take over the module that others are of, if it is one."""
+    """Copy the module of the neighbours in `others` to a node if all of them have the same module."""
     scopes = {other.metadata_props[SCOPE] for other in others if SCOPE in other.metadata_props}
     if len(scopes) != 1:
         return

@@ -1,9 +1,9 @@
-"""translate: the fast road to ONNX. Each distinct operation is translated once, and stamped wherever it stands.
+"""The fast road to ONNX: each distinct operation is translated once, and copied to each place where it occurs.
 
-Two nodes are alike when they are the same operator on values of the same types, sizes and strides: the layers of a
-model are made of such nodes. One of each kind goes into a small program, which torch's own exporter translates with
-everything it knows (decompositions, type promotion, onnxscript's library); its ONNX nodes are the templates. So the
-cost of a translation is that of one layer, and each further layer costs its copies.
+Two nodes are alike if they apply the same operator to values of the same types, sizes and strides. The layers of a
+model are made of such nodes. One node of each kind goes into a small program. torch's own exporter translates this
+program, with its decompositions, type promotion and onnxscript's library. The ONNX nodes of the result are the
+templates. So one layer costs a translation, and each further layer costs only copies.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ def translate(graph: Graph, opset: int | None, *, fused: bool = False) -> Transl
 
     Args:
         graph: what to translate.
-        opset: the version of the ONNX operators; by default torch's choice, and the first that has all that was fused.
-        fused: use ONNX's operators for whole attentions and norms, where the version has them.
+        opset: the version of the ONNX operators; by default torch's choice, or the first version that has all fused
+            operators.
+        fused: use ONNX's operators for whole attentions and norms, if the version has them.
 
     Raises:
-        Uncovered: the graph has something that cannot be taken apart node by node: torch's own road may take it.
+        Uncovered: the graph has something that cannot be translated node by node. torch's own road may translate it.
     """
     ready = prepare(graph)
     if fused and (opset or OPSET) >= OPSET:
@@ -58,13 +59,13 @@ def translate(graph: Graph, opset: int | None, *, fused: bool = False) -> Transl
 
 @dataclass(frozen=True)
 class _Unit:
-    """An operation where it stands.
+    """An operation at its place in the graph.
 
     Attributes:
         node: the operator's node.
         sources: the nodes whose values it reads, each once.
-        results: the nodes that stand for its values: itself, or the items taken from it.
-        key: equal for operations that have one translation.
+        results: the nodes of its results: the operator's own node, or the items taken from it.
+        key: equal for operations that share a translation.
     """
 
     node: fx.Node
@@ -102,7 +103,7 @@ def _is_item(node: fx.Node) -> bool:
 
 
 def _key(node: fx.Node, sources: Sequence[fx.Node], results: Sequence[fx.Node]) -> str:
-    """What a translation depends on: the operator, its constants, and what its operands look like."""
+    """Return all that a translation depends on: the operator, its constants, and its operands' types and sizes."""
     places = {source: f"%{i}" for i, source in enumerate(sources)}
     arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: _Word(places[n]))
     looks = [_look(source.meta.get("val"), source) for source in sources]
@@ -128,7 +129,7 @@ class _Word(str):
 
 
 def _program(units: Sequence[_Unit]) -> tuple[fx.Graph, list[fx.Node], list[fx.Node]]:
-    """A graph of unconnected operations: every operand is an input, every result an output."""
+    """Make a graph of unconnected operations: every operand is an input, every result an output."""
     rewriter = Rewriter(fx.Graph())
     maps: list[dict[fx.Node, fx.Node]] = []
     inputs: list[fx.Node] = []
@@ -168,7 +169,7 @@ _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def _between(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> set[ir.Node]:
-    """The nodes that make `outputs` of `inputs`, without constants, which all templates share."""
+    """Return the nodes that compute `outputs` from `inputs`, except constants, which all templates share."""
     found: set[ir.Node] = set()
     waiting = list(outputs)
     while waiting:
@@ -192,7 +193,7 @@ def _stamp(
     templates: Mapping[str, _Template],
     small: ir.Model,
 ) -> tuple[ir.Model, dict[str, str]]:
-    """The whole model: inputs, weights, and a copy of its template for each operation."""
+    """Build the whole model: inputs, weights, and a copy of its template for each operation."""
     env: dict[fx.Node, ir.Value] = {}
     inputs = []
     for node in _inputs(graph):
@@ -244,7 +245,7 @@ def _dtype(dtype: torch.dtype) -> ir.DataType:
 
 
 def _operand(value: ir.Value, values: Mapping[ir.Value, ir.Value], shared: dict[ir.Value, ir.Value]) -> ir.Value:
-    """What stands for a template's value in the copy: a value of the copy, or a constant that all copies share."""
+    """Return a template value's counterpart in the copy: a value of the copy, or a constant that all copies share."""
     if value in values:
         return values[value]
     if value not in shared:

@@ -1,4 +1,4 @@
-"""to_onnx: a Graph becomes an ONNX model whose weights are read when the model is written."""
+"""Translate a graph to an ONNX model whose weights are read when the model is written."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ _Weights = Callable[[str], torch.Tensor]
 def to_onnx(
     graph: Graph, *, opset: int | None = None, weights: _Weights | None = None, engine: str = FAST, optimize: str = CPU
 ) -> ir.Model:
-    """Translate `graph`, without touching a weight.
+    """Translate `graph` to ONNX without reading a weight.
 
     Inputs, outputs and free sizes have the graph's own names. Initializers have the names of the module's parameters
-    (`transformer.wte.weight`), adapters' tensors keep their `adapters.` prefix, and a derived weight takes the name of
-    the parameter it replaces, or that name and `.merged` where both are used. A weight that the graph only uses
-    transposed is stored that way, as `store_transposed` tells.
+    (`transformer.wte.weight`), and adapters' tensors keep their `adapters.` prefix. A derived weight takes the name of
+    the parameter that it replaces, with the suffix `.merged` if both are used. A weight that the graph only uses
+    transposed is stored transposed: see `store_transposed`.
 
     Args:
         graph: what to translate, captured in eval mode.
-        opset: the version of the ONNX operators; by default the one torch's exporter prefers, or what `optimize` needs.
-        weights: reads the tensor behind a `get_attr` target of the graph, at write time; by default the graph's own.
-            With it, a graph captured on fake tensors can be written.
+        opset: the version of the ONNX operators; by default the version that torch's exporter prefers, or that
+            `optimize` needs.
+        weights: reads the tensor of a `get_attr` target of the graph, at write time; by default from the graph itself.
+            With this argument, a graph captured on fake tensors can be written.
         engine: `fast` translates each distinct operation once; `torch` traces and decomposes the whole graph, as
-            torch.onnx does. What the fast one does not take goes torch's way; the model's metadata say which way it
-            went, and why.
-        optimize: `cpu` has whole attentions, rotary embeddings and RMS norms as the operators that ONNX has for them
-            (opset 23; see `peftfx.passes.Fuse`), where the fast road is taken; `none` leaves them in their parts.
-            `cuda` is the same graph: ONNX Runtime's CUDA provider has kernels for these operators in float32, float16
-            and bfloat16, those of `Attention` since 1.25, and for heads in groups since 1.26.
+            torch.onnx does. If the fast engine cannot translate a graph, the torch engine does. The model's metadata
+            say which engine was used, and why.
+        optimize: `cpu` uses ONNX's own operators for whole attentions, rotary embeddings and RMS norms (opset 23; see
+            `peftfx.passes.Fuse`), if the fast engine translates the graph; `none` does not fuse. `cuda` gives the same
+            graph as `cpu`: ONNX Runtime's CUDA provider has kernels for these operators in float32, float16 and
+            bfloat16; those of `Attention` since 1.25, and for grouped heads since 1.26.
 
     Raises:
-        PeftfxError: the graph cannot be served, or has an operator without a translation.
+        PeftfxError: the graph was captured in training mode, or has an operator without a translation.
     """
     check_opset(opset)
     check_engine(engine)
@@ -76,7 +77,7 @@ def _translate(graph: Graph, opset: int | None, engine: str, optimize: str) -> t
             return translate(graph, opset, fused=optimize != NONE), FAST
         except (PeftfxError, MemoryError):
             raise
-        except Exception as error:  # whatever the exporter's many parts raise: its own road has the last word
+        except Exception as error:  # the exporter's parts raise various errors: torch's own road is tried next
             went = f"{TORCH} (the fast one does not take {first_line(error.__cause__ or error)})"
     try:
         return retrace(graph, opset), went
@@ -88,7 +89,7 @@ def _translate(graph: Graph, opset: int | None, engine: str, optimize: str) -> t
 
 
 def _bind(model: ir.Model, translation: Translation, graph: Graph, weights: _Weights) -> None:
-    """Give each initializer its final name and a tensor that is read when it is written."""
+    """Give each initializer its final name, and a tensor that is read when it is written."""
     taken = {spec.name for spec in graph.inputs} | set(translation.outputs)
     found = {name: value for name, value in model.graph.initializers.items() if name in translation.targets}
     # Base weights first: a derived weight takes a base weight's name only if that is free.
@@ -99,7 +100,7 @@ def _bind(model: ir.Model, translation: Translation, graph: Graph, weights: _Wei
         value.name = _initializer_name(target, taken)
         taken.add(value.name)
         value.const_value = _lazy(value, target, weights)
-        if not target.startswith(f"{CONSTANTS}."):  # these are a graph's own
+        if not target.startswith(f"{CONSTANTS}."):  # constants belong to one graph
             value.meta[SOURCE] = target
         model.graph.initializers[value.name] = value
 
@@ -142,7 +143,7 @@ def _lazy(like: ir.Value, target: str, weights: _Weights) -> ir.LazyTensor:
 
 
 def _reader(graph: Graph, weights: _Weights) -> _Weights:
-    """Reads base and adapter tensors by `weights`, and evaluates derived weights over them."""
+    """Return a function that reads base and adapter tensors by `weights`, and evaluates derived weights."""
 
     def read(target: str) -> torch.Tensor:
         recipe = graph.derived.get(target.removeprefix(f"{DERIVED}.")) if target.startswith(f"{DERIVED}.") else None
@@ -152,7 +153,7 @@ def _reader(graph: Graph, weights: _Weights) -> _Weights:
 
 
 def _name_interface(model: ir.Model, graph: Graph, translation: Translation) -> None:
-    """Put the graph's names on inputs, outputs and sizes; an output of its own for each name."""
+    """Put the graph's names on inputs, outputs and sizes. Each name gets an output of its own."""
     for value in every_value(model.graph):
         if value.shape is not None:
             value.shape = ir.Shape([d if isinstance(d, int) else translation.size(str(d.value)) for d in value.shape])
@@ -171,7 +172,7 @@ def _name_interface(model: ir.Model, graph: Graph, translation: Translation) -> 
 
 
 def every_value(graph: ir.Graph) -> Iterable[ir.Value]:
-    """The inputs of a graph and what its nodes compute, inner graphs' too."""
+    """Yield the inputs of a graph and all values that its nodes compute, also in inner graphs."""
     yield from graph.inputs
     for node in ir.traversal.RecursiveGraphIterator(graph):
         yield from node.outputs

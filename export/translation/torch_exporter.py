@@ -1,4 +1,4 @@
-"""retrace: torch's own road to ONNX. The graph is exported anew and decomposed whole; slow, and the oracle."""
+"""torch's own road to ONNX: export the graph again, and decompose it whole. Slow; the oracle for the fast road."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WEIGHTS = "weights"
 
 
 def retrace(graph: Graph, opset: int | None) -> Translation:
-    """Translate `graph`, captured in eval mode, with fake weights: their size costs neither time nor memory."""
+    """Translate `graph`, captured in eval mode, with fake weights, so that their size costs no time or memory."""
     ready = prepare(graph)
     outputs = flatten_outputs(ready)
     mode = detect_fake_mode(list(graph.base.parameters())) or FakeTensorMode(shape_env=ShapeEnv())
@@ -45,9 +45,9 @@ def _export(graph: Graph, device: torch.device) -> ExportedProgram:
 
 
 def _use_one_mode(program: ExportedProgram) -> None:
-    """Give weights the fake mode of the rest of the program: torch.export makes a mode of its own for its inputs.
+    """Give weights the fake mode of the rest of the program, as torch.export makes its own mode for its inputs.
 
-    torch's own decompositions trace the program again, and do not take tensors of two modes.
+    torch's own decompositions trace the program again, and refuse tensors of two modes.
     """
     places = [n for n in program.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), FakeTensor)]
     used = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
@@ -69,7 +69,7 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Plain(nn.Module):
-    """A GraphModule behind `*args`, since torch.export reads the parameters' names off the signature."""
+    """A GraphModule called with `*args`, because torch.export reads parameter names off the signature."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class _Plain(nn.Module):
 
 
 def _fake_weights(graph: Graph, mode: FakeTensorMode) -> dict[str, str]:
-    """Point the graph's `get_attr` nodes at fake buffers, one for each distinct tensor; returns what they stand for."""
+    """Point `get_attr` nodes at fake buffers, one for each distinct tensor. Return the buffers' targets."""
     holder, targets = nn.Module(), dict[str, str]()
     for node, name in weights_of(graph).items():
         if name not in holder._buffers:

@@ -1,7 +1,7 @@
-"""collected_once: what translates torch's operators is collected once in a process, and not for each model.
+"""Collect the translations of torch's operators once in a process, instead of once for each model.
 
-torch's exporter makes its registry anew each time, for which onnxscript parses the source of each of its 500 functions
-again: half of the time that the translation of a small model takes.
+torch's exporter builds its registry again for each export, and onnxscript parses the source of all 500 functions each
+time. This takes half of the time of a small model's translation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _collected(opset: int) -> ONNXRegistry:
 
 
 def _copied(opset_version: int) -> ONNXRegistry:
-    """A registry that the exporter may add translations to."""
+    """Return a copy of the registry, to which the exporter may add translations."""
     made = copy.copy(_collected(opset_version))
     made.functions = {target: list(found) for target, found in made.functions.items()}
     return made
@@ -30,7 +30,7 @@ def _copied(opset_version: int) -> ONNXRegistry:
 
 @contextmanager
 def collected_once() -> Iterator[None]:
-    """Inside, torch's exporter starts from a copy of what was collected."""
+    """Make torch's exporter start from a copy of the collected registry while this context lasts."""
     ONNXRegistry.from_torchlib = staticmethod(_copied)  # type: ignore[method-assign, assignment]
     try:
         yield

@@ -1,1 +1,1 @@
-"""What ONNX Runtime computes, held against what torch computes, at sizes that no capture saw."""
+"""Compare what ONNX Runtime computes with what torch computes, at sizes that no capture saw."""

@@ -1,8 +1,8 @@
-"""agreement: how often a quantised model and the same model in floating point think alike, on a text.
+"""Measure on a text how far a quantised model agrees with the same model in floating point.
 
-At each token of the text two distributions are compared: of what the model's own code gives, and of what ONNX Runtime
-computes with rounded weights. Told are the share of tokens whose likeliest next token is the same (top-1), and the mean
-of the Kullback-Leibler divergence, in nats: about what the loss on such a text rises by.
+At each token of the text, two distributions over the next token are compared: that of the model's own code, and that of
+ONNX Runtime with rounded weights. The result is the share of tokens whose likeliest next token is the same (top-1), and
+the mean Kullback-Leibler divergence, in nats. The divergence is about the increase of the loss on such a text.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from peftfx.views.encoder_decoder import DECODED, ENCODED, Decoder, Encoder
 from peftfx.views.view import View
 
 LOGITS = "logits"
-_ROWS, _LENGTH = 8, 32  #: of greedy text
+_ROWS, _LENGTH = 8, 32  #: rows and tokens of the greedy text
 OWN, RANDOM = "its own greedy text", "random inputs"
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models agree.
+    """How far two models agree on a text.
 
     Attributes:
-        tokens: that were compared.
-        top1: the share of them whose likeliest next token is the same.
-        kl: the mean divergence, in nats.
-        text: on what.
+        tokens: the number of compared tokens.
+        top1: the share of tokens whose likeliest next token is the same.
+        kl: the mean Kullback-Leibler divergence, in nats.
+        text: the name of the text.
     """
 
     tokens: int
@@ -52,7 +52,7 @@ class Agreement:
         return f"top-1 {self.top1:.1%}, KL {self.kl:.2g} nats, over {self.tokens:,} tokens of {self.text}"
 
     def within(self, bound: MaxError) -> bool:
-        """Whether it keeps to a bound of these two kinds."""
+        """Say whether the agreement keeps to a bound on `kl` or `top1`. A bound on the error does not count here."""
         return bound.kind == "error" or (self.kl <= bound.value if bound.kind == "kl" else self.top1 >= bound.value)
 
 
@@ -61,14 +61,14 @@ class Answers(Protocol):
 
     @property
     def inputs(self) -> Collection[str]:
-        """Names of its inputs."""
+        """The names of the model's inputs."""
 
     @property
     def outputs(self) -> Collection[str]:
-        """Names of its outputs."""
+        """The names of the model's outputs."""
 
     def __call__(self, **tensors: Tensor) -> Tensors:
-        """Every output by name."""
+        """Run the model, and return every output by name."""
 
 
 @torch.no_grad()
@@ -81,16 +81,16 @@ def agreement(
     text: Tensor | None,
     named: str,
 ) -> Agreement | None:
-    """How far a quantised model agrees with what it was made from; None where it gives no logits.
+    """Measure how far a quantised model agrees with its original. Return None if the model gives no logits.
 
     Args:
-        model: the quantised one.
-        adapted: what it was made from.
-        view: of both.
-        reference: what `adapted` gives in this view.
-        cases: calls that it was verified at, for what reads no text.
-        text: ids [rows, tokens] to compare on; by default the model's own greedy text.
-        named: what the text is.
+        model: the quantised model.
+        adapted: the original model.
+        view: the view of both models.
+        reference: computes the outputs of `adapted` in this view.
+        cases: the calls of the verification, used if the model reads no text.
+        text: the ids [rows, tokens] to compare on; by default the model's own greedy text.
+        named: the name of the text.
     """
     if LOGITS not in model.outputs:
         return None
@@ -113,7 +113,7 @@ def texts(
     text: Tensor | None,
     named: str,
 ) -> tuple[list[Tensors], str]:
-    """Calls to compare two models at, and what they are of; the arguments are those of `agreement`."""
+    """Make the calls at which two models are compared, and name their text. The arguments are those of `agreement`."""
     if isinstance(view, Decode):
         own = _greedy(adapted, view, reference) if text is None else text
         return [_step(adapted, view, own)], OWN if text is None else named
@@ -129,13 +129,13 @@ def texts(
 
 
 def divergence(want: Tensor, got: Tensor, mask: Tensor | None) -> float:
-    """The mean divergence of logits [batch, tokens, vocabulary], in nats, where the mask shows something."""
+    """Return the mean divergence of logits [batch, tokens, vocabulary] at unmasked tokens, in nats."""
     p, q = _shown(want, got, mask)
     return _nats(p, q) / max(len(p), 1)
 
 
 def _shown(want: Tensor, got: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The logarithms of probabilities, float64 [tokens, vocabulary]."""
+    """Return the log-probabilities of both models at unmasked tokens, float64 [tokens, vocabulary]."""
     a, b = want.double().cpu(), got.double().cpu()
     if mask is not None and mask.shape == a.shape[:2]:
         a, b = a[mask != 0], b[mask != 0]
@@ -153,7 +153,7 @@ def _sizes(adapted: AdaptedModel) -> tuple[int, int]:
 def _step(
     adapted: AdaptedModel, view: Decode, ids: Tensor, past: Mapping[str, Tensor] | None = None, before: int = 0
 ) -> Tensors:
-    """A call of a decode view with these tokens, behind what an earlier call gave of so many."""
+    """Make a call of a decode view with these tokens, after `before` tokens whose cache is `past`."""
     rows, length = ids.shape
     made = view.inputs(adapted.base, sizes={"batch": rows, "sequence": length, "past": 0})
     if past is not None:
@@ -166,7 +166,7 @@ def _step(
 
 
 def _greedy(adapted: AdaptedModel, view: Decode, reference: Reference) -> Tensor:
-    """Text that the model writes itself, each row from a random token on."""
+    """Return text that the model generates greedily. Each row starts from a random token."""
     rows, length = _sizes(adapted)
     ids = example_inputs(adapted.base, sizes={"batch": rows, "sequence": 1}, seed=1)["input_ids"][:, -1:]
     written, past = [ids], None
@@ -179,7 +179,7 @@ def _greedy(adapted: AdaptedModel, view: Decode, reference: Reference) -> Tensor
 def decoded(
     adapted: AdaptedModel, view: Decoder, reference: Reference, text: Tensor | None, rows: int | None = None
 ) -> Tensors:
-    """A call of a decoder with what it writes itself about a text, or about so many rows of it."""
+    """Make a call of a decoder with the tokens that it generates itself for a text, or for `rows` rows of a text."""
     usual, length = _sizes(adapted)
     rows = usual if rows is None else rows
     base, layers = adapted.base, view.layers

@@ -1,4 +1,4 @@
-"""verify: what ONNX Runtime computes is what the reference computes, or a VerificationError says where it is not."""
+"""Verify an export: ONNX Runtime computes what the reference computes, or a VerificationError says where not."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from peftfx.serving.onnx_model import OnnxModel, find
 from peftfx.telling import tell_share
 
 Reference = Callable[[Tensors], Tensors]
-"""What a model is held against: takes inputs by name and returns outputs by name."""
+"""A function that a model is compared with. It takes inputs by name and returns outputs by name."""
 Shown = Callable[[str, Tensors, Tensor], Tensor]
-"""What to compare of an output: given its name, the inputs, and its value."""
-MAPPED = 256 << 20  #: bytes of a model from which ONNX Runtime is not let copy its weights
+"""A function that selects what to compare of an output, given its name, the inputs, and its value."""
+MAPPED = 256 << 20  #: bytes of a model from which its weights are mapped, and not copied by ONNX Runtime
 WORST = 3  #: how many outputs a message names
 
 
 class VerificationError(PeftfxError):
-    """The saved model and its reference disagree."""
+    """Raised when the saved model and its reference disagree."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output at one set of inputs: how far ONNX Runtime is from the reference.
+    """One output in one call: how far ONNX Runtime is from the reference.
 
     Attributes:
         output: the output's name.
         shapes: the shapes of the inputs.
-        max_abs: the largest absolute difference; infinite where shapes differ, or where a value is NaN.
-        max_rel: `max_abs` over the largest magnitude in the reference.
+        max_abs: the largest absolute difference; infinite if shapes differ, or if a value is NaN.
+        max_rel: `max_abs` relative to the largest magnitude in the reference.
         ok: whether `max_abs <= bound`.
-        bound: what it may be.
-        noise: the largest difference between the reference in its own dtype and in float64; None where not measured.
-        wrong: what is wrong with the output, where that is no difference of numbers.
+        bound: the tolerance of `max_abs`.
+        noise: the largest difference between the reference in its own dtype and in float64; None if not measured.
+        wrong: what is wrong with the output, if not a difference of numbers; otherwise empty.
         largest: the largest magnitude in the reference.
-        dtype: of the reference.
-        unmeasured: why float64 could not be had, where it could not: the bound is a constant then.
+        dtype: the dtype of the reference.
+        unmeasured: why the reference could not be run in float64; then the tolerance is a constant. Empty if it could.
     """
 
     output: str
@@ -83,26 +83,27 @@ def verify(
     put: Mapping[str, ort.OrtValue] | None = None,
     measured: Collection[int] | None = None,
 ) -> list[Comparison]:
-    """Run the model saved in `directory` and `reference` on each set of inputs and compare every output.
+    """Run the model saved in `directory` and the `reference` on each set of inputs, and compare every output.
 
-    A model in bfloat16 is run as its float32 twin over the same weights (`runnable`): ONNX Runtime's CPU provider has
-    no kernels for it. Outputs that are not floating have to be equal. Where `attention_mask` is 0, outputs whose first
-    two axes are the mask's are not compared: what a model computes for padding is nobody's business.
+    A model in bfloat16 is run as its float32 twin over the same weights (`runnable`), because ONNX Runtime's CPU
+    provider has no bfloat16 kernels. Outputs that are not floating-point have to be equal. If the first two axes of an
+    output are those of `attention_mask`, the output is not compared at tokens where the mask is 0: results for padding
+    do not matter.
 
     Args:
-        directory: where `save` wrote the model, or its `.onnx` file.
-        reference: what it is held against.
-        inputs: the calls to compare; sizes that the export never saw tell the most.
+        directory: the directory that `save` wrote, or the model's `.onnx` file.
+        reference: computes what the model has to give.
+        inputs: the calls to compare. Sizes that the export never saw prove most.
         atol: the absolute tolerance.
-        rtol: the tolerance relative to the largest magnitude of an output. Where both are None, what may differ is
-            measured: see `peftfx.export.verification.tolerance`.
-        graph: where given, the model also has to have the inputs and axes of this graph.
-        shown: what to compare of an output, where that is not as above.
-        put: what to put into the model's slots.
-        measured: the numbers of the calls that the reference answers in float64 too, where that is measured; all.
+        rtol: the tolerance relative to the largest magnitude of an output. If both are None, the tolerance is measured:
+            see `peftfx.export.verification.tolerance`.
+        graph: if given, the model also has to have the inputs and axes of this graph.
+        shown: selects what to compare of an output, in place of the rule for `attention_mask` above.
+        put: the tensors to put into the model's slots.
+        measured: the numbers of the calls that are also run in float64 if the tolerance is measured; by default all.
 
     Raises:
-        VerificationError: an output is missing, has a NaN, or differs by more than it may.
+        VerificationError: an output is missing, has a NaN, or differs by more than the tolerance.
     """
     own = range(len(inputs)) if measured is None else measured
     tolerance = Tolerance(atol, rtol)
@@ -133,10 +134,10 @@ def verify(
 
 
 def _judged(found: Sequence[Comparison], tolerance: Tolerance, where: str) -> list[Comparison]:
-    """These comparisons with what each may differ by.
+    """Return the comparisons with their tolerances, and refuse those that differ by more.
 
     Raises:
-        VerificationError: one differs by more; the message has the shapes once, and the worst outputs.
+        VerificationError: an output differs by more. The message has the shapes once, and the worst outputs.
     """
     judged = []
     for c in found:
@@ -160,7 +161,7 @@ def _badness(c: Comparison) -> tuple[bool, float]:
 
 
 def short_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Shapes of inputs by name; layers of a cache that are alike are told once, with a `*` for their number."""
+    """Return the shapes of inputs by name. Equal shapes of a cache's layers are given once, with `*` as the number."""
     starred: dict[str, list[tuple[str, list[int]]]] = {}
     for name, shape in shapes.items():
         star = ".".join("*" if part.isdigit() else part for part in name.split("."))
@@ -173,7 +174,7 @@ def short_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
 
 
 def _widened(feed: Tensors, model: OnnxModel) -> Tensors:
-    """What a float32 twin is given: its slots are as they were."""
+    """Convert the inputs of a float32 twin from bfloat16 to float32. Slots keep their dtype."""
     wide = {name: value.float() for name, value in feed.items() if value.dtype == torch.bfloat16}
     return feed | {name: value for name, value in wide.items() if name in model.inputs}
 
@@ -183,7 +184,7 @@ def _size(directory: Path) -> int:
 
 
 def reference_of(graph: Graph) -> Reference:
-    """The reference that a graph is for its own export."""
+    """Return the reference that runs a graph, for the export of this graph."""
 
     def run(feed: Tensors) -> Tensors:
         with torch.no_grad():
@@ -203,7 +204,7 @@ def _same_interface(model: OnnxModel, graph: Graph) -> None:
 
 
 def _unpadded(axes: Mapping[str, tuple[int | str, ...]], name: str, feed: Tensors, value: Tensor) -> Tensor:
-    """What an output has where the mask shows something; all of it where the output does not run along the mask."""
+    """Return an output at unmasked tokens, or the whole output if its first two axes are not those of the mask."""
     mask = feed.get("attention_mask")
     if mask is None or mask.ndim != 2 or bool(mask.all()) or axes[name][:2] != axes["attention_mask"]:
         return value
@@ -226,7 +227,7 @@ def _compare(name: str, want: Tensor, got: Tensor, select: Callable[[Tensor], Te
 
 
 def _largest_difference(exact: Tensor, value: Tensor, select: Callable[[Tensor], Tensor]) -> float:
-    """Between finite numbers."""
+    """Return the largest difference between the finite numbers of two tensors."""
     if exact.shape != value.shape or not value.is_floating_point():
         return 0.0
     error = select((exact.to(torch.float64) - value.detach().to(torch.float64)).cpu()).abs()

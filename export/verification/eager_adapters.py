@@ -1,8 +1,8 @@
-"""applied: inside, an eager module computes with adapters, by the module paths that these name.
+"""Make an eager module compute with adapters, which are found by their module paths.
 
-No graph and no site's calls are looked at. A hook adds to the output of a layer what an adapter adds there, or its
-weight is another one while the layer runs: one changed weight is in memory at a time. A weight that something else than
-its own module reads is changed for the whole call. Copies of the base's tensors take their places in the modules.
+No graph and no sites' calls are used. A hook adds an adapter's output to the output of a layer, or the layer's weight
+is replaced while the layer runs. Only one changed weight is in memory at a time. A weight that is also read outside its
+own module is changed for the whole call. Trained copies replace the base's tensors in the modules.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from peftfx.export.verification.published import KNOWN, OnOutput, acting_where, 
 from peftfx.export.verification.swapped_weight import CONV, AdapterStep, HeldTensors, SwappedWeight
 from peftfx.graph.places import places_of, twin
 
-#: Modules whose forward is one product with their weight, and nothing else.
+#: The modules whose forward is one product with their weight, and nothing else.
 _LINEAR = (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 @dataclass
 class Applied:
-    """What was seen.
+    """Which modules the adapters act at, and which of them have run.
 
     Attributes:
-        named: the module paths that the adapters act at.
-        seen: those that have run.
+        named: the paths of the modules that the adapters act at.
+        seen: the paths of the named modules that have run.
     """
 
     named: frozenset[str] = frozenset()
@@ -45,13 +45,14 @@ class Applied:
 def applied(
     base: nn.Module, adapters: Sequence[Adapter], whole: Collection[str] = (), feed: Mapping[str, Tensor] | None = None
 ) -> Iterator[Applied]:
-    """Inside, `base` computes with these adapters.
+    """Make `base` compute with these adapters while this context lasts.
 
     Args:
-        base: an eager module; afterwards it is as it was.
-        adapters: in the order in which they act. Soft prompts are not the modules': see `eager_reference.py`.
-        feed: the inputs of the call, for what acts behind an invocation in its text.
-        whole: module paths whose weight is changed for the whole call: something else than the module reads it.
+        base: an eager module. It is restored afterwards.
+        adapters: the adapters, in the order in which they act. Soft prompts do not act at modules: see
+            `eager_reference.py`.
+        feed: the inputs of the call, for adapters that act only after an invocation in the text.
+        whole: the paths of modules whose weight is changed for the whole call, because it is also read elsewhere.
     """
     steps: dict[str, list[AdapterStep]] = {}
     for adapter in adapters:
@@ -75,13 +76,13 @@ def applied(
 
 
 def unpublished(adapters: Sequence[Adapter]) -> list[str]:
-    """The methods of weights whose arithmetic is not known here: it is their own `forward`."""
+    """Return the weight methods without arithmetic in `published.py`. Their own `forward` is used instead."""
     methods = (p.method for adapter in adapters for p in adapter.placements.weights)
     return sorted({type(m).__name__ for m in methods if not isinstance(m, KNOWN)})
 
 
 def _stand_alone(base: nn.Module, path: str, stack: contextlib.ExitStack) -> None:
-    """Put a copy of a module in the place of this path, as HF PEFT does: in other places it stays what it is."""
+    """Replace the module at this path by a copy, as HF PEFT does. At other paths the module is not changed."""
     owner, leaf = owner_of(base, path)
     held = owner._modules[leaf]
     assert held is not None
@@ -90,7 +91,7 @@ def _stand_alone(base: nn.Module, path: str, stack: contextlib.ExitStack) -> Non
 
 
 def _replace_copies(base: nn.Module, adapter: Adapter, override: Override, stack: contextlib.ExitStack) -> None:
-    """Put an adapter's copy of a tensor wherever modules inside the override's hold that tensor."""
+    """Put an adapter's copy of a tensor wherever modules inside the override's module hold that tensor."""
     within = base.get_submodule(override.module)
     old = getattr(*owner_of(within, override.name))
     new = adapter.get(override.key)
@@ -108,7 +109,7 @@ def _set(held: HeldTensors, name: str, value: object, stack: contextlib.ExitStac
 
 
 def _watch(base: nn.Module, path: str, found: Applied, stack: contextlib.ExitStack) -> None:
-    """Note whether the module at a path, or the one that holds the parameter of this path, runs."""
+    """Record when the module at a path runs. If the path is a parameter's, the module that holds it counts."""
     module, _ = _holder(base, path)
 
     def ran(module: nn.Module, args: object) -> None:
@@ -118,7 +119,7 @@ def _watch(base: nn.Module, path: str, found: Applied, stack: contextlib.ExitSta
 
 
 def _holder(base: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module at a path and its weight's name; where the path is a parameter's own, the module that holds it."""
+    """Return the module at a path and its weight's name; for a parameter's path, the module that holds it."""
     try:
         return base.get_submodule(path), "weight"
     except AttributeError:
@@ -134,7 +135,7 @@ def _adapt(
     kind, transposed = _kind(module, steps[0].placement)
     beside = [
         step for step in steps if step.placement.on_weight is None
-    ]  # no weight does it: behind those that are one
+    ]  # not expressible as a weight: after the steps that are
     steps = [step for step in steps if step not in beside]
     _on_weight(module, name, kind, steps, stack, transposed=transposed, whole=whole)
     for step in beside:
@@ -167,7 +168,7 @@ def _on_weight(
 
 
 def _kind(module: nn.Module, placement: WeightPlacement) -> tuple[str, bool]:
-    """What the module does with its weight, by its type, and whether that is stored [in, out]."""
+    """Return what the module does with its weight, by its type, and whether the weight is stored [in, out]."""
     if isinstance(module, nn.Embedding):
         return "embedding", False
     if isinstance(module, CONV):
@@ -178,10 +179,10 @@ def _kind(module: nn.Module, placement: WeightPlacement) -> tuple[str, bool]:
 
 
 def _hook(module: nn.Module, kind: str, step: AdapterStep) -> Callable[..., Tensor] | None:
-    """A forward hook that does what the method does; none where the weight has to be another one."""
+    """Make a forward hook that does what the method does. Return None if the weight has to be replaced instead."""
     if step.placement.part is not None:
         return None
-    known, own = isinstance(step.placement.method, KNOWN), own_class(module)  # whatever it hosts: nothing acts there
+    known, own = isinstance(step.placement.method, KNOWN), own_class(module)  # without what the module hosts
     plain_embedding = own is nn.Embedding and module.max_norm is None
     if own not in _LINEAR and not plain_embedding:
         return None if known or own not in CONV else _own_forward(module, kind, step)
@@ -194,7 +195,7 @@ def _hook(module: nn.Module, kind: str, step: AdapterStep) -> Callable[..., Tens
 
 
 def _own_forward(module: nn.Module, kind: str, step: AdapterStep) -> Callable[..., Tensor]:
-    """A hook that calls the `forward` of a method that nobody published."""
+    """Make a hook that calls the `forward` of a method without published arithmetic."""
     op = _op(module, kind)
     bias = module._parameters.get("bias")
 
@@ -209,7 +210,7 @@ def _own_forward(module: nn.Module, kind: str, step: AdapterStep) -> Callable[..
 
 
 def _op(module: nn.Module, kind: str) -> Op:
-    """A module's own operation with another weight."""
+    """Return a module's own operation as a function of the weight."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if kind == "linear":

@@ -1,7 +1,7 @@
-"""EagerReference: what an export is held against: the model's own code, with adapters on its modules by their paths.
+"""The reference of an export: the model's own code, with adapters on its modules by their paths.
 
-It is made by another road than the export: nothing is captured, and no site is looked for. So what a capture, a search
-for sites, or the loading of an adapter lost, shows.
+The reference uses another road than the export: nothing is captured, and no sites are searched. So it reveals what a
+capture, the search for sites, or the loading of an adapter lost.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class EagerReference:
     """The model's own code under the active adapters, in one view.
 
     Attributes:
-        adapted: the model; what is active when it is called counts.
-        view: how it is run; None is its forward.
-        example: keyword arguments of the forward, whose places nested inputs go to.
-        named: the module paths that the adapters named.
-        seen: those that have run in some call.
+        adapted: the model. The adapters that are active at the time of a call count.
+        view: the view in which the model is run; None is its forward.
+        example: keyword arguments of the forward, which say where nested inputs belong.
+        named: the paths of the modules that the adapters act at.
+        seen: the paths of the named modules that have run in some call.
     """
 
     adapted: AdaptedModel
@@ -49,10 +49,10 @@ class EagerReference:
     read_elsewhere: set[str] = dataclasses.field(default_factory=set)
 
     def __call__(self, feed: Mapping[str, Tensor]) -> Tensors:
-        """The outputs by name, given the inputs. What the model keeps is as it was, afterwards.
+        """Run the model on the inputs, and return its outputs by name. The model's state is restored afterwards.
 
         Raises:
-            PeftfxError: the model's own code refuses them; or it keeps something, and computes something else in its
+            PeftfxError: the model's own code refuses the inputs; or it keeps state, and computes something else in its
                 next call.
         """
         base, adapters = self.adapted.base, self.adapted.named.acting()
@@ -70,7 +70,7 @@ class EagerReference:
         self.seen |= state.seen
         _refuse_lost(adapters, self.seen)
         idle = {path for path in state.named - self.seen - self.read_elsewhere if _has_weight(base, path)}
-        if idle:  # what reads the weight of a module that does not run itself, reads the adapted one
+        if idle:  # if code reads the weight of a module that does not run, the code has to read the adapted weight
             self.read_elsewhere |= idle
             with applied(base, adapters, self.read_elsewhere, feed):
                 again = self._call(base, adapters, feed)
@@ -100,7 +100,7 @@ class EagerReference:
 
 
 def _refuse_state(kind: str, paths: Sequence[str], first: Tensors, second: Tensors) -> None:
-    """Refuse a model that computes something else in its next call, by what it has kept."""
+    """Refuse a model whose next call gives another result, because of state that it has kept."""
     other = [name for name, value in first.items() if not _equal(second.get(name), value)]
     if other:
         what = f"the model's code changes its own {kind} when it runs, and its next call gives another {other[0]}"
@@ -113,7 +113,7 @@ def _equal(one: Tensor | None, other: Tensor) -> bool:
 
 
 def _refuse_lost(adapters: Sequence[Adapter], seen: set[str]) -> None:
-    """Refuse an adapter whose file names a module that runs, where no rule of it acts."""
+    """Refuse an adapter whose file names a module that runs, if no rule of the adapter acts there."""
     for adapter in adapters:
         acts = [p.key for p in adapter.placements] + [p.site.path for p in adapter.placements]
         acts += [override.key.removeprefix(f"{SAVED}.") for override in adapter.overrides]
@@ -131,7 +131,7 @@ def _has_weight(base: nn.Module, path: str) -> bool:
 
 
 def _prompt(adapted: AdaptedModel, adapters: Sequence[Adapter]) -> tuple[Entry | None, Tensor | None]:
-    """The active soft prompt: its way into the base's forward, and what it puts there."""
+    """Return the entry of the active soft prompt into the base's forward, and the prompt's tensor; or None twice."""
     for adapter in adapters:
         for placement in adapter.placements.prompts:
             virtual = placement.method.virtual(adapter.params(placement), False)
@@ -142,7 +142,7 @@ def _prompt(adapted: AdaptedModel, adapters: Sequence[Adapter]) -> tuple[Entry |
 
 
 def _prefilled(base: nn.Module, view: Decode, entry: Prefilled, hole: Tensor) -> Tensor:
-    """What virtual tokens leave in the cache of a causal model, a row for each: it is run on them, and a token."""
+    """Run a causal model on virtual tokens, and return what they leave in the cache, a row for each token."""
     assert entry.tokens is not None
     made = view.inputs(base, sizes={"batch": 1, "sequence": 1, "past": 0})
     output = entry.tokens(view, base, hole, made)
@@ -152,7 +152,7 @@ def _prefilled(base: nn.Module, view: Decode, entry: Prefilled, hole: Tensor) ->
 
 
 def no_oracle(adapted: AdaptedModel) -> str:
-    """Why the active adapters have no eager form; empty where they have one."""
+    """Say why the active adapters have no eager form. Return an empty string if they have one."""
     acting = [adapter.placements for adapter in adapted.named.acting()]
     for beside in (p.method for placements in acting for p in placements.attentions):
         return f"{type(beside).__name__} acts inside attentions, where no hook reaches"

@@ -1,4 +1,4 @@
-"""runnable: a model that ONNX Runtime's CPU provider can run, over the weights of one that it cannot."""
+"""The float32 twin of a bfloat16 model: ONNX Runtime's CPU provider can run it, and it reads the same weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import onnx_ir as ir
 from peftfx.export.translation.to_onnx import every_value
 
 _NAME = ".float32-twin.onnx"
-_TYPED = ("to", "dtype")  #: attributes that name a type
+_TYPED = ("to", "dtype")  #: the attributes that name a dtype
 
 
 @contextmanager
 def runnable(path: Path) -> Iterator[tuple[Path, bool]]:
-    """The model itself, or its float32 twin if it computes in bfloat16, and whether it is the twin.
+    """Yield the model itself, or its float32 twin if it computes in bfloat16, and whether it is the twin.
 
     The CPU provider has no bfloat16 kernels for most operators. The twin reads the same data file, casts each weight
-    where it is used, and computes in float32: what it shows is that graph and weights are right. It goes away after.
+    when it is used, and computes in float32. It shows that the graph and the weights are right. Its file is removed
+    afterwards.
     """
     model = ir.load(path)
     if not in_bfloat16(model):
@@ -35,13 +36,13 @@ def runnable(path: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def in_bfloat16(model: ir.Model) -> bool:
-    """Whether the model computes in bfloat16."""
+    """Say whether the model computes in bfloat16."""
     values = (*model.graph.initializers.values(), *every_value(model.graph))
     return any(value.dtype == ir.DataType.BFLOAT16 for value in values)
 
 
 def _widen(model: ir.Model) -> None:
-    """Everything that was bfloat16 is float32, but for the initializers, inputs too or not: they are cast."""
+    """Turn every bfloat16 value into float32, except initializers, which are cast when they are used."""
     for value in every_value(model.graph):
         if not value.is_initializer() and value.dtype == ir.DataType.BFLOAT16:
             value.dtype = ir.DataType.FLOAT
@@ -61,4 +62,4 @@ def _widen(model: ir.Model) -> None:
             cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
             value.replace_all_uses_with(cast.outputs[0])
             cast.replace_input_with(0, value)
-            model.graph.insert_before(first, cast)  # not before: what is cast early waits in memory
+            model.graph.insert_before(first, cast)  # as late as possible: a cast weight waits in memory

@@ -1,7 +1,8 @@
-"""float64: a mode in which torch computes in float64, whatever the dtypes of weights and of the model's own casts.
+"""A mode in which torch computes in float64, whatever the dtypes of the weights and of the model's own casts.
 
-Each weight is widened where it is used and let go, large ones some rows at a time: no second copy is in memory.
-What a model computes so, less what it computes in its own dtype, is how far that dtype is from exact arithmetic here.
+Each weight is widened when it is used, and then released; large weights some rows at a time. No second copy of the
+weights is in memory. The difference between the results in this mode and in the model's own dtype shows how far that
+dtype is from exact arithmetic.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ _WIDE: Mapping[torch.dtype, torch.dtype] = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
     **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
 }
-_AT_ONCE = 1 << 18  #: numbers of a weight that are widened at a time
-#: Operators that pick some numbers of many, by where these are: what they give is widened.
+_AT_ONCE = 1 << 18  #: how many numbers of a weight are widened at a time
+#: Operators that pick some numbers of a tensor by position. Only their results are widened.
 _PICKS = frozenset({aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.gather.default})
 
 
 @contextlib.contextmanager
 def float64() -> Iterator[None]:
-    """Inside, every operator on floating numbers is computed in float64."""
+    """Compute every operator on floating-point numbers in float64 while this context lasts."""
     with _Checked(), _Float64():
         yield
 
 
 class _Checked(TorchFunctionMode):
-    """What compares the dtypes of its operands before any operator is called gets them wide."""
+    """A mode that widens the operands of functions which compare their operands' dtypes before any operator."""
 
     def __torch_function__(
         self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
@@ -64,7 +65,7 @@ class _Float64(TorchDispatchMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         given = dict(kwargs or {})
-        if func.is_view:  # no number is computed: what computes with the view widens it
+        if func.is_view:  # a view computes nothing: its readers widen it
             return func(*args, **given)
         if func in _PICKS:
             return _wide(func(*args, **given))
@@ -78,7 +79,7 @@ class _Float64(TorchDispatchMode):
 
 
 def _wide(value: object) -> object:
-    """A tensor of floats, or their dtype, widened; all else as it is."""
+    """Widen a floating-point tensor or dtype. Any other value is returned unchanged."""
     if isinstance(value, torch.dtype):
         return _WIDE.get(value, value)
     return _widened(value) if isinstance(value, Tensor) else value
@@ -91,7 +92,7 @@ def _widened(value: Tensor) -> Tensor:
 
 
 def _as_first(args: tuple[object, ...]) -> tuple[object, ...]:
-    """Operands of what is written in place: in its dtype."""
+    """Cast the operands of an in-place write to the dtype of the tensor that is written."""
     first = args[0] if args else None
     if not isinstance(first, Tensor) or not first.is_floating_point():
         return args
@@ -100,7 +101,7 @@ def _as_first(args: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def _product(func: object, args: tuple[Any, ...]) -> Tensor | None:
-    """A product with a large weight, some of its columns at a time; None for anything else."""
+    """Compute a product with a large weight, some columns at a time. Return None for any other operator."""
     if func is aten.mm.default:
         bias, x, weight = None, *args
     elif func is aten.addmm.default and len(args) == 3:

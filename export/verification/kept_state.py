@@ -1,7 +1,7 @@
-"""KeptState: what a model's own code keeps from one call to the next, in its buffers and in plain attributes.
+"""The state that a model's own code keeps from one call to the next: buffers and plain attributes.
 
-A graph has no such state: it computes from what there was when it was captured. So the reference of an export starts
-each call from there too, and a model that computes something else in its next call is told.
+A graph has no such state: it always computes from the state at its capture. So the reference of an export also starts
+each call from that state. A model whose next call gives another result is refused.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import unchanged
 
-_COPIED = 1 << 20  #: elements of a buffer that is copied, so that it can be put back
+_COPIED = 1 << 20  #: the most elements of a buffer that is copied, so that it can be restored
 _PLAIN = (int, float, str, type(None))
 
 
 class StateError(PeftfxError):
-    """A model computes something else in its next call, by what it has kept."""
+    """Raised when a model's next call gives another result, because of state that it has kept."""
 
 
 @dataclass(frozen=True)
 class _Buffer:
-    """A buffer as it was, and its values; of a large one these are not kept."""
+    """A buffer at the time of recording, with a copy of its values unless it is large."""
 
     path: str
     module: nn.Module
@@ -42,7 +42,7 @@ class _Buffer:
 
     @property
     def changed(self) -> bool:
-        """Whether it has other values now; a large one where it is another tensor."""
+        """Whether the buffer's values have changed; for a large buffer, whether it is another tensor."""
         now, copy = self.module._buffers.get(self.name), self.copy
         if copy is None or now is None:
             return now is not self.value
@@ -50,11 +50,11 @@ class _Buffer:
 
 
 class KeptState:
-    """What a model keeps, as it was when this was made."""
+    """The state that a model keeps, as recorded when this object was made."""
 
     def __init__(self, base: nn.Module) -> None:
         named = list(base.named_modules())
-        # A buffer on the meta device is another tensor behind each call, where hooks fetch its values.
+        # A buffer on the meta device is another tensor after each call, because hooks fetch its values.
         self._buffers = [
             _Buffer.of(path, module, name)
             for path, module in named
@@ -64,14 +64,14 @@ class KeptState:
         self._attributes = [(path, module, _plain(module)) for path, module in named]
 
     def changed(self) -> tuple[str, list[str]]:
-        """What has other values now: `buffer`, and the paths of those; else `attribute`, and those."""
+        """Return what has changed: `buffer` and the paths of buffers, else `attribute` and the paths of attributes."""
         if buffers := [buffer.path for buffer in self._buffers if buffer.changed]:
             return "buffer", buffers
         other = [(path, _plain(module).items() ^ before.items()) for path, module, before in self._attributes]
         return "attribute", [f"{path}.{name}".lstrip(".") for path, items in other for name in sorted(dict(items))]
 
     def restore_values(self) -> None:
-        """Put values back that were written in place."""
+        """Restore values that were written in place."""
         for buffer in self._buffers:
             if buffer.value is not None and buffer.copy is not None and not torch.equal(buffer.value, buffer.copy):
                 with torch.no_grad():
@@ -84,7 +84,7 @@ def _plain(module: nn.Module) -> dict[str, object]:
 
 @contextmanager
 def state_kept(base: nn.Module) -> Iterator[KeptState]:
-    """Inside, the model's code may change what it keeps; afterwards all of it is as it was."""
+    """Let the model's code change its state while this context lasts, and restore all of it afterwards."""
     with unchanged(base):
         kept = KeptState(base)
         try:

@@ -1,4 +1,4 @@
-"""Oracle: what an export is held against and in which calls: the model's own code, wherever that can be had."""
+"""The oracle that an export is compared with, and its calls. It is the model's own code if that is possible."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ EAGER = "the model's own code"
 
 @dataclass
 class Oracle:
-    """A reference, and the calls that it is asked about.
+    """A reference, and the calls at which an export is compared with it.
 
     Attributes:
-        reference: what is held against.
+        reference: computes what the export has to give.
         cases: the calls.
-        measured: the numbers of those that it answers in float64 too.
-        told: what it is, in one line.
-        eager: the same, where it is the model's own code.
+        measured: the numbers of the calls that are also run in float64.
+        told: what the reference is, in one line.
+        eager: the reference as an `EagerReference`, if it is the model's own code; otherwise None.
     """
 
     reference: Reference
@@ -40,17 +40,17 @@ class Oracle:
 
     @property
     def idle(self) -> set[str]:
-        """The module paths that adapters act at and that no call has run."""
+        """The module paths at which adapters act and which no call has run."""
         return set() if self.eager is None else self.eager.named - self.eager.seen
 
 
 def eager_oracle(
     adapted: AdaptedModel, graph: Graph, view: View | None, example: Mapping[str, object], sizes: Sizes = EVERY
 ) -> Oracle:
-    """The model's own code with its active adapters on its modules; where that has no such form, their graph.
+    """Make the oracle: the model's own code with its active adapters; if they have no eager form, their graph.
 
     Raises:
-        PeftfxError: the model takes no call of any size.
+        PeftfxError: the model takes none of the sizes that were tried.
         VerificationError: an adapter's file has tensors for a module that runs, and no rule acts there.
     """
     eager = EagerReference(adapted, view, example)
@@ -66,13 +66,13 @@ def eager_oracle(
                 asked.first(case)
         except PeftfxError:
             raise
-        except Exception as error:  # whatever the model's own code raises
+        except Exception as error:  # a model's own code raises various errors
             raise refused(adapted, view, error) from error
     return Oracle(asked, cases, measured_of(adapted, cases), _told(adapted, why), None if why else eager)
 
 
 def _told(adapted: AdaptedModel, why: str) -> str:
-    """What the reference is; `why` is why it is not the model's own code."""
+    """Say what the reference is. `why` says why it is not the model's own code."""
     if why:
         return f"the adapted graph: {why}"
     own = unpublished(adapted.named.acting())
@@ -87,13 +87,13 @@ def _run(adapted: AdaptedModel, view: View, runs: Mapping[View, Reference], why:
 
 
 def named_in(graph: Graph, reference: Reference) -> Reference:
-    """A reference whose outputs are called as a graph's are in ONNX."""
+    """Return a reference whose outputs have the names that the graph's outputs have in ONNX."""
     names = dict(zip(graph.outputs, onnx_outputs(graph), strict=True))
     return lambda feed: {names.get(name, name): value for name, value in reference(feed).items()}
 
 
 def measured_of(adapted: AdaptedModel, cases: Sequence[Tensors]) -> frozenset[int]:
-    """The calls to answer in float64 too: of a large model the one with most in it."""
+    """Return the numbers of the calls to run in float64, too. For a large model this is only the largest call."""
     if not is_large(adapted.base):
         return frozenset(range(len(cases)))
     return frozenset([max(range(len(cases)), key=lambda i: sum(value.numel() for value in cases[i].values()))])
@@ -101,16 +101,17 @@ def measured_of(adapted: AdaptedModel, cases: Sequence[Tensors]) -> frozenset[in
 
 @dataclass
 class Remembered:
-    """A reference whose answer to a call that has been tried need not be computed again.
+    """A reference that keeps its answers to tried calls, so that they are not computed again.
 
-    A call is known by its tensors' identity. They are kept with its answer: no others can get their numbers meanwhile.
+    A call is identified by the ids of its tensors. The tensors are kept with the answer, so that no other tensor can
+    get their ids.
     """
 
     reference: Reference
     kept: dict[frozenset[tuple[str, int]], tuple[Tensors, Tensors]] = field(default_factory=dict)
 
     def first(self, feed: Tensors) -> None:
-        """Try a call."""
+        """Try a call, and keep its answer."""
         self.kept[_identity(feed)] = feed, self.reference(feed)
 
     def __call__(self, feed: Tensors) -> Tensors:

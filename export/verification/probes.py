@@ -1,4 +1,4 @@
-"""probes: calls of sizes that no capture saw, for comparing an export; each is first held against the eager model."""
+"""Calls of sizes that no capture saw, at which an export is compared. The capture is first compared with eager code."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ PROBE_SIZES: Sequence[Mapping[str, int]] = (
     {"batch": 2, "sequence": 16, "decoder_sequence": 7},
 )
 ONE: Mapping[str, int] = dict.fromkeys(PROBE_SIZES[0], 1)
-COUNT = 3  #: how many are compared; the others stand in for sizes that the model itself refuses
+COUNT = 3  #: how many sizes are compared; the others replace sizes that the model itself refuses
 FEW: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 5, "decoder_sequence": 3},
     {"batch": 3, "sequence": 3, "decoder_sequence": 4},
-)  #: for a model whose every token is a second's work
-_LARGE = 1 << 30  #: bytes of weights from which a model is one
-_TOLERANCE = 1e-4  #: of the captured base against the eager one, relative to the largest output
+)  #: for a model that takes about a second for each token
+_LARGE = 1 << 30  #: bytes of weights from which a model is large
+_TOLERANCE = 1e-4  #: of the captured base compared with the eager base, relative to the largest output
 
 
 Accepts = Callable[[dict[str, Tensor]], object]
-"""Runs the model on the inputs of a call, or raises what its code says to sizes that it does not take."""
+"""A function that runs the model on the inputs of a call. It raises an error if the model does not take their sizes."""
 
 
 def probes(
@@ -49,21 +49,22 @@ def probes(
     accepts: Accepts | None = None,
     sizes: Sizes = EVERY,
 ) -> list[dict[str, Tensor]]:
-    """Inputs by name, at several sizes that the model takes.
+    """Make inputs by name, at several sizes that the model takes.
 
-    One call has the example's sizes, one a batch and a text of 1, some are at the bounds of `sizes`; the last row of a
-    batch is padded.
+    One call has the example's sizes, one has a batch and a text of size 1, and some are at the bounds of `sizes`. The
+    last row of a batch is padded.
 
     Args:
         adapted: the model.
-        specs: of the inputs.
-        example: keyword arguments of a call.
-        accepts: what has to take them; by default the eager base, which the captured one is then held against.
-        sizes: where the export is right.
+        specs: the inputs' names, shapes and dtypes.
+        example: the keyword arguments of a call.
+        accepts: runs the model, and raises an error for a size that it does not take; by default the eager base, with
+            which the captured base is then compared.
+        sizes: the sizes at which the export is right.
 
     Raises:
-        PeftfxError: the model takes no size but the example's.
-        VerificationError: the capture is not what the model computes.
+        PeftfxError: the model takes none of the sizes that were tried.
+        VerificationError: the captured base differs from the eager base.
     """
     found: list[dict[str, Tensor]] = []
     refusal: Exception | None = None
@@ -85,7 +86,7 @@ def probes(
                     want = eager_forward(adapted, nested(case, example))
         except (VerificationError, StateError):
             raise
-        except Exception as error:  # whatever the model's code raises for a size it does not take
+        except Exception as error:  # a model's code raises various errors for a size that it does not take
             refusal = error
             continue
         if accepts is None:
@@ -101,11 +102,11 @@ def probes(
 
 
 def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> None:
-    """Hold the captured base against the eager one in a view, at one call.
+    """Compare the captured base with the eager base in a view, in one call.
 
     Raises:
-        PeftfxError: the eager model refuses it.
-        VerificationError: the capture is not what the model computes.
+        PeftfxError: the eager model refuses the call.
+        VerificationError: the captured base differs from the eager base.
     """
     seen, entry = adapted.under_prompt(view)
     captured = adapted.graphs.captured(seen.inputs(adapted.base), entry, seen)
@@ -120,15 +121,15 @@ def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> Non
 
 
 def refused(adapted: AdaptedModel, view: View, error: Exception) -> PeftfxError:
-    """What is told where the model's own code does not run in a view."""
+    """Make the error for a model whose own code does not run in a view."""
     what = f"the model does not run in its {view.name} view: {first_line(error)}"
     return PeftfxError(what, type(adapted.base).__name__, "export its forward view")
 
 
 def view_cases(adapted: AdaptedModel, view: View, run: RunView, sizes: Sizes = EVERY) -> list[dict[str, Tensor]]:
-    """Inputs of a view at each of its trials, the example's sizes and the bounds of `sizes`, where that allows it.
+    """Make inputs of a view at its trial sizes, the example's sizes and the bounds of `sizes`, if `sizes` allows them.
 
-    They are behind pasts that `run`, which runs the model, makes.
+    The inputs continue pasts (key/value caches), which `run` makes by running the model.
     """
     cases = []
     own: Sequence[Mapping[str, int]] = [] if is_large(adapted.base) else [{}]
@@ -147,7 +148,7 @@ def _named_sizes(axes: Axes, inputs: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def trials_of(adapted: AdaptedModel, view: View) -> Sequence[Mapping[str, int]]:
-    """The sizes that a view is compared at: fewer for a large model."""
+    """Return the sizes at which a view is compared. A large model has fewer."""
     return view.trials[::2] if is_large(adapted.base) else view.trials
 
 
@@ -156,7 +157,7 @@ def is_large(base: nn.Module) -> bool:
 
 
 def eager_view(view: View, entry: Entry | None, base: nn.Module, case: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model's own code gives in a view, under a soft prompt that is zero."""
+    """Run the model's own code in a view, with zeros as the soft prompt, and return its outputs."""
     with state_kept(base):
         output = view(base, case) if entry is None else entry(view, base, entry.hole(base), case)
     assert isinstance(output, dict)
@@ -170,7 +171,7 @@ def case_of(
     sizes: Mapping[str, int],
     seed: int,
 ) -> dict[str, Tensor]:
-    """Fresh inputs of these sizes; where they cannot be made from the config, the example's own, repeated and cut."""
+    """Make inputs of these sizes. If the config does not suffice, the example's own inputs are repeated and cut."""
     names = [spec.name for spec in specs]
     sizes = _with_pieces(adapted.base, sizes)
     try:
@@ -195,13 +196,13 @@ def _made(base: nn.Module, sizes: Mapping[str, int], seed: int) -> dict[str, Ten
 
 
 def _with_pieces(base: nn.Module, sizes: Mapping[str, int]) -> Mapping[str, int]:
-    """The sizes, with room in the text for the pieces of an image: these are tokens that none may be taken out of."""
+    """Return the sizes, with room in the text for all tokens that stand for pieces of an image."""
     least = _pieces(base) + 1
     return {name: max(size, least) if name == "sequence" else size for name, size in sizes.items()}
 
 
 def _pieces(base: nn.Module) -> int:
-    """How many tokens of an example's text stand for pieces of its image."""
+    """Return how many tokens of an example's text stand for pieces of its image."""
     try:
         made = example_inputs(base, sizes={"batch": 1, "sequence": 1})
     except PeftfxError:
@@ -219,7 +220,7 @@ def _sized(spec: TensorSpec, value: Tensor, sizes: Mapping[str, int]) -> bool:
 
 
 def _varied(own: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Sizes for axes that have no usual ones: one and two more than the example's."""
+    """Yield sizes for axes without usual sizes: one and two more than the example's."""
     free = [axis for axis in own if axis not in PROBE_SIZES[0]]
     yield from ({**PROBE_SIZES[i], **{axis: own[axis] + i for axis in free}} for i in (1, 2) if free)
 
@@ -231,7 +232,7 @@ def _resized(
     rng: torch.Generator,
     picked: dict[str, Tensor],
 ) -> Tensor:
-    """Places of the example's along each axis, in order and the same in all inputs: a token goes on seeing itself."""
+    """Pick places of the example along each axis, in order, and the same in all inputs, so that a token sees itself."""
     for dim, axis in enumerate(axes):
         if isinstance(axis, str) and axis in sizes:
             if axis not in picked:
@@ -243,7 +244,7 @@ def _resized(
 
 
 def eager_forward(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
-    """What the model's own code answers, through the entry of an active soft prompt; the prompt itself is zero."""
+    """Run the model's own forward, with zeros as the active soft prompt, and return its output."""
     entry, base = adapted.entry(), adapted.base
     with state_kept(base):
         return base(**call) if entry is None else entry(forward, base, entry.hole(base), call)
@@ -257,12 +258,12 @@ def _compare(captured: Graph, case: Mapping[str, Tensor], want: object) -> None:
 
 
 def tensors_in(output: object) -> list[Tensor]:
-    """The tensors of a model's output, in order."""
+    """Return the tensors of a model's output, in order."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def hold(name: str, want: Tensor, got: Tensor, *, same: bool) -> None:
-    """Hold the captured model's output against the model's own."""
+    """Compare an output of the captured model with the model's own output, and refuse a difference."""
     error = float((want.float() - got.float()).abs().max()) if same and want.numel() else 0.0
     if not same or error > _TOLERANCE * max(1.0, float(want.float().abs().max()) if want.numel() else 0.0):
         raise VerificationError(f"the captured model differs from the model by {error:.2e}", name, "report this model")

@@ -1,7 +1,7 @@
-"""The published arithmetic of methods, written once more for verification: of a weight, and of a layer's output.
+"""The published arithmetic of methods, written a second time for verification: on weights, and on layers' outputs.
 
-What is here reads an adapter's tensors by HF PEFT's names and shares no code with the methods' own `forward` and
-`fold`, which made the export that is verified.
+This module reads an adapter's tensors by HF PEFT's names. It shares no code with the methods' own `forward` and `fold`,
+which made the export that is verified.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from peftfx.sites.site import EXPERTS
 
 KNOWN = (LoRA, AdaLoRA, VeRA, IA3)
 OnOutput = Callable[[Tensor, Tensor], Tensor]
-"""A layer's adapted output, given its input and its output."""
+"""A function that returns a layer's adapted output, given the layer's input and output."""
 
 
 def acting_where(method: WeightMethod, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Where an aLoRA acts in a call: row by row, from the last place of its invocation on, or as the call says."""
+    """Return where an aLoRA acts in each row of a call: from its last invocation on, or from the given offset on."""
     tokens = list(method.invoked_by)
     if not tokens:
         return {}
@@ -41,7 +41,7 @@ def acting_where(method: WeightMethod, feed: Mapping[str, Tensor]) -> dict[str, 
 
 
 def on_output(method: WeightMethod, p: Params, kind: str) -> OnOutput | None:
-    """What a method does to the output of a linear layer or an embedding; None where it is told of a weight alone."""
+    """Return what a method does to a layer's output, as a function; None if it is defined only on weights."""
     if isinstance(method, IA3) and not method.feedforward:
         return lambda x, y: (y * p["ia3_l"].flatten()).to(y.dtype)
     if isinstance(method, LoRA) and not method.use_dora and "lora_A0" not in p:
@@ -62,15 +62,16 @@ def on_output(method: WeightMethod, p: Params, kind: str) -> OnOutput | None:
 
 
 def on_weight(method: WeightMethod, start: Base, under: Base, p: Params, kind: str, groups: int) -> Base | None:
-    """The adapted weight and bias, [out, in, ...]; None where the arithmetic is not known here.
+    """Compute the adapted weight and bias, [out, in, ...]. Return None for a method that this module does not know.
 
     Args:
-        method: a method.
-        start: the weight and bias without any adapter.
-        under: what adapters that act already made of them; a grouped conv may be one of a single group there.
+        method: the method.
+        start: the weight and bias of the base.
+        under: the weight and bias after the adapters that acted before. A grouped conv may have been turned into a conv
+            of one group.
         p: the method's parameters.
-        kind: linear, conv, embedding or experts.
-        groups: of a conv, at the start; of experts, how many they are.
+        kind: `linear`, `conv`, `embedding` or `experts`.
+        groups: the number of groups of the base's conv, or the number of experts.
     """
     weight, bias = under
     if isinstance(method, IA3):
@@ -85,7 +86,7 @@ def on_weight(method: WeightMethod, start: Base, under: Base, p: Params, kind: s
 
 
 def _low_rank(method: LoRA, start: Base, under: Base, p: Params, kind: str, groups: int) -> Base:
-    """LoRA's update; DoRA's norm is of the weight at the start with it, and scales all that is there but a bias."""
+    """Add LoRA's update. DoRA's norm is of the base's weight plus the update; it scales all but the base's bias."""
     s, bias = _scaling(method), under.bias
     update = _product(*_factors(method, p), kind, groups)
     if "lora_A0" in p:
@@ -104,7 +105,7 @@ def _low_rank(method: LoRA, start: Base, under: Base, p: Params, kind: str, grou
 
 
 def _factors(method: LoRA, p: Params) -> tuple[Tensor, Tensor]:
-    """A and B; of BD-LoRA the blocks of one of them on a diagonal, and of KaSA the diagonal in A."""
+    """Return A and B. BD-LoRA puts the blocks of one of them on a diagonal; KaSA's diagonal is multiplied into A."""
     a, b, bd = p["lora_A"], p["lora_B"], method.use_bdlora or {}
     if bd.get("target_modules_bd_a"):
         a = torch.block_diag(*a.chunk(int(str(bd.get("nblocks", 1)))))
@@ -122,12 +123,12 @@ def _scaled(base: Base, scale: Tensor, groups: int, *, of_input: bool) -> Base:
     if not of_input:
         return Base(weight * scale.view(-1, 1, *ones), None if base.bias is None else base.bias * scale)
     groups = 1 if weight.shape[1] == len(scale) else groups
-    each = weight.unflatten(0, (groups, -1)) * scale.view(groups, 1, -1, *ones)  # a group reads its own inputs
+    each = weight.unflatten(0, (groups, -1)) * scale.view(groups, 1, -1, *ones)  # each group reads its own inputs
     return Base(each.flatten(0, 1), base.bias)
 
 
 def _product(a: Tensor, b: Tensor, kind: str, groups: int) -> Tensor:
-    """`B A` in the shape of the weight; of a conv of several groups that of one."""
+    """Return `B A` in the shape of the weight. For a grouped conv, the shape is that of a conv of one group."""
     if kind == "embedding":
         return (b @ a).T
     if kind == "linear":
@@ -142,7 +143,7 @@ def _product(a: Tensor, b: Tensor, kind: str, groups: int) -> Tensor:
 
 
 def _dense(weight: Tensor, like: Tensor) -> Tensor:
-    """A grouped conv's weight as that of one group, where the update is one's."""
+    """Return a grouped conv's weight as the weight of one group if the update has one group."""
     groups = like.shape[1] // weight.shape[1]
     if groups == 1:
         return weight

@@ -1,4 +1,4 @@
-"""size_trials: where an export of a model is right, found by trying its capture against its own code."""
+"""Find the sizes at which an export is right, by comparing its capture with the model's own code."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from peftfx.views.view import View, without_cache
 def sizes_of(
     adapted: AdaptedModel, view: View | None, example: Mapping[str, object], *, allow_fixed: bool = False
 ) -> Sizes:
-    """Where an export of a view, or of the forward, is right.
+    """Find the sizes at which the export of a view, or of the forward, is right.
 
     Raises:
-        PeftfxError: on one side of a branch in the model's code alone; not with `allow_fixed`.
+        PeftfxError: the export is right only on one side of a branch in the model's code; not with `allow_fixed`.
     """
     trial = _of_forward(adapted, example) if view is None else _of_view(adapted, view)
     return find_sizes(trial, allow_fixed=allow_fixed)

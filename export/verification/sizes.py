@@ -1,4 +1,4 @@
-"""sizes: where an export is right: each condition of its capture tried on the other side, against the eager model."""
+"""The sizes at which an export is right. Each condition of its capture is tried on the other side, in eager code."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _REFUSED = "the model takes no other"
 BRANCHES = "beyond, the model computes something else"
 UNTRIED = "what is beyond is too large to be tried here"
 _SAME, _UNREACHED = "same", "no such call can be made"
-#: Tokens (rows, pixels) of a call that is tried, and these times the parameters; of a large model, a few at least.
+#: The most tokens (rows, pixels) of a tried call; the most tokens times parameters; and the fewest tokens, for a large
+# model.
 MOST_ROWS, MOST_WORK, LEAST_ROWS = 4096, 2 << 30, 8
-_TRIALS = 3  #: sizes on the other side of a condition
+_TRIALS = 3  #: how many sizes are tried on the other side of a condition
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A condition under which an export is right, and what is beyond it."""
+    """A condition under which an export is right, and what happens otherwise."""
 
     condition: Condition
     why: str
@@ -41,18 +42,18 @@ class Limit:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Where an export is right.
+    """The sizes at which an export is right.
 
     Attributes:
-        limits: what has to hold; nothing where it is right for all sizes.
-        probes: sizes around every bound, at which it has to be right too.
+        limits: the conditions that have to hold; empty if the export is right for all sizes.
+        probes: sizes near every bound, at which the export has to be right, too.
     """
 
     limits: tuple[Limit, ...] = ()
     probes: tuple[Sized, ...] = ()
 
     def allow(self, sizes: Sized) -> bool:
-        """Whether the export has to be right there."""
+        """Say whether the export has to be right at these sizes."""
         return not unmet((limit.condition for limit in self.limits), sizes)
 
 
@@ -61,15 +62,16 @@ EVERY = Sizes()
 
 @dataclass(frozen=True)
 class Trial:
-    """A captured graph and the eager model, to be compared at sizes that are asked for.
+    """A captured graph and the eager model, to be compared at chosen sizes.
 
     Attributes:
-        graph: of the base, captured as it is exported.
-        make: inputs of these sizes of named axes; raises where there are none.
-        eager: what the model's own code gives for them, as the graph does; raises where it takes no such sizes.
-        shown: what to compare of an output, given its name, the inputs and its value.
-        usual: the sizes that other axes have meanwhile.
-        parameters: how many the model has.
+        graph: the graph of the base, captured as for the export.
+        make: makes inputs, given the sizes of named axes. It raises an error if there are no such inputs.
+        eager: runs the model's own code, and returns outputs like the graph's. It raises an error if the model does not
+            take the sizes.
+        shown: selects what to compare of an output, given its name, the inputs and its value.
+        usual: the sizes of all other axes in a call.
+        parameters: the number of the model's parameters.
     """
 
     graph: Graph
@@ -80,17 +82,17 @@ class Trial:
     parameters: int
 
     def is_of_images(self, condition: Condition) -> bool:
-        """Whether a condition is on the sizes of images alone: a model is made for one, and which it is can be said."""
+        """Say whether a condition is only on the sizes of images. A model is made for one size of images."""
         images = [spec.shape[2:] for spec in self.graph.inputs if len(spec.shape) > 3 and spec.dtype.is_floating_point]
         return bool(condition.axes) and set(condition.axes) <= {axis for shape in images for axis in shape}
 
     def tells(self, condition: Condition, sizes: Sized) -> bool:
-        """Whether a wrong answer at these sizes says something of this condition: those of other axes hold there."""
+        """Say whether a wrong answer at these sizes is due to this condition: conditions on other axes hold there."""
         others = (c for c in self.graph.conditions if not c.relation and not set(c.axes) & set(condition.axes))
         return all(other.met(sizes) for other in others)
 
     def affords(self, sizes: Sized) -> bool:
-        """Whether a call of these sizes may be tried."""
+        """Say whether a call of these sizes is small enough to be tried."""
         most = max(LEAST_ROWS, min(MOST_ROWS, MOST_WORK // max(1, self.parameters)))
         return self._rows(sizes) <= most
 
@@ -99,7 +101,7 @@ class Trial:
         return max((math.prod(shape) for shape in shapes), default=1)
 
     def whole(self, sizes: Sized) -> dict[str, int]:
-        """A size for each axis, given some: the usual ones, or 2 where such a call is too large to be tried."""
+        """Complete some sizes with the usual sizes of all other axes, or with 2 if such a call is too large."""
         found = self._whole(sizes, self.usual)
         return found if self.affords(found) else self._whole(sizes, dict.fromkeys(self.usual, 2))
 
@@ -111,7 +113,7 @@ class Trial:
         return {**others, **found}
 
     def reach(self, condition: Condition, sizes: Sized) -> _Case | None:
-        """Inputs of these sizes, for which a condition does not hold; nothing if no such call can be made."""
+        """Make inputs of these sizes that do not meet a condition. Return None if there are no such inputs."""
         try:
             case = self.make(sizes)
         except PeftfxError:
@@ -119,15 +121,15 @@ class Trial:
         return None if condition.met(self.graph.sizes_of(case)) else case
 
     def answer(self, case: _Case) -> str:
-        """What becomes of the graph with these inputs."""
+        """Run the model and the graph on these inputs, and say whether they agree or the model refuses."""
         try:
             want = self.eager(case)
-        except Exception:  # whatever the model's code raises for a size it does not take
+        except Exception:  # a model's code raises various errors for a size that it does not take
             return _REFUSED
         try:
             with torch.no_grad():
                 got = self.graph.run(*(case[spec.name] for spec in self.graph.inputs))
-        except Exception:  # an operator of the graph that was told a size
+        except Exception:  # an operator of the graph has a fixed size
             return BRANCHES
         named = zip(self.graph.outputs, want, got, strict=True)
         same = all(_same(a, b, functools.partial(self.shown, name, case)) for name, a, b in named)
@@ -137,8 +139,8 @@ class Trial:
 def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
     """Try every condition of a graph on its other side: does the model take such sizes, and is the graph right there?
 
-    A condition that makes no difference is none. One that splits the sizes that the model takes is refused, but for the
-    sizes of images, where it is said.
+    A condition that makes no difference is dropped. A condition that divides the sizes that the model takes is refused;
+    if it is on the sizes of images, it is only reported.
 
     Raises:
         PeftfxError: the graph is right on one side of a branch in the model's code, and the model takes the other;
@@ -167,7 +169,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
             what = f"the model's code branches on a size: this export would be right only where {condition}"
             raise PeftfxError(what, condition.where, hint)
         limits += [Limit(condition, why)] if why else []
-        if not condition.edge:  # a size of 1 is verified at, whether the code asks for it or not
+        if not condition.edge:  # a size of 1 is always verified
             probes += [sizes for sizes, answer in zip(tried, answers, strict=True) if answer == _SAME][:1]
             probes += _last(condition, around)
     found = Sizes(tuple(limits))
@@ -183,7 +185,7 @@ def _verdict(answers: Sequence[str]) -> str:
 
 
 def _last(condition: Condition, around: Sequence[Sized]) -> Iterator[Sized]:
-    """The sizes that are just within a condition: the next size of an axis is beyond it."""
+    """Yield sizes that just meet a condition: the next size of an axis does not."""
     for sizes in around:
         steps = ({**sizes, axis: sizes[axis] + step} for axis in condition.axes for step in (1, -1))
         if condition.met(sizes) and not all(condition.met(next_to) for next_to in steps if min(next_to.values()) > 0):
@@ -192,7 +194,7 @@ def _last(condition: Condition, around: Sequence[Sized]) -> Iterator[Sized]:
 
 
 def _related(relation: Condition, sizes: Sized, chosen: Sized) -> dict[str, int]:
-    """The size of an axis that follows from those that were chosen."""
+    """Return the size of an axis that follows from the chosen sizes by a relation."""
     values = {sympy.Symbol(axis, integer=True, positive=True): sympy.Integer(size) for axis, size in sizes.items()}
     left, right = relation.holds.args
     for axis, value in ((left, right), (right, left)):

@@ -1,4 +1,4 @@
-"""SwappedWeight: a module's weight as adapters make it, while it is in the place of the base's."""
+"""A module's adapted weight, which replaces the base's weight for a while."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AdapterStep:
 
 @dataclass
 class SwappedWeight:
-    """A module's weight as these steps make it, while it is put in the place of the base's."""
+    """A module's weight after these adapter steps, which can replace the base's weight."""
 
     module: nn.Module
     name: str
@@ -41,7 +41,7 @@ class SwappedWeight:
     before: list[Callable[[], object]] = field(default_factory=list)
 
     def put(self) -> None:
-        """Put it there."""
+        """Replace the base's weight by the adapted weight."""
         held = self.module._parameters
         weight, bias = held[self.name], held.get("bias") if self.name == "weight" else None
         assert weight is not None
@@ -55,7 +55,7 @@ class SwappedWeight:
         self._set(held, self.name, new)
         if base.bias is not None:
             self._set(held, "bias", base.bias.to(weight.dtype))
-        if isinstance(self.module, CONV) and new.shape != weight.shape:  # as of one group
+        if isinstance(self.module, CONV) and new.shape != weight.shape:  # now a conv of one group
             self._set(self.module.__dict__, "groups", 1)
 
     def _set(self, held: HeldTensors, name: str, value: object) -> None:
@@ -64,14 +64,14 @@ class SwappedWeight:
         held[name] = value
 
     def back(self) -> None:
-        """Put the base's back."""
+        """Restore the base's weight."""
         while self.before:
             self.before.pop()()
 
 
 @torch.no_grad()
 def _changed(start: Base, base: Base, step: AdapterStep, kind: str, groups: int) -> Base:
-    """A weight and bias after a step, given what they were at the start and are now."""
+    """Return the weight and bias after a step, given the base's and those before the step."""
     p = widened(step.params)
     part = step.placement.part
     if part is None:

@@ -1,11 +1,12 @@
-"""Tolerance: what an export may differ from its reference by, measured where nobody says it.
+"""The tolerance of an export's outputs. It is measured if the user gives none.
 
-The reference is run in its own dtype and in float64. Two right programs in one dtype differ by about as much as either
-differs from exact arithmetic, so what an output may differ by is
+The reference is run in its own dtype and in float64. Two correct programs in one dtype differ by about as much as each
+differs from exact arithmetic. So the tolerance of an output is
 
     MULTIPLE * (largest difference between the two runs) + FLOOR * eps32 * (largest magnitude of the output)
 
-The floor is for outputs of few numbers, which can be right by chance, and for functions that ONNX Runtime approximates.
+The floor is for outputs with few numbers, whose measured difference can be small by chance, and for functions that ONNX
+Runtime approximates.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from peftfx.export.verification.float64 import float64
 
 Tensors = dict[str, Tensor]
 MULTIPLE = 8
-FLOOR = 128  #: in units of what float32 can tell apart
-USUAL, USUAL_HALF = 1e-4, 2e-2  #: absolute, and relative to the largest magnitude, where float64 cannot be had
+FLOOR = 128  #: in units of float32's machine epsilon
+USUAL, USUAL_HALF = 1e-4, 2e-2  #: absolute, and relative to the largest magnitude, if float64 cannot be used
 
 
 @dataclass
 class Tolerance:
-    """What may differ: `atol + rtol * largest magnitude` where these are given, else as above.
+    """The tolerance `atol + rtol * largest magnitude` if these are given; otherwise the measured tolerance.
 
     Attributes:
-        atol, rtol: as given; None is measured.
-        noise: for each output, the largest noise that was measured over the largest magnitude there.
+        atol, rtol: the given tolerances; measured if both are None.
+        noise: for each output, the largest measured noise relative to the largest magnitude in the same call.
         half: whether an output is in half precision.
-        failure: why float64 could not be had.
+        failure: why float64 could not be used; empty if it could.
     """
 
     atol: float | None
@@ -44,26 +45,26 @@ class Tolerance:
 
     @property
     def measures(self) -> bool:
-        """Whether nobody said what may differ."""
+        """Whether the tolerance is measured, because none is given."""
         return self.atol is None and self.rtol is None
 
     def measure(self, reference: Callable[[Tensors], Tensors], feed: Tensors) -> Tensors:
-        """What the reference gives in float64; nothing where it cannot be run so."""
+        """Run the reference in float64. Return nothing if it cannot run in float64."""
         try:
             with torch.no_grad(), float64():
                 return reference(feed)
-        except Exception as error:  # an operator without float64, in a model's own code
+        except Exception as error:  # such as an operator without float64 in a model's own code
             self.failure = first_line(error)
             return {}
 
     def learn(self, output: str, noise: float | None, largest: float, dtype: torch.dtype) -> None:
-        """Note what one output showed."""
+        """Record the noise of one output."""
         self.half |= dtype in (torch.float16, torch.bfloat16)
         if noise is not None and largest:
             self.noise[output] = max(self.noise.get(output, 0.0), noise / largest)
 
     def bound(self, output: str, largest: float, dtype: torch.dtype) -> float:
-        """What an output whose magnitude is at most `largest` may differ by."""
+        """Return the tolerance of an output whose magnitude is at most `largest`."""
         if not dtype.is_floating_point:
             return 0.0
         if not self.measures or not self.noise:
@@ -75,7 +76,7 @@ class Tolerance:
         return largest * (MULTIPLE * relative + floor)
 
     def told(self) -> str:
-        """How the bounds were made, in words."""
+        """Say in words how the tolerances were made."""
         if self.measures and self.noise:
             return f"the tolerance is {MULTIPLE} times what torch is from float64 here; --atol and --rtol set another"
         usual = USUAL_HALF if self.half else USUAL

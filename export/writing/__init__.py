@@ -1,1 +1,1 @@
-"""From an ONNX model to files: weights streamed, rounded where asked for, the directory moved into place when whole."""
+"""Write ONNX models to files: weights are streamed, and a complete directory is moved into place."""

@@ -1,4 +1,4 @@
-"""publish: a directory is written beside its target and moved into place when it is whole."""
+"""Write a directory beside its target, and move it into place when it is complete."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from peftfx.formats import REPORT
 
 Mark = Callable[[Path], bool]
 _NEW, _OLD = "new", "old"
-_RESERVE = 4 << 20  #: bytes of address space that are kept back for the clean-up
+_RESERVE = 4 << 20  #: bytes of address space that are reserved for the clean-up
 
 
 def is_export(directory: Path) -> bool:
-    """Whether an export made this directory: its report is in it."""
+    """Say whether an export made this directory: its report is there."""
     return (directory / REPORT).is_file()
 
 
 @contextlib.contextmanager
 def publish(directory: str | Path, force: bool = False, made: Mark = is_export) -> Iterator[Path]:
-    """Yield a temporary directory beside `directory`; on success it becomes `directory`, on any exception it goes away.
+    """Yield a temporary directory. On success it becomes `directory`; on any exception it is removed.
 
-    Until then `.NAME.peftfx` is beside it, and is locked: of two that write to one place the second is refused. What a
-    killed run left there is removed, or put back where the kill came between the two moves.
+    Until then the folder `.NAME.peftfx` stands beside `directory`, and is locked: a second process that writes to the
+    same place is refused. What a killed run left there is removed, or put back if the kill came between the two moves.
 
     Args:
-        directory: where to.
-        force: replace what is there, after success only.
-        made: whether a directory is one that may be replaced; an empty one always may.
+        directory: the directory to write.
+        force: replace an existing directory, only after success.
+        made: says whether a directory may be replaced. An empty directory always may.
 
     Raises:
-        PeftfxError: as of `check_output`; another is writing there; the disk refuses (no space, no permission, ...).
+        PeftfxError: for the reasons of `check_output`; another process is writing there; or the disk refuses (no space,
+            no permission, ...).
     """
     target = _safe(directory)
     area = target.with_name(f".{target.name}.peftfx")
@@ -46,24 +47,24 @@ def publish(directory: str | Path, force: bool = False, made: Mark = is_export) 
         with locked(area, target):
             _recover(area, target, made)
             _refuse_standing(target, force, made)
-            reserve = mmap.mmap(-1, _RESERVE)  # its own pages: what python frees is not always given back
+            reserve = mmap.mmap(-1, _RESERVE)  # pages of its own: memory that python frees is not always given back
             try:
                 (area / _NEW).mkdir()
                 yield area / _NEW
-                _refuse_standing(target, force, made)  # minutes have passed
+                _refuse_standing(target, force, made)  # again, as minutes have passed
                 _move(area, target)
                 _remove(area / _OLD)
             finally:
-                reserve.close()  # where memory has ended, listing a directory needs some
+                reserve.close()  # if memory has run out: listing a directory needs some
                 _recover(area, target, made)
 
 
 def check_output(directory: str | Path, force: bool, made: Mark = is_export) -> Path:
-    """Where an output directory will be, its parents' links followed.
+    """Check an output directory, and return its path with the links of its parents followed.
 
     Raises:
-        PeftfxError: it is there, and `force` is not set or nothing of ours made it; or it is a link; or it is, or
-            holds, the working directory or the user's home.
+        PeftfxError: the directory exists, and `force` is not set or no export made it (see `made`); or it is a link; or
+            it is, or holds, the working directory or the user's home.
     """
     target = _safe(directory)
     _refuse_standing(target, force, made)
@@ -94,7 +95,7 @@ def _refuse_standing(target: Path, force: bool, made: Mark) -> None:
 
 
 def _resolved(directory: Path) -> Path:
-    """An absolute path whose last part may be a link, but no other."""
+    """Return an absolute path. Only its last part may still be a link."""
     if directory.name in ("", ".."):
         return Path(os.path.realpath(directory))
     return Path(os.path.realpath(directory.parent)) / directory.name
@@ -102,12 +103,12 @@ def _resolved(directory: Path) -> Path:
 
 def _homes() -> Iterator[tuple[Path, str]]:
     yield Path.cwd(), "the working directory"
-    with contextlib.suppress(RuntimeError):  # a user without one
+    with contextlib.suppress(RuntimeError):  # a user without a home
         yield Path(os.path.realpath(Path.home())), "your home directory"
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two paths are one directory, however they are written."""
+    """Say whether two paths are the same directory, however they are written."""
     try:
         return one == other or (not os.path.islink(one) and os.path.samefile(one, other))
     except (OSError, ValueError):  # a ValueError: no file system takes the path
@@ -120,7 +121,7 @@ def _is_empty(directory: Path) -> bool:
 
 
 def _move(area: Path, target: Path) -> None:
-    """Move what is new to the target. A directory cannot replace one that has files, so the old one steps aside."""
+    """Move the new directory to the target. The old one is moved aside first: it cannot be replaced if it has files."""
     if os.path.lexists(target):
         os.rename(target, area / _OLD)
     try:
@@ -132,7 +133,7 @@ def _move(area: Path, target: Path) -> None:
 
 
 def _recover(area: Path, target: Path, made: Mark) -> None:
-    """Put back what stepped aside if nothing took its place, and remove what is left."""
+    """Move the old directory back if nothing replaced it, and remove the rest."""
     old = area / _OLD
     if old.exists():
         if not os.path.lexists(target):

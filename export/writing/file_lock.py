@@ -1,6 +1,6 @@
-"""A lock on a directory, held through an open file in it: the system lets go of it when its holder dies.
+"""A lock on a directory, held through an open file in it. The system releases the lock when its holder dies.
 
-It does not matter in which container, and under which process id, the holder runs.
+The lock works across containers and process ids.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _FILE = "lock"
 
 @contextlib.contextmanager
 def locked(directory: Path, target: Path) -> Iterator[None]:
-    """Hold `directory`, which is made, alone; at the end it is removed, if it is empty by then.
+    """Make `directory`, and hold its lock exclusively. At the end it is removed if it is empty.
 
     Args:
-        directory: of the holder's own files.
-        target: what the holder writes, for messages.
+        directory: the directory for the holder's own files.
+        target: the path that the holder writes, for messages.
 
     Raises:
-        PeftfxError: another thread or process holds it.
-        OSError: it cannot be made.
+        PeftfxError: another thread or process holds the lock.
+        OSError: the directory cannot be made.
     """
     path = directory / _FILE
     file = _take(directory, path, target)
     try:
         yield
     finally:
-        if _windows():  # there an open file cannot be removed; elsewhere a closed one may be another's by then
+        if _windows():  # Windows cannot remove an open file; elsewhere, a closed file may already be another holder's
             os.close(file)
         with contextlib.suppress(OSError):
             path.unlink()
@@ -50,28 +50,28 @@ def _take(directory: Path, path: Path, target: Path) -> int:
         made = _make(directory)
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        except FileNotFoundError:  # its last holder has just removed it
+        except FileNotFoundError:  # the last holder has just removed it
             continue
         try:
             free = _try_lock(file)
-        except OSError:  # no locks on this file system: what is there may be a live writer's
+        except OSError:  # a file system without locks: an existing directory may have a live writer
             free = made
         if not free:
             os.close(file)
             hint = f"wait for it, or choose another output; if none is running, delete {directory}"
             raise PeftfxError("another export is writing there", str(target), hint)
-        if _windows() or _is_at(path, file):  # there what is open stays where it is
+        if _windows() or _is_at(path, file):  # on Windows an open file cannot be removed
             return file
-        os.close(file)  # its last holder removed it before this lock was taken
+        os.close(file)  # the last holder removed the file before this lock was taken
 
 
 def _make(directory: Path) -> bool:
-    """Make a directory; returns whether it was not there."""
+    """Make a directory, and say whether it is new."""
     try:
         directory.mkdir()
         return True
     except FileExistsError:
-        with contextlib.suppress(FileNotFoundError):  # removed since
+        with contextlib.suppress(FileNotFoundError):  # removed in between
             if not stat.S_ISDIR(os.lstat(directory).st_mode):
                 what, hint = "an export keeps its files here, and this is no directory", "move it away"
                 raise PeftfxError(what, str(directory), hint) from None
@@ -90,7 +90,7 @@ def _windows() -> bool:
 
 
 def _try_lock(file: int) -> bool:
-    """Lock an open file without waiting; returns whether nobody else has it locked."""
+    """Lock an open file without waiting, and say whether this succeeded."""
     try:
         if sys.platform == "win32":  # as mypy reads it
             import msvcrt

@@ -1,4 +1,4 @@
-"""Weights and adapters are finite numbers: a NaN or an infinity is an error that names its tensor."""
+"""Check that weights and adapters are finite. A NaN or an infinity is an error that names its tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftfx.model.adapted import AdaptedModel
 
 
 def refuse_infinite_adapters(adapted: AdaptedModel, names: Sequence[str]) -> None:
-    """Refuse adapters that hold NaN or an infinity, by the tensor's name; weights are looked at as they are written."""
+    """Refuse adapters that hold NaN or an infinity. Weights are checked when they are written."""
     for name in names:
         for key, tensor in adapted.adapter(name).tensors():
             if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
@@ -23,13 +23,13 @@ def refuse_infinite_adapters(adapted: AdaptedModel, names: Sequence[str]) -> Non
 
 
 def refuse_infinite(value: ir.Value, tensor: torch.Tensor, infinite: Collection[str] | None) -> None:
-    """Refuse a tensor with NaN, or with an infinity where its source may hold none."""
+    """Refuse a tensor with NaN, or with an infinity unless its source is in `infinite`."""
     source = value.meta.get(SOURCE)
     if infinite is None or not isinstance(source, str) or source.startswith(f"{CONSTANTS}."):
         return
     if not tensor.is_floating_point() or not tensor.numel() or tensor.dtype.itemsize < 2:
         return
-    low, high = tensor.aminmax()  # NaN if one is
+    low, high = tensor.aminmax()  # both are NaN if a value is NaN
     if bool(low.isfinite() & high.isfinite()):
         return
     if bool(low.isnan()):

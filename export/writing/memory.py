@@ -1,4 +1,4 @@
-"""Memory: what an export needs, told before it starts; and what it took."""
+"""The memory that an export needs, estimated before it starts, and the memory that it used."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import nn
 from peftfx.errors import PeftfxError
 
 _FIXED = 1 << 30  #: bytes for the libraries, the graph, and ONNX Runtime's activations
-_AT_ONCE = 3  #: tensors in memory at a time: a weight in fp32, what it is folded to, and its rounding or transpose
-_OWN = Path("/proc/self/statm")  #: of this process, in pages: in all, resident, and of these backed by files or shared
-_EVERY = 0.02  #: seconds between two looks
+_AT_ONCE = 3  #: tensors in memory at a time: a weight in fp32, the folded weight, and its rounded or transposed copy
+_OWN = Path("/proc/self/statm")  #: this process's pages: total, resident, and resident but shared or backed by files
+_EVERY = 0.02  #: seconds between two samples
 
 
 def memory_needed(model: nn.Module) -> int:
-    """The most anonymous memory an export takes, in bytes, beyond the model as it is loaded.
+    """Return the most anonymous memory that an export takes, in bytes, besides the loaded model.
 
-    A model from safetensors files is mapped: it is in no memory but what the kernel can drop.
+    A model from safetensors files is mapped: it only takes memory that the kernel can drop.
     """
     return _FIXED + _AT_ONCE * 4 * max((p.numel() for p in model.parameters()), default=0)
 
 
 def refuse_memory(model: nn.Module, limit: int | None) -> None:
-    """Refuse a limit that the export could not keep to."""
+    """Refuse a memory limit that is too small for the export."""
     needed = memory_needed(model)
     if limit is not None and limit < needed:
         hint = f"allow {needed / 1e9:.1f} GB or more: weights are read and written one at a time"
@@ -37,13 +37,13 @@ def refuse_memory(model: nn.Module, limit: int | None) -> None:
 
 @dataclass
 class MemoryPeak:
-    """The most memory that this process has while it is watched, beyond files that are mapped.
+    """The peak memory of this process while it is watched, without mapped files.
 
-    A thread looks every 20 ms: a peak that is shorter may be missed. The kernel's own high-water mark is of the whole
-    life of a process, and counts mapped files too, which need no memory.
+    A thread samples the memory every 20 ms, so a shorter peak may be missed. The kernel's own high-water mark covers
+    the whole life of a process, and counts mapped files, which need no memory.
 
     Attributes:
-        bytes: the most that was seen; 0 where the system does not tell it, as all but Linux.
+        bytes: the largest sample; 0 on systems other than Linux, which do not report it.
     """
 
     bytes: int = 0
@@ -51,18 +51,18 @@ class MemoryPeak:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Look as long as this lasts."""
+        """Sample the memory as long as this context lasts."""
         self.look()
         with self._ended:
             if self.bytes:
-                with suppress(RuntimeError):  # no thread is to be had: the ends of the stage are looked at
-                    # `threading` would wait until the thread runs, which is for ever where there is no memory for it.
+                with suppress(RuntimeError):  # no thread can be started: only the stage's start and end are sampled
+                    # `threading` would wait until the thread runs: for ever, if there is no memory for it.
                     _thread.start_new_thread(self._watch, ())
             yield
             self.look()
 
     def look(self) -> None:
-        """Look once."""
+        """Take one sample."""
         with suppress(OSError):
             _, resident, shared, *_ = map(int, _OWN.read_bytes().split())
             self.bytes = max(self.bytes, (resident - shared) * os.sysconf("SC_PAGE_SIZE"))
@@ -75,6 +75,6 @@ class MemoryPeak:
 
 
 def memory_line(memory: Mapping[str, int]) -> str:
-    """The most memory of each stage, in words."""
+    """Say the peak memory of each stage in words."""
     told = ", ".join(f"{name} {most / 1e9:.2f}" for name, most in memory.items())
     return f"{told} GB at most, beyond files that are mapped" if told else ""

@@ -1,4 +1,4 @@
-"""Reader: a product with a weight, which nodes that hold it in another form can stand for."""
+"""Find the nodes that read a weight (products and lookups of rows), and replace them by other nodes."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-DOMAIN = "com.microsoft"  #: of ONNX Runtime's operators that hold quantised weights
+DOMAIN = "com.microsoft"  #: the domain of ONNX Runtime's operators that hold quantised weights
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A node `x @ W`, or `x @ W.T + b`."""
+    """A product with a weight: a node `x @ W`, or `x @ W.T + b`."""
 
     node: ir.Node
     transposed: bool  #: whether the weight is stored [out, in]
 
     @property
     def x(self) -> ir.Value:
-        """What is multiplied by the weight."""
+        """The value that is multiplied by the weight."""
         value = self.node.inputs[0]
         assert value is not None
         return value
 
     def replace(self, make: Callable[[ir.Value, ir.Value | None], Sequence[ir.Node]]) -> None:
-        """Put nodes in its place, made of `x` and the bias; the last has the result."""
+        """Replace the product by nodes that `make` builds from `x` and the bias. The last node has the result."""
         _replace(self.node, make(self.x, self.node.inputs[2] if len(self.node.inputs) > 2 else None))
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """A node that picks rows of a weight."""
+    """A node that looks up rows of a weight."""
 
     node: ir.Node
 
     def replace(self, make: Callable[[ir.Value], Sequence[ir.Node]]) -> None:
-        """Put nodes in its place, made of the rows' numbers; the last has the rows."""
+        """Replace the lookup by nodes that `make` builds from the rows' numbers. The last node has the rows."""
         numbers = self.node.inputs[1]
         assert numbers is not None
         _replace(self.node, make(numbers))
@@ -55,7 +55,7 @@ def _replace(node: ir.Node, made: Sequence[ir.Node]) -> None:
 
 
 def readers(weight: ir.Value) -> Iterator[Reader]:
-    """The products that read a weight as a matrix."""
+    """Yield the products that read a weight as a matrix."""
     for use in weight.uses():
         node, plain = use.node, use.node.attributes.get_int
         if node.op_type == "MatMul" and use.idx == 1:
@@ -65,7 +65,7 @@ def readers(weight: ir.Value) -> Iterator[Reader]:
 
 
 def lookups(weight: ir.Value) -> Iterator[Lookup]:
-    """The nodes that pick rows of a weight."""
+    """Yield the nodes that look up rows of a weight."""
     for use in weight.uses():
         node = use.node
         numbers = node.inputs[1] if node.op_type == "Gather" and use.idx == 0 else None

@@ -1,4 +1,4 @@
-"""Stream: a file written once, from front to back, past the page cache where the system lets it."""
+"""A file that is written once, from front to back, past the page cache if the system allows it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-PAGE = 4096  #: what files are mapped in, and what direct writes are a multiple of
+PAGE = 4096  #: bytes of a page: files are mapped in pages, and direct writes are whole pages
 _BUFFER = 4 << 20
 
 
 class Stream:
-    """A new file. With direct I/O the kernel neither copies nor keeps what is written: a model's weights are read by
-    others, later, and the copies cost more than all the arithmetic of a merge. Where a file system has none, writes
-    are ordinary ones.
+    """A new file. With direct I/O the kernel neither copies nor caches what is written. A model's weights are read
+    later, by other processes, and the copies would cost more than all the arithmetic of a merge. On a file system
+    without direct I/O, writes are ordinary.
 
     Raises:
         OSError: the disk refuses, or is full.
@@ -46,7 +46,7 @@ class Stream:
                 self._finish()
         finally:
             os.close(self._file)
-            with contextlib.suppress(BufferError):  # an error's traceback may still see it: it goes with that
+            with contextlib.suppress(BufferError):  # an error's traceback may still hold the buffer, and frees it later
                 self._buffer.close()
 
     def pad(self, offset: int) -> None:
@@ -70,7 +70,7 @@ class Stream:
                 self._flush()
 
     def _direct_length(self, data: memoryview) -> int:
-        """How many of these bytes can be written from where they are."""
+        """Return how many bytes of `data` can be written directly from their memory."""
         if not self._direct:
             return data.nbytes
         aligned = not data.readonly and ctypes.addressof(ctypes.c_char.from_buffer(data)) % PAGE == 0
@@ -93,10 +93,10 @@ class Stream:
             data = data[done:]
 
     def _go_ordinary(self) -> None:
-        """Write through the page cache from here on.
+        """Write through the page cache from now on.
 
-        A direct write is invalid where the disk or a limit left off within a page, or where the disk's blocks are
-        larger than one: an ordinary one succeeds, or says what is wrong.
+        A direct write is invalid if the disk or a limit stopped the last write within a page, or if the disk's blocks
+        are larger than a page. An ordinary write then succeeds, or says what is wrong.
         """
         import fcntl
 
@@ -105,7 +105,7 @@ class Stream:
         self._direct = False
 
     def _finish(self) -> None:
-        """Write what is left: a direct write is of whole pages, so the file is cut to its size after."""
+        """Write the rest. Direct writes are whole pages, so the file is cut to its size afterwards."""
         if self._filled:
             self._filled += -self._filled % PAGE if self._direct else 0
             self._flush()

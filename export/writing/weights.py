@@ -1,4 +1,4 @@
-"""save: an ONNX model becomes `model.onnx` and `model.onnx.data`, one tensor in memory at a time."""
+"""Write an ONNX model as `model.onnx` and `model.onnx.data`, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from peftfx.files import writing
 
 INLINE = 1024  #: bytes up to which an initializer is kept inside `model.onnx`
 LARGE = 65536  #: bytes from which a tensor starts on a page of its own, so that it can be memory-mapped
-_LIMIT = 2**31 - 1  #: bytes, protobuf's
+_LIMIT = 2**31 - 1  #: protobuf's limit, in bytes
 
 Written = Callable[[int, int], object]
-"""Called with the bytes written so far, and those there will be."""
+"""A function that is called with the bytes written so far, and the total."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor's bytes are in the data file."""
+    """The place of a tensor's bytes in the data file."""
 
     value: ir.Value
     tensor: ir.TensorProtocol
     offset: int
-    shared: bool = False  #: its bytes are another model's too, and written with that one
+    shared: bool = False  #: the bytes also belong to another model, and are written with it
 
     @property
     def end(self) -> int:
@@ -50,12 +50,13 @@ def save(
 ) -> Path:
     """Write `model` into `directory` and return the path of its `.onnx` file.
 
-    Initializers larger than `external_threshold` bytes go to `<name>.data` beside it, each evaluated when its turn to
-    be written comes and released after; the location in the file is relative, so the directory can be moved. The
-    model is left as it was. Use it inside `publish`, so that nothing half-written stays behind.
+    Initializers larger than `external_threshold` bytes go to `<name>.data` beside it. Each is evaluated when it is
+    written, and then released. `written` is called with the bytes written so far, and the total. The location in the
+    file is relative, so the directory can be moved. The model is not changed. Call this inside `publish`, so that no
+    half-written file is left.
 
     Raises:
-        PeftfxError: the disk refuses or has not the room, or the model is too large for its inline tensors (2 GB).
+        PeftfxError: the disk refuses or is too small, or the graph with its inline tensors is over 2 GB.
     """
     save_together({name: model}, directory, f"{name}.data", external_threshold, written)
     return Path(directory) / name
@@ -69,13 +70,13 @@ def save_together(
     written: Written | None = None,
     infinite: Collection[str] | None = None,
 ) -> None:
-    """Write models, by the names of their files, over one file of weights: what two of them read is in it once.
+    """Write models, by the names of their files, with one shared file of weights. Shared weights are there once.
 
-    Otherwise as `save`. `infinite` are the sources of tensors of the model that may hold an infinity, a mask say; with
-    None nothing is looked at.
+    The other arguments are those of `save`. `infinite` has the sources of tensors of the model that may hold an
+    infinity, such as a mask; with None, tensors are not checked.
 
     Raises:
-        PeftfxError: as `save`; a tensor holds NaN, or an infinity that it may not.
+        PeftfxError: for the reasons of `save`, or a tensor holds NaN, or an infinity that is not allowed.
     """
     path = Path(directory) / data
     places = list(_layout(models.values(), external_threshold))
@@ -120,7 +121,7 @@ def _layout(models: Iterable[ir.Model], threshold: int) -> Iterator[_Place]:
 
 
 def content_of(value: ir.Value) -> object:
-    """Equal for weights of one content: read from one place, and stored in one way."""
+    """Return an object that is equal for weights with equal content: read from one source, stored in one layout."""
     source = value.meta.get(SOURCE)
     return value if source is None else (source, value.metadata_props.get(PERM), value.dtype, str(value.shape))
 
@@ -133,7 +134,7 @@ def _refuse_full_disk(places: Sequence[_Place], directory: Path) -> None:
 
 
 def _inline(models: Iterable[ir.Model], threshold: int) -> Iterator[ir.Value]:
-    """The small tensors of plain floats."""
+    """Yield the small tensors of plain floats."""
     plain = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
     for value in chain.from_iterable(model.graph.initializers.values() for model in models):
         if value.const_value is not None and value.const_value.nbytes <= threshold and value.dtype in plain:
@@ -152,7 +153,7 @@ def _write(places: Sequence[_Place], path: Path, written: Written, infinite: Col
 
 
 def _bytes(place: _Place, infinite: Collection[str] | None) -> Iterator[memoryview]:
-    """What is written of a tensor, one part after another."""
+    """Yield the bytes of a tensor, one part after another."""
     tensor = place.tensor
     if PIECES in tensor.meta:
         parts = tensor.meta[PIECES]()
@@ -170,7 +171,7 @@ def _bytes(place: _Place, infinite: Collection[str] | None) -> Iterator[memoryvi
 
 @contextmanager
 def _external(places: Sequence[_Place], location: str, directory: Path) -> Iterator[None]:
-    """Inside, the placed tensors are references into the data file."""
+    """Make the placed tensors references into the data file while this context lasts."""
     for place in places:
         place.value.const_value = ir.ExternalTensor(
             location,

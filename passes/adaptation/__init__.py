@@ -1,1 +1,1 @@
-"""Passes that put adapters into a graph, take them out, and turn them into recipes of weights."""
+"""Passes that insert adapters into a graph, remove them, and turn them into recipes of merged weights."""

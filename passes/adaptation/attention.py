@@ -1,4 +1,4 @@
-"""join: an attention method put into a graph: its projections as calls of their sites, its sum where it joins."""
+"""Insert an attention method into a graph: its projections are new calls of sites, its result joins the output."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ aten = torch.ops.aten
 
 
 def join(splicer: Splicer, placement: AttentionPlacement) -> int:
-    """Splice an attention method in at each call of its attention; returns how many there were."""
+    """Splice an attention method in at each call of its attention. Return the number of calls."""
     method, path, heads = placement.method, placement.site.path, placement.site.heads
     site = next((s for s in splicer.graph.sites.attentions if s.path == path), None)
-    if site is None:  # this view does not run it
+    if site is None:  # this view does not run the attention
         return 0
     splicer.called(site)
     first, named = splicer.nodes[site.calls[0].op], type(method).__name__
@@ -54,7 +54,7 @@ def _layers(heads: Heads) -> list[str]:
 def _reads(
     method: AttentionMethod, params: dict[str, fx.Node], weight: fx.Node
 ) -> tuple[Callable[..., Tensor], fx.Node, *tuple[fx.Node, ...]]:
-    """What the projections read, of the dtype of their weight, as a function of nodes."""
+    """Return a function of nodes that computes the input of the projections, in the dtype of their `weight`."""
 
     def reads(weight: Tensor, *given: Tensor) -> Tensor:
         read = method.reads(dict(zip(params, given, strict=True)))
@@ -64,7 +64,7 @@ def _reads(
 
 
 def _project(splicer: Splicer, site: WeightSite, x: fx.Node, before: fx.Node, region: Region) -> fx.Node:
-    """One more call of a linear site, on `x`; what was placed at the site acts there too. Gives the call's output."""
+    """Add a call of a linear site on `x`, with all adapters placed at the site, and return the call's output."""
     weight, bias = weight_and_bias(site, site.calls[0], splicer.nodes)
     at = splicer.at(before, splicer.nodes[site.calls[0].op], region)
     if site.transposed:
@@ -114,7 +114,7 @@ def _join_at(
 
 
 def anonymous(site: HeadedSite) -> HeadedSite:
-    """An attention as its method sees it: without what tells it from others that are alike."""
+    """Return an attention as its method sees it, without what distinguishes it from similar attentions."""
     heads = dataclasses.replace(site.heads, key="", value="", weight="", output="")
     return dataclasses.replace(site, path="", layer=None, calls=(), heads=heads)
 
@@ -129,7 +129,7 @@ def attended(
     *,
     training: bool,
 ) -> Tensor:
-    """What a method makes of `y`: what the attention gives for `query`, or what leaves its module if it acts there.
+    """Apply a method to `y`: the attention's output for `query`, or the output of its module if the method acts there.
 
     `projected` are the outputs of the attention's key and value layers for what the method `reads`, [1, n, rows].
     """
@@ -144,14 +144,14 @@ def attended(
 def leaving(
     site: Site, output: Site | None, index: int, nodes: Mapping[str, fx.Node], latest: Mapping[str, fx.Node]
 ) -> fx.Node:
-    """What leaves an attention's module: the output of its last layer, and behind it what one value becomes there.
+    """Return the node whose value leaves an attention's module: its last layer's output, after any further steps there.
 
     Args:
-        site: the attention.
-        output: the layer that reads what it gives.
-        index: which of its calls.
-        nodes: of the graph, by name.
-        latest: what stands for a node's value now, where that is another.
+        site: the site of the attention.
+        output: the layer that reads the attention's output.
+        index: the number of the call.
+        nodes: the nodes of the graph, by name.
+        latest: the nodes that have replaced others, by the names of the replaced nodes.
     """
     if output is None or len(output.calls) <= index:
         what = "no layer of this attention reads what it gives"
@@ -168,13 +168,13 @@ def leaving(
 
 
 def split_heads(y: Tensor, rows: tuple[tuple[int, int], ...], heads: int) -> Tensor:
-    """[1, n, rows of a layer] as [heads, n, features], of the rows given."""
+    """Cut the given `rows` of a layer's output [1, n, rows of the layer] into heads: [heads, n, features]."""
     own = Block.of(Part("", rows), y.shape[-1]).take(y, -1)
     return own.squeeze(0).unflatten(-1, (heads, -1)).transpose(0, 1)
 
 
 def unstack(x: Tensor, heads: Heads) -> Tensor:
-    """[batch, heads, length, features], from what may have batch and heads in one, or no heads."""
+    """Reshape a value to [batch, heads, length, features]. It may have batch and heads in one axis, or no heads."""
     if x.ndim == 4:
         return x
     return x.unflatten(0, (-1, heads.count)) if heads.stacked else x.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""freeze: what depends on adapters and on no input becomes a recipe, computed once: a prompt encoder, a projection."""
+"""Turn values that depend on adapters but on no input, such as a prompt encoder's, into recipes computed once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftfx.graph.recipe import Get
 from peftfx.graph.rewriter import OVERRIDES, REGION, Rewriter, program_of
 
 aten = torch.ops.aten
-#: Operators that move or repeat values and compute none.
+#: Operators that only move or repeat values.
 _MOVES = frozenset(
     {
         *(aten.expand.default, aten.repeat.default, aten.view.default, aten.reshape.default, aten.alias.default),
@@ -28,8 +28,8 @@ class Computed:
     """A recipe that runs a small program on the tensors that it reads.
 
     Attributes:
-        program: from these tensors, in order, to the value.
-        targets: their names in the graph.
+        program: computes the value from the tensors of `targets`, in order.
+        targets: the names of the tensors in the graph.
     """
 
     program: fx.GraphModule = field(repr=False)
@@ -37,17 +37,17 @@ class Computed:
 
     @torch.no_grad()
     def evaluate(self, get: Get) -> Tensor:
-        """Its value now, given how to read the graph's tensors."""
+        """Compute the value, given a function that reads the graph's tensors."""
         value = self.program(*(get(target).detach() for target in self.targets))
         assert isinstance(value, Tensor)
         return value.contiguous()
 
 
 def freeze(graph: Graph) -> int:
-    """Turn each value that adapters decide, and no input does, into a recipe, in place; returns how many there were.
+    """Turn values that depend on adapters but on no input into recipes, in place. Return the number of recipes.
 
-    Only the last values of such a computation become recipes: those that something reads which an input reaches. What
-    repeats a value stays in the graph, for a repeated value is larger; so does what is random.
+    Only the last values of such a computation become recipes, that is, values read by nodes that depend on an input.
+    Operators that repeat a value stay in the graph, because a repeated value is larger. Random operators stay, too.
     """
     free = _input_free(graph)
     edges = [n for n in free if any(user not in free for user in n.users)]
@@ -66,9 +66,9 @@ def freeze(graph: Graph) -> int:
 
 
 def _input_free(graph: Graph) -> dict[fx.Node, None]:
-    """An adapter's tensors, and what its own code computes from them and the base's, but from no input; in order.
+    """Return the nodes of an adapter's tensors, and of what its own code computes from no input; in order.
 
-    Not what the model's code makes of it: that may be a thousand pieces of one table.
+    Nodes of the model's code are left out: they may cut a table into a thousand pieces.
     """
     constant: set[fx.Node] = set()
     found: dict[fx.Node, None] = {}
@@ -90,7 +90,7 @@ def _is_constant(node: fx.Node, constant: Container[fx.Node]) -> bool:
 
 
 def _before_repetition(node: fx.Node) -> fx.Node:
-    """The smallest value on the chain of moves that ends here."""
+    """Return the node with the smallest value on the chain of moves that ends here."""
     smallest = node
     while node.target in _MOVES:
         node = node.all_input_nodes[0]
@@ -100,10 +100,10 @@ def _before_repetition(node: fx.Node) -> fx.Node:
 
 
 def _name(node: fx.Node, ancestors: list[fx.Node], taken: Container[str]) -> str:
-    """The name of a tensor that the adapter has, else one after the place of the adapter."""
+    """Return the name of the adapter's tensor, or a new name after the place where the adapter acts."""
     if node.op == "get_attr":
         return str(node.target).split(".", 2)[2]  # adapters.<adapter>.<name>
-    if OVERRIDES in node.meta:  # the base's tensor with rows of the adapter's
+    if OVERRIDES in node.meta:  # the base's tensor with some rows of the adapter
         module = str(ancestors[-2].target).split(".", 3)[3].rpartition(".")[0]  # adapters.<adapter>.saved.<module>.rows
         return f"{module}.{str(node.meta[OVERRIDES]).rpartition('.')[2]}"
     stem = next(n.meta[REGION].placement.key for n in reversed(ancestors) if REGION in n.meta)
@@ -117,7 +117,7 @@ def _recipe(node: fx.Node, order: list[fx.Node]) -> Computed:
 
 
 def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
-    """A value and all that it is computed from, in order."""
+    """Return a node and all nodes that it is computed from, in order."""
     found, todo = {node}, [node]
     while todo:
         for n in todo.pop().all_input_nodes:

@@ -1,4 +1,4 @@
-"""Evaluate: compute derived weights now, in memory; the export evaluates them one by one, as it writes."""
+"""Compute derived weights now, in memory. An export instead computes them one by one when it writes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftfx.passes.base import Pass, PassResult
 
 @dataclass(frozen=True)
 class Evaluate(Pass):
-    """Give every derived weight a value; the graph can then run in torch."""
+    """Give every derived weight a value, so that the graph can run in torch."""
 
     preserves = True
     ensures = ("evaluated",)
@@ -26,7 +26,7 @@ class Evaluate(Pass):
 
 
 def evaluate(graph: Graph) -> None:
-    """Give the derived weights of a graph the values that they have now, in place."""
+    """Compute the derived weights of a graph from the current tensors, in place."""
     root = nn.Module()
     for name, recipe in graph.derived.items():
         path, _, leaf = name.rpartition(".")

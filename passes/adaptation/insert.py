@@ -1,4 +1,4 @@
-"""Insert: put adapters into a graph. Each method's `forward` is traced once for each signature and spliced in."""
+"""Insert adapters into a graph. Each method's `forward` is traced once for each signature, and spliced in."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from peftfx.passes.rewriting.splice import Splicer
 
 @dataclass(frozen=True, eq=False)
 class Insert(Pass):
-    """Apply an adapter at its placements, at every call of each site, and put its overrides in the base's place.
+    """Apply an adapter at every call of its sites, and replace the base's tensors by the adapter's overrides.
 
     Attributes:
-        name: the adapter's name: its tensors are read from `adapters.<name>.`.
-        adapter: what to insert.
+        name: the adapter's name. Its tensors are read from `adapters.<name>.`.
+        adapter: the adapter to insert.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Insert(Pass):
     def __call__(self, graph: Graph) -> PassResult:
         graph = graph.clone()
         splicer = Splicer(graph, self.name, self.adapter)
-        # A projection gets the calls that attentions add before what adapts it, so that all of them are adapted.
+        # Attentions add calls to projections. They come first, so that all calls of a projection are adapted.
         first = self.adapter.placements.attentions
         ordered = (*first, *(p for p in self.adapter.placements if p not in first))
         with isolated(graph.base):
@@ -54,7 +54,7 @@ class Insert(Pass):
 
 
 def _override(splicer: Splicer) -> int:
-    """Read the adapter's own tensors where the base's are used inside the overridden modules."""
+    """Read the adapter's own tensors where the overridden modules read the base's."""
     targets = _targets_by_tensor(splicer)
     wanted: dict[str, list[Override]] = {}
     for override in splicer.adapter.overrides:
@@ -79,7 +79,7 @@ def _override(splicer: Splicer) -> int:
 
 
 def _own(splicer: Splicer, override: Override, node: fx.Node) -> fx.Node:
-    """What is read in the place of the base's tensor: the adapter's, or the base's with the adapter's rows."""
+    """Return the node that replaces the base's tensor: the adapter's tensor, or the base's with the adapter's rows."""
     if not override.rows:
         target = f"{ADAPTERS}.{splicer.name}.{override.key}"
         return splicer.attribute(target, node.meta["val"], overrides=str(node.target))
@@ -92,7 +92,7 @@ def _own(splicer: Splicer, override: Override, node: fx.Node) -> fx.Node:
 
 
 def _targets_by_tensor(splicer: Splicer) -> dict[int, list[str]]:
-    """The names under which the graph reads each of the base's tensors, by identity: a tied one has several."""
+    """Return the targets under which the graph reads each of the base's tensors, by the tensors' ids."""
     found: dict[int, list[str]] = {}
     for target in splicer.attributes:
         if target.startswith(f"{BASE}."):
@@ -102,8 +102,8 @@ def _targets_by_tensor(splicer: Splicer) -> dict[int, list[str]]:
 
 @functools.singledispatch
 def _insert(placement: Placement, splicer: Splicer) -> int:
-    """Splice a placement in at each call of its site in this view; returns how many there were."""
-    return 0  # it has copies alone, and they are in place
+    """Splice a placement in at each call of its site in this view. Return the number of calls."""
+    return 0  # this placement only has copies, which are in place already
 
 
 @_insert.register
@@ -113,7 +113,7 @@ def _(placement: AttentionPlacement, splicer: Splicer) -> int:
 
 @_insert.register
 def _(placement: WeightPlacement, splicer: Splicer) -> int:
-    site = splicer.sites.get(placement.site.path)  # a view may not run it: `inputs_embeds` passes an embedding by
+    site = splicer.sites.get(placement.site.path)  # not in every view: with `inputs_embeds`, no embedding runs
     if site is None:
         return 0
     for call in splicer.called(site).calls:
@@ -131,7 +131,7 @@ def _(placement: PatternPlacement, splicer: Splicer) -> int:
 def _(placement: SequencePlacement, splicer: Splicer) -> int:
     # A soft prompt goes into the hole of the entry that this view was captured through, if it has one.
     hole = splicer.attributes.get(TARGET)
-    if hole is None:  # the view does not see the prompt, or sees what another pass makes of it
+    if hole is None:  # the view has no prompt, or another pass fills it
         return 0
     params = splicer.parameters(placement, splicer.name, splicer.adapter, hole)
     fake = [n.meta["val"] for n in params.values()]

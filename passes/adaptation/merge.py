@@ -1,6 +1,6 @@
-"""Merge: rewrite adapted sites to plain operations on derived weights. Nothing is computed: the weights are recipes.
+"""Rewrite adapted sites to plain operations on derived weights. The weights are recipes; nothing is computed yet.
 
-What is left of the adapters and depends on no input, as a soft prompt, becomes a recipe too.
+Other parts of adapters that depend on no input, such as soft prompts, become recipes, too.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from peftfx.sites.site import Site
 
 @dataclass(frozen=True)
 class Merge(Pass):
-    """Fold every insertion into the weights it acts on; make constants of those that act on none.
+    """Fold every insertion into the weights that it acts on. Insertions that act on no weight become constants.
 
-    A pattern method is folded where all that it does is in the weights of layers (`PatternMethod.folds`).
+    A pattern method is folded if its whole effect is in the weights of layers (`PatternMethod.folds`).
 
-    Sites that share a tensor get a weight of their own.
+    Sites that share a tensor each get a weight of their own.
     """
 
     preserves = True
@@ -56,19 +56,19 @@ class Merge(Pass):
 
 
 def _rename_override(graph: Graph, node: fx.Node) -> None:
-    """A tensor that the adapter trained in the base's place goes by the base's name for it."""
+    """Give a trained copy the name of the base's tensor that it replaces."""
     target = str(node.target)
     name = target.split(".", 3)[3]  # adapters.<adapter>.saved.<name>
-    if name in graph.derived:  # a tied module reads it, beside the one that has a weight of its own now
+    if name in graph.derived:  # a tied module reads the copy, and another module has a merged weight of that name
         name = f"{name}.tied"
     graph.derived[name] = Own(target)
     node.target = f"{DERIVED}.{name}"
 
 
 def _steps(graph: Graph, matches: Sequence[Folds]) -> dict[str, list[RecipeStep | MatchStep]]:
-    """What is done to the weight of each site, in order, once however often the site is called.
+    """Return the steps at each site's weight, in order, each step once even if the site is called several times.
 
-    Methods at a match come last: they act on what the layers in it give with all that acts on these.
+    Methods at a pattern's match come last: they act on the outputs of the adapted layers in the match.
     """
     regions: dict[str, list[Region]] = {}
     for region in (result.meta[REGION] for result in results(graph)):
@@ -89,7 +89,7 @@ def _at_weight(regions: Sequence[Region]) -> list[RecipeStep | MatchStep]:
 
 
 def _without_regions(graph: Graph, matches: Sequence[Folds]) -> Graph:
-    """The graph without what was inserted at weights, and at matches that fold into them; overrides stay."""
+    """Return the graph without insertions at weights, and without matches that fold into weights. Overrides stay."""
 
     def goes(node: fx.Node) -> bool:
         region = node.meta.get(REGION)
@@ -123,7 +123,7 @@ def _fold_site(
 
 
 def _meta(folding: Folding, graph: Graph, weight: fx.Node, bias: fx.Node | None) -> tuple[Tensor, Tensor | None]:
-    """Shapes and dtypes of the derived weight, and of the bias where it changes: folded on the meta device."""
+    """Return fake tensors like the derived weight, and like the bias if it changes, folded on the meta device."""
     own = {folding.weight: weight.meta["val"]}
     if bias is not None:
         own[str(bias.target)] = bias.meta["val"]

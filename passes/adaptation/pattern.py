@@ -1,4 +1,4 @@
-"""apply_at_match: a pattern method put into a graph, at each call of its site."""
+"""Insert a pattern method into a graph, at each call of its site."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from peftfx.sites.site import Operand, PatternSite
 
 
 def apply_at_match(splicer: Splicer, placement: PatternPlacement) -> int:
-    """Splice a pattern method in where its pattern matched; returns how many calls there were."""
+    """Splice a pattern method in where its pattern matched. Return the number of calls."""
     method, path = placement.method, placement.site.path
     site = next((s for s in splicer.graph.sites.patterns if s.path == path), None)
-    if site is None:  # this view does not run it
+    if site is None:  # this view does not run the match
         return 0
     own, named = unnamed(site), type(method).__name__
     for call in splicer.called(site).calls:
@@ -44,9 +44,10 @@ def apply_at_match(splicer: Splicer, placement: PatternPlacement) -> int:
 
 
 def refuse_within_layers(graph: Graph) -> None:
-    """Refuse a pattern method that acts within what a weight method takes for the layer: merged, it would act on both.
+    """Refuse a pattern method inside a layer that a weight method adapts: a merge would mix the two.
 
-    Such a layer is one that flattens its input, and computes a product and its shape again.
+    Such a layer flattens its input, computes a product, and restores the shape. A merged pattern method would act on
+    the weight method's output, too.
     """
     regions = [result.meta[REGION] for result in results(graph)]
     inner = {r.y: p.method for r in regions for p in Placements([r.placement]).patterns}
@@ -59,7 +60,7 @@ def refuse_within_layers(graph: Graph) -> None:
 
 
 def unnamed(site: PatternSite) -> PatternSite:
-    """A match as its method sees it: without what tells it from others that are alike."""
+    """Return a match as its method sees it, without what distinguishes it from similar matches."""
     operands = tuple(_unnamed(operand) for operand in site.operands)
     return dataclasses.replace(site, path="", layer=None, calls=(), operands=operands)
 

@@ -1,4 +1,4 @@
-"""What a pattern method does in weights: those of the layers that a match runs, and whether all of it is in them."""
+"""The effect of a pattern method on weights: which layers' weights it changes, and whether that is its whole effect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _Slot = Literal["weight", "bias"]
 
 @dataclass(frozen=True)
 class HeldWeight:
-    """An argument of a pattern's function at a match that is a layer's weight or bias."""
+    """An argument of a pattern's function that is a layer's weight or bias at a match."""
 
     name: str
     site: WeightSite
@@ -38,7 +38,7 @@ class HeldWeight:
 
 
 class Elsewhere(Exception):
-    """Why what a method does at a match is not all in the weights there."""
+    """Raised when the effect of a method at a match is not all in the weights there. The text says why."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MatchStep:
     params: Mapping[str, str]
 
     def fold(self, start: Base, base: Base, get: Get) -> Base:
-        """The weight and bias after this step, of what they are now."""
+        """Return the weight and bias after this step, given the current ones in `base`."""
         p = widened({name: get(target) for name, target in self.params.items()})
         weight, bias = base
         for held in self.held:
@@ -63,7 +63,7 @@ class MatchStep:
         return Base(weight, bias)
 
     def update(self, base: Base, get: Get) -> Update:
-        """The same as scales and a low-rank sum; with a weight's, the bias where it changes."""
+        """Return the same effect as scales and a low-rank sum, with the new bias if it changes."""
         p = widened({name: get(target) for name, target in self.params.items()})
         made = Update()
         for held in self.held:
@@ -84,22 +84,22 @@ class MatchStep:
 
 @dataclass(frozen=True)
 class Folds:
-    """A pattern method that was inserted into a graph, and that does all in the weights of layers.
+    """An inserted pattern method whose whole effect is in the weights of layers.
 
     Attributes:
-        region: of its first call.
-        held: these weights and biases.
+        region: the region of its first call.
+        held: the weights and biases that it changes.
     """
 
     region: Region
     held: tuple[HeldWeight, ...]
 
     def covers(self, region: Region) -> bool:
-        """Whether a region is a call of this one."""
+        """Say whether a region belongs to a call of this method at this match."""
         return (region.adapter, region.placement) == (self.region.adapter, self.region.placement)
 
     def steps(self) -> Iterator[tuple[WeightSite, MatchStep]]:
-        """What is done at each layer."""
+        """Yield each layer, and the step at the layer."""
         layers = {held.site.path: held.site for held in self.held}
         for placement in Placements([self.region.placement]).patterns:
             for path, site in layers.items():
@@ -108,10 +108,10 @@ class Folds:
 
 
 def foldable(graph: Graph) -> tuple[list[Folds], list[str]]:
-    """What pattern methods that were inserted into a graph do in weights alone, in the order in which they apply.
+    """Find the inserted pattern methods whose whole effect is in weights, in the order in which they apply.
 
     Returns:
-        These, and of the others, which stay beside the weights, why.
+        These methods, and for each other method the reason why it is not in the weights.
     """
     found: list[Folds] = []
     beside: list[Region] = []
@@ -130,10 +130,10 @@ def foldable(graph: Graph) -> tuple[list[Folds], list[str]]:
 
 
 def refuse_unfolded(graph: Graph) -> None:
-    """Refuse to merge, where a pattern method that was inserted into a graph does something beside the weights.
+    """Refuse to merge a graph with an inserted pattern method whose effect is not all in weights.
 
     Raises:
-        PeftfxError: so it is, with the reason.
+        PeftfxError: there is such a method; the message has the reason.
     """
     _, why = foldable(graph)
     if why:
@@ -143,15 +143,15 @@ def refuse_unfolded(graph: Graph) -> None:
 
 
 def held_weights(graph: Graph, placement: PatternPlacement, beside: Sequence[Region] = ()) -> tuple[HeldWeight, ...]:
-    """The layers' weights and biases in which a method does all that it does at a match.
+    """Return the weights and biases of layers that hold the whole effect of a method at a match.
 
     Args:
-        graph: with adapters or without.
-        placement: the method there.
-        beside: what acts ahead of it and is in no weight.
+        graph: the graph, with or without adapters.
+        placement: the method at the match.
+        beside: the insertions that act before the method and are in no weight.
 
     Raises:
-        Elsewhere: not all of it is in them.
+        Elsewhere: the effect is not all in weights.
     """
     method, path = placement.method, placement.site.path
     site = next((s for s in graph.sites.patterns if s.path == path), None)
@@ -180,14 +180,14 @@ def _held(graph: Graph, site: PatternSite, name: str, inner: Collection[str]) ->
 
 
 def _inner(graph: Graph, site: PatternSite) -> set[fx.Node]:
-    """The base's own nodes that compute a match, from its first argument to its value, in all of its calls."""
+    """Return the base's own nodes that compute a match, from its first argument to its value, in all calls."""
     nodes = {node.name: node for node in graph.nodes()}
     found: set[fx.Node] = set()
     for call in site.calls:
         x, todo = nodes[call.x], [nodes[call.y]]
         while todo:
             node = todo.pop()
-            while REPLACES in node.meta:  # what acts there aside
+            while REPLACES in node.meta:  # without inserted methods
                 node = nodes[node.meta[REPLACES]]
             if node is not x and node not in found and node.op == "call_function":
                 found.add(node)

@@ -1,4 +1,4 @@
-"""Prefill: virtual tokens ahead of a causal model become the keys and values that they leave in its cache."""
+"""Replace virtual tokens before a causal model by the keys and values that they leave in its cache."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from peftfx.passes.base import Pass, PassResult, attributes_of
 from peftfx.views.cache_prefix import Prefilled
 from peftfx.views.decode import Decode
 
-NAME = "sequence.prefilled"  #: of the derived tensor
-_TOLERANCE = 1e-4  #: of keys under one text against those under another, relative to the largest
+NAME = "sequence.prefilled"  #: the name of the derived tensor
+_TOLERANCE = 1e-4  #: tolerance between the keys under two different texts, relative to the largest
 
 
 @dataclass(frozen=True)
 class Left:
-    """The recipe of what virtual tokens leave in a cache: the model is run on them, one weight at a time.
+    """The recipe of what virtual tokens leave in a cache. It runs the model on them, one weight at a time.
 
-    It is run on two texts behind them, so that a model whose virtual tokens see the text is found out.
+    The model is run with two different texts after the tokens. This detects a model whose virtual tokens see the text.
 
     Attributes:
         graph: the model's decode view with the virtual tokens in its stream of tokens, adapted.
-        view: that view.
-        entry: says how many there are, and a token to put behind them.
+        view: the decode view.
+        entry: has the number of virtual tokens, and a token to put after them.
     """
 
     graph: Graph = field(repr=False)
@@ -37,10 +37,10 @@ class Left:
 
     @torch.no_grad()
     def evaluate(self, get: Get) -> Tensor:
-        """A row for each virtual token, of all that the layers keep of it.
+        """Compute a row for each virtual token, with everything that the layers keep of it.
 
         Raises:
-            PeftfxError: it depends on the text behind it.
+            PeftfxError: the result depends on the text after the virtual tokens.
         """
 
         def read(target: str) -> Tensor:
@@ -56,7 +56,7 @@ class Left:
         return torch.cat([rows[0].transpose(0, 1).flatten(1) for rows in kept], 1)
 
     def _texts(self) -> list[Tensor]:
-        """Two texts of one token, behind no past."""
+        """Make two texts of one token each, without a past."""
         assert self.entry.tokens is not None
         filler = self.entry.tokens.filler
         device = next((p.device for p in self.graph.base.parameters()), torch.device("cpu"))
@@ -66,23 +66,23 @@ class Left:
 
 
 class _Reads(fx.Interpreter):
-    """Runs a program on tensors that are read when they are needed."""
+    """An interpreter that runs a program on tensors, each of which is read when it is needed."""
 
     def __init__(self, module: fx.GraphModule, get: Get) -> None:
         super().__init__(module)
         self.get = get
 
     def fetch_attr(self, target: str) -> Tensor:
-        """A tensor of the program."""
+        """Return a tensor of the program."""
         return self.get(target)
 
 
 @dataclass(frozen=True, eq=False)
 class Prefill(Pass):
-    """Fill the hole of a decode view by what virtual tokens leave in its cache, computed when it is needed.
+    """Fill the hole of a decode view with what virtual tokens leave in its cache, computed when it is needed.
 
     Attributes:
-        left: the recipe.
+        left: the recipe of these keys and values.
     """
 
     left: Left

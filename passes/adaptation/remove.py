@@ -1,4 +1,4 @@
-"""Remove: take adapters out of a graph again; what is left is the graph they were inserted into."""
+"""Remove adapters from a graph. The result is the graph into which they were inserted."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from peftfx.passes.base import Pass, PassResult, attributes_of, results
 
 @dataclass(frozen=True)
 class Remove(Pass):
-    """Undo the insertions and overrides of one adapter, or of all.
+    """Undo the insertions and overrides of one adapter, or of all adapters.
 
     Attributes:
-        name: the adapter; all of them where it is None.
+        name: the name of the adapter; None means all adapters.
     """
 
     name: str | None = None
@@ -28,7 +28,7 @@ class Remove(Pass):
 
     @property
     def ensures(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Nothing of adapters is left where all are removed."""
+        """The property `bare` if all adapters are removed."""
         return ("bare",) if self.name is None else ()
 
     def __call__(self, graph: Graph) -> PassResult:
@@ -55,13 +55,13 @@ class Remove(Pass):
         return PassResult(graph, changed)
 
     def _is_run_again(self, graph: Graph) -> bool:
-        """Whether another adapter runs this one again, behind what it does itself: see `WeightMethod.reruns`."""
+        """Say whether another adapter runs this adapter again after its own step: see `WeightMethod.reruns`."""
         own = [n for t, n in attributes_of(graph).items() if t.startswith(f"{ADAPTERS}.{self.name}.")]
         users = (user for node in own for user in node.users if REGION in user.meta)
         return any(user.meta[REGION].adapter != self.name for user in users)
 
     def _without(self, graph: Graph) -> PassResult:
-        """The graph with the other adapters put in anew, in order."""
+        """Return the graph with all other adapters inserted again, in order."""
         acting = [result.meta[REGION].adapter for result in results(graph)]
         names = dict.fromkeys([*acting, *(t.split(".")[1] for t in attributes_of(graph) if t.startswith(ADAPTERS))])
         removed = Remove()(graph)
@@ -77,7 +77,7 @@ class Remove(Pass):
         return self.name in (None, adapter)
 
     def _take_calls(self, graph: Graph, nodes: Mapping[str, fx.Node]) -> set[str]:
-        """Take back the calls that the adapter added to sites; what acts at them goes with them: their outputs."""
+        """Remove the calls that the adapter added to sites. Return their outputs, whose insertions go, too."""
         gone: set[str] = set()
         sites = []
         for site in graph.sites:
@@ -91,7 +91,7 @@ class Remove(Pass):
         return gone
 
     def _restore(self, graph: Graph) -> int:
-        """Read the base's tensors again where the adapter's stood, and drop the adapter's."""
+        """Read the base's tensors again in place of the adapter's, and remove the adapter's tensors."""
         attributes = attributes_of(graph)
         changed = 0
         for target, node in attributes.items():
@@ -100,7 +100,7 @@ class Remove(Pass):
             if OVERRIDES in node.meta:
                 node.replace_all_uses_with(attributes[node.meta[OVERRIDES]])
                 changed += 1
-            for whole in list(node.users):  # the base's tensor with rows of the adapter's
+            for whole in list(node.users):  # the base's tensor with some rows of the adapter
                 (under, *_) = whole.all_input_nodes
                 whole.replace_all_uses_with(under)
                 graph.module.graph.erase_node(whole)

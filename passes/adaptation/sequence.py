@@ -1,4 +1,4 @@
-"""trace_virtual: a sequence method's virtual tokens, as a graph of its parameters for the hole of an entry."""
+"""Trace a sequence method's virtual tokens as a graph of its parameters, which fills the hole of an entry."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.graph import CONSTANTS
 from peftfx.views.entry import HOLE
 
-TARGET = f"{CONSTANTS}.{HOLE}"  #: the `get_attr` target of the hole
+TARGET = f"{CONSTANTS}.{HOLE}"  #: the `get_attr` target of the entry's hole
 
 
 def trace_virtual(
     method: SequenceMethod, hole: Tensor, names: Sequence[str], params: Sequence[Tensor], *, training: bool
 ) -> fx.GraphModule:
-    """What fills the hole, as a graph of the parameters; it has the hole's shape and dtype."""
+    """Trace what fills the hole as a graph of the parameters. The result has the hole's shape and dtype."""
 
     def fill(*values: Tensor) -> Tensor:
         return method.virtual(dict(zip(names, values, strict=True)), training).to(hole.dtype)
@@ -34,5 +34,5 @@ def trace_virtual(
 
 
 def first_operation(graph: fx.Graph) -> fx.Node:
-    """The first node that computes something: ahead of it there are inputs and weights alone."""
+    """Return the first node that computes something. Only inputs and weights come before it."""
     return next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))

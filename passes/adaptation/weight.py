@@ -1,4 +1,4 @@
-"""apply_at: a weight method put into a graph, at one call of its site."""
+"""Insert a weight method into a graph, at one call of its site."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.site import Call, Site
 
 Named = tuple[WeightPlacement, list[str]]
-"""What acts at a site, and the names of its parameters."""
+"""A placement at a site, and the names of its parameters."""
 Read = tuple[WeightPlacement, dict[str, fx.Node]]
-"""What acts at a site, and the nodes that read its parameters."""
+"""A placement at a site, and the nodes that read its parameters."""
 
 
 def apply_at(splicer: Splicer, placement: WeightPlacement, call: Call, name: str, adapter: Adapter) -> None:
-    """Splice a weight method's placement, of the adapter of this name, in at one call of its site."""
+    """Splice a weight method's placement, of the adapter `name`, in at one call of its site."""
     op, x = splicer.nodes[call.op], splicer.latest.get(call.x, splicer.nodes[call.x])
     y = splicer.weighted.get(call.y, splicer.nodes[call.y])
     weight, bias = weight_and_bias(placement.site, call, splicer.nodes)
@@ -42,7 +42,7 @@ def apply_at(splicer: Splicer, placement: WeightPlacement, call: Call, name: str
 
 
 def _under(splicer: Splicer, placement: WeightPlacement, y: fx.Node) -> list[Read]:
-    """What acts at a placement's rows already, with its parameters, where the method runs that again."""
+    """Return the earlier placements at the same rows, with their parameters, if the method runs them again."""
     if not placement.method.reruns:
         return []
     found = []
@@ -55,20 +55,21 @@ def _under(splicer: Splicer, placement: WeightPlacement, y: fx.Node) -> list[Rea
 
 
 def _key(acting: list[Named], op: fx.Node) -> object:
-    """What a trace depends on, beside its operands."""
+    """Return all that a trace depends on besides its operands."""
     fixed = [a for a in op.args if not isinstance(a, fx.Node)]
     return [(p.method, _signature(p), p.block, names) for p, names in acting], op.target, fixed
 
 
 def _signature(placement: WeightPlacement) -> Site:
-    """What a trace depends on of a site: one serves all that are alike."""
+    """Return what a trace depends on of a site. Similar sites share a trace."""
     return dataclasses.replace(placement.view, path="", layer=None, weight="", bias=None, calls=())
 
 
 def _forward(acting: list[Named], op: fx.Node, *, training: bool) -> Callable[..., Tensor]:
-    """A weight method's forward at one call as a function of (x, y, weight, bias, *held, *params).
+    """Return a weight method's forward at one call as a function of (x, y, weight, bias, *held, *params).
 
-    It is the first of those acting; the others are what it runs again, with their parameters behind its own.
+    The method is the first in `acting`. The others are the placements that it runs again; their parameters come after
+    its own.
     """
     site = acting[0][0].site
     places, count = [(Acting.of(placement), names) for placement, names in acting], len(read_beside(op, site))

@@ -1,1 +1,1 @@
-"""Passes that keep every output: what does nothing is dropped, what is spelled out becomes one operator."""
+"""Passes that preserve every output: they drop operators without effect, and fuse several operators into one."""

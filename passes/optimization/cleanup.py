@@ -1,4 +1,4 @@
-"""Cleanup: drop what costs time and does nothing: casts to the same type, whole slices, values that nobody uses."""
+"""Drop operators that cost time without effect: casts to the same dtype, slices of everything, unused values."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from peftfx.passes.optimization.dead_code import sweep
 from peftfx.passes.rewriting.matching import have_one_shape, takes_all
 
 aten = torch.ops.aten
-CASTS = {aten.to.dtype: 3, aten.to.device: 4, aten.to.dtype_layout: 6, aten.to.other: 3}  #: and where `copy` stands
-_VIEWS = {aten.expand.default, aten.view.default}  #: views always, so that one of the same shape is the same value
+#: Casts, with the position of the argument `copy`.
+CASTS = {aten.to.dtype: 3, aten.to.device: 4, aten.to.dtype_layout: 6, aten.to.other: 3}
+_VIEWS = {aten.expand.default, aten.view.default}  #: always views, so a result of the same shape is the same value
 _SAME = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}
 
 
 @dataclass(frozen=True)
 class Cleanup(Pass):
-    """Drop operators that do nothing in inference.
+    """Drop operators that have no effect in inference.
 
-    Under autocast a cast to the type a value was captured in may do something: leave it out there.
+    Do not use it under autocast: there, a cast to the dtype that a value had at capture may have an effect.
     """
 
     preserves = True
@@ -34,7 +35,7 @@ class Cleanup(Pass):
         result = graph.clone()
         rewriter = Rewriter(result.module.graph)
         before = len(result.module.graph.nodes)
-        written = any(writes(node) for node in result.nodes())  # then a copy is more than its value
+        written = any(writes(node) for node in result.nodes())  # with writes, a copy matters, not only its value
         for node in list(result.nodes()):
             if _does_nothing(node) or (_is_neutral(node) and not written):
                 rewriter.replace(node, source(node))
@@ -45,7 +46,7 @@ class Cleanup(Pass):
 
 
 def source(node: fx.Node) -> fx.Node:
-    """The value that a node of one operand works on."""
+    """Return the value that a node with one operand works on."""
     value = node.args[0]
     assert isinstance(value, fx.Node), node
     return value
@@ -64,12 +65,12 @@ def _does_nothing(node: fx.Node) -> bool:
 
 
 def writes(node: fx.Node) -> bool:
-    """Whether a node changes a tensor that it is given."""
+    """Say whether a node changes one of its operands in place."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable and node.target not in _SAME
 
 
 def _is_neutral(node: fx.Node) -> bool:
-    """Whether this is `x * 1`, or `x + 0` of integers, which has no negative zero, of x's own type."""
+    """Say whether a node is `x * 1`, or `x + 0` for integers (which have no negative zero), of x's own dtype."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     before, after = source(node).meta.get("val"), node.meta.get("val")

@@ -1,4 +1,4 @@
-"""Sweep: drop what computes a value that nobody uses, as the base's own output where an adapter computes it anew."""
+"""Drop nodes whose value nobody uses, such as the base's own output if an adapter computes it anew."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from peftfx.passes.base import Pass, PassResult
 
 @dataclass(frozen=True)
 class Sweep(Pass):
-    """Drop nodes without users. What changes a tensor in place or draws random numbers stays: it is seen elsewhere.
+    """Drop nodes without users. Nodes that change a tensor in place or draw random numbers stay.
 
-    `Remove` needs what an insertion has replaced: this is for a graph that is only run.
+    Use it only on a graph that is just run: `Remove` needs the nodes that an insertion has replaced.
     """
 
     preserves = True
@@ -27,7 +27,7 @@ class Sweep(Pass):
 
 
 def sweep(rewriter: Rewriter) -> int:
-    """Erase nodes without users, in place; returns how many. fx's own pass wants derived weights to exist by now."""
+    """Erase nodes without users, in place, and return their number. fx's own pass needs evaluated derived weights."""
     dropped = 0
     for node in reversed(list(rewriter.graph.nodes)):
         if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure():

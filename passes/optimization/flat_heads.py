@@ -1,4 +1,4 @@
-"""Attention over [batch, length, heads * width]: what projections give and take, without transposes between them."""
+"""Rewrite attention to [batch, length, heads * width], the layout of projections, without transposes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ _Size = int | fx.Node
 
 
 def flatten_heads(rewriter: Rewriter, attention: fx.Node, sizes: Mapping[str, fx.Node]) -> bool:
-    """Give an attention, and rotary embeddings right before it, their values with the heads side by side.
+    """Give an attention, and rotary embeddings right before it, inputs with the heads side by side.
 
-    Only where query, key, value and what the attention gives are all transposed to [batch, heads, length, width] and
-    back: the operator takes all in one form, and does itself what they did.
+    This is done only if query, key and value are transposed to [batch, heads, length, width], and the output is
+    transposed back. The operator takes all values in one layout, and transposes them itself. Return whether it was
+    done.
 
     Args:
-        rewriter: of the graph.
-        attention: an `Attention` over four axes.
-        sizes: see `sizes_of`.
+        rewriter: the rewriter of the graph.
+        attention: an `Attention` node over four axes.
+        sizes: the nodes of the inputs' sizes: see `input_sizes`.
     """
     inputs = [_Input.of(x, sizes) for x in attention.args[:3]]  # type: ignore[arg-type]
     (output,) = (user for user in attention.users if user.args[1] == 0)
@@ -34,7 +35,7 @@ def flatten_heads(rewriter: Rewriter, attention: fx.Node, sizes: Mapping[str, fx
     if len(given) != 3 or not turns:
         return False
     query, key, value = given
-    if query.width != value.width:  # what torch makes of such values for other sizes has the queries' width
+    if query.width != value.width:  # for other sizes, torch gives such an output the queries' width
         return False
     flat = [x.flatten(rewriter, attention) for x in given]
     heads = {"q_num_heads": query.heads, "kv_num_heads": key.heads}
@@ -52,13 +53,13 @@ def flatten_heads(rewriter: Rewriter, attention: fx.Node, sizes: Mapping[str, fx
 
 @dataclass(frozen=True)
 class _Input:
-    """A value of [batch, heads, length, width] that was [batch, length, heads, width].
+    """A value of [batch, heads, length, width] that was [batch, length, heads, width] before a transpose.
 
     Attributes:
-        rows: it as it was.
-        rotary: the rotary embedding on it after that, if there is one.
-        leading: batch and length.
-        heads, width: how many, and how wide each is.
+        rows: the value before the transpose.
+        rotary: the rotary embedding applied after the transpose, or None.
+        leading: the sizes of batch and length.
+        heads, width: the number of heads, and the width of each head.
     """
 
     rows: fx.Node
@@ -80,7 +81,7 @@ class _Input:
         return _Input(rows, rotary, leading, heads, width)  # type: ignore[arg-type]
 
     def flatten(self, rewriter: Rewriter, attention: fx.Node) -> fx.Node:
-        """It as [batch, length, heads * width]."""
+        """Return the value as [batch, length, heads * width]."""
         plain = _flat(self.rows)
         if plain is None:
             shape = [*self.leading, self.heads * self.width]
@@ -92,13 +93,13 @@ class _Input:
 
 
 def input_sizes(graph: fx.Graph) -> dict[str, fx.Node]:
-    """The nodes that stand for the sizes of a graph's inputs, by their symbols."""
+    """Return the nodes of the sizes of a graph's inputs, by their symbols."""
     nodes = graph.find_nodes(op="call_function", target=aten.sym_size.int)
     return {str(node.meta["val"]): node for node in nodes if operand(node).op == "placeholder"}
 
 
 def _unturned(node: fx.Node) -> fx.Node | None:
-    """The x of `x.transpose(1, 2)`, of four axes."""
+    """Return the x of `x.transpose(1, 2)` with four axes, or None."""
     while _is_same(node):
         node = operand(node)
     turned = node.target is aten.transpose.int and set(node.args[1:]) == {1, 2}
@@ -107,14 +108,14 @@ def _unturned(node: fx.Node) -> fx.Node | None:
 
 
 def _is_same(node: fx.Node) -> bool:
-    """Whether a node of four axes has the values of its operand in the same places, if in other memory."""
+    """Say whether a node of four axes has its operand's values in the same places, even in other memory."""
     if node.target in COPIES:
         return has_axes(node, ndim=4)
     return node.target in RESHAPES and has_axes(node, ndim=4) and have_one_shape(node, operand(node))
 
 
 def _flat(rows: fx.Node) -> fx.Node | None:
-    """The [batch, length, heads * width] whose last axis was cut into heads."""
+    """Return the [batch, length, heads * width] whose last axis was cut into heads, or None."""
     plain = operand(rows)
     if rows.target not in RESHAPES or not has_axes(plain, ndim=3):
         return None
@@ -124,7 +125,7 @@ def _flat(rows: fx.Node) -> fx.Node | None:
 
 
 def _turns(output: fx.Node) -> list[fx.Node]:
-    """Where heads and positions of an attention's output change places again; nothing if something else reads it."""
+    """Return the transposes of an attention's output. The list is empty if another operator reads the output."""
     found: list[fx.Node] = []
     for user in output.users:
         turns = _turns(user) if _is_same(user) else [user] if _unturned(user) is not None else []
@@ -135,7 +136,7 @@ def _turns(output: fx.Node) -> list[fx.Node]:
 
 
 def _view(rewriter: Rewriter, flat: fx.Node, turn: fx.Node, shape: Sequence[object]) -> None:
-    """Put an attention's output in the place of a transpose of the old one, cut into heads where anything sees them."""
+    """Replace a transpose of the old output by the new output, cut into heads for users that read heads."""
     view = rewriter.before(turn).call(aten.reshape.default, flat, list(shape))
     rewriter.replace(turn, view)
     for user in list(view.users):

@@ -1,8 +1,8 @@
-"""Fuse: norms, rotary embeddings and attentions become ONNX's own operators, one kernel of ONNX Runtime each.
+"""Fuse norms, rotary embeddings and attentions into ONNX's own operators, each of which is one kernel in ONNX Runtime.
 
-`RMSNormalization`, `RotaryEmbedding` and `Attention` are standard operators of opset 23, so nothing is tied to a
-provider, and `torch.onnx.ops` computes them in torch too: a fused graph is still run and compared like any other. What
-does not match to the letter stays as it is.
+`RMSNormalization`, `RotaryEmbedding` and `Attention` are standard operators of opset 23, so the graph is not tied to a
+provider. `torch.onnx.ops` computes them in torch, too, so a fused graph can be run and compared like any other graph.
+Code that does not match exactly is not changed.
 
 https://onnx.ai/onnx/operators/onnx__Attention.html, ...__RotaryEmbedding.html, ...__RMSNormalization.html
 """
@@ -26,16 +26,16 @@ from peftfx.passes.optimization.rms_norm import fuse_norm
 from peftfx.passes.optimization.rotary import fuse_rotary
 from peftfx.passes.rewriting.matching import has_axes, pair, unrepeated
 
-OPSET = 23  #: the first version of ONNX's operators that has what this makes
+OPSET = 23  #: the first version of ONNX's operators that has these operators
 FUSED = ("Attention", "RotaryEmbedding", "RMSNormalization")
 aten, onnx = torch.ops.aten, torch.ops.onnx
 
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Replace what these operators stand for, and drop what then nobody uses.
+    """Replace computations by the fused operators, and drop values that are then unused.
 
-    The calls of what is fused are gone: adapters come ahead of it.
+    The calls of fused sites are removed, so adapters have to be inserted before this pass.
     """
 
     preserves = True
@@ -54,7 +54,7 @@ class Fuse(Pass):
 
 
 def _fuse_attention(rewriter: Rewriter, node: fx.Node, sizes: Mapping[str, fx.Node]) -> bool:
-    """Attention over a cache: keys and values are what was there and the new ones, repeated for groups of heads."""
+    """Fuse an attention over a cache: past and new keys and values, repeated for groups of heads."""
     if node.target is not aten.scaled_dot_product_attention.default or not has_axes(node, ndim=4):
         return False
     query, key, value, mask, *more = (*node.args, node.kwargs.get("attn_mask"))
@@ -63,7 +63,7 @@ def _fuse_attention(rewriter: Rewriter, node: fx.Node, sizes: Mapping[str, fx.No
     grown = [unrepeated(x) for x in (key, value)]  # type: ignore[arg-type]
     pairs = [found for x in grown if _is_kept(x, node) and (found := pair(x, (-2, 2))) is not None]
     if len(pairs) != 2 or not all(has_axes(x, ndim=4) for found in pairs for x in found):
-        return False  # a cache that is made as it is filled starts as a tensor without axes
+        return False  # a cache that is created when first filled starts without axes
     (past_key, new_key), (past_value, new_value) = pairs
     arguments = (query, new_key, new_value, mask, past_key, past_value)
     scale = node.kwargs.get("scale")
@@ -73,22 +73,23 @@ def _fuse_attention(rewriter: Rewriter, node: fx.Node, sizes: Mapping[str, fx.No
     outputs = [at.call(operator.getitem, call, i) for i in range(3)]
     for old, new in zip(olds, outputs, strict=True):
         rewriter.replace(old, new, [user for user in old.users if user > call])
-    rewriter.erase(node)  # it is said to draw random numbers, and would stay
+    rewriter.erase(node)  # its schema says that it draws random numbers, so it would stay
     flatten_heads(rewriter, call, sizes)
     return True
 
 
 def _is_kept(node: fx.Node, attention: fx.Node) -> bool:
-    """Whether a value is used behind an attention, as a cache is, and by nothing else before: the operator gives it.
+    """Say whether a value is used after an attention, like a cache, and before it only by the attention.
 
-    A prefix that only the attention reads is no cache: ONNX Runtime computes none without handing it back.
+    The fused operator returns such a value. A prefix that only the attention reads is not a cache: ONNX Runtime always
+    returns the cache.
     """
     before = [user for user in node.users if user <= attention]
     return len(before) < len(node.users) and all(_leads_to(user, attention) for user in before)
 
 
 def _leads_to(node: fx.Node, attention: fx.Node) -> bool:
-    """Whether a node is of those between keys or values and an attention, whose place the operator takes too."""
+    """Say whether a node's only users lead to an attention, so that the fused operator can replace it, too."""
     while node is not attention:
         if len(node.users) != 1 or node > attention:
             return False

@@ -1,8 +1,9 @@
-"""Plain masks: attention that sees everything, or all that came before, needs none, and torch's fused call is told so.
+"""Remove masks from attention calls if the mask hides nothing, or only the future. torch's kernels need none then.
 
-A capture writes the mask out, since it holds for all calls, and repeats keys and values for each head of a group. For a
-call whose mask hides nothing, or the future alone, the graph can call torch as the model's own code does then:
-`is_causal`, and grouped heads by `enable_gqa`. That keeps less for the backward, and lets flash attention in.
+A captured graph holds for all calls, so it always has the mask, and it repeats keys and values for each head of a
+group. In a call whose mask hides nothing, or only the future, the graph can call torch as the model's own code would:
+with `is_causal`, and with grouped heads by `enable_gqa`. This keeps less memory for the backward pass, and allows flash
+attention.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from peftfx.passes.rewriting.matching import has_axes, same_size, unrepeated
 EVERYTHING, CAUSAL = "everything", "causal"
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_WIDEST = 256  #: heads that torch's kernels for groups take
-_MOST = 500  #: nodes that a mask may be made by
+_WIDEST = 256  #: the largest width of heads that torch's kernels for groups take
+_MOST = 500  #: the most nodes that may compute a mask
 
 
 def kind_of(mask: Tensor) -> str:
-    """What a mask shows: everything, all that came before (causal), or something else, which is empty.
+    """Say what a mask shows: `everything`, the past only (`causal`), or something else, which is an empty string.
 
     Args:
-        mask: [..., queries, keys], of bool, or added to the scores: 0 shows, and the least number or less hides.
+        mask: [..., queries, keys]. Either bool, or floats that are added to the scores: 0 shows, and the lowest number
+            of the dtype, or less, hides.
     """
     shown = mask if mask.dtype == torch.bool else mask == 0
     if bool(shown.all()):
@@ -43,7 +45,7 @@ def kind_of(mask: Tensor) -> str:
 
 
 def masks_of(graph: Graph) -> list[fx.Node]:
-    """The masks of a graph's fused attention that follow from its inputs alone."""
+    """Return the masks of a graph's fused attentions that are computed only from its inputs."""
     found: dict[fx.Node, bool] = {}
     for node in graph.nodes():
         mask = _bound(node).get("attn_mask")
@@ -53,7 +55,7 @@ def masks_of(graph: Graph) -> list[fx.Node]:
 
 
 def sources(mask: fx.Node, graph: Graph) -> set[fx.Node] | None:
-    """The nodes that a mask is made by, itself too; None where it reads weights, draws numbers, or has a gradient."""
+    """Return the nodes that compute a mask, including it. None if they read weights, are random, or have a gradient."""
     seen, waiting = {mask}, [mask]
     while waiting:
         node = waiting.pop()
@@ -66,9 +68,9 @@ def sources(mask: fx.Node, graph: Graph) -> set[fx.Node] | None:
 
 
 def without_masks(graph: Graph, kinds: Mapping[str, str]) -> Graph:
-    """The graph for calls in which these masks, by the names of their nodes, show so much.
+    """Return the graph for calls in which these masks, by the names of their nodes, are of these kinds.
 
-    It is one to be run: what a mask was made by is gone.
+    The graph is only for running: the nodes that computed the masks are removed.
     """
     result = graph.clone()
     rewriter = Rewriter(result.module.graph)
@@ -96,7 +98,7 @@ def _unmask(rewriter: Rewriter, node: fx.Node, bound: Mapping[str, object], *, c
 
 
 def _bound(node: fx.Node) -> dict[str, object]:
-    """The arguments of a fused attention that a mask could be left out of, by name; of another node none."""
+    """Return the arguments of a fused attention whose mask could be removed, by name; empty for other nodes."""
     if node.target is not _ATTENTION:
         return {}
     bound: dict[str, object] = {**dict(zip(_NAMES, node.args)), **node.kwargs}
@@ -104,7 +106,7 @@ def _bound(node: fx.Node) -> dict[str, object]:
 
 
 def _same_without(node: fx.Node) -> bool:
-    """Whether an attention has the same shape without its mask, which might have brought another batch."""
+    """Say whether an attention keeps its shape without its mask. A mask can bring another batch size."""
     query, _, value = node.args[:3]
     if not all(isinstance(x, fx.Node) and has_axes(x, 4) for x in (query, value)) or not has_axes(node, 4):
         return False
@@ -112,7 +114,7 @@ def _same_without(node: fx.Node) -> bool:
 
 
 def _is_plain(node: fx.Node, graph: Graph) -> bool:
-    """Whether a node's value follows from inputs and constants, and is the same each time."""
+    """Say whether a node's value is computed from inputs and constants, and is the same each time."""
     if node.op == "placeholder":
         value = node.meta.get("val")
         return not (isinstance(value, Tensor) and value.is_floating_point())
@@ -126,6 +128,6 @@ def _is_plain(node: fx.Node, graph: Graph) -> bool:
 def _is_buffer(graph: Graph, target: str) -> bool:
     try:
         value = graph.get(target)
-    except AssertionError:  # a program of its own, for a region
+    except AssertionError:  # a subprogram, such as for a region
         return False
     return not isinstance(value, nn.Parameter) and not value.requires_grad

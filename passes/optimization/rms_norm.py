@@ -1,4 +1,4 @@
-"""RMS norms, spelled out in a model, as `aten.rms_norm`."""
+"""Fuse RMS norms that a model's code spells out into `aten.rms_norm`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ aten = torch.ops.aten
 
 
 def fuse_norm(rewriter: Rewriter, node: fx.Node) -> bool:
-    """`weight * x / sqrt(mean(x^2) + eps)`, over the last axis."""
+    """Fuse `weight * x / sqrt(mean(x^2) + eps)` over the last axis. Return whether the node was replaced."""
     if node.target not in MULS:
         return False
     for weight, scaled in either_way(node):
@@ -30,7 +30,7 @@ def fuse_norm(rewriter: Rewriter, node: fx.Node) -> bool:
 
 
 def _mean_square(inverse: fx.Node, x: fx.Node) -> float | None:
-    """The epsilon of `rsqrt(mean(x^2, -1) + epsilon)`."""
+    """Return the epsilon of `rsqrt(mean(x^2, -1) + epsilon)`, or None."""
     if inverse.target is not aten.rsqrt.default:
         return None
     total = operand(inverse)
@@ -45,6 +45,6 @@ def _mean_square(inverse: fx.Node, x: fx.Node) -> float | None:
 
 
 def _is_cast(wide: fx.Node, narrowed: fx.Node) -> bool:
-    """Whether `wide` is a cast of a value to a wider type, and `narrowed` goes back to the type of that value."""
+    """Say whether `wide` casts a value to a wider dtype, and `narrowed` is cast back to the value's dtype."""
     plain = operand(wide) if wide.target is aten._to_copy.default else None
     return plain is not None and plain.meta["val"].dtype == narrowed.meta["val"].dtype

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, spelled out in a model, as ONNX's own operator."""
+"""Fuse rotary position embeddings that a model's code spells out into ONNX's own operator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _END = 2**63 - 1
 
 
 def fuse_rotary(rewriter: Rewriter, node: fx.Node, halves: dict[fx.Node, fx.Node]) -> bool:
-    """`x * cos + rotate_half(x) * sin`, x of [batch, heads, length, width]."""
+    """Fuse `x * cos + rotate_half(x) * sin` for x of [batch, heads, length, width]. Return whether it was done."""
     if node.target is not aten.add.Tensor or node.kwargs or not has_axes(node, ndim=4):
         return False
     for straight, turned in either_way(node):
@@ -34,7 +34,7 @@ def fuse_rotary(rewriter: Rewriter, node: fx.Node, halves: dict[fx.Node, fx.Node
 
 
 def _rotated(node: fx.Node) -> fx.Node | None:
-    """The x of `cat(-x[..., width / 2:], x[..., :width / 2])`."""
+    """Return the x of `cat(-x[..., width / 2:], x[..., :width / 2])`, or None."""
     parts = pair(node, (-1, 3))
     if parts is None or parts[0].target is not aten.neg.default:
         return None
@@ -46,7 +46,7 @@ def _rotated(node: fx.Node) -> fx.Node | None:
 
 
 def _table(angle: fx.Node, x: fx.Node) -> fx.Node | None:
-    """Cosines or sines of [batch, length, width], for each row of x, whose second half of width is the first again."""
+    """Return a table of cosines or sines [batch, length, width] for x whose second half equals the first, or None."""
     if angle.target is not aten.unsqueeze.default or angle.args[1] != 1 or not has_axes(angle, ndim=4):
         return None
     table = operand(angle)
@@ -58,7 +58,7 @@ def _table(angle: fx.Node, x: fx.Node) -> fx.Node | None:
 
 
 def _made_of(table: fx.Node) -> list[fx.Node]:
-    """A table, what it is made of number by number, back to its cosines or sines, and the angles of these."""
+    """Return a table, the elementwise steps back to its cosine or sine, and the angles."""
     steps = [table]
     while (table.target in MULS and not isinstance(table.args[1], fx.Node)) or table.target is aten._to_copy.default:
         table = operand(table)
@@ -67,7 +67,7 @@ def _made_of(table: fx.Node) -> list[fx.Node]:
 
 
 def _half(rewriter: Rewriter, table: fx.Node, halves: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The first half of a table's width, made of the first half of its angles; made once for all layers."""
+    """Return the first half of a table's width, computed from half of the angles; shared by all layers."""
     if table not in halves:
         *steps, angles = _made_of(table)
         half = angles.args[0][0]  # type: ignore[index]

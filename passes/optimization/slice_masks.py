@@ -1,4 +1,4 @@
-"""A gather of everything in its order, by numbers that count rows and columns, as masks are read: slices."""
+"""Replace gathers that read all entries in order, as masks are read, by slices."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _Size = int | fx.Node
 
 
 def slice_grid(rewriter: Rewriter, node: fx.Node) -> bool:
-    """`x[i, j]`, where i counts from 0 along one axis of the result and j along a later one: slices of x from 0.
+    """Replace `x[i, j]`, with i and j counting from 0 along two axes of the result, by slices of x from 0.
 
-    What is counted is no longer than x, else the gather were an error; so the slices take as much.
+    The counts are not longer than x: otherwise the gather would be an error. So the slices take as many entries.
     """
     if node.target is not aten.index.Tensor:
         return False
@@ -38,12 +38,12 @@ def slice_grid(rewriter: Rewriter, node: fx.Node) -> bool:
 def _slice(rewriter: Rewriter, node: fx.Node, x: fx.Node, place: int, axis: int, end: _Size) -> fx.Node:
     sizes = list(x.meta["val"].shape)
     sizes[place] = node.meta["val"].shape[axis]
-    value = x.meta["val"].new_empty(sizes)  # computed, it were a size of its own: the least of two
+    value = x.meta["val"].new_empty(sizes)  # a computed slice would get a size of its own: the minimum of two sizes
     return rewriter.before(node).call(aten.slice.Tensor, x, place, 0, end, value=value)
 
 
 def _count(index: fx.Node, node: fx.Node) -> tuple[int, _Size] | None:
-    """The axis of a gather's result along which an index counts from 0, and its end."""
+    """Return the axis of a gather's result along which an index counts from 0, and its end; or None."""
     long = [axis for axis, size in enumerate(index.meta["val"].shape) if not (isinstance(size, int) and size == 1)]
     if len(long) != 1 or index.meta["val"].ndim != node.meta["val"].ndim:
         return None

@@ -1,1 +1,1 @@
-"""Passes by users' patterns: what matches is rewritten, or given as an output."""
+"""Passes that use the user's patterns: rewrite each match, or return its value as an output."""

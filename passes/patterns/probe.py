@@ -1,4 +1,4 @@
-"""Probe: what a pattern computes is given as an output too."""
+"""Return what a pattern computes as further outputs of a graph."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from peftfx.patterns.pattern import Pattern
 
 @dataclass(frozen=True)
 class Probe(Pass):
-    """Let a graph return what a pattern computes, behind its own outputs.
+    """Let a graph return what a pattern computes, after its own outputs.
 
-    The graph's result is a dict then: its own outputs by their names, and for each match `probe.<module>`, with a
-    number behind it where a module has several. The others are what they were.
+    The graph's result is then a dict: its own outputs by name, unchanged, and `probe.<module>` for each match, with a
+    number at the end if a module has several matches.
 
     Attributes:
-        pattern: what is looked for.
-        name: what the names of these outputs begin with.
+        pattern: the pattern to look for.
+        name: the prefix of the new outputs' names.
     """
 
     pattern: Pattern
@@ -32,7 +32,7 @@ class Probe(Pass):
         """Add an output for each match.
 
         Raises:
-            PeftfxError: an output has such a name already.
+            PeftfxError: an output already has such a name.
         """
         new = graph.clone()
         matches = list(self.pattern.matches(new))

@@ -1,4 +1,4 @@
-"""Rewrite: what a pattern computes, computed by another function."""
+"""Replace what a pattern computes by another function."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from peftfx.patterns.pattern import Pattern
 
 @dataclass(frozen=True)
 class Rewrite(Pass):
-    """Put a function in the place of a pattern, at each match.
+    """Replace a pattern by a function, at each match.
 
     Attributes:
-        pattern: what is replaced.
-        by: plain torch, of arguments that are among the pattern's, by their names; gives the shape and dtype that the
-            pattern's function gives.
-        exact: whether it computes the same, as the manager's numeric level checks.
+        pattern: the pattern to replace.
+        by: a plain torch function. Its arguments are some of the pattern's, by name. It returns a tensor of the shape
+            and dtype that the pattern's function returns.
+        exact: whether the function computes the same, which the manager's numeric level checks.
     """
 
     pattern: Pattern
@@ -34,14 +34,14 @@ class Rewrite(Pass):
 
     @property
     def preserves(self) -> bool:  # type: ignore[override]
-        """Whether it was said to compute the same."""
+        """Whether the function is said to compute the same."""
         return self.exact
 
     def __call__(self, graph: Graph) -> PassResult:
-        """Rewrite all matches.
+        """Rewrite all matches in a copy of `graph`.
 
         Raises:
-            PeftfxError: the function has an argument that a match has not, or gives another shape or dtype.
+            PeftfxError: the function has an argument that a match lacks, or returns another shape or dtype.
         """
         new = graph.clone()
         matches = list(self.pattern.matches(new))

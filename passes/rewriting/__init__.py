@@ -1,1 +1,1 @@
-"""What passes share: patterns, a site's own operation, and pieces that are put into a graph."""
+"""What passes share: matching of patterns, a site's own operation, and splicing of new nodes into a graph."""

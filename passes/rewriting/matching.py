@@ -1,4 +1,4 @@
-"""What rules that look for patterns share: operands in either order, equal sizes, one node in the place of another."""
+"""Helpers for matching patterns in graphs: operands in either order, equal sizes, replacement of nodes."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ ADDS, MULS = {aten.add.Tensor, aten.add.Scalar}, {aten.mul.Tensor, aten.mul.Scal
 
 
 def replace(rewriter: Rewriter, node: fx.Node, target: Callable[..., object], *args: object) -> None:
-    """Put an operator in a node's place; what it computes has the same type and sizes."""
+    """Replace a node by an operator whose result has the same dtype and sizes."""
     rewriter.replace(node, rewriter.before(node).call(target, *args, value=node.meta["val"]))
 
 
 def operand(node: fx.Node) -> fx.Node:
-    """A node's first operand; the node itself where that is no value."""
+    """Return a node's first operand, or the node itself if it has none."""
     first = node.args[0] if node.args else node
     return first if isinstance(first, fx.Node) else node
 
 
 def peel(node: fx.Node, target: object) -> fx.Node:
-    """What a node of this operator works on; another node as it is."""
+    """Return the operand of a node with this operator. Any other node is returned unchanged."""
     return operand(node) if node.target is target else node
 
 
 def either_way(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """Both orders of the operands of a sum or product of two values."""
+    """Return both orders of the operands of a sum or product of two values."""
     first, second, *_ = (*node.args, None, None)
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         return []
@@ -42,19 +42,19 @@ def either_way(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def has_axes(node: fx.Node, ndim: int) -> bool:
-    """Whether a node is a tensor of so many axes."""
+    """Say whether a node is a tensor with `ndim` axes."""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.ndim == ndim
 
 
 def same_size(one: fx.Node, axis: int, other: fx.Node, other_axis: int) -> bool:
-    """Whether two sizes are one number, or one symbol; nothing is assumed of symbols."""
+    """Say whether two sizes are the same number or the same symbol. Nothing is assumed about symbols."""
     a, b = one.meta["val"].shape[axis], other.meta["val"].shape[other_axis]
     return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
 
 
 def have_one_shape(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two tensors have the same sizes, of as many axes."""
+    """Say whether two tensors have the same sizes on all axes."""
     a, b = (node.meta.get("val") for node in (one, other))
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False
@@ -62,7 +62,7 @@ def have_one_shape(one: fx.Node, other: fx.Node) -> bool:
 
 
 def pair(node: fx.Node, axes: tuple[int, int]) -> tuple[fx.Node, fx.Node] | None:
-    """The two values that a node puts one behind the other, along an axis that has these names."""
+    """Return the two values that a node concatenates along one of `axes` (names of the same axis), or None."""
     if node.target is not aten.cat.default or node.args[1:] not in tuple((axis,) for axis in axes):
         return None
     values = node.args[0]
@@ -70,20 +70,20 @@ def pair(node: fx.Node, axes: tuple[int, int]) -> tuple[fx.Node, fx.Node] | None
 
 
 def takes_all(node: fx.Node) -> bool:
-    """Whether a node is a slice that takes everything."""
+    """Say whether a node is a slice that takes everything."""
     bounds = (*node.args[2:], *_WHOLE[len(node.args) - 2 :])
     return node.target is aten.slice.Tensor and not node.kwargs and bounds in _WHOLES
 
 
 def unsliced(node: fx.Node) -> fx.Node:
-    """A value without slices that take everything."""
+    """Return a value without slices that take everything."""
     while takes_all(node):
         node = operand(node)
     return node
 
 
 def unrepeated(node: fx.Node) -> fx.Node:
-    """The keys or values that were repeated for each head of a group, by `repeat_kv`; any others as they are."""
+    """Return the keys or values before `repeat_kv` repeated them for each head of a group. Others are unchanged."""
     if node.target not in RESHAPES or operand(node).target is not aten.expand.default:
         return node
     expand = operand(node)

@@ -1,4 +1,4 @@
-"""A site's own operation, read off its nodes: bound for a method to call, and rewired to other weights."""
+"""A site's own operation, read from its nodes: as a function for methods, and rewired to other weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from peftfx.graph.rewriter import OVERRIDES, Cursor, Rewriter
 from peftfx.sites.site import EXPERTS, Call, Site
 
 _ADDMM = torch.ops.aten.addmm.default
-_GROUPED = torch.ops.aten._grouped_mm.default  #: torch's own, of bfloat16, in rows of whole multiples of 16 bytes
-_GROUPS = 6  #: where a conv's groups are among its arguments
+_GROUPED = torch.ops.aten._grouped_mm.default  #: torch's own; only bfloat16, and rows of a multiple of 16 bytes
+_GROUPS = 6  #: the position of `groups` in a conv's arguments
 
 
 def weight_and_bias(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node | None]:
-    """The nodes that read the weight and the bias at one call, ahead of what casts them."""
+    """Return the nodes that read the weight and the bias at one call, before any casts."""
     op, y = nodes[call.op], nodes[call.y]
     weight = as_stored(_argument(op, _weight_index(op, site)))
     if OVERRIDES in weight.meta and weight.op != "get_attr":
@@ -33,19 +33,19 @@ def weight_and_bias(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[
 
 
 def read_beside(op: fx.Node, site: Site) -> list[fx.Node]:
-    """The nodes that the operation reads beside input, weight and bias: of experts, where the rows of each end."""
+    """Return the nodes that the operation reads besides input, weight and bias: for experts, the ends of their rows."""
     return [_argument(op, 2)] if site.kind == EXPERTS else []
 
 
 class Operation:
     """A site's own operation as a function of input, weight ([out, in, ...]) and bias, everything else bound.
 
-    Where the model casts weight and bias to the input's dtype, so does the function.
+    The function casts weight and bias to the input's dtype, like the model does.
 
     Args:
-        kind: of the site.
-        name: of the operator, in `torch.ops`.
-        fixed: the operator's other arguments, tensors that it holds among them.
+        kind: the kind of the site.
+        name: the operator's name in `torch.ops`.
+        fixed: the operator's other arguments, including tensors.
     """
 
     def __init__(self, kind: str, name: str, fixed: tuple[object, ...]) -> None:
@@ -53,7 +53,7 @@ class Operation:
         self.target = operator.attrgetter(name)(torch.ops)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Operation, (self.kind, self.name, self.fixed)  # an operator has no pickle
+        return Operation, (self.kind, self.name, self.fixed)  # an operator cannot be pickled
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.kind == "linear":
@@ -69,7 +69,7 @@ class Operation:
 
 
 def bind(op: fx.Node, site: Site, own: Sequence[Tensor] = ()) -> Operation:
-    """The operation of a site at one of its calls; `own` are the values of what it holds."""
+    """Return the operation of a site at one of its calls. `own` are the values of the tensors from `read_beside`."""
     fixed: Sequence[object] = own
     if site.kind == "embedding":
         fixed = op.args[2:]
@@ -79,7 +79,7 @@ def bind(op: fx.Node, site: Site, own: Sequence[Tensor] = ()) -> Operation:
 
 
 def _aligned(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """torch's own grouped product of any dtype and any sizes; computed in bfloat16, the one that it knows."""
+    """Compute torch's grouped product for any dtype and sizes, in bfloat16, the only dtype that it supports."""
     each = 8  # numbers in 16 bytes
     out, inner = weight.shape[-2:]
     padded = F.pad(weight.to(torch.bfloat16), (0, -inner % each, 0, -out % each)).contiguous()
@@ -96,7 +96,7 @@ def rewire(
     bias: fx.Node | None,
     dense: bool,
 ) -> None:
-    """Point one call at another weight and bias; `dense` makes a grouped conv one of a single group."""
+    """Point one call at another weight and bias. `dense` turns a grouped conv into a conv of one group."""
     op, y = nodes[call.op], nodes[call.y]
     index = _weight_index(op, site)
     at = rewriter.before(op)
@@ -109,7 +109,7 @@ def rewire(
 
 
 def _in_place_of(old: fx.Node, new: fx.Node, at: Cursor) -> fx.Node:
-    """The new tensor, cast and turned as the old one is on its way from where it is read."""
+    """Return the new tensor with the same casts and transposes as the old tensor."""
     if old.op == "get_attr":
         return new
     source = _argument(old, 0)
@@ -121,9 +121,9 @@ def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def strip_bias(op: fx.Node) -> fx.Node | None:
-    """Take the bias out of a site's operation, in place, and return it; a product's first argument is then its input.
+    """Take the bias out of a site's operation, in place, and return it. A product's first argument is then its input.
 
-    A bias that a node of its own adds stays there.
+    A bias that a separate node adds is not taken out.
     """
     bias = bias_of(op, op)
     if op.target is _ADDMM:
@@ -141,7 +141,7 @@ def _weight_index(op: fx.Node, site: Site) -> int:
 
 
 def bias_of(op: fx.Node, y: fx.Node) -> fx.Node | None:
-    """The bias at one call: an argument of the operation, or what its output is added to at `y`."""
+    """Return the bias at one call: an argument of the operation, or what is added to its output at `y`."""
     if op.target is _ADDMM:
         return _argument(op, 0)
     if _takes_bias(op):
@@ -174,7 +174,7 @@ def _argument(node: fx.Node, index: int) -> fx.Node:
 
 
 def filled(op: fx.Node) -> list[fx.node.Argument]:
-    """A conv's arguments up to its groups, defaults filled in."""
+    """Return a conv's arguments up to its groups, with defaults filled in."""
     ones = [1] * (int(str(op.target).partition("conv")[2][0]))
     padding = "valid" if str(op.target).endswith(".padding") else [0] * len(ones)
     return [*op.args, *(None, None, None, ones, padding, ones, 1)[len(op.args) :]]

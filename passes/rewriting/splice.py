@@ -1,4 +1,4 @@
-"""Splicer: what methods compute put into a graph: tagged, and read in the place of what it adapts."""
+"""Splice what methods compute into a graph: tag the new nodes, and let readers use them in place of the old values."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ _S = TypeVar("_S", bound=Site)
 
 
 class Splicer:
-    """One insertion in progress: the graph's nodes, what stands for each call's output.
+    """One insertion in progress: the graph's nodes, and what now replaces each call's output.
 
     Attributes:
-        nodes: by name.
-        latest: what stands for a node's value now, by the node's name.
-        weighted: the same, of what acts on weights alone: it comes before what joins their output from elsewhere.
-        instead: the result that took the place of a node, by the node's name.
-        invocations: where what an invocation in the text calls acts, by its tokens.
-        placed: what was placed at each site, with the name of its adapter, in order.
+        nodes: the nodes, by name.
+        latest: the node that now replaces a node, by the replaced node's name.
+        weighted: the same, only for methods that act on weights. They come before results that are added to the output
+            from elsewhere.
+        instead: the result that directly replaced a node, by the node's name.
+        invocations: the nodes that say where an invocation in the text switches a method on, by the invocation's
+            tokens.
+        placed: the placements at each site, by the names of their adapters and their keys, in order.
     """
 
     def __init__(self, graph: Graph, name: str, adapter: Adapter) -> None:
@@ -51,10 +53,10 @@ class Splicer:
                 self.note(region.adapter, placement)
 
     def called(self, site: _S) -> _S:
-        """A site of the graph, which something calls.
+        """Return a site of the graph, and refuse a site without calls.
 
         Raises:
-            PeftfxError: nothing does any more: what acts there would be lost.
+            PeftfxError: nothing calls the site any more, so an adapter there would be lost.
         """
         if not site.calls:
             what = "a pass took the calls of this site out of the graph: what acts there would be lost"
@@ -62,20 +64,20 @@ class Splicer:
         return site
 
     def note(self, adapter: str, placement: WeightPlacement) -> None:
-        """Remember that a placement of this adapter acts at its site."""
+        """Record that a placement of this adapter acts at its site."""
         self.placed.setdefault(placement.site.path, {})[adapter, placement.key] = placement
 
     def parameters(self, placement: Placement, name: str, adapter: Adapter, anchor: fx.Node) -> dict[str, fx.Node]:
-        """The nodes that read a placement's parameters, by their names."""
+        """Return the nodes that read a placement's parameters, by the parameters' names."""
         keys = adapter.keys(placement).items()
         like = anchor.meta["val"]
         return {n: self.attribute(f"{ADAPTERS}.{name}.{key}", fake_like(like, adapter.get(key))) for n, key in keys}
 
     def invocation(self, placement: Placement, region: Region) -> dict[str, fx.Node]:
-        """Where a method acts that an invocation in the text calls: one node for all of its places.
+        """Return the node that says where a method acts after its invocation; shared by all its places.
 
         Raises:
-            PeftfxError: the graph has no tokens.
+            PeftfxError: the graph has no token ids.
         """
         tokens = placement.method.invoked_by
         if tokens and tokens not in self.invocations:
@@ -85,7 +87,7 @@ class Splicer:
                 what = "an aLoRA acts behind its invocation tokens, and no input_ids reach this graph"
                 raise PeftfxError(what, placement.site.path, "give inputs= with input_ids, in place of embeddings")
             ids, offsets = named[TOKEN_IDS], named.get(OFFSETS)
-            if offsets is not None and not offsets.users:  # nothing has said yet that it is as long as the batch
+            if offsets is not None and not offsets.users:  # its length is not yet known to be the batch's
                 self.rewriter.revalue(offsets, ids.meta["val"][:, 0])
             first = next(n for n in self.rewriter.graph.nodes if n.op not in ("placeholder", "get_attr"))
             function = functools.partial(active, tokens=tokens)
@@ -95,15 +97,15 @@ class Splicer:
         return {ACTIVE: self.invocations[tokens]} if tokens else {}
 
     def region(self, placement: Placement, name: str, y: fx.Node, params: Mapping[str, fx.Node]) -> Region:
-        """The tag of what a placement adds at `y`."""
+        """Make the tag of what a placement adds at `y`."""
         return Region(name, placement, y.name, tuple((n, str(node.target)) for n, node in params.items()))
 
     def replace(self, y: fx.Node, result: fx.Node, users: Iterable[fx.Node]) -> None:
-        """Let these users of `y` read a region's result in its place."""
+        """Let these users of `y` read a region's result instead of `y`."""
         for user in users:
             user.replace_input_with(y, result)
         later = self.instead.pop(y.name, None)
-        if later is not None:  # it joined `y` from elsewhere, and now joins the result
+        if later is not None:  # this result was added to `y`; now it is added to the new result
             self.rewriter.tag(later, replaces=result.name)
             self.instead[result.name] = later
         self.rewriter.tag(result, replaces=y.name)
@@ -113,10 +115,10 @@ class Splicer:
                 self.latest[name] = result
 
     def at(self, before: fx.Node, like: fx.Node, region: Region) -> Cursor:
-        """Where nodes of a region are made: before a node, as code of the module that made `like`."""
+        """Return the cursor for a region's nodes: before a node, as code of the module that made `like`."""
         return self.rewriter.before(before, like, region=region)
 
     def attribute(self, target: str, value: object, **tags: object) -> fx.Node:
-        """The `get_attr` node for a target."""
+        """Return the `get_attr` node for a target."""
         self.attributes[target] = self.rewriter.attribute(target, value, **tags)
         return self.attributes[target]

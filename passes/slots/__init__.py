@@ -1,1 +1,1 @@
-"""Passes that give a graph inputs for adapters: slots to put one in, and rows that choose their own."""
+"""Passes that give a graph inputs for adapters: slots for one adapter, or a choice of adapters for each row."""

@@ -1,4 +1,4 @@
-"""join_beside: keys and values that stand beside an attention's own, given as nodes of the graph."""
+"""Add keys and values beside an attention's own, given as nodes of the graph."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def join_beside(
     values: fx.Node,
     shown: fx.Node | None = None,
 ) -> None:
-    """Add to what leaves an attention, where `AttentionMethod`s do.
+    """Add the attention over extra keys and values to an attention's output, like `AttentionMethod`s do.
 
     Args:
-        graph: that has it.
-        layers: of the graph.
-        site: the attention, its calls those of this graph.
-        index: which call.
-        keys, values: [heads that are kept, tokens, features], or such for each row of the batch.
-        shown: [rows, tokens], which of them there are.
+        graph: the graph that has the attention.
+        layers: the layers of the graph.
+        site: the site of the attention, with its calls in this graph.
+        index: the number of the call.
+        keys, values: [key/value heads, tokens, features], or with a first axis for the rows of the batch.
+        shown: [rows, tokens], which tokens each row has; None if all.
     """
     heads, call = site.heads, site.calls[index]
     output = graph.sites.weights_by_path.get(heads.output)

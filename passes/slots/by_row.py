@@ -1,7 +1,7 @@
-"""ByRow: let each row of a batch have an adapter of its own, by a number that it comes with; -1 is none.
+"""Let each row of a batch choose an adapter of its own, by a number in an input; -1 chooses none.
 
-What adapters do at a layer is stacked, an entry for each of them behind one that changes nothing, and each row takes
-its own. So do norms' tensors, and keys and values beside attentions.
+The adapters' tensors at a layer are stacked: first an entry that changes nothing, then an entry for each adapter. Each
+row takes its own entry. The same is done for norms' tensors, and for keys and values beside attentions.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ from peftfx.sites.site import Call, HeadedSite, Site
 from peftfx.views.row_adapters import IDS, NOWHERE, PREFIXES, PROMPTS
 
 aten = torch.ops.aten
-SHOWN = "beside.shown"  #: of a stack beside an attention: [rows, tokens], which there are
+SHOWN = "beside.shown"  #: the kind of a stack beside an attention that says which tokens each row has: [rows, tokens]
 _AT_LAYERS = (INNER, OUTER, SLOT_A, SLOT_B, BIAS_STACK)
 
 
 @dataclass(frozen=True)
 class Given:
-    """A recipe that is a tensor."""
+    """A recipe that is just a tensor."""
 
     value: Tensor = field(repr=False)
 
     def evaluate(self, get: Get) -> Tensor:
-        """The tensor."""
+        """Return the tensor."""
         return self.value
 
 
 @dataclass(frozen=True, eq=False)
 class ByRow(Pass):
-    """Let rows choose.
+    """Let each row of a batch choose its entry in stacks of adapters' tensors.
 
     Attributes:
-        stacks: by a site's path and what is there: [adapters + 1, ...]; a norm's tensor is `SLOT_OWN`, by its
-            name. Those of `PREFIX` and `SLOT_PROMPT` fill the hole of a view captured with soft prompts by row.
-        beside: attentions, with the heads that the forward shows.
+        stacks: tensors [adapters + 1, ...], by a site's path and the kind of slot. A norm's tensor has the kind
+            `SLOT_OWN`, and the tensor's name as its path. The stacks of `PREFIX` and `SLOT_PROMPT` fill the hole of a
+            view captured with soft prompts by row.
+        beside: the attentions, with their heads as found in the forward view.
     """
 
     requires = ("inference", "bare")
@@ -66,7 +67,7 @@ class ByRow(Pass):
         with isolated(graph.base):
             rows = _Rows(new, self.stacks)
             here = {site.path: site for site in new.sites.attentions}
-            for site in self.beside:  # first: what leaves them is found by what reads their last layer
+            for site in self.beside:  # attentions first: their outputs are found by the readers of their last layer
                 if (site.path, KEYS) in self.stacks and site.path in here:
                     rows.stand_beside(dataclasses.replace(site, calls=here[site.path].calls))
             for path in dict.fromkeys(path for path, what in self.stacks if what in _AT_LAYERS):
@@ -82,7 +83,7 @@ class ByRow(Pass):
 
 
 class _Rows:
-    """A graph in which rows get entries of their own."""
+    """A graph that is being rewritten so that rows get entries of their own."""
 
     def __init__(self, graph: Graph, stacks: Mapping[tuple[str, str], Tensor]) -> None:
         self.graph, self.stacks = graph, stacks
@@ -92,7 +93,7 @@ class _Rows:
         self.taken: dict[tuple[str, int], fx.Node] = {}
 
     def _index(self) -> fx.Node:
-        """Which entry each row takes; see `peftfx.views.row_adapters.entries`."""
+        """Return the number of the entry for each row; see `peftfx.views.row_adapters.entries`."""
         inputs = [n for n in self.graph.nodes() if n.op == "placeholder"]
         known = next((i for i, spec in enumerate(self.graph.inputs) if spec.name == IDS), None)
         numbers = self._numbers(inputs[0].meta["val"])
@@ -101,7 +102,7 @@ class _Rows:
             ids = self.rewriter.placeholder(IDS, numbers, inputs[-1])
         else:
             ids = inputs[known]
-        if not ids.users:  # where nothing has read it yet, nothing says that it is as long as the batch
+        if not ids.users:  # unused so far, its length is not yet known to be the batch's
             self.rewriter.revalue(ids, numbers)
 
         def entries(ids: Tensor) -> Tensor:
@@ -111,14 +112,14 @@ class _Rows:
         return self.rewriter.before(first_operation(self.rewriter.graph)).trace(entries, ids, where=IDS)  # type: ignore[no-any-return]
 
     def _numbers(self, like: Tensor) -> Tensor:
-        """A fake number for each row of a batch."""
+        """Make a fake number for each row of a batch."""
         mode = detect_fake_mode([like])
         assert mode is not None
         with mode:
             return torch.empty(like.shape[:1], dtype=torch.long, device=like.device)
 
     def update(self, site: Site, call: Call) -> None:
-        """Let the rows of one call have their own."""
+        """Let the rows of one call of a layer have their own adapters."""
         if not self.layers.has_one_dtype(site):
             hint = "merge an adapter that acts there, one export for each"
             raise PeftfxError("this layer computes in a dtype of its own: rows cannot choose there", site.path, hint)
@@ -138,19 +139,19 @@ class _Rows:
         self.layers.act(site, call, key, function, self.index, *given.values(), *factors)
 
     def apart(self, value: fx.Node) -> bool:
-        """Whether a value's first axis is the batch's."""
+        """Say whether a value's first axis is the batch."""
         return str(value.meta["val"].shape[0]) == str(self.index.meta["val"].shape[0])
 
     def check(self, value: fx.Node, where: str) -> None:
-        """Refuse a value whose first axis is not the batch's."""
+        """Refuse a value whose first axis is not the batch."""
         if not self.apart(value):
             what = "this layer reads the tokens of all rows as one: it cannot tell whose they are"
             raise PeftfxError(what, where, "leave it out of the adapters")
 
     def norm(self, name: str) -> None:
-        """Let rows have their own in the place of a norm's tensor."""
+        """Let rows have tensors of their own in place of a norm's tensor."""
         tensor = self.attributes.get(f"{BASE}.{name}")
-        if tensor is None:  # this view does not run it
+        if tensor is None:  # this view does not run the norm
             return
 
         def row(value: fx.Node, axes: int) -> fx.Node:
@@ -167,7 +168,7 @@ class _Rows:
             join_beside(self.graph, self.layers, site, index, keys, values, shown)
 
     def factors(self, site: Site, axes: int) -> list[fx.Node]:
-        """What `by_rows` takes of a layer's factors: those of each row, or for all rows what it takes them from."""
+        """Return the factors for `by_rows`: each row's own, or tables of all adapters' factors to pick from."""
         a, b = self.stacks[site.path, SLOT_A], self.stacks[site.path, SLOT_B]
         if site.kind == "linear":
             return [self.row(site.path, what, axes) for what in (SLOT_A, SLOT_B)]
@@ -179,11 +180,11 @@ class _Rows:
         return [self._table(f"{site.path}.{SLOT_A}", a[1:].flatten(0, 1)), rows]
 
     def row(self, path: str, what: str, ndim: int) -> fx.Node:
-        """The entry of each row, with axes to broadcast along a layer's of so many."""
+        """Return the entry of each row, with axes added so that it broadcasts to `ndim` axes."""
         return self.entry(f"{path}.{what}", self.stacks[path, what], ndim)
 
     def entry(self, name: str, stack: Tensor, ndim: int) -> fx.Node:
-        """The entry of each row in a stack."""
+        """Return the entry of each row in a stack."""
 
         def entry(index: Tensor, table: Tensor) -> Tensor:
             taken = table.index_select(0, index)
@@ -201,7 +202,7 @@ class _Rows:
         return self.rewriter.attribute(f"{DERIVED}.{name}", fake_like(self.index.meta["val"], value))
 
     def fill(self) -> None:
-        """Put the soft prompts into their hole."""
+        """Put the stacks of soft prompts into their holes."""
         for name, what in ((PREFIXES, PREFIX), (PROMPTS, SLOT_PROMPT)):
             hole = self.attributes.get(f"{CONSTANTS}.{name}")
             if hole is not None:

@@ -1,8 +1,8 @@
-"""What acts at a layer, as plain torch: `op(x * inner, W) * outer + low + b`, which is `op` itself where nothing acts.
+"""Compute a layer with an adapter in plain torch: `op(x * inner, W) * outer + low + b`, or `op` if nothing acts.
 
-`low` is the low-rank sum: `(x A) B` at a linear layer, and at another the layer's own operation with `A` in the place
-of `W`, and behind it a product with `B`. `Open` and `ByRow` trace these functions; their tensors are one for a whole
-call, or have one for each of its rows.
+`low` is the low-rank sum. At a linear layer it is `(x A) B`. At other layers it is the layer's own operation with `A`
+in place of `W`, followed by a product with `B`. `Open` and `ByRow` trace these functions. Their tensors hold for a
+whole call, or have an entry for each row.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from peftfx.sites.site import Call, Site
 
 @dataclass(frozen=True)
 class Effect:
-    """What acts at a call; what is None does nothing.
+    """The tensors that act at a call. A tensor that is None has no effect.
 
     Attributes:
-        inner, outer: scales of the layer's input, and of its output without the bias.
+        inner, outer: the scales of the layer's input, and of its output without the bias.
         low: the low-rank sum.
-        bias: in the place of the layer's own.
+        bias: replaces the layer's own bias.
     """
 
     inner: Tensor | None = None
@@ -37,7 +37,7 @@ class Effect:
 
 
 def acted(site: Site, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, acting: Effect) -> Tensor:
-    """What a layer gives; `weight` is as `op` takes it, see `operation`."""
+    """Compute a layer's output with adapters. `weight` has the layout that `op` takes, see `operation`."""
     y = op(x if acting.inner is None else x * _along_channels(acting.inner, site), weight)
     if acting.outer is not None:
         y = y * _along_channels(acting.outer, site)
@@ -48,7 +48,7 @@ def acted(site: Site, op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, ac
 
 
 def operation(op: fx.Node, site: Site) -> Op:
-    """A layer's operation on its weight as it is stored: a weight [in, out] is read so, and not turned first."""
+    """Return a layer's operation on its stored weight. A weight [in, out] is used in that layout, not transposed."""
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return x @ weight
@@ -57,29 +57,30 @@ def operation(op: fx.Node, site: Site) -> Op:
 
 
 def low_rank(site: Site, op: Op, node: fx.Node, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The low-rank sum of factors as a slot has them: [in, r] and [r, out]; of a conv, the weights of two convs."""
+    """Compute the low-rank sum of factors in slots: [in, r] and [r, out]; for a conv, the weights of two convs."""
     if site.kind == "conv":
         return node.target.overloadpacket.default(op(x, a), b)  # type: ignore[union-attr, no-any-return]
     return times(F.embedding(x, a) if site.kind == "embedding" else times(x, a), b)
 
 
 def times(x: Tensor, factor: Tensor) -> Tensor:
-    """A product; a row of features that has a factor of its own is a matrix of one row."""
+    """Compute a product. If each row of features has a factor of its own, the row is a matrix of one row."""
     return (x.unsqueeze(-2) @ factor).squeeze(-2) if x.ndim < factor.ndim else x @ factor
 
 
 def _along_channels(vector: Tensor, site: Site) -> Tensor:
-    """A vector of a site's inputs or outputs, of each row perhaps; for a conv with an axis for each of its space."""
+    """Add axes to a vector over a site's channels, so that it broadcasts; for a conv, one for each space axis."""
     for _ in range(len(site.shape) - 2 if site.kind == "conv" else 0):
         vector = vector.unsqueeze(-1)
     return vector
 
 
 class Layers:
-    """A graph whose layers are made to do something else, one call after another.
+    """A graph whose layers are changed, one call after another.
 
     Attributes:
-        nodes: by name; by the name of a layer's output, what it gives now: a later layer may read it as its input.
+        nodes: the nodes by name. A changed layer's new output has the name of its old output, since later layers may
+            read it.
     """
 
     def __init__(self, rewriter: Rewriter) -> None:
@@ -87,7 +88,7 @@ class Layers:
         self.nodes = {node.name: node for node in rewriter.graph.nodes}
 
     def act(self, site: Site, call: Call, key: object, function: Callable[..., Tensor], *given: fx.Node) -> None:
-        """Put a function of (x, weight, bias, *given), traced once for each key and signature, in a layer's place."""
+        """Replace a layer's call by a function of (x, weight, bias, *given), traced once for each key and signature."""
         op, x, y = (self.nodes[name] for name in (call.op, call.x, call.y))
         weight, bias = weight_and_bias(site, call, self.nodes)
         fixed = [a for a in op.args if not isinstance(a, fx.Node)]
@@ -100,7 +101,7 @@ class Layers:
         self.nodes[call.y] = result
 
     def has_one_dtype(self, site: Site) -> bool:
-        """Whether a site's values have the dtype of its weight. A layer that casts has several, and a slot has one."""
+        """Say whether a site's values have the dtype of its weight. If a layer casts, no single slot fits."""
         if site.kind == "embedding":
             return True
         values = [self.nodes[name] for call in site.calls for name in (call.x, call.op, call.y)]

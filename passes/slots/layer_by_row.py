@@ -1,4 +1,4 @@
-"""by_rows: a layer whose rows have an adapter of their own, as plain torch; see `peftfx.passes.slots.layer`."""
+"""Compute a layer whose rows have adapters of their own, in plain torch; see `peftfx.passes.slots.layer`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from peftfx.passes.slots.layer import Effect, acted, operation, times
 from peftfx.sites.site import Site
 
 aten = torch.ops.aten
-BIAS_STACK = "bias"  #: of a stack: what takes the place of a layer's bias
+BIAS_STACK = "bias"  #: the kind of a stack that replaces a layer's bias
 _FLATTENS = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints})
 
 
 def by_rows(site: Site, node: fx.Node, names: tuple[str, ...], low: bool, listed: bool) -> Callable[..., Tensor]:
-    """A layer whose rows have their own, as a function of (x, weight, bias, index, *those of `names`, *factors).
+    """Return a layer with an adapter for each row, as a function of (x, weight, bias, index, *names, *factors).
 
-    One that reads the tokens of all rows as a list, `listed`, is given them row by row: [batch, tokens, in].
+    The tensors after `index` are those of `names`, then the factors. If the layer reads the tokens of all rows as one
+    list (`listed`), the tokens are reshaped to [batch, tokens, in].
     """
     op = operation(node, site)
 
@@ -36,9 +37,10 @@ def by_rows(site: Site, node: fx.Node, names: tuple[str, ...], low: bool, listed
 
 
 def low_by_rows(site: Site, op: Op, x: Tensor, index: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The low-rank sum of each row's own factors; see `_Rows.factors`.
+    """Compute the low-rank sum with each row's own factors; see `_Rows.factors`.
 
-    Of a conv, which has one weight for all, all adapters' factors are one, and each row takes what its own give.
+    A conv has one weight for all rows. So it is run with the factors of all adapters at once, and each row takes the
+    channels of its own adapter.
     """
     if site.kind == "linear":
         return times(times(x, a), b)
@@ -49,7 +51,7 @@ def low_by_rows(site: Site, op: Op, x: Tensor, index: Tensor, a: Tensor, b: Tens
 
 
 def lists_rows(value: fx.Node, batch: fx.Node) -> bool:
-    """Whether a value is a list of tokens, [batch * tokens, in], flattened from [batch, tokens, ...] before it."""
+    """Say whether a value is a list of tokens [batch * tokens, in], flattened earlier from [batch, tokens, ...]."""
     length = str(value.meta["val"].shape[0])
     if length == str(batch.meta["val"].shape[0]):
         return False

@@ -1,7 +1,8 @@
-"""norm_rows: a tensor of a norm that is another for each row of a batch, in the place of the base's.
+"""Replace a norm's tensor by a tensor for each row of a batch.
 
-An operator for a whole norm takes one weight for all rows: it is left without, and what it gives is scaled and shifted
-behind it. Where a norm is written out, what reads the tensor reads the rows' own, however it is cast or shifted first.
+The operator of a whole norm takes one weight for all rows. So it gets no weight, and its output is scaled and shifted
+afterwards. If the model's code spells out the norm, the readers of the tensor read the rows' tensors instead, with the
+same casts and shifts before.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from peftfx.graph.rewriter import Cursor, Rewriter
 
 aten = torch.ops.aten
 _UNSQUEEZE = aten.unsqueeze.default
-#: Norms over the last axes, and over others: their weights run along the second.
+#: Norms over the last axes, and norms over other axes, whose weights run along the second axis.
 _LAST, _SECOND = names("layer_norm rms_norm"), names("group_norm batch_norm instance_norm")
 
 _Row = Callable[[fx.Node, int], fx.Node]
-"""The node of each row's tensor, for a value that it meets, with so many axes."""
+"""A function that returns the node of each row's tensor, with this number of axes, for the value that it is combined
+with."""
 
 
 def replace_by_row(rewriter: Rewriter, tensor: fx.Node, row: _Row, where: str) -> None:
-    """Let what reads a norm's tensor read one for each row, in place.
+    """Let the readers of a norm's tensor read a tensor for each row, in place.
 
     Raises:
-        PeftfxError: it is given another shape before it meets what is normed.
+        PeftfxError: the model's code reshapes the tensor before combining it with the normed value.
     """
     _follow(rewriter, tensor, (), row, where)
 
@@ -42,7 +44,7 @@ def _follow(rewriter: Rewriter, node: fx.Node, through: Sequence[fx.Node], row: 
             user.replace_input_with(node, _through(rewriter.before(user), row(user, axes), through))
         elif op_name(user) in ELEMENTWISE or user.target is _UNSQUEEZE:
             _follow(rewriter, user, (*through, user), row, where)
-        elif user.meta["val"].shape == node.meta["val"].shape:  # all of it: `weight[:]`
+        elif user.meta["val"].shape == node.meta["val"].shape:  # the whole tensor: `weight[:]`
             _follow(rewriter, user, through, row, where)
         else:
             what = "this norm's tensor is given another shape by the model's code: rows cannot have their own"
@@ -50,7 +52,7 @@ def _follow(rewriter: Rewriter, node: fx.Node, through: Sequence[fx.Node], row: 
 
 
 def _apart(rewriter: Rewriter, norm: fx.Node, tensor: fx.Node, through: Sequence[fx.Node], row: _Row) -> None:
-    """Take a tensor out of a norm's arguments, and do behind it what it did, for each row."""
+    """Remove a tensor from a norm's arguments, and apply each row's tensor after the norm."""
     names = [a.name for a in norm.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(names, norm.args, strict=False)) | norm.kwargs
     along = 0 if op_name(norm) in _LAST else norm.meta["val"].ndim - 2
@@ -77,16 +79,16 @@ def _apart(rewriter: Rewriter, norm: fx.Node, tensor: fx.Node, through: Sequence
 
 
 def spread(vector: Tensor, axes: int) -> Tensor:
-    """A vector of channels, with so many axes behind it."""
+    """Add this number of axes to the end of a vector of channels."""
     for _ in range(axes):
         vector = vector.unsqueeze(-1)
     return vector
 
 
 def _through(at: Cursor, value: fx.Node, through: Sequence[fx.Node]) -> fx.Node:
-    """What becomes of a value on the way of another."""
+    """Apply the steps that another value went through to a value."""
     for step in through:
-        if step.target is _UNSQUEEZE:  # counted from the end: there is an axis of rows ahead
+        if step.target is _UNSQUEEZE:  # counted from the end, because an axis of rows comes first
             dim = int(str(step.args[1]))
             value = at.call(_UNSQUEEZE, value, dim - step.meta["val"].ndim if dim >= 0 else dim)
         else:

@@ -1,7 +1,6 @@
-"""Open: give a graph slots, inputs that an adapter's tensors are put into: scales and low-rank sums at layers, keys and
-values beside attentions.
+"""Give a graph slots: inputs for scales and low-rank sums at layers, and for keys and values at attentions.
 
-What they do where nothing is put changes nothing: the base's graph is a case of this one.
+An empty slot changes nothing, so the base's graph is a special case of the new graph.
 """
 
 from __future__ import annotations
@@ -26,17 +25,19 @@ from peftfx.passes.slots.attention import join_beside
 from peftfx.passes.slots.layer import Effect, Layers, acted, low_rank, operation
 from peftfx.sites.site import HeadedSite, Site
 
-HINT = 3  #: the size that a free axis has in the graph's example
+HINT = 3  #: the size of a free axis in the graph's example
 
 
 @dataclass(frozen=True)
 class Open(Pass):
-    """Open slots at sites, by their paths.
+    """Open slots at sites, which are given by their paths.
 
     Attributes:
-        updated: sites with a weight that get a low-rank sum and a scale of their output; one that casts gets none.
-        scaled: those of them that get a scale of their input too.
-        beside: attentions that get keys and values beside the text's, with the heads that the forward shows.
+        updated: the sites with a weight that get slots for a low-rank sum and a scale of their output. A site that
+            casts gets no slots.
+        scaled: the updated sites that also get a slot for a scale of their input.
+        beside: the attentions that get slots for keys and values beside the text's, with their heads as found in the
+            forward view.
     """
 
     requires = ("inference", "bare")
@@ -50,7 +51,7 @@ class Open(Pass):
         layers = Layers(opening.rewriter)
         with isolated(graph.base):
             here = {site.path: site for site in graph.sites.attentions}
-            for site in self.beside:  # first: what leaves them is found by what reads their last layer
+            for site in self.beside:  # attentions first: their outputs are found by the readers of their last layer
                 if site.path in here:
                     opening.stand_beside(layers, dataclasses.replace(site, calls=here[site.path].calls))
             for layer in graph.sites.weights:
@@ -62,7 +63,7 @@ class Open(Pass):
 
 
 def slots_of(graph: Graph, beside: Iterable[HeadedSite]) -> list[Slot]:
-    """The slots among a graph's inputs that `Open` made."""
+    """Return the slots that `Open` added to a graph's inputs."""
     convs = {site.path for site in graph.sites if site.kind == "conv"}
     behind = {site.path: site.heads.packed for site in beside}
     found = []
@@ -78,7 +79,7 @@ def slots_of(graph: Graph, beside: Iterable[HeadedSite]) -> list[Slot]:
 
 
 def slotted(site: Site, node: fx.Node) -> Callable[..., Tensor]:
-    """A layer with slots, as a function of its input, weight and bias, and of what is in the slots."""
+    """Return a layer with slots as a function of its input, weight and bias, and the slots' tensors."""
     op = operation(node, site)
 
     def forward(
@@ -91,7 +92,7 @@ def slotted(site: Site, node: fx.Node) -> Callable[..., Tensor]:
 
 
 class _Opening:
-    """Slots being opened in a graph."""
+    """A graph in which slots are being opened."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph, self.rewriter = graph, Rewriter(graph.module.graph)
@@ -103,7 +104,7 @@ class _Opening:
         self.free: dict[str, torch.SymInt] = {}
 
     def update(self, layers: Layers, site: Site, *, scaled: bool) -> None:
-        """A low-rank sum and scales at each call of a site."""
+        """Open slots for a low-rank sum and scales at each call of a site."""
         like = layers.nodes[site.calls[0].op].meta["val"]
         words = (SLOT_A, SLOT_B, OUTER, INNER) if scaled else (SLOT_A, SLOT_B, OUTER)
         made = [self.slot(f"{site.path}.{what}", shapes(site)[what], like) for what in words]
@@ -111,7 +112,7 @@ class _Opening:
             layers.act(site, call, ("slots", scaled), slotted(site, layers.nodes[call.op]), *made)
 
     def stand_beside(self, layers: Layers, site: HeadedSite) -> None:
-        """Keys and values beside each call of an attention."""
+        """Open slots for keys and values beside each call of an attention."""
         heads = site.heads
         like = layers.nodes[site.calls[0].y].meta["val"]
         widths = [sum(end - start for start, end in rows) // heads.kept for rows in (heads.key_rows, heads.value_rows)]
@@ -123,7 +124,7 @@ class _Opening:
             join_beside(self.graph, layers, site, index, keys, values)
 
     def slot(self, name: str, shape: tuple[int | str, ...], like: Tensor) -> fx.Node:
-        """A new input, of the dtype of what it joins."""
+        """Add an input, with the dtype of `like`."""
         sizes = [self.size(s) if isinstance(s, str) else s for s in shape]
         with self.mode:
             value = torch.empty(sizes, dtype=like.dtype, device=like.device)
@@ -135,7 +136,7 @@ class _Opening:
         return self.last
 
     def size(self, axis: str) -> torch.SymInt:
-        """The symbol of a free axis."""
+        """Return the symbol of a free axis."""
         if axis not in self.free:
             context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
             size: Any = self.mode.from_tensor(torch.empty(HINT), symbolic_context=context).shape[0]
