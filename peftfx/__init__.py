@@ -8,7 +8,8 @@ import os
 
 from peftfx.version import __version__ as __version__
 
-if not os.path.isdir(os.path.join(__path__[0], "passes")):  # a clone whose links are text files, or an installation
+# Without the links to `passes` and `export` (an installation, or a clone without symbolic links), look in the parent.
+if not os.path.isdir(os.path.join(__path__[0], "passes")):
     __path__.append(os.path.dirname(__path__[0]))
 
 # Names are imported when first used: torch and transformers take seconds, and `peftfx --help` needs neither.

@@ -32,7 +32,7 @@ class PeftfxError(Exception):
 
 
 class PeftfxWarning(UserWarning):
-    """A warning that a user must know of to decide; the command line shows it too."""
+    """A warning about something that a user should know or decide; the command line shows it too."""
 
 
 def _cut(text: str, lines: int, characters: int) -> str:

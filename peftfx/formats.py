@@ -32,7 +32,7 @@ def read_stamped(path: Path, hint: str) -> dict[str, object]:
     """Return the values of a JSON file of peftfx's own, without its version.
 
     Raises:
-        PeftfxError: it cannot be read, or is newer than this peftfx.
+        PeftfxError: the file cannot be read, or its version is newer than this peftfx reads.
     """
     values = read_json(path, hint)
     refuse_newer(values.pop(FORMAT, 1), path.name, path, hint)

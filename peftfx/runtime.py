@@ -1,4 +1,4 @@
-"""Exported models in ONNX Runtime: they answer calls, generate and classify, without a torch model.
+"""Exported models in ONNX Runtime: calls, generation and classification, without a torch model.
 
 model = peftfx.runtime.load("out")
 model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)

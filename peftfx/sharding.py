@@ -33,7 +33,7 @@ def is_part(tensor: object) -> bool:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a tensor. Of a part it is gathered, without gradient: every process must ask, in the same order."""
+    """Return the whole tensor; a sharded one is gathered, without gradient: all processes call in the same order."""
     if not is_part(tensor):
         return tensor
     if not _is_zero3(tensor):
@@ -209,7 +209,7 @@ def refuse_other_wrappings(model: nn.Module) -> None:
 
 
 def _is_fsdp1(model: nn.Module) -> bool:
-    """Return whether FSDP1 has put a model's parameters into flat tensors: they are marked, or none are left."""
+    """Return whether FSDP1 has made a model's parameters flat: the parameters are marked, or none are left."""
     first = next(model.parameters(), None)
     if first is None:
         return bool(getattr(model, "_is_fsdp_managed_module", False))

@@ -21,7 +21,7 @@ from peftfx.field_types import fits
 
 
 def settled(adapter: Adapter, values: Mapping[str, int]) -> Adapter:
-    """Return an adapter that does for all rows what `adapter` does for rows with these input values; it shares tensors.
+    """Return an adapter with the same tensors that does for all rows what `adapter` does for rows with these `values`.
 
     Args:
         adapter: the adapter whose methods read inputs of the call (`Method.inputs`).

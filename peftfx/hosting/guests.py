@@ -76,7 +76,7 @@ class WeightGuest:
         return adapted(self.acting, p, operation, x, y, stored, rerun, training=module.training)  # type: ignore[arg-type]
 
     def _operation(self, own: _Forward, module: nn.Module, stored: tuple[Tensor, Tensor | None]) -> Op:
-        """Return the site's operation; for a quantised weight that is unchanged, it calls the layer's forward."""
+        """Return the site's operation; a quantised layer runs its own forward as long as its weight is unchanged."""
         operation = self.seat.operation
         if self.reader is None:
             return operation

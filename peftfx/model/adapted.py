@@ -132,7 +132,7 @@ class AdaptedModel(AdapterCalls):
             return on_first(lambda: work(self._over(base, adapters)))  # type: ignore[arg-type]
 
     def floating(self) -> AdaptedModel:
-        """Return the same adapters over a base in floating point: over this base, or over a dequantised one.
+        """Return the same adapters over a base in floating point: the base itself, or its dequantised form.
 
         Each weight of a dequantised base is dequantised to float32 when it is read.
         """

@@ -42,7 +42,7 @@ class AdaptersByName(nn.Module):
         base: the model.
         sites: where adapters can act.
         example: the arguments of an example call of the base, by name.
-        wanted: the road that calls take, `modules` or `graph`; None is the modules if they can host all that acts.
+        wanted: the road that calls take, `modules` or `graph`; with None, the modules if they can host all that acts.
         twin: the twin of the base, if there is one already.
     """
 
@@ -105,7 +105,7 @@ class AdaptersByName(nn.Module):
         self._install(name, adapter)
 
     def reset_parameters(self, adapter_name: str | None = None, *, seed: int | None = None) -> None:
-        """Give one adapter, or all adapters, new initial values, as after a meta base got values.
+        """Give one adapter, or all, new initial values, for example after a base on the meta device got values.
 
         Args:
             adapter_name: the adapter's name; by default all adapters get new values.

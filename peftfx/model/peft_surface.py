@@ -43,7 +43,7 @@ class PeftSurface(Merging):
     """An adapted model by HF PEFT's names. Names that differ from HF PEFT's: `docs/coming-from-peft.md`."""
 
     def get_base_model(self) -> nn.Module:
-        """Return the base. Called by itself it acts without adapters, though its modules hold their tensors."""
+        """Return the base; its own calls run without adapters, although its modules hold the adapters' tensors."""
         return self.base
 
     @property

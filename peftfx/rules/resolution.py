@@ -185,7 +185,7 @@ def _(method: SequenceMethod, base: nn.Module, sites: Sites) -> list[SequencePla
 
 
 def without_ties(placements: Sequence[Placement]) -> list[Placement]:
-    """Return the placements without those whose tied tensor's rows another placement trains already."""
+    """Return the placements, with only one for each tied tensor whose rows are trained wherever it is used."""
     rows = {p.site.weight: p for p in reversed(placements) if any(c.rows and not c.module for c in p.copies)}
     return [p for p in placements if rows.get(p.site.weight, p) is p]
 

@@ -17,7 +17,7 @@ from peftfx.testing.setup import adapt, assert_close
 
 @torch.no_grad()
 def fold(case: Case, method: WeightMethod) -> None:
-    """`forward` on activations is `op` on folded weights, at every kind of site, for every base; in float64."""
+    """`forward` on activations equals the operation on folded weights, at every kind of site and base; in float64."""
     if method.unfoldable:
         return
     adapted = adapt(case, method)

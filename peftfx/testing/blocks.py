@@ -165,7 +165,7 @@ class Conv(BlockSpec):
 
 @dataclass(frozen=True)
 class Residual(BlockSpec):
-    """`x + drop(inner(norm(x)))`."""
+    """A residual block: `x + drop(inner(norm(x)))`."""
 
     inner: BlockSpec
     norm: Literal["layer", "rms", "none"] = "layer"

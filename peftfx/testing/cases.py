@@ -45,7 +45,7 @@ def examples(count: int, *, shrink: bool = True) -> settings:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the sizes of a call, and the seed of everything random. Its repr can be pasted to reproduce it."""
+    """A model, the sizes of a call, and the seed of everything random. Pasting the repr reproduces a failure."""
 
     spec: Spec
     batch: int = 2

@@ -38,7 +38,7 @@ _SIZES = ((3, 5), (1, 4))
 
 
 def config_class(cls: type[Method]) -> Any:
-    """Return HF PEFT's config class of this method's type, or None if there is none or it adapts no weights."""
+    """Return HF PEFT's config class for the type of a weight method, or None."""
     mapping = needed("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING
     return next(
         (c for kind, c in mapping.items() if kind.value == cls.peft_type and issubclass(cls, WeightMethod)), None

@@ -31,7 +31,7 @@ from peftfx.testing.setup import LOOSE, adapt, assert_close, assert_untouched, b
 
 @torch.no_grad()
 def neutral(case: Case, method: Method) -> None:
-    """A new adapter changes no output, unless its method says that it does."""
+    """A new adapter changes no output, unless its method declares that it is not neutral."""
     if not method.neutral:
         return
     adapted, inputs = adapt(case, method, stirred=False), case.inputs()

@@ -78,7 +78,7 @@ def _equal(value: Tensor, other: Tensor) -> bool:
 
 
 def unused(names: Collection[str], marks: Collection[str], base: nn.Module, sites: Sites) -> set[str]:
-    """Return those of `names` that belong to a module that no call of the base runs."""
+    """Return the names of tensors that belong to a module that no call of the base runs."""
     paths = {name: module_of(name, marks) for name in names}
     idle = {path for path in set(paths.values()) if path not in names and never_runs(path, base, sites)}
     return {name for name, path in paths.items() if path in idle}

@@ -68,7 +68,7 @@ def read_prompt(
 
 @torch.no_grad()
 def split(adapter: Adapter) -> None:
-    """Replace the prompt that was read by the parameters that the method splits it into, if it splits it."""
+    """Split the prompt that was read into the parameters that the method trains, if the method splits prompts."""
     (placement,) = adapter.placements.prompts
     method, holder = placement.method, adapter.get_submodule(placement.key)
     if method.splits:

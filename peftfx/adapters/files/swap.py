@@ -1,4 +1,4 @@
-"""The exchange of an adapter's tensors in place, so that what reads its parameters, compiled or not, goes on."""
+"""The exchange of an adapter's tensors in place, so that models that use them, compiled models too, need no change."""
 
 from __future__ import annotations
 

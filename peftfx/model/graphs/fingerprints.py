@@ -94,7 +94,7 @@ def _containers(value: object, seen: set[int], depth: int) -> Iterator[tuple[obj
 
 
 def _first_other(now: object, then: object) -> str | None:
-    """Return what differs by value; an object that is equal but not identical becomes the remembered one."""
+    """Return the key of a value that differs, or None; a value that is equal replaces the remembered object."""
     if isinstance(now, dict) and isinstance(then, dict) and now.keys() == then.keys():
         for key, value in now.items():
             if value is not then[key]:

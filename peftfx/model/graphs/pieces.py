@@ -43,7 +43,7 @@ class Pieces:
 
     Args:
         graph: the graph to run.
-        every: the number of layers of which one is checkpointed.
+        every: the interval of checkpointed layers: 1 for every layer, 2 for every second layer.
         options: options of `torch.utils.checkpoint.checkpoint`.
     """
 

@@ -37,7 +37,7 @@ class Checkpoints:
 
     @property
     def every(self) -> int:
-        """The number of layers of which one is checkpointed."""
+        """The interval of checkpointed layers: 1 for every layer, 2 for every second layer."""
         return int(self.options.get("every_n_layers", 1))
 
     def refuse_for(self, graph: Graph) -> None:
@@ -67,11 +67,11 @@ class Runs:
         self._pieces: dict[object, tuple[Graph, Pieces]] = {}
 
     def swept(self, graph: Graph, kinds: Kinds = ()) -> Graph:
-        """Return a graph without nodes whose results are not used; it is meant only to be run.
+        """Return a graph without nodes whose results are not used; the new graph is only for running.
 
         Args:
             graph: the graph.
-            kinds: for masks that are to be left out, by the names of their nodes, which positions they show.
+            kinds: the masks to leave out, by the names of their nodes, each with what the mask shows.
         """
         if graph.derived:  # derived weights are computed again and written into this graph itself
             return graph
@@ -133,7 +133,7 @@ class _Masks:
         return _Masks(tuple(mask.name for mask in masks), link(made, holders)) if masks else None
 
     def kinds(self, tensors: Sequence[Tensor]) -> Kinds:
-        """Return what each mask shows for these inputs, by the mask's name, if attention needs no mask for that."""
+        """Return the names and kinds of the masks that, for these inputs, show everything or all earlier positions."""
         with torch.no_grad():
             seen = zip(self.names, self.program.forward(*tensors), strict=True)
             return tuple((name, kind) for name, mask in seen if (kind := kind_of(mask)))

@@ -1,4 +1,4 @@
-"""Saved buffers of a model that Accelerate distributes: it distributes only parameters, and fails at a buffer."""
+"""Saved buffers of a model that Accelerate distributes: Accelerate sends only parameters, and fails at a buffer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HELD = "_held_back"  #: the attribute of a model that keeps its saved buffers w
 
 
 def hold_buffers(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Take the saved buffers out of `state` before it is distributed; keep their values for `send_buffers`."""
+    """Take the saved buffers out of a `state` that is to be distributed; keep their values for `send_buffers`."""
     names = [name for name, _ in model.named_buffers(remove_duplicate=False) if name in state]
     held = {name: state.pop(name) for name in names}
     if _part_without_values(model) is None:
