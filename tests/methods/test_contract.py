@@ -212,7 +212,7 @@ def test_a_report_says_which_law_is_broken_and_by_what() -> None:
     with pytest.raises(AssertionError) as caught:
         check(Forgets)
     text = str(caught.value)
-    assert "broken  fold: `forward` on activations is `op` on folded weights" in text
+    assert "broken  fold: `forward` on activations equals the operation on folded weights" in text
     assert "Case(" in text
     assert "holds   frame:" in text
     assert "skipped parity" in text
