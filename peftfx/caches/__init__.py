@@ -1,1 +1,1 @@
-"""What a model keeps between its calls: transformers' caches as plain tensors, and back."""
+"""The tensors that a model keeps between its calls: transformers' caches to plain tensors, and back."""

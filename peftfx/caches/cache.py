@@ -1,4 +1,4 @@
-"""Caches: transformers' caches to plain tensors and back, and which kinds of them are refused."""
+"""Caches: converts transformers' caches to plain tensors and back, and refuses unknown kinds of caches."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from peftfx.errors import PeftfxError, first_line
 _ATTENDING: tuple[type, ...] = (DynamicLayer, DynamicIndexedLayer, StateAndAttentionLayer)
 _STATES: tuple[type, ...] = (StateLayer, StateAndAttentionLayer)
 
-#: Of each kind of transformers' layers, an empty one that hands tensors in and out, given how many states it has. One
-#: that slides keeps all its tokens here: the model's mask does the sliding, so that what it computes is the same.
+#: For each kind of transformers' cache layers: a function of the number of states that makes an empty layer whose
+#: tensors can be set and read. The layer for a sliding window keeps all tokens: the model's mask hides those outside
+#: the window, so that the results are the same.
 _EMPTY: Mapping[type, Callable[[int], object]] = {
     DynamicLayer: lambda _: DynamicLayer(),
     DynamicSlidingWindowLayer: lambda _: DynamicLayer(),
@@ -38,12 +39,13 @@ _EMPTY: Mapping[type, Callable[[int], object]] = {
 
 
 def cache_of(layers: Sequence[Held], tensors: Sequence[Tensor], cache: DynamicCache | None = None) -> DynamicCache:
-    """A cache that holds these tensors, in the order of what the layers keep.
+    """Return a cache that holds these tensors, in the order in which its layers keep them.
 
     Args:
-        layers: what each of its layers keeps.
-        tensors: of all layers.
-        cache: one to be filled, by default a new one. Whoever knows its layers goes on knowing them.
+        layers: what each layer of the cache keeps.
+        tensors: the tensors of all layers.
+        cache: a cache to fill, by default a new one. Its layer objects stay the same, so that references to them stay
+            valid.
     """
     filled = DynamicCache() if cache is None else cache
     rest = iter(tensors)
@@ -57,7 +59,7 @@ def cache_of(layers: Sequence[Held], tensors: Sequence[Tensor], cache: DynamicCa
 
 
 def _layer_of(given: Mapping[str, Tensor]) -> object:
-    """A layer that keeps these."""
+    """Return a cache layer that holds the given tensors."""
     states = {name: tensor for name, tensor in given.items() if name not in (KEY, VALUE, INDEXER)}
     if not given:
         return DummyLayer()
@@ -95,10 +97,10 @@ def _kept(layer: object) -> Iterator[tuple[str, Tensor]]:
 
 
 def held(cache: Cache) -> list[Tensor]:
-    """All tensors of a cache, layer after layer.
+    """Return all tensors of a cache, layer after layer.
 
     Raises:
-        PeftfxError: a layer does not hold what is handed in and out as tensors.
+        PeftfxError: a layer's contents cannot be set and read as tensors.
     """
     found: list[Tensor] = []
     for layer in cache.layers:
@@ -109,7 +111,7 @@ def held(cache: Cache) -> list[Tensor]:
 
 
 def layers_in(cache: Cache) -> tuple[Held, ...]:
-    """What the layers of a cache keep, up to the last that keeps something."""
+    """Return what the layers of a cache keep, up to the last layer that keeps something."""
     layers = [Held(tuple(KeptTensor.of(name, tensor) for name, tensor in _kept(layer))) for layer in cache.layers]
     while layers and not layers[-1].kept:
         layers.pop()
@@ -117,10 +119,10 @@ def layers_in(cache: Cache) -> tuple[Held, ...]:
 
 
 def empty_cache(base: nn.Module) -> DynamicCache:
-    """An empty cache of the kind that a model's config asks for, whose layers hand tensors in and out.
+    """Return an empty cache of the kind that a model's config asks for, whose layers take and give tensors.
 
     Raises:
-        PeftfxError: it cannot be told, or a layer is of a kind that is not known.
+        PeftfxError: the config does not tell the kind, or a layer is of an unknown kind.
     """
     config = getattr(base, "config", None)
     get = getattr(config, "get_text_config", None)
@@ -137,7 +139,7 @@ def empty_cache(base: nn.Module) -> DynamicCache:
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in own):
         made = [_EMPTY[type(layer)](getattr(layer, "number_of_states", 1)) for layer in own]
         cache.layers.extend(made)  # type: ignore[arg-type]
-    return cache  # of keys and values alone: a layer comes when the model's code first writes into it
+    return cache  # only keys and values: a layer is made when the model's code first writes into it
 
 
 def refuse(kind: str) -> NoReturn:

@@ -1,7 +1,8 @@
-"""Layers of a cache with states of fixed size, what convolutions saw last and what recurrences carry, each as a tensor.
+"""Cache layers with states of fixed size: the last inputs of convolutions, and the states of recurrences.
 
-transformers' own layers write into the memory of their states, so that a model that is compiled finds them in one
-place. These take a tensor and leave another in its place: a graph has one as its input and the other as its output.
+transformers' own layers write into the memory of their states, so that a compiled model finds them at a fixed address.
+These layers replace the state's tensor by a new tensor: a graph has the old one as an input and the new one as an
+output.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ CONV_STATE, RECURRENT_STATE = "conv_state", "recurrent_state"
 
 
 class StateLayer(LinearAttentionCacheLayerMixin):
-    """A layer of convolutions and recurrences.
+    """A cache layer of convolutions and recurrences.
 
-    Each state is an attribute of its own: whoever looks at what a layer changed sees it.
+    Each state is a separate attribute, so that a comparison of attributes shows which states a call changed.
     """
 
     is_compileable = False  # type: ignore[assignment]
@@ -36,7 +37,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
             setattr(self, f"started_{i}", False)
 
     def give(self, name: str, state: Tensor) -> None:
-        """Put a state in: the layer goes on from it."""
+        """Set a state, from which the layer continues."""
         setattr(self, name, state)
         setattr(self, f"started_{self.states.index(name) // 2}", True)
 
@@ -45,36 +46,36 @@ class StateLayer(LinearAttentionCacheLayerMixin):
 
     @property
     def conv_states(self) -> dict[int, Tensor | None]:  # type: ignore[override]
-        """Of each convolution, [batch, channels, kernel]."""
+        """The state of each convolution, [batch, channels, kernel]."""
         return self._all(CONV_STATE)
 
     @property
     def recurrent_states(self) -> dict[int, Tensor | None]:  # type: ignore[override]
-        """Of each recurrence."""
+        """The state of each recurrence."""
         return self._all(RECURRENT_STATE)
 
     @property
     def has_previous_state(self) -> dict[int, bool]:  # type: ignore[override]
-        """Whether there was a call before."""
+        """Whether there was an earlier call, for each index of a state."""
         return {i: getattr(self, f"started_{i}") for i in range(self.number_of_states)}
 
     @property
     def is_conv_states_initialized(self) -> dict[int, bool]:  # type: ignore[override]
-        """Which convolutions have a state."""
+        """Whether each convolution has a state."""
         return {i: state is not None for i, state in self.conv_states.items()}
 
     @property
     def is_recurrent_states_initialized(self) -> dict[int, bool]:  # type: ignore[override]
-        """Which recurrences have a state."""
+        """Whether each recurrence has a state."""
         return {i: state is not None for i, state in self.recurrent_states.items()}
 
     def lazy_initialization(self, *args: object, **kwargs: object) -> None:
-        """Nothing: a state is there when it is first written."""
+        """Do nothing: a state exists from its first write."""
 
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: object
     ) -> Tensor:
-        """The state and what is new behind it, [batch, channels, ...]; the last of it is the new state."""
+        """Return the state followed by the new input, [batch, channels, ...], and keep its end."""
         name = _numbered(CONV_STATE, state_idx)
         before = getattr(self, name)
         if before is not None and getattr(self, f"started_{state_idx}"):
@@ -90,7 +91,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         return full
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: object) -> Tensor:
-        """Keep the new state, of the dtype that there was."""
+        """Keep the new state, in the dtype of the old state."""
         name = _numbered(RECURRENT_STATE, state_idx)
         before = getattr(self, name)
         kept = recurrent_states if before is None else recurrent_states.to(before.dtype)
@@ -98,11 +99,11 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         return kept
 
     def reset(self) -> None:
-        """Forget all of it."""
+        """Drop all states."""
         self.__init__(self.number_of_states)  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to take tokens out of a state."""
+        """Refuse to remove tokens from a state."""
         raise RuntimeError("tokens cannot be taken out of a recurrent state")
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -112,7 +113,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
                 setattr(self, name, change(state))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
-        """Take these rows."""
+        """Select the rows of these indices."""
         self._each(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -120,23 +121,23 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         self._each(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Take these rows."""
+        """Select the rows of these indices."""
         self._each(lambda state: state[indices])
 
 
 class StateAndAttentionLayer(StateLayer, DynamicLayer):  # type: ignore[misc]
-    """A layer that has states, and keys and values of every token too."""
+    """A cache layer with states, and with keys and values of every token."""
 
     def __init__(self, number_of_states: int = 1) -> None:
         DynamicLayer.__init__(self)
         StateLayer.__init__(self, number_of_states)
 
     def lazy_initialization(self, *args: object, **kwargs: object) -> None:
-        """Of keys and values."""
+        """Initialise the keys and values."""
         DynamicLayer.lazy_initialization(self, *args, **kwargs)  # type: ignore[arg-type]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
-        """Take these rows."""
+        """Select the rows of these indices."""
         StateLayer.reorder_cache(self, beam_idx)
         DynamicLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
 
@@ -146,7 +147,7 @@ class StateAndAttentionLayer(StateLayer, DynamicLayer):  # type: ignore[misc]
         DynamicLayer.batch_repeat_interleave(self, repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Take these rows."""
+        """Select the rows of these indices."""
         StateLayer.batch_select_indices(self, indices)
         DynamicLayer.batch_select_indices(self, indices)
 

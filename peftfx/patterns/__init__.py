@@ -1,1 +1,1 @@
-"""Patterns of one's own: a plain torch function, and where a graph computes what it computes."""
+"""Users' patterns: a plain torch function, and the places where a graph computes the same."""

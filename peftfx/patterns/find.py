@@ -1,4 +1,4 @@
-"""with_patterns: the sites of a graph, with those where it computes what users' patterns compute."""
+"""`with_patterns` adds the places where a graph computes what users' patterns compute to its sites."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from peftfx.sites.sites import Sites
 
 
 def with_patterns(graph: Graph, sites: Sites) -> Sites:
-    """The sites of a base's graph, with those of all patterns that are known; each pattern is searched for once.
+    """Return the sites of a base's graph with the matches of all known patterns. Each pattern is searched once.
 
-    Where there are no patterns, the sites as they are.
+    Without patterns, the sites are returned unchanged.
     """
     patterns = known_patterns()
     old = tuple(site for site in sites if site.kind != PATTERN)
@@ -38,7 +38,7 @@ def with_patterns(graph: Graph, sites: Sites) -> Sites:
 
 
 def _sites(pattern: Pattern, matches: Sequence[Match]) -> Iterator[PatternSite]:
-    """The matches as sites: those of one module on the same weights are one site, called as often."""
+    """Yield the matches as sites. Matches of one module on the same weights are one site with several calls."""
     groups: dict[object, list[Match]] = {}
     for number, match in enumerate(matches):
         weights = tuple(weight_of(node) for node in match.operands.values())

@@ -1,4 +1,4 @@
-"""Match: where a graph computes what a pattern says, and how far the search for it got."""
+"""Match: a place where a graph computes what a pattern says, and a record of how far a search came."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _COPIES = _CASTS | names("clone contiguous detach alias lift_fresh_copy")
 
 @dataclass(frozen=True)
 class Match:
-    """Where a graph computes what a pattern's function computes.
+    """A place where a graph computes what a pattern's function computes.
 
     Attributes:
         y: the node that has the function's value.
-        operands: nodes, by the function's names; the first is what it is a function of.
-        numbers: values of its free numbers.
-        inner: the nodes between, `y` among them.
-        spelling: which of the pattern's it was.
+        operands: nodes, by the names of the function's arguments; the first is the argument that adapters read.
+        numbers: the values of the function's free numbers.
+        inner: the nodes from the operands to `y`, including `y`.
+        spelling: the pattern's spelling that matched.
     """
 
     y: fx.Node
@@ -36,18 +36,18 @@ class Match:
     spelling: Spelling = field(repr=False)
 
     def value(self, name: str) -> Tensor:
-        """An operand as a fake tensor: its shape and dtype."""
+        """Return the operand `name` as a fake tensor, for its shape and dtype."""
         value = self.operands[name].meta["val"]
         assert isinstance(value, Tensor)
         return value
 
     def weight(self, name: str) -> str:
-        """The name of the base's tensor that an operand is; empty where it is none."""
+        """Return the name of the base's tensor that the operand `name` is; empty if it is none."""
         return weight_of(self.operands[name]).partition(".")[2]
 
     @property
     def module(self) -> str:
-        """The path of the innermost module that all of it runs in."""
+        """The path of the innermost module that runs the whole match."""
         paths = [module_path(node).split(".") for node in self.inner]
         common = paths[0]
         for path in paths[1:]:
@@ -57,13 +57,13 @@ class Match:
 
 
 def weight_of(node: fx.Node) -> str:
-    """The `get_attr` target of the base's tensor that a value is, however it was cast; empty where it is none."""
+    """Return the `get_attr` target of the base's tensor that a value is, through casts; empty if it is none."""
     node = uncast(node)
     return str(node.target) if node.op == "get_attr" and str(node.target).startswith(f"{BASE}.") else ""
 
 
 def uncast(node: fx.Node) -> fx.Node:
-    """What a value was before it was cast or copied."""
+    """Return the node of a value before its casts and copies."""
     while (source := copied_from(node)) is not None:
         node = source
     return node
@@ -71,10 +71,10 @@ def uncast(node: fx.Node) -> fx.Node:
 
 @dataclass
 class Trail:
-    """How far a match came: what was expected and found where it ended, of the attempt that came furthest.
+    """How far a search came: what was expected and found at the end of the attempt that came furthest.
 
     Attributes:
-        whole: whether what matches behind the first difference counts too: for explanations.
+        whole: whether matches after the first difference count too, for explanations.
     """
 
     whole: bool = False
@@ -91,7 +91,7 @@ class Trail:
 
 @dataclass(frozen=True)
 class Bound:
-    """Nodes of a program that stand for nodes of the graph, numbers that are told, and how many operators matched."""
+    """The matched nodes of a program, the values of its free numbers, and how many operators matched."""
 
     nodes: Mapping[fx.Node, fx.Node]
     numbers: Mapping[str, float]
@@ -99,7 +99,7 @@ class Bound:
 
 
 def copied_from(node: fx.Node) -> fx.Node | None:
-    """What a node copies or casts, or passes on as it is; None where it computes."""
+    """Return the node that `node` copies, casts or passes on unchanged; None if it computes something."""
     if node.op != "call_function" or node.target is operator.getitem:
         return None
     name = op_name(node)

@@ -1,4 +1,4 @@
-"""Matcher: the nodes of a pattern against those of a graph, from a value backwards through its operands."""
+"""Matcher: compares a pattern's nodes with a graph's nodes, from a value backwards through its operands."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _COMMUTE = names("add mul maximum minimum logical_and logical_or bitwise_and bit
 _DIMS = names("dim dims dim0 dim1 axis")
 _SIZED = ("SymInt", "SymInt[]", "List[int]")
 _LEFT_OUT = frozenset({"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format", "copy"})
-_END = 2**63 - 1  #: where a slice ends that has no end
-_MOST_STEPS = 5_000  #: at one node: a pattern of many sums that almost matches has many orders
+_END = 2**63 - 1  #: the end of a slice without an end
+_MOST_STEPS = 5_000  #: the most steps at one node: a near match with many sums has many orders of operands
 
 
 class Matcher:
-    """Looks for one program's values in a graph."""
+    """Searches for one program's value in a graph."""
 
     def __init__(self, program: fx.GraphModule, numbers: Mapping[float, str], trail: Trail, *, strict: bool) -> None:
         (output,) = program.graph.find_nodes(op="output")
@@ -28,7 +28,7 @@ class Matcher:
         self.numbers, self.trail, self.strict = numbers, trail, strict
 
     def at(self, node: fx.Node) -> Iterator[Bound]:
-        """Every way in which this node is the program's value."""
+        """Yield every way in which this node has the program's value."""
         self.trail.steps = 0
         return self._node(self.root, node, Bound({}, {}))
 
@@ -89,7 +89,7 @@ class Matcher:
     def _all(
         self, mine: list[tuple[str, object]], theirs: Mapping[str, object], p: fx.Node, g: fx.Node, bound: Bound
     ) -> Iterator[Bound]:
-        """Every way in which all of these arguments match."""
+        """Yield every way in which all of these arguments match."""
         if not mine:
             yield bound
             return
@@ -110,7 +110,7 @@ class Matcher:
         g: fx.Node,
         bound: Bound,
     ) -> None:
-        """Count what matches beside an argument that does not: how close it is, where someone asks."""
+        """Count what matches beside an argument that does not match, to explain how close a near miss is."""
         found = next(self._all(rest, theirs, p, g, bound), None)
         if found is not None and found.matched > bound.matched:
             trail, self.trail = self.trail, Trail()
@@ -180,14 +180,14 @@ def _from_end(dim: int, node: fx.Node) -> int:
 
 
 def _is_size(node: fx.Node, name: str) -> bool:
-    """Whether an argument is a size, that another trace may have another of."""
+    """Return whether an argument is a size, which may differ in another trace."""
     schema = getattr(node.target, "_schema", None)
     kinds = {a.name: str(a.real_type) for a in schema.arguments} if schema is not None else {}
     return kinds.get(name, "").removeprefix("Optional[").removesuffix("]") in _SIZED or "SymInt" in kinds.get(name, "")
 
 
 def _arguments(node: fx.Node) -> dict[str, object]:
-    """A node's arguments by name, those at their defaults too; without what says where and how a value is stored."""
+    """Return a node's arguments by name, with defaults, without those that say where and how a value is stored."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
@@ -200,7 +200,7 @@ def _arguments(node: fx.Node) -> dict[str, object]:
 
 
 def _is_last(named: Mapping[str, object]) -> bool:
-    """Whether a slice goes to the end of its axis, in whichever way that is written."""
+    """Return whether a slice goes to the end of its axis, however that is written."""
     source, dim, end = named["self"], named["dim"], named["end"]
     if not isinstance(source, fx.Node) or not isinstance(dim, int):
         return False

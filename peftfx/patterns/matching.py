@@ -1,7 +1,7 @@
-"""Matching: whether a node of a graph computes what a spelling computes, told from its operands backwards.
+"""Matching: decides whether a node of a graph computes what a spelling computes, from its operands backwards.
 
-Sums and products match with their operands in either order; casts and copies are looked through on both sides; sizes
-are passed by at first, and compared behind that with a trace of the function at the very sizes of the match.
+Sums and products match with their operands in either order. Casts and copies are ignored on both sides. Sizes are
+ignored at first; then the match is compared with a trace of the function at exactly its sizes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from peftfx.patterns.matcher import Matcher
 from peftfx.patterns.spelling import Spelling
 
 Traces = dict[tuple[int, str, str], fx.GraphModule | None]
-"""Of spellings at the sizes of matches; None where the function cannot be run at these."""
+"""Traces of spellings at the sizes of matches; None if the function cannot run at these sizes."""
 
 
 def match_at(spelling: Spelling, node: fx.Node, trail: Trail, traces: Traces) -> Match | None:
-    """Whether this node ends a match of a spelling.
+    """Return the match of a spelling that ends at this node, or None.
 
     Args:
-        spelling: what is looked for.
-        node: of the graph.
-        trail: is told how far it came.
-        traces: of the search of one graph: matches of equal sizes share one.
+        spelling: the spelling that is searched for.
+        node: the graph's node.
+        trail: records how far the search came.
+        traces: the traces of the search of one graph; matches of equal sizes share a trace.
     """
     loose = Matcher(spelling.program, spelling.numbers, trail, strict=False)
     for bound in loose.at(node):
@@ -72,7 +72,7 @@ def _exact(
 
 
 def _apart(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors of which no two are one: a trace tells its inputs apart by identity."""
+    """Return the tensors such that no two are the same object: a trace identifies its inputs by identity."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         known = any(value is other for other in found.values())
@@ -81,7 +81,7 @@ def _apart(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _end(program: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """The node that has the function's value: behind a cast where the function ends in one."""
+    """Return the node that has the function's value: the cast after `node`, if the function ends in a cast."""
     (output,) = program.graph.find_nodes(op="output")
     (user, *others) = node.users or (node,)
     ends = not others and copied_from(user) is node and user.meta["val"].dtype == output.args[0].meta["val"].dtype
@@ -89,6 +89,6 @@ def _end(program: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 
 def refuse_own(error: Exception, name: str) -> PeftfxError:
-    """That a pattern's condition failed with an error of its own."""
+    """Return the error for a pattern's condition that failed with an error of its own."""
     what = f"the condition of the pattern {name} failed with {type(error).__name__}: {error}"
     return PeftfxError(what, "where", "it gets a Match: operands, numbers, value(name), weight(name)")

@@ -1,4 +1,4 @@
-"""pattern: a plain torch function whose computation a graph is searched for; what matches is a site."""
+"""Pattern: a plain torch function whose computation is searched for in graphs. Each match is a site."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _version = [0]
 
 @dataclass(frozen=True)
 class NearMiss:
-    """Where a graph came close to a pattern.
+    """A place where a graph came close to a pattern.
 
     Attributes:
-        module: path of the module whose code it is.
-        node: the first that did not match, by its name in the graph.
-        why: what was expected, and what is there.
-        matched: how many nodes of the pattern did match.
+        module: the path of the module whose code came close.
+        node: the name of the first node in the graph that did not match.
+        why: what was expected, and what was found.
+        matched: how many nodes of the pattern matched.
     """
 
     module: str
@@ -45,13 +45,13 @@ class NearMiss:
 
 @dataclass(eq=False)
 class Pattern:
-    """What a user's function computes, to be found in graphs. Made by `peftfx.pattern`.
+    """A user's function, to be found in graphs. It is made by `peftfx.pattern`.
 
     Attributes:
-        role: of the sites that matches are.
-        name: the function's.
-        where: a condition on a match, which its operators do not tell.
-        spellings: the ways to write it, tried in order.
+        role: the role of the sites at the matches.
+        name: the function's name.
+        where: a condition on a match, for what the operators do not show.
+        spellings: the functions that compute the pattern, tried in order.
     """
 
     role: str
@@ -60,7 +60,7 @@ class Pattern:
     spellings: list[Spelling] = field(default_factory=list, repr=False)
 
     def also(self, **axes: str) -> Callable[[Callable[..., object]], Pattern]:
-        """Another spelling of the same, whose first argument is the same too; a decorator, as `peftfx.pattern`.
+        """Decorate another function that computes the same, with the same first argument, as a second spelling.
 
         Args:
             axes: the names of the axes of each argument, as in `peftfx.pattern`.
@@ -74,10 +74,10 @@ class Pattern:
         return add
 
     def matches(self, graph: Graph) -> Iterator[Match]:
-        """Where a graph computes this, in order; a node ends one match at most.
+        """Yield the places where a `graph` computes this pattern, in order. A node ends at most one match.
 
         Raises:
-            PeftfxError: the condition fails with an error of its own.
+            PeftfxError: the condition `where` raises an error.
         """
         ends, traces = self._ends(), Traces()
         for node in graph.nodes():
@@ -87,7 +87,7 @@ class Pattern:
                     yield found
 
     def explain(self, graph: Graph) -> list[NearMiss]:
-        """Where a graph came close, furthest first: one for each node that could have ended a match, and did not."""
+        """Return the near misses in a `graph`, the closest first: one for each node that could have ended a match."""
         found, traces = list[NearMiss](), Traces()
         ends = self._ends()
         for node in graph.nodes():
@@ -122,20 +122,20 @@ class Pattern:
 def pattern(
     role: str, *, where: Callable[[Match], bool] | None = None, **axes: str
 ) -> Callable[[Callable[..., object]], Pattern]:
-    """Make a pattern of a plain torch function; a decorator.
+    """Make a pattern of a plain torch function. This is a decorator.
 
         @peftfx.pattern("mlp.swiglu", x="batch length width", gate="inner width", up="inner width", down="width inner")
         def swiglu(x, gate, up, down):
             return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
-    From then on each captured graph is searched for it, and what matches is a site of kind `pattern`. A pattern of the
-    same name, in a notebook say, takes the place of the one before.
+    From then on each captured graph is searched for the pattern, and each match is a site of kind `pattern`. A new
+    pattern with the same name, as in a notebook, replaces the old one.
 
     Args:
-        role: of such sites, as targets name it; a word or words with dots, and no role of peftfx's own.
+        role: the role of these sites, for targets: a word, or words with dots, but no role of peftfx's own.
         where: a condition on a match.
         axes: for each tensor argument, the names of its axes; see `peftfx.patterns.spelling.spell`. The number of axes
-            is an example: operators match whatever there are.
+            is only an example: operators match any number of axes.
 
     Raises:
         PeftfxError: the function cannot be traced, or the role is one of peftfx's.
@@ -155,24 +155,24 @@ def pattern(
 
 
 def forget(names: Iterable[str]) -> None:
-    """Search graphs for these patterns no more."""
+    """Stop searching graphs for the patterns of these `names`."""
     for name in names:
         _known.pop(name, None)
     _version[0] = next(_VERSIONS)
 
 
 def remember(known: Pattern) -> None:
-    """Search graphs for a pattern from now on, if they are not searched for it already."""
+    """Search graphs for the pattern `known` from now on."""
     if _known.get(known.name) is not known:
         _known[known.name] = known
         _version[0] = next(_VERSIONS)
 
 
 def known_patterns() -> tuple[Pattern, ...]:
-    """The patterns that graphs are searched for."""
+    """Return the patterns that graphs are searched for."""
     return tuple(_known.values())
 
 
 def version() -> int:
-    """A number that is another one after each change of what is searched for."""
+    """Return a number that changes whenever the set of known patterns changes."""
     return _version[0]

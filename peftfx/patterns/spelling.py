@@ -1,4 +1,4 @@
-"""Spelling: a plain torch function traced once at sizes of no meaning, for a graph to be searched for it."""
+"""Spelling: a plain torch function, traced once at arbitrary sizes, so that graphs can be searched for it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from peftfx.graph.trace import trace
 
 _AXIS = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*|\d+)")
 _DTYPE = re.compile(r"\s*(\w+)\s*:(.*)")
-_SIZES = (4, 6, 10, 14, 22, 26, 34, 38, 46, 58)  #: twice a prime each: no two are alike, and all can be halved
-_FIRST_NUMBER = 0.7316  #: what stands for a number that is free, plus a little for each
+_SIZES = (4, 6, 10, 14, 22, 26, 34, 38, 46, 58)  #: each is twice a prime: all are different, and all can be halved
+_FIRST_NUMBER = 0.7316  #: the first stand-in for a free number; further numbers get a little more
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """One way to write what a pattern computes.
+    """One function that computes a pattern.
 
     Attributes:
-        function: as the user wrote it.
-        tensors: names of its tensor arguments, in order.
-        numbers: its free numbers, by what stands for each in the trace.
+        function: the user's function.
+        tensors: the names of the function's tensor arguments, in order.
+        numbers: the names of the free numbers, by the stand-in of each in the trace.
         program: the trace; its inputs are the tensors.
-        order: the function's arguments, all of them.
+        order: the names of all arguments of the function, in order.
     """
 
     function: Callable[..., object] = field(repr=False)
@@ -45,7 +45,7 @@ class Spelling:
         return output.args[0]  # type: ignore[no-any-return]
 
     def again(self, values: Mapping[str, Tensor], numbers: Mapping[str, float]) -> fx.GraphModule:
-        """The function traced anew, at the sizes and with the numbers of a match."""
+        """Trace the function again, at the sizes and with the numbers of a match."""
         return trace(_called(self.function, self.order, self.tensors, numbers), _of(self, values), _name(self), "")
 
 
@@ -58,12 +58,13 @@ def _name(spelling: Spelling) -> str:
 
 
 def spell(function: Callable[..., object], axes: Mapping[str, str]) -> Spelling:
-    """Trace a function.
+    """Trace a function as a spelling.
 
     Args:
-        function: of tensors, and of numbers that are annotated as `float`. Another argument with a default has that.
-        axes: for each tensor, the names of its axes, with its dtype ahead if it is not float32:
-            `"batch length width"`, `"2*inner width"`, `"int64: batch length"`.
+        function: a function of tensors, and of numbers that are annotated as `float`. Other arguments keep their
+            defaults.
+        axes: for each tensor, the names of its axes, after its dtype if that is not float32: `"batch length width"`,
+            `"2*inner width"`, `"int64: batch length"`.
 
     Raises:
         PeftfxError: an argument has no axes, or the function cannot be traced, or computes nothing.
@@ -89,7 +90,7 @@ def spell(function: Callable[..., object], axes: Mapping[str, str]) -> Spelling:
         program = trace(_called(function, order, tensors, numbers), values, name, "pattern")
     except PeftfxError:
         raise
-    except Exception as error:  # whatever the user's own code raises
+    except Exception as error:  # any error of the user's own code
         what = f"{name} fails on tensors of {', '.join(str(tuple(v.shape)) for v in values)}: {first_line(error)}"
         raise PeftfxError(what, "pattern", "the names of the axes say which sizes are equal") from error
     _refuse_odd(program, name, tensors)
@@ -99,7 +100,7 @@ def spell(function: Callable[..., object], axes: Mapping[str, str]) -> Spelling:
 def _called(
     function: Callable[..., object], order: tuple[str, ...], tensors: tuple[str, ...], numbers: Mapping[str, float]
 ) -> Callable[..., object]:
-    """The function of its tensors alone, by position."""
+    """Return the function as a function of its tensors only, by position."""
 
     def call(*values: Any) -> object:
         given = dict(zip(tensors, values, strict=True))
@@ -109,7 +110,7 @@ def _called(
 
 
 def _example(axes: str, sizes: dict[str, int], where: str) -> Tensor:
-    """A tensor of these axes; each name has a size of its own."""
+    """Return a tensor of these axes. Each axis name has its own size."""
     found = _DTYPE.fullmatch(axes)
     dtype = getattr(torch, found[1], None) if found else torch.float32
     if not isinstance(dtype, torch.dtype):

@@ -1,1 +1,1 @@
-"""Quantised weights as plain data: read from files of many formats, without the quantiser's package."""
+"""Quantised weights as plain data, read from files of many formats without the quantiser's package."""

@@ -1,4 +1,4 @@
-"""AWQ, as AutoAWQ saves it (version `gemm`): 4 bits, eight columns of the transposed weight in a word, out of order.
+"""AWQ in AutoAWQ's layout `gemm`: 4 bits, eight columns of the transposed weight in one word, reordered.
 
 https://github.com/casper-hansen/AutoAWQ/blob/main/awq/utils/packing_utils.py
 """
@@ -15,14 +15,14 @@ from peftfx.quantisation.packed import Packed, nibbles
 
 MARKS = ("qweight",)
 NAMES = frozenset({"qweight", "qzeros", "scales"})
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  #: the row that each of a word's codes is of
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  #: the row of each of a word's codes
 
 
 def read(packed: Packed) -> Blocks:
-    """A layer's codes.
+    """Return a layer's codes.
 
     Raises:
-        PeftfxError: another version than `gemm`, another number of bits than 4, or their shapes do not fit.
+        PeftfxError: the version is not `gemm`, the number of bits is not 4, or the shapes do not fit.
     """
     packed.integer("bits", 4)
     version = str(packed.config.get("version", "gemm")).lower()
@@ -48,7 +48,7 @@ def _unpack(weight: Tensor, zeros: Tensor, scales: Tensor) -> Unpacked:
 
 
 def _rows(words: Tensor) -> Tensor:
-    """uint8 [out, n] of words int32 [n, out / 8]."""
+    """Return uint8 [out, n] of the int32 words [n, out / 8]."""
     codes = nibbles(words, 4).unflatten(1, (-1, 8))
     back = torch.argsort(torch.tensor(_ORDER))
     return codes.index_select(2, back).flatten(1).T

@@ -1,4 +1,4 @@
-"""bitsandbytes in 4 bits, nf4 and fp4, with double quantisation too, as transformers saves it.
+"""bitsandbytes in 4 bits, as transformers saves it: nf4 and fp4, also with double quantisation.
 
 https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/functional.py (QuantState)
 """
@@ -24,10 +24,10 @@ NAMES = frozenset(
 
 
 def read(packed: Packed) -> Tabled:
-    """A layer's codes.
+    """Return a layer's codes.
 
     Raises:
-        PeftfxError: what is said of them is broken, or does not fit them.
+        PeftfxError: the codes' `quant_state` is broken, or does not fit the codes.
     """
     mark = next(name for name in MARKS if name in packed.tensors)
     try:
@@ -57,7 +57,7 @@ _Nested = tuple[Tensor, Tensor, Tensor, int, float]
 
 
 def _nested(packed: Packed, absmax: Tensor, said: dict[str, object]) -> _Nested:
-    """Magnitudes that are quantised themselves: their codes, the codes' table, its blocks' magnitudes, an offset."""
+    """Return the parts of quantised magnitudes: codes, their table, the magnitudes of their blocks, and an offset."""
     table = packed.get("weight.nested_quant_map", torch.float32)
     outer = packed.get("weight.nested_absmax", torch.float32)
     size, offset = said.get("nested_blocksize"), said.get("nested_offset")

@@ -1,6 +1,6 @@
-"""bitsandbytes in 8 bits, as transformers saves it: integers and, for each row, its largest magnitude.
+"""bitsandbytes in 8 bits, as transformers saves it: integers, and the largest magnitude of each row.
 
-Its own product rounds activations to 8 bits too, and keeps outliers in half precision: that is not done here.
+bitsandbytes' own product also rounds activations to 8 bits, and keeps outliers in half precision. peftfx does not.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _STEP = 7.874015718698502e-3  #: bitsandbytes' 1 / 127
 
 
 def read(packed: Packed) -> Blocks:
-    """A layer's codes.
+    """Return a layer's codes.
 
     Raises:
-        PeftfxError: they are laid out for a GPU, or their shapes do not fit.
+        PeftfxError: the codes are laid out for a GPU, or the shapes do not fit.
     """
     weight, scales = packed.get("weight", torch.int8), packed.get("SCB", torch.float32)
     if "weight_format" in packed.tensors and int(packed.get("weight_format")) != 0:

@@ -1,4 +1,4 @@
-"""read_checkpoint: the tensors of a quantised base's files, each quantised weight as the codes that it is."""
+"""`read_checkpoint` reads the tensors of a quantised base's files, each quantised weight as its codes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from peftfx.quantisation.packed import Packed
 
 @dataclass(frozen=True)
 class Format:
-    """How layers are stored.
+    """A storage format of quantised layers.
 
     Attributes:
         marks: names after a module's path, one of which each quantised layer has.
-        names: all that such a layer may have.
-        read: reads one.
+        names: all names that such a layer may have.
+        read: a function that reads a layer's codes.
     """
 
     marks: tuple[str, ...]
@@ -47,10 +47,10 @@ _KNOWN = ("bitsandbytes", *(name for name in _FORMATS if " " not in name))
 
 
 def format_of(config: object, where: Path) -> Format:
-    """The format that a `quantization_config` names.
+    """Return the format that a `quantization_config` names.
 
     Raises:
-        PeftfxError: it names none, or one that is not read here.
+        PeftfxError: the config names no format, or a format that peftfx cannot read.
     """
     if not isinstance(config, Mapping):
         raise PeftfxError(
@@ -66,7 +66,7 @@ def format_of(config: object, where: Path) -> Format:
 
 
 def _bits(config: Mapping[str, object]) -> int:
-    """What bitsandbytes' config says, 0 where it says nothing."""
+    """Return the bits in bitsandbytes' config, or 0 if it names none."""
     names = {4: ("load_in_4bit", "_load_in_4bit"), 8: ("load_in_8bit", "_load_in_8bit")}
     return next((bits for bits, own in names.items() if any(config.get(name) is True for name in own)), 0)
 
@@ -74,9 +74,10 @@ def _bits(config: Mapping[str, object]) -> int:
 def read_checkpoint(
     files: Iterable[Path], config: Mapping[str, object], where: Path, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of these safetensors files, by the names of a model that is not quantised.
+    """Return the tensors of these safetensors files, by the names of a model that is not quantised.
 
-    Nothing is in memory: what is plain is mapped and shown in `dtype`, what is quantised is a `Coded`.
+    No values are loaded: plain weights are memory-mapped and appear in `dtype`, and quantised weights are `Coded`
+    tensors.
 
     Raises:
         PeftfxError: a layer's tensors are incomplete or do not fit, or integers belong to no layer.
@@ -100,7 +101,7 @@ def read_checkpoint(
 
 
 def _mapped(files: Iterable[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of files, and the files' metadata."""
+    """Return the tensors of the files, and the files' metadata."""
     from safetensors import safe_open
 
     tensors: dict[str, Tensor] = {}
@@ -113,7 +114,7 @@ def _mapped(files: Iterable[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _of_layer(config: Mapping[str, object], told: Mapping[str, str], path: str) -> Mapping[str, object]:
-    """The config, and what a file's metadata says of a layer, where that is JSON."""
+    """Return the config, with a layer's entry in the files' metadata if that is JSON."""
     try:
         return {**config, torchao.LAYER: json.loads(told[f"{path}.weight"])}
     except (KeyError, ValueError, RecursionError):
@@ -121,7 +122,7 @@ def _of_layer(config: Mapping[str, object], told: Mapping[str, str], path: str) 
 
 
 def _refuse_left(tensors: Mapping[str, Tensor], layers: Format, where: Path) -> None:
-    """Refuse what is left of a layer that is incomplete: integers without their scales say nothing."""
+    """Refuse tensors left over from an incomplete layer: integers are useless without their scales."""
     parts = tuple(f".{name}" for name in layers.names if name != "weight")
     narrow = (torch.int8, torch.uint8, torch.int32, fp8.E4M3, torch.float8_e5m2)
     left = [n for n, t in tensors.items() if n.endswith(parts) or (n.endswith("weight") and t.dtype in narrow)]

@@ -1,4 +1,4 @@
-"""Coded: a parameter of a model that is quantised in its file, and dequantised by whatever computes with it."""
+"""Coded: a parameter that is quantised in its file, and dequantised by each operator that reads it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _View = Callable[[Tensor], Tensor]
 
 
 class Coded(Stored):
-    """Looks like the weight that codes stand for; each operator that needs its values dequantises them for itself.
+    """A tensor that stands for the weight of some codes. Each operator that needs its values dequantises them.
 
-    So a model of 4-bit files can be run in float32 with one weight of it in memory. It is read-only.
+    So a model with 4-bit files can run in float32 with only one dequantised weight in memory. The tensor is read-only.
 
     Attributes:
-        codes: what is stored.
-        views: of the matrix [out, in], one after another: how this tensor sees it.
-        like: of its shape and strides, without values.
+        codes: the stored codes.
+        views: the views, applied in turn, that lead from the matrix [out, in] to this tensor.
+        like: a tensor with this tensor's shape and strides, without values.
     """
 
     codes: Codes
@@ -57,24 +57,24 @@ class Coded(Stored):
 
     @property
     def source(self) -> Tensor:  # type: ignore[override]
-        """The values, float32, computed now, or kept since they were: see `keeping`."""
+        """The float32 values, computed at each access, or kept since the first: see `keeping`."""
         values = _values_of(self.codes).to(self.device)
         for view in self.views:
             values = view(values)
         return values
 
     def moved(self, view: _View) -> Coded:
-        """A view of it: nothing is computed."""
+        """Return a view of this tensor, without computing it."""
         return Coded(self.codes, self.dtype, views=(*self.views, view), device=self.device)
 
     @property
     def identity(self) -> object:
-        """Equal for two views of one weight that look the same."""
+        """A value that is equal for two equal views of one weight."""
         return id(self.codes), self.like.shape, self.like.stride(), self.like.storage_offset(), self.dtype
 
     @property
     def transposed(self) -> bool | None:
-        """Whether it is the matrix [in, out]; None where it is neither that nor [out, in]."""
+        """Whether this tensor is the matrix [in, out]; None if it is neither that nor [out, in]."""
         rows, columns = self.codes.shape
         if self.like.storage_offset() or self.like.ndim != 2 or self.like.numel() != rows * columns:
             return None
@@ -83,7 +83,7 @@ class Coded(Stored):
         return True if self.like.shape == (columns, rows) and self.like.stride() == (1, columns) else None
 
 
-_MOST = 16 << 30  #: bytes that are kept, and never more than half of what is free
+_MOST = 16 << 30  #: the most bytes that are kept; never more than half of the free space
 
 
 @dataclass
@@ -100,18 +100,18 @@ class _Kept:
             return made
         self.left -= made.nbytes
         kept = mapped_copy(made, self.folder)
-        self.found[id(codes)] = codes, kept  # with the codes: no others can get their number meanwhile
+        self.found[id(codes)] = codes, kept  # keep the codes too, so that no other object can get their id
         return kept
 
 
 def mapped_copy(values: Tensor, beside: Path) -> Tensor:
-    """A copy in a mapped file without a name, on the disk of this directory: in no memory but what can be dropped."""
+    """Return a copy in a memory-mapped file without a name, on the disk of the directory `beside`."""
     if not values.numel():
         return values
     with tempfile.TemporaryDirectory(prefix="values-", dir=beside) as folder:
         file = str(Path(folder) / "0")
         mapped = torch.from_file(file, shared=True, size=values.numel(), dtype=values.dtype).view(values.shape)
-        return mapped.copy_(values)  # the mapping stays when its file is gone
+        return mapped.copy_(values)  # the mapping stays valid after its file is deleted
 
 
 _CURRENT: ContextVar[_Kept | None] = ContextVar("kept", default=None)
@@ -119,9 +119,10 @@ _CURRENT: ContextVar[_Kept | None] = ContextVar("kept", default=None)
 
 @contextlib.contextmanager
 def keeping(beside: Path) -> Iterator[None]:
-    """Inside, a weight is dequantised once, into a mapped file on the disk of this directory, as long as there is room.
+    """Dequantise each weight only once inside the context, into memory-mapped files, while there is room.
 
-    Mapped files are in no memory but what the kernel can drop. They have no names: whatever ends the process ends them.
+    The kernel can drop mapped pages from memory at any time. The files have no names, so they vanish when the process
+    ends.
     """
     with tempfile.TemporaryDirectory(prefix="values-", dir=beside) as folder:
         token = _CURRENT.set(_Kept(Path(folder), min(_MOST, shutil.disk_usage(folder).free // 2)))
@@ -132,6 +133,6 @@ def keeping(beside: Path) -> Iterator[None]:
 
 
 def _values_of(codes: Codes) -> Tensor:
-    """The float32 weight [out, in] of codes; it may be kept, and is not to be written."""
+    """Return the float32 weight [out, in] of codes. It may be shared, and must not be written."""
     kept = _CURRENT.get()
     return codes.dequantise() if kept is None else kept.values(codes)

@@ -1,6 +1,6 @@
-"""Codes: a quantised linear weight [out, in] as it is stored, and the one matrix in float32 that it stands for.
+"""Codes: a quantised linear weight [out, in] in its stored form, and the float32 matrix that it stands for.
 
-Nothing is unpacked until it is asked for: a weight holds the tensors of its file, which are memory-mapped.
+Nothing is unpacked until its values are read: a weight holds the memory-mapped tensors of its file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-#: The sixteen numbers of bitsandbytes' types, times the largest magnitude of a block.
+#: The sixteen numbers of bitsandbytes' types, which are multiplied by the largest magnitude of a block.
 #: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/functional.py (get_4bit_type)
 TABLES = {
     "nf4": (
@@ -29,7 +29,7 @@ TABLES = {
 }
 
 
-_AT_ONCE = 1 << 20  #: bytes of two codes that are looked up at a time
+_AT_ONCE = 1 << 20  #: how many bytes, of two codes each, are looked up at a time
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Codes(ABC):
     """A quantised weight.
 
     Attributes:
-        format: what it is, in words.
-        rows, columns: its shape as a matrix [out, in].
+        format: the format's name, for users.
+        rows, columns: the weight's shape as a matrix [out, in].
     """
 
     format: str
@@ -47,23 +47,23 @@ class Codes(ABC):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[out, in]."""
+        """The shape of the weight, [out, in]."""
         return self.rows, self.columns
 
     @abstractmethod
     def dequantise(self) -> Tensor:
-        """The weight, float32 [out, in], computed in float32."""
+        """Return the weight, float32 [out, in], computed in float32."""
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What a weight of blocks is made of, one number in a byte.
+    """The numbers of a weight of blocks, with one code in each byte.
 
     Attributes:
-        integers: uint8 [out, in], in the order in which blocks are contiguous.
+        integers: uint8 [out, in], with columns in an order in which blocks are contiguous.
         scales: float32 [out, blocks].
-        zeros: int16 [out, blocks], from 0 to 2^bits, where each block has its own.
-        least: float32 [out, blocks], what is taken away after scaling.
+        zeros: int16 [out, blocks], from 0 to 2^bits, if each block has its own zero.
+        least: float32 [out, blocks], subtracted after scaling.
     """
 
     integers: Tensor
@@ -77,14 +77,14 @@ class Blocks(Codes):
     """Integers on a grid for each block of a row: `scale * (q - zero) - least`.
 
     Attributes:
-        bits: of a code, 1 to 8.
-        block: how many columns in a row share a scale; a last block may be shorter.
-        unpack: reads and unpacks them.
-        zero: of all blocks, where they have none of their own.
+        bits: the bits of a code, 1 to 8.
+        block: how many adjacent columns share a scale; the last block may be shorter.
+        unpack: a function that reads and unpacks the blocks.
+        zero: the zero of all blocks, if blocks have no zeros of their own.
         own_zeros: whether each block has its own zero.
-        largest_zero: there is, of their own.
-        shifted: whether something is taken away after scaling.
-        order: int64 [in], where the columns that the blocks hold come from, where that is not their own order.
+        largest_zero: the largest of the blocks' own zeros.
+        shifted: whether `least` is subtracted after scaling.
+        order: int64 [in], the weight's column of each stored column; None if the order is the same.
     """
 
     bits: int
@@ -98,7 +98,7 @@ class Blocks(Codes):
 
     @property
     def count(self) -> int:
-        """How many blocks a row has."""
+        """The number of blocks in a row."""
         return -(-self.columns // self.block)
 
     def dequantise(self) -> Tensor:
@@ -119,8 +119,8 @@ class Tabled(Codes):
     Attributes:
         table: `nf4` or `fp4`.
         block: how many numbers share a magnitude, across rows too.
-        packed: reads uint8 [numbers / 2], two codes in a byte, the first in the high half.
-        magnitudes: reads float32 [blocks].
+        packed: a function that reads uint8 [numbers / 2], two codes in a byte, the first in the high half.
+        magnitudes: a function that reads float32 [blocks].
     """
 
     table: str
@@ -131,7 +131,7 @@ class Tabled(Codes):
     def dequantise(self) -> Tensor:
         count = self.rows * self.columns
         table = torch.tensor(TABLES[self.table])
-        pairs = torch.cartesian_prod(table, table).view(torch.int64).view(-1)  # of a byte, the two numbers as one
+        pairs = torch.cartesian_prod(table, table).view(torch.int64).view(-1)  # both numbers of a byte, as one value
         packed, largest = self.packed(), self.magnitudes()
         values = torch.empty(len(largest) * self.block)
         wide = values.view(torch.int64)
@@ -143,12 +143,12 @@ class Tabled(Codes):
 
 @dataclass(frozen=True)
 class Floats8(Codes):
-    """8-bit floats and a scale for each row, or for each block of a row.
+    """8-bit floats, with a scale for each row or for each block of a row.
 
     Attributes:
         values: float8_e4m3fn [out, in].
-        scales: reads float32 [out, blocks].
-        block: how many columns share a scale; all of them where it is `columns`.
+        scales: a function that reads float32 [out, blocks].
+        block: how many columns share a scale; `columns` means all.
     """
 
     block: int
@@ -163,7 +163,7 @@ class Floats8(Codes):
 
 
 def _by_block(values: Tensor, block: int) -> Iterator[tuple[Tensor, slice]]:
-    """Views [out, blocks, columns] of a matrix, and which blocks they are: the whole ones, then a shorter last one."""
+    """Yield views [out, blocks, columns] of a matrix with the blocks' slice: whole blocks, then a shorter last one."""
     whole = values.shape[1] // block
     cut = whole * block
     if whole:

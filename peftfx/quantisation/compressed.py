@@ -27,10 +27,10 @@ _BITS = tuple(range(2, 9))
 
 
 def read(packed: Packed) -> Codes:
-    """A layer's codes. What is said of activations is left: they are not rounded here.
+    """Return a layer's codes. Settings for activations are ignored: activations are not rounded.
 
     Raises:
-        PeftfxError: another format or another number of bits, or their shapes do not fit.
+        PeftfxError: the format or the number of bits is unknown, or the shapes do not fit.
     """
     if "weight_packed" in packed.tensors:
         return _packed(packed)
@@ -95,7 +95,7 @@ def _unpack(
 
 
 def _points(zeros: Tensor, bits: int, rows: int) -> Tensor:
-    """int16 [out, groups] of words in which the points of rows lie side by side."""
+    """Return int16 [out, groups] of words in which the zero points of rows are adjacent."""
     return nibbles(zeros.T, bits)[:, :rows].T.to(torch.int16)
 
 
@@ -104,5 +104,5 @@ def _shifted(zeros: Tensor, rows: int, middle: int) -> Tensor:
 
 
 def _by_row(scale: Tensor, rows: int) -> Tensor:
-    """float32 [out, groups] of what is of the whole weight, or of each row, or of groups."""
+    """Return float32 [out, groups] of a scale of the whole weight, of each row, or of groups."""
     return (scale.reshape(1, 1) if scale.numel() == 1 else scale).float().expand(rows, -1).contiguous()

@@ -1,4 +1,4 @@
-"""fp8 (e4m3): one scale for a weight, for each row, or for each block: DeepSeek's, FBGEMM's and others' files.
+"""fp8 (e4m3) with one scale for a weight, for each row, or for each block: files of DeepSeek, FBGEMM and others.
 
 https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/finegrained_fp8.py
 """
@@ -19,10 +19,10 @@ E4M3 = torch.float8_e4m3fn
 
 
 def read(packed: Packed) -> Floats8:
-    """A layer's codes. What is said of activations is left: they are not rounded here.
+    """Return a layer's codes. Settings for activations are ignored: activations are not rounded.
 
     Raises:
-        PeftfxError: another 8-bit float than e4m3, or their shapes do not fit.
+        PeftfxError: the 8-bit float is not e4m3, or the shapes do not fit.
     """
     mark = next(name for name in MARKS if name in packed.tensors)
     scale = packed.get(mark, torch.float32, torch.float16, torch.bfloat16)
@@ -30,7 +30,7 @@ def read(packed: Packed) -> Floats8:
 
 
 def floats8(packed: Packed, name: str, weight: Tensor, scale: Tensor) -> Floats8:
-    """Codes of e4m3, whatever their scale is of.
+    """Return codes of e4m3, with scales of the weight, of rows or of blocks.
 
     Raises:
         PeftfxError: the scale fits no blocks of the weight.
@@ -47,7 +47,7 @@ def floats8(packed: Packed, name: str, weight: Tensor, scale: Tensor) -> Floats8
 
 
 def _block(packed: Packed, rows: int, columns: int, grid: tuple[int, ...]) -> tuple[int, int] | None:
-    """The rows and columns that share a scale."""
+    """Return the rows and columns that share a scale, or None if the grid does not fit."""
     said = packed.config.get("weight_block_size")
     known = isinstance(said, list) and len(said) == 2 and all(isinstance(n, int) and n > 0 for n in said)
     if known and grid == (-(-rows // said[0]), -(-columns // said[1])):  # type: ignore[index]
@@ -58,5 +58,5 @@ def _block(packed: Packed, rows: int, columns: int, grid: tuple[int, ...]) -> tu
 
 
 def _scales(scale: Tensor, grid: tuple[int, ...], height: int, rows: int) -> Tensor:
-    """float32 [out, blocks]."""
+    """Return the scales, float32 [out, blocks]."""
     return scale.float().reshape(grid).repeat_interleave(height, 0)[:rows]

@@ -1,4 +1,4 @@
-"""GGUF's blocks, as llama.cpp packs them: which bytes of a block are codes, which scales.
+"""GGUF's blocks, as llama.cpp packs them: which bytes of a block are codes, and which are scales.
 
 https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c (dequantize_row_*)
 """
@@ -19,15 +19,15 @@ _Read = Callable[[Tensor], Unpacked]
 
 @dataclass(frozen=True)
 class Layout:
-    """Of a type of blocks.
+    """The layout of a type of blocks.
 
     Attributes:
-        columns: that a block in the file has.
-        size: its bytes.
-        bits: of a code.
-        block: columns that share a scale.
-        zero: of all codes.
-        read: unpacks uint8 [out, blocks, size].
+        columns: the columns of a block in the file.
+        size: the bytes of a block in the file.
+        bits: the bits of a code.
+        block: how many columns share a scale.
+        zero: the zero of all codes.
+        read: a function that unpacks uint8 [out, blocks, size].
         shifted: whether each block has a least value.
     """
 
@@ -41,16 +41,16 @@ class Layout:
 
 
 def blocks(name: str, data: Tensor, columns: int, order: Tensor | None) -> Blocks:
-    """The codes of a weight.
+    """Return the codes of a weight.
 
     Args:
-        name: of its type, one of `LAYOUTS`.
+        name: the name of the type, one of `LAYOUTS`.
         data: uint8 [out, bytes of a row], memory-mapped.
-        columns: of the weight.
-        order: int64 [out], the row in the file that each row of the weight is; None is their own order.
+        columns: the weight's number of columns.
+        order: int64 [out], the file's row of each row of the weight; None for the same order.
 
     Raises:
-        ValueError: the rows have other sizes.
+        ValueError: the rows' bytes do not fit the number of columns.
     """
     layout = LAYOUTS[name]
     if columns % layout.columns or data.shape[1] != columns // layout.columns * layout.size:
@@ -68,17 +68,17 @@ def _unpack(layout: Layout, data: Tensor, order: Tensor | None) -> Unpacked:
 
 
 def _half(raw: Tensor, start: int) -> Tensor:
-    """float32 [out, blocks, 1] of a float16 at a place in each block."""
+    """Return float32 [out, blocks, 1] of the float16 at byte `start` of each block."""
     return raw[..., start : start + 2].contiguous().view(torch.float16).float()
 
 
 def _halves(raw: Tensor) -> Tensor:
-    """The low halves of bytes, then the high ones, along the last axis."""
+    """Return the low halves of bytes, then the high halves, along the last axis."""
     return torch.cat([raw & 15, raw >> 4], -1)
 
 
 def _fifths(raw: Tensor) -> Tensor:
-    """uint8 [..., 32] of 0 and 16: the fifth bits in four bytes, lowest first."""
+    """Return uint8 [..., 32] of 0 and 16: the fifth bits in four bytes, the lowest first."""
     return ((raw.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2) << 4
 
 
@@ -99,11 +99,11 @@ def _q5_1(raw: Tensor) -> Unpacked:
 
 
 def _q8_0(raw: Tensor) -> Unpacked:
-    return Unpacked(raw[..., 2:] ^ 128, _half(raw, 0))  # of int8, in two's complement, 128 more
+    return Unpacked(raw[..., 2:] ^ 128, _half(raw, 0))  # int8 in two's complement, plus 128
 
 
 def _scales_k(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [out, blocks, 8] scales and least values, of 6 bits each in twelve bytes."""
+    """Return float32 [out, blocks, 8] scales and least values, of 6 bits each in twelve bytes."""
     low, middle, high = raw[..., 4:8], raw[..., 8:12], raw[..., 12:16]
     scales = torch.cat([low & 63, high & 15 | low >> 6 << 4], -1)
     least = torch.cat([middle & 63, high >> 4 | middle >> 6 << 4], -1)
@@ -123,7 +123,7 @@ def _q5_k(raw: Tensor) -> Unpacked:
 
 
 def _q6_k(raw: Tensor) -> Unpacked:
-    low = _halves(raw[..., :128].unflatten(-1, (2, 64)))  # of each half of 128 columns
+    low = _halves(raw[..., :128].unflatten(-1, (2, 64)))  # for each half of 128 columns
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).unsqueeze(-1)
     high = (raw[..., 128:192].unflatten(-1, (2, 1, 32)) >> shifts & 3).flatten(-2)
     scales = raw[..., 192:208].contiguous().view(torch.int8).float() * _half(raw, 208)

@@ -1,4 +1,4 @@
-"""GPTQ, as AutoGPTQ and GPTQModel save it: symmetric or not, with columns in the order of their activations or not.
+"""GPTQ, as AutoGPTQ and GPTQModel save it: symmetric or not, with or without columns in the order of activations.
 
 https://github.com/ModelCloud/GPTQModel/blob/main/gptqmodel/nn_modules/qlinear/__init__.py (pack_block)
 """
@@ -19,10 +19,10 @@ NAMES = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 
 def read(packed: Packed) -> Blocks:
-    """A layer's codes.
+    """Return a layer's codes.
 
     Raises:
-        PeftfxError: they have a number of bits that is not known, or their shapes do not fit.
+        PeftfxError: the number of bits is unknown, or the shapes do not fit.
     """
     bits = packed.integer("bits", 2, 3, 4, 8)
     weight, zeros = packed.get("qweight", torch.int32), packed.get("qzeros", torch.int32)
@@ -46,7 +46,7 @@ def read(packed: Packed) -> Blocks:
             order = in_order(packed.get("g_idx"), block, columns)
         except ValueError as error:
             raise packed.wrong(str(error)) from error
-    more = 0 if packed.config.get("checkpoint_format") == "gptq_v2" else 1  # what the format leaves out of zeros
+    more = 0 if packed.config.get("checkpoint_format") == "gptq_v2" else 1  # the format stores zeros minus 1
     unpack = functools.partial(_unpack, bits, weight, zeros, scales, order, more)
     name = f"GPTQ int{bits}" + (", columns in the order of activations" if order is not None else "")
     middle = 1 << bits - 1

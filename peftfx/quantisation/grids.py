@@ -1,4 +1,4 @@
-"""Grids that several formats share."""
+"""Quantisation grids that several formats share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _MIDDLE = 128
 def bytes_by_row(
     name: str, weight: Tensor, scales: Callable[[], Tensor], zeros: Callable[[], Tensor] | None = None
 ) -> Blocks:
-    """int8 codes [out, in] on one grid for each row; a row's zero is of int8 too."""
+    """Return blocks of int8 codes [out, in] with one scale for each row. A row's zero is int8 too."""
     return bytes_by_block(name, weight, weight.shape[1], scales, zeros)
 
 
 def bytes_by_block(
     name: str, weight: Tensor, block: int, scales: Callable[[], Tensor], zeros: Callable[[], Tensor] | None = None
 ) -> Blocks:
-    """int8 codes [out, in], and a float32 scale [out, blocks] of each block; a block's zero is of int8 too."""
+    """Return blocks of int8 codes [out, in] with float32 scales [out, blocks]. A block's zero is int8 too."""
     unpack = functools.partial(_bytes, weight, scales, zeros)
     rows, columns = weight.shape
     return Blocks(name, rows, columns, 8, block, unpack, _MIDDLE, own_zeros=zeros is not None)
@@ -35,10 +35,10 @@ def _bytes(weight: Tensor, scales: Callable[[], Tensor], zeros: Callable[[], Ten
 
 
 def in_order(groups: Tensor, block: int, columns: int) -> Tensor | None:
-    """The columns [in] in which blocks are contiguous, given the group of each; None where they are so already.
+    """Return the column order [in] in which blocks are contiguous, given each column's group; None if it is already.
 
     Raises:
-        ValueError: the groups are not of `block` columns each.
+        ValueError: the groups do not have `block` columns each.
     """
     counted = torch.arange(columns) // block
     groups = groups.long()

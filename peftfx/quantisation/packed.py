@@ -1,4 +1,4 @@
-"""Packed: the tensors of one quantised layer in a file, by the names that its format has for them."""
+"""Packed: the tensors of one quantised layer in a file, by their names in the format."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from peftfx.errors import PeftfxError
 
 @dataclass(frozen=True)
 class Packed:
-    """A layer of a checkpoint.
+    """A quantised layer of a checkpoint.
 
     Attributes:
-        path: of its module.
-        tensors: what is after the path in their names, and what they hold.
+        path: the path of the layer's module.
+        tensors: the layer's tensors, by the part of their names after the path.
         config: the base's `quantization_config`.
         where: the base's directory.
     """
@@ -28,10 +28,10 @@ class Packed:
     where: str
 
     def get(self, name: str, *dtypes: torch.dtype) -> Tensor:
-        """A tensor of the layer.
+        """Return the layer's tensor `name`.
 
         Raises:
-            PeftfxError: there is none, or it is of none of these dtypes, where some are given.
+            PeftfxError: there is no such tensor, or its dtype is not one of the given `dtypes`.
         """
         if name not in self.tensors:
             raise self.wrong(f"there is no {name}")
@@ -41,10 +41,10 @@ class Packed:
         return found
 
     def integer(self, name: str, *known: int) -> int:
-        """A number of the config, one of those that are known.
+        """Return the config's number `name`, which must be one of `known`, if any are given.
 
         Raises:
-            PeftfxError: it is none of them.
+            PeftfxError: the number is missing or unknown.
         """
         value = self.config.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or (known and value not in known):
@@ -53,34 +53,34 @@ class Packed:
         return value
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuse a tensor of another shape.
+        """Refuse the tensor `name` if it has another shape.
 
         Raises:
-            PeftfxError: it has one.
+            PeftfxError: the shape is not `shape`.
         """
         have = tuple(self.get(name).shape)
         if have != shape:
             raise self.wrong(f"{name} is {list(have)}, and the other tensors of the layer want {list(shape)}")
 
     def wrong(self, what: str) -> PeftfxError:
-        """An error about this layer."""
+        """Return an error about this layer."""
         hint = "download the base again, or export from its unquantised original"
         return PeftfxError(f"a quantised layer cannot be read: {what}", f"{self.where}: {self.path}", hint)
 
 
 def nibbles(words: Tensor, bits: int) -> Tensor:
-    """uint8 [..., n * 32 / bits]: the codes in int32 words, or those in bytes, lowest first.
+    """Return uint8 [..., n * 32 / bits]: the codes in int32 words, or in bytes, the lowest first.
 
-    Codes whose bits are no divisor of 8 are side by side, too: some of them begin in one word and end in the next.
+    Codes are adjacent even if their bits do not divide 8: some codes start in one word and end in the next.
     """
-    values = words.contiguous().view(torch.uint8)  # little-endian: bytes are in order
+    values = words.contiguous().view(torch.uint8)  # little-endian: the bytes are in order
     if bits == 8:
         return values
     if 8 % bits == 0:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
         return (values.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)
     whole = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, -words.shape[-1] % bits))
-    group = torch.nn.functional.pad(whole.unflatten(-1, (-1, bits)), (0, 1))  # 32 codes, and an empty word behind them
+    group = torch.nn.functional.pad(whole.unflatten(-1, (-1, bits)), (0, 1))  # 32 codes, and an empty word after them
     places = [divmod(number * bits, 32) for number in range(32)]
     codes = [(group[..., at] >> by | group[..., at + 1] << 32 - by) & (1 << bits) - 1 for at, by in places]
     return torch.stack([code.to(torch.uint8) for code in codes], -1).flatten(-2)

@@ -1,9 +1,9 @@
-"""Rounding: a weight in floating point as codes. Blocks of small integers are on the best grid for each, without data.
+"""Rounding: turns a floating-point weight into codes, by a search for the best grid of each block, without data.
 
-A block of a row is `scale * (q - zero)`. Its grid is searched: for each of some scales, near the one whose ends are the
-block's largest numbers, the integers that are nearest are found, then the scale that makes the least squared error with
-them, `s = <x, d> / <d, d>` of `d = q - zero`. The grid of the least error is taken. llama.cpp searches so, too:
-https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c (make_qx_quants)
+A block of a row is `scale * (q - zero)`. The search tries some scales near the scale at which the grid spans the
+block's range. For each scale it finds the nearest integers, and then the scale with the least squared error for these
+integers, `s = <x, d> / <d, d>` with `d = q - zero`. The grid with the least error is taken. llama.cpp searches in the
+same way: https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c (make_qx_quants)
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from peftfx.quantisation.codes import TABLES, Tabled
 
-_BLOCK = 64  #: bitsandbytes' own
-_AT_ONCE = 1 << 22  #: elements that are rounded at a time
-#: How much of a block's range a grid spans: of few integers more is gained by cutting off what is largest.
+_BLOCK = 64  #: the size of bitsandbytes' blocks
+_AT_ONCE = 1 << 22  #: how many elements are rounded at a time
+#: The shares of a block's range that a grid may span. With few integers it helps to cut off the largest numbers.
 _SPANS = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.7), 8: (1.0,)}
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Blocks of a weight [out, in]; the last one of a row is filled up by zeros.
+    """The rounded blocks of a weight [out, in]. The last block of a row is padded with zeros.
 
     Attributes:
         integers: uint8 [out, blocks, block].
-        scales: of the weight's dtype [out, blocks].
-        zeros: uint8 [out, blocks]; None where all are `2^(bits - 1)`.
+        scales: [out, blocks], in the weight's dtype.
+        zeros: uint8 [out, blocks]; None if all are `2^(bits - 1)`.
     """
 
     integers: Tensor
@@ -38,7 +38,7 @@ class Rounded:
     zeros: Tensor | None
 
     def values(self, middle: int) -> Tensor:
-        """The numbers that they stand for, float32 [out, blocks * block]; `middle` is the zero that all share."""
+        """Return the rounded numbers, float32 [out, blocks * block]. `middle` is the zero that all blocks share."""
         zeros = middle if self.zeros is None else self.zeros.float().unsqueeze(-1)
         return ((self.integers.float() - zeros) * self.scales.float().unsqueeze(-1)).flatten(1)
 
@@ -46,15 +46,15 @@ class Rounded:
 def round_blocks(
     weight: Tensor, bits: int, block: int, *, symmetric: bool = True, search: bool = True, signed: bool = True
 ) -> Rounded:
-    """A weight [out, in] in blocks of each row.
+    """Round a weight [out, in] in blocks of each row.
 
     Args:
-        weight: of any floating dtype; its scales are of it.
-        bits: of an integer, 4 or 8.
-        block: numbers that share a scale.
+        weight: a weight of any floating-point dtype, which is also the dtype of the scales.
+        bits: the bits of an integer, 4 or 8.
+        block: how many numbers share a scale.
         symmetric: all zeros are `2^(bits - 1)`; otherwise each block has its own.
-        search: for the best grid; otherwise the block's largest numbers are its ends.
-        signed: whether a scale may be negative, which spares a symmetric grid the integer that it has to itself.
+        search: whether the best grid is searched; otherwise the grid spans the block's range.
+        signed: whether a scale may be negative. Then a symmetric grid also uses its one integer without a counterpart.
     """
     rows = max(1, _AT_ONCE // weight.shape[1])
     spans = _SPANS[bits] if search else (1.0,)
@@ -79,7 +79,7 @@ def _rounded(
                 yield scale, torch.where(scale > 0, -low * span / scale, 0.0).round_()
             elif signed:
                 yield torch.where(-low > high, low, high) * (span / -half), half
-            if symmetric and (search or not signed):  # both ends of the smaller side
+            if symmetric and (search or not signed):  # a grid with equal ends on both sides
                 yield torch.maximum(-low, high) * (span / (half - 1)), half
 
     def integers(scale: Tensor, zero: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def _rounded(
 
 
 def round_table(weight: Tensor, table: str, block: int, *, search: bool = True) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [numbers] of the flat weight, and magnitudes float32 [blocks], on a table of bitsandbytes'."""
+    """Return codes uint8 [numbers] of the flat weight, and magnitudes float32 [blocks], for a bitsandbytes table."""
     numbers, order = torch.tensor(TABLES[table]).sort(stable=True)
     middles = (numbers[1:] + numbers[:-1]) / 2
     flat = torch.nn.functional.pad(weight.reshape(-1), (0, -weight.numel() % block)).view(-1, block)
@@ -129,7 +129,7 @@ def _best(
     *,
     refine: bool,
 ) -> _Best:
-    """The grid of the least squared error, `|x|^2 - <x, d>^2 / |d|^2` where its scale is the best for its integers."""
+    """Return the grid with the least squared error, `|x|^2 - <x, d>^2 / |d|^2` at the best scale for its integers."""
     best: _Best | None = None
     for scale, zero in grids:
         codes, steps = codes_on(scale, zero)
@@ -155,12 +155,12 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 def tabled(weight: Tensor, table: str = "nf4") -> Tabled:
-    """The codes of a weight [out, in], computed whenever they are asked for: the weight itself is what is kept.
+    """Return the codes of a weight [out, in]. Only the weight is kept: codes are computed at each access.
 
     Each block of 64 numbers is divided by its largest magnitude, and each number becomes the nearest one of the table:
     https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/csrc/cpu_ops.cpp (quantize_cpu). Magnitudes stay
-    float32: they are not quantised themselves. Of nf4 the codes are bitsandbytes' own; fp4, whose numbers half way
-    between two go one way or the other on its several devices, is not offered.
+    float32: they are not quantised themselves. nf4 gives the same codes as bitsandbytes. fp4 is not offered, because
+    bitsandbytes rounds half-way values differently on different devices.
     """
     rows, columns = weight.shape
     packed, magnitudes = functools.partial(_packed, weight, table), functools.partial(_magnitudes, weight)
@@ -168,7 +168,7 @@ def tabled(weight: Tensor, table: str = "nf4") -> Tabled:
 
 
 def _blocks(weight: Tensor) -> Tensor:
-    """[blocks, 64], the last one filled up by zeros."""
+    """Return the flat weight as [blocks, 64]. The last block is padded with zeros."""
     flat = weight.detach().reshape(-1)
     return torch.nn.functional.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
 
@@ -189,6 +189,6 @@ def _packed(weight: Tensor, table: str) -> Tensor:
 
 
 def _nearest(values: Tensor, table: str) -> Tensor:
-    """The codes of the nearest numbers; half way is the lower one."""
+    """Return the codes of the nearest numbers; half-way values take the lower number."""
     numbers, order = torch.tensor(TABLES[table]).sort(stable=True)
     return order[torch.bucketize(values, (numbers[1:] + numbers[:-1]) / 2)]

@@ -1,6 +1,6 @@
-"""torchao in safetensors, as transformers saves it: integers in bytes, one grid for each row or group.
+"""torchao in safetensors, as transformers saves it: integers in bytes, with one grid for each row or group.
 
-Which of torchao's tensors a layer is, its file's metadata says. What is packed for a kernel (int4) is not read.
+The file's metadata says which of torchao's tensors a layer is. Tensors packed for a kernel (int4) are not read.
 
 https://github.com/pytorch/ao/blob/main/torchao/prototype/safetensors/safetensors_support.py
 """
@@ -18,14 +18,14 @@ from peftfx.quantisation.packed import Packed
 
 MARKS = ("_weight_qdata",)
 NAMES = frozenset({*MARKS, "_weight_scale", "_weight_zero_point"})
-LAYER = "layer"  #: what is in the config of a layer: its file's metadata
+LAYER = "layer"  #: the key, in a layer's config, of the layer's metadata in its file
 
 
 def read(packed: Packed) -> Blocks:
-    """A layer's codes. What is said of activations is left: they are not rounded here.
+    """Return a layer's codes. Settings for activations are ignored: activations are not rounded.
 
     Raises:
-        PeftfxError: it is another of torchao's tensors, or its shapes do not fit.
+        PeftfxError: the layer is another of torchao's tensors, or the shapes do not fit.
     """
     said = packed.config.get(LAYER)
     kind = str(said.get("_type")) if isinstance(said, dict) else "of no type that is told"
@@ -48,7 +48,7 @@ def read(packed: Packed) -> Blocks:
 
 
 def _bits(said: object) -> int:
-    """Of `target_dtype` in a layer's metadata; 0 where it is none."""
+    """Return the bits of `target_dtype` in a layer's metadata, or 0 if it has none."""
     match = re.search(r"torch\.dtype['\"].*?['\"]int([1-8])['\"]", str(_target(said)))
     return int(match[1]) if match else 0
 

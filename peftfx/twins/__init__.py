@@ -1,1 +1,1 @@
-"""Twins: a base in memory as its weights are read: quantised layers are dequantised late."""
+"""Twins: a second view of a base in memory, whose quantised layers are dequantised only when their values are read."""

@@ -1,4 +1,4 @@
-"""codes_in: the codes of a quantised layer in memory, read as those of a file are: no package is asked or run."""
+"""`codes_in` reads the codes of a quantised layer in memory as those of a file, without the quantiser's package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftfx.twins import torchao
 
 _WHERE = "the model in memory"
 _NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32, fp8.E4M3, torch.float8_e5m2)
-#: Of which format a layer is that has a tensor of this name; the first that fits.
+#: The format of a layer that has a tensor of this name; the first entry that fits counts.
 _BY_NAME = (
     *((mark, bitsandbytes4) for mark in bitsandbytes4.MARKS),
     *((mark, bitsandbytes8) for mark in bitsandbytes8.MARKS),
@@ -29,15 +29,15 @@ _BY_NAME = (
 
 
 def codes_in(module: nn.Module, path: str, config: Mapping[str, object]) -> Codes | None:
-    """The codes of a linear layer; None of a module whose weights are not quantised.
+    """Return the codes of a linear layer, or None for a module whose weights are not quantised.
 
     Args:
-        module: of the model.
-        path: its name there.
+        module: a module of the model.
+        path: the module's path in the model.
         config: the model's `quantization_config`, for what the layer itself does not say.
 
     Raises:
-        PeftfxError: it is quantised in a way that is not read here.
+        PeftfxError: the module is quantised in a way that peftfx cannot read.
     """
     quantised = _quantised(module)
     if not quantised:
@@ -58,7 +58,7 @@ def codes_in(module: nn.Module, path: str, config: Mapping[str, object]) -> Code
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module's own weights are quantised, in whatever way."""
+    """Return whether a module's own weights are quantised, in any way."""
     return bool(_quantised(module))
 
 
@@ -73,14 +73,14 @@ def _is_coded(tensor: Tensor) -> bool:
 
 
 class WeightReader:
-    """Reads the weight of one quantised layer at each call, its codes anew when the layer has another tensor."""
+    """Reads the weight of one quantised layer at each call. Codes are read again when the layer's tensor changes."""
 
     def __init__(self) -> None:
         self._of: tuple[Tensor, torch.device] | None = None
         self._read: Coded | None = None
 
     def __call__(self, module: nn.Module, dtype: torch.dtype) -> Coded:
-        """The weight [out, in], in this dtype; dequantised by what computes with it."""
+        """Return the weight [out, in] in this dtype. Each operator that reads it dequantises it."""
         held = (module._parameters.get("weight"), *module._buffers.values())
         own = next(tensor for tensor in held if tensor is not None)
         if (

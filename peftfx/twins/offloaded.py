@@ -1,4 +1,4 @@
-"""Offloaded weights: those that accelerate's hooks keep on disk or in host memory, fetched when their values are read.
+"""Offloaded weights, which accelerate's hooks keep on disk or in host memory, fetched when their values are read.
 
 https://github.com/huggingface/accelerate/blob/main/src/accelerate/hooks.py (AlignDevicesHook)
 """
@@ -18,12 +18,12 @@ _View = Callable[[Tensor], Tensor]
 
 
 class Fetched(Stored):
-    """Looks like a weight that is elsewhere; each operator that needs its values fetches them for itself, and lets go.
+    """A tensor that stands for an offloaded weight. Each operator that needs its values fetches and then frees them.
 
     Attributes:
-        of: where it is, and its name there.
-        views: of it, one after another: how this tensor sees it.
-        like: of its shape and strides, without values.
+        of: the mapping that holds the weight, and the weight's name in it.
+        views: the views, applied in turn, that lead from the weight to this tensor.
+        like: a tensor with this tensor's shape and strides, without values.
     """
 
     of: tuple[Mapping[str, Tensor], str]
@@ -50,24 +50,24 @@ class Fetched(Stored):
 
     @property
     def source(self) -> Tensor:  # type: ignore[override]
-        """The values, fetched now."""
+        """The values, fetched at each access."""
         values = self.of[0][self.of[1]].to(self.device)
         for view in self.views:
             values = view(values)
         return values
 
     def moved(self, view: _View) -> Fetched:
-        """A view of it: nothing is fetched."""
+        """Return a view of this tensor, without fetching it."""
         return Fetched(self.of, view(self.like), self.dtype, self.device, (*self.views, view))
 
     @property
     def identity(self) -> object:
-        """Equal for two views of one weight that look the same."""
+        """A value that is equal for two equal views of one weight."""
         return id(self.of[0]), self.of[1], self.like.shape, self.like.stride(), self.like.storage_offset()
 
 
 def fetched(base_modules: Iterator[tuple[str, nn.Module]]) -> dict[int, Tensor]:
-    """For the id of each tensor on the meta device that a hook fetches: that tensor, fetched when it is read."""
+    """Return a `Fetched` tensor for each meta tensor that a hook fetches, by the meta tensor's id."""
     found: dict[int, Tensor] = {}
     for _, module in base_modules:
         for hook in _hooks(module):
@@ -84,7 +84,7 @@ def fetched(base_modules: Iterator[tuple[str, nn.Module]]) -> dict[int, Tensor]:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether accelerate's hooks run around a module's forward."""
+    """Return whether accelerate's hooks run around a module's forward."""
     return HOOK in vars(module)
 
 

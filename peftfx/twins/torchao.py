@@ -1,4 +1,4 @@
-"""torchao's weights in memory: tensors of a class of its own, whose parts have the same names in most of its classes.
+"""torchao's weights in memory: tensors of torchao's classes, most of which name their parts alike.
 
 https://github.com/pytorch/ao/tree/main/torchao/quantization/quantize_/workflows
 """
@@ -15,16 +15,16 @@ from peftfx.quantisation.codes import Blocks, Codes, Floats8, Unpacked
 from peftfx.quantisation.fp8 import E4M3
 from peftfx.quantisation.grids import bytes_by_block
 
-_MIDDLE = 8  #: of 4 bits
+_MIDDLE = 8  #: the middle of the codes of 4 bits
 
 
 def is_torchao(weight: object) -> bool:
-    """Whether a tensor is one of torchao's."""
+    """Return whether a tensor is of one of torchao's classes."""
     return isinstance(weight, Tensor) and type(weight).__module__.partition(".")[0] == "torchao"
 
 
 def read(weight: Tensor) -> Codes:
-    """A weight's codes: int8 and e4m3 as they are, all else as what torchao itself makes of it."""
+    """Return a weight's codes: int8 and e4m3 unchanged, and all others as torchao itself dequantises them."""
     codes, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
     block = tuple(getattr(weight, "block_size", ()) or ())
     name = f"torchao {type(weight).__name__}"
@@ -52,10 +52,10 @@ def _unpack(codes: Tensor, scale: Tensor) -> Unpacked:
 
 @dataclass(frozen=True)
 class Other(Codes):
-    """A weight of which the package alone knows how it is laid out.
+    """A weight whose layout only its package knows.
 
     Attributes:
-        weight: of the package's class.
+        weight: the tensor, of the package's class.
     """
 
     weight: Tensor = field(repr=False, compare=False)

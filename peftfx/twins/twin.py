@@ -1,9 +1,9 @@
-"""Twin: a base as its weights are read: its own modules again, over the same tensors, some of which are read late.
+"""Twin: a copy of a base's modules over the same tensors, where quantised and offloaded weights are read late.
 
-A quantised layer has no weight that a graph could read, nor an operator that it could tell. Its place is taken, in the
-twin alone, by torch's own linear layer whose weight is the layer's codes (`Coded`). Weights that hooks keep elsewhere
-are `Fetched`, and the hooks are left out. So sites are found, adapters made, merged and exported as over a base in
-floating point, of which no copy is ever made. What runs in training is the base.
+A quantised layer has no weight that a graph could read, and no operator that a graph knows. Only in the twin, torch's
+own linear layer replaces it, whose weight is the layer's codes (`Coded`). Offloaded weights are `Fetched`, and their
+hooks are left out. So sites are found, and adapters made, merged and exported, as over a base in floating point, but
+without a copy of the base. Training runs the base itself.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from peftfx.twins.layers import codes_in, is_quantised
 from peftfx.twins.offloaded import HOOK, OWN_FORWARD, fetched, is_hooked
 
 _HELD = ("_parameters", "_buffers", "_modules")
-_TRIED = 0.1  #: of the largest output, how far a layer that rounds its input too may be from its codes: int8 is at 0.04
+_TRIED = 0.1  #: how far a layer's output may be from its codes', as a share of the largest: int8 differs by 0.04
 
 
 class Twin:
-    """The twin of a base, made when it is first asked for; of a base in floating point that is the base itself.
+    """The twin of a base, made at the first use. For a base in floating point it is the base itself.
 
     Attributes:
-        obstacles: why a layer of the base cannot be trained through, by its path.
-        offloaded: whether some of its weights are where hooks fetch them from; known when it is made.
+        obstacles: why a layer of the base cannot be trained through, by the layer's path.
+        offloaded: whether some weights are offloaded; known once the twin is made.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -46,10 +46,10 @@ class Twin:
 
     @property
     def module(self) -> nn.Module:
-        """The twin, in the modes and with the attributes that the base's modules have now.
+        """The twin's module, with the modes and attributes that the base's modules have now.
 
         Raises:
-            PeftfxError: a layer is quantised in a way that is not read here, or computes something else than its codes.
+            PeftfxError: a layer is quantised in a way that peftfx cannot read, or does not compute what its codes say.
         """
         if self._module is None:
             self._module = self._make()
@@ -61,11 +61,11 @@ class Twin:
 
     @property
     def formats(self) -> Mapping[str, str]:
-        """How each quantised layer is stored, by its path."""
+        """The storage format of each quantised layer, by the layer's path."""
         return {path: codes.format for path, codes in self._codes.items()} if self.module is not self.base else {}
 
     def floating(self) -> nn.Module:
-        """A copy of the twin in eval mode, nothing of it in memory: what is exported. A quantised base's is float32."""
+        """Return a lazy copy of the twin in eval mode, for export. For a quantised base it is in float32."""
         made = copied(self.module)
         if not self._codes:
             return made.eval()
@@ -114,13 +114,13 @@ class Twin:
 
 
 def _dtype_of(base: nn.Module) -> torch.dtype:
-    """The dtype of what flows between a base's layers: that of its first weight that is not quantised."""
+    """Return the dtype of the values between a base's layers: that of its first weight that is not quantised."""
     plain = (p.dtype for p in base.parameters() if p.dtype in (torch.float32, torch.bfloat16, torch.float16))
     return next(plain, torch.float32)
 
 
 def _linear(own: nn.Module, codes: Codes, dtype: torch.dtype) -> nn.Linear:
-    """torch's own layer with these codes for its weight."""
+    """Return torch's own linear layer with these codes as its weight."""
     made = _Linear.__new__(_Linear)
     nn.Module.__init__(made)
     made.out_features, made.in_features = codes.shape
@@ -143,7 +143,7 @@ def _tensors(own: nn.Module) -> list[Tensor]:
 
 
 class _Linear(nn.Linear):
-    """torch's, whatever the dtype of its input is: that of its output, as in quantised layers."""
+    """A torch linear layer whose output has its input's dtype, as that of quantised layers."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -151,10 +151,10 @@ class _Linear(nn.Linear):
 
 
 def open_quantised(base: nn.Module, paths: Iterable[str]) -> dict[str, str]:
-    """Put torch's own layer, still without a weight, in the place of each of these that is quantised.
+    """Replace each quantised layer at these `paths` by torch's own layer, still without a weight.
 
     Returns:
-        How each of them was stored, by its path.
+        The storage format of each replaced layer, by its path.
     """
     found: dict[str, str] = {}
     for path in paths:
@@ -173,7 +173,7 @@ def open_quantised(base: nn.Module, paths: Iterable[str]) -> dict[str, str]:
 
 
 def _config_of(base: nn.Module) -> Mapping[str, object]:
-    """What a base says of how it is quantised, as its config has it."""
+    """Return the quantisation config of a base, or an empty mapping."""
     said = getattr(getattr(base, "config", None), "quantization_config", None)
     if isinstance(said, Mapping):
         return said
@@ -181,14 +181,14 @@ def _config_of(base: nn.Module) -> Mapping[str, object]:
 
 
 def _obstacle(path: str, own: nn.Module, layer: nn.Linear, codes: Codes, dtype: torch.dtype) -> str:
-    """Why nothing can be trained through a layer; it is tried.
+    """Return why nothing can be trained through a layer, found by running it; empty if training works.
 
     Raises:
-        PeftfxError: it computes something else than its codes.
+        PeftfxError: the layer does not compute what its codes say.
     """
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(4, layer.in_features, generator=rng).to(_device_of(own), dtype).requires_grad_()
-    mode, own.training = own.training, True  # in eval mode bitsandbytes may pack its codes another way
+    mode, own.training = own.training, True  # in eval mode bitsandbytes may pack its codes differently
     try:
         with torch.enable_grad():
             y = own(x)
@@ -209,12 +209,12 @@ def _obstacle(path: str, own: nn.Module, layer: nn.Linear, codes: Codes, dtype: 
 def copied(
     module: nn.Module, tensors: Mapping[int, Tensor] = MappingProxyType({}), made: dict[int, nn.Module] | None = None
 ) -> nn.Module:
-    """A copy of a module, of its own class, without what adapters put there.
+    """Return a copy of a module, of its own class, without what adapters put into it.
 
     Args:
-        module: what is copied, and the modules in it.
-        tensors: those that stand for its own, by the ids of these; all others are shared.
-        made: copies by the ids of what they are of, this one and those in it among them; those there already stay.
+        module: the module to copy, with the modules in it.
+        tensors: replacements of the module's tensors, by the ids of the replaced tensors; all other tensors are shared.
+        made: the copies by the ids of the copied modules; new copies are added, and existing copies are used again.
     """
     made = {} if made is None else made
     if id(module) in made:
@@ -230,9 +230,9 @@ def copied(
 
 
 def _attributes(module: nn.Module, result: nn.Module) -> dict[str, Any]:
-    """A module's own attributes, as a copy of it has them: what was set as its forward is the copy's."""
+    """Return a module's own attributes for a copy. A forward set on the instance is bound to the copy."""
     found = {k: v for k, v in vars(module).items() if k not in _HELD}
-    if is_hooked(module):  # a twin runs without them; what they put in the place of the class's own forward goes too
+    if is_hooked(module):  # a twin runs without hooks, and without the forward that they set
         found = {k: v for k, v in found.items() if k not in (HOOK, OWN_FORWARD, "forward")}
     forward = found.get("forward")
     if isinstance(forward, MethodType) and forward.__self__ is module:
