@@ -246,7 +246,7 @@ def _owns_weight(base: nn.Module, path: str) -> bool:
 
 
 def embedding_path(base: nn.Module) -> str | None:
-    """Return the path of the module that embeds the model's text, or None if the model does not tell it."""
+    """Return the path of the module that embeds the model's text, or None if the model does not say."""
     wanted = input_embeddings(base)
     return None if wanted is None else next((path for path, m in own_modules(base) if m is wanted), None)
 

@@ -99,7 +99,7 @@ class WeightMethod(Method):
         """Return the suffix in a HF PEFT checkpoint of each parameter that is saved."""
 
     def apart_from_base(self, made: Params, read: Params) -> str:
-        """Return why the constants `read` from a file and those `made` by `init` differ in base.
+        """Return why the constants `read` from a file belong to another base than those `made` here.
 
         For a warning; empty if they are of one base. For methods whose files have constants that are computed from the
         base.
@@ -123,7 +123,7 @@ class WeightMethod(Method):
         return dict(p)
 
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[Self, dict[str, Tensor]]:
-        """Return a method and parameters of a fused site that do what those of its parts do, by their rows.
+        """Return a method and parameters of a fused site that replace those of its `parts`, by the parts' rows.
 
         HF PEFT has no parts, so parts are saved in this form. By default parts cannot be saved.
         """

@@ -143,7 +143,7 @@ def _tensors(own: nn.Module) -> list[Tensor]:
 
 
 class _Linear(nn.Linear):
-    """A torch linear layer whose output has its input's dtype, as that of quantised layers."""
+    """A torch linear layer that computes in its input's dtype, as quantised layers do."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)

@@ -1,4 +1,4 @@
-"""A call's arguments by name, as a graph's inputs are known, and back."""
+"""Converts a call's arguments to named inputs of a graph, and back."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def _parameters(forward: Callable[..., object]) -> Mapping[str, inspect.Paramete
 
 
 def named_arguments(base: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
-    """The arguments of a call of `base`, absent ones left out; numbers that fall into `**kwargs` become tensors.
+    """Return the arguments of a call of `base` by name, without those that are None.
 
-    Such a number changes from call to call (`num_items_in_batch`), and would be burned into the graph.
+    Numbers for `**kwargs`, such as `num_items_in_batch`, become tensors: they change from call to call, and would
+    otherwise be constants of the graph.
     """
     parameters = _parameters(type(base).forward)
     plain = [n for n, p in list(parameters.items())[1:] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -36,7 +37,7 @@ def named_arguments(base: nn.Module, args: Sequence[object], kwargs: Mapping[str
 
 
 def nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[str, object]:
-    """The call as the model takes it: nested inputs in their places, constants as in the example."""
+    """Return the arguments as the model takes them: nested inputs in their places, constants as in the example."""
     leaves, spec = pytree.tree_flatten_with_path(dict(example))
     named = {path_name(path) for path, _ in leaves}
     if set(case) - named:

@@ -1,7 +1,7 @@
-"""CachePrefix: keys and values ahead of those in the cache that a view is given; its caller knows nothing of them.
+"""CachePrefix: keys and values before those in a view's cache, which the caller of the view does not see.
 
-The past that the model sees is `cat(prefix, past)`, its masks are wider and its positions further on by the prefix, and
-what it hands back is without it. So one graph still serves prefill, continuations and single tokens.
+The model's past is `cat(prefix, past)`. Its masks and positions are extended by the prefix, and the returned cache is
+without the prefix. So one graph still serves prefill, continuations and single tokens.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ _MASK = "attention_mask"
 
 @dataclass(frozen=True)
 class CachePrefix(Entry):
-    """A prefix bound inside a view with a cache.
+    """A prefix that is added inside a view with a cache.
 
-    The hole is [tokens, the sum of what a token has in all layers]: a layer's keys and then its values, layer after
-    layer, each with its heads one after another.
+    The hole is [tokens, width of a token in all layers]: for each layer the keys and then the values, head by head.
 
     Attributes:
-        layers: what the cache holds.
-        part: which of a layer's caches, where it has two.
+        layers: what each layer of the cache holds.
+        part: which of a layer's two caches, if there are two.
     """
 
     layers: tuple[Held, ...]
     part: str = ""
 
     def check(self, inputs: Mapping[str, object]) -> None:
-        """Nothing: it is no way into a forward."""
+        """Do nothing: a cache prefix never enters a forward."""
 
     def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
         shown = torch.ones(1, hole.shape[0], dtype=torch.bool, device=hole.device)
@@ -51,15 +50,15 @@ class CachePrefix(Entry):
         count: int | Tensor,
         given: dict[str, object],
     ) -> object:
-        """Call the base behind prefixes.
+        """Call the base with prefixes before its past.
 
         Args:
-            call: how.
-            base: what.
-            tables: [rows, tokens, width]; one row serves all.
-            shown: [rows, tokens], which of them there are.
-            count: how many each row has.
-            given: the arguments.
+            call: runs the view.
+            base: the model.
+            tables: [rows, tokens, width]; a single row serves all rows of the batch.
+            shown: [rows, tokens], which tokens of the tables exist.
+            count: how many tokens each row has.
+            given: the arguments of the view.
         """
         length = tables.shape[1]
         mask, positions = given.get(_MASK), given.get(POSITIONS)
@@ -76,7 +75,7 @@ class CachePrefix(Entry):
         return output | {name: output[name][:, :, length:] for name in self._names(PRESENT)}
 
     def split(self, tables: Tensor) -> Iterator[Tensor]:
-        """Tables of a row for each token as keys and values, in turn for each layer, [rows, heads, tokens, width]."""
+        """Yield each layer's keys and then its values, [rows, heads, tokens, width], from `tables`."""
         widths = [(layer.heads, width) for layer in self.layers for width in (layer.key, layer.value)]
         parts = tables.split([heads * width for heads, width in widths], -1)
         for part, (heads, width) in zip(parts, widths, strict=True):
@@ -88,10 +87,10 @@ class CachePrefix(Entry):
 
 @dataclass(frozen=True)
 class Prefilled(CachePrefix):
-    """A prefix that virtual tokens leave in the cache: what a causal model computes for them depends on no text.
+    """The prefix that virtual tokens leave in the cache. In a causal model it does not depend on the text.
 
     Attributes:
-        tokens: the virtual tokens, as an entry into the same view.
+        tokens: the virtual tokens, as an entry of the same view.
     """
 
     tokens: VirtualTokens | None = None

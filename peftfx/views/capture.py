@@ -1,8 +1,8 @@
-"""capture: a module and example inputs become a Graph, one view of the model at a time.
+"""`capture` makes a Graph of a module and example inputs, for one view of the model at a time.
 
-A view is one signature (the keyword arguments that are tensors, the values of those that are not) in one mode, train
-or eval. Capture is `torch.export` in non-strict mode: it runs the module on fake tensors, so neither the example's
-values nor the size of the model cost anything, and a module built under `FakeTensorMode` is captured without memory.
+A view is one signature in one mode, train or eval: the names of the tensor arguments, and the values of all other
+arguments. Capture uses `torch.export` in non-strict mode, which runs the module on fake tensors. So the size of the
+example and of the model cost nothing, and a module built under `FakeTensorMode` is captured without memory.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def capture(
 
     Args:
         model: any module; its parameters are shared with the graph, never copied.
-        inputs: keyword arguments of its forward. Tensors (nested ones too) become inputs of the graph; everything
-            else is a constant of this view. Only dtypes and sizes of the tensors matter. By default examples made
-            from a transformers model's config.
-        axes: a name for each axis of each tensor; by default `peftfx.views.view.name_axes`. Axes of one name have one
-            size. A named axis is left free, also where its size is 1, unless the model's own code fixes it; one named
-            `None` keeps its size, and the axes of a tensor that is not mentioned are all free.
-        call: how the model is run with `inputs`; by default its forward takes them.
-        entry: a way to make the call under something more; see `peftfx.views.entry`.
-        stamp: trace two of equal layers and copy their nodes for the others; the graph is the same without, and takes
-            longer to make.
+        inputs: keyword arguments of the model's forward. Tensors, nested or not, become inputs of the graph; everything
+            else is a constant of this view. Only the dtypes and sizes of the tensors matter. By default examples are
+            made from a transformers model's config.
+        axes: a name for each axis of each tensor; by default from `peftfx.views.view.name_axes`. Axes of one name have
+            one size. A named axis is free, even if its size is 1, unless the model's own code fixes it. An axis named
+            `None` keeps its size. All axes of a tensor that is not listed are free.
+        call: a function that runs the model with `inputs`; by default the model's forward.
+        entry: a way to make the call with a soft prompt; see `peftfx.views.entry`.
+        stamp: whether only two of equal layers are traced, and their nodes copied for the others. The graph is the same
+            without, but takes longer.
 
     Raises:
         PeftfxError: the model's code cannot be captured (it branches on values, or returns no tensors), or writes into
@@ -95,7 +95,7 @@ def capture(
 
 
 class _Flat(nn.Module):
-    """`base` behind a flat positional signature; arguments that are not tensors are bound."""
+    """`base` with a flat positional signature. Arguments that are not tensors are constants."""
 
     def __init__(
         self, base: nn.Module, spec: pytree.TreeSpec, leaves: list[object], call: EntryCall, entry: Entry | None
@@ -107,7 +107,7 @@ class _Flat(nn.Module):
             self.register_buffer(entry.name, entry.hole(base))
 
     def train(self, mode: bool = True) -> _Flat:
-        """Set this module's own flag alone: the modes inside `base` are the caller's."""
+        """Set only this module's own flag. The caller sets the modes inside `base`."""
         self.training = mode
         return self
 
@@ -126,7 +126,7 @@ class _Flat(nn.Module):
 
 
 class _Raised(Exception):
-    """What the model's code raised is its cause. torch prints the graph so far for an error that can hold it."""
+    """A wrapper whose cause is the error of the model's code. Without it torch prints the graph so far."""
 
     @property
     def partial_fx_graph(self) -> str:
@@ -138,9 +138,9 @@ class _Raised(Exception):
 
 
 def _fresh(model: nn.Module, example: torch.Tensor, axes: tuple[str | None, ...] | None) -> torch.Tensor:
-    """A distinct tensor like `example`: one tensor passed twice would make the graph read the wrong input.
+    """Return a new tensor like `example`: if one tensor were passed twice, the graph would read the wrong input.
 
-    A named axis of size 1 gets another: a capture would take the 1 for a property of the model.
+    A named axis of size 1 gets a larger size, because a capture would treat the 1 as a property of the model.
     """
     names = axes or (None,) * example.ndim
     shape = [
@@ -154,7 +154,7 @@ _MORE_THAN_1 = {"batch": 2}
 
 
 def _dims(example: torch.Tensor, axes: tuple[str | None, ...] | None) -> dict[int, object]:
-    """Which axes torch.export leaves free. A free axis nobody asked for can cost minutes: Swin's windows do."""
+    """Return which axes torch.export leaves free. A needless free axis can cost minutes, as in Swin's windows."""
     names = axes or ("free",) * example.ndim
     return {i: Dim.STATIC if name is None else Dim.AUTO for i, name in enumerate(names)}
 
@@ -184,8 +184,8 @@ def _loops_over_experts(model: nn.Module) -> bool:
     return chosen == "eager" and isinstance(model, PreTrainedModel) and bool(model._can_set_experts_implementation())
 
 
-#: What torch.export adds to hold a program to the example's types and sizes. Autocast crashes on the first, and the
-#: others are stricter than the code: they refuse sizes that it takes.
+#: Checks of types and sizes that torch.export adds to a program. Autocast crashes on the first of them. The others are
+#: stricter than the model's code, and refuse sizes that the code accepts.
 _ASSERTIONS = frozenset(
     {
         torch.ops.aten._assert_tensor_metadata.default,
@@ -212,7 +212,7 @@ def _as_graph(
     read_apart(graph)
     concatenate_filled(graph)
     constants = nn.Module()
-    module.add_module(CONSTANTS, constants)  # where fx's own checks look for them
+    module.add_module(CONSTANTS, constants)  # fx's own checks look there
     for node in list(graph.nodes):
         if node.op == "get_attr" and not _owns(model, str(node.target)):
             name = str(node.target).replace(".", "_")
@@ -253,12 +253,12 @@ def _as_graph(
 
 
 def _constant(size: int | torch.SymInt) -> int | None:
-    """The size of an axis that is fixed, by the example or by the model's code; a symbol may stand for one number."""
+    """Return the size of an axis that the example or the model's code fixes, or None for a free axis."""
     return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def _owns(model: nn.Module, target: str) -> bool:
-    """Whether a captured attribute is the model's own; a tensor made in its code is put beside it by torch.export."""
+    """Return whether a captured attribute is the model's own. torch.export adds tensors that the code makes."""
     return _own(model, target) is not None
 
 

@@ -1,11 +1,11 @@
-"""Decode: the view of a causal language model that generates, with its key/value cache as plain tensors.
+"""Decode: the view of a causal language model for generation, with its key/value cache as plain tensors.
 
     input_ids, attention_mask, position_ids, past_key_values.N.key/value -> logits, present.N.key/value
 
-One graph serves prefill (a past of length 0), continuation and single tokens, at any batch, padded on either side:
-mask and positions are inputs. The names are those that ONNX Runtime's users know. What a layer keeps instead, or
-besides, goes in and out by the same names: `past_key_values.N.conv_state` and `.recurrent_state`, whose sizes are
-fixed and which are zeros before the first token, and `.indexer_key`.
+One graph serves prefill (a past of length 0), continuation and single tokens, for any batch, padded on either side:
+mask and positions are inputs. The names are those that users of ONNX Runtime know. Other tensors that a layer keeps
+have names of the same form: `past_key_values.N.conv_state` and `.recurrent_state`, of fixed size and zero before the
+first token, and `.indexer_key`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _TRIALS: tuple[Mapping[str, int], ...] = (
 
 @dataclass(frozen=True)
 class Decode:
-    """A causal model's decode view.
+    """The decode view of a causal model.
 
     Attributes:
-        layers: what each layer of its cache holds.
-        positions: whether the model takes `position_ids`; one that does not finds them from the mask or the past.
+        layers: what each layer of the model's cache holds.
+        positions: whether the model takes `position_ids`. Other models compute positions from the mask or the past.
     """
 
     layers: tuple[Held, ...]
@@ -53,7 +53,7 @@ class Decode:
 
     @property
     def axes(self) -> Axes:
-        """The name of each input's axes."""
+        """The names of each input's axes."""
         text: dict[str, tuple[str | None, ...]] = {
             "input_ids": ("batch", "sequence"),
             "attention_mask": ("batch", "total"),
@@ -65,21 +65,21 @@ class Decode:
 
     @property
     def past_names(self) -> list[str]:
-        """Of the inputs that hold what was kept."""
+        """The names of the inputs that hold the cache."""
         return cache_names(PAST, self.layers)
 
     @property
     def present_names(self) -> list[str]:
-        """Of the outputs that hold what is to be kept, in the same order."""
+        """The names of the outputs that hold the new cache, in the same order."""
         return cache_names(PRESENT, self.layers)
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """Valid inputs of this view; with room for it, the last row is padded on the left.
+        """Return valid inputs of this view. If there is room, the last row is padded on the left.
 
         Args:
-            base: the model; its config alone is read.
-            sizes: of `batch`, `sequence` and `past`, where they differ from `_SIZES`.
-            seed: of the random values.
+            base: the model; only its config is read.
+            sizes: the sizes of `batch`, `sequence` and `past` that differ from `_SIZES`.
+            seed: the seed of the random values.
         """
         batch, sequence, past = ({**_SIZES, **(sizes or {})}[name] for name in _SIZES)
         with unset_fake_temporarily():
@@ -98,13 +98,13 @@ class Decode:
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
     ) -> dict[str, Tensor]:
-        """The same inputs behind a past that is what the model makes of a random text, which is padded alike.
+        """Return the inputs with the past that the model computes for a random text with the same padding.
 
         Args:
-            base: the model; its config alone is read.
-            inputs: of this view.
-            run: runs the model.
-            seed: of the text.
+            base: the model; only its config is read.
+            inputs: inputs of this view.
+            run: a function that runs the model.
+            seed: the seed of the text.
         """
         past = _past(inputs)
         if not past:
@@ -120,7 +120,7 @@ class Decode:
         found = dict(inputs)
         for name, present, tensor in zip(self.past_names, self.present_names, kept, strict=True):
             found[name] = made[present]
-            if tensor.along is not None:  # what is kept of padding is nobody's business, but a NaN would spread
+            if tensor.along is not None:  # cache entries of padding do not matter, but a NaN in them would spread
                 found[name] = found[name].movedim(tensor.along, 1)
                 hidden = (mask == 0).view(batch, past, *[1] * (found[name].ndim - 2))
                 found[name] = found[name].masked_fill(hidden, 0.0).movedim(1, tensor.along)
@@ -132,14 +132,14 @@ class Decode:
         past: list[Any] = [given.pop(name) for name in self.past_names]
         if not torch.compiler.is_exporting():
             if self.has_states and not _past(inputs):  # type: ignore[arg-type]
-                return self._run(base, given, empty_cache(base))  # which no state of zeros stands for
-            kept = zip(past, kept_by(self.layers), strict=True)  # some code writes into its states
+                return self._run(base, given, empty_cache(base))  # a state of zeros is not the same
+            kept = zip(past, kept_by(self.layers), strict=True)  # some code writes into states in place
             past = [value.clone() if tensor.along is None else value for value, tensor in kept]
         return self._run(base, given, cache_of(self.layers, past))
 
     @property
     def has_states(self) -> bool:
-        """Whether a layer keeps something else than an entry for each token."""
+        """Whether a layer keeps a tensor without an entry for each token."""
         return any(tensor.along is None for tensor in kept_by(self.layers))
 
     def _run(self, base: nn.Module, given: Mapping[str, object], cache: DynamicCache) -> dict[str, Tensor]:
@@ -147,7 +147,7 @@ class Decode:
         return {"logits": output.logits, **dict(zip(self.present_names, held(cache), strict=True))}
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """Logits of the tokens that the mask shows, and what is kept of these; states whole."""
+        """Return the logits, or the cache entries, of the tokens that the mask shows. States are returned whole."""
         mask = inputs["attention_mask"].cpu() != 0
         if name == "logits":
             return value[mask[:, mask.shape[1] - value.shape[1] :]]
@@ -156,14 +156,14 @@ class Decode:
 
     @property
     def trials(self) -> tuple[Mapping[str, int], ...]:
-        """Prefill, a continuation, and single tokens, alone and in a batch padded on the left."""
+        """Sizes for a prefill, a continuation, and single tokens, alone and in a batch padded on the left."""
         return _TRIALS
 
 
 def _unpadded(base: nn.Module, batch: int, sequence: int, seed: int) -> Tensor:
-    """Random tokens, int64[batch, sequence]: an example's last row is padded, so there is one more to leave out.
+    """Return random tokens, int64[batch, sequence], without the last row of an example, which is padded.
 
-    What stands for an image is ahead of an example's text, and is left out too.
+    Image tokens, which are before an example's text, are left out too.
     """
     made = example_inputs(base, sizes={"batch": batch + 1, "sequence": sequence}, seed=seed)["input_ids"]
     return made[:batch, made.shape[1] - sequence :]
@@ -174,17 +174,17 @@ def _past(inputs: Mapping[str, Tensor]) -> int:
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Each token's position among those that the mask shows; 0 for padding, as transformers' `generate` has it."""
+    """Return each token's position among the tokens that the mask shows; 0 for padding, as in `generate`."""
     return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
 
 def decode_view(base: nn.Module) -> Decode:
-    """The decode view of a causal language model.
+    """Return the decode view of a causal language model.
 
-    Its layers are found by running the model on fake tensors, so its size costs nothing.
+    The layers are found by a run on fake tensors, so the model's size costs nothing.
 
     Raises:
-        PeftfxError: the model takes no cache, or one of a kind that is not handed in and out as tensors.
+        PeftfxError: the model takes no cache, or a cache that cannot be set and read as tensors.
     """
     accepted = inspect.signature(base.forward).parameters
     if "cache" not in accepted:

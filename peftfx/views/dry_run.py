@@ -1,4 +1,4 @@
-"""dry_run: a model run on fake tensors, at no cost: what it keeps in a cache is seen so, whatever its architecture."""
+"""Dry runs: a model is run on fake tensors, at no cost, to find what it keeps in a cache, for any architecture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftfx.views.view import without_cache
 
 @contextmanager
 def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Inside, `base` is in eval mode and runs on what the given function makes of tensors; no value is computed."""
+    """Put `base` into eval mode on fake tensors, and yield the function that makes a tensor fake."""
     found = fake_mode_of(base)
     mode = found if isinstance(found, FakeTensorMode) else FakeTensorMode(allow_non_fake_inputs=True)
     with (
@@ -34,7 +34,7 @@ def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 
 @contextmanager
 def _batched_experts(base: nn.Module) -> Iterator[None]:
-    """Inside, a mixture's experts are batched products: torch fakes grouped ones, the usual choice, in bf16 alone."""
+    """Compute experts by batched products inside the context: torch fakes grouped products only in bf16."""
     if not isinstance(base, PreTrainedModel) or not base._can_set_experts_implementation():
         yield
         return

@@ -1,15 +1,15 @@
-"""Encoder and decoder: the two views that an encoder-decoder generates in, each run with its own graph.
+"""Encoder and decoder: the two views in which an encoder-decoder generates, each run with its own graph.
 
     encoder:  input_ids, attention_mask -> last_hidden_state, present.N.encoder.key/value
     decoder:  input_ids, encoder_attention_mask, past_key_values.N.decoder.key/value,
               past_key_values.N.encoder.key/value -> logits, present.N.decoder.key/value
 
-The keys and values that the decoder's layers attend to in what is encoded are computed once, in the encoder's graph:
-so the decoder's is one graph for the first token and for all others, and no weight is used by both, but a shared
-embedding. The names are those of optimum's and GenAI's users.
+The encoder's graph computes the decoder's cross-attention keys and values once. So one decoder graph serves the first
+token and all others, and no weight is in both graphs, except a shared embedding. The names are those that users of
+optimum and ONNX Runtime GenAI know.
 
-A model that encodes sound or an image has `input_features`, `input_values` or `pixel_values` in the place of the text,
-and no masks: all of it is seen.
+A model that encodes sound or an image has `input_features`, `input_values` or `pixel_values` in place of the text, and
+no masks: all of the source is attended to.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ TEXT_INPUT = "input_ids"
 
 @dataclass(frozen=True)
 class EncoderDecoderLayers:
-    """What both views know.
+    """What both views know of the model.
 
     Attributes:
-        own: the layers of the decoder's cache of what it decodes.
-        cross: of its cache of the encoded text.
-        width: of the encoded text.
-        ahead: how many virtual tokens an example has encoded ahead of its text, unseen by whoever makes the mask; how
-            many there are in a call, the length of what is encoded tells.
-        source: the argument that is encoded.
-        source_axes: the names of its axes.
+        own: the layers of the decoder's cache of decoded tokens.
+        cross: the layers of the decoder's cache of the encoded source.
+        width: the features of an encoded token.
+        ahead: how many virtual tokens an example has before its text. The caller's mask does not include them. In a
+            call, the encoded length tells their number.
+        source: the name of the argument that is encoded.
+        source_axes: the names of the source's axes.
     """
 
     own: tuple[Held, ...]
@@ -59,23 +59,23 @@ class EncoderDecoderLayers:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What the encoder takes: a text comes with its mask."""
+        """The arguments of the encoder: a text comes with its mask."""
         return (self.source, "attention_mask") if self.masked else (self.source,)
 
     @property
     def masked(self) -> bool:
-        """Whether a mask says what of the encoded is seen."""
+        """Whether a mask says which encoded tokens are attended to."""
         return self.source == TEXT_INPUT
 
     def widened(self, mask: Tensor, length: int) -> Tensor:
-        """The mask of what is encoded, which is so long, given that of the text."""
+        """Return the mask of an encoded source of this length, given the mask of the text."""
         count = length - mask.shape[1]
         return torch.cat([mask.new_ones(mask.shape[0], count), mask], 1) if self.ahead else mask
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What happens once: a text is encoded, and its keys and values are computed for the decoder's layers."""
+    """The view that runs once: it encodes a text, and computes keys and values of it for the decoder's layers."""
 
     layers: EncoderDecoderLayers
     name = ENCODED
@@ -87,11 +87,11 @@ class Encoder:
 
     @property
     def axes(self) -> Axes:
-        """The name of each input's axes."""
+        """The names of each input's axes."""
         return dict.fromkeys(self.layers.inputs, self.layers.source_axes)
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """Valid inputs of this view; with room for it, the last row is padded on the right."""
+        """Return valid inputs of this view. If there is room, the last row is padded on the right."""
         wanted = {**_SIZES, **(sizes or {})}
         made = example_inputs(base, sizes={"batch": wanted["batch"], "sequence": wanted["encoder_sequence"]}, seed=seed)
         return {name: made[name] for name in self.layers.inputs}
@@ -99,17 +99,17 @@ class Encoder:
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
     ) -> dict[str, Tensor]:
-        """The same inputs: they hold no keys and values."""
+        """Return the inputs unchanged, as they have no keys and values."""
         return dict(inputs)
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
-        """Run the encoder, and what of the decoder reads its output alone."""
+        """Run the encoder, and the parts of the decoder that read only the encoder's output."""
         encoded, cross = _encode(base, inputs)
         names = cache_names(PRESENT, self.layers.cross, ENCODED)
         return {"last_hidden_state": encoded, **dict(zip(names, cross, strict=True))}
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """What is computed for the tokens that the mask shows."""
+        """Return the values of the tokens that the mask shows."""
         if not self.layers.masked:
             return value
         rows = value if name == "last_hidden_state" else value.transpose(1, 2)
@@ -118,7 +118,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Decoder:
-    """One step, or several, of a decoder over what is encoded."""
+    """The view of one or more decoder steps over an encoded source."""
 
     layers: EncoderDecoderLayers
     name = DECODED
@@ -131,7 +131,7 @@ class Decoder:
 
     @property
     def axes(self) -> Axes:
-        """The name of each input's axes."""
+        """The names of each input's axes."""
         encoded = "encoder_total" if self.layers.ahead else "encoder_sequence"
         mask = {"encoder_attention_mask": ("batch", "encoder_sequence")} if self.layers.masked else {}
         parts = (DECODED, self.layers.own, "past"), (ENCODED, self.layers.cross, encoded)
@@ -146,7 +146,7 @@ class Decoder:
         }
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """Valid inputs of this view; with room for it, the last row's text is padded on the right."""
+        """Return valid inputs of this view. If there is room, the last row's text is padded on the right."""
         batch, length, sequence, past = ({**_SIZES, **(sizes or {})}[name] for name in _SIZES)
         text = example_inputs(base, sizes={"batch": batch, "sequence": length, "decoder_sequence": sequence}, seed=seed)
         ahead = dict(sizes or {}).get(SLOT_PROMPT, self.layers.ahead) if self.layers.ahead else 0
@@ -167,13 +167,13 @@ class Decoder:
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
     ) -> dict[str, Tensor]:
-        """The same inputs over a random text that the model encoded, behind what it decoded of other tokens.
+        """Return the inputs with keys and values of a random encoded text and of earlier decoded tokens.
 
         Args:
-            base: the model; its config alone is read.
-            inputs: of this view.
-            run: runs the model, its encoder too.
-            seed: of the texts.
+            base: the model; only its config is read.
+            inputs: inputs of this view.
+            run: a function that runs the model, also its encoder.
+            seed: the seed of the texts.
         """
         layers, mask = self.layers, inputs.get("encoder_attention_mask")
         crossed, own = cache_names(PAST, layers.cross, ENCODED), cache_names(PAST, layers.own, DECODED)
@@ -203,7 +203,7 @@ class Decoder:
         if self.layers.masked:
             mask["attention_mask"] = self.layers.widened(given["encoder_attention_mask"], first.shape[2])
             shape = (first.shape[0], mask["attention_mask"].shape[1])
-        # Of what is encoded only the shape is looked at: its keys and values are in the cache.
+        # Only the shape of the encoded source is used: its keys and values are in the cache.
         encoded = first.new_zeros((*shape, self.layers.width), dtype=self.layers.own[0].dtype)
         output = base(
             **mask,
@@ -216,12 +216,12 @@ class Decoder:
         return {"logits": output.logits, **dict(zip(names, held(own), strict=True))}
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """All of it: nothing that is decoded is padding."""
+        """Return the whole value: decoded tokens have no padding."""
         return value
 
 
 def _behind(given: Tensor, made: Tensor) -> Tensor:
-    """Keys or values that a model made, behind what is given for virtual tokens that were not ahead of its text."""
+    """Put the given keys or values of virtual tokens before those that the model made, if these lack them."""
     ahead = given[:, :, : max(given.shape[2] - made.shape[2], 0)]
     return made if not ahead.shape[2] else torch.cat([ahead * made.std(), made], dim=2)
 
@@ -235,7 +235,7 @@ def _encode(base: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, list
     tokens = given.get(TEXT_INPUT, seen.new_zeros((seen.shape[0], 1), dtype=torch.long))
     base(
         **mask,
-        decoder_input_ids=tokens[:, :1],  # any token: what depends on it is not looked at
+        decoder_input_ids=tokens[:, :1],  # any token: outputs that depend on it are not used
         encoder_outputs=encoded,
         cache=cache,
         use_cache=True,

@@ -1,8 +1,7 @@
-"""Entries: ways into a model. A soft prompt changes the call and no weight, so that it is captured as another call.
+"""Entries: ways into a model for soft prompts. They change the call and no weight, so they are captured as other calls.
 
 A view that is captured through an entry has a hole: a constant that the entry's code reads, and that a soft prompt
-fills (`passes/adaptation/insert.py`). Unfilled it is zero. What an entry does in which view is told by
-`prompt_in_view.py` beside this file.
+replaces (`passes/adaptation/insert.py`). Before that it is zero. `prompt_in_view.py` says which entry a view gets.
 """
 
 from __future__ import annotations
@@ -19,62 +18,63 @@ from torch import Tensor, nn
 from peftfx.errors import PeftfxError
 
 EntryCall = Callable[[nn.Module, Mapping[str, object]], object]
-"""How a view runs a module: given it and the keyword arguments of the view, it returns tensors."""
+"""A function that runs a module in a view: it takes the module and the view's keyword arguments, and returns
+tensors."""
 
 HOLE = "hole"  #: the constant's name in a graph's constants
-#: Arguments that run along the text, and what they are for a virtual token; positions go on counting.
+#: Arguments with a value for each token, and their values for a virtual token. Positions are counted on instead.
 PER_TOKEN: Mapping[str, int] = {"attention_mask": 1, "token_type_ids": 0, "labels": -100}
 POSITIONS = "position_ids"
 
 
 @dataclass(frozen=True)
 class Entry(ABC):
-    """A way to call the base with the arguments of one of its views, and one tensor more.
+    """A way to call the base with the arguments of one of its views, and one more tensor.
 
     Attributes:
-        shape: of the hole.
-        dtype: of the hole.
+        shape: the hole's shape.
+        dtype: the hole's dtype.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     name: ClassVar[str] = HOLE
-    """Of the hole: another than `HOLE` is filled by something else than a method's own tensors."""
+    """The hole's name. A hole with a name other than `HOLE` is not filled by a method's own tensors."""
 
     def hole(self, base: nn.Module) -> Tensor:
-        """What the hole holds until it is filled."""
+        """Return the content of the hole before it is filled."""
         device = next((p.device for p in base.parameters()), torch.device("cpu"))
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
 
     @abstractmethod
     def check(self, inputs: Mapping[str, object]) -> None:
-        """Refuse a forward that cannot be run through this entry; sizes of `inputs` are those of the example."""
+        """Refuse `inputs` of a forward that cannot run through this entry. Their sizes are those of the example."""
 
     @abstractmethod
     def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
-        """What `call` gives for the base and these arguments, under what is in the hole."""
+        """Return the result of `call` for the base and these arguments, with the content of the hole."""
 
 
 def forward(base: nn.Module, arguments: Mapping[str, object]) -> object:
-    """The call that is the base's own forward."""
+    """Call the base's own forward."""
     return base(**arguments)
 
 
 @dataclass(frozen=True)
 class VirtualTokens(Entry):
-    """Rows of embeddings ahead of the text's: `[P; E(ids)]`, every argument that runs along the text grown to fit.
+    """Rows of embeddings before those of the text, `[P; E(ids)]`, with all arguments along the text extended.
 
-    The model is called on its own ids behind as many of a token without a meaning, and the embedding's first rows are
-    replaced by the hole's. So the model's code still sees ids where it looks for padding in them (classifiers that pool
-    the last token, positions counted from ids), which `inputs_embeds` alone would hide from it.
+    The model is called on its own ids, preceded by a filler id for each virtual token, and the hole's rows replace the
+    first rows of the embedding. So the model's code still has ids to search for padding, as in classifiers that pool
+    the last token, or positions counted from ids. With `inputs_embeds` there would be no ids.
 
     Attributes:
-        embedding: path of the module that embeds the text.
-        tokens: name of the argument that holds the ids.
-        filler: an id that means nothing to the model's code: neither padding nor the end of a text, say.
+        embedding: the path of the module that embeds the text.
+        tokens: the name of the argument that holds the ids.
+        filler: an id without a special meaning for the model's code: neither padding nor the end of a text.
         dropped: arguments that HF PEFT does not pass on.
-        labelled: whether `labels` run along the text.
+        labelled: whether `labels` have a value for each token of the text.
     """
 
     embedding: str
@@ -106,7 +106,7 @@ class VirtualTokens(Entry):
 
     def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
         given = {name: value for name, value in arguments.items() if name not in self.dropped}
-        count = hole.shape[-2]  # a symbol where it is an input
+        count = hole.shape[-2]  # a symbol, if the hole is an input
         for name in self._grown:
             value = given.get(name)
             if isinstance(value, Tensor) and value.ndim > 1 and not value.is_floating_point():
@@ -122,7 +122,7 @@ class VirtualTokens(Entry):
     def call_replacing(
         self, call: EntryCall, base: nn.Module, replaced: Callable[[Tensor], Tensor], given: Mapping[str, object]
     ) -> object:
-        """Call the base with something else in the place of what it embeds first, which is the text."""
+        """Call the base with a replacement of the first output of its embedding, which is the text."""
         calls, thread = 0, threading.get_ident()
 
         def replace(module: nn.Module, args: tuple[object, ...], embedded: Tensor) -> Tensor | None:
@@ -155,5 +155,5 @@ def _widened(name: str, value: Tensor, count: int) -> Tensor:
 
 
 def _ahead(value: Tensor, new: Tensor) -> Tensor:
-    """A row of `new` ahead of each row."""
+    """Return `value` with the row `new` before each of its rows."""
     return torch.cat([new.expand(value.shape[0], -1), value], dim=1)

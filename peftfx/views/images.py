@@ -3,8 +3,8 @@
     vision:  pixel_values, ... -> image_features
     decode:  what it is of text, and image_features -> logits, present.N.key/value
 
-A call of the first is of one image. Its features are put where the text has image tokens, in the order of both: in the
-prefill, once. A step without image tokens is given none: `image_features` of length 0.
+A call of the first view encodes one image. In the prefill, the features replace the text's image tokens, in order. A
+step without image tokens gets `image_features` of length 0.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ VISION = "vision"
 
 @dataclass(frozen=True)
 class Images:
-    """What both views know.
+    """What both views know of the model's images.
 
     Attributes:
-        token: that stands for a piece of an image in the text.
-        width: of the features of a piece.
-        dtype: of these.
-        each: how many pieces an image has, where the model wants to be told images apart; None where it does not.
-        listed: whether it takes them as a list of tensors.
-        inputs: the arguments that are encoded, and how many axes each has.
+        token: the id that stands for a piece of an image in the text.
+        width: the features of a piece.
+        dtype: the dtype of the features.
+        each: how many pieces an image has, if the model needs the images separated; else None.
+        listed: whether the model takes the features as a list of tensors.
+        inputs: the names of the arguments that are encoded, with the number of axes of each.
     """
 
     token: int
@@ -47,7 +47,7 @@ class Images:
     inputs: tuple[tuple[str, int], ...]
 
     def as_output(self, features: Tensor) -> BaseModelOutputWithPooling:
-        """Features, [pieces, width], as the model's own encoder returns them."""
+        """Return features [pieces, width] in the form in which the model's own encoder returns them."""
         shaped = features if self.each is None else features.reshape(-1, self.each, self.width)
         pooled = [features] if self.listed else shaped
         return BaseModelOutputWithPooling(pooler_output=pooled)  # type: ignore[call-arg, arg-type]
@@ -55,7 +55,7 @@ class Images:
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """What happens once for an image: the features of its pieces are computed, as wide as embedded text."""
+    """The view that runs once for an image: it computes the features of the pieces, as wide as embedded text."""
 
     images: Images
     name = VISION
@@ -63,26 +63,26 @@ class ImageEncoder:
 
     @property
     def axes(self) -> Axes:
-        """No axis is free: a call is of one image, of the model's size."""
+        """The axes of the inputs, none of them free: a call is of one image of the model's size."""
         return {name: (None,) * count for name, count in self.images.inputs}
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """A random image."""
+        """Return a random image."""
         made = example_inputs(base, sizes={"batch": 1}, seed=seed)
         return {name: made[name] for name, _ in self.images.inputs}
 
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
     ) -> dict[str, Tensor]:
-        """The same inputs: they hold no keys and values."""
+        """Return the inputs unchanged, as they have no keys and values."""
         return dict(inputs)
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
-        """Run the encoder of images, and what makes its features as wide as the text's."""
+        """Run the image encoder, and the layers that make its features as wide as the text's."""
         return {IMAGE_FEATURES: encode_images(base, inputs)}
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """All of it."""
+        """Return the whole value."""
         return value
 
 
@@ -91,19 +91,19 @@ class DecodeWithImages(Decode):
     """The decode view of a model that reads images in its text.
 
     Attributes:
-        images: what they are to it.
+        images: how the model reads images.
     """
 
     images: Images
 
     @property
     def axes(self) -> Axes:
-        """The name of each input's axes."""
+        """The names of each input's axes."""
         return {**super().axes, IMAGE_FEATURES: (IMAGE_TOKENS, None)}
 
     @property
     def trials(self) -> tuple[Mapping[str, int], ...]:
-        """Those of a text, without images and with some."""
+        """Sizes for texts without images and with images."""
         few = self.images.each or 3
         return (
             *({**sizes, IMAGE_TOKENS: 0} for sizes in super().trials[:3]),
@@ -112,10 +112,10 @@ class DecodeWithImages(Decode):
         )
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """Valid inputs of this view: a text's, with image tokens behind the first of each row, and random features.
+        """Return valid inputs: a text with image tokens after the first token of each row, and random features.
 
-        Where sizes are given, there are no images but those of `image_tokens`, of which there are as many as fit: whole
-        images, behind the first token of a row.
+        If `sizes` are given, there are only as many image tokens as `image_tokens` says and as fit: whole images, after
+        the first token of a row.
         """
         few, each = self.images.each or 3, self.images.each or 1
         wanted: dict[str, int] = (
@@ -139,7 +139,7 @@ class DecodeWithImages(Decode):
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
     ) -> dict[str, Tensor]:
-        """The same inputs behind a past that is what the model makes of a random text."""
+        """Return the inputs with the past that the model computes for a random text."""
         plain = {**inputs, IMAGE_FEATURES: inputs[IMAGE_FEATURES][:0]}
         return {**super().with_past(base, plain, run, seed), IMAGE_FEATURES: inputs[IMAGE_FEATURES]}
 
@@ -152,7 +152,7 @@ class DecodeWithImages(Decode):
 
 
 def encode_images(base: nn.Module, inputs: Mapping[str, object]) -> Tensor:
-    """The features of images, [pieces, width], by the model's own code."""
+    """Return the features of images, [pieces, width], computed by the model's own code."""
     pooled = base.base_model.get_image_features(**inputs, return_dict=True).pooler_output  # type: ignore[union-attr, operator]
     parts = [pooled] if isinstance(pooled, Tensor) else list(pooled)
     return torch.cat([part.flatten(0, -2) for part in parts])

@@ -1,4 +1,4 @@
-"""Prefixes: keys and values ahead of the text's, as an entry that hands the model a cache which holds them already."""
+"""Prefix: keys and values before those of the text, given to the model as a cache that holds them already."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from peftfx.views.entry import POSITIONS, Entry, EntryCall
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache, DynamicCache
 
-_CACHE = "cache"  #: transformers' name for the argument
+_CACHE = "cache"  #: transformers' name of the argument
 
 
 @dataclass(frozen=True)
 class Prefix(Entry):
-    """Keys and values of virtual tokens in every layer, as a cache that holds them already.
+    """The keys and values of virtual tokens in every layer, as a cache that holds them already.
 
-    The hole is [tokens, 2 * layers * heads * head features]: a layer's keys and then its values, layer after layer.
-    Queries attend to the prefix as the model's code has them attend to a cache; masks grow by ones, positions go on
-    counting behind it, and no output is longer.
+    The hole is [tokens, 2 * layers * heads * head features]: for each layer the keys and then the values. Queries
+    attend to the prefix as the model's code lets them attend to a cache. Masks get ones for the prefix, positions count
+    on after it, and outputs are not longer.
 
     Attributes:
-        heads: that a layer keeps keys of.
-        layers: of the model.
-        decodes: whether the cache is a decoder's, behind an encoder that has none.
+        heads: the number of heads whose keys a layer keeps.
+        layers: the number of layers of the model.
+        decodes: whether the cache belongs to the decoder of an encoder-decoder, whose encoder has no cache.
         dropped: arguments that HF PEFT does not pass on.
     """
 
@@ -73,13 +73,13 @@ class Prefix(Entry):
 
 
 def cache_shape(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
-    """The layers, heads and features of a head that the model's code keeps keys and values of.
+    """Return the number of layers, of heads, and of features of a head in the model's key/value cache.
 
-    Measured: the model is run on fake tensors with an empty cache, which tells for any architecture. That is done once,
-    and again where the model has other modules or another config: each call under a prefix asks.
+    They are measured by a run on fake tensors with an empty cache, which works for any architecture. The result is
+    kept, because each call with a prefix needs it, and measured again if the model's modules or config change.
 
     Raises:
-        PeftfxError: the model keeps no cache, or one whose layers differ.
+        PeftfxError: the model keeps no cache, or the layers of its cache differ.
     """
     made_of = decodes, sum(1 for _ in base.modules()), repr(_fields(base))
     found = _shapes.get(base)
@@ -102,7 +102,7 @@ def _measured(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
         inputs = {name: fake(t) for name, t in example_inputs(base).items()}
         try:
             base(**inputs, **{_CACHE: _beside_encoder(cache) if decodes else cache})
-        except (TypeError, DataDependentOutputException) as error:  # no such argument; images are counted in the text
+        except (TypeError, DataDependentOutputException) as error:  # no such argument, or images in the text
             raise _no_place(base) from error
     shapes = [tuple(_shape(getattr(layer, name, None)) for name in ("keys", "values")) for layer in cache.layers]
     if not shapes or any(None in pair for pair in shapes):
@@ -119,7 +119,7 @@ def _shape(keys: object) -> tuple[int, int] | None:
 
 
 def _refuse_checkpointing(base: nn.Module) -> None:
-    """Layers that are checkpointed drop the cache, and would fill it twice if they did not; HF PEFT refuses it too."""
+    """Refuse a prefix with gradient checkpointing, as HF PEFT does: checkpointed layers drop the cache."""
     checkpointed = (module for module in base.modules() if getattr(module, "gradient_checkpointing", False))
     if base.training and torch.is_grad_enabled() and next(checkpointed, None) is not None:
         what = "a prefix does not work with gradient checkpointing: it is a cache, which checkpointed layers drop"
@@ -152,7 +152,7 @@ def _empty() -> DynamicCache:
 
 
 def _filled(rows: tuple[Tensor, ...]) -> DynamicCache:
-    """A cache that holds these keys and values."""
+    """Return a cache that holds these keys and values."""
     from transformers.cache_utils import DynamicLayer
 
     cache = _empty()
@@ -165,14 +165,14 @@ def _filled(rows: tuple[Tensor, ...]) -> DynamicCache:
 
 
 def _beside_encoder(cache: DynamicCache) -> Cache:
-    """A decoder's cache; what it keeps of the encoder is empty."""
+    """Return a decoder's cache whose part for the encoder is empty."""
     from transformers.cache_utils import EncoderDecoderCache
 
     return EncoderDecoderCache(cache, _empty())
 
 
 def _without_cache(output: object) -> object:
-    """The model's output without the caches that it and its parts hand back: a forward view has none."""
+    """Return the model's output without caches in it and in its parts, as a forward view has none."""
     from transformers.cache_utils import Cache
     from transformers.utils.generic import ModelOutput
 

@@ -1,11 +1,8 @@
-"""prompt_in_view: what a soft prompt is in each view of a model, given what it is in the forward.
+"""`prompt_in_view` says what a soft prompt is in each view of a model, given what it is in the forward.
 
-| | virtual tokens | a prefix |
-| --- | --- | --- |
-| decode | the keys and values that they leave in the cache, ahead of the past | ahead of the past |
-| encoder | ahead of the text | nothing |
-| vision | nothing | nothing |
-| decoder | the encoded text is longer by them than its mask | ahead of the past |
+| | virtual tokens | a prefix | | --- | --- | --- | | decode | their keys and values in the cache, before the past |
+before the past | | encoder | before the text | nothing | | vision | nothing | nothing | | decoder | the encoded text
+includes them, its mask does not | before the past |
 """
 
 from __future__ import annotations
@@ -24,11 +21,11 @@ from peftfx.views.view import View
 
 
 def prompt_in_view(view: View, entry: Entry) -> tuple[View, Entry | None]:
-    """The view as it is under a soft prompt, and the way into it; none where the view does not see the prompt.
+    """Return the view under a soft prompt, and its entry, or None if the view does not see the prompt.
 
     Args:
-        view: of the base.
-        entry: the way into the base's forward.
+        view: the base's view.
+        entry: the entry of the base's forward.
 
     Raises:
         PeftfxError: the soft prompt has no place in this view.
@@ -44,7 +41,7 @@ def prompt_in_view(view: View, entry: Entry) -> tuple[View, Entry | None]:
             return seen, entry if isinstance(view, Encoder) else None
     if isinstance(entry, Prefix):
         if isinstance(view, Decode):
-            width_of(view.layers)  # refuses what no prefix stands ahead of
+            width_of(view.layers)  # this refuses caches that a prefix cannot precede
             return view, CachePrefix(entry.shape, entry.dtype, view.layers)
         if isinstance(view, Decoder):
             return view, CachePrefix(entry.shape, entry.dtype, view.layers.own, DECODED)

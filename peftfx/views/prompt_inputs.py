@@ -1,7 +1,7 @@
-"""WithPromptInputs: a view of a model with places for soft prompts among its inputs, for any number of virtual tokens.
+"""WithPromptInputs: a view with soft prompts as inputs, of any number of virtual tokens.
 
-A place is the hole of an entry that the caller fills. With no rows in it the view is the one without. A soft prompt of
-any kind is a prefix in a decode view: prompts of embeddings are there what they leave in the cache.
+A place is the hole of an entry that the caller fills. With 0 rows in it the view works as without a soft prompt. In a
+decode view every soft prompt is a prefix: for virtual tokens, the keys and values that they leave in the cache.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from peftfx.views.view import Axes, RunView
 
 @dataclass(frozen=True)
 class Place:
-    """An input in the place of an entry's hole.
+    """An input that replaces an entry's hole.
 
     Attributes:
-        what: `SLOT_PROMPT` or `PREFIX`; the input's name, and that of its first axis.
-        entry: what is done with it; its hole has as many rows as an example has.
-        dropped: arguments that a soft prompt makes as if they were not given, here zero.
+        what: `SLOT_PROMPT` or `PREFIX`: the name of the input, and of its first axis.
+        entry: the entry that uses the input; its hole has as many rows as an example.
+        dropped: arguments that have no effect under a soft prompt; they are set to zero.
     """
 
     what: str
@@ -40,18 +40,18 @@ class Place:
 
     @property
     def slot(self) -> Slot:
-        """The same as a slot."""
+        """This place as a slot."""
         return Slot(self.what, self.what, "", (self.what, self.entry.shape[1]), str(self.entry.dtype)[6:])
 
     def rows(self, count: int, seed: int) -> Tensor:
-        """Random values of so many virtual tokens."""
+        """Return random values of `count` virtual tokens."""
         with unset_fake_temporarily():
             random = torch.Generator().manual_seed(seed)
             return torch.randn(count, self.entry.shape[1], generator=random).to(self.entry.dtype)
 
 
 def through(places: Sequence[Place], call: EntryCall) -> EntryCall:
-    """A call that takes what these places hold among its arguments."""
+    """Return a call that takes the contents of these places among its arguments."""
 
     def run(base: nn.Module, arguments: Mapping[str, object]) -> object:
         given, entered = dict(arguments), call
@@ -73,11 +73,11 @@ def _enter(place: Place, hole: object, call: EntryCall, base: nn.Module, argumen
 
 @dataclass(frozen=True)
 class WithPromptInputs:
-    """A view that generates, with places.
+    """A view for generation, with places for soft prompts.
 
     Attributes:
-        view: without them.
-        places: of it.
+        view: the view without places.
+        places: the places of the view.
     """
 
     view: Decode | Encoder | Decoder
@@ -86,10 +86,10 @@ class WithPromptInputs:
 
     @staticmethod
     def of(view: Decode | Encoder | Decoder, places: Sequence[Place]) -> WithPromptInputs:
-        """A view, given the places of the model's forward."""
+        """Return a view with places, given the places of the model's forward."""
         if isinstance(view, Decode) and not all(layer.attends for layer in view.layers):
             return WithPromptInputs(view, ())
-        if isinstance(view, Decode):  # whose layers may differ, where HF PEFT's prefixes have those of a forward alike
+        if isinstance(view, Decode):  # its layers may differ in shape; HF PEFT's prefixes have one shape
             return WithPromptInputs(
                 view, (Place(PREFIX, CachePrefix((3, width_of(view.layers)), view.layers[0].dtype, view.layers)),)
             )
@@ -101,11 +101,11 @@ class WithPromptInputs:
 
     @property
     def axes(self) -> Axes:
-        """The name of each input's axes."""
+        """The names of each input's axes."""
         return {**self.view.axes, **{place.what: (place.what, None) for place in self.places}}
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """Valid inputs, with random rows, as many as the size named like a place says."""
+        """Return valid inputs with random rows, as many as the size with the place's name says."""
         made = self.view.inputs(base, sizes=sizes, seed=seed)
         counts = {place.what: place.entry.shape[0] for place in self.places} | dict(sizes or {})
         return made | {place.what: place.rows(counts[place.what], seed + 1) for place in self.places}
@@ -113,7 +113,7 @@ class WithPromptInputs:
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
     ) -> dict[str, Tensor]:
-        """The same inputs, with keys and values that the model makes without a soft prompt."""
+        """Return the inputs with keys and values that the model computes without a soft prompt."""
         names = {place.what for place in self.places}
         own = {name: value for name, value in inputs.items() if name not in names}
         return {**inputs, **self.view.with_past(base, own, run, seed)}
@@ -125,12 +125,12 @@ class WithPromptInputs:
         return output
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """What an output has where the mask shows something."""
+        """Return an output's values where the mask shows something."""
         return self.view.shown(name, inputs, value)
 
     @property
     def trials(self) -> tuple[Mapping[str, int], ...]:
-        """Those of the view, with soft prompts and without."""
+        """The sizes of the view's trials, with and without soft prompts."""
         return tuple(_with_counts(self.view.trials))
 
 

@@ -1,8 +1,9 @@
-"""WithRowAdapters: a view in which each row comes with the number of its adapter, and has a soft prompt of its own.
+"""WithRowAdapters: a view in which each row has the number of its adapter, and a soft prompt of its own.
 
-Ahead of a cache, prefixes of different lengths end together: shorter ones are padded ahead and the mask hides that, as
-it hides padding of a text. Each row's positions count from its own prefix. Ahead of a text that is embedded, virtual
-tokens begin together, and padding is behind the text: a row is what it is alone, wherever its positions are counted.
+Before a cache, prefixes of different lengths end at the same place: shorter prefixes are padded at the start, and the
+mask hides the padding. Each row's positions count from its own prefix. Before an embedded text, virtual tokens start at
+the same place, and padding is after the text. So each row gives the same results as alone, also in models that count
+positions themselves.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from peftfx.views.entry import PER_TOKEN, POSITIONS, Entry, EntryCall, VirtualTo
 from peftfx.views.view import Axes, RunView
 
 IDS = "adapter_ids"  #: the input: the number of each row's adapter, -1 for none
-NOWHERE = 1 << 31  #: an entry that no stack has
-PREFIXES, PROMPTS = "prefixes", "prompts"  #: the holes that they fill
+NOWHERE = 1 << 31  #: an index beyond every stack
+PREFIXES, PROMPTS = "prefixes", "prompts"  #: the names of the holes
 _MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
 class CachePrefixByRow(CachePrefix):
-    """Prefixes bound inside a view with a cache, of which each row takes one.
+    """Prefixes inside a view with a cache, one for each row.
 
-    The hole is [adapters + 1, tokens, width]; the first entry is of no adapter.
+    The hole is [adapters + 1, tokens, width]; the first entry is for no adapter.
 
     Attributes:
-        lengths: of the prefixes, by entry.
+        lengths: the lengths of the prefixes, by entry.
     """
 
     lengths: tuple[int, ...] = ()
@@ -55,13 +56,14 @@ class CachePrefixByRow(CachePrefix):
 
 @dataclass(frozen=True)
 class PromptsByRow(VirtualTokens):
-    """Virtual tokens ahead of a text, each row's own: `[P; E(ids); padding]`.
+    """Virtual tokens before a text, with a prompt of its own for each row: `[P; E(ids); padding]`.
 
-    The hole is [adapters + 1, tokens, width]; the first entry is of no adapter, and shorter ones end in nothing.
+    The hole is [adapters + 1, tokens, width]; the first entry is for no adapter, and the ends of shorter prompts are
+    not used.
 
     Attributes:
-        lengths: of the prompts, by entry.
-        padding: the id behind the text.
+        lengths: the lengths of the prompts, by entry.
+        padding: the id of the padding after the text.
     """
 
     lengths: tuple[int, ...] = ()
@@ -87,7 +89,7 @@ class PromptsByRow(VirtualTokens):
         for name, (ahead, behind) in laid.items():
             value = given.get(name)
             if isinstance(value, Tensor) and value.ndim == 2 and name != "labels":
-                own = value * (lengths == 0) if name in self.dropped else value  # dropped where there is a prompt
+                own = value * (lengths == 0) if name in self.dropped else value  # dropped in rows with a prompt
                 given[name] = lay(own, lengths, most, ahead, behind)
         rows = hole.index_select(0, entries(ids))
 
@@ -100,13 +102,13 @@ class PromptsByRow(VirtualTokens):
 
 
 def lay(value: Tensor, lengths: Tensor, most: int, ahead: int, behind: int) -> Tensor:
-    """A text's row of numbers behind as many of another as its prompt is long, and padded to the longest, [batch, all].
+    """Return each row as fill values for its prompt, its text, and padding to the longest prompt, [batch, all].
 
     Args:
         value: [batch, sequence].
         lengths: [batch, 1].
-        most: the largest there can be.
-        ahead, behind: what is there.
+        most: the largest possible length.
+        ahead, behind: the fill value of the prompt's places, and that of the padding.
     """
     rows, length = value.shape
     parts = value.new_full((rows, most), ahead), value, value.new_full((rows, 1), behind)
@@ -116,27 +118,28 @@ def lay(value: Tensor, lengths: Tensor, most: int, ahead: int, behind: int) -> T
 
 
 def entries(ids: Tensor) -> Tensor:
-    """The entry of each row: the first is of no adapter. A number below -1 gets one that no stack has.
+    """Return the entry of each row. The first entry is for no adapter; numbers below -1 give an impossible entry.
 
-    ONNX counts a negative index from the end: without this, -2 would be the last adapter. So what reads it, fails.
+    ONNX counts a negative index from the end, so -2 would select the last adapter. An impossible entry makes the read
+    fail.
     """
     index = ids + 1
     return index.masked_fill(index < 0, NOWHERE)
 
 
 def _lengths(lengths: Sequence[int], ids: Tensor) -> Tensor:
-    """The length of each row's, [batch, 1]."""
+    """Return the length of each row's prompt, [batch, 1]."""
     return torch.tensor(lengths, device=ids.device).index_select(0, entries(ids))[:, None]
 
 
 @dataclass(frozen=True)
 class WithRowAdapters:
-    """A view that generates, with an input more, the number of each row's adapter.
+    """A view for generation with one more input, the number of each row's adapter.
 
     Attributes:
-        view: without.
-        lengths: of the adapters' soft prompts, that of none first.
-        entry: what puts them in, where this view does.
+        view: the view without the input.
+        lengths: the lengths of the adapters' soft prompts, after the length 0 for no adapter.
+        entry: the entry that adds the soft prompts, if this view adds them.
     """
 
     view: Decode | Encoder | Decoder
@@ -146,7 +149,7 @@ class WithRowAdapters:
 
     @staticmethod
     def of(view: Decode | Encoder | Decoder, lengths: tuple[int, ...], prompts: PromptsByRow | None) -> WithRowAdapters:
-        """A view, given the lengths of soft prompts, and what puts them ahead of a text that is embedded."""
+        """Return a view, given the lengths of soft prompts, and the entry that puts them before an embedded text."""
         if not any(lengths) or isinstance(view, Decoder):
             return WithRowAdapters(view, lengths)
         if isinstance(view, Encoder):
@@ -157,18 +160,18 @@ class WithRowAdapters:
 
     @property
     def _longer(self) -> Decode | Encoder | Decoder:
-        """The view of what is encoded with the longest prompt ahead."""
+        """The view with the longest prompt before the encoded text."""
         if not isinstance(self.view, Decoder):
             return self.view
         return dataclasses.replace(self.view, layers=dataclasses.replace(self.view.layers, ahead=max(self.lengths)))
 
     @property
     def axes(self) -> Axes:
-        """The name of each input's axes."""
+        """The names of each input's axes."""
         return {**self._longer.axes, IDS: ("batch",)}
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """Valid inputs, each row with a random adapter or none."""
+        """Return valid inputs, in which each row has a random adapter or none."""
         made = self._longer.inputs(base, sizes=sizes, seed=seed)
         with unset_fake_temporarily():
             random = torch.Generator().manual_seed(seed + 1)
@@ -178,12 +181,12 @@ class WithRowAdapters:
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
     ) -> dict[str, Tensor]:
-        """The same inputs, with keys and values that the model makes without an adapter."""
+        """Return the inputs with keys and values that the model computes without an adapter."""
         own = {name: value for name, value in inputs.items() if name != IDS}
         return {**inputs, **self._longer.with_past(base, own, run, seed)}
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
-        """Run the model on inputs of this view; what is bound inside, the entry binds."""
+        """Run the model on inputs of this view. The entry adds what it adds inside the view."""
         given = dict(inputs)
         ids, mask = given.pop(IDS, None), given.get("encoder_attention_mask")
         if isinstance(mask, Tensor) and isinstance(ids, Tensor):
@@ -191,11 +194,11 @@ class WithRowAdapters:
         return self.view(base, given)
 
     def _encoded(self, mask: Tensor, ids: Tensor) -> Tensor:
-        """The mask of what is encoded, given that of the text."""
+        """Return the mask of the encoded source, given the mask of the text."""
         return lay(mask, _lengths(self.lengths, ids), max(self.lengths), 1, 0) if any(self.lengths) else mask
 
     def alone(self, inputs: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-        """The inputs of the view in which all rows have this adapter."""
+        """Return the inputs of the plain view in which all rows have the adapter `number`."""
         given = {name: value for name, value in inputs.items() if name != IDS}
         if isinstance(self.view, Decoder):
             kept = given["encoder_attention_mask"].shape[1] + self.lengths[number + 1]
@@ -204,7 +207,7 @@ class WithRowAdapters:
         return given
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """What an output has where the mask shows something."""
+        """Return an output's values where the mask shows something."""
         if not isinstance(self.view, Encoder):
             return self.view.shown(name, inputs, value)
         mask = self._encoded(inputs[_MASK], inputs[IDS])
@@ -212,5 +215,5 @@ class WithRowAdapters:
 
     @property
     def trials(self) -> Sequence[Mapping[str, int]]:
-        """Those of the view."""
+        """The sizes of the view's trials."""
         return self.view.trials

@@ -1,4 +1,4 @@
-"""What makes a view of a model: the names of its inputs' axes, and configs that ask for no cache."""
+"""View: the protocol of a view of a model, the names of its inputs' axes, and a context without a cache."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from torch import Tensor, nn
 from peftfx.bases.config_fields import collect_configs, first_of
 
 Axes = Mapping[str, tuple[str | None, ...]]
-"""The name of each axis of each input; `None` where its size is the model's."""
+"""The names of the axes of each input; `None` for a size that is the model's."""
 
 RunView = Callable[["View", Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""Runs a model in one of its views: given the view and its inputs, it returns the outputs by name."""
+"""A function that runs a model in a view: it takes the view and its inputs, and returns the outputs by name."""
 
 
 class View(Protocol):
-    """A way of running a model that is not its forward as it stands: flat tensors in, named tensors out.
+    """A way of running a model other than its plain forward: flat tensors in, named tensors out.
 
-    Hashable, and equal to one of the same model that runs it in the same way.
+    Views are hashable. Two views of a model are equal if they run it in the same way.
     """
 
     @property
     def name(self) -> str:
-        """Its own word."""
+        """The view's name."""
 
     @property
     def axes(self) -> Axes:
-        """The names of its inputs' axes; the inputs' order is that of `inputs`."""
+        """The names of the axes of each input, in the order of `inputs`."""
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """Valid inputs, of these sizes of named axes."""
+        """Return valid inputs with these sizes of named axes."""
 
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
     ) -> dict[str, Tensor]:
-        """The same inputs, with what the model itself made of another text where they hold keys and values."""
+        """Return the inputs with keys and values that the model itself computes for another text."""
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model."""
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """What an output of this name has where the mask shows something: what is computed for padding is nobody's."""
+        """Return an output's values where the mask shows something. Values of padding have no meaning."""
 
     @property
     def trials(self) -> Sequence[Mapping[str, int]]:
-        """Sizes to try an export at: every way it is served."""
+        """Sizes at which an export is tried, for every way in which it is served."""
 
 
 _TEXT = ("batch", "sequence")
@@ -64,13 +64,13 @@ _AXES: Mapping[str, tuple[str | None, ...]] = {
 
 
 def name_axes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str | None, ...]]:
-    """A name for each axis of each input, by the input's name; `None` where its size is the model's, not the call's.
+    """Return a name for each axis of each input; None for a size that is the model's, not the call's.
 
-    Axes of one name have one size: one that differs from the first of its name is named after its place, `input.1`.
-    So are the axes of an unknown input, but for a first axis as long as the batch. The size of an image is the
-    model's; give `capture` other names to leave it free.
+    The result has the names by the input's name. Axes of one name have one size: an axis whose size differs from the
+    first of its name is named after its place, `input.1`. So are the axes of an unknown input, except a first axis as
+    long as the batch. The size of an image is the model's; give `capture` other names to leave it free.
     """
-    ranked = sorted(tensors, key=lambda name: name not in _AXES)  # inputs of known meaning say how long an axis is
+    ranked = sorted(tensors, key=lambda name: name not in _AXES)  # inputs with known axes set the sizes
     first = next((tensors[name] for name in ranked if tensors[name].ndim), None)
     lengths = {} if first is None else {"batch": first.shape[0]}
     named = apart({name: _axes_of(name, tensors) for name in ranked}, tensors, lengths)
@@ -78,14 +78,14 @@ def name_axes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str | None, ...]
 
 
 def free_images(axes: Axes, model: nn.Module) -> Axes:
-    """These names, but free heights and widths of images where the model's config tells no size that they have."""
+    """Return the names, with free heights and widths of images if the model's config has no image size."""
     if sized_images(model) or not any(axes.get(name, ())[1:] == (None,) * 3 for name in _IMAGES):
         return axes
     return {**axes, **{n: (axes[n][0], None, "height", "width") for n in _IMAGES if axes.get(n, ())[1:] == (None,) * 3}}
 
 
 def sized_images(model: nn.Module) -> bool:
-    """Whether its config tells the size of the images that a model takes, or it is no model with a config."""
+    """Return whether a model's config tells the size of its images, or the model has no config."""
     config = getattr(model, "config", None)
     parts: dict[int, object] = {}
     collect_configs(config, parts)
@@ -100,12 +100,12 @@ _IMAGES = ("pixel_values",)
 def apart(
     axes: Axes, tensors: Mapping[str, Tensor], lengths: Mapping[str, int] | None = None
 ) -> dict[str, tuple[str | None, ...]]:
-    """These names, but where an axis is not as long as the first of its name: there that of its place, `input.1`.
+    """Return the names, but rename each axis whose size differs from the first of its name: to `input.1`, by place.
 
     Args:
         axes: the name of each axis of each input.
-        tensors: the inputs, in an order in which the first says how long an axis is.
-        lengths: of axes whose length is known before.
+        tensors: the inputs; the first with an axis of a name sets that name's size.
+        lengths: known sizes of axes, by name.
     """
     known = dict(lengths or {})
     named: dict[str, tuple[str | None, ...]] = {}
@@ -124,9 +124,9 @@ def _axes_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str | None, ...]
     known: tuple[str | None, ...] = _AXES.get(name, ())
     if name == "labels" and tensor.ndim == 2 and not tensor.is_floating_point():
         known = _labels_axes(tensor, tensors)
-    if name == "position_ids" and tensor.ndim == 3:  # one row of positions for each of the rotary sections
+    if name == "position_ids" and tensor.ndim == 3:  # one row of positions for each rotary section
         known = (None, *_TEXT)
-    if name.endswith("attention_mask") and tensor.ndim == 4:  # heads of its own it has if the model says so
+    if name.endswith("attention_mask") and tensor.ndim == 4:  # its second axis may be the heads
         known = ("batch", None, "sequence", "sequence")
     if len(known) != tensor.ndim:
         known = ("batch", *(f"{name}.{i}" for i in range(1, tensor.ndim))) if tensor.ndim else ()
@@ -134,7 +134,7 @@ def _axes_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str | None, ...]
 
 
 def _labels_axes(labels: Tensor, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """Labels run along what the model predicts: the decoder's tokens if it has a decoder, else the text."""
+    """Return the axes of labels: along the decoder's tokens if there is a decoder, else along the text."""
     if any(name.startswith("decoder_") for name in tensors):
         return _DECODER
     text = next((tensors[name] for name in ("input_ids", "inputs_embeds") if name in tensors), None)
@@ -143,10 +143,10 @@ def _labels_axes(labels: Tensor, tensors: Mapping[str, Tensor]) -> tuple[str, st
 
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Inside, no config of the model or of its parts asks for a key/value cache; afterwards each is as it was.
+    """Turn `use_cache` off in all configs of the model inside the context, and restore them after it.
 
-    A forward view has no cache. An argument `use_cache` would reach few models: some take it through `**kwargs` and
-    some not at all, and each part of a composed model reads its own config.
+    A forward view has no cache. The argument `use_cache` would not work for all models: some take it through
+    `**kwargs`, some not at all, and each part of a composed model reads its own config.
     """
     seen: dict[int, object] = {}
     for module in model.modules():

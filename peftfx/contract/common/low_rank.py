@@ -43,7 +43,7 @@ def product(site: Site, a: Tensor, b: Tensor) -> Tensor:
 
 
 def is_narrow(x: Tensor, a: Tensor) -> bool:
-    """Return whether `through_narrow` computes `B(A(x))` faster: on a CPU, whose products want 16 columns at once."""
+    """Return whether `through_narrow` computes `B(A(x))` faster: on a CPU, for a rank below 16."""
     traced = isinstance(x, FakeTensor) or torch.compiler.is_compiling()
     return len(a) < _COLUMNS and x.device.type == "cpu" and not traced and not torch.is_autocast_enabled("cpu")
 

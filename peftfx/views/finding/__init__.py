@@ -1,1 +1,1 @@
-"""Which views a model has: found by its forward, its config and runs on fake tensors, whatever its architecture."""
+"""Finds the views of a model by its forward, its config and runs on fake tensors, for any architecture."""

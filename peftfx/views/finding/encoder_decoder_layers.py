@@ -1,4 +1,4 @@
-"""The layers of an encoder-decoder's caches, found by running it on fake tensors."""
+"""Finds the layers of an encoder-decoder's caches by a run on fake tensors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from peftfx.views.view import free_images, name_axes
 
 
 def find_layers(base: nn.Module) -> EncoderDecoderLayers:
-    """The layers of an encoder-decoder's caches, found by running it on fake tensors.
+    """Return the layers of an encoder-decoder's caches, found by a run on fake tensors.
 
     Raises:
-        PeftfxError: it is none, or its caches are not keys and values.
+        PeftfxError: the model is no encoder-decoder, or its caches are not keys and values.
     """
     accepted = inspect.signature(base.forward).parameters
     source = str(getattr(base, "main_input_name", TEXT_INPUT))
@@ -38,7 +38,7 @@ def find_layers(base: nn.Module) -> EncoderDecoderLayers:
         try:
             output = base(**given, cache=cache, use_cache=True)
             for part in (cache.self_attention_cache, cache.cross_attention_cache):
-                held(part)  # refuses what it does not know
+                held(part)  # this refuses unknown kinds of layers
             own, cross = layers_in(cache.self_attention_cache), layers_in(cache.cross_attention_cache)
             width = int(output.encoder_last_hidden_state.shape[-1])
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What images are to a model of text and images, found by running its own encoder of them on fake tensors."""
+"""Finds how a model of text and images reads images, by a run of its image encoder on fake tensors."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from peftfx.views.images import Images
 
 
 def reads_images(base: nn.Module) -> bool:
-    """Whether a model takes images into its text, as transformers' `generate` has them encoded ahead of the prefill."""
+    """Return whether a model reads images in its text, which transformers' `generate` encodes before the prefill."""
     own = getattr(base, "base_model", None)
     takes = "mm_encoder_outputs" in inspect.signature(base.forward).parameters
     return takes and "image" in (getattr(base, "input_modalities", None) or ()) and hasattr(own, "get_image_features")
 
 
 def find_images(base: nn.Module) -> Images:
-    """What images are to a model that reads them.
+    """Return how a model reads images.
 
     Raises:
-        PeftfxError: no example of an image is known, or its encoder does not run on one.
+        PeftfxError: no example of an image is known, or the model's image encoder does not run on it.
     """
     accepted = inspect.signature(base.base_model.get_image_features).parameters  # type: ignore[union-attr, arg-type]
     token = first_of(base.config, "image_token_id", "image_token_index")

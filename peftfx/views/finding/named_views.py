@@ -1,4 +1,4 @@
-"""The views of a model by their names: forward, decode, encoder, decoder, vision."""
+"""Finds the views of a model by their names: forward, decode, encoder, decoder, vision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES = ("forward", "decode", "encoder", "decoder", VISION)
 
 
 def find_view(base: nn.Module, name: str) -> View | None:
-    """The view of this name of a model; `None` for its forward.
+    """Return the view of this name of a model, or None for its forward.
 
     Raises:
         PeftfxError: the name is unknown, or the model has no such view.
@@ -34,12 +34,12 @@ def find_view(base: nn.Module, name: str) -> View | None:
 
 
 def _decode(base: nn.Module) -> Decode:
-    """With a place for images where the model reads them, and it can be told what they are to it."""
+    """Return the decode view, with an input for images if the model reads images and their form can be found."""
     view = decode_view(base)
     if not reads_images(base):
         return view
     try:
         images = find_images(base)
     except PeftfxError:
-        return view  # of text alone; what is exported warns of it
+        return view  # for text only; the export warns of it
     return DecodeWithImages(view.layers, view.positions, images)
