@@ -82,9 +82,6 @@ class Method(ABC):
     """Fields of HF PEFT's config that are refused, each with the reason and, after a semicolon, what to do instead."""
     wraps_attention: ClassVar[bool] = False
     """Whether HF PEFT adapts a `torch.nn.MultiheadAttention` by this method, its two projections at once."""
-    counted: ClassVar[bool] = False
-    """Whether a place's parameters depend on the number of places and on the place's index: all targeted places must
-    run."""
     layered: ClassVar[bool] = True
     """Whether HF PEFT's config has `layers_to_transform`. Otherwise files name the modules that this option leaves."""
     targeted: ClassVar[bool] = True
@@ -192,6 +189,11 @@ class Method(ABC):
     def obstacle(self) -> PeftfxError | None:
         """The error that says why no new adapter can start with these options here. Files with them are read."""
         return None
+
+    @property
+    def counted(self) -> bool:
+        """Whether a place's parameters depend on the number of places and on the place's index: all places must run."""
+        return False
 
     @property
     def doubt(self) -> str:

@@ -30,7 +30,6 @@ class LoHa(LycorisMethod):
 
     Args:
         r: rank of each product.
-        alpha, rank_dropout, module_dropout, use_effective_conv2d, rank_pattern, alpha_pattern: as of `LycorisMethod`.
         init_weights: start as the identity; otherwise at random.
     """
 

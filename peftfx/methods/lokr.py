@@ -31,7 +31,6 @@ class LoKr(LycorisMethod):
 
     Args:
         r: rank of a factor that is cut in two.
-        alpha, rank_dropout, module_dropout, rank_pattern, alpha_pattern: as of `LycorisMethod`.
         rank_dropout_scale: make those rows that are left larger by as much.
         use_effective_conv2d: give a conv's second factor a core of its kernel's size.
         decompose_both: let the first factor be cut in two as well.

@@ -18,57 +18,35 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.delta import dropped
+from peftfx.contract.common.random_bases import RandomBasesMethod
 from peftfx.contract.method import Base, Op, Params
-from peftfx.contract.weight import WeightMethod
-from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 
 A, B, LAMBDA, GAMMA = "randlora_A", "randlora_B", "randlora_lambda", "randlora_gamma"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandLoRA(WeightMethod):
+class RandLoRA(RandomBasesMethod):
     """Trained diagonals around random bases that all targeted linear layers share.
 
     Args:
         r: rank of each base: the smaller it is, the more there are, and the more is trained.
         randlora_alpha: numerator of the scale, `randlora_alpha / r`.
-        projection_prng_key: the seed that the bases are drawn from.
-        save_projection: keep them in the files; else they are drawn anew on loading.
         sparse, very_sparse: bases of -1, 0 and 1.
         randlora_dropout: dropout on the adapter's input in training.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (randlora_only).
-        init_weights: start as the identity; otherwise at random.
     """
 
     r: int = 32
     randlora_alpha: float = 640
-    projection_prng_key: int = 0
-    save_projection: bool = True
     sparse: bool = False
     very_sparse: bool = False
     randlora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
     bias: Literal["none", "all", "randlora_only"] = "none"
-    init_weights: bool = True
 
     peft_type: ClassVar[str] = "RANDLORA"
-    # Fused projections as wholes: HF PEFT's files, which know no parts, have no bases for the rows of one.
-    default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r < 1:
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "RandLoRA(r=32)")
-
-    @property
-    def neutral(self) -> bool:
-        return self.init_weights
-
-    def frozen(self) -> frozenset[str]:
-        return frozenset({A, B})
+    bases: ClassVar[tuple[str, str]] = (A, B)
+    vectors: ClassVar[tuple[str, str]] = (LAMBDA, GAMMA)
 
     def shared(
         self, sites: Sequence[Site], bases: Iterable[Base], like: Tensor, rng: torch.Generator | None
@@ -86,12 +64,6 @@ class RandLoRA(WeightMethod):
             b = torch.cat([_kaiming((most, 1, self.r), own) for _ in range(count)], 1)
         # HF PEFT rounds them to the dtype of the base.
         return {name: (t / t.std()).to(like).to(adapter_dtype(like.dtype)) for name, t in ((A, a), (B, b))}
-
-    def shared_keys(self, sites: Sequence[Site]) -> dict[str, str]:
-        return {name: f"base_model.{name}" for name in (A, B)} if self.save_projection else {}
-
-    def keys(self, site: Site) -> dict[str, str]:
-        return {LAMBDA: LAMBDA, GAMMA: GAMMA}
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         least, most = sorted(base.weight.shape)

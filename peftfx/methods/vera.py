@@ -16,68 +16,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.common.random_pair import own_rows, random_pair
+from peftfx.contract.common.delta import dropped
+from peftfx.contract.common.random_bases import RandomBasesMethod, own_rows, random_pair
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
-from peftfx.contract.weight import WeightMethod
-from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 
 A, B, D, SCALE = "vera_A", "vera_B", "vera_lambda_d", "vera_lambda_b"
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeRA(WeightMethod):
+class VeRA(RandomBasesMethod):
     """Vectors around a random low-rank pair that all targeted linear layers share.
 
     Args:
-        r: rank of the pair.
-        projection_prng_key: the seed that it is drawn from.
-        save_projection: keep it in the files; else it is drawn anew on loading.
         vera_dropout: dropout on the adapter's input in training.
-        d_initial: what `d` starts at; `b` starts at 0.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        d_initial: what `d` starts at; `b` starts at 0. Without `init_weights`, `d` is random and `b` is 1.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (vera_only).
-        init_weights: start as the identity; otherwise `d` is random and `b` is 1.
     """
 
-    r: int = 256
-    projection_prng_key: int = 0
-    save_projection: bool = True
     vera_dropout: float = 0.0
     d_initial: float = 0.1
-    fan_in_fan_out: bool = False
     bias: Literal["none", "all", "vera_only"] = "none"
-    init_weights: bool = True
 
     peft_type: ClassVar[str] = "VERA"
-    # Fused projections as wholes: HF PEFT's files, which know no parts, have no pair for the rows of one.
-    default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r < 1:
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "VeRA(r=256)")
-
-    @property
-    def neutral(self) -> bool:
-        return self.init_weights
-
-    def frozen(self) -> frozenset[str]:
-        return frozenset({A, B})
+    bases: ClassVar[tuple[str, str]] = (A, B)
+    vectors: ClassVar[tuple[str, str]] = (D, SCALE)
 
     def shared(
         self, sites: Sequence[Site], bases: Iterable[Base], like: Tensor, rng: torch.Generator | None
     ) -> dict[str, Tensor]:
         a, b = random_pair(sites, self.r, self.r, self.projection_prng_key, like)
         return {A: a, B: b}
-
-    def shared_keys(self, sites: Sequence[Site]) -> dict[str, str]:
-        return {name: f"base_model.{name}" for name in (A, B)} if self.save_projection else {}
-
-    def keys(self, site: Site) -> dict[str, str]:
-        return {D: D, SCALE: SCALE}
 
     @property
     def dropout(self) -> float:
@@ -89,10 +59,9 @@ class VeRA(WeightMethod):
         return {SCALE: new.zero_(), D: d} if self.init_weights else {SCALE: new, D: d.normal_(generator=rng)}
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
-        drops = training and self.vera_dropout > 0
-        dropped = (F.dropout(x, self.vera_dropout, training=True) if drops else x).to(p[D].dtype)
         a, b = own_rows(base, p[A], p[B])
-        return (y + F.linear(F.linear(dropped, a) * p[D], b) * p[SCALE]).to(y.dtype)
+        given = dropped(x, self.vera_dropout, training).to(p[D].dtype)
+        return (y + F.linear(F.linear(given, a) * p[D], b) * p[SCALE]).to(y.dtype)
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         return Base(self.update(site, base, p).apply(base.weight), base.bias)

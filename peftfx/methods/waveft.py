@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.common.delta import DeltaMethod
-from peftfx.contract.common.patterns import by_path, pattern_of
+from peftfx.contract.common.spectral import SpectralMethod
 from peftfx.contract.method import Base, Method, Params
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
@@ -31,82 +30,79 @@ _MOST = 10  #: vanishing moments whose filters come out of a root finder to roun
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaveFT(DeltaMethod):
+class WaveFT(SpectralMethod):
     """Trained wavelet coefficients of an update of linear weights.
 
     Args:
-        n_frequency: how many coefficients.
-        scaling: the factor of the update.
         wavelet_family: Daubechies' wavelets, db1 (Haar) to db10; sym2 and sym3 are db2 and db3.
         use_idwt: transform the coefficients; else they are elements of the update themselves.
-        random_loc_seed: the seed of their places.
-        proportional_parameters: spread coefficients over places by their sizes: refused, no config holds the counts.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        proportional_parameters: give each place a share of `n_frequency` times the number of places, by the size of its
+            weight, and 1 at least. `n_frequency_pattern` is not read then, as in HF PEFT.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (waveft_only).
-        n_frequency_pattern: another `n_frequency` for module paths that match a key.
-        init_weights: start as the identity; otherwise at random.
     """
 
     n_frequency: int = 2592
     scaling: float = 25.0
     wavelet_family: str = "db1"
     use_idwt: bool = True
-    random_loc_seed: int = 777
     proportional_parameters: bool = False
-    fan_in_fan_out: bool = False
     bias: Literal["none", "all", "waveft_only"] = "none"
-    n_frequency_pattern: Mapping[str, int] = field(default_factory=dict)
-    init_weights: bool = True
 
     peft_type: ClassVar[str] = "WAVEFT"
-    # Fused projections as wholes: the transform is of the whole weight, and HF PEFT's files know no parts.
-    default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    spectrum: ClassVar[str] = SPECTRUM
+    spread: ClassVar[float] = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_frequency < 1 or any(n < 1 for n in self.n_frequency_pattern.values()):
-            what = f"the number of coefficients must be 1 or more, not {self.n_frequency}"
-            raise PeftfxError(what, "n_frequency", "WaveFT(n_frequency=2592)")
-        if self.proportional_parameters:
-            what = "counts by size depend on all places at once, and a config holds none of them"
-            raise PeftfxError(what, "proportional_parameters", "name the counts in n_frequency_pattern")
         found = re.fullmatch(r"db(\d+)|sym[23]", self.wavelet_family)
         if found is None or not 1 <= _moments(self.wavelet_family) <= _MOST:
             what = f"the wavelet {self.wavelet_family!r} is not here"
             raise PeftfxError(what, "wavelet_family", f"db1 to db{_MOST}; or merge it with peft")
 
     @property
-    def neutral(self) -> bool:
-        return self.init_weights
+    def counted(self) -> bool:
+        return self.proportional_parameters
 
     def at(self, site: Site) -> WaveFT:
-        count = int(by_path(self.n_frequency_pattern, "n_frequency_pattern", site.path, self.n_frequency))
-        return dataclasses.replace(self, n_frequency=count, n_frequency_pattern={})
+        return self if self.proportional_parameters else super().at(site)
 
     def gather(self, methods: Mapping[str, Method]) -> WaveFT:
-        return dataclasses.replace(self, n_frequency_pattern=pattern_of(methods, "n_frequency", self.n_frequency))
+        return self if self.proportional_parameters else super().gather(methods)
 
     def frozen(self) -> frozenset[str]:
         return frozenset({PLACES, LOW})
 
-    def keys(self, site: Site) -> dict[str, str]:
-        return {SPECTRUM: SPECTRUM}
+    def shared(
+        self, sites: Sequence[Site], bases: Iterable[Base], like: Tensor, rng: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Where the number of a place's coefficients depends on all places: each place's, by its number."""
+        if not self.proportional_parameters:
+            return {}
+        shapes = [site.shape[::-1] if site.transposed else site.shape for site in sites]
+        total, budget = sum(out * inner for out, inner in shapes), self.n_frequency * len(shapes)
+        made = {}
+        for number, ((out, inner), site) in enumerate(zip(shapes, sites, strict=True)):
+            count = max(1, round(out * inner / total * budget))  # in HF PEFT's order: it rounds the same
+            own = dataclasses.replace(self, n_frequency=count)
+            made[f"{PLACES}_{number}"] = own.places((out, inner), site.path).int().to(like.device)
+        return made
+
+    def shares(self, sites: Sequence[Site], site: Site) -> dict[str, str]:
+        return {PLACES: f"{PLACES}_{sites.index(site)}"} if self.proportional_parameters else {}
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
-        (out, inner), device = base.weight.shape, base.weight.device
-        if self.n_frequency > out * inner:
-            what = f"{self.n_frequency} coefficients of a weight of {out} x {inner}"
-            hint = f"n_frequency={out * inner} or less, in n_frequency_pattern for it alone"
-            raise PeftfxError(what, site.path, hint)
-        own = torch.Generator().manual_seed(self.random_loc_seed)
-        places = torch.randperm(out * inner, generator=own)[: self.n_frequency]
-        spectrum = torch.zeros(self.n_frequency, dtype=adapter_dtype(base.weight.dtype), device=device)
-        if not self.init_weights:
-            spectrum.normal_(std=0.01, generator=rng)
-        low = torch.tensor(_low_pass(_moments(self.wavelet_family)), dtype=spectrum.dtype, device=device)
-        indices = torch.stack([places // inner, places % inner]).int().to(device)
-        return {SPECTRUM: spectrum, PLACES: indices, **({LOW: low} if self.use_idwt else {})}
+        dtype, device = adapter_dtype(base.weight.dtype), base.weight.device
+        low = torch.tensor(_low_pass(_moments(self.wavelet_family)), dtype=dtype, device=device)
+        p = {LOW: low} if self.use_idwt else {}
+        if self.proportional_parameters:
+            return p
+        places = self.places(base.weight.shape, site.path).int().to(device)
+        return p | {PLACES: places, SPECTRUM: self.coefficients(base, self.n_frequency, rng)}
+
+    def start(self, site: Site, base: Base, shared: Params, rng: torch.Generator | None) -> dict[str, Tensor]:
+        if not self.proportional_parameters:
+            return {}
+        return {SPECTRUM: self.coefficients(base, shared[PLACES].shape[1], rng)}
 
     def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         rows, columns = p[PLACES].long().unbind()

@@ -56,7 +56,6 @@ CHOICES: Mapping[str, Choices] = {
     "WAVEFT": {
         "n_frequency": (5, 12),
         "wavelet_family": ("db1", "db3"),
-        "proportional_parameters": (False,),
         "n_frequency_pattern": ({}, {"head|0": 7}),
     },
     "PSOFT": {"r": (1, 2, 3), "random_seed": (0, 3), "cayley_neumann_eps": (None, 0.5)},

@@ -51,6 +51,7 @@ MORE: tuple[tuple[str, Mapping[str, object]], ...] = (
     ("GLORA", {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"}),
     ("OSF", {}),
     ("WAVEFT", {"n_frequency": 30, "use_idwt": False}),
+    ("WAVEFT", {"n_frequency": 30, "proportional_parameters": True}),
 )
 #: Where the gradients that HF PEFT writes out are not those of its forward; the tests below show it.
 FORWARD = (("LOHA", {"r": 3, "use_effective_conv2d": True}), ("C3A", {"block_size": 4}))

@@ -132,7 +132,7 @@ def test_by_default_fused_projections_are_adapted_whole(bare: Callable[[str], Ad
     assert {p.part for p in adapted.adapter("default").placements} == {None}
     adapted.remove()
     adapted.add_adapter("rows", peftfx.VeRA(r=4, target="attention.query"))
-    with pytest.raises(PeftfxError, match="some rows of a weight"):
+    with pytest.raises(PeftfxError, match="VeRA for whole weights"):
         adapted.save_pretrained(tmp_path)
     adapted.remove()
 
