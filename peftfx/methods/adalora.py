@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype, row_index
-from peftfx.contract.common.lora_factors import A, B
-from peftfx.contract.common.low_rank import padding_in_peft
+from peftfx.contract.common.low_rank import A, B, padding_in_peft
 from peftfx.contract.common.rank_allocation import KEPT, REMEMBERED, E, allocate
 from peftfx.contract.kept import Kept
 from peftfx.contract.method import Base, Method, Op, Params

@@ -11,11 +11,7 @@ factors at the start. So is what KaSA leaves out of it (arXiv:2412.06071), whose
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -23,60 +19,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfx.contract.broadcast import adapter_dtype, along_channels, along_rows
-from peftfx.contract.combination import Combination
-from peftfx.contract.common.dora import gain, row_norms, updated_norms
-from peftfx.contract.common.experts import fill_experts, of_experts, refuse_on_parameters
-from peftfx.contract.common.lora_factors import (
-    A0,
-    B0,
-    B_BIAS,
-    DIAG,
+from peftfx.contract.common.experts import of_experts
+from peftfx.contract.common.lora.dora import (
     MAGNITUDE,
-    A,
-    B,
-    DiagonalBlocks,
-    dropped_part,
-    joined,
-    set_out,
-    stacked_factors,
+    folded,
+    gain,
+    rescaled,
+    rescaled_dropped,
+    row_norms,
+    updated_norms,
 )
-from peftfx.contract.common.lora_init import (
-    REFUSED,
-    doubt_of,
-    factors_of,
-    fill_factors,
-    is_random,
-    known_start,
-    minor_of,
-    obstacle_of,
-    refuse_together,
-    starts_from_weight,
-)
-from peftfx.contract.common.low_rank import (
-    dense,
-    is_narrow,
-    padding_in_peft,
-    product,
-    summed,
-    through_narrow,
-    weighted_sum,
-)
-from peftfx.contract.common.patterns import by_path
-from peftfx.contract.method import Base, Method, Op, Params
+from peftfx.contract.common.lora.factors import A0, B0, B_BIAS, joined, zero_factors
+from peftfx.contract.common.lora.forms import LoraForms
+from peftfx.contract.common.lora.kasa import DIAG, with_diagonal
+from peftfx.contract.common.lora.refusals import REFUSED, refuse_together
+from peftfx.contract.common.lora.starts import begin, doubt_of, known_start, obstacle_of
+from peftfx.contract.common.low_rank import A, B, dense, is_narrow, padding_in_peft, product, through_narrow
+from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
-from peftfx.contract.weight import Weighted, WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.generation.invocation import ACTIVE, refuse_no_tokens, where_active
-from peftfx.sites.blocks import Rows
-from peftfx.sites.expression import ends_with
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Site
-
-_AT_LAYERS = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "use_bdlora", "kasa_config")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(WeightMethod):
+class LoRA(LoraForms):
     """Low-rank adaptation of linear, conv and embedding weights.
 
     Args:
@@ -159,42 +126,12 @@ class LoRA(WeightMethod):
         return any(given is not None for given in (self.alora_invocation_tokens, self.use_bdlora, self.kasa_config))
 
     @property
-    def _blocks(self) -> DiagonalBlocks | None:
-        """Which factor is blocks, where it is the method of one site."""
-        return DiagonalBlocks.at(self.use_bdlora, "")
-
-    @property
     def unfoldable(self) -> str:
         return "an aLoRA acts behind its invocation tokens alone, and no weight does that" if self.invoked_by else ""
 
     @property
     def attention_rank(self) -> int | None:
         return None if self.use_dora or self._linear_alone else self.r
-
-    def at(self, site: Site) -> LoRA:
-        """With the rank and alpha that the patterns give this site.
-
-        Raises:
-            PeftfxError: it is a parameter without a layer of its own, and an option needs one.
-        """
-        if site.kind == EXPERTS or any(ends_with(site.path, name) for name in self.target_parameters or ()):
-            refuse_on_parameters(site, self._only_at_layers())
-        r = int(by_path(self.rank_pattern, "rank_pattern", site.path, self.r))
-        alpha = by_path(self.alpha_pattern, "alpha_pattern", site.path, self.lora_alpha)
-        blocks = DiagonalBlocks.at(self.use_bdlora, site.path)
-        own = None if blocks is None else blocks.config()
-        return dataclasses.replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={}, use_bdlora=own)
-
-    def _only_at_layers(self) -> list[str]:
-        """The options that HF PEFT has for layers and not for parameters, of those that are set."""
-        given = [name for name in _AT_LAYERS if getattr(self, name)]
-        plain = self.init_lora_weights in (True, False, "gaussian", "eva")
-        return given if plain else [*given, f"init_lora_weights={self.init_lora_weights!r}"]
-
-    @property
-    def scaling(self) -> float:
-        """The factor `s`."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def obstacle(self) -> PeftfxError | None:
@@ -221,55 +158,25 @@ class LoRA(WeightMethod):
         return names
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
-        r, weight = self.r, base.weight
         if not self.acts_at(site):
             what = f"this variant of LoRA acts at linear layers, not at a {site.kind}"
             raise PeftfxError(what, site.path, "exclude this module")
-        if site.kind == EXPERTS:
-            return self._init_experts(site, weight, rng)
-        if site.groups > 1 and r % site.groups:
-            hint = f"take a multiple of {site.groups}, in rank_pattern for this module alone"
-            raise PeftfxError(f"a conv of {site.groups} groups cannot have a LoRA of rank {r}", site.path, hint)
         if self.lora_bias and site.kind == "embedding":
             raise PeftfxError("an embedding has no place for lora_bias", site.path, "leave embeddings out of this rule")
-        out, inner = weight.shape[0], weight.shape[1] * site.groups
-        kernel = tuple(weight.shape[2:])
-        new = functools.partial(torch.zeros, dtype=adapter_dtype(weight.dtype), device=weight.device)
-        if site.kind == "embedding":
-            p = {A: new(r, out), B: new(inner, r)}
-        else:
-            ones = (1,) * len(kernel)
-            p = {A: new(r, inner, *kernel), B: new(out, r // site.groups, *ones)}
-        if starts_from_weight(self.init_lora_weights):
-            start = factors_of(self.init_lora_weights, site, weight.float(), r, self.scaling)
-            p[A], p[B] = (t.to(p[A].dtype) for t in start)
-            p[A0], p[B0] = p[A].clone(), p[B].clone()
-        elif self.init_lora_weights == "mica" and site.kind == "linear":
-            p[B] = minor_of(site, weight.float(), r).to(p[B].dtype)
-        else:
-            if self._blocks is not None:
-                rows, columns = p[self._blocks.factor].shape
-                p[self._blocks.factor] = new(self._blocks.shape(rows, columns, site.path))
-            fill_factors(self.init_lora_weights, site, p[A], p[B], rng)
+        p = zero_factors(site, base.weight, self.r)
+        if self.blocks is not None:
+            self.blocks.cut(p, site.path)
+        begin(self.init_lora_weights, site, base.weight, p, self.scaling, rng)
         if self.kasa_config is not None:
-            a0, b0 = dropped_part(weight.float(), r, site.path)
-            p |= {A0: a0.to(p[A].dtype), B0: (b0 / self.scaling).to(p[A].dtype)}
-            p[DIAG] = p[A].new_empty(r).normal_(generator=rng)
+            p = with_diagonal(site, base.weight, p, self.scaling, rng)
         if self.lora_bias:
-            p[B_BIAS] = new(out)
+            p[B_BIAS] = p[B].new_zeros(len(base.weight))
         if self.use_dora:
-            p[MAGNITUDE] = row_norms(site, weight.to(p[A].dtype))
-        return p
-
-    def _init_experts(self, site: Site, weight: Tensor, rng: torch.Generator | None) -> dict[str, Tensor]:
-        count, out, inner = weight.shape
-        new = functools.partial(torch.zeros, dtype=adapter_dtype(weight.dtype), device=weight.device)
-        p = {A: new(count * self.r, inner), B: new(out, self.r * count)}
-        fill_experts(self.init_lora_weights, self.r, p[A], p[B], rng)
+            p[MAGNITUDE] = row_norms(site, base.weight.to(p[A].dtype))
         return p
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
-        p = set_out(p, self._blocks)
+        p = self.set_out(p)
         drops = training and self.lora_dropout > 0 and site.kind != "embedding"
         dropped = F.dropout(x, self.lora_dropout, training=True) if drops else x
         delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS), training=training)
@@ -278,17 +185,14 @@ class LoRA(WeightMethod):
             delta = where_active(delta, p[ACTIVE])
         if not self.use_dora:
             return (y + delta if start is None else y + (delta - start)).to(y.dtype)
-        gains = along_channels(gain(p[MAGNITUDE], self._norms(site, base.weight, p)), site)
-        bias = None if base.bias is None else along_channels(base.bias, site)
+        gains = gain(p[MAGNITUDE], self._norms(site, base.weight, p))
         if not drops:
-            bare = y if bias is None else y - bias
-            scaled = gains * (bare + (delta if start is None else delta - start))
-            return (scaled if bias is None else scaled + bias).to(y.dtype)
+            return rescaled(site, y, base.bias, gains, delta if start is None else delta - start).to(y.dtype)
         moved, bare = y, op(dropped, base.weight)
         if start is not None:  # HF PEFT's base has lost s B0 A0, which dropout then passes by
             begun = self._delta(site, op, dropped, p[A0], p[B0], None, training=training)
             moved, delta = y + (begun - start), delta - begun
-        return (moved + (gains - 1) * bare + gains * delta).to(y.dtype)
+        return rescaled_dropped(site, moved, bare, gains, delta).to(y.dtype)
 
     def _delta(
         self, site: Site, op: Op, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, *, training: bool = False
@@ -334,17 +238,13 @@ class LoRA(WeightMethod):
         return self.fold_over(site, base, base, p)
 
     def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
-        """As in HF PEFT, DoRA's norm is that of the base with its own update alone, and scales all that is there."""
-        p = set_out(p, self._blocks)
+        p = self.set_out(p)
         weight = self._updated(site, under.weight, p)
         if not self.use_dora:
             return Base(weight, self._bias(under.bias, None, p))
         alone = weight if under is base else self._updated(site, base.weight, p)
         gains = gain(p[MAGNITUDE], row_norms(site, alone))
-        bias = under.bias
-        if bias is not None and bias is not base.bias:
-            bias = bias + (gains - 1) * (bias if base.bias is None else bias - base.bias)
-        weight = weight * (gains if site.kind == "embedding" else along_rows(gains, weight))
+        weight, bias = folded(site, base, under, weight, gains)
         return Base(weight, self._bias(bias, gains, p))
 
     def _bias(self, bias: Tensor | None, gains: Tensor | None, p: Params) -> Tensor | None:
@@ -360,7 +260,7 @@ class LoRA(WeightMethod):
         if site.kind == EXPERTS:
             what = "LoRA on experts' weights cannot be put into a running graph"
             raise PeftfxError(what, site.path, "export the adapter merged")
-        q = set_out({name: t.float() for name, t in p.items()}, self._blocks)
+        q = self.set_out({name: t.float() for name, t in p.items()})
         both, gains = (joined(q) if A0 in q else q), None
         b = self.scaling * dense(both[B], site.groups).flatten(1)
         if self.use_dora:
@@ -378,78 +278,3 @@ class LoRA(WeightMethod):
         if self.use_dora and site.groups > 1:
             return "at a grouped conv DoRA divides by the norms of another matrix than the update"
         return padding_in_peft(module)
-
-    def written(self, p: Params) -> tuple[LoRA, dict[str, Tensor]]:
-        """A random start cannot be made again: what is written is LoRA of twice the rank, with the start in it."""
-        if not (is_random(self.init_lora_weights) and A0 in p):
-            return self, dict(p)
-        return self._plain([p]), joined(p)
-
-    def gather(self, methods: Mapping[str, Method]) -> LoRA:
-        own = {path: m for path, m in methods.items() if isinstance(m, LoRA)}
-        starts = {m.init_lora_weights for m in own.values()} or {self.init_lora_weights}
-        if len(starts) > 1:
-            what = f"{self.init_lora_weights} at whole modules and at parts of others cannot be saved in one directory"
-            raise PeftfxError(what, "init_lora_weights", "make an adapter of each (add_adapter), or export it merged")
-        ranks = {re.escape(path): m.r for path, m in own.items() if m.r != self.r}
-        alphas = {re.escape(path): m.lora_alpha for path, m in own.items() if m.lora_alpha != self.lora_alpha}
-        return dataclasses.replace(self, rank_pattern=ranks, alpha_pattern=alphas, init_lora_weights=starts.pop())
-
-    def naming(self, paths: Sequence[str], modules: Sequence[str]) -> LoRA:
-        """As of any method; of parameters that the rule names, the names stay."""
-        own = [p for p in paths if not any(ends_with(p, name) for name in self.target_parameters or ())]
-        named = super().naming(own, modules)
-        if len(own) == len(paths) or named.target_modules:
-            return named
-        return dataclasses.replace(named, target_modules=())  # HF PEFT takes its own choice where there are none
-
-    @torch.no_grad()
-    def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[LoRA, dict[str, Tensor]]:
-        """Alpha grows with the rank so that the scale stays what it is."""
-        if self._linear_alone and not self.invoked_by:
-            return super().whole(site, base, parts)  # type: ignore[return-value]
-        if any(A0 in q for q in parts.values()):
-            return self._plain(parts.values()).whole(site, base, {rows: joined(q) for rows, q in parts.items()})
-        count = len(parts)
-        grown = self.lora_alpha * (math.sqrt(count) if self.use_rslora else count)
-        return dataclasses.replace(self, r=self.r * count, lora_alpha=grown), stacked_factors(site, base.weight, parts)
-
-    @classmethod
-    def combined(
-        cls, site: Site, how: Combination, given: Sequence[Weighted]
-    ) -> tuple[WeightMethod, dict[str, Tensor]]:
-        """As `low_rank.summed`: a factor is an adapter's weight times its scale; the new one's scale is 1."""
-        scales, params, both = [], [], []
-        for weight, method, p in given:
-            assert isinstance(method, LoRA)
-            if method.unfoldable:
-                raise PeftfxError(method.unfoldable, site.path, "make one active at a time")
-            if method.use_dora:
-                hint = "merge one, or make one active at a time"
-                raise PeftfxError("DoRA adapters cannot be summed: their magnitudes have no sum", site.path, hint)
-            if A0 in p and not how.cuts and how.combination_type != "cat":
-                raise PeftfxError(
-                    "LoRAs that start from the weight (PiSSA, OLoRA) can be summed by cat alone",
-                    site.path,
-                    "combination_type='cat'",
-                )
-            scales.append(method.scaling)
-            both.append(weight * method.scaling)
-            q = set_out(p, method._blocks)
-            params.append(joined(q) if A0 in q else dict(q))
-        a, b = summed(site, how, [w.weight for w in given], scales, [(p[A], p[B]) for p in params])
-        biased = [(s, p[B_BIAS]) for s, p in zip(both, params, strict=True) if B_BIAS in p]
-        new = {A: a, B: b} | ({B_BIAS: weighted_sum(*zip(*biased, strict=True))} if biased else {})
-        first = given[0].method
-        assert isinstance(first, LoRA)
-        plain = dataclasses.replace(
-            first, use_rslora=False, init_lora_weights=True, bias="none", use_bdlora=None, kasa_config=None
-        )
-        r = len(a) // (site.shape[0] if site.kind == EXPERTS else 1)
-        return dataclasses.replace(plain, r=r, lora_alpha=r, lora_bias=bool(biased)), new
-
-    def _plain(self, parts: Iterable[Params]) -> LoRA:
-        """LoRA of twice the rank: where a part starts from factors of its own rows, the whole has no such start."""
-        r = 2 * next(iter(parts))[A].shape[0]
-        alpha = self.scaling * (math.sqrt(r) if self.use_rslora else r)
-        return dataclasses.replace(self, r=r, lora_alpha=alpha, init_lora_weights=True)

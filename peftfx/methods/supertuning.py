@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.delta import DeltaMethod, dropped
-from peftfx.contract.common.lora_init import fill_factors
+from peftfx.contract.common.lora.starts import fill_factors
 from peftfx.contract.method import Base, Op, Params
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site

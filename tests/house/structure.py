@@ -43,7 +43,7 @@ LAYERS = (
         "peftfx.export_options",
     ),
     *("peftfx.analysis", "peftfx.patterns", "peftfx.views", "peftfx.views.finding", "peftfx.generation"),
-    *("peftfx.contract", "peftfx.contract.common", "peftfx.methods", "peftfx.rules"),
+    *("peftfx.contract", "peftfx.contract.common", "peftfx.contract.common.lora", "peftfx.methods", "peftfx.rules"),
     *("peftfx.adapters", "peftfx.adapters.files", "peftfx.pictures"),
     *(
         "peftfx.passes.base",

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx import IA3, PeftfxError
-from peftfx.contract.common import dora
-from peftfx.contract.common.dora import updated_norms
+from peftfx.contract.common.lora import dora
+from peftfx.contract.common.lora.dora import updated_norms
 from peftfx.contract.common.low_rank import through_narrow
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory

@@ -1,4 +1,4 @@
-"""LoRA on a stack of experts' weights, as in HF PEFT's `target_parameters`: its factors, start and limits.
+"""LoRA on a stack of experts' weights, as in HF PEFT's `target_parameters`: its factors and their start.
 
 The update of expert e is `s B_e A_e`. The factors of all experts are stored as in HF PEFT. In A, [experts * r, in], the
 rows of one expert are adjacent. In B, [out, r * experts], the columns of one expert are `experts` columns apart.
@@ -7,15 +7,13 @@ rows of one expert are adjacent. In B, [out, r * experts], the columns of one ex
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import row_index
-from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
-from peftfx.sites.site import Site
 
 
 def of_experts(count: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,11 +40,3 @@ def fill_experts(how: bool | str, r: int, a: Tensor, b: Tensor, rng: torch.Gener
         return
     for factor in (a, b) if how is False else (a,):
         torch.nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=rng)
-
-
-def refuse_on_parameters(site: Site, wrong: Iterable[str]) -> None:
-    """Refuse options that have no meaning at a weight without a layer of its own, as HF PEFT refuses them."""
-    names = ", ".join(wrong)
-    if names:
-        hint = "leave it out, or give the parameters a rule of their own"
-        raise PeftfxError(f"a LoRA on a bare parameter (target_parameters) cannot have {names}", site.path, hint)

@@ -16,6 +16,7 @@ from peftfx.errors import PeftfxError
 from peftfx.options import CAT
 from peftfx.sites.site import EXPERTS, Site
 
+A, B = "lora_A", "lora_B"  #: the names of the factors, here and in files
 _COLUMNS = 16
 
 

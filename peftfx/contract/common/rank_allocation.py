@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from peftfx.contract.common.lora_factors import A, B
+from peftfx.contract.common.low_rank import A, B
 from peftfx.contract.kept import Kept
 from peftfx.errors import PeftfxError
 

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from peftfx.contract.broadcast import along_channels, along_rows
+from peftfx.contract.method import Base
 from peftfx.sites.site import Site
 
+MAGNITUDE = "lora_magnitude_vector"
 #: How many values of a weight are updated at once. On a CPU they fit into its cache.
 _PIECE = {"cpu": 2**18, "other": 2**24}
 
@@ -38,3 +41,38 @@ def updated_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tenso
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
     """Return the factor of each output row that gives the row its magnitude. The norm is a constant in the gradient."""
     return magnitude.flatten() / norms.detach().flatten()
+
+
+def rescaled(site: Site, y: Tensor, bias: Tensor | None, gains: Tensor, delta: Tensor) -> Tensor:
+    """Return `g (W x + delta) + b`, where `y = W x + b`."""
+    gains = along_channels(gains, site)
+    if bias is None:
+        return gains * (y + delta)
+    own = along_channels(bias, site)
+    return gains * (y - own + delta) + own
+
+
+def rescaled_dropped(site: Site, y: Tensor, dropped: Tensor, gains: Tensor, delta: Tensor) -> Tensor:
+    """Return the same in training with dropout. As in HF PEFT, `y` is of the whole input, and `dropped` is rescaled.
+
+    Args:
+        dropped: the product of the weight and the dropped input, without a bias.
+    """
+    gains = along_channels(gains, site)
+    return y + (gains - 1) * dropped + gains * delta
+
+
+def folded(site: Site, base: Base, under: Base, weight: Tensor, gains: Tensor) -> Base:
+    """Return an updated weight with rescaled rows, and the bias of `under`.
+
+    As in HF PEFT, the norm is that of the base with this DoRA's own update alone, and all adapters' updates are scaled:
+    of the bias, what other adapters have added to the base's.
+
+    Args:
+        under: the weight and bias after the adapters that act already.
+        weight: the weight of `under`, with this DoRA's update.
+    """
+    bias = under.bias
+    if bias is not None and bias is not base.bias:
+        bias = bias + (gains - 1) * (bias if base.bias is None else bias - base.bias)
+    return Base(weight * (gains if site.kind == "embedding" else along_rows(gains, weight)), bias)

@@ -9,8 +9,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from peftfx.contract.common.experts import fill_experts
+from peftfx.contract.common.lora.factors import A0, B0
+from peftfx.contract.common.low_rank import A, B
 from peftfx.errors import PeftfxError
-from peftfx.sites.site import Site
+from peftfx.sites.site import EXPERTS, Site
 
 Start = bool | str
 """True (Kaiming A, zero B), False (both random), `gaussian`, `orthogonal`, `pissa`, `pissa_niter_[n]`, `olora`, `mica`;
@@ -19,22 +22,6 @@ in files also `eva` and `lora_ga`, which need data to start."""
 _NAMED = ("gaussian", "orthogonal", "pissa", "olora", "mica")
 _NEEDS_DATA = {"eva": "activations", "lora_ga": "gradients"}
 _MOVES_BASE = {"corda": "covariances", "loftq": "a quantisation of the base"}
-
-
-#: Fields of HF PEFT's config that make a LoRA which peftfx refuses: why, and what to do.
-REFUSED = {
-    "arrow_config": "Arrow mixes several LoRAs by each token, and no weight does that; make one LoRA active at a time",
-    "ensure_weight_tying": "copies of a tied weight are tied again by it, and copies here are their modules' own; "
-    "name one of the modules that share the weight",
-    "layer_replication": "it makes a model of more layers than the base has; build that model, and adapt it",
-    "megatron_config": "it is for Megatron's own parallel layers; merge it with peft",
-    "monteclora_config": "MonteCLoRA draws its factors in training from distributions that its file has beside them; "
-    "merge it with peft",
-    "use_qalora": "QALoRA reads means of groups of inputs of GPTQ layers, and of other layers HF PEFT makes a LoRA; "
-    "train a LoRA over the quantised base in its place (docs/training.md)",
-    "velora_config": "VeLoRA trains by gradients of compressed activations, and its file is a LoRA's; "
-    "take velora_config out of adapter_config.json: it is that LoRA, and goes on by exact gradients",
-}
 
 
 def known_start(how: Start) -> Start:
@@ -54,15 +41,6 @@ def known_start(how: Start) -> Start:
         hint = f"one of True, False, {', '.join(map(repr, _NAMED))}, 'pissa_niter_16'"
         raise PeftfxError(f"unknown initialisation {how!r}", "init_lora_weights", hint)
     return name
-
-
-def refuse_together(dora: bool, invocation: object, blocks: object, kasa: object) -> None:
-    """Refuse several variants of LoRA in one rule, as HF PEFT does."""
-    given = {"use_dora": dora or None, "alora_invocation_tokens": invocation, "use_bdlora": blocks, "kasa_config": kasa}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        what = f"{' and '.join(names)} are variants of LoRA of which a rule has one"
-        raise PeftfxError(what, names[0], "leave all but one out")
 
 
 def obstacle_of(how: Start, ranks: Iterable[int]) -> PeftfxError | None:
@@ -93,6 +71,28 @@ def is_random(how: Start) -> bool:
 def starts_from_weight(how: Start) -> bool:
     """Return whether the factors start as a part of the weight. The update then subtracts that part."""
     return isinstance(how, str) and how.startswith(("pissa", "olora"))
+
+
+def begin(
+    how: Start, site: Site, weight: Tensor, p: dict[str, Tensor], scaling: float, rng: torch.Generator | None
+) -> None:
+    """Write the start into factors of zeros. Where it comes from the weight, add copies of it, `A0` and `B0`.
+
+    Args:
+        weight: the site's weight, [out, in, *kernel].
+        p: the factors `A` and `B`.
+        scaling: the factor of their product.
+    """
+    if site.kind == EXPERTS:
+        fill_experts(how, len(p[A]) // len(weight), p[A], p[B], rng)
+    elif starts_from_weight(how):
+        a, b = factors_of(how, site, weight.float(), len(p[A]), scaling)
+        p[A], p[B] = a.to(p[A].dtype), b.to(p[B].dtype)
+        p[A0], p[B0] = p[A].clone(), p[B].clone()
+    elif how == "mica" and site.kind == "linear":
+        p[B] = minor_of(site, weight.float(), len(p[A])).to(p[B].dtype)
+    else:
+        fill_factors(how, site, p[A], p[B], rng)
 
 
 def fill_factors(how: Start, site: Site, a: Tensor, b: Tensor, rng: torch.Generator | None) -> None:
