@@ -19,7 +19,7 @@ from peftfx.sharding import full, is_part
 
 @dataclass(frozen=True)
 class Account:
-    """What became of each tensor of the file that a rule was loaded from; tensors go by their names in the file.
+    """The use of each tensor of the file that a rule was loaded from; tensors go by their names in the file.
 
     Attributes:
         taken: for each tensor that the adapter took, the dotted name under which the adapter keeps the tensor.

@@ -13,7 +13,7 @@ from peftfx.errors import PeftfxError
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge into the base's weights did.
+    """The results of a merge into the base's weights.
 
     Attributes:
         sites: the module paths whose weights changed.

@@ -149,7 +149,7 @@ class AdaptersByName(nn.Module):
 
     @property
     def road(self) -> str:
-        """How calls are run under the active adapters: by the base's own `modules`, or by a `graph`."""
+        """The way in which calls run the active adapters: in the base's own `modules`, or in a `graph`."""
         return "graph" if self.obstacle else "modules"
 
     @property
@@ -214,7 +214,7 @@ class AdaptersByName(nn.Module):
         adjust(self.named.acting(), global_step)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Call the base without adapters until the `with` block ends, in this thread only."""
+        """Let calls run the base without adapters until the `with` block ends, in this thread only."""
         return self.named.acting_as()
 
     def remove(self, name: str | None = None) -> nn.Module:

@@ -23,7 +23,7 @@ from peftfx.sites.target import explain
 
 @dataclass(frozen=True)
 class Touched:
-    """What a rule does at the sites of one role: how many sites there are, and how many parameters are added."""
+    """The effect of a rule at the sites of one role: how many sites there are, and how many parameters are added."""
 
     places: int
     parameters: int
@@ -31,7 +31,7 @@ class Touched:
 
 @dataclass(frozen=True)
 class RulePlan:
-    """What one rule would do to a model.
+    """The effect that one rule would have on a model.
 
     Attributes:
         rule: the rule as text.
@@ -68,7 +68,7 @@ class RulePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What rules would do to a model.
+    """The effect that rules would have on a model.
 
     Attributes:
         rules: the plan of each rule.

@@ -1,4 +1,4 @@
-"""What becomes of each tensor of an adapter's file: every tensor is accounted for, or the file is refused.
+"""The use of each tensor of an adapter's file: every tensor is accounted for, or the file is refused.
 
 A tensor is *taken* into the adapter; or it is a *repeat* of a tensor of the base or of the file; or it is *unused*: the
 tensor of a module that provably never runs, and so changes nothing in HF PEFT either. Unused tensors are kept, and
