@@ -49,7 +49,7 @@ from peftfx.rules.peft_files import rule_folders
 
 _Tensors = Mapping[str, Tensor]
 #: How far an output may differ, relative to its largest magnitude. A larger difference means that the written weights
-# are not the merged weights.
+#: are not the merged weights.
 _BOUNDS = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
 
 

@@ -10,7 +10,7 @@ from peftfx.views.decode import PAST, PRESENT, Decode
 
 GENAI_CONFIG = "genai_config.json"
 #: The fields of configs that say how many tokens a model can hold. A model without such a field has no limit of its
-# own.
+#: own.
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
 _UNLIMITED = 2048
 

@@ -44,7 +44,7 @@ from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
 
 #: The roles of layers whose input IA3 scales. HF PEFT picks them by module name; for BERT these are both modules that
-# end in `output.dense`.
+#: end in `output.dense`.
 SCALED = ("mlp.down", "attention.output")
 
 

@@ -24,7 +24,7 @@ BRANCHES = "beyond, the model computes something else"
 UNTRIED = "what is beyond is too large to be tried here"
 _SAME, _UNREACHED = "same", "no such call can be made"
 #: The most tokens (rows, pixels) of a tried call; the most tokens times parameters; and the fewest tokens, for a large
-# model.
+#: model.
 MOST_ROWS, MOST_WORK, LEAST_ROWS = 4096, 2 << 30, 8
 _TRIALS = 3  #: how many sizes are tried on the other side of a condition
 

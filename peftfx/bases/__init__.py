@@ -1,1 +1,1 @@
-"""Base models: loaded from local directories, what they are for, and example inputs for them."""
+"""Base models: load them from local directories, find out their tasks, and make example inputs."""

@@ -1,4 +1,4 @@
-"""What a transformers config says: a field by any of its names, and the tokens that mean something."""
+"""Read transformers configs: fields that have several names, and special tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 def collect_configs(config: object, seen: dict[int, object]) -> None:
-    """Add a config and those of its parts to `seen`, by identity."""
+    """Add a config and the configs of its parts to `seen`, by identity."""
     if config is None or id(config) in seen:
         return
     seen[id(config)] = config
@@ -15,18 +15,18 @@ def collect_configs(config: object, seen: dict[int, object]) -> None:
 
 
 def first_of(config: object, *names: str) -> object:
-    """The first of these fields that the config has a value for."""
+    """Return the value of the first of these fields that the config has."""
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 def number_of(config: object, name: str, default: int) -> int:
-    """A field that is a number, or the default."""
+    """Return a field that is an integer, or the default."""
     value = first_of(config, name)
     return value if isinstance(value, int) else default
 
 
 def special_tokens(config: object) -> Iterator[int]:
-    """The tokens that the config, or one of its parts, has a field for."""
+    """Yield the tokens for which the config, or one of its parts, has a field."""
     seen: dict[int, object] = {}
     collect_configs(config, seen)
     for part in seen.values():

@@ -1,4 +1,4 @@
-"""A diffusion pipeline's UNet: how it is known, and what a call of it is given."""
+"""The UNet of a diffusion pipeline: recognise it, and make example inputs for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftfx.bases.config_fields import first_of
 
 
 def denoises(model: nn.Module) -> bool:
-    """Whether this is a conditional denoiser, a diffusion pipeline's UNet, by what its forward and config have."""
+    """Say whether a model is a conditional denoiser (a pipeline's UNet), by its forward and config."""
     accepted, config = inspect.signature(model.forward).parameters, getattr(model, "config", None)
     named = {"sample", "timestep", "encoder_hidden_states"} <= set(accepted)
     return (
@@ -24,7 +24,7 @@ def denoises(model: nn.Module) -> bool:
 
 
 def denoiser_inputs(model: nn.Module, sizes: Mapping[str, int], random: torch.Generator) -> dict[str, Tensor]:
-    """Arguments of a call of it: random latents of the config's own size, steps, and a text's features."""
+    """Make example inputs of a denoiser: random latents of the config's size, timesteps and text features."""
     config, batch = model.config, sizes["batch"]
     side = first_of(config, "sample_size") or 64
     height, width = side if isinstance(side, list | tuple) else (side, side)

@@ -1,4 +1,4 @@
-"""Dtypes of weights: those in files, and those that a model wants."""
+"""The dtypes of weights: those in files, and those that a model needs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def dtype_of(files: Sequence[Path]) -> torch.dtype:
-    """The dtype of the first floating tensor in the files: what they can be mapped as, without a copy.
+    """Return the dtype of the first floating-point tensor in the files, in which they can be mapped without a copy.
 
     Raises:
-        PeftfxError: there is none.
+        PeftfxError: the files have no floating-point tensor.
     """
     kinds = kinds_of(files)
     found = next((_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES), None)
@@ -29,7 +29,7 @@ def dtype_of(files: Sequence[Path]) -> torch.dtype:
 
 
 def kinds_of(files: Sequence[Path]) -> dict[str, str]:
-    """The dtype of each tensor in the files, as safetensors names it."""
+    """Return the dtype of each tensor in the files, as safetensors names it."""
     from safetensors import safe_open
 
     kinds: dict[str, str] = {}
@@ -40,6 +40,6 @@ def kinds_of(files: Sequence[Path]) -> dict[str, str]:
 
 
 def dtype_plan(model: nn.Module, wanted: torch.dtype) -> Callable[[str], torch.dtype]:
-    """The dtype of a parameter of a transformers model in this dtype, by its name: some modules stay in fp32."""
+    """Return a function from a parameter's name to its dtype: `wanted`, or fp32 for some modules."""
     plan = model._get_dtype_plan(wanted)  # type: ignore[operator]
     return lambda name: next((plan[key] for key in plan if key in name.split(".")), wanted)

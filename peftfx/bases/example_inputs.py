@@ -1,4 +1,4 @@
-"""Example inputs for a model, made from its config and task."""
+"""Make example inputs for a model from its config and task."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from peftfx.bases.diffusion_inputs import denoiser_inputs, denoises
 from peftfx.bases.tasks import resolve_task, task_of
 from peftfx.errors import PeftfxError, nearest
 
-#: Sizes of an example. All differ and none is 1, so that a capture confuses no two axes and fixes none. `sequence`
-#: counts text tokens: a model whose prompt holds its image gets that many more.
+#: The sizes of an example. They all differ, and none is 1, so that a capture does not confuse two axes or fix an axis.
+#: `sequence` counts the text's tokens. If the prompt holds an image, the image's tokens are added.
 _SIZES: Mapping[str, int] = {"batch": 2, "sequence": 7, "decoder_sequence": 5}
 
 
@@ -29,18 +29,19 @@ def example_inputs(
     labels: bool = False,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Valid keyword arguments for a transformers model, on the CPU; equal arguments give equal values.
+    """Make valid keyword arguments for a transformers model, on the CPU. Equal arguments give equal values.
 
     Args:
-        model: its config, its class and the signature of its forward say what it takes; its weights are not read.
-        task: by default what its class is for.
-        sizes: of `batch`, `sequence`, `decoder_sequence`, `height` and `width`, where they differ from `_SIZES` and the
-            config. With a batch and room for it, the last row of the text is padded on the right.
-        labels: add what makes the model compute a loss.
-        seed: of the random values.
+        model: the model. Its config, its class and the signature of its forward say what it takes. Its weights are not
+            read.
+        task: the task; by default the task of the model's class.
+        sizes: the sizes `batch`, `sequence`, `decoder_sequence`, `height` and `width` that differ from `_SIZES` and the
+            config. If the batch has several rows and the text is long enough, the last row is padded on the right.
+        labels: add labels, so that the model computes a loss.
+        seed: the seed of the random values.
 
     Raises:
-        PeftfxError: it is not a transformers model, takes something unknown, or has no labels.
+        PeftfxError: the model is not a transformers model, takes an unknown input, or takes no labels.
     """
     unknown = set(sizes or ()) - {*_SIZES, "height", "width"}
     if unknown:
@@ -70,7 +71,7 @@ _PASS_INPUTS = "pass `inputs`, the keyword arguments of one call"
 
 @dataclass
 class _Maker:
-    """What one example needs to know."""
+    """The model, task and sizes that one example is made from."""
 
     model: nn.Module
     task: str
@@ -120,7 +121,7 @@ class _Maker:
         raise PeftfxError("no labels are known for this task", self.task, _PASS_INPUTS)
 
     def _prompt(self) -> dict[str, Tensor]:
-        """The text: image tokens first where the prompt holds the image, and padding last."""
+        """Make the text: image tokens first if the prompt holds the image, and padding last."""
         batch, length = self.sizes["batch"], self.sizes["sequence"]
         image, images = self._image_tokens() if "pixel_values" in self.accepted else (None, 0)
         ids = torch.cat([torch.full((batch, images), image or 0), self._ids((batch, length))], dim=1)
@@ -139,12 +140,12 @@ class _Maker:
         return made
 
     def _pools_eos(self) -> bool:
-        """Whether the model reads its text's features at the end-of-text token: classifiers with a decoder, CLIP's."""
+        """Say whether the model reads its text's features at the end token: CLIP, or a classifier with a decoder."""
         two_towers = "pixel_values" in self.accepted and self._image_tokens()[0] is None
         return two_towers or (self.decodes and self.task == "text-classification")
 
     def _image_tokens(self) -> tuple[int | None, int]:
-        """The token that stands for a piece of the image, and how many there are to an image."""
+        """Return the token that stands for a piece of an image, and the number of such tokens for an image."""
         token = first_of(self.config, "image_token_id", "image_token_index")
         if not isinstance(token, int):
             return None, 0
@@ -161,10 +162,10 @@ class _Maker:
         return ids
 
     def _ids(self, shape: Sequence[int]) -> Tensor:
-        """Random tokens of the vocabulary, none of which has a meaning of its own."""
+        """Make random tokens of the vocabulary, without special tokens."""
         vocabulary = first_of(self.config.get_text_config(decoder=True), "vocab_size")  # type: ignore[union-attr, operator]
         known = [v for v in (vocabulary, first_of(self.text, "vocab_size")) if isinstance(v, int)]
-        if not known:  # a model of characters, say: which ids it takes its config does not tell
+        if not known:  # for example a model of characters, whose config does not give its ids
             raise PeftfxError(
                 "its config has no vocab_size to draw tokens from", type(self.model).__name__, _PASS_INPUTS
             )
@@ -189,7 +190,7 @@ class _Maker:
         return self._integers((batch,), classes)
 
     def _visible(self, labels: Tensor, made: Mapping[str, Tensor]) -> Tensor:
-        """Labels without those at padding and at pieces of an image."""
+        """Mask labels at padding and at pieces of an image."""
         if "attention_mask" in made:
             labels = labels.masked_fill(made["attention_mask"] == 0, -100)
         image = self._image_tokens()[0] if "pixel_values" in made else None
@@ -208,7 +209,7 @@ class _Maker:
         return self.sizes.get("height", height), self.sizes.get("width", width)
 
     def _audio(self, name: str) -> tuple[int, ...]:
-        """A recording: mel bins by frames, frames by features, or raw samples, as the config's fields tell."""
+        """Return the shape of a recording: mel bins by frames, frames by features, or raw samples, by the config."""
         mels, frames = (
             first_of(self.config, "num_mel_bins"),
             first_of(self.config, "max_source_positions", "max_length"),

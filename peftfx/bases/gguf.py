@@ -1,8 +1,9 @@
-"""Base models from GGUF files, as llama.cpp has them.
+"""Load base models from GGUF files, the format of llama.cpp.
 
-transformers knows architectures and the names of their tensors; the package `gguf` reads the file. Weights of layers
-stay in their blocks (`Coded`) where the file has them row by row; the others are dequantised. An architecture that
-transformers reads in a way of its own is dequantised whole, and takes as much memory as in floating point.
+transformers knows the architectures and the names of their tensors. The package `gguf` reads the file. Weights of
+layers stay in their blocks (`Coded`) if the file has the blocks row by row; other weights are dequantised. A few
+architectures have special code in transformers. Such a model is dequantised completely, and takes as much memory as in
+floating point.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ from peftfx.files import is_gguf
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-NEEDED = ("gguf", "accelerate")  #: by transformers, which reads the files
-METHOD, LINK = "gguf", "weights.gguf"  #: of a directory that stands in for a file
+NEEDED = ("gguf", "accelerate")  #: the packages that transformers needs to read the files
+METHOD, LINK = "gguf", "weights.gguf"  #: the method and the file name in a directory that stands in for a GGUF file
 
 
 def gguf_config(file: Path) -> PreTrainedConfig:
-    """transformers' config of the model in a file.
+    """Return transformers' config of the model in a file.
 
     Raises:
-        PeftfxError: a package of `NEEDED` is missing, the file is broken, or transformers does not know its kind.
+        PeftfxError: a package of `NEEDED` is missing, the file is broken, or transformers does not know its
+            architecture.
     """
     from transformers import AutoConfig
 
@@ -53,18 +55,18 @@ def load_gguf(
     dtype: torch.dtype | None = None,
     given: Collection[str] = (),
 ) -> PreTrainedModel:
-    """The model in a file, in eval mode.
+    """Load the model in a GGUF file, in eval mode.
 
     Args:
-        file: the weights, config and tokenizer in one.
-        task: makes the head; by default that of a language model.
-        num_labels: of a classification head.
-        weights: read them; otherwise parameters stay uninitialised.
-        dtype: of the parameters; by default float32.
-        given: names of tensors that an adapter brings; these alone may be missing.
+        file: the GGUF file, which has the weights, config and tokenizer.
+        task: the task, which decides the head; by default that of a language model.
+        num_labels: the number of labels of a classification head.
+        weights: whether to read the weights. If not, the parameters stay uninitialised.
+        dtype: the dtype of the parameters; by default float32.
+        given: the names of tensors that an adapter brings. Only these may be missing from the file.
 
     Raises:
-        PeftfxError: as above, or the file lacks a weight of the model.
+        PeftfxError: for the reasons of `gguf_config`, or the file lacks a weight of the model.
     """
     config, dtype = gguf_config(file), dtype or torch.float32
     if num_labels is not None:
@@ -88,7 +90,7 @@ def load_gguf(
 
 
 def _whole(file: Path, maker: Any, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model dequantised by transformers, and what it says of the loading."""
+    """Load the model dequantised by transformers. Return it with transformers' loading info."""
     from transformers import GgufConfig
 
     return maker.from_pretrained(  # type: ignore[no-any-return]
@@ -104,7 +106,7 @@ def _whole(file: Path, maker: Any, config: PreTrainedConfig, dtype: torch.dtype)
 
 
 def unpack(file: Path, directory: Path) -> None:
-    """Write a file's model and tokenizer as transformers' own: config, safetensors, tokenizer files."""
+    """Write a GGUF file's model and tokenizer in transformers' format: config, safetensors, tokenizer files."""
     config = gguf_config(file)
     language = "text2text-generation" if config.is_encoder_decoder else "text-generation"
     with _reading(file):
@@ -114,7 +116,7 @@ def unpack(file: Path, directory: Path) -> None:
 
 
 def stand_in_of_file(file: Path, directory: Path) -> None:
-    """Write a directory that `load_base` takes for the file: config, tokenizer files and a link to the weights."""
+    """Write a directory that `load_base` loads as the file: config, tokenizer files, a link to the weights."""
     config = gguf_config(file).to_dict()
     config[QUANTISED] = {"quant_method": METHOD}
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -123,7 +125,7 @@ def stand_in_of_file(file: Path, directory: Path) -> None:
 
 
 def stood_for(base: Path) -> Path | None:
-    """The GGUF file that a base is, or that its directory stands in for."""
+    """Return the GGUF file that a base is, or that its directory stands in for; None for any other base."""
     return base if is_gguf(base) else base / LINK if is_gguf(base / LINK) else None
 
 
@@ -137,7 +139,7 @@ def _write_tokenizer(file: Path, directory: Path) -> None:
 
 @contextlib.contextmanager
 def as_directory(base: Path) -> Iterator[Path]:
-    """A base model's directory as it is; for a GGUF file, one that stands in for it for a while."""
+    """Yield a base model's directory. For a GGUF file, yield a temporary directory that stands in for it."""
     if not is_gguf(base):
         yield base
         return
@@ -152,7 +154,7 @@ def _reading(file: Path) -> Iterator[None]:
         names = " ".join(lacking)
         raise PeftfxError(f"GGUF files need what is not installed: {names}", str(file), f"pip install {names}")
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # transformers' bar, which knows no other way to be left out
+        with contextlib.redirect_stderr(io.StringIO()):  # hides transformers' progress bar, which has no other switch
             yield
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, struct.error) as error:
         what = f"cannot read this GGUF file: {first_line(error)}"

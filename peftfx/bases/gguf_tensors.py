@@ -1,4 +1,4 @@
-"""read_tensors: what a GGUF file holds, by the names of transformers' model, layers' weights still in their blocks."""
+"""Read the tensors of a GGUF file by the names in transformers' model. Weights of layers stay in their blocks."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.ggml import LAYOUTS, blocks
 
-_COLUMNS = 2  #: of the numbers that are sent the way of a weight
+_COLUMNS = 2  #: columns of the row numbers that are sent through a weight's processing
 
 
 def read_tensors(file: Path, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor] | None:
-    """The file's tensors; None where transformers reads its architecture in another way than by tensor processors.
+    """Read the file's tensors. Return None for an architecture that transformers reads by special code.
 
-    A weight whose rows transformers puts in another order (queries and keys of a LLaMA) has its rows of blocks in that
-    order: this is found by sending the numbers of rows the same way. What is changed otherwise is dequantised, and
-    changed.
+    If transformers reorders the rows of a weight (queries and keys of a LLaMA), the rows of its blocks are reordered in
+    the same way. The order is found by sending row numbers through the same processing. A weight that is changed in
+    another way is dequantised first.
 
     Args:
-        file: to read; weights are mapped.
-        model: what the tensors are for; its parameters are not read.
-        dtype: what weights are computed in.
+        file: the file to read. Its weights are mapped.
+        model: the model that the tensors are for. Its parameters are not read.
+        dtype: the dtype that weights are computed in.
     """
     import gguf
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
@@ -36,14 +36,14 @@ def read_tensors(file: Path, model: nn.Module, dtype: torch.dtype) -> dict[str, 
         load_gguf_checkpoint,
     )
 
-    reader = gguf.GGUFReader(file, "c")  # mapped, and never written: torch warns of what cannot be
+    reader = gguf.GGUFReader(file, "c")  # copy-on-write mapping: torch warns about read-only memory
     architecture = str(reader.fields["general.architecture"].contents())
     if is_gguf_arch_supported(architecture):
         return None
     config = load_gguf_checkpoint(str(file))["config"]
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
     names = get_gguf_hf_weights_map(model, processor)
-    beside: dict[str, Any] = {"config": config, "tensors": {}}  # where experts are put, that are stacked
+    beside: dict[str, Any] = {"config": config, "tensors": {}}  # gets the stacked experts
     found: dict[str, Tensor] = {}
 
     def process(weights: np.ndarray[Any, Any], name: str) -> Any:
@@ -65,11 +65,11 @@ def read_tensors(file: Path, model: nn.Module, dtype: torch.dtype) -> dict[str, 
 
 
 def _order(process: Any, name: str, rows: int) -> Tensor | None:
-    """int64 [rows]: the row of the file that each row of the weight is; None where more is done than moving rows."""
+    """Return, int64 [rows], the file's row for each row of the weight. None if more is done than reordering rows."""
     sent = np.arange(rows * _COLUMNS).reshape(rows, _COLUMNS)
     try:
         result = process(sent.copy(), name)
-    except (ValueError, TypeError, IndexError, KeyError):  # whatever a processor does with other numbers of columns
+    except (ValueError, TypeError, IndexError, KeyError):  # processors may fail for another number of columns
         return None
     got = np.asarray(result.weights)
     if result.name != name or got.shape != sent.shape or got.dtype != sent.dtype:

@@ -1,4 +1,4 @@
-"""Guests: adapters' parameters beside the base's own, in the modules that they act in; and the base without them."""
+"""Guests: modules with adapters' parameters inside the base's modules. Also the base's own parts without guests."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from peftfx.sharding import without_fsdp
 
-GUESTS = "peftfx_adapters"  #: the child of a base's module that holds what acts there
-OWN_CLASS = (
-    "peftfx_own_class"  #: of a class that was made for a module that hosts guests: the one that it stands beside
-)
+GUESTS = "peftfx_adapters"  #: the name of the child module that holds the adapters' parameters of a base's module
+OWN_CLASS = "peftfx_own_class"  #: attribute of a class made for a module with guests: the module's own class
 
 
 class Guests(nn.Module):
-    """What acts in one module of a base: a child of that module, so that its parameters go where the module goes.
+    """The adapters' parameters of one base module. As its child, they move where the module moves.
 
-    The base's own `state_dict` is without them, and its `load_state_dict` misses none of them: they are saved as the
-    adapters' (`AdaptedModel.state_dict`).
+    The base's own `state_dict` leaves them out, and its `load_state_dict` does not miss them. They are saved as
+    adapters (`AdaptedModel.state_dict`).
     """
 
     def __init__(self) -> None:
@@ -27,7 +25,7 @@ class Guests(nn.Module):
         self.register_load_state_dict_post_hook(_without_guests)
 
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
-        """Nothing: what is given as `destination` stays as it is."""
+        """Return nothing. A given `destination` is not changed."""
         given = kwargs.get("destination", args[0] if args else None)
         return given if isinstance(given, dict) else {}
 
@@ -37,23 +35,23 @@ def _without_guests(_: nn.Module, keys: _IncompatibleKeys) -> None:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """A module's own class, whatever it hosts."""
+    """Return a module's own class, without the class that hosts guests."""
     made = next((cls for cls in type(module).__mro__ if OWN_CLASS in vars(cls)), None)
     return without_fsdp(type(module)) if made is None else vars(made)[OWN_CLASS]  # type: ignore[no-any-return]
 
 
 def is_guest(name: str) -> bool:
-    """Whether a dotted name is that of a guest, or of a module or a tensor in one."""
+    """Say whether a dotted name is that of a guest, or of a module or tensor inside a guest."""
     return GUESTS in name.split(".")
 
 
 def own_modules(base: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """The base's modules by their paths, without what adapters put beside them."""
+    """Return the base's own modules by their paths, without guests."""
     named = base.named_modules(remove_duplicate=remove_duplicate)
     return ((path, module) for path, module in named if not is_guest(path))
 
 
 def own_parameters(base: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-    """The base's parameters by their names, without the adapters'."""
+    """Return the base's own parameters by their names, without adapters' parameters."""
     named = base.named_parameters(remove_duplicate=remove_duplicate)
     return ((name, p) for name, p in named if not is_guest(name))

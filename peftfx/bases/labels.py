@@ -1,4 +1,4 @@
-"""Labels: what the classes of a head are called that an adapter brings; HF PEFT's files have the head alone."""
+"""The names of a head's classes, for an adapter that brings a head. HF PEFT's files do not have them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from peftfx.formats import LABELS, read_stamped, with_version
 
 
 def write_labels(directory: Path, labels: Sequence[str]) -> None:
-    """Put the names of classes, in the order of their numbers, into an adapter's directory."""
+    """Write the names of classes, in the order of their numbers, into an adapter's directory."""
     text = json.dumps(with_version(LABELS, {"labels": list(labels)}), indent=1)
     (directory / LABELS).write_text(text + "\n", encoding="utf-8")
 
 
 def read_labels(directory: Path) -> list[str]:
-    """The names of the classes of an adapter's head; none where its directory does not say.
+    """Read the names of the classes of an adapter's head. Return no names if the directory has none.
 
     Raises:
         PeftfxError: the file is broken, or of a newer format.
@@ -36,10 +36,10 @@ def read_labels(directory: Path) -> list[str]:
 
 
 def name_labels(model: nn.Module, directories: Iterable[Path]) -> None:
-    """Give the classes of a model's head the names that an adapter's directory has.
+    """Give the classes of a model's head the names in an adapter's directory.
 
     Raises:
-        PeftfxError: there are names for another number of classes.
+        PeftfxError: the number of names is not the number of classes.
     """
     config: Any = getattr(model, "config", None)
     for directory in directories:

@@ -1,4 +1,4 @@
-"""Autoencoders of images, of which a diffusion pipeline runs the decoder: a model of latents."""
+"""Turn an image autoencoder into a model of its decoder, as a diffusion pipeline runs it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ LATENTS = "latent_sample"
 
 
 def decodes_latents(model: nn.Module) -> bool:
-    """Whether a model of diffusers has a decoder of latents, by what it and its config have."""
+    """Say whether a diffusers model has a decoder of latents, by its methods and config."""
     return hasattr(model, "decode") and isinstance(getattr(model.config, "latent_channels", None), int)
 
 
 def as_latent_decoder(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Make of an autoencoder a model that takes `latent_sample` [batch, channels, height, width], and gives `sample`.
+    """Make an autoencoder take `latent_sample` [batch, channels, height, width], and return `sample`.
 
-    It is the same object, and its modules keep their paths; the encoder's do not run.
+    The result is the same object, and its modules keep their paths. The encoder's modules do not run.
 
     Returns:
-        The model, and a call of it. Latents are small here; heights and widths are free.
+        The model, and example inputs. Their latents are small; other heights and widths are possible.
     """
     kind = type(model)
 

@@ -1,4 +1,4 @@
-"""Base models from local directories, transformers' and diffusers': nothing is fetched or unpickled."""
+"""Load base models of transformers and diffusers from local directories. Nothing is downloaded or unpickled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from peftfx.quantisation.checkpoint import format_of
 
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _MOST = {"labels": 10**7, "layer": 10**4, "layers": 10**4}
-"""What a config may count, by the ends of names: transformers makes one thing after another, however many."""
+"""The largest counts that a config may have, by the ends of field names. Otherwise transformers would build modules
+without end."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -34,20 +35,22 @@ def load_base(
     dtype: torch.dtype | None = None,
     given: Collection[str] = (),
 ) -> nn.Module:
-    """A base model from a local directory in eval mode: transformers', or one of diffusers' (not a whole pipeline).
+    """Load a base model from a local directory in eval mode: of transformers, or one of diffusers (no pipeline).
 
     Args:
-        directory: has `config.json` and, in safetensors, the weights. Nothing is downloaded, unpickled or executed. Or
-            a GGUF file; see `peftfx.bases.gguf`.
-        task: makes the head; by default the class named in the config.
-        num_labels: of a classification head, where the config does not say it.
-        weights: read them; otherwise parameters stay uninitialised (buffers do not), for a capture alone.
-        dtype: of the parameters; by default the config's. Those that are stored in another stay in their files, and
-            are cast by each operation that reads them (`peftfx.graph.lazy_weights`): a loaded model is memory-mapped.
-        given: names of tensors that an adapter brings; these alone may be missing from the weights.
+        directory: the directory, with `config.json` and the weights in safetensors; or a GGUF file, see
+            `peftfx.bases.gguf`. Nothing is downloaded, unpickled or executed.
+        task: the task, which decides the head; by default the class named in the config.
+        num_labels: the number of labels of a classification head, if the config does not say it.
+        weights: whether to read the weights. If not, parameters (but not buffers) stay uninitialised, which is enough
+            for a capture.
+        dtype: the dtype of the parameters; by default the config's. Parameters that are stored in another dtype stay in
+            their files, and each operation that reads them casts them (`peftfx.graph.lazy_weights`). A loaded model is
+            memory-mapped.
+        given: the names of tensors that an adapter brings. Only these may be missing from the weights.
 
     Raises:
-        PeftfxError: there is no such model here, its files are broken or lack a weight, or it cannot do the task.
+        PeftfxError: there is no such model, its files are broken or lack a weight, or it cannot do the task.
     """
     directory = Path(directory)
     file = stood_for(directory)
@@ -75,7 +78,7 @@ def load_base(
 
 
 def read_base_config(directory: Path) -> dict[str, object]:
-    """The config of a local model directory, as JSON; a missing or broken one is a PeftfxError."""
+    """Read the config of a local model directory, as JSON. A missing or broken config is a PeftfxError."""
     if not is_folder(directory):
         raise PeftfxError("there is no such directory", str(directory), "download the base model and pass its folder")
     path = directory / "config.json"
@@ -95,7 +98,7 @@ def read_base_config(directory: Path) -> dict[str, object]:
 
 
 def _check_weights(directory: Path) -> list[Path]:
-    """The files of the weights. Missing, pickled, incomplete and truncated ones are refused before time is spent."""
+    """Return the files of the weights. Missing, pickled, incomplete and truncated files are refused early."""
     from safetensors import SafetensorError, safe_open
 
     files = [directory / name for name in _WEIGHTS if is_file(directory / name)]
@@ -169,9 +172,9 @@ def _load_transformers(
 
 
 def _present(model: nn.Module, blank: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:
-    """Show what was loaded in the dtypes of its files in those that are wanted.
+    """Give a model that was loaded in its files' dtypes the wanted dtypes.
 
-    Buffers that no file holds are those of a blank model of the wanted dtype: computed in it, as they would have been.
+    Buffers that no file holds are taken from a blank model of the wanted dtype, in which they were computed.
     """
     store(model, dtype)
     kept = model.state_dict(keep_vars=True).keys()
@@ -185,7 +188,7 @@ def _present(model: nn.Module, blank: nn.Module, dtype: Callable[[str], torch.dt
 
 
 def _refuse_random(model: nn.Module, info: Mapping[str, Any], given: Collection[str], directory: Path) -> None:
-    """Refuse a model with weights that transformers made up because the files lack them, or have another shape."""
+    """Refuse a model with weights that transformers initialised, because the files lack them or their shape."""
     other = {
         name: f"{name} ({list(have)} in the file, {list(want)} in the model)"
         for name, have, want in info["mismatched_keys"]
@@ -201,7 +204,7 @@ def _refuse_random(model: nn.Module, info: Mapping[str, Any], given: Collection[
 
 
 def _refuse_integers(model: nn.Module, files: Sequence[Path]) -> None:
-    """Refuse weights that are stored as integers: without their scales, which nothing here reads, they say nothing."""
+    """Refuse weights that are stored as integers: their scales are not read here."""
     integers = {name: kind for name, kind in kinds_of(files).items() if not kind.startswith(("F", "BF"))}
     ours = {name for name, p in model.named_parameters() if p.is_floating_point()}
     found = [n for n in integers if any(n == p or n.endswith(f".{p}") or p.endswith(f".{n}") for p in ours)]

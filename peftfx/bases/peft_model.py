@@ -1,6 +1,6 @@
-"""A HF PEFT model, taken over: its base without what PEFT put there, and its adapters as PEFT itself saves them.
+"""Take over a HF PEFT model: its base without PEFT's layers, and its adapters as PEFT saves them.
 
-`peft` is not imported: its models are known by their class, and are asked by their own methods.
+`peft` is not imported. Its models are recognised by their class, and used by their own methods.
 """
 
 from __future__ import annotations
@@ -17,36 +17,38 @@ from peftfx.errors import PeftfxError, first_line
 
 _CONFIG = "adapter_config.json"
 _STARTS = ("init_lora_weights", "init_weights")
-"""Options of how an adapter began, some of which changed the base then: what is taken over is past that."""
+"""Options of how an adapter was initialised. Some of them changed the base at that time. A model that is taken over has
+been initialised already."""
 
 
-_HOLDS = ("base_layer", "original_module", "model")  #: children of PEFT's layers that are the base's own
+#: The names of children of PEFT's layers that are the base's own modules.
+_HOLDS = ("base_layer", "original_module", "model")
 
 
 def is_peft_model(model: object) -> bool:
-    """Whether a model is a `peft.PeftModel`, or mixed."""
+    """Say whether a model is a `peft.PeftModel` or `peft.PeftMixedModel`."""
     return any(cls.__name__ in ("PeftModel", "PeftMixedModel") and _is_pefts(cls) for cls in type(model).__mro__)
 
 
 def plain_base(model: Any) -> nn.Module:
-    """The base of a HF PEFT model: the same tensors, in modules of its own, without PEFT's layers.
+    """Return the base of a HF PEFT model: the same tensors, in copied modules without PEFT's layers.
 
     Raises:
-        PeftfxError: adapters are merged into it, or it has layers of PEFT's that hold no module of the base.
+        PeftfxError: adapters are merged into the base, or a layer of PEFT holds no known module of the base.
     """
     base: nn.Module = model.get_base_model()
     memo: dict[int, Any] = {id(t): t for t in (*base.parameters(), *base.buffers())}
     inner: dict[int, nn.Module] = {}
     _find_layers(base, "", inner)
     for number, module in inner.items():
-        while id(module) in inner:  # one adapter's layer around another's
+        while id(module) in inner:  # one PEFT layer may be around another
             module = inner[id(module)]
         memo[number] = copy.deepcopy(module, memo)
     return copy.deepcopy(base, memo)
 
 
 def _find_layers(module: nn.Module, path: str, found: dict[int, nn.Module]) -> None:
-    """Find PEFT's layers that stand in the place of modules of the base, by their numbers, and these modules."""
+    """Find PEFT's layers that replace modules of the base, by their ids, and the replaced modules."""
     if getattr(module, "merged_adapters", None):
         what = f"adapters are merged into the base's weights: {', '.join(module.merged_adapters)}"  # type: ignore[arg-type]
         raise PeftfxError(what, path, "call unmerge_adapter() of the PeftModel first")
@@ -59,7 +61,7 @@ def _find_layers(module: nn.Module, path: str, found: dict[int, nn.Module]) -> N
 
 
 def _inside(module: nn.Module, path: str) -> nn.Module:
-    """The base's own module in a layer of PEFT's."""
+    """Return the base's own module inside a PEFT layer."""
     held = next((module._modules[name] for name in _HOLDS if name in module._modules), None)
     if held is None:
         hint = "save it with save_pretrained, and load that; or ask for the method"
@@ -68,10 +70,10 @@ def _inside(module: nn.Module, path: str) -> nn.Module:
 
 
 def save_peft_adapters(model: Any, directory: Path) -> dict[str, Path]:
-    """Have a HF PEFT model write its adapters; returns the folder of each.
+    """Let a HF PEFT model write its adapters, and return the folder of each adapter.
 
     Raises:
-        PeftfxError: it cannot.
+        PeftfxError: PEFT cannot write an adapter.
     """
     folders: dict[str, Path] = {}
     for name, config in model.peft_config.items():
@@ -89,14 +91,14 @@ def save_peft_adapters(model: Any, directory: Path) -> dict[str, Path]:
 
 
 def _forget_start(file: Path) -> None:
-    """PiSSA, say, took its first update out of the base's weights: these have it, and are taken as they are."""
+    """Mark an adapter as initialised. PiSSA, for example, changed the base, whose weights are used unchanged."""
     config = json.loads(file.read_text(encoding="utf-8"))
     config |= {name: True for name in _STARTS if isinstance(config.get(name), str)}
     file.write_text(json.dumps(config), encoding="utf-8")
 
 
 def active_adapters(model: Any) -> list[str]:
-    """The adapters that act in a HF PEFT model; none where they are disabled."""
+    """Return the active adapters of a HF PEFT model; none if adapters are disabled."""
     found = model.active_adapters
     names: list[str] = list(found() if callable(found) else found)
     layers = [m for m in model.modules() if hasattr(m, "disable_adapters") and hasattr(m, "merged_adapters")]

@@ -1,4 +1,4 @@
-"""Quantised bases: transformers' model without its quantiser, over the codes of its files."""
+"""Quantised bases: transformers' model without its quantiser, over the codes in its files."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def load_quantised(
     num_labels: int | None,
     dtype: torch.dtype | None,
 ) -> tuple[nn.Module, Mapping[str, Any]]:
-    """A model whose quantised weights stay in their files (`Coded`), and what transformers says of the loading.
+    """Load a model whose quantised weights stay in their files (`Coded`), with transformers' loading info.
 
     Args:
-        directory: of transformers' layout; its config has a `quantization_config`.
-        files: of the weights; none leave the parameters uninitialised.
-        task: makes the head; by default the class named in the config.
-        num_labels: of a classification head.
-        dtype: what weights are computed in; by default float32.
+        directory: a directory in transformers' layout, whose config has a `quantization_config`.
+        files: the files of the weights. Without files, the parameters stay uninitialised.
+        task: the task, which decides the head; by default the class named in the config.
+        num_labels: the number of labels of a classification head.
+        dtype: the dtype that weights are computed in; by default float32.
 
     Raises:
-        PeftfxError: the format is not read here, or what is stored does not fit.
+        PeftfxError: the format is not supported, or the stored tensors do not fit the model.
     """
     extra = {} if num_labels is None else {"num_labels": num_labels}
     config = read_config(directory, **extra)
@@ -55,10 +55,10 @@ def load_quantised(
 
 
 def filled_model(maker: Any, config: object, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """A model of these tensors, by the names of its checkpoint, and what transformers says of the loading.
+    """Make a model of these tensors, by their checkpoint names. Return it with transformers' loading info.
 
     Raises:
-        PeftfxError: a weight is one that the model does not have.
+        PeftfxError: the model lacks one of the quantised weights.
     """
     coded = {id(t.codes): name for name, t in tensors.items() if isinstance(t, Coded)}
     model, info = maker.from_pretrained(
@@ -80,16 +80,16 @@ def filled_model(maker: Any, config: object, tensors: dict[str, Tensor], dtype: 
 
 
 def quantise(model: nn.Module, table: str) -> None:
-    """Make of a base in floating point what `load_in_4bit` would make of it, with the modules that it leaves out.
+    """Quantise a floating-point base as `load_in_4bit` would, leaving out the same modules.
 
-    Nothing is computed: each weight stays where it is, and its codes are made whenever they are needed.
+    Nothing is computed yet: each weight stays where it is, and its codes are computed whenever they are needed.
 
     Args:
-        model: transformers'; its linear layers' weights are replaced.
-        table: `nf4`.
+        model: a transformers model. The weights of its linear layers are replaced.
+        table: the kind of codes: `nf4`.
 
     Raises:
-        PeftfxError: another table, or the base is quantised already.
+        PeftfxError: the table is unknown, or the base is quantised already.
     """
     from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -108,7 +108,7 @@ def quantise(model: nn.Module, table: str) -> None:
 
 
 def blank(maker: Any, config: object, dtype: torch.dtype) -> nn.Module:
-    """A model whose parameters hold nothing."""
+    """Make a model with uninitialised parameters."""
     from transformers.initialization import no_init_weights
 
     with no_init_weights():

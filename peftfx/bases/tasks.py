@@ -1,4 +1,4 @@
-"""Tasks: what a model is for, by the names of transformers' pipelines."""
+"""The tasks of models, by the names of transformers' pipelines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Task:
     suffixes: tuple[str, ...] = ()
 
 
-#: Every task by its pipeline's name. A suffix that two tasks share is settled by the `Auto` classes' own tables.
+#: Every task, by its pipeline's name. If two tasks share a suffix, the tables of the `Auto` classes decide.
 TASKS: Mapping[str, Task] = {
     "text-generation": Task(("AutoModelForCausalLM",), ("ForCausalLM", "LMHeadModel")),
     "text2text-generation": Task(("AutoModelForSeq2SeqLM",), ("ForConditionalGeneration",)),
@@ -47,7 +47,7 @@ TASKS: Mapping[str, Task] = {
     "text-to-image": Task(()),
 }
 
-#: Other names that users and hubs have for these tasks.
+#: Other names of these tasks, used by users and hubs.
 ALIASES: Mapping[str, str] = {
     "sentiment-analysis": "text-classification",
     "ner": "token-classification",
@@ -60,7 +60,7 @@ ALIASES: Mapping[str, str] = {
     "zero-shot-image-classification": "feature-extraction",
 }
 
-#: HF PEFT's `task_type`s.
+#: The tasks by HF PEFT's `task_type`.
 PEFT_TASKS: Mapping[str, str] = {
     "CAUSAL_LM": "text-generation",
     "SEQ_2_SEQ_LM": "text2text-generation",
@@ -70,24 +70,24 @@ PEFT_TASKS: Mapping[str, str] = {
     "FEATURE_EXTRACTION": "feature-extraction",
 }
 
-#: Modules that HF PEFT trains and saves for a task, asked or not: those whose paths end so.
+#: The ends of the paths of modules that HF PEFT always trains and saves for a task.
 PEFT_HEADS: Mapping[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
 
-FEATURES, SENTENCES = "feature-extraction", "sentence-similarity"  #: what a model without a head is for
-HEARING = ("automatic-speech-recognition", "audio-classification")  #: whose input is sound
+FEATURES, SENTENCES = "feature-extraction", "sentence-similarity"  #: the tasks of models without a head
+HEARING = ("automatic-speech-recognition", "audio-classification")  #: the tasks whose input is sound
 _LANGUAGE = ("text-generation", "text2text-generation")
 _MULTIMODAL = ("image-text-to-text", "automatic-speech-recognition")
 
 
 def resolve_task(task: str | None, *, peft_task_type: str | None = None, config: object = None) -> str:
-    """The task's own name: the one asked for, else PEFT's `task_type`, else what `config.architectures` end in.
+    """Return the name of the task: the one asked for, else PEFT's `task_type`, else by `config.architectures`.
 
-    PEFT calls what generates text CAUSAL_LM or SEQ_2_SEQ_LM even where it reads images or speech: there the
-    architecture decides.
+    PEFT calls a model that generates text CAUSAL_LM or SEQ_2_SEQ_LM, even if it reads images or speech. For such a
+    model the architecture decides.
     """
     if task is not None:
         return check_task(task)
@@ -108,7 +108,7 @@ def resolve_task(task: str | None, *, peft_task_type: str | None = None, config:
 
 
 def task_of_class(name: str) -> str | None:
-    """The task of a transformers class, by the end of its name: `BertForTokenClassification`."""
+    """Return the task of a transformers class, by the end of its name (`BertForTokenClassification`), or None."""
     ends = {task: max((len(s) for s in t.suffixes if name.endswith(s)), default=0) for task, t in TASKS.items()}
     longest = max(ends.values())
     tasks = [task for task, length in ends.items() if length == longest]
@@ -118,13 +118,13 @@ def task_of_class(name: str) -> str | None:
 
 
 def task_of(model: nn.Module) -> str:
-    """The task of a built model, by its class or one it derives from; a headless model extracts features."""
+    """Return the task of a built model, by its class or a base class. A model without a head extracts features."""
     found = (task_of_class(kind.__name__) for kind in type(model).__mro__)
     return next((task for task in found if task), "feature-extraction")
 
 
 def check_task(task: str) -> str:
-    """The task's own name; one that nobody knows is refused."""
+    """Return the name of a task, given the name or an alias. An unknown task is refused."""
     if (name := ALIASES.get(task, task)) not in TASKS:
         hint = nearest(task, [*TASKS, *ALIASES]) or f"the tasks are {', '.join(TASKS)}"
         raise PeftfxError(f"unknown task {task!r}", "task", hint)
@@ -132,7 +132,7 @@ def check_task(task: str) -> str:
 
 
 def _makes(task: str, name: str) -> bool:
-    """Whether one of the task's `Auto` classes makes models of this class."""
+    """Say whether one of the task's `Auto` classes makes models of this class."""
     import transformers
 
     made = (getattr(transformers, auto)._model_mapping._model_mapping.values() for auto in TASKS[task].auto)
@@ -140,7 +140,7 @@ def _makes(task: str, name: str) -> bool:
 
 
 def maker_of(config: PreTrainedConfig, task: str, directory: Path) -> type:
-    """The class to build: the one the config names if it does this task, else the `Auto` classes' choice."""
+    """Return the class to build: the config's own if it does this task, otherwise the choice of the `Auto` classes."""
     import transformers
 
     for name in (n for n in config.architectures or () if task_of_class(n) == task):

@@ -1,4 +1,4 @@
-"""Configs as transformers reads them, and what its code raises for what it cannot work with."""
+"""Read configs by transformers, and turn the errors of its code into `PeftfxError`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftfx.errors import PeftfxError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-#: What transformers' own checks raise, and what its code does with what they do not check.
+#: The errors of transformers' own checks, and of its code for values that are not checked.
 _RAISED = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
     *(ImportError, NameError, StrictDataclassError),
@@ -22,10 +22,10 @@ _RAISED = (
 
 
 def read_config(directory: Path, **options: object) -> PreTrainedConfig:
-    """transformers' config in a directory; no code of the directory's own is run.
+    """Read transformers' config in a directory. No code from the directory is run.
 
     Raises:
-        PeftfxError: there is none, it is of a kind that transformers does not know, or a field makes no sense.
+        PeftfxError: the config is missing, its model type is unknown to transformers, or a field makes no sense.
     """
     from transformers import AutoConfig
 
@@ -35,7 +35,7 @@ def read_config(directory: Path, **options: object) -> PreTrainedConfig:
 
 @contextlib.contextmanager
 def understanding(where: str | Path, what: str, hint: str = "compare the file with the original") -> Iterator[None]:
-    """Turn what transformers raises inside, for a file or an input that it cannot work with, into a PeftfxError."""
+    """Turn errors of transformers about a file or an input into a PeftfxError while this context lasts."""
     try:
         yield
     except _RAISED as error:

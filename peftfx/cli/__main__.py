@@ -1,4 +1,4 @@
-"""`python -m peftfx.cli`: the command line."""
+"""Run the command line by `python -m peftfx.cli`."""
 
 from peftfx.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: the one place from which a command fetches anything, where that was asked for."""
+"""Download models from the Hugging Face Hub, only if the user asks. No other code of the commands uses the network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 
 from peftfx.errors import PeftfxError, first_line
 
-#: What transformers' directories have for other frameworks, and what they were made from.
+#: Files in transformers' directories for other frameworks, and original checkpoints.
 _OTHERS = [
     "*.h5",
     "*.msgpack",
@@ -25,12 +25,13 @@ _PICKLED = ["*.bin", "*.pt", "*.pth", "*.ckpt"]
 
 
 def from_hub(name: str, cache: Path) -> Path:
-    """The directory of a model in the local cache, fetched from the Hub at its `main`.
+    """Download a model from the Hub at its `main`, and return its directory in the local cache.
 
-    Of weights in several formats, safetensors are fetched. Tokens and mirrors are those of `huggingface_hub`.
+    If the weights exist in several formats, safetensors are downloaded. Tokens and mirrors are those of
+    `huggingface_hub`.
 
     Raises:
-        PeftfxError: the network is switched off, there is no such model, it is gated, or the Hub is not reached.
+        PeftfxError: the network is switched off, the model does not exist or is gated, or the Hub cannot be reached.
     """
     if constants.HF_HUB_OFFLINE:
         what = "the model is not in the local cache, and HF_HUB_OFFLINE switches the network off"
@@ -40,6 +41,6 @@ def from_hub(name: str, cache: Path) -> Path:
         files = [own.rfilename for own in HfApi(endpoint).model_info(name).siblings or ()]
         ignored = _OTHERS + (_PICKLED if any(file.endswith(".safetensors") for file in files) else [])
         return Path(snapshot_download(name, cache_dir=cache, endpoint=endpoint, ignore_patterns=ignored))
-    except Exception as error:  # whatever the client raises: names, rights, the network
+    except Exception as error:  # the client raises various errors: names, rights, the network
         hint = "check the name; for a gated model log in (hf auth login); or give a directory"
         raise PeftfxError(f"the Hub does not give this model: {first_line(error)}", name, hint) from error

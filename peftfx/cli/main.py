@@ -1,4 +1,4 @@
-"""The command line: one file a command in `commands/`. Errors are one message and an exit code."""
+"""The command line, with one file for each command in `commands/`. An error is one message and an exit code."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ app.command()(spoken(demo))
 def main() -> None:
     """Run the command line.
 
-    A PeftfxError is a message on stderr and its class's exit code: 2, or 1 for a failed verification. SIGTERM and
-    SIGHUP end the command as an error does: what is half-written goes away, and the exit code is 128 and the signal's
-    number.
+    A PeftfxError is printed as a message on stderr, and gives its class's exit code: 2, or 1 for a failed verification.
+    SIGTERM and SIGHUP end the command like an error: half-written files are removed, and the exit code is 128 plus the
+    signal's number.
     """
     VOICE.as_json = VOICE.quiet = VOICE.verbose = False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages for large tensors, read when it is imported
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads this when imported: large pages for large tensors
     try:
         with orderly_end():
             app()
@@ -73,7 +73,7 @@ def main() -> None:
         tell_error(error)
         sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):  # torch's words
+        if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):  # the text of torch's error
             raise
         first = str(error).strip().partition("\n")[0] or "no more can be had"
         print(f"peftfx: error: out of memory: {first}\n  hint: free some; nothing was written", file=sys.stderr)

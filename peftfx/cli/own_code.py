@@ -1,4 +1,4 @@
-"""A user's own code on the command line: modules that have methods and patterns, and passes by their names."""
+"""Import a user's own code for the command line: modules with methods and patterns, and passes by their names."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def import_module(name: str) -> ModuleType:
-    """A module by its name, from where Python looks, and from the working directory; a file's name loses its ending.
+    """Import a module by its name, also from the working directory. The name may end in `.py`.
 
     Raises:
-        PeftfxError: there is none, or it fails.
+        PeftfxError: the module does not exist, or fails.
     """
     here = os.getcwd()
     if here not in sys.path:
@@ -30,16 +30,16 @@ def import_module(name: str) -> ModuleType:
         return importlib.import_module(named)
     except PeftfxError:
         raise
-    except Exception as error:  # whatever the user's own code raises
+    except Exception as error:  # the user's own code may raise any error
         what = f"cannot import the module: {type(error).__name__}: {first_line(error)}"
         raise PeftfxError(what, name, "name a module as Python imports it, from here or installed") from error
 
 
 def passes_named(texts: Sequence[str]) -> tuple[Pass, ...]:
-    """Passes, each `module:NAME`: an object that is one, or a class that needs no options.
+    """Return the passes named by `module:NAME`, each an object, or a class that needs no options.
 
     Raises:
-        PeftfxError: there is none of this name, or it is no pass.
+        PeftfxError: the name does not exist, or is not a pass.
     """
     return tuple(_pass_named(text) for text in texts)
 

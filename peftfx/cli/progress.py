@@ -1,7 +1,7 @@
-"""Progress: how far an export is, on stderr: a line for each stage, and how far it is while it lasts.
+"""Show the progress of an export on stderr: a line for each stage, and how much of the stage is done.
 
-On a terminal a bar shows the layers of a capture, the calls of a verification and the bytes that are written, with the
-time that is left; elsewhere bytes are told in lines.
+On a terminal, a bar shows the layers of a capture, the calls of a verification and the written bytes, with the
+remaining time. Elsewhere, the written bytes are printed as lines.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from peftfx.telling import listening
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
-_EVERY = 5.0  #: seconds between two lines where stderr is not a terminal
+_EVERY = 5.0  #: seconds between two lines if stderr is not a terminal
 
 
 class Progress:
-    """Tells stages and how far they are. On a terminal that is a bar; elsewhere, bytes are a line every few seconds."""
+    """Shows stages and their progress: on a terminal as a bar, elsewhere as a line of bytes every few seconds."""
 
     def __init__(self) -> None:
         self._start = self._stage_start = self._told = time.perf_counter()
@@ -42,14 +42,14 @@ class Progress:
         self._close()
 
     def stage(self, name: str) -> None:
-        """Say that a stage begins."""
+        """Show that a stage begins."""
         self._close()
         self._stage_start = self._told = time.perf_counter()
         if not self._silent:
             print(f"[{self._stage_start - self._start:6.1f} s] {name}", file=sys.stderr, flush=True)
 
     def written(self, done: int, total: int) -> None:
-        """Say how many bytes are written, of how many."""
+        """Show how many bytes are written, and the total."""
         if self._bar is not None:
             self._bar.show(done, total)
             return
@@ -65,20 +65,20 @@ class Progress:
 
 
 def written_line(done: int, total: int, seconds: float) -> str:
-    """Bytes, rate and time left, in words."""
+    """Say in words how many bytes are written, at which rate, and how much time is left."""
     rate = done / seconds
     left = (total - done) / rate if rate else float("inf")
     return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:,.0f} MB/s, {left:.0f} s left"
 
 
 def share_line(words: str, share: float, seconds: float) -> str:
-    """How far a stage is, and the time left, in words; of the latter nothing ahead of a second."""
+    """Say in words how much of a stage is done, and the time left. No time is given in the first second."""
     left = f", {seconds * (1 - share) / share:.0f} s left" if share > 0 and seconds >= 1 else ""
     return f"{words}{left}"
 
 
 class _Bar:
-    """A bar on a terminal, of bytes or of shares of a stage, from the first of them on until it is closed."""
+    """A bar on a terminal that shows bytes or the share of a stage, until it is closed."""
 
     def __init__(self) -> None:
         self._bars: Bars | None = None
@@ -86,12 +86,12 @@ class _Bar:
         self._begun = self._share = 0.0
 
     def show(self, done: int, total: int) -> None:
-        """Show bytes."""
+        """Show the written bytes."""
         bars = self._opened(of_bytes=True)
         bars.update(bars.task_ids[0], completed=done, total=total)
 
     def share(self, words: str, share: float) -> None:
-        """Show the share of a stage that is done. Where it falls, another piece of work has begun."""
+        """Show the finished share of a stage. If the share falls, another piece of work has begun."""
         bars, now = self._opened(of_bytes=False), time.perf_counter()
         if share < self._share or not self._begun:
             self._begun = now

@@ -1,4 +1,4 @@
-"""Signals that end a program: here they end it as an exception does, so that what is half-written goes away."""
+"""Turn signals that end a program into an exception, so that half-written files are removed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-#: of `kill` and of service managers; of a terminal that is closed; of Ctrl+Break, and of what ends a group, on Windows
+#: Sent by `kill` and service managers; by a terminal that is closed; on Windows, by Ctrl+Break and to end a process
+#: group.
 _NAMES = ("SIGTERM", "SIGHUP", "SIGBREAK")
 
 
 class Terminated(BaseException):
-    """A signal asked the program to end.
+    """Raised when a signal asks the program to end.
 
     Attributes:
-        signal: its number.
+        signal: the number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -26,9 +27,9 @@ class Terminated(BaseException):
 
 @contextlib.contextmanager
 def orderly_end() -> Iterator[None]:
-    """Inside, a signal that ends a program raises Terminated. One that somebody else handles, or ignores, is left so.
+    """Make signals that end a program raise Terminated in this context. Signals with other handlers are left alone.
 
-    Python calls handlers in the main thread alone: in another thread nothing changes.
+    Python calls handlers only in the main thread. In another thread, this context changes nothing.
     """
     numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
     ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
@@ -37,7 +38,7 @@ def orderly_end() -> Iterator[None]:
 
     def end(number: int, _: FrameType | None) -> None:
         for each in ours:
-            signal.signal(each, signal.SIG_IGN)  # a second one would cut the cleaning short
+            signal.signal(each, signal.SIG_IGN)  # a second signal would interrupt the clean-up
         raise Terminated(number)
 
     for number in ours:

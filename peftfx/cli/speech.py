@@ -1,4 +1,4 @@
-"""What a command prints: its report, warnings as lines, and nothing of other libraries."""
+"""What a command prints: its report, and warnings as lines, without the output of other libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftfx.errors import PeftfxWarning
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Other libraries' warnings and bars do not belong in this program's output; afterwards they speak again."""
+    """Hide warnings and progress bars of other libraries while this context lasts."""
     if VOICE.verbose:
         with _logged():
             yield
@@ -36,9 +36,9 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar if logging.is_progress_bar_enabled() else logging.disable_progress_bar
         )
         undone.enter_context(warnings.catch_warnings())
-        tqdm.monitor_interval = 0  # no thread for bars nobody sees: to start one with no memory left waits for ever
-        standard.raiseExceptions = False  # what cannot be logged, with no memory left, is no traceback either
-        fake.setLevel(standard.CRITICAL)  # of what it raises too
+        tqdm.monitor_interval = 0  # no thread for hidden bars: without free memory, starting one waits for ever
+        standard.raiseExceptions = False  # without free memory, a failed log message prints no traceback
+        fake.setLevel(standard.CRITICAL)  # it also logs errors that it raises
         warnings.filterwarnings("ignore")
         warnings.simplefilter("always", PeftfxWarning)
         warnings.showwarning = _show_warning
@@ -49,7 +49,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logged() -> Iterator[None]:
-    """What the logger `peftfx` has of single steps, on stderr; stages are told there anyway."""
+    """Print what the logger `peftfx` says about single steps, on stderr. Stages are printed there anyway."""
     import logging
 
     from peftfx.telling import LOG
@@ -67,7 +67,7 @@ def _logged() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning as a line of its own, without the place in the code."""
+    """Print a warning as a line, without its place in the code."""
     typer.echo(f"warning: {message}", err=True)
 
 

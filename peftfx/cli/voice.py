@@ -1,4 +1,4 @@
-"""Voice: how a command speaks: in words or JSON, with progress or quietly; every command takes the same options."""
+"""The options of all commands that decide how they speak: in words or JSON, with progress or quietly."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from peftfx.errors import PeftfxError
 
 @dataclasses.dataclass
 class Voice:
-    """What was asked for.
+    """How the command should speak.
 
     Attributes:
-        as_json: results, and errors, are JSON on stdout.
-        quiet: nothing but errors, warnings, and JSON if that was asked for.
-        verbose: single steps and what other libraries say are told, and an error is followed by what caused it.
+        as_json: print results and errors as JSON on stdout.
+        quiet: print only errors, warnings, and JSON if `as_json` is set.
+        verbose: also print single steps, the output of other libraries, and the causes of an error.
     """
 
     as_json: bool = False
@@ -32,7 +32,7 @@ class Voice:
     verbose: bool = False
 
 
-VOICE = Voice()  #: of the command that runs
+VOICE = Voice()  #: the voice of the running command
 
 _OPTIONS = {
     "as_json": Annotated[bool, typer.Option("--json", help="Print the result as JSON.")],
@@ -53,7 +53,7 @@ _MODULES = Annotated[
 
 
 def spoken(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with the options of its voice, and modules of the user's, beside its own."""
+    """Return a command with the voice's options, and with `--import` for the user's modules."""
     own = inspect.signature(command, eval_str=True)
 
     @functools.wraps(command)
@@ -79,7 +79,7 @@ def spoken(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def tell(result: object, words: object = None) -> None:
-    """Print a result: JSON if it was asked for, else in words, by default its own."""
+    """Print a result: as JSON if asked for, otherwise in words, by default the result's own."""
     if VOICE.as_json:
         print(json.dumps(json_ready(result), indent=2, default=str))
     elif not VOICE.quiet:
@@ -87,7 +87,7 @@ def tell(result: object, words: object = None) -> None:
 
 
 def tell_error(error: PeftfxError) -> None:
-    """Print an error: on stderr, and as JSON on stdout if that was asked for."""
+    """Print an error on stderr, and also as JSON on stdout if asked for."""
     if VOICE.as_json:
         told = {"what": error.what, "where": error.where, "hint": error.hint, "exit_code": error.exit_code}
         print(json.dumps({"error": told}, indent=2))
@@ -99,7 +99,7 @@ def tell_error(error: PeftfxError) -> None:
 
 
 def json_ready(value: object) -> Any:
-    """A result as JSON-ready values."""
+    """Convert a result to values for JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: json_ready(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):

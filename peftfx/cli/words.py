@@ -1,4 +1,4 @@
-"""Words of a command line that are more than a choice, checked before anything large is imported."""
+"""Check values of the command line that are more than a choice, before large libraries are imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export_options.values import DEFAULT_SLOTS, Slots
 from peftfx.sites.expression import parse
 
-_HUB = re.compile(r"[\w.-]+/[\w.-]+")  #: a name on the Hub
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")  #: the form of a model's name on the Hub
 _HOME = "~/.cache/huggingface"
 _DTYPES = {
     "float32": "fp32",
@@ -27,7 +27,7 @@ _DTYPES = {
 
 
 def check_looks(task: str | None, target: str | None, rules: str | None, *, drawn: bool = False) -> None:
-    """Refuse an unknown task, a target that cannot be read, and what does not go together."""
+    """Refuse an unknown task, a target that cannot be read, and options of `inspect` that exclude each other."""
     if task is not None:
         check_task(task)
     if target is not None:
@@ -42,7 +42,7 @@ def check_looks(task: str | None, target: str | None, rules: str | None, *, draw
 
 
 def check_page(html: Path | None, adapters: Sequence[Path], *, others: bool, rules: str | None) -> None:
-    """Refuse what does not go together with a page, and an adapter to show without one."""
+    """Refuse options that exclude a page, and an adapter to show without a page."""
     if html is None and adapters:
         raise PeftfxError("--adapter is shown on a page only", "inspect", "say where to: --html page.html")
     if html is not None and others:
@@ -54,7 +54,7 @@ def check_page(html: Path | None, adapters: Sequence[Path], *, others: bool, rul
 
 
 def dtype_named(text: str | None) -> str | None:
-    """The name that options have for a dtype: torch's names are known too."""
+    """Return an option's name of a dtype. torch's names of dtypes are also known."""
     return text if text is None else _DTYPES.get(text.lower().removeprefix("torch."), text)
 
 
@@ -64,12 +64,12 @@ Download = Annotated[
 
 
 def found_base(base: Path, *, download: bool = False) -> Path:
-    """A base's directory or file; `org/name` that is none is a model in the local Hugging Face cache.
+    """Return a base's directory or file. `org/name` can also be a model in the local Hugging Face cache.
 
-    With `download` it is fetched from the Hub where it is not in the cache; nothing else asks the network.
+    With `download`, a model that is not in the cache is downloaded from the Hub. Nothing else uses the network.
 
     Raises:
-        PeftfxError: it is none of these, or the Hub does not give it.
+        PeftfxError: there is no such directory or model, or the download fails.
     """
     if os.path.exists(base) or not _HUB.fullmatch(base.as_posix()):
         return base
@@ -101,10 +101,10 @@ def _cached(name: str) -> Path | None:
 
 
 def chosen_slots(target: str | None, *, swappable: bool, prefix: bool) -> Slots | None:
-    """The slots of `--slots`, by default of all linear layers; None without `--swappable`.
+    """Return the slots for `--slots`, by default of all linear layers; None without `--swappable`.
 
     Raises:
-        PeftfxError: the target cannot be read, or is given without `--swappable`, where it would do nothing.
+        PeftfxError: the target cannot be read, or is given without `--swappable`, and would have no effect.
     """
     if swappable:
         return Slots(DEFAULT_SLOTS if target is None else target, prefix)
@@ -115,10 +115,10 @@ def chosen_slots(target: str | None, *, swappable: bool, prefix: bool) -> Slots 
 
 
 def named_directories(texts: Iterable[str]) -> dict[str, Path]:
-    """Names and directories: each `NAME=DIR`.
+    """Read texts `NAME=DIR` as names and directories.
 
     Raises:
-        PeftfxError: a text is none, or names what another names, too.
+        PeftfxError: a text has another form, or two texts have one name.
     """
     found: dict[str, Path] = {}
     for text in texts:

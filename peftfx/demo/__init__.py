@@ -1,1 +1,1 @@
-"""`peftfx demo`: the whole way of an adapter on real input, offline."""
+"""The command `peftfx demo`: train, export and serve an adapter on real data, offline."""

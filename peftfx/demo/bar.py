@@ -1,4 +1,4 @@
-"""The bar that a demo's training shows, on stderr: steps, time, the last loss, and the memory that it has taken."""
+"""The progress bar of a demo's training, on stderr: steps, time, the last loss, and the peak memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _Told = Callable[[float], None]
 
 @contextmanager
 def training_bar(steps: int, console: Console | None = None) -> Iterator[_Told]:
-    """Inside, a bar of so many steps; what it gives is told the loss after each.
+    """Show a bar of `steps` steps. The yielded function takes the loss after each step.
 
-    Where stderr is no terminal, the bar is printed once, when it ends.
+    If stderr is not a terminal, the bar is printed once, at the end.
     """
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     fields = (TextColumn("loss {task.fields[loss]:.3f}"), TextColumn("peak {task.fields[memory]:.2f} GB"))

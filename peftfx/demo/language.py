@@ -1,4 +1,4 @@
-"""A language model as the demo needs it: trained in a plain loop, its perplexity, its continuations, timed."""
+"""The demo's language model: trained in a plain loop, with its perplexity and its timed continuations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FINE_TUNE_BATCH, WARM_UP = 2, 3
 
 
 def fine_tune(adapted: AdaptedModel, rate: float, windows: Tensor) -> float:
-    """A plain loop: AdamW on what requires a gradient, warm-up, linear decay; a bar. Returns seconds for a step."""
+    """Train in a plain loop with a bar: AdamW, warm-up, linear decay. Return the seconds for a step."""
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     batches = windows.split(FINE_TUNE_BATCH)
     decay = len(batches) + 1
@@ -42,7 +42,7 @@ def fine_tune(adapted: AdaptedModel, rate: float, windows: Tensor) -> float:
 
 @torch.no_grad()
 def start_from_text(adapted: AdaptedModel, tokens: Tensor) -> None:
-    """Start a prefix as the keys and values of a text: from a random one a few steps lead nowhere."""
+    """Initialise a prefix with the keys and values of a text. A random prefix needs more than a few steps."""
     past = held(adapted.base(input_ids=tokens[None], use_cache=True).cache)
     (prefix,) = (t for _, t in adapted.adapter("default").tensors())
     prefix.copy_(torch.cat(past).permute(2, 0, 1, 3).reshape(prefix.shape))
@@ -50,19 +50,19 @@ def start_from_text(adapted: AdaptedModel, tokens: Tensor) -> None:
 
 @torch.no_grad()
 def perplexity(logits: Callable[[Tensor], Tensor], windows: Tensor) -> float:
-    """The exponential of the mean loss of every token of the windows but the first, each after what is before it."""
+    """Compute the exponential of the mean loss over all tokens of the windows except each window's first."""
     total = 0.0
     for ids in windows.split(FINE_TUNE_BATCH):
-        shown = logits(ids)[:, -ids.shape[1] : -1]  # ahead of the text there may be virtual tokens
+        shown = logits(ids)[:, -ids.shape[1] : -1]  # virtual tokens may come before the text
         total += float(nn.functional.cross_entropy(shown.transpose(1, 2), ids[:, 1:], reduction="sum"))
     return math.exp(total / windows[:, 1:].numel())
 
 
 def continue_prompt(served: Any, prompt: Tensor, count: int) -> tuple[Tensor, float]:
-    """A greedy continuation of this many tokens, prompt included, and how many tokens a second come after the first."""
+    """Generate `count` tokens greedily. Return them with the prompt, and the tokens per second after the first."""
     options: dict[str, Any] = {"do_sample": False, "attention_mask": torch.ones_like(prompt)}
     seconds = []
-    for length in (1, 1, count):  # the first run of all is not what a run takes
+    for length in (1, 1, count):  # the very first run is slower, and not measured
         start = time.perf_counter()
         tokens = served.generate(prompt, min_new_tokens=length, max_new_tokens=length, **options)
         seconds.append(time.perf_counter() - start)

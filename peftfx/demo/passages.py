@@ -1,4 +1,4 @@
-"""Passages of Python's language reference, as tokens: real text that every Python installation has."""
+"""Passages of Python's language reference as tokens: real text that every Python installation has."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Passages:
-    """Windows of text, int64[windows, length]; none that is held out overlaps one to train on."""
+    """Windows of text, int64[windows, length]. No held-out window overlaps a training window."""
 
     train: Tensor
     held_out: Tensor
 
 
 def load_passages(tokenizer: PreTrainedTokenizerBase, length: int = 128, *, seed: int = 0) -> Passages:
-    """The topics of `peftfx.demo.topics`, markup and all: the end of each is held out, a quarter of its windows.
+    """Load the topics of `peftfx.demo.topics`, with markup. The last quarter of each topic is held out.
 
-    A paragraph that comes again, in any topic, is left out there: none would be held out that was trained on.
+    A repeated paragraph is left out, so that no held-out text is also trained on.
 
     Args:
-        tokenizer: of the model.
-        length: of a window, in tokens.
-        seed: of the order.
+        tokenizer: the model's tokenizer.
+        length: the length of a window, in tokens.
+        seed: the seed of the order.
     """
     from pydoc_data.topics import topics
 
@@ -50,7 +50,7 @@ def load_passages(tokenizer: PreTrainedTokenizerBase, length: int = 128, *, seed
 
 
 def _new(text: str, seen: set[str]) -> Iterator[str]:
-    """The paragraphs of a text that were not seen before."""
+    """Yield the paragraphs of a text that were not seen before."""
     for paragraph in text.split("\n\n"):
         if (plain := " ".join(paragraph.lower().split())) not in seen:
             seen.add(plain)

@@ -1,4 +1,4 @@
-"""DemoResult: what a demo measured, and the tables that show it."""
+"""The results of a demo, and the tables that show them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-APART_DIRECTORY = "onnx-apart"  #: where the last of the commands to try next writes, in the demo's directory
+APART_DIRECTORY = "onnx-apart"  #: the folder in the demo's directory to which the last suggested command writes
 
 
 @dataclass(frozen=True)
@@ -19,18 +19,19 @@ class DemoResult:
     """What a demo measured.
 
     Attributes:
-        output: the directory it made.
+        output: the demo's directory.
         topics: the names of the classes.
-        sentences: how many were trained on, and how many held out.
-        parameters: how many were trained, and how many there are.
-        steps, seconds_per_step: of training; the median step.
-        accuracy_before, accuracy_torch, accuracy_onnx: on the held-out sentences: untrained, trained in torch, and
-            merged in ONNX Runtime.
+        sentences: the number of training sentences and of held-out sentences.
+        parameters: the number of trained parameters, and of all parameters.
+        steps, seconds_per_step: the number of training steps, and the median time of a step.
+        accuracy_before, accuracy_torch, accuracy_onnx: the accuracy on the held-out sentences: untrained, trained in
+            torch, and merged in ONNX Runtime.
         max_abs: the largest difference of a logit between torch and ONNX Runtime.
-        bytes: of weights and graph, by part of the output.
-        latency_ms: of one sentence in ONNX Runtime, the median, by part of the output.
-        examples: sentence, topic that ONNX Runtime gives it, probability, right topic where known.
-        seconds: of everything.
+        bytes: the bytes of weights and graph, by part of the output.
+        latency_ms: the median milliseconds for one sentence in ONNX Runtime, by part of the output.
+        examples: for each example the sentence, its topic by ONNX Runtime, the probability, and the right topic if
+            known.
+        seconds: the time of the whole demo.
     """
 
     output: Path
@@ -50,7 +51,7 @@ class DemoResult:
 
 
 def print_demo_report(result: DemoResult, console: Console) -> None:
-    """Print what ONNX Runtime answers, what was measured, and the commands to try next."""
+    """Print ONNX Runtime's answers, the measurements, and the commands to try next."""
     console.print(_examples(result))
     console.print(_numbers(result))
     print_next(next_commands(result.output), console)
@@ -64,7 +65,7 @@ def print_next(commands: Iterable[str], console: Console) -> None:
 
 
 def next_commands(output: Path) -> tuple[str, ...]:
-    """Commands that work on what the demo left behind: where adapters can act, and the adapter kept apart."""
+    """Return commands to try on the demo's results: where adapters can act, and the unmerged adapter."""
     base, adapter, apart = (shlex.quote(str(output / part)) for part in ("base", "adapter", APART_DIRECTORY))
     return (
         f"peftfx inspect {base}",

@@ -1,7 +1,7 @@
-"""Sentences of Python's language reference and the topic each is from: real text that every Python installation has.
+"""Sentences of Python's language reference with their topics: real text that every Python installation has.
 
-`pydoc_data.topics` is what `help("import")` prints. It is plain text made from reStructuredText, so code, grammar,
-tables and headings are told from prose by their marks.
+`help("import")` prints `pydoc_data.topics`. It is plain text made from reStructuredText. Code, grammar, tables and
+headings are recognised by their marks.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-#: What the demo tells apart, and which topic of `pydoc_data.topics` it is. None of these contains another, as
-#: "specialnames" and "compound" do, and each has 50 sentences or more in Python 3.11 to 3.13.
+#: The demo's classes, and their topics in `pydoc_data.topics`. No topic contains another one, unlike "specialnames" and
+#: "compound". Each has at least 50 sentences in Python 3.11 to 3.13.
 TOPICS: Mapping[str, str] = {
     "debugger": "debugger",
     "string formatting": "formatstrings",
@@ -40,23 +40,23 @@ class Example:
 
 @dataclass(frozen=True)
 class Split:
-    """Examples to train on and examples held out; no sentence is in both."""
+    """Training examples and held-out examples. No sentence is in both."""
 
     train: list[Example]
     held_out: list[Example]
 
 
 def load_split(seed: int = 0, *, per_topic: int = 100, held_out: float = 0.25) -> Split:
-    """A random split by sentence, the same share of each topic held out.
+    """Make a random split by sentence, with the same share of each topic held out.
 
     Args:
-        seed: of the choice.
+        seed: the seed of the split.
         per_topic: the most sentences to take of one topic, so that none dominates.
         held_out: the share of each topic's sentences that is held out.
     """
     from pydoc_data.topics import topics
 
-    found: dict[str, dict[int, str]] = {}  # a sentence that two topics share is of neither
+    found: dict[str, dict[int, str]] = {}  # a sentence in two topics is left out
     for label, name in enumerate(TOPICS.values()):
         for text in sentences(topics.get(name, "")):
             found.setdefault(text.lower(), {})[label] = text
@@ -73,7 +73,7 @@ def load_split(seed: int = 0, *, per_topic: int = 100, held_out: float = 0.25) -
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a topic's prose, without markup; what is too short, too long or half code is left out."""
+    """Yield the sentences of a topic's prose, without markup. Short, long or code-like sentences are left out."""
     for block in re.split(r"\n\s*\n", text):
         if _NOT_PROSE.search(block):
             continue
@@ -90,7 +90,7 @@ def _is_prose(sentence: str) -> bool:
 
 
 def batches(examples: list[Example], size: int, rng: random.Random | None = None) -> list[list[Example]]:
-    """Examples of about the same length together, which needs little padding; in a random order if `rng` is given."""
+    """Make batches of examples of similar length, to save padding; in a random order if `rng` is given."""
     shuffled = list(examples) if rng is None else rng.sample(examples, len(examples))
     shuffled.sort(key=lambda e: len(e.text))
     found = [shuffled[i : i + size] for i in range(0, len(shuffled), size)]

@@ -1,1 +1,1 @@
-"""What may be asked of an export, each kind as one object that is checked whole when it is made."""
+"""The options of exports: one class for each kind of export, checked as a whole when an object is made."""

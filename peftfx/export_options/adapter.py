@@ -1,4 +1,4 @@
-"""AdapterOptions: what may be asked of the export of an adapter for a graph that has places for it."""
+"""The options of the export of an adapter, for a graph that has slots."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from peftfx.options import CAT, check_choices, check_tolerance
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions(Checked):
-    """What may be asked of the export of a model's active adapters.
+    """The options of the export of a model's active adapters.
 
     Args:
-        check: run it in ONNX Runtime, against torch.
+        check: run the graph with the adapter in ONNX Runtime, and compare it with torch.
         force: replace the file if it exists.
-        atol, rtol: what may differ, `atol + rtol * largest magnitude`; by default what the export of the graph was
-            given, and else it is measured.
+        atol, rtol: the tolerance of an output, `atol + rtol * largest magnitude`; by default that of the graph's
+            export, or else it is measured.
     """
 
     check: bool = True
@@ -35,10 +35,10 @@ class AdapterOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterDirectoryOptions(AdapterOptions):
-    """What may be asked of the export of adapters' directories: all of `AdapterOptions`, and what to load.
+    """The options of the export of adapters' directories: those of `AdapterOptions`, and what to load.
 
     Args:
-        base: the base model's directory; by default the one that the graph was exported from.
+        base: the base model's directory; by default the directory that the graph was exported from.
         combination: how weighted adapters are combined; see `AdaptedModel.add_weighted_adapter`.
     """
 
@@ -47,7 +47,7 @@ class AdapterDirectoryOptions(AdapterOptions):
 
 
 class AdapterChanges(TypedDict, total=False):
-    """Options of `AdapterOptions` by name, for type checkers."""
+    """The fields of `AdapterOptions` by name, for type checkers."""
 
     check: bool
     force: bool
@@ -56,7 +56,7 @@ class AdapterChanges(TypedDict, total=False):
 
 
 class AdapterDirectoryChanges(AdapterChanges, total=False):
-    """Options of `AdapterDirectoryOptions` by name, for type checkers."""
+    """The fields of `AdapterDirectoryOptions` by name, for type checkers."""
 
     base: str | Path | None
     combination: Literal["cat", "linear"]

@@ -1,4 +1,4 @@
-"""Checked: options that are made from others and changes to them, and how a function shows that it takes such."""
+"""The base class of options, and how a function shows that it takes options by name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Checked:
-    """Options that are made from others and changes to them."""
+    """Options that are made from other options and changes to them."""
 
     @classmethod
     def of(cls, given: Self | None, changes: Mapping[str, object]) -> Self:
-        """These options with changes; without options, the changes are from the defaults.
+        """Return the `given` options with `changes`. Without options, the changes apply to the defaults.
 
         Raises:
-            PeftfxError: they are no such options, there is no option of a name, or the result makes no sense.
+            PeftfxError: `given` is of another class, an option does not exist, or the result makes no sense.
         """
         known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         wrong = next((name for name in changes if name not in known), None)
@@ -36,14 +36,14 @@ class Checked:
 
 
 def check_task_id(task_id: int | None, adapters: Mapping[str, object]) -> None:
-    """Refuse a task's number where no adapter is that could have it."""
+    """Refuse a task's number if no adapter is given."""
     if task_id is not None and not adapters:
         hint = "name the adapter: adapter=, --adapter DIR"
         raise PeftfxError("a task belongs to an adapter, and no adapter is given", f"task_id: {task_id}", hint)
 
 
 def takes(options: type) -> Callable[[Function], Function]:
-    """Show a function's `**changes` as the options that they are: in `help`, and in the hints of notebooks."""
+    """Show a function's `**changes` as the single options: in `help`, and in the hints of notebooks."""
 
     def mark(function: Function) -> Function:
         own = inspect.signature(function)

@@ -1,4 +1,4 @@
-"""DirectoryOptions: what may be asked of the export of a base model's directory, checked whole when it is made."""
+"""The options of the export of a base model's directory, checked as a whole when an object is made."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from peftfx.export_options.export import ExportChoices, ExportOptions
 
 @dataclass(frozen=True, kw_only=True)
 class DirectoryOptions(ExportOptions):
-    """What may be asked of the export of a base model's directory: all of `ExportOptions`, and what to load.
+    """The options of the export of a base model's directory: those of `ExportOptions`, and what to load.
 
     Args:
-        adapter: a HF PEFT directory; without one the base is exported.
-        batched: HF PEFT directories by name, among which each row of a batch chooses.
-        task: name of a pipeline; by default the adapter's or the model's.
-        task_id: the number of the task to export, of an adapter that acts by `task_ids` (Poly, multitask prompts); in
-            `batched`, where it is left out, each task is a row's to choose, by the name `NAME_0` and so on.
-        dtype: `fp32`, `fp16` or `bf16`, of the weights, which are merged in fp32 and rounded once; by default the
-            base's own, but fp32 for a bfloat16 base: ONNX Runtime's CPU provider has no kernels for it. A quantised
-            base is served in fp32.
-        quantize_base: `nf4` makes of a base in floating point what `load_in_4bit` makes of it, which is what a QLoRA
-            was trained on.
+        adapter: a HF PEFT directory; without an adapter, the base is exported.
+        batched: HF PEFT directories by name. Each row of a batch chooses one of them.
+        task: the name of a pipeline; by default the adapter's or the model's task.
+        task_id: the number of the task to export, for an adapter that acts by `task_ids` (Poly, multitask prompts). If
+            it is left out with `batched`, rows choose among all tasks, which are named `NAME_0` and so on.
+        dtype: the dtype of the weights: `fp32`, `fp16` or `bf16`. They are merged in fp32, and rounded once. By default
+            it is the base's own dtype, but fp32 for a bfloat16 base, because ONNX Runtime's CPU provider has no kernels
+            for bfloat16. A quantised base is served in fp32.
+        quantize_base: `nf4` quantises a floating-point base like `load_in_4bit`, on which a QLoRA was trained.
     """
 
     adapter: str | Path | None = None
@@ -66,7 +65,7 @@ class DirectoryOptions(ExportOptions):
 
 
 class DirectoryChanges(ExportChoices, total=False):
-    """Options of `DirectoryOptions` by name, for type checkers."""
+    """The fields of `DirectoryOptions` by name, for type checkers."""
 
     adapter: str | Path | None
     batched: Mapping[str, str | Path]

@@ -1,6 +1,7 @@
-"""ExportOptions: what may be asked of the export of a model, checked whole when it is made.
+"""The options of the export of a model, checked as a whole when an object is made.
 
-Nothing large is imported for it, so that a mistake is told before a model is loaded, in Python as on the command line.
+This module imports no large library. So a mistake is reported before a model is loaded, in Python and on the command
+line.
 """
 
 from __future__ import annotations
@@ -20,44 +21,45 @@ from peftfx.options import AUTO, CPU, FAST, check_choices, check_opset, check_to
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Checked):
-    """What may be asked of the export of a model.
+    """The options of the export of a model.
 
     Args:
-        merge: fold the adapters into the weights; otherwise they stay apart, as initializers under their own names.
-            By default they are folded, but for a quantised base, which is exported as it is: its codes are not
-            rounded again, and the adapters stay beside them; see `peftfx.export.coded`.
-        view: `forward`, `decode`, with the key/value cache in and out, or `auto`: `decode` for a model that generates
-            text, without `inputs` of a forward call.
-        opset: version of the ONNX operators; by default torch's choice.
+        merge: fold the adapters into the weights; otherwise they stay unmerged, as initializers under their own names.
+            By default adapters are merged, except on a quantised base, which is exported as it is: its codes are not
+            rounded again, and the adapters stay beside the codes; see `peftfx.export.coded`.
+        view: `forward`; `decode`, with the key/value cache in and out; or `auto`, which is `decode` for a model that
+            generates text if no `inputs` of a forward call are given, and otherwise `forward`.
+        opset: the version of the ONNX operators; by default torch's choice.
         engine: `fast`, which translates each distinct operation once, or `torch`, which uses torch.onnx; see `to_onnx`.
-        optimize: `cpu` or `cuda`: whole attentions, rotary embeddings and norms; or `none`; see `to_onnx`.
-        quantize: `int8`, `int4` or `nf4`: weights of products are rounded in blocks, by role where it says so, as in
-            `int4; int8@head`; see `peftfx.export_options.quantize`.
-        budget: bytes of all weights, as a number or as `1.2GB`: each role's weights are rounded to int4, int8 or not at
-            all, so that they fit and the model differs least, as measured role by role; see
-            `peftfx.export.rounding.budget`.
-        max_error: what a quantised model may differ by from the same model in floating point: a number is over the
-            largest magnitude of an output; `kl=0.05` bounds the mean divergence on a text in nats, and `top1=0.9` is
-            the least share of tokens whose likeliest next one is the same. By default these are measured and
-            reported, and may be whatever they are.
-        calibration: a file of text that a quantised model is compared on, for a `source` with a tokenizer; by default
-            the model's own greedy text. Under `int4(gptq=True)` weights are rounded by it, too, but for its last fifth,
-            on which the model is compared.
-        slots: for a base without adapters: where adapters can be put when the model runs, or at which layers alone,
-            as a target; see `peftfx.export.slots.swappable`.
-        batched: names of adapters of the model among which each row of a batch chooses; see
+        optimize: `cpu` or `cuda` fuse attentions, rotary embeddings and norms into one operator each; `none` does not;
+            see `to_onnx`.
+        quantize: round the weights of products in blocks: `int8`, `int4` or `nf4`, or by role, such as `int4;
+            int8@head`; see `peftfx.export_options.quantize`.
+        budget: the most bytes of all weights, as a number or as text such as `1.2GB`. Each role's weights are rounded
+            to int4, to int8 or not at all, so that the weights fit and the outputs change least, as measured for each
+            role; see `peftfx.export.rounding.budget`.
+        max_error: how far a quantised model may differ from the same model in floating point. A number is relative to
+            the largest magnitude of an output. `kl=0.05` bounds the mean divergence on a text, in nats. `top1=0.9` is
+            the smallest share of tokens whose likeliest next token is the same. By default these errors are measured
+            and reported, but not bounded.
+        calibration: a text file on which a quantised model is compared; it needs a `source` with a tokenizer. By
+            default the model's own greedy text is used. With `int4(gptq=True)`, GPTQ uses this text as well, except for
+            its last fifth, on which the model is compared.
+        slots: for a base without adapters, the slots into which adapters can be put when the model runs, as `Slots`, or
+            as a target that picks the layers; see `peftfx.export.slots.swappable`.
+        batched: the names of adapters of the model from which each row of a batch chooses; see
             `peftfx.export.slots.batched`.
-        atol, rtol: what may differ: `atol + rtol * largest magnitude` of an output. By default it is measured: a
-            multiple of what the model in torch is from itself in float64; see
+        atol, rtol: the tolerance `atol + rtol * largest magnitude` of an output. By default the tolerance is measured:
+            a multiple of the model's own difference in torch between its dtype and float64; see
             `peftfx.export.verification.tolerance`.
-        max_memory: bytes that may be allocated beyond the model itself, as a number or as `4GB`; refused where fewer
-            than `memory_needed`.
-        allow_fixed: export a model whose code branches on a size, though the export is right on the example's side
-            alone; the report and the model's metadata say for which sizes that is.
+        max_memory: the most bytes that may be allocated besides the model itself, as a number or as text such as `4GB`.
+            An export that needs more (`memory_needed`) is refused.
+        allow_fixed: export a model even if its code branches on a size, and the export is right only on the example's
+            side of the branch. The report and the model's metadata give these sizes.
         force: replace the directory if it exists.
 
     Raises:
-        PeftfxError: an option has another type or is none of its choices, or two contradict each other.
+        PeftfxError: an option has a wrong type or an unknown value, or two options contradict each other.
     """
 
     merge: bool | None = None
@@ -91,12 +93,12 @@ class ExportOptions(Checked):
 
     @property
     def bound(self) -> MaxError | None:
-        """What quantisation may cost, where somebody said it."""
+        """The bound on the error of quantisation, if one is given."""
         return MaxError.of(self.max_error)
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
-        """`quantize`, read."""
+        """The schemes in `quantize`."""
         return () if self.quantize is None else parse_schemes(self.quantize)
 
     @property
@@ -106,21 +108,21 @@ class ExportOptions(Checked):
 
     @property
     def room(self) -> int | None:
-        """`budget` in bytes."""
+        """The `budget` in bytes."""
         return parse_size(self.budget, "budget") if isinstance(self.budget, str) else self.budget
 
     @property
     def memory(self) -> int | None:
-        """`max_memory` in bytes."""
+        """The limit `max_memory` in bytes."""
         return parse_size(self.max_memory) if isinstance(self.max_memory, str) else self.max_memory
 
     @property
     def places(self) -> Slots | None:
-        """`slots`, as an object."""
+        """The `slots` as an object."""
         return None if self.slots is None else Slots.of(self.slots)
 
     def merges(self, quantised: bool) -> bool:
-        """Whether adapters are folded into a base that is quantised, or is not."""
+        """Say whether adapters are folded into the base, which is `quantised` or not."""
         return not quantised if self.merge is None else self.merge
 
     def _check_quantization(self) -> None:
@@ -151,7 +153,7 @@ class ExportOptions(Checked):
 
 
 class ExportChoices(TypedDict, total=False):
-    """Options that both kinds of exports have, by name, for type checkers."""
+    """The options that both kinds of exports have, by name, for type checkers."""
 
     merge: bool | None
     view: Literal["forward", "decode", "auto"]
@@ -171,6 +173,6 @@ class ExportChoices(TypedDict, total=False):
 
 
 class ExportChanges(ExportChoices, total=False):
-    """Options of `ExportOptions` by name, for type checkers."""
+    """The fields of `ExportOptions` by name, for type checkers."""
 
     batched: Sequence[str]

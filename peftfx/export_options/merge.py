@@ -1,4 +1,4 @@
-"""MergeOptions: what may be asked of a merge into a transformers directory, checked whole when it is made."""
+"""The options of a merge into a transformers directory, checked as a whole when an object is made."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from peftfx.options import check_choices, parse_size
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(Checked):
-    """What may be asked of a merge into a transformers directory.
+    """The options of a merge into a transformers directory.
 
     Args:
-        adapter: a HF PEFT directory; without one the base is written, a quantised one in floating point.
-        task: name of a pipeline; by default the adapter's or the model's.
-        task_id: the number of the task to merge, of an adapter that acts by `task_ids` (Poly).
-        dtype: `fp32`, `fp16` or `bf16`, of the weights, which are merged in fp32 and rounded once; by default the
-            base's own, and fp32 for a quantised base, which no code of it is rounded to.
-        quantize_base: `nf4` makes of a base in floating point what `load_in_4bit` makes of it, ahead of the merge.
-        quantize: `nf4`, `int4` or `int8`, by role too, as of `ExportOptions`: the merged weights are rounded, and the
-            directory is bitsandbytes' (`nf4`) or compressed-tensors' (integers).
-        max_error: what rounding may cost, as of `ExportOptions`.
-        calibration: a file of text that the rounded model is compared on; by default the model's own greedy text. Under
-            `int4(gptq=True)` weights are rounded by it, too, but for its last fifth.
-        max_shard_size: bytes of a file of weights, as a number or as `5GB`.
+        adapter: a HF PEFT directory. Without an adapter, the base is written; a quantised base in floating point.
+        task: the name of a pipeline; by default the adapter's or the model's task.
+        task_id: the number of the task to merge, for an adapter that acts by `task_ids` (Poly).
+        dtype: the dtype of the weights: `fp32`, `fp16` or `bf16`. They are merged in fp32, and rounded once. By default
+            it is the base's own dtype, but fp32 for a quantised base, in which its dequantised weights are not rounded.
+        quantize_base: `nf4` quantises a floating-point base like `load_in_4bit` before the merge.
+        quantize: round the merged weights: `nf4`, `int4` or `int8`, also by role, as in `ExportOptions`. The directory
+            has the format of bitsandbytes (`nf4`) or of compressed-tensors (integers).
+        max_error: the bound on the error of rounding, as in `ExportOptions`.
+        calibration: a text file on which the rounded model is compared; by default the model's own greedy text. With
+            `int4(gptq=True)`, GPTQ uses this text as well, except for its last fifth.
+        max_shard_size: the most bytes of a file of weights, as a number or as text such as `5GB`.
         force: replace the directory if an export made it.
 
     Raises:
-        PeftfxError: an option has another type or is none of its choices.
+        PeftfxError: an option has a wrong type or an unknown value.
     """
 
     adapter: str | Path | None = None
@@ -63,12 +63,12 @@ class MergeOptions(Checked):
 
     @property
     def bound(self) -> MaxError | None:
-        """What rounding may cost, where somebody said it."""
+        """The bound on the error of rounding, if one is given."""
         return MaxError.of(self.max_error)
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
-        """`quantize`, read."""
+        """The schemes in `quantize`."""
         found = () if self.quantize is None else parse_schemes(self.quantize)
         if found:
             check_directory_schemes(found)
@@ -76,7 +76,7 @@ class MergeOptions(Checked):
 
     @property
     def shard(self) -> int:
-        """`max_shard_size` in bytes."""
+        """The limit `max_shard_size` in bytes."""
         size = self.max_shard_size
         return parse_size(size, "max_shard_size") if isinstance(size, str) else size
 
@@ -87,7 +87,7 @@ class MergeOptions(Checked):
 
 
 class MergeChanges(TypedDict, total=False):
-    """Options of `MergeOptions` by name, for type checkers."""
+    """The fields of `MergeOptions` by name, for type checkers."""
 
     adapter: str | Path | None
     task: str | None

@@ -1,10 +1,10 @@
-"""Scheme: how some weights are rounded, as text: `"int4(block=64, symmetric=False); int8@head | attention.value"`.
+"""Read how weights are rounded from a text, such as `"int4(block=64, symmetric=False); int8@head | attention.value"`.
 
     schemes := scheme (';' scheme)*
     scheme  := ('int4' | 'int8' | 'nf4' | 'none') ['(' options ')'] ['@' target]
 
-A target is an expression of `peftfx.sites.expression`; of several schemes for a weight the last one counts. Options are
-`block`, `symmetric`, `search` and `gptq`.
+A target is an expression of `peftfx.sites.expression`. If several schemes pick a weight, the last one counts. The
+options are `block`, `symmetric`, `search` and `gptq`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from peftfx.options import QUANTIZATIONS, check_choice
 from peftfx.sites.expression import parse
 
 BITS = {"int8": 8, "int4": 4}
-BLOCKS = (16, 32, 64, 128, 256)  #: that ONNX Runtime's operators have
-DEFAULT_BLOCKS = {"nf4": 64}  #: bitsandbytes' own; 32 of the others
-_LEAST_TABLE_BLOCK = 64  #: of bitsandbytes
+BLOCKS = (16, 32, 64, 128, 256)  #: the block sizes that ONNX Runtime's operators support
+DEFAULT_BLOCKS = {"nf4": 64}  #: the block size of bitsandbytes; other kinds have 32
+_LEAST_TABLE_BLOCK = 64  #: the smallest block of bitsandbytes
 _SCHEME = re.compile(r"\s*(\w+)\s*(?:\(([^()]*)\)\s*)?(?:@((?:/(?:[^/\\]|\\.)+/|[^/;])*))?(;|$)")
 _OPTIONS = ("block", "symmetric", "search", "gptq")
 _HINT = "as in int4, int4(block=64, symmetric=False), or int4; int8@head | attention.value"
@@ -31,15 +31,16 @@ _HINT = "as in int4, int4(block=64, symmetric=False), or int4; int8@head | atten
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights are rounded.
+    """How weights are rounded, and which weights.
 
     Attributes:
-        kind: `int4` or `int8`, integers on a grid for each block; `nf4`, bitsandbytes' table; `none` leaves them.
-        block: numbers that share a grid; 0 is 64 for `nf4` and 32 for others.
-        symmetric: the grid has its zero in the middle; otherwise each block has its own.
-        search: whether the grid of the least squared error is searched for each block.
-        gptq: whether integers are chosen for what the outputs are on a text, or are the nearest ones.
-        target: of which weights, as an expression of roles and paths; empty is of all.
+        kind: `int4` or `int8` are integers on a grid for each block; `nf4` is bitsandbytes' table; `none` does not
+            round.
+        block: how many numbers share a grid; 0 means 64 for `nf4` and 32 for other kinds.
+        symmetric: whether the grid has its zero in the middle. Otherwise each block has its own zero.
+        search: whether to search the grid with the least squared error for each block.
+        gptq: whether GPTQ chooses the integers by the outputs on a text. Otherwise they are the nearest integers.
+        target: the weights to round, as an expression of roles and paths; empty means all.
     """
 
     kind: str
@@ -66,7 +67,7 @@ class Scheme:
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """The number of bits of a code."""
         return BITS.get(self.kind, 4)
 
     @property
@@ -81,10 +82,10 @@ class Scheme:
 
 
 def parse_schemes(text: str) -> tuple[Scheme, ...]:
-    """The schemes that a text describes.
+    """Read the schemes that a text describes.
 
     Raises:
-        PeftfxError: it cannot be read, or names what there is not.
+        PeftfxError: the text cannot be read, or names an unknown kind or option.
     """
     found: list[Scheme] = []
     position = 0
@@ -101,10 +102,10 @@ def parse_schemes(text: str) -> tuple[Scheme, ...]:
 
 
 def check_directory_schemes(schemes: Sequence[Scheme]) -> None:
-    """Refuse what no directory of transformers holds.
+    """Refuse schemes that a transformers directory cannot hold.
 
     Raises:
-        PeftfxError: nf4 beside integers, or blocks that bitsandbytes does not have.
+        PeftfxError: nf4 is mixed with integers, bitsandbytes has no such blocks, or nothing is rounded.
     """
     kinds = sorted({scheme.kind for scheme in schemes} - {"none"})
     if "nf4" in kinds and len(kinds) > 1:
@@ -119,7 +120,7 @@ def check_directory_schemes(schemes: Sequence[Scheme]) -> None:
 
 
 def check_calibration(schemes: Sequence[Scheme], calibration: object, batched: Sequence[str] = ()) -> None:
-    """Refuse GPTQ without a text."""
+    """Refuse GPTQ without a text, or in a batched export."""
     if not any(scheme.gptq for scheme in schemes):
         return
     if batched:

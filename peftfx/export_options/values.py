@@ -1,4 +1,4 @@
-"""Values of options that are more than a choice: which slots a graph gets, and what quantisation may cost."""
+"""Values of options that are more than a choice: the slots of a graph, and the bound on quantisation's error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftfx.field_types import refuse_misfit_fields
 from peftfx.files import is_file
 from peftfx.sites.expression import parse
 
-DEFAULT_SLOTS = "all-linear"  #: the sites that get slots where nobody chose
+DEFAULT_SLOTS = "all-linear"  #: the sites that get slots by default
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Slots:
     """Which slots a graph gets.
 
     Attributes:
-        target: the linear layers, convs and embeddings with slots.
-        prefix: whether there are places for soft prompts. For one ahead of the past each step copies the past behind
-            what is in it, nothing too.
+        target: picks the linear layers, convs and embeddings that get slots.
+        prefix: whether there are slots for soft prompts. With a slot for a prefix before the past, each step copies the
+            past, even if the slot is empty.
     """
 
     target: str = DEFAULT_SLOTS
@@ -33,16 +33,17 @@ class Slots:
 
     @staticmethod
     def of(given: Slots | str) -> Slots:
-        """As it is, or for a target alone."""
+        """Return the slots unchanged, or make slots for a target."""
         return Slots(given) if isinstance(given, str) else given
 
 
 @dataclass(frozen=True)
 class MaxError:
-    """What quantisation may cost.
+    """A bound on the error of quantisation.
 
     Attributes:
-        kind: `error`, over an output's largest magnitude; `kl`, in nats; `top1`, the least share that has to agree.
+        kind: `error` is relative to an output's largest magnitude; `kl` is in nats; `top1` is the smallest share that
+            has to agree.
         value: the bound.
     """
 
@@ -51,10 +52,10 @@ class MaxError:
 
     @staticmethod
     def of(given: float | str | None) -> MaxError | None:
-        """From a number, or a text as `kl=0.05`, `top1=0.9`, `error=0.1` or `0.1`.
+        """Read a bound from a number, or from a text such as `kl=0.05`, `top1=0.9`, `error=0.1` or `0.1`.
 
         Raises:
-            PeftfxError: it is neither.
+            PeftfxError: the bound cannot be read.
         """
         if given is None:
             return None
@@ -67,13 +68,13 @@ class MaxError:
 
 
 def check_text(path: Path) -> None:
-    """Refuse a file that is not there."""
+    """Refuse a text file that does not exist."""
     if not is_file(path):
         raise PeftfxError("there is no such file", str(path), "give a file of plain text to --calibration")
 
 
 def refuse_idle_bounds(rounds: bool, *, max_error: object, calibration: str | Path | None) -> None:
-    """Refuse what is said of a quantisation where there is none, and a text that is not there."""
+    """Refuse bounds and texts for a quantisation that is not asked for, and missing text files."""
     told = {"max_error": (max_error, "bounded"), "calibration": (calibration, "told")}
     for name, (given, done) in told.items():
         if not rounds and given is not None:

@@ -1,1 +1,1 @@
-"""Pages: self-contained HTML made of plain data, without a framework; what is shown on them is the callers'."""
+"""Self-contained HTML pages made from plain data, without a framework. The callers decide what the pages show."""

@@ -1,4 +1,4 @@
-"""Drawing: boxes in cards in columns, laid out by what reads what, as SVG; and the page around them."""
+"""Draw a model as SVG: boxes in cards in columns, laid out by which box reads which; and make the page around them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from peftfx.pages.page import Page, make_page, table, text
 
 _WIDTH, _HEIGHT, _ACROSS, _DOWN, _EDGE = 136, 32, 12, 20, 14
 COLOURS = ("embedding", "attention", "mlp", "experts", "norm", "conv", "linear", "head", "pattern")
-MOST_ACROSS = 5  #: boxes side by side: what reads one value in a hundred ways goes on below
+MOST_ACROSS = 5  #: the most boxes in a row; a longer row continues below
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What an adapter does at a box's places.
+    """What an adapter does at the places of a box.
 
     Attributes:
-        what: the method, and the adapter where there are several.
-        said: the rest, in lines.
-        short: on the box.
+        what: the method, and the adapter's name if there are several adapters.
+        said: further lines about the adapter.
+        short: the text on the box.
     """
 
     what: str
@@ -32,13 +32,13 @@ class Box:
     """A site, or equal sites of several layers.
 
     Attributes:
-        name: in the card's edges.
-        label: on it.
-        path: with `*` where the layers' numbers are.
-        numbers: these.
-        role, kind, shape, calls, rows, reads: as texts.
-        parts: roles of its parts.
-        adapters: what acts there.
+        name: the name used in the card's edges.
+        label: the text on the box.
+        path: the module path, with `*` in place of the layers' numbers.
+        numbers: the layers' numbers.
+        role, kind, shape, calls, rows, reads: facts about the site, as texts.
+        parts: the roles of its parts.
+        adapters: the adapters that act there.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Box:
     adapters: tuple[Adapted, ...] = ()
 
     def data(self) -> dict[str, object]:
-        """What the page's script knows of it."""
+        """Return the data about the box for the page's script."""
         told = {"shape": self.shape, "calls": self.calls, "rows": self.rows, "reads": self.reads}
         return {
             "path": self.path,
@@ -69,7 +69,7 @@ class Box:
 
     @property
     def colour(self) -> str:
-        """The group of roles that its colour stands for."""
+        """The group of roles that gives the box its colour."""
         group = self.role.partition(".")[0]
         if self.kind == "pattern":
             return "pattern"
@@ -78,14 +78,14 @@ class Box:
 
 @dataclass(frozen=True)
 class Card:
-    """A layer, or equal layers.
+    """A layer, or several equal layers.
 
     Attributes:
-        title: which.
-        count: how many.
-        boxes: in the order in which they run.
-        joins: names of sums, that edges go through.
-        edges: from what gives to what reads, by names of boxes and joins.
+        title: the name of the layers.
+        count: the number of layers.
+        boxes: the boxes, in the order in which their sites run.
+        joins: the names of sums through which edges go.
+        edges: pairs of the giving and the reading box or join, by name.
     """
 
     title: str
@@ -97,19 +97,19 @@ class Card:
 
 @dataclass(frozen=True)
 class Column:
-    """A part of the model: an encoder, a decoder."""
+    """A part of the model, such as an encoder or a decoder."""
 
     title: str
     cards: tuple[Card, ...] = field(repr=False)
 
 
 def draw(title: str, lead: str, columns: Sequence[Column], more: str = "") -> Page:
-    """The page of a model.
+    """Make the page of a model.
 
     Args:
-        title, lead: ahead of it.
-        columns: side by side.
-        more: HTML below.
+        title, lead: the heading, and the line below it.
+        columns: the columns, side by side.
+        more: HTML to put below the columns.
     """
     data: list[dict[str, object]] = []
     drawn = "".join(_column(column, data, alone=len(columns) == 1) for column in columns)
@@ -168,7 +168,7 @@ def _box(box: Box, place: tuple[int, int], number: int) -> str:
 
 
 def _edge(start: tuple[int, int], end: tuple[int, int], width: int) -> str:
-    """A line from below one to above the other; one that passes rows goes round on the right."""
+    """Draw a line from below one box to above another. A line that passes a row goes around on the right."""
     (ax, ay), (bx, by) = start, end
     if by - ay <= _HEIGHT + _DOWN:
         return f'<path d="M{ax} {ay}C{ax} {(ay + by) // 2} {bx} {(ay + by) // 2} {bx} {by}"/>'
@@ -180,7 +180,7 @@ def _edge(start: tuple[int, int], end: tuple[int, int], width: int) -> str:
 
 
 def _laid(card: Card) -> tuple[dict[str, tuple[int, int]], tuple[int, int]]:
-    """The middle of each box and join, and the size of all."""
+    """Return the middle of each box and join, and the size of the drawing."""
     rows = _rows(card)
     widest = max(len(row) for row in rows)
     width = widest * (_WIDTH + _ACROSS) + 2 * _EDGE
@@ -195,7 +195,7 @@ def _laid(card: Card) -> tuple[dict[str, tuple[int, int]], tuple[int, int]]:
 
 
 def _rows(card: Card) -> list[list[str]]:
-    """The names in rows: each below all that it reads; a row that is too long goes on in the next."""
+    """Arrange the names in rows, each below all that it reads. A row that is too long continues in the next."""
     order = [box.name for box in card.boxes]
     names = [*order, *card.joins]
     above: dict[str, list[str]] = {name: [] for name in names}
@@ -203,11 +203,11 @@ def _rows(card: Card) -> list[list[str]]:
         above[end].append(start)
     depth = _depths(names, above)
     below: dict[str, list[str]] = {name: [end for start, end in card.edges if start == name] for name in names}
-    for name in names:  # what reads nothing here is just above what reads it, as the keys of a cross-attention
+    for name in names:  # a box that reads nothing here is put just above its reader, such as keys of a cross-attention
         if not above[name] and below[name]:
             depth[name] = max(depth[name], min(depth[end] for end in below[name]) - 1)
     loose = [box.name for box in card.boxes if box.kind == "pattern"]
-    for name in loose:  # beside what it ends in
+    for name in loose:  # beside the box that the pattern ends in
         before = order[: order.index(name)]
         depth[name] = depth[before[-1]] if before else 0
     rows: list[list[str]] = []
@@ -218,7 +218,7 @@ def _rows(card: Card) -> list[list[str]]:
 
 
 def _depths(names: Sequence[str], above: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """The longest way to each from one that reads none of them; a circle counts as none."""
+    """Return for each name the longest path from a name that reads nothing. Cycles are ignored."""
     depth: dict[str, int] = {}
     for root in names:
         stack, open_ = [root], set[str]()

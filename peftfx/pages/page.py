@@ -1,4 +1,4 @@
-"""Page: one HTML file that needs nothing else, shown in a notebook, or written."""
+"""One self-contained HTML file, to show in a notebook or to write."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from peftfx.files import write_file, writing
 
 @dataclass(frozen=True)
 class Page:
-    """One HTML file: no network, no framework, dark where the reader's system is.
+    """One HTML file without network access or a framework. It is dark if the reader's system is dark.
 
     Attributes:
-        title: of the window.
-        html: all of it.
+        title: the title of the window.
+        html: the whole HTML text.
     """
 
     title: str
     html: str = field(repr=False)
 
     def save(self, file: str | Path) -> Path:
-        """Write it; a file that is there is replaced.
+        """Write the page to a `file`. An existing file is replaced.
 
         Raises:
-            PeftfxError: it cannot be written.
+            PeftfxError: the file cannot be written.
         """
         path = Path(file)
         with writing(path):
@@ -37,18 +37,18 @@ class Page:
         return path
 
     def _repr_html_(self) -> str:
-        """In a notebook, a frame of its own: its style stays inside."""
+        """Return a frame of its own for notebooks, so that the page's style stays inside."""
         style, inner = "width:100%;height:42em;border:0", text(self.html)
         return f'<iframe style="{style}" title="{text(self.title)}" srcdoc="{inner}"></iframe>'
 
 
 def make_page(title: str, lead: str, body: str, data: object = None) -> Page:
-    """A page of this body, with its script's data.
+    """Make a page with this body, and with data for its script.
 
     Args:
-        title: its heading.
-        lead: the line below it.
-        body: HTML.
+        title: the page's heading.
+        lead: the line below the heading.
+        body: the HTML of the body.
         data: JSON-ready values that the script reads.
     """
     known = "" if data is None else f'<script type="application/json" id="data">{_data(data)}</script>'
@@ -65,12 +65,12 @@ def make_page(title: str, lead: str, body: str, data: object = None) -> Page:
 
 
 def text(value: object) -> str:
-    """A value as text in HTML, in attributes too."""
+    """Escape a value as text in HTML, also for attributes."""
     return html.escape(str(value), quote=True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> str:
-    """A table; what is a number stands on the right."""
+    """Make an HTML table. Numbers are aligned to the right."""
     heads = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
     lines = ("".join(_cell(cell) for cell in row) for row in rows)
     title = f"<caption>{text(caption)}</caption>" if caption else ""
@@ -79,9 +79,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str = 
 
 
 def bars(values: dict[str, float], said: dict[str, str], caption: str, largest: float | None = None) -> str:
-    """Numbers as bars beside their names: what `said` says of each is the text.
+    """Make a table of numbers as bars beside their names. The text of each is in `said`.
 
-    The longest bar is of `largest`, by default of the largest value.
+    A bar of full length stands for `largest`, by default the largest value.
     """
     largest = (max(values.values(), default=0.0) if largest is None else largest) or 1.0
     rows = []
@@ -100,7 +100,7 @@ def _cell(value: object) -> str:
 
 
 def _data(value: object) -> str:
-    """JSON that ends no script."""
+    """Write a value as JSON that cannot close a script tag."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 

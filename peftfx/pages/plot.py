@@ -1,4 +1,4 @@
-"""plot: a line of numbers as an SVG."""
+"""Plot a line of numbers as an SVG."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _WIDTH, _HEIGHT, _LEFT, _BELOW, _ABOVE = 640, 300, 58, 34, 12
 
 
 def plot(points: Sequence[tuple[float, float]], up: str, across: str) -> str:
-    """A file of its own, with the ends of both axes told; of no points, an empty frame."""
+    """Make an SVG file of a line, with the ends of both axes labelled. Without points, the frame is empty."""
     finite = [(x, y) for x, y in points if y == y and abs(y) != float("inf")]
     xs, ys = [x for x, _ in finite] or [0.0], [y for _, y in finite] or [0.0]
     (left, right), (low, high) = (min(xs), max(xs)), (min(ys), max(ys))

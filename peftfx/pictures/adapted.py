@@ -1,4 +1,4 @@
-"""show: an adapted model, or what rules would make of one, as a page."""
+"""Show an adapted model, or what rules would make of a model, as a page."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from peftfx.sites.blocks import turned
 from peftfx.sites.picture import picture
 from peftfx.sites.sites import Sites
 
-_ROUNDED = 64  #: rows of a weight of which it is told how far a merge rounds
-_MOST = 4  #: singular values that are told of an update
+_ROUNDED = 64  #: how many rows of a weight are used to measure the rounding of a merge
+_MOST = 4  #: how many singular values of an update are shown
 
 
 def show(base: nn.Module, sites: Sites, adapters: Mapping[str, Adapter], *, values: bool = True) -> Page:
-    """The page of a model with adapters.
+    """Make the page of a model with adapters.
 
     Args:
         base: the model.
-        sites: of it.
-        adapters: by name.
-        values: whether the adapters have values: their updates' singular values are told then.
+        sites: the sites of the model.
+        adapters: the adapters, by name.
+        values: whether the adapters have values. If so, the singular values of their updates are shown.
     """
     marks: dict[str, list[Adapted]] = {}
     for name, adapter in adapters.items():
@@ -66,7 +66,7 @@ def _options(method: Method) -> str:
 
 
 def _of_values(base: nn.Module, placement: Placement, params: Mapping[str, Tensor]) -> list[str]:
-    """Of a low-rank sum at a weight: its largest singular values, and how far a merge rounds; none of anything else."""
+    """Describe a low-rank update: its largest singular values, and how far a merge rounds. Other methods: nothing."""
     at = placement.on_weight
     found = None if at is None or at.site.kind != "linear" else _low_rank(base, at, params)
     if found is None or at is None:

@@ -1,1 +1,1 @@
-"""Exported directories in ONNX Runtime: loaded, run, and driven by transformers' `generate` and pipelines."""
+"""Run exported directories in ONNX Runtime: load and call them, with transformers' `generate` and pipelines."""

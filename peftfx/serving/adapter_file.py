@@ -1,7 +1,7 @@
-"""`.onnx_adapter` files, ONNX Runtime's own format: named tensors, and the number of the base that they are for.
+"""Read and write `.onnx_adapter` files, ONNX Runtime's format: named tensors, and the number of their base.
 
-ONNX Runtime refuses a file with a tensor that a graph has no input for. So for a model of several graphs an adapter is
-a directory, with a file for each.
+ONNX Runtime refuses a file with a tensor for which the graph has no input. If a model has several graphs, an adapter is
+therefore a directory with a file for each graph.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from peftfx.graph.slots import SLOTS_FILE, Manifest, listed
 from peftfx.serving.onnx_model import to_ort, to_torch
 
 SUFFIX = ADAPTER
-_MARK = b"TORT"  #: of the format, behind a file's first four bytes
+_MARK = b"TORT"  #: the format's mark, after a file's first four bytes
 
 
 def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
-    """The number of the base that an `.onnx_adapter` file is for, and its tensors.
+    """Read an `.onnx_adapter` file. Return the number of the base that it is for, and its tensors.
 
     Raises:
-        PeftfxError: there is no such file, or it is not one.
+        PeftfxError: the file does not exist, or is not an adapter file.
     """
     if not is_file(path):
         raise PeftfxError("there is no such adapter", str(path), "`peftfx export-adapter` writes one")
     try:
         read = ort.AdapterFormat.read_adapter(str(path))
-        # Copied: what the file's own memory holds goes with the object that read it.
+        # Copied, because the file's memory is freed with the object that read it.
         values = {name: to_ort(to_torch(value).clone()) for name, value in read.get_parameters().items()}
     except Exception as error:
         raise PeftfxError(f"cannot be read: {first_line(error)}", str(path), "write it again") from error
@@ -42,7 +42,7 @@ def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
 
 
 def is_adapter_file(path: Path) -> bool:
-    """Whether this is an `.onnx_adapter` file, and no link to one."""
+    """Say whether the path is an `.onnx_adapter` file, and not a link."""
     if os.path.islink(path) or not is_file(path):
         return False
     with path.open("rb") as file:
@@ -50,18 +50,18 @@ def is_adapter_file(path: Path) -> bool:
 
 
 def holds_adapter(directory: Path) -> bool:
-    """Whether this is a directory of `.onnx_adapter` files and of nothing else."""
+    """Say whether the path is a directory that has only `.onnx_adapter` files."""
     return is_folder(directory) and not os.path.islink(directory) and all(map(is_adapter_file, directory.iterdir()))
 
 
 def read_for(path: Path, directory: Path, served: Collection[str] = ()) -> dict[str, dict[str, ort.OrtValue]]:
-    """The tensors of an `.onnx_adapter` for the graphs in a directory, by the graphs' names.
+    """Read the tensors of the `.onnx_adapter` at `path` for the graphs in a `directory`, by the graphs' names.
 
     Args:
-        served: the graphs that the model runs: each must be one of those that the directory lists.
+        served: the graphs that the model runs. The directory's list of graphs must have each of them.
 
     Raises:
-        PeftfxError: the graphs have no slots, or the adapter is for another base or has what fits into none of them.
+        PeftfxError: the graphs have no slots, the adapter is for another base, or one of its tensors fits no slot.
     """
     manifest = Manifest.read(directory)
     graphs = tuple(manifest.views)
@@ -75,7 +75,7 @@ def read_for(path: Path, directory: Path, served: Collection[str] = ()) -> dict[
 
 
 def file_of(path: Path, graph: str, graphs: Sequence[str]) -> Path:
-    """The file for one graph of an adapter for these."""
+    """Return the file for one graph in an adapter for `graphs`."""
     return path / f"{graph}{SUFFIX}" if len(graphs) > 1 else path
 
 
@@ -93,11 +93,11 @@ def _fitting(path: Path, manifest: Manifest, graph: str) -> dict[str, ort.OrtVal
 
 
 def write_adapter_file(tensors: Mapping[str, Tensor], version: int, path: Path) -> None:
-    """Write an `.onnx_adapter` file for the base of this number."""
+    """Write an `.onnx_adapter` file for the base with the number `version`."""
     values = {name: to_ort(tensor) for name, tensor in tensors.items()}
     made = ort.AdapterFormat()
     made.set_adapter_version(VERSIONS[ADAPTER])
     made.set_model_version(version)
     made.set_parameters(values)
     made.export_adapter(str(path))
-    del values  # not before: ONNX Runtime reads them where they are
+    del values  # only now: ONNX Runtime reads the tensors in place

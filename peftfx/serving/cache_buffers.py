@@ -1,4 +1,4 @@
-"""Buffers: memory that a growing key/value cache is written into again and again, in ONNX Runtime."""
+"""Memory that is reused in ONNX Runtime for a growing key/value cache."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from peftfx.generation.step import GraphCache
 
 
 class Buffers:
-    """Two pieces of memory for each name: what is read this time was written last time, so the other is written now."""
+    """Two pieces of memory for each name: one call reads the first and writes the second, the next call vice versa."""
 
     def __init__(self) -> None:
         self._pairs: dict[str, list[Tensor]] = {}
 
     def room(self, name: str, shape: tuple[int, ...], read: Tensor) -> Tensor:
-        """Memory of this shape, and of the dtype of `read`, which it shares nothing with. Its contents are left over.
+        """Return memory of this shape, with the dtype of `read` but no memory of `read`. Its contents are arbitrary.
 
-        It lasts until the call after the next of this name.
+        It stays valid until the second next call with this name.
         """
         pair = self._pairs.setdefault(name, [read.new_empty(0), read.new_empty(0)])
         own = read.untyped_storage().data_ptr()
         index = next(i for i, piece in enumerate(pair) if piece.untyped_storage().data_ptr() != own or not own)
         size = math.prod(shape)
         if pair[index].numel() < size or pair[index].dtype != read.dtype:
-            pair[index] = torch.empty(2 * size, dtype=read.dtype)  # twice: a cache grows by one token at a time
+            # Twice the size, because a cache grows by one token at a time.
+            pair[index] = torch.empty(2 * size, dtype=read.dtype)
         return pair[index][:size].view(shape)
 
 
 class BufferedCache(GraphCache):
-    """A cache whose tensors are written into memory of its own, step by step.
+    """A cache whose tensors are written into reused memory, step by step.
 
-    As with transformers' caches, what it held before a step is gone after the next.
+    As with transformers' caches, the contents before a step are invalid after the next step.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Served generators: exported models that generate in ONNX Runtime, by transformers' own `generate`."""
+"""Exported models that generate in ONNX Runtime, by transformers' own `generate`."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from peftfx.views.row_adapters import IDS
 
 
 class Buffered:
-    """A model in ONNX Runtime: its caches have memory of their own. Ahead of `Generates`, whose caches have none."""
+    """A mixin for a model in ONNX Runtime, whose caches reuse memory. It comes before `Generates` in the bases."""
 
     def new_cache(self) -> BufferedCache:
-        """An empty cache."""
+        """Make an empty cache."""
         return BufferedCache()
 
     @property
     def device(self) -> torch.device:
-        """Where the graphs' tensors are."""
+        """The device of the graphs' tensors: the CPU."""
         return torch.device("cpu")
 
 
 class _Serves(Served, GenerationMixin):
-    """What `GenerationMixin` asks of a model, and a step of it in ONNX Runtime."""
+    """What `GenerationMixin` needs from a model, with a step in ONNX Runtime."""
 
     _is_stateful = False
     main_input_name = "input_ids"
@@ -58,19 +58,19 @@ class _Serves(Served, GenerationMixin):
         self.generation_config = _generation_config(directory, self.config)
 
     def can_generate(self) -> bool:
-        """It can."""
+        """Say that the model can generate."""
         return True
 
     def is_remote_code(self) -> bool:
-        """Its code is transformers' and peftfx's."""
+        """Say that the model has no remote code: its code is transformers' and peftfx's."""
         return False
 
     def get_experts_implementation(self) -> dict[str, str]:
-        """Fixed when the graph was made."""
+        """Return no choices: the implementation was fixed when the graph was made."""
         return {}
 
     def step(self, inputs: dict[str, Tensor], cache: Cache | None) -> Mapping[str, Tensor]:
-        """Run the graph: the past is read where it is, and what comes out is written into the cache's other memory."""
+        """Run the graph. The past is read in place, and the results are written into the cache's other memory."""
         buffers = cache.buffers if isinstance(cache, BufferedCache) else Buffers()
         given = {name: value.contiguous() for name, value in self.with_ids(inputs).items()}
         batch, length = given["input_ids"].shape
@@ -98,7 +98,7 @@ class ServedGenerator(Buffered, Generates, _Serves):  # type: ignore[misc]
 
 
 class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[misc]
-    """An encoder-decoder in ONNX Runtime, as two graphs over one file of weights."""
+    """An encoder-decoder in ONNX Runtime, as two graphs that share one file of weights."""
 
     part = DECODED
 
@@ -112,15 +112,15 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
         self.source_encoder = SourceEncoder(lambda inputs, _: encoder(**self.with_ids(inputs)), source)
 
     def generate(self, *args: object, **options: object) -> object:
-        """transformers' `generate`; of what encodes sound or images, as the model's own class has it."""
+        """Generate by transformers' `generate`; for sound or images, by that of the model's own class."""
         if self.view.layers.source == TEXT_INPUT:
             return super().generate(*args, **options)
         return self._stand_in.generate(*args, **options)
 
     @property
     def options(self) -> frozenset[str]:
-        """What this model's `generate` takes that transformers' own for all models does not: `language`, say."""
-        _, own = type(self._stand_in).__bases__  # what forwards to graphs, and the model's own class
+        """The arguments, such as `language`, that only the `generate` of this model's class takes."""
+        _, own = type(self._stand_in).__bases__  # the class that calls the graphs, and the model's own class
         given = inspect.signature(own.generate).parameters  # type: ignore[attr-defined]
         return frozenset(given) - set(inspect.signature(GenerationMixin.generate).parameters)
 
@@ -131,14 +131,14 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
 
 
 class _Sourced(Buffered, GeneratesFromSource):  # type: ignore[misc]
-    """The forward of a stand-in for a model that is in ONNX Runtime; its own tensors hold nothing."""
+    """The forward of a stand-in for a model in ONNX Runtime. The stand-in's own tensors are empty."""
 
 
 def skeleton(served: Served) -> Any:
-    """The model's class, built as its config says, on torch's meta device: without a weight.
+    """Build the model's class from its config on torch's meta device, without weights.
 
     Raises:
-        PeftfxError: its config names no class that generates.
+        PeftfxError: the config names no class that can generate.
     """
     where, config = str(served.directory / "config.json"), served.config
     assert config is not None
@@ -149,11 +149,11 @@ def skeleton(served: Served) -> Any:
     return made
 
 
-_PAST_AXIS = "past"  #: the name of an axis with an entry for each token
+_PAST_AXIS = "past"  #: the name of the axis that has an entry for each token
 
 
 def _layers_of(model: OnnxModel, part: str = "") -> tuple[Held, ...]:
-    """What the layers of a model's cache hold, told by its inputs."""
+    """Return what the layers of a model's cache hold, as its inputs tell."""
     found: dict[int, list[KeptTensor]] = {}
     for name in model.inputs:
         kind, *inner = name.split(".")

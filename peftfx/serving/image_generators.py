@@ -1,4 +1,4 @@
-"""Served generators of text about images: two graphs over one file of weights, and the model's own class in front."""
+"""Exported models that generate text about images: two graphs over one file of weights, run by the model's class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftfx.views.row_adapters import IDS
 
 
 class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[misc]
-    """A model of text and images in ONNX Runtime; images are encoded once, by a graph of their own."""
+    """A model of text and images in ONNX Runtime. A graph of its own encodes the images once."""
 
     def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel) -> None:
         super().__init__(directory, model)
@@ -35,7 +35,7 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
         self.encode = lambda given, _: encoder(**{n: v.to(dtypes.get(n) or v.dtype) for n, v in given.items()})
 
     def generate(self, *args: object, **options: object) -> Any:
-        """transformers' `generate`, as the model's own class has it."""
+        """Generate by the `generate` of the model's own class."""
         return self._own.generate(*args, **options)
 
     @cached_property
@@ -45,4 +45,4 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
 
 
 class _OwnClass(Buffered, GeneratesWithImages):  # type: ignore[misc]
-    """The forward in front of the model's own class, whose tensors hold nothing."""
+    """The forward of the model's own class, which calls the graphs. The class's tensors are empty."""

@@ -1,4 +1,4 @@
-"""Runtime: an exported directory in ONNX Runtime, which answers, generates and classifies. No torch model is built.
+"""Load an exported directory in ONNX Runtime, to call it, generate and classify. No torch model is built.
 
 model = peftfx.runtime.load("out")
 model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
@@ -33,21 +33,23 @@ def load(
     adapter: str | Path | None = None,
     providers: Sequence[Provider] = (),
 ) -> Served:
-    """Open a directory that `peftfx export` wrote.
+    """Load a `directory` that `peftfx export` wrote.
 
     Args:
-        directory: has `model.onnx`, or an encoder's and a decoder's, and `config.json` beside it.
-        threads: how many threads one operator may use; 0 leaves it to ONNX Runtime.
-        options: ONNX Runtime's for the session, in place of those that `OnnxModel` chooses.
-        adapter: an `.onnx_adapter` to put into the model, if it was exported with slots.
-        providers: where ONNX Runtime computes, the first that can: its names (`CUDAExecutionProvider`) or short ones
-            (`cuda`, `directml`, `openvino`), or pairs of a name and its options. By default, and last, the CPU.
+        directory: the directory. It has `model.onnx`, or the graphs of an encoder and a decoder, and `config.json`.
+        threads: the most threads of one operator; 0 lets ONNX Runtime choose.
+        options: ONNX Runtime's session options, in place of those that `OnnxModel` chooses.
+        adapter: an `.onnx_adapter` to load, if the model was exported with slots.
+        providers: the execution providers of ONNX Runtime, in order of preference: full names
+            (`CUDAExecutionProvider`), short names (`cuda`, `directml`, `openvino`), or pairs of a name and the
+            provider's options. The CPU is the default, and always comes last.
 
     Returns:
-        A model with `generate` if it has a cache in and out, one with `encode` if it embeds sentences, else a `Served`.
+        A model with `generate` if it has a cache in and out, a model with `encode` if it embeds sentences, otherwise a
+        `Served`.
 
     Raises:
-        PeftfxError: there is no such model, ONNX Runtime cannot open it, or it has no such provider.
+        PeftfxError: there is no such model, or ONNX Runtime cannot open it or lacks a provider.
     """
     from peftfx.serving.generators import ServedGenerator, ServedSeq2Seq
     from peftfx.serving.image_generators import ServedWithImages

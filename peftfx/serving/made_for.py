@@ -1,4 +1,4 @@
-"""What an exported directory was made for."""
+"""Find out the task that an exported directory was made for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from peftfx.formats import REPORT, read_stamped
 
 
 def task_of_directory(directory: Path) -> str:
-    """What the model in an exported directory is for, by its report, else by its config.
+    """Return the task of the model in an exported directory, by its report, or else by its config.
 
     Raises:
-        PeftfxError: neither says it.
+        PeftfxError: neither file says the task.
     """
     for name, key in ((REPORT, "model"), ("config.json", "architectures")):
         path = directory / name

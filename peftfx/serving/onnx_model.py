@@ -1,4 +1,4 @@
-"""OnnxModel: a saved model in ONNX Runtime that takes and returns torch tensors by name."""
+"""A saved model in ONNX Runtime that takes and returns torch tensors by name."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.files import is_file, is_folder
 from peftfx.serving.providers import Provider, chosen_providers, refuse_fallback
 
-_VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # dtypes that numpy does not have, and their stand-ins
+_VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # dtypes that numpy lacks, and what replaces them
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
 class OnnxModel:
-    """A directory that holds `model.onnx`, opened in ONNX Runtime; tensors are on the CPU.
+    """A directory with a `model.onnx`, opened in ONNX Runtime. Tensors are on the CPU.
 
     Args:
-        directory: where `save` wrote the model; a path to an `.onnx` file works too.
-        threads: how many threads one operator may use; 0 leaves it to ONNX Runtime.
-        options: the session's own, taken as they are. By default threads that have nothing to do sleep: between two
-            operators of one call ONNX Runtime would have them spin, which takes the cores from whatever else runs.
-        mapped: leave the weights in their file, memory-mapped, and the graph as it is. By default ONNX Runtime copies
-            matrices into the layout of its kernels, which runs faster and takes as much memory again.
-        providers: where ONNX Runtime computes; see `peftfx.serving.providers`. By default, and last, the CPU.
+        directory: the directory that `save` wrote, or the path of an `.onnx` file.
+        threads: the most threads of one operator; 0 lets ONNX Runtime choose.
+        options: the session options, used unchanged. By default, idle threads sleep. ONNX Runtime's own default makes
+            them spin between two operators of a call, which takes the cores from other programs.
+        mapped: keep the weights in their memory-mapped file, and the graph unchanged. By default, ONNX Runtime copies
+            matrices into the layout of its kernels, which is faster and takes the same amount of memory again.
+        providers: the execution providers; see `peftfx.serving.providers`. The CPU is the default, and always comes
+            last.
     """
 
     def __init__(
@@ -57,40 +58,40 @@ class OnnxModel:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs that have to be given, in the model's order."""
+        """The names of the required inputs, in the model's order."""
         return tuple(i.name for i in self._session.get_inputs())
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """What the model says of itself."""
+        """The metadata of the model, by key."""
         return self._session.get_modelmeta().custom_metadata_map
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Names of the inputs that may be left out: the model has a value for each."""
+        """The names of the optional inputs. The model has a default value for each."""
         return tuple(i.name for i in self._session.get_overridable_initializers())
 
     def put(self, values: Mapping[str, ort.OrtValue]) -> None:
-        """Put these into the model's slots, from here on; what is in none of them is what the model has itself."""
+        """Put these `values` into the model's slots from now on. All other slots have their defaults."""
         self._put = dict(values)
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs, in the model's order."""
+        """The names of the outputs, in the model's order."""
         return tuple(o.name for o in self._session.get_outputs())
 
     @property
     def axes(self) -> dict[str, tuple[int | str, ...]]:
-        """The shape of each input and output, with a string for each axis whose size is free."""
+        """The shape of each input and output. An axis whose size is free is a string."""
         return {v.name: tuple(v.shape) for v in (*self._session.get_inputs(), *self._session.get_outputs())}
 
     @property
     def types(self) -> dict[str, str]:
-        """The type of each input and output, as ONNX Runtime writes it: `tensor(float)`."""
+        """The type of each input and output, as ONNX Runtime writes it, such as `tensor(float)`."""
         return {v.name: v.type for v in (*self._session.get_inputs(), *self._session.get_outputs())}
 
     def __call__(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run on inputs by name; returns every output by name.
+        """Run the model on inputs by name, and return every output by name.
 
         Raises:
             PeftfxError: an input is missing or unknown, or ONNX Runtime refuses its shape or dtype.
@@ -107,11 +108,12 @@ class OnnxModel:
         return {name: to_torch(value) for name, value in zip(self.outputs, values, strict=True)}
 
     def run_into(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """Run on tensors where they are and write into others: nothing is copied.
+        """Run the model on tensors in place, and write the results into other tensors. Nothing is copied.
 
         Args:
-            inputs: contiguous, on the CPU, of the model's dtypes; every one by name.
-            outputs: likewise; of the shapes that the model gives for these inputs, sharing no memory with them.
+            inputs: all inputs by name. They are contiguous, on the CPU, and of the model's dtypes.
+            outputs: all outputs by name, likewise. They have the shapes of the results, and share no memory with the
+                inputs.
 
         Raises:
             PeftfxError: ONNX Runtime refuses a shape or dtype.
@@ -146,22 +148,22 @@ def _options(threads: int, mapped: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors only: warnings of its graph optimiser tell a user nothing
+    options.log_severity_level = 3  # errors only: warnings of the graph optimiser do not help a user
     if mapped:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
-        # What a weight in half precision is cast to is kept by graph optimisations, and cast early by the usual
-        # order of nodes; in this one they run as they are written.
+        # Graph optimisations would keep the float32 copies of half-precision weights, and the default order of nodes
+        # would make the copies early. In this order, nodes run in the order of the file.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     return options
 
 
 def find(directory: Path) -> Path:
-    """The `.onnx` file in `directory` (or `directory` itself, where it is one).
+    """Return the `.onnx` file in `directory`, or `directory` itself if it is a file.
 
     Raises:
-        PeftfxError: there is none.
+        PeftfxError: there is no such file.
     """
     if is_file(directory):
         return directory
@@ -175,7 +177,7 @@ def find(directory: Path) -> Path:
 
 
 def to_ort(value: torch.Tensor) -> ort.OrtValue:
-    """A tensor for ONNX Runtime: on the CPU its own memory, for as long as the result lives."""
+    """Convert a tensor for ONNX Runtime. A CPU tensor's own memory is used as long as the result lives."""
     value = value.detach().cpu().contiguous()
     if value.dtype in _VIEWS:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
@@ -185,12 +187,12 @@ def to_ort(value: torch.Tensor) -> ort.OrtValue:
 
 
 def _lent(value: torch.Tensor) -> ort.OrtValue:
-    """The tensor's own memory, seen by ONNX Runtime."""
+    """Wrap the tensor's own memory for ONNX Runtime."""
     return ort.OrtValue.ortvalue_from_numpy(value.detach().numpy())
 
 
 def to_torch(value: ort.OrtValue) -> torch.Tensor:
-    """What ONNX Runtime gave, as a tensor."""
+    """Convert a result of ONNX Runtime to a tensor."""
     if value.element_type() == _BFLOAT16:
         return torch.utils.dlpack.from_dlpack(value._get_c_value().to_dlpack())
     return torch.from_numpy(np.array(value.numpy()))

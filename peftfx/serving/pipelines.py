@@ -1,4 +1,4 @@
-"""Pipelines: transformers' own pipelines over an exported directory, by its task. Tokenizers and images stay theirs."""
+"""transformers' own pipelines over an exported directory, by its task. Tokenizers and image processors are its own."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _IMAGES = frozenset({"image-classification", "image-segmentation", "object-detec
 
 
 def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
-    """A transformers pipeline that runs an exported model in ONNX Runtime.
+    """Make a transformers pipeline that runs an exported model in ONNX Runtime.
 
         classify = peftfx.runtime.pipeline("out")
         classify(["good", "bad"])
 
     Args:
-        model: a directory that `peftfx export` wrote, or what `load` gave for it.
-        task: by transformers' names; by default what the exported model was made for.
+        model: a directory that `peftfx export` wrote, or a model that `load` returned.
+        task: the task, by transformers' name; by default the task that the exported model was made for.
 
     Raises:
-        PeftfxError: the task cannot be told, or the directory lacks a tokenizer or image processor.
+        PeftfxError: the task is unknown, or the directory lacks a tokenizer or image processor.
     """
     import transformers
     from transformers.utils import logging
@@ -41,7 +41,7 @@ def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
     if task not in (*_IMAGES, "audio-classification"):
         parts["tokenizer"] = served.tokenizer
     before = logging.get_verbosity()
-    logging.set_verbosity(50)  # critical: it says that it does not know the class
+    logging.set_verbosity(50)  # critical only: transformers warns that it does not know the class
     try:
         with understanding(task, "transformers has no pipeline for this", "name another task"):
             return transformers.pipeline(task, model=served, device="cpu", **parts)  # type: ignore[call-overload]
@@ -50,10 +50,10 @@ def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
 
 
 def feature_extractor(directory: Path) -> Any:
-    """What makes the numbers that a model hears of a sound.
+    """Load the feature extractor, which turns a recording into a model's input.
 
     Raises:
-        PeftfxError: there is none.
+        PeftfxError: the directory has no feature extractor.
     """
     from transformers import AutoFeatureExtractor
 

@@ -1,4 +1,4 @@
-"""Providers: where ONNX Runtime computes, by its own names (`CUDAExecutionProvider`) or short ones (`cuda`)."""
+"""Execution providers of ONNX Runtime, by full names (`CUDAExecutionProvider`) or short names (`cuda`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CPU = "CPUExecutionProvider"
 Provider = str | tuple[str, Mapping[str, Any]]
 _END = "ExecutionProvider"
 _ALIASES = {"directml": "dml", "trt": "tensorrt"}
-#: Distributions of onnxruntime that have a provider; one of them is installed in the place of another.
+#: The distributions of onnxruntime that have a provider. Only one distribution can be installed at a time.
 _PACKAGES = {
     "CUDAExecutionProvider": "onnxruntime-gpu",
     "TensorrtExecutionProvider": "onnxruntime-gpu",
@@ -25,13 +25,13 @@ _PACKAGES = {
 
 
 def chosen_providers(given: Sequence[Provider] | None) -> list[Provider]:
-    """ONNX Runtime's names of what was asked for, in their order, and the CPU behind them; None is the CPU alone.
+    """Return ONNX Runtime's names of the asked providers, in order, then the CPU. None means only the CPU.
 
     Args:
-        given: names, or pairs of a name and that provider's options.
+        given: names, or pairs of a name and the provider's options.
 
     Raises:
-        PeftfxError: a name that ONNX Runtime does not know, or that the installed one was built without.
+        PeftfxError: ONNX Runtime does not know a name, or the installed build lacks the provider.
     """
     if isinstance(given, str):
         raise PeftfxError(f"not a list of providers: {shown(given)}", "providers", f"pass [{given!r}]")
@@ -61,10 +61,10 @@ def _full(name: object) -> str:
 
 
 def refuse_fallback(asked: Sequence[Provider], session: ort.InferenceSession, where: str) -> None:
-    """Refuse a session that runs elsewhere than asked: ONNX Runtime falls back to the CPU without an error.
+    """Refuse a session that lacks an asked provider: ONNX Runtime falls back to the CPU without an error.
 
     Raises:
-        PeftfxError: see above.
+        PeftfxError: the session lacks one of the asked providers.
     """
     names = [item if isinstance(item, str) else item[0] for item in asked]
     lost = [name for name in names if name not in session.get_providers()]

@@ -1,4 +1,4 @@
-"""ServedSentences: a model that embeds sentences in ONNX Runtime, with texts in and vectors out."""
+"""A model that embeds sentences in ONNX Runtime: texts in, vectors out."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ _QUERIES, _DOCUMENTS = ("query",), ("document", "passage", "corpus")
 class ServedSentences(ServedForward):
     """A model with `sentence_embedding` among its outputs.
 
-    Prompts, the longest text and the measure of similarity are those that sentence-transformers' files beside it say.
+    The prompts, the longest text and the measure of similarity come from sentence-transformers' files in the directory.
     """
 
     def encode(self, texts: Sequence[str], *, prompt: str | None = None, batch_size: int = _BATCH) -> Tensor:
-        """The embeddings of texts: float32 [texts, width].
+        """Compute the embeddings of texts: float32 [texts, width].
 
         Args:
-            texts: each is cut to the longest that the model takes.
-            prompt: the name of one that goes ahead of each; by default the directory's own, if it has one.
-            batch_size: how many run at a time.
+            texts: the texts. Each is cut to the model's longest text.
+            prompt: the name of the prompt that is put before each text; by default the directory's default prompt, if
+                any.
+            batch_size: the number of texts in each call of the model.
 
         Raises:
-            PeftfxError: there is no such prompt, or no tokenizer.
+            PeftfxError: the prompt is unknown, or there is no tokenizer.
         """
         prompts, default = prompts_of(self.directory)
         name = default if prompt is None else prompt
@@ -44,20 +45,20 @@ class ServedSentences(ServedForward):
         return torch.cat(found) if found else torch.empty(0, int(self.model.axes[SENTENCE][-1]))
 
     def encode_query(self, texts: Sequence[str], **options: int) -> Tensor:
-        """The embeddings of what is searched for: with the prompt of queries, if there is one."""
+        """Compute the embeddings of queries `texts`, with the prompt for queries, if there is one."""
         return self.encode(texts, prompt=self._prompt_of(_QUERIES), **options)
 
     def encode_document(self, texts: Sequence[str], **options: int) -> Tensor:
-        """The embeddings of what is searched in: with the prompt of documents, if there is one."""
+        """Compute the embeddings of documents `texts`, with the prompt for documents, if there is one."""
         return self.encode(texts, prompt=self._prompt_of(_DOCUMENTS), **options)
 
     def similarity(self, some: Tensor, others: Tensor) -> Tensor:
-        """How alike each of some embeddings and each of others are, [some, others]: by their cosine, say."""
+        """Compute the similarity [some, others] of each pair of embeddings, for example by their cosine."""
         return _MEASURES[self.measure](some, others)
 
     @property
     def measure(self) -> str:
-        """By what embeddings are compared: cosine, dot, euclidean or manhattan; distances are negative."""
+        """The measure of similarity: cosine, dot, euclidean or manhattan. Distances are negative."""
         path = self.directory / SETTINGS
         named = str((read_json(path) if is_file(path) else {}).get("similarity_fn_name") or "cosine")
         if named not in _MEASURES:

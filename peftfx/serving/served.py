@@ -1,4 +1,4 @@
-"""Served: an exported directory in ONNX Runtime, called as the torch model is. No torch model is built."""
+"""An exported directory in ONNX Runtime, called as the torch model is. No torch model is built."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Served:
     """A model in ONNX Runtime on the CPU, called as the torch model is.
 
     Attributes:
-        directory: where it came from.
+        directory: the exported directory.
         model: the ONNX model itself, which takes and returns tensors by their ONNX names.
         config: transformers' config, or None for a model of another kind.
-        graphs: all that it is served by, by the names of their files.
+        graphs: all its ONNX models, by the names of their files.
     """
 
     base_model_prefix = ""
-    pads_left = False  #: whether texts of a batch end together, as those do that are continued
+    pads_left = False  #: whether the texts of a batch are padded on the left, as for generation
 
     def __init__(self, directory: Path, model: OnnxModel) -> None:
         self.directory, self.model = directory, model
@@ -44,7 +44,7 @@ class Served:
         self.active: str | None = None
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
-        """Read an `.onnx_adapter`, and make it the active adapter; returns its name, by default the file's.
+        """Read an `.onnx_adapter` at `path`, and make it active. Return its `name`, by default the file's.
 
         Raises:
             PeftfxError: the model has no slots, or the adapter is for another base or other slots.
@@ -58,10 +58,10 @@ class Served:
         return name
 
     def adapter_ids(self, names: Sequence[str | None]) -> Tensor:
-        """What to pass as `adapter_ids` so that each row of a batch has the adapter of this name, or none.
+        """Return the input `adapter_ids` that gives each row of a batch the adapter of its name in `names`, or none.
 
         Raises:
-            PeftfxError: the model has no such adapter, or was not exported with any to choose from.
+            PeftfxError: the model has no such adapter, or was not exported with adapters to choose from.
         """
         known = self._row_adapters
         unknown = next((name for name in names if name is not None and name not in known), None)
@@ -72,7 +72,7 @@ class Served:
 
     @cached_property
     def _row_adapters(self) -> list[str]:
-        """The names of the adapters that rows choose from, by their numbers."""
+        """The names of the adapters that rows choose from, in the order of their numbers."""
         path = self.directory / BATCHED
         known = read_stamped(path, "export it again").get("adapters") if is_file(path) else []
         if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
@@ -80,11 +80,11 @@ class Served:
         return known
 
     def with_ids(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs, with no adapter for rows that come without.
+        """Return the `inputs`, with adapter numbers added (-1: no adapter) if the model needs them.
 
         Raises:
-            PeftfxError: rows have adapters, and the model has none to choose from; or they have numbers that are no
-                adapter's, or not one each.
+            PeftfxError: the inputs have adapter numbers, and the model has no adapters to choose from; or a number is
+                not an adapter's; or there is not one number for each row.
         """
         given, first = dict(inputs), next(iter(inputs.values()))
         if IDS not in self.model.inputs:
@@ -107,7 +107,7 @@ class Served:
             raise PeftfxError(what, IDS, hint)
 
     def set_adapter(self, name: str | None) -> None:
-        """Make one of the adapters that were loaded the active one; `None` is the base. It costs nothing."""
+        """Make the loaded adapter `name` active; None means the base. It costs nothing."""
         if name is not None and name not in self.adapters:
             hint = nearest(name, self.adapters) or f"adapters here: {', '.join(self.adapters) or 'none'}"
             raise PeftfxError(f"there is no adapter named {name!r}", name, hint)
@@ -118,32 +118,32 @@ class Served:
     if TYPE_CHECKING:
 
         def generate(self, *args: Any, **options: Any) -> Any:
-            """Of models with a cache, by transformers' own code; the others refuse (`ServedForward`)."""
+            """Generate by transformers' own code if the model has a cache. Other models refuse (`ServedForward`)."""
 
     def can_generate(self) -> bool:
-        """Whether it writes token by token; one without a cache does not."""
+        """Say whether the model writes text token by token. A model without a cache does not."""
         return False
 
     @property
     def main_input_name(self) -> str:
-        """The input that says how many rows there are."""
+        """The name of the input whose first axis is the number of rows."""
         return self.model.inputs[0]
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of the model's tensors: the CPU."""
         return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what it computes: float16 for a model in half precision."""
+        """The floating-point dtype of the model's inputs and outputs: float16 for a model in half precision."""
         return next((ONNX_DTYPES[kind] for kind in self.model.types.values() if kind in ONNX_DTYPES), torch.float32)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.directory)!r}, adapters: {', '.join(self.adapters) or 'none'})"
 
     def forward(self, **inputs: Tensor) -> ModelOutput:
-        """Outputs by name, for inputs by name; a mask that is left out shows everything, arguments of None are dropped.
+        """Run the model on `inputs` by name, and return the outputs by name. Inputs that are None are dropped.
 
         Raises:
             PeftfxError: an input is unknown or missing, or has a shape or dtype that the model does not take.
@@ -161,21 +161,21 @@ class Served:
         return ModelOutput(self.model(**self.with_ids(given)))
 
     def __call__(self, **inputs: Any) -> Any:
-        """See `forward`."""
+        """Run `forward` on the `inputs`."""
         return self.forward(**inputs)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer in the directory, which pads on the left where the model generates.
+        """The tokenizer in the directory. It pads on the left if the model generates.
 
         Raises:
-            PeftfxError: there is none.
+            PeftfxError: the directory has no tokenizer.
         """
         from transformers import AutoTokenizer
 
         names = [path.name for path in self.directory.iterdir()]
         if not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in names):
-            # transformers would make an empty one from the config
+            # transformers would make an empty tokenizer from the config
             what, hint = "there is no tokenizer", "put the base model's tokenizer files there"
             raise PeftfxError(what, str(self.directory), hint)
         try:
@@ -191,13 +191,13 @@ class Served:
 
 
 class ServedForward(Served):
-    """A model without a cache: it answers calls, and writes no text."""
+    """A model without a cache. It answers calls, but writes no text."""
 
     def generate(self, *args: Any, **options: Any) -> object:
-        """Refuse: a model without a cache writes no text.
+        """Refuse to generate: a model without a cache writes no text. All `args` and `options` are ignored.
 
         Raises:
-            PeftfxError: always. Models with a cache have a `generate` of their own.
+            PeftfxError: always. Models with a cache have another `generate`.
         """
         hint = "export it with --view decode; in Python, view='decode'"
         raise PeftfxError("this model has no cache to generate with", str(self.directory), hint)

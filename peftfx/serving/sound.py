@@ -1,4 +1,4 @@
-"""Sound: WAV files as numbers, in one channel, at the rate that a model hears at."""
+"""Read WAV files as numbers in one channel, at the sampling rate of a model."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError
 
-_PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE  #: how a WAV file says what its numbers are
+_PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE  #: the codes of number formats in a WAV file
 _CONVERT = "make one of it: ffmpeg -i FILE -ac 1 -ar 16000 out.wav"
-_ZEROS, _ROLLOFF = 16, 0.97  #: of the filter: crossings of zero on each side, and where it cuts, of half the rate
+_ZEROS, _ROLLOFF = 16, 0.97  #: of the filter: zero crossings on each side, and the cut-off relative to half of the rate
 
 
 def read_wav(path: Path) -> tuple[Tensor, int]:
-    """A WAV file's samples, the mean of its channels, and how many there are in a second.
+    """Read a WAV file. Return its samples, averaged over the channels, and their number per second.
 
     Args:
-        path: of whole numbers (8 to 32 bits) or floats, in any number of channels, at any rate.
+        path: the file. Its samples are integers (8 to 32 bits) or floats, in any number of channels, at any rate.
 
     Returns:
         float32[samples] from -1 to 1, and the rate.
 
     Raises:
-        PeftfxError: it is no such file, is cut off, holds nothing, or holds what is no number.
+        PeftfxError: the file is not a WAV file, is broken or empty, or holds NaN or an infinity.
     """
     data = path.read_bytes()
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
@@ -50,15 +50,15 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
 
 
 def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
-    """The same sound at another rate, by a windowed sinc: what is above half of the lower rate is left out.
+    """Resample a sound by a windowed sinc. Frequencies above half of the lower rate are removed.
 
     Args:
-        samples: float[samples].
-        rate: of the samples, a second.
-        wanted: the other.
+        samples: the sound, float[samples].
+        rate: the number of samples per second.
+        wanted: the new number of samples per second.
 
     Returns:
-        float[ceil(samples * wanted / rate)].
+        The sound, float[ceil(samples * wanted / rate)].
     """
     if rate == wanted:
         return samples
@@ -74,7 +74,7 @@ def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
 
 
 def _chunks(data: bytes) -> dict[bytes, bytes]:
-    """The parts of the file by their names, the first of each; the last may be cut off, as of a stream."""
+    """Return the first chunk of each name in the file. The last chunk may be cut off, as in a stream."""
     found: dict[bytes, bytes] = {}
     place = 12
     while place + 8 <= len(data):

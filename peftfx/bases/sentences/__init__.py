@@ -1,1 +1,1 @@
-"""Sentence embeddings: bases with sentence-transformers' `modules.json`, whose pooling is a part of the model."""
+"""Sentence embeddings: bases with sentence-transformers' `modules.json`, whose pooling is part of the model."""

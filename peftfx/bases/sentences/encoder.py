@@ -1,4 +1,4 @@
-"""as_sentence_encoder: a transformer, with what sentence-transformers does behind it, as one model."""
+"""Combine a transformer with sentence-transformers' later steps into one model."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ _STEPS = "sentence_steps"
 
 
 def as_sentence_encoder(model: nn.Module, steps: nn.Module) -> nn.Module:
-    """Make of a transformer a model that returns `sentence_embedding` beside its own outputs.
+    """Make a transformer also return `sentence_embedding`, besides its own outputs.
 
-    These stay, and keep their names: sentence-transformers and optimum read `last_hidden_state` from an ONNX model, and
-    an adapter may act at what leads to another, a pooler.
+    The model's own outputs stay, and keep their names. sentence-transformers and optimum read `last_hidden_state` from
+    an ONNX model, and an adapter may act at a layer that leads to another output, such as a pooler.
 
-    It is the same object: its modules keep their paths and its class's name stays, so adapters of the transformer are
-    its adapters too. The steps are a module of it, `sentence_steps`.
+    The result is the same object. Its modules keep their paths, and its class keeps its name, so adapters of the
+    transformer fit it, too. The steps become its module `sentence_steps`.
 
     Args:
-        model: takes `input_ids` and `attention_mask` and returns `last_hidden_state` [batch, sequence, width].
-        steps: see `peftfx.bases.sentences.steps`.
+        model: the transformer. It takes `input_ids` and `attention_mask`, and returns `last_hidden_state` [batch,
+            sequence, width].
+        steps: the later steps; see `peftfx.bases.sentences.steps`.
 
     Raises:
-        PeftfxError: it takes something else.
+        PeftfxError: the model takes other inputs.
     """
     kind = type(model)
     accepted = inspect.signature(kind.forward).parameters
@@ -50,5 +51,5 @@ def as_sentence_encoder(model: nn.Module, steps: nn.Module) -> nn.Module:
 
 
 def embeds_sentences(model: nn.Module) -> bool:
-    """Whether `as_sentence_encoder` made this."""
+    """Say whether `as_sentence_encoder` made this model."""
     return hasattr(model, _STEPS)

@@ -1,4 +1,4 @@
-"""SentenceModules: what `modules.json` of a sentence-transformers directory lists, and the files that go with it."""
+"""Read `modules.json` of a sentence-transformers directory, and the files that belong to it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from peftfx.files import is_file, read_json, read_objects
 FILE = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 LENGTHS = "sentence_bert_config.json"
-ALL = (FILE, SETTINGS, LENGTHS)  #: the files of sentence-transformers that lie beside a model's own
+ALL = (FILE, SETTINGS, LENGTHS)  #: the files of sentence-transformers beside a model's own files
 _KIND = "SentenceTransformer"
 
 
 @dataclass(frozen=True)
 class SentenceModules:
-    """What is done behind a transformer.
+    """The steps that sentence-transformers runs after a transformer.
 
     Attributes:
-        directory: where `modules.json` lies.
-        transformer: the folder of the transformer in it; empty where it is the directory itself.
-        steps: the class's name and the folder of each of the others, in their order.
+        directory: the directory of `modules.json`.
+        transformer: the folder of the transformer in the directory; empty if it is the directory itself.
+        steps: the class name and the folder of each later step, in order.
     """
 
     directory: Path
@@ -37,7 +37,7 @@ class SentenceModules:
 
     @staticmethod
     def found(directories: Iterable[Path]) -> SentenceModules | None:
-        """Of the first of these directories that has them; None where none has, or has those of a re-ranker, say."""
+        """Read the first of these directories that has such steps. Return None if none has (or a re-ranker's)."""
         for directory in directories:
             if is_file(directory / FILE) and _kind(directory) == _KIND:
                 return SentenceModules.read(directory)
@@ -45,7 +45,7 @@ class SentenceModules:
 
     @staticmethod
     def read(directory: Path) -> SentenceModules:
-        """Of a directory.
+        """Read the steps of a directory.
 
         Raises:
             PeftfxError: `modules.json` is broken, or does not begin with a transformer.
@@ -61,10 +61,10 @@ class SentenceModules:
         return SentenceModules(directory, listed[0][1], tuple(listed[1:]))
 
     def build(self) -> nn.Sequential:
-        """The steps, with their weights.
+        """Build the steps, with their weights.
 
         Raises:
-            PeftfxError: one of them is not known, or its files are broken, or none gives a vector for a sentence.
+            PeftfxError: a step is unknown, its files are broken, or no step gives a vector for a sentence.
         """
         made = [make_step(kind, self.directory / folder) for kind, folder in self.steps]
         if not any(isinstance(step, Pooling) for step in made):
@@ -73,7 +73,7 @@ class SentenceModules:
         return nn.Sequential(*(step for step in made if step is not None)).eval()
 
     def copy(self, target: Path) -> None:
-        """Put what sentence-transformers reads into a directory that has the transformer at its top."""
+        """Copy sentence-transformers' files into a directory that has the transformer at its top."""
         home = self.directory / self.transformer
         for path in (self.directory / SETTINGS, home / LENGTHS):
             if is_file(path):
@@ -88,14 +88,14 @@ class SentenceModules:
 
 
 def transformer_folder(base: Path) -> Path:
-    """Where the transformer of a base lies: in a folder of its own, in older directories of sentence-transformers."""
+    """Return the folder of a base's transformer. Older sentence-transformers directories have a subfolder."""
     if is_file(base / "config.json") or not is_file(base / FILE):
         return base
     return base / SentenceModules.read(base).transformer
 
 
 def prompts_of(directory: Path) -> tuple[Mapping[str, str], str | None]:
-    """The texts that go ahead of others, by their names, and the name of the one that does so unasked."""
+    """Return the prompts by their names, and the name of the default prompt, if there is one."""
     path = directory / SETTINGS
     config = read_json(path) if is_file(path) else {}
     listed, default = config.get("prompts"), config.get("default_prompt_name")
@@ -105,6 +105,6 @@ def prompts_of(directory: Path) -> tuple[Mapping[str, str], str | None]:
 
 
 def _kind(directory: Path) -> str:
-    """What the model is to sentence-transformers: older directories do not say it."""
+    """Return the kind of the model in sentence-transformers. Older directories do not give it."""
     path = directory / SETTINGS
     return str((read_json(path) if is_file(path) else {}).get("model_type") or _KIND)

@@ -1,4 +1,4 @@
-"""What sentence-transformers does behind the transformer: pooling, dense layers, norms. Each step is one module.
+"""The steps that sentence-transformers runs after the transformer: pooling, dense layers, norms.
 
 A step takes and returns a dict of tensors by sentence-transformers' names: `token_embeddings` [batch, sequence, width]
 and `attention_mask` [batch, sequence], int64; from the pooling on, `sentence_embedding` [batch, width].
@@ -20,7 +20,8 @@ from peftfx.files import is_file, read_json
 TOKEN_OUTPUT, SENTENCE, MASK = "token_embeddings", "sentence_embedding", "attention_mask"
 Features = dict[str, Tensor]
 
-#: The flags of `1_Pooling/config.json` before sentence-transformers 6, in the order in which it joins what they give.
+#: The flags of `1_Pooling/config.json` before sentence-transformers 6, in the order in which the results are
+#: concatenated.
 _FLAGS: Mapping[str, str] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -33,10 +34,10 @@ _WEIGHTS = "model.safetensors"
 
 
 class Pooling(nn.Module):
-    """Tokens' vectors to one vector for each row, over the tokens that its mask shows.
+    """Pool the vectors of tokens into one vector for each row, over the tokens that the mask shows.
 
-    The modes are sentence-transformers' own, and computed as there (`sentence_transformer/modules/pooling.py`); of
-    several, what they give is joined.
+    The modes are those of sentence-transformers, computed in the same way (`sentence_transformer/modules/pooling.py`).
+    The results of several modes are concatenated.
     """
 
     def __init__(self, modes: Sequence[str]) -> None:
@@ -44,18 +45,18 @@ class Pooling(nn.Module):
         self.modes = tuple(modes)
 
     def forward(self, features: Features) -> Features:
-        """With `sentence_embedding`."""
+        """Return the features with `sentence_embedding` added."""
         pooled = [POOLINGS[mode](features[TOKEN_OUTPUT], features[MASK]) for mode in self.modes]
         return {**features, SENTENCE: torch.cat(pooled, -1)}
 
 
 def _first(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The first token that is shown."""
+    """Return the vector of the first unmasked token."""
     return _at(tokens, mask.int().argmax(1))
 
 
 def _last(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The last token that is shown."""
+    """Return the vector of the last unmasked token."""
     return _at(tokens, mask.shape[1] - 1 - mask.int().flip(1).argmax(1))
 
 
@@ -68,7 +69,7 @@ def _max(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def _sums(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the tokens that are shown and their number, in float32."""
+    """Return the sum of the unmasked tokens, and their number, in float32."""
     seen = mask[..., None].float()
     return (tokens.float() * seen).sum(1), seen.sum(1).clamp(min=1e-9)
 
@@ -84,7 +85,7 @@ def _mean_sqrt(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def _weighted(tokens: Tensor, mask: Tensor) -> Tensor:
-    """A mean in which the first token that is shown weighs 1, the next 2, and so on."""
+    """Return a mean in which the first unmasked token has the weight 1, the next 2, and so on."""
     place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device, dtype=torch.float32)
     weight = (mask.float() * (place[None] - mask.int().argmax(1, keepdim=True)))[..., None]
     return ((tokens.float() * weight).sum(1) / weight.sum(1).clamp(min=1e-9)).to(tokens.dtype)
@@ -101,19 +102,19 @@ POOLINGS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Normalize(nn.Module):
-    """A vector over its norm."""
+    """Divide a vector by its norm."""
 
     def __init__(self, read: str, written: str) -> None:
         super().__init__()
         self.read, self.written = read, written
 
     def forward(self, features: Features) -> Features:
-        """With the normalised one in the place of what it was, or beside it."""
+        """Return the features with the normalised vector, in place of the old vector or besides it."""
         return {**features, self.written: functional.normalize(features[self.read], p=2.0, dim=-1)}
 
 
 class Dense(nn.Module):
-    """A linear layer and an activation, with what went in added where the config says so."""
+    """A linear layer and an activation. The input is added if the config says so."""
 
     def __init__(self, sizes: tuple[int, int], bias: bool, activation: nn.Module, names: tuple[str, str]) -> None:
         super().__init__()
@@ -122,33 +123,33 @@ class Dense(nn.Module):
         self.read, self.written = names
 
     def forward(self, features: Features) -> Features:
-        """With what the layer gives."""
+        """Return the features with the layer's output added."""
         given = features[self.read]
         made = self.activation(self.linear(given))
         return {**features, self.written: made if self.residual is None else made + self.residual(given)}
 
 
 class LayerNorm(nn.Module):
-    """A norm of the sentence's vector."""
+    """A layer norm of the sentence's vector."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
 
     def forward(self, features: Features) -> Features:
-        """With the normed one in the place of what it was."""
+        """Return the features with the normed vector in place of the old vector."""
         return {**features, SENTENCE: self.norm(features[SENTENCE])}
 
 
 def make_step(kind: str, folder: Path) -> nn.Module | None:
-    """The step that a folder of sentence-transformers describes; None for one that does nothing in eval mode.
+    """Make the step that a folder of sentence-transformers describes. Return None for a step without effect in eval.
 
     Args:
-        kind: its class's name.
-        folder: has `config.json` and, where there are weights, `model.safetensors`.
+        kind: the name of the step's class.
+        folder: the step's folder, with `config.json` and, if the step has weights, `model.safetensors`.
 
     Raises:
-        PeftfxError: a kind or an option that is not known here, or a file that is missing or broken.
+        PeftfxError: the kind or an option is unknown, or a file is missing or broken.
     """
     if kind not in _MAKERS:
         hint = nearest(kind, _MAKERS) or f"known are Transformer, {', '.join(_MAKERS)}"
@@ -196,7 +197,7 @@ def _dense(config: Mapping[str, object], folder: Path) -> nn.Module:
 
 
 def _activation(config: Mapping[str, object]) -> nn.Module:
-    """One of torch's own, by its name: nothing else is imported."""
+    """Make one of torch's own activations, by its name. Nothing else is imported."""
     name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     found = getattr(nn, name.rpartition(".")[2], None)
     if not name.startswith("torch.nn.") or not (isinstance(found, type) and issubclass(found, nn.Module)):
@@ -209,10 +210,10 @@ def _layer_norm(config: Mapping[str, object], folder: Path) -> nn.Module:
 
 
 def _filled(step: nn.Module, folder: Path) -> nn.Module:
-    """A step with the weights of its folder.
+    """Load the weights in its folder into a step, and return the step.
 
     Raises:
-        PeftfxError: they are missing or pickled.
+        PeftfxError: the weights are missing or pickled.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -1,1 +1,1 @@
-"""A file for each command: its options, and the call that it makes."""
+"""The commands, one file for each: its options, and the call that it makes."""

@@ -1,4 +1,4 @@
-"""`peftfx convert`: an adapter, a difference or a single file, as a LoRA."""
+"""The command `peftfx convert`: turn an adapter, a difference of checkpoints or a single file into a LoRA."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def convert(
 
 
 def _rank(text: str | None) -> float | None:
-    """A whole number is a rank, another one a share."""
+    """Read a rank: a whole number is a rank, any other number is a share of the energy."""
     if text is None:
         return None
     try:

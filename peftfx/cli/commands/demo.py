@@ -1,4 +1,4 @@
-"""`peftfx demo`: the whole way, offline."""
+"""The command `peftfx demo`: train, export and serve an adapter, offline."""
 
 from __future__ import annotations
 

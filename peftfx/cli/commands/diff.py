@@ -1,4 +1,4 @@
-"""`peftfx diff`: what two adapters or exports differ in."""
+"""The command `peftfx diff`: compare two adapters or two exports."""
 
 from __future__ import annotations
 

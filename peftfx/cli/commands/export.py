@@ -1,4 +1,4 @@
-"""`peftfx export`: a model, with or without an adapter, to ONNX."""
+"""The command `peftfx export`: export a model to ONNX, with or without an adapter."""
 
 from __future__ import annotations
 

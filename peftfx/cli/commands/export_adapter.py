@@ -1,4 +1,4 @@
-"""`peftfx export-adapter`: an adapter for a graph that has places for it."""
+"""The command `peftfx export-adapter`: write an adapter for a graph that has slots."""
 
 from __future__ import annotations
 

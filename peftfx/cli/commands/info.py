@@ -1,4 +1,4 @@
-"""`peftfx info`: what a directory or a file is."""
+"""The command `peftfx info`: say what a directory or a file is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`peftfx inspect`: where adapters can act, and what rules would do."""
+"""The command `peftfx inspect`: show where adapters can act, and what rules would do."""
 
 from __future__ import annotations
 

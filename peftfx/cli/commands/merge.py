@@ -1,4 +1,4 @@
-"""`peftfx merge`: a base with an adapter folded in, as a transformers directory."""
+"""The command `peftfx merge`: fold an adapter into a base, and write a transformers directory."""
 
 from __future__ import annotations
 

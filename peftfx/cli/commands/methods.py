@@ -1,4 +1,4 @@
-"""`peftfx methods`: what a rule can say."""
+"""The command `peftfx methods`: list the methods and their options."""
 
 from __future__ import annotations
 

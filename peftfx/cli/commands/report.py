@@ -1,4 +1,4 @@
-"""`peftfx report`: what an export did, from its directory."""
+"""The command `peftfx report`: show what an export did, from its directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`peftfx run`: an exported model in ONNX Runtime."""
+"""The command `peftfx run`: run an exported model in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def run(
 
 
 def _tell(found: Found) -> None:
-    """Print a result: a line of JSON if that was asked for or it has no words, else its words."""
+    """Print a result: as a line of JSON if asked for or if it has no words, otherwise as words."""
     if VOICE.as_json or (found.words is None and not VOICE.quiet):
         print(json.dumps(found.value, default=float), flush=True)
     elif found.words and not VOICE.quiet:

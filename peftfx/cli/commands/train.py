@@ -1,4 +1,4 @@
-"""`peftfx train`: an adapter from a base, rules and a file of rows."""
+"""The command `peftfx train`: train an adapter from a base, rules and a file of rows."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Runs: what `peftfx run` does with an exported directory: a file for each thing that people do with a model."""
+"""What `peftfx run` does with an exported directory: one module for each kind of input."""

@@ -1,4 +1,4 @@
-"""Asked: what a user asks `peftfx run` for, checked before anything large is imported."""
+"""What a user asks `peftfx run` for. It is checked before large libraries are imported."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from peftfx.errors import PeftfxError
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for. Which of the inputs are given says what kind of run it is.
+    """What the user asks for. The inputs that are given decide the kind of run.
 
     Attributes:
-        directory: that `peftfx export` wrote.
-        prompt: text to continue.
-        texts: for the model's task.
-        images: image files, for the model's task.
-        sounds: WAV files, for the model's task.
-        task: a pipeline's name; None is what the model was made for.
-        top: how many labels to tell.
-        adapter: an `.onnx_adapter` file to put into the model.
-        providers: where ONNX Runtime computes; see `peftfx.serving.providers`.
-        query: a text that each of the texts is held against.
-        prompt_name: of the text that goes ahead of texts that are embedded.
-        save: a `.npy` file for embeddings.
-        output: a `.png` file for the segments of an image.
-        max_new_tokens: where generation stops, if the model does not stop first; by default after 128 tokens of a
-            continuation, and as its own generation config says of what is transcribed.
-        temperature: of sampling; 0 takes the likeliest token each time.
-        seed: of sampling.
+        directory: the directory that `peftfx export` wrote.
+        prompt: the text to continue.
+        texts: the texts for the model's task.
+        images: the image files for the model's task.
+        sounds: the WAV files for the model's task.
+        task: the name of a pipeline; None means the task that the model was made for.
+        top: the number of labels to show.
+        adapter: an `.onnx_adapter` file to load into the model.
+        providers: the execution providers of ONNX Runtime; see `peftfx.serving.providers`.
+        query: a text with which each of the texts is compared.
+        prompt_name: the name of the prompt that is put before texts to embed.
+        save: the `.npy` file to write embeddings to.
+        output: the `.png` file to write the segments of an image to.
+        max_new_tokens: the most tokens to generate; by default 128 for a continuation, and for a transcription the
+            number in the model's generation config.
+        temperature: the temperature of sampling; 0 always takes the likeliest token.
+        seed: the seed of sampling.
         chat: put the prompt into the model's chat template.
-        language: that is spoken; None is found out by the model, if it can.
-        translate: give what is said in English, if the model can.
-        timestamps: tell when each piece was said, if the model can.
+        language: the spoken language; None lets the model find out, if it can.
+        translate: translate the speech to English, if the model can.
+        timestamps: say when each piece was spoken, if the model can.
     """
 
     directory: Path
@@ -64,10 +64,10 @@ class Asked:
     timestamps: bool = False
 
     def check(self) -> None:
-        """Refuse an unknown task, files that are not there, and nothing to run on, or inputs of more than one kind.
+        """Refuse an unknown task, missing files, no input, and inputs of more than one kind.
 
         Raises:
-            PeftfxError: see above.
+            PeftfxError: for one of these reasons.
         """
         if self.task is not None:
             check_task(self.task)
@@ -85,7 +85,7 @@ class Asked:
 
     @property
     def kind(self) -> str:
-        """The name of the file of `runs` that does it."""
+        """The name of the module in `runs` that does this kind of run."""
         if self.sounds:
             return "sounds"
         if self.texts and self.task in (None, SENTENCES):
@@ -102,11 +102,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Found:
-    """One result.
+    """One result of a run.
 
     Attributes:
-        value: of plain values, as JSON has them.
-        words: for a reader; empty if they are written already, None if the value itself is what to read.
+        value: the result as plain values, for JSON.
+        words: the result as text; empty if it has been printed already, None if the value itself is shown.
     """
 
     value: Any
@@ -114,14 +114,14 @@ class Found:
 
 
 Run = Callable[[Asked, TextIO | None], Iterator[Found]]
-"""Does what was asked for; words are written to the file as they come, if there is one."""
+"""A function that does what was asked for. If it gets a file, it writes words to the file as they are generated."""
 
 
 def runner(asked: Asked) -> Run:
-    """What does this kind of run.
+    """Return the function for this kind of run.
 
     Raises:
-        PeftfxError: something is asked for that it does not do.
+        PeftfxError: an option does not fit this kind of run.
     """
     if asked.output is not None and asked.kind != "labels":
         raise PeftfxError("--output is a picture of the segments of an image", "--output", "leave it out")
@@ -134,10 +134,10 @@ def runner(asked: Asked) -> Run:
 
 
 def read_texts(path: Path | None) -> tuple[str, ...]:
-    """The lines of a file, or of the standard input for `-`, but for empty ones; none without a path.
+    """Read the lines of a file, or of the standard input for `-`, without empty lines. No path gives no lines.
 
     Raises:
-        PeftfxError: it cannot be read, is no text, or has none.
+        PeftfxError: the file cannot be read, is not text, or is empty.
     """
     if path is None:
         return ()

@@ -1,4 +1,4 @@
-"""Prompts with images: a text about them streams out of a model of text and images."""
+"""Run prompts with images: a model of text and images streams a text."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _TEXT = ("input_ids", "attention_mask")
 
 
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
-    """Continue the prompt, which has the images in it, writing each word to `out` as it comes.
+    """Continue the prompt with its images, writing each word to `out` as it is generated.
 
-    Images go where the prompt has the processor's own image token (`<image>`), ahead of it where it has none, or, with
-    the chat template, where that puts them.
+    Images go where the prompt has the processor's image token (`<image>`), or before the prompt if it has no such
+    token. With a chat template, they go where the template puts them.
 
     Raises:
-        PeftfxError: the model reads no images, its directory has no processor or chat template, or the processor makes
-            what the graph of images does not take.
+        PeftfxError: the model reads no images, its directory has no processor or chat template, or the processor's
+            outputs do not fit the inputs of the graphs.
     """
     model = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
     if not isinstance(model, ServedWithImages):
@@ -49,10 +49,10 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
 
 
 def processor_of(directory: Path) -> Any:
-    """The processor of text and images in a directory.
+    """Load the processor of text and images in a directory.
 
     Raises:
-        PeftfxError: there is none, or it takes no images.
+        PeftfxError: the directory has no processor, or the processor takes no images.
     """
     from transformers import AutoProcessor
 
@@ -65,10 +65,10 @@ def processor_of(directory: Path) -> Any:
 
 
 def read_image(path: Path) -> Any:
-    """An image in colour.
+    """Read an image file as RGB.
 
     Raises:
-        PeftfxError: it cannot be read.
+        PeftfxError: the image cannot be read.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -80,7 +80,7 @@ def read_image(path: Path) -> Any:
 
 
 def with_image_tokens(processor: Any, prompt: str, count: int) -> str:
-    """The prompt, with an image token ahead of it for each image where it has none of its own."""
+    """Return the prompt with an image token before it for each image, unless it has image tokens already."""
     token = getattr(processor, "image_token", None)
     if not isinstance(token, str) or token in prompt:
         return prompt
@@ -97,10 +97,10 @@ def _templated(processor: Any, asked: Asked) -> str:
 
 
 def _taken(model: ServedWithImages, made: dict[str, Any], directory: Path) -> dict[str, Tensor]:
-    """What the graphs take of what the processor makes.
+    """Return those outputs of the processor that the graphs take.
 
     Raises:
-        PeftfxError: it makes more, which they would not see.
+        PeftfxError: the processor makes other outputs, which the graphs would not see, or lacks one.
     """
     known = (*_TEXT, *(name for name, _ in model.view.images.inputs))
     empty = {name for name in made if name.endswith("token_type_ids") and not made[name].any()}

@@ -1,4 +1,4 @@
-"""Labels: what transformers' pipeline for a model's task gives for texts and images, the likeliest first."""
+"""Run transformers' pipeline for a model's task on texts and images, and show the likeliest labels first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftfx.serving.pipelines import pipeline
 from peftfx.serving.runs.asked import Asked, Found
 from peftfx.serving.runs.segments import SEGMENTS, counted, write_mask
 
-#: Tasks whose results are read as JSON.
+#: The tasks whose results can be shown as JSON.
 _TOLD = (
     *("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction"),
     *("text-generation", "text2text-generation", "image-classification", "object-detection", SEGMENTS),
@@ -22,10 +22,10 @@ _TOLD = (
 
 
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
-    """A list of labels with their scores, or whatever else the pipeline gives, for each text and each image.
+    """Yield labels with their scores, or the pipeline's other results, for each text and each image.
 
     Raises:
-        PeftfxError: the model is for something else, or lacks a tokenizer or image processor.
+        PeftfxError: the model is for another task, or lacks a tokenizer or image processor.
     """
     served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
     task = task_of_directory(served.directory) if asked.task is None else resolve_task(asked.task)
@@ -52,7 +52,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
 
 
 def _options(task: str, top: int) -> dict[str, object]:
-    """Of a pipeline's call: a text is cut to what the model takes, and tokens of one label are told together."""
+    """Return the options of a pipeline's call: cut texts to the model's length, and group tokens of a label."""
     if task == "token-classification":
         return {"aggregation_strategy": "simple"}
     ranked = ("text-classification", "image-classification", "fill-mask")

@@ -1,4 +1,4 @@
-"""Pairs: a model that classifies a pair of texts says of a query and each text how they go together: a re-ranker."""
+"""Compare a query with texts by a model that classifies pairs of texts, such as a re-ranker."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _BATCH = 32
 
 
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
-    """Of a model with one label: the texts by their scores, the best first; of others, the labels of each pair.
+    """Yield the texts by their scores, the best first, for a model with one label; otherwise the labels of each pair.
 
     Raises:
-        PeftfxError: the model gives no logits for a text, or its directory has no tokenizer.
+        PeftfxError: the model gives no logits for a pair of texts, or its directory has no tokenizer.
     """
     served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
     if "logits" not in served.model.outputs or len(served.model.axes["logits"]) != 2:
@@ -42,10 +42,10 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
 
 
 def activation(config: object) -> Callable[[Tensor], Tensor]:
-    """What makes a score of a logit, as sentence-transformers' `CrossEncoder` reads it: by default a sigmoid.
+    """Return the function from logits to scores, as sentence-transformers' `CrossEncoder` reads it; default: sigmoid.
 
     Raises:
-        PeftfxError: the config names what is none of torch's.
+        PeftfxError: the config names an activation that torch does not have.
     """
     said = getattr(config, "sentence_transformers", None)
     name = said.get("activation_fn") if isinstance(said, dict) else None

@@ -1,4 +1,4 @@
-"""Prompts: a text streams out of a model that generates."""
+"""Run text prompts: a model that generates streams a text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from peftfx.serving.runs.streaming import generation_options, streamer_to
 
 
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
-    """Continue the prompt, writing each word to `out` as it comes, and then give the whole continuation.
+    """Continue the prompt, writing each word to `out` as it is generated. Then yield the whole continuation.
 
     Raises:
-        PeftfxError: the model generates nothing, or its directory has no tokenizer or chat template.
+        PeftfxError: the model cannot generate, or its directory has no tokenizer or chat template.
     """
     from transformers import GenerationMixin
 
@@ -31,7 +31,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     inputs = _encode(tokenizer, asked.prompt, asked.chat, asked.directory)
     options = generation_options(asked, most=128) | {"pad_token_id": tokenizer.pad_token_id}
     tokens: Any = model.generate(**inputs, **options, streamer=streamer_to(out, tokenizer))
-    new = tokens[0, inputs["input_ids"].shape[1] if model.pads_left else 1 :]  # a decoder has a start of its own
+    new = tokens[0, inputs["input_ids"].shape[1] if model.pads_left else 1 :]  # a decoder begins with a start token
     yield Found({"prompt": asked.prompt, "text": str(tokenizer.decode(new, skip_special_tokens=True))}, words="")
 
 

@@ -1,4 +1,4 @@
-"""Ranking: texts by a score, the best first."""
+"""Rank texts by a score, the best first."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from peftfx.serving.runs.asked import Found
 
 
 def ranked(texts: Sequence[str], scores: Sequence[float], name: str) -> Iterator[Found]:
-    """A line for each text: its place among those that were given, its score under this name, and itself."""
+    """Yield a result for each text: its index among the given texts, its score under `name`, and the text."""
     for i in sorted(range(len(texts)), key=lambda i: -scores[i]):
         yield Found({"index": i, name: scores[i], "text": texts[i]})

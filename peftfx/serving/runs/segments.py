@@ -1,4 +1,4 @@
-"""Segments: what a segmenter says of an image, as counts of pixels by label and as a picture of class numbers."""
+"""Show what a segmentation model finds in an image: pixels for each label, and a picture of class numbers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import numpy as np
 from peftfx.errors import PeftfxError
 
 SEGMENTS = "image-segmentation"
-_COLOURS = np.random.default_rng(0).integers(40, 256, (256, 3))  # any that are apart; one is always the same class
+# Any distinct colours; a class always has the same colour.
+_COLOURS = np.random.default_rng(0).integers(40, 256, (256, 3))
 
 
 def counted(found: list[dict[str, Any]]) -> list[dict[str, object]]:
-    """Each segment that transformers' pipeline found, with a number of pixels for its mask; most first."""
+    """Return each segment that the pipeline found, with the number of pixels of its mask; the largest first."""
     told = [
         {"label": one["label"], "score": one["score"], "pixels": int((np.asarray(one["mask"]) > 0).sum())}
         for one in found
@@ -25,15 +26,15 @@ def counted(found: list[dict[str, Any]]) -> list[dict[str, object]]:
 
 
 def write_mask(path: Path, found: list[dict[str, Any]], numbers: dict[str, int]) -> None:
-    """Write a PNG with a palette, as large as the image: each pixel is the number of its class.
+    """Write a PNG with a palette, as large as the image. Each pixel is the number of its class.
 
     Args:
-        path: where to; it appears when it is complete.
-        found: what transformers' pipeline found.
-        numbers: of the classes, by their labels, as the config has them.
+        path: the file to write. It appears only when it is complete.
+        found: the segments that transformers' pipeline found.
+        numbers: the numbers of the classes, by their labels, from the config.
 
     Raises:
-        PeftfxError: nothing was found, there are more classes than such a picture holds, or it cannot be written.
+        PeftfxError: nothing was found, a class number is over 255, or the file cannot be written.
     """
     from PIL import Image
 

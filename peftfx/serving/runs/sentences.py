@@ -1,4 +1,4 @@
-"""Sentences: embeddings of texts, into a file or in JSON, or how alike texts are to a query."""
+"""Embed texts into a file or as JSON, or rank texts by their similarity to a query."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from peftfx.serving.sentences import ServedSentences
 
 
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
-    """An embedding for each text; with a query, the texts and how alike they are to it, the most alike first.
+    """Yield an embedding for each text; with a query, the texts by their similarity to it, the most similar first.
 
     Raises:
-        PeftfxError: the model embeds no sentences, or its directory has no tokenizer or not this prompt.
+        PeftfxError: the model embeds no sentences, or its directory lacks a tokenizer or the asked prompt.
     """
     served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
     if not isinstance(served, ServedSentences):
@@ -42,5 +42,5 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
 
 
 def _write(path: object, rows: np.ndarray) -> None:
-    with open(str(path), "wb") as file:  # by name, numpy would add an ending
+    with open(str(path), "wb") as file:  # an open file, because numpy would add an ending to a name
         np.save(file, rows)

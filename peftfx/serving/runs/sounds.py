@@ -1,4 +1,4 @@
-"""Sounds: recordings are transcribed, or labelled, by what the model's own processor makes of them."""
+"""Transcribe or label recordings, which the model's own feature extractor prepares."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from peftfx.serving.served import Served
 from peftfx.serving.sound import read_wav, resample
 
 TRANSCRIBED, _ = HEARING
-PIECE = 30.0  #: seconds of a long recording that a model without a decoder reads at once
+PIECE = 30.0  #: seconds of a piece of a long recording, for a model without a decoder
 _DOES_NOT_TAKE = "the model does not take this recording"
 
 
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
-    """What is said in each recording, or its labels.
+    """Yield what is said in each recording, or its labels.
 
     Raises:
-        PeftfxError: the model is for something else, lacks a tokenizer or feature extractor, or knows no language or
-            times, which were asked for; a file is no WAV file.
+        PeftfxError: the model is for another task, lacks a tokenizer or feature extractor, or does not support the
+            asked language or timestamps; or a file is not a WAV file.
     """
     served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
     task = task_of_directory(served.directory) if asked.task is None else resolve_task(asked.task)
@@ -57,7 +57,7 @@ def _refuse_options(asked: Asked) -> None:
 
 
 def _words(found: Any) -> str | None:
-    """What to read: a line for each piece where times were asked for; labels are read as they are."""
+    """Return the text to show: with timestamps, a line for each piece. Labels are shown as values (None)."""
     if isinstance(found, list):
         return None
     if "segments" not in found:
@@ -67,7 +67,7 @@ def _words(found: Any) -> str | None:
 
 @dataclass
 class _Labels:
-    """transformers' pipeline over a model that gives all its answers at once: the letters that are heard, or labels."""
+    """transformers' pipeline over a model that gives its whole answer at once: the spoken letters, or labels."""
 
     served: Served
     task: str
@@ -86,15 +86,15 @@ class _Labels:
 
 
 class Transcriber:
-    """A model that writes down what is said, word by word, by transformers' `generate` of its own class.
+    """A model that transcribes speech token by token, by the `generate` of its own class.
 
-    A recording that is longer than the feature extractor makes room for is taken piece by piece: by the class, if it
-    can do that, which it does by the times that it tells; else in pieces of that length.
+    A recording that is longer than the feature extractor's window is read piece by piece. The model's class does this
+    itself if it predicts timestamps. Otherwise the recording is cut into pieces of the window's length.
 
     Args:
         served: the model.
-        extractor: makes what it reads of a recording.
-        asked: how.
+        extractor: the feature extractor, which turns a recording into the model's input.
+        asked: what the user asks for.
 
     Raises:
         PeftfxError: the model cannot do what was asked for.

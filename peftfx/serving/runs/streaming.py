@@ -1,4 +1,4 @@
-"""Streaming: how runs that generate text sample it, and write each word as it comes."""
+"""Sample text and write each word as it is generated, for all runs that generate."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from peftfx.serving.runs.asked import Asked
 
 
 def generation_options(asked: Asked, most: int | None = None) -> dict[str, Any]:
-    """What is passed to transformers' `generate`; with a seed, torch's is set.
+    """Return the options for transformers' `generate`. If a seed is given, set torch's seed.
 
     Args:
-        asked: see there.
-        most: tokens, where nobody said how many; None leaves it to the model's generation config.
+        asked: what the user asks for.
+        most: the most new tokens if the user gives no number; None leaves it to the model's generation config.
     """
     options: dict[str, Any] = {"do_sample": asked.temperature > 0}
     most = most if asked.max_new_tokens is None else asked.max_new_tokens
@@ -28,7 +28,7 @@ def generation_options(asked: Asked, most: int | None = None) -> dict[str, Any]:
 
 
 def streamer_to(out: TextIO | None, tokenizer: Any) -> Any:
-    """A streamer that writes what comes behind the prompt to a file; None where there is none."""
+    """Return a streamer that writes the text after the prompt to a file; None without a file."""
     from transformers import TextStreamer
 
     if out is None:
