@@ -22,6 +22,7 @@ from peftfx.bases.sentences.modules import ALL, FILE, SentenceModules, transform
 from peftfx.bases.tasks import FEATURES, SENTENCES, resolve_task
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets
+from peftfx.export.deployment.parts import sites_view
 from peftfx.export.onnx_directory import export_onnx
 from peftfx.export.report import Report
 from peftfx.export.stages import OnStage
@@ -33,6 +34,7 @@ from peftfx.files import Snapshot, is_folder
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare, plan
 from peftfx.model.plan import Plan, shapes_of
+from peftfx.options import FORWARD
 from peftfx.pages.page import Page
 from peftfx.passes.base import Pass
 from peftfx.pictures.adapted import show
@@ -98,6 +100,8 @@ def _export(
         quantize_base=asked.quantize_base,
         sentences=sentences,
         task_id=asked.task_id,
+        view=asked.view,
+        road="graph",  # no call runs the adapted modules here
     )
     for name in asked.batched:
         if adapted.tasks_of(name):
@@ -155,6 +159,8 @@ def load_directories(
     quantize_base: str | None = None,
     sentences: SentenceModules | None = None,
     task_id: int | None = None,
+    view: str = FORWARD,
+    road: str | None = None,
 ) -> AdaptedModel:
     """Load a base model with adapters on it by name, all from directories. The last adapter is active.
 
@@ -165,6 +171,9 @@ def load_directories(
 
     If an adapter holds a head, the head sets the number of labels, whatever the config says. If it holds embeddings,
     they set the number of tokens.
+
+    The model is captured in the `view` that it will be exported in, if that view has all sites. `road` says how calls
+    are run: see `peftfx.transform`.
     """
     config = read_base_config(base)
     if not adapters:
@@ -172,7 +181,7 @@ def load_directories(
         model = load_base(base, task=task, dtype=dtype)
         if quantize_base is not None:
             quantise(model, quantize_base)
-        return bare(_with_steps(model, task, sentences))
+        return _bare(_with_steps(model, task, sentences), view, road)
     folders = [folder for adapter in adapters.values() for folder in rule_folders(adapter)]
     configs = {folder: read_adapter_config(folder) for folder in folders}
     methods = {folder: method_from_config(own, str(folder / CONFIG)) for folder, own in configs.items()}
@@ -189,12 +198,16 @@ def load_directories(
     resize_vocabulary(model, weights.values())
     if quantize_base is not None:
         quantise(model, quantize_base)
-    adapted = bare(_with_steps(model, task, sentences))
+    adapted = _bare(_with_steps(model, task, sentences), view, road)
     for name, adapter in adapters.items():
         adapted.load_adapter(adapter, name)
     if task_id is not None:
         _take_task(adapted, task_id)
     return adapted
+
+
+def _bare(model: nn.Module, view: str, road: str | None) -> AdaptedModel:
+    return bare(model, road=road, view=sites_view(model, view))
 
 
 def _take_task(adapted: AdaptedModel, task_id: int) -> None:

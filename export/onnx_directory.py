@@ -15,7 +15,7 @@ from peftfx.export.assets import write_configs
 from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, InGraph
-from peftfx.export.deployment.parts import GraphPart
+from peftfx.export.deployment.parts import GraphPart, sites_view
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.metadata import ADAPTERS_KEY, BASE_MODEL, FINGERPRINT
 from peftfx.export.own_passes import behind, refuse_unfit, run_own, shown_of
@@ -41,6 +41,7 @@ from peftfx.graph.fingerprint import SAMPLED, fingerprint
 from peftfx.graph.graph import BASE
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
+from peftfx.options import FORWARD
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.base import Pass
 from peftfx.passes.manager import PassManager
@@ -94,7 +95,7 @@ def export_onnx(
         VerificationError: ONNX Runtime and torch disagree; no output is left.
     """
     asked = ExportOptions.of(options, changes)
-    adapted = (model if isinstance(model, AdaptedModel) else bare(model, inputs)).floating()
+    adapted = _adapted(model, inputs, asked.view).floating()
     example = adapted.example if inputs is None else inputs
     limit, (atol, rtol) = asked.bound, _bounds(asked)
     coded = any(isinstance(p, Coded) for p in adapted.base.parameters())
@@ -187,6 +188,13 @@ def export_onnx(
         write_configs(adapted.base, temporary)
         report.write(temporary)
     return report
+
+
+def _adapted(model: nn.Module, inputs: Mapping[str, object] | None, view: str) -> AdaptedModel:
+    if isinstance(model, AdaptedModel):
+        return model
+    own = sites_view(model, view) if inputs is None and isinstance(model, nn.Module) else FORWARD
+    return bare(model, inputs, view=own)
 
 
 def _provenance(adapted: AdaptedModel, report: Report, *, coded: bool) -> dict[str, str]:

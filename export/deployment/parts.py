@@ -133,6 +133,19 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
     return {"vision_encoder.onnx": VISION, "model.onnx": DECODE}
 
 
+def sites_view(base: nn.Module, view: str) -> str:
+    """Return the name of the view to find sites on: the exported view, if that one alone has all sites of the model.
+
+    Args:
+        base: the model.
+        view: the view that is asked for; see `capture_parts`.
+    """
+    check_view(view)
+    if view == FORWARD or encodes_and_decodes(base) or reads_images(base) or (view == AUTO and not generates(base)):
+        return FORWARD
+    return DECODE
+
+
 def without_images(views: dict[str, str]) -> dict[str, str]:
     """Return the given views, and refuse a view that reads images.
 

@@ -10,7 +10,7 @@ from peftfx.export.translation.program import onnx_outputs
 from peftfx.export.verification.comparison import Reference, reference_of
 from peftfx.export.verification.eager_adapters import unpublished
 from peftfx.export.verification.eager_reference import EagerReference, no_oracle
-from peftfx.export.verification.probes import is_large, probes, refused, view_cases
+from peftfx.export.verification.probes import probes, refused, view_cases
 from peftfx.export.verification.sizes import EVERY, Sizes
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.graph.graph import Graph
@@ -18,6 +18,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.views.view import View
 
 EAGER = "the model's own code"
+_EXACT = 1 << 28  #: parameters times calls that are answered in float64
 
 
 @dataclass
@@ -93,10 +94,14 @@ def named_in(graph: Graph, reference: Reference) -> Reference:
 
 
 def measured_of(adapted: AdaptedModel, cases: Sequence[Tensors]) -> frozenset[int]:
-    """Return the numbers of the calls to run in float64, too. For a large model this is only the largest call."""
-    if not is_large(adapted.base):
-        return frozenset(range(len(cases)))
-    return frozenset([max(range(len(cases)), key=lambda i: sum(value.numel() for value in cases[i].values()))])
+    """Return the numbers of the calls to answer in float64 too: the largest, as many as the model's size affords.
+
+    Each such answer widens every weight: of a model of 100M parameters it takes most of a second. One is always made.
+    """
+    parameters = sum(p.numel() for p in adapted.base.parameters())
+    count = max(1, _EXACT // max(1, parameters))
+    largest_first = sorted(range(len(cases)), key=lambda i: -sum(value.numel() for value in cases[i].values()))
+    return frozenset(largest_first[:count])
 
 
 @dataclass

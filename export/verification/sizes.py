@@ -97,8 +97,12 @@ class Trial:
         return self._rows(sizes) <= most
 
     def _rows(self, sizes: Sized) -> int:
-        shapes = ([sizes.get(axis, 1) for axis in spec.shape if isinstance(axis, str)] for spec in self.graph.inputs)
-        return max((math.prod(shape) for shape in shapes), default=1)
+        return max((math.prod(sizes.get(axis, 1) for axis in axes) for axes in self._free), default=1)
+
+    @functools.cached_property
+    def _free(self) -> frozenset[tuple[str, ...]]:
+        """The free axes of each input, each set once: those of all layers' keys and values are the same."""
+        return frozenset(tuple(axis for axis in spec.shape if isinstance(axis, str)) for spec in self.graph.inputs)
 
     def whole(self, sizes: Sized) -> dict[str, int]:
         """Complete some sizes with the usual sizes of all other axes, or with 2 if such a call is too large."""

@@ -118,10 +118,14 @@ def _stacked(analysis: Analysis, attention: Attention) -> int:
 
 
 def _rows(projection: _Projection, node: fx.Node, heads: int, *, turned: bool) -> tuple[Rows, int]:
-    """Return the rows that are keys or values, head by head, and the number of their heads."""
-    for numbers in projection.tracer.numbers_at(node):
+    """Return the rows that are keys or values, head by head, and the number of their heads.
+
+    They are looked for at the first token and at the last: behind a cache the first token comes from no layer.
+    """
+    traced = projection.tracer.numbers_at(node)
+    for numbers, token in ((numbers, token) for token in (0, -1) for numbers in traced):
         entries = numbers.transpose(-1, -2) if turned else numbers
-        entries = entries[0, :, 0] if entries.ndim == 4 else entries[: max(heads, 1), 0]
+        entries = entries[0, :, token] if entries.ndim == 4 else entries[: max(heads, 1), token]
         found = _in_order(entries - 1, heads)
         if found is not None:
             rows, kept = found

@@ -17,10 +17,12 @@ from peftfx.graph.contexts import evaluating
 from peftfx.methods import methods
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.plan import Plan, make_plan
+from peftfx.options import FORWARD
 from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
 from peftfx.views.capture import capture
+from peftfx.views.finding.named_views import find_view
 
 
 def transform(
@@ -135,8 +137,17 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
     return make_plan(adapted.source, adapted.sites, rules)
 
 
-def bare(model: nn.Module, inputs: Mapping[str, object] | None = None, road: str | None = None) -> AdaptedModel:
-    """Capture a model and find its sites; return the adapted model, which has no adapters yet."""
+def bare(
+    model: nn.Module, inputs: Mapping[str, object] | None = None, road: str | None = None, view: str = FORWARD
+) -> AdaptedModel:
+    """Capture a model and find its sites; return the adapted model, which has no adapters yet.
+
+    Args:
+        model: any module.
+        inputs, road: see `transform`.
+        view: the name of the view that is captured. If another view than the forward will be used, its sites are the
+            same, and no call of the forward has to be captured.
+    """
     if not isinstance(model, nn.Module):
         raise PeftfxError(f"not a model: {shown(model)}", "model", "pass a torch module, as from_pretrained gives")
     if inputs is not None and not isinstance(inputs, Mapping):
@@ -147,11 +158,13 @@ def bare(model: nn.Module, inputs: Mapping[str, object] | None = None, road: str
     example = example_inputs(model) if inputs is None else inputs
     twin = Twin(model)
     with evaluating(model):
-        graph = capture(twin.module, example)
+        own = find_view(twin.module, view)
+        given = example if own is None else own.inputs(twin.module)
+        graph = capture(twin.module, given, axes=None if own is None else own.axes, call=own)
     adapted = AdaptedModel.on(model, graph.sites, example, road, twin)
     with evaluating(model):
         adapted.graphs.base = twin.module
-        adapted.graphs.keep(graph, example)
+        adapted.graphs.keep(graph, given, own)
     return adapted
 
 

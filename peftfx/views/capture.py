@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from peftfx.analysis.no_grad_regions import inline_no_grad
 from peftfx.analysis.roles import find_sites
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError, first_line
 from peftfx.graph.capturing.axis_symbols import place_of, symbols_of, tied
 from peftfx.graph.capturing.filled_tensors import concatenate_filled
@@ -80,7 +81,7 @@ def capture(
         named = [axes.get(name) or (None,) * t.ndim for name, t in examples.items()]
         try:
             loops = nullcontext() if model.training else recurrences(model)
-            with noted() as notes, tied(named), loops, stamped(model) if stamp else nullcontext():
+            with noted() as notes, tied(named), loops, stamped(model, own_modules) if stamp else nullcontext():
                 program = torch.export.export(
                     wrapper, tuple(examples.values()), dynamic_shapes={"flat": free}, strict=False
                 )

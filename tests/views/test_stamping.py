@@ -220,3 +220,16 @@ def test_what_differs_is_traced(way: str, count: int, copies: list[str]) -> None
     assert all(type(layer.layer_idx) is int for layer in model.layers)
     other = torch.randn(5, 4)
     torch.testing.assert_close(graph(x=other), model(other))
+
+
+def test_layers_that_host_adapters_are_copied(copies: list[str]) -> None:
+    """What adapters put beside the modules of a layer differs from layer to layer, and does not run in a capture."""
+    torch.manual_seed(0)
+    model = MODELS["llama"]().eval()
+    adapted = peftfx.transform(model, peftfx.LoRA(r=2, target="all-linear"))
+    assert adapted.road == "modules"
+    copies.clear()
+    graph = adapted.graph(view="decode", adapted=False)
+    assert len(copies) == 2
+    adapted.remove()
+    assert text(graph) == text(captured(model, "decode", stamp=False))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,10 +75,15 @@ def layers_of(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
+ModulesOf = Callable[[nn.Module], Iterable[tuple[str, nn.Module]]]
+"""Gives the modules of a layer whose code a capture runs, by their paths within it, the layer itself first."""
+
+
 @contextmanager
-def numbered(layer: nn.Module) -> Iterator[list[Number]]:
+def numbered(layer: nn.Module, modules: ModulesOf) -> Iterator[list[Number]]:
     """Make each layer number in the layer's attributes a `Number` inside the context, and yield these numbers."""
-    found = [(vars(m), k, v) for m in layer.modules() for k, v in vars(m).items() if k in _NUMBERS and type(v) is int]
+    own_parts = [vars(module) for _, module in modules(layer)]
+    found = [(own, k, v) for own in own_parts for k, v in own.items() if k in _NUMBERS and type(v) is int]
     numbers = [Number(value) for _, _, value in found]
     for (own, name, _), number in zip(found, numbers, strict=True):
         own[name] = number
@@ -153,10 +158,10 @@ class LayerCall:
         self.nodes[label] = node
         return LayerCall.shape(tensor), self.labels.setdefault(node, label)
 
-    def held(self, layer: nn.Module) -> list[tuple[object, list[object]]]:
+    def held(self, layer: nn.Module, modules: ModulesOf) -> list[tuple[object, list[object]]]:
         """Return what the call must not change: the layer's attributes and weights, and other layers' caches."""
         found: list[object] = []
-        for module in layer.modules():
+        for _, module in modules(layer):
             found += vars(module), module._parameters, module._buffers
         for cache in self.caches.values():
             parts = [vars(part) for part in cache.layers]
@@ -195,7 +200,7 @@ def _contents(container: object) -> list[object]:
 
 
 def described(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], find: Find, held: list[object]
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], find: Find, held: list[object], modules: ModulesOf
 ) -> LayerCall:
     """Return a description of a call of a layer.
 
@@ -204,13 +209,15 @@ def described(
         args, kwargs: the arguments of the call.
         find: a function that gives the node of a tensor.
         held: a list to which the objects are added that must live as long as the key is used.
+        modules: a function that gives the modules of the layer.
 
     Raises:
         Unknown: the kind of the call cannot be known.
     """
     call = LayerCall()
-    number = _number_of(layer)
-    modules = [_module(call, path, module, number, find) for path, module in layer.named_modules()]
+    parts = list(modules(layer))
+    number = _number_of(module for _, module in parts)
+    kinds = [_module(call, path, module, number, find) for path, module in parts]
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=LayerCall.is_cache)
     given: list[object] = []
     for i, leaf in enumerate(leaves):
@@ -221,13 +228,13 @@ def described(
         else:
             given.append(call.value(leaf))
     held += leaves
-    call.key = tuple(modules), str(spec), tuple(given)
+    call.key = tuple(kinds), str(spec), tuple(given)
     hash(call.key)
     return call
 
 
-def _number_of(layer: nn.Module) -> int | None:
-    found = {v for m in layer.modules() for k, v in vars(m).items() if k in _NUMBERS and type(v) is int}
+def _number_of(modules: Iterable[nn.Module]) -> int | None:
+    found = {v for m in modules for k, v in vars(m).items() if k in _NUMBERS and type(v) is int}
     if len(found) > 1:
         raise Unknown
     return next(iter(found), None)

@@ -11,6 +11,7 @@ with the layer's number, such as `1 / (layer + 1)`; `Number` records such uses.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from peftfx.graph.capturing.layer_kinds import LayerCall, Unknown, described, layers_of, numbered
+from peftfx.graph.capturing.layer_kinds import LayerCall, ModulesOf, Unknown, described, layers_of, numbered
 from peftfx.telling import tell_share
 
 _Forward = Callable[..., object]
@@ -32,9 +33,15 @@ _TRIALS = 4  #: the most layers of a kind that are traced to find two equal laye
 
 
 @contextmanager
-def stamped(model: nn.Module) -> Iterator[None]:
-    """Trace two layers of each kind in this thread's captures of `model`, and copy the others, inside the context."""
-    stamper = _Stamper(layers_of(model))
+def stamped(model: nn.Module, modules: ModulesOf) -> Iterator[None]:
+    """Trace two layers of each kind in this thread's captures of `model`, and copy the others, inside the context.
+
+    Args:
+        model: the model that is captured.
+        modules: a function that gives the modules of a layer that tell its kind. What adapters have put beside the
+            base's own modules does not run in a capture of the base, and differs from layer to layer: it is left out.
+    """
+    stamper = _Stamper(layers_of(model), modules)
     with ExitStack() as stack:
         for kind in {type(layer) for layer in stamper.layers.values()}:
             stack.enter_context(_replaced(kind, stamper))
@@ -100,6 +107,7 @@ class _Stamper:
     """Runs layers when the model calls them. Modules are identified by their attributes, as torch may show proxies."""
 
     layers: Mapping[int, nn.Module]
+    modules: ModulesOf
     kinds: dict[object, _Kind] = field(default_factory=dict)
     held: list[object] = field(default_factory=list)  #: objects whose id is in a key, kept alive
     thread: int = field(default_factory=threading.get_ident)
@@ -123,7 +131,7 @@ class _Stamper:
         try:
             if key != path:  # the layer runs again
                 raise Unknown
-            call = described(layer, args, kwargs, lambda tensor: _node(tracer, tensor), self.held)
+            call = described(layer, args, kwargs, lambda tensor: _node(tracer, tensor), self.held, self.modules)
             kind = self.kinds.setdefault(call.key, _Kind())
         except Unknown:
             return original(module, *args, **kwargs)
@@ -133,7 +141,8 @@ class _Stamper:
             return original(module, *args, **kwargs)
         kind.left -= 1
         before = kind.traced
-        result, kind.traced = _trace(tracer, layer, call, path, lambda: original(module, *args, **kwargs))
+        run = functools.partial(original, module, *args, **kwargs)
+        result, kind.traced = _trace(tracer, layer, call, path, run, self.modules)
         kind.ready = before is not None and kind.traced is not None and before.text == kind.traced.text
         if kind.traced is None:
             kind.left = 0
@@ -146,12 +155,12 @@ def _node(tracer: Any, tensor: Tensor) -> fx.Node | None:
 
 
 def _trace(
-    tracer: Any, layer: nn.Module, call: LayerCall, path: str, run: Callable[[], object]
+    tracer: Any, layer: nn.Module, call: LayerCall, path: str, run: Callable[[], object], modules: ModulesOf
 ) -> tuple[object, _Traced | None]:
     """Run a layer, and return its result and what it left in the graph; None if copied nodes would not be enough."""
     last, counts = tracer.graph._root.prev, dict(tracer.num_calls)
-    with numbered(layer) as numbers:
-        held = call.held(layer)
+    with numbered(layer, modules) as numbers:
+        held = call.held(layer, modules)
         result = run()
         try:
             changes = call.changes(held)

@@ -163,9 +163,11 @@ class Graphs:
             evaluate(found)  # the adapters may have changed
         return found
 
-    def keep(self, graph: Graph, inputs: Mapping[str, object]) -> None:
+    def keep(self, graph: Graph, inputs: Mapping[str, object], view: View | None = None) -> None:
         """Cache a graph that was captured, with these inputs, from the base in its present state."""
-        self._known(inputs, None, None).append(graph)
+        if view is not None:
+            self._views[view.name] = view
+        self._known(inputs, None, view).append(graph)
 
     def derived(self, captured: Graph, names: Sequence[str], *more: Pass) -> Graph:
         """Return a captured graph with the adapters of these names inserted in order, after the passes `more`."""
