@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peftfx.bases.config_fields import length_of
 from peftfx.views.decode import PAST, PRESENT, Decode
 
 GENAI_CONFIG = "genai_config.json"
-#: The fields of configs that say how many tokens a model can hold. A model without such a field has no limit of its
-#: own.
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
 _UNLIMITED = 2048
 
 
@@ -73,8 +71,7 @@ def write_genai_config(directory: Path, config: Any, view: Decode, ahead: int = 
 
 def context_length(config: Any) -> int:
     """Return how many tokens a model can hold, by its `config`."""
-    lengths = (getattr(config, name, None) for name in _LENGTHS)
-    return next((length for length in lengths if isinstance(length, int)), _UNLIMITED)
+    return length_of(config) or _UNLIMITED
 
 
 def _tokens(config: Any, text: Any) -> dict[str, object]:

@@ -6,8 +6,9 @@ capture, the search for sites, or the loading of an adapter lost.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class EagerReference:
             output = self._call(base, adapters, feed)
         self.named |= state.named
         self.seen |= state.seen
-        _refuse_lost(adapters, self.seen)
+        _refuse_lost(adapters, self.seen - self._spared(base, adapters, feed, output))
         idle = {path for path in state.named - self.seen - self.read_elsewhere if _has_weight(base, path)}
         if idle:  # if code reads the weight of a module that does not run, the code has to read the adapted weight
             self.read_elsewhere |= idle
@@ -78,6 +79,17 @@ class EagerReference:
                 self.seen |= idle
             output = again
         return output
+
+    def _spared(
+        self, base: nn.Module, adapters: Sequence[Adapter], feed: Mapping[str, Tensor], output: Tensors
+    ) -> set[str]:
+        """The modules whose tensors were left out, if other outputs of theirs do not change the model's."""
+        left = {path for adapter in adapters for path in adapter.unread & self.seen}
+        if not left:
+            return set()
+        with applied(base, adapters, self.read_elsewhere, feed), _stirred(base, left):
+            again = self._call(base, adapters, feed)
+        return left if all(_equal(again.get(name), value) for name, value in output.items()) else set()
 
     def _call(self, base: nn.Module, adapters: Sequence[Adapter], feed: Mapping[str, Tensor]) -> Tensors:
         entry, hole = _prompt(self.adapted, adapters)
@@ -97,6 +109,21 @@ class EagerReference:
         result = base(**call) if entry is None or hole is None else entry(forward, base, hole, call)
         named = zip(leaf_names(result), pytree.tree_leaves(result), strict=True)
         return {name: value for name, value in named if isinstance(value, Tensor)}
+
+
+@contextlib.contextmanager
+def _stirred(base: nn.Module, paths: Collection[str]) -> Iterator[None]:
+    """Inside, the modules at these paths give other numbers than they compute."""
+
+    def stir(module: nn.Module, args: object, output: object) -> object:
+        return pytree.tree_map_only(Tensor, lambda t: t + 1 if t.is_floating_point() else t, output)
+
+    handles = [base.get_submodule(path).register_forward_hook(stir) for path in paths]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _refuse_state(kind: str, paths: Sequence[str], first: Tensors, second: Tensors) -> None:

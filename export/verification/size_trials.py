@@ -7,9 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from peftfx.bases.config_fields import length_of
 from peftfx.export.verification.comparison import Shown
 from peftfx.export.verification.probes import case_of, eager_forward, eager_view, is_large, tensors_in
 from peftfx.export.verification.sizes import Eager, Make, Sizes, Trial, find_sizes
+from peftfx.graph.contexts import unchanged
 from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import nested
@@ -32,7 +34,7 @@ def _of_forward(adapted: AdaptedModel, example: Mapping[str, object]) -> Trial:
     graph = adapted.graphs.captured(example, adapted.entry())
 
     def eager(case: dict[str, Tensor]) -> list[Tensor]:
-        with without_cache(adapted.base), torch.no_grad():
+        with unchanged(adapted.base), without_cache(adapted.base), torch.no_grad():
             return tensors_in(eager_forward(adapted, nested(case, example)))
 
     def make(sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -46,7 +48,7 @@ def _of_view(adapted: AdaptedModel, view: View) -> Trial:
     graph = adapted.graphs.captured(seen.inputs(adapted.base), entry, seen)
 
     def eager(case: dict[str, Tensor]) -> list[Tensor]:
-        with without_cache(adapted.base), torch.no_grad():
+        with unchanged(adapted.base), without_cache(adapted.base), torch.no_grad():
             return list(eager_view(seen, entry, adapted.base, case).values())
 
     def make(sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -57,4 +59,5 @@ def _of_view(adapted: AdaptedModel, view: View) -> Trial:
 
 def _trial(adapted: AdaptedModel, graph: Graph, make: Make, eager: Eager, shown: Shown) -> Trial:
     usual = {**graph.sizes, "batch": 1} if is_large(adapted.base) else graph.sizes
-    return Trial(graph, make, eager, shown, usual, sum(p.numel() for p in adapted.base.parameters()))
+    parameters, config = sum(p.numel() for p in adapted.base.parameters()), getattr(adapted.base, "config", None)
+    return Trial(graph, make, eager, shown, usual, parameters, length_of(config))

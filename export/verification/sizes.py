@@ -22,6 +22,8 @@ Eager = Callable[[_Case], Sequence[Tensor]]
 _REFUSED = "the model takes no other"
 BRANCHES = "beyond, the model computes something else"
 UNTRIED = "what is beyond is too large to be tried here"
+LONGER = "the model is made for no more tokens"
+_TOKENS = frozenset({"sequence", "decoder_sequence", "past", "total"})  #: axes that run along texts
 _SAME, _UNREACHED = "same", "no such call can be made"
 #: The most tokens (rows, pixels) of a tried call; the most tokens times parameters; and the fewest tokens, for a large
 #: model.
@@ -72,6 +74,7 @@ class Trial:
         shown: selects what to compare of an output, given its name, the inputs and its value.
         usual: the sizes of all other axes in a call.
         parameters: the number of the model's parameters.
+        longest: the number of tokens that the model is made for, by its config.
     """
 
     graph: Graph
@@ -80,11 +83,19 @@ class Trial:
     shown: Callable[[str, _Case, Tensor], Tensor]
     usual: Sized
     parameters: int
+    longest: int | None = None
 
     def is_of_images(self, condition: Condition) -> bool:
         """Say whether a condition is only on the sizes of images. A model is made for one size of images."""
         images = [spec.shape[2:] for spec in self.graph.inputs if len(spec.shape) > 3 and spec.dtype.is_floating_point]
         return bool(condition.axes) and set(condition.axes) <= {axis for shape in images for axis in shape}
+
+    def is_of_long_texts(self, condition: Condition) -> bool:
+        """Whether a condition holds for every text that the model is made for, what is past counted in."""
+        if self.longest is None or not condition.axes or not set(condition.axes) <= _TOKENS:
+            return False
+        texts = (s for s in condition.tried() if s.get("past", 0) + max(s.values()) <= self.longest)
+        return all(map(condition.met, texts))
 
     def tells(self, condition: Condition, sizes: Sized) -> bool:
         """Say whether a wrong answer at these sizes is due to this condition: conditions on other axes hold there."""
@@ -144,7 +155,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
     """Try every condition of a graph on its other side: does the model take such sizes, and is the graph right there?
 
     A condition that makes no difference is dropped. A condition that divides the sizes that the model takes is refused;
-    if it is on the sizes of images, it is only reported.
+    if it is on the sizes of images, or holds for all texts that the model is made for, it is only reported.
 
     Raises:
         PeftfxError: the graph is right on one side of a branch in the model's code, and the model takes the other;
@@ -166,6 +177,8 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
                 known[key] = trial.answer(case)
             answers.append(_UNREACHED if case is None else known[key])
         why = _verdict(answers)
+        if why == BRANCHES and trial.is_of_long_texts(condition):
+            why = LONGER
         if why == BRANCHES and not allow_fixed and not trial.is_of_images(condition):
             hint = (
                 "export with inputs=... of the sizes you will serve and --allow-fixed (allow_fixed=True), or rewrite it"

@@ -24,12 +24,16 @@ class Account:
     Attributes:
         taken: for each tensor that the adapter took, the dotted name under which the adapter keeps the tensor.
         repeats: the tensors that only repeat a tensor of the base or another tensor of the file.
-        unused: the tensors of modules that never run. They change nothing, and are saved again unchanged.
+        unused: the tensors of modules that never run, or that are `unread`. They change nothing, and are saved again
+            unchanged.
+        unread: the paths of modules that ran in the call with which the file was loaded, but whose results did not
+            reach an output of the call.
     """
 
     taken: Mapping[str, str]
     repeats: tuple[str, ...]
     unused: Mapping[str, Tensor]
+    unread: frozenset[str] = frozenset()
 
 
 class Holder(nn.Module):
@@ -213,6 +217,11 @@ class Adapter(Holder):
             self.accounts[first + number] = dataclasses.replace(account, taken=taken)
         for name, value in other.tensors():
             self.put(moved.get(name, name), value.detach(), trained=name in trained)
+
+    @property
+    def unread(self) -> frozenset[str]:
+        """The paths of modules whose tensors were left out: the call it was loaded in used nothing of theirs."""
+        return frozenset[str]().union(*(account.unread for account in self.accounts.values()))
 
     def gathered(self) -> Adapter:
         """Return the adapter with whole tensors: tensors that are sharded over processes are gathered one by one."""

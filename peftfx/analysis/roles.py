@@ -73,12 +73,12 @@ def find_sites(graph: Graph) -> Sites:
     sites = [*weighted, *_attention_sites(analysis), *find_norms(graph, analysis.flows)]
     nodes = {node.name: order[node] for node in order}
     ordered = tuple(sorted(sites, key=lambda site: nodes[site.calls[0].op]))
-    called = called_modules(graph)
+    called = called_modules(graph.module)
     elsewhere = run_elsewhere(graph.base, called)
     others = {name for names in elsewhere.values() for name in names}
     ordered = tuple(site for site in ordered if site.path not in others)
     reads, unlike = parameter_reads(graph, ordered), passed_by(graph, ordered)
-    return Sites(ordered, called, reads, elsewhere, unlike, find_links(graph, ordered))
+    return Sites(ordered, called, frozenset(), reads, elsewhere, unlike, find_links(graph, ordered))
 
 
 def _analyse(graph: Graph) -> Analysis:

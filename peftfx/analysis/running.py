@@ -29,10 +29,10 @@ _HOOKED = "its hooks change what goes in or out: here of the adapted layer, in H
 _FUSED = "in eval mode torch's encoder layer reads its weights past HF PEFT's layer, until it is merged"
 
 
-def called_modules(graph: Graph) -> frozenset[str]:
-    """Return the paths of the modules that a graph calls, and of their parents."""
+def called_modules(module: fx.GraphModule) -> frozenset[str]:
+    """Return the paths of the modules that a captured program calls, and of their parents."""
     paths: set[str] = set()
-    for node in _all_nodes(graph.module):
+    for node in _all_nodes(module):
         for entry in (node.meta.get("nn_module_stack") or {}).values():
             path = entry[0].partition("@")[0]
             if path.partition(".")[0] == BASE:

@@ -2,9 +2,10 @@
 
 A capture shows what one call runs, but not what another call might run. The proof is by names. From the `forward` of
 each of the model's classes, every function that the code names in the model's own files is followed, and the attribute
-names that these functions read are collected. A module whose name is not collected is read only by other code. An
-example is T5's `shared`: it gives its weight to the embeddings of encoder and decoder when they are built, and is never
-called.
+names that these functions read are collected. If a function puts a name together, as in `getattr(self, self.prefix)`,
+the texts in its code, and in the attributes that it reads, are collected too. A module whose name is not collected is
+read only by other code. An example is T5's `shared`: it gives its weight to the embeddings of encoder and decoder when
+they are built, and is never called.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from peftfx.bases.guests import own_class, own_modules
 
 #: Names by which code reaches submodules without naming them. For code that reads one of these there is no proof.
 _WALKS = frozenset({"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "__dict__"})
-#: Libraries whose code knows no model's attributes by name, and the prefix of the modules in them that are models.
-_GENERAL, _MODELS = ("torch", "numpy", "builtins", "transformers", "typing", "enum"), "transformers.models."
+#: Libraries whose code knows no model's attributes by name, and the prefixes of the modules in them that are models.
+_GENERAL = ("torch", "numpy", "builtins", "transformers", "typing", "enum")
+_MODELS = ("transformers.models.", "transformers.modeling_layers")
 
 
 def is_unreached(base: nn.Module, path: str) -> bool:
@@ -72,12 +74,17 @@ def _read_by_calls(base: nn.Module) -> _Names:
     hooks = [h for m in modules for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     if any(not isinstance(h, (FunctionType, MethodType)) for h in hooks):
         raise _Unknown
-    return _names_of(tuple(dict.fromkeys(own_class(m) for m in modules)), (*own, *hooks))
+    told = frozenset((n, text) for m in modules for n, text in vars(m).items() if isinstance(text, str))
+    return _names_of(tuple(dict.fromkeys(own_class(m) for m in modules)), (*own, *hooks), told)
 
 
 @functools.lru_cache(maxsize=8)
-def _names_of(classes: tuple[type[nn.Module], ...], more: tuple[object, ...]) -> _Names:
+def _names_of(
+    classes: tuple[type[nn.Module], ...], more: tuple[object, ...], told: frozenset[tuple[str, str]]
+) -> _Names:
     members = _members(classes)
+    for name, text in sorted(told):
+        members.setdefault(name, []).append(text)
     read, pieces, seen = set[str](), set[str](), set[int]()
     roots = [*(cls.forward for cls in classes), *more]
     todo = [f for root in roots for f in _functions(root)]
@@ -87,6 +94,7 @@ def _names_of(classes: tuple[type[nn.Module], ...], more: tuple[object, ...]) ->
             continue
         seen.add(id(function.__code__))
         names, texts = set(_names_in(function.__code__)), set(_texts_in(function.__code__))
+        texts |= {text for name in names for text in members.get(name, ()) if isinstance(text, str) and text}
         computed = bool(names & {"getattr", "attrgetter", "__getattr__"})
         if names & _WALKS or (computed and not texts):
             raise _Unknown

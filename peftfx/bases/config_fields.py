@@ -25,6 +25,20 @@ def number_of(config: object, name: str, default: int) -> int:
     return value if isinstance(value, int) else default
 
 
+#: Fields that say how many tokens a model can hold; one without any has no limit of its own.
+_LENGTHS = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length"),
+    "max_target_positions",
+)
+
+
+def length_of(config: object) -> int | None:
+    """How many tokens the model of this config is made for; `None` where it does not say."""
+    get = getattr(config, "get_text_config", None)
+    value = first_of(config if get is None else get(decoder=True), *_LENGTHS)
+    return value if isinstance(value, int) and value > 0 else None
+
+
 def special_tokens(config: object) -> Iterator[int]:
     """Yield the tokens for which the config, or one of its parts, has a field."""
     seen: dict[int, object] = {}

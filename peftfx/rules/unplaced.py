@@ -111,6 +111,8 @@ def why_no_place(path: str, base: nn.Module, sites: Sites, kinds: Collection[str
         return f"it is of kind {kind} here, and the method acts on {', '.join(sorted(kinds))}"
     if reads:
         return f"the model runs it, but not as a layer that can be adapted: {reads}"
+    if path in sites.unread:
+        return "the model runs it, and uses nothing of what it computes in this call"
     if path in sites.called:
         return "the model runs it, but its code applies no weight of its own that can be adapted"
     return "this call does not run it: pass inputs= of a call that does"

@@ -31,6 +31,7 @@ class Sites(Sequence[Site]):
     Attributes:
         items: the sites.
         called: the paths of all modules that the graph calls, sites or not.
+        unread: the paths of the modules that the call ran, but whose results reach none of its outputs.
         reads: for each module that is not a site, but has parameters that the graph reads: what reads them.
         elsewhere: for each site whose module the graph also runs in other places: their names. No adapter acts there.
         passed_by: for each site where HF PEFT's layer would act differently from an adapter of the weight's operation:
@@ -41,6 +42,7 @@ class Sites(Sequence[Site]):
 
     items: tuple[Site, ...] = ()
     called: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    unread: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     reads: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
     passed_by: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)

@@ -7,6 +7,7 @@ example and of the model cost nothing, and a module built under `FakeTensorMode`
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from peftfx.analysis.no_grad_regions import inline_no_grad
 from peftfx.analysis.roles import find_sites
+from peftfx.analysis.running import called_modules
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError, first_line
@@ -227,6 +229,7 @@ def _as_graph(
             node.target = f"{CONSTANTS}.{name}"
         if node.target in _ASSERTIONS:
             graph.erase_node(node)
+    ran = called_modules(module)
     graph.eliminate_dead_code()
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     specs, sizes = [], {}
@@ -249,7 +252,9 @@ def _as_graph(
     result = Graph(linked, tuple(specs), out_spec, sizes, model.training, None, conditions=conditions)  # type: ignore[arg-type]
     refuse_written(result)
     tell_share("sites", 0.9)
-    result.sites = with_patterns(result, find_sites(result))
+    sites = find_sites(result)
+    sites = dataclasses.replace(sites, unread=ran - sites.called - sites.reads.keys())
+    result.sites = with_patterns(result, sites)
     return result
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,10 +45,12 @@ class Decode:
     Attributes:
         layers: what each layer of the model's cache holds.
         positions: whether the model takes `position_ids`. Other models compute positions from the mask or the past.
+        new_mask: whether the model takes a mask of the call's own tokens, without those of the past.
     """
 
     layers: tuple[Held, ...]
     positions: bool
+    new_mask: bool = field(default=False, kw_only=True)
     name = "decode"
 
     @property
@@ -143,6 +145,11 @@ class Decode:
         return any(tensor.along is None for tensor in kept_by(self.layers))
 
     def _run(self, base: nn.Module, given: Mapping[str, object], cache: DynamicCache) -> dict[str, Tensor]:
+        if self.new_mask:
+            mask, text = given["attention_mask"], given["input_ids"]
+            assert isinstance(mask, Tensor)
+            assert isinstance(text, Tensor)
+            given = {**given, "attention_mask": mask[:, mask.shape[1] - text.shape[1] :]}
         output = base(**given, cache=cache, use_cache=True)
         return {"logits": output.logits, **dict(zip(self.present_names, held(cache), strict=True))}
 
@@ -202,8 +209,19 @@ def decode_view(base: nn.Module) -> Decode:
         except Exception as error:
             what = f"the model does not run with a plain key/value cache: {first_line(error)}"
             raise PeftfxError(what, type(base).__name__, "use the forward view") from error
-    layers = layers_in(cache) if held(cache) else ()
+        layers = layers_in(cache) if held(cache) else ()
+        new_mask = all(tensor.along is None for tensor in kept_by(layers)) and not _runs(base, given, cache, past=3)
     if not layers:
         what = "the model leaves its key/value cache empty: it has no decode view"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
-    return Decode(layers, "position_ids" in accepted)
+    return Decode(layers, "position_ids" in accepted, new_mask=new_mask)
+
+
+def _runs(base: nn.Module, given: Mapping[str, Tensor], cache: DynamicCache, past: int) -> bool:
+    """Whether the model goes on behind so many tokens with a mask that tells of these too."""
+    mask = torch.cat([given["attention_mask"][:, :past], given["attention_mask"]], dim=1)
+    try:
+        base(**{**given, "attention_mask": mask}, cache=cache, use_cache=True)
+    except Exception:  # whatever the model's code raises where two sizes differ
+        return False
+    return True

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
 from peftfx.graph.contexts import evaluating, fake_mode_of, unchanged
@@ -19,7 +20,9 @@ from peftfx.views.view import without_cache
 def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Put `base` into eval mode on fake tensors, and yield the function that makes a tensor fake."""
     found = fake_mode_of(base)
-    mode = found if isinstance(found, FakeTensorMode) else FakeTensorMode(allow_non_fake_inputs=True)
+    env = ShapeEnv()  # in which code may ask for the number in a tensor, and gets one that is not known
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=env, static_shapes=True)
+    mode = found if isinstance(found, FakeTensorMode) else mode
     with (
         unchanged(base),
         faked(base),

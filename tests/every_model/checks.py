@@ -78,7 +78,10 @@ def build(task: str, model_type: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         kind = getattr(hf, name)
-        model: nn.Module = kind(tiny_config(model_type, kind, **more))
+        config = tiny_config(model_type, kind, **more)
+        if task == "text-classification":  # of a batch, the last token that is no padding is classified
+            config.get_text_config().pad_token_id = config.pad_token_id = config.get_text_config().pad_token_id or 1
+        model: nn.Module = kind(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():
@@ -129,6 +132,8 @@ def _built(task: str, model_type: str) -> nn.Module:
 def _adapted_by_peft(base: nn.Module, task: str, model_type: str, directory: Path) -> nn.Module:
     run = _run(base)
     targets = [n for n, m in run.items() if isinstance(m, (nn.Linear, hf.pytorch_utils.Conv1D))]
+    if task == "text-classification":  # `peft` trains copies of these
+        targets = [n for n in targets if not n.endswith(("classifier", "score"))]
     convs = [n for n, m in run.items() if isinstance(m, nn.Conv2d) and m.groups == 1]
     try:
         try:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     SiglipVisionConfig,
     SiglipVisionModel,
     T5Config,
@@ -25,6 +27,8 @@ from transformers import (
 
 import peftfx
 from peftfx import PeftfxError
+from peftfx.analysis.unreached import is_unreached
+from peftfx.export.verification.comparison import VerificationError
 
 SIZE = 8
 
@@ -254,3 +258,49 @@ def test_the_pooling_head_of_siglip_is_refused_by_name_or_told_to_be_idle(tmp_pa
     want = theirs(pixel_values=inputs).pooler_output
     assert (want - base(pixel_values=inputs).pooler_output).abs().max() > 1e-2
     torch.testing.assert_close(ours(pixel_values=inputs).pooler_output, want)
+
+
+class Pooling(nn.Module):
+    """A model that always pools, and returns what is pooled where it is asked for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.pooler = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor, pooled: bool = False) -> Tensor:
+        hidden = self.body(x)
+        found = self.pooler(hidden).tanh()
+        return found if pooled else hidden
+
+
+def test_what_a_call_runs_and_uses_nothing_of_is_told_and_saved_again(tmp_path: Path) -> None:
+    base, x = Pooling().eval(), torch.randn(3, SIZE)
+    theirs = saved(base, tmp_path / "theirs", "body", "pooler")
+    with pytest.warns(UserWarning, match=r"this call uses nothing of the modules of .*pooler"):
+        ours = peftfx.load(base, tmp_path / "theirs", inputs={"x": x})
+    torch.testing.assert_close(ours(x=x), theirs(x=x))
+    ours.export(tmp_path / "out")
+    ours.save_pretrained(tmp_path / "ours")
+    want, got = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[key], got[key]) for key in want)
+    with pytest.raises(PeftfxError, match=r"this call uses what 1 modules compute.*pooler"):
+        ours(x=x, pooled=True)
+
+
+def test_tensors_left_out_of_a_module_whose_output_counts_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base, x = Pooling().eval(), torch.randn(3, SIZE)
+    saved(base, tmp_path / "theirs", "body", "pooler")
+    with pytest.warns(UserWarning, match="uses nothing"):
+        ours = peftfx.load(base, tmp_path / "theirs", inputs={"x": x})
+    monkeypatch.setattr(Pooling, "forward", lambda self, x: (h := self.body(x)) + self.pooler(h))
+    with pytest.raises(VerificationError, match=r"nothing was done at.*pooler"):
+        ours.export(tmp_path / "out")
+
+
+def test_a_module_that_code_reaches_by_the_text_of_an_attribute_may_run() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = LlamaForSequenceClassification(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    assert not is_unreached(model, "model.layers.0.mlp.up_proj")

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+import transformers
 from support.zoo import ZOO
 from torch import Tensor, nn
 
@@ -121,6 +122,28 @@ def test_an_export_that_is_allowed_to_be_fixed_says_for_which_sizes_it_is_right(
     tried = {shapes["x"][1] for shapes in report.probes}
     assert tried >= {5, 8}
     assert max(tried) == 8
+
+
+class Tabled(nn.Module):
+    """Ids of a text, embedded, and code that computes something else for texts of more than 8."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.config = transformers.PreTrainedConfig(max_position_embeddings=longest)
+        self.layer = nn.Embedding(16, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        y: Tensor = self.layer(input_ids)
+        return y * 3 if input_ids.shape[1] > 8 else y
+
+
+def test_what_a_model_computes_for_longer_texts_than_it_is_made_for_is_said_and_not_refused(tmp_path: Path) -> None:
+    given = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
+    report = export_onnx(Tabled(8).eval(), tmp_path / "out", inputs=given)
+    assert report.sizes == ["sequence <= 8 (the model is made for no more tokens)"]
+    assert max(shapes["input_ids"][1] for shapes in report.probes) == 8
+    with pytest.raises(PeftfxError, match=r"right only where sequence <= 8"):
+        export_onnx(Tabled(9).eval(), tmp_path / "other", inputs=given)
 
 
 def test_a_branch_that_changes_nothing_is_no_limit_and_both_sides_are_verified(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The use of each tensor of an adapter's file: every tensor is accounted for, or the file is refused.
 
 A tensor is *taken* into the adapter; or it is a *repeat* of a tensor of the base or of the file; or it is *unused*: the
-tensor of a module that provably never runs, and so changes nothing in HF PEFT either. Unused tensors are kept, and
-saved again.
+tensor of a module that provably never runs, or whose results reach no output of this call. Such a tensor changes
+nothing in HF PEFT either. Unused tensors are kept, and saved again.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _equal(value: Tensor, other: Tensor) -> bool:
 
 
 def unused(names: Collection[str], marks: Collection[str], base: nn.Module, sites: Sites) -> set[str]:
-    """Return the names of tensors that belong to a module that no call of the base runs."""
+    """Return the names of tensors whose module no call runs, or whose module's results reach no output of this call."""
     paths = {name: module_of(name, marks) for name in names}
-    idle = {path for path in set(paths.values()) if path not in names and never_runs(path, base, sites)}
+    unread = sites.unread
+    idle = {p for p in set(paths.values()) if p not in names and (p in unread or never_runs(p, base, sites))}
     return {name for name, path in paths.items() if path in idle}

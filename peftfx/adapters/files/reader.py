@@ -147,9 +147,12 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     again |= names - weights.names.keys()
     instead = take_over(adapter)
     wanted = {name: instead.get(key, key) for name, key in wanted.items()}
-    adapter.accounts[0] = Account(wanted, tuple(sorted(again)), {n: weights[n] for n in sorted(idle)})
+    unread = sites.unread & {module_of(name, marks) for name in idle}
+    adapter.accounts[0] = Account(wanted, tuple(sorted(again)), {n: weights[n] for n in sorted(idle)}, unread)
     adapter.named = named_modules(names, base)
-    _tell_unused(idle, directory)
+    passed = {name for name in idle if module_of(name, marks) in unread}
+    _tell_unused(idle - passed, directory, "no call of the model runs")
+    _tell_unused(passed, directory, "this call uses nothing of")
     return adapter
 
 
@@ -168,11 +171,11 @@ def _(method: SequenceMethod, weights: Weights, base: nn.Module, sites: Sites, c
     return adapter
 
 
-def _tell_unused(names: Collection[str], where: Path) -> None:
+def _tell_unused(names: Collection[str], where: Path, why: str) -> None:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         warn(
-            f"{where}: no call of the model runs the modules of {', '.join(sorted(names)[:3])}{more}; these tensors "
+            f"{where}: {why} the modules of {', '.join(sorted(names)[:3])}{more}; these tensors "
             "change nothing, here and in HF PEFT. They are kept, and saved again"
         )
 

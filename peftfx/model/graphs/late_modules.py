@@ -14,7 +14,7 @@ from peftfx.sites.sites import Sites
 
 
 def refuse_late(base: nn.Module, adapter: Adapter, sites: Sites) -> None:
-    """Refuse a call that runs modules which an adapter's rules pick but which have none of its parameters.
+    """Refuse a call that uses modules which an adapter's rules or its file name but which have none of its parameters.
 
     Args:
         base: the base of the adapter.
@@ -24,6 +24,12 @@ def refuse_late(base: nn.Module, adapter: Adapter, sites: Sites) -> None:
     Raises:
         PeftfxError: there are such modules.
     """
+    if read := sorted(adapter.unread & {*sites.reads, *(site.path for site in sites)}):
+        what = (
+            f"this call uses what {len(read)} modules compute whose tensors were left out: no call had used any of it"
+        )
+        hint = "load the adapter with inputs= of a call that uses them"
+        raise PeftfxError(what, ", ".join(read[:4]), hint)
     late = {site.path for site in sites} - adapter.ran if adapter.ran else ()
     if not late:
         return
@@ -41,6 +47,8 @@ def may_run_late(base: nn.Module, adapter: Adapter, sites: Sites) -> str:
     is not empty must not take it. The text is empty if every module with parameters has run or provably cannot run, or
     if no rule picks by role.
     """
+    if unread := adapter.unread:
+        return f"{min(unread)}: the call that the adapter was loaded with uses nothing of it, and another call may"
     by_role = any(rule.targeted and rule.target_modules is None for rule in adapter.rules)
     if not adapter.ran or not by_role:
         return ""

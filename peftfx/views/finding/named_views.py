@@ -42,4 +42,4 @@ def _decode(base: nn.Module) -> Decode:
         images = find_images(base)
     except PeftfxError:
         return view  # for text only; the export warns of it
-    return DecodeWithImages(view.layers, view.positions, images)
+    return DecodeWithImages(view.layers, view.positions, images, new_mask=view.new_mask)
