@@ -117,7 +117,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         self._each(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
+        """Repeat each row `repeats` times."""
         self._each(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -142,7 +142,7 @@ class StateAndAttentionLayer(StateLayer, DynamicLayer):  # type: ignore[misc]
         DynamicLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
+        """Repeat each row `repeats` times."""
         StateLayer.batch_repeat_interleave(self, repeats)
         DynamicLayer.batch_repeat_interleave(self, repeats)
 

@@ -170,7 +170,7 @@ class Method(ABC):
 
     @property
     def attention_rank(self) -> int | None:
-        """The rank in HF PEFT's files of both projections of torch's attention; None: no file can have them.
+        """The rank of both projections of a torch attention in HF PEFT's files; None if files cannot hold it.
 
         It is read only of methods with `wraps_attention`.
         """

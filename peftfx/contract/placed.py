@@ -36,7 +36,7 @@ class Placements(tuple[Placement, ...]):
 
     @property
     def beside_weights(self) -> tuple[Placement, ...]:
-        """The placements that do not belong into a weight: other families, and unfoldable methods."""
+        """The placements whose effect is not folded into a weight: other families, unfoldable methods."""
         return tuple(placement for placement in self if placement.on_weight is None)
 
     @property

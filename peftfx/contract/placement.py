@@ -53,7 +53,7 @@ class Placement(ABC):
 
     @property
     def on_weight(self) -> WeightPlacement | None:
-        """This placement, if what it does belongs into a weight; else None."""
+        """This placement, if its effect can be folded into a weight; else None."""
         return None
 
     @abstractmethod

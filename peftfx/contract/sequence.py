@@ -82,7 +82,7 @@ class SequenceMethod(Method):
 
     @property
     def splits(self) -> bool:
-        """Whether the saved tensor tells the parameters, so that no other file needs to hold them."""
+        """Whether the saved tensor determines the parameters, so that no other file needs to hold them."""
         return type(self).split is not SequenceMethod.split
 
     @abstractmethod
@@ -99,7 +99,7 @@ class SequenceMethod(Method):
 
     @abstractmethod
     def virtual(self, p: Params, training: bool) -> Tensor:
-        """Return what fills the hole of the method's entry. It has a first axis of rows where rows differ."""
+        """Return the tensor that fills the hole of the method's entry. Its first axis is rows if rows differ."""
 
     @abstractmethod
     def entry(self, base: nn.Module, site: SequenceSite) -> Entry:

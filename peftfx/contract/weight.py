@@ -72,7 +72,7 @@ class WeightMethod(Method):
 
     @property
     def replaces(self) -> bool:
-        """Whether `forward` does not need `y` where no other method acts first: it computes all by itself.
+        """Whether `forward` computes the whole output, without `y`, where no other method acts first.
 
         In a module `y` is not computed then, and is None.
         """

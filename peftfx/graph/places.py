@@ -75,7 +75,7 @@ def name_places(module: fx.GraphModule, base: nn.Module) -> None:
 
 
 def whole_path(path: str, base: nn.Module) -> str:
-    """Return a path through a slice of a list of modules, which code makes as it runs, as the path in the list.
+    """Return the path in the whole list for a path through a slice of a list, which code makes as it runs.
 
     torch.export writes `layers.slice(1, 3, None).0` for the first module of `layers[1:3]`. A slice of a list counts
     from 0 again; a slice of an `nn.Sequential` keeps the names.

@@ -1,4 +1,4 @@
-"""`with_patterns` adds the places where a graph computes what users' patterns compute to its sites."""
+"""`with_patterns` adds the matches of users' patterns to the sites of a graph."""
 
 from __future__ import annotations
 

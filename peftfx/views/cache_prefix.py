@@ -87,7 +87,7 @@ class CachePrefix(Entry):
 
 @dataclass(frozen=True)
 class Prefilled(CachePrefix):
-    """The prefix that virtual tokens leave in the cache. In a causal model it does not depend on the text.
+    """The prefix that virtual tokens leave in the cache. In a causal model the prefix does not depend on the text.
 
     Attributes:
         tokens: the virtual tokens, as an entry of the same view.

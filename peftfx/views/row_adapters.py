@@ -186,7 +186,7 @@ class WithRowAdapters:
         return {**inputs, **self._longer.with_past(base, own, run, seed)}
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
-        """Run the model on inputs of this view. The entry adds what it adds inside the view."""
+        """Run the model on inputs of this view. The entry adds the soft prompts inside the view."""
         given = dict(inputs)
         ids, mask = given.pop(IDS, None), given.get("encoder_attention_mask")
         if isinstance(mask, Tensor) and isinstance(ids, Tensor):

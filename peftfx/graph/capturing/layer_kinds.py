@@ -187,7 +187,7 @@ class LayerCall:
         return found
 
     def change(self, changes: Mapping[str, object]) -> None:
-        """Write what another call put into its caches into the caches of this call."""
+        """Write the changes that another call made to its caches into the caches of this call."""
         for name, value in changes.items():
             place, _, attribute = name.rpartition(".")
             self.places[place][0][attribute] = value
