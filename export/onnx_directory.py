@@ -81,7 +81,8 @@ def export_onnx(
         directory: the directory to write. It appears only when it is complete.
         options: see `peftfx.ExportOptions`. Options can be given by name as well, for example `view="decode"`.
         inputs: keyword arguments of a forward call, needed if peftfx cannot make example inputs for the model.
-        source: where the base was read from. An export with slots keeps it, for those who write adapters for it later.
+        source: the directory that the base was read from. An export with slots records it, and its tokenizer reads a
+            `calibration` text.
         assets: called with the new directory, to put files beside the model.
         progress: called with a line when a stage begins.
         written: called with the bytes of weights written so far, and the total.

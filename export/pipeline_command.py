@@ -128,7 +128,7 @@ def _export(base: Path, output: Path, asked: DirectoryOptions, model: nn.Module,
 
 @contextmanager
 def _adapters(source: Path | None, base: Path, parts: list[str]) -> Iterator[dict[str, Path]]:
-    """Yield HF PEFT directories by the part that each is for. Those made from a single file are temporary.
+    """Yield HF PEFT directories by the part that each is for. Directories made from a single file are temporary.
 
     Raises:
         PeftfxError: the adapter is for none of the parts, or holds something that belongs to no part.

@@ -102,7 +102,7 @@ class Grid:
         return padded[:, ::2] | padded[:, 1::2] << 4
 
     def least(self) -> Tensor:
-        """Return float32 [blocks of the weight, out]: what is subtracted, times the sum of each block's inputs."""
+        """Return the least values, which are subtracted times each block's sum of inputs: float32 [blocks, out]."""
         found = self._read("least")
         assert found.least is not None
         return (found.least - self.centre * found.scales).T.contiguous()

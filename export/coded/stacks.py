@@ -22,7 +22,7 @@ def stack_of(source: object) -> object:
 
 
 def cut_stacks(model: ir.Model, chosen: Callable[[object], bool]) -> None:
-    """Cut stacks [experts, in, out] whose matrices are read by one product each.
+    """Cut stacks [experts, in, out] into matrices if only products read the matrices.
 
     Args:
         model: its graph is changed. A stack that is cut is removed.

@@ -92,7 +92,7 @@ def share_out(
     feeds: Sequence[Tensors],
     schemes: Sequence[Scheme],
 ) -> tuple[Choose, Choose, list[Share]]:
-    """Choose how each weight is rounded within a budget. Return two choices by source, and the roles' shares.
+    """Choose each weight's scheme within a budget. Return this choice, that of weights in no role, and the shares.
 
     Args:
         limit: the most bytes of all weights.

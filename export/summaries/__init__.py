@@ -1,1 +1,1 @@
-"""Summaries without running a model: what a directory holds, how two differ, and what an export would write."""
+"""Summaries without running a model: what a directory holds, how two directories differ, what an export would write."""

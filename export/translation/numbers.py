@@ -14,7 +14,7 @@ _WITHOUT_ONNX = {_aten.erfinv.default, _aten.special_erfinv.default, _aten.speci
 
 
 def compute_numbers(rewriter: Rewriter, graph: Graph) -> None:
-    """Replace such operators by their results if they depend on no input of the model. Works in place."""
+    """Replace operators that ONNX lacks by their results, in place, if they depend on no input of the model."""
     for node in list(graph.nodes()):
         if node.target not in _WITHOUT_ONNX or node.meta["val"].numel() != 1:
             continue

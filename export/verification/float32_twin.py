@@ -42,7 +42,7 @@ def in_bfloat16(model: ir.Model) -> bool:
 
 
 def _widen(model: ir.Model) -> None:
-    """Turn every bfloat16 value into float32, except initializers, which are cast when they are used."""
+    """Turn every bfloat16 value into float32, except initializers (also those that are inputs), which are cast."""
     for value in every_value(model.graph):
         if not value.is_initializer() and value.dtype == ir.DataType.BFLOAT16:
             value.dtype = ir.DataType.FLOAT

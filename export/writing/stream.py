@@ -16,9 +16,11 @@ _BUFFER = 4 << 20
 
 
 class Stream:
-    """A new file. With direct I/O the kernel neither copies nor caches what is written. A model's weights are read
-    later, by other processes, and the copies would cost more than all the arithmetic of a merge. On a file system
-    without direct I/O, writes are ordinary.
+    """A new file that is written once, from front to back, with direct I/O if the file system has it.
+
+    With direct I/O the kernel neither copies nor caches what is written. A model's weights are read later, by other
+    processes, and the copies would cost more than all the arithmetic of a merge. On a file system without direct I/O,
+    writes are ordinary.
 
     Raises:
         OSError: the disk refuses, or is full.

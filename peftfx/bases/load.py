@@ -188,7 +188,7 @@ def _present(model: nn.Module, blank: nn.Module, dtype: Callable[[str], torch.dt
 
 
 def _refuse_random(model: nn.Module, info: Mapping[str, Any], given: Collection[str], directory: Path) -> None:
-    """Refuse a model with weights that transformers initialised, because the files lack them or their shape."""
+    """Refuse a model with weights that transformers initialised, because the files lack them or differ in shape."""
     other = {
         name: f"{name} ({list(have)} in the file, {list(want)} in the model)"
         for name, have, want in info["mismatched_keys"]

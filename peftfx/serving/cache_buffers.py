@@ -19,7 +19,7 @@ class Buffers:
     def room(self, name: str, shape: tuple[int, ...], read: Tensor) -> Tensor:
         """Return memory of this shape, with the dtype of `read` but no memory of `read`. Its contents are arbitrary.
 
-        It stays valid until the second next call with this name.
+        The memory stays valid during the next call with this name. The call after that writes into it.
         """
         pair = self._pairs.setdefault(name, [read.new_empty(0), read.new_empty(0)])
         own = read.untyped_storage().data_ptr()

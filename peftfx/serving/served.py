@@ -107,7 +107,7 @@ class Served:
             raise PeftfxError(what, IDS, hint)
 
     def set_adapter(self, name: str | None) -> None:
-        """Make the loaded adapter `name` active; None means the base. It costs nothing."""
+        """Make the loaded adapter `name` active; None means the base. Switching costs nothing."""
         if name is not None and name not in self.adapters:
             hint = nearest(name, self.adapters) or f"adapters here: {', '.join(self.adapters) or 'none'}"
             raise PeftfxError(f"there is no adapter named {name!r}", name, hint)

@@ -37,7 +37,7 @@ class SentenceModules:
 
     @staticmethod
     def found(directories: Iterable[Path]) -> SentenceModules | None:
-        """Read the first of these directories that has such steps. Return None if none has (or a re-ranker's)."""
+        """Read the first directory with steps of a sentence encoder, not a re-ranker; None if there is none."""
         for directory in directories:
             if is_file(directory / FILE) and _kind(directory) == _KIND:
                 return SentenceModules.read(directory)

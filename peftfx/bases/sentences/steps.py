@@ -109,7 +109,7 @@ class Normalize(nn.Module):
         self.read, self.written = read, written
 
     def forward(self, features: Features) -> Features:
-        """Return the features with the normalised vector, in place of the old vector or besides it."""
+        """Return the features with the normalised vector, in place of the old vector or under a name of its own."""
         return {**features, self.written: functional.normalize(features[self.read], p=2.0, dim=-1)}
 
 

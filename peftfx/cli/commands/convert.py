@@ -27,7 +27,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace what is at the output.")] = False,
     download: Download = False,
 ) -> None:
-    """Write an adapter, the difference of two checkpoints or a single file as a LoRA. Exit codes: as of export."""
+    """Write an adapter, the difference of two checkpoints or a single file as a LoRA. Exit codes: those of `export`."""
     from peftfx.export.convert_command import convert_directory
 
     with quiet():

@@ -21,7 +21,7 @@ def demo(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
 ) -> None:
-    """Fine-tune a real encoder on real text, export it merged, serve it in ONNX Runtime; offline, in minutes."""
+    """Fine-tune a real encoder on real text, export it merged, and run it in ONNX Runtime; offline, in minutes."""
     made = output or Path("peftfx-demo-generate" if generate else "peftfx-demo")
     with (
         contextlib.redirect_stdout(io.StringIO()) if VOICE.as_json or VOICE.quiet else contextlib.nullcontext() as said

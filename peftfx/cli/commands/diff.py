@@ -15,7 +15,7 @@ def diff(
     first: Annotated[Path, typer.Argument(help="Directory of an adapter, or of an export.")],
     second: Annotated[Path, typer.Argument(help="Another of the same kind.")],
 ) -> None:
-    """Print what two adapters or two exports differ in. Exit codes: 0 nothing; 1 something; 2 bad input."""
+    """Print the differences of two adapters or two exports. Exit codes: 0 no difference; 1 differences; 2 bad input."""
     from peftfx.export.summaries.differences import differences
 
     with quiet():

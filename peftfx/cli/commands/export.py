@@ -116,8 +116,8 @@ def export(
 ) -> None:
     """Export a model, with or without an adapter, to ONNX, and check it in ONNX Runtime.
 
-    Writes OUTPUT/model.onnx (and model.onnx.data), the config, tokenizer and processor files, and
-    peftfx_report.json. Exit codes: 0 done; 1 ONNX Runtime and torch disagree, nothing is left; 2 bad input.
+    Writes OUTPUT/model.onnx (and model.onnx.data), the config, tokenizer and processor files, and peftfx_report.json.
+    Exit codes: 0 done; 1 ONNX Runtime and torch disagree, and no output is left; 2 bad input.
     """
     chosen = {
         "adapter": adapter,

@@ -32,9 +32,9 @@ def export_adapter(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     download: Download = False,
 ) -> None:
-    """Write an adapter of any method as an .onnx_adapter file, for a graph that has places for it.
+    """Write an adapter of any method as an .onnx_adapter file, for a graph that has slots.
 
-    Exit codes: as of export.
+    Exit codes: those of `export`.
     """
     base = None if base is None else found_base(base, download=download)
     options = {"base": base, "combination": combination, "check": check, "force": force, "atol": atol, "rtol": rtol}

@@ -15,7 +15,7 @@ from peftfx.cli.words import found_base
 def info(
     path: Annotated[Path, typer.Argument(help="An adapter, an export or a base in a directory, or an .onnx_adapter.")],
 ) -> None:
-    """Print what is in a directory or a file: its rules, tensors, files, and what it was made from."""
+    """Print what a directory or a file holds: its rules, tensors and files, and what it was made from."""
     from peftfx.export.summaries.about import about
 
     with quiet():

@@ -36,7 +36,7 @@ def inspect(
     ] = None,
     download: Download = False,
 ) -> None:
-    """Print where adapters can act: each site's module path, kind, role, layer and shape; or what rules would do."""
+    """Print where adapters can act (each site's module path, kind, role, layer and shape), or what rules would do."""
     import json
 
     check_looks(task, target, rules, drawn=network or graphml is not None)

@@ -45,9 +45,9 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
     download: Download = False,
 ) -> None:
-    """Write a base with an adapter folded in as a transformers directory: for vLLM, llama.cpp's converter and others.
+    """Write a base with an adapter folded in as a transformers directory, for vLLM, llama.cpp's converter and others.
 
-    Weights are made and written one at a time. Exit codes: as of export.
+    Weights are computed and written one at a time. Exit codes: those of `export`.
     """
     chosen = {
         "adapter": adapter,

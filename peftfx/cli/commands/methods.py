@@ -12,7 +12,7 @@ from peftfx.cli.voice import tell
 def methods(
     name: Annotated[str | None, typer.Argument(help="Of one method, as lora: print its options.")] = None,
 ) -> None:
-    """Print the methods, or one method's options: what a rule can say."""
+    """Print the methods that a rule can name, or the options of one method."""
     from peftfx.rules.catalogue import catalogue, describe
     from peftfx.rules.text import method_by_name
 

@@ -14,7 +14,7 @@ def report(
     directories: Annotated[list[Path], typer.Argument(help="Directories of exports; several stand side by side.")],
     html: Annotated[Path, typer.Option(help="File to write the page to.")],
 ) -> None:
-    """Write what exports did as a page: where each tensor went, error by output and size, time, files, fusions."""
+    """Write a page of what exports did: where each tensor went, errors by output and size, time, files, fusions."""
     from peftfx.export.report_page import report_page
 
     report_page(directories).save(html)

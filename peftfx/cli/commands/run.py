@@ -53,7 +53,8 @@ def run(
 ) -> None:
     """Run an exported model in ONNX Runtime: continue, classify, embed or rank texts, label images, transcribe speech.
 
-    Labels and embeddings are printed as JSON, a line for each text or image; texts for a query the best first.
+    Labels and embeddings are printed as JSON, a line for each text or image. With a query, texts are printed the best
+    first.
     """
     asked = Asked(
         directory=model,

@@ -38,7 +38,7 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
     download: Download = False,
 ) -> None:
-    """Train an adapter on a file of rows, by transformers' Trainer, and write it as HF PEFT does.
+    """Train an adapter on a file of rows by transformers' Trainer, and write it in HF PEFT's format.
 
     The losses and a plot of them are in OUTPUT/training. Exit codes: 0 done; 2 bad input.
     """
