@@ -94,6 +94,12 @@ def export_onnx(
         PeftfxError: an option makes no sense, the model cannot be captured or translated, or the directory cannot be
             written.
         VerificationError: ONNX Runtime and torch disagree; no output is left.
+
+    Example:
+        >>> report = peftfx.export_onnx(model, "onnx", view="forward")
+        >>> served = peftfx.runtime.load("onnx")
+        >>> served(input_ids=torch.tensor([[3, 5, 8]]), attention_mask=torch.ones(1, 3, dtype=torch.long)).logits.shape
+        torch.Size([1, 3, 64])
     """
     asked = ExportOptions.of(options, changes)
     adapted = _adapted(model, inputs, asked.view).floating()

@@ -19,6 +19,13 @@ class PeftfxError(Exception):
         what: what is wrong, in one sentence.
         where: the module path, checkpoint key or file that the error is about; empty if there is no single place.
         hint: what to do, with the nearest valid name if there is one.
+
+    Example:
+        >>> try:
+        ...     peftfx.transform(model, peftfx.LoRA(target="atention.query"))
+        ... except peftfx.PeftfxError as error:
+        ...     print(error.what)
+        the target matches no site
     """
 
     exit_code: ClassVar[int] = 2

@@ -90,6 +90,10 @@ def export_adapter(
     Raises:
         PeftfxError: the graph is of another base, or has no slot for something that an adapter does.
         VerificationError: ONNX Runtime and torch disagree; no file is left.
+
+    Example:
+        >>> report = peftfx.export_onnx(model, "graph", slots="attention", view="forward")
+        >>> path = peftfx.export_adapter(peftfx.load(model, "adapter"), "graph", "adapter.onnx_adapter")
     """
     if not isinstance(adapted, AdaptedModel):
         hint = "pass what peftfx.load(model, directory) gives; for directories there is peftfx export-adapter"

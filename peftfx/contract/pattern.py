@@ -27,12 +27,23 @@ from peftfx.sites.site import PATTERN, PatternSite, Site
 class PatternMethod(Method):
     """A method that acts at the matches of a pattern. Its class names the pattern.
 
-        @dataclass(frozen=True, kw_only=True)
-        class Beside(peftfx.PatternMethod):
-            peft_type: ClassVar[str] = "BESIDE"
-            pattern: ClassVar[peftfx.Pattern] = swiglu
-
     By default the method acts at all matches.
+
+    Example:
+        >>> @peftfx.pattern("activation.silu", x="batch length width")
+        ... def silu(x):
+        ...     return F.silu(x)
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Louder(peftfx.PatternMethod):
+        ...     peft_type: ClassVar[str] = "LOUDER"
+        ...     pattern: ClassVar[peftfx.Pattern] = silu
+        ...
+        ...     def init(self, site, like, rng):
+        ...         return {"scale": like.new_ones(site.width)}
+        ...
+        ...     def forward(self, site, x, y, p, training):
+        ...         return y * p["scale"]
+        >>> adapted = peftfx.transform(model, Louder())
     """
 
     pattern: ClassVar[Pattern]

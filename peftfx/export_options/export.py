@@ -60,6 +60,10 @@ class ExportOptions(Checked):
 
     Raises:
         PeftfxError: an option has a wrong type or an unknown value, or two options contradict each other.
+
+    Example:
+        >>> options = peftfx.ExportOptions(view="forward", merge=True)
+        >>> report = peftfx.load(model, "adapter").export("onnx", options)
     """
 
     merge: bool | None = None

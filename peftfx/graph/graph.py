@@ -58,6 +58,11 @@ class Graph:
         sites: the adaptable places, found on the base graph and carried through every rewrite.
         derived: recipes of the weights under `derived.`, by name.
         conditions: statements about the named axes, under which this program computes what the model's code computes.
+
+    Example:
+        >>> graph = peftfx.capture(model)
+        >>> graph.run(torch.tensor([[3, 5, 8]]), torch.ones(1, 3, dtype=torch.long))[0].shape
+        torch.Size([1, 3, 64])
     """
 
     module: fx.GraphModule = field(repr=False)

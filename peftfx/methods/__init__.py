@@ -97,6 +97,14 @@ def register(cls: _M) -> _M:
 
     Raises:
         PeftfxError: the class is half done, or its name is another method's.
+
+    Example:
+        >>> @peftfx.register
+        ... @dataclass(frozen=True, kw_only=True)
+        ... class SmallLoRA(peftfx.LoRA):
+        ...     peft_type: ClassVar[str] = "SMALL_LORA"
+        ...     r: int = 2
+        >>> adapted = peftfx.transform(model, "small_lora@attention.query")
     """
     refuse_incomplete(cls)
     if taken := _taken(cls, methods().values()):

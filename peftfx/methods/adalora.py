@@ -52,6 +52,10 @@ class AdaLoRA(WeightMethod):
         fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (lora_only).
         init_lora_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> rule = peftfx.AdaLoRA(init_r=12, target_r=8, total_step=1000, tinit=100, tfinal=500)
+        >>> adapted = peftfx.transform(model, rule)
     """
 
     target_r: int = 8

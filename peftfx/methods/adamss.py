@@ -45,6 +45,9 @@ class AdaMSS(WeightMethod):
         asa_importance_beta, asa_uncertainty_beta: decay of what is known of how much a cluster matters.
         asa_schedule_exponent: the larger, the sooner they are frozen.
         init_weights: start as the identity; None starts near it.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.AdaMSS(r=16, num_subspaces=2, subspace_rank=1))
     """
 
     r: int = 100

@@ -28,6 +28,9 @@ class BEFT(WeightMethod):
 
     Args:
         init_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.BEFT(target="attention.value"))
     """
 
     init_weights: bool = True

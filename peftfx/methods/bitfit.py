@@ -20,6 +20,9 @@ class BitFit(OverrideMethod):
 
     Args:
         target: the layers whose biases are trained; by default every one that has a tensor named `bias`.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.BitFit())
     """
 
     peft_type: ClassVar[str] = "BITFIT"

@@ -34,6 +34,9 @@ class BOFT(WeightMethod):
         fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (boft_only).
         init_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.BOFT(boft_block_size=4, target="mlp"))
     """
 
     boft_block_size: int = 4

@@ -32,6 +32,9 @@ class C3A(DeltaMethod):
         block_size_pattern: another `block_size` for module paths that match a key.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (c3a_only).
         init_weights: start as the identity (True); else "gaussian", "kaiming_uniform" or "xavier_uniform" (False).
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.C3A(block_size=32, target="mlp"))
     """
 
     block_size: int = 256

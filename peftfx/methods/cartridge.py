@@ -28,6 +28,9 @@ class Cartridge(PrefixMethod):
 
     Args:
         num_frozen_tokens: how many of the virtual tokens stay what they start as.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.Cartridge(num_virtual_tokens=8, num_frozen_tokens=1))
     """
 
     num_frozen_tokens: int = 1

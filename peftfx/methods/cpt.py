@@ -52,6 +52,10 @@ class CPT(PromptMethod):
         opt_loss_decay_factor: from each example to the one before it.
         opt_projection_epsilon, opt_projection_format_epsilon: radii of inputs and of templates, at 2048 features.
         tokenizer_name_or_path: kept for HF PEFT's sake.
+
+    Example:
+        >>> prompt = [5, 6, 7, 8]  # by the tokenizer: an example's input and its label
+        >>> adapted = peftfx.transform(model, peftfx.CPT(cpt_token_ids=prompt, cpt_tokens_type_mask=[1, 2, 3, 4]))
     """
 
     num_virtual_tokens: int = 0

@@ -42,6 +42,9 @@ class DEFT(WeightMethod):
         deft_dropout: dropout on what is put in, in training.
         init_weights: start as the identity, unless `para`; otherwise `R` is random.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (deft_only).
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.DEFT(r=8, target="attention.query"))
     """
 
     r: int = 8

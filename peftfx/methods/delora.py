@@ -39,6 +39,9 @@ class DeLoRA(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (delora_only).
         init_weights: start as the identity; otherwise at random.
         rank_pattern, lambda_pattern: other `r` and `delora_lambda` for module paths that match a key.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.DeLoRA(r=8, delora_lambda=15))
     """
 
     r: int = 8

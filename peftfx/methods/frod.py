@@ -41,6 +41,9 @@ class FRoD(WeightMethod):
         init_weights: start as the identity, as near as the decomposition is; otherwise off it.
         sparse_rate: the share of the entries of `S` that are trained.
         regularization_alpha: of the joint decomposition.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.FRoD(sparse_rate=0.05))
     """
 
     projection_prng_key: int = 0

@@ -32,6 +32,9 @@ class GLoRA(WeightMethod):
         config_D_E: of what multiplies the bias, and of what is added: vector, constant, none.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (glora_only).
         init_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.GLoRA(r=8, config_A_B="vector"))
     """
 
     r: int = 8

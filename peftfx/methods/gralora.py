@@ -38,6 +38,9 @@ class GraLoRA(WeightMethod):
         fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (gralora_only).
         init_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.GraLoRA(r=32, gralora_k=2))
     """
 
     r: int = 32

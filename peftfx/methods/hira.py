@@ -37,6 +37,9 @@ class HiRA(WeightMethod):
         fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
         init_weights: start as the identity: True (Kaiming A, zero B) or "gaussian"; at random: False.
         rank_pattern: another `r` for module paths that match a key.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.HiRA(r=16, target="mlp"))
     """
 
     r: int = 32

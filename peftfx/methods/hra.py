@@ -32,6 +32,9 @@ class HRA(WeightMethod):
         apply_GS: make their vectors orthonormal (Gram-Schmidt).
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (hra_only).
         init_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.HRA(r=8))
     """
 
     r: int = 8

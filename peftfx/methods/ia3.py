@@ -38,6 +38,9 @@ class IA3(WeightMethod):
             the whole path, or a sequence of ends of paths, as in HF PEFT. By default those of role `mlp.down`.
         fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
         init_ia3_weights: start at 1, the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.IA3(target="attention.key | attention.value | mlp.down"))
     """
 
     feedforward_modules: str | Sequence[str] | None = None

@@ -35,6 +35,9 @@ class Lily(WeightMethod):
         num_B: how many `B` all layers share; 2 or more.
         scaling: the factor of the update.
         init_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.Lily(r=8, target="mlp"))
     """
 
     r: int = 32

@@ -38,6 +38,9 @@ class LlamaAdapter(AttentionMethod):
         adapter_layers: how many attentions, counted from the last one that is targeted; by default all of them.
         target_modules: the end of the path of the modules that compute attention, `self_attn` say; by default every
             self-attention.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.LlamaAdapter(adapter_len=10, adapter_layers=1))
     """
 
     adapter_len: int = 10

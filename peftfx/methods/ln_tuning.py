@@ -20,6 +20,9 @@ class LNTuning(OverrideMethod):
 
     Args:
         target_modules: as in HF PEFT, which copies whatever module is named; by default every norm.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.LNTuning())
     """
 
     peft_type: ClassVar[str] = "LN_TUNING"

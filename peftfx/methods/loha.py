@@ -31,6 +31,9 @@ class LoHa(LycorisMethod):
     Args:
         r: rank of each product.
         init_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.LoHa(r=4, alpha=8))
     """
 
     init_weights: bool = True

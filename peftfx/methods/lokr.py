@@ -36,6 +36,9 @@ class LoKr(LycorisMethod):
         decompose_both: let the first factor be cut in two as well.
         decompose_factor: what the sizes are divided by; -1 is near their square roots.
         init_weights: start as the identity, by a zero first factor, or second ("lycoris"); otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.LoKr(r=4, alpha=8, decompose_factor=8))
     """
 
     rank_dropout_scale: bool = False

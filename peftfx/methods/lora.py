@@ -67,6 +67,9 @@ class LoRA(LoraForms):
             a trained diagonal is between the factors. Its losses are the user's to add, as in HF PEFT.
         alora_invocation_tokens: act from the last of these tokens in a row's text on, and not before (aLoRA,
             arXiv:2504.12397). What is ahead is the base's, and so is its cache. Of linear layers in causal models.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.LoRA(r=8, lora_alpha=16, target="attention | mlp"))
     """
 
     r: int = 8

@@ -40,6 +40,9 @@ class MiSS(DeltaMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (MiSS_only).
         init_weights: start as the identity (True), or at random (False); "mini" is a smaller matrix, "bat" one of each
             row of blocks. Both start as the identity.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.MiSS(r=16))
     """
 
     r: int = 64

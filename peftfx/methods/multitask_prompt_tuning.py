@@ -39,6 +39,10 @@ class MultitaskPromptTuning(PromptTuning):
             (AVERAGE_SOURCE_TASKS), one of them (EXACT_SOURCE_TASK), or what they share alone (ONLY_SOURCE_SHARED).
         prompt_tuning_init_state_dict_path: that file, of safetensors.
         prompt_tuning_init_task: the number of the one.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.MultitaskPromptTuning(num_virtual_tokens=8, num_tasks=2))
+        >>> logits = adapted(input_ids=torch.tensor([[3, 5, 8]]), task_ids=torch.tensor([1])).logits
     """
 
     prompt_tuning_init: Starts = "RANDOM"  # type: ignore[assignment]

@@ -37,6 +37,9 @@ class OFT(WeightMethod):
         fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (oft_only).
         init_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.OFT(oft_block_size=32, target="mlp"))
     """
 
     r: int = 0

@@ -38,6 +38,9 @@ class OSF(WeightMethod):
         effective_rank: how many of the largest stay; a fraction of all; by default half.
         rank_pattern: another `effective_rank` for module paths in which a key is found.
         init_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.OSF(effective_rank=0.5))
     """
 
     effective_rank: int | float | None = None

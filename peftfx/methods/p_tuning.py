@@ -32,6 +32,9 @@ class PTuning(PromptMethod):
         encoder_hidden_size: width of the encoder; by default `token_dim`.
         encoder_num_layers: of the LSTM; an MLP has three.
         encoder_dropout: between the LSTM's layers.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.PTuning(num_virtual_tokens=20, encoder_hidden_size=128))
     """
 
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"

@@ -34,6 +34,9 @@ class PEANuT(WeightMethod):
         act_fn: the activation, by its name in transformers.
         scaling: factor of the update.
         init_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.PEANuT(r=8, depth=1))
     """
 
     r: int = 32

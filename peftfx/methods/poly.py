@@ -40,6 +40,10 @@ class Poly(WeightMethod):
         n_splits: parts of the inputs and of the outputs that mix skills by weights of their own (MHR).
         poly_type: HF PEFT has this one.
         init_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.Poly(r=8, n_tasks=2, n_skills=4))
+        >>> logits = adapted(input_ids=torch.tensor([[3, 5, 8]]), task_ids=torch.tensor([1])).logits
     """
 
     r: int = 8

@@ -34,6 +34,9 @@ class PrefixTuning(PrefixMethod):
         prefix_projection: make the prefix by a network: an embedding, and two linear layers with a tanh between.
         encoder_hidden_size: width of that network; by default `token_dim`.
         init_weights: "zero" starts with keys and values of 0; by default they are random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.PrefixTuning(num_virtual_tokens=20))
     """
 
     prefix_projection: bool = False

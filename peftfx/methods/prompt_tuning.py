@@ -28,6 +28,9 @@ class PromptTuning(PromptMethod):
         prompt_tuning_init_text: the text, repeated or cut to the number of virtual tokens.
         tokenizer_name_or_path: reads the text; a local directory.
         tokenizer_kwargs: for `AutoTokenizer.from_pretrained`.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.PromptTuning(num_virtual_tokens=20))
     """
 
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"

@@ -42,6 +42,9 @@ class PSOFT(WeightMethod):
         cayley_neumann_eps: the length that the skew matrix is cut to for that.
         fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
         init_weights: start as the identity; otherwise near it.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.PSOFT(r=8, target="attention.query"))
     """
 
     r: int = 32

@@ -35,6 +35,9 @@ class RandLoRA(RandomBasesMethod):
         sparse, very_sparse: bases of -1, 0 and 1.
         randlora_dropout: dropout on the adapter's input in training.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (randlora_only).
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.RandLoRA(r=16))
     """
 
     r: int = 32

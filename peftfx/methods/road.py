@@ -33,6 +33,9 @@ class RoAd(WeightMethod):
         variant: how many angles and scales a pair has: `road_1`, `road_2` or `road_4`.
         group_size: outputs of a group, whose halves are paired; even, and it divides the outputs.
         init_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.RoAd(variant="road_1", group_size=32))
     """
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"

@@ -31,6 +31,9 @@ class SHiRA(DeltaMethod):
         random_seed: the seed of the random places; by default the adapter's own.
         fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
         init_weights: start as the identity; otherwise at random.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.SHiRA(r=8))
     """
 
     r: int = 32

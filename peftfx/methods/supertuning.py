@@ -35,6 +35,9 @@ class SuperTuning(DeltaMethod):
         lora_dropout: dropout on its input in training.
         init_weights: start as the identity; otherwise at random.
         save_precomputed_indices: keep in the files which entries they are; else they are found anew in the base.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.SuperTuning(sparsity=0.99))
     """
 
     sparsity: float = 0.99

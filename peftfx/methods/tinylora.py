@@ -41,6 +41,9 @@ class TinyLoRA(WeightMethod):
         fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (tinylora_only).
         init_weights: True starts as the identity, "uniform" near it; False starts anywhere in 0 to 1.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.TinyLoRA(r=2, u=16))
     """
 
     r: int = 2

@@ -23,6 +23,9 @@ class TrainableTokens(OverrideMethod):
     Args:
         token_indices: the tokens; each once.
         target: the embeddings; by default that of tokens.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.TrainableTokens(token_indices=[62, 63]))
     """
 
     token_indices: Sequence[int] = ()

@@ -39,6 +39,9 @@ class UniLoRA(FactoredMethod):
         init_theta_d_bound: the vector starts uniform within it. A new adapter is not the identity, as in HF PEFT.
         init_weights: so; otherwise it starts normal.
         save_indices: keep in the files which entries are which; else they are drawn anew, for the same modules.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.UniLoRA(r=4))
     """
 
     r: int = 4

@@ -38,6 +38,9 @@ class VBLoRA(FactoredMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (vblora_only).
         init_vector_bank_bound: the bank starts uniform within it.
         init_logits_std: the logits start normal, by it. A new adapter is not quite the identity, as in HF PEFT.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.VBLoRA(r=4, num_vectors=32, vector_length=32))
     """
 
     r: int = 4

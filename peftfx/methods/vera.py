@@ -33,6 +33,9 @@ class VeRA(RandomBasesMethod):
         vera_dropout: dropout on the adapter's input in training.
         d_initial: what `d` starts at; `b` starts at 0. Without `init_weights`, `d` is random and `b` is 1.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (vera_only).
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.VeRA(r=64))
     """
 
     vera_dropout: float = 0.0

@@ -39,6 +39,9 @@ class WaveFT(SpectralMethod):
         proportional_parameters: give each place a share of `n_frequency` times the number of places, by the size of its
             weight, and 1 at least. `n_frequency_pattern` is not read then, as in HF PEFT.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (waveft_only).
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.WaveFT(n_frequency=200))
     """
 
     n_frequency: int = 2592

@@ -46,6 +46,11 @@ class AdaptedModel(AdapterCalls):
 
     In eval mode a call takes `adapter_names`, as in HF PEFT: for each row of the batch the name of its adapter, or
     `"__base__"` for none.
+
+    Example:
+        >>> adapted = peftfx.transform(model, "lora(r=8)@attention")
+        >>> adapted(input_ids=torch.tensor([[3, 5, 8]])).logits.shape
+        torch.Size([1, 3, 64])
     """
 
     @classmethod
@@ -94,6 +99,11 @@ class AdaptedModel(AdapterCalls):
             PeftfxError: an option makes no sense, the model cannot be captured or translated, or the directory cannot
                 be written.
             VerificationError: ONNX Runtime and torch disagree; no files are left.
+
+        Example:
+            >>> report = adapted.export("onnx", view="forward")
+            >>> list(report.inputs)
+            ['input_ids', 'attention_mask']
         """
         from peftfx.export.onnx_directory import export_onnx
 
@@ -156,6 +166,9 @@ class AdaptedModel(AdapterCalls):
         """Return the model as a page: its layers and what each adapter does there; a notebook shows the page.
 
         `adapted.show().save("page.html")` writes the page. Equal layers are drawn once. A click on a site shows more.
+
+        Example:
+            >>> page = adapted.show().save("model.html")
         """
         from peftfx.pictures.adapted import show
 
@@ -185,6 +198,10 @@ class AdaptedModel(AdapterCalls):
             view: `forward`, or another view of the model: `decode` has the key/value cache as inputs and outputs.
             exact: if a size is 1 and the model's code has a branch for size 1, whether the graph is that of this
                 branch, which a call takes, or that of many sizes.
+
+        Example:
+            >>> adapted.graph().run(torch.tensor([[3, 5, 8]]), torch.ones(1, 3, dtype=torch.long))[0].shape
+            torch.Size([1, 3, 64])
         """
         if not adapted:
             self.named.apart("the base's own graph is asked for")
@@ -231,6 +248,10 @@ class AdaptedModel(AdapterCalls):
 
         Raises:
             PeftfxError: the model does not generate text, or an argument asks for what a graph cannot do.
+
+        Example:
+            >>> adapted.generate(input_ids=torch.tensor([[3, 5, 8]]), max_new_tokens=4, do_sample=False).shape
+            torch.Size([1, 7])
         """
         from peftfx.model.generation import generator
 

@@ -35,6 +35,10 @@ class AdapterSums(AdaptersByName):
                 `magnitude_prune` prune A and B before that sum; with the ending `_svd` they prune the effects. For IA3
                 there is only `linear`.
             svd_rank, svd_clamp, density, majority_sign_method: see `peftfx.contract.combination.Combination`.
+
+        Example:
+            >>> adapted.add_adapter("second", peftfx.LoRA(r=8))
+            >>> adapted.add_weighted_adapter(["default", "second"], [0.7, 0.3], "sum", combination_type="cat")
         """
         from peftfx.adapters.combination import combine, tell_left_out
         from peftfx.contract.combination import Combination
@@ -62,6 +66,10 @@ class AdapterSums(AdaptersByName):
             adapter_name: the name of an adapter of any method that acts on weights.
             rank: a whole number is the rank; a float between 0 and 1 is the share of each update's energy to keep.
             new_name: the name of the LoRA.
+
+        Example:
+            >>> adapted.add_adapter("loha", peftfx.LoHa(r=2, init_weights=False))
+            >>> adapted.convert_to_lora("loha", rank=4, new_name="lora")
         """
         from peftfx.adapters.lora_conversion import lora_of, updates_of
 
@@ -123,6 +131,11 @@ class AdapterSums(AdaptersByName):
 
         Raises:
             PeftfxError: the adapter does not act by task, or an adapter has one of the new names already.
+
+        Example:
+            >>> adapted = peftfx.transform(model, peftfx.Poly(r=4, n_tasks=2), adapter_name="tasks")
+            >>> adapted.split_tasks("tasks")
+            ('tasks_0', 'tasks_1')
         """
         from peftfx.adapters.combination import settled
 

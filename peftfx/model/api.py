@@ -36,8 +36,6 @@ def transform(
 ) -> AdaptedModel:
     """Adapt a model by rules. The model's parameters are shared and frozen, never copied; only adapters are trained.
 
-        adapted = peftfx.transform(model, peftfx.LoRA(r=8, target="attention.query | attention.value"))
-
     Args:
         model: any module. A transformers model needs no inputs: they are made from its config and task. The adapters of
             a `peft.PeftModel` are taken over with their names, and the same ones are active. The `peft.PeftModel` does
@@ -53,6 +51,11 @@ def transform(
 
     Raises:
         PeftfxError: the model cannot be captured, a rule matches nothing, or an adapter cannot be taken over.
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.LoRA(r=8, target="attention.query | attention.value"))
+        >>> adapted.print_trainable_parameters()
+        trainable params: ...
     """
     if is_peft_model(model):
         adapted = _taken_over(model, inputs, road)
@@ -87,6 +90,11 @@ def load(
     Raises:
         PeftfxError: there is no such adapter, or it does not fit this model. The message lists every key that is
             missing, unexpected or of another shape.
+
+    Example:
+        >>> adapted = peftfx.load(model, "adapter")
+        >>> adapted.active_adapters
+        ['default']
     """
     if is_peft_model(model):
         adapted = _taken_over(model, inputs, road)
@@ -121,6 +129,10 @@ def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> 
 
     Raises:
         PeftfxError: the model cannot be captured, or needs `inputs`.
+
+    Example:
+        >>> peftfx.inspect(model).by_path("model.layers.0.mlp.up_proj").role
+        'mlp.up'
     """
     return bare(model, inputs).sites
 
@@ -132,6 +144,12 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
         model: any module; it is not changed.
         rules: as for `transform`.
         inputs: keyword arguments of one call, for a model that example inputs cannot be made for.
+
+    Example:
+        >>> plan = peftfx.plan(model, "lora(r=4)@attention.query")
+        >>> print(plan)
+        lora(r=4)@attention.query: 512 parameters
+        ...
     """
     adapted = bare(model, inputs)
     return make_plan(adapted.source, adapted.sites, rules)
@@ -174,6 +192,10 @@ def get_peft_model_state_dict(model: AdaptedModel, adapter_name: str = "default"
     Args:
         model: the adapted model.
         adapter_name: the adapter's name.
+
+    Example:
+        >>> sorted(peftfx.get_peft_model_state_dict(adapted))[0]
+        'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
     """
     with model.plain():
         return config_and_tensors(model.source, model.adapter(adapter_name))[1]
@@ -191,6 +213,10 @@ def set_peft_model_state_dict(
 
     Raises:
         PeftfxError: the state does not fit this adapter: keys are missing, unexpected or of another shape.
+
+    Example:
+        >>> state = peftfx.get_peft_model_state_dict(adapted)
+        >>> peftfx.set_peft_model_state_dict(adapted, {name: 2 * tensor for name, tensor in state.items()})
     """
     model.named.apart("an adapter gets other values")
     swap_state(model.source, model.sites, model.adapter(adapter_name), peft_model_state_dict)
@@ -206,6 +232,9 @@ def hotswap_adapter(model: AdaptedModel, path: str | Path, adapter_name: str = "
 
     Raises:
         PeftfxError: the two adapters differ in placements, ranks or options, or the file does not fit this model.
+
+    Example:
+        >>> peftfx.hotswap_adapter(adapted, "adapter")
     """
     model.named.apart("an adapter gets other values")
     swap_file(model.source, model.sites, model.adapter(adapter_name), Path(path))

@@ -96,6 +96,11 @@ class AdaptersByName(nn.Module):
             name: any valid name of a directory, without dots; not the name of another adapter.
             rules: see `transform`.
             seed: the seed of the random initial values; by default they come from torch's global generator.
+
+        Example:
+            >>> adapted.add_adapter("second", "ia3@mlp")
+            >>> adapted.active_adapters
+            ['second']
         """
         self.named.refuse(name)
         self.named.apart("an adapter is added")
@@ -166,6 +171,9 @@ class AdaptersByName(nn.Module):
 
         Raises:
             PeftfxError: the adapter does not fit this base, or the base has no values (fake tensors, the meta device).
+
+        Example:
+            >>> adapted.load_adapter("adapter", "second")
         """
         from peftfx.adapters.files.reader import read_adapter
 
@@ -198,6 +206,10 @@ class AdaptersByName(nn.Module):
 
         Args:
             names: one name, or several in the order in which they act.
+
+        Example:
+            >>> adapted.add_adapter("second", peftfx.IA3())
+            >>> adapted.set_adapter(["default", "second"])  # both act, and their effects add up
         """
         given = (names,) if isinstance(names, str) or not isinstance(names, Sequence | Set) else tuple(names)
         self.named.activate(given)
@@ -214,7 +226,12 @@ class AdaptersByName(nn.Module):
         adjust(self.named.acting(), global_step)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Let calls run the base without adapters until the `with` block ends, in this thread only."""
+        """Let calls run the base without adapters until the `with` block ends, in this thread only.
+
+        Example:
+            >>> with adapted.disable_adapter():
+            ...     base_logits = adapted(input_ids=torch.tensor([[3, 5, 8]])).logits
+        """
         return self.named.acting_as()
 
     def remove(self, name: str | None = None) -> nn.Module:
@@ -224,6 +241,9 @@ class AdaptersByName(nn.Module):
 
         Args:
             name: the name of one adapter; by default all adapters are removed.
+
+        Example:
+            >>> plain = adapted.remove()
         """
         self.named.apart("an adapter is removed")
         for gone in self.names() if name is None else (name,):

@@ -29,6 +29,10 @@ class Merging(SavedAdapters):
         Weights that are shared with a module that is not adapted (a tied head, for example) are untied first. After the
         merge `remove()` returns the merged module. Nothing changes if an active adapter cannot be merged, or if another
         adapted model over the same base has adapters.
+
+        Example:
+            >>> report = adapted.merge()
+            >>> plain = adapted.remove()
         """
         self.named.apart("adapters are merged for good")
         self._shared.refuse_others(self)
@@ -72,6 +76,9 @@ class Merging(SavedAdapters):
             progressbar: ignored.
             safe_merge: ignored, because every merge is safe: nothing is written if a weight would not be finite.
             adapter_names: the names of the adapters to fold; by default the active ones.
+
+        Example:
+            >>> plain = adapted.merge_and_unload()
         """
         before = self.active
         try:
@@ -98,6 +105,10 @@ class Merging(SavedAdapters):
         Raises:
             PeftfxError: an adapter cannot be folded into weights; the weights are quantised, fetched by hooks or
                 sharded; or another adapted model over the same base has adapters. Then nothing is changed.
+
+        Example:
+            >>> adapted.merge_adapter()
+            >>> adapted.unmerge_adapter()  # the base's own tensors again
         """
         given = self.active if adapter_names is None else tuple(adapter_names)
         new = [name for name in given if self.adapter(name) and name not in self.named.folded]

@@ -43,7 +43,12 @@ class PeftSurface(Merging):
     """An adapted model by HF PEFT's names. Names that differ from HF PEFT's: `docs/coming-from-peft.md`."""
 
     def get_base_model(self) -> nn.Module:
-        """Return the base; its own calls run without adapters, although its modules hold the adapters' tensors."""
+        """Return the base; its own calls run without adapters, although its modules hold the adapters' tensors.
+
+        Example:
+            >>> adapted.get_base_model() is model
+            True
+        """
         return self.base
 
     @property
@@ -72,6 +77,10 @@ class PeftSurface(Merging):
 
         Args:
             adapter_name: the name of the adapter to remove.
+
+        Example:
+            >>> adapted.add_adapter("second", peftfx.LoRA(r=4))
+            >>> adapted.delete_adapter("second")
         """
         self.remove(adapter_name)
         left = self.names()
@@ -85,6 +94,9 @@ class PeftSurface(Merging):
         Args:
             adapter_names: one name, or several.
             requires_grad: whether their parameters get gradients.
+
+        Example:
+            >>> adapted.set_requires_grad("default", False)
         """
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             self.adapter(name).requires_grad_(requires_grad)
@@ -94,7 +106,12 @@ class PeftSurface(Merging):
         return self.remove()
 
     def get_layer_status(self) -> list[LayerStatus]:
-        """Return the adapters in each module, in HF PEFT's words."""
+        """Return the adapters in each module, in HF PEFT's words.
+
+        Example:
+            >>> adapted.get_layer_status()[0].active_adapters
+            ['default']
+        """
         return layer_status(self.base, self._by_name(), self.active, self.named.folded)
 
     def get_model_status(self) -> ModelStatus:
@@ -158,6 +175,9 @@ class PeftSurface(Merging):
 
         Args:
             names: the names of the adapters that act in the reference model; without names it is the base.
+
+        Example:
+            >>> reference = adapted.reference()  # for `DPOTrainer(adapted, reference, ...)`
         """
         return ReferenceModel(self, (names,) if isinstance(names, str) else names)
 
@@ -175,6 +195,9 @@ class PeftSurface(Merging):
 
         Raises:
             PeftfxError: the base's layers cannot be checkpointed, or an option is not known.
+
+        Example:
+            >>> adapted.gradient_checkpointing_enable({"use_reentrant": False})
         """
         asked = Checkpoints(dict(gradient_checkpointing_kwargs or {}), options, in_modules=self.road == "modules")
         if not asked.in_modules:

@@ -46,6 +46,9 @@ class SavedAdapters(AdapterSums):
 
         Raises:
             PeftfxError: there is no such adapter, or an argument asks for what peftfx does not write.
+
+        Example:
+            >>> adapted.save_pretrained("saved")  # adapter_config.json and adapter_model.safetensors
         """
         from peftfx.adapters.files.writer import refuse_save_arguments, save_adapters
 
@@ -67,7 +70,11 @@ class SavedAdapters(AdapterSums):
                 save_adapters(self.source, adapters, Path(directory))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return the numbers of trainable and of all parameters; a trained bias replaces the base's, as in HF PEFT."""
+        """Return the numbers of trainable and of all parameters; a trained bias replaces the base's, as in HF PEFT.
+
+        Example:
+            >>> trained, in_all = adapted.get_nb_trainable_parameters()
+        """
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         own = {o.key: self.adapter(n).get(o.key) for n in self.names() for o in self.adapter(n).overrides if o.stands}
         every = {id(p): p.numel() for p in (*self.adapters.parameters(), *self.source.parameters())}

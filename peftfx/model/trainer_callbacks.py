@@ -12,7 +12,12 @@ from peftfx.model.adapted import AdaptedModel
 
 
 class RankAllocation(TrainerCallback):
-    """A callback that calls `update_and_allocate` in each step of `transformers.Trainer` (`callbacks=`)."""
+    """A callback that calls `update_and_allocate` in each step of `transformers.Trainer` (`callbacks=`).
+
+    Example:
+        >>> adapted = peftfx.transform(model, peftfx.AdaLoRA(init_r=12, target_r=8, total_step=1000))
+        >>> callbacks = [peftfx.RankAllocation()]  # for `Trainer(model=adapted, callbacks=callbacks, ...)`
+    """
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -26,7 +31,11 @@ class RankAllocation(TrainerCallback):
 
 
 class MemoryInLogs(TrainerCallback):
-    """A callback that adds `peak_memory_gb` to what `transformers.Trainer` logs and prints (`callbacks=`)."""
+    """A callback that adds `peak_memory_gb` to what `transformers.Trainer` logs and prints (`callbacks=`).
+
+    Example:
+        >>> callbacks = [peftfx.MemoryInLogs()]  # for `Trainer(model=adapted, callbacks=callbacks, ...)`
+    """
 
     def on_log(
         self,

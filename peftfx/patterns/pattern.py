@@ -52,6 +52,12 @@ class Pattern:
         name: the function's name.
         where: a condition on a match, for what the operators do not show.
         spellings: the functions that compute the pattern, tried in order.
+
+    Example:
+        >>> graph = peftfx.capture(model)
+        >>> relu = peftfx.pattern("activation.relu", x="batch length width")(lambda x: torch.relu(x))
+        >>> list(relu.matches(graph)), relu.explain(graph)
+        ([], [])
     """
 
     role: str
@@ -124,10 +130,6 @@ def pattern(
 ) -> Callable[[Callable[..., object]], Pattern]:
     """Make a pattern of a plain torch function. This is a decorator.
 
-        @peftfx.pattern("mlp.swiglu", x="batch length width", gate="inner width", up="inner width", down="width inner")
-        def swiglu(x, gate, up, down):
-            return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-
     From then on each captured graph is searched for the pattern, and each match is a site of kind `pattern`. A new
     pattern with the same name, as in a notebook, replaces the old one.
 
@@ -139,6 +141,14 @@ def pattern(
 
     Raises:
         PeftfxError: the function cannot be traced, or the role is one of peftfx's.
+
+    Example:
+        >>> axes = {"x": "batch length width", "gate": "inner width", "up": "inner width", "down": "width inner"}
+        >>> @peftfx.pattern("mlp.swiglu", **axes)
+        ... def swiglu(x, gate, up, down):
+        ...     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        >>> [site.path for site in peftfx.inspect(model).filter(role="mlp.swiglu")]
+        ['model.layers.0.mlp.swiglu.0']
     """
     words = role.split(".")
     if is_role(role) or not all(word.replace("_", "a").isalnum() for word in words):

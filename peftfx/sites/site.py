@@ -103,6 +103,11 @@ class Site:
         parts: the roles of the weight's rows, where rows have different roles or some rows have none.
         calls: where the site runs, in order.
         groups: the number of groups of a conv.
+
+    Example:
+        >>> site = peftfx.inspect(model).by_path("model.layers.0.self_attn.q_proj")
+        >>> site.role, site.kind
+        ('attention.query', 'linear')
     """
 
     path: str

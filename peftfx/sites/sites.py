@@ -38,6 +38,11 @@ class Sites(Sequence[Site]):
             why.
         flow: the connections between the sites; None for a selection, which lacks some sites.
         misses: for each pattern without a match in the graph: where it came closest, and what differs there.
+
+    Example:
+        >>> sites = peftfx.inspect(model)
+        >>> [site.path for site in sites.filter(role="mlp.down")]
+        ['model.layers.0.mlp.down_proj']
     """
 
     items: tuple[Site, ...] = ()
@@ -114,7 +119,12 @@ class Sites(Sequence[Site]):
         )
 
     def select(self, target: Target) -> list[SelectedSite]:
-        """Return the sites that the expression `target` picks; see `peftfx.sites.target`."""
+        """Return the sites that the expression `target` picks; see `peftfx.sites.target`.
+
+        Example:
+            >>> [match.site.role for match in peftfx.inspect(model).select("mlp & ~mlp.down")]
+            ['mlp.gate', 'mlp.up']
+        """
         return select(self, target=target)
 
     def by_path(self, path: str) -> Site:
@@ -136,7 +146,12 @@ class Sites(Sequence[Site]):
         return dataclasses.replace(self, items=tuple(items))
 
     def roles(self) -> Counter[str]:
-        """Return how many sites have each role."""
+        """Return how many sites have each role.
+
+        Example:
+            >>> peftfx.inspect(model).roles()["attention.query"]
+            1
+        """
         return Counter(site.role for site in self.items)
 
     def network(self) -> nx.DiGraph:
@@ -144,6 +159,11 @@ class Sites(Sequence[Site]):
 
         Raises:
             PeftfxError: these are not all sites of a base model, as `peftfx.inspect` gives them.
+
+        Example:
+            >>> network = peftfx.inspect(model).network()
+            >>> network.has_edge("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")
+            True
         """
         return self._network
 

@@ -67,6 +67,11 @@ def capture(
     Raises:
         PeftfxError: the model's code cannot be captured (it branches on values, or returns no tensors), or writes into
             its own parameters.
+
+    Example:
+        >>> graph = peftfx.capture(torch.nn.Linear(4, 2), {"input": torch.ones(3, 4)}, axes={"input": ("batch", None)})
+        >>> graph.run(torch.ones(5, 4))[0].shape
+        torch.Size([5, 2])
     """
     inputs = example_inputs(model) if inputs is None else inputs
     if entry is not None and call is None:
