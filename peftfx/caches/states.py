@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
+from peftfx.graph.capturing.recurrences import note_state
+
 CONV_STATE, RECURRENT_STATE = "conv_state", "recurrent_state"
 
 
@@ -52,7 +54,9 @@ class StateLayer(LinearAttentionCacheLayerMixin):
     @property
     def recurrent_states(self) -> dict[int, Tensor | None]:  # type: ignore[override]
         """The state of each recurrence."""
-        return self._all(RECURRENT_STATE)
+        found = self._all(RECURRENT_STATE)
+        note_state(found[0] if self.number_of_states == 1 else None)
+        return found
 
     @property
     def has_previous_state(self) -> dict[int, bool]:  # type: ignore[override]
@@ -67,7 +71,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
     @property
     def is_recurrent_states_initialized(self) -> dict[int, bool]:  # type: ignore[override]
         """Whether each recurrence has a state."""
-        return {i: state is not None for i, state in self.recurrent_states.items()}
+        return {i: state is not None for i, state in self._all(RECURRENT_STATE).items()}
 
     def lazy_initialization(self, *args: object, **kwargs: object) -> None:
         """Do nothing: a state exists from its first write."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.export import OnnxModel
-from peftfx.graph.capturing.recurrences import _delta_rule, _selective_scan, recurrence, recurrences
+from peftfx.graph.capturing.recurrences import _chunk_scan, _delta_rule, _selective_scan, recurrence, recurrences
+from peftfx.views.capture import capture
+from peftfx.views.decode import decode_view
 
 _SIZES = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -75,6 +78,43 @@ def test_a_selective_scan_is_the_one_in_a_loop(gated: bool) -> None:
         given["dt"] = given["dt"].abs()
     for got, want in zip(_selective_scan(**given), own("jamba", "mamba_selective_scan")(**given), strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "behind"), [(1, True), (1, False), (5, True)])
+def test_a_scan_in_chunks_has_no_limits_for_one_token_that_goes_on(tokens: int, behind: bool) -> None:
+    """The model's code has one kernel for a single token behind others, without limits for dt, and one for all else."""
+    state = draw(2, 4, 6, 3) if behind else torch.zeros(2, 4, 6, 3)
+    x, dt, decay = draw(2, tokens, 4, 6), draw(2, tokens, 4) - 2, -draw(4).abs()
+    key, query = draw(2, tokens, 2, 3), draw(2, tokens, 2, 3, seed=1)
+    given: dict[str, Any] = {"dt_bias": draw(4, seed=1), "dt_softplus": True, "D": draw(4, seed=2)}
+    limits = {"dt_limit": (0.5, math.inf), "initial_states": state, "chunk_size": 4, "return_final_states": True}
+    kernel = own("nemotron_h", "mamba2_chunk_scan")
+    got, left = _chunk_scan(kernel, x, dt, decay, key, query, **given, **limits)  # type: ignore[misc]
+    if tokens > 1 or not behind:
+        want, kept = kernel(x, dt, decay, key, query, **given, **limits)
+    else:
+        wide = {name: value[:, None].expand(4, 6) for name, value in given.items() if isinstance(value, Tensor)}
+        kept = state.clone()
+        one = (x[:, 0], dt[:, 0, :, None].expand(2, 4, 6), decay[:, None, None].expand(4, 6, 3), key[:, 0], query[:, 0])
+        want = own("nemotron_h", "mamba2_selective_state_update")(kept, *one, dt_softplus=True, **wide)[:, None]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(left, kept, atol=1e-5, rtol=1e-5)
+
+
+def test_a_state_that_code_reads_and_does_not_pass_on_is_gone_on_from() -> None:
+    """Mamba's code goes on from its state with one token, and from nothing with several; its mask is of these alone."""
+    model = build("mamba")
+    view = decode_view(model)
+    assert view.new_mask
+    graph = capture(model, view.inputs(model), axes=view.axes, call=view)
+    for sizes in ({"batch": 2, "sequence": 4, "past": 0}, {"batch": 3, "sequence": 1, "past": 5}, {"sequence": 3}):
+        case = view.inputs(model, sizes=sizes, seed=1)
+        with torch.no_grad():
+            got, want = graph(**case), view(model, case)
+        for name in view.present_names:
+            torch.testing.assert_close(got[name], want[name], atol=1e-5, rtol=1e-5)
+        shown = [view.shown("logits", case, found["logits"]) for found in (got, want)]
+        torch.testing.assert_close(*shown, atol=1e-5, rtol=1e-5)
 
 
 def test_its_gradients_are_those_of_its_steps() -> None:

@@ -12,8 +12,11 @@ gradients, and a `Scan` in ONNX: each token costs one step.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -134,7 +137,11 @@ def _selective_scan(
     key, query = (x.transpose(1, 2)[:, :, None].float() for x in (B, C))
     value = (dt * hidden_states.transpose(1, 2)).float()[..., None]
     decay = torch.exp(A * dt[..., None]).float()
-    state = value.new_zeros(value.shape[0], value.shape[2], key.shape[-1], 1)
+    read_before, tokens = _take_state(), hidden_states.shape[-1]
+    if read_before is None:
+        state = value.new_zeros(value.shape[0], value.shape[2], key.shape[-1], 1)
+    else:  # which the code goes on from with a single token alone
+        state = torch.where(_is_single(tokens, value), read_before.float(), 0.0)[..., None]
     read, state = recurrence(query, key, value, decay, torch.ones_like(value[..., 0]), state, False)
     out = read[..., 0].transpose(1, 2).to(dtype)
     out = out if D is None else out + hidden_states * D[None, :, None]
@@ -142,6 +149,59 @@ def _selective_scan(
     return (out, state[..., 0].to(dtype)) if return_last_state else out
 
 
+def _chunk_scan(
+    own: Callable[..., object],
+    hidden_states: Tensor,
+    dt: Tensor,
+    *args: object,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_states: Tensor | None = None,
+    **options: object,
+) -> object:
+    """`mamba_chunk_scan_combined` of mamba_ssm, for one token of a text that goes on too.
+
+    There the model's code asks for `selective_state_update`, which has no limits for dt, [batch, tokens, heads].
+    """
+    if initial_states is not None and tuple(dt_limit) != (0.0, math.inf):
+        dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+        dt = F.softplus(dt) if dt_softplus else dt
+        goes_on = _is_single(dt.shape[1], dt) & (initial_states != 0).any()  # ahead of the first token all is zero
+        dt = torch.where(goes_on, dt, torch.clamp(dt, *dt_limit))
+        dt_bias, dt_softplus, dt_limit = None, False, (-math.inf, math.inf)
+    given = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "initial_states": initial_states}
+    return own(hidden_states, dt, *args, **given, **options)
+
+
+def _is_single(tokens: int, like: Tensor) -> Tensor:
+    """Return whether there is one token, bool[]: a tensor, so that a capture takes no side."""
+    return torch.arange(tokens, device=like.device)[-1] == 0
+
+
+class _Read(threading.local):
+    """The recurrent state that a model's code has read from its cache last, in a thread, while it is captured."""
+
+    listening = False
+    state: Tensor | None = None
+
+
+_READ = _Read()
+
+
+def note_state(state: Tensor | None) -> None:
+    """Note a recurrent state that a model's code reads: a kernel without an argument for it takes it from here."""
+    _READ.state = state if _READ.listening else None
+
+
+def _take_state() -> Tensor | None:
+    """Return the state that was noted last, and forget it."""
+    state, _READ.state = _READ.state, None
+    return state
+
+
+#: Kernels that are themselves again, given what the model's code asked for.
+_WRAPPED: Mapping[str, Callable[..., object]] = {"mamba_chunk_scan_combined": _chunk_scan}
 _KERNELS: Mapping[str, Callable[..., object]] = {
     "chunk_gated_delta_rule": _delta_rule,
     "chunk_kda": _delta_rule,
@@ -153,16 +213,20 @@ _KERNELS: Mapping[str, Callable[..., object]] = {
 def recurrences(model: nn.Module) -> Iterator[None]:
     """Replace the kernels of these names in the code of `model` by recurrences, inside the context."""
     replaced: list[tuple[dict[str, Any], str, object]] = []
+    _READ.listening, _READ.state = True, None
     try:
         for name in sorted({kind.__module__ for module in model.modules() for kind in type(module).__mro__}):
             namespace = vars(sys.modules[name]) if name.startswith("transformers.models.") else {}
             for attribute, function in list(namespace.items()):
-                kernel = _KERNELS.get(_kernel_of(function))
+                kernel = _KERNELS.get(asked := _kernel_of(function))
+                if kernel is None and asked in _WRAPPED:
+                    kernel = functools.partial(_WRAPPED[asked], function)
                 if kernel is not None:
                     replaced.append((namespace, attribute, function))
                     namespace[attribute] = kernel
         yield
     finally:
+        _READ.listening, _READ.state = False, None
         for namespace, attribute, function in replaced:
             namespace[attribute] = function
 
