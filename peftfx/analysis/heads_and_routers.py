@@ -8,7 +8,7 @@ features are picked, for each value by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import fx
 
@@ -18,11 +18,21 @@ from peftfx.graph.graph import Graph
 from peftfx.sites.site import EXPERTS
 
 
-def reaches_output(graph: Graph, flows: Mapping[fx.Node, Flow]) -> set[fx.Node]:
-    """Return the nodes whose values reach an output only moved, scaled, shifted or masked by constants."""
+def reaches_output(graph: Graph, flows: Mapping[fx.Node, Flow], kept: Collection[str] = ()) -> set[fx.Node]:
+    """Return the nodes whose values reach an output only moved, scaled, shifted or masked by constants.
+
+    Args:
+        graph: a base graph.
+        flows: the dataflow of its nodes.
+        kept: the names of outputs that do not count.
+    """
     reached: set[fx.Node] = set()
     for node in reversed(list(graph.nodes())):
-        if node.op == "output" or (node in reached and _keeps(node, flows)):
+        if node.op == "output":
+            named = zip(graph.outputs, node.args[0], strict=True)  # type: ignore[arg-type]
+            results = (n for name, n in named if isinstance(n, fx.Node) and name not in kept)
+            reached.update(n for n in results if flows[n].origins)
+        elif node in reached and _keeps(node, flows):
             reached.update(_data(node, flows))
     return reached
 

@@ -12,7 +12,7 @@ No architecture and no module's name is used. Roles are assigned in this order, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import fx
 
@@ -56,11 +56,16 @@ _FUSED = {
 }
 
 
-def find_sites(graph: Graph) -> Sites:
-    """Return the sites of a base graph, in the order in which they first run, in time linear in the graph's size."""
+def find_sites(graph: Graph, kept: Collection[str] = ()) -> Sites:
+    """Return the sites of a base graph, in the order in which they first run, in time linear in the graph's size.
+
+    Args:
+        graph: a base graph.
+        kept: the names of outputs that a cache keeps for the next call. A layer whose values are kept is no head.
+    """
     analysis = _analyse(graph)
     _assign_attention(analysis)
-    _assign_heads(analysis)
+    _assign_heads(analysis, kept)
     for weight in analysis.weights.values():
         first = weight.occurrences[0]
         if first.kind == "embedding":
@@ -167,8 +172,8 @@ def _attention_parts(
     return tuple(Part(f"attention.{name}", as_ranges(rows[name])) for name in names)
 
 
-def _assign_heads(analysis: Analysis) -> None:
-    reached = reaches_output(analysis.graph, analysis.flows)
+def _assign_heads(analysis: Analysis, kept: Collection[str]) -> None:
+    reached = reaches_output(analysis.graph, analysis.flows, kept)
     for found in analysis.occurrences():
         weight = analysis.owner[found.op]
         if found.op in reached and not weight.role and found.kind != "embedding":

@@ -36,6 +36,7 @@ from peftfx.graph.size_conditions import Note, conditions_of, noted
 from peftfx.graph.written import refuse_written
 from peftfx.patterns.find import with_patterns
 from peftfx.telling import tell_share
+from peftfx.views.decode import PRESENT
 from peftfx.views.entry import Entry, EntryCall, forward
 from peftfx.views.view import Axes, free_images, name_axes, without_cache
 
@@ -257,7 +258,8 @@ def _as_graph(
     result = Graph(linked, tuple(specs), out_spec, sizes, model.training, None, conditions=conditions)  # type: ignore[arg-type]
     refuse_written(result)
     tell_share("sites", 0.9)
-    sites = find_sites(result)
+    kept = [name for name in result.outputs if name.startswith(f"{PRESENT}.")]
+    sites = find_sites(result, kept)
     sites = dataclasses.replace(sites, unread=ran - sites.called - sites.reads.keys())
     result.sites = with_patterns(result, sites)
     return result

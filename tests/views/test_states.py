@@ -22,6 +22,7 @@ from peftfx.caches.held import kept_by
 from peftfx.caches.states import StateLayer
 from peftfx.export.deployment.genai_config import GENAI_CONFIG
 from peftfx.model.adapted import AdaptedModel
+from peftfx.model.api import bare
 from peftfx.views.decode import Decode, positions
 
 _SIZES = {**TOKENS, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
@@ -147,6 +148,14 @@ def test_its_names_say_what_each_layer_keeps(case: Case) -> None:
         assert axes[name] == tuple(named or size for named, size in zip(kept.axes("past"), (None, *kept.shape)))
         assert [axis for axis in axes[present] if isinstance(axis, int)] == [size for size in kept.shape if size]
     assert not (directory / GENAI_CONFIG).exists(), "GenAI knows states by architecture"
+
+
+def test_a_layer_whose_values_are_kept_is_no_head() -> None:
+    """A convolution's state is a layer's output, cut; its role is that of the forward all the same."""
+    adapted = bare(build("recurrences between attentions"))
+    forward, decode = (adapted.graph(view=view).sites for view in ("forward", "decode"))
+    assert [(s.path, s.role) for s in forward] == [(s.path, s.role) for s in decode]
+    assert [s.path for s in decode if s.role == "head"] == ["lm_head"]
 
 
 def test_a_soft_prompt_is_refused_ahead_of_states() -> None:
