@@ -14,7 +14,7 @@ WEIGHT_KINDS = ("linear", "conv", "embedding")
 EXPERTS = "experts"  #: a kind of site: a stack of linear weights; each row of values uses the weight of its own expert
 NORM = "norm"  #: a kind of site, and its role
 ATTENTION = "attention"  #: a kind of site, and its role
-PATTERN = "pattern"  #: a kind of site: where a graph computes what a user's function computes; its role is the user's
+PATTERN = "pattern"  #: a kind of site: where a graph computes what a user's function computes; the user gives the role
 SEQUENCE = "sequence"  #: a kind of site, and its role: the stream of tokens
 ROUTER = "router"  #: the role of a linear layer whose output selects the expert of a value
 
@@ -186,7 +186,7 @@ class Operand:
     Attributes:
         name: the argument's name.
         shape: the sizes of the axes; None for a free size.
-        dtype: as torch names it, `float32`.
+        dtype: the dtype's name in torch, such as `float32`.
         weight: `get_attr` target of the tensor, if the base owns the tensor.
     """
 

@@ -1,8 +1,11 @@
 """`prompt_in_view` says what a soft prompt is in each view of a model, given what it is in the forward.
 
-| | virtual tokens | a prefix | | --- | --- | --- | | decode | their keys and values in the cache, before the past |
-before the past | | encoder | before the text | nothing | | vision | nothing | nothing | | decoder | the encoded text
-includes them, its mask does not | before the past |
+| | virtual tokens | a prefix |
+| --- | --- | --- |
+| decode | their keys and values in the cache, before the past | before the past |
+| encoder | before the text | nothing |
+| vision | nothing | nothing |
+| decoder | the encoded text includes them, its mask does not | before the past |
 """
 
 from __future__ import annotations
