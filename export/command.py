@@ -172,8 +172,8 @@ def load_directories(
     If an adapter holds a head, the head sets the number of labels, whatever the config says. If it holds embeddings,
     they set the number of tokens.
 
-    The model is captured in the `view` that it will be exported in, if that view has all sites. `road` says how calls
-    are run: see `peftfx.transform`.
+    The model is captured in the exported `view` if that view has all sites. `road` says how calls are run: see
+    `peftfx.transform`.
     """
     config = read_base_config(base)
     if not adapters:

@@ -41,7 +41,7 @@ def run_own(passes: Sequence[Pass], parts: Sequence[GraphPart]) -> tuple[list[Gr
                 result = PassManager([step])(graph)
             except PeftfxError:
                 raise
-            except Exception as error:  # whatever the user's own code raises
+            except Exception as error:  # the user's own code may raise any error
                 what = f"{type(step).__name__} fails: {type(error).__name__}: {first_line(error)}"
                 raise PeftfxError(what, str(step), "see `__cause__` for its own report") from error
             graph, changed[str(step)] = result.graph, changed[str(step)] + result.changed

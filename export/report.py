@@ -34,7 +34,7 @@ from peftfx.passes.optimization.fuse import FUSED
 
 @dataclass
 class Report:
-    """What an export did, as it is written to `peftfx_report.json` in its directory.
+    """The report of an export, as written to `peftfx_report.json` in its directory.
 
     Attributes:
         model: the class of the base model.
@@ -144,7 +144,7 @@ class Report:
         self.merged, self.folded = sorted(merged), sorted(folded)
 
     def add_rounding(self, path: str, rounding: Rounding) -> None:
-        """Add what a merged weight lost to its dtype."""
+        """Add the rounding error of a merged weight at a module path."""
         if rounding.max_abs:
             self.rounding[path] = asdict(rounding)
 

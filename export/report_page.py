@@ -12,7 +12,7 @@ from peftfx.files import is_file
 from peftfx.formats import REPORT, read_stamped
 from peftfx.pages.page import Page, bars, make_page, table, text
 
-_MOST = 40  #: rows of a table of places
+_MOST = 40  #: the most rows of a table of places
 _KNOWN = ("model", "adapters", "tensors", "bytes", "seconds", "comparisons", "probes")
 
 

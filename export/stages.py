@@ -10,7 +10,7 @@ from peftfx.export.writing.memory import MemoryPeak
 from peftfx.telling import tell_stage
 
 OnStage = Callable[[str], object]
-"""Called with a line when a stage begins."""
+"""A function that is called with a line when a stage begins."""
 
 
 class Stages:

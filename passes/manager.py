@@ -19,7 +19,7 @@ Level = Literal["none", "lint", "metadata", "numeric"]
 
 @dataclass(frozen=True)
 class Timing:
-    """What one pass did and what it cost, in seconds of wall time."""
+    """The number of changes that one pass made, and its wall time in seconds."""
 
     name: str
     seconds: float

@@ -1,6 +1,6 @@
 """Read a pass from its text (its `str`): `Merge`, `Remove(name='x')`, `PassManager(passes=(Merge, Evaluate))`.
 
-Options are Python literals, tuples of them, passes, and the records of sites that some passes take.
+Options are Python literals, tuples of literals, passes, and the dataclasses of sites that some passes take.
 """
 
 from __future__ import annotations

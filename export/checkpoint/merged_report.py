@@ -16,7 +16,7 @@ from peftfx.formats import REPORT, with_version
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an output of the merged model is from the output of the base with its unmerged adapter.
+    """The difference between an output of the merged model and that of the base with its unmerged adapter.
 
     Attributes:
         output: the output's name.
@@ -33,7 +33,7 @@ class Difference:
 
 @dataclass
 class MergedReport:
-    """What a merge into a transformers directory did, as it is written to `peftfx_report.json` there.
+    """The report of a merge into a transformers directory, as written to `peftfx_report.json` there.
 
     Attributes:
         model: the class of the model.

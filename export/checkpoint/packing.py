@@ -28,7 +28,7 @@ BITSANDBYTES, COMPRESSED = "bitsandbytes", "compressed-tensors"
 
 @dataclass
 class Packing:
-    """How one weight [out, in] is rounded and packed.
+    """The rounding and packing of one weight [out, in].
 
     Attributes:
         scheme: how it is rounded.

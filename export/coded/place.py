@@ -21,7 +21,7 @@ FLOAT = "float32"
 
 @dataclass(frozen=True)
 class Choice:
-    """How some weights of the base are written, and why.
+    """The way in which some weights of the base are written, and the reason.
 
     Attributes:
         format: the format of their codes.

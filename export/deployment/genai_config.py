@@ -14,7 +14,7 @@ _UNLIMITED = 2048
 
 
 def write_genai_config(directory: Path, config: Any, view: Decode, ahead: int = 0) -> bool:
-    """Write `genai_config.json` into a directory, and say whether GenAI can run the model at all.
+    """Write `genai_config.json` into a directory. Return whether GenAI can run the model at all.
 
     GenAI cannot run a model whose layers differ in their heads, or whose keys and values differ in width: its config
     has one number for all. Nor can it run a model with a layer that keeps states: GenAI knows states only for a few

@@ -134,11 +134,11 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
 
 
 def sites_view(base: nn.Module, view: str) -> str:
-    """Return the name of the view to find sites on: the exported view, if that one alone has all sites of the model.
+    """Return the name of the view to find sites on: the asked view if it has all sites, else `forward`.
 
     Args:
         base: the model.
-        view: the view that is asked for; see `capture_parts`.
+        view: the asked view; see `capture_parts`.
     """
     check_view(view)
     if view == FORWARD or encodes_and_decodes(base) or reads_images(base) or (view == AUTO and not generates(base)):

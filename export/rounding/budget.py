@@ -37,7 +37,7 @@ _AT_ONCE = 1 << 22  #: how many numbers of a weight are rounded at a time
 
 @dataclass(frozen=True)
 class Share:
-    """What a role gets of a budget of bytes.
+    """The share of a role in a budget of bytes.
 
     Attributes:
         role: the role of the weights.

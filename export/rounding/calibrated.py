@@ -53,7 +53,7 @@ class Candidate:
 
 @dataclass
 class Fitted:
-    """What GPTQ did, and how much it helped.
+    """The results of GPTQ, and how much it helped.
 
     Attributes:
         text: the name of the text.

@@ -31,7 +31,7 @@ _START = (5.0, 60.0)  #: seconds besides the weights: for a small model, and for
 
 @dataclass(frozen=True)
 class DryRun:
-    """What an export would write, and what it would cost.
+    """The files that an export would write, and the cost of the export.
 
     Attributes:
         output: the directory to write.

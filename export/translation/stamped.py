@@ -30,7 +30,7 @@ _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def translate(graph: Graph, opset: int | None, *, fused: bool = False) -> Translation:
-    """Translate `graph`, captured in eval mode, without touching a weight.
+    """Translate `graph`, captured in eval mode, without reading a weight.
 
     Args:
         graph: what to translate.

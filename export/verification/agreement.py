@@ -34,7 +34,7 @@ OWN, RANDOM = "its own greedy text", "random inputs"
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models agree on a text.
+    """The agreement of two models on a text.
 
     Attributes:
         tokens: the number of compared tokens.

@@ -36,7 +36,7 @@ class VerificationError(PeftfxError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output in one call: how far ONNX Runtime is from the reference.
+    """The difference between ONNX Runtime and the reference, for one output in one call.
 
     Attributes:
         output: the output's name.

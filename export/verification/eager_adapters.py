@@ -30,7 +30,7 @@ _LINEAR = (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 @dataclass
 class Applied:
-    """Which modules the adapters act at, and which of them have run.
+    """The modules that the adapters act at, and those of them that have run.
 
     Attributes:
         named: the paths of the modules that the adapters act at.

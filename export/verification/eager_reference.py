@@ -83,7 +83,7 @@ class EagerReference:
     def _spared(
         self, base: nn.Module, adapters: Sequence[Adapter], feed: Mapping[str, Tensor], output: Tensors
     ) -> set[str]:
-        """The modules whose tensors were left out, if other outputs of theirs do not change the model's."""
+        """Return the modules without their adapters' tensors if their outputs do not affect the model's."""
         left = {path for adapter in adapters for path in adapter.unread & self.seen}
         if not left:
             return set()
@@ -113,7 +113,7 @@ class EagerReference:
 
 @contextlib.contextmanager
 def _stirred(base: nn.Module, paths: Collection[str]) -> Iterator[None]:
-    """Inside, the modules at these paths give other numbers than they compute."""
+    """Change the outputs of the modules at these paths while this context lasts."""
 
     def stir(module: nn.Module, args: object, output: object) -> object:
         return pytree.tree_map_only(Tensor, lambda t: t + 1 if t.is_floating_point() else t, output)

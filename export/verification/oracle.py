@@ -18,7 +18,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.views.view import View
 
 EAGER = "the model's own code"
-_EXACT = 1 << 28  #: parameters times calls that are answered in float64
+_EXACT = 1 << 28  #: the most parameters times calls that are run in float64
 
 
 @dataclass
@@ -94,9 +94,10 @@ def named_in(graph: Graph, reference: Reference) -> Reference:
 
 
 def measured_of(adapted: AdaptedModel, cases: Sequence[Tensors]) -> frozenset[int]:
-    """Return the numbers of the calls to answer in float64 too: the largest, as many as the model's size affords.
+    """Return the numbers of the calls to run in float64, too: the largest calls, fewer for a larger model.
 
-    Each such answer widens every weight: of a model of 100M parameters it takes most of a second. One is always made.
+    A call in float64 widens every weight. For a model of 100M parameters this takes most of a second. At least one call
+    is always measured.
     """
     parameters = sum(p.numel() for p in adapted.base.parameters())
     count = max(1, _EXACT // max(1, parameters))

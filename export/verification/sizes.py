@@ -91,7 +91,7 @@ class Trial:
         return bool(condition.axes) and set(condition.axes) <= {axis for shape in images for axis in shape}
 
     def is_of_long_texts(self, condition: Condition) -> bool:
-        """Whether a condition holds for every text that the model is made for, what is past counted in."""
+        """Say whether a condition holds for all texts that the model is made for, with their past."""
         if self.longest is None or not condition.axes or not set(condition.axes) <= _TOKENS:
             return False
         texts = (s for s in condition.tried() if s.get("past", 0) + max(s.values()) <= self.longest)
@@ -112,7 +112,7 @@ class Trial:
 
     @functools.cached_property
     def _free(self) -> frozenset[tuple[str, ...]]:
-        """The free axes of each input, each set once: those of all layers' keys and values are the same."""
+        """The free axes of the inputs, each distinct set once: keys and values of all layers have the same axes."""
         return frozenset(tuple(axis for axis in spec.shape if isinstance(axis, str)) for spec in self.graph.inputs)
 
     def whole(self, sizes: Sized) -> dict[str, int]:

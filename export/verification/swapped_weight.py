@@ -23,7 +23,7 @@ CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class AdapterStep:
-    """What one adapter does at a module."""
+    """The step of one adapter at a module: its placement and parameters."""
 
     placement: WeightPlacement
     params: Params

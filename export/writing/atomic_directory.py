@@ -111,7 +111,7 @@ def _same(one: Path, other: Path) -> bool:
     """Say whether two paths are the same directory, however they are written."""
     try:
         return one == other or (not os.path.islink(one) and os.path.samefile(one, other))
-    except (OSError, ValueError):  # a ValueError: no file system takes the path
+    except (OSError, ValueError):  # ValueError: no file system allows such a path
         return False
 
 
@@ -127,7 +127,7 @@ def _move(area: Path, target: Path) -> None:
     try:
         os.rename(area / _NEW, target)
     except OSError as error:
-        if os.path.lexists(target):  # since the last look
+        if os.path.lexists(target):  # made by another process since the last check
             raise already_there(target) from error
         raise
 

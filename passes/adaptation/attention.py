@@ -131,7 +131,7 @@ def attended(
 ) -> Tensor:
     """Apply a method to `y`: the attention's output for `query`, or the output of its module if the method acts there.
 
-    `projected` are the outputs of the attention's key and value layers for what the method `reads`, [1, n, rows].
+    `projected` are the outputs of the attention's key and value layers for the method's `reads`, [1, n, rows].
     """
     heads, behind = site.heads, method.is_behind(site)
     key = split_heads(projected[0], heads.key_rows, heads.kept)

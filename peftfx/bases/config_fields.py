@@ -25,7 +25,7 @@ def number_of(config: object, name: str, default: int) -> int:
     return value if isinstance(value, int) else default
 
 
-#: Fields that say how many tokens a model can hold; one without any has no limit of its own.
+#: The fields that say how many tokens a model can hold. A model without such a field has no limit of its own.
 _LENGTHS = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length"),
     "max_target_positions",
@@ -33,7 +33,7 @@ _LENGTHS = (
 
 
 def length_of(config: object) -> int | None:
-    """How many tokens the model of this config is made for; `None` where it does not say."""
+    """Return the most tokens of the model of this config; None if the config does not say it."""
     get = getattr(config, "get_text_config", None)
     value = first_of(config if get is None else get(decoder=True), *_LENGTHS)
     return value if isinstance(value, int) and value > 0 else None

@@ -1,4 +1,4 @@
-"""What a command prints: its report, and warnings as lines, without the output of other libraries."""
+"""The output of commands: a report, and warnings as lines, without the output of other libraries."""
 
 from __future__ import annotations
 

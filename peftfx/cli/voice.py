@@ -19,7 +19,7 @@ from peftfx.errors import PeftfxError
 
 @dataclasses.dataclass
 class Voice:
-    """How the command should speak.
+    """The way in which the running command speaks.
 
     Attributes:
         as_json: print results and errors as JSON on stdout.

@@ -16,7 +16,7 @@ APART_DIRECTORY = "onnx-apart"  #: the folder in the demo's directory to which t
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo measured.
+    """The measurements of a demo.
 
     Attributes:
         output: the demo's directory.

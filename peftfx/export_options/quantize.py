@@ -31,7 +31,7 @@ _HINT = "as in int4, int4(block=64, symmetric=False), or int4; int8@head | atten
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights are rounded, and which weights.
+    """A way of rounding weights, and the weights that it is for.
 
     Attributes:
         kind: `int4` or `int8` are integers on a grid for each block; `nf4` is bitsandbytes' table; `none` does not

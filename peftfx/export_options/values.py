@@ -16,7 +16,7 @@ DEFAULT_SLOTS = "all-linear"  #: the sites that get slots by default
 
 @dataclass(frozen=True)
 class Slots:
-    """Which slots a graph gets.
+    """The slots that a graph gets.
 
     Attributes:
         target: picks the linear layers, convs and embeddings that get slots.

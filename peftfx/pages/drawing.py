@@ -14,7 +14,7 @@ MOST_ACROSS = 5  #: the most boxes in a row; a longer row continues below
 
 @dataclass(frozen=True)
 class Adapted:
-    """What an adapter does at the places of a box.
+    """The texts about an adapter at the places of a box.
 
     Attributes:
         what: the method, and the adapter's name if there are several adapters.

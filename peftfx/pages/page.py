@@ -49,7 +49,7 @@ def make_page(title: str, lead: str, body: str, data: object = None) -> Page:
         title: the page's heading.
         lead: the line below the heading.
         body: the HTML of the body.
-        data: JSON-ready values that the script reads.
+        data: values for JSON, which the page's script reads.
     """
     known = "" if data is None else f'<script type="application/json" id="data">{_data(data)}</script>'
     return Page(

@@ -1,4 +1,4 @@
-"""What a user asks `peftfx run` for. It is checked before large libraries are imported."""
+"""The user's request to `peftfx run`. It is checked before large libraries are imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftfx.errors import PeftfxError
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user asks for. The inputs that are given decide the kind of run.
+    """The user's request. The inputs that are given decide the kind of run.
 
     Attributes:
         directory: the directory that `peftfx export` wrote.
