@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import NoReturn
 
 from torch import Tensor, nn
@@ -19,14 +20,15 @@ from transformers.cache_utils import (
 
 from peftfx.caches.held import INDEXER, KEY, VALUE, Held, KeptTensor
 from peftfx.caches.states import StateAndAttentionLayer, StateLayer
+from peftfx.caches.windows import WindowLayer
 from peftfx.errors import PeftfxError, first_line
 
-_ATTENDING: tuple[type, ...] = (DynamicLayer, DynamicIndexedLayer, StateAndAttentionLayer)
+_ATTENDING: tuple[type, ...] = (DynamicLayer, WindowLayer, DynamicIndexedLayer, StateAndAttentionLayer)
 _STATES: tuple[type, ...] = (StateLayer, StateAndAttentionLayer)
 
 #: For each kind of transformers' cache layers: a function of the number of states that makes an empty layer whose
 #: tensors can be set and read. The layer for a sliding window keeps all tokens: the model's mask hides those outside
-#: the window, so that the results are the same.
+#: the window, so that the results are the same. If the mask does not, `WindowLayer` takes its place.
 _EMPTY: Mapping[type, Callable[[int], object]] = {
     DynamicLayer: lambda _: DynamicLayer(),
     DynamicSlidingWindowLayer: lambda _: DynamicLayer(),
@@ -49,7 +51,7 @@ def cache_of(layers: Sequence[Held], tensors: Sequence[Tensor], cache: DynamicCa
     """
     filled = DynamicCache() if cache is None else cache
     rest = iter(tensors)
-    made = [_layer_of({kept.name: next(rest) for kept in layer.kept}) for layer in layers]
+    made = [_layer_of({kept.name: next(rest) for kept in layer.kept}, layer.window) for layer in layers]
     if filled.layers:
         for old, new in zip(filled.layers, made, strict=False):
             vars(old).update(vars(new))
@@ -58,8 +60,8 @@ def cache_of(layers: Sequence[Held], tensors: Sequence[Tensor], cache: DynamicCa
     return filled
 
 
-def _layer_of(given: Mapping[str, Tensor]) -> object:
-    """Return a cache layer that holds the given tensors."""
+def _layer_of(given: Mapping[str, Tensor], window: int | None) -> object:
+    """Return a cache layer that holds the given tensors, and shows those in its window."""
     states = {name: tensor for name, tensor in given.items() if name not in (KEY, VALUE, INDEXER)}
     if not given:
         return DummyLayer()
@@ -70,7 +72,8 @@ def _layer_of(given: Mapping[str, Tensor]) -> object:
         for name, tensor in states.items():
             layer.give(name, tensor)
     else:
-        layer = DynamicIndexedLayer() if INDEXER in given else DynamicLayer()
+        plain = DynamicLayer() if window is None else WindowLayer(window)
+        layer = DynamicIndexedLayer() if INDEXER in given else plain
     if isinstance(layer, DynamicLayer):
         layer.keys, layer.values, layer.is_initialized = given[KEY], given[VALUE], True
         layer.dtype, layer.device = given[KEY].dtype, given[KEY].device  # type: ignore[attr-defined]
@@ -110,9 +113,15 @@ def held(cache: Cache) -> list[Tensor]:
     return found
 
 
-def layers_in(cache: Cache) -> tuple[Held, ...]:
-    """Return what the layers of a cache keep, up to the last layer that keeps something."""
-    layers = [Held(tuple(KeptTensor.of(name, tensor) for name, tensor in _kept(layer))) for layer in cache.layers]
+def layers_in(cache: Cache, windows: Sequence[int | None] = ()) -> tuple[Held, ...]:
+    """Return what each layer of a cache keeps, without the last layers if these keep nothing.
+
+    Args:
+        cache: the cache.
+        windows: the window of each layer; see `Held`.
+    """
+    own = zip_longest(cache.layers, windows[: len(cache.layers)])
+    layers = [Held(tuple(KeptTensor.of(*item) for item in _kept(layer)), window) for layer, window in own]
     while layers and not layers[-1].kept:
         layers.pop()
     return tuple(layers)

@@ -62,9 +62,11 @@ class Held:
 
     Attributes:
         kept: the layer's tensors; empty if the layer keeps nothing, or reads another layer's tensors.
+        window: how many tokens a token attends to, if the model's cache forgets the others and its mask shows them.
     """
 
     kept: tuple[KeptTensor, ...]
+    window: int | None = None
 
     @staticmethod
     def keys_and_values(heads: int, key: int, value: int, dtype: torch.dtype) -> Held:

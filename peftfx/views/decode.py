@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.caches.cache import cache_of, empty_cache, held, layers_in
 from peftfx.caches.held import Held, cache_names, kept_by
+from peftfx.caches.windows import noting_windows
 from peftfx.errors import PeftfxError, first_line
 from peftfx.views.dry_run import fake_run
 from peftfx.views.view import Axes, RunView
@@ -205,11 +206,12 @@ def decode_view(base: nn.Module) -> Decode:
     with fake_run(base) as fake:
         given = {name: fake(text[name]) for name in ("input_ids", "attention_mask")}
         try:
-            base(**given, cache=cache, use_cache=True)
+            with noting_windows(base) as windows:
+                base(**given, cache=cache, use_cache=True)
         except Exception as error:
             what = f"the model does not run with a plain key/value cache: {first_line(error)}"
             raise PeftfxError(what, type(base).__name__, "use the forward view") from error
-        layers = layers_in(cache) if held(cache) else ()
+        layers = layers_in(cache, windows) if held(cache) else ()
         new_mask = all(tensor.along is None for tensor in kept_by(layers)) and not _runs(base, given, cache, past=3)
     if not layers:
         what = "the model leaves its key/value cache empty: it has no decode view"

@@ -16,9 +16,11 @@ from torch import nn
 
 import peftfx
 import peftfx.runtime
+from peftfx.caches.held import kept_by
 from peftfx.export.command import export_directory
 from peftfx.model.adapted import AdaptedModel
-from peftfx.views.decode import PRESENT, Decode, positions
+from peftfx.views.capture import capture
+from peftfx.views.decode import PRESENT, Decode, decode_view, positions
 from peftfx.views.finding.named_views import find_view
 
 OWN_CACHE = {
@@ -160,3 +162,32 @@ def test_a_large_model_is_checked_at_fewer_sizes_each_of_another_kind(
     seen = {tuple(shapes["past_key_values.*.key"]) for shapes in report.probes}
     assert {past for _, _, past, _ in seen} == {0, 1, 6}
     assert {batch for batch, _, _, _ in seen} == {1, 2}
+
+
+def test_what_a_cache_forgets_and_the_mask_shows_is_out_of_reach() -> None:
+    """Moshi's mask shows every token, and its cache forgets all but the last: what a step sees is the cache's."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 16, "vocab_size": 99}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = hf.MoshiForCausalLM(hf.MoshiConfig(**sizes, sliding_window=4, max_position_embeddings=64)).eval()
+    view = decode_view(model)
+    assert [layer.window for layer in view.layers] == [4, 4]
+    graph = capture(model, view.inputs(model), axes=view.axes, call=view)
+    ids = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    cache = hf.DynamicCache(config=model.config)
+    past = {name: kept.empty(2) for name, kept in zip(view.past_names, kept_by(view.layers), strict=True)}
+    for start, end in ((0, 6), (6, 7), (7, 9)):
+        mask = torch.ones(2, end, dtype=torch.long)
+        given = {"input_ids": ids[:, start:end], "attention_mask": mask, "position_ids": positions(mask)[:, start:]}
+        with torch.no_grad():
+            want = model(**given, cache=cache, use_cache=True).logits
+            values = graph.run(*({**given, **past}[spec.name] for spec in graph.inputs))
+        got = dict(zip(graph.outputs, values, strict=True))
+        torch.testing.assert_close(got["logits"], want, atol=1e-5, rtol=1e-5)
+        past = {name: got[kept] for name, kept in zip(view.past_names, view.present_names, strict=True)}
+
+
+def test_a_mask_that_slides_needs_no_window() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = hf.MistralForCausalLM(hf.MistralConfig(**sizes, intermediate_size=16, vocab_size=99, sliding_window=4))
+    assert [layer.window for layer in decode_view(model).layers] == [None]

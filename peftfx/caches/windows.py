@@ -1,0 +1,81 @@
+"""Windows of caches: layers whose cache forgets tokens that the model's mask would show."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, masking_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from peftfx.graph.contexts import TRACING
+
+
+class WindowLayer(DynamicLayer):
+    """A layer that keeps the keys and values of all tokens, and gives a call only those in its window.
+
+    It gives what transformers' `DynamicSlidingWindowLayer` gives, which forgets the others: `window - 1` tokens of the
+    past, and all tokens of the call. Where the model's mask hides the tokens outside the window, such a layer is not
+    needed.
+
+    Args:
+        window: how many tokens a token attends to, itself included.
+    """
+
+    is_sliding = True
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def _forgotten(self) -> int:
+        return torch.sym_max(self.get_seq_length() - self.window + 1, 0)  # type: ignore[no-any-return]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values, [batch, heads, tokens, width], and return those in the window."""
+        start = self._forgotten()
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys[:, :, start:], values[:, :, start:]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys a mask is for, and how many tokens are ahead of these."""
+        start = self._forgotten()
+        return self.get_seq_length() - start + query_length, start
+
+
+@contextmanager
+def noting_windows(base: nn.Module) -> Iterator[list[int | None]]:
+    """After the context, the list has the window of each layer of the model's own cache that the model's mask ignores.
+
+    Inside the context, run the model once. If its code makes masks that slide, the list stays empty.
+    """
+    found: list[int | None] = []
+    before = {name: getattr(masking_utils, name) for name in _OVERLAYS}
+    slides = False
+
+    def noting(name: str, *args: object) -> object:
+        nonlocal slides
+        slides = True
+        return before[name](*args)
+
+    with TRACING:  # one thread at a time puts functions in the place of others
+        for name in _OVERLAYS:
+            setattr(masking_utils, name, functools.partial(noting, name))
+        try:
+            yield found
+        finally:
+            for name, function in before.items():
+                setattr(masking_utils, name, function)
+    config = getattr(base, "config", None)
+    if not slides and isinstance(config, PreTrainedConfig):
+        own = DynamicCache(config=config.get_text_config(decoder=True)).layers
+        found += [layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None for layer in own]
+
+
+#: What transformers' masks are made of where they hide tokens that are far away.
+_OVERLAYS = ("sliding_window_overlay", "chunked_overlay")
