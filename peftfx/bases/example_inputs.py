@@ -152,7 +152,8 @@ class _Maker:
         count = first_of(self.config, "num_query_tokens", "image_seq_length", "mm_tokens_per_image")
         if isinstance(count, int):
             return token, count
-        return token, math.prod(n // self._image("patch_size", 1) for n in self._resolution())
+        pieces = math.prod(n // self._image("patch_size", 1) for n in self._resolution())
+        return token, pieces // number_of(self.config, "downsample_factor", 1) ** 2
 
     def _decoder_ids(self) -> Tensor:
         ids = self._ids((self.sizes["batch"], self.sizes["decoder_sequence"]))
@@ -202,7 +203,7 @@ class _Maker:
         return value if isinstance(value, int) else default
 
     def _resolution(self) -> tuple[int, int]:
-        size = first_of(first_of(self.config, "vision_config") or self.config, "image_size")
+        size = first_of(first_of(self.config, "vision_config") or self.config, "image_size", "img_size", "input_size")
         if isinstance(size, dict):
             size = (size.get("height"), size.get("width"))
         height, width = size if isinstance(size, list | tuple) else (size or 64, size or 64)
