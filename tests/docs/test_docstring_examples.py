@@ -75,7 +75,7 @@ def test_the_example_of_a_method_adapts_a_model(
     name: str, captured: tuple[LlamaForCausalLM, Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, graph = captured
-    monkeypatch.setattr(api, "capture", lambda *_: graph)
+    monkeypatch.setattr(api, "capture", lambda *_, **__: graph)
     adapted = run(name, model=model)["adapted"]
     assert any(name == type(rule).__name__ for rule in adapted.adapter(adapted.active_adapter).rules)
     adapted.remove()
