@@ -8,6 +8,7 @@ less than 2: so `if n == 1` leaves no guard. This module records both, by listen
 from __future__ import annotations
 
 import functools
+import linecache
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +21,11 @@ from typing import Any
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from peftfx.graph.conditions import Condition, unmet
 
+_READ = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
 _TORCH = str(Path(torch.__file__).parent)
 _NN = str(Path(torch.nn.__file__).parent)
 #: Files in which torch asks on behalf of a caller, whose frame is further out.
@@ -55,6 +58,8 @@ def noted() -> Iterator[list[Note]]:
 
     def listen(env: ShapeEnv, expr: sympy.Basic, *args: Any, **kwargs: Any) -> sympy.Basic:
         before = len(env.guards)
+        if threading.get_ident() == own and _of_values(expr) and _is_asserted(sys._getframe(1)):
+            return sympy.true  # the code takes no values for which it is false
         result = answer(env, expr, *args, **kwargs)
         if threading.get_ident() == own and getattr(expr, "free_symbols", None):
             notes.extend(_notes(expr, result, len(env.guards) > before))
@@ -65,6 +70,19 @@ def noted() -> Iterator[list[Note]]:
         yield notes
     finally:
         ShapeEnv.evaluate_expr = answer  # type: ignore[method-assign]
+
+
+def _of_values(expr: object) -> bool:
+    """Return whether an expression has a number that was read from a tensor."""
+    return any(symbol_is_type(s, _READ) for s in getattr(expr, "free_symbols", ()) if isinstance(s, sympy.Symbol))
+
+
+def _is_asserted(frame: FrameType | None) -> bool:
+    """Return whether the model's code asks in an `assert`, which needs the truth of what is asked."""
+    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+        frame = frame.f_back
+    line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    return line.strip().startswith("assert ")
 
 
 def _notes(expr: sympy.Basic, result: object, guarded: bool) -> Iterator[Note]:

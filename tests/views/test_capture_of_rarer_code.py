@@ -140,3 +140,34 @@ def test_a_decode_view_without_a_mask_is_refused() -> None:
     model = Maskless(ZOO["llama"].build().config).eval()
     with pytest.raises(peftfx.PeftfxError, match="takes no attention mask"):
         decode_view(model)
+
+
+class Checked(nn.Module):
+    """Code that says what it takes, of the values in a tensor, and code that branches on them."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__()
+        self.layer, self.branches = nn.Linear(4, 4), branches
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        assert lengths.max().item() <= x.shape[1]
+        if self.branches and lengths.max().item() <= 3:
+            return 2 * self.layer(x)
+        return self.layer(x) * (torch.arange(x.shape[1]) < lengths[:, None])[..., None]
+
+
+def test_what_code_asserts_of_values_is_taken_for_true_and_a_branch_on_them_is_refused() -> None:
+    inputs = {"x": torch.randn(2, 5, 4), "lengths": torch.tensor([5, 3])}
+    model = Checked(branches=False).eval()
+    graph = peftfx.capture(model, inputs)
+    case = {"x": torch.randn(3, 7, 4), "lengths": torch.tensor([1, 7, 2])}
+    torch.testing.assert_close(graph(**case), model(**case))
+    with pytest.raises(peftfx.PeftfxError, match="data-dependent"):
+        peftfx.capture(Checked(branches=True).eval(), inputs)
+
+
+def test_a_dry_run_asks_for_the_numbers_in_a_tensor() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_key_value_heads": 2, "kv_channels": 4, "vocab_size": 99}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 16}
+    model = hf.JetMoeForCausalLM(hf.JetMoeConfig(**sizes, **experts)).eval()
+    assert [kept.name for kept in decode_view(model).layers[0].kept] == ["key", "value"]
