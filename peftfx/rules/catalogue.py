@@ -71,7 +71,7 @@ def describe(cls: type[Method]) -> Description:
 
 def _documented(cls: type) -> dict[str, str]:
     """Return what the `Args` section of a class's own docstring says about each name."""
-    own = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2]
+    own = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
     found: dict[str, str] = {}
     names: list[str] = []
     for line in own.splitlines():

@@ -84,6 +84,7 @@ class TestMethods:
             assert f"{peft_type.lower()} " in listed
             (found,) = json.loads(peftfx("methods", peft_type.lower(), "--json").out)
             assert all(option["text"] for option in found["options"]), peft_type
+            assert not any(">>>" in option["text"] for option in found["options"]), peft_type
             assert {option["name"] for option in found["options"]} <= set(cls.options())
 
     def test_one_method_in_words(self, peftfx: Callable[..., Result]) -> None:
