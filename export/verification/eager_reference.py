@@ -83,7 +83,7 @@ class EagerReference:
     def _spared(
         self, base: nn.Module, adapters: Sequence[Adapter], feed: Mapping[str, Tensor], output: Tensors
     ) -> set[str]:
-        """Return the modules without their adapters' tensors if their outputs do not affect the model's."""
+        """Return the modules whose adapter tensors were left out, if no output depends on the modules."""
         left = {path for adapter in adapters for path in adapter.unread & self.seen}
         if not left:
             return set()
