@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from house.layers_picture import picture
 from house.structure import LAYERS, MOST, ROOT, Structure, describe
 
 DESIGN = ROOT / "docs" / "design.md"
@@ -39,6 +40,13 @@ def test_an_import_that_runs_up_is_seen(tmp_path: Path) -> None:
     assert found.upward() == [("peftfx.sites.site", "peftfx.graph.graph")]
     assert found.circles() == [["peftfx.graph.graph", "peftfx.sites.site"]]
     assert "peftfx.sites.site imports peftfx.graph.graph" in describe(found)
+
+
+def test_the_picture_shows_each_layer_and_the_imports_that_run_up_alone_in_another_colour(structure: Structure) -> None:
+    drawn = picture(structure)
+    assert [name for name in LAYERS if f">{name.removeprefix('peftfx.')}</text>" not in drawn] == []
+    assert drawn.count('class="up"') == 1  # `AdaptedModel.export` and its report: from `model` to `export`
+    assert drawn.count('class="down"') > 100
 
 
 def test_the_design_states_the_layers() -> None:
