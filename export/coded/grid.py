@@ -1,9 +1,12 @@
 """Convert the blocks of a quantised weight to the blocks and tensors of ONNX Runtime's `MatMulNBits`.
 
 The operator takes blocks of 16 to 256 columns, a power of two. It is fast only for codes of 4 bits. Codes of more bits
-are therefore computed as the sum of two products, one with their high halves and one with their low halves: `s (q - z)
-= 16 s (q / 16 - z / 16) + s (q % 16 - z % 16)`. This rounds no number. Two such products take 1.1 times as long as a
-float32 product; one product with codes of 8 bits takes 17 times as long.
+are therefore computed as the sum of two products, one with their high halves and one with their low halves:
+
+    s (q - z) = 16 s (q / 16 - z / 16) + s (q % 16 - z % 16)
+
+This rounds no number. Two such products take 1.1 times as long as a float32 product. One product with codes of 8 bits
+takes 17 times as long.
 
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 """

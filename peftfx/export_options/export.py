@@ -33,8 +33,8 @@ class ExportOptions(Checked):
         engine: `fast`, which translates each distinct operation once, or `torch`, which uses torch.onnx; see `to_onnx`.
         optimize: `cpu` or `cuda` fuse attentions, rotary embeddings and norms into one operator each; `none` does not;
             see `to_onnx`.
-        quantize: round the weights of products in blocks: `int8`, `int4` or `nf4`, or by role, such as `int4;
-            int8@head`; see `peftfx.export_options.quantize`.
+        quantize: round the weights of products in blocks: `int8`, `int4` or `nf4`, or by role, such as
+            `int4; int8@head`; see `peftfx.export_options.quantize`.
         budget: the most bytes of all weights, as a number or as text such as `1.2GB`. Each role's weights are rounded
             to int4, to int8 or not at all, so that the weights fit and the outputs change least, as measured for each
             role; see `peftfx.export.rounding.budget`.
