@@ -7,13 +7,16 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.writer import write_rule_directory
 from peftfx.adapters.lora_conversion import difference, lora_of
 from peftfx.adapters.single_file import DIFFUSERS, KOHYA, as_peft, as_single_file
 from peftfx.bases.load import load_base
+from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.export.command import load_directories
 from peftfx.files import write_file, writing
+from peftfx.methods.lora import LoRA
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.options import check_choice
@@ -22,6 +25,7 @@ from peftfx.rules.peft_files import WEIGHTS
 PEFT = "peft"
 FORMATS = (PEFT, KOHYA, DIFFUSERS)
 _LORA = "lora"
+_ROUNDING = 1e-6  #: of a share of the energy
 
 
 def convert_directory(
@@ -44,14 +48,14 @@ def convert_directory(
         adapter: a HF PEFT directory of any method that acts on weights.
         tuned: the directory of another checkpoint of the model. The LoRA approximates its difference from the base.
         file: a single LoRA file of kohya's or diffusers' format. Exactly one of `adapter`, `tuned` and `file` is given.
-        rank: the rank of the LoRA, or the share of the energy that is kept (below 1). Without a rank, an adapter that
-            is a LoRA already is not changed.
+        rank: the rank of the LoRA, or the share of the energy that is kept (below 1). Only an adapter that is a LoRA
+            already, or a single file, may have none: it is not changed.
         to: `peft`, `kohya` or `diffusers`.
         prefix: how the keys of a single file begin.
         force: replace what is at `output`.
 
     Returns:
-        A line that says what was written.
+        A line that says what was written, of which ranks, and which share of the energy is kept if some was cut.
 
     Raises:
         PeftfxError: bad input, or a change that no LoRA can express.
@@ -66,14 +70,18 @@ def convert_directory(
         )
     if to == PEFT and target.is_file():
         raise PeftfxError("the output is a file, and a directory is to be made", str(target), "choose another path")
+    kept = 1.0
     if adapter is not None:
         adapted = load_directories(Path(base), {_LORA: Path(adapter)})
+    elif tuned is not None:
+        adapted, kept = _of_difference(Path(base), Path(tuned), rank)
     else:
-        adapted = _changed(Path(base), tuned, file, rank)
+        assert file is not None
+        adapted = _of_single_file(Path(base), Path(file))
     name = _LORA
     if rank is not None and tuned is None:
-        adapted.convert_to_lora(_LORA, rank, "converted")
-        name = "converted"
+        kept = adapted.convert_to_lora(_LORA, rank, name := "converted")
+    _refuse_other_methods(adapted.adapter(name))
     made = adapted.adapter(name)
     if to == PEFT:
         adapted.save_pretrained(target, name)
@@ -82,22 +90,41 @@ def convert_directory(
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_file(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    return f"{target}: {len(made.placements)} modules, as {to} has them"
+    cut = "" if kept > 1 - _ROUNDING else f"; it keeps {100 * kept:.2f}% of the energy"
+    return f"{target}: a LoRA of {len(made.placements)} modules in the format of {to}, {_ranks(made)}{cut}"
 
 
-def _changed(base: Path, tuned: str | Path | None, file: str | Path | None, rank: float | None) -> AdaptedModel:
-    """Return the base with a LoRA from a single file, or from the difference of another checkpoint."""
+def _ranks(made: Adapter) -> str:
+    ranks = sorted({p.method.r for p in made.placements if isinstance(p.method, LoRA)})
+    return f"of rank {ranks[0]}" if len(ranks) == 1 else f"of ranks {ranks[0]} to {ranks[-1]}"
+
+
+def _refuse_other_methods(adapter: Adapter) -> None:
+    """Refuse an adapter with a rule that is no LoRA: to be one, it needs a rank."""
+    other = next((rule for rule in adapter.rules if not isinstance(rule, LoRA)), None)
+    if other is not None and not isinstance(other, WeightMethod):
+        what = f"what {type(other).__name__} does is no update of a weight"
+        raise PeftfxError(what, "adapter", "convert adapters that act on weights")
+    if other is not None:
+        what = f"the adapter is {type(other).__name__}, and a LoRA of it needs a rank"
+        raise PeftfxError(what, "rank", "rank=16, or rank=0.95 of its energy")
+
+
+def _of_difference(base: Path, tuned: Path, rank: float | None) -> tuple[AdaptedModel, float]:
+    """Return the base with a LoRA from the difference of another checkpoint, and the share of the energy kept."""
+    if rank is None:
+        what = "the difference of two checkpoints needs a rank"
+        raise PeftfxError(what, "rank", "rank=16, or rank=0.95 of its energy")
     adapted = bare(load_base(base))
-    if tuned is not None:
-        if rank is None:
-            raise PeftfxError(
-                "the difference of two checkpoints needs a rank", "rank", "rank=16, or rank=0.95 of its energy"
-            )
-        made = lora_of(difference(adapted.source, load_base(Path(tuned)), adapted.sites.weights), rank)
-        adapted._install(_LORA, made)
-        return adapted
-    assert file is not None
-    config, tensors = as_peft(Path(file), adapted.source)
+    made, kept = lora_of(difference(adapted.source, load_base(tuned), adapted.sites.weights), rank)
+    adapted._install(_LORA, made)
+    return adapted, kept
+
+
+def _of_single_file(base: Path, file: Path) -> AdaptedModel:
+    """Return the base with the LoRA of a single file."""
+    adapted = bare(load_base(base))
+    config, tensors = as_peft(file, adapted.source)
     with tempfile.TemporaryDirectory() as folder:
         write_rule_directory(Path(folder), config, {WEIGHTS: tensors})
         adapted.load_adapter(folder, _LORA)

@@ -28,8 +28,8 @@ Updates = Iterable[tuple[WeightSite, Tensor]]
 
 
 @torch.no_grad()
-def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None = None) -> Adapter:
-    """Return a LoRA whose effect is that of these updates, cut to a rank.
+def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None = None) -> tuple[Adapter, float]:
+    """Return a LoRA whose effect is that of these updates, cut to a rank; and the share of all energy that it keeps.
 
     Args:
         updates: the update of each site's weight; updates that are all zero get no placement in the LoRA.
@@ -45,10 +45,12 @@ def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None 
             f"the rank must be 1 or more, or a share between 0 and 1, not {rank}", "rank", "rank=8, or rank=0.95"
         )
     placements, values = [], {}
+    kept = whole = 0.0
     for site, update in updates:
         if not update.any():
             continue
-        a, b = _factors(site, update, rank)
+        a, b, singular = _factors(site, update, rank)
+        kept, whole = kept + float((singular[: len(a)] ** 2).sum()), whole + float((singular**2).sum())
         placements.append(WeightPlacement(LoRA(r=len(a), lora_alpha=len(a)), site))
         values[site.path] = {"lora_A": a, "lora_B": b}
     if not placements:
@@ -63,10 +65,11 @@ def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None 
     for path, params in values.items():
         for name, value in params.items():
             made.put(f"{path}.{name}", value)
-    return made
+    return made, kept / whole
 
 
-def _factors(site: WeightSite, update: Tensor, rank: float) -> tuple[Tensor, Tensor]:
+def _factors(site: WeightSite, update: Tensor, rank: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A, B, and all singular values of the update."""
     if site.kind not in ("linear", "conv", "embedding") or site.groups > 1:
         what = f"an update of a {site.kind}{' of several groups' if site.groups > 1 else ''} is not cut to a rank"
         raise PeftfxError(what, site.path, "leave it out, or merge what changes it")
@@ -78,8 +81,8 @@ def _factors(site: WeightSite, update: Tensor, rank: float) -> tuple[Tensor, Ten
         raise PeftfxError(f"a weight of {list(flat.shape)} has no rank {kept}", site.path, f"rank={len(s)} or less")
     a, b = vh[:kept].contiguous(), (u[:, :kept] * s[:kept]).contiguous()
     if site.kind != "conv":
-        return a, b
-    return a.view(kept, *update.shape[1:]), b.view(-1, kept, *(1,) * (update.ndim - 2))
+        return a, b, s
+    return a.view(kept, *update.shape[1:]), b.view(-1, kept, *(1,) * (update.ndim - 2)), s
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ class AdapterSums(AdaptersByName):
         combined.named = frozenset().union(*(adapter.named for adapter in named.values()))
         self._install(adapter_name, combined)
 
-    def convert_to_lora(self, adapter_name: str, rank: float, new_name: str = "lora") -> None:
+    def convert_to_lora(self, adapter_name: str, rank: float, new_name: str = "lora") -> float:
         """Add a LoRA that has another adapter's effect on weights, and make it the active one.
 
         Args:
@@ -67,17 +67,22 @@ class AdapterSums(AdaptersByName):
             rank: a whole number is the rank; a float between 0 and 1 is the share of each update's energy to keep.
             new_name: the name of the LoRA.
 
+        Returns:
+            The share of the energy of all updates, their squared singular values, that the LoRA keeps: 1 if nothing is
+            cut.
+
         Example:
             >>> adapted.add_adapter("loha", peftfx.LoHa(r=2, init_weights=False))
-            >>> adapted.convert_to_lora("loha", rank=4, new_name="lora")
+            >>> kept = adapted.convert_to_lora("loha", rank=4, new_name="lora")
         """
         from peftfx.adapters.lora_conversion import lora_of, updates_of
 
         self.named.refuse(new_name)
         adapter = self.adapter(adapter_name)
-        made = lora_of(updates_of(self.source, adapter), rank, adapter.records)
+        made, kept = lora_of(updates_of(self.source, adapter), rank, adapter.records)
         made.named = adapter.named
         self._install(new_name, made)
+        return kept
 
     def tasks_of(self, adapter_name: str) -> int:
         """Return how many tasks an adapter tells apart in the rows of a batch; 0 if it treats all rows alike.

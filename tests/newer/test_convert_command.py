@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import peft
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import peftfx
 from peftfx.cli.main import app
 from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.export.convert_command import convert_directory
@@ -62,6 +64,25 @@ def test_a_difference_and_a_cut_by_the_command_line(folder: Path, tmp_path: Path
         result = runner.invoke(app, ["convert", *options, "--output", str(tmp_path / name)])
         assert result.exit_code == 0, result.output
         torch.testing.assert_close(said(folder, tmp_path / name), want, atol=1e-4, rtol=1e-4)
+        assert "a LoRA of 2 modules in the format of peft, of rank 3" in " ".join(result.output.split())
+
+
+def test_what_a_cut_leaves_is_told(folder: Path, tmp_path: Path) -> None:
+    said = convert_directory(folder / "base", tmp_path / "cut", adapter=folder / "lora", rank=1)
+    assert re.search(r"of rank 1; it keeps \d\d\.\d\d% of the energy$", said)
+
+
+def test_an_adapter_of_another_method_needs_a_rank(folder: Path, tmp_path: Path) -> None:
+    loha = peft.get_peft_model(SPEC.build(), peft.LoHaConfig(r=2, target_modules=["q_proj"]))
+    loha.save_pretrained(tmp_path / "loha")
+    with pytest.raises(PeftfxError, match="the adapter is LoHa, and a LoRA of it needs a rank"):
+        convert_directory(folder / "base", tmp_path / "x", adapter=tmp_path / "loha")
+    prompt = peftfx.transform(SPEC.build(), peftfx.PromptTuning(num_virtual_tokens=2))
+    prompt.save_pretrained(tmp_path / "prompt")
+    for rank in (None, 2):
+        with pytest.raises(PeftfxError, match="what PromptTuning does is no update of a weight"):
+            convert_directory(folder / "base", tmp_path / "x", adapter=tmp_path / "prompt", rank=rank)
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_is_not_to_be_converted_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ def convert(
     tuned: Annotated[Path | None, typer.Option(help="Directory of another checkpoint: its difference.")] = None,
     file: Annotated[Path | None, typer.Option(help="A single file of kohya's or of diffusers'.")] = None,
     rank: Annotated[
-        str | None, typer.Option(help="Of the LoRA (16), or the share of the energy that it keeps (0.95).")
+        str | None,
+        typer.Option(help="Of the LoRA (16), or the share of the energy that it keeps (0.95). A LoRA may do without."),
     ] = None,
     to: Annotated[str, typer.Option(help="peft, kohya or diffusers.")] = "peft",
     prefix: Annotated[str, typer.Option(help="Of the keys of a single file.")] = "lora_unet",
