@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from peftfx.formats import ADAPTER, BATCHED, REPORT, RULES, SLOTS
 from peftfx.graph.slots import Manifest
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
 from peftfx.rules.text import write_rule
+
+_MOST = 8  #: items that are told in words; JSON has them all
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _export(path: Path) -> About:
     facts: dict[str, Any] = {
         "model": report["model"],
         "adapters": [_adapter_line(adapter) for adapter in report["adapters"]],
-        "inputs": [f"{name} {shape}" for name, shape in report.get("inputs", {}).items()],
+        "inputs": [f"{name} [{', '.join(map(str, shape))}]" for name, shape in report.get("inputs", {}).items()],
         "outputs": report.get("outputs", []),
         "files": report["bytes"],
         "opset": report.get("opset"),
@@ -105,7 +107,7 @@ def _slot_file(path: Path) -> About:
     from peftfx.serving.adapter_file import read_adapter_file
 
     number, values = read_adapter_file(path)
-    shapes = {name: "x".join(map(str, value.shape())) for name, value in values.items()}
+    shapes = {name: "x".join(map(str, value.shape())) for name, value in sorted(values.items())}
     size = path.stat().st_size
     return About("slots", {"base": f"{number:08x}", "tensors": len(values), "bytes": size, "shapes": shapes})
 
@@ -118,6 +120,11 @@ def _base(path: Path) -> About:
     return About("base", facts | {"files": files} if files else facts)
 
 
+def _first(items: Sequence[str], between: str) -> str:
+    more = [f"and {len(items) - _MOST} more"] if len(items) > _MOST else []
+    return between.join([*items[:_MOST], *more])
+
+
 def _product(shape: tuple[int, ...]) -> int:
     total = 1
     for size in shape:
@@ -126,8 +133,9 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def _words(value: object) -> str:
+    """A value in words: of many items the first, and how many more there are."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_words(own)}" for name, own in value.items())
+        return _first([f"{name} {_words(own)}" for name, own in value.items()], ", ")
     if isinstance(value, (list, tuple)):
-        return "; ".join(map(_words, value))
+        return _first([_words(own) for own in value], "; ")
     return f"{value:,}" if isinstance(value, int) else f"{value:.2g}" if isinstance(value, float) else str(value)

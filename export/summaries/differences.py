@@ -15,8 +15,9 @@ from peftfx.files import is_file
 from peftfx.formats import REPORT
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
 
-_MOST = 20  #: the most items of a kind that are listed
-_PASSING = ("seconds", "probes", "comparisons")  #: the fields of a report in which two runs of the same export differ
+_MOST, _FEW = 20, 4  #: the most items of a kind that are listed; the most items of one list
+#: The fields of a report in which two runs of the same export differ.
+_PASSING = ("seconds", "memory", "probes", "comparisons")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Differences:
     def __str__(self) -> str:
         if not self.any:
             return f"the same {self.kind}" + (f": {self.same} tensors" if self.same else "")
-        lines = [f"{name}: {first!r} | {second!r}" for name, (first, second) in self.fields.items()]
+        lines = [f"{name}: {_short(first)} | {_short(second)}" for name, (first, second) in self.fields.items()]
         lines += _listed("in the first alone", self.only_first) + _listed("in the second alone", self.only_second)
         told = [f"{n}: {', '.join(f'{k} {_short(v)}' for k, v in d.items())}" for n, d in (self.tensors or {}).items()]
         lines += _listed("tensors that differ", told)
@@ -132,4 +133,10 @@ def _listed(what: str, items: Sequence[str]) -> list[str]:
 
 
 def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """A value in words: of a list the first few, and how many more there are."""
+    if isinstance(value, Mapping):
+        value = [f"{name} {_short(own)}" for name, own in value.items()]
+    if isinstance(value, (list, tuple)):
+        more = [f"and {len(value) - _FEW} more"] if len(value) > _FEW else []
+        return f"[{', '.join([*map(_short, value[:_FEW]), *more])}]"
+    return "nothing" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -27,6 +27,7 @@ def quiet() -> Iterator[None]:
         from tqdm import tqdm
         from transformers.utils import logging
 
+        undone.callback(setattr, standard, "lastResort", standard.lastResort)
         fake = standard.getLogger("torch._subclasses.fake_tensor")
         undone.callback(setattr, tqdm, "monitor_interval", tqdm.monitor_interval)
         undone.callback(setattr, standard, "raiseExceptions", standard.raiseExceptions)
@@ -38,6 +39,7 @@ def quiet() -> Iterator[None]:
         undone.enter_context(warnings.catch_warnings())
         tqdm.monitor_interval = 0  # no thread for hidden bars: without free memory, starting one waits for ever
         standard.raiseExceptions = False  # without free memory, a failed log message prints no traceback
+        standard.lastResort = None  # the handler that prints messages of libraries that set up no logging
         fake.setLevel(standard.CRITICAL)  # it also logs errors that it raises
         warnings.filterwarnings("ignore")
         warnings.simplefilter("always", PeftfxWarning)
@@ -85,5 +87,6 @@ def print_report(report: object, output: Path) -> None:
         return
     table = Table(title=f"{report.model} -> {output}", show_header=False, title_justify="left")
     for name, text in report.rows():
-        table.add_row(name, escape(text))
+        if text:
+            table.add_row(name, escape(text))
     Console(width=None if sys.stdout.isatty() else 120).print(table)

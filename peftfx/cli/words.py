@@ -6,11 +6,11 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from peftfx.bases.tasks import check_task
+from peftfx.bases.tasks import TASKS, check_task
 from peftfx.errors import PeftfxError
 from peftfx.export_options.values import DEFAULT_SLOTS, Slots
 from peftfx.sites.expression import parse
@@ -56,6 +56,28 @@ def check_page(html: Path | None, adapters: Sequence[Path], *, others: bool, rul
 def dtype_named(text: str | None) -> str | None:
     """Return an option's name of a dtype. torch's names of dtypes are also known."""
     return text if text is None else _DTYPES.get(text.lower().removeprefix("torch."), text)
+
+
+def choice(choices: Sequence[str], help: str, *, shown: str = "") -> Any:
+    """An option of a few words: the help shows them, and the shell completes them.
+
+    The command itself refuses another word, and tells the nearest of them.
+
+    Args:
+        choices: the words.
+        help: what they are for.
+        shown: what stands in the help for all of them, where they are many.
+    """
+
+    def begun(incomplete: str) -> list[str]:
+        return [word for word in choices if word.startswith(incomplete)]
+
+    return typer.Option(help=help, metavar=shown or "|".join(choices), autocompletion=begun)
+
+
+def task_choice(default: str) -> Any:
+    """An option for the name of a pipeline; what it is by default is told behind it."""
+    return choice(tuple(TASKS), f"Pipeline name, as text-classification; by default {default}.", shown="<task>")
 
 
 Download = Annotated[

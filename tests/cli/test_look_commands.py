@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
+import typer
 from safetensors.torch import load_file, save_file
 from support.command import Inputs, Result, assert_refused
 
@@ -21,6 +23,16 @@ def test_every_command_takes_the_options_of_its_voice() -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         assert {"as_json", "quiet", "verbose"} <= set(inspect.signature(command.callback).parameters)
+
+
+def test_choices_are_in_the_help_and_are_completed() -> None:
+    command = typer.main.get_command(app).commands["export"]  # type: ignore[attr-defined]
+    options = {option.name: option for option in command.params}
+    assert options["view"].metavar == "forward|decode|auto"
+    with click.Context(command) as context:
+        for name, begun, words in (("view", "d", ["decode"]), ("engine", "", ["fast", "torch"]), ("dtype", "x", [])):
+            assert [item.value for item in options[name].shell_complete(context, begun)] == words
+        assert "text-generation" in [item.value for item in options["task"].shell_complete(context, "text")]
 
 
 def test_info_tells_what_there_is(inputs: Inputs, peftfx: Command, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from peftfx.cli.speech import quiet
 from peftfx.cli.voice import tell
-from peftfx.cli.words import Download, found_base
+from peftfx.cli.words import Download, choice, found_base
 from peftfx.errors import PeftfxError
 
 
@@ -17,14 +17,19 @@ def convert(
     base: Annotated[Path, typer.Option(help="Directory of the base model (transformers, or diffusers), or org/name.")],
     output: Annotated[Path, typer.Option(help="Directory to make, or with --to kohya or diffusers a file.")],
     adapter: Annotated[Path | None, typer.Option(help="HF PEFT directory, of any method that acts on weights.")] = None,
-    tuned: Annotated[Path | None, typer.Option(help="Directory of another checkpoint: its difference.")] = None,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(help="Directory of another checkpoint, whose difference from the base becomes a LoRA."),
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="A single file of kohya's or of diffusers'.")] = None,
     rank: Annotated[
         str | None,
-        typer.Option(help="Of the LoRA (16), or the share of the energy that it keeps (0.95). A LoRA may do without."),
+        typer.Option(
+            help="Rank of the LoRA (16), or the share of the energy that it keeps (0.95). A LoRA may do without."
+        ),
     ] = None,
-    to: Annotated[str, typer.Option(help="peft, kohya or diffusers.")] = "peft",
-    prefix: Annotated[str, typer.Option(help="Of the keys of a single file.")] = "lora_unet",
+    to: Annotated[str, choice(("peft", "kohya", "diffusers"), "Whose format the LoRA has.")] = "peft",
+    prefix: Annotated[str, typer.Option(help="What the keys of a single file begin with.")] = "lora_unet",
     force: Annotated[bool, typer.Option("--force", help="Replace what is at the output.")] = False,
     download: Download = False,
 ) -> None:

@@ -10,9 +10,10 @@ import typer
 from peftfx.cli.own_code import passes_named
 from peftfx.cli.speech import print_report, quiet
 from peftfx.cli.voice import tell
-from peftfx.cli.words import Download, chosen_slots, dtype_named, found_base, named_directories
+from peftfx.cli.words import Download, choice, chosen_slots, dtype_named, found_base, named_directories, task_choice
 from peftfx.errors import PeftfxError
 from peftfx.export_options.directory import DirectoryOptions
+from peftfx.options import BASE_QUANTIZATIONS, DTYPES, ENGINES, PROVIDERS, VIEWS
 
 
 def export(
@@ -30,12 +31,12 @@ def export(
             "but for a quantised base, whose weights stay what they are.",
         ),
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="Pipeline name, as text-classification; by default the adapter's or the model's.")
-    ] = None,
+    task: Annotated[str | None, task_choice("the adapter's or the model's")] = None,
     view: Annotated[
         str,
-        typer.Option(help="forward, decode (cache in and out), or auto: decode for a model that generates text."),
+        choice(
+            VIEWS, "What is exported: decode has the cache in and out; auto is decode for a model that generates text."
+        ),
     ] = "auto",
     opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
     task_id: Annotated[
@@ -46,14 +47,14 @@ def export(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16; by default the base's own, but fp32 for a bfloat16 base.")
+        str | None, choice(DTYPES, "Of the weights; by default the base's own, but fp32 for a bfloat16 base.")
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="fast translates each distinct operation once; torch is torch.onnx's own road.")
+        str, choice(ENGINES, "fast translates each distinct operation once; torch is torch.onnx's own road.")
     ] = "fast",
     optimize: Annotated[
         str,
-        typer.Option(help="cpu or cuda: attentions and norms as one operator each (opset 23); none: in their parts."),
+        choice(PROVIDERS, "cpu, cuda: attentions and norms as one operator each (opset 23); none: in their parts."),
     ] = "cpu",
     quantize: Annotated[
         str | None,
@@ -68,7 +69,7 @@ def export(
     ] = None,
     quantize_base: Annotated[
         str | None,
-        typer.Option(help="nf4: make of a base in floating point what a QLoRA was trained on (load_in_4bit)."),
+        choice(BASE_QUANTIZATIONS, "Make of a base in floating point what a QLoRA was trained on (load_in_4bit)."),
     ] = None,
     max_error: Annotated[
         str | None,

@@ -9,8 +9,9 @@ import typer
 
 from peftfx.cli.speech import quiet
 from peftfx.cli.voice import tell
-from peftfx.cli.words import Download, found_base
+from peftfx.cli.words import Download, choice, found_base
 from peftfx.export_options.adapter import AdapterDirectoryOptions
+from peftfx.options import COMBINATIONS
 
 
 def export_adapter(
@@ -19,10 +20,10 @@ def export_adapter(
     output: Annotated[Path, typer.Option(help="File to make; .onnx_adapter is added to its name if it is not there.")],
     base: Annotated[
         Path | None,
-        typer.Option(help="The base model, as of export; by default where the graph was exported from."),
+        typer.Option(help="The base model, as export takes it; by default where the graph was exported from."),
     ] = None,
     combination: Annotated[
-        str, typer.Option(help="How weighted adapters are combined: cat (LoRA, exactly) or linear (LoRA, IA3).")
+        str, choice(COMBINATIONS, "How weighted adapters are combined: cat (LoRA, exactly) or linear (LoRA, IA3).")
     ] = "cat",
     check: Annotated[bool, typer.Option(help="Hold what it does in ONNX Runtime against torch.")] = True,
     atol: Annotated[

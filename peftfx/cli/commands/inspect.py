@@ -10,12 +10,12 @@ import typer
 
 from peftfx.cli.speech import quiet
 from peftfx.cli.voice import VOICE, tell
-from peftfx.cli.words import Download, check_looks, check_page, found_base
+from peftfx.cli.words import Download, check_looks, check_page, found_base, task_choice
 
 
 def inspect(
     model: Annotated[Path, typer.Argument(help="Directory of a model, whose config is enough, or org/name.")],
-    task: Annotated[str | None, typer.Option(help="Pipeline name; by default the model's own.")] = None,
+    task: Annotated[str | None, task_choice("the model's own")] = None,
     target: Annotated[
         str | None, typer.Option(help="Show only what this target picks, as 'attention.query | mlp'.")
     ] = None,

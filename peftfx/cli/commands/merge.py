@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from peftfx.cli.speech import print_report, quiet
-from peftfx.cli.words import Download, dtype_named, found_base
+from peftfx.cli.words import Download, choice, dtype_named, found_base, task_choice
 from peftfx.export_options.merge import MergeOptions
+from peftfx.options import BASE_QUANTIZATIONS, DTYPES
 
 
 def merge(
@@ -20,28 +21,26 @@ def merge(
     adapter: Annotated[
         Path | None, typer.Option(help="HF PEFT directory; without one a quantised base is written in floating point.")
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="Pipeline name, as text-classification; by default the adapter's or the model's.")
-    ] = None,
+    task: Annotated[str | None, task_choice("the adapter's or the model's")] = None,
     task_id: Annotated[
         int | None, typer.Option(help="The task to merge, from 0, of an adapter of several (Poly).")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16; by default the base's own, and fp32 for a quantised base.")
+        str | None, choice(DTYPES, "Of the weights; by default the base's own, and fp32 for a quantised base.")
     ] = None,
     quantize_base: Annotated[
         str | None,
-        typer.Option(help="nf4: make of a base in floating point what a QLoRA was trained on (load_in_4bit)."),
+        choice(BASE_QUANTIZATIONS, "Make of a base in floating point what a QLoRA was trained on (load_in_4bit)."),
     ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(help="nf4 (bitsandbytes), int4 or int8 (compressed-tensors): round merged weights, by role too."),
     ] = None,
-    max_error: Annotated[str | None, typer.Option(help="What rounding may cost: as of export.")] = None,
+    max_error: Annotated[str | None, typer.Option(help="What rounding may cost; see export.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text that a rounded model is compared on; by default its own greedy text.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="The largest size of a file of weights.")] = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
     download: Download = False,
 ) -> None:

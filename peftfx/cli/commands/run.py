@@ -11,6 +11,7 @@ import typer
 
 from peftfx.cli.speech import quiet
 from peftfx.cli.voice import VOICE
+from peftfx.cli.words import task_choice
 from peftfx.serving.runs.asked import Asked, Found, read_texts, runner
 
 
@@ -28,12 +29,14 @@ def run(
     audio: Annotated[
         list[Path] | None, typer.Option(help="WAV file, of any rate, to transcribe or classify; may be given again.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Pipeline name; by default what the model was made for.")] = None,
+    task: Annotated[str | None, task_choice("what the model was made for")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Where generation stops at the latest: by default a prompt's after 128 tokens.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of sampling; 0 takes the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     language: Annotated[str | None, typer.Option(help="With --audio: the language spoken, if the model asks.")] = None,
     translate: Annotated[
