@@ -13,6 +13,7 @@ from peftfx.formats import REPORT, read_stamped
 from peftfx.pages.page import Page, bars, make_page, table, text
 
 _MOST = 40  #: the most rows of a table of places
+_ANYTHING = 1e20  #: a bound beyond it refuses only infinities
 _KNOWN = ("model", "adapters", "tensors", "bytes", "seconds", "comparisons", "probes")
 
 
@@ -107,12 +108,18 @@ def _errors(report: Mapping[str, Any]) -> str:
         name = found["output"]
         if name not in worst or found["max_abs"] > worst[name]["max_abs"]:
             worst[name] = found
-    rows = [
-        (name, *(float(c[key]) for key in ("max_abs", "max_rel", "bound")), _number(c["float32"]))
-        for name, c in list(worst.items())[:_MOST]
-    ]
-    head = ("output", "difference", "of the largest", "allowed", "torch's own rounding")
+    measured = any(c["float32"] is not None for c in worst.values())
+    head = ["output", "difference", "of the largest", "allowed", *(["torch's own rounding"] if measured else [])]
+    rows: list[list[object]] = []
+    for name, c in list(worst.items())[:_MOST]:
+        own = [_number(c["float32"])] if measured else []
+        rows.append([name, float(c["max_abs"]), float(c["max_rel"]), _allowed(float(c["bound"])), *own])
     return table(head, rows, _cut("Error by output, ONNX Runtime against torch", len(worst)))
+
+
+def _allowed(bound: float) -> object:
+    """What an output may differ by; a model whose weights are rounded may differ by anything that is finite."""
+    return bound if bound < _ANYTHING else "finite"
 
 
 def _number(value: object) -> object:
@@ -161,7 +168,7 @@ def _quantised(report: Mapping[str, Any]) -> str:
         found.append(table(("layer", "weights"), rows, _cut(f"Quantised layers, {graph}", len(layers))) if rows else "")
     for graph, choices in report.get("codes", {}).items():
         rows = [(", ".join(f"{k} {v}" for k, v in choice.items()),) for choice in choices]
-        found.append(table(("",), rows, f"Codes of the base, {graph}"))
+        found.append(table(("format and operator",), rows, f"Codes of the base, {graph}"))
     return "".join(found)
 
 

@@ -14,6 +14,7 @@ from onnx_ir.passes import common
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
 from peftfx.export.metadata import PERM, PERMUTED, PIECES, SCOPE
+from peftfx.export.translation.scopes import hand_scope
 
 _SMALL = 256  #: the most elements of a folded constant
 
@@ -103,6 +104,7 @@ def _use_gemm(graph: ir.Graph, weight: ir.Value, transpose: ir.Node) -> None:
         if matmul.op_type != "MatMul" or use.idx != 1 or x is None or x.shape is None or len(x.shape) < 2:
             continue
         nodes = _gemm(x, weight, len(x.shape))
+        hand_scope(matmul, nodes)
         graph.insert_before(matmul, nodes)
         old, new = matmul.outputs[0], nodes[-1].outputs[0]
         new.type, new.shape, new.name = old.type, old.shape, old.name

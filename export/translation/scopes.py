@@ -5,15 +5,17 @@ Netron shows these names. Explorers that group nodes by the paths in their names
 
 from __future__ import annotations
 
+import ast
 import itertools
 from collections.abc import Iterable
 
 import onnx_ir as ir
 from torch import fx
 
-from peftfx.analysis.weight_ops import module_path
+from peftfx.analysis.weight_ops import base_path, module_path
 from peftfx.export.metadata import SCOPE
 
+_TOLD = "pkg.torch.onnx.name_scopes"  #: the metadata key under which torch's exporter lists the modules of a node
 _BETWEEN = "/"  #: between a module's path and a node's name in the module
 
 
@@ -25,8 +27,37 @@ def scoped(name: str, node: fx.Node) -> str:
 def put_scope(made: ir.Node, node: fx.Node) -> None:
     """Record the module of an ONNX node, and name the node after it. `name_apart` makes equal names differ."""
     if path := module_path(node):
-        made.metadata_props[SCOPE] = path
-        made.name = f"{path}{_BETWEEN}{made.op_type}"
+        _name(made, path)
+
+
+def hand_scope(old: ir.Node, made: Iterable[ir.Node]) -> None:
+    """Record the module of a node for the nodes that replace it."""
+    if path := old.metadata_props.get(SCOPE):
+        for node in made:
+            _name(node, path)
+
+
+def _name(node: ir.Node, path: str) -> None:
+    """Record the module of a node, and name the node after it."""
+    node.metadata_props[SCOPE] = path
+    node.name = f"{path}{_BETWEEN}{node.op_type}"
+
+
+def adopt_scopes(model: ir.Model) -> None:
+    """Record the module of each node that torch's exporter knows it of, and name the node and its values after it."""
+    for node in model.graph:
+        told = node.metadata_props.get(_TOLD)
+        if told is None or not (path := base_path(_innermost(told))):
+            continue
+        _name(node, path)
+        for value in node.outputs:
+            value.name = f"{path}{_BETWEEN}{value.name}"
+
+
+def _innermost(told: str) -> str:
+    """Return the innermost module of a written list of modules, whose last item is the name of an fx node."""
+    *paths, _ = ast.literal_eval(told)
+    return str(paths[-1]) if paths else ""
 
 
 def put_rest(program: ir.Model) -> None:

@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from peftfx.export.translation.preparation import prepare
 from peftfx.export.translation.program import Translation, flatten_outputs, run_exporter, symbol_axes, weights_of
+from peftfx.export.translation.scopes import adopt_scopes
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph, link
 from peftfx.graph.rewriter import Rewriter
@@ -32,7 +33,9 @@ def retrace(graph: Graph, opset: int | None) -> Translation:
         _use_one_mode(program)
         places = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
         axes = symbol_axes(graph.inputs, [places[str(name)] for name in program.graph_signature.user_inputs])
-        return Translation(run_exporter(program, opset), targets, axes, outputs)
+        model = run_exporter(program, opset)
+        adopt_scopes(model)
+        return Translation(model, targets, axes, outputs)
 
 
 def _export(graph: Graph, device: torch.device) -> ExportedProgram:
@@ -69,14 +72,18 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Plain(nn.Module):
-    """A GraphModule called with `*args`, because torch.export reads parameter names off the signature."""
+    """A GraphModule called with `*args`, because torch.export reads parameter names off the signature.
+
+    It runs node by node, so that each node keeps the modules that ran it when the graph was captured.
+    """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self.module(*tensors))
+        with fx.traceback.preserve_node_meta():
+            return tuple(fx.Interpreter(self.module).run(*tensors))
 
 
 def _fake_weights(graph: Graph, mode: FakeTensorMode) -> dict[str, str]:

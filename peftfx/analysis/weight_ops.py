@@ -173,7 +173,12 @@ def _arg(node: fx.Node, index: int) -> object:
 def module_path(node: fx.Node) -> str:
     """Return the path of the innermost module that ran this node, relative to the base module."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(list(stack.values())), ("",))[0].partition("@")[0]
+    return base_path(next(reversed(list(stack.values())), ("",))[0])
+
+
+def base_path(path: str) -> str:
+    """A module's path relative to the base, from torch's stack of the modules that run; empty outside the base."""
+    path = path.partition("@")[0]
     return path.removeprefix(BASE).removeprefix(".") if path.partition(".")[0] == BASE else ""
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from peftfx.pages.layout import HEIGHT, WIDTH, Layout, Place, lay_out
 from peftfx.pages.page import Page, make_page, table, text
 
-_WIDTH, _HEIGHT, _ACROSS, _DOWN, _EDGE = 136, 32, 12, 20, 14
 COLOURS = ("embedding", "attention", "mlp", "experts", "norm", "conv", "linear", "head", "pattern")
-MOST_ACROSS = 5  #: the most boxes in a row; a longer row continues below
+_LEAST = 0.75  #: the share of its size that a card shrinks to where columns need room
+_FITS, _SQUEEZED = 19, 25  #: letters that fit on a box; letters that are squeezed onto it. The rest is cut off
 
 
 @dataclass(frozen=True)
@@ -131,108 +132,53 @@ def draw(title: str, lead: str, columns: Sequence[Column], more: str = "") -> Pa
 
 def _column(column: Column, data: list[dict[str, object]], *, alone: bool) -> str:
     head = "" if alone else f"<h2>{text(column.title)}</h2>"
-    return f'<section class="column">{head}{"".join(_card(card, data) for card in column.cards)}</section>'
+    laid = [_laid(card) for card in column.cards]
+    widest = max(own.width for own in laid)
+    cards = (_card(card, own, widest, data) for card, own in zip(column.cards, laid, strict=True))
+    return f'<section class="column">{head}{"".join(cards)}</section>'
 
 
-def _card(card: Card, data: list[dict[str, object]]) -> str:
+def _laid(card: Card) -> Layout:
+    beside = [box.name for box in card.boxes if box.kind == "pattern"]
+    return lay_out([box.name for box in card.boxes], card.joins, beside, card.edges)
+
+
+def _card(card: Card, laid: Layout, widest: int, data: list[dict[str, object]]) -> str:
     times = f"<b>× {card.count}</b>" if card.count > 1 else ""
-    return f'<div class="card"><h3>{times}{text(card.title)}</h3>{_svg(card, data)}</div>'
+    return f'<div class="card"><h3>{times}{text(card.title)}</h3>{_svg(card, laid, widest, data)}</div>'
 
 
-def _svg(card: Card, data: list[dict[str, object]]) -> str:
-    places, (width, height) = _laid(card)
-    lines = [_edge(places[a], places[b], width) for a, b in card.edges]
-    dots = [f'<circle cx="{x}" cy="{y}" r="4"/>' for x, y in (places[name] for name in card.joins)]
+def _svg(card: Card, laid: Layout, widest: int, data: list[dict[str, object]]) -> str:
+    """A card's drawing; those of one column, of which the widest is told, shrink alike."""
+    lines = [f'<path d="{line}"/>' for line in laid.lines]
+    dots = [f'<circle cx="{x}" cy="{y}" r="4"/>' for x, y in (laid.places[name] for name in card.joins)]
     boxes = []
     for box in card.boxes:
-        boxes.append(_box(box, places[box.name], len(data)))
+        boxes.append(_box(box, laid.places[box.name], len(data)))
         data.append(box.data())
     label = text(f"sites of {card.title}")
-    return (
-        f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="group" aria-label="{label}">'
-        f"{''.join(lines)}{''.join(dots)}{''.join(boxes)}</svg>"
-    )
+    size = f'width="{laid.width}" height="{laid.height}" viewBox="0 0 {laid.width} {laid.height}"'
+    shrinks = f"width:{100 * laid.width / widest:.4g}%;max-width:{laid.width}px;--least:{int(_LEAST * laid.width)}px"
+    return f'<svg {size} style="{shrinks}" role="group" aria-label="{label}">{"".join((*lines, *dots, *boxes))}</svg>'
 
 
-def _box(box: Box, place: tuple[int, int], number: int) -> str:
-    x, y = place[0] - _WIDTH // 2, place[1] - _HEIGHT // 2
+def _box(box: Box, place: Place, number: int) -> str:
+    x, y = place[0] - WIDTH // 2, place[1] - HEIGHT // 2
     adapted = "; ".join(a.short for a in box.adapters)
     said = text(", ".join(filter(None, (box.role, box.path, box.shape, adapted))))
     mark = f'<text class="m" x="{x + 7}" y="{y + 26}">{text(_short(adapted, 21))}</text>' if adapted else ""
     line = y + (14 if adapted else 20)
     return (
         f'<g class="s{" a" if adapted else ""}" tabindex="0" role="button" aria-pressed="false" data-i="{number}" '
-        f'aria-label="{said}"><rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="5" '
-        f'style="fill:var(--{box.colour})"/><text x="{x + 7}" y="{line}">{text(_short(box.label, 19))}</text>{mark}</g>'
+        f'aria-label="{said}"><rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="5" '
+        f'style="fill:var(--{box.colour})"/>{_label(box.label, x + 7, line)}{mark}</g>'
     )
 
 
-def _edge(start: tuple[int, int], end: tuple[int, int], width: int) -> str:
-    """Draw a line from below one box to above another. A line that passes a row goes around on the right."""
-    (ax, ay), (bx, by) = start, end
-    if by - ay <= _HEIGHT + _DOWN:
-        return f'<path d="M{ax} {ay}C{ax} {(ay + by) // 2} {bx} {(ay + by) // 2} {bx} {by}"/>'
-    side = width - 3
-    return (
-        f'<path d="M{ax} {ay}C{side} {ay + 14} {side} {ay + 14} {side} {ay + 34}V{by - 34}'
-        f'C{side} {by - 14} {side} {by - 14} {bx} {by}"/>'
-    )
-
-
-def _laid(card: Card) -> tuple[dict[str, tuple[int, int]], tuple[int, int]]:
-    """Return the middle of each box and join, and the size of the drawing."""
-    rows = _rows(card)
-    widest = max(len(row) for row in rows)
-    width = widest * (_WIDTH + _ACROSS) + 2 * _EDGE
-    joins, places, y = set(card.joins), dict[str, tuple[int, int]](), 8
-    for row in rows:
-        tall = 10 if all(name in joins for name in row) else _HEIGHT
-        left = (width - len(row) * (_WIDTH + _ACROSS) + _ACROSS) // 2 + _WIDTH // 2
-        for i, name in enumerate(row):
-            places[name] = (left + i * (_WIDTH + _ACROSS), y + tall // 2)
-        y += tall + _DOWN
-    return places, (width, y - _DOWN + 8)
-
-
-def _rows(card: Card) -> list[list[str]]:
-    """Arrange the names in rows, each below all that it reads. A row that is too long continues in the next."""
-    order = [box.name for box in card.boxes]
-    names = [*order, *card.joins]
-    above: dict[str, list[str]] = {name: [] for name in names}
-    for start, end in card.edges:
-        above[end].append(start)
-    depth = _depths(names, above)
-    below: dict[str, list[str]] = {name: [end for start, end in card.edges if start == name] for name in names}
-    for name in names:  # a box that reads nothing here is put just above its reader, such as keys of a cross-attention
-        if not above[name] and below[name]:
-            depth[name] = max(depth[name], min(depth[end] for end in below[name]) - 1)
-    loose = [box.name for box in card.boxes if box.kind == "pattern"]
-    for name in loose:  # beside the box that the pattern ends in
-        before = order[: order.index(name)]
-        depth[name] = depth[before[-1]] if before else 0
-    rows: list[list[str]] = []
-    for level in sorted(set(depth.values())):
-        row = [name for name in names if depth[name] == level]
-        rows += [row[i : i + MOST_ACROSS] for i in range(0, len(row), MOST_ACROSS)]
-    return rows
-
-
-def _depths(names: Sequence[str], above: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Return for each name the longest path from a name that reads nothing. Cycles are ignored."""
-    depth: dict[str, int] = {}
-    for root in names:
-        stack, open_ = [root], set[str]()
-        while stack:
-            name = stack[-1]
-            waiting = [a for a in above[name] if a not in depth and a not in open_]
-            if name in depth or not waiting:
-                stack.pop()
-                open_.discard(name)
-                depth.setdefault(name, 1 + max((depth[a] for a in above[name] if a in depth), default=-1))
-            else:
-                open_.add(name)
-                stack.append(waiting[0])
-    return depth
+def _label(label: str, x: int, y: int) -> str:
+    """Draw the name on a box. A name that is a little too long is squeezed."""
+    squeezed = f' textLength="{WIDTH - 14}" lengthAdjust="spacingAndGlyphs"' if len(label) > _FITS else ""
+    return f'<text x="{x}" y="{y}"{squeezed}>{text(_short(label, _SQUEEZED))}</text>'
 
 
 def _short(value: str, most: int) -> str:

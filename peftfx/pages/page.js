@@ -44,6 +44,10 @@ places += on;
 }
 count.textContent = text ? places + " of " + sites.reduce((n, s) => n + s.paths.length, 0) + " sites" : "";
 }
+// A text in an element, which a line ends behind a dot of rather than within a word.
+function broken(element, text) {
+element.replaceChildren(...text.split(/(?<=\.)/).flatMap((piece, i) => i ? [document.createElement("wbr"), piece] : [piece]));
+}
 function show(box) {
 const s = sites[box.dataset.i];
 boxes.forEach(b => b.setAttribute("aria-pressed", b === box));
@@ -51,9 +55,9 @@ const rows = [["role", s.role], ["kind", s.kind], ["shape", s.shape], ["calls", 
 ["where", s.paths.length > 1 ? s.paths.length + " equal places, " + s.paths[0] + " to " + s.paths[s.paths.length - 1] : ""]];
 for (const a of s.adapters) rows.push([a.what, a.said]);
 const list = document.createElement("dl"), head = document.createElement("h2");
-head.textContent = s.path;
+broken(head, s.path);
 for (const [name, said] of rows) if (said) {
-for (const [tag, value] of [["dt", name], ["dd", said]]) { const e = document.createElement(tag); e.textContent = value; list.append(e); }
+for (const [tag, value] of [["dt", name], ["dd", said]]) { const e = document.createElement(tag); broken(e, value); list.append(e); }
 }
 panel.replaceChildren(head, list);
 }

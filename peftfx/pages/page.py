@@ -70,7 +70,13 @@ def text(value: object) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> str:
-    """Make an HTML table. Numbers are aligned to the right."""
+    """Make an HTML table. Numbers are aligned to the right.
+
+    If no column has a head, the first cell of each row names the row.
+    """
+    if not any(head):
+        facts = (f'<tr><th scope="row">{text(name)}</th>{"".join(map(_cell, cells))}</tr>' for name, *cells in rows)
+        return f'<table class="facts"><tbody>{"".join(facts)}</tbody></table>'
     heads = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
     lines = ("".join(_cell(cell) for cell in row) for row in rows)
     title = f"<caption>{text(caption)}</caption>" if caption else ""

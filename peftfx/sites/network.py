@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -68,23 +68,60 @@ def layer_path(path: str) -> str:
     return found[0] if found else ""
 
 
-def equal_layers(network: nx.DiGraph) -> list[tuple[str, ...]]:
-    """Return the paths of the layers, in groups that have the same sites of the same shapes with the same links."""
+def inner_layer(path: str, cut: Collection[str]) -> str:
+    """Return the path of the layer that a module is in.
+
+    In a layer that is cut, that is the path of the layer inside it, if the module is in one.
+    """
+    layer = layer_path(path)
+    while layer in cut:
+        inner = layer_path(path.removeprefix(f"{layer}."))
+        if not inner:
+            break
+        layer = f"{layer}.{inner}"
+    return layer
+
+
+def cut_layers(network: nx.DiGraph) -> frozenset[str]:
+    """Return the layers to cut: those that equal no other layer and contain equal layers, such as blocks of a U-Net."""
+    cut: set[str] = set()
+    waiting = [layer for layer, *others in equal_layers(network) if not others]
+    while waiting:
+        layer = waiting.pop()
+        within = network.subgraph([n for n, path in network.nodes(data="path") if inner_layer(path, cut) == layer])
+        groups = [g for g in equal_layers(within, {*cut, layer}) if g != (layer,)]
+        sizes = Counter(inner_layer(path, {*cut, layer}) for path in dict(within.nodes(data="path")).values())
+        if any(len(group) > 1 and sizes[group[0]] > 1 for group in groups):
+            cut.add(layer)
+            waiting += [inner for inner, *others in groups if not others]
+    return frozenset(cut)
+
+
+def equal_layers(network: nx.DiGraph, cut: Collection[str] = ()) -> list[tuple[str, ...]]:
+    """Return the paths of the layers, in groups that have the same sites of the same shapes with the same links.
+
+    Args:
+        network: the network of the sites.
+        cut: layers that are replaced by the layers inside them.
+    """
     members: dict[str, list[str]] = defaultdict(list)
     for name, path in network.nodes(data="path"):
-        if layer_path(path):
-            members[layer_path(path)].append(name)
-    labels = {name: f"{d['kind']} {d['role']} {d['shape']}" for name, d in network.nodes(data=True)}
+        if layer := inner_layer(path, cut):
+            members[layer].append(name)
     groups: dict[str, list[str]] = defaultdict(list)
     for layer, names in members.items():
         inner = nx.DiGraph()
-        inner.add_nodes_from((name, {"label": labels[name]}) for name in names)
+        inner.add_nodes_from((name, {"label": _label(network.nodes[name])}) for name in names)
         own = set(names)
         for name in names:
             links = ((other, link) for other, link in network.adj[name].items() if other in own)
             inner.add_edges_from((name, other, {"ops": " ".join(link["ops"])}) for other, link in links)
         groups[_hash(inner)].append(layer)
     return [tuple(layers) for layers in groups.values()]
+
+
+def _label(node: Mapping[str, object]) -> str:
+    return f"{node['kind']} {node['role']} {node['shape']}"
 
 
 def _hash(layer: nx.DiGraph) -> str:

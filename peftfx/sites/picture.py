@@ -9,7 +9,7 @@ import networkx as nx
 
 from peftfx.pages.drawing import Adapted, Box, Card, Column, draw
 from peftfx.pages.page import Page
-from peftfx.sites.network import equal_layers, keys_of, layer_path
+from peftfx.sites.network import cut_layers, equal_layers, inner_layer, keys_of, layer_path
 from peftfx.sites.site import PATTERN, Site
 
 Marks = Mapping[str, Sequence[Adapted]]
@@ -40,7 +40,8 @@ class _Picture:
         self.names = {id(site): name for site, name in zip(plain, keys_of(plain), strict=True)}
         self.names |= {id(site): site.path for site in sites if site.kind == PATTERN}
         self.sites = list(sites)
-        groups = equal_layers(network)
+        self.cut = cut_layers(network)
+        groups = equal_layers(network, self.cut)
         self.alike = {layer: number for number, layers in enumerate(groups) for layer in layers}
 
     def columns(self) -> list[Column]:
@@ -70,7 +71,7 @@ class _Picture:
     def _cards(self, sites: Sequence[Site]) -> list[Card]:
         layers: dict[str, list[Site]] = {}
         numbers = itertools.count()
-        for layer, run in itertools.groupby(sites, lambda site: layer_path(site.path)):
+        for layer, run in itertools.groupby(sites, lambda site: inner_layer(site.path, self.cut)):
             layers.setdefault(layer or f"#{next(numbers)}", []).extend(run)
         groups: dict[object, list[str]] = {}
         for layer, own in layers.items():
@@ -100,7 +101,7 @@ class _Picture:
         return Card(title, len(group), boxes, tuple(sorted(joins)), edges)
 
     def _is_inside(self, join: str, layer: str, own: Mapping[str, Site]) -> bool:
-        path = layer_path(self.network.nodes[join]["path"])
+        path = inner_layer(self.network.nodes[join]["path"], self.cut)
         return path == layer if path else layer.startswith("#") and any(p in own for p in self.network.pred[join])
 
     def _box(self, site: Site, layer: str, numbers: tuple[int, ...], times: Mapping[str, Mapping[str, Site]]) -> Box:

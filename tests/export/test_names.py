@@ -15,13 +15,15 @@ import peftfx
 from peftfx.export import to_onnx
 from peftfx.export.metadata import ADAPTERS_KEY, BASE_MODEL, FINGERPRINT, SCOPE
 from peftfx.graph.fingerprint import SAMPLED, fingerprint
+from peftfx.options import ENGINES
 from peftfx.version import __version__
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
-def test_nodes_have_the_paths_of_modules(captured: Callable[[str], Captured], name: str) -> None:
+def test_nodes_have_the_paths_of_modules(captured: Callable[[str], Captured], name: str, engine: str) -> None:
     found = captured(name)
-    model = to_onnx(found.graph)
+    model = to_onnx(found.graph, engine=engine)
     modules = dict(found.model.named_modules())
     scopes = [node.metadata_props[SCOPE] for node in model.graph if SCOPE in node.metadata_props]
     assert len(scopes) > 0.7 * len(list(model.graph))
@@ -31,6 +33,11 @@ def test_nodes_have_the_paths_of_modules(captured: Callable[[str], Captured], na
     for node in model.graph:
         if path := node.metadata_props.get(SCOPE):
             assert str(node.name).startswith(f"{path}/"), "explorers group by names"
+    attention = next(path for path in modules if path.endswith(("self_attn", "SelfAttention")))
+    inside = {node.op_type for node in model.graph if node.metadata_props.get(SCOPE) == attention}
+    assert inside & {"Softmax", "Attention"}, "what has no weight is of its own module, and not of a neighbour's"
+    values = [str(value.name) for node in model.graph for value in node.outputs]
+    assert sum(value.startswith(f"{attention}/") for value in values) > 3
     names = [value.name for node in model.graph for value in node.outputs]
     assert len(set(names)) == len(names)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from torch import nn
 
 import peftfx
 from peftfx import PeftfxError
+from peftfx.pages.layout import HEIGHT, WIDTH, lay_out
 from peftfx.pages.page import Page
 from peftfx.sites.sites import Sites
 
@@ -111,6 +113,34 @@ def test_equal_layers_are_drawn_once_and_what_differs_apart(captured: Callable[[
     assert len(values[1].split(", ")) == 2
     assert not by_path["model.layers.0.mlp.up_proj"]["adapters"]
     assert by_path["model.layers.0.mlp.down_proj"]["adapters"]
+
+
+def test_equal_layers_inside_a_block_are_drawn_once() -> None:
+    block = nn.ModuleDict({"layers": nn.Sequential(*(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in "123"))})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block]), "end": nn.Linear(4, 2)})
+    model.forward = lambda x: model["end"](block["layers"](x))  # type: ignore[method-assign]
+    sites = peftfx.capture(model, {"x": torch.randn(2, 4)}).sites
+    read = Read(sites.show())
+    assert "× 3" in read.text
+    assert "blocks.0.layers 0–2" in read.text
+    assert sorted(read.paths()) == sorted(site.path for site in sites)
+
+
+def test_boxes_do_not_overlap_and_lines_that_pass_one_row_have_lanes_of_their_own() -> None:
+    boxes = [f"b{i}" for i in range(9)]
+    chain = [(a, b) for a, b in itertools.pairwise(boxes)]
+    far = [("b0", "b4"), ("b1", "b3"), ("b2", "b6"), ("b6", "b8")]
+    laid = lay_out([*boxes, *(f"leaf{i}" for i in range(6))], ["sum"], [], [*chain, *far, ("b8", "sum")])
+    places = [laid.places[name] for name in laid.places if name != "sum"]
+    for (ax, ay), (bx, by) in itertools.combinations(places, 2):
+        assert abs(ax - bx) >= WIDTH or abs(ay - by) >= HEIGHT
+    assert all(WIDTH // 2 <= x <= laid.width - WIDTH // 2 for x, _ in places)
+    lanes = {edge: int(line.split("C")[1].split()[0]) for edge, line in zip([*chain, *far], laid.lines, strict=False)}
+    inside, across, outside, behind = (lanes[edge] for edge in (far[1], far[2], far[0], far[3]))
+    assert inside < min(across, outside)
+    assert across != outside
+    assert behind == inside, "what passes other rows takes the first lane again"
+    assert max(lanes.values()) < laid.width
 
 
 def test_singular_values_are_those_of_the_update() -> None:

@@ -15,7 +15,7 @@ import peftfx
 from peftfx import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.sites.dataflow import Dataflow, Junction, Link
-from peftfx.sites.network import keys_of, make_network
+from peftfx.sites.network import cut_layers, equal_layers, inner_layer, keys_of, make_network
 from peftfx.sites.site import Call, Site
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import select
@@ -105,6 +105,40 @@ class Wider(nn.Module):
 def test_layers_of_another_shape_are_not_alike() -> None:
     sites = peftfx.capture(Wider(), {"x": torch.randn(2, 4)}).sites
     assert sites.equal_layers() == [("layers.0", "layers.2"), ("layers.1",)]
+
+
+class Blocks(nn.Module):
+    """Two blocks of two widths: in each, three layers of a norm and a linear one, and a wider one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for width in (4, 6):
+            layers = [nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(3)]
+            self.blocks.append(nn.ModuleDict({"layers": nn.Sequential(*layers), "out": nn.Linear(width, width + 2)}))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block["out"](block["layers"](x))  # type: ignore[index]
+        return x
+
+
+def test_a_layer_like_no_other_is_cut_where_layers_inside_it_are_alike() -> None:
+    network = peftfx.capture(Blocks(), {"x": torch.randn(2, 4)}).sites.network()
+    assert equal_layers(network) == [("blocks.0",), ("blocks.1",)]
+    cut = cut_layers(network)
+    assert cut == {"blocks.0", "blocks.1"}
+    inner = [tuple(f"blocks.{i}.layers.{j}" for j in range(3)) for i in (0, 1)]
+    assert equal_layers(network, cut) == [inner[0], ("blocks.0",), inner[1], ("blocks.1",)]
+    assert inner_layer("blocks.1.layers.2.0", cut) == "blocks.1.layers.2"
+    assert inner_layer("blocks.1.out", cut) == "blocks.1"
+
+
+def test_equal_layers_and_single_sites_are_not_cut(captured: Callable[[str], Captured]) -> None:
+    assert cut_layers(captured("llama").graph.sites.network()) == frozenset()
+    alone = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))])})
+    alone.forward = lambda x: alone["layers"][0](x)  # type: ignore[assignment,index]
+    assert cut_layers(peftfx.capture(alone, {"x": torch.randn(2, 4)}).sites.network()) == frozenset()
 
 
 def paths(sites: Sites, target: str) -> list[str]:
