@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from peftfx.pages.layout import HEIGHT, WIDTH, Layout, Place, lay_out
+from peftfx.pages.layout import BOX_HEIGHT, BOX_WIDTH, Arranged, Centre, lay_out
 from peftfx.pages.page import Page, make_page, table, text
 
 COLOURS = ("embedding", "attention", "mlp", "experts", "norm", "conv", "linear", "head", "pattern")
@@ -138,17 +138,17 @@ def _column(column: Column, data: list[dict[str, object]], *, alone: bool) -> st
     return f'<section class="column">{head}{"".join(cards)}</section>'
 
 
-def _laid(card: Card) -> Layout:
+def _laid(card: Card) -> Arranged:
     beside = [box.name for box in card.boxes if box.kind == "pattern"]
     return lay_out([box.name for box in card.boxes], card.joins, beside, card.edges)
 
 
-def _card(card: Card, laid: Layout, widest: int, data: list[dict[str, object]]) -> str:
+def _card(card: Card, laid: Arranged, widest: int, data: list[dict[str, object]]) -> str:
     times = f"<b>× {card.count}</b>" if card.count > 1 else ""
     return f'<div class="card"><h3>{times}{text(card.title)}</h3>{_svg(card, laid, widest, data)}</div>'
 
 
-def _svg(card: Card, laid: Layout, widest: int, data: list[dict[str, object]]) -> str:
+def _svg(card: Card, laid: Arranged, widest: int, data: list[dict[str, object]]) -> str:
     """A card's drawing; those of one column, of which the widest is told, shrink alike."""
     lines = [f'<path d="{line}"/>' for line in laid.lines]
     dots = [f'<circle cx="{x}" cy="{y}" r="4"/>' for x, y in (laid.places[name] for name in card.joins)]
@@ -162,22 +162,22 @@ def _svg(card: Card, laid: Layout, widest: int, data: list[dict[str, object]]) -
     return f'<svg {size} style="{shrinks}" role="group" aria-label="{label}">{"".join((*lines, *dots, *boxes))}</svg>'
 
 
-def _box(box: Box, place: Place, number: int) -> str:
-    x, y = place[0] - WIDTH // 2, place[1] - HEIGHT // 2
+def _box(box: Box, place: Centre, number: int) -> str:
+    x, y = place[0] - BOX_WIDTH // 2, place[1] - BOX_HEIGHT // 2
     adapted = "; ".join(a.short for a in box.adapters)
     said = text(", ".join(filter(None, (box.role, box.path, box.shape, adapted))))
     mark = f'<text class="m" x="{x + 7}" y="{y + 26}">{text(_short(adapted, 21))}</text>' if adapted else ""
     line = y + (14 if adapted else 20)
     return (
         f'<g class="s{" a" if adapted else ""}" tabindex="0" role="button" aria-pressed="false" data-i="{number}" '
-        f'aria-label="{said}"><rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="5" '
+        f'aria-label="{said}"><rect x="{x}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="5" '
         f'style="fill:var(--{box.colour})"/>{_label(box.label, x + 7, line)}{mark}</g>'
     )
 
 
 def _label(label: str, x: int, y: int) -> str:
     """Draw the name on a box. A name that is a little too long is squeezed."""
-    squeezed = f' textLength="{WIDTH - 14}" lengthAdjust="spacingAndGlyphs"' if len(label) > _FITS else ""
+    squeezed = f' textLength="{BOX_WIDTH - 14}" lengthAdjust="spacingAndGlyphs"' if len(label) > _FITS else ""
     return f'<text x="{x}" y="{y}"{squeezed}>{text(_short(label, _SQUEEZED))}</text>'
 
 

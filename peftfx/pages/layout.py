@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Edge = tuple[str, str]
-Place = tuple[int, int]
+Centre = tuple[int, int]
 
-WIDTH, HEIGHT = 136, 32  #: the size of a box
+BOX_WIDTH, BOX_HEIGHT = 136, 32  #: the size of a box
 _ACROSS, _DOWN, _EDGE, _LANE = 12, 20, 14, 7  #: gaps between boxes and between rows, the rim, and the gap between lanes
 _LANES = 8  #: the number of lanes beside the boxes
 _TALL = 10  #: the height of a row of joins
@@ -17,7 +17,7 @@ _FEW = 3  #: the boxes in a row that moves a box which reads nothing to the row 
 
 
 @dataclass(frozen=True)
-class Layout:
+class Arranged:
     """The places of everything, in pixels.
 
     Attributes:
@@ -26,13 +26,13 @@ class Layout:
         width, height: the size of the drawing.
     """
 
-    places: Mapping[str, Place]
+    places: Mapping[str, Centre]
     lines: tuple[str, ...]
     width: int
     height: int
 
 
-def lay_out(boxes: Sequence[str], joins: Sequence[str], beside: Sequence[str], edges: Sequence[Edge]) -> Layout:
+def lay_out(boxes: Sequence[str], joins: Sequence[str], beside: Sequence[str], edges: Sequence[Edge]) -> Arranged:
     """Place boxes and joins, each below all that it reads.
 
     Args:
@@ -42,25 +42,25 @@ def lay_out(boxes: Sequence[str], joins: Sequence[str], beside: Sequence[str], e
         edges: pairs of a name and the name that reads it.
     """
     rows = _rows(boxes, joins, beside, edges)
-    inner = max(len(row) for row in rows) * (WIDTH + _ACROSS) - _ACROSS
-    places, y, sums = dict[str, Place](), 8, set(joins)
+    inner = max(len(row) for row in rows) * (BOX_WIDTH + _ACROSS) - _ACROSS
+    places, y, sums = dict[str, Centre](), 8, set(joins)
     for row in rows:
-        tall = _TALL if sums.issuperset(row) else HEIGHT
-        left = _EDGE + (inner - len(row) * (WIDTH + _ACROSS) + _ACROSS) // 2 + WIDTH // 2
-        places |= {name: (left + i * (WIDTH + _ACROSS), y + tall // 2) for i, name in enumerate(row)}
+        tall = _TALL if sums.issuperset(row) else BOX_HEIGHT
+        left = _EDGE + (inner - len(row) * (BOX_WIDTH + _ACROSS) + _ACROSS) // 2 + BOX_WIDTH // 2
+        places |= {name: (left + i * (BOX_WIDTH + _ACROSS), y + tall // 2) for i, name in enumerate(row)}
         y += tall + _DOWN
     lanes = _lanes((edge for edge in edges if not _near(places, edge)), places)
     side = inner + 2 * _EDGE - 3
     lines = tuple(_line(places, edge, side + _LANE * lanes.get(edge, 0)) for edge in edges)
-    return Layout(places, lines, side + 3 + _LANE * max(lanes.values(), default=0), y - _DOWN + 8)
+    return Arranged(places, lines, side + 3 + _LANE * max(lanes.values(), default=0), y - _DOWN + 8)
 
 
-def _near(places: Mapping[str, Place], edge: Edge) -> bool:
+def _near(places: Mapping[str, Centre], edge: Edge) -> bool:
     """Return whether an edge passes no row."""
-    return places[edge[1]][1] - places[edge[0]][1] <= HEIGHT + _DOWN
+    return places[edge[1]][1] - places[edge[0]][1] <= BOX_HEIGHT + _DOWN
 
 
-def _lanes(far: Iterable[Edge], places: Mapping[str, Place]) -> dict[Edge, int]:
+def _lanes(far: Iterable[Edge], places: Mapping[str, Centre]) -> dict[Edge, int]:
     """Choose a lane beside the boxes for each edge that passes rows.
 
     Two edges that pass the same row have different lanes, the shorter edge the inner one. When all lanes are taken,
@@ -76,7 +76,7 @@ def _lanes(far: Iterable[Edge], places: Mapping[str, Place]) -> dict[Edge, int]:
     return found
 
 
-def _line(places: Mapping[str, Place], edge: Edge, side: int) -> str:
+def _line(places: Mapping[str, Centre], edge: Edge, side: int) -> str:
     """Draw a line from one place to another. A line that passes a row goes around on the right."""
     (ax, ay), (bx, by) = places[edge[0]], places[edge[1]]
     if _near(places, edge):

@@ -19,7 +19,7 @@ from torch import nn
 
 import peftfx
 from peftfx import PeftfxError
-from peftfx.pages.layout import HEIGHT, WIDTH, lay_out
+from peftfx.pages.layout import BOX_HEIGHT, BOX_WIDTH, lay_out
 from peftfx.pages.page import Page
 from peftfx.sites.sites import Sites
 
@@ -133,8 +133,8 @@ def test_boxes_do_not_overlap_and_lines_that_pass_one_row_have_lanes_of_their_ow
     laid = lay_out([*boxes, *(f"leaf{i}" for i in range(6))], ["sum"], [], [*chain, *far, ("b8", "sum")])
     places = [laid.places[name] for name in laid.places if name != "sum"]
     for (ax, ay), (bx, by) in itertools.combinations(places, 2):
-        assert abs(ax - bx) >= WIDTH or abs(ay - by) >= HEIGHT
-    assert all(WIDTH // 2 <= x <= laid.width - WIDTH // 2 for x, _ in places)
+        assert abs(ax - bx) >= BOX_WIDTH or abs(ay - by) >= BOX_HEIGHT
+    assert all(BOX_WIDTH // 2 <= x <= laid.width - BOX_WIDTH // 2 for x, _ in places)
     lanes = {edge: int(line.split("C")[1].split()[0]) for edge, line in zip([*chain, *far], laid.lines, strict=False)}
     inside, across, outside, behind = (lanes[edge] for edge in (far[1], far[2], far[0], far[3]))
     assert inside < min(across, outside)
