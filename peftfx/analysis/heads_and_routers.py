@@ -64,6 +64,27 @@ def find_routers(analysis: Analysis) -> Iterator[WeightFacts]:
     yield from _sorting(analysis)
 
 
+def find_output_gates(analysis: Analysis) -> Iterator[WeightFacts]:
+    """Yield the linear layers of one feature that an MLP's whole output is multiplied by, behind an activation."""
+    for weight in analysis.weights.values():
+        first = weight.occurrences[0]
+        if first.kind == "linear" and not weight.role and 1 in first.shape and _scales_an_mlp(analysis, first.op):
+            yield weight
+
+
+def _scales_an_mlp(analysis: Analysis, node: fx.Node) -> bool:
+    while len(node.users) == 1:
+        (user,) = node.users
+        others = [n for n in _data(user, analysis.flows) if n is not node]
+        if not others and (op_name(user) in ELEMENTWISE or op_name(user) in ACTIVATIONS):
+            node = user
+            continue
+        origins = [o for n in others for o in analysis.flows[n].origins]
+        roles = {analysis.owner[o].role if o in analysis.owner else "" for o in origins}
+        return op_name(user) in PRODUCTS and roles == {"mlp.down"}
+    return False
+
+
 def _choosing(analysis: Analysis) -> Iterator[WeightFacts]:
     """Yield linear layers whose output reaches a `topk` over features through scales, shifts and softmax only."""
     for node in analysis.graph.nodes():

@@ -21,7 +21,7 @@ from peftfx.analysis.attentions import Attention, find_attentions
 from peftfx.analysis.dataflow import ACTIVATED, GATED, NORMED, SPLIT, trace_flow
 from peftfx.analysis.embeddings import embedding_role
 from peftfx.analysis.facts import Analysis, WeightFacts
-from peftfx.analysis.heads_and_routers import find_routers, reaches_output
+from peftfx.analysis.heads_and_routers import find_output_gates, find_routers, reaches_output
 from peftfx.analysis.links import find_links
 from peftfx.analysis.norms import find_norms
 from peftfx.analysis.rows import as_ranges
@@ -71,6 +71,8 @@ def find_sites(graph: Graph, kept: Collection[str] = ()) -> Sites:
         if first.kind == "embedding":
             weight.role = embedding_role(graph, first.x)
     _assign_mlps(analysis)
+    for gate in find_output_gates(analysis):
+        gate.role = "mlp.output_gate"
     for router in find_routers(analysis):
         router.role = router.role or ROUTER
     order = {node: i for i, node in enumerate(graph.nodes())}

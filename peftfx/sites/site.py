@@ -24,7 +24,7 @@ ROLES = (
     *("attention.query", "attention.key", "attention.value", "attention.output"),
     *("attention.qkv", "attention.kv", "attention.qk", "attention.qv"),
     *("attention.query_down", "attention.kv_down"),
-    *("mlp.up", "mlp.gate", "mlp.gate_up", "mlp.down"),
+    *("mlp.up", "mlp.gate", "mlp.gate_up", "mlp.down", "mlp.output_gate"),
     *("experts.up", "experts.gate", "experts.gate_up", "experts.down"),
     *("embedding.token", "embedding.position", "embedding.type"),
     *(ATTENTION, "conv", EXPERTS, "head", "linear", NORM, ROUTER),

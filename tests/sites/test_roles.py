@@ -156,3 +156,23 @@ def test_a_layer_whose_features_are_ranked_is_a_router_and_one_that_ranks_tokens
     for of_features in (True, False):
         sites = capture(Routed(of_features=of_features).eval(), {"x": torch.randn(2, 5, 8)}).sites
         assert (sites.by_path("scores").role == "router") is of_features
+
+
+class Scaled(nn.Module):
+    """A feed-forward whose output is multiplied by one number for each value, or by one that is added besides."""
+
+    def __init__(self, *, multiplied: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.scale, self.out = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 1), nn.Linear(8, 8)
+        self.multiplied = multiplied
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, scale = self.down(torch.relu(self.up(x))), torch.sigmoid(self.scale(x))
+        return self.out(x + (scale * y if self.multiplied else scale + y)).relu()
+
+
+def test_a_layer_that_scales_a_whole_feed_forward_is_its_output_gate() -> None:
+    for multiplied in (True, False):
+        sites = capture(Scaled(multiplied=multiplied).eval(), {"x": torch.randn(2, 5, 8)}).sites
+        assert sites.by_path("down").role == "mlp.down"
+        assert (sites.by_path("scale").role == "mlp.output_gate") is multiplied

@@ -10,6 +10,7 @@ import torch
 import transformers
 from support.zoo import ZOO
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 import peftfx
 from peftfx.errors import PeftfxError
@@ -200,3 +201,13 @@ def test_ia3_on_a_convolution_of_a_reshaped_input_is_one_trace(shape: tuple[int,
     for x in (torch.randn(*shape), torch.randn(2 * shape[0], shape[1])):
         scaled = x.reshape(-1, 5, 3, 3) * scale
         torch.testing.assert_close(adapted(x), model.head(model.conv(scaled).flatten(1)), atol=1e-5, rtol=1e-5)
+
+
+def test_an_output_with_nothing_among_its_tensors_is_held_against_the_models(tmp_path: Path) -> None:
+    class Sparse(Branching):
+        def forward(self, x: Tensor) -> object:  # type: ignore[override]
+            y = super().forward(x)
+            return BaseModelOutput(last_hidden_state=y, hidden_states=(None, y + 1))  # type: ignore[arg-type]
+
+    report = export_onnx(Sparse("n == 1 and False").eval(), tmp_path / "out", inputs={"x": torch.zeros(2, 5, 4)})
+    assert report.outputs == ["last_hidden_state", "hidden_states.1"]
