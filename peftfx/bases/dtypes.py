@@ -23,8 +23,8 @@ def dtype_of(files: Sequence[Path]) -> torch.dtype:
     found = next((_DTYPES[kind] for kind in kinds.values() if kind in _DTYPES), None)
     if found is None:
         what = f"all tensors are {', '.join(sorted(set(kinds.values())))}" if kinds else "there is no tensor"
-        hint = f"use the unquantised model: weights in one of {', '.join(_DTYPES)}"
-        raise PeftfxError(f"no weights in floating point: {what}", ", ".join(map(str, files[:3])), hint)
+        hint = f"use the unquantised model, with weights in one of {', '.join(_DTYPES)}"
+        raise PeftfxError(f"the files have no floating-point weights: {what}", ", ".join(map(str, files[:3])), hint)
     return found
 
 

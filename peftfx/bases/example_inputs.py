@@ -46,12 +46,16 @@ def example_inputs(
     unknown = set(sizes or ()) - {*_SIZES, "height", "width"}
     if unknown:
         name = min(unknown)
-        raise PeftfxError(f"unknown size {name!r}", "sizes", nearest(name, _SIZES) or f"there are {', '.join(_SIZES)}")
+        raise PeftfxError(
+            f"unknown size {name!r}", "sizes", nearest(name, _SIZES) or f"the sizes are {', '.join(_SIZES)}"
+        )
     config = getattr(model, "config", None)
     if denoises(model):
         return denoiser_inputs(model, {**_SIZES, **(sizes or {})}, torch.Generator().manual_seed(seed))
     if not hasattr(model, "main_input_name") or not hasattr(config, "get_text_config"):
-        raise PeftfxError("inputs can be made for transformers models only", type(model).__name__, _PASS_INPUTS)
+        raise PeftfxError(
+            "peftfx makes example inputs only for transformers models", type(model).__name__, _PASS_INPUTS
+        )
     task = task_of(model) if task is None else resolve_task(task)
     with unset_fake_temporarily(), torch.device("cpu"):
         maker = _Maker(model, task, {**_SIZES, **(sizes or {})}, torch.Generator().manual_seed(seed))
@@ -61,7 +65,7 @@ def example_inputs(
     required = [n for n, p in maker.accepted.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     missing = [name for name in required if name not in made]
     if missing or not made:
-        what = f"no example is known for {', '.join(missing) or 'its inputs'}"
+        what = f"peftfx cannot make an example of {', '.join(missing) or 'the inputs'}"
         raise PeftfxError(what, type(model).__name__, _PASS_INPUTS)
     return made
 
@@ -118,7 +122,7 @@ class _Maker:
             return {"labels": self._ids(made["decoder_input_ids"].shape)}
         if "input_ids" in made:
             return {"labels": self._visible(made["input_ids"].clone(), made)}
-        raise PeftfxError("no labels are known for this task", self.task, _PASS_INPUTS)
+        raise PeftfxError("peftfx cannot make labels for this task", self.task, _PASS_INPUTS)
 
     def _prompt(self) -> dict[str, Tensor]:
         """Make the text: image tokens first if the prompt holds the image, and padding last."""
@@ -168,7 +172,9 @@ class _Maker:
         known = [v for v in (vocabulary, first_of(self.text, "vocab_size")) if isinstance(v, int)]
         if not known:  # for example a model of characters, whose config does not give its ids
             raise PeftfxError(
-                "its config has no vocab_size to draw tokens from", type(self.model).__name__, _PASS_INPUTS
+                "the model's config has no vocab_size, which example tokens need",
+                type(self.model).__name__,
+                _PASS_INPUTS,
             )
         vocabulary = min(known)
         special = set(special_tokens(self.config))
@@ -225,4 +231,4 @@ class _Maker:
             return (math.prod(strides) * (self.sizes["sequence"] + 9),)
         if isinstance(mels, int) and isinstance(frames, int):
             return frames, mels
-        raise PeftfxError(f"no example is known for {name}", type(self.model).__name__, _PASS_INPUTS)
+        raise PeftfxError(f"peftfx cannot make an example of {name}", type(self.model).__name__, _PASS_INPUTS)

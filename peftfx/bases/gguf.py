@@ -83,7 +83,7 @@ def load_gguf(
     info: Mapping[str, Any] = found[1]
     lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])} - set(given)
     if missing := sorted(lacking):
-        hint = f"name the task that the file's model is for (this is a {maker.__name__})"
+        hint = f"name the task of the file's model (it was loaded as a {maker.__name__})"
         raise PeftfxError(f"the file lacks the weights of {', '.join(missing[:8])}", str(file), hint)
     model.config.architectures = [type(model).__name__]
     return model.eval()  # type: ignore[no-any-return]
@@ -152,7 +152,9 @@ def as_directory(base: Path) -> Iterator[Path]:
 def _reading(file: Path) -> Iterator[None]:
     if lacking := [name for name in NEEDED if find_spec(name) is None]:
         names = " ".join(lacking)
-        raise PeftfxError(f"GGUF files need what is not installed: {names}", str(file), f"pip install {names}")
+        raise PeftfxError(
+            f"GGUF files need packages that are not installed: {names}", str(file), f"pip install {names}"
+        )
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # hides transformers' progress bar, which has no other switch
             yield

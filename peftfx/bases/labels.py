@@ -31,7 +31,7 @@ def read_labels(directory: Path) -> list[str]:
         return []
     labels = read_stamped(path, "train the adapter again").get("labels")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise PeftfxError("not a list of labels", str(path), "train the adapter again, or delete this file")
+        raise PeftfxError("the file has no list of labels", str(path), "train the adapter again, or delete this file")
     return labels
 
 
@@ -45,6 +45,6 @@ def name_labels(model: nn.Module, directories: Iterable[Path]) -> None:
     for directory in directories:
         if labels := read_labels(directory):
             if len(labels) != config.num_labels:
-                what = f"{len(labels)} labels, and the head has {config.num_labels} classes"
+                what = f"the file has {len(labels)} labels, but the head has {config.num_labels} classes"
                 raise PeftfxError(what, str(directory / LABELS), "delete this file, or name the adapter's own task")
             config.id2label, config.label2id = dict(enumerate(labels)), {own: i for i, own in enumerate(labels)}

@@ -60,7 +60,7 @@ def load_base(
     files = _check_weights(directory) if weights else []
     if config.get(QUANTISED) is not None:
         if "_class_name" in config:
-            what = "quantised models of diffusers are not read"
+            what = "peftfx cannot read quantised models of diffusers"
             raise PeftfxError(what, str(directory), "use the unquantised model")
         format_of(config[QUANTISED], directory)
         with understanding(directory, "cannot load the base model"):
@@ -84,7 +84,7 @@ def read_base_config(directory: Path) -> dict[str, object]:
     path = directory / "config.json"
     if not is_file(path):
         parts = sorted(p.parent.name for p in directory.glob("*/config.json"))
-        hint = f"a model is in {', '.join(parts)}: pass that folder" if parts else "pass the folder of a base model"
+        hint = f"pass one of its folders: {', '.join(parts)}" if parts else "pass the folder of a base model"
         raise PeftfxError("the directory has no config.json", str(directory), hint)
     config = read_json(path)
     named = config.get("architectures")
@@ -93,7 +93,7 @@ def read_base_config(directory: Path) -> dict[str, object]:
     for name, value in config.items():
         most = next((count for end, count in _MOST.items() if name.endswith(end)), None)
         if most is not None and isinstance(value, int) and value > most:
-            raise PeftfxError(f"{name} is {shown(value)}, which cannot be right", str(path), "download it again")
+            raise PeftfxError(f"{name} is {shown(value)}, which cannot be right", str(path), "download the file again")
     return config
 
 
@@ -105,21 +105,23 @@ def _check_weights(directory: Path) -> list[Path]:
     for index in [] if files else directory.glob("*.safetensors.index.json"):
         placed = read_json(index).get("weight_map")
         if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
-            raise PeftfxError("not an index of safetensors files", str(index), "download the file again")
+            raise PeftfxError("this is not an index of safetensors files", str(index), "download the file again")
         files += [directory / name for name in sorted(set(placed.values()))]
     if not files:
         pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
-        what = f"the weights are pickled ({', '.join(pickles)}) and pickle is never loaded" if pickles else "no weights"
-        hint = "convert with `save_pretrained(..., safe_serialization=True)`" if pickles else f"expected {_WEIGHTS[0]}"
-        raise PeftfxError(what, str(directory), hint)
+        if pickles:
+            what = f"the weights are pickled ({', '.join(pickles)}), and pickle is never loaded"
+            hint = "convert them with `save_pretrained(..., safe_serialization=True)`"
+            raise PeftfxError(what, str(directory), hint)
+        raise PeftfxError("the directory has no weights", str(directory), f"peftfx looks for {_WEIGHTS[0]}")
     for file in files:
         if not is_file(file):
-            raise PeftfxError("a file named in the index is missing", str(file), "download it")
+            raise PeftfxError("a file named in the index is missing", str(file), "download the file")
         try:
             with safe_open(file, "pt") as opened:
                 opened.keys()
         except (SafetensorError, OSError) as error:
-            raise PeftfxError(f"a broken safetensors file: {error}", str(file), "download it again") from error
+            raise PeftfxError(f"this safetensors file is broken: {error}", str(file), "download it again") from error
     return files
 
 
@@ -138,9 +140,11 @@ def _load_transformers(
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         close = nearest(kind, CONFIG_MAPPING.keys()) if isinstance(kind, str) else ""
-        hint = close or "a model with code of its own is not loaded: build it yourself and pass it"
+        hint = close or "peftfx runs no code from a model's directory: build the model in Python, and pass it"
         where = str(directory / "config.json")
-        raise PeftfxError(f"transformers has no model type {kind!r}" if kind else "no `model_type`", where, hint)
+        raise PeftfxError(
+            f"transformers has no model type {kind!r}" if kind else "the config has no `model_type`", where, hint
+        )
     extra = {} if num_labels is None else {"num_labels": num_labels}
     config = read_config(directory, **extra)
     maker = maker_of(config, resolve_task(task, config=config), directory)
@@ -197,9 +201,7 @@ def _refuse_random(model: nn.Module, info: Mapping[str, Any], given: Collection[
     random = sorted(shown[name] for name in shown.keys() - set(given))
     if random:
         listed = ", ".join(random[:8]) + (f" and {len(random) - 8} more" if len(random) > 8 else "")
-        hint = (
-            f"name the task it was trained for, or give an adapter that holds them (this is a {type(model).__name__})"
-        )
+        hint = f"name the model's task, or give an adapter with these weights (this is a {type(model).__name__})"
         raise PeftfxError(f"neither the base nor an adapter has the weights of {listed}", str(directory), hint)
 
 

@@ -64,8 +64,8 @@ def _inside(module: nn.Module, path: str) -> nn.Module:
     """Return the base's own module inside a PEFT layer."""
     held = next((module._modules[name] for name in _HOLDS if name in module._modules), None)
     if held is None:
-        hint = "save it with save_pretrained, and load that; or ask for the method"
-        raise PeftfxError(f"a layer of PEFT's that is not known here: {type(module).__name__}", path, hint)
+        hint = "save the adapter with save_pretrained, and load its directory"
+        raise PeftfxError(f"peftfx does not know this layer of PEFT: {type(module).__name__}", path, hint)
     return held
 
 
@@ -83,8 +83,8 @@ def save_peft_adapters(model: Any, directory: Path) -> dict[str, Path]:
                 warnings.simplefilter("ignore")
                 model.save_pretrained(str(own), selected_adapters=[name], save_embedding_layers=False)
         except Exception as error:
-            what = f"peft does not write this {config.peft_type} adapter: {first_line(error)}"
-            raise PeftfxError(what, name, "delete_adapter() it there, or train it with peft") from error
+            what = f"peft cannot write this {config.peft_type} adapter: {first_line(error)}"
+            raise PeftfxError(what, name, "call delete_adapter(NAME) of the PeftModel first") from error
         folders[name] = own if name == "default" else own / name
         _forget_start(folders[name] / _CONFIG)
     return folders

@@ -74,7 +74,7 @@ def filled_model(maker: Any, config: object, tensors: dict[str, Tensor], dtype: 
     lost = [name for key, name in coded.items() if key not in held and name not in wrong]
     if lost:
         what = f"{len(lost)} quantised weights belong to no layer of a {type(model).__name__}"
-        hint = "name the task the base is for; weights that transformers puts together are not read quantised"
+        hint = "name the base's task; quantised weights that transformers joins while loading are not supported"
         raise PeftfxError(what, ", ".join(lost[:3]), hint)
     return model.eval(), info
 
@@ -95,7 +95,7 @@ def quantise(model: nn.Module, table: str) -> None:
 
     check_choice(table, BASE_QUANTIZATIONS, "quantize_base", "unknown quantisation of a base:")
     if any(isinstance(p, Coded) for p in model.parameters()):
-        raise PeftfxError("the base is quantised already", "quantize_base", "leave --quantize-base out")
+        raise PeftfxError("the base is quantised already", "quantize_base", "leave quantize_base out")
     apart = set(get_keys_to_not_convert(model)) if hasattr(model, "config") else set()  # type: ignore[arg-type]
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or any(f"{path}.".startswith(f"{key}.") for key in apart):

@@ -94,15 +94,15 @@ def resolve_task(task: str | None, *, peft_task_type: str | None = None, config:
     own = next((t for name in getattr(config, "architectures", None) or () if (t := task_of_class(name))), None)
     if peft_task_type is not None:
         if peft_task_type not in PEFT_TASKS:
-            hint = nearest(peft_task_type, PEFT_TASKS) or f"PEFT has {', '.join(PEFT_TASKS)}"
+            hint = nearest(peft_task_type, PEFT_TASKS) or f"PEFT's types are {', '.join(PEFT_TASKS)}"
             raise PeftfxError(f"unknown PEFT task type {peft_task_type!r}", "task_type", hint)
         found = PEFT_TASKS[peft_task_type]
         return own if own in _MULTIMODAL and found in _LANGUAGE else found
     if own is None:
         raise PeftfxError(
-            "the task can be told neither from the adapter nor from the model",
+            "neither the adapter nor the model tells the task",
             "config.json: architectures",
-            f"name it: {', '.join(TASKS)}",
+            f"name the task: {', '.join(TASKS)}",
         )
     return own
 
@@ -147,7 +147,7 @@ def maker_of(config: PreTrainedConfig, task: str, directory: Path) -> type:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             if not isinstance(config, found.config_class or object):
-                what = f"its class, {name}, is of another model than its model_type, {config.model_type}"
+                what = f"the class {name} is not of the model_type {config.model_type}"
                 raise PeftfxError(what, str(directory / "config.json"), "download the file again")
             return found
     for auto in TASKS[task].auto:

@@ -139,7 +139,7 @@ def empty_cache(base: nn.Module) -> DynamicCache:
     try:
         own = DynamicCache(config=text).layers if text is not None else []
     except Exception as error:
-        what = f"the model's cache cannot be told from its config: {first_line(error)}"
+        what = f"the model's config does not tell the kind of its cache: {first_line(error)}"
         raise PeftfxError(what, type(base).__name__, "use the forward view") from error
     other = next((layer for layer in own if type(layer) not in _EMPTY), None)
     if other is not None:
@@ -153,8 +153,5 @@ def empty_cache(base: nn.Module) -> DynamicCache:
 
 def refuse(kind: str) -> NoReturn:
     """Refuse a kind of cache layer, by its name."""
-    what = (
-        f"a cache of {kind} cannot be carried by the decode view, which carries the keys and values of "
-        "every token, and states"
-    )
+    what = f"the decode view cannot carry a cache of {kind}: it carries states, and the keys and values of every token"
     raise PeftfxError(what, kind, "use transformers' DynamicCache, or the forward view")

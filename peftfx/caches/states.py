@@ -108,7 +108,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to remove tokens from a state."""
-        raise RuntimeError("tokens cannot be taken out of a recurrent state")
+        raise RuntimeError("tokens cannot be removed from a recurrent state")
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in self.states:

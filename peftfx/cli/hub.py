@@ -43,4 +43,4 @@ def from_hub(name: str, cache: Path) -> Path:
         return Path(snapshot_download(name, cache_dir=cache, endpoint=endpoint, ignore_patterns=ignored))
     except Exception as error:  # the client raises various errors: names, rights, the network
         hint = "check the name; for a gated model log in (hf auth login); or give a directory"
-        raise PeftfxError(f"the Hub does not give this model: {first_line(error)}", name, hint) from error
+        raise PeftfxError(f"cannot download this model from the Hub: {first_line(error)}", name, hint) from error

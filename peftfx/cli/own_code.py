@@ -32,7 +32,9 @@ def import_module(name: str) -> ModuleType:
         raise
     except Exception as error:  # the user's own code may raise any error
         what = f"cannot import the module: {type(error).__name__}: {first_line(error)}"
-        raise PeftfxError(what, name, "name a module as Python imports it, from here or installed") from error
+        raise PeftfxError(
+            what, name, "name a module that Python can import from here, or an installed module"
+        ) from error
 
 
 def passes_named(texts: Sequence[str]) -> tuple[Pass, ...]:
@@ -49,21 +51,22 @@ def _pass_named(text: str) -> Pass:
 
     name, _, attribute = text.partition(":")
     if not name or not attribute:
-        raise PeftfxError("a pass is given as MODULE:NAME", text, "as in --pass my_rules:TANH, for TANH in my_rules.py")
+        hint = "pass, for example, --pass my_rules:TANH for TANH in my_rules.py"
+        raise PeftfxError("a pass is named as MODULE:NAME", text, hint)
     module = import_module(name)
     found = getattr(module, attribute, None)
     if found is None:
         known = [own for own, value in vars(module).items() if isinstance(value, Pass)]
-        hint = nearest(attribute, known) or f"its passes are {', '.join(known) or 'none'}"
+        hint = nearest(attribute, known) or f"its passes: {', '.join(known) or 'none'}"
         raise PeftfxError(f"the module {name} has no {attribute!r}", text, hint)
     if isinstance(found, type) and issubclass(found, Pass):
         try:
             found = found()
         except TypeError as error:
             what = f"{attribute} needs options: {first_line(error)}"
-            hint = f"make it in the module, as in MINE = {attribute}(...), and name that"
+            hint = f"make an object in the module, as in MINE = {attribute}(...), and name MINE"
             raise PeftfxError(what, text, hint) from error
     if not isinstance(found, Pass):
-        what = f"{attribute} is a {type(found).__name__}, and no pass"
+        what = f"{attribute} is a {type(found).__name__}, not a pass"
         raise PeftfxError(what, text, "see docs/patterns.md and docs/writing-a-pass.md")
     return found

@@ -44,13 +44,13 @@ def check_looks(task: str | None, target: str | None, rules: str | None, *, draw
 def check_page(html: Path | None, adapters: Sequence[Path], *, others: bool, rules: str | None) -> None:
     """Refuse options that exclude a page, and an adapter to show without a page."""
     if html is None and adapters:
-        raise PeftfxError("--adapter is shown on a page only", "inspect", "say where to: --html page.html")
+        raise PeftfxError("inspect shows an adapter only on a page", "inspect", "pass --html page.html too")
     if html is not None and others:
         raise PeftfxError(
             "a page always shows the whole model", "inspect", "leave out --target, --network and --graphml"
         )
     if adapters and rules is not None:
-        raise PeftfxError("--rules and --adapter are both given", "inspect", "show one of them")
+        raise PeftfxError("--rules and --adapter are both given", "inspect", "pass one of them")
 
 
 def dtype_named(text: str | None) -> str | None:
@@ -132,7 +132,7 @@ def chosen_slots(target: str | None, *, swappable: bool, prefix: bool) -> Slots 
         return Slots(DEFAULT_SLOTS if target is None else target, prefix)
     lost = "--slots" if target is not None else "" if prefix else "--no-prefix"
     if lost:
-        raise PeftfxError(f"{lost} is an option of --swappable", lost, "pass --swappable too")
+        raise PeftfxError(f"{lost} has no effect without --swappable", lost, "pass --swappable too")
     return None
 
 
@@ -146,8 +146,11 @@ def named_directories(texts: Iterable[str]) -> dict[str, Path]:
     for text in texts:
         name, _, folder = text.partition("=")
         if not name or not folder:
-            raise PeftfxError("not an adapter with a name", text, "as in --batched french=adapters/french")
+            hint = "give each adapter a name, as in --batched french=adapters/french"
+            raise PeftfxError("this is not of the form NAME=DIR", text, hint)
         if name in found:
-            raise PeftfxError(f"two adapters are named {name!r}", text, f"the other is {found[name]}")
+            raise PeftfxError(
+                f"two adapters are named {name!r}", text, f"the other adapter of this name is {found[name]}"
+            )
         found[name] = Path(folder)
     return found

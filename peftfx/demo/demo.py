@@ -153,7 +153,9 @@ def _refuse_foreign(output: Path) -> None:
     own = {*PARTS, APART_DIRECTORY}
     others = sorted({p.name for p in output.iterdir()} - own) if output.is_dir() else []
     if others:
-        raise PeftfxError(f"this directory has other things in it: {others[0]}", str(output), "choose another --output")
+        raise PeftfxError(
+            f"this directory has files that no demo made: {others[0]}", str(output), "choose another --output"
+        )
 
 
 def is_demo(directory: Path) -> bool:
@@ -217,8 +219,8 @@ def _check(want: Tensor, got: Tensor, where: Path) -> None:
     error = float((want - got).abs().max())
     differ = int((want.argmax(-1) != got.argmax(-1)).sum())
     if differ or error > _TOLERANCE:
-        what = f"ONNX Runtime and torch disagree: {differ} other topics, logits differ by {error:.1e}"
-        raise VerificationError(what, str(where), "report this")
+        what = f"ONNX Runtime and torch disagree on the topic of {differ} sentences; logits differ by {error:.1e}"
+        raise VerificationError(what, str(where), "report this as a bug")
 
 
 def _answers(classifier: Classifier, texts: Sequence[str], known: dict[str, int]) -> list[tuple[str, str, float, str]]:

@@ -31,15 +31,17 @@ class Checked:
             return cls(**changes)
         if not isinstance(given, cls):
             hint = "pass options by name, as in view='decode'"
-            raise PeftfxError(f"not {cls.__name__}: {shown(given)}", "options", hint)
+            raise PeftfxError(f"this is not of the class {cls.__name__}: {shown(given)}", "options", hint)
         return dataclasses.replace(given, **changes)  # type: ignore[type-var]
 
 
 def check_task_id(task_id: int | None, adapters: Mapping[str, object]) -> None:
     """Refuse a task's number if no adapter is given."""
     if task_id is not None and not adapters:
-        hint = "name the adapter: adapter=, --adapter DIR"
-        raise PeftfxError("a task belongs to an adapter, and no adapter is given", f"task_id: {task_id}", hint)
+        hint = "name the adapter, as in adapter='DIR' or --adapter DIR"
+        raise PeftfxError(
+            "task_id is the number of an adapter's task, but no adapter is given", f"task_id: {task_id}", hint
+        )
 
 
 def takes(options: type) -> Callable[[Function], Function]:

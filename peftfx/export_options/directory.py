@@ -44,12 +44,12 @@ class DirectoryOptions(ExportOptions):
         if self.adapter is not None and self.batched:
             what = "adapter and batched are both given"
             raise PeftfxError(
-                what, f"adapter, batched: {self.adapter}", "give it a name among the others: --batched NAME=DIR"
+                what, f"adapter, batched: {self.adapter}", "name the adapter with the others: --batched NAME=DIR"
             )
         check_task_id(self.task_id, self.folders)
         if self.adapter is not None and self.slots is not None:
-            what = "a graph for swappable adapters is made of the base alone"
-            hint = "leave the adapter out, and write it to a file of its own (export-adapter)"
+            what = "a graph for swappable adapters is made from the base only"
+            hint = "leave the adapter out, and write it to its own file with export-adapter"
             raise PeftfxError(what, f"adapter, slots: {self.adapter}", hint)
         if self.rounds and self.dtype == "bf16":
             raise PeftfxError("weights in bfloat16 are not quantised", "quantize, dtype", "pass dtype='fp32' or 'fp16'")

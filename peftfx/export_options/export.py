@@ -131,11 +131,12 @@ class ExportOptions(Checked):
 
     def _check_quantization(self) -> None:
         if self.quantize is not None and self.budget is not None:
-            raise PeftfxError("a budget chooses by itself what is rounded", "quantize, budget", "leave one of them out")
+            what = "quantize and budget are both given, but a budget itself decides how each weight is rounded"
+            raise PeftfxError(what, "quantize, budget", "leave one of them out")
         refuse_idle_bounds(self.rounds, max_error=self.max_error, calibration=self.calibration)
         for name, given in (("atol", self.atol), ("rtol", self.rtol)):
             if self.rounds and given is not None:
-                what = f"what quantisation may cost is bounded by max_error, not by {name}"
+                what = f"the error of a quantised model is bounded by max_error, not by {name}"
                 raise PeftfxError(what, f"quantize, {name}", "pass max_error instead, as in max_error=0.1")
         _ = self.bound, self.room
         check_calibration(self.schemes, self.calibration, tuple(self.batched))
@@ -144,7 +145,7 @@ class ExportOptions(Checked):
         names, places = list(self.batched), self.places
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise PeftfxError("an adapter that rows choose is named twice", twice, "name each once")
+            raise PeftfxError("batched names an adapter twice", twice, "name each adapter once")
         if names and places is not None:
             what = "batched and swappable are both given"
             raise PeftfxError(what, f"batched, slots: {', '.join(names)}", "export two directories")

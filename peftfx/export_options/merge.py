@@ -59,7 +59,8 @@ class MergeOptions(Checked):
         _ = self.bound
         check_calibration(self.schemes, self.calibration)
         if self.shard < 1:
-            raise PeftfxError("the size of a file of weights must be 1 byte or more", "max_shard_size", "as in 5GB")
+            what = "the size of a file of weights must be 1 byte or more"
+            raise PeftfxError(what, "max_shard_size", "pass a size such as 5GB")
 
     @property
     def bound(self) -> MaxError | None:

@@ -26,7 +26,7 @@ DEFAULT_BLOCKS = {"nf4": 64}  #: the block size of bitsandbytes; other kinds hav
 _LEAST_TABLE_BLOCK = 64  #: the smallest block of bitsandbytes
 _SCHEME = re.compile(r"\s*(\w+)\s*(?:\(([^()]*)\)\s*)?(?:@((?:/(?:[^/\\]|\\.)+/|[^/;])*))?(;|$)")
 _OPTIONS = ("block", "symmetric", "search", "gptq")
-_HINT = "as in int4, int4(block=64, symmetric=False), or int4; int8@head | attention.value"
+_HINT = "pass, for example, int4, int4(block=64, symmetric=False), or int4; int8@head | attention.value"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Scheme:
         if self.block == 0:
             object.__setattr__(self, "block", DEFAULT_BLOCKS.get(self.kind, 32))
         if self.block not in BLOCKS:
-            hint = f"one of {', '.join(map(str, BLOCKS))}"
+            hint = f"the sizes are {', '.join(map(str, BLOCKS))}"
             raise PeftfxError(f"ONNX Runtime has no operator with blocks of {self.block}", "quantize", hint)
         if not self.symmetric and self.kind not in BITS:
             raise PeftfxError(f"{self.kind} has no zero points", "quantize", "leave symmetric out")
@@ -109,13 +109,14 @@ def check_directory_schemes(schemes: Sequence[Scheme]) -> None:
     """
     kinds = sorted({scheme.kind for scheme in schemes} - {"none"})
     if "nf4" in kinds and len(kinds) > 1:
-        what = f"one directory has one format: nf4 is bitsandbytes', {' and '.join(kinds[:-1])} compressed-tensors'"
+        others = " and ".join(kinds[:-1])
+        what = f"a directory has one format, but nf4 needs that of bitsandbytes and {others} that of compressed-tensors"
         raise PeftfxError(what, "quantize", "round all to nf4, or all to int4 and int8")
     if not kinds:
-        raise PeftfxError("--quantize rounds nothing", "quantize", "leave quantize out")
+        raise PeftfxError("quantize rounds no weight", "quantize", "leave quantize out")
     small = next((s for s in schemes if s.kind == "nf4" and s.block < _LEAST_TABLE_BLOCK), None)
     if small is not None:
-        hint = f"block={_LEAST_TABLE_BLOCK} or more"
+        hint = f"pass block={_LEAST_TABLE_BLOCK} or more"
         raise PeftfxError(f"bitsandbytes has no blocks of {small.block}", "quantize", hint)
 
 
@@ -124,10 +125,10 @@ def check_calibration(schemes: Sequence[Scheme], calibration: object, batched: S
     if not any(scheme.gptq for scheme in schemes):
         return
     if batched:
-        what = "GPTQ rounds by what the layers of one model read, and in a batched export each row has its own adapter"
+        what = "GPTQ needs the layers' inputs in one model, but in a batched export each row has its own adapter"
         raise PeftfxError(what, "quantize, batched", "leave gptq out, or export each adapter merged")
     if calibration is None:
-        what = "GPTQ rounds by what layers read on a text, and none is given"
+        what = "GPTQ needs the layers' inputs on a text, but no text is given"
         raise PeftfxError(what, "quantize", "give a file of plain text: --calibration FILE")
 
 
@@ -140,6 +141,6 @@ def _options(inner: str, text: str) -> dict[str, Any]:
         raise PeftfxError(f"cannot read the options ({shown(inner)})", f"quantize: {shown(text)}", _HINT) from error
     wrong = next((name for name in found if name not in _OPTIONS), None)
     if wrong is not None or call.args:
-        what = f"a scheme has no option {wrong!r}" if wrong else "options are given by name"
-        raise PeftfxError(what, f"quantize: {shown(text)}", "there are block, symmetric, search and gptq")
+        what = f"a scheme has no option {wrong!r}" if wrong else "a scheme's option has no name"
+        raise PeftfxError(what, f"quantize: {shown(text)}", "the options are block, symmetric, search and gptq")
     return found

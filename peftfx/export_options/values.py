@@ -63,8 +63,8 @@ class MaxError:
         try:
             return MaxError(match[1] or "error", float(match[2]))  # type: ignore[index]
         except (TypeError, ValueError):
-            hint = "as in kl=0.05, top1=0.9 or 0.1"
-            raise PeftfxError(f"not a bound on an error: {given!r}", "max_error", hint) from None
+            hint = "pass a bound such as kl=0.05, top1=0.9 or 0.1"
+            raise PeftfxError(f"this is not a bound on an error: {given!r}", "max_error", hint) from None
 
 
 def check_text(path: Path) -> None:
@@ -75,9 +75,8 @@ def check_text(path: Path) -> None:
 
 def refuse_idle_bounds(rounds: bool, *, max_error: object, calibration: str | Path | None) -> None:
     """Refuse bounds and texts for a quantisation that is not asked for, and missing text files."""
-    told = {"max_error": (max_error, "bounded"), "calibration": (calibration, "told")}
-    for name, (given, done) in told.items():
+    for name, given in (("max_error", max_error), ("calibration", calibration)):
         if not rounds and given is not None:
-            raise PeftfxError(f"there is no quantisation whose error could be {done}", name, "pass quantize too")
+            raise PeftfxError(f"{name} has no effect, because no weight is quantised", name, "pass quantize too")
     if calibration is not None:
         check_text(Path(calibration))

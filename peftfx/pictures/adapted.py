@@ -40,8 +40,8 @@ def show(base: nn.Module, sites: Sites, adapters: Mapping[str, Adapter], *, valu
     total = sum(p.numel() for adapter in adapters.values() for p in adapter.parameters())
     rules = [type(rule).__name__ for adapter in adapters.values() for rule in adapter.rules]
     lead = f"{', '.join(dict.fromkeys(rules))}: {total:,} parameters are trained" if rules else ""
-    ahead = [type(p.method).__name__ for adapter in adapters.values() for p in adapter.placements.prompts]
-    lead += f"; ahead of the text: {', '.join(ahead)}" if ahead else ""
+    before = [type(p.method).__name__ for adapter in adapters.values() for p in adapter.placements.prompts]
+    lead += f"; before the text: {', '.join(before)}" if before else ""
     return picture(sites.items, sites.network(), type(base).__name__, marks, lead)
 
 
@@ -51,7 +51,7 @@ def _told(base: nn.Module, adapter: Adapter, placement: Placement, name: str, *,
     short = f"{type(method).__name__}{f' r={rank}' if isinstance(rank, int) and rank else ''}"
     role = "" if placement.view.role == placement.site.role else f" on {placement.view.role}"
     shapes = ", ".join(f"{key} {'x'.join(map(str, t.shape))}" for key, t in params.items())
-    said = [f"{sum(t.numel() for t in params.values()):,} parameters at each", f"tensors: {shapes}"]
+    said = [f"{sum(t.numel() for t in params.values()):,} parameters at each site", f"tensors: {shapes}"]
     said += [f"options: {text}"] if (text := _options(method)) else []
     if values:
         said += _of_values(base, placement, params)

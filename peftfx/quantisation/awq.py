@@ -27,16 +27,16 @@ def read(packed: Packed) -> Blocks:
     packed.integer("bits", 4)
     version = str(packed.config.get("version", "gemm")).lower()
     if version != "gemm":
-        raise packed.wrong(f"its version is {version!r} (known is gemm)")
+        raise packed.wrong(f"its version is {version!r}, but peftfx reads only gemm")
     weight, zeros = packed.get("qweight", torch.int32), packed.get("qzeros", torch.int32)
     scales = packed.get("scales", torch.float16, torch.bfloat16, torch.float32)
     if weight.ndim != 2 or scales.ndim != 2:
-        raise packed.wrong(f"qweight is {list(weight.shape)}, scales {list(scales.shape)}")
+        raise packed.wrong(f"the shapes do not fit: qweight {list(weight.shape)}, scales {list(scales.shape)}")
     columns, rows = weight.shape[0], weight.shape[1] * 8
     size = packed.integer("group_size")
     block = columns if size == -1 else size
     if block < 1 or columns % block:
-        raise packed.wrong(f"group_size is {size}, for {columns} columns")
+        raise packed.wrong(f"group_size is {size}, which does not divide the {columns} columns")
     packed.check("scales", (columns // block, rows))
     packed.check("qzeros", (columns // block, rows // 8))
     unpack = functools.partial(_unpack, weight, zeros, scales)

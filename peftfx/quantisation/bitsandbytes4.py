@@ -35,14 +35,14 @@ def read(packed: Packed) -> Tabled:
         table, block = str(said["quant_type"]), int(said["blocksize"])
         rows, columns = map(int, said["shape"])
     except (ValueError, KeyError, TypeError) as error:
-        raise packed.wrong(f"its quant_state says no quant_type, blocksize and shape [out, in] ({error!r})") from error
+        raise packed.wrong(f"its quant_state lacks quant_type, blocksize or shape [out, in] ({error!r})") from error
     if table != mark.rpartition("__")[2] or block < 16 or block & block - 1 or min(rows, columns) < 1:
         raise packed.wrong(f"its quant_state makes no sense: {table}, blocks of {block}, [{rows}, {columns}]")
     weight, absmax = packed.get("weight"), packed.get("weight.absmax", torch.float32, torch.uint8)
     codes = weight.reshape(-1).view(torch.uint8)
     count, blocks = rows * columns, -(-rows * columns // block)
     if len(codes) != -(-count // 2) or absmax.shape != (blocks,):
-        what = f"weight and absmax are of {2 * len(codes)} and {block * len(absmax)} numbers, its shape of {count}"
+        what = f"weight has {2 * len(codes)} numbers and absmax {block * len(absmax)}, but its shape has {count}"
         raise packed.wrong(what)
     if "weight.quant_map" in packed.tensors and not torch.allclose(
         packed.get("weight.quant_map").float(), torch.tensor(TABLES[table]), atol=1e-6
@@ -62,7 +62,7 @@ def _nested(packed: Packed, absmax: Tensor, said: dict[str, object]) -> _Nested:
     outer = packed.get("weight.nested_absmax", torch.float32)
     size, offset = said.get("nested_blocksize"), said.get("nested_offset")
     if not isinstance(size, int) or size < 1 or not isinstance(offset, int | float):
-        raise packed.wrong("its quant_state says no nested_blocksize and nested_offset")
+        raise packed.wrong("its quant_state lacks nested_blocksize or nested_offset")
     if table.shape != (256,) or outer.shape != (-(-len(absmax) // size),):
         raise packed.wrong(f"nested_absmax is {list(outer.shape)} for {len(absmax)} magnitudes in blocks of {size}")
     return absmax, table, outer, size, float(offset)

@@ -26,5 +26,5 @@ def read(packed: Packed) -> Blocks:
     if "weight_format" in packed.tensors and int(packed.get("weight_format")) != 0:
         raise packed.wrong("its weight is laid out in tiles, not row by row")
     if weight.ndim != 2 or scales.numel() != len(weight):
-        raise packed.wrong(f"weight is {list(weight.shape)}, SCB {list(scales.shape)}")
+        raise packed.wrong(f"the shapes do not fit: weight {list(weight.shape)}, SCB {list(scales.shape)}")
     return bytes_by_row("bitsandbytes int8", weight, lambda: scales.reshape(-1, 1) * _STEP)

@@ -93,8 +93,8 @@ def read_checkpoint(
             layers.read(Packed(path, own, _of_layer(config, told, path), str(where))), dtype
         )
     if not paths:
-        what = "no layer of the base is quantised as its config says"
-        raise PeftfxError(what, str(where), f"expected tensors that are called {' or '.join(layers.marks)}")
+        what = "the files have no layer that is quantised as the config says"
+        raise PeftfxError(what, str(where), f"the names of such tensors end in {' or '.join(layers.marks)}")
     _refuse_left(tensors, layers, where)
     floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
     return found | {n: t if t.dtype == dtype else Stored(t, dtype) for n, t in floating.items()}
@@ -129,5 +129,5 @@ def _refuse_left(tensors: Mapping[str, Tensor], layers: Format, where: Path) -> 
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         kind = str(tensors[left[0]].dtype).removeprefix("torch.")
-        what = f"a quantised layer is incomplete: {left[0]} is {kind}{more}, without {' or '.join(layers.marks)}"
+        what = f"a quantised layer is incomplete: {left[0]} ({kind}){more} without {' or '.join(layers.marks)}"
         raise PeftfxError(what, str(where), "download the base again, or save it again with its quantiser")

@@ -41,7 +41,7 @@ def read(packed: Packed) -> Codes:
     rows, columns = weight.shape
     block = columns // scale.shape[-1] if scale.ndim == 2 and scale.shape[-1] else columns
     if scale.shape not in ((), (1,), (rows, 1), (rows, -(-columns // block))):
-        raise packed.wrong(f"weight_scale is {list(scale.shape)}, weight {list(weight.shape)}")
+        raise packed.wrong(f"the shapes do not fit: weight_scale {list(scale.shape)}, weight {list(weight.shape)}")
     zeros = packed.tensors.get("weight_zero_point")
     wide = functools.partial(_by_row, scale, rows)
     name = "compressed-tensors int8"
@@ -55,13 +55,13 @@ def _packed(packed: Packed) -> Blocks:
     scale = packed.get("weight_scale", torch.float32, torch.float16, torch.bfloat16)
     said = packed.get("weight_shape").tolist()
     if len(said) != 2 or weight.ndim != 2 or min(said) < 1:
-        raise packed.wrong(f"weight_shape is {said}, weight_packed {list(weight.shape)}")
+        raise packed.wrong(f"the shapes do not fit: weight_shape {said}, weight_packed {list(weight.shape)}")
     rows, columns = map(int, said)
     bits = next((b for b in _BITS if weight.shape == (rows, -(-columns * b // 32))), None)
     if bits is None:
-        raise packed.wrong(f"weight_packed is {list(weight.shape)} for {said} (known are 2 to 8 bits)")
+        raise packed.wrong(f"weight_packed {list(weight.shape)} does not fit {said} with 2 to 8 bits")
     if scale.ndim != 2 or len(scale) not in (1, rows) or columns % scale.shape[1]:
-        raise packed.wrong(f"weight_scale is {list(scale.shape)} for {said}")
+        raise packed.wrong(f"weight_scale {list(scale.shape)} does not fit {said}")
     block, order = columns // scale.shape[1], None
     if "weight_g_idx" in packed.tensors and (packed.get("weight_g_idx") >= 0).all():
         packed.check("weight_g_idx", (columns,))

@@ -36,12 +36,12 @@ def floats8(packed: Packed, name: str, weight: Tensor, scale: Tensor) -> Floats8
         PeftfxError: the scale fits no blocks of the weight.
     """
     if weight.ndim != 2:
-        raise packed.wrong(f"weight is {list(weight.shape)}")
+        raise packed.wrong(f"the weight is not a matrix: {list(weight.shape)}")
     rows, columns = weight.shape
     grid = (1, 1) if scale.numel() == 1 else tuple(scale.shape)
     size = _block(packed, rows, columns, grid) if len(grid) == 2 else None
     if size is None:
-        raise packed.wrong(f"the scale is {list(scale.shape)}, the weight {list(weight.shape)}")
+        raise packed.wrong(f"the shapes do not fit: scale {list(scale.shape)}, weight {list(weight.shape)}")
     scales = functools.partial(_scales, scale, grid, size[0], rows)
     return Floats8(name, rows, columns, size[1], weight, scales)
 

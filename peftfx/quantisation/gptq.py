@@ -28,10 +28,10 @@ def read(packed: Packed) -> Blocks:
     weight, zeros = packed.get("qweight", torch.int32), packed.get("qzeros", torch.int32)
     scales = packed.get("scales", torch.float16, torch.bfloat16, torch.float32)
     if weight.ndim != 2 or scales.ndim != 2:
-        raise packed.wrong(f"qweight is {list(weight.shape)}, scales {list(scales.shape)}")
+        raise packed.wrong(f"the shapes do not fit: qweight {list(weight.shape)}, scales {list(scales.shape)}")
     columns, rows = weight.shape[0] * 32 // bits, weight.shape[1]
     if rows * bits % 32:
-        raise packed.wrong(f"the zeros of {rows} rows of {bits} bits are no whole words")
+        raise packed.wrong(f"the {bits}-bit zeros of {rows} rows do not fill whole words")
     size = packed.integer("group_size")
     block = columns if size == -1 else size
     if block < 1:

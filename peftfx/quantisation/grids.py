@@ -46,5 +46,5 @@ def in_order(groups: Tensor, block: int, columns: int) -> Tensor | None:
         return None
     order = torch.argsort(groups, stable=True)
     if not torch.equal(groups[order], counted):
-        raise ValueError(f"g_idx does not cut the columns into groups of {block}")
+        raise ValueError(f"g_idx does not divide the columns into groups of {block}")
     return order

@@ -37,7 +37,7 @@ class Packed:
             raise self.wrong(f"there is no {name}")
         found = self.tensors[name]
         if dtypes and found.dtype not in dtypes:
-            raise self.wrong(f"{name} is {str(found.dtype).removeprefix('torch.')}")
+            raise self.wrong(f"{name} has the dtype {str(found.dtype).removeprefix('torch.')}")
         return found
 
     def integer(self, name: str, *known: int) -> int:
@@ -48,7 +48,7 @@ class Packed:
         """
         value = self.config.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or (known and value not in known):
-            told = f" (known are {', '.join(map(str, known))})" if known else ""
+            told = f" (peftfx reads {', '.join(map(str, known))})" if known else ""
             raise self.wrong(f"{name} is {value!r}{told}")
         return value
 
@@ -60,7 +60,7 @@ class Packed:
         """
         have = tuple(self.get(name).shape)
         if have != shape:
-            raise self.wrong(f"{name} is {list(have)}, and the other tensors of the layer want {list(shape)}")
+            raise self.wrong(f"{name} is {list(have)}, but the layer's other tensors need {list(shape)}")
 
     def wrong(self, what: str) -> PeftfxError:
         """Return an error about this layer."""

@@ -28,14 +28,16 @@ def read(packed: Packed) -> Blocks:
         PeftfxError: the layer is another of torchao's tensors, or the shapes do not fit.
     """
     said = packed.config.get(LAYER)
-    kind = str(said.get("_type")) if isinstance(said, dict) else "of no type that is told"
+    kind = str(said.get("_type")) if isinstance(said, dict) else "of an unnamed type"
     bits = {"Int8Tensor": 8, "IntxUnpackedToInt8Tensor": _bits(said)}.get(kind, 0)
     if not bits:
-        raise packed.wrong(f"torchao's tensor is {kind} (known are Int8Tensor and IntxUnpackedToInt8Tensor)")
+        raise packed.wrong(f"torchao's tensor is {kind} (peftfx reads Int8Tensor and IntxUnpackedToInt8Tensor)")
     weight = packed.get("_weight_qdata", torch.int8)
     scale = packed.get("_weight_scale", torch.float32, torch.float16, torch.bfloat16)
     if weight.ndim != 2 or scale.ndim != 2 or not scale.shape[1] or weight.shape[1] % scale.shape[1]:
-        raise packed.wrong(f"_weight_qdata is {list(weight.shape)}, _weight_scale {list(scale.shape)}")
+        raise packed.wrong(
+            f"the shapes do not fit: _weight_qdata {list(weight.shape)}, _weight_scale {list(scale.shape)}"
+        )
     rows, columns = weight.shape
     packed.check("_weight_scale", (rows, scale.shape[1]))
     zeros = packed.tensors.get("_weight_zero_point")

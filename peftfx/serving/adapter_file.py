@@ -36,7 +36,9 @@ def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
         # Copied, because the file's memory is freed with the object that read it.
         values = {name: to_ort(to_torch(value).clone()) for name, value in read.get_parameters().items()}
     except Exception as error:
-        raise PeftfxError(f"cannot be read: {first_line(error)}", str(path), "write it again") from error
+        raise PeftfxError(
+            f"this adapter file cannot be read: {first_line(error)}", str(path), "write it again"
+        ) from error
     refuse_newer(read.get_adapter_version(), ADAPTER, path, "write it again")
     return int(read.get_model_version()), values
 
@@ -66,11 +68,11 @@ def read_for(path: Path, directory: Path, served: Collection[str] = ()) -> dict[
     manifest = Manifest.read(directory)
     graphs = tuple(manifest.views)
     if unlisted := sorted(set(served) - set(graphs)):
-        what = f"it lists no graph {unlisted[0]!r}, which the model runs"
+        what = f"the list of graphs lacks {unlisted[0]!r}, which the model runs"
         raise PeftfxError(what, str(directory / SLOTS_FILE), "export the base again")
     if len(graphs) > 1 and is_file(path):
-        hint = "write it for this model: peftfx export-adapter --for"
-        raise PeftfxError(f"the model is {len(graphs)} graphs, and this is a file for one", str(path), hint)
+        hint = "write the adapter for this model: peftfx export-adapter --for"
+        raise PeftfxError(f"the model has {len(graphs)} graphs, but this file is for one graph", str(path), hint)
     return {graph: _fitting(file_of(path, graph, graphs), manifest, graph) for graph in graphs}
 
 
@@ -82,12 +84,14 @@ def file_of(path: Path, graph: str, graphs: Sequence[str]) -> Path:
 def _fitting(path: Path, manifest: Manifest, graph: str) -> dict[str, ort.OrtValue]:
     version, values = read_adapter_file(path)
     if version != manifest.version:
-        hint = "write it for this graph: peftfx export-adapter --for"
-        raise PeftfxError(f"this adapter is for another base than {manifest.model} here", str(path), hint)
+        hint = "write the adapter for this graph: peftfx export-adapter --for"
+        raise PeftfxError(
+            f"this adapter is for another base, not for the {manifest.model} in this graph", str(path), hint
+        )
     slots = manifest.of(graph)
     unfit = [n for n, value in values.items() if n not in slots or not slots[n].takes(tuple(value.shape()))]
     if unfit:
-        hint = "write it for this graph: peftfx export-adapter --for"
+        hint = "write the adapter for this graph: peftfx export-adapter --for"
         raise PeftfxError(f"the graph has no slots for {listed(unfit)}", str(path), hint)
     return values
 

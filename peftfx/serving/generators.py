@@ -54,7 +54,8 @@ class _Serves(Served, GenerationMixin):
     def __init__(self, directory: Path, model: OnnxModel) -> None:
         Served.__init__(self, directory, model)
         if self.config is None:
-            raise PeftfxError("there is no config", str(directory / "config.json"), "put the base model's config there")
+            where = str(directory / "config.json")
+            raise PeftfxError("the model's config is missing", where, "put the base model's config there")
         self.generation_config = _generation_config(directory, self.config)
 
     def can_generate(self) -> bool:
@@ -145,7 +146,7 @@ def skeleton(served: Served) -> Any:
     with understanding(where, "the model's class cannot be built"), torch.device("meta"), no_init_weights():
         made = maker_of(config, task_of_directory(served.directory), served.directory)(config).eval()
     if not made.can_generate():
-        raise PeftfxError("the class of this model does not generate", where, "export it in the forward view")
+        raise PeftfxError("this model's class cannot generate", where, "export the model in the forward view")
     return made
 
 

@@ -24,4 +24,4 @@ def task_of_directory(directory: Path) -> str:
             named = found[0] if isinstance(found, list) and found else found
             if isinstance(named, str) and (task := task_of_class(named)) is not None:
                 return task
-    raise PeftfxError("the task of this model cannot be told", str(directory), "name the task")
+    raise PeftfxError("the model's files do not tell its task", str(directory), "name the task")

@@ -49,7 +49,7 @@ class OnnxModel:
             self._session = ort.InferenceSession(str(self.path), options, providers=chosen)
         except Exception as error:
             hint = (
-                "a type without a CPU kernel (bfloat16?) needs a model in float32" if "NOT_IMPL" in str(error) else ""
+                "the CPU has no kernel for a dtype (bfloat16?): export in float32" if "NOT_IMPL" in str(error) else ""
             )
             raise PeftfxError(
                 f"ONNX Runtime cannot open the model: {first_line(error)}", str(self.path), hint
@@ -103,7 +103,7 @@ class OnnxModel:
         except Exception as error:
             shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in tensors.items())
             raise PeftfxError(
-                f"ONNX Runtime refuses these inputs: {first_line(error)}", str(self.path), shapes
+                f"ONNX Runtime refuses these inputs: {first_line(error)}", str(self.path), f"the inputs are {shapes}"
             ) from error
         return {name: to_torch(value) for name, value in zip(self.outputs, values, strict=True)}
 
@@ -128,7 +128,7 @@ class OnnxModel:
         except Exception as error:
             shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in inputs.items())
             raise PeftfxError(
-                f"ONNX Runtime refuses these inputs: {first_line(error)}", str(self.path), shapes
+                f"ONNX Runtime refuses these inputs: {first_line(error)}", str(self.path), f"the inputs are {shapes}"
             ) from error
 
     def _check(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -140,7 +140,7 @@ class OnnxModel:
         missing = [n for n in self.inputs if n not in tensors]
         if missing:
             raise PeftfxError(
-                f"the model also needs {', '.join(map(repr, missing))}", str(self.path), "pass it by name"
+                f"the model also needs {', '.join(map(repr, missing))}", str(self.path), "pass each by name"
             )
 
 
@@ -172,8 +172,8 @@ def find(directory: Path) -> Path:
         return path
     folder = is_folder(directory)
     models = ", ".join(sorted(p.name for p in directory.glob("*.onnx"))) if folder else ""
-    hint = f"name one of its models: {models}" if models else "peftfx's export writes one"
-    raise PeftfxError("there is no ONNX model here" if folder else "no such directory", str(path), hint)
+    hint = f"name one of its models: {models}" if models else "`peftfx export` writes one"
+    raise PeftfxError("there is no ONNX model here" if folder else "there is no such directory", str(path), hint)
 
 
 def to_ort(value: torch.Tensor) -> ort.OrtValue:

@@ -34,7 +34,7 @@ def chosen_providers(given: Sequence[Provider] | None) -> list[Provider]:
         PeftfxError: ONNX Runtime does not know a name, or the installed build lacks the provider.
     """
     if isinstance(given, str):
-        raise PeftfxError(f"not a list of providers: {shown(given)}", "providers", f"pass [{given!r}]")
+        raise PeftfxError(f"this is not a list of providers: {shown(given)}", "providers", f"pass [{given!r}]")
     chosen: dict[str, Provider] = {}
     for item in given or ():
         name, options = item if isinstance(item, tuple) else (item, None)
@@ -55,8 +55,8 @@ def _full(name: object) -> str:
         raise PeftfxError(f"ONNX Runtime has no provider {shown(name)}", "providers", hint)
     if full not in available:
         package = _PACKAGES.get(full)
-        hint = f"install {package} in the place of onnxruntime" if package else "install an onnxruntime that has it"
-        raise PeftfxError(f"the onnxruntime that is installed was built without {full}: it has {here}", full, hint)
+        hint = f"install {package} in place of onnxruntime" if package else "install an onnxruntime that has it"
+        raise PeftfxError(f"the installed onnxruntime was built without {full}: it has {here}", full, hint)
     return full
 
 
@@ -70,5 +70,5 @@ def refuse_fallback(asked: Sequence[Provider], session: ort.InferenceSession, wh
     lost = [name for name in names if name not in session.get_providers()]
     if lost:
         what = f"ONNX Runtime could not start {lost[0]}, and would run on the CPU"
-        hint = "its libraries are missing or of another version; with ONNX Runtime's own log it says which"
+        hint = "a library is missing or has another version; ONNX Runtime's own log says which"
         raise PeftfxError(what, where, hint)

@@ -62,7 +62,7 @@ class ServedSentences(ServedForward):
         path = self.directory / SETTINGS
         named = str((read_json(path) if is_file(path) else {}).get("similarity_fn_name") or "cosine")
         if named not in _MEASURES:
-            raise PeftfxError(f"not a similarity: {named}", str(path), f"known are {', '.join(_MEASURES)}")
+            raise PeftfxError(f"unknown similarity: {named}", str(path), f"the measures are {', '.join(_MEASURES)}")
         return named
 
     def _prompt_of(self, names: Sequence[str]) -> str | None:

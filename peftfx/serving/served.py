@@ -76,7 +76,7 @@ class Served:
         path = self.directory / BATCHED
         known = read_stamped(path, "export it again").get("adapters") if is_file(path) else []
         if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
-            raise PeftfxError("not a list of the adapters", str(path), "export the model again")
+            raise PeftfxError("the file has no list of the adapters", str(path), "export the model again")
         return known
 
     def with_ids(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,11 +99,14 @@ class Served:
     def _check_ids(self, ids: Tensor, rows: int) -> None:
         hint = "pass adapter_ids([name, None, ...]) of this model: a name, or None, for each row"
         if ids.dtype not in _INTEGERS or ids.shape != (rows,):
-            what = f"not a number for each of {rows} rows: {list(ids.shape)}, {str(ids.dtype).removeprefix('torch.')}"
+            what = (
+                f"{rows} rows need {rows} whole numbers, not {str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
+            )
             raise PeftfxError(what, IDS, hint)
         wrong = sorted({number for number in ids.tolist() if not -1 <= number < len(self._row_adapters)})
         if wrong:
-            what = f"no adapter has the number {wrong[0]}: they are 0 to {len(self._row_adapters) - 1}, and -1 is none"
+            most = len(self._row_adapters) - 1
+            what = f"no adapter has the number {wrong[0]}: the numbers are 0 to {most}, or -1 for no adapter"
             raise PeftfxError(what, IDS, hint)
 
     def set_adapter(self, name: str | None) -> None:
@@ -151,7 +154,7 @@ class Served:
         wrong = next((n for n in self.model.inputs if not isinstance(inputs.get(n), Tensor | None)), None)
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         if wrong is not None or not given:
-            what = f"{wrong} is no tensor: {shown(inputs[wrong])}" if wrong else "the call gives no tensors"
+            what = f"{wrong} is not a tensor: {shown(inputs[wrong])}" if wrong else "the call gives no tensors"
             raise PeftfxError(what, str(self.directory), f"pass torch tensors by name: {', '.join(self.model.inputs)}")
         given = {name: value for name, value in given.items() if name in self.model.inputs or name not in _OPTIONAL}
         first = given.get("input_ids")
@@ -176,7 +179,7 @@ class Served:
         names = [path.name for path in self.directory.iterdir()]
         if not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in names):
             # transformers would make an empty tokenizer from the config
-            what, hint = "there is no tokenizer", "put the base model's tokenizer files there"
+            what, hint = "the directory has no tokenizer", "put the base model's tokenizer files there"
             raise PeftfxError(what, str(self.directory), hint)
         try:
             found = AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
@@ -200,7 +203,7 @@ class ServedForward(Served):
             PeftfxError: always. Models with a cache have another `generate`.
         """
         hint = "export it with --view decode; in Python, view='decode'"
-        raise PeftfxError("this model has no cache to generate with", str(self.directory), hint)
+        raise PeftfxError("this model has no cache, so it cannot generate", str(self.directory), hint)
 
 
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})

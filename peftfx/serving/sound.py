@@ -31,21 +31,21 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
     """
     data = path.read_bytes()
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        raise PeftfxError("this is no WAV file", str(path), _CONVERT)
+        raise PeftfxError("this is not a WAV file", str(path), _CONVERT)
     chunks = _chunks(data)
     if len(chunks.get(b"fmt ", b"")) < 16 or b"data" not in chunks:
-        raise PeftfxError("a broken WAV file: it does not say what it holds", str(path), _CONVERT)
+        raise PeftfxError("this WAV file is broken: it lacks its format or its samples", str(path), _CONVERT)
     kind, channels, rate, _, width, bits = struct.unpack("<HHIIHH", chunks[b"fmt "][:16])
     if kind == _EXTENSIBLE and len(chunks[b"fmt "]) >= 26:
         (kind,) = struct.unpack("<H", chunks[b"fmt "][24:26])
     if not channels or not rate or width != channels * bits // 8:
-        raise PeftfxError("a broken WAV file: its sizes do not go together", str(path), _CONVERT)
+        raise PeftfxError("this WAV file is broken: the sizes in its header contradict each other", str(path), _CONVERT)
     body = chunks[b"data"]
     samples = _numbers(body[: len(body) // width * width], kind, bits, path).reshape(-1, channels)
     if not len(samples):
-        raise PeftfxError("the recording is empty", str(path), "give one that has a sound in it")
+        raise PeftfxError("the recording is empty", str(path), "give a recording with sound")
     if not np.isfinite(samples).all():
-        raise PeftfxError("the recording holds NaN or an infinity", str(path), "record it again")
+        raise PeftfxError("the recording holds NaN or an infinity", str(path), "record the sound again")
     return torch.from_numpy(np.ascontiguousarray(samples.mean(axis=1), dtype=np.float32)), int(rate)
 
 
@@ -95,4 +95,4 @@ def _numbers(body: bytes, kind: int, bits: int, path: Path) -> np.ndarray:
         parts = np.frombuffer(body, np.uint8).reshape(-1, 3).astype(np.int32)
         whole = parts[:, 0] | parts[:, 1] << 8 | parts[:, 2] << 16
         return (whole - ((whole & 0x800000) << 1)).astype(np.float32) / 2.0**23
-    raise PeftfxError(f"peftfx cannot read a WAV file of kind {kind} with {bits} bits", str(path), _CONVERT)
+    raise PeftfxError(f"peftfx cannot read a WAV file of format {kind} with {bits} bits", str(path), _CONVERT)

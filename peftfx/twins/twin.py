@@ -94,8 +94,10 @@ class Twin:
         self.offloaded = bool(elsewhere)
         for path, module in modules.items():
             if is_quantised(module) and any(id(t) in elsewhere for t in _tensors(module)):
-                hint = "leave it on its device: give from_pretrained a device_map without cpu and disk for it"
-                raise PeftfxError("this layer is quantised, and its codes are offloaded", path, hint)
+                hint = (
+                    "keep the layer on its device: give from_pretrained a device_map without cpu and disk for the layer"
+                )
+                raise PeftfxError("the codes of this quantised layer are offloaded", path, hint)
         found = {path: codes_in(module, path, config) for path, module in modules.items()}
         self._codes = {path: codes for path, codes in found.items() if codes is not None}
         if not self._codes and not any(map(is_hooked, modules.values())):
@@ -199,9 +201,7 @@ def _obstacle(path: str, own: nn.Module, layer: nn.Linear, codes: Codes, dtype: 
     want = layer(x.detach())
     far = float((y.detach() - want).abs().max() / want.abs().max().clamp(min=1e-12))
     if not far < _TRIED:
-        what = (
-            f"this {type(own).__name__} computes something else than its codes, read as {codes.format}: {far:.1%} off"
-        )
+        what = f"this {type(own).__name__} does not compute what its codes, read as {codes.format}, say: {far:.1%} off"
         raise PeftfxError(what, path, "its package may be broken on this device; use the unquantised model")
     return "" if y.requires_grad else f"a {type(own).__name__} whose own product has no gradient"
 

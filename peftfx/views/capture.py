@@ -172,7 +172,7 @@ def _refuse_checkpointing(model: nn.Module) -> None:
     active = next((n for n, m in model.named_modules() if getattr(m, "gradient_checkpointing", False)), None)
     if model.training and active is not None:
         raise PeftfxError(
-            "gradient checkpointing would be lost: a captured graph keeps its activations",
+            "gradient checkpointing would have no effect: a captured graph keeps its activations",
             active or type(model).__name__,
             "call model.gradient_checkpointing_disable() first",
         )
@@ -183,7 +183,7 @@ def _explain(model: nn.Module, error: BaseException, entry: Entry | None) -> Pef
     if "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         hint = "its forward branches on the values of a tensor; pass arguments or a config that avoid the branch"
         if _loops_over_experts(model):
-            hint = "its experts run in a loop over those that are hit: model.set_experts_implementation('grouped_mm')"
+            hint = "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
     return PeftfxError(f"{what}: {first_line(error)}", type(model).__name__, hint)
 

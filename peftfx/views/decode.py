@@ -200,7 +200,7 @@ def decode_view(base: nn.Module) -> Decode:
         raise PeftfxError(what, type(base).__name__, "use the forward view")
     text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
     if "attention_mask" not in text:
-        what = "the model takes no attention mask: texts of different lengths could not be told apart in a batch"
+        what = "the model takes no attention mask, so a batch could not have texts of different lengths"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
     cache = empty_cache(base)
     with fake_run(base) as fake:

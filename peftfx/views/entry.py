@@ -1,7 +1,7 @@
 """Entries: ways into a model for soft prompts. They change the call and no weight, so they are captured as other calls.
 
 A view that is captured through an entry has a hole: a constant that the entry's code reads, and that a soft prompt
-replaces (`passes/adaptation/insert.py`). Before that it is zero. `prompt_in_view.py` says which entry a view gets.
+replaces (`passes/adaptation/insert.py`). Until then the hole is zero. `prompt_in_view.py` says which entry a view gets.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class VirtualTokens(Entry):
         text = inputs.get(self.tokens, inputs.get("inputs_embeds"))
         if not isinstance(text, Tensor):
             hint = f"pass {self.tokens} or inputs_embeds"
-            raise PeftfxError("virtual tokens go ahead of a text, and the call has none", ", ".join(inputs), hint)
+            raise PeftfxError("virtual tokens are put before a text, but the call has no text", ", ".join(inputs), hint)
         for name, value in inputs.items():
             if not isinstance(value, Tensor) or name in (self.tokens, "inputs_embeds", *self.dropped):
                 continue
@@ -101,7 +101,7 @@ class VirtualTokens(Entry):
                 raise PeftfxError(what, name, "pass it as [batch, sequence]")
             along = value.ndim > 1 and value.shape[:2] == text.shape[:2] and not name.startswith("decoder_")
             if along and name not in (*self._grown, "labels"):
-                what = f"{name} has one value for each token, and virtual tokens have none"
+                what = f"{name} has one value for each token, but no value for the virtual tokens"
                 raise PeftfxError(what, name, "leave it out, or use a method that acts on weights")
 
     def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:

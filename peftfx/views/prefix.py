@@ -53,7 +53,7 @@ class Prefix(Entry):
             raise PeftfxError(what, self._masks, "pass it as [batch, sequence]")
         given = next((name for name in (_CACHE, "past_key_values") if inputs.get(name) is not None), None)
         if given is not None:
-            raise PeftfxError("the prefix is itself the cache of this call", given, "leave it out")
+            raise PeftfxError("the call has a cache, but the prefix is its cache already", given, "leave it out")
 
     def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
         _refuse_checkpointing(base)
@@ -108,8 +108,8 @@ def _measured(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
     if not shapes or any(None in pair for pair in shapes):
         raise _no_place(base)
     if len({shape for pair in shapes for shape in pair}) != 1:
-        what = "the model's layers have keys and values of different shapes, and a prefix has one shape"
-        raise PeftfxError(what, type(base).__name__, "use a method that acts on weights, as LoRA")
+        what = "the model's layers have keys and values of different shapes, but a prefix has only one shape"
+        raise PeftfxError(what, type(base).__name__, "use a method that acts on weights, such as LoRA")
     heads, features = shapes[0][0] or (0, 0)
     return len(shapes), heads, features
 
@@ -123,15 +123,13 @@ def _refuse_checkpointing(base: nn.Module) -> None:
     checkpointed = (module for module in base.modules() if getattr(module, "gradient_checkpointing", False))
     if base.training and torch.is_grad_enabled() and next(checkpointed, None) is not None:
         what = "a prefix does not work with gradient checkpointing: it is a cache, which checkpointed layers drop"
-        hint = (
-            'call gradient_checkpointing_disable(), adapt with road="graph", or train another method, as PromptTuning'
-        )
+        hint = 'call gradient_checkpointing_disable(), adapt with road="graph", or train, for example, PromptTuning'
         raise PeftfxError(what, type(base).__name__, hint)
 
 
 def _no_place(base: nn.Module) -> PeftfxError:
     hint = "use prompt tuning, or a method that acts on weights"
-    return PeftfxError("the model keeps no keys and values: a prefix has no place", type(base).__name__, hint)
+    return PeftfxError("the model keeps no keys and values, so a prefix has no place", type(base).__name__, hint)
 
 
 def _positions(decodes: bool) -> str:
@@ -141,7 +139,7 @@ def _positions(decodes: bool) -> str:
 def _batch(arguments: Mapping[str, object]) -> int | torch.SymInt:
     first = next((v for v in arguments.values() if isinstance(v, Tensor) and v.ndim > 1), None)
     if first is None:
-        raise PeftfxError("the call has no batch", ", ".join(arguments), "pass input_ids")
+        raise PeftfxError("no tensor of the call tells the number of rows", ", ".join(arguments), "pass input_ids")
     return first.shape[0]
 
 

@@ -1,7 +1,8 @@
 """WithPromptInputs: a view with soft prompts as inputs, of any number of virtual tokens.
 
-A place is the hole of an entry that the caller fills. With 0 rows in it the view works as without a soft prompt. In a
-decode view every soft prompt is a prefix: for virtual tokens, the keys and values that they leave in the cache.
+A place is the hole of an entry that the caller fills. If the place has 0 rows, the view works as without a soft
+prompt. In a decode view every soft prompt is a prefix: for virtual tokens, the keys and values that they leave in the
+cache.
 """
 
 from __future__ import annotations

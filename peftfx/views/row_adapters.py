@@ -75,7 +75,7 @@ class PromptsByRow(VirtualTokens):
         super().check(inputs)
         where = next((n for n in (_MASK, self.tokens) if not isinstance(inputs.get(n), Tensor)), None)
         if where is not None:
-            raise PeftfxError("soft prompts of different lengths need a text and its mask", where, "pass it")
+            raise PeftfxError("soft prompts of different lengths need a text and its mask", where, f"pass {where}")
         if POSITIONS in inputs:
             what = "with soft prompts of different lengths, the model must count positions itself"
             raise PeftfxError(what, POSITIONS, "leave it out, or export each adapter merged")

@@ -129,9 +129,9 @@ def test_what_cannot_be_rounded_is_refused(
 ) -> None:
     base, out = made[0] / "base", tmp_path / "out"
     for quantize, what in (
-        ("nf4; int8@head", "one directory has one format"),
+        ("nf4; int8@head", "a directory has one format"),
         ("nf4(block=32)", "no blocks of 32"),
-        ("none", "rounds nothing"),
+        ("none", "rounds no weight"),
     ):
         with pytest.raises(PeftfxError, match=what):
             MergeOptions(quantize=quantize)
@@ -144,7 +144,7 @@ def test_what_cannot_be_rounded_is_refused(
             merge_directory(base, out, quantize=quantize)
     with pytest.raises(VerificationError, match="costs more than kl=1e-09"):
         merge_directory(base, out, quantize="int4", max_error="kl=1e-9")
-    assert_refused(peftfx("merge", "--base", base, "--output", out, "--max-error", "0.1"), "no quantisation")
+    assert_refused(peftfx("merge", "--base", base, "--output", out, "--max-error", "0.1"), "no weight is quantised")
     q.tiny(num_hidden_layers=1, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     with pytest.raises(PeftfxError, match="another module's, too"):
         merge_directory(tmp_path / "tied", out, quantize="int4; int8@head")

@@ -58,7 +58,7 @@ DAMAGES: Mapping[str, tuple[Damage, tuple[str, ...]]] = {
         lambda b, a: (b / "config.json").write_text('{"model_type": "brt"}'),
         ("no model type 'brt'", "did you mean 'bert'"),
     ),
-    "truncated base": (lambda b, a: cut(b / "model.safetensors"), ("broken safetensors", "model.safetensors")),
+    "truncated base": (lambda b, a: cut(b / "model.safetensors"), ("safetensors file is broken", "model.safetensors")),
     "base without weights": (lambda b, a: (b / "model.safetensors").unlink(), ("no weights", "model.safetensors")),
     "pickled base": (lambda b, a: pickle(b, "pytorch_model.bin"), ("pickle is never loaded", "pytorch_model.bin")),
     "adapter without config": (lambda b, a: (a / "adapter_config.json").unlink(), ("no adapter_config.json",)),

@@ -89,9 +89,9 @@ def test_passes_run_on_what_is_exported(inputs: Inputs, peftfx: Command, here: P
 @pytest.mark.parametrize(
     ("named", "said"),
     [
-        ("my_rules", "a pass is given as MODULE:NAME"),
+        ("my_rules", "a pass is named as MODULE:NAME"),
         ("my_rules:TANG", "did you mean 'TANH'"),
-        ("my_rules:NONE", "NONE is a int, and no pass"),
+        ("my_rules:NONE", "NONE is a int, not a pass"),
         ("my_rules:Needs", "Needs needs options"),
         ("my_rules:FAILS", "Needs fails: ZeroDivisionError"),
         ("my_rules:NOWHERE", "the pass changes nothing in this model"),
@@ -174,5 +174,5 @@ def test_a_base_is_fetched_where_that_is_asked_for(
     asked = len(Hub.asked)
     assert peftfx(*words).out == found.out
     assert len(Hub.asked) == asked, "what is in the cache is not asked for again"
-    assert_refused(peftfx("inspect", "org/other", "--download"), "the Hub does not give this model")
+    assert_refused(peftfx("inspect", "org/other", "--download"), "cannot download this model from the Hub")
     server.shutdown()

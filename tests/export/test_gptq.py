@@ -115,7 +115,7 @@ def test_a_directory_has_them_too(base: Path, tmp_path: Path) -> None:
 def test_a_text_that_says_nothing_is_one_message(base: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("w1 w2")
-    with pytest.raises(PeftfxError, match="GPTQ rounds by what layers read on a text, and none is given"):
+    with pytest.raises(PeftfxError, match="GPTQ needs the layers' inputs on a text, but no text is given"):
         merge_directory(base / "base", tmp_path / "out", quantize="int4(gptq=True)")
     with pytest.raises(PeftfxError, match="128 tokens or more, and this one has 2"):
         merge_directory(base / "base", tmp_path / "out", quantize="int4(gptq=True)", calibration=short)

@@ -276,10 +276,13 @@ def forget(base: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
-    "a shard cut short": (cut, ("broken safetensors", "model-00001-of")),
-    "a shard of no bytes": (lambda b: first_shard(b).write_bytes(b""), ("broken safetensors", "model-00001-of")),
-    "a corrupt header": (spoil_header, ("broken safetensors", "model-00001-of")),
-    "a header without end": (endless_header, ("broken safetensors", "model-00001-of")),
+    "a shard cut short": (cut, ("safetensors file is broken", "model-00001-of")),
+    "a shard of no bytes": (
+        lambda b: first_shard(b).write_bytes(b""),
+        ("safetensors file is broken", "model-00001-of"),
+    ),
+    "a corrupt header": (spoil_header, ("safetensors file is broken", "model-00001-of")),
+    "a header without end": (endless_header, ("safetensors file is broken", "model-00001-of")),
     "a shard that is not there": (lambda b: first_shard(b).unlink(), ("is missing", "model-00001-of")),
     "a shard that the index does not name": (forget, ("model.embed_tokens.weight", "base")),
     "a corrupt index": (

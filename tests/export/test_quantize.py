@@ -170,7 +170,7 @@ def test_an_error_beyond_the_bound_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "what"),
-    [({"quantize": "int3"}, "unknown quantisation 'int3'"), ({"max_error": 0.1}, "no quantisation whose error")],
+    [({"quantize": "int3"}, "unknown quantisation 'int3'"), ({"max_error": 0.1}, "max_error has no effect")],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, object], what: str, tmp_path: Path) -> None:
     with pytest.raises(PeftfxError, match=what):

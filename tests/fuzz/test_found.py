@@ -30,9 +30,12 @@ from peftfx.sites.target import explain
 CONFIGS: Mapping[str, tuple[Change, str]] = {
     "a size that is a text": (Change("hidden_size", "16"), "hidden_size"),
     "architectures of numbers": (Change("architectures", [5]), "architectures is not a list of names"),
-    "a class of another model": (Change("architectures", ["GPT2LMHeadModel"]), "of another model than its model_type"),
-    "a class that is no model": (Change("architectures", ["Trainer"]), "the task can be told neither"),
-    "a quantisation that is a text": (Change("quantization_config", "int8"), "quantised"),
+    "a class of another model": (Change("architectures", ["GPT2LMHeadModel"]), "is not of the model_type"),
+    "a class that is no model": (
+        Change("architectures", ["Trainer"]),
+        "neither the adapter nor the model tells the task",
+    ),
+    "a quantisation that is a text": (Change("quantization_config", "int8"), "quantization_config is not an object"),
     "layers without end": (Change("num_hidden_layers", 10**18), "which cannot be right"),
     "labels without end": (Change("num_labels", 10**30), "which cannot be right"),
     "depth": (Change("rope_parameters", deep(110)), "nested too deeply"),
@@ -140,7 +143,7 @@ def test_a_manifest_without_the_graph_that_runs(exported: Path, tmp_path: Path) 
     path = directory / SLOTS_FILE
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "views": {}}), encoding="utf-8")
     found = settle(lambda: runtime.load(directory, threads=1, adapter=directory / ADAPTER))
-    assert "lists no graph 'model', which the model runs" in found.message
+    assert "the list of graphs lacks 'model', which the model runs" in found.message
 
 
 def test_a_manifest_with_another_fingerprint(exported: Path, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_what_has_no_answer_is_refused() -> None:
     with pytest.raises(PeftfxError, match="an adapter of 2 rules"):
         model.peft_config  # noqa: B018
     prompt = adapt("llama", peftfx.PromptTuning(num_virtual_tokens=3)).eval()
-    with pytest.raises(PeftfxError, match="ahead of the modules"):
+    with pytest.raises(PeftfxError, match="before the modules"):
         prompt.get_layer_status()
     with pytest.raises(PeftfxError, match="soft prompt"):
         prompt(**inputs(prompt.base, 2), adapter_names=["default", "__base__"])

@@ -26,14 +26,24 @@ Change = Callable[[dict[str, Tensor]], object]
 BAD: dict[str, tuple[dict[str, object], q.Pack, Change, str]] = {
     "no quant_state": (BNB, q.table4(), lambda t: t.pop(STATE), "incomplete"),
     "no absmax": (BNB, q.table4(), lambda t: t.pop(f"{Q}.weight.absmax"), "there is no weight.absmax"),
-    "a state that is no JSON": (BNB, q.table4(), lambda t: t.update({STATE: t[STATE][:9]}), "quant_state says no"),
-    "short codes": (BNB, q.table4(), lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:9]}), "are of 18"),
+    "a state that is no JSON": (BNB, q.table4(), lambda t: t.update({STATE: t[STATE][:9]}), "quant_state lacks"),
+    "short codes": (
+        BNB,
+        q.table4(),
+        lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:9]}),
+        "weight has 18 numbers",
+    ),
     "other scales": (GPTQ, q.gptq(), lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"][:1]}), "scales is"),
     "uneven groups": (GPTQ, q.gptq(), lambda t: t[f"{Q}.g_idx"].fill_(1), "into groups of 32"),
     "other bits": ({**GPTQ, "bits": 5}, q.gptq(), len, "bits is 5"),
-    "an unknown method": ({"quant_method": "aqlm"}, q.gptq(), len, "in a way that is not read here"),
-    "another of torchao's": ({"quant_method": "torchao"}, q.torchao(), len, "tensor is of no type that is told"),
-    "no layers": ({"quant_method": "awq", "bits": 4, "group_size": 32}, q.fp8(), len, "no layer of the base"),
+    "an unknown method": (
+        {"quant_method": "aqlm"},
+        q.gptq(),
+        len,
+        "peftfx cannot read a base that is quantised in this way",
+    ),
+    "another of torchao's": ({"quant_method": "torchao"}, q.torchao(), len, "tensor is of an unnamed type"),
+    "no layers": ({"quant_method": "awq", "bits": 4, "group_size": 32}, q.fp8(), len, "the files have no layer"),
     "a shape that is not the model's": (GPTQ, q.gptq(), lambda t: _cut(t), "neither the base nor an adapter"),
 }
 

@@ -109,7 +109,7 @@ def test_a_layer_that_computes_something_else_than_its_codes_is_refused() -> Non
     for module in base.modules():
         if isinstance(module, made.PackedLinear):
             module.value = (module.value[0] + 1,)
-    with pytest.raises(PeftfxError, match="computes something else than its codes, read as GPTQ int4"):
+    with pytest.raises(PeftfxError, match="does not compute what its codes, read as GPTQ int4, say"):
         peftfx.inspect(base)
 
 

@@ -192,11 +192,11 @@ class TestClassification:
         peftfx: Run,
     ) -> None:
         _, directory = classifier
-        assert "give one input" in peftfx("run", directory).err
+        assert "run takes exactly one of" in peftfx("run", directory).err
         assert "no such image" in peftfx("run", directory, "--image", tmp_path / "none.png").err
         result = peftfx("run", directory, "--prompt", "w5")
         assert result.code == 2
-        assert "no cache to generate with" in result.err
+        assert "no cache, so it cannot generate" in result.err
         assert "image processor" in peftfx("run", directory, "--task", "image-classification", "--image", __file__).err
         shutil.copytree(directory, tmp_path / "bare")
         for path in (tmp_path / "bare").glob("token*"):
@@ -204,7 +204,7 @@ class TestClassification:
         assert "no tokenizer" in peftfx("run", tmp_path / "bare", "--text", "w5").err
         with pytest.raises(PeftfxError, match="no such directory"):
             runtime.load(tmp_path / "none")
-        with pytest.raises(PeftfxError, match="no cache to generate with"):
+        with pytest.raises(PeftfxError, match="no cache, so it cannot generate"):
             runtime.load(directory).generate(input_ids=torch.ones(1, 2, dtype=torch.long))
         (tmp_path / "one.onnx_adapter").write_bytes(b"\0\0\0\0TORT")
         with pytest.raises(PeftfxError, match="an adapter for a graph, not a model"):

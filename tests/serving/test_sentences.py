@@ -172,7 +172,7 @@ class TestRun:
         assert_refused(peftfx("run", exported, "--query", "w6"), "no texts")
         assert_refused(peftfx("run", exported, "--texts", tmp_path / "none"), "cannot be read")
         (tmp_path / "empty").write_text("\n \n", encoding="utf-8")
-        assert_refused(peftfx("run", exported, "--texts", tmp_path / "empty"), "no text in it")
+        assert_refused(peftfx("run", exported, "--texts", tmp_path / "empty"), "the file has no text")
         assert_refused(peftfx(*run, "--save", tmp_path / "none" / "rows"), "cannot write")
 
 

@@ -111,12 +111,12 @@ def test_rows_without_a_number_are_the_bases_and_beams_keep_theirs(llama: tuple[
 @pytest.mark.parametrize(
     ("ids", "text"),
     [
-        ([0, -2], "no adapter has the number -2: they are 0 to 3, and -1 is none"),
+        ([0, -2], "no adapter has the number -2: the numbers are 0 to 3, or -1 for no adapter"),
         ([4, 0], "no adapter has the number 4"),
-        ([0.0, 1.5], "not a number for each of 2 rows: [2], float32"),
-        ([True, False], "not a number for each of 2 rows: [2], bool"),
-        ([0], "not a number for each of 2 rows: [1], int64"),
-        ([[0], [1]], "not a number for each of 2 rows: [2, 1], int64"),
+        ([0.0, 1.5], "2 rows need 2 whole numbers, not float32 [2]"),
+        ([True, False], "2 rows need 2 whole numbers, not bool [2]"),
+        ([0], "2 rows need 2 whole numbers, not int64 [1]"),
+        ([[0], [1]], "2 rows need 2 whole numbers, not int64 [2, 1]"),
     ],
     ids=str,
 )
@@ -222,7 +222,7 @@ def test_what_rows_cannot_have_apart_is_refused(tmp_path: Path, peftfx: Run) -> 
         prompted.export(tmp_path / "out", batched=["low"], slots="all-linear")
     assert not list(tmp_path.iterdir())
     given = ("export", "--base", tmp_path, "--output", tmp_path / "out", "--batched")
-    assert "not an adapter with a name" in peftfx(*given, "adapters").err
+    assert "not of the form NAME=DIR" in peftfx(*given, "adapters").err
     plain = export_onnx(ZOO["bert"].build(), tmp_path / "plain")
     assert plain.slots == 0
     with pytest.raises(PeftfxError, match="no adapters to choose from"):

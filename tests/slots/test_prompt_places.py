@@ -137,7 +137,7 @@ def test_the_command_line_exports_and_runs_an_encoder_decoder(t5: Deployed, tmp_
     assert torch.equal(served.generate(**texts(), **GREEDY), t5.adapted.generate(**texts(), **GREEDY))
     again = peftfx("export-adapter", "--adapter", tmp_path / "saved", "--for", graph, "--output", output)
     assert again.code == 2
-    with pytest.raises(PeftfxError, match="this is a file for one"):
+    with pytest.raises(PeftfxError, match="this file is for one graph"):
         served.load_adapter(output / "encoder_model.onnx_adapter")
     (output / "decoder_model.onnx_adapter").unlink()
     with pytest.raises(PeftfxError, match="no such adapter"):

@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_refused(llama: Deployed, bert: Deployed, tmp_path:
         export_adapter(transform(other, RULES["lora"]), graph, tmp_path / "x", check=False)
     assert not list(tmp_path.iterdir())
     path = export_adapter(bert.with_rule(IA3()), bert.root / "graph", tmp_path / "bert", check=False)
-    with pytest.raises(PeftfxError, match="for another base than LlamaForCausalLM"):
+    with pytest.raises(PeftfxError, match="for another base, not for the LlamaForCausalLM"):
         llama.served.load_adapter(path)
     with pytest.raises(PeftfxError, match="no adapter named 'y'"):
         llama.served.set_adapter("y")

@@ -34,7 +34,7 @@ def as_sentence_encoder(model: nn.Module, steps: nn.Module) -> nn.Module:
     kind = type(model)
     accepted = inspect.signature(kind.forward).parameters
     if not {"input_ids", MASK} <= set(accepted) or "decoder_input_ids" in accepted:
-        what = "this is not an encoder of texts: it cannot embed sentences"
+        what = "this model is not an encoder of texts, so it cannot embed sentences"
         raise PeftfxError(what, kind.__name__, "export it with --task feature-extraction")
 
     def forward(self: Any, **given: Tensor) -> dict[str, object]:

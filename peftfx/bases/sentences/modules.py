@@ -53,11 +53,13 @@ class SentenceModules:
         path = directory / FILE
         listed = [(str(m.get("type")).rpartition(".")[2], str(m.get("path") or "")) for m in read_objects(path)]
         if not listed or listed[0][0] != "Transformer":
-            what = f"it begins with {listed[0][0] if listed else 'nothing'}, and not with a Transformer"
+            what = f"the first module is {listed[0][0] if listed else 'missing'}, but it must be a Transformer"
             raise PeftfxError(what, str(path), "export a model of transformers")
         outside = [folder for _, folder in listed if Path(folder).is_absolute() or ".." in Path(folder).parts]
         if outside:
-            raise PeftfxError(f"a module lies outside of the directory: {outside[0]}", str(path), "download it again")
+            raise PeftfxError(
+                f"a module lies outside of the directory: {outside[0]}", str(path), "download the file again"
+            )
         return SentenceModules(directory, listed[0][1], tuple(listed[1:]))
 
     def build(self) -> nn.Sequential:
@@ -68,7 +70,7 @@ class SentenceModules:
         """
         made = [make_step(kind, self.directory / folder) for kind, folder in self.steps]
         if not any(isinstance(step, Pooling) for step in made):
-            what = f"none of its modules pools the tokens, so there is no {SENTENCE}"
+            what = f"no module pools the tokens, so there is no {SENTENCE}"
             raise PeftfxError(what, str(self.directory / FILE), "export it with --task feature-extraction")
         return nn.Sequential(*(step for step in made if step is not None)).eval()
 

@@ -152,11 +152,11 @@ def make_step(kind: str, folder: Path) -> nn.Module | None:
         PeftfxError: the kind or an option is unknown, or a file is missing or broken.
     """
     if kind not in _MAKERS:
-        hint = nearest(kind, _MAKERS) or f"known are Transformer, {', '.join(_MAKERS)}"
-        raise PeftfxError(f"a module of sentence-transformers that is not exported: {kind}", str(folder), hint)
+        hint = nearest(kind, _MAKERS) or f"the known modules are Transformer, {', '.join(_MAKERS)}"
+        raise PeftfxError(f"peftfx cannot export this module of sentence-transformers: {kind}", str(folder), hint)
     path = folder / "config.json"
     config = read_json(path) if is_file(path) else {}
-    with understanding(path, f"not the config of {kind}"):
+    with understanding(path, f"cannot read the config of {kind}"):
         return _MAKERS[kind](config, folder)
 
 
@@ -164,8 +164,8 @@ def _pooling(config: Mapping[str, object], folder: Path) -> nn.Module:
     named = config.get("pooling_mode", [mode for flag, mode in _FLAGS.items() if config.get(flag)] or ["mean"])
     modes = [named] if isinstance(named, str) else named
     if not isinstance(modes, list) or not modes or not all(mode in POOLINGS for mode in modes):
-        hint = f"known are {', '.join(POOLINGS)}"
-        raise PeftfxError(f"not a way of pooling: {shown(named)}", str(folder / "config.json"), hint)
+        hint = f"the known ways are {', '.join(POOLINGS)}"
+        raise PeftfxError(f"unknown way of pooling: {shown(named)}", str(folder / "config.json"), hint)
     if config.get("include_prompt") is False:
         what = (
             "include_prompt is false: the pooling leaves out the prompt's tokens, but a graph does not "
@@ -180,7 +180,7 @@ def _names(config: Mapping[str, object]) -> tuple[str, str]:
     read = str(config.get("module_input_name") or SENTENCE)
     written = str(config.get("module_output_name") or read)
     if not {read, written} <= {SENTENCE, TOKEN_OUTPUT}:
-        raise ValueError(f"it reads {read} and writes {written}")
+        raise ValueError(f"peftfx has no module that reads {read} and writes {written}")
     return read, written
 
 
@@ -221,13 +221,15 @@ def _filled(step: nn.Module, folder: Path) -> nn.Module:
     path = folder / _WEIGHTS
     if not is_file(path):
         pickled = sorted(p.name for p in folder.glob("*.bin"))
-        what = f"the weights are pickled ({pickled[0]}) and pickle is never loaded" if pickled else "no weights"
-        hint = "save it again with sentence-transformers: save_pretrained(DIR)" if pickled else f"expected {_WEIGHTS}"
-        raise PeftfxError(what, str(folder), hint)
+        if pickled:
+            what = f"the weights are pickled ({pickled[0]}), and pickle is never loaded"
+            hint = "save the model again with sentence-transformers: save_pretrained(DIR)"
+            raise PeftfxError(what, str(folder), hint)
+        raise PeftfxError("the module has no weights", str(folder), f"peftfx looks for {_WEIGHTS}")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise PeftfxError(f"a broken safetensors file: {error}", str(path), "download it again") from error
+        raise PeftfxError(f"this safetensors file is broken: {error}", str(path), "download it again") from error
     step.load_state_dict(tensors)
     return step
 

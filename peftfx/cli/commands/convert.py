@@ -58,4 +58,5 @@ def _rank(text: str | None) -> float | None:
     try:
         return int(text) if text.isdigit() else float(text)
     except ValueError as error:
-        raise PeftfxError(f"the rank is not a number: {text!r}", "rank", "--rank 16, or --rank 0.95") from error
+        hint = "pass a rank, as in --rank 16, or a share of the energy, as in --rank 0.95"
+        raise PeftfxError(f"the rank is not a number: {text!r}", "rank", hint) from error

@@ -148,7 +148,7 @@ def export(
     from peftfx.export.pipeline_command import export_pipeline, is_pipeline
 
     if is_pipeline(base) and (dry_run or passes):
-        what = "--dry-run and --pass are for one model, and this is a pipeline of several"
+        what = "--dry-run and --pass are for one model, but this is a pipeline of several models"
         raise PeftfxError(what, str(base), "give the folder of one of its models")
     if is_pipeline(base):
         from peftfx.cli.progress import Progress

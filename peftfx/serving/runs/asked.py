@@ -67,17 +67,17 @@ class Asked:
         """Refuse an unknown task, missing files, no input, and inputs of more than one kind.
 
         Raises:
-            PeftfxError: for one of these reasons.
+            PeftfxError: the task is unknown, a file is missing, or there is not exactly one kind of input.
         """
         if self.task is not None:
             check_task(self.task)
         if self.query is not None and not self.texts:
-            raise PeftfxError("there are no texts to hold against the query", "run", "pass --text or --texts too")
+            raise PeftfxError("there are no texts to compare with the query", "run", "pass --text or --texts too")
         described = self.prompt is not None and bool(self.images) and not self.texts
         given = (self.prompt is not None, bool(self.texts or self.images) and not described, bool(self.sounds))
         if sum(given) != 1:
             hint = "pass --prompt, or --text, or --image, or --audio; a prompt may have images"
-            raise PeftfxError("give one input: a prompt, texts, images or recordings", "run", hint)
+            raise PeftfxError("run takes exactly one of a prompt, texts, images and recordings", "run", hint)
         for kind, paths in (("image", self.images), ("recording", self.sounds)):
             missing = next((path for path in paths if not os.path.isfile(path)), None)
             if missing is not None:
@@ -124,7 +124,7 @@ def runner(asked: Asked) -> Run:
         PeftfxError: an option does not fit this kind of run.
     """
     if asked.output is not None and asked.kind != "labels":
-        raise PeftfxError("--output is a picture of the segments of an image", "--output", "leave it out")
+        raise PeftfxError("--output is only for the segments of an image", "--output", "leave it out")
     lost = "--save" if asked.save is not None else "--prompt-name" if asked.prompt_name is not None else ""
     if lost and (asked.kind != "sentences" or asked.query is not None):
         what = f"{lost} is only for models that embed sentences"
@@ -144,10 +144,12 @@ def read_texts(path: Path | None) -> tuple[str, ...]:
     try:
         read = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except OSError as error:
-        raise PeftfxError(f"cannot be read: {error.strerror or error}", str(path), "check the path") from error
+        raise PeftfxError(
+            f"this file cannot be read: {error.strerror or error}", str(path), "check the path"
+        ) from error
     except UnicodeDecodeError as error:
-        raise PeftfxError(f"not a text in UTF-8: {error}", str(path), "save it in UTF-8") from error
+        raise PeftfxError(f"this file is not text in UTF-8: {error}", str(path), "save it in UTF-8") from error
     found = tuple(line for line in read.splitlines() if line.strip())
     if not found:
-        raise PeftfxError("there is no text in it", str(path), "write one a line")
+        raise PeftfxError("the file has no text", str(path), "write each text on its own line")
     return found

@@ -30,14 +30,14 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     """
     model = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
     if not isinstance(model, ServedWithImages):
-        what = "this model continues no prompt with images"
+        what = "this model cannot continue a prompt with images"
         raise PeftfxError(what, str(asked.directory), "export a model of text and images with --view decode")
     processor = processor_of(asked.directory)
     tokenizer = processor.tokenizer
     assert asked.prompt is not None
     text = _templated(processor, asked) if asked.chat else with_image_tokens(processor, asked.prompt, len(asked.images))
     images = [read_image(path) for path in asked.images]
-    with understanding(asked.directory, "the processor does not take these images", "see `__cause__`"):
+    with understanding(asked.directory, "the processor does not take these images", "pass --verbose to see the cause"):
         made = dict(processor(text=text, images=images, return_tensors="pt"))
     inputs = _taken(model, made, asked.directory)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -59,7 +59,7 @@ def processor_of(directory: Path) -> Any:
     with understanding(directory, "no processor can be loaded", "put the base model's processor files there"):
         found = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if not hasattr(found, "image_processor") or not hasattr(found, "tokenizer"):
-        what, hint = "there is no processor of text and images", "put the base model's processor files there"
+        what, hint = "the directory has no processor of text and images", "put the base model's processor files there"
         raise PeftfxError(what, str(directory), hint)
     return found
 
@@ -109,5 +109,5 @@ def _taken(model: ServedWithImages, made: dict[str, Any], directory: Path) -> di
     if lost or missing:
         name = (lost or missing)[0]
         what = f"the processor makes {name}, which the graphs do not take" if lost else f"the processor makes no {name}"
-        raise PeftfxError(what, str(directory), "run it by transformers, or export its forward view")
+        raise PeftfxError(what, str(directory), "run the model by transformers, or export its forward view")
     return {name: made[name] for name in known}

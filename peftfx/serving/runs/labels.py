@@ -37,11 +37,11 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         )
     if asked.output is not None and (task != SEGMENTS or len(asked.images) != 1):
         hint = "pass one --image to a model that segments images"
-        raise PeftfxError("--output is a picture of the segments of one image", "--output", hint)
+        raise PeftfxError("--output is only for the segments of one image", "--output", hint)
     found = pipeline(served, task)
     options = _options(found.task, asked.top)
     for item in (*asked.texts, *map(str, asked.images)):
-        with understanding(item, f"the {found.task} pipeline does not take this", "see `__cause__`"):
+        with understanding(item, f"the {found.task} pipeline does not take this", "pass --verbose to see the cause"):
             value = found(item, **options)
         if task == SEGMENTS:
             if asked.output is not None:

@@ -52,7 +52,9 @@ def activation(config: object) -> Callable[[Tensor], Tensor]:
     name = name or getattr(config, "sbert_ce_default_activation_function", None) or "torch.nn.Sigmoid"
     found = getattr(nn, str(name).rpartition(".")[2], None)
     if not str(name).startswith("torch.nn.") or not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise PeftfxError(f"the activation of scores is {name}, which torch does not have", "config.json", "change it")
+        raise PeftfxError(
+            f"the activation of scores is {name}, which torch does not have", "config.json", "name one of torch's"
+        )
     return found()
 
 

@@ -25,7 +25,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     model = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
     if not isinstance(model, GenerationMixin):
         hint = "pass --text or --image to classify, or export it with --view decode"
-        raise PeftfxError("this model has no cache to generate with", str(asked.directory), hint)
+        raise PeftfxError("this model has no cache, so it cannot generate", str(asked.directory), hint)
     assert asked.prompt is not None
     tokenizer = model.tokenizer
     inputs = _encode(tokenizer, asked.prompt, asked.chat, asked.directory)

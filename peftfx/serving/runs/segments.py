@@ -41,9 +41,9 @@ def write_mask(path: Path, found: list[dict[str, Any]], numbers: dict[str, int])
     ids = [numbers.get(one["label"], -1) for one in found]
     if not found or not all(0 <= number < 256 for number in ids):
         what = (
-            "nothing was found to draw"
+            "the model found no segments to draw"
             if not found
-            else "a picture can hold classes from 0 to 255 only, and here is another"
+            else "a picture can have only the classes 0 to 255, and one class here is another"
         )
         raise PeftfxError(what, str(path), "leave --output out: the counts are printed")
     mask = np.zeros(np.asarray(found[0]["mask"]).shape, np.uint8)
@@ -62,7 +62,9 @@ def write_mask(path: Path, found: list[dict[str, Any]], numbers: dict[str, int])
             os.unlink(name)
             raise
     except OSError as error:
-        raise PeftfxError(f"cannot be written: {error.strerror or error}", str(path), "choose another file") from error
+        raise PeftfxError(
+            f"this file cannot be written: {error.strerror or error}", str(path), "choose another"
+        ) from error
 
 
 def _umask() -> int:

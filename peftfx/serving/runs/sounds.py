@@ -44,7 +44,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         hear = _Labels(served, task, int(extractor.sampling_rate), asked.top)
     for path in asked.sounds:
         sound, rate = read_wav(path)
-        with understanding(path, _DOES_NOT_TAKE, "see `__cause__`"):
+        with understanding(path, _DOES_NOT_TAKE, "pass --verbose to see the cause"):
             found = hear(resample(sound, rate, int(extractor.sampling_rate)))
         yield Found(found if isinstance(found, list) else {"audio": str(path), **found}, _words(found))
 
@@ -52,7 +52,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
 def _refuse_options(asked: Asked) -> None:
     for name in ("language", "translate", "timestamps"):
         if getattr(asked, name):
-            what = "this model has no choice of languages and gives no times"
+            what = "this model cannot choose a language, translate or give timestamps"
             raise PeftfxError(what, f"--{name}", "leave it out")
 
 
@@ -104,9 +104,8 @@ class Transcriber:
         self.served, self.extractor, self.asked = served, extractor, asked
         self.tokenizer, self.source = served.tokenizer, served.main_input_name
         if self.source not in extractor.model_input_names:
-            what = (
-                f"the feature extractor makes {', '.join(extractor.model_input_names)}, the model reads {self.source}"
-            )
+            made = ", ".join(extractor.model_input_names)
+            what = f"the feature extractor makes {made}, but the model reads {self.source}"
             raise PeftfxError(what, str(served.directory), "copy the base model's preprocessor_config.json again")
         self.options = generation_options(asked)
         wanted = {
@@ -116,7 +115,7 @@ class Transcriber:
         }
         for (name, value), flag in zip(wanted.items(), ("language", "translate", "timestamps"), strict=True):
             if value is not None and name not in served.options:
-                raise PeftfxError(f"this model does not take --{flag}", str(served.directory), "leave it out")
+                raise PeftfxError(f"this model does not support --{flag}", str(served.directory), "leave it out")
         self.options |= {name: value for name, value in wanted.items() if value is not None}
         if asked.timestamps:
             self.options["return_segments"] = True
@@ -129,7 +128,7 @@ class Transcriber:
             whole = self._features(heard, truncation=False, padding="longest")
             return self._said(whole, return_timestamps=True)
         if self.asked.timestamps:
-            what = "this model's generation config has no `no_timestamps_token_id`: it tells no times"
+            what = "this model's generation config has no `no_timestamps_token_id`: it gives no timestamps"
             raise PeftfxError(what, str(self.served.directory), "leave --timestamps out")
         pieces = [self._said(self._features(piece))["text"].strip() for piece in heard.split(most)]
         return {"text": " ".join(pieces)}

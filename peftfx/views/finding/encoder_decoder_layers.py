@@ -29,7 +29,7 @@ def find_layers(base: nn.Module) -> EncoderDecoderLayers:
     )
     if not needed <= set(accepted) or not hasattr(base, "get_encoder"):
         missing = ", ".join(sorted(needed - set(accepted))) or "get_encoder"
-        what = f"the model is no encoder-decoder that can be split: its forward has no {missing}"
+        what = f"the model cannot be split into an encoder and a decoder: its forward has no {missing}"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
     text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -45,7 +45,7 @@ def find_layers(base: nn.Module) -> EncoderDecoderLayers:
             what = f"the model does not run with plain key/value caches: {first_line(error)}"
             raise PeftfxError(what, type(base).__name__, "use the forward view") from error
     if not own or len(own) != len(cross):
-        what = "the model's decoder has not one cache of its own and one of what is encoded for each layer"
+        what = "a layer of the model's decoder lacks a cache of decoded tokens or one of the encoded source"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
     layers = EncoderDecoderLayers(own, cross, width)
     if source == TEXT_INPUT:

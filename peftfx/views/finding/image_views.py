@@ -31,17 +31,17 @@ def find_images(base: nn.Module) -> Images:
     made = example_inputs(base, sizes={"batch": 1})
     given = {name: value for name, value in made.items() if name in accepted}
     if not isinstance(token, int) or not given:
-        what = "no image token is known" if given else "no example of an image is known"
+        what = "the model's config names no image token" if given else "peftfx cannot make an example of an image"
         raise PeftfxError(what, type(base).__name__, "export its forward view, with inputs=... of a call")
     if "token_type_ids" in inspect.signature(base.forward).parameters:
-        what = "the model's attention tells images from text by token types, which the decode view does not take"
+        what = "the model's attention finds images by token types, which the decode view does not take"
         raise PeftfxError(what, type(base).__name__, "export its forward view")
     with fake_run(base) as fake:
         try:
             fed = {name: fake(value) for name, value in given.items()}
             pooled = base.base_model.get_image_features(**fed, return_dict=True).pooler_output  # type: ignore[union-attr, operator]
         except Exception as error:
-            what = f"the model's encoder of images does not run by itself: {first_line(error)}"
+            what = f"the model's image encoder does not run by itself: {first_line(error)}"
             raise PeftfxError(what, type(base).__name__, "export its forward view") from error
     listed = not isinstance(pooled, Tensor)
     first = pooled[0] if listed else pooled

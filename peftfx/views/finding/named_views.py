@@ -41,5 +41,5 @@ def _decode(base: nn.Module) -> Decode:
     try:
         images = find_images(base)
     except PeftfxError:
-        return view  # for text only; the export warns of it
+        return view  # takes only text; the export warns of this
     return DecodeWithImages(view.layers, view.positions, images, new_mask=view.new_mask)

@@ -42,13 +42,13 @@ class TestWeightsThatAreNoNumbers:
         self, dtype: torch.dtype, text: str, base: Path, tmp_path: Path
     ) -> None:
         restore(base, lambda _, tensor: (tensor * 100).to(dtype))
-        with pytest.raises(PeftfxError, match=f"no weights in floating point: all tensors are {text}"):
+        with pytest.raises(PeftfxError, match=f"no floating-point weights: all tensors are {text}"):
             export_directory(base, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
     def test_so_is_a_file_of_none(self, base: Path) -> None:
         save_file({}, base / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(PeftfxError, match="no weights in floating point: there is no tensor"):
+        with pytest.raises(PeftfxError, match="no floating-point weights: there is no tensor"):
             load_base(base)
 
     def test_so_is_one_weight_that_is_stored_as_integers(self, base: Path) -> None:

@@ -27,8 +27,11 @@ LINES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*EXPORT, "--swappable", "--slots", "/(/"), ("bad regular expression",)),
     ((*EXPORT, "--slots", "mlp"), ("--slots", "--swappable")),
     ((*EXPORT, "--no-prefix"), ("--no-prefix", "--swappable")),
-    ((*EXPORT, "--batched", "french"), ("not an adapter with a name", "french=adapters/french")),
-    ((*EXPORT, "--batched", "a=x", "--batched", "a=y"), ("two adapters are named 'a'", "the other is x")),
+    ((*EXPORT, "--batched", "french"), ("not of the form NAME=DIR", "french=adapters/french")),
+    (
+        (*EXPORT, "--batched", "a=x", "--batched", "a=y"),
+        ("two adapters are named 'a'", "the other adapter of this name is x"),
+    ),
     (
         ("export-adapter", "--adapter", "a", "--for", "g", "--output", "o", "--combination", "sum"),
         ("'sum'", "one of cat, linear"),
