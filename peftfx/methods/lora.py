@@ -29,6 +29,7 @@ from peftfx.contract.common.lora.dora import (
     row_norms,
     updated_norms,
 )
+from peftfx.contract.common.lora.dora_layer import is_scaled_at_once, scaled_linear
 from peftfx.contract.common.lora.factors import A0, B0, B_BIAS, joined, zero_factors
 from peftfx.contract.common.lora.forms import LoraForms
 from peftfx.contract.common.lora.kasa import DIAG, with_diagonal
@@ -129,6 +130,10 @@ class LoRA(LoraForms):
         return any(given is not None for given in (self.alora_invocation_tokens, self.use_bdlora, self.kasa_config))
 
     @property
+    def replaces(self) -> bool:
+        return self.use_dora
+
+    @property
     def unfoldable(self) -> str:
         return "an aLoRA acts behind its invocation tokens alone, and no weight does that" if self.invoked_by else ""
 
@@ -181,6 +186,10 @@ class LoRA(LoraForms):
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         p = self.set_out(p)
         drops = training and self.lora_dropout > 0 and site.kind != "embedding"
+        if y is None:
+            if training and not drops and self._scales_at_once(site, x, base, p):
+                return scaled_linear(x, *base, p[A], p[B], p[MAGNITUDE], self.scaling)
+            y = op(x, *base)
         dropped = F.dropout(x, self.lora_dropout, training=True) if drops else x
         delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS), training=training)
         start = self._delta(site, op, x, p[A0], p[B0], None, training=training) if A0 in p else None
@@ -231,6 +240,11 @@ class LoRA(LoraForms):
         if self._in_one_pass(site, weight, p):
             return updated_norms(weight.detach(), p[A].detach(), p[B].detach(), self.scaling)
         return row_norms(site, self._updated(site, weight, p)).detach()
+
+    @staticmethod
+    def _scales_at_once(site: Site, x: Tensor, base: Base, p: Params) -> bool:
+        """Whether DoRA's layer is one operation on the base's weight and the two factors."""
+        return site.kind == "linear" and not {A0, B_BIAS} & p.keys() and is_scaled_at_once(x, *base, p[A])
 
     @staticmethod
     def _in_one_pass(site: Site, weight: Tensor, p: Params) -> bool:

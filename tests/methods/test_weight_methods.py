@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import peftfx
 from peftfx import IA3, PeftfxError
 from peftfx.contract.common.lora import dora
-from peftfx.contract.common.lora.dora import updated_norms
+from peftfx.contract.common.lora.dora import gain, updated_norms
+from peftfx.contract.common.lora.dora_layer import is_scaled_at_once, scaled_linear
 from peftfx.contract.common.low_rank import through_narrow
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
@@ -209,3 +210,48 @@ def test_norms_in_pieces_are_those_of_the_whole(
     want = torch.linalg.vector_norm(torch.addmm(weight, b, a, alpha=2), dim=1)
     monkeypatch.setattr(dora, "_PIECE", {"cpu": 100, "other": 100})  # three rows at once
     torch.testing.assert_close(updated_norms(weight, a, b, 2), want, rtol=1e-6 / left, atol=0)
+
+
+def _scaled(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
+    """DoRA as the paper writes it."""
+    updated = weight + 0.5 * (b @ a)
+    return F.linear(x, gain(m, updated.norm(dim=1))[:, None] * updated, bias)
+
+
+@pytest.mark.parametrize("count", [0, 2, 20], ids=lambda count: f"{count} vectors")
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_doras_layer_at_once_is_its_formula(count: int, biased: bool, order: int) -> None:
+    """Of many vectors and of few, at magnitudes of zero too; gradients, and gradients of these."""
+    x, a, b, m = _random(1, count, 9), _random(3, 9), _random(7, 3), _random(7)
+    with torch.no_grad():
+        m[2], m[4] = 0, 1e-30
+    weight, bias, back = _random(7, 9).detach(), _random(7).detach() if biased else None, _random(1, count, 7).detach()
+    found = []
+    for layer in (lambda *given: scaled_linear(*given, 0.5), _scaled):
+        y = layer(x, weight, bias, a, b, m)
+        grads = torch.autograd.grad(y, (x, a, b, m), back, create_graph=order == 2)
+        if order == 2:
+            grads = torch.autograd.grad(sum(g.square().sum() for g in grads), (x, a, b, m))
+        found.append((y, *grads))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("frozen", ["x", "a", "b", "m"])
+def test_doras_layer_at_once_has_the_gradients_that_are_asked_for(frozen: str) -> None:
+    given = {"x": _random(4, 9), "a": _random(3, 9), "b": _random(7, 3), "m": _random(7)}
+    given[frozen].requires_grad_(False)
+    x, a, b, m = given.values()
+    for layer in (lambda *given: scaled_linear(*given, 0.5), _scaled):
+        layer(x, _random(7, 9).detach(), None, a, b, m).sum().backward()
+    assert {name for name, tensor in given.items() if tensor.grad is None} == {frozen}
+
+
+def test_doras_layer_is_not_at_once_where_a_weight_would_round_the_update_away_or_is_trained() -> None:
+    x, a, weight = (_random(*shape).detach() for shape in ((4, 9), (3, 9), (7, 9)))
+    assert is_scaled_at_once(x, weight, None, a)
+    assert not is_scaled_at_once(x.bfloat16(), weight.bfloat16(), None, a.bfloat16())
+    assert not is_scaled_at_once(x, weight.bfloat16(), None, a)
+    assert not is_scaled_at_once(x, nn.Parameter(weight), None, a)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_scaled_at_once(x, weight, None, a)

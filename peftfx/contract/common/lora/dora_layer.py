@@ -1,0 +1,109 @@
+"""DoRA's linear layer in training, as one operation: fewer passes over activations, and one activation kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from peftfx.contract.common.lora.dora import gain, updated_norms
+
+_TINY = 1e-20  #: An output of a smaller magnitude does not say what it is a multiple of.
+
+
+def is_scaled_at_once(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> bool:
+    """Return whether `scaled_linear` may run: plain tensors of one precision on a CPU, over a frozen base.
+
+    In bfloat16 and float16 a weight rounds an update away that is added to it.
+    """
+    read = [weight] if bias is None else [weight, bias]
+    traced = isinstance(x, FakeTensor) or torch.compiler.is_compiling()
+    plain = all(type(tensor) in (Tensor, nn.Parameter) and not tensor.requires_grad for tensor in read)
+    exact = x.dtype == weight.dtype == a.dtype and x.dtype in (torch.float32, torch.float64)
+    on_cpu = x.device.type == weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return plain and exact and on_cpu and not traced
+
+
+def scaled_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float
+) -> Tensor:
+    """Return `g (W + s B A) x + bias` with `g = m / ||W + s B A||`, in few passes over activations.
+
+    Args:
+        x: input, [..., in].
+        weight, bias: the base's, [out, in] and [out]; they get no gradients.
+        a, b, magnitude: DoRA's parameters A [r, in], B [out, r] and m, of `out` values.
+        scaling: `s`.
+
+    Where there are many vectors, it is one product with a weight that is updated for it, and again for the gradient of
+    `x`; that weight is then no larger than the input and the output together. Where there are few, the update is
+    added to what the base's weight gives. The output serves for the gradient of m, so no other activation is kept.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y: Tensor = _Scaled.apply(rows, weight, bias, a, b, magnitude, scaling)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], len(b))
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        magnitude: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        ctx.scaling, ctx.updates = scaling, len(x) * sum(weight.shape) >= weight.numel()
+        if ctx.updates:
+            updated = torch.addmm(weight, b, a, alpha=scaling)
+            norms = torch.linalg.vector_norm(updated, dim=1)
+            y = F.linear(x, updated.mul_(gain(magnitude, norms)[:, None]), bias)
+        else:
+            norms = updated_norms(weight, a, b, scaling)
+            y = F.linear(x, weight).addmm_((a @ x.T).T, b.T, alpha=scaling).mul_(gain(magnitude, norms))
+            y = y if bias is None else y.add_(bias)
+        ctx.save_for_backward(x, weight, bias, a, b, magnitude, norms, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, back: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, _, a, b, magnitude, norms, _ = ctx.saved_tensors
+        s, (for_x, _, _, for_a, for_b, for_m, _) = ctx.scaling, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # a gradient of gradients is asked for, and what follows has none
+            inner = F.linear(x, weight) + s * F.linear(F.linear(x, a), b)
+            output = gain(magnitude, norms) * inner
+            needed = [t for t, needs in ((x, for_x), (a, for_a), (b, for_b), (magnitude, for_m)) if needs]
+            found = iter(torch.autograd.grad(output, needed, back, create_graph=True))
+            to_x, to_a, to_b, to_m = (next(found) if needs else None for needs in (for_x, for_a, for_b, for_m))
+            return to_x, None, None, to_a, to_b, to_m, None
+        gains = gain(magnitude, norms)[:, None]
+        to_x = to_a = to_b = to_m = None
+        if for_x or for_a:
+            through = (s * gains * b).T @ back.T
+            to_a = through @ x
+        if for_x and ctx.updates:
+            to_x = back @ torch.addmm(weight, b, a, alpha=s).mul_(gains)
+        elif for_x:
+            to_x = ((back * gains.T) @ weight).addmm_(through.T, a)
+        if for_b:
+            to_b = ((a @ x.T) @ back).T * (s * gains)
+        if for_m:
+            to_m = _to_magnitude(ctx, back).view_as(magnitude)
+        return to_x, None, None, to_a, to_b, to_m, None
+
+
+def _to_magnitude(ctx: Any, back: Tensor) -> Tensor:
+    """Return the gradient of m. What it needs is the output without the bias, divided by m, and is not kept."""
+    x, weight, bias, a, b, magnitude, norms, y = ctx.saved_tensors
+    found: Tensor = (back * (y if bias is None else y - bias)).sum(0) / magnitude.flatten()
+    lost = (magnitude.flatten().abs() < _TINY).nonzero().flatten()
+    if len(lost):
+        inner = x @ torch.addmm(weight[lost], b[lost], a, alpha=ctx.scaling).T
+        found[lost] = (back[:, lost] * inner).sum(0) / norms[lost]
+    return found
