@@ -6,13 +6,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
+import torch
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.hub import upload
 from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.adapters.peft_status import LayerStatus, ModelStatus, layer_status, model_status
-from peftfx.errors import warn
+from peftfx.errors import PeftfxError, warn
 from peftfx.graph.contexts import evaluating
 from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
 from peftfx.model.graphs.runs import Checkpoints
@@ -71,6 +72,28 @@ class PeftSurface(Merging):
     def active_adapter(self) -> str | list[str]:
         """The name of the active adapter; a list of names unless exactly one is active."""
         return self.active[0] if len(self.active) == 1 else self.active_adapters
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The config of the adapter that acts.
+
+        Raises:
+            PeftfxError: it is not one adapter, or it was made from several rules.
+        """
+        if len(self.active) != 1:
+            what = f"{len(self.active)} adapters are active, and each has a config of its own"
+            raise PeftfxError(what, "active_peft_config", "take it from peft_config, by the adapter's name")
+        return self.peft_config[self.active[0]]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter acts: not inside `disable_adapter`, in its thread."""
+        return bool(self.active)
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base's dtype, where it says one."""
+        return getattr(self.base, "dtype", None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If none is active then, the first remaining adapter becomes active, as in HF PEFT.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import peft
@@ -19,6 +20,7 @@ from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.model.adapted import AdaptedModel
 
 FIRST = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+COMING = Path(__file__).parents[2] / "docs" / "coming-from-peft.md"
 SECOND = {"r": 2, "target_modules": ["q_proj", "up_proj"]}
 
 
@@ -59,6 +61,12 @@ def test_names_states_and_status(pair: tuple[AdaptedModel, peft.PeftModel]) -> N
     ours, theirs = pair
     assert isinstance(ours.get_base_model(), type(theirs.get_base_model()))
     assert (ours.active_adapter, ours.active_adapters) == (theirs.active_adapter, theirs.active_adapters)
+    assert (ours.has_active_enabled_adapter, ours.base_model_torch_dtype) == (True, theirs.base_model_torch_dtype)
+    assert ours.active_peft_config.r == theirs.active_peft_config.r
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert ours.has_active_enabled_adapter == theirs.has_active_enabled_adapter is False
+        with pytest.raises(PeftfxError, match="0 adapters are active"):
+            _ = ours.active_peft_config
     assert ours.get_input_embeddings() is ours.base.model.embed_tokens
     assert ours.get_output_embeddings() is ours.base.lm_head
     for name, config in theirs.peft_config.items():
@@ -74,6 +82,18 @@ def test_names_states_and_status(pair: tuple[AdaptedModel, peft.PeftModel]) -> N
     assert got_layers == want_layers
     got, want = (dataclasses.asdict(model.get_model_status()) for model in pair)
     assert {**got, "adapter_model_type": "", "total_params": 0} == {**want, "adapter_model_type": "", "total_params": 0}
+
+
+def test_every_public_name_of_peft_is_here_or_in_the_table() -> None:
+    """Those of `PeftModel`, and those of `LoraModel` that it passes on."""
+    ours = peftfx.transform(ZOO["llama"].build(), peftfx.LoRA())
+    options = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(**options))
+    classes = (*type(theirs).__mro__, *type(theirs.base_model).__mro__)
+    found = {name for cls in classes for name in vars(cls)} | {*vars(theirs), *vars(theirs.base_model)}
+    names = {name for name in found - {*dir(nn.Module), *vars(nn.Module())} if not name.startswith("_")}
+    told = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`]*`", COMING.read_text(encoding="utf-8")))))
+    assert {name for name in names if not (hasattr(ours, name) or name in told)} == set()
 
 
 def test_set_requires_grad_and_delete(pair: tuple[AdaptedModel, peft.PeftModel]) -> None:

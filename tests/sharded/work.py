@@ -61,7 +61,8 @@ def everything(folder: Path) -> dict[str, Any]:
     found["adapted"] = off(LORA, model, model)
     found["kinds"] = sorted({type(p).__name__ for p in model.parameters()})
     sharding.PATIENCE /= 20
-    found["alone"] = message(lambda: model.save_pretrained(folder / "none")) if dist.get_rank() == 0 else ""
+    calls = (lambda: model.save_pretrained(folder / "none"), lambda: model.export(folder / "none"))
+    found["alone"] = [message(call) for call in calls if dist.get_rank() == 0]
     dist.barrier()
     sharding.PATIENCE *= 20
     model.save_pretrained(folder / "adapter")

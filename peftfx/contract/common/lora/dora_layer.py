@@ -11,8 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.contract.common.lora.dora import gain, updated_norms
 
-_TINY = 1e-20  #: An output of a smaller magnitude does not say what it is a multiple of.
-
 
 def is_scaled_at_once(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> bool:
     """Return whether `scaled_linear` may run: plain tensors of one precision on a CPU, over a frozen base.
@@ -40,7 +38,8 @@ def scaled_linear(
 
     Where there are many vectors, it is one product with a weight that is updated for it, and again for the gradient of
     `x`; that weight is then no larger than the input and the output together. Where there are few, the update is
-    added to what the base's weight gives. The output serves for the gradient of m, so no other activation is kept.
+    added to what the base's weight gives. One activation is kept, for the gradient of m. The output is not: the model's
+    code may change it in place.
     """
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _Scaled.apply(rows, weight, bias, a, b, magnitude, scaling)  # type: ignore[no-untyped-call]
@@ -62,18 +61,17 @@ class _Scaled(torch.autograd.Function):
         ctx.scaling, ctx.updates = scaling, len(x) * sum(weight.shape) >= weight.numel()
         if ctx.updates:
             updated = torch.addmm(weight, b, a, alpha=scaling)
-            norms = torch.linalg.vector_norm(updated, dim=1)
-            y = F.linear(x, updated.mul_(gain(magnitude, norms)[:, None]), bias)
+            norms, inner = torch.linalg.vector_norm(updated, dim=1), F.linear(x, updated)
         else:
             norms = updated_norms(weight, a, b, scaling)
-            y = F.linear(x, weight).addmm_((a @ x.T).T, b.T, alpha=scaling).mul_(gain(magnitude, norms))
-            y = y if bias is None else y.add_(bias)
-        ctx.save_for_backward(x, weight, bias, a, b, magnitude, norms, y)
-        return y
+            inner = F.linear(x, weight).addmm_((a @ x.T).T, b.T, alpha=scaling)
+        ctx.save_for_backward(x, weight, a, b, magnitude, norms, inner)
+        gains = gain(magnitude, norms)
+        return inner * gains if bias is None else torch.addcmul(bias, inner, gains)
 
     @staticmethod
     def backward(ctx: Any, back: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, _, a, b, magnitude, norms, _ = ctx.saved_tensors
+        x, weight, a, b, magnitude, norms, inner = ctx.saved_tensors
         s, (for_x, _, _, for_a, for_b, for_m, _) = ctx.scaling, ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of gradients is asked for, and what follows has none
             inner = F.linear(x, weight) + s * F.linear(F.linear(x, a), b)
@@ -94,16 +92,5 @@ class _Scaled(torch.autograd.Function):
         if for_b:
             to_b = ((a @ x.T) @ back).T * (s * gains)
         if for_m:
-            to_m = _to_magnitude(ctx, back).view_as(magnitude)
+            to_m = ((back * inner).sum(0) / norms).view_as(magnitude)
         return to_x, None, None, to_a, to_b, to_m, None
-
-
-def _to_magnitude(ctx: Any, back: Tensor) -> Tensor:
-    """Return the gradient of m. What it needs is the output without the bias, divided by m, and is not kept."""
-    x, weight, bias, a, b, magnitude, norms, y = ctx.saved_tensors
-    found: Tensor = (back * (y if bias is None else y - bias)).sum(0) / magnitude.flatten()
-    lost = (magnitude.flatten().abs() < _TINY).nonzero().flatten()
-    if len(lost):
-        inner = x @ torch.addmm(weight[lost], b[lost], a, alpha=ctx.scaling).T
-        found[lost] = (back[:, lost] * inner).sum(0) / norms[lost]
-    return found
