@@ -220,7 +220,7 @@ class Report:
         return [
             ("adapter", adapters or "none"),
             *([("tensors", f"{sum(self.tensors.values())} in the file: {went}")] if self.tensors else []),
-            ("merged sites", merged),
+            *([("merged sites", merged)] if merged else []),
             *((name, f"{count} places") for name, count in self.passes.items()),
             ("inputs", ", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in self.inputs.items())),
             ("outputs", ", ".join(self.outputs)),
@@ -235,7 +235,7 @@ class Report:
             *(("base, as it is", ", ".join(map(str, found))) for found in self.codes.values()),
             *(("agreement", str(found)) for found in self.agreement.values()),
             agree,
-            ("held against", self.reference),
+            ("compared with", self.reference),
             *([("tolerance", f"a constant: float64 failed, {self.unmeasured}")] if self.unmeasured else []),
             *(
                 [("never run", f"{len(self.idle)} modules with an adapter: {listed(self.idle, 3)}")]

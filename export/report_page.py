@@ -64,7 +64,7 @@ def _page(report: Mapping[str, Any], directory: Path, most: Mapping[str, float])
 def _sections(report: Mapping[str, Any], directory: Path, most: Mapping[str, float]) -> list[str]:
     adapters = [(a["name"], "+".join(a["methods"]), int(a["parameters"]), int(a["bytes"])) for a in report["adapters"]]
     facts = [
-        ("held against", report.get("reference", "")),
+        ("compared with", report.get("reference", "")),
         ("verified", report.get("verified", "")),
         ("ONNX", f"opset {report.get('opset')}, {report.get('nodes'):,} nodes, engine {report.get('engine')}"),
         ("right where", "; ".join(report.get("sizes", [])) or "everywhere"),
@@ -91,7 +91,7 @@ def _counts(caption: str, counts: Mapping[str, int]) -> str:
 
 
 def _memory(memory: Mapping[str, float], largest: float) -> str:
-    caption = "The most memory by stage, in MB, beyond files that are mapped"
+    caption = "The most memory by stage, in MB, without mapped files"
     in_mb = {name: value / 1e6 for name, value in memory.items()}
     return _sized(caption, in_mb, "{:,.0f}", largest / 1e6) if memory else ""
 

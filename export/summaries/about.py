@@ -87,7 +87,7 @@ def _export(path: Path) -> About:
         "fused": report.get("fused", {}),
         "schemes": report.get("schemes", {}),
         "right where": report.get("sizes", []),
-        "held against": report.get("reference", ""),
+        "compared with": report.get("reference", ""),
         "largest difference": max((float(c["max_abs"]) for c in report["comparisons"]), default=0.0),
         "versions": report.get("versions", {}),
     }

@@ -66,7 +66,7 @@ class DryRun:
             ("views", ", ".join(self.views)),
             ("dtype", self.dtype),
             ("files", files),
-            ("memory", f"{self.memory / 1e9:.1f} GB, beyond files that are mapped"),
+            ("memory", f"{self.memory / 1e9:.1f} GB, without mapped files"),
             ("time", f"{self.seconds[0]:.0f} to {self.seconds[1]:.0f} s"),
             *(("note", note) for note in self.notes),
         ]
@@ -136,7 +136,7 @@ def _views(model: nn.Module, asked: str) -> tuple[str, ...]:
 
 
 def _notes(asked: DirectoryOptions) -> list[str]:
-    notes = ["what the graph itself takes, and whether the model can be captured, the export tells"]
+    notes = ["only an export shows whether the model can be captured, and how much memory the graph needs"]
     if asked.quantize is not None:
         notes.append("the bytes are ahead of quantisation")
     if asked.slots is not None or asked.batched:

@@ -77,4 +77,4 @@ class MemoryPeak:
 def memory_line(memory: Mapping[str, int]) -> str:
     """Say the peak memory of each stage in words."""
     told = ", ".join(f"{name} {most / 1e9:.2f}" for name, most in memory.items())
-    return f"{told} GB at most, beyond files that are mapped" if told else ""
+    return f"{told} GB at most, without mapped files" if told else ""

@@ -36,11 +36,13 @@ VOICE = Voice()  #: the voice of the running command
 
 _OPTIONS = {
     "as_json": Annotated[bool, typer.Option("--json", help="Print the result as JSON.")],
-    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no result in words.")],
+    "quiet": Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print no progress and no result; warnings and errors stay.")
+    ],
     "verbose": Annotated[
         bool,
         typer.Option(
-            "--verbose", "-v", help="Tell single steps, let other libraries speak; with an error, what caused it."
+            "--verbose", "-v", help="Show single steps, messages of other libraries, and the cause of an error."
         ),
     ],
 }
@@ -48,7 +50,7 @@ _OPTIONS = {
 
 _MODULES = Annotated[
     list[str] | None,
-    typer.Option("--import", help="Module to import first, for its methods and patterns; may be given again."),
+    typer.Option("--import", help="Python module with methods or patterns to import first; repeat for more."),
 ]
 
 

@@ -61,5 +61,5 @@ def test_a_stage_tells_the_most_memory_that_it_has() -> None:
         raise ValueError("it ends early")
     time.sleep(0.1)
     assert threading.active_count() == threads, "who looks goes away with the stage"
-    assert memory_line({"capture": 1_234_000_000}) == "capture 1.23 GB at most, beyond files that are mapped"
+    assert memory_line({"capture": 1_234_000_000}) == "capture 1.23 GB at most, without mapped files"
     assert memory_line({}) == ""

@@ -265,7 +265,7 @@ def test_a_match_that_runs_twice_is_one_site(beside: type[peftfx.PatternMethod],
         want = want + fed + F.linear(F.relu(F.linear(want, down)), up)
     torch.testing.assert_close(adapted(x), want, atol=1e-5, rtol=1e-5)
     report = adapted.export(tmp_path / "onnx", inputs={"x": x})
-    assert "held against: the adapted graph" in str(report)
+    assert "compared with: the adapted graph" in str(report)
     assert "2 made constants" in str(report)
     got = peftfx.runtime.load(tmp_path / "onnx")(x=x)
     torch.testing.assert_close(torch.as_tensor(next(iter(got.values()))), want, atol=1e-4, rtol=1e-4)

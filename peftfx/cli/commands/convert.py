@@ -15,13 +15,13 @@ from peftfx.errors import PeftfxError
 
 def convert(
     base: Annotated[Path, typer.Option(help="Directory of the base model (transformers, or diffusers), or org/name.")],
-    output: Annotated[Path, typer.Option(help="Directory to make, or with --to kohya or diffusers a file.")],
+    output: Annotated[Path, typer.Option(help="Directory to create; with --to kohya or diffusers, a file.")],
     adapter: Annotated[Path | None, typer.Option(help="HF PEFT directory, of any method that acts on weights.")] = None,
     tuned: Annotated[
         Path | None,
         typer.Option(help="Directory of another checkpoint, whose difference from the base becomes a LoRA."),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="A single file of kohya's or of diffusers'.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A single-file LoRA of kohya's or diffusers' format.")] = None,
     rank: Annotated[
         str | None,
         typer.Option(

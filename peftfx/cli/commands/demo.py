@@ -14,10 +14,10 @@ from peftfx.cli.voice import VOICE, tell
 
 def demo(
     output: Annotated[
-        Path | None, typer.Option(help="Directory to make; by default peftfx-demo, or peftfx-demo-generate.")
+        Path | None, typer.Option(help="Directory to create; by default peftfx-demo, or peftfx-demo-generate.")
     ] = None,
     generate: Annotated[
-        bool, typer.Option("--generate", help="With a language model, SmolLM2-135M, that then generates.")
+        bool, typer.Option("--generate", help="Use a language model, SmolLM2-135M, and generate text.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
 ) -> None:

@@ -13,7 +13,7 @@ from peftfx.cli.voice import tell
 
 def diff(
     first: Annotated[Path, typer.Argument(help="Directory of an adapter, or of an export.")],
-    second: Annotated[Path, typer.Argument(help="Another of the same kind.")],
+    second: Annotated[Path, typer.Argument(help="Another adapter, or another export.")],
 ) -> None:
     """Print the differences of two adapters or two exports. Exit codes: 0 no difference; 1 differences; 2 bad input."""
     from peftfx.export.summaries.differences import differences

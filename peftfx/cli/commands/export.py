@@ -21,8 +21,10 @@ def export(
         Path,
         typer.Option(help="Directory of the base model (transformers, or diffusers), org/name, or a GGUF file."),
     ],
-    output: Annotated[Path, typer.Option(help="Directory to make; it appears when it is complete and verified.")],
-    adapter: Annotated[Path | None, typer.Option(help="HF PEFT directory; without one the base is exported.")] = None,
+    output: Annotated[Path, typer.Option(help="Directory to create; it appears only when the result is verified.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="HF PEFT directory of the adapter; without it the base alone is exported.")
+    ] = None,
     merge: Annotated[
         bool | None,
         typer.Option(
@@ -50,7 +52,7 @@ def export(
         str | None, choice(DTYPES, "Of the weights; by default the base's own, but fp32 for a bfloat16 base.")
     ] = None,
     engine: Annotated[
-        str, choice(ENGINES, "fast translates each distinct operation once; torch is torch.onnx's own road.")
+        str, choice(ENGINES, "fast (the default), or torch to use torch.onnx for the whole model.")
     ] = "fast",
     optimize: Annotated[
         str,
@@ -65,7 +67,7 @@ def export(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Bytes of all weights, as 1.2GB: bits by role, so that it fits and differs least."),
+        typer.Option(help="Size limit for all weights, such as 1.2GB: chooses the bits of each role to fit it."),
     ] = None,
     quantize_base: Annotated[
         str | None,
@@ -74,44 +76,53 @@ def export(
     max_error: Annotated[
         str | None,
         typer.Option(
-            help="What quantisation may cost, as kl=0.05 (nats), top1=0.9 (share that agrees) or 0.1 (of an output's "
-            "largest magnitude); beyond it: exit 1."
+            help="Limit of the quantisation error: kl=0.05 (nats), top1=0.9 (share of equal tokens) or 0.1 (relative "
+            "to an output's largest magnitude); beyond it, exit 1."
         ),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text that a quantised model is compared on; by default its own greedy text.")
+        Path | None,
+        typer.Option(help="Text file to compare a quantised model on; by default text that the model writes."),
     ] = None,
     atol: Annotated[
-        float | None, typer.Option(help="What an output may differ by; by default measured against float64.")
+        float | None, typer.Option(help="Absolute tolerance of outputs; by default it is measured in float64.")
     ] = None,
-    rtol: Annotated[float | None, typer.Option(help="The same, over its largest magnitude.")] = None,
+    rtol: Annotated[
+        float | None, typer.Option(help="Tolerance relative to the largest magnitude of an output.")
+    ] = None,
     batched: Annotated[
-        list[str] | None, typer.Option(help="NAME=DIR of an adapter, given again: each row of a batch chooses one.")
+        list[str] | None,
+        typer.Option(help="NAME=DIR of an adapter; repeat it for more. Each row of a batch chooses one."),
     ] = None,
     swappable: Annotated[
-        bool, typer.Option("--swappable", help="Leave places in which adapters are put when the model runs.")
+        bool, typer.Option("--swappable", help="Make a graph into which adapters can be loaded while it runs.")
     ] = False,
     slots: Annotated[
-        str | None, typer.Option(help="With --swappable, the layers that have such a place, as a target: all-linear.")
+        str | None,
+        typer.Option(help="With --swappable: the layers that adapters can use, as a target (default all-linear)."),
     ] = None,
     prefix: Annotated[
-        bool, typer.Option(help="With --swappable, a place for soft prompts, for which keys and values are copied.")
+        bool, typer.Option(help="With --swappable: also allow soft prompts (each step then copies the cache).")
     ] = True,
     passes: Annotated[
         list[str] | None,
-        typer.Option("--pass", help="A pass of your own, as my_rules:TANH; may be given again, and they run in order."),
+        typer.Option(
+            "--pass", help="A pass of your own, such as my_rules:TANH; repeat it for more. They run in order."
+        ),
     ] = None,
     max_memory: Annotated[
         str | None,
-        typer.Option(help="Refuse to start if the export needs more, as 4GB; mapped files are free."),
+        typer.Option(help="Memory limit, such as 4GB: refuse to start if more is needed (mapped files do not count)."),
     ] = None,
     allow_fixed: Annotated[
         bool,
-        typer.Option("--allow-fixed", help="Export what is right for some sizes alone; the report says for which."),
+        typer.Option(
+            "--allow-fixed", help="Also export a model that is right only for some sizes; the report says for which."
+        ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Tell what would be written, how large, how long; write nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be written, its size and the time; write nothing.")
     ] = False,
     download: Download = False,
 ) -> None:

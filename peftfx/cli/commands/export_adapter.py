@@ -15,9 +15,11 @@ from peftfx.options import COMBINATIONS
 
 
 def export_adapter(
-    adapter: Annotated[list[str], typer.Option(help="HF PEFT directory, or DIR=WEIGHT; given again, effects add up.")],
+    adapter: Annotated[
+        list[str], typer.Option(help="HF PEFT directory, or DIR=WEIGHT; repeat it to add the effects of several.")
+    ],
     graph: Annotated[Path, typer.Option("--for", help="Directory that `peftfx export --swappable` wrote.")],
-    output: Annotated[Path, typer.Option(help="File to make; .onnx_adapter is added to its name if it is not there.")],
+    output: Annotated[Path, typer.Option(help="File to create; .onnx_adapter is added to its name if missing.")],
     base: Annotated[
         Path | None,
         typer.Option(help="The base model, as export takes it; by default where the graph was exported from."),
@@ -25,11 +27,13 @@ def export_adapter(
     combination: Annotated[
         str, choice(COMBINATIONS, "How weighted adapters are combined: cat (LoRA, exactly) or linear (LoRA, IA3).")
     ] = "cat",
-    check: Annotated[bool, typer.Option(help="Hold what it does in ONNX Runtime against torch.")] = True,
+    check: Annotated[bool, typer.Option(help="Compare its effect in ONNX Runtime with torch.")] = True,
     atol: Annotated[
-        float | None, typer.Option(help="What an output may differ by; by default measured against float64.")
+        float | None, typer.Option(help="Absolute tolerance of outputs; by default it is measured in float64.")
     ] = None,
-    rtol: Annotated[float | None, typer.Option(help="The same, over its largest magnitude.")] = None,
+    rtol: Annotated[
+        float | None, typer.Option(help="Tolerance relative to the largest magnitude of an output.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     download: Download = False,
 ) -> None:

@@ -14,7 +14,7 @@ from peftfx.cli.words import Download, check_looks, check_page, found_base, task
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="Directory of a model, whose config is enough, or org/name.")],
+    model: Annotated[Path, typer.Argument(help="Directory of a model (config.json is enough), or org/name.")],
     task: Annotated[str | None, task_choice("the model's own")] = None,
     target: Annotated[
         str | None, typer.Option(help="Show only what this target picks, as 'attention.query | mlp'.")
@@ -24,15 +24,17 @@ def inspect(
         typer.Option(help="Show what these would do, as 'lora(r=8)@attention.query; ia3@mlp'; see `peftfx methods`."),
     ] = None,
     network: Annotated[
-        bool, typer.Option("--network", help="Print which site reads what another gave, as JSON (node-link).")
+        bool, typer.Option("--network", help="Print the dataflow between sites as JSON (node-link format).")
     ] = False,
-    graphml: Annotated[Path | None, typer.Option(help="File to write the same to, as GraphML.")] = None,
+    graphml: Annotated[
+        Path | None, typer.Option(help="File to write the dataflow between sites to, as GraphML.")
+    ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(help="File to write a page to: the layers, and what --rules or each --adapter do where."),
+        typer.Option(help="HTML file to write: the layers, and where --rules or each --adapter act."),
     ] = None,
     adapter: Annotated[
-        list[Path] | None, typer.Option(help="With --html: a HF PEFT directory to show; may be given again.")
+        list[Path] | None, typer.Option(help="With --html: a HF PEFT directory to show; repeat it for more.")
     ] = None,
     download: Download = False,
 ) -> None:

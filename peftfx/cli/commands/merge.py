@@ -17,9 +17,9 @@ def merge(
     base: Annotated[
         Path, typer.Option(help="Directory of the base model (transformers), quantised too, org/name, or a GGUF file.")
     ],
-    output: Annotated[Path, typer.Option(help="Directory to make; it appears when it is complete and verified.")],
+    output: Annotated[Path, typer.Option(help="Directory to create; it appears only when the result is verified.")],
     adapter: Annotated[
-        Path | None, typer.Option(help="HF PEFT directory; without one a quantised base is written in floating point.")
+        Path | None, typer.Option(help="HF PEFT directory; without it a quantised base is written in floating point.")
     ] = None,
     task: Annotated[str | None, task_choice("the adapter's or the model's")] = None,
     task_id: Annotated[
@@ -34,11 +34,14 @@ def merge(
     ] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(help="nf4 (bitsandbytes), int4 or int8 (compressed-tensors): round merged weights, by role too."),
+        typer.Option(
+            help="nf4 (bitsandbytes), int4 or int8 (compressed-tensors): quantise merged weights, also by role."
+        ),
     ] = None,
-    max_error: Annotated[str | None, typer.Option(help="What rounding may cost; see export.")] = None,
+    max_error: Annotated[str | None, typer.Option(help="Limit of the quantisation error; see export.")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text that a rounded model is compared on; by default its own greedy text.")
+        Path | None,
+        typer.Option(help="Text file to compare a quantised model on; by default text that the model writes."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="The largest size of a file of weights.")] = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,

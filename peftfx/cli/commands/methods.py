@@ -10,7 +10,7 @@ from peftfx.cli.voice import tell
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="A method, as lora: print its options.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A method, such as lora: print its options.")] = None,
 ) -> None:
     """Print the methods that a rule can name, or the options of one method."""
     from peftfx.rules.catalogue import catalogue, describe

@@ -11,7 +11,7 @@ from peftfx.cli.voice import tell
 
 
 def report(
-    directories: Annotated[list[Path], typer.Argument(help="Directories of exports; several stand side by side.")],
+    directories: Annotated[list[Path], typer.Argument(help="Directories of exports; several are shown side by side.")],
     html: Annotated[Path, typer.Option(help="File to write the page to.")],
 ) -> None:
     """Write a page of what exports did: where each tensor went, errors by output and size, time, files, fusions."""

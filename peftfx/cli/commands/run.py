@@ -17,41 +17,49 @@ from peftfx.serving.runs.asked import Asked, Found, read_texts, runner
 
 def run(
     model: Annotated[Path, typer.Argument(help="Directory that `peftfx export` wrote.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; it streams.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Text for the model's task; may be given again.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text to continue; the answer is streamed.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text for the model's task; repeat it for more.")] = None,
     texts: Annotated[
-        Path | None, typer.Option(help="File of texts for the model's task, one a line; - is the standard input.")
+        Path | None, typer.Option(help="File of texts for the model's task, one in each line; - is the standard input.")
     ] = None,
     query: Annotated[
-        str | None, typer.Option(help="Text that each text is held against, by a model of sentences or a re-ranker.")
+        str | None, typer.Option(help="Query to compare each text with, for a sentence model or a re-ranker.")
     ] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Image for the model's task; may be given again.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image for the model's task; repeat it for more.")] = None,
     audio: Annotated[
-        list[Path] | None, typer.Option(help="WAV file, of any rate, to transcribe or classify; may be given again.")
+        list[Path] | None,
+        typer.Option(help="WAV file to transcribe or classify, of any sampling rate; repeat it for more."),
     ] = None,
     task: Annotated[str | None, task_choice("what the model was made for")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Where generation stops at the latest: by default a prompt's after 128 tokens.")
-    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most new tokens; by default 128 after a prompt.")] = None,
     temperature: Annotated[
-        float, typer.Option(help="Temperature of sampling; 0 takes the likeliest token each time.")
+        float, typer.Option(help="Temperature of sampling; 0 always takes the most likely token.")
     ] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    language: Annotated[str | None, typer.Option(help="With --audio: the language spoken, if the model asks.")] = None,
+    language: Annotated[
+        str | None, typer.Option(help="With --audio: the spoken language, if the model needs it.")
+    ] = None,
     translate: Annotated[
-        bool, typer.Option("--translate", help="With --audio: into English, if the model can.")
+        bool, typer.Option("--translate", help="With --audio: translate to English, if the model can.")
     ] = False,
     timestamps: Annotated[
-        bool, typer.Option("--timestamps", help="With --audio: when each piece was said, if the model can.")
+        bool, typer.Option("--timestamps", help="With --audio: print the times of each piece, if the model can.")
     ] = False,
     top: Annotated[int, typer.Option(help="How many labels to print.")] = 5,
     adapter: Annotated[Path | None, typer.Option(help="An .onnx_adapter file to put into the model.")] = None,
-    prompt_name: Annotated[str | None, typer.Option(help="The model's own prompt for texts that are embedded.")] = None,
-    output: Annotated[Path | None, typer.Option(help="A .png file for segments: each pixel its class.")] = None,
-    save: Annotated[Path | None, typer.Option(help="A .npy file for embeddings, which are printed otherwise.")] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(help="Name of the model's prompt for texts that are embedded.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="PNG file for segments; each pixel is the number of its class.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help=".npy file for embeddings; without it they are printed.")] = None,
     provider: Annotated[
-        list[str] | None, typer.Option(help="Where ONNX Runtime computes: cuda, directml, openvino; given again, next.")
+        list[str] | None,
+        typer.Option(help="Where ONNX Runtime computes: cuda, directml, openvino; repeat it for the next choice."),
     ] = None,
 ) -> None:
     """Run an exported model in ONNX Runtime: continue, classify, embed or rank texts, label images, transcribe speech.

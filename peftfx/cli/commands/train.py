@@ -22,19 +22,19 @@ def train(
             help="File of JSON lines: text; prompt and completion; messages (a chat); or text and label (classes)."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Directory of the adapter to make; it appears when it is complete.")],
+    output: Annotated[Path, typer.Option(help="Directory to create for the adapter; it appears when it is complete.")],
     rules: Annotated[
         str, typer.Option(help="What is trained, as 'lora(r=8)@attention'; see `peftfx methods`.")
     ] = "lora(r=8)@attention",
-    evaluate: Annotated[Path | None, typer.Option(help="File of rows that are not learnt; their loss is told.")] = None,
-    epochs: Annotated[float, typer.Option(help="Times that each row is seen.")] = 1.0,
+    evaluate: Annotated[Path | None, typer.Option(help="File of rows to evaluate on; their loss is reported.")] = None,
+    epochs: Annotated[float, typer.Option(help="How many times each row is used.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Steps of the optimizer, in place of epochs; -1 goes by epochs.")] = -1,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW; it falls to 0 in a line.")] = 2e-4,
-    batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW; it falls linearly to 0.")] = 2e-4,
+    batch_size: Annotated[int, typer.Option(help="Rows in one step.")] = 8,
     max_length: Annotated[int, typer.Option(help="The most tokens of a row; the rest is cut off.")] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of the adapter's start, the order of rows and dropout.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the initial values, the order of rows and dropout.")] = 0,
     save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints; 0 keeps none.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
     download: Download = False,
 ) -> None:
