@@ -1,6 +1,7 @@
 """What a layer costs, by the number of layers: capture, sites, transform, merge, conversion. None should depend on it.
 
     python benchmarks/growth.py                              # 8, 16, 32, 64, 128 layers; minutes
+    python benchmarks/growth.py --view decode                # with the cache in and out
     python benchmarks/growth.py --plot docs/growth.png --json growth.json
 
 A LLaMA of fake weights (they are never made) with a LoRA on all linear layers. CPU time, after a warm-up.
@@ -24,8 +25,8 @@ Costs = dict[str, float]
 T = TypeVar("T")
 
 
-def cost(layers: int) -> Costs:
-    """CPU seconds of each step at so many layers."""
+def cost(layers: int, view: str) -> Costs:
+    """CPU seconds of each step at so many layers, in one view of the model."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
@@ -36,6 +37,8 @@ def cost(layers: int) -> Costs:
     from peftfx.export.translation.to_onnx import to_onnx
     from peftfx.model.adapted import AdaptedModel
     from peftfx.passes import Merge
+    from peftfx.views.capture import capture
+    from peftfx.views.finding.named_views import find_view
 
     costs: Costs = {}
 
@@ -50,24 +53,26 @@ def cost(layers: int) -> Costs:
     options = {k: v for k, v in size.config().items() if k not in ("model_type", "architectures", "dtype")}
     with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
         model = LlamaForCausalLM(LlamaConfig(**options)).eval()
+    own = find_view(model, view)
     example = example_inputs(model)
-    base = timed("capture", lambda: peftfx.capture(model, example))
+    given, axes = (example, None) if own is None else (own.inputs(model), own.axes)
+    base = timed("capture", lambda: capture(model, given, axes=axes, call=own))
     sites = timed("sites", lambda: find_sites(base))
     costs["capture"] -= costs["sites"]  # a capture finds them at its end
-    adapted = AdaptedModel.on(model, sites, example)
-    adapted.graphs.keep(base, example)
+    adapted = AdaptedModel.on(model, sites, example, "graph")  # as an export from files
+    adapted.graphs.keep(base, given, own)
     adapted.training = False
     timed("transform", lambda: adapted.add_adapter("default", peftfx.LoRA(r=8, target="all-linear")))
-    graph = timed("adapted graph", adapted.graph)
+    graph = timed("adapted graph", lambda: adapted.graph(view=view))
     merged = timed("merge", lambda: Merge()(graph).graph)
     timed("convert", lambda: to_onnx(merged))
     return costs
 
 
-def growth(counts: Sequence[int]) -> dict[int, Costs]:
+def growth(counts: Sequence[int], view: str) -> dict[int, Costs]:
     """The costs at each number of layers, after a run that warms up what is made once in a process."""
-    cost(2)
-    return {layers: cost(layers) for layers in counts}
+    cost(2, view)
+    return {layers: cost(layers, view) for layers in counts}
 
 
 def per_layer(results: Mapping[int, Costs]) -> list[tuple[str, list[float]]]:
@@ -101,10 +106,11 @@ def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", nargs="+", type=int, default=[8, 16, 32, 64, 128])
+    parser.add_argument("--view", choices=["forward", "decode"], default="forward")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    results = growth(args.layers)
+    results = growth(args.layers, args.view)
     from rich.console import Console
     from rich.table import Table
 
