@@ -151,7 +151,8 @@ def export_onnx(
             parts, programs = [part for part, _ in finished], {part.file: program for part, program in finished}
             report.add_codes({part.stem: place_codes(programs[part.file], part.exported) for part in parts})
             for part in parts:
-                report.add_sizes(programs[part.file], part.sizes.limits, "" if len(parts) == 1 else f"{part.stem}: ")
+                prefix = "" if len(parts) == 1 else f"{part.stem}: "
+                report.add_sizes(programs[part.file], part.sizes.limits, part.graph, prefix)
         if asked.rounds:
             with stages("round"), keeping(temporary.parent) if coded else nullcontext():
                 round_weights(

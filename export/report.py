@@ -30,6 +30,7 @@ from peftfx.passes.adaptation.constants import Computed
 from peftfx.passes.adaptation.prefill import Left
 from peftfx.passes.base import attributes_of
 from peftfx.passes.optimization.fuse import FUSED
+from peftfx.views.image_sizes import fixed_images
 
 
 @dataclass
@@ -157,11 +158,12 @@ class Report:
         """Add how the quantised weights of the base are written, for each graph."""
         self.codes = {graph: found for graph, found in codes.items() if found}
 
-    def add_sizes(self, program: ir.Model, limits: Sequence[Limit], prefix: str = "") -> None:
-        """Add the size conditions under which a model is right, to this report and to the model's metadata."""
-        if limits:
-            program.metadata_props[SIZES_KEY] = "; ".join(map(str, limits))
-            self.sizes += [f"{prefix}{limit}" for limit in limits]
+    def add_sizes(self, program: ir.Model, limits: Sequence[Limit], graph: Graph, prefix: str = "") -> None:
+        """Add the sizes for which a model is right, to this report and to the model's metadata."""
+        told = [*map(str, limits), *fixed_images(graph.inputs)]
+        if told:
+            program.metadata_props[SIZES_KEY] = "; ".join(told)
+            self.sizes += [f"{prefix}{line}" for line in told]
 
     def describe(self, graph: Graph, program: ir.Model, found: list[Comparison], prefix: str = "") -> None:
         """Add a written graph and its comparisons. A prefix distinguishes its names from another graph's names."""

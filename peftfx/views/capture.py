@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import fx, nn
@@ -38,7 +38,8 @@ from peftfx.patterns.find import with_patterns
 from peftfx.telling import tell_share
 from peftfx.views.decode import PRESENT
 from peftfx.views.entry import Entry, EntryCall, forward
-from peftfx.views.view import Axes, free_images, name_axes, without_cache
+from peftfx.views.image_sizes import free_images
+from peftfx.views.view import Axes, name_axes, without_cache
 
 
 def capture(
@@ -79,7 +80,12 @@ def capture(
         entry.check(inputs)
     leaves, in_spec = pytree.tree_flatten_with_path(dict(inputs))
     tensors = {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
-    axes = free_images(name_axes(tensors), model) if axes is None else axes
+    if axes is None:
+        axes = name_axes(tensors)
+        freed = free_images(axes, model, inputs)
+        if freed is not axes:
+            with suppress(PeftfxError):  # then the model's code takes no free size, and the example's is kept
+                return capture(model, inputs, axes=freed, call=call, entry=entry, stamp=stamp)
     _refuse_checkpointing(model)
     with isolated(model), sparing(model), unchanged(model), faked(model), fake_mode_of(model), without_cache(model):
         wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves], call or forward, entry)

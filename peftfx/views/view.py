@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from peftfx.bases.config_fields import collect_configs, first_of
+from peftfx.bases.config_fields import collect_configs
 
 Axes = Mapping[str, tuple[str | None, ...]]
 """The names of the axes of each input; `None` for a size that is the model's."""
@@ -75,26 +75,6 @@ def name_axes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str | None, ...]
     lengths = {} if first is None else {"batch": first.shape[0]}
     named = apart({name: _axes_of(name, tensors) for name in ranked}, tensors, lengths)
     return {name: named[name] for name in tensors}
-
-
-def free_images(axes: Axes, model: nn.Module) -> Axes:
-    """Return the names, with free heights and widths of images if the model's config has no image size."""
-    if sized_images(model) or not any(axes.get(name, ())[1:] == (None,) * 3 for name in _IMAGES):
-        return axes
-    return {**axes, **{n: (axes[n][0], None, "height", "width") for n in _IMAGES if axes.get(n, ())[1:] == (None,) * 3}}
-
-
-def sized_images(model: nn.Module) -> bool:
-    """Return whether a model's config tells the size of its images, or the model has no config."""
-    config = getattr(model, "config", None)
-    parts: dict[int, object] = {}
-    collect_configs(config, parts)
-    return not parts or any(
-        first_of(part, "image_size", "img_size", "input_size") is not None for part in parts.values()
-    )
-
-
-_IMAGES = ("pixel_values",)
 
 
 def apart(

@@ -13,7 +13,8 @@ from peftfx.caches.cache import held, layers_in
 from peftfx.errors import PeftfxError, first_line
 from peftfx.views.dry_run import fake_run
 from peftfx.views.encoder_decoder import TEXT_INPUT, EncoderDecoderLayers
-from peftfx.views.view import free_images, name_axes
+from peftfx.views.image_sizes import free_images
+from peftfx.views.view import name_axes
 
 
 def find_layers(base: nn.Module) -> EncoderDecoderLayers:
