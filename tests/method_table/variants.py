@@ -45,9 +45,17 @@ VARIANTS = (
         "OLoRA", {"init_lora_weights": "olora"}, "works", f"{_EQUAL}; at a Conv1D HF PEFT has the weight's transpose"
     ),
     Variant("MiCA", {"init_lora_weights": "mica"}, "works", _EQUAL),
-    Variant("EVA", {"init_lora_weights": "eva"}, "read", f"{_FILES}; a new one needs activations, and is refused"),
     Variant(
-        "LoRA-GA", {"init_lora_weights": "lora_ga"}, "read", f"{_FILES}; a new one needs gradients, and is refused"
+        "EVA",
+        {"init_lora_weights": "eva"},
+        "read",
+        f"{_FILES}; HF PEFT starts a new one ([how](coming-from-peft.md))",
+    ),
+    Variant(
+        "LoRA-GA",
+        {"init_lora_weights": "lora_ga"},
+        "read",
+        f"{_FILES}; HF PEFT starts a new one ([how](coming-from-peft.md))",
     ),
     Variant(
         *("CorDA", {"init_lora_weights": "corda"}, "refused"),

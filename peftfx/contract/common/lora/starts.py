@@ -47,7 +47,7 @@ def obstacle_of(how: Start, ranks: Iterable[int]) -> PeftfxError | None:
     """Return an error that says why no new adapter can have this start here, or None."""
     if how in _NEEDS_DATA:
         what = f"{how} starts from {_NEEDS_DATA[str(how)]} on data, which peftfx does not gather"
-        hint = "start it with peft, save it, and load that; or take another start, as 'pissa'"
+        hint = "start it with peft, and give transform its model (docs/coming-from-peft.md); or start by 'pissa'"
         return PeftfxError(what, "init_lora_weights", hint)
     if how == "orthogonal" and any(r % 2 for r in ranks):
         return PeftfxError("an orthogonal start needs an even rank", "r", "LoRA(r=8, init_lora_weights='orthogonal')")
