@@ -1,7 +1,7 @@
-"""The methods, one file each. A file in this folder that defines a `Method` is all it takes to add one.
+"""The methods, one file each. A new file in this folder that defines a `Method` adds a method.
 
-A method of another package is added by `register`, or found by that package's entry point of the group
-`peftfx.methods`, which names its class. Rules as text, the command line and files know it then by its `peft_type`.
+A method of another package is added by `register`, or by an entry point of the group `peftfx.methods` in that package,
+which names the method's class. Then rules as text, the command line and files know the method by its `peft_type`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GROUP = "peftfx.methods"
 _M = TypeVar("_M", bound=type[Method])
 
 _registered: dict[str, type[Method]] = {}
-#: HF PEFT's types, so that one which is not here is not taken for a slip of the hand.
+#: HF PEFT's types, so that a type which peftfx lacks is not treated as a spelling mistake.
 _PEFT = frozenset(
     [
         "ADALORA",
@@ -73,7 +73,7 @@ _PEFT = frozenset(
 )
 
 
-#: Those of them that are no methods of this contract, and why.
+#: HF PEFT's types that peftfx refuses, and why.
 _REFUSED = {
     "XLORA": "mixes trained LoRAs by what a first pass of the whole model gives for this very input, which no one "
     "graph computes; make its LoRAs active together (set_adapter), or one at a time",
@@ -83,20 +83,20 @@ _REFUSED = {
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every method there is, by its HF PEFT type (`LORA`): of this folder, of other packages, and those registered."""
+    """Return all methods by their HF PEFT type (`LORA`): of this folder, of other packages, and registered ones."""
     return {**_own(), **_installed(), **_registered}
 
 
 def register(cls: _M) -> _M:
-    """Make a method known by its `peft_type` to rules, the command line and files; a decorator, or called on the class.
+    """Register a method by its `peft_type`, for rules, the command line and files. Usable as a decorator.
 
-    A class that is defined again, in a notebook say, takes the place of the one before.
+    A class that is defined again, as in a notebook, replaces the earlier class.
 
     Args:
-        cls: a class of a `Method`; it is returned.
+        cls: the class of a `Method`, which is returned.
 
     Raises:
-        PeftfxError: the class is half done, or its name is another method's.
+        PeftfxError: the class lacks a member of the contract, or another method has its name.
 
     Example:
         >>> @peftfx.register
@@ -114,7 +114,7 @@ def register(cls: _M) -> _M:
 
 
 def method_named(peft_type: str) -> type[Method]:
-    """The method of this HF PEFT type; unknown ones are an error that names those there are."""
+    """Return the method of this HF PEFT type. For an unknown type the error names the known types."""
     known = methods()
     if peft_type not in known:
         raise unknown(peft_type, "peft_type", known)
@@ -122,7 +122,7 @@ def method_named(peft_type: str) -> type[Method]:
 
 
 def unknown(name: str, where: str, known: Iterable[str]) -> PeftfxError:
-    """That there is no method of this name, and what can be done."""
+    """Return the error that there is no method of this name, with what can be done."""
     if reason := _REFUSED.get(name.upper()):
         why, _, hint = reason.partition("; ")
         return PeftfxError(f"peftfx refuses HF PEFT's method {name.upper()}: it {why}", where, hint)
@@ -136,7 +136,7 @@ def unknown(name: str, where: str, known: Iterable[str]) -> PeftfxError:
 
 
 def plain(name: str) -> str:
-    """A method's type or class name as rules compare it: `prefix_tuning` is `PrefixTuning`."""
+    """Return a method's type or class name in the form that rules compare: `prefix_tuning` is `PrefixTuning`."""
     return name.replace("_", "").replace("-", "").lower()
 
 
@@ -147,7 +147,7 @@ def _own() -> dict[str, type[Method]]:
 
 
 def _methods_in(names: dict[str, object], home: str) -> Iterator[type[Method]]:
-    """The methods among a module's names: classes of its own that say their `peft_type`; a base of several does not."""
+    """Yield a module's own classes that define `peft_type`; a base class of several methods does not define it."""
     for value in names.values():
         own = isinstance(value, type) and issubclass(value, Method) and value.__module__ == home
         if own and "peft_type" in vars(value):
@@ -156,7 +156,7 @@ def _methods_in(names: dict[str, object], home: str) -> Iterator[type[Method]]:
 
 @functools.cache
 def _installed() -> dict[str, type[Method]]:
-    """The methods of other packages. One that cannot be had is told, and stops no other."""
+    """Return the methods of other packages. A method that cannot be loaded gives a warning, and stops no other."""
     found: dict[str, type[Method]] = {}
     for point in entry_points(group=GROUP):
         try:
@@ -179,7 +179,7 @@ def _loaded(point: EntryPoint) -> type[Method]:
 
 
 def _taken(cls: type[Method], others: Iterable[type[Method]]) -> str:
-    """The other method that a name of this one is a name of, in words; empty where there is none."""
+    """Return which other method has one of this class's names, in words; empty if none has."""
     names = {plain(cls.peft_type), plain(cls.__name__)}
     for other in others:
         same = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)

@@ -1,11 +1,11 @@
-"""AdaLoRA: a low-rank update whose rank is spent where it matters (Zhang et al. 2023, arXiv:2303.10512).
+"""AdaLoRA: a low-rank update whose ranks are kept where they matter most (Zhang et al. 2023, arXiv:2303.10512).
 
 The update is kept as a singular value decomposition, `s B diag(E) A` with `s = lora_alpha / (init_r + 1e-5)`, and
-`forward` is `y + s B(E * A(dropout(x)))`. Training holds the rows of `A` and the columns of `B` near orthonormal by a
-term in the loss, and sets the singular values that matter least to 0: see `peftfx.contract.common.rank_allocation`. At
-a conv, `A` has the kernel's places among its columns, and the update is a kernel of the conv's own size.
+`forward` is `y + s B(E * A(dropout(x)))`. In training, a term in the loss keeps the rows of `A` and the columns of `B`
+near orthonormal, and the singular values that matter least are set to 0: see `peftfx.contract.common.rank_allocation`.
+At a conv, the columns of `A` include the kernel's places, and the update is a kernel of the conv's own size.
 
-Files hold the ranks that are left. `rank_pattern` says which: for each module, which of `init_r` were kept.
+Files hold the ranks that are left. `rank_pattern` says for each module which of `init_r` ranks were kept.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 
-_SMALL = 1e-5  #: HF PEFT's, in the scale
+_SMALL = 1e-5  #: HF PEFT's small constant in the scale
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(WeightMethod):
-    """Low-rank adaptation of linear and conv weights, with a budget of ranks over all of them.
+    """Low-rank adaptation of linear and conv weights, with one budget of ranks for all weights.
 
     Args:
-        target_r: the rank that is left for each module, on average.
-        init_r: the rank that each starts with.
-        tinit, tfinal: the steps before ranks are cut, and after.
-        deltaT: ranks are cut every so many steps.
-        beta1, beta2: decay of the averages of importance and of its uncertainty.
-        orth_reg_weight: weight of the term that keeps `A` and `B` orthonormal.
-        total_step: the steps of the whole training. Without it there is no budget.
+        target_r: the average rank of a module in the end.
+        init_r: the rank of each module at the start.
+        tinit, tfinal: how many steps there are before ranks are removed, and after.
+        deltaT: how many steps lie between two removals of ranks.
+        beta1, beta2: the decay of the averages of importance, and of its uncertainty.
+        orth_reg_weight: the weight of the loss term that keeps `A` and `B` orthonormal.
+        total_step: the steps of the whole training. Without it no ranks can be removed.
         rank_pattern: by `<module path>.lora_E`, which of `init_r` ranks are left.
         lora_alpha: numerator of the scale.
         lora_dropout: dropout on the adapter's input in training.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (lora_only).
-        init_lora_weights: start as the identity; otherwise at random.
+        init_lora_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> rule = peftfx.AdaLoRA(init_r=12, target_r=8, total_step=1000, tinit=100, tfinal=500)
@@ -100,7 +100,7 @@ class AdaLoRA(WeightMethod):
         if wrong:
             hint = f"under <module path>.{E}, init_r ({self.init_r}) times true or false"
             raise PeftfxError("it does not say of each rank whether it is kept", f"rank_pattern: {wrong[0]}", hint)
-        # HF PEFT's pattern has the adapter's name behind it while it trains.
+        # While it trains, HF PEFT's pattern ends with the adapter's name.
         pattern = {_key(name.rpartition(f".{E}")[0]): tuple(kept) for name, kept in given.items()}
         object.__setattr__(self, "rank_pattern", pattern)
 
@@ -110,7 +110,7 @@ class AdaLoRA(WeightMethod):
 
     @property
     def scaling(self) -> float:
-        """The factor `s`; it does not change as ranks go."""
+        """The factor `s`. It stays the same when ranks are removed."""
         return self.lora_alpha / (self.init_r + _SMALL)
 
     @property
@@ -118,7 +118,7 @@ class AdaLoRA(WeightMethod):
         return self.lora_dropout
 
     def at(self, site: Site) -> AdaLoRA:
-        """With the number of ranks that are left here; which they are makes no difference to what is computed."""
+        """Return this method with the number of ranks left at this site. Which ranks they are does not matter there."""
         kept = self.rank_pattern.get(_key(site.path))
         return self._left(None if kept is None else sorted(kept, reverse=True))
 
@@ -127,12 +127,12 @@ class AdaLoRA(WeightMethod):
 
     @property
     def left(self) -> tuple[bool, ...]:
-        """Which ranks are left, of this method as it is `at` a site."""
+        """The flags of the ranks that are left, for a method that is configured for a site by `at`."""
         return tuple(self.rank_pattern.get(_key(""), (True,) * self.init_r))
 
     @property
     def _rank(self) -> int:
-        """How many ranks are left: counted without a tuple, as a file may say any number."""
+        """The number of ranks that are left. No tuple is made for it, as a file may give any number."""
         kept = self.rank_pattern.get(_key(""))
         return self.init_r if kept is None else sum(kept)
 
@@ -173,32 +173,32 @@ class AdaLoRA(WeightMethod):
         return padding_in_peft(module) if site.kind == "conv" else ""
 
     def _scaled(self, p: Params) -> Tensor:
-        """`s diag(E) A`: the scale is applied where it is cheapest."""
+        """Return `s diag(E) A`: scaling A costs least."""
         return p[A] * (p[E] * self.scaling)
 
     def _update(self, weight: Tensor, p: Params) -> Tensor:
         return (p[B] @ self._scaled(p)).view(weight.shape)
 
     def penalty(self, p: Params) -> Tensor | None:
-        """How far the rows of `A` and the columns of `B` are from orthonormal, on average."""
+        """Return the mean distance of A's rows and B's columns from orthonormal, times its weight."""
         if not self.orth_reg_weight:
             return None
         return self.orth_reg_weight * (_skew(p[A]) + _skew(p[B].T)) / 2
 
     def written(self, p: Params) -> tuple[AdaLoRA, dict[str, Tensor]]:
-        """Cut to the ranks that the allocator kept."""
+        """Return the method and parameters with only the ranks that the allocator kept."""
         if KEPT not in p:
             return self, dict(p)
         kept = p[KEPT]
         cut = {A: p[A][kept], E: p[E][kept], B: p[B][:, kept]}
-        if len(kept) != self.init_r:  # of those that were left when it was loaded
+        if len(kept) != self.init_r:  # a part of the ranks that were left when the adapter was loaded
             return self._left([i < int(kept.sum()) for i in range(self.init_r)]), cut
         return self._left(kept.tolist()), cut
 
     def gather(self, methods: Mapping[str, Method]) -> AdaLoRA:
-        """HF PEFT's `rank_pattern` cuts each module to its ranks; for that all start with one rank and one scale.
+        """Return a rule in which all modules start with one rank and one scale, and `rank_pattern` cuts each.
 
-        Its config must have a schedule to be loaded.
+        HF PEFT loads only configs with a schedule.
         """
         own = {path: m for path, m in methods.items() if isinstance(m, AdaLoRA)}
         most = max((m.init_r for m in own.values()), default=self.init_r)
@@ -214,7 +214,7 @@ class AdaLoRA(WeightMethod):
 
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[AdaLoRA, dict[str, Tensor]]:
-        """A and E stacked, B block-structured; alpha grows with the rank so that the scale stays what it is."""
+        """Stack A and E, and make B block-structured. Alpha grows with the rank, so that the scale stays the same."""
         some = list(parts.values())
         ranks = [len(q[E]) for q in some]
         rank = max(self.init_r, sum(ranks))
@@ -231,5 +231,5 @@ def _skew(rows: Tensor) -> Tensor:
 
 
 def _key(path: str) -> str:
-    """HF PEFT's name for a module in `rank_pattern`."""
+    """Return HF PEFT's name of a module in `rank_pattern`."""
     return f"{path}.{E}"

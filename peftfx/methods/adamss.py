@@ -1,8 +1,8 @@
 """AdaMSS: low-rank updates within clusters of the weight's rows (Zheng et al. 2025, NeurIPS).
 
-The weight, its bias as one more column, is `U S V` by its `r` largest singular values; its rows are put into clusters
-by those of `U`. Each cluster has an update `B_i A_i V` of its own, with `A_i` and `B_i` trained. Files have no
-clusters: they are found again in the base's weight, from a fixed seed, by scikit-learn, as HF PEFT finds them.
+The weight, with its bias as one more column, is approximated by its `r` largest singular values, `U S V`. Its rows are
+grouped into clusters by the rows of `U`. Each cluster has its own update `B_i A_i V`, with `A_i` and `B_i` trained.
+Files have no clusters: scikit-learn finds them again in the base's weight, from a fixed seed, as in HF PEFT.
 """
 
 from __future__ import annotations
@@ -30,21 +30,23 @@ A, B, V, ORDER = "adamss_A", "adamss_B", "adamss_newB", "order"
 
 @dataclass(frozen=True, kw_only=True)
 class AdaMSS(WeightMethod):
-    """Updates within subspaces of linear weights and of their biases.
+    """Low-rank updates within clusters of rows of linear weights, and of their biases.
 
     Args:
-        r: how many singular values; at most the weight's.
+        r: the number of singular values; at most the weight's.
         num_subspaces: how many clusters of rows.
-        subspace_rank: rank of each cluster's update; at most its rows.
-        use_dynamic_rank, svd_threshold: no more ranks than a cluster's singular values above this share of its largest.
-        random_seed: of the decomposition.
-        use_asa: freeze the clusters that matter least, in `update_and_allocate`.
-        asa_target_subspaces: how many of all places' clusters are trained in the end.
-        init_warmup, final_warmup: the steps in which they are frozen.
-        mask_interval: how many steps lie between two times at which some are frozen.
-        asa_importance_beta, asa_uncertainty_beta: decay of what is known of how much a cluster matters.
-        asa_schedule_exponent: the larger, the sooner they are frozen.
-        init_weights: start as the identity; None starts near it.
+        subspace_rank: the rank of each cluster's update; at most the cluster's rows.
+        use_dynamic_rank, svd_threshold: limit a cluster's rank to the number of its singular values above this share of
+            the largest.
+        random_seed: the seed of the decomposition.
+        use_asa: whether `update_and_allocate` freezes the clusters that matter least.
+        asa_target_subspaces: how many clusters of all places are trained in the end.
+        init_warmup, final_warmup: the first and the last step in which clusters are frozen.
+        mask_interval: how many steps lie between two freezes.
+        asa_importance_beta, asa_uncertainty_beta: the decay of the averages of a cluster's importance, and of its
+            uncertainty.
+        asa_schedule_exponent: with a larger exponent, clusters are frozen sooner.
+        init_weights: "orthogonal" starts as the identity; None starts near the identity.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.AdaMSS(r=16, num_subspaces=2, subspace_rank=1))
@@ -67,7 +69,7 @@ class AdaMSS(WeightMethod):
     init_weights: str | bool | None = "orthogonal"
 
     peft_type: ClassVar[str] = "ADAMSS"
-    # Fused projections as wholes: clusters are of the whole weight's rows.
+    # Fused projections are adapted whole: clusters are of the whole weight's rows.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
 
@@ -102,7 +104,7 @@ class AdaMSS(WeightMethod):
         return {f"{name}_{i}": f"{name}.{i}" for name in (A, B) for i in range(count)} | {V: V}
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
-        with unset_fake_temporarily():  # how many rows a cluster has is told by the values of the base alone
+        with unset_fake_temporarily():  # the sizes of clusters depend on the values of the base
             return self._started(base, site.path, rng)
 
     def _started(self, base: Base, where: str, rng: torch.Generator | None) -> dict[str, Tensor]:
@@ -112,7 +114,7 @@ class AdaMSS(WeightMethod):
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             torch.manual_seed(self.random_seed)
             u, _, v = torch.svd_lowrank(weight, q=min(self.r, *weight.shape), niter=2)
-        known = not (weight.is_meta or isinstance(weight, FakeTensor))  # else there are sizes, and they are a guess
+        known = not (weight.is_meta or isinstance(weight, FakeTensor))  # without values the sizes are only a guess
         rows = clusters(u, count, where) if known else torch.arange(len(u), device=u.device).tensor_split(count)
         p = {V: v.T.to(kind).to(adapter_dtype(kind)).contiguous(), ORDER: torch.cat(list(rows)).argsort()}
         for i, own in enumerate(rows):
@@ -145,7 +147,7 @@ class AdaMSS(WeightMethod):
         return Update(a=down[:, :inner], b=b, bias=None if base.bias is None else base.bias + b @ down[:, inner])
 
     def _factors(self, p: Params) -> tuple[Tensor, Tensor]:
-        """All clusters' `A` one below the other, and their `B` side by side, each in its rows."""
+        """Return the `A` of all clusters, stacked, and their `B`, each in its columns and its cluster's rows."""
         count = sum(name.startswith(f"{B}_") and name[-1].isdigit() for name in p)
         blocks = torch.block_diag(*(p[f"{B}_{i}"] for i in range(count)))
         return torch.cat([p[f"{A}_{i}"] for i in range(count)]), blocks.index_select(0, p[ORDER])

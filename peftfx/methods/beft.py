@@ -1,6 +1,6 @@
-"""BEFT: a trained bias beside the base's own (Huang et al. 2026; HF PEFT's `BeftConfig`).
+"""BEFT: a trained bias in addition to the base's own (Huang et al. 2026; HF PEFT's `BeftConfig`).
 
-`forward` is `y + b`. The base's bias stays as it is; merged, the two are one, and a layer without a bias gets one.
+`forward` is `y + b`. The base's bias is not changed. Merging adds the two, and gives a bias to a layer without one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class BEFT(WeightMethod):
     """A bias that is added to the output of linear layers.
 
     Args:
-        init_weights: start as the identity; otherwise at random.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.BEFT(target="attention.value"))

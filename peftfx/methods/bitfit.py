@@ -1,7 +1,7 @@
-"""BitFit: the biases are trained, and nothing else (Ben Zaken et al. 2021, arXiv:2106.10199).
+"""BitFit: only the biases are trained (Ben Zaken et al. 2021, arXiv:2106.10199).
 
-HF PEFT has it as LoRA's `bias="all"`, and never alone: it has no type for it, and no file. What is written here has the
-layout of HF PEFT's directories and the type `BITFIT`; peftfx reads it, and HF PEFT refuses it.
+HF PEFT has this only as a part of LoRA, `bias="all"`, without a type or files of its own. peftfx writes the layout of
+HF PEFT's directories with the type `BITFIT`. peftfx reads such files, and HF PEFT refuses them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from peftfx.sites.site import Site
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(OverrideMethod):
-    """Trains copies of the biases of linear layers, convolutions and norms.
+    """Trained copies of the biases of linear layers, convolutions and norms.
 
     Args:
-        target: the layers whose biases are trained; by default every one that has a tensor named `bias`.
+        target: the layers whose biases are trained; by default all layers that have a tensor named `bias`.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.BitFit())

@@ -1,8 +1,9 @@
-"""BOFT: the input is rotated by a product of sparse rotations, as a butterfly (Liu et al. 2023, arXiv:2311.06243).
+"""BOFT: rotates the input by a product of sparse rotations, as in a butterfly (Liu et al. 2023, arXiv:2311.06243).
 
-`s W R^T`, with `s` a trained scale of each output, and `R` the product of `boft_n_butterfly_factor` factors, each
-block-diagonal behind a permutation of half blocks; a block is the Cayley transform `(I - Q)(I + Q)^-1` of the skew part
-`Q` of a trained matrix. The bias stays as it is. Rotations are of full rank: there is no low-rank sum to tell.
+The weight is `s W R^T`, with `s` a trained scale of each output, and `R` the product of `boft_n_butterfly_factor`
+factors. Each factor is block-diagonal after a permutation of half blocks. A block is the Cayley transform
+`(I - Q)(I + Q)^-1` of the skew part `Q` of a trained matrix. The bias is not changed. Rotations have full rank: there
+is no low-rank update.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ class BOFT(WeightMethod):
     """Butterfly rotations of the input of linear layers, and of the patches that a conv reads.
 
     Args:
-        boft_block_size: features of a block, a divisor of the inputs; 0 where `boft_block_num` says it.
-        boft_block_num: how many blocks; 0 where `boft_block_size` is given.
-        boft_n_butterfly_factor: how many factors; one is OFT's. HF PEFT needs CUDA for more.
-        boft_dropout: the share of the blocks of one factor that training leaves out.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        boft_block_size: the features of a block, a divisor of the inputs; 0 if `boft_block_num` is given.
+        boft_block_num: the number of blocks; 0 if `boft_block_size` is given.
+        boft_n_butterfly_factor: the number of factors; one factor is the same as OFT. HF PEFT needs CUDA for more.
+        boft_dropout: the share of the blocks of one random factor that each call in training leaves out.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (boft_only).
-        init_weights: start as the identity; otherwise at random.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.BOFT(boft_block_size=4, target="mlp"))
@@ -48,7 +49,7 @@ class BOFT(WeightMethod):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = "BOFT"
-    # A rotation of the input is one of all rows: fused projections are adapted as wholes.
+    # A rotation of the input acts on all rows: fused projections are adapted whole.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
 
@@ -107,7 +108,7 @@ class BOFT(WeightMethod):
         return _folded(base, self._blocks(p, training=False), p)
 
     def _blocks(self, p: Params, training: bool) -> Tensor:
-        """The rotations, [factors, blocks, size, size]; in training some of one factor are the identity."""
+        """Return the rotations, [factors, blocks, size, size]. In training, some of one factor are the identity."""
         skew = 0.5 * (p[R] - p[R].transpose(-1, -2))
         eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
         blocks = torch.linalg.solve(eye + skew, eye - skew, left=False)
@@ -128,9 +129,10 @@ def _folded(base: Base, blocks: Tensor, p: Params) -> Base:
 
 
 def _turned(x: Tensor, blocks: Tensor, *, transposed: bool = False) -> Tensor:
-    """The last dimension times each factor, in the order given: of `R`, or of its transpose, first to last.
+    """Multiply the last dimension by each factor in turn: of `R`, or of its transpose, from first to last.
 
-    The factor `i` takes each `2^(i+1)` half blocks in the order even, odd: a transposition of two dimensions.
+    Factor `i` reorders each `2^(i+1)` half blocks: first the even, then the odd. That is a transposition of two
+    dimensions.
     """
     factors, _, size, _ = blocks.shape
     for k, block in enumerate(blocks):

@@ -1,7 +1,7 @@
-"""C3A: an update of circulant blocks, which are convolutions (Chen et al. 2024, arXiv:2407.19342).
+"""C3A: an update of circulant blocks, which compute convolutions (Chen et al. 2024, arXiv:2407.19342).
 
-The weight is cut into blocks of `block_size`; to each is added a circulant matrix, whose columns are one trained vector
-turned around, divided by the number of inputs. The circulants are of full rank: there is no low-rank sum to tell.
+The weight is cut into blocks of `block_size`. To each block a circulant matrix is added: its columns are cyclic shifts
+of one trained vector, divided by the number of inputs. Circulant matrices have full rank: there is no low-rank update.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ KERNEL = "c3a_kernel"
 
 @dataclass(frozen=True, kw_only=True)
 class C3A(DeltaMethod):
-    """Circulant blocks, one trained vector each, added to linear weights.
+    """Circulant blocks, each of one trained vector, added to linear weights.
 
     Args:
-        block_size: of the blocks; it divides the inputs and the outputs.
+        block_size: the size of the blocks, a divisor of the inputs and the outputs.
         block_size_pattern: another `block_size` for module paths that match a key.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (c3a_only).
-        init_weights: start as the identity (True); else "gaussian", "kaiming_uniform" or "xavier_uniform" (False).
+        init_weights: True starts as the identity; otherwise "gaussian", "kaiming_uniform" or "xavier_uniform" (also
+            False).
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.C3A(block_size=32, target="mlp"))

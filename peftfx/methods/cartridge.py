@@ -1,7 +1,7 @@
-"""Cartridges: a prefix whose first tokens stay what they start as (Eyuboglu et al. 2025, arXiv:2506.06266).
+"""Cartridges: a trained prefix whose first tokens keep their start values (Eyuboglu et al. 2025, arXiv:2506.06266).
 
-Keys and values of virtual tokens in every layer, laid out as prefix tuning's; the first of them are not trained, which
-keeps a model's attention to its first tokens steady. They start at random, as in HF PEFT.
+Keys and values of virtual tokens in every layer have the layout of prefix tuning. The first tokens are not trained,
+which keeps the model's attention to its first tokens stable. All start at random, as in HF PEFT.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ FROZEN, TRAINED = "frozen_embedding", "trainable_embedding"
 
 @dataclass(frozen=True, kw_only=True)
 class Cartridge(PrefixMethod):
-    """Keys and values of virtual tokens in every layer, all trained but those of the first tokens.
+    """Keys and values of virtual tokens in every layer, all trained except those of the first tokens.
 
     Args:
-        num_frozen_tokens: how many of the virtual tokens stay what they start as.
+        num_frozen_tokens: how many of the virtual tokens keep their start values.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.Cartridge(num_virtual_tokens=8, num_frozen_tokens=1))

@@ -1,10 +1,12 @@
-"""CPT: a prompt of examples, whose embeddings are trained within a distance of their tokens' (arXiv:2410.17222).
+"""CPT: a prompt of examples, with embeddings trained near those of the examples' tokens (arXiv:2410.17222).
 
-`P = E(cpt_token_ids) + delta`, each row of `delta` projected onto a ball by its token's type. Of the types, by
-`cpt_tokens_type_mask`, modulo 4: 1 and 3 are templates, 2 an input, and 0 a label, whose row is not trained. Its loss
-is over the labels of the prompt, too: a call takes none, and `CPT.loss` is given what it returns.
+The prompt is `P = E(cpt_token_ids) + delta`. Each row of `delta` is projected onto a ball, whose radius depends on the
+token's type in `cpt_tokens_type_mask`. Modulo 4, types 1 and 3 are templates, 2 is an input, and 0 is a label, whose
+row is not trained. CPT's loss includes the labels of the prompt. So a call takes no labels, and `CPT.loss` computes the
+loss from its logits.
 
-`delta` is projected where it is read; HF PEFT overwrites it, so that an optimizer's next step starts there.
+`delta` is projected when it is read. HF PEFT overwrites `delta` instead, so that the optimiser's next step starts
+there.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ TOKENS, DELTA, RADII, TRAINED = "embedding", "delta_embedding", "radii", "traine
 
 @dataclass(frozen=True)
 class _Unlabelled(VirtualTokens):
-    """Virtual tokens whose loss is not the model's."""
+    """Virtual tokens for which the model's own loss is refused."""
 
     def check(self, inputs: Mapping[str, object]) -> None:
         if inputs.get("labels") is not None:
@@ -42,16 +44,16 @@ class _Unlabelled(VirtualTokens):
 
 @dataclass(frozen=True, kw_only=True)
 class CPT(PromptMethod):
-    """Context-aware prompt tuning, of causal language models.
+    """Context-aware prompt tuning, for causal language models.
 
     Args:
-        cpt_token_ids: the tokens of the prompt; as many as there are virtual tokens.
-        cpt_mask: 1 for each of them that is no padding; read from files and kept, and used by nothing, as in HF PEFT.
-        cpt_tokens_type_mask: the type of each; by default 1.
-        opt_weighted_loss_type: `decay` weighs labels by how far from the end they are.
-        opt_loss_decay_factor: from each example to the one before it.
-        opt_projection_epsilon, opt_projection_format_epsilon: radii of inputs and of templates, at 2048 features.
-        tokenizer_name_or_path: kept for HF PEFT's sake.
+        cpt_token_ids: the tokens of the prompt, one for each virtual token.
+        cpt_mask: 1 for each token that is no padding. As in HF PEFT, the option is read and kept, but not used.
+        cpt_tokens_type_mask: the type of each token; by default 1.
+        opt_weighted_loss_type: `decay` gives the labels of earlier examples less weight.
+        opt_loss_decay_factor: the factor of the weight from each example to the example before.
+        opt_projection_epsilon, opt_projection_format_epsilon: the radii for inputs and for templates, at 2048 features.
+        tokenizer_name_or_path: not used; kept for HF PEFT's files.
 
     Example:
         >>> prompt = [5, 6, 7, 8]  # by the tokenizer: an example's input and its label
@@ -131,11 +133,11 @@ class CPT(PromptMethod):
         return _Unlabelled(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)})
 
     def loss(self, logits: Tensor, labels: Tensor, input_type_mask: Tensor | None = None) -> Tensor:
-        """HF PEFT's loss of a call's logits, [batch, prompt and text, words].
+        """Return HF PEFT's loss for a call's logits, [batch, prompt and text, words].
 
         Args:
-            logits: of the prompt and the text.
-            labels: [batch, text]; -100 where there is none.
+            logits: the logits of the prompt and the text.
+            labels: [batch, text]; -100 for a token without a label.
             input_type_mask: the type of each token of the text; by default all are labels.
         """
         count, device = len(labels), labels.device
@@ -149,7 +151,7 @@ class CPT(PromptMethod):
         return each[wanted != -100].mean()
 
     def _decays(self, types: Tensor) -> Tensor:
-        """The weight of each label of a row: 1 at those of the last type, and less at each type before it."""
+        """Return the weight of each label of a row: 1 for the last example, and less for each example before it."""
         weights, weight = torch.ones(types.shape, device=types.device), 1.0
         for kind in types[(types > 0) & (types % 4 == 0)].unique().flip(0):
             weights[types == kind] = weight

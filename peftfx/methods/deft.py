@@ -1,7 +1,7 @@
-"""DEFT: a part of the weight is taken out, and another put in (HF PEFT's `DeftConfig`).
+"""DEFT: removes one part of the weight, and puts in another (HF PEFT's `DeftConfig`).
 
-`W' = W - Q K^T W + s Q R`, with `P` [out, r] trained: `Q = P` and `K = relu(P)`, or both are the orthonormal factor of
-`P`. `R` [r, in] is trained too, and starts as what is taken out; with `para` nothing is put in.
+The weight is `W' = W - Q K^T W + s Q R`, with `P` [out, r] trained: `Q = P` and `K = relu(P)`, or both are the
+orthonormal factor of `P`. `R` [r, in] is trained too, and starts as the removed part. With `para` nothing is put in.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ P, R = "deft_P", "deft_R"
 
 @dataclass(frozen=True, kw_only=True)
 class DEFT(WeightMethod):
-    """A projection of the weight's rows, replaced.
+    """A replaced projection of the weight's rows.
 
     Args:
-        r: rank of what is replaced; at most the number of outputs.
-        decomposition_method: `relu` or `qr`, what the two factors are made of `P` by.
-        init_scale: how large a random `R` is, against 0.02.
-        alpha: numerator of the scale `alpha / r`; without it the scale is 1.
-        para: take out only.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
-        deft_dropout: dropout on what is put in, in training.
-        init_weights: start as the identity, unless `para`; otherwise `R` is random.
+        r: the rank of the replaced part; at most the number of outputs.
+        decomposition_method: `relu` or `qr`, how the two factors are made from `P`.
+        init_scale: the scale of a random `R`, in units of 0.02.
+        alpha: the numerator of the scale `alpha / r`; without it the scale is 1.
+        para: only remove the part, and put nothing in.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
+        deft_dropout: dropout on the input of the new part, in training.
+        init_weights: whether a new adapter starts as the identity, unless `para`; otherwise `R` is random.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (deft_only).
 
     Example:
@@ -77,7 +77,7 @@ class DEFT(WeightMethod):
         return self.alpha / rank if self.alpha else 1.0
 
     def _factors(self, p: Params) -> tuple[Tensor, Tensor]:
-        """What is put in by, and what is taken out by, [out, r] both."""
+        """Return the factor of the new part and the factor of the removed part, both [out, r]."""
         if self.decomposition_method == "relu":
             return p[P], torch.relu(p[P])
         q = orthonormal(p[P])
@@ -108,7 +108,7 @@ class DEFT(WeightMethod):
         return Base(self.update(site, base, p).apply(base.weight), base.bias)
 
     def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
-        """What is taken out is of all that acts already, the bias that it added too."""
+        """Return the fold over earlier methods: the removed part is of their result, with the bias that they added."""
         made, (put, taken) = self.fold(site, under, p), self._factors(p)
         if under.bias is None or under.bias is base.bias:
             return made
@@ -132,6 +132,6 @@ class DEFT(WeightMethod):
         if self.para:
             return method, {P: wide}
         r = torch.cat([p[R].detach().float() * self._scale(p[P].shape[1]) for p in parts.values()])
-        if self.decomposition_method == "qr":  # the columns are the parts' own but for their signs
+        if self.decomposition_method == "qr":  # the columns equal those of the parts, except for signs
             r = torch.sign((orthonormal(wide) * own).sum(0))[:, None] * r
         return method, {P: wide, R: r / method._scale(sum(ranks))}

@@ -1,7 +1,7 @@
-"""DeLoRA: a low-rank update whose length is trained apart from its direction (Bini et al. 2025, arXiv:2503.18225).
+"""DeLoRA: a low-rank update whose length is trained separately from its direction (Bini et al. 2025, arXiv:2503.18225).
 
-`B diag(l / (r |A_i| |B_i|)) A diag(n)` is added to the weight: each of the `r` products is of length 1, the scale `l`
-is trained, and `n` are the lengths of the weight's columns when the adapter was made, which files keep.
+The update `B diag(l / (r |A_i| |B_i|)) A diag(n)` is added to the weight. Each of the `r` products has length 1 before
+the trained scale `l / r`. `n` are the lengths of the weight's columns when the adapter was made; files keep them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 
 A, B, LENGTH, NORMS = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
-_LEAST = 1e-4  #: of a length that is divided by
+_LEAST = 1e-4  #: the least length that is divided by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,12 @@ class DeLoRA(WeightMethod):
     """A low-rank update of bounded length, added to linear weights.
 
     Args:
-        r: rank.
-        delora_lambda: what the length starts at.
+        r: the rank.
+        delora_lambda: the start value of the length.
         module_dropout: dropout on the adapter's input in training.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (delora_only).
-        init_weights: start as the identity; otherwise at random.
-        rank_pattern, lambda_pattern: other `r` and `delora_lambda` for module paths that match a key.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
+        rank_pattern, lambda_pattern: other values of `r` and `delora_lambda` for module paths that match a key.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.DeLoRA(r=8, delora_lambda=15))
@@ -53,7 +53,7 @@ class DeLoRA(WeightMethod):
     lambda_pattern: Mapping[str, float] = field(default_factory=dict)
 
     peft_type: ClassVar[str] = "DELORA"
-    # Fused projections as wholes: the columns' lengths are of the whole weight.
+    # Fused projections are adapted whole: the columns' lengths are those of the whole weight.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
 
@@ -103,6 +103,6 @@ class DeLoRA(WeightMethod):
         return Update(a=p[A] * p[NORMS], b=p[B] * self._scales(p))
 
     def _scales(self, p: Params) -> Tensor:
-        """What makes each product of length `l / r`."""
+        """Return the factors that give each product the length `l / r`."""
         lengths = p[A].norm(dim=1).clamp_min(_LEAST) * p[B].norm(dim=0).clamp_min(_LEAST)
         return p[LENGTH] / self.r / lengths

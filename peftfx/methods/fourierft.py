@@ -1,7 +1,8 @@
 """FourierFT: a few trained coefficients of the update's Fourier transform (Gao et al. 2024, arXiv:2405.03003).
 
-`scaling * Re ifft2(S)` is added to the weight, `S` being 0 but at `n_frequency` places drawn from a seed. Written out,
-`Re ifft2` is a sum of cosines, `cos(a + b) = cos a cos b - sin a sin b`: an update of rank `2 n_frequency`.
+The update `scaling * Re ifft2(S)` is added to the weight. `S` is 0 except at `n_frequency` places, which are drawn from
+a seed. `Re ifft2` is a sum of cosines, and `cos(a + b) = cos a cos b - sin a sin b`: so the update has rank
+`2 n_frequency`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class FourierFT(SpectralMethod):
         return Update(a=a, b=b)
 
     def _factors(self, weight: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-        """`A` [2 n, in] and `B` [out, 2 n], of the update."""
+        """Return the update's factors `A` [2 n, in] and `B` [out, 2 n]."""
         turns = [_angles(size, p[PLACES][i].to(p[SPECTRUM].dtype)) for i, size in enumerate(weight.shape)]
         rows, columns = turns[0].T, turns[1]
         scaled = p[SPECTRUM] * (self.scaling / weight.numel())
@@ -70,6 +71,6 @@ class FourierFT(SpectralMethod):
 
 
 def _angles(size: int, frequencies: Tensor) -> Tensor:
-    """`2 pi k n / size` for each frequency `k` and place `n`, [frequencies, size]; whole turns go first."""
+    """Return `2 pi k n / size` for each frequency `k` and place `n`, [frequencies, size], reduced modulo full turns."""
     places = torch.arange(size, dtype=frequencies.dtype, device=frequencies.device)
     return (frequencies[:, None] * places).remainder(size) * (2 * math.pi / size)

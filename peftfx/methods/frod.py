@@ -1,8 +1,9 @@
-"""FRoD: all weights of a kind in one basis, and each in it trained (HF PEFT's `FrodConfig`).
+"""FRoD: all weights of one name in a common basis, with trained coordinates (HF PEFT's `FrodConfig`).
 
-Of the modules of one name over all layers, `V` [in, in] is found once: a joint decomposition of their weights. A weight
-is `U diag(l) V^T` with columns of `U` [out, in] of length 1. Trained are `l` [in], and a few entries of a sparse `S`
-[in, in], drawn from a seed and shared by the name too: `W' = U (S + diag(l)) V^T`.
+For the modules of one name in all layers, `V` [in, in] is found once, by a joint decomposition of their weights. Each
+weight is `U diag(l) V^T`, where the columns of `U` [out, in] have length 1. Trained are `l` [in], and a few entries of
+a sparse `S` [in, in]: `W' = U (S + diag(l)) V^T`. The places of these entries are drawn from a seed, and are the same
+for all modules of the name.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ class FRoD(WeightMethod):
     """Linear weights of one name in a common basis, with trained scales and a sparse rotation.
 
     Args:
-        projection_prng_key: which entries of `S` are trained is drawn from it.
-        save_projection: keep the bases in the files; else they are found anew in the base.
-        frod_dropout: dropout on the layer's input in training, for this weight alone.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        projection_prng_key: the seed of the places of the trained entries of `S`.
+        save_projection: whether files have the bases; otherwise these are found again in the base model.
+        frod_dropout: dropout on the layer's input in training, only for this weight.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (frod_only).
-        init_weights: start as the identity, as near as the decomposition is; otherwise off it.
+        init_weights: whether a new adapter starts as the identity, up to the decomposition's error; otherwise it starts
+            away from it.
         sparse_rate: the share of the entries of `S` that are trained.
-        regularization_alpha: of the joint decomposition.
+        regularization_alpha: the regularisation of the joint decomposition.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.FRoD(sparse_rate=0.05))
@@ -80,7 +82,7 @@ class FRoD(WeightMethod):
     ) -> dict[str, Tensor]:
         weights: dict[str, dict[int, Tensor]] = defaultdict(dict)
         for i, (site, base) in enumerate(zip(sites, bases, strict=True)):
-            weights[_name(site)][_layer(site, i)] = base.weight.detach()  # of two in one layer HF PEFT takes the last
+            weights[_name(site)][_layer(site, i)] = base.weight.detach()  # of two in a layer, HF PEFT takes the last
         own, made = torch.Generator().manual_seed(self.projection_prng_key), {}
         for name, layers in sorted(weights.items()):
             first, each = next(iter(layers.values())), [layers[i].float().cpu() for i in sorted(layers)]
@@ -91,11 +93,11 @@ class FRoD(WeightMethod):
         return made
 
     def _places(self, size: int, rng: torch.Generator) -> Tensor:
-        """The trained entries of `S`, off its diagonal."""
+        """Return the indices of the trained entries of `S`, all off the diagonal."""
         most = size * (size - 1)
         count = min(int(size * size * self.sparse_rate), most)
         count = max(1, count) if self.sparse_rate > 0 and most else count
-        if not count:  # HF PEFT draws nothing then
+        if not count:  # then HF PEFT draws nothing
             return torch.empty(2, 0, dtype=torch.long)
         drawn = torch.randperm(most, generator=rng)[:count]
         rows, columns = drawn // (size - 1), drawn % (size - 1)
@@ -131,7 +133,7 @@ class FRoD(WeightMethod):
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         read = dropped(x, self.frod_dropout, training).to(p[V].dtype)
         own = F.linear((read @ p[V]) @ self._inner(p).T, p[U])
-        if y is None and not (training and self.frod_dropout):  # no product with the base is left
+        if y is None and not (training and self.frod_dropout):  # no product with the base is needed
             return in_dtype(own if base.bias is None else own + base.bias, p[V].dtype, base.weight.dtype)
         y = op(x, *base) if y is None else y
         return (y + own - op(read, base.weight.to(read.dtype))).to(y.dtype)
@@ -143,12 +145,12 @@ class FRoD(WeightMethod):
         return Base(under.weight + self.fold(site, base, p).weight - base.weight, under.bias)
 
     def _inner(self, p: Params) -> Tensor:
-        """`S + diag(l)`."""
+        """Return `S + diag(l)`."""
         return torch.diag(p[L]).index_put((p[WHERE][0], p[WHERE][1]), p[S])
 
 
 def _name(site: Site) -> str:
-    """What HF PEFT counts as one kind of module, by the path."""
+    """Return HF PEFT's name of a kind of modules, from the site's path."""
     parts = site.path.split(".")
     if len(parts) == 1 or parts[-2].isdigit():
         return parts[-1]

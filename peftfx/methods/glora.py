@@ -1,8 +1,9 @@
-"""GLoRA: factors of and additions to weight and bias, each of a chosen form (Chavan et al. 2023, arXiv:2306.07967).
+"""GLoRA: factors and additions for weight and bias, in chosen forms (Chavan et al. 2023, arXiv:2306.07967).
 
-`W' = W + W * A + B` and `b' = b + b * D + E + W C`. `A` and `B` are low-rank products, a number for each row, or one
-number; `C` a low-rank product or a vector; `D` and `E` vectors or one number; any of them may be none. But for a
-low-rank `A`, whose product with the weight is of a higher rank, this is a scale, a low-rank sum and a bias.
+The weight is `W' = W + W * A + B`, and the bias `b' = b + b * D + E + W C`. `A` and `B` are low-rank products, vectors
+of the rows, or single numbers. `C` is a low-rank product or a vector. `D` and `E` are vectors or single numbers. Each
+of them may be left out. Without a low-rank `A` this is a scale, a low-rank sum and a bias; with it, the product with
+the weight has a higher rank.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ class GLoRA(WeightMethod):
     """A generalised low-rank update of the weight and the bias of linear layers.
 
     Args:
-        r: rank of the products.
-        config_A_B: the form of what multiplies the weight, and of what is added: lora, vector, constant, none.
-        config_C: of what the weight maps to an addition to the bias: lora, vector, none.
-        config_D_E: of what multiplies the bias, and of what is added: vector, constant, none.
+        r: the rank of the products.
+        config_A_B: the form of `A`, which multiplies the weight, and of `B`, which is added: lora, vector, constant,
+            none.
+        config_C: the form of `C`, which the weight maps to an addition to the bias: lora, vector, none.
+        config_D_E: the form of `D`, which multiplies the bias, and of `E`, which is added: vector, constant, none.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (glora_only).
-        init_weights: start as the identity; otherwise at random.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.GLoRA(r=8, config_A_B="vector"))
@@ -59,11 +61,11 @@ class GLoRA(WeightMethod):
         return self.init_weights
 
     def frozen(self) -> frozenset[str]:
-        """Where there is none of one, HF PEFT keeps zeros, in files too."""
+        """Return the names of the zeros that HF PEFT keeps, in files too, for each form that is `none`."""
         return frozenset(f"glora_{letter}_zeros" for letter in "ABCDE")
 
     def _shapes(self, out: int, inner: int, *, biased: bool) -> dict[str, tuple[int, ...]]:
-        """The parameters, by their names with a `_` for a dot."""
+        """Return the parameters' shapes by their names, with a `_` for each dot."""
         forms = {"A": self.config_A_B, "B": self.config_A_B, "C": self.config_C, "D": self.config_D_E}
         forms["E"] = self.config_D_E
         whole: dict[str, tuple[int, ...]] = {"A": (out, inner), "C": (inner, 1), "D": (out,)}
@@ -103,7 +105,7 @@ class GLoRA(WeightMethod):
         return self.fold_over(site, base, base, p)
 
     def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
-        """As in `forward`, what is multiplied is the base's, not what acts already."""
+        """Return the fold over earlier methods. As in `forward`, the base's weight is multiplied, not theirs."""
         weight, bias = self._deltas(base, p)
         return Base(under.weight + weight, None if under.bias is None or bias is None else under.bias + bias)
 
@@ -125,7 +127,7 @@ class GLoRA(WeightMethod):
         return Update(outer=outer, a=a, b=b, bias=None if bias is None or base.bias is None else base.bias + bias)
 
     def _deltas(self, base: Base, p: Params) -> tuple[Tensor, Tensor | None]:
-        """What is added to the weight, and to the bias."""
+        """Return the updates that are added to the weight and to the bias."""
         a, b, c, d, e = (_made(f"glora_{letter}", p) for letter in "ABCDE")
         weight = base.weight * a + b
         return weight, None if base.bias is None else base.bias * d + e + (base.weight.to(c.dtype) @ c).squeeze(-1)

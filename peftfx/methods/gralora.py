@@ -1,8 +1,8 @@
-"""GraLoRA: each block of the weight has a low-rank update of its own (Jung et al. 2025, arXiv:2505.20355).
+"""GraLoRA: a separate low-rank update for each block of the weight (Jung et al. 2025, arXiv:2505.20355).
 
-Inputs and outputs are cut into `k` parts. The `n`-th input part goes through `A_n` to `r` features, `r / k` for each
-output part, and the `j`-th output part gathers its own through `B_j`: `k^2` blocks of rank `r / k`, in all of `k r`.
-`hybrid_r` more ranks are those of a LoRA beside it.
+Inputs and outputs are cut into `k` parts. `A_n` maps the `n`-th input part to `r` features, `r / k` for each output
+part. `B_j` maps the features for the `j`-th output part to it. So there are `k^2` blocks of rank `r / k`, with a total
+rank of `k r`. `hybrid_r` is the rank of an additional LoRA.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class GraLoRA(WeightMethod):
     """Low-rank updates of the blocks of linear weights.
 
     Args:
-        r: rank of all blocks of one input part, a multiple of `gralora_k`.
-        hybrid_r: rank of the LoRA beside it; 0 is none.
-        alpha: numerator of the scale, `alpha / (r + hybrid_r)`.
+        r: the rank of all blocks of one input part, a multiple of `gralora_k`.
+        hybrid_r: the rank of the additional LoRA; 0 means none.
+        alpha: the numerator of the scale, `alpha / (r + hybrid_r)`.
         gralora_dropout: dropout on the adapter's input in training.
-        gralora_k: into how many parts inputs and outputs are cut; a divisor of both.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        gralora_k: the number of parts of inputs and of outputs; a divisor of both.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (gralora_only).
-        init_weights: start as the identity; otherwise at random.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.GraLoRA(r=32, gralora_k=2))
@@ -103,7 +103,7 @@ class GraLoRA(WeightMethod):
         return Base(self.update(site, base, p).apply(base.weight), base.bias)
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
-        """Rows of A by input part and rank; columns of B are 0 for the ranks of other output parts."""
+        """Return the update: A has a row for each input part and rank, B zeros for other output parts' ranks."""
         k, each = self.gralora_k, self.r // self.gralora_k
         a = torch.block_diag(*p[A].transpose(1, 2))
         eye = torch.eye(k, dtype=p[B].dtype, device=p[B].device)

@@ -1,7 +1,7 @@
-"""HiRA: a low-rank matrix times the weight, element by element, is added to it (Huang et al. 2025).
+"""HiRA: adds the elementwise product of a low-rank matrix and the weight (Huang et al. 2025).
 
-`W + W * (B A)`, with `A` [r, in] and `B` [out, r]. The product is of as high a rank as the weight's: there is no
-low-rank sum to tell. At an embedding the table is [num, dim], and `A` has its rows.
+The weight is `W + W * (B A)`, with `A` [r, in] and `B` [out, r]. The product can have the weight's full rank: there is
+no low-rank update. At an embedding the table is [num, dim], and `A` belongs to its rows.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ A, B = "hira_A", "hira_B"
 
 @dataclass(frozen=True, kw_only=True)
 class HiRA(WeightMethod):
-    """A low-rank factor of each element of linear, conv and embedding weights.
+    """A low-rank matrix that multiplies each element of linear, conv and embedding weights.
 
     Args:
-        r: rank.
+        r: the rank.
         hira_dropout: dropout on the adapter's input in training; embeddings have none, as in HF PEFT.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
-        init_weights: start as the identity: True (Kaiming A, zero B) or "gaussian"; at random: False.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
+        init_weights: True (Kaiming A, zero B) and "gaussian" start as the identity; False starts at random.
         rank_pattern: another `r` for module paths that match a key.
 
     Example:
@@ -102,7 +102,7 @@ class HiRA(WeightMethod):
         return self.fold_over(site, base, base, p)
 
     def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
-        """As in `forward`, the factors are those of the base's weight, not of what acts already."""
+        """Return the fold over earlier methods. As in `forward`, the factors multiply the base's weight."""
         return Base(under.weight + self._delta(site, base.weight, p), under.bias)
 
     def _delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
@@ -110,7 +110,7 @@ class HiRA(WeightMethod):
 
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[HiRA, dict[str, Tensor]]:
-        """A stacked, B block-structured, of the sum of the ranks."""
+        """Stack A, and make B block-structured, for the sum of the ranks."""
         some = list(parts.values())
         ranks = [len(q[A]) for q in some]
         p = {A: torch.cat([q[A] for q in some]), B: some[0][B].new_zeros(base.weight.shape[0], sum(ranks))}

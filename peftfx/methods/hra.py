@@ -1,8 +1,8 @@
-"""HRA: a chain of trained reflections ahead of a linear layer (Yuan et al. 2024, arXiv:2405.17484).
+"""HRA: a chain of trained reflections before a linear layer (Yuan et al. 2024, arXiv:2405.17484).
 
-`W H`, with `H` the product of `r` Householder reflections `I - 2 u u^T`; with `apply_GS` the vectors are made
-orthonormal first. `forward` reflects the input: `op(H x, W, b)`. Two equal neighbours undo each other: so a new adapter
-starts.
+The weight is `W H`, with `H` the product of `r` Householder reflections `I - 2 u u^T`. With `apply_GS` the vectors are
+made orthonormal first. `forward` reflects the input: `op(H x, W, b)`. A new adapter has pairs of equal reflections,
+which cancel.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class HRA(WeightMethod):
     """Householder reflections of the input of linear layers, and of the patches that a conv reads.
 
     Args:
-        r: how many reflections; an even number starts as the identity.
-        apply_GS: make their vectors orthonormal (Gram-Schmidt).
+        r: the number of reflections; an even number starts as the identity.
+        apply_GS: whether the vectors are made orthonormal (Gram-Schmidt).
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (hra_only).
-        init_weights: start as the identity; otherwise at random.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.HRA(r=8))
@@ -43,7 +43,7 @@ class HRA(WeightMethod):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = "HRA"
-    # A reflection of the input is one of all rows: fused projections are adapted as wholes.
+    # A reflection of the input acts on all rows: fused projections are adapted whole.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
 
@@ -73,7 +73,7 @@ class HRA(WeightMethod):
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         if site.kind == "conv":
-            like = x if y is None else y  # there is none where nothing else reads it: see `reruns`
+            like = x if y is None else y  # `y` is None where nothing else reads it: see `reruns`
             return op(x.to(p[U].dtype), *self.fold(site, base, p)).to(like.dtype)
         reflected = x.to(p[U].dtype)
         for u in reversed(self._vectors(p)):
@@ -87,7 +87,7 @@ class HRA(WeightMethod):
         return Base(weight.view(base.weight.shape), base.bias)
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
-        """`W H - W` is of rank `r`: each reflection adds one column of what is left of the weight, and one vector."""
+        """Return `W H - W`, of rank `r`: each reflection adds a column of the weight so far, and a vector."""
         weight, columns, vectors = base.weight.float().flatten(1), [], self._vectors({U: p[U].float()})
         for u in vectors:
             columns.append(-2 * (weight @ u))
@@ -95,7 +95,7 @@ class HRA(WeightMethod):
         return Update(a=torch.stack(vectors).view(-1, *base.weight.shape[1:]), b=torch.stack(columns, 1))
 
     def _vectors(self, p: Params) -> list[Tensor]:
-        """The unit vectors that are reflected along, in the order in which the weight meets them."""
+        """Return the unit vectors of the reflections, in the order in which they are applied to the weight."""
         found: list[Tensor] = []
         for u in p[U].unbind(1):
             for other in found if self.apply_GS else ():

@@ -1,8 +1,8 @@
-"""(IA)^3: learned vectors that scale what passes a layer (Liu et al. 2022, arXiv:2205.05638).
+"""(IA)^3: learned vectors that scale a layer's inputs or outputs (Liu et al. 2022, arXiv:2205.05638).
 
-With `x` the site's input and `y = op(x, W, b)` its output, `forward` is `y * l`, bias included; at a feed-forward
-module it is `op(x * l, W, b)`. The paper scales keys, values, and the hidden activations of the feed-forward, which is
-the default here, by roles; HF PEFT has a table of module names for it.
+With `x` the site's input and `y = op(x, W, b)` its output, `forward` is `y * l`, bias included. At a feed-forward
+module `forward` is `op(x * l, W, b)`. The paper scales keys, values, and the hidden activations of the feed-forward.
+That is the default here, by roles; HF PEFT has a table of module names for it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ L = "ia3_l"
 
 @dataclass(frozen=True, kw_only=True)
 class IA3(WeightMethod):
-    """Scales the output, or the input, of linear and conv layers by a learned vector.
+    """A learned vector that scales the output, or the input, of linear and conv layers.
 
     Args:
         feedforward_modules: the modules whose input is scaled, among those targeted: a regular expression that matches
             the whole path, or a sequence of ends of paths, as in HF PEFT. By default those of role `mlp.down`.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
-        init_ia3_weights: start at 1, the identity; otherwise at random.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
+        init_ia3_weights: whether vectors start at 1, the identity; otherwise they start at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.IA3(target="attention.key | attention.value | mlp.down"))
@@ -54,7 +54,7 @@ class IA3(WeightMethod):
 
     @property
     def feedforward(self) -> bool:
-        """Whether this method, as it is `at` a site, scales the input."""
+        """Whether this method, as configured for a site by `at`, scales the input."""
         return bool(self.feedforward_modules)
 
     @property
@@ -66,7 +66,7 @@ class IA3(WeightMethod):
         return self.init_ia3_weights
 
     def at(self, site: Site) -> IA3:
-        """With `feedforward_modules` that match every path or none."""
+        """Return this method with `feedforward_modules` that match every path or none."""
         return dataclasses.replace(self, feedforward_modules=".*" if self._is_feedforward(site) else ())
 
     def _is_feedforward(self, site: Site) -> bool:
@@ -97,7 +97,7 @@ class IA3(WeightMethod):
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         scale = p[L].flatten()
         if self.feedforward:
-            groups = 1 if base.weight.shape[1] == len(scale) else site.groups  # another adapter may have made it dense
+            groups = 1 if base.weight.shape[1] == len(scale) else site.groups  # other adapters may make it dense
             return Base(base.weight * along_columns(scale, base.weight, groups), base.bias)
         bias = None if base.bias is None else base.bias * scale
         return Base(base.weight * along_rows(scale, base.weight), bias)
@@ -109,7 +109,7 @@ class IA3(WeightMethod):
         return Update(outer=scale, bias=None if base.bias is None else base.bias * scale)
 
     def gather(self, methods: Mapping[str, Method]) -> IA3:
-        """Which modules are feed-forward, as an expression: HF PEFT wants a list to repeat `target_modules`."""
+        """Return a rule whose `feedforward_modules` are an expression: HF PEFT requires a list to be among targets."""
         if self.feedforward_modules is not None and self.target_modules is not None:
             return self
         inputs = {path for path, m in methods.items() if isinstance(m, IA3) and m.feedforward}
@@ -124,7 +124,7 @@ class IA3(WeightMethod):
     def combined(
         cls, site: Site, how: Combination, given: Sequence[Weighted]
     ) -> tuple[WeightMethod, dict[str, Tensor]]:
-        """The sum of the vectors. As in HF PEFT a vector of 1, which changes nothing, counts as 1."""
+        """Return the sum of the vectors. As in HF PEFT, a vector of 1, which changes nothing, counts as 1."""
         first = given[0].method
         if how != Combination():
             raise PeftfxError(
@@ -137,7 +137,7 @@ class IA3(WeightMethod):
 
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[IA3, dict[str, Tensor]]:
-        """One vector, 1 at the rows of no part."""
+        """Return one vector, with 1 at the rows of no part."""
         if self.feedforward:
             what = "HF PEFT cannot scale the input of some rows of a weight alone"
             raise PeftfxError(what, site.path, "target the whole module, or export the adapter merged")

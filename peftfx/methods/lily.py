@@ -1,8 +1,9 @@
 """Lily: low-rank updates whose factors are shared across layers, and mixed by a router (arXiv:2407.09946).
 
-`forward` is `y + s h sum_e p_e B_e` with `h = A x` and `p` the mean of `softmax(R h)` over all tokens of the batch. `A`
-is shared by so many layers in a row, all `B_e` by all, of the places whose names end alike and whose weights are of one
-shape. `R` is each place's own. What a row gets depends on the rows beside it: no weight does that.
+`forward` is `y + s h sum_e p_e B_e`, with `h = A x` and `p` the mean of `softmax(R h)` over all tokens of the batch.
+Places whose names end alike and whose weights have one shape form a group. All places of a group share all `B_e`;
+`stride_A` successive layers share one `A`. Each place has its own router `R`. A row's output depends on the other rows
+of the batch, which no weight can do.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ A, B, ROUTER = "lily_A", "lily_B", "lily_router"
 
 @dataclass(frozen=True, kw_only=True)
 class Lily(WeightMethod):
-    """Low-rank updates of linear layers, of factors that layers share.
+    """Low-rank updates of linear layers, with factors that layers share.
 
     Args:
-        r: rank of the update.
-        stride_A: how many layers in a row share one `A`.
-        num_B: how many `B` all layers share; 2 or more.
+        r: the rank of the update.
+        stride_A: how many successive layers share one `A`.
+        num_B: the number of `B` that all layers share; 2 or more.
         scaling: the factor of the update.
-        init_weights: start as the identity; otherwise at random.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.Lily(r=8, target="mlp"))
@@ -47,7 +48,7 @@ class Lily(WeightMethod):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = "LILY"
-    # Fused projections as wholes: HF PEFT's files, which know no parts, have no factors for the rows of one.
+    # Fused projections are adapted whole: HF PEFT's files have no parts, and so no factors for the rows of one part.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     counted: ClassVar[bool] = True
@@ -79,14 +80,14 @@ class Lily(WeightMethod):
         return named
 
     def _groups(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
-        """The places that share: by the name of what all share."""
+        """Return the groups of places that share all `B`, by the name of the shared tensor."""
         found: dict[object, list[Site]] = {}
         for site in sites:
             found.setdefault((self._end(site.path), site.shape), []).append(site)
         return {f"{B}_{i}": group for i, group in enumerate(found.values())}
 
     def _end(self, path: str) -> str:
-        """The target that a place has in HF PEFT's config."""
+        """Return the target of a place in HF PEFT's config."""
         if self.target is not None or not self.target_modules:
             return path.rpartition(".")[2]
         if isinstance(self.target_modules, str):
@@ -129,6 +130,6 @@ class Lily(WeightMethod):
 
 
 def _spread(t: Tensor, rng: torch.Generator | None) -> Tensor:
-    """Kaiming's uniform numbers, as HF PEFT draws them for a linear layer."""
+    """Fill a tensor with Kaiming's uniform numbers, as HF PEFT draws them for a linear layer."""
     bound = 1 / math.sqrt(t.shape[1])
     return t.uniform_(-bound, bound, generator=rng)

@@ -1,13 +1,13 @@
-"""LLaMA-Adapter: a gated prompt that the last attentions attend to (Zhang et al. 2023, arXiv:2303.16199).
+"""LLaMA-Adapter: gated prompts to which the last attentions attend (Zhang et al. 2023, arXiv:2303.16199).
 
-With `q` the attention's query behind its rotation, and `P` the prompt, [adapter_len, width], which the attention's own
-projections make keys and values of, the attention gives
+`q` is the attention's query after its rotation. `P` is the prompt, [adapter_len, width], which the attention's own
+projections map to keys and values. The attention's output is
 
     attention(q, ...) + gate * softmax(scale * q key(P)^T) value(P)
 
-with no mask and no rotation of `key(P)`; the softmax is in fp32, and `scale` is the attention's own. The sum goes
-through the output projection. In HF PEFT's GPT-2, told here by a weight [in, out] that holds query, key and value, it
-does not: there the second term joins what leaves the attention's module.
+without a mask and without a rotation of `key(P)`. The softmax is in fp32, and `scale` is the attention's own. The sum
+goes through the output projection. HF PEFT's GPT-2 differs: there the second term is added to the output of the
+attention's module. peftfx recognises this case by a weight [in, out] that holds query, key and value.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ PROMPT, GATE = "adaption_prompt", "adaption_gate"
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaAdapter(AttentionMethod):
-    """A prompt for each of the last attentions, behind a gate that starts at 0. HF PEFT calls it an adaption prompt.
+    """A prompt for each of the last attentions, with a gate that starts at 0. HF PEFT calls it an adaption prompt.
 
     Args:
-        adapter_len: tokens of a prompt.
-        adapter_layers: how many attentions, counted from the last one that is targeted; by default all of them.
-        target_modules: the end of the path of the modules that compute attention, `self_attn` say; by default every
+        adapter_len: the number of tokens of a prompt.
+        adapter_layers: the number of attentions, counted back from the last targeted attention; by default all.
+        target_modules: the end of the path of the modules that compute attention, such as `self_attn`; by default every
             self-attention.
 
     Example:
@@ -80,16 +80,16 @@ class LlamaAdapter(AttentionMethod):
         return (output + attend_beside(site, query, keys, values)).to(output.dtype)
 
     def beside(self, site: HeadedSite, key: Tensor, value: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-        # The scale and the gate are put where they cost least, and on export nothing.
+        # Here the scale and the gate cost least, and nothing in an export.
         return key * site.heads.scale, value * p[GATE]
 
     def keys(self, site: HeadedSite) -> dict[str, str]:
         return {PROMPT: PROMPT, GATE: GATE}
 
     def naming(self, paths: Sequence[str], modules: Sequence[str]) -> LlamaAdapter:
-        """HF PEFT takes the last `adapter_layers` of the modules whose paths end with one name.
+        """Return a rule that names the last `adapter_layers` of the modules whose paths end with one name.
 
-        Where no name does, the paths themselves are given, which it refuses.
+        If no such name exists, the rule has the paths themselves, which HF PEFT refuses.
         """
         parts = paths[0].split(".")
         names = (".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))

@@ -1,7 +1,7 @@
-"""LN tuning: the norms are trained, and nothing else (Zhao et al. 2023, arXiv:2312.11420).
+"""LN tuning: only the norms are trained (Zhao et al. 2023, arXiv:2312.11420).
 
-Each norm gets a copy of its own weight and bias; `forward` is the norm's own, on the copy. So it makes no difference
-which norm it is, or how it is written.
+Each norm gets a copy of its own weight and bias, and its own forward reads the copy. So the kind of norm, and how its
+code is written, make no difference.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from peftfx.sites.site import NORM, Site
 
 @dataclass(frozen=True, kw_only=True)
 class LNTuning(OverrideMethod):
-    """Trains copies of the norms: layer, RMS, group and batch norms, written by hand or not.
+    """Trained copies of the norms' parameters: layer, RMS, group and batch norms, also in plain arithmetic.
 
     Args:
-        target_modules: as in HF PEFT, which copies whatever module is named; by default every norm.
+        target_modules: as in HF PEFT, which copies every named module, norm or not; by default every norm.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.LNTuning())

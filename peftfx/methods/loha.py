@@ -1,7 +1,8 @@
-"""LoHa: the product, element by element, of two low-rank products (Hyeon-Woo et al. 2021, arXiv:2108.06098).
+"""LoHa: the elementwise product of two low-rank products (Hyeon-Woo et al. 2021, arXiv:2108.06098).
 
-`s (W1a W1b) * (W2a W2b)` with `s = alpha / r` is added to the weight. It is of rank `r^2`, and told so where an adapter
-is put into a graph. A conv's kernel is flattened, or, with `use_effective_conv2d`, made of a core [r, r, *kernel].
+The update `s (W1a W1b) * (W2a W2b)`, with `s = alpha / r`, is added to the weight. It has rank `r^2`, which is also its
+rank in graphs with slots. A conv's kernel is flattened, or, with `use_effective_conv2d`, computed from a core
+[r, r, *kernel].
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ W1A, W1B, W2A, W2B, T1, T2 = (f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a"
 
 @dataclass(frozen=True, kw_only=True)
 class LoHa(LycorisMethod):
-    """The Hadamard product of two low-rank products, added to linear and conv weights.
+    """The elementwise (Hadamard) product of two low-rank products, added to linear and conv weights.
 
     Args:
-        r: rank of each product.
-        init_weights: start as the identity; otherwise at random.
+        r: the rank of each product.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.LoHa(r=4, alpha=8))
@@ -49,7 +50,7 @@ class LoHa(LycorisMethod):
         return max(self.rank_dropout, self.module_dropout)
 
     def _cores(self, site: Site) -> bool:
-        """Whether the update of this conv has a core of the kernel's size."""
+        """Return whether the update of this conv has a core of the kernel's size."""
         kernel = site.shape[2:]
         return site.kind == "conv" and self.use_effective_conv2d and math.prod(kernel) > 1 and len(kernel) < 3
 

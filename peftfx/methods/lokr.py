@@ -1,8 +1,9 @@
-"""LoKr: a Kronecker product, of a small matrix and a low-rank one (Yeh et al. 2023, arXiv:2309.14859).
+"""LoKr: the Kronecker product of a small matrix and a low-rank matrix (Yeh et al. 2023, arXiv:2309.14859).
 
-`s (W1 x W2)` with `s = alpha / r` is added to the weight; the outputs and the inputs are cut into two factors each, and
-a factor of the product is itself `A B` where `r` is smaller than half its size. The rank of the product is the product
-of the ranks: so it is put into a graph that runs, where that is smaller than the weight's.
+The update `s (W1 x W2)`, with `s = alpha / r`, is added to the weight. The numbers of outputs and of inputs are each
+the product of two sizes. A factor of the Kronecker product is itself a product `A B` if `r` is smaller than half its
+size. The rank of the update is the product of the factors' ranks. If it is smaller than the weight's rank, a graph with
+slots can take the update.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ class LoKr(LycorisMethod):
     """A Kronecker product added to linear and conv weights.
 
     Args:
-        r: rank of a factor that is cut in two.
-        rank_dropout_scale: make those rows that are left larger by as much.
+        r: the rank of a factor that is itself a product.
+        rank_dropout_scale: whether the rows that are not dropped are scaled up to compensate.
         use_effective_conv2d: give a conv's second factor a core of its kernel's size.
-        decompose_both: let the first factor be cut in two as well.
-        decompose_factor: what the sizes are divided by; -1 is near their square roots.
-        init_weights: start as the identity, by a zero first factor, or second ("lycoris"); otherwise at random.
+        decompose_both: whether the first factor may be a product too.
+        decompose_factor: the first of the two sizes, where it divides; -1 takes sizes near the square root.
+        init_weights: True starts as the identity by a zero first factor, "lycoris" by a zero second factor; False
+            starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.LoKr(r=4, alpha=8, decompose_factor=8))
@@ -59,7 +61,7 @@ class LoKr(LycorisMethod):
         return bool(self.init_weights)
 
     def _sizes(self, site: Site) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter; those with r columns are cut in two, and a core is of the kernel's size."""
+        """Return the shape of each parameter. A factor cut in two has `r` columns; a core has the kernel's size."""
         shape = site.shape[::-1] if site.transposed else site.shape
         (out, inner, *kernel), r = shape, self.r
         (a, c), (b, d) = (_factors_of(size, self.decompose_factor) for size in (out, inner))
@@ -100,7 +102,7 @@ class LoKr(LycorisMethod):
             other = p[W2] if W2 in p else p[W2A] @ p[W2B]
         if other.ndim == 4:
             one = one[:, :, None, None]
-        # HF PEFT multiplies a conv's kernel of one dimension along it as it is: [c, d, kernel] by [1, a, b].
+        # HF PEFT's product for a 1-d conv does not expand the first factor: it is [1, a, b] by [c, d, kernel].
         return self.of_weight(site, weight, torch.kron(one, other.contiguous()))
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
@@ -117,14 +119,14 @@ class LoKr(LycorisMethod):
 
 
 def _halves(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix as a product: of the identity and itself, of its smaller size."""
+    """Return a matrix as the product of an identity and itself, with its smaller size between."""
     rows, columns = weight.shape
     eye = torch.eye(min(rows, columns), dtype=weight.dtype, device=weight.device)
     return (eye, weight) if rows <= columns else (weight, eye)
 
 
 def _factors_of(size: int, near: int) -> tuple[int, int]:
-    """A size as LyCORIS's product of two, the smaller one first, as near to `near` as can be, or to its root (-1)."""
+    """Return LyCORIS's two factors of a size, the smaller first, near `near`, or near the square root (-1)."""
     if near > 0 and size % near == 0:
         return near, size // near
     most = size if near == -1 else near

@@ -4,9 +4,10 @@ With `x` the site's input and `y` its output, `forward` is `y + s B(A(dropout(x)
 `lora_alpha / sqrt(r)` with rsLoRA (arXiv:2312.03732). DoRA scales each output row of the updated weight to a learned
 magnitude: `g (W + s B A) x + b` with `g = m / ||W + s B A||`, the norm held constant in the gradient.
 
-PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from factors of `W` itself. HF PEFT moves these factors out
-of the base weight when it loads; here the base stays as it is, and the update is `s (B A - B0 A0)` with `A0`, `B0` the
-factors at the start. So is what KaSA leaves out of it (arXiv:2412.06071), whose update is `s B diag(d) A`.
+PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from factors of `W` itself. HF PEFT subtracts these factors
+from the base weight when it loads. Here the base is not changed, and the update is `s (B A - B0 A0)`, with `A0` and
+`B0` the factors at the start. KaSA (arXiv:2412.06071), whose update is `s B diag(d) A`, removes a part of the weight in
+the same way.
 """
 
 from __future__ import annotations
@@ -48,26 +49,27 @@ class LoRA(LoraForms):
     """Low-rank adaptation of linear, conv and embedding weights.
 
     Args:
-        r: rank.
-        lora_alpha: numerator of the scale.
+        r: the rank.
+        lora_alpha: the numerator of the scale.
         lora_dropout: dropout on the adapter's input in training; embeddings have none, as in HF PEFT.
-        use_rslora: scale by `lora_alpha / sqrt(r)`.
-        use_dora: learn the magnitude of each output row apart from its direction.
-        rank_pattern, alpha_pattern: other `r` and `lora_alpha` for module paths that match a key.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        use_rslora: whether the scale is `lora_alpha / sqrt(r)`.
+        use_dora: whether the magnitude of each output row is learned separately from its direction (DoRA).
+        rank_pattern, alpha_pattern: other values of `r` and `lora_alpha` for module paths that match a key.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (lora_only).
-        lora_bias: give B a bias.
+        lora_bias: whether B has a bias.
         init_lora_weights: True (Kaiming A, zero B), False (both random), "gaussian", "orthogonal", "pissa",
-            "pissa_niter_[n]", "olora", "mica". Files that began with "eva" or "lora_ga" are read.
+            "pissa_niter_[n]", "olora", "mica". Files of adapters that started by "eva" or "lora_ga" are read.
         target_parameters: parameters by their full names or the ends of these, as in HF PEFT: experts' stacked weights
-            (`experts.down_proj`), or a layer's `weight`. They come on top of the other targets.
+            (`experts.down_proj`), or a layer's `weight`. These are in addition to the other targets.
         trainable_token_indices: tokens whose rows of the token embedding are trained, or the tokens of each embedding
             by its path; see `TrainableTokens`.
-        use_bdlora: HF PEFT's `BdLoraConfig`, as a dict: a factor that is blocks on a diagonal, by patterns of paths.
-        kasa_config: HF PEFT's `KasaConfig`, as a dict: the `r` smallest singular values of the weight are left out, and
-            a trained diagonal is between the factors. Its losses are the user's to add, as in HF PEFT.
-        alora_invocation_tokens: act from the last of these tokens in a row's text on, and not before (aLoRA,
-            arXiv:2504.12397). What is ahead is the base's, and so is its cache. Of linear layers in causal models.
+        use_bdlora: HF PEFT's `BdLoraConfig`, as a dict: which factor is block-diagonal, by patterns of paths.
+        kasa_config: HF PEFT's `KasaConfig`, as a dict: the `r` smallest singular values of the weight are removed, and
+            a trained diagonal is between the factors. As in HF PEFT, users add KaSA's losses themselves.
+        alora_invocation_tokens: the adapter acts only from the last occurrence of these tokens in a row's text on
+            (aLoRA, arXiv:2504.12397). Before them the row, and its cache, are the base's. Only for linear layers in
+            causal models.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.LoRA(r=8, lora_alpha=16, target="attention | mlp"))
@@ -126,7 +128,7 @@ class LoRA(LoraForms):
 
     @property
     def _linear_alone(self) -> bool:
-        """Whether it is a variant that acts at linear layers alone."""
+        """Whether this is a variant that acts only at linear layers."""
         return any(given is not None for given in (self.alora_invocation_tokens, self.use_bdlora, self.kasa_config))
 
     @property
@@ -201,7 +203,7 @@ class LoRA(LoraForms):
         if not drops:
             return rescaled(site, y, base.bias, gains, delta if start is None else delta - start).to(y.dtype)
         moved, bare = y, op(dropped, base.weight)
-        if start is not None:  # HF PEFT's base has lost s B0 A0, which dropout then passes by
+        if start is not None:  # HF PEFT's base is without s B0 A0, so dropout does not reach that part
             begun = self._delta(site, op, dropped, p[A0], p[B0], None, training=training)
             moved, delta = y + (begun - start), delta - begun
         return rescaled_dropped(site, moved, bare, gains, delta).to(y.dtype)
@@ -209,7 +211,7 @@ class LoRA(LoraForms):
     def _delta(
         self, site: Site, op: Op, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, *, training: bool = False
     ) -> Tensor:
-        """`B(s A(x))`, in the adapter's own precision: the scale is where the least has to be scaled."""
+        """Return `B(s A(x))` in the adapter's precision. The scale is applied where that costs least."""
         if site.kind == "embedding":
             return F.linear(self.scaling * op(x, a.T), b)
         if site.kind == EXPERTS:
@@ -226,7 +228,7 @@ class LoRA(LoraForms):
         return conv(low, b, bias, groups=site.groups)
 
     def _updated(self, site: Site, weight: Tensor, p: Params) -> Tensor:
-        """`W + s (B A - B0 A0)`; dense where the site is a conv of several groups."""
+        """Return `W + s (B A - B0 A0)`, as a dense weight for a conv of several groups."""
         if self._in_one_pass(site, weight, p):
             return torch.addmm(weight, p[B], p[A], alpha=self.scaling)
         update = product(site, p[A], p[B])
@@ -236,7 +238,7 @@ class LoRA(LoraForms):
         return dense(weight, groups) + self.scaling * update
 
     def _norms(self, site: Site, weight: Tensor, p: Params) -> Tensor:
-        """The norms of the updated weight's output rows; they are constants in the gradient."""
+        """Return the norms of the updated weight's output rows, as constants in the gradient."""
         if self._in_one_pass(site, weight, p):
             return updated_norms(weight.detach(), p[A].detach(), p[B].detach(), self.scaling)
         return row_norms(site, self._updated(site, weight, p)).detach()
@@ -248,7 +250,7 @@ class LoRA(LoraForms):
 
     @staticmethod
     def _in_one_pass(site: Site, weight: Tensor, p: Params) -> bool:
-        """Whether the updated weight is made in one pass over the weight."""
+        """Return whether the updated weight is computed in one pass over the weight."""
         return site.kind == "linear" and A0 not in p and weight.dtype == p[A].dtype
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
@@ -265,7 +267,7 @@ class LoRA(LoraForms):
         return Base(weight, self._bias(bias, gains, p))
 
     def _bias(self, bias: Tensor | None, gains: Tensor | None, p: Params) -> Tensor | None:
-        """The base's bias, and the one of `B`."""
+        """Return the base's bias plus the bias of `B`."""
         if B_BIAS not in p:
             return bias
         added = self.scaling * p[B_BIAS] * (1 if gains is None else gains)

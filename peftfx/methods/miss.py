@@ -1,10 +1,10 @@
 """MiSS: one matrix for all shards of a layer's input (Kang and Yin 2024, arXiv:2409.15371).
 
-The input is cut into shards of `r` features, which are summed: `y + sum(shards of dropout(x)) B`, `B` being [r, out].
-So each `r` columns of the weight get `B`; what is told of it where an adapter is put into a graph is of rank `r`.
+The input is cut into shards of `r` features, which are summed: `forward` is `y + sum(shards of dropout(x)) B`, with `B`
+[r, out]. So `B` is added to each `r` columns of the weight. In graphs with slots the update has rank `r`.
 
-"bat" cuts the weight into blocks `W_ij` of `r` x `r`, and each row of blocks has a matrix `B_i`, [r, r], of its own:
-`W_ij + W_ij B_i + B_i`. This is of full rank.
+"bat" cuts the weight into blocks `W_ij` of `r` x `r`. Each row of blocks has its own matrix `B_i` [r, r], and a block
+becomes `W_ij + W_ij B_i + B_i`. This update has full rank.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _BLOCK = "miss_block"
 
 @dataclass(frozen=True, kw_only=True)
 class MiSS(DeltaMethod):
-    """One trained matrix that all shards of the input of a linear layer go through.
+    """One trained matrix that multiplies all shards of the input of a linear layer.
 
     Args:
-        r: features of a shard.
+        r: the features of a shard.
         miss_dropout: dropout on the adapter's input in training; "bat" has none, as in HF PEFT.
-        mini_r: with `init_weights="mini"`, how many outputs the matrix has; they are repeated.
+        mini_r: with `init_weights="mini"`, the number of outputs of the matrix, which are repeated.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (MiSS_only).
-        init_weights: start as the identity (True), or at random (False); "mini" is a smaller matrix, "bat" one of each
-            row of blocks. Both start as the identity.
+        init_weights: True starts as the identity, False at random. "mini" has a smaller matrix, "bat" a matrix for each
+            row of blocks; both start as the identity.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.MiSS(r=16))
@@ -114,7 +114,7 @@ class MiSS(DeltaMethod):
         return (torch.einsum("iajk,ikb->iajb", blocks, each) + each[:, :, None]).reshape(weight.shape)
 
     def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
-        """As in `forward`, blocks are those of the base's weight, not of what acts already."""
+        """Return the fold over earlier methods. As in `forward`, the blocks are those of the base's weight."""
         return Base(under.weight + self.delta(site, base.weight, p), under.bias)
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
@@ -130,7 +130,7 @@ class MiSS(DeltaMethod):
 
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[MiSS, dict[str, Tensor]]:
-        """One matrix, 0 at the rows of no part."""
+        """Return one matrix, with 0 at the rows of no part."""
         if self.init_weights in ("mini", "bat"):
             return super().whole(site, base, parts)  # type: ignore[return-value]
         block = next(iter(parts.values()))[_BLOCK].new_zeros(self.r, base.weight.shape[0])

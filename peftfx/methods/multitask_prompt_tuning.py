@@ -1,8 +1,8 @@
-"""Multitask prompt tuning: a prompt that tasks share, times a low-rank product of each (arXiv:2303.02861).
+"""Multitask prompt tuning: a prompt that tasks share, times a low-rank product for each task (arXiv:2303.02861).
 
-The virtual tokens of a row of task `t` are `P * (U_t V_t)`, with `P` [num_virtual_tokens, token_dim], and of each task
-`U` [num_virtual_tokens, num_ranks] and `V` [num_ranks, token_dim]. The call says the tasks: `task_ids`. One task is one
-prompt.
+The virtual tokens of a row of task `t` are `P * (U_t V_t)`. The tasks share `P` [num_virtual_tokens, token_dim]; each
+task has `U` [num_virtual_tokens, num_ranks] and `V` [num_ranks, token_dim]. A call gives the rows' tasks as `task_ids`.
+With a single task there is a single prompt.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ _AVERAGE, _EXACT, _SHARED = "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_S
 
 @dataclass(frozen=True, kw_only=True)
 class MultitaskPromptTuning(PromptTuning):
-    """Virtual tokens by each row's task.
+    """Virtual tokens that depend on each row's task.
 
     Args:
-        num_tasks: how many tasks there are. With more than one, calls say that of each row: `task_ids`, [batch].
-        num_ranks: rank of a task's product.
+        num_tasks: the number of tasks. With more than one task, calls give each row's task: `task_ids`, [batch].
+        num_ranks: the rank of a task's product.
         prompt_tuning_init: as for prompt tuning; or from another adapter's file: the mean of its tasks
-            (AVERAGE_SOURCE_TASKS), one of them (EXACT_SOURCE_TASK), or what they share alone (ONLY_SOURCE_SHARED).
-        prompt_tuning_init_state_dict_path: that file, of safetensors.
-        prompt_tuning_init_task: the number of the one.
+            (AVERAGE_SOURCE_TASKS), one of its tasks (EXACT_SOURCE_TASK), or only the shared prompt
+            (ONLY_SOURCE_SHARED).
+        prompt_tuning_init_state_dict_path: the path of that file, in safetensors format.
+        prompt_tuning_init_task: the number of the task for EXACT_SOURCE_TASK.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.MultitaskPromptTuning(num_virtual_tokens=8, num_tasks=2))
@@ -86,7 +87,7 @@ class MultitaskPromptTuning(PromptTuning):
         return p | self._source(p) if self._has_source else p
 
     def _source(self, p: Params) -> dict[str, Tensor]:
-        """What the source's file has for these parameters."""
+        """Return the tensors that the source's file has for these parameters."""
         path = str(self.prompt_tuning_init_state_dict_path)
         try:
             found = load_file(path)

@@ -1,8 +1,9 @@
-"""OFT: the input of a linear layer is rotated, block by block (Qiu et al. 2023, arXiv:2306.07280).
+"""OFT: rotates the input of a linear layer, block by block (Qiu et al. 2023, arXiv:2306.07280).
 
-`W R^T`, with `R` block-diagonal, and each block the Cayley transform `(I - Q)(I + Q)^-1` of a trained skew-symmetric
-`Q`, or its Neumann series. At an embedding the output is rotated. Rotations are of full rank: there is no low-rank sum
-to tell. Convs are not adapted: HF PEFT's forward adds up overlapping patches there, and is not what it merges.
+The weight is `W R^T`, with `R` block-diagonal. Each block is the Cayley transform `(I - Q)(I + Q)^-1` of a trained
+skew-symmetric `Q`, or the transform's Neumann series. At an embedding the output is rotated. Rotations have full rank:
+there is no low-rank update. Convs are not adapted: there HF PEFT's forward adds up overlapping patches, and differs
+from its merged weight.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ class OFT(WeightMethod):
     """Rotations of blocks of the input of linear layers, and of the output of embeddings.
 
     Args:
-        r: how many blocks; 0 where `oft_block_size` says it.
-        oft_block_size: features of a block, or the nearest divisor; 0 where `r` is given.
-        coft: keep each `Q` near 0. HF PEFT moves what is trained in each call: files that have it are read, no more.
-        eps: how near.
-        block_share: one rotation for all blocks.
-        use_cayley_neumann: the first terms of a series in place of the inverse.
-        num_cayley_neumann_terms: how many, `I` included; the last one counts once, others twice.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        r: the number of blocks; 0 if `oft_block_size` is given.
+        oft_block_size: the features of a block, rounded to the nearest divisor; 0 if `r` is given.
+        coft: keep each `Q` near 0. HF PEFT changes the trained tensors in each call, so peftfx only reads such files,
+            and does not train them.
+        eps: the bound of `Q` for `coft`.
+        block_share: whether all blocks share one rotation.
+        use_cayley_neumann: whether the first terms of a series replace the inverse.
+        num_cayley_neumann_terms: the number of terms, including `I`; the last term counts once, others twice.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (oft_only).
-        init_weights: start as the identity; otherwise at random.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.OFT(oft_block_size=32, target="mlp"))
@@ -54,12 +56,12 @@ class OFT(WeightMethod):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = "OFT"
-    # A rotation of the input is one of all rows: fused projections are adapted as wholes.
+    # A rotation of the input acts on all rows: fused projections are adapted whole.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding"})
     ignored: ClassVar[frozenset[str]] = frozenset(
         {"module_dropout"}
-    )  # HF PEFT makes a layer of it, and runs it nowhere
+    )  # HF PEFT makes a dropout layer of it, and never runs it
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +91,7 @@ class OFT(WeightMethod):
         return {R: "oft_embedding_R.weight" if site.kind == "embedding" else "oft_R.weight"}
 
     def _block(self, features: int) -> int:
-        """The size of a block: what is asked for made a divisor, as HF PEFT does."""
+        """Return the size of a block: the requested size made a divisor, as in HF PEFT."""
         if self.r:
             return features // _divisor(features, self.r)
         return _divisor(features, self.oft_block_size)
@@ -115,14 +117,14 @@ class OFT(WeightMethod):
         return Base(self._turned(base.weight, rotation), base.bias)
 
     def _turned(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """The last dimension times the blocks."""
+        """Multiply the last dimension by the blocks."""
         blocks = x.to(rotation.dtype).unflatten(-1, (-1, rotation.shape[1]))
         if self.block_share:
             return (blocks @ rotation[0]).flatten(-2)
         return torch.einsum("...rk,rkc->...rc", blocks, rotation).flatten(-2)
 
     def _rotation(self, base: Base, p: Params) -> Tensor:
-        """The blocks of `R`, [blocks, size, size]."""
+        """Return the blocks of `R`, [blocks, size, size]."""
         size = self._block(base.weight.shape[1])
         upper = torch.triu_indices(size, size, 1, device=p[R].device)
         skew = p[R].new_zeros(len(p[R]), size * size).index_copy(1, upper[0] * size + upper[1], p[R])
@@ -132,7 +134,7 @@ class OFT(WeightMethod):
             most = self.eps * len(skew) ** -0.5
             length = skew.norm(dim=(1, 2), keepdim=True)
             near = torch.where(length <= most, skew, skew * (most / length))
-            skew = near.detach() + (skew - skew.detach())  # as where HF PEFT has moved it, ahead of its gradient
+            skew = near.detach() + (skew - skew.detach())  # projected as in HF PEFT, with `skew`'s gradient
         eye = torch.eye(size, dtype=skew.dtype, device=skew.device).expand_as(skew)
         if not self.use_cayley_neumann:
             return torch.linalg.solve(eye + skew, eye - skew, left=False)
@@ -144,5 +146,5 @@ class OFT(WeightMethod):
 
 
 def _divisor(size: int, near: int) -> int:
-    """The divisor of a size that is nearest to a number, the smaller of two as near."""
+    """Return the divisor of a size that is nearest to a number; of two equally near, the smaller."""
     return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - near), n))

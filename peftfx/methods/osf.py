@@ -1,8 +1,9 @@
-"""OSF: the weight's smallest singular values and vectors are trained (Nayak et al. 2025, arXiv:2504.07097).
+"""OSF: trains the weight's smallest singular values and vectors (Nayak et al. 2025, arXiv:2504.07097).
 
-With `W = U S V`, the largest `effective_rank` singular values stay, and the factors `U S V` of the others are trained,
-by gradients that leave out the directions of those that stay. The update is the factors' product less what it was: of
-twice their rank. What it was is not in the files: it is found again in the base's weight.
+With `W = U S V`, the largest `effective_rank` singular values are kept, and the factors `U S V` of the others are
+trained. Gradients leave out the directions of the kept part. The update is the trained product minus the product at the
+start, so it has twice the factors' rank. Files do not have the product at the start: it is found again in the base's
+weight.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class OSF(WeightMethod):
     """The smallest singular values and vectors of linear weights, trained.
 
     Args:
-        effective_rank: how many of the largest stay; a fraction of all; by default half.
-        rank_pattern: another `effective_rank` for module paths in which a key is found.
-        init_weights: start as the identity; otherwise at random.
+        effective_rank: how many of the largest singular values are kept, or a fraction of all; by default half.
+        rank_pattern: another `effective_rank` for module paths that contain a key.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.OSF(effective_rank=0.5))
@@ -48,7 +49,7 @@ class OSF(WeightMethod):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = "OSF"
-    # Fused projections as wholes: singular values are of the whole weight.
+    # Fused projections are adapted whole: singular values belong to the whole weight.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     layered: ClassVar[bool] = False
@@ -106,7 +107,7 @@ class OSF(WeightMethod):
         u, v = p[U], p[V]
         u, v = _steered(u, p[U_HIGH] @ (p[U_HIGH].T @ u)), _steered(v, (v @ p[V_HIGH].T) @ p[V_HIGH])
         read = x.to(v.dtype)
-        start = F.linear(F.linear(read, p[V_START]), p[U_START])  # by itself: it gets no gradients
+        start = F.linear(F.linear(read, p[V_START]), p[U_START])  # separate, as it gets no gradients
         return y + (F.linear(F.linear(read, v), u * p[S]) - start).to(y.dtype)
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
@@ -117,5 +118,5 @@ class OSF(WeightMethod):
 
 
 def _steered(value: Tensor, kept: Tensor) -> Tensor:
-    """The value, whose gradient is without the directions of what stays: of `value - kept`."""
+    """Return `value`, with a gradient only through `value - kept`: without the directions of the kept part."""
     return value - kept + kept.detach()

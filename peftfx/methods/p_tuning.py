@@ -1,7 +1,7 @@
-"""P-tuning: virtual tokens that a small network makes (Liu et al. 2021, arXiv:2103.10385).
+"""P-tuning: virtual tokens computed by a small network (Liu et al. 2021, arXiv:2103.10385).
 
-As prompt tuning, with `P = encoder(E)`: three linear layers with ReLU, or a bidirectional LSTM and two linear layers.
-The network is there for training. Files hold `P`; merging computes it once.
+This is prompt tuning with `P = encoder(E)`: three linear layers with ReLU, or a bidirectional LSTM and two linear
+layers. The network is used only in training. Files hold `P`, and merging computes `P` once.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _MLP, _LSTM = ("mlp_head_0", "mlp_head_2", "mlp_head_4"), "lstm_head"
 
 @dataclass(frozen=True, kw_only=True)
 class PTuning(PromptMethod):
-    """Virtual tokens that an encoder makes.
+    """Virtual tokens that an encoder computes.
 
     Args:
         encoder_reparameterization_type: MLP or LSTM.
-        encoder_hidden_size: width of the encoder; by default `token_dim`.
-        encoder_num_layers: of the LSTM; an MLP has three.
-        encoder_dropout: between the LSTM's layers.
+        encoder_hidden_size: the width of the encoder; by default `token_dim`.
+        encoder_num_layers: the number of layers of the LSTM; an MLP always has three.
+        encoder_dropout: dropout between the LSTM's layers.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.PTuning(num_virtual_tokens=20, encoder_hidden_size=128))

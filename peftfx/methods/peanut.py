@@ -1,8 +1,8 @@
-"""PEANuT: a small network reads the weight, and gives what is added to it (Zhong et al. 2024, arXiv:2410.01870).
+"""PEANuT: a small network that computes the update from the weight (Zhong et al. 2024, arXiv:2410.01870).
 
-`s B h(W^T A^T)^T`, with `h` the activation, and `depth` encoders and decoders of size `r` behind it, each with one, a
-decoder's output and its encoder's input being added. The weight is frozen, so the update is `B` times a matrix of `r`
-rows: of rank `r`, and told so where an adapter is put into a graph.
+The update is `s B h(W^T A^T)^T`, with `h` the activation. After it come `depth` encoders and `depth` decoders of size
+`r`, each with an activation; a decoder's output and its encoder's input are added. The weight is frozen, so the update
+is `B` times a matrix of `r` rows, and has rank `r`, also in graphs with slots.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ A, B = "peanut_A", "peanut_B"
 
 @dataclass(frozen=True, kw_only=True)
 class PEANuT(WeightMethod):
-    """An update of linear weights that a network computes from them.
+    """An update of linear weights that a network computes from the weights.
 
     Args:
-        r: features inside the network.
-        depth: how many encoders, and how many decoders.
+        r: the features inside the network.
+        depth: the number of encoders, and of decoders.
         act_fn: the activation, by its name in transformers.
-        scaling: factor of the update.
-        init_weights: start as the identity; otherwise at random.
+        scaling: the factor of the update.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.PEANuT(r=8, depth=1))
@@ -46,7 +46,7 @@ class PEANuT(WeightMethod):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = "PEANUT"
-    # Fused projections as wholes: the network reads all outputs of the weight.
+    # Fused projections are adapted whole: the network reads all outputs of the weight.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
 
@@ -90,7 +90,7 @@ class PEANuT(WeightMethod):
         return self.fold_over(site, base, base, p)
 
     def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
-        """As in `forward`, the network reads the base's weight, not what acts already."""
+        """Return the fold over earlier methods. As in `forward`, the network reads the base's weight."""
         return Base(under.weight + self._delta(base, p), under.bias)
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
@@ -100,7 +100,7 @@ class PEANuT(WeightMethod):
         return (self._read(base.weight, p) @ p[B].T * self.scaling).T
 
     def _read(self, weight: Tensor, p: Params) -> Tensor:
-        """What the network makes of the weight ahead of `B`, [in, r]."""
+        """Return the network's features of the weight before `B`, [in, r]."""
         act = ACT2FN[self.act_fn]
         hidden = act(weight.T.to(p[A].dtype) @ p[A].T)
         given = []

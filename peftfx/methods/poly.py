@@ -1,8 +1,9 @@
-"""Poly and MHR: low-rank updates that tasks mix from skills they share (arXiv:2202.13914, arXiv:2211.03831).
+"""Poly and MHR: low-rank updates that tasks mix from shared skills (arXiv:2202.13914, arXiv:2211.03831).
 
-Of each skill there are `A` [skills, in, r] and `B` [skills, r, out], in splits of inputs and of outputs; a task has a
-weight for each skill of each split, from `module_logits`. `forward` is `y + B_t A_t x / r`, each row by its task `t`,
-which the call says (`task_ids`). In training the weights are drawn (a relaxed Bernoulli). One task is one weight.
+The skills are `A` [skills, in, r] and `B` [skills, r, out], separately for each split of inputs and of outputs. A task
+has a weight for each skill of each split, from `module_logits`. `forward` is `y + B_t A_t x / r` for a row of task `t`;
+calls give the rows' tasks as `task_ids`. In training the weights are drawn from a relaxed Bernoulli distribution. A
+single task can be folded into one weight.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ class Poly(WeightMethod):
     """Low-rank updates of linear layers, mixed from skills by each row's task.
 
     Args:
-        r: rank of each skill.
-        n_tasks: how many tasks there are. With more than one, calls say that of each row: `task_ids`, [batch].
-        n_skills: how many skills each layer has.
-        n_splits: parts of the inputs and of the outputs that mix skills by weights of their own (MHR).
-        poly_type: HF PEFT has this one.
-        init_weights: start as the identity; otherwise at random.
+        r: the rank of each skill.
+        n_tasks: the number of tasks. With more than one task, calls give each row's task: `task_ids`, [batch].
+        n_skills: the number of skills of each layer.
+        n_splits: the number of parts of the inputs and of the outputs that mix skills by separate weights (MHR).
+        poly_type: `poly` is the only type.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.Poly(r=8, n_tasks=2, n_skills=4))
@@ -54,7 +55,7 @@ class Poly(WeightMethod):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = "POLY"
-    # Fused projections as wholes: HF PEFT's files, which know no parts, have no skills for the rows of one.
+    # Fused projections are adapted whole: HF PEFT's files have no parts, and so no skills for the rows of one part.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     layered: ClassVar[bool] = False
@@ -103,14 +104,14 @@ class Poly(WeightMethod):
 
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         logits = p[LOGITS].index_select(0, p[TASKS]) if self.n_tasks > 1 else p[LOGITS]
-        if training:  # HF PEFT draws for each row, of one task too
+        if training:  # HF PEFT draws for each row, also with a single task
             logits = _drawn(logits.expand(x.shape[0], -1))
         a, b = self._mixed(p, logits if training else logits.sigmoid())
         rows = x.to(a.dtype).reshape(x.shape[0], -1, x.shape[-1])
         return (y + ((rows @ a) @ b / self.r).reshape(y.shape)).to(y.dtype)
 
     def _mixed(self, p: Params, chances: Tensor) -> tuple[Tensor, Tensor]:
-        """`A` [rows, in, r] and `B` [rows, r, out], by the weight of each skill before it is made a share."""
+        """Return `A` [rows, in, r] and `B` [rows, r, out], mixed by the skills' weights, which are made shares."""
         shares = chances.view(-1, self.n_splits, self.n_skills)
         shares = shares / (shares.sum(-1, keepdim=True) + 1e-12)
         a = torch.einsum("bqs,qsdr->bqdr", shares, p[A]).flatten(1, 2)
@@ -127,7 +128,7 @@ class Poly(WeightMethod):
 
 
 def _drawn(logits: Tensor) -> Tensor:
-    """Of a relaxed Bernoulli of temperature 1, as torch draws it."""
+    """Draw from a relaxed Bernoulli distribution of temperature 1, as torch does."""
     small = torch.finfo(logits.dtype)
     chances, noise = (t.clamp(small.eps, 1 - small.eps) for t in (logits.sigmoid(), torch.rand_like(logits)))
     drawn = noise.log() - (-noise).log1p() + chances.log() - (-chances).log1p()

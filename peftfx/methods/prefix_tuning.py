@@ -1,8 +1,8 @@
-"""Prefix tuning: trained keys and values ahead of the text's in every layer (Li and Liang 2021, arXiv:2101.00190).
+"""Prefix tuning: trained keys and values before those of the text in each layer (Li and Liang 2021, arXiv:2101.00190).
 
-The prefix is `[num_virtual_tokens, 2 * num_layers * token_dim]`: for each virtual token a layer's keys and then its
-values, layer after layer, as attention takes them (keys are behind their rotation). With `prefix_projection` a network
-makes it in training; files hold what it made, and merging computes it once. In an encoder-decoder the decoder's
+The prefix is `[num_virtual_tokens, 2 * num_layers * token_dim]`: for each virtual token and each layer the keys and
+then the values, as attention uses them (keys after their rotation). With `prefix_projection` a network computes the
+prefix in training; files hold the result, and merging computes it once. In an encoder-decoder the decoder's
 self-attention has the prefix.
 """
 
@@ -28,11 +28,12 @@ _TRANSFORM = ("transform_0", "transform_2")
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuning(PrefixMethod):
-    """Keys and values of virtual tokens in every layer.
+    """Trained keys and values of virtual tokens in every layer.
 
     Args:
-        prefix_projection: make the prefix by a network: an embedding, and two linear layers with a tanh between.
-        encoder_hidden_size: width of that network; by default `token_dim`.
+        prefix_projection: whether a network computes the prefix: an embedding, and two linear layers with a tanh
+            between them.
+        encoder_hidden_size: the width of that network; by default `token_dim`.
         init_weights: "zero" starts with keys and values of 0; by default they are random.
 
     Example:

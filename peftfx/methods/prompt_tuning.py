@@ -1,7 +1,7 @@
-"""Prompt tuning: trained embeddings of virtual tokens ahead of the text (Lester et al. 2021, arXiv:2104.08691).
+"""Prompt tuning: trained embeddings of virtual tokens before the text (Lester et al. 2021, arXiv:2104.08691).
 
-The model reads `[P; E(ids)]`, `P` being `[num_virtual_tokens, token_dim]`; in an encoder-decoder the encoder does. As
-in HF PEFT, what runs along the text in the output (a causal LM's logits) is longer by `num_virtual_tokens`.
+The model, or the encoder of an encoder-decoder, reads `[P; E(ids)]`, with `P` [num_virtual_tokens, token_dim]. As in HF
+PEFT, outputs with a value for each token, such as a causal LM's logits, are longer by `num_virtual_tokens`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from peftfx.sites.site import SequenceSite
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(PromptMethod):
-    """Virtual tokens, each an embedding of its own.
+    """Virtual tokens, each with its own trained embedding.
 
     Args:
         prompt_tuning_init: RANDOM (normal), SAMPLE_VOCAB (embeddings of random tokens) or TEXT (of a text's tokens).
         prompt_tuning_init_text: the text, repeated or cut to the number of virtual tokens.
-        tokenizer_name_or_path: reads the text; a local directory.
-        tokenizer_kwargs: for `AutoTokenizer.from_pretrained`.
+        tokenizer_name_or_path: the tokenizer that reads the text; a local directory.
+        tokenizer_kwargs: arguments for `AutoTokenizer.from_pretrained`.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.PromptTuning(num_virtual_tokens=20))
@@ -64,7 +64,7 @@ class PromptTuning(PromptMethod):
         return torch.randint(site.shape[0], self.saved_shape()[:1], generator=rng, device=weight.device)
 
     def _text_ids(self, site: SequenceSite) -> Tensor:
-        """The text's tokens, repeated or cut to the number of virtual tokens."""
+        """Return the text's tokens, repeated or cut to the number of virtual tokens."""
         from transformers import AutoTokenizer
 
         options = {k: v for k, v in (self.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}

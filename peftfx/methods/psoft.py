@@ -1,8 +1,8 @@
-"""PSOFT: a trained turn within the weight's principal subspace (Wu et al. 2025, openreview FSHrinMArK).
+"""PSOFT: a trained rotation within the weight's principal subspace (Wu et al. 2025, openreview FSHrinMArK).
 
-`B` [out, r] and `A` [r, in] are the largest part of the weight's singular value decomposition, less its scale
-`s = alpha / r`, and constants that no file has: they are found again in the base's weight. `R` [r, r] between them is
-trained, an orthogonal matrix between two diagonals. `forward` is `y + s B (R - I) A dropout(x)`.
+`B` [out, r] and `A` [r, in] are the largest part of the weight's singular value decomposition, divided by the scale
+`s = alpha / r`. They are constants that files do not have, and are found again in the base's weight. `R` [r, r] between
+them is trained: an orthogonal matrix between two diagonals. `forward` is `y + s B (R - I) A dropout(x)`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ class PSOFT(WeightMethod):
     """An orthogonal matrix between the largest singular vectors of linear weights.
 
     Args:
-        r: rank of the subspace; at most the weight's.
-        psoft_alpha: numerator of the scale, `psoft_alpha / r`.
+        r: the rank of the subspace; at most the weight's rank.
+        psoft_alpha: the numerator of the scale, `psoft_alpha / r`.
         psoft_dropout: dropout on the adapter's input in training.
-        ab_svd_init: which factor has the singular values: `psoft_init` is B, `pissa_init` both have their roots.
+        ab_svd_init: where the singular values are: in B (`psoft_init`), or their square roots in both factors
+            (`pissa_init`).
         psoft_svd, psoft_svd_lowrank_niter, random_seed: how the factors are found: `full`, or `lowrank` in so many
             steps from a random start.
-        psoft_orth: `R` is orthogonal, by Cayley's form of a skew matrix; otherwise any matrix.
-        psoft_mag_a, psoft_mag_b: train a diagonal on the side of the input, and of the output.
+        psoft_orth: whether `R` is orthogonal, by Cayley's form of a skew matrix; otherwise `R` is any matrix.
+        psoft_mag_a, psoft_mag_b: whether a diagonal is trained on the side of the input, and of the output.
         use_cayley_neumann, num_cayley_neumann_terms: Cayley's form as a sum of so many terms.
-        cayley_neumann_eps: the length that the skew matrix is cut to for that.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
-        init_weights: start as the identity; otherwise near it.
+        cayley_neumann_eps: the largest length of the skew matrix for that sum.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts near the identity.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.PSOFT(r=8, target="attention.query"))
@@ -64,7 +65,7 @@ class PSOFT(WeightMethod):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = "PSOFT"
-    # Fused projections as wholes: singular values are of the whole weight.
+    # Fused projections are adapted whole: singular values belong to the whole weight.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
 
@@ -104,7 +105,7 @@ class PSOFT(WeightMethod):
         return p | {A: (right[:, None] * v).contiguous(), B: u * left}
 
     def _largest(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest singular values of a weight and their vectors, [out, r], [r] and [r, in], as HF PEFT has them."""
+        """Return the weight's largest singular values and vectors, [out, r], [r] and [r, in], as in HF PEFT."""
         if self.psoft_svd == "full":
             u, s, v = torch.linalg.svd(weight, full_matrices=False)
         else:
@@ -125,14 +126,14 @@ class PSOFT(WeightMethod):
         return Update(a=self._turn(p) @ p[A], b=p[B] * (self.psoft_alpha / self.r))
 
     def _turn(self, p: Params) -> Tensor:
-        """`R - I`, in the dtype of the factors."""
+        """Return `R - I`, in the dtype of the factors."""
         eye = torch.eye(self.r, dtype=p[A].dtype, device=p[A].device)
         matrix = self._orthogonal(p[R].to(eye.dtype), eye) if self.psoft_orth else p[R]
         matrix = p[OUTER][:, None] * matrix if self.psoft_mag_b else matrix
         return (matrix * p[INNER] if self.psoft_mag_a else matrix).to(eye.dtype) - eye
 
     def _orthogonal(self, upper: Tensor, eye: Tensor) -> Tensor:
-        """Cayley's form `(I + Q) (I - Q)^-1` of the skew matrix `Q` with these numbers above its diagonal."""
+        """Return Cayley's form `(I + Q) (I - Q)^-1` of the skew matrix `Q` with upper entries `upper`."""
         rows, columns = torch.triu_indices(self.r, self.r, 1, device=upper.device)
         skew = upper.new_zeros(self.r * self.r).index_copy(0, rows * self.r + columns, upper).view(self.r, self.r)
         skew = skew - skew.T
@@ -141,7 +142,7 @@ class PSOFT(WeightMethod):
         if self.cayley_neumann_eps is not None:
             skew = skew * (self.cayley_neumann_eps / skew.norm().clamp(min=self.cayley_neumann_eps))
         matrix, power, terms = eye, eye, self.num_cayley_neumann_terms
-        last = terms - 1 if terms < 3 else max(terms, 4) - 1  # of HF PEFT's sum: two terms have no last half
+        last = terms - 1 if terms < 3 else max(terms, 4) - 1  # as in HF PEFT: with two terms no term counts half
         for term in range(1, last + 1):
             power = power @ skew
             matrix = matrix + (1 if term == last and terms > 2 else 2) * power

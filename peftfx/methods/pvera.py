@@ -1,7 +1,8 @@
-"""PVeRA: VeRA with a distribution in the place of its hidden vector (arXiv:2512.07703).
+"""PVeRA: VeRA with a distribution in place of its hidden vector (arXiv:2512.07703).
 
-The shared random pair is `A` [2 r, inputs] and `B` [outputs, r]. `d * A(x)` is a mean and the logarithm of a variance:
-training draws from it, and otherwise the mean is taken, `y + b * B(d * A(x))` with the first half of `d` and `A`.
+The shared random pair is `A` [2 r, inputs] and `B` [outputs, r]. `d * A(x)` is a mean and the logarithm of a variance.
+Training draws from this distribution. Otherwise the mean is used: `y + b * B(d * A(x))` with the first half of `d` and
+`A`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ A, B, D, SCALE = "pvera_A", "pvera_B", "pvera_lambda_d", "pvera_lambda_b"
 class PVeRA(RandomBasesMethod):
     """Vectors around a random low-rank pair that all targeted linear layers share; noise in training.
 
-    HF PEFT's `sample_at_inference` and `generator_seed` are not here: an output that is drawn is no output of a graph.
+    HF PEFT's `sample_at_inference` and `generator_seed` are left out, because a graph's outputs cannot be random.
 
     Args:
         pvera_dropout: dropout on the adapter's input in training.
-        d_initial: what `d` starts at; `b` starts at 0. Without `init_weights`, `d` is random and `b` is 1.
+        d_initial: the start value of `d`; `b` starts at 0. Without `init_weights`, `d` is random and `b` is 1.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (pvera_only).
 
     Example:

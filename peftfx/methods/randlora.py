@@ -1,8 +1,8 @@
-"""RandLoRA: random low-rank products with trained diagonals, in a sum (Albert et al. 2025, arXiv:2502.00987).
+"""RandLoRA: a sum of random low-rank products with trained diagonals (Albert et al. 2025, arXiv:2502.00987).
 
-`s sum_j B_j diag(l_j) A diag(g_j)` is added to the weight, with `A` and all `B_j` random, frozen, and shared by all
-places of a rule. There are as many as the weight's smaller side needs: the sum has its rank, and is told by no smaller
-one. Bases are as large as the largest place; each reads its first rows and columns.
+The update `s sum_j B_j diag(l_j) A diag(g_j)` is added to the weight. `A` and all `B_j` are random, frozen, and shared
+by all places of a rule. There are so many `B_j` that the sum has the weight's full rank: there is no low-rank update.
+The random bases are as large as the largest place, and each place reads their first rows and columns.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class RandLoRA(RandomBasesMethod):
     """Trained diagonals around random bases that all targeted linear layers share.
 
     Args:
-        r: rank of each base: the smaller it is, the more there are, and the more is trained.
-        randlora_alpha: numerator of the scale, `randlora_alpha / r`.
-        sparse, very_sparse: bases of -1, 0 and 1.
+        r: the rank of each base. With a smaller rank there are more bases, and more trained numbers.
+        randlora_alpha: the numerator of the scale, `randlora_alpha / r`.
+        sparse, very_sparse: whether the bases have only the numbers -1, 0 and 1.
         randlora_dropout: dropout on the adapter's input in training.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (randlora_only).
 
@@ -65,7 +65,7 @@ class RandLoRA(RandomBasesMethod):
         else:
             a = _kaiming((self.r, 1, least), own)
             b = torch.cat([_kaiming((most, 1, self.r), own) for _ in range(count)], 1)
-        # HF PEFT rounds them to the dtype of the base.
+        # HF PEFT rounds the bases to the base model's dtype.
         return {name: (t / t.std()).to(like).to(adapter_dtype(like.dtype)) for name, t in ((A, a), (B, b))}
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ class RandLoRA(RandomBasesMethod):
         return Base(base.weight + b @ a * (self.randlora_alpha / self.r), base.bias)
 
     def _factors(self, base: Base, p: Params) -> tuple[Tensor, Tensor]:
-        """`A` [bases * r, in] and `B` [out, bases * r]; what is trained is on the smaller side."""
+        """Return `A` [bases * r, in] and `B` [out, bases * r]. The trained parts are on the smaller side."""
         out, inner = base.weight.shape
         least, most, count = min(out, inner), max(out, inner), p[LAMBDA].shape[1]
         small = (p[LAMBDA][:, :, None] * p[A][:, :, :least] * p[GAMMA]).flatten(0, 1)
@@ -95,6 +95,6 @@ class RandLoRA(RandomBasesMethod):
 
 
 def _kaiming(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """As HF PEFT draws it, in bfloat16."""
+    """Draw Kaiming's uniform numbers in bfloat16, as HF PEFT does."""
     bound = math.sqrt(3) * math.sqrt(1 / 3) / math.sqrt(math.prod(shape[1:]))
     return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=rng)

@@ -1,8 +1,9 @@
-"""RoAd: outputs turned and scaled in pairs (Liao and Monz 2024, arXiv:2409.00119).
+"""RoAd: rotates and scales outputs in pairs (Liao and Monz 2024, arXiv:2409.00119).
 
-In each group of `group_size` outputs one of the first half and one of the second are a pair, `(y1, y2)`, and become
-`(a cos t y1 - b sin u y2, c sin v y1 + d cos w y2)`, with angles and scales that are trained: one of each for a pair
-(`road_1`), two (`road_2`), or four. The bias is turned too. All rows are mixed: there is no low-rank sum to tell.
+In each group of `group_size` outputs, an output of the first half and one of the second half form a pair `(y1, y2)`.
+The pair becomes `(a cos t y1 - b sin u y2, c sin v y1 + d cos w y2)`, with trained angles and scales: one of each for a
+pair (`road_1`), two (`road_2`), or four (`road_4`). The bias is rotated too. All rows are mixed: there is no low-rank
+update.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 
 THETA, ALPHA = "road_theta", "road_alpha"
-_EACH = {"road_1": 1, "road_2": 2, "road_4": 4}  #: angles, and scales, of a pair
+_EACH = {"road_1": 1, "road_2": 2, "road_4": 4}  #: the number of angles, and of scales, of a pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,9 @@ class RoAd(WeightMethod):
     """A rotation and a scale of each pair of outputs of linear layers.
 
     Args:
-        variant: how many angles and scales a pair has: `road_1`, `road_2` or `road_4`.
-        group_size: outputs of a group, whose halves are paired; even, and it divides the outputs.
-        init_weights: start as the identity; otherwise at random.
+        variant: the number of angles and of scales of a pair: `road_1`, `road_2` or `road_4`.
+        group_size: the outputs of a group, whose halves are paired; an even divisor of the outputs.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.RoAd(variant="road_1", group_size=32))
@@ -80,7 +81,7 @@ class RoAd(WeightMethod):
         return Base(self._turned(base.weight.T, p).T, bias)
 
     def _turned(self, y: Tensor, p: Params) -> Tensor:
-        """Outputs, the last dimension, times the cosines, and their partners times the sines."""
+        """Return the outputs times the cosines plus their partners times the sines, along the last dimension."""
         cosines, sines = self._factors(p)
         halves = y.unflatten(-1, (-1, 2, self.group_size // 2))
         partners = torch.stack([-halves[..., 1, :], halves[..., 0, :]], -2).flatten(-3)
@@ -93,13 +94,13 @@ class RoAd(WeightMethod):
             theta, alpha = each
         if self.variant != "road_4":
             return alpha * theta.cos(), alpha * theta.sin()
-        # Of each group the first half is of what stays, the other of what comes from the partner.
+        # In each group the first half of the parameters is for the output itself, the second half for its partner.
         (stays, comes), (a, b) = (t.view(-1, 2, self.group_size).unbind(1) for t in (theta, alpha))
         return (a * stays.cos()).flatten(), (b * comes.sin()).flatten()
 
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[RoAd, dict[str, Tensor]]:
-        """Groups that are the identity at the rows of no part, where parts begin and end between groups."""
+        """Return groups with the identity at the rows of no part, if parts start and end between groups."""
         size = self.group_size
         if len(base.weight) % size or any(end % size for rows in parts for part in rows for end in part):
             return super().whole(site, base, parts)  # type: ignore[return-value]

@@ -1,7 +1,7 @@
-"""SHiRA: a few elements of the weight are trained, at places that stay (Bhardwaj et al. 2024, arXiv:2406.13175).
+"""SHiRA: trains a few elements of the weight, at fixed places (Bhardwaj et al. 2024, arXiv:2406.13175).
 
-`r (inputs + outputs)` numbers are added to the weight, at places that a mask gives: random ones, or those of a file.
-What is added has few numbers and a high rank: there is no low-rank sum to tell.
+`r (inputs + outputs)` trained numbers are added to the weight, at the places of a mask: random places, or those of a
+file. The update has few numbers but a high rank, and so no low-rank form.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class SHiRA(DeltaMethod):
     """A sparse update of linear weights.
 
     Args:
-        r: so many numbers as a LoRA of this rank has.
-        mask_type: where they are: "random". A file has its places, whatever mask they came from.
+        r: the update has as many numbers as a LoRA of this rank.
+        mask_type: how places are chosen: "random". Files have their places, whatever mask they came from.
         random_seed: the seed of the random places; by default the adapter's own.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
-        init_weights: start as the identity; otherwise at random.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.SHiRA(r=8))
@@ -43,7 +43,7 @@ class SHiRA(DeltaMethod):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = "SHIRA"
-    # Fused projections as wholes: HF PEFT's files know no parts, and have as many places as the whole weight's r says.
+    # Fused projections are adapted whole: HF PEFT's files have no parts, and the whole weight's number of places.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     layered: ClassVar[bool] = False

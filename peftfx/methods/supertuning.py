@@ -1,7 +1,7 @@
-"""Super-tuning: the largest, or the smallest, entries of a weight are trained (HF PEFT's `SupertuningConfig`).
+"""Super-tuning: trains the largest, or the smallest, entries of a weight (HF PEFT's `SupertuningConfig`).
 
-`W' = W + scatter(values)`, at the `1 - sparsity` of the entries that are largest in the base, one at least, and a LoRA
-beside it where `r` is given.
+The weight is `W' = W + scatter(values)`, at the share `1 - sparsity` of entries that are largest in the base, at least
+one entry. If `r` is given, there is a LoRA too.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ VALUES, INDICES, A, B = (f"supertuning_{name}" for name in ("values", "indices",
 
 @dataclass(frozen=True, kw_only=True)
 class SuperTuning(DeltaMethod):
-    """Trained changes of chosen entries of linear weights.
+    """Trained changes of selected entries of linear weights.
 
     Args:
-        sparsity: the share of the entries that stay.
-        select_top: choose the largest by magnitude; else the smallest.
-        r: rank of a LoRA beside it, if any.
-        lora_alpha: numerator of its scale; `2 r` where it is not given.
-        lora_dropout: dropout on its input in training.
-        init_weights: start as the identity; otherwise at random.
-        save_precomputed_indices: keep in the files which entries they are; else they are found anew in the base.
+        sparsity: the share of the entries that are not trained.
+        select_top: whether the entries with the largest magnitudes are trained; otherwise those with the smallest.
+        r: the rank of an additional LoRA, if any.
+        lora_alpha: the numerator of the LoRA's scale; by default `2 r`.
+        lora_dropout: dropout on the LoRA's input in training.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
+        save_precomputed_indices: whether files have the places of the entries; otherwise these are found again in the
+            base.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.SuperTuning(sparsity=0.99))

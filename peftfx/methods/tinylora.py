@@ -1,8 +1,8 @@
 """TinyLoRA: a few trained numbers between frozen factors of the weight (arXiv:2602.04118).
 
-`B` [out, r] and `A` [r, in] are the largest part of the weight's singular value decomposition, and `R` [r, r] between
-them is `sum v_i P_i`, with `P` [u, r, r] random, drawn from a seed for each place, and `v` [u] trained. Places share
-`v` in groups, more of them the more weights are tied. `forward` is `y + B R A dropout(x)`.
+`B` [out, r] and `A` [r, in] are the largest part of the weight's singular value decomposition. `R` [r, r] between them
+is `sum v_i P_i`, with `P` [u, r, r] random, drawn from a seed for each place, and `v` [u] trained. A group of places
+shares one `v`; groups are larger with more `weight_tying`. `forward` is `y + B R A dropout(x)`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ V, SEED, A, B, P = (f"tinylora_{name}" for name in ("v", "seed", "A", "B", "P"))
 
 @dataclass(frozen=True, kw_only=True)
 class TinyLoRA(WeightMethod):
-    """Trained vectors of a few numbers, each for a group of linear layers and embeddings.
+    """Trained vectors of a few numbers, each shared by a group of linear layers and embeddings.
 
     Args:
-        r: rank of the frozen factors; at most the weight's.
-        u: how many numbers a vector has.
-        weight_tying: the share of the places that have no vector of their own.
-        projection_seed: the seed of the random tensors; that of a place is it and the place's number.
-        save_projection: keep them in the files; else they are drawn anew on loading.
-        init_v_bound: `init_weights="uniform"` starts within it.
+        r: the rank of the frozen factors; at most the weight's rank.
+        u: the length of a vector.
+        weight_tying: the share of the places without a vector of their own.
+        projection_seed: the seed of the random tensors. A place's seed is this number plus the place's number.
+        save_projection: whether files have the random tensors; otherwise they are drawn again on loading.
+        init_v_bound: the bound of the start values for `init_weights="uniform"`.
         tinylora_dropout: dropout on the adapter's input in training.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (tinylora_only).
-        init_weights: True starts as the identity, "uniform" near it; False starts anywhere in 0 to 1.
+        init_weights: True starts as the identity, "uniform" near the identity; False starts with numbers from 0 to 1.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.TinyLoRA(r=2, u=16))
@@ -109,7 +109,7 @@ class TinyLoRA(WeightMethod):
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         u, s, vh = torch.linalg.svd(base.weight.float(), full_matrices=False)
         kind, rank, root = base.weight.dtype, min(self.r, len(s)), s[: self.r].to(base.weight.dtype).sqrt()
-        a, b = root[:, None] * vh[:rank].to(kind), u[:, :rank].to(kind) * root  # HF PEFT rounds the parts
+        a, b = root[:, None] * vh[:rank].to(kind), u[:, :rank].to(kind) * root  # HF PEFT rounds each part
         return {A: a.to(adapter_dtype(kind)).contiguous(), B: b.to(adapter_dtype(kind)).contiguous()}
 
     def start(self, site: Site, base: Base, shared: Params, rng: torch.Generator | None) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
-"""Trainable tokens: some rows of the token embedding are trained, those of new tokens say, and nothing else.
+"""Trainable tokens: only some rows of the token embedding are trained, such as those of new tokens.
 
-The adapter has those rows alone. Where the model says that its embedding is tied to a head, the head reads them too; a
-head that is tied by hand keeps its own. HF PEFT's `TrainableTokensConfig`; beside a LoRA it is that rule's
-`trainable_token_indices`.
+The adapter holds only these rows. If the model says that its embedding is tied to a head, the head reads them too. A
+head that is tied only by hand keeps the base's rows. This is HF PEFT's `TrainableTokensConfig`. Together with a LoRA,
+use the LoRA's `trainable_token_indices`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from peftfx.sites.site import Site
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableTokens(OverrideMethod):
-    """Trains rows of an embedding, by their indices.
+    """Trained rows of an embedding, chosen by their indices.
 
     Args:
-        token_indices: the tokens; each once.
-        target: the embeddings; by default that of tokens.
+        token_indices: the tokens, each only once.
+        target: the embeddings; by default the token embedding.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.TrainableTokens(token_indices=[62, 63]))
@@ -34,7 +34,7 @@ class TrainableTokens(OverrideMethod):
     default_target: ClassVar[str] = "embedding.token"
     kinds: ClassVar[frozenset[str]] = frozenset({"embedding"})
     layered: ClassVar[bool] = False
-    ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})  # of a new adapter; what is loaded has its values
+    ignored: ClassVar[frozenset[str]] = frozenset({"init_weights"})  # it concerns new adapters only
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,8 @@
-"""Uni-LoRA: low-rank factors that are entries of one trained vector (Li et al. 2025, arXiv:2506.00799).
+"""Uni-LoRA: low-rank factors whose entries are taken from one trained vector (Li et al. 2025, arXiv:2506.00799).
 
-All places of a rule share `theta` [theta_d_length]. Each entry of each `A` [r, in] and `B` [out, r] is one of it,
-by numbers that are drawn from a seed for all places together, times the inverse root of how often it is taken:
-the map from `theta` to all factors is an isometry. `forward` is `y + B A dropout(x)`.
+All places of a rule share `theta` [theta_d_length]. Each entry of each `A` [r, in] and `B` [out, r] is an entry of
+`theta`, divided by the square root of how often that entry is used. The indices are drawn from a seed for all places
+together. So the map from `theta` to all factors is an isometry. `forward` is `y + B A dropout(x)`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ INDICES_A, INDICES_B, SCALES_A, SCALES_B = (f"unilora_{n}" for n in ("indices_A"
 
 @dataclass(frozen=True, kw_only=True)
 class UniLoRA(FactoredMethod):
-    """Factors of linear layers, all of them entries of one vector.
+    """Factors of linear layers whose entries all come from one trained vector.
 
     Args:
-        r: rank of the update.
-        proj_seed: which entries are which is drawn from it.
-        theta_d_length: of the vector.
+        r: the rank of the update.
+        proj_seed: the seed of the entries' indices.
+        theta_d_length: the length of the vector.
         unilora_dropout: dropout on the adapter's input in training.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (unilora_only).
-        init_theta_d_bound: the vector starts uniform within it. A new adapter is not the identity, as in HF PEFT.
-        init_weights: so; otherwise it starts normal.
-        save_indices: keep in the files which entries are which; else they are drawn anew, for the same modules.
+        init_theta_d_bound: the bound of the vector's uniform start values. As in HF PEFT, a new adapter is not the
+            identity.
+        init_weights: whether the vector starts uniform; otherwise it starts normal.
+        save_indices: whether files have the indices; otherwise they are drawn again, which needs the same modules.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.UniLoRA(r=4))
@@ -124,7 +125,7 @@ def _sizes(site: Site) -> tuple[int, int]:
 
 
 def _drawn(count: int, length: int, seed: int) -> Tensor:
-    """For each entry of all factors, which of so many it is: each as often as any other, or once more, shuffled."""
+    """Draw an index of the vector for each entry of all factors: shuffled, and each index equally often, up to 1."""
     rng, (often, left) = np.random.default_rng(seed), divmod(count, length)
     drawn = np.repeat(np.arange(length), often)
     if left:

@@ -1,8 +1,8 @@
 """VB-LoRA: low-rank factors mixed from one bank of vectors (Li et al. 2024, arXiv:2405.15179).
 
-All places of a rule share a trained bank [num_vectors, vector_length]. A place cuts the rows of `A` [r, in] and the
-columns of `B` [out, r] into pieces of that length, with logits for each: a piece is the softmax of its `topk` largest
-logits, over their vectors. `forward` is `y + B A dropout(x)`.
+All places of a rule share a trained bank [num_vectors, vector_length]. The rows of `A` [r, in] and the columns of `B`
+[out, r] are cut into pieces of this length. Each piece has trained logits: it is the mean of the vectors of its `topk`
+largest logits, weighted by their softmax. `forward` is `y + B A dropout(x)`.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ BANK, LOGITS = "vblora_vector_bank", ("vblora_logits_A", "vblora_logits_B")
 
 @dataclass(frozen=True, kw_only=True)
 class VBLoRA(FactoredMethod):
-    """Factors of linear layers, mixed from a bank that all of them share.
+    """Factors of linear layers, mixed from a bank of vectors that all layers share.
 
     Args:
-        r: rank of the update.
-        num_vectors, vector_length: of the bank; the length divides the inputs and the outputs of each layer.
-        topk: how many vectors a piece is mixed of.
-        save_only_topk_weights: files have the weights of these alone. What is loaded of them is not trained on: of the
-            other vectors nothing is known.
+        r: the rank of the update.
+        num_vectors, vector_length: the size of the bank; the length divides the inputs and the outputs of each layer.
+        topk: how many vectors a piece is mixed from.
+        save_only_topk_weights: whether files have only the weights of these vectors. Such an adapter cannot be trained
+            on after loading, as the logits of the other vectors are unknown.
         vblora_dropout: dropout on the adapter's input in training.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (vblora_only).
-        init_vector_bank_bound: the bank starts uniform within it.
-        init_logits_std: the logits start normal, by it. A new adapter is not quite the identity, as in HF PEFT.
+        init_vector_bank_bound: the bound of the bank's uniform start values.
+        init_logits_std: the standard deviation of the logits' normal start values. As in HF PEFT, a new adapter is not
+            quite the identity.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.VBLoRA(r=4, num_vectors=32, vector_length=32))

@@ -1,8 +1,8 @@
 """VeRA: one random low-rank pair for all layers, scaled by vectors of each (Kopiczko et al. 2024, arXiv:2310.11454).
 
-With `A` [r, inputs] and `B` [outputs, r] random, frozen and shared by all places of a rule, and `d` [r] and `b`
-[outputs] trained at each, `forward` is `y + b * B(d * A(dropout(x)))`. The pair is as large as the largest place, and
-each reads its first rows and columns. It is drawn from a seed as HF PEFT draws it, number for number.
+`A` [r, inputs] and `B` [outputs, r] are random, frozen and shared by all places of a rule. Each place trains `d` [r]
+and `b` [outputs]. `forward` is `y + b * B(d * A(dropout(x)))`. The pair is as large as the largest place, and each
+place reads its first rows and columns. The numbers are those that HF PEFT draws from the seed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ A, B, D, SCALE = "vera_A", "vera_B", "vera_lambda_d", "vera_lambda_b"
 
 @dataclass(frozen=True, kw_only=True)
 class VeRA(RandomBasesMethod):
-    """Vectors around a random low-rank pair that all targeted linear layers share.
+    """Trained vectors that scale a random low-rank pair, which all targeted linear layers share.
 
     Args:
         vera_dropout: dropout on the adapter's input in training.
-        d_initial: what `d` starts at; `b` starts at 0. Without `init_weights`, `d` is random and `b` is 1.
+        d_initial: the start value of `d`; `b` starts at 0. Without `init_weights`, `d` is random and `b` is 1.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (vera_only).
 
     Example:

@@ -1,8 +1,8 @@
 """WaveFT: a few trained coefficients of the update's wavelet transform (Bilican et al. 2025, arXiv:2505.12532).
 
-`scaling * idwt2(S)` is added to the weight, `S` being 0 but at `n_frequency` places drawn from a seed; its quarters are
-the four bands of one step of the transform. Each coefficient is a product of two short vectors, and thousands of them
-have the weight's own rank: there is no low-rank sum to tell.
+The update `scaling * idwt2(S)` is added to the weight. `S` is 0 except at `n_frequency` places, which are drawn from a
+seed. Its quarters are the four bands of one step of the transform. Each coefficient gives a product of two short
+vectors, and thousands of them have the weight's full rank: there is no low-rank update.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 
 SPECTRUM, PLACES, LOW = "waveft_spectrum", "waveft_places", "waveft_low_pass"
-_MOST = 10  #: vanishing moments whose filters come out of a root finder to rounding
+_MOST = 10  #: the most vanishing moments for which a root finder gives exact filters, up to rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class WaveFT(SpectralMethod):
 
     Args:
         wavelet_family: Daubechies' wavelets, db1 (Haar) to db10; sym2 and sym3 are db2 and db3.
-        use_idwt: transform the coefficients; else they are elements of the update themselves.
-        proportional_parameters: give each place a share of `n_frequency` times the number of places, by the size of its
-            weight, and 1 at least. `n_frequency_pattern` is not read then, as in HF PEFT.
+        use_idwt: whether the coefficients are transformed; otherwise they are elements of the update.
+        proportional_parameters: whether places with larger weights get more coefficients: `n_frequency` on average, and
+            at least 1. Then `n_frequency_pattern` is not read, as in HF PEFT.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (waveft_only).
 
     Example:
@@ -78,14 +78,14 @@ class WaveFT(SpectralMethod):
     def shared(
         self, sites: Sequence[Site], bases: Iterable[Base], like: Tensor, rng: torch.Generator | None
     ) -> dict[str, Tensor]:
-        """Where the number of a place's coefficients depends on all places: each place's, by its number."""
+        """Return the coefficients' places by the number of each place, if their count depends on all places."""
         if not self.proportional_parameters:
             return {}
         shapes = [site.shape[::-1] if site.transposed else site.shape for site in sites]
         total, budget = sum(out * inner for out, inner in shapes), self.n_frequency * len(shapes)
         made = {}
         for number, ((out, inner), site) in enumerate(zip(shapes, sites, strict=True)):
-            count = max(1, round(out * inner / total * budget))  # in HF PEFT's order: it rounds the same
+            count = max(1, round(out * inner / total * budget))  # as HF PEFT computes it, to round alike
             own = dataclasses.replace(self, n_frequency=count)
             made[f"{PLACES}_{number}"] = own.places((out, inner), site.path).int().to(like.device)
         return made
@@ -133,9 +133,10 @@ def _moments(family: str) -> int:
 
 @functools.cache
 def _low_pass(moments: int) -> tuple[float, ...]:
-    """Daubechies' reconstruction filter of so many vanishing moments, [2 moments]: the roots of least phase.
+    """Return Daubechies' reconstruction filter of `moments` vanishing moments, [2 moments]: roots of least phase.
 
-    `(1 + z)^n` times a factor `q` with `q(z) q(1 / z) = sum_k C(n - 1 + k, k) y^k` at `y = (2 - z - 1 / z) / 4`.
+    The filter is `(1 + z)^n` times a factor `q` with `q(z) q(1 / z) = sum_k C(n - 1 + k, k) y^k` at
+    `y = (2 - z - 1 / z) / 4`.
     """
     product, power = np.zeros(2 * moments - 1), np.ones(1)
     for k in range(moments):

@@ -89,5 +89,5 @@ class TestMethods:
 
     def test_one_method_in_words(self, peftfx: Callable[..., Result]) -> None:
         done = peftfx("methods", "LoRA")
-        assert "r=8  (int) rank." in done.out
+        assert "r=8  (int) the rank." in done.out
         assert_refused(peftfx("methods", "lorra"), "did you mean 'lora'")

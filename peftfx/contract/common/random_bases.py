@@ -1,6 +1,6 @@
-"""RandomBasesMethod: vectors around random matrices that all places of a rule read; and a low-rank pair of such.
+"""RandomBasesMethod: methods that train vectors around random matrices, which all places of a rule share.
 
-They are drawn from a seed as HF PEFT draws them, number for number.
+The matrices are drawn from a seed. Their numbers are those that HF PEFT draws from the seed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from peftfx.sites.site import Site
 
 @dataclass(frozen=True, kw_only=True)
 class RandomBasesMethod(WeightMethod):
-    """Trained vectors around two random, frozen matrices that all targeted linear layers share.
+    """Trained vectors around two random, frozen matrices, which all targeted linear layers share.
 
     Args:
-        r: rank of what the matrices make.
-        projection_prng_key: the seed that they are drawn from.
-        save_projection: keep them in the files; else they are drawn anew on loading.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
-        init_weights: start as the identity; otherwise at random.
+        r: the rank of the matrices' product.
+        projection_prng_key: the seed that the matrices are drawn from.
+        save_projection: whether files have the matrices; otherwise they are drawn again on loading.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
     """
 
     r: int = 256
@@ -39,10 +39,10 @@ class RandomBasesMethod(WeightMethod):
     init_weights: bool = True
 
     bases: ClassVar[tuple[str, str]]
-    """The names of the two, here and in files."""
+    """The names of the two matrices, here and in files."""
     vectors: ClassVar[tuple[str, str]]
-    """The names of what each place trains."""
-    # Fused projections as wholes: HF PEFT's files, which know no parts, have no bases for the rows of one.
+    """The names of the tensors that each place trains."""
+    # Fused projections are adapted whole: HF PEFT's files have no parts, and so no bases for the rows of one part.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
 
@@ -67,20 +67,20 @@ class RandomBasesMethod(WeightMethod):
 
 
 def random_pair(sites: Sequence[Site], down: int, up: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """`A` [down, inputs] and `B` [outputs, up], as large as the largest place, in the dtype of the base's adapters."""
+    """Return `A` [down, inputs] and `B` [outputs, up], as large as the largest site, in the adapters' dtype."""
     shapes = [site.shape[::-1] if site.transposed else site.shape for site in sites]
     out, inner = (max(sizes) for sizes in zip(*shapes, strict=True))
     own = torch.Generator().manual_seed(seed)
     a, b = torch.empty(down, inner), torch.empty(out, up)
-    for t in (a, b):  # A first; Kaiming's bound is that of what a row reads
+    for t in (a, b):  # A first. Kaiming's bound depends on the length of a row
         bound = math.sqrt(3) * math.sqrt(2) / math.sqrt(t.shape[1])
         t.uniform_(-bound, bound, generator=own)
-    # HF PEFT rounds it to the dtype of the base.
+    # HF PEFT rounds the pair to the base's dtype.
     rounded = [t.to(like).to(adapter_dtype(like.dtype)) for t in (a, b)]
     return rounded[0], rounded[1]
 
 
 def own_rows(base: Base, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns of `A` and the rows of `B` that a place reads."""
+    """Return the columns of `A` and the rows of `B` that fit a place's weight."""
     out, inner = base.weight.shape
     return a if a.shape[1] == inner else a[:, :inner], b if b.shape[0] == out else b[:out]

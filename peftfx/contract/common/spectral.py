@@ -1,4 +1,4 @@
-"""SpectralMethod: an update by a few trained coefficients of its transform, at places that a seed draws."""
+"""SpectralMethod: a method that trains a few coefficients of the update's transform, at places drawn from a seed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from peftfx.sites.site import Site
 
 @dataclass(frozen=True, kw_only=True)
 class SpectralMethod(DeltaMethod):
-    """Trained coefficients of a transform of a linear weight's update; those at all other places are 0.
+    """A few trained coefficients of a transform of a linear weight's update; all other coefficients are 0.
 
     Args:
-        n_frequency: how many coefficients.
+        n_frequency: the number of coefficients.
         scaling: the factor of the update.
-        random_loc_seed: the seed of their places.
-        fan_in_fan_out: how the weight is stored; read from the graph, kept for HF PEFT's sake.
+        random_loc_seed: the seed of the coefficients' places.
+        fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         n_frequency_pattern: another `n_frequency` for module paths that match a key.
-        init_weights: start as the identity; otherwise at random.
+        init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
     """
 
     n_frequency: int = 1000
@@ -42,7 +42,7 @@ class SpectralMethod(DeltaMethod):
     """The name of the coefficients, here and in files."""
     spread: ClassVar[float]
     """The standard deviation of a random start."""
-    # Fused projections as wholes: the transform is of the whole weight, and HF PEFT's files know no parts.
+    # Fused projections are adapted whole: the transform is of the whole weight, and HF PEFT's files have no parts.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
 
@@ -67,10 +67,10 @@ class SpectralMethod(DeltaMethod):
         return {self.spectrum: self.spectrum}
 
     def places(self, shape: Sequence[int], where: str) -> Tensor:
-        """Rows and columns of the coefficients in a weight [out, in], as HF PEFT draws them: int64[2, n_frequency].
+        """Return rows and columns of the coefficients in a weight, int64[2, n_frequency], as in HF PEFT.
 
         Raises:
-            PeftfxError: the weight has fewer elements.
+            PeftfxError: the weight has fewer elements than there are coefficients.
         """
         out, inner = shape
         if self.n_frequency > out * inner:
@@ -82,6 +82,6 @@ class SpectralMethod(DeltaMethod):
         return torch.stack([drawn // inner, drawn % inner])
 
     def coefficients(self, base: Base, count: int, rng: torch.Generator | None) -> Tensor:
-        """So many new ones."""
+        """Return `count` new coefficients."""
         new = base.weight.new_zeros(count, dtype=adapter_dtype(base.weight.dtype))
         return new if self.init_weights else new.normal_(std=self.spread, generator=rng)

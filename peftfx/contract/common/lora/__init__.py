@@ -1,1 +1,1 @@
-"""What LoRA and its variants are made of: starts, factors, DoRA, diagonal blocks, KaSA, files and sums."""
+"""The parts of LoRA and its variants: starts, factors, DoRA, diagonal blocks, KaSA, files and sums."""

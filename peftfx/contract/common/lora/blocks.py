@@ -43,7 +43,7 @@ class DiagonalBlocks(NamedTuple):
         return {"target_modules_bd_a" if self.factor == A else "target_modules_bd_b": [""], "nblocks": self.number}
 
     def cut(self, p: dict[str, Tensor], where: str) -> None:
-        """Replace the factor, still of zeros, by its blocks, one below the other.
+        """Replace the zero factor by its blocks, stored one below the other.
 
         Raises:
             PeftfxError: the number of blocks does not divide the factor's shape.

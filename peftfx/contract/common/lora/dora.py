@@ -53,24 +53,24 @@ def rescaled(site: Site, y: Tensor, bias: Tensor | None, gains: Tensor, delta: T
 
 
 def rescaled_dropped(site: Site, y: Tensor, dropped: Tensor, gains: Tensor, delta: Tensor) -> Tensor:
-    """Return the same in training with dropout. As in HF PEFT, `y` is of the whole input, and `dropped` is rescaled.
+    """Return the output in training with dropout. As in HF PEFT, `y` is of the whole input.
 
     Args:
-        dropped: the product of the weight and the dropped input, without a bias.
+        dropped: the product of the weight and the input after dropout, without a bias. Only this product is rescaled.
     """
     gains = along_channels(gains, site)
     return y + (gains - 1) * dropped + gains * delta
 
 
 def folded(site: Site, base: Base, under: Base, weight: Tensor, gains: Tensor) -> Base:
-    """Return an updated weight with rescaled rows, and the bias of `under`.
+    """Return the updated weight with rescaled rows, and the bias of `under`.
 
-    As in HF PEFT, the norm is that of the base with this DoRA's own update alone, and all adapters' updates are scaled:
-    of the bias, what other adapters have added to the base's.
+    As in HF PEFT, the norm is that of the base with only this DoRA's update, but the updates of all adapters are
+    rescaled; in the bias, what other adapters added.
 
     Args:
-        under: the weight and bias after the adapters that act already.
-        weight: the weight of `under`, with this DoRA's update.
+        under: the weight and bias after earlier adapters.
+        weight: the weight of `under` plus this DoRA's update.
     """
     bias = under.bias
     if bias is not None and bias is not base.bias:

@@ -1,4 +1,4 @@
-"""LoRA's factors by name: new ones, joined with the factors of the start, stacked for a fused site."""
+"""LoRA's factors by name: new factors, factors joined with the start's, and factors stacked for a fused site."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from peftfx.sites.blocks import Rows
 from peftfx.sites.site import EXPERTS, Site
 
 B_BIAS = "lora_B_bias"
-A0, B0 = "lora_A0", "lora_B0"  #: factors of what the update leaves out, where it starts from the weight
+A0, B0 = "lora_A0", "lora_B0"  #: factors of the part that is subtracted from the update, if it starts from the weight
 
 
 def zero_factors(site: Site, weight: Tensor, r: int) -> dict[str, Tensor]:
-    """Return A and B of zeros, in HF PEFT's shapes: [r, in, *kernel] and [out, r]; of experts, those of all of them.
+    """Return A and B of zeros, in HF PEFT's shapes: [r, in, *kernel] and [out, r], or those of all experts.
 
     Raises:
         PeftfxError: the number of a conv's groups does not divide the rank.

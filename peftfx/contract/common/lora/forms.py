@@ -1,4 +1,4 @@
-"""LoraForms: a LoRA rewritten as another: for one site, for a rule, in a file, of a fused site, as a sum of several."""
+"""LoraForms: rewrites a LoRA as another LoRA: for one site, for a rule, in a file, for a fused site, as a sum."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class LoraForms(WeightMethod):
 
     @property
     def scaling(self) -> float:
-        """The factor `s`."""
+        """The factor `s`, the scale of the update."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def blocks(self) -> DiagonalBlocks | None:
-        """BD-LoRA's blocks, if it is the method of one site."""
+        """BD-LoRA's blocks, for a method that is configured for one site; or None."""
         return DiagonalBlocks.at(self.use_bdlora, "")
 
     def set_out(self, p: Params) -> Params:
@@ -57,10 +57,10 @@ class LoraForms(WeightMethod):
         return with_diagonal_in(p)
 
     def at(self, site: Site) -> Self:
-        """With the rank, alpha and blocks that the patterns give this site.
+        """Return this method with the rank, alpha and blocks that the patterns give this site.
 
         Raises:
-            PeftfxError: it is a parameter without a layer of its own, and an option needs one.
+            PeftfxError: the site is a parameter without a layer of its own, and an option needs a layer.
         """
         if site.kind == EXPERTS or any(ends_with(site.path, name) for name in self.target_parameters or ()):
             refuse_on_parameters(site, self, self.init_lora_weights)
@@ -81,22 +81,22 @@ class LoraForms(WeightMethod):
         return self._with(rank_pattern=ranks, alpha_pattern=alphas, init_lora_weights=starts.pop())
 
     def naming(self, paths: Sequence[str], modules: Sequence[str]) -> Self:
-        """As of any method; of parameters that the rule names, the names stay."""
+        """Return the rule as for any method, but keep the names of targeted parameters."""
         own = [p for p in paths if not any(ends_with(p, name) for name in self.target_parameters or ())]
         named = super().naming(own, modules)
         if len(own) == len(paths) or named.target_modules:
             return named
-        return named._with(target_modules=())  # HF PEFT takes its own choice where there are none
+        return named._with(target_modules=())  # without target_modules HF PEFT makes its own choice
 
     def written(self, p: Params) -> tuple[Self, dict[str, Tensor]]:
-        """A random start cannot be made again: what is written is LoRA of twice the rank, with the start in it."""
+        """Return LoRA of twice the rank, with the start in it, if the start is random and cannot be made again."""
         if not (is_random(self.init_lora_weights) and A0 in p):
             return self, dict(p)
         return self._without_start([p]), joined(p)
 
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[Self, dict[str, Tensor]]:
-        """Alpha grows with the rank so that the scale stays what it is."""
+        """Return one LoRA of the whole site. Alpha grows with the rank, so that the scale stays the same."""
         if self.use_bdlora is not None or self.kasa_config is not None:
             return super().whole(site, base, parts)
         if any(A0 in q for q in parts.values()):
@@ -105,7 +105,7 @@ class LoraForms(WeightMethod):
         return self._of_rank(self.r * len(parts)), stacked_factors(site, base.weight, parts)
 
     def _without_start(self, parts: Iterable[Params]) -> Self:
-        """Return LoRA of twice the rank: where a part starts from its own rows, the whole has no such start."""
+        """Return LoRA of twice the rank without a start from the weight, as parts start from own rows."""
         return self._of_rank(2 * next(iter(parts))[A].shape[0])._with(init_lora_weights=True)
 
     def _of_rank(self, r: int) -> Self:
@@ -116,7 +116,7 @@ class LoraForms(WeightMethod):
     def combined(
         cls, site: Site, how: Combination, given: Sequence[Weighted]
     ) -> tuple[WeightMethod, dict[str, Tensor]]:
-        """As `low_rank.summed`: a factor is an adapter's weight times its scale; the new one's scale is 1."""
+        """Return the combination by `low_rank.summed`, each adapter's weight times its scale; the new scale is 1."""
         loras = [method for _, method, _ in given if isinstance(method, LoraForms)]
         params = [m._summand(site, how, w.params) for m, w in zip(loras, given, strict=True)]
         weights, scales = [w.weight for w in given], [m.scaling for m in loras]
@@ -130,10 +130,10 @@ class LoraForms(WeightMethod):
         return plain._with(r=r, lora_alpha=r, lora_bias=bool(biased)), new
 
     def _summand(self, site: Site, how: Combination, p: Params) -> Params:
-        """Return its factors as those of a plain LoRA.
+        """Return the adapter's factors as those of a plain LoRA.
 
         Raises:
-            PeftfxError: it cannot be summed.
+            PeftfxError: the adapter cannot be summed.
         """
         if self.unfoldable:
             raise PeftfxError(self.unfoldable, site.path, "make one active at a time")

@@ -1,6 +1,6 @@
 """KaSA: LoRA with a trained diagonal between its factors (arXiv:2412.06071).
 
-A weight's smallest singular values are left out of what is adapted.
+The weight's smallest singular values are removed by the update.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def with_diagonal(
 
 
 def with_diagonal_in(p: Params) -> Params:
-    """Return parameters with the diagonal, if there is one, multiplied into A."""
+    """Return the parameters with the diagonal, if any, multiplied into A."""
     if DIAG not in p:
         return p
     return {name: t * p[DIAG][:, None] if name == A else t for name, t in p.items() if name != DIAG}

@@ -1,4 +1,4 @@
-"""Options of HF PEFT's LoRA that are refused, and why."""
+"""The options of HF PEFT's LoRA that are refused, with the reasons."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refuse_together(dora: bool, invocation: object, blocks: object, kasa: object
 
 
 def refuse_on_parameters(site: Site, rule: Method, start: Start) -> None:
-    """Refuse options that HF PEFT has for layers alone, where a rule names a bare parameter."""
+    """Refuse options that HF PEFT has only for layers, where a rule names a bare parameter."""
     wrong = [name for name in _AT_LAYERS if getattr(rule, name)]
     if start not in (True, False, "gaussian", "eva"):
         wrong.append(f"init_lora_weights={start!r}")

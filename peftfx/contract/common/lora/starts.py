@@ -76,7 +76,7 @@ def starts_from_weight(how: Start) -> bool:
 def begin(
     how: Start, site: Site, weight: Tensor, p: dict[str, Tensor], scaling: float, rng: torch.Generator | None
 ) -> None:
-    """Write the start into factors of zeros. Where it comes from the weight, add copies of it, `A0` and `B0`.
+    """Fill zero factors with the start. If it comes from the weight, add copies of the factors, `A0` and `B0`.
 
     Args:
         weight: the site's weight, [out, in, *kernel].
