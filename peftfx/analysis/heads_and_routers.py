@@ -65,7 +65,7 @@ def find_routers(analysis: Analysis) -> Iterator[WeightFacts]:
 
 
 def find_output_gates(analysis: Analysis) -> Iterator[WeightFacts]:
-    """Yield the linear layers of one feature that an MLP's whole output is multiplied by, behind an activation."""
+    """Yield the linear layers of one feature whose activated output multiplies an MLP's whole output."""
     for weight in analysis.weights.values():
         first = weight.occurrences[0]
         if first.kind == "linear" and not weight.role and 1 in first.shape and _scales_an_mlp(analysis, first.op):

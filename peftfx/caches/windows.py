@@ -1,4 +1,4 @@
-"""Windows of caches: layers whose cache forgets tokens that the model's mask would show."""
+"""Windows of caches: layers whose own cache forgets tokens, although the model's mask would show them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from peftfx.graph.contexts import TRACING
 
 
 class WindowLayer(DynamicLayer):
-    """A layer that keeps the keys and values of all tokens, and gives a call only those in its window.
+    """A cache layer that keeps the keys and values of all tokens, and gives a call only those in its window.
 
-    It gives what transformers' `DynamicSlidingWindowLayer` gives, which forgets the others: `window - 1` tokens of the
-    past, and all tokens of the call. Where the model's mask hides the tokens outside the window, such a layer is not
-    needed.
+    As transformers' `DynamicSlidingWindowLayer`, which forgets all other tokens, it gives `window - 1` tokens of the
+    past and all tokens of the call. If the model's mask hides the tokens outside the window, this layer is not needed.
 
     Args:
-        window: how many tokens a token attends to, itself included.
+        window: how many tokens a token attends to, including itself.
     """
 
     is_sliding = True
@@ -43,14 +42,14 @@ class WindowLayer(DynamicLayer):
         return keys[:, :, start:], values[:, :, start:]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many keys a mask is for, and how many tokens are ahead of these."""
+        """Return how many keys a mask covers, and how many tokens come before these."""
         start = self._forgotten()
         return self.get_seq_length() - start + query_length, start
 
 
 @contextmanager
 def noting_windows(base: nn.Module) -> Iterator[list[int | None]]:
-    """After the context, the list has the window of each layer of the model's own cache that the model's mask ignores.
+    """Yield a list that gets, after the context, the window of each cache layer that the model's mask ignores.
 
     Inside the context, run the model once. If its code makes masks that slide, the list stays empty.
     """
@@ -63,7 +62,7 @@ def noting_windows(base: nn.Module) -> Iterator[list[int | None]]:
         slides = True
         return before[name](*args)
 
-    with TRACING:  # one thread at a time puts functions in the place of others
+    with TRACING:  # only one thread at a time replaces functions
         for name in _OVERLAYS:
             setattr(masking_utils, name, functools.partial(noting, name))
         try:
@@ -77,5 +76,5 @@ def noting_windows(base: nn.Module) -> Iterator[list[int | None]]:
         found += [layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None for layer in own]
 
 
-#: What transformers' masks are made of where they hide tokens that are far away.
+#: The functions of transformers that make masks which hide distant tokens.
 _OVERLAYS = ("sliding_window_overlay", "chunked_overlay")

@@ -59,7 +59,7 @@ def noted() -> Iterator[list[Note]]:
     def listen(env: ShapeEnv, expr: sympy.Basic, *args: Any, **kwargs: Any) -> sympy.Basic:
         before = len(env.guards)
         if threading.get_ident() == own and _of_values(expr) and _is_asserted(sys._getframe(1)):
-            return sympy.true  # the code takes no values for which it is false
+            return sympy.true  # the code accepts only values for which it is true
         result = answer(env, expr, *args, **kwargs)
         if threading.get_ident() == own and getattr(expr, "free_symbols", None):
             notes.extend(_notes(expr, result, len(env.guards) > before))
@@ -73,12 +73,12 @@ def noted() -> Iterator[list[Note]]:
 
 
 def _of_values(expr: object) -> bool:
-    """Return whether an expression has a number that was read from a tensor."""
+    """Return whether an expression contains a number that was read from a tensor."""
     return any(symbol_is_type(s, _READ) for s in getattr(expr, "free_symbols", ()) if isinstance(s, sympy.Symbol))
 
 
 def _is_asserted(frame: FrameType | None) -> bool:
-    """Return whether the model's code asks in an `assert`, which needs the truth of what is asked."""
+    """Return whether the model's code asks in an `assert`, which is true for all valid values."""
     while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
         frame = frame.f_back
     line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno)

@@ -220,7 +220,7 @@ def decode_view(base: nn.Module) -> Decode:
 
 
 def _runs(base: nn.Module, given: Mapping[str, Tensor], cache: DynamicCache, past: int) -> bool:
-    """Whether the model goes on behind so many tokens with a mask that tells of these too."""
+    """Return whether the model continues after `past` tokens with a mask that includes these tokens."""
     mask = torch.cat([given["attention_mask"][:, :past], given["attention_mask"]], dim=1)
     try:
         base(**{**given, "attention_mask": mask}, cache=cache, use_cache=True)

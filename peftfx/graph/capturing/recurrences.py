@@ -160,9 +160,10 @@ def _chunk_scan(
     initial_states: Tensor | None = None,
     **options: object,
 ) -> object:
-    """`mamba_chunk_scan_combined` of mamba_ssm, for one token of a text that goes on too.
+    """Compute `mamba_chunk_scan_combined` of mamba_ssm, also for a single token that continues a text.
 
-    There the model's code asks for `selective_state_update`, which has no limits for dt, [batch, tokens, heads].
+    For a single token the model's code calls `selective_state_update`, which has no limits for dt,
+    [batch, tokens, heads].
     """
     if initial_states is not None and tuple(dt_limit) != (0.0, math.inf):
         dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
@@ -175,12 +176,12 @@ def _chunk_scan(
 
 
 def _is_single(tokens: int, like: Tensor) -> Tensor:
-    """Return whether there is one token, bool[]: a tensor, so that a capture takes no side."""
+    """Return whether there is one token, as a bool[] tensor, so that a capture does not branch on it."""
     return torch.arange(tokens, device=like.device)[-1] == 0
 
 
 class _Read(threading.local):
-    """The recurrent state that a model's code has read from its cache last, in a thread, while it is captured."""
+    """The recurrent state that a model's code last read from its cache during a capture, for each thread."""
 
     listening = False
     state: Tensor | None = None
@@ -190,17 +191,17 @@ _READ = _Read()
 
 
 def note_state(state: Tensor | None) -> None:
-    """Note a recurrent state that a model's code reads: a kernel without an argument for it takes it from here."""
+    """Record a recurrent state that a model's code reads, for kernels that do not take the state as an argument."""
     _READ.state = state if _READ.listening else None
 
 
 def _take_state() -> Tensor | None:
-    """Return the state that was noted last, and forget it."""
+    """Return the state that was recorded last, and drop the record."""
     state, _READ.state = _READ.state, None
     return state
 
 
-#: Kernels that are themselves again, given what the model's code asked for.
+#: Replacements that also get the original kernel of the model's code, as their first argument.
 _WRAPPED: Mapping[str, Callable[..., object]] = {"mamba_chunk_scan_combined": _chunk_scan}
 _KERNELS: Mapping[str, Callable[..., object]] = {
     "chunk_gated_delta_rule": _delta_rule,

@@ -1,4 +1,4 @@
-"""DoRA's linear layer in training, as one operation: fewer passes over activations, and one activation kept."""
+"""DoRA's linear layer in training as one operation, with fewer passes over activations, and one stored activation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from peftfx.contract.common.lora.dora import gain, updated_norms
 
 
 def is_scaled_at_once(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> bool:
-    """Return whether `scaled_linear` may run: plain tensors of one precision on a CPU, over a frozen base.
+    """Return whether `scaled_linear` may run: on plain CPU tensors of one precision, over a frozen base.
 
-    In bfloat16 and float16 a weight rounds an update away that is added to it.
+    In bfloat16 and float16 an update that is added to the weight would be rounded away.
     """
     read = [weight] if bias is None else [weight, bias]
     traced = isinstance(x, FakeTensor) or torch.compiler.is_compiling()
@@ -36,9 +36,9 @@ def scaled_linear(
         a, b, magnitude: DoRA's parameters A [r, in], B [out, r] and m, of `out` values.
         scaling: `s`.
 
-    Where there are many vectors, it is one product with a weight that is updated for it, and again for the gradient of
-    `x`; that weight is then no larger than the input and the output together. Where there are few, the update is
-    added to what the base's weight gives. One activation is kept, for the gradient of m. The output is not: the model's
+    For many vectors there is one product with an updated weight, which is computed again for the gradient of `x`. Then
+    this weight is no larger than the input and the output together. For few vectors the update is added to the product
+    with the base's weight. One activation is kept, for the gradient of m. The output is not kept, because the model's
     code may change it in place.
     """
     rows = x.reshape(-1, x.shape[-1])
