@@ -141,6 +141,6 @@ def _options(inner: str, text: str) -> dict[str, Any]:
         raise PeftfxError(f"cannot read the options ({shown(inner)})", f"quantize: {shown(text)}", _HINT) from error
     wrong = next((name for name in found if name not in _OPTIONS), None)
     if wrong is not None or call.args:
-        what = f"a scheme has no option {wrong!r}" if wrong else "a scheme's option has no name"
+        what = f"a scheme has no option {wrong!r}" if wrong else "a scheme's options are given by name"
         raise PeftfxError(what, f"quantize: {shown(text)}", "the options are block, symmetric, search and gptq")
     return found

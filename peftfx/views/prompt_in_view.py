@@ -1,6 +1,6 @@
 """`prompt_in_view` says what a soft prompt is in each view of a model, given what it is in the forward.
 
-| | virtual tokens | a prefix |
+| view | virtual tokens | a prefix |
 | --- | --- | --- |
 | decode | their keys and values in the cache, before the past | before the past |
 | encoder | before the text | nothing |
@@ -50,5 +50,5 @@ def prompt_in_view(view: View, entry: Entry) -> tuple[View, Entry | None]:
             return view, CachePrefix(entry.shape, entry.dtype, view.layers.own, DECODED)
         if isinstance(view, Encoder):
             return view, None
-    what = f"a {type(entry).__name__} has no place in the {view.name} view"
-    raise PeftfxError(what, view.name, "use its forward, or a method that acts on weights")
+    what = f"the {view.name} view cannot take a soft prompt of the kind {type(entry).__name__}"
+    raise PeftfxError(what, view.name, "use the forward view, or a method that acts on weights")

@@ -47,7 +47,7 @@ def test_one_task_is_merged(made: tuple[Path, Path, Tensor], peftfx: Command, tm
     out = ("--output", tmp_path / "none")
     assert_refused(peftfx("merge", "--base", base, "--adapter", poly, *out), "take one (--task-id N")
     assert_refused(peftfx("merge", "--base", base, "--adapter", poly, "--task-id", "3", *out), "has no task 3")
-    assert_refused(peftfx("merge", "--base", base, "--task-id", "1", *out), "there is no adapter")
+    assert_refused(peftfx("merge", "--base", base, "--task-id", "1", *out), "no adapter is given")
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_roles_share_by_the_names_that_files_have(tmp_path: Path) -> None:
     read = peft.PeftModel.from_pretrained(copy.deepcopy(BASE), tmp_path).eval()
     torch.testing.assert_close(outputs(read), outputs(ours), atol=1e-5, rtol=1e-5)
     some = peftfx.transform(copy.deepcopy(BASE), f"{rule.peft_type.lower()}(r=2)@/.*[01].*(q|v)_proj/", inputs=CALL)
-    with pytest.raises(PeftfxError, match="by the ends of names"):
+    with pytest.raises(PeftfxError, match="by the ends of module names"):
         some.save_pretrained(tmp_path / "some")
 
 
