@@ -76,7 +76,7 @@ class Swappable(Deployment):
         if adapted.active:
             hint = "remove the adapters, and write each to a file of its own (export-adapter)"
             raise PeftfxError(
-                "a graph for swappable adapters is made of the base alone", ", ".join(adapted.active), hint
+                "a graph for swappable adapters is made from the base only", ", ".join(adapted.active), hint
             )
         base = adapted.base
         views = without_images(views_of(base, view, inputs))

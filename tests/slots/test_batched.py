@@ -216,7 +216,7 @@ def test_what_rows_cannot_have_apart_is_refused(tmp_path: Path, peftfx: Run) -> 
         model.export(tmp_path / "out", view="decode", batched=["low", "words"])
     assert model.active == ("words",)
     prompted = adapted_by("llama", {"low": LoRA(r=2), "prompt": PromptTuning(num_virtual_tokens=2)})
-    with pytest.raises(PeftfxError, match="named twice"):
+    with pytest.raises(PeftfxError, match="names an adapter twice"):
         prompted.export(tmp_path / "out", batched=["low", "low"])
     with pytest.raises(PeftfxError, match="batched and swappable are both given"):
         prompted.export(tmp_path / "out", batched=["low"], slots="all-linear")
