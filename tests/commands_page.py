@@ -80,7 +80,7 @@ CHAPTERS: dict[str, tuple[Step, ...]] = {
             "peftfx inspect base --rules 'lora(r=4)@attention' --html page.html", "The same as a [page](pictures.md)."
         ),
         Step("peftfx methods", "What a rule can say.", most=6),
-        Step("peftfx methods ia3", "The options of one method."),
+        Step("peftfx methods ia3", "The options of one method.", most=5),
     ),
     "Train": (
         Step(

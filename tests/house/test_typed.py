@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -12,15 +14,31 @@ import pytest
 
 import peftfx
 from peftfx.discovery import method_classes
+from peftfx.sites import Sites
 
-CALLS = Path(__file__).with_name("typed_calls.py")
+CALLS, LOOKS = (Path(__file__).with_name(name) for name in ("typed_calls.py", "typed_looks.py"))
+#: Modules that hand names on to users.
+FACES = ("export", "graph", "method", "passes", "runtime", "sites", "target", "testing", "vectors")
 ROOT = CALLS.parents[2]
 
 
+def trees() -> list[ast.Module]:
+    return [ast.parse(path.read_text(encoding="utf-8")) for path in (CALLS, LOOKS)]
+
+
+def test_every_name_of_a_face_is_used_and_so_is_what_sites_can_do() -> None:
+    nodes = [node for tree in trees() for node in ast.walk(tree)]
+    used = {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {n.id for n in nodes if isinstance(n, ast.Name)}
+    names = {name for face in FACES for name in importlib.import_module(f"peftfx.{face}").__all__}
+    assert names - used == set()
+    methods = {name for name, own in vars(Sites).items() if inspect.isfunction(own) and not name.startswith("_")}
+    assert methods - used == set()
+
+
 def test_every_public_name_is_used() -> None:
-    tree = ast.parse(CALLS.read_text(encoding="utf-8"))
-    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "peftfx"}
-    used |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names}
+    nodes = [node for tree in trees() for node in ast.walk(tree)]
+    used = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "peftfx"}
+    used |= {alias.name for n in nodes if isinstance(n, ast.ImportFrom) for alias in n.names}
     assert set(peftfx.__all__) - set(method_classes()) - used == {"PatternMethod"}, "methods are all made alike"
 
 
@@ -41,7 +59,7 @@ def test_the_blocks_of_the_readme_and_the_quickstart_are_typed(tmp_path: Path) -
 @pytest.mark.slow
 def test_a_strict_reader_finds_nothing_wrong(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--strict", "--ignore-missing-imports", "--cache-dir", str(tmp_path)]
-    done = subprocess.run([*command, str(CALLS)], cwd=ROOT, capture_output=True, text=True, check=False)
-    own = [line for line in done.stdout.splitlines() if line.startswith("tests/house/typed_calls.py")]
+    done = subprocess.run([*command, str(CALLS), str(LOOKS)], cwd=ROOT, capture_output=True, text=True, check=False)
+    own = [line for line in done.stdout.splitlines() if line.startswith("tests/house/typed_")]
     assert own == [], "\n".join(own)
     assert "Success" in done.stdout, done.stdout[-2000:]
