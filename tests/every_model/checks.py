@@ -81,6 +81,8 @@ def build(task: str, model_type: str) -> nn.Module:
         config = tiny_config(model_type, kind, **more)
         if task == "text-classification":  # of a batch, the last token that is no padding is classified
             config.get_text_config().pad_token_id = config.pad_token_id = config.get_text_config().pad_token_id or 1
+        if task == "text2text-generation" and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = 4
         model: nn.Module = kind(config)
         with torch.no_grad():
             for parameter in model.parameters():
