@@ -54,8 +54,14 @@ def page(results: Mapping[Key, Result]) -> str:
         rest = [(m, r) for status in _ORDER[1:-1] for m, r in found.items() if r.status == status]
         if rest:
             lines += ["", "| model | | why |", "| --- | --- | --- |"]
-            lines += [f"| `{model}` | {result.status} | {_sentence(result.note)} |" for model, result in rest]
+            lines += [f"| `{model}` | {result.status} | {_told(result)} |" for model, result in rest]
     return _HEAD + "\n".join(lines) + "\n"
+
+
+def _told(result: Result) -> str:
+    """Return why, for a table. What others' code says of a model that is not built is a quotation."""
+    quoted = " ".join(result.note.replace("`", "'").replace("|", "\\|").split())
+    return f"`{quoted}`" if result.status == "not built" else _sentence(result.note)
 
 
 def _sentence(note: str) -> str:
