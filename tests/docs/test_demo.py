@@ -92,7 +92,7 @@ def the_report_ends_with_what_to_try_next(result: DemoResult, printed: str) -> N
 @needs_encoder
 def test_force_replaces_demos_and_not_other_directories(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(PeftfxError, match=r"other things in it: thesis\.tex"):
+    with pytest.raises(PeftfxError, match=r"files that no demo made: thesis\.tex"):
         demo.run_demo(tmp_path, force=True)
     assert (tmp_path / "thesis.tex").exists()
 

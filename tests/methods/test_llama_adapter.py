@@ -173,7 +173,7 @@ def test_a_cross_attention_has_no_place_for_it(bare: Callable[[str], AdaptedMode
     [
         (lambda: LlamaAdapter(adapter_layers=3), "adapter_layers is 3, and the target has 2 attentions"),
         (lambda: LlamaAdapter(adapter_len=0), "adapter_len must be 1 or more"),
-        (lambda: LlamaAdapter(target="mlp"), "picks sites of kind linear alone"),
+        (lambda: LlamaAdapter(target="mlp"), "picks only sites of kind linear"),
         (lambda: [LlamaAdapter(), LlamaAdapter(adapter_layers=1)], "two rules act here"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_layer_that_is_quantised_in_an_unknown_way_is_refused() -> None:
         q.tiny(num_hidden_layers=1),
         lambda own: made.PackedLinear({"weight": own.weight.to(torch.int8)}, own.weight, None),
     )
-    with pytest.raises(PeftfxError, match=r"quantised in a way that is not read here: a PackedLinear with weight"):
+    with pytest.raises(PeftfxError, match=r"quantised in this way: a PackedLinear with weight"):
         peftfx.transform(base, "lora")
 
 
