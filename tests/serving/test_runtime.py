@@ -184,6 +184,7 @@ class TestClassification:
         refused = peftfx("run", directory, *where, "--image", tmp_path / "noise.png")
         assert refused.code == 2
         assert "one image" in refused.err
+        assert "takes images, not texts" in peftfx("run", directory, "--text", "a street").err
 
     def test_what_is_not_there_is_said(
         self,

@@ -19,6 +19,7 @@ _TOLD = (
     *("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction"),
     *("text-generation", "text2text-generation", "image-classification", "object-detection", SEGMENTS),
 )
+_SEEING = ("image-classification", "object-detection", SEGMENTS)
 
 
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
@@ -35,6 +36,10 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         raise PeftfxError(
             "the command line cannot show the outputs of this model", task, "call peftfx.runtime.pipeline"
         )
+    if asked.texts and task in _SEEING:
+        raise PeftfxError("this model takes images, not texts", task, "pass --image FILE")
+    if asked.images and task not in _SEEING:
+        raise PeftfxError("this model takes texts, not images", task, "pass --text")
     if asked.output is not None and (task != SEGMENTS or len(asked.images) != 1):
         hint = "pass one --image to a model that segments images"
         raise PeftfxError("--output is only for the segments of one image", "--output", hint)
