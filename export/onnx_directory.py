@@ -187,7 +187,7 @@ def export_onnx(
                 report.reference = oracle.told
                 idle.append(oracle.idle)
                 report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")
-            refuse_disagreement(report, limit, asked.calibration, temporary)
+            refuse_disagreement(report, limit, asked.calibration, Path(directory))
             report.idle = sorted(set.intersection(*idle))
         way.describe(temporary, adapted, verified, example)
         report.measure(temporary)

@@ -32,6 +32,8 @@ from peftfx.passes.base import attributes_of
 from peftfx.passes.optimization.fuse import FUSED
 from peftfx.views.image_sizes import fixed_images
 
+_ANYTHING = 1e20  #: a tolerance beyond it refuses only infinities
+
 
 @dataclass
 class Report:
@@ -187,7 +189,8 @@ class Report:
             shapes = short_shapes({name: shape for name, shape in c.shapes.items() if name not in left_out})
             if shapes not in self.probes:
                 self.probes.append(shapes)
-            numbers = {"max_abs": c.max_abs, "max_rel": c.max_rel, "bound": c.bound, "float32": c.noise}
+            bound = c.bound if c.bound < _ANYTHING else None  # a quantised model's outputs only have to be finite
+            numbers = {"max_abs": c.max_abs, "max_rel": c.max_rel, "bound": bound, "float32": c.noise}
             self.comparisons.append({"output": prefix + c.output, "probe": self.probes.index(shapes), **numbers})
 
     def measure(self, directory: Path) -> None:
@@ -213,8 +216,9 @@ class Report:
         rounding = "" if self.float32 is None else f"; torch's own rounding is up to {self.float32:.1e} from float64"
         agree = ("ONNX Runtime = torch", f"to {self.max_abs:.1e} at {shapes} unseen shapes{rounding}")
         if self.quantized:
-            lost = f"{self.max_rel:.1e} of the largest magnitude, at {shapes} unseen shapes"
-            agree = ("ONNX Runtime - torch", lost)
+            most = max(self.comparisons, key=lambda c: float(str(c["max_rel"])), default={"output": "no output"})
+            lost = f"up to {self.max_rel:.1e} of the largest magnitude ({most['output']}), at {shapes} unseen shapes"
+            agree = ("quantisation's error", lost)
         elif "twin" in self.verified:
             agree = (agree[0], f"{agree[1]} ({self.verified})")
         whole = "".join(f", {count} {name}" for name, count in self.fused.items())

@@ -13,7 +13,6 @@ from peftfx.formats import REPORT, read_stamped
 from peftfx.pages.page import Page, bars, make_page, table, text
 
 _MOST = 40  #: the most rows of a table of places
-_ANYTHING = 1e20  #: a bound beyond it refuses only infinities
 _KNOWN = ("model", "adapters", "tensors", "bytes", "seconds", "comparisons", "probes")
 
 
@@ -113,13 +112,13 @@ def _errors(report: Mapping[str, Any]) -> str:
     rows: list[list[object]] = []
     for name, c in list(worst.items())[:_MOST]:
         own = [_number(c["float32"])] if measured else []
-        rows.append([name, float(c["max_abs"]), float(c["max_rel"]), _allowed(float(c["bound"])), *own])
+        rows.append([name, float(c["max_abs"]), float(c["max_rel"]), _allowed(c["bound"]), *own])
     return table(head, rows, _cut("Error by output, ONNX Runtime against torch", len(worst)))
 
 
-def _allowed(bound: float) -> object:
-    """What an output may differ by; a model whose weights are rounded may differ by anything that is finite."""
-    return bound if bound < _ANYTHING else "finite"
+def _allowed(bound: float | None) -> object:
+    """Return the tolerance of an output. The outputs of a quantised model have none: they only have to be finite."""
+    return "finite" if bound is None else bound
 
 
 def _number(value: object) -> object:

@@ -136,7 +136,9 @@ def _views(model: nn.Module, asked: str) -> tuple[str, ...]:
 
 
 def _notes(asked: DirectoryOptions) -> list[str]:
-    notes = ["only an export shows whether the model can be captured, and how much memory the graph needs"]
+    notes = [
+        "only an export shows whether the model can be captured and the adapter fits, and what memory the graph needs"
+    ]
     if asked.quantize is not None:
         notes.append("the bytes are ahead of quantisation")
     if asked.slots is not None or asked.batched:

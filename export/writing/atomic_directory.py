@@ -87,11 +87,11 @@ def _safe(directory: str | Path) -> Path:
 def _refuse_standing(target: Path, force: bool, made: Mark) -> None:
     if not os.path.lexists(target):
         return
-    if not force:
-        raise already_there(target)
     if not target.is_dir() or not (made(target) or _is_empty(target)):
         hint = "delete it yourself, or choose another output"
-        raise PeftfxError("the directory there is not an export, so it is not replaced", str(target), hint)
+        raise PeftfxError("what is there is not an earlier output, so it is not replaced", str(target), hint)
+    if not force:
+        raise already_there(target)
 
 
 def _resolved(directory: Path) -> Path:

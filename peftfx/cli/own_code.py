@@ -56,7 +56,7 @@ def _pass_named(text: str) -> Pass:
     module = import_module(name)
     found = getattr(module, attribute, None)
     if found is None:
-        known = [own for own, value in vars(module).items() if isinstance(value, Pass)]
+        known = [own for own, value in vars(module).items() if _is_pass(value, module)]
         hint = nearest(attribute, known) or f"its passes: {', '.join(known) or 'none'}"
         raise PeftfxError(f"the module {name} has no {attribute!r}", text, hint)
     if isinstance(found, type) and issubclass(found, Pass):
@@ -70,3 +70,12 @@ def _pass_named(text: str) -> Pass:
         what = f"{attribute} is a {type(found).__name__}, not a pass"
         raise PeftfxError(what, text, "see docs/patterns.md and docs/writing-a-pass.md")
     return found
+
+
+def _is_pass(value: object, module: ModuleType) -> bool:
+    """Say whether a value of a module is a pass, or a class of passes that the module itself defines."""
+    from peftfx.passes.base import Pass
+
+    if isinstance(value, type):
+        return issubclass(value, Pass) and value.__module__ == module.__name__
+    return isinstance(value, Pass)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peftfx.errors import PeftfxError, first_line, shown
 
 _CONTRACT = "peftfx.contract."
+_DEFAULTS = ("peftfx.contract.method", "peftfx.contract.weight")  #: the modules whose members are only defaults
 _SAID = {
     "peft_type": 'its name in files and rules, as "ROW_SCALE"',
     "default_target": 'where it acts if a rule does not say, as "attention.value | mlp.up"',
@@ -31,6 +32,8 @@ def refuse_incomplete(cls: type) -> None:
     """
     lacking = [f"{name}: {_said(cls, name)}" for name in sorted(getattr(cls, "__abstractmethods__", ()))]
     lacking += [f"{name}: {text}" for name, text in _SAID.items() if not getattr(cls, name, None)]
+    if _is_default(cls, "fold") and _is_default(cls, "unfoldable"):
+        lacking.append(f"fold: {_said(cls, 'fold')}; or unfoldable: {_said(cls, 'unfoldable')}")
     if lacking:
         hint = "docs/writing-a-method.md has a whole example"
         raise PeftfxError(f"{cls.__name__} is no whole method; it lacks\n  " + "\n  ".join(lacking), _home(cls), hint)
@@ -145,6 +148,12 @@ def _gave(cls: type, member: str, where: str, what: str) -> PeftfxError:
 
 def _must(cls: type, member: str) -> str:
     return f"{member} must give {_said(cls, member)}"
+
+
+def _is_default(cls: type, member: str) -> bool:
+    """Say whether a class has a member as the contract's own classes define it."""
+    owner = next((one for one in cls.__mro__ if member in vars(one)), None)
+    return owner is not None and owner.__module__ in _DEFAULTS
 
 
 def _said(cls: type, member: str) -> str:

@@ -58,9 +58,15 @@ class WeightMethod(Method):
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         """Return the adapted output for `x` and `y = op(x, *base)`, of the shape and dtype of `y`."""
 
-    @abstractmethod
     def fold(self, site: Site, base: Base, p: Params) -> Base:
-        """Return the adapted weight and bias. The given tensors are fp32; the caller rounds once."""
+        """Return the adapted weight and bias. The given tensors are fp32; the caller rounds once.
+
+        A method has a `fold` of its own, or says in `unfoldable` why no weight does what `forward` does.
+
+        Raises:
+            PeftfxError: the method is unfoldable.
+        """
+        raise PeftfxError(self.unfoldable, site.path, "export it: there its operations are the graph's own")
 
     @property
     def reruns(self) -> bool:

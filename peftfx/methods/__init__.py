@@ -130,9 +130,10 @@ def unknown(name: str, where: str, known: Iterable[str]) -> PeftfxError:
         what = f"HF PEFT has the method {name.upper()}, and peftfx does not"
         hint = "merge it with peft where peft can, and export the base; or write it as a method of your own"
         return PeftfxError(what, where, f"{hint} (docs/writing-a-method.md)")
-    hint = nearest(name, known) or f"methods that peftfx knows: {', '.join(sorted(known))}"
-    elsewhere = f"; one of another package needs peftfx.register (--import MODULE), or an entry point, {GROUP!r}"
-    return PeftfxError(f"unknown method {name!r}", where, f"{hint}{elsewhere}")
+    own = f"import a method of your own first (--import MODULE, peftfx.register, or an entry point, {GROUP!r})"
+    near = nearest(name, known)
+    hint = f"{near}; {own}" if near else f"{own}; methods that peftfx knows: {', '.join(sorted(known))}"
+    return PeftfxError(f"unknown method {name!r}", where, hint)
 
 
 def plain(name: str) -> str:

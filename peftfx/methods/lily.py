@@ -125,9 +125,6 @@ class Lily(WeightMethod):
         up = (chosen @ p[B].reshape(self.num_B, -1)).view(self.r, -1)
         return y + (hidden @ up * self.scaling).to(y.dtype)
 
-    def fold(self, site: Site, base: Base, p: Params) -> Base:
-        raise PeftfxError(self.unfoldable, site.path, "export it: there its operations are the graph's own")
-
 
 def _spread(t: Tensor, rng: torch.Generator | None) -> Tensor:
     """Fill a tensor with Kaiming's uniform numbers, as HF PEFT draws them for a linear layer."""

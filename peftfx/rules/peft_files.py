@@ -39,9 +39,11 @@ def read_adapter_config(directory: Path) -> dict[str, object]:
     path = directory / CONFIG
     if not is_file(path):
         below = [p.parent.name for p in directory.glob(f"*/{CONFIG}")]
-        hint = (
-            f"adapters below it: {', '.join(sorted(below))}" if below else "give the folder that save_pretrained wrote"
-        )
+        hint = "give the folder that an adapter's save_pretrained wrote"
+        if below:
+            hint = f"adapters below it: {', '.join(sorted(below))}"
+        elif is_file(directory / "config.json"):
+            hint = f"this is a model, or an export; {hint}"
         raise PeftfxError(f"there is no {CONFIG}", str(directory), hint)
     config = read_json(path, "save the adapter again")
     if "peft_type" not in config:

@@ -17,6 +17,7 @@ from peftfx.errors import PeftfxError, first_line
 from peftfx.files import is_file, is_folder
 from peftfx.formats import ADAPTER, VERSIONS, refuse_newer
 from peftfx.graph.slots import SLOTS_FILE, Manifest, listed
+from peftfx.rules.peft_files import CONFIG
 from peftfx.serving.onnx_model import to_ort, to_torch
 
 SUFFIX = ADAPTER
@@ -29,6 +30,9 @@ def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
     Raises:
         PeftfxError: the file does not exist, or is not an adapter file.
     """
+    if is_file(path / CONFIG):
+        hint = f"write it for this graph: peftfx export-adapter --adapter {path} --for GRAPH --output FILE"
+        raise PeftfxError("this is an adapter in HF PEFT's format, not a file for a graph", str(path), hint)
     if not is_file(path):
         raise PeftfxError("there is no such adapter", str(path), "`peftfx export-adapter` writes one")
     try:

@@ -57,7 +57,7 @@ def load(
 
     directory = Path(directory)
     if is_adapter_file(directory):
-        hint = "load the graph that it was written for, and then model.load_adapter(file)"
+        hint = "peftfx run GRAPH --adapter FILE; in Python, load the graph, and then model.load_adapter(file)"
         raise PeftfxError("this is an adapter for a graph, not a model", str(directory), hint)
     if is_file(directory / ENCODER):
         encoder, decoder = (

@@ -87,6 +87,8 @@ class Served:
                 not an adapter's; or there is not one number for each row.
         """
         given, first = dict(inputs), next(iter(inputs.values()))
+        if isinstance(given.get(IDS), list | tuple):  # adapters by name
+            given[IDS] = self.adapter_ids(given[IDS])  # type: ignore[arg-type]
         if IDS not in self.model.inputs:
             if IDS in given:
                 hint = "export it with --batched NAME=DIR"
@@ -110,7 +112,14 @@ class Served:
             raise PeftfxError(what, IDS, hint)
 
     def set_adapter(self, name: str | None) -> None:
-        """Make the loaded adapter `name` active; None means the base. Switching costs nothing."""
+        """Make the loaded adapter `name` active; None means the base. Switching costs nothing.
+
+        Raises:
+            PeftfxError: no adapter of this name is loaded, or several names are given.
+        """
+        if not isinstance(name, str | None):
+            hint = "add up several adapters in one file: peftfx export-adapter --adapter A --adapter B"
+            raise PeftfxError(f"a graph has one adapter at a time, not {shown(name)}", "name", hint)
         if name is not None and name not in self.adapters:
             hint = nearest(name, self.adapters) or f"adapters here: {', '.join(self.adapters) or 'none'}"
             raise PeftfxError(f"there is no adapter named {name!r}", name, hint)
@@ -202,7 +211,7 @@ class ServedForward(Served):
         Raises:
             PeftfxError: always. Models with a cache have another `generate`.
         """
-        hint = "export it with --view decode; in Python, view='decode'"
+        hint = "export a model that generates text with --view decode; in Python, view='decode'"
         raise PeftfxError("this model has no cache, so it cannot generate", str(self.directory), hint)
 
 

@@ -107,7 +107,12 @@ def check(
         spec = _given(cls, model, inputs)
         hold = functools.partial(_held, cls, choices, whole, spec)
         laws = (law for law in LAWS if law.is_about(cls) and (spec is None or law.least == 1))
-        findings = [_tried(law.name, law.text, functools.partial(hold, law)) for law in laws]
+        findings = [
+            Finding(law.name, law.text, skipped=why)
+            if (why := law.untested(cls))
+            else _tried(law.name, law.text, functools.partial(hold, law))
+            for law in laws
+        ]
         findings += [_compared(cls, options) for options in configs]
     report = CheckReport(cls.__name__, tuple(findings))
     if report.broken:

@@ -91,6 +91,7 @@ def test_passes_run_on_what_is_exported(inputs: Inputs, peftfx: Command, here: P
     [
         ("my_rules", "a pass is named as MODULE:NAME"),
         ("my_rules:TANG", "did you mean 'TANH'"),
+        ("my_rules:ZZZ", "Needs"),
         ("my_rules:NONE", "NONE is a int, not a pass"),
         ("my_rules:Needs", "Needs needs options"),
         ("my_rules:FAILS", "Needs fails: ZeroDivisionError"),
@@ -103,6 +104,11 @@ def test_what_is_no_pass_is_told(named: str, said: str, inputs: Inputs, peftfx: 
     words = ("export", "--base", inputs.encoder, "--output", here / "out", "--pass", named)
     assert_refused(peftfx(*words), said)
     assert not (here / "out").exists()
+
+
+def test_a_dry_run_looks_for_the_passes(inputs: Inputs, peftfx: Command, here: Path) -> None:
+    words = ("export", "--base", inputs.encoder, "--output", here / "out", "--dry-run", "--pass", "my_rules:TANG")
+    assert_refused(peftfx(*words), "did you mean 'TANH'")
 
 
 def test_a_module_brings_its_methods(inputs: Inputs, peftfx: Command, here: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +20,29 @@ def test_the_collected_messages_are_those_of_the_sources() -> None:
         [sys.executable, ROOT / "tests" / "messages.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_troubleshooting_page_quotes_messages_as_they_are() -> None:
+    """The page writes `...`, or a file's name, where a message has a value."""
+    said = "\n".join(text for file in sources() for text in texts(ast.parse(file.read_text(encoding="utf-8"))))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
+    assert len(quoted) > 25
+    assert [one for one in quoted if any(part.strip() not in said for part in re.split(r"\.\.\.|\S+\.json", one))] == []
+
+
+def sources() -> Iterator[Path]:
+    for folder in ("peftfx", "passes", "export"):
+        yield from (file for file in (ROOT / folder).rglob("*.py"))
+
+
+def texts(tree: ast.Module) -> Iterator[str]:
+    """The texts in a file. A value that is filled in is a gap."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
 
 
 def test_a_readme_is_short() -> None:

@@ -204,6 +204,25 @@ def test_a_fold_of_another_shape_is_told_by_its_name() -> None:
         ours.merge()
 
 
+def test_a_method_that_no_weight_can_do_needs_no_fold_and_its_laws_are_skipped() -> None:
+    class Beside(Scale):
+        fold = WeightMethod.fold
+        update = WeightMethod.update
+
+    with pytest.raises(PeftfxError, match="lacks\n  fold: Base: (?s:.*)or unfoldable: str"):
+        check(Beside)
+    Beside.unfoldable = "it depends on the input"  # type: ignore[assignment]
+    report = {finding.name: finding for finding in check(Beside).findings}
+    assert {name for name, finding in report.items() if finding.skipped} == {
+        "fold",
+        "update",
+        "slots",
+        "rows",
+        "parity",
+    }
+    assert report["slots"].skipped == "Beside has no update of its own"
+
+
 def test_a_report_says_which_law_is_broken_and_by_what() -> None:
     class Forgets(Scale):
         def fold(self, site: Site, base: Base, p: Params) -> Base:

@@ -144,3 +144,5 @@ class TestRules:
     def test_an_unknown_option_names_the_nearest(self) -> None:
         with pytest.raises(PeftfxError, match="did you mean 'lora_alpha'"):
             LoRA.from_options({"lora_alfa": 3})
+        with pytest.raises(PeftfxError, match="did you mean 'r', 'rank_pattern'"):
+            LoRA.from_options({"rank": 3})

@@ -103,6 +103,7 @@ def test_rows_without_a_number_are_the_bases_and_beams_keep_theirs(llama: tuple[
     beams = {**GREEDY, "num_beams": 3}
     got = served.generate(**given, **beams, adapter_ids=served.adapter_ids(["low", "low"]))
     assert torch.equal(got, adapted.generate(**given, **beams))
+    assert torch.equal(served.generate(**given, **beams, adapter_ids=["low", "low"]), got)
     with pytest.raises(PeftfxError, match="no adapter 'lwo'") as raised:
         served.adapter_ids(["lwo"])
     assert "low" in raised.value.hint

@@ -96,6 +96,15 @@ def test_a_file_of_each_method_makes_one_graph_the_merged_model(llama: Deployed,
         assert farthest(adapted, model, outputs(adapted, merged=False)) < 2e-6
 
 
+def test_what_is_no_file_for_a_graph_and_several_adapters_at_once_are_refused(llama: Deployed, tmp_path: Path) -> None:
+    llama.with_rule(RULES["lora"]).save_pretrained(tmp_path)
+    with pytest.raises(PeftfxError, match="an adapter in HF PEFT's format") as raised:
+        llama.served.load_adapter(tmp_path)
+    assert f"peftfx export-adapter --adapter {tmp_path} --for" in raised.value.hint
+    with pytest.raises(PeftfxError, match="one adapter at a time"):
+        llama.served.set_adapter(["a", "b"])  # type: ignore[arg-type]
+
+
 def test_onnx_runtime_itself_puts_a_file_in(llama: Deployed, tmp_path: Path) -> None:
     adapted = llama.with_rule(RULES["lora"])
     path = export_adapter(adapted, llama.root / "graph", tmp_path / "adapter", check=False)

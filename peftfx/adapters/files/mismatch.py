@@ -60,7 +60,7 @@ def refuse_mismatch(
     hint = "load it on the model that it was trained on (the same size, the same number of labels)"
     if homeless and not unexpected:
         hint = "pass inputs= of a call that runs them, or merge the adapter into the base with HF PEFT and load that"
-    elif unexpected:
+    elif unexpected and len(unexpected) < len(weights.names):  # a file of which nothing fits is of another model
         hint = nearest(module_of(unexpected[0]), modules) or hint
     raise PeftfxError("this adapter does not fit the model:\n  " + "\n  ".join(lines), str(where), hint)
 

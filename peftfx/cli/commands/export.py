@@ -173,6 +173,7 @@ def export(
         from peftfx.export.summaries.dry_run import dry_run as run
 
         with quiet():
+            passes_named(passes or ())  # refuses a pass that does not exist
             tell(run(base, output, asked))
         return
     from peftfx.cli.progress import Progress

@@ -67,7 +67,7 @@ class TestForceReplacesAnExportAlone:
         else:
             output.symlink_to(elsewhere if what == "a link" else tmp_path / "nothing")
         before = names(tmp_path)
-        said = "is a link" if "link" in what else "is not an export"
+        said = "is a link" if "link" in what else "is not an earlier output"
         with pytest.raises(PeftfxError, match=said), publish(output, force=True):
             pytest.fail("it began")
         assert names(tmp_path) == before
@@ -92,7 +92,7 @@ class TestForceReplacesAnExportAlone:
 
     def test_what_was_put_there_meanwhile_stays(self, tmp_path: Path) -> None:
         output = an_export(tmp_path / "out", "old")
-        with pytest.raises(PeftfxError, match="is not an export"), publish(output, force=True) as place:  # noqa: PT012
+        with pytest.raises(PeftfxError, match="is not an earlier output"), publish(output, force=True) as place:  # noqa: PT012
             into(place, "new")
             shutil.rmtree(output)
             output.mkdir()
@@ -109,7 +109,7 @@ class TestForceReplacesAnExportAlone:
         (tmp_path / "here" / "out" / "thesis.txt").write_text("years")
         monkeypatch.chdir(tmp_path / "here")
         done = peftfx("export", "--base", tmp_path / "base", "--output", output, "--force")
-        assert_refused(done, "is not an export" if output else "is the working directory", "hint: ")
+        assert_refused(done, "is not an earlier output" if output else "is the working directory", "hint: ")
         assert (tmp_path / "here" / "out" / "thesis.txt").read_text() == "years"
 
 
