@@ -12,7 +12,6 @@ from peftfx.adapters.files.writer import write_rule_directory
 from peftfx.adapters.lora_conversion import difference, lora_of
 from peftfx.adapters.single_file import DIFFUSERS, KOHYA, as_peft, as_single_file
 from peftfx.bases.load import load_base
-from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.export.command import load_directories
 from peftfx.files import write_file, writing
@@ -95,16 +94,18 @@ def convert_directory(
 
 
 def _ranks(made: Adapter) -> str:
-    ranks = sorted({p.method.r for p in made.placements if isinstance(p.method, LoRA)})
+    ranks = sorted({int(vars(placement.method)["r"]) for placement in made.placements.weights})
     return f"of rank {ranks[0]}" if len(ranks) == 1 else f"of ranks {ranks[0]} to {ranks[-1]}"
 
 
 def _refuse_other_methods(adapter: Adapter) -> None:
     """Refuse an adapter with a rule that is no LoRA: to be one, it needs a rank."""
-    other = next((rule for rule in adapter.rules if not isinstance(rule, LoRA)), None)
-    if other is not None and not isinstance(other, WeightMethod):
-        what = f"what {type(other).__name__} does is no update of a weight"
+    on_weights = set(map(id, adapter.placements.weights))
+    beside = next((placement for placement in adapter.placements if id(placement) not in on_weights), None)
+    if beside is not None:
+        what = f"what {type(beside.method).__name__} does is no update of a weight"
         raise PeftfxError(what, "adapter", "convert adapters that act on weights")
+    other = next((rule for rule in adapter.rules if rule.peft_type != LoRA.peft_type), None)
     if other is not None:
         what = f"the adapter is {type(other).__name__}, and a LoRA of it needs a rank"
         raise PeftfxError(what, "rank", "rank=16, or rank=0.95 of its energy")

@@ -77,11 +77,11 @@ def first_line(error: BaseException) -> str:
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """Return `did you mean 'a', 'b'?` for the valid `names` closest to `name`, or an empty string.
 
-    A valid name that `name` begins with comes first: `r` for `rank`.
+    A valid name of one or two letters that `name` begins with comes first: `r` for `rank`.
     """
     known = list(names)
     close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
-    short = [valid for valid in known if valid and name.startswith(valid) and valid not in close]
+    short = [valid for valid in known if len(valid) in (1, 2) and name.startswith(valid) and valid not in close]
     close = [*short[:1], *close][:count]
     return f"did you mean {', '.join(repr(c) for c in close)}?" if close else ""
 

@@ -31,9 +31,9 @@ def refuse_incomplete(cls: type) -> None:
         PeftfxError: names all members that the class lacks, each with what the member must give.
     """
     lacking = [f"{name}: {_said(cls, name)}" for name in sorted(getattr(cls, "__abstractmethods__", ()))]
-    lacking += [f"{name}: {text}" for name, text in _SAID.items() if not getattr(cls, name, None)]
     if _is_default(cls, "fold") and _is_default(cls, "unfoldable"):
         lacking.append(f"fold: {_said(cls, 'fold')}; or unfoldable: {_said(cls, 'unfoldable')}")
+    lacking += [f"{name}: {text}" for name, text in _SAID.items() if not getattr(cls, name, None)]
     if lacking:
         hint = "docs/writing-a-method.md has a whole example"
         raise PeftfxError(f"{cls.__name__} is no whole method; it lacks\n  " + "\n  ".join(lacking), _home(cls), hint)
@@ -152,8 +152,8 @@ def _must(cls: type, member: str) -> str:
 
 def _is_default(cls: type, member: str) -> bool:
     """Say whether a class has a member as the contract's own classes define it."""
-    owner = next((one for one in cls.__mro__ if member in vars(one)), None)
-    return owner is not None and owner.__module__ in _DEFAULTS
+    found = getattr(cls, member, None)
+    return getattr(getattr(found, "fget", found), "__module__", "") in _DEFAULTS
 
 
 def _said(cls: type, member: str) -> str:

@@ -84,7 +84,7 @@ class CPT(PromptMethod):
             object.__setattr__(self, name, tuple(given) if given is not None else (1,) * count)
             if len(getattr(self, name)) != count:
                 raise PeftfxError(
-                    f"{len(given)} values for the {count} tokens of the prompt", name, "give one for each token"
+                    f"the prompt has {count} tokens, not {len(given)}", name, "give one value for each token"
                 )
         super().__post_init__()
 

@@ -70,6 +70,10 @@ class _Serves(Served, GenerationMixin):
         """Return no choices: the implementation was fixed when the graph was made."""
         return {}
 
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """Generate by transformers' `generate`. `adapter_ids` may be the adapters' names, one for each row."""
+        return super().generate(*args, **self.numbered(options))
+
     def step(self, inputs: dict[str, Tensor], cache: Cache | None) -> Mapping[str, Tensor]:
         """Run the graph. The past is read in place, and the results are written into the cache's other memory."""
         buffers = cache.buffers if isinstance(cache, BufferedCache) else Buffers()

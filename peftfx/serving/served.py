@@ -86,9 +86,7 @@ class Served:
             PeftfxError: the inputs have adapter numbers, and the model has no adapters to choose from; or a number is
                 not an adapter's; or there is not one number for each row.
         """
-        given, first = dict(inputs), next(iter(inputs.values()))
-        if isinstance(given.get(IDS), list | tuple):  # adapters by name
-            given[IDS] = self.adapter_ids(given[IDS])  # type: ignore[arg-type]
+        given, first = self.numbered(inputs), next(iter(inputs.values()))
         if IDS not in self.model.inputs:
             if IDS in given:
                 hint = "export it with --batched NAME=DIR"
@@ -97,6 +95,11 @@ class Served:
         ids = given.get(IDS, torch.full((first.shape[0],), -1))
         self._check_ids(ids, first.shape[0])
         return {**given, IDS: ids.long()}
+
+    def numbered(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the `inputs`, with adapters' numbers in place of their names in `adapter_ids`."""
+        ids = inputs.get(IDS)
+        return {**inputs, IDS: self.adapter_ids(ids)} if isinstance(ids, list | tuple) else dict(inputs)
 
     def _check_ids(self, ids: Tensor, rows: int) -> None:
         hint = "pass adapter_ids([name, None, ...]) of this model: a name, or None, for each row"

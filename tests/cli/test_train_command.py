@@ -161,5 +161,5 @@ def test_bad_options_are_told(base: Path, completions: Path, peftfx: Command, tm
     assert_refused(peftfx(*words, "--epochs", "nan"), "epochs is nan")
     assert_refused(peftfx(*words, "--rules", "lorra"), "lorra")
     assert_refused(peftfx(*words, "--max-length", 2), "nothing to learn from")
-    assert_refused(peftfx(*words[:-1], tmp_path, "--data", tmp_path / "no"), "exists already")
+    assert_refused(peftfx(*words[:-1], tmp_path, "--data", tmp_path / "no"), "not an earlier output")
     assert_refused(peftfx("train", "--base", tmp_path / "no", *words[3:]), "no such directory")

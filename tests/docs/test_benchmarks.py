@@ -91,7 +91,7 @@ def test_the_sampled_sites_are_pefts_arithmetic_and_a_wrong_one_is_seen(
 
 @pytest.mark.parametrize("counts", [[1], pytest.param([1, 2], marks=pytest.mark.slow)], ids=str)
 def test_growth_has_every_step_at_every_count(counts: list[int], tmp_path: Path) -> None:
-    results = growth.growth(counts)
+    results = growth.growth(counts, "forward")
     assert list(results) == counts
     assert all(set(costs) == set(growth.STEPS) for costs in results.values())
     assert all(costs[step] > 0 for costs in results.values() for step in growth.STEPS)

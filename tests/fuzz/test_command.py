@@ -136,7 +136,7 @@ def typing(
     places = {"BASE": base.root / "base", "LORA": base.root / "lora", "IA3": base.root / "ia3", "GRAPH": exported}
     places |= {"OUTPUT": tmp_path / "out", "SPOILED": tmp_path / "adapter"}
 
-    def captured(model: object) -> AdaptedModel:
+    def captured(model: object, **options: object) -> AdaptedModel:
         base.adapted.remove()  # what the last line left on it
         return base.adapted
 

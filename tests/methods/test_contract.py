@@ -209,7 +209,7 @@ def test_a_method_that_no_weight_can_do_needs_no_fold_and_its_laws_are_skipped()
         fold = WeightMethod.fold
         update = WeightMethod.update
 
-    with pytest.raises(PeftfxError, match="lacks\n  fold: Base: (?s:.*)or unfoldable: str"):
+    with pytest.raises(PeftfxError, match=r"lacks\n  fold: Base: (?s:.*)or unfoldable: str"):
         check(Beside)
     Beside.unfoldable = "it depends on the input"  # type: ignore[assignment]
     report = {finding.name: finding for finding in check(Beside).findings}

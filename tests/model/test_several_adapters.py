@@ -100,7 +100,7 @@ class TestSeveralAdapters:
             adapted.set_adapter("frist")
         with pytest.raises(PeftfxError, match="not a name"):
             adapted.add_adapter("a.b", LoRA())
-        with pytest.raises(PeftfxError, match="every torch module has an attribute 'train'"):
+        with pytest.raises(PeftfxError, match="cannot be an attribute of torch modules: 'train'"):
             adapted.add_adapter("train", LoRA())
         with pytest.raises(PeftfxError, match="is named twice"):
             adapted.set_adapter(["first", "first"])

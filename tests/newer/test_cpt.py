@@ -65,5 +65,5 @@ def test_a_call_takes_no_labels_and_tokens_are_the_models() -> None:
         ours(**CALL, labels=LABELS)
     with pytest.raises(PeftfxError, match="token 99 is not among"):
         peftfx.transform(copy.deepcopy(BASE), CPT(cpt_token_ids=[99]), inputs=CALL)
-    with pytest.raises(PeftfxError, match="1 for 2 tokens"):
+    with pytest.raises(PeftfxError, match="the prompt has 2 tokens, not 1"):
         CPT(cpt_token_ids=[3, 4], cpt_tokens_type_mask=[1])

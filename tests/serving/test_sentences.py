@@ -206,7 +206,7 @@ def test_what_cannot_be_embedded_is_said(
     for name, old, new, said in (
         ("modules.json", "models.Dense", "models.WordWeights", "WordWeights"),
         ("modules.json", "2_Dense", "../2_Dense", "outside"),
-        ("modules.json", "models.Transformer", "models.BoW", "begins with BoW"),
+        ("modules.json", "models.Transformer", "models.BoW", "the first module is BoW"),
         ("modules.json", "[", "{", "not valid JSON"),
         ("1_Pooling/config.json", "{", '{"include_prompt": false, ', "include_prompt"),
         ("1_Pooling/config.json", "{", '{"pooling_mode": "median", ', "median"),

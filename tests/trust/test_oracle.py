@@ -38,7 +38,7 @@ def stirred(adapted: AdaptedModel, std: float = 0.2) -> AdaptedModel:
 
 def without(path: str, found: Callable[..., Sites]) -> Callable[..., Sites]:
     """A search for sites that overlooks one."""
-    return lambda graph: Sites(tuple(site for site in found(graph) if site.path != path))
+    return lambda *given: Sites(tuple(site for site in found(*given) if site.path != path))
 
 
 LOST = "model.layers.1.mlp.down_proj"

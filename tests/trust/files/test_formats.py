@@ -106,4 +106,4 @@ def test_the_page_has_each_format_and_its_fields() -> None:
     assert set(told[LABELS]) == {FORMAT, "labels"}
     assert all(f"`{f.name}`" in sections[SLOTS] for f in fields(Slot))
     for name, text in sections.items():
-        assert re.search(rf"version, {VERSIONS[name]}\b|there, {VERSIONS[name]};", text), name
+        assert re.search(rf"version, {VERSIONS[name]}\b|format, {VERSIONS[name]}\.", text), name
