@@ -93,15 +93,22 @@ class Pattern:
                     yield found
 
     def explain(self, graph: Graph) -> list[NearMiss]:
-        """Return the near misses in a `graph`, the closest first: one for each node that could have ended a match."""
-        found, traces = list[NearMiss](), Traces()
+        """Return the near misses in a `graph`, the closest first: one for each node that could have ended a match.
+
+        Nodes inside a match are left out.
+        """
+        found, traces, matched = list[NearMiss](), Traces(), set[fx.Node]()
         ends = self._ends()
-        for node in graph.nodes():
-            if node.op != "call_function" or op_name(node) not in ends:
+        for node in reversed(list(graph.nodes())):  # the end of a match comes before its inner nodes
+            if node.op != "call_function" or op_name(node) not in ends or node in matched:
                 continue
             trail = Trail(whole=True)
-            if self._at(node, trail, traces) is None and trail.node is not None:
+            match = self._at(node, trail, traces)
+            if match is not None:
+                matched |= set(match.inner)
+            elif trail.node is not None:
                 found.append(NearMiss(module_path(node), trail.node.name, trail.why, trail.reached))
+        found.reverse()
         return sorted(found, key=lambda miss: -miss.matched)
 
     def _ends(self) -> set[str]:

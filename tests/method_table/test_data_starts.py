@@ -61,6 +61,7 @@ def corda() -> peft.PeftModel:
 
 
 def loftq() -> peft.PeftModel:
+    pytest.importorskip("bitsandbytes")  # HF PEFT asks for it, at 8 bits too
     to = torch.Tensor.to  # HF PEFT's LoftQ computes on a GPU alone
 
     def on_the_cpu(tensor: torch.Tensor, *places: object, **named: object) -> torch.Tensor:

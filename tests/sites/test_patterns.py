@@ -161,6 +161,12 @@ def test_a_condition_narrows_and_what_did_not_match_is_told(captured: Callable[[
     assert "model.layers.0.mlp.down_proj: aten.gelu is expected, and aten.silu is there" in error.value.hint
 
 
+def test_what_is_inside_a_match_is_no_near_miss(captured: Callable[[str], Captured], swiglu: Pattern) -> None:
+    missed = [miss.module for miss in swiglu.explain(captured("llama").graph)]
+    assert "lm_head" in missed
+    assert not [module for module in missed if ".mlp." in module]
+
+
 def test_sites_of_a_pattern_are_sites(captured: Callable[[str], Captured], swiglu: Pattern) -> None:
     sites = peftfx.inspect(captured("llama").model, inputs=captured("llama").entry.inputs())
     paths = [site.path for site in sites.filter(kind="pattern", role="mlp.swiglu")]
