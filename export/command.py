@@ -16,6 +16,7 @@ from peftfx.adapters.files.base_weights import resize_vocabulary
 from peftfx.bases.gguf import as_directory
 from peftfx.bases.labels import name_labels
 from peftfx.bases.load import load_base, read_base_config
+from peftfx.bases.processors.image_size import write_image_size
 from peftfx.bases.quantised import QUANTISED, quantise
 from peftfx.bases.sentences.encoder import as_sentence_encoder, embeds_sentences
 from peftfx.bases.sentences.modules import ALL, FILE, SentenceModules, transformer_folder
@@ -120,6 +121,8 @@ def _export(
         links += copy_assets(home, directory, *leave)  # after the adapters': an adapter's own tokenizer wins
         if links:
             say(f"not copied, links that leave their directory: {', '.join(map(str, links))}")
+        if isinstance(asked.images, tuple):
+            write_image_size(directory, asked.images)
         inputs.check()
 
     return export_onnx(

@@ -15,6 +15,7 @@ from peftfx.export.assets import write_configs
 from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, InGraph
+from peftfx.export.deployment.image_size import capture_free, example_of_size
 from peftfx.export.deployment.parts import GraphPart, sites_view
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.metadata import ADAPTERS_KEY, BASE_MODEL, FINGERPRINT
@@ -36,6 +37,7 @@ from peftfx.export.writing.memory import refuse_memory
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
+from peftfx.export_options.values import ANY_SIZE
 from peftfx.generation.invocation import INVOCATION_KEY
 from peftfx.graph.fingerprint import SAMPLED, fingerprint
 from peftfx.graph.graph import BASE
@@ -103,6 +105,8 @@ def export_onnx(
     """
     asked = ExportOptions.of(options, changes)
     adapted = _adapted(model, inputs, asked.view).floating()
+    if asked.images is not None:
+        inputs = example_of_size(adapted, asked.images, inputs, asked.view)
     example = adapted.example if inputs is None else inputs
     limit, (atol, rtol) = asked.bound, _bounds(asked)
     coded = any(isinstance(p, Coded) for p in adapted.base.parameters())
@@ -122,6 +126,8 @@ def export_onnx(
 
     with publish(Path(directory), asked.force) as temporary, in_eval(adapted):
         with stages("capture"):
+            if asked.images == ANY_SIZE:
+                capture_free(adapted, example)
             parts = [
                 replace(part, sizes=way.sizes(adapted, part, example, asked.allow_fixed))
                 for part in way.capture(adapted, asked.view, inputs)

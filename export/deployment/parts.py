@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -158,10 +158,21 @@ def without_images(views: dict[str, str]) -> dict[str, str]:
     return views
 
 
-def refuse_fixed(graph: Graph, axes: Mapping[str, tuple[str | None, ...]]) -> None:
-    """Refuse a graph whose batch or sequence is fixed at the example's size, which the user did not choose."""
+def refuse_fixed(
+    graph: Graph,
+    axes: Mapping[str, tuple[str | None, ...]],
+    free: Collection[str] = FREE,
+    hint: str = "pass inputs=... of the size you will serve: the model will take that one alone",
+) -> None:
+    """Refuse a graph in which an axis is fixed at the example's size, which the user did not choose.
+
+    Args:
+        graph: the captured graph.
+        axes: the names of each input's axes.
+        free: the names that must be free.
+        hint: what the user can do.
+    """
     for spec in graph.inputs:
         for wanted, got in zip(axes.get(spec.name, ()), spec.shape, strict=False):
-            if wanted in FREE and isinstance(got, int):
-                hint = "pass inputs=... of the size you will serve: the model will take that one alone"
+            if wanted in free and isinstance(got, int):
                 raise PeftfxError(f"the model's code fixes the {wanted}, here at {got}", spec.name, hint)

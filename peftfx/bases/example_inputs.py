@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.bases.config_fields import first_of, number_of, special_tokens
 from peftfx.bases.diffusion_inputs import denoiser_inputs, denoises
+from peftfx.bases.processors.image_size import image_size_of
 from peftfx.bases.tasks import resolve_task, task_of
 from peftfx.errors import PeftfxError, nearest
 
@@ -35,8 +36,9 @@ def example_inputs(
         model: the model. Its config, its class and the signature of its forward say what it takes. Its weights are not
             read.
         task: the task; by default the task of the model's class.
-        sizes: the sizes `batch`, `sequence`, `decoder_sequence`, `height` and `width` that differ from `_SIZES` and the
-            config. If the batch has several rows and the text is long enough, the last row is padded on the right.
+        sizes: the sizes `batch`, `sequence`, `decoder_sequence`, `height` and `width` that differ from `_SIZES`, and
+            from the image size in the config, or else in the model's processor file. If the batch has several rows and
+            the text is long enough, the last row is padded on the right.
         labels: add labels, so that the model computes a loss.
         seed: the seed of the random values.
 
@@ -212,6 +214,8 @@ class _Maker:
         size = first_of(first_of(self.config, "vision_config") or self.config, "image_size", "img_size", "input_size")
         if isinstance(size, dict):
             size = (size.get("height"), size.get("width"))
+        if size is None:
+            size = image_size_of(self.model)
         height, width = size if isinstance(size, list | tuple) else (size or 64, size or 64)
         return self.sizes.get("height", height), self.sizes.get("width", width)
 

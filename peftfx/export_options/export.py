@@ -14,7 +14,7 @@ from typing import Literal, TypedDict
 from peftfx.errors import PeftfxError
 from peftfx.export_options.checked import Checked
 from peftfx.export_options.quantize import Scheme, check_calibration, parse_schemes
-from peftfx.export_options.values import MaxError, Slots, refuse_idle_bounds
+from peftfx.export_options.values import MaxError, Slots, parse_image_size, refuse_idle_bounds
 from peftfx.field_types import refuse_misfit_fields
 from peftfx.options import AUTO, CPU, FAST, check_choices, check_opset, check_tolerance, parse_size
 
@@ -56,6 +56,10 @@ class ExportOptions(Checked):
             An export that needs more (`memory_needed`) is refused.
         allow_fixed: export a model even if its code branches on a size, and the export is right only on the example's
             side of the branch. The report and the model's metadata give these sizes.
+        image_size: the height and width of the images of a forward view: a number for both, a pair, or text such as
+            `384x512`. By default the size is that in the model's config, or in its processor's. A model that can
+            interpolate its position embeddings does so for another size. `any` leaves the height and the width free,
+            if the model's code allows it; convolutional models are free without it.
         force: replace the directory if it exists.
 
     Raises:
@@ -81,6 +85,7 @@ class ExportOptions(Checked):
     rtol: float | None = None
     max_memory: int | str | None = None
     allow_fixed: bool = False
+    image_size: int | tuple[int, int] | str | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -93,7 +98,7 @@ class ExportOptions(Checked):
         check_tolerance(self.atol, self.rtol)
         self._check_quantization()
         self._check_places()
-        _ = self.memory
+        _ = self.memory, self.images
 
     @property
     def bound(self) -> MaxError | None:
@@ -119,6 +124,11 @@ class ExportOptions(Checked):
     def memory(self) -> int | None:
         """The limit `max_memory` in bytes."""
         return parse_size(self.max_memory) if isinstance(self.max_memory, str) else self.max_memory
+
+    @property
+    def images(self) -> tuple[int, int] | Literal["any"] | None:
+        """The `image_size` as a height and a width, or `any`."""
+        return parse_image_size(self.image_size)
 
     @property
     def places(self) -> Slots | None:
@@ -174,6 +184,7 @@ class ExportChoices(TypedDict, total=False):
     rtol: float | None
     max_memory: int | str | None
     allow_fixed: bool
+    image_size: int | tuple[int, int] | str | None
     force: bool
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, Literal
 
 from peftfx.errors import PeftfxError
 from peftfx.field_types import refuse_misfit_fields
@@ -12,6 +13,8 @@ from peftfx.files import is_file
 from peftfx.sites.expression import parse
 
 DEFAULT_SLOTS = "all-linear"  #: the sites that get slots by default
+ANY_SIZE: Final = "any"  #: stands for images of every height and width
+_MOST_PIXELS = 1 << 14  #: a larger height or width is a mistake
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,25 @@ class MaxError:
         except (TypeError, ValueError):
             hint = "pass a bound such as kl=0.05, top1=0.9 or 0.1"
             raise PeftfxError(f"this is not a bound on an error: {given!r}", "max_error", hint) from None
+
+
+def parse_image_size(given: int | tuple[int, int] | str | None) -> tuple[int, int] | Literal["any"] | None:
+    """Return the height and width of images: from a number for both, a pair, or a text such as `384x512`; or `any`.
+
+    Raises:
+        PeftfxError: the size cannot be read, or is not possible.
+    """
+    if given is None or given == ANY_SIZE:
+        return given  # type: ignore[return-value]
+    match = re.fullmatch(r"\s*(\d{1,9})(?:\s*[x×,]\s*(\d{1,9}))?\s*", given.lower()) if isinstance(given, str) else None
+    if isinstance(given, str):
+        pair = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    else:
+        pair = given if isinstance(given, tuple) else (given, given)
+    if not all(0 < side <= _MOST_PIXELS for side in pair):
+        hint = "pass a height and a width, as in 384x512, one number for both, or any"
+        raise PeftfxError(f"this is not a size of images: {given!r}", "image_size", hint)
+    return pair
 
 
 def check_text(path: Path) -> None:

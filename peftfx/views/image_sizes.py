@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._export.utils import _compiling_state_context
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,8 +16,9 @@ from peftfx.graph.graph import TensorSpec
 from peftfx.views.dry_run import fake_run
 from peftfx.views.view import Axes
 
-_IMAGES = ("pixel_values", "pixel_values_videos")
+IMAGES = ("pixel_values", "pixel_values_videos")
 _SIZED = (None,) * 3  #: the axes of an image behind the batch, if none of them is free
+SIDES = ("height", "width")  #: the names of the free axes of an image
 
 
 def free_images(axes: Axes, model: nn.Module, inputs: Mapping[str, object] | None = None) -> Axes:
@@ -24,10 +26,16 @@ def free_images(axes: Axes, model: nn.Module, inputs: Mapping[str, object] | Non
 
     It does if its config has no image size; and, given the inputs of a call, if it is a convolutional model.
     """
-    names = [name for name in _IMAGES if tuple(axes.get(name, ())[1:]) == _SIZED]
-    if not names or (sized_images(model) and (inputs is None or not is_convolutional(model, inputs))):
+    freed = with_free_sizes(axes)
+    if freed is axes or (sized_images(model) and (inputs is None or not is_convolutional(model, inputs))):
         return axes
-    return {**axes, **{name: (axes[name][0], None, "height", "width") for name in names}}
+    return freed
+
+
+def with_free_sizes(axes: Axes) -> Axes:
+    """Return the names, with free heights and widths of images. If no input is of images, they are returned as is."""
+    names = [name for name in IMAGES if tuple(axes.get(name, ())[1:]) == _SIZED]
+    return {**axes, **{name: (axes[name][0], None, *SIDES) for name in names}} if names else axes
 
 
 def sized_images(model: nn.Module) -> bool:
@@ -53,9 +61,9 @@ def is_convolutional(model: nn.Module, inputs: Mapping[str, object]) -> bool:
     mixing = _Mixing()
     try:
         with fake_run(model) as fake:
-            larger = {name: _larger(inputs[name]) for name in _IMAGES if isinstance(inputs.get(name), Tensor)}  # type: ignore[arg-type]
+            larger = {name: _larger(inputs[name]) for name in IMAGES if isinstance(inputs.get(name), Tensor)}  # type: ignore[arg-type]
             given = pytree.tree_map_only(Tensor, fake, {**inputs, **larger})
-            with mixing:
+            with mixing, _compiling_state_context():  # under which transformers' code caches no (fake) tensors
                 model(**given)
     except Exception:  # whatever the model's code raises for a size that it does not take
         return False
@@ -91,5 +99,5 @@ def fixed_images(specs: Iterable[TensorSpec]) -> Iterator[str]:
     """Yield a line for each input of images whose height and width are fixed."""
     for spec in specs:
         size = spec.shape[-2:]
-        if spec.name.rpartition(".")[2] in _IMAGES and len(spec.shape) > 3 and all(isinstance(n, int) for n in size):
-            yield f"{spec.name} is {size[0]} x {size[1]} (captured at this size; `inputs=` of another asks for that)"
+        if spec.name.rpartition(".")[2] in IMAGES and len(spec.shape) > 3 and all(isinstance(n, int) for n in size):
+            yield f"{spec.name} is {size[0]} x {size[1]} (captured at this size; --image-size asks for another)"

@@ -1,15 +1,21 @@
-"""Sizes of images: free in a convolutional model, and else fixed, which the report and the file say."""
+"""Sizes of images: free in a convolutional model, and else fixed, which the report and the file say, or chosen."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import onnx_ir as ir
+import pytest
 import torch
 import transformers as hf
 
 import peftfx
+from peftfx import PeftfxError
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.image_size import image_size_of, write_image_size
 from peftfx.export import OnnxModel
+from peftfx.export.command import export_directory
 from peftfx.export.metadata import SIZES_KEY
 
 
@@ -34,12 +40,105 @@ def test_a_convolutional_model_takes_images_of_any_size(tmp_path: Path) -> None:
         torch.testing.assert_close(served(pixel_values=image)["logits"], adapted(image).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_a_fixed_size_is_told_in_the_report_and_in_the_file(tmp_path: Path) -> None:
+def vit() -> hf.ViTForImageClassification:
+    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-    config = hf.ViTConfig(**sizes, image_size=32, patch_size=8)
-    report = peftfx.export_onnx(hf.ViTForImageClassification(config).eval(), tmp_path / "out")
+    return hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=32, patch_size=8)).eval()
+
+
+def test_a_fixed_size_is_told_in_the_report_and_in_the_file(tmp_path: Path) -> None:
+    report = peftfx.export_onnx(vit(), tmp_path / "out")
     assert report.inputs == {"pixel_values": ["batch", 3, 32, 32]}
     (line,) = report.sizes
     assert line.startswith("pixel_values is 32 x 32")
     assert line in str(report)
     assert ir.load(tmp_path / "out" / "model.onnx").metadata_props[SIZES_KEY] == line
+
+
+@pytest.mark.parametrize(
+    ("size", "axes", "given"),
+    [((48, 64), [48, 64], [(48, 64)]), ("any", ["height", "width"], [(32, 32), (24, 40), (64, 51)])],
+    ids=["one", "any"],
+)
+def test_a_vit_is_exported_for_another_size_or_any(
+    tmp_path: Path, size: tuple[int, int] | str, axes: list[int | str], given: list[tuple[int, int]]
+) -> None:
+    """Its position embeddings are interpolated by the model's own code."""
+    adapted = lora_of(vit())
+    report = adapted.export(tmp_path / "out", image_size=size)
+    assert report.inputs == {"pixel_values": ["batch", 3, *axes]}
+    served = OnnxModel(tmp_path / "out")
+    for height, width in given:
+        image = torch.randn(2, 3, height, width)
+        with torch.no_grad():
+            want = adapted(image, interpolate_pos_encoding=True).logits
+        torch.testing.assert_close(served(pixel_values=image)["logits"], want, atol=1e-5, rtol=1e-5)
+
+
+def test_the_files_beside_the_model_give_images_of_the_chosen_size(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    vit().save_pretrained(base)
+    hf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(base)
+    export_directory(base, out, image_size="48x64")
+    classify = peftfx.runtime.pipeline(out)
+    assert classify.image_processor.size == {"height": 48, "width": 64}
+    assert image_size_of(vit().from_pretrained(base)) == (32, 32)  # the base's own is untouched
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "later"),
+    [
+        ({"size": 20}, (20, 20), {"size": {"height": 40, "width": 80}}),
+        ({"size": {"height": 20, "width": 30}, "do_resize": True}, (20, 30), {"size": {"height": 40, "width": 80}}),
+        (
+            {"size": {"shortest_edge": 24}, "crop_size": {"height": 20, "width": 20}},
+            (20, 20),
+            {"crop_size": {"height": 40, "width": 80}, "size": {"shortest_edge": 96}},
+        ),
+        ({"image_processor": {"crop_size": 16, "do_center_crop": False, "size": [8, 12]}}, (8, 12), None),
+        ({"size": {"shortest_edge": 3136, "longest_edge": 12845056}, "merge_size": 2}, None, None),
+        ({"size": "large"}, None, None),
+    ],
+    ids=["number", "sides", "crop", "no crop", "pixels", "unknown"],
+)
+def test_the_size_of_a_processor_s_images_is_read_and_written(
+    tmp_path: Path, config: dict[str, object], size: tuple[int, int] | None, later: dict[str, object] | None
+) -> None:
+    model = vit()
+    model.config.name_or_path = str(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    assert image_size_of(model) == size
+    write_image_size(tmp_path, (40, 80))
+    assert later is None or json.loads(file.read_text(encoding="utf-8")) == {**config, **later}
+    assert image_size_of(model) == (size and (40, 80))
+
+
+def test_an_example_has_the_processor_s_size_if_the_config_names_none(tmp_path: Path) -> None:
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    hf.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    hf.ConvNextImageProcessor(size={"shortest_edge": 40}).save_pretrained(tmp_path)
+    model = hf.ResNetForImageClassification.from_pretrained(tmp_path)
+    assert example_inputs(model)["pixel_values"].shape == (2, 3, 40, 40)
+    assert peftfx.capture(model.eval()).inputs[0].shape == ("batch", 3, "height", "width")
+
+
+def test_a_size_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    config = hf.GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0)
+    text = hf.GPT2LMHeadModel(config).eval()
+    with pytest.raises(PeftfxError, match="takes no images"):
+        peftfx.export_onnx(text, tmp_path / "out", view="forward", image_size=32)
+    with pytest.raises(PeftfxError, match="both given"):
+        peftfx.export_onnx(vit(), tmp_path / "out", inputs=example_inputs(vit()), image_size=32)
+    with pytest.raises(PeftfxError, match="forward view alone"):
+        peftfx.export_onnx(text, tmp_path / "out", image_size=32)
+    with pytest.raises(PeftfxError, match="fixes the height, here at 32"):
+        peftfx.export_onnx(_Squares(vit().config), tmp_path / "out", image_size="any")
+
+
+class _Squares(hf.ViTForImageClassification):
+    """A model whose code takes one height."""
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> object:  # type: ignore[override]
+        assert pixel_values.shape[2] == 32
+        return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)

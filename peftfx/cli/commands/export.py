@@ -120,6 +120,12 @@ def export(
             "--allow-fixed", help="Also export a model that is right only for some sizes; the report says for which."
         ),
     ] = False,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Height and width of images, such as 384x512; any leaves them free; by default the model's own."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be written, its size and the time; write nothing.")
@@ -152,6 +158,7 @@ def export(
         "slots": chosen_slots(slots, swappable=swappable, prefix=prefix),
         "force": force,
         "allow_fixed": allow_fixed,
+        "image_size": image_size,
         "max_memory": max_memory,
     }
     asked = DirectoryOptions.of(None, chosen)

@@ -169,6 +169,13 @@ class Graphs:
             self._views[view.name] = view
         self._known(inputs, None, view).append(graph)
 
+    def capture_with(self, inputs: Mapping[str, object], axes: Axes, entry: Entry | None = None) -> Graph:
+        """Capture the forward with these names of axes, and cache the graph for calls like this one."""
+        with keeping_activations(self.base):
+            graph = capture(self.base, inputs, axes=axes, entry=entry)
+        self._known(inputs, entry, None).append(graph)
+        return graph
+
     def derived(self, captured: Graph, names: Sequence[str], *more: Pass) -> Graph:
         """Return a captured graph with the adapters of these names inserted in order, after the passes `more`."""
         key = (id(captured), tuple(names))

@@ -1,0 +1,61 @@
+"""An export for images of a chosen size, or of any size, where the model has a size of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.errors import PeftfxError
+from peftfx.export.deployment.parts import generates, refuse_fixed
+from peftfx.export_options.values import ANY_SIZE
+from peftfx.model.adapted import AdaptedModel
+from peftfx.options import AUTO, DECODE
+from peftfx.views.image_sizes import IMAGES, SIDES, with_free_sizes
+from peftfx.views.view import name_axes
+
+_INTERPOLATES = "interpolate_pos_encoding"  #: transformers' name of the argument for images of another size
+
+
+def example_of_size(
+    adapted: AdaptedModel, size: tuple[int, int] | Literal["any"], inputs: Mapping[str, object] | None, view: str
+) -> dict[str, object]:
+    """Return the arguments of a forward call with images of a size, or, for `any`, of another size than the model's.
+
+    Position embeddings of another size than the model's own are interpolated, if the model can do that.
+
+    Raises:
+        PeftfxError: there are `inputs` of a call already, the view is for generation, or the model takes no images.
+    """
+    where = f"image_size: {size if size == ANY_SIZE else 'x'.join(map(str, size))}"
+    if inputs is not None:
+        raise PeftfxError("inputs and image_size are both given", where, "leave image_size out: inputs have a size")
+    if view == DECODE or (view == AUTO and generates(adapted.base)):
+        what = "the size of images can be chosen in the forward view alone"
+        raise PeftfxError(what, where, "pass --view forward, or leave image_size out")
+    made = example_inputs(adapted.base)
+    image = next((made[name] for name in IMAGES if name in made), None)
+    if image is None:
+        raise PeftfxError("image_size is given, but the model takes no images", where, "leave it out")
+    own = (image.shape[-2], image.shape[-1])
+    height, width = (own[0], 2 * own[1]) if size == ANY_SIZE else size
+    example: dict[str, object] = {**example_inputs(adapted.base, sizes=dict(zip(SIDES, (height, width), strict=True)))}
+    if (height, width) != own and _INTERPOLATES in inspect.signature(adapted.base.forward).parameters:
+        example[_INTERPOLATES] = True
+    return example
+
+
+def capture_free(adapted: AdaptedModel, example: Mapping[str, object]) -> None:
+    """Capture the forward for images of any size, and keep the graph for the export.
+
+    Raises:
+        PeftfxError: the model's code cannot be captured so, or fixes a size.
+    """
+    tensors = {name: value for name, value in example.items() if isinstance(value, Tensor)}
+    axes = with_free_sizes(name_axes(tensors))
+    adapted.graphs.base = adapted.source
+    graph = adapted.graphs.capture_with(example, axes, adapted.entry())
+    refuse_fixed(graph, axes, frozenset(SIDES), "choose one size, as in --image-size 384x384")
