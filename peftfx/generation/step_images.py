@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from peftfx.bases.processors.token_types import TYPES, whole_types
 from peftfx.errors import PeftfxError
 from peftfx.generation.step import Generates, Step
 from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages
@@ -25,6 +26,7 @@ class GeneratesWithImages(Generates):
     view: DecodeWithImages
     encode: Step
     _features: Tensor | None = None
+    _types: Tensor | None = None
 
     def encoded(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the features of each image, [pieces, width]. Each image is encoded separately."""
@@ -56,16 +58,20 @@ class GeneratesWithImages(Generates):
             features = torch.zeros(0, self.view.images.width)
         if input_ids is not None:
             self._check(input_ids, len(features))
+            if self.view.images.typed:
+                before = 0 if cache is None else cache.get_seq_length()
+                self._types = whole_types(self, others.pop(TYPES, None), input_ids, before)  # type: ignore[arg-type]
         self._features = features.to(self.view.images.dtype)
         try:
             return super().forward(input_ids, attention_mask, position_ids, cache, logits_to_keep, **others)
         finally:
-            self._features = None
+            self._features = self._types = None
 
     def beside(self) -> dict[str, Tensor]:
-        """Return the image features of this call."""
+        """Return the image features of this call, and the types of its tokens if the model reads them."""
         assert self._features is not None
-        return {IMAGE_FEATURES: self._features}
+        types = {} if self._types is None else {TYPES: self._types}
+        return {IMAGE_FEATURES: self._features, **types}
 
     def _check(self, tokens: Tensor, count: int) -> None:
         wanted = int((tokens == self.view.images.token).sum())

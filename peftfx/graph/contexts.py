@@ -27,7 +27,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
     """
     kinds = ["cpu", *({p.device.type for p in model.parameters()} - {"cpu", "meta"})]
     before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
-    with TRACING, torch.inference_mode(False), torch.enable_grad(), _quiet():
+    with TRACING, torch.inference_mode(False), torch.enable_grad(), quietly():
         for kind in kinds:
             torch.set_autocast_enabled(kind, False)
         try:
@@ -157,7 +157,7 @@ def fake_mode_of(model: nn.Module) -> contextlib.AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Suppress the messages of torch's exporters about their choices and about errors that they raise."""
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftfx.bases.config_fields import first_of
+from peftfx.bases.processors.token_types import TYPES
 from peftfx.errors import PeftfxError
 from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step_images import GeneratesWithImages
@@ -29,7 +30,7 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
             raise PeftfxError(what, str(directory / "config.json"), hint)
         inputs = tuple((name, len(encoder.axes[name])) for name in encoder.inputs if name != IDS)
         width, dtype = int(model.axes[IMAGE_FEATURES][-1]), ONNX_DTYPES[model.types[IMAGE_FEATURES]]
-        images = Images(token, width, dtype, None, True, inputs)
+        images = Images(token, width, dtype, None, True, inputs, TYPES in model.inputs)
         self.view = DecodeWithImages(self.view.layers, self.view.positions, images)
         dtypes = {name: ONNX_DTYPES.get(encoder.types[name]) for name, _ in inputs}
         self.encode = lambda given, _: encoder(**{n: v.to(dtypes.get(n) or v.dtype) for n, v in given.items()})

@@ -26,6 +26,7 @@ from peftfx.errors import PeftfxError, first_line
 from peftfx.graph.capturing.axis_symbols import place_of, symbols_of, tied
 from peftfx.graph.capturing.filled_tensors import concatenate_filled
 from peftfx.graph.capturing.joined_vectors import read_apart
+from peftfx.graph.capturing.masks import broadcast_masks
 from peftfx.graph.capturing.recurrences import recurrences
 from peftfx.graph.capturing.stamping import stamped
 from peftfx.graph.contexts import fake_mode_of, isolated, sparing, unchanged
@@ -95,7 +96,13 @@ def capture(
         named = [axes.get(name) or (None,) * t.ndim for name, t in examples.items()]
         try:
             loops = nullcontext() if model.training else recurrences(model)
-            with noted() as notes, tied(named), loops, stamped(model, own_modules) if stamp else nullcontext():
+            with (
+                noted() as notes,
+                tied(named),
+                broadcast_masks(),
+                loops,
+                stamped(model, own_modules) if stamp else nullcontext(),
+            ):
                 program = torch.export.export(
                     wrapper, tuple(examples.values()), dynamic_shapes={"flat": free}, strict=False
                 )

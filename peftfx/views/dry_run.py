@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
-from peftfx.graph.contexts import evaluating, fake_mode_of, unchanged
+from peftfx.graph.contexts import evaluating, fake_mode_of, quietly, unchanged
 from peftfx.graph.lazy_weights import faked
 from peftfx.views.view import without_cache
 
@@ -24,6 +24,7 @@ def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=env, static_shapes=True)
     mode = found if isinstance(found, FakeTensorMode) else mode
     with (
+        quietly(),
         unchanged(base),
         faked(base),
         evaluating(base),

@@ -100,4 +100,5 @@ def fixed_images(specs: Iterable[TensorSpec]) -> Iterator[str]:
     for spec in specs:
         size = spec.shape[-2:]
         if spec.name.rpartition(".")[2] in IMAGES and len(spec.shape) > 3 and all(isinstance(n, int) for n in size):
-            yield f"{spec.name} is {size[0]} x {size[1]} (captured at this size; --image-size asks for another)"
+            why = "captured at this size; forward views take --image-size"
+            yield f"{spec.name} is {size[0]} x {size[1]} ({why})"

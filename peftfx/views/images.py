@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.token_types import TYPES, typed_masks
 from peftfx.views.decode import Decode
 from peftfx.views.view import Axes, RunView
 
@@ -37,6 +39,7 @@ class Images:
         each: how many pieces an image has, if the model needs the images separated; else None.
         listed: whether the model takes the features as a list of tensors.
         inputs: the names of the arguments that are encoded, with the number of axes of each.
+        typed: whether the model's attention depends on the types of tokens; see `peftfx.bases.processors.token_types`.
     """
 
     token: int
@@ -45,6 +48,7 @@ class Images:
     each: int | None
     listed: bool
     inputs: tuple[tuple[str, int], ...]
+    typed: bool = False
 
     def as_output(self, features: Tensor) -> BaseModelOutputWithPooling:
         """Return features [pieces, width] in the form in which the model's own encoder returns them."""
@@ -99,7 +103,8 @@ class DecodeWithImages(Decode):
     @property
     def axes(self) -> Axes:
         """The names of each input's axes."""
-        return {**super().axes, IMAGE_FEATURES: (IMAGE_TOKENS, None)}
+        types = {TYPES: ("batch", "total")} if self.images.typed else {}
+        return {**super().axes, **types, IMAGE_FEATURES: (IMAGE_TOKENS, None)}
 
     @property
     def trials(self) -> tuple[Mapping[str, int], ...]:
@@ -133,6 +138,9 @@ class DecodeWithImages(Decode):
                 ids[row, 1 : 1 + max(many, 0)] = self.images.token
             random = torch.Generator().manual_seed(seed)
             made["input_ids"] = ids
+            if self.images.typed:
+                made[TYPES] = torch.zeros_like(made["attention_mask"])
+                made[TYPES][:, -length:] = (ids == self.images.token).long()
             made[IMAGE_FEATURES] = torch.randn(count, self.images.width, generator=random).to(self.images.dtype)
         return made
 
@@ -140,8 +148,12 @@ class DecodeWithImages(Decode):
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
     ) -> dict[str, Tensor]:
         """Return the inputs with the past that the model computes for a random text."""
+        own = {name: inputs[name] for name in (IMAGE_FEATURES, TYPES) if name in inputs}
         plain = {**inputs, IMAGE_FEATURES: inputs[IMAGE_FEATURES][:0]}
-        return {**super().with_past(base, plain, run, seed), IMAGE_FEATURES: inputs[IMAGE_FEATURES]}
+        if self.images.typed:
+            past = inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1]
+            plain[TYPES] = inputs[TYPES][:, :past]
+        return {**super().with_past(base, plain, run, seed), **own}
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model on inputs of this view."""
@@ -149,6 +161,12 @@ class DecodeWithImages(Decode):
         features = given.pop(IMAGE_FEATURES)
         assert isinstance(features, Tensor)
         return super().__call__(base, {**given, "mm_encoder_outputs": {"image": self.images.as_output(features)}})
+
+    def _run(self, base: nn.Module, given: Mapping[str, Any], cache: DynamicCache) -> dict[str, Tensor]:
+        if self.images.typed:
+            masks = typed_masks(base, given, cache)
+            given = {**{name: value for name, value in given.items() if name != TYPES}, "attention_mask": masks}
+        return super()._run(base, given, cache)
 
 
 def encode_images(base: nn.Module, inputs: Mapping[str, object]) -> Tensor:

@@ -1,1 +1,1 @@
-"""What a model's processor files say of the inputs that the processor makes."""
+"""What a model's processor makes: the size of its images, and the types of its tokens."""

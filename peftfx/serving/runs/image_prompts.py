@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
+from peftfx.bases.processors.token_types import TYPES
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.serving.image_generators import ServedWithImages
@@ -102,9 +103,12 @@ def _taken(model: ServedWithImages, made: dict[str, Any], directory: Path) -> di
     Raises:
         PeftfxError: the processor makes other outputs, which the graphs would not see, or lacks one.
     """
-    known = (*_TEXT, *(name for name, _ in model.view.images.inputs))
-    empty = {name for name in made if name.endswith("token_type_ids") and not made[name].any()}
-    lost = [name for name in made if name not in known and name not in empty]
+    types = (TYPES,) if model.view.images.typed else ()
+    known = (*_TEXT, *types, *(name for name, _ in model.view.images.inputs))
+    idle = {name for name in made if name.endswith(TYPES) and not made[name].any()} | {
+        "labels"
+    }  # which are to train on
+    lost = [name for name in made if name not in known and name not in idle]
     missing = [name for name in known if name not in made]
     if lost or missing:
         name = (lost or missing)[0]

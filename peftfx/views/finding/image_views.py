@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.token_types import makes_masks, reads_types
 from peftfx.errors import PeftfxError, first_line
 from peftfx.views.dry_run import fake_run
 from peftfx.views.images import Images
@@ -33,8 +34,9 @@ def find_images(base: nn.Module) -> Images:
     if not isinstance(token, int) or not given:
         what = "the model's config names no image token" if given else "peftfx cannot make an example of an image"
         raise PeftfxError(what, type(base).__name__, "export its forward view, with inputs=... of a call")
-    if "token_type_ids" in inspect.signature(base.forward).parameters:
-        what = "the model's attention finds images by token types, which the decode view does not take"
+    typed = reads_types(base)
+    if typed and not makes_masks(base):
+        what = "the model's attention finds images by token types, and its class has no function that makes such masks"
         raise PeftfxError(what, type(base).__name__, "export its forward view")
     with fake_run(base) as fake:
         try:
@@ -47,4 +49,4 @@ def find_images(base: nn.Module) -> Images:
     first = pooled[0] if listed else pooled
     each = int(first.shape[-2]) if not listed and first.ndim > 2 else None
     inputs = tuple((name, value.ndim) for name, value in given.items())
-    return Images(token, int(first.shape[-1]), first.dtype, each, listed, inputs)
+    return Images(token, int(first.shape[-1]), first.dtype, each, listed, inputs, typed)
