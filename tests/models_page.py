@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from every_model.checks import Result
+from every_model.checks import DIFFUSERS, Result
+from every_model.diffusion_models import has_diffusers
 from every_model.sweep import Key, keys, read, run
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -24,8 +25,8 @@ _HEAD = """# Models
 Every model type that transformers lists for a task, built tiny from its config with random weights, with a random LoRA
 of `peft` on all that is linear: exported, and ONNX Runtime held against `peft`'s own model to 1e-4 of the largest
 output, at two sizes that nothing was captured at. The decode view is held against `peft`'s `generate`, logits step by
-step: of two prompts, one padded on the left, and of one alone. `python tests/models_page.py` writes this page,
-`pytest -m zoo` runs every check as a test.
+step: of two prompts, one padded on the left, and of one alone. Of diffusers there are the denoisers that pipelines for
+images have. `python tests/models_page.py` writes this page, `pytest -m zoo` runs every check as a test.
 
 **equal** it is. **refused**: an error says why, and nothing is written. **differs**, **crashed**: a fault. Not built:
 the tiny model does not run by itself, or `peft` does not adapt it; it counts nowhere.
@@ -72,6 +73,7 @@ def chosen(words: list[str], status: str, again: bool) -> list[Key]:
     """The checks to run: those that have no result, or are asked for."""
     results = read()
     found = [key for key in keys() if not words or any(word in "/".join(key) for word in words)]
+    found = [key for key in found if key[0] != DIFFUSERS or has_diffusers()]
     if status:
         return [key for key in found if key in results and results[key].status == status]
     return [key for key in found if again or key not in results]

@@ -17,7 +17,8 @@ from peftfx.passes.rewriting.matching import have_one_shape, takes_all
 aten = torch.ops.aten
 #: Casts, with the position of the argument `copy`.
 CASTS = {aten.to.dtype: 3, aten.to.device: 4, aten.to.dtype_layout: 6, aten.to.other: 3}
-_VIEWS = {aten.expand.default, aten.view.default}  #: always views, so a result of the same shape is the same value
+#: Always views, so a result of the same shape is the same value. A squeeze of an axis that is not of size 1 is one too.
+_VIEWS = {aten.expand.default, aten.view.default, aten.squeeze.dim, aten.squeeze.dims}
 _SAME = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import sympy
+import torch
 from torch.utils._sympy.printers import PythonPrinter
 
 _SAMPLES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 33, 64, 1 << 20)
@@ -83,7 +84,7 @@ def _compiled(holds: sympy.Basic) -> tuple[tuple[str, ...], Callable[..., bool]]
     plain = {symbol: sympy.Symbol(f"size{i}", integer=True) for i, symbol in enumerate(symbols)}
     text = PythonPrinter().doprint(holds.xreplace(plain))
     arguments = ", ".join(str(s) for s in plain.values())
-    scope: dict[str, object] = {"math": math}
+    scope: dict[str, object] = {"math": math, "torch": torch}  # roots are printed as `torch.sym_sqrt`
     return tuple(map(str, symbols)), eval(f"lambda {arguments}: bool({text})", scope)
 
 

@@ -193,7 +193,10 @@ def _refuse_checkpointing(model: nn.Module) -> None:
 
 def _explain(model: nn.Module, error: BaseException, entry: Entry | None) -> PeftfxError:
     hint = "see `__cause__` for torch.export's own report"
-    if "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
+    hashed = isinstance(error, TypeError) and "SymInt" in str(
+        error
+    )  # a set or a dict of sizes or of numbers in a tensor
+    if hashed or "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         hint = "its forward branches on the values of a tensor; pass arguments or a config that avoid the branch"
         if _loops_over_experts(model):
             hint = "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"

@@ -60,6 +60,12 @@ _AXES: Mapping[str, tuple[str | None, ...]] = {
     "decoder_inputs_embeds": (*_DECODER, None),
     "pixel_values": ("batch", None, None, None),
     "pixel_values_videos": ("batch", None, None, None, None),
+    "img_ids": ("image_sequence", None),
+    "txt_ids": ("sequence", None),
+    **{
+        f"added_cond_kwargs.{name}": ("batch", None)
+        for name in ("text_embeds", "time_ids", "resolution", "aspect_ratio")
+    },
 }
 
 
@@ -106,6 +112,8 @@ def _axes_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str | None, ...]
         known = _labels_axes(tensor, tensors)
     if name == "position_ids" and tensor.ndim == 3:  # one row of positions for each rotary section
         known = (None, *_TEXT)
+    if name == "hidden_states" and "img_ids" in tensors:  # an image as a sequence of tokens
+        known = ("batch", "image_sequence", None)
     if name.endswith("attention_mask") and tensor.ndim == 4:  # its second axis may be the heads
         known = ("batch", None, "sequence", "sequence")
     if len(known) != tensor.ndim:

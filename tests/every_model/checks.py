@@ -10,22 +10,26 @@ import contextlib
 import dataclasses
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import peft
 import torch
 import transformers as hf
+from every_model.diffusion_models import MODELS, build_denoiser
 from every_model.tiny_configs import tiny_config
 from support.parity import outputs, randomise
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers.models.auto import modeling_auto
 
 import peftfx
 import peftfx.runtime
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.export.verification.comparison import VerificationError
+from peftfx.graph.graph import path_name
 
+DIFFUSERS = "diffusers"  #: not a task, but a library: denoisers
 #: Tasks of the page: the table of transformers that lists their model types, and `peft`'s name of them.
 TASKS: Mapping[str, tuple[str, str | None]] = {
     "text-generation": ("CAUSAL_LM", "CAUSAL_LM"),
@@ -37,6 +41,7 @@ TASKS: Mapping[str, tuple[str, str | None]] = {
     "speech-to-text": ("SPEECH_SEQ_2_SEQ", None),
     "ctc": ("CTC", None),
     "audio-classification": ("AUDIO_CLASSIFICATION", None),
+    DIFFUSERS: ("", None),
 }
 UNSEEN = ({"batch": 3, "sequence": 11, "decoder_sequence": 4}, {"batch": 1, "sequence": 6, "decoder_sequence": 3})
 BOUND = 1e-4  #: of the largest output
@@ -61,29 +66,41 @@ class NotBuilt(Exception):
 
 
 def model_types(task: str) -> list[str]:
-    """The model types that transformers lists for a task."""
+    """The model types that transformers lists for a task, or the denoisers."""
     return list(_table(task))
 
 
 def _table(task: str) -> Mapping[str, object]:
+    if task == DIFFUSERS:
+        return MODELS
     table: Mapping[str, object] = getattr(modeling_auto, f"MODEL_FOR_{TASKS[task][0]}_MAPPING_NAMES")
     return table
 
 
 def build(task: str, model_type: str) -> nn.Module:
     """A tiny model in eval mode, no parameter of which is at its initial value."""
+    if task == DIFFUSERS:
+        return _noisy(lambda: build_denoiser(model_type))
     names = _table(task)[model_type]
     name = names if isinstance(names, str) else names[0]  # type: ignore[index]
     more = {"is_decoder": True} if task == "text-generation" and _encodes(model_type) else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+
+    def made() -> nn.Module:
         kind = getattr(hf, name)
         config = tiny_config(model_type, kind, **more)
         if task == "text-classification":  # of a batch, the last token that is no padding is classified
             config.get_text_config().pad_token_id = config.pad_token_id = config.get_text_config().pad_token_id or 1
         if task == "text2text-generation" and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = 4
-        model: nn.Module = kind(config)
+        return kind(config)  # type: ignore[no-any-return]
+
+    return _noisy(made)
+
+
+def _noisy(made: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = made()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():
@@ -184,7 +201,8 @@ def _calls(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) 
     worst = 0.0
     for seed, sizes in enumerate(UNSEEN, 3):
         inputs = example_inputs(model, sizes=sizes, seed=seed)
-        expected, plain, found = outputs(want, inputs), outputs(base, inputs), got(**inputs)
+        flat = {path_name(path): value for path, value in pytree.tree_flatten_with_path(inputs)[0]}
+        expected, plain, found = outputs(want, inputs), outputs(base, inputs), got(**flat)
         for name, value in found.items():
             worst = max(worst, _far(value, expected[name.removesuffix(".output")], inputs.get("attention_mask")))
         changed = max(_far(expected[n], plain[n], None) for n in expected if n in plain)
