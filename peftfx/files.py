@@ -13,6 +13,7 @@ from peftfx.errors import PeftfxError
 
 _DEEPEST = 100  #: the most levels of a JSON file: recursive code would run out of stack on a deeper one
 _ADVICE = {
+    2: "make its folder first",
     13: "choose a directory that you may write to",
     28: "free some space, or choose a directory on another disk",
     30: "the file system is read-only: choose another directory",
@@ -84,9 +85,8 @@ def writing(path: Path) -> Iterator[None]:
         raise PeftfxError(f"cannot write: {error}", str(path), "choose another path") from error
     except OSError as error:
         reason = error.strerror or str(error)
-        raise PeftfxError(
-            f"cannot write: {reason}", str(error.filename or path), _ADVICE.get(error.errno or 0, "")
-        ) from error
+        where = path if error.errno == 2 else error.filename or path  # not the temporary file in that folder
+        raise PeftfxError(f"cannot write: {reason}", str(where), _ADVICE.get(error.errno or 0, "")) from error
 
 
 def write_file(path: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:

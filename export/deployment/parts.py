@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.options import AUTO, DECODE, FORWARD, check_view
 from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.image_views import find_images, reads_images
+from peftfx.views.image_sizes import IMAGES
 from peftfx.views.images import IMAGE_TOKENS, VISION
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
@@ -124,6 +126,8 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
     if encodes_and_decodes(base):
         return {"encoder_model.onnx": "encoder", "decoder_model.onnx": "decoder"}
     if not reads_images(base):
+        if _sees(base):
+            warn("images are left out, and text alone is served: the model has no image encoder that runs by itself")
         return {"model.onnx": DECODE}
     try:
         find_images(base)
@@ -131,6 +135,10 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
         warn(f"images are left out, and text alone is served: {error.what}")
         return {"model.onnx": DECODE}
     return {"vision_encoder.onnx": VISION, "model.onnx": DECODE}
+
+
+def _sees(base: nn.Module) -> bool:
+    return any(name in inspect.signature(base.forward).parameters for name in IMAGES)
 
 
 def sites_view(base: nn.Module, view: str) -> str:

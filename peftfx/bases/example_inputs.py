@@ -147,7 +147,7 @@ class _Maker:
 
     def _pools_eos(self) -> bool:
         """Say whether the model reads its text's features at the end token: CLIP, or a classifier with a decoder."""
-        two_towers = "pixel_values" in self.accepted and self._image_tokens()[0] is None
+        two_towers = {"pixel_values", "input_ids"} <= set(self.accepted) and self._image_tokens()[0] is None
         return two_towers or (self.decodes and self.task == "text-classification")
 
     def _image_tokens(self) -> tuple[int | None, int]:
@@ -206,12 +206,16 @@ class _Maker:
         return labels if image is None else labels.masked_fill(made["input_ids"] == image, -100)
 
     def _image(self, name: str, default: int) -> int:
-        value = first_of(first_of(self.config, "vision_config") or self.config, name)
+        value = first_of(self._seeing(), name)
         value = value[0] if isinstance(value, list | tuple) and value else value
         return value if isinstance(value, int) else default
 
+    def _seeing(self) -> object:
+        """Return the config of the part that reads images."""
+        return first_of(self.config, "vision_config", "encoder") or self.config
+
     def _resolution(self) -> tuple[int, int]:
-        size = first_of(first_of(self.config, "vision_config") or self.config, "image_size", "img_size", "input_size")
+        size = first_of(self._seeing(), "image_size", "img_size", "input_size")
         if isinstance(size, dict):
             size = (size.get("height"), size.get("width"))
         if size is None:

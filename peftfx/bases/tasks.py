@@ -22,10 +22,11 @@ class Task:
     suffixes: tuple[str, ...] = ()
 
 
+_COMPOSED = "EncoderDecoderModel"  #: the end of the classes that put any encoder and any decoder together
 #: Every task, by its pipeline's name. If two tasks share a suffix, the tables of the `Auto` classes decide.
 TASKS: Mapping[str, Task] = {
     "text-generation": Task(("AutoModelForCausalLM",), ("ForCausalLM", "LMHeadModel")),
-    "text2text-generation": Task(("AutoModelForSeq2SeqLM",), ("ForConditionalGeneration",)),
+    "text2text-generation": Task(("AutoModelForSeq2SeqLM",), ("ForConditionalGeneration", _COMPOSED)),
     "text-classification": Task(("AutoModelForSequenceClassification",), ("ForSequenceClassification",)),
     "token-classification": Task(("AutoModelForTokenClassification",), ("ForTokenClassification",)),
     "question-answering": Task(("AutoModelForQuestionAnswering",), ("ForQuestionAnswering",)),
@@ -37,9 +38,10 @@ TASKS: Mapping[str, Task] = {
     ),
     "object-detection": Task(("AutoModelForObjectDetection",), ("ForObjectDetection",)),
     "depth-estimation": Task(("AutoModelForDepthEstimation",), ("ForDepthEstimation",)),
-    "image-text-to-text": Task(("AutoModelForImageTextToText",), ("ForConditionalGeneration",)),
+    "image-text-to-text": Task(("AutoModelForImageTextToText",), ("ForConditionalGeneration", _COMPOSED)),
     "automatic-speech-recognition": Task(
-        ("AutoModelForSpeechSeq2Seq", "AutoModelForCTC"), ("ForConditionalGeneration", "ForCTC", "ForSpeechSeq2Seq")
+        ("AutoModelForSpeechSeq2Seq", "AutoModelForCTC"),
+        ("ForConditionalGeneration", "ForCTC", "ForSpeechSeq2Seq", _COMPOSED),
     ),
     "audio-classification": Task(("AutoModelForAudioClassification",), ("ForAudioClassification",)),
     "feature-extraction": Task(("AutoModel",), ("Model", "Encoder")),

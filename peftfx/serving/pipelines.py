@@ -35,7 +35,7 @@ def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
     task = task_of_directory(served.directory) if task is None else resolve_task(task)
     parts: dict[str, Any] = {}
     if task in _IMAGES:
-        parts["image_processor"] = _image_processor(served.directory)
+        parts["image_processor"] = image_processor(served.directory)
     elif task in HEARING:
         parts["feature_extractor"] = feature_extractor(served.directory)
     if task not in (*_IMAGES, "audio-classification"):
@@ -61,7 +61,12 @@ def feature_extractor(directory: Path) -> Any:
         return AutoFeatureExtractor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
-def _image_processor(directory: Path) -> Any:
+def image_processor(directory: Path) -> Any:
+    """Load the image processor, which turns an image into a model's input.
+
+    Raises:
+        PeftfxError: the directory has no image processor.
+    """
     from transformers import AutoImageProcessor
 
     try:

@@ -173,7 +173,7 @@ class TestRun:
         assert_refused(peftfx("run", exported, "--texts", tmp_path / "none"), "cannot be read")
         (tmp_path / "empty").write_text("\n \n", encoding="utf-8")
         assert_refused(peftfx("run", exported, "--texts", tmp_path / "empty"), "the file has no text")
-        assert_refused(peftfx(*run, "--save", tmp_path / "none" / "rows"), "cannot write")
+        assert_refused(peftfx(*run, "--save", tmp_path / "none" / "rows"), "does not exist", "make the folder")
 
 
 def test_modules_of_an_adapter_and_a_transformer_in_a_folder(

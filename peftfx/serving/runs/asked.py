@@ -64,11 +64,13 @@ class Asked:
     timestamps: bool = False
 
     def check(self) -> None:
-        """Refuse an unknown task, missing files, no input, and inputs of more than one kind.
+        """Refuse an unknown task, missing files, impossible numbers, no input, and inputs of more than one kind.
 
         Raises:
-            PeftfxError: the task is unknown, a file is missing, or there is not exactly one kind of input.
+            PeftfxError: the task is unknown, a file is missing or cannot be written, a number is too small, or there is
+                not exactly one kind of input.
         """
+        self._check_values()
         if self.task is not None:
             check_task(self.task)
         if self.query is not None and not self.texts:
@@ -82,6 +84,27 @@ class Asked:
             missing = next((path for path in paths if not os.path.isfile(path)), None)
             if missing is not None:
                 raise PeftfxError(f"there is no such {kind}", str(missing), "check the path")
+
+    def _check_values(self) -> None:
+        least = {
+            "--top": (self.top, 1),
+            "--max-new-tokens": (self.max_new_tokens, 1),
+            "--temperature": (self.temperature, 0),
+        }
+        for flag, (value, fewest) in least.items():
+            if value is not None and not value >= fewest:
+                raise PeftfxError(f"{flag} is {value}", flag, f"give {fewest} or more")
+        for flag, path, ending in (("--save", self.save, ".npy"), ("--output", self.output, ".png")):
+            if path is not None and path.suffix.lower() not in ("", ending):
+                raise PeftfxError(
+                    f"{flag} writes a {ending} file, and this has another name",
+                    str(path),
+                    f"name it {path.stem}{ending}",
+                )
+            if path is not None and not os.path.isdir(path.parent):
+                raise PeftfxError(
+                    f"{flag} is a file in a folder that does not exist", str(path), "make the folder first"
+                )
 
     @property
     def kind(self) -> str:

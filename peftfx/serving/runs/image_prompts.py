@@ -1,4 +1,4 @@
-"""Run prompts with images: a model of text and images streams a text."""
+"""Run prompts with images, or images alone: a model of text and images streams a text."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import Tensor
 from peftfx.bases.processors.token_types import TYPES
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
+from peftfx.serving.generators import ServedSeq2Seq
 from peftfx.serving.image_generators import ServedWithImages
 from peftfx.serving.load import load
+from peftfx.serving.pipelines import image_processor
 from peftfx.serving.runs.asked import Asked, Found
 from peftfx.serving.runs.streaming import generation_options, streamer_to
 
+PIXELS = "pixel_values"
 _TEXT = ("input_ids", "attention_mask")
 
 
@@ -23,13 +26,17 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     """Continue the prompt with its images, writing each word to `out` as it is generated.
 
     Images go where the prompt has the processor's image token (`<image>`), or before the prompt if it has no such
-    token. With a chat template, they go where the template puts them.
+    token. With a chat template, they go where the template puts them. An encoder-decoder that reads an image describes
+    each image, and takes no prompt.
 
     Raises:
         PeftfxError: the model reads no images, its directory has no processor or chat template, or the processor's
             outputs do not fit the inputs of the graphs.
     """
     model = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
+    if isinstance(model, ServedSeq2Seq) and model.main_input_name == PIXELS:
+        yield from _described(model, asked, out)
+        return
     if not isinstance(model, ServedWithImages):
         what = "this model cannot continue a prompt with images"
         raise PeftfxError(what, str(asked.directory), "export a model of text and images with --view decode")
@@ -38,7 +45,8 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     assert asked.prompt is not None
     text = _templated(processor, asked) if asked.chat else with_image_tokens(processor, asked.prompt, len(asked.images))
     images = [read_image(path) for path in asked.images]
-    with understanding(asked.directory, "the processor does not take these images", "pass --verbose to see the cause"):
+    hint = "give as many images as the prompt has image tokens, or pass --verbose to see the cause"
+    with understanding(asked.directory, "the processor does not take these images", hint):
         made = dict(processor(text=text, images=images, return_tensors="pt"))
     inputs = _taken(model, made, asked.directory)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -47,6 +55,20 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     written = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     told = {"prompt": asked.prompt, "images": [str(path) for path in asked.images], "text": str(written)}
     yield Found(told, words="")
+
+
+def _described(model: ServedSeq2Seq, asked: Asked, out: TextIO | None) -> Iterator[Found]:
+    """Write a text for each image."""
+    if asked.prompt:
+        raise PeftfxError("this model reads an image alone, without a prompt", "--prompt", "leave it out")
+    prepare, tokenizer = image_processor(asked.directory), model.tokenizer
+    options = generation_options(asked)
+    for path in asked.images:
+        pixels = prepare(read_image(path), return_tensors="pt")[PIXELS].to(model.dtype)
+        with understanding(path, "the model does not take this image", "pass --verbose to see the cause"):
+            tokens: Any = model.generate(pixels, **options, streamer=streamer_to(out, tokenizer))
+        text = str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+        yield Found({"image": str(path), "text": text}, words="")
 
 
 def processor_of(directory: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TextIO
 
 from peftfx.bases.tasks import HEARING, resolve_task
@@ -12,6 +13,8 @@ from peftfx.serving.load import load
 from peftfx.serving.made_for import task_of_directory
 from peftfx.serving.pipelines import pipeline
 from peftfx.serving.runs.asked import Asked, Found
+from peftfx.serving.runs.image_prompts import read_image
+from peftfx.serving.runs.image_prompts import run as describe
 from peftfx.serving.runs.segments import SEGMENTS, counted, write_mask
 
 #: The tasks whose results can be shown as JSON.
@@ -19,11 +22,14 @@ _TOLD = (
     *("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction"),
     *("text-generation", "text2text-generation", "image-classification", "object-detection", SEGMENTS),
 )
+DESCRIBING = "image-text-to-text"
 _SEEING = ("image-classification", "object-detection", SEGMENTS)
 
 
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     """Yield labels with their scores, or the pipeline's other results, for each text and each image.
+
+    A model that writes texts about images describes the images, without a prompt.
 
     Raises:
         PeftfxError: the model is for another task, or lacks a tokenizer or image processor.
@@ -32,6 +38,9 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     task = task_of_directory(served.directory) if asked.task is None else resolve_task(asked.task)
     if task in HEARING:
         raise PeftfxError("this model takes sound, not texts and images", task, "pass --audio FILE.wav")
+    if task == DESCRIBING and asked.images:
+        yield from describe(replace(asked, prompt=""), out)
+        return
     if task not in _TOLD:
         raise PeftfxError(
             "the command line cannot show the outputs of this model", task, "call peftfx.runtime.pipeline"
@@ -45,8 +54,9 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         raise PeftfxError("--output is only for the segments of one image", "--output", hint)
     found = pipeline(served, task)
     options = _options(found.task, asked.top)
-    for item in (*asked.texts, *map(str, asked.images)):
-        with understanding(item, f"the {found.task} pipeline does not take this", "pass --verbose to see the cause"):
+    hint = "pass --verbose to see the cause" if asked.task is None else "leave --task out, or pass --verbose"
+    for name, item in (*zip(asked.texts, asked.texts), *((str(path), read_image(path)) for path in asked.images)):
+        with understanding(name, f"the {found.task} pipeline does not take this", hint):
             value = found(item, **options)
         if task == SEGMENTS:
             if asked.output is not None:

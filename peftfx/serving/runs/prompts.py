@@ -9,9 +9,11 @@ from typing import Any, TextIO
 import torch
 
 from peftfx.errors import PeftfxError
+from peftfx.serving.generators import ServedSeq2Seq
 from peftfx.serving.load import load
 from peftfx.serving.runs.asked import Asked, Found
 from peftfx.serving.runs.streaming import generation_options, streamer_to
+from peftfx.views.encoder_decoder import TEXT_INPUT
 
 
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
@@ -26,9 +28,14 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     if not isinstance(model, GenerationMixin):
         hint = "pass --text or --image to classify, or export it with --view decode"
         raise PeftfxError("this model has no cache, so it cannot generate", str(asked.directory), hint)
+    if isinstance(model, ServedSeq2Seq) and model.main_input_name != TEXT_INPUT:
+        hint = "pass --image FILE" if "pixel" in model.main_input_name else "pass --audio FILE.wav"
+        raise PeftfxError(f"this model reads {model.main_input_name}, not a text", str(asked.directory), hint)
     assert asked.prompt is not None
     tokenizer = model.tokenizer
     inputs = _encode(tokenizer, asked.prompt, asked.chat, asked.directory)
+    if not inputs["input_ids"].shape[1]:
+        raise PeftfxError("the prompt has no tokens, and the model continues one", "--prompt", "give a text")
     options = generation_options(asked, most=128) | {"pad_token_id": tokenizer.pad_token_id}
     tokens: Any = model.generate(**inputs, **options, streamer=streamer_to(out, tokenizer))
     new = tokens[0, inputs["input_ids"].shape[1] if model.pads_left else 1 :]  # a decoder begins with a start token
