@@ -1,6 +1,6 @@
 """What training costs on each road and in `peft`, in one process: seconds and memory of a step, as ratios of one run.
 
-    python benchmarks/scale.py [--lengths 32 256 512] [--row TEXT] [--pairs 15]
+    python benchmarks/scale.py [--lengths 32 256 512] [--row TEXT] [--pairs 15] [--batch 4] [--width 256] [--layers 8]
 
 Prints a Markdown table. A row's models have the same weights, adapter and batch, and step in turns, so that what else
 runs slows all; a ratio to `peft` is the median over rounds: of seconds on the clock, and of CPU seconds, which other
@@ -63,7 +63,7 @@ class Cost:
     cpu: list[float] = field(default_factory=list)
 
 
-def base(layers: int = LAYERS, width: int = WIDTH) -> nn.Module:
+def base(layers: int, width: int) -> nn.Module:
     """A decoder with grouped heads."""
     sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_hidden_layers": layers}
     return hf.LlamaForCausalLM(
@@ -133,11 +133,11 @@ def measure(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], rounds
     return found
 
 
-def lines(row: Row, length: int, rounds: int) -> list[str]:
-    """The lines of a row at one length, as Markdown."""
+def lines(row: Row, length: int, rounds: int, *, texts: int, layers: int, width: int) -> list[str]:
+    """The lines of a row at one length, as Markdown; `texts` is the size of the batch."""
     torch.manual_seed(0)
-    model = base()
-    batch = example_inputs(model, sizes={"batch": BATCH, "sequence": length}, labels=True)
+    model = base(layers, width)
+    batch = example_inputs(model, sizes={"batch": texts, "sequence": length}, labels=True)
     models = contenders(row, model)
     same = "equal" if are_equal(models, batch) else "NOT EQUAL"
     costs = measure(models, batch, rounds)
@@ -156,13 +156,17 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 256, 512], help="tokens of a text")
     parser.add_argument("--row", default="", help="rows whose name has this")
     parser.add_argument("--pairs", type=int, default=15, help="how many steps of each")
+    parser.add_argument("--batch", type=int, default=BATCH, help="texts of a batch")
+    parser.add_argument("--width", type=int, default=WIDTH, help="the model's hidden size")
+    parser.add_argument("--layers", type=int, default=LAYERS)
     args = parser.parse_args()
+    sizes = {"texts": args.batch, "layers": args.layers, "width": args.width}
     warnings.simplefilter("ignore")
     print("| | tokens | road | ms | time to `peft` | CPU to `peft` | MB | memory to `peft` | a step |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in (row for row in ROWS if args.row in row.name):
         for length in args.lengths:
-            print(*lines(row, length, args.pairs), sep="\n", flush=True)
+            print(*lines(row, length, args.pairs, **sizes), sep="\n", flush=True)
     print(f"\n{date.today()}; {', '.join(f'{n} {v}' for n, v in versions().items())}", file=sys.stderr)
 
 

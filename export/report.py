@@ -230,7 +230,7 @@ class Report:
             *((name, f"{count} places") for name, count in self.passes.items()),
             ("inputs", ", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in self.inputs.items())),
             ("outputs", ", ".join(self.outputs)),
-            *([("sizes", "right where " + "; ".join(self.sizes[:4]))] if self.sizes else []),
+            *([("sizes", f"right where {_few(self.sizes)}")] if self.sizes else []),
             *([("slots", f"{self.slots} inputs for adapters that may be left out")] if self.slots else []),
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
             ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes{whole}, engine {self.engine}"),
@@ -287,6 +287,11 @@ def _written(value: object) -> str:
         rows = ({k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in item.items()} for item in value)
         return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]"
     return json.dumps(value)
+
+
+def _few(sizes: Sequence[str], most: int = 4) -> str:
+    """Join the first conditions on sizes, and count the others."""
+    return "; ".join([*sizes[:most], *([f"and {len(sizes) - most} others"] if len(sizes) > most else [])])
 
 
 def _first(why: Mapping[str, str], most: int = 3) -> str:

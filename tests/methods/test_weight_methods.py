@@ -17,10 +17,11 @@ from support.few import but_for
 from support.parity import check, randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import peftfx
 from peftfx import IA3, PeftfxError
-from peftfx.contract.common.lora import dora
+from peftfx.contract.common.lora import dora, dora_layer
 from peftfx.contract.common.lora.dora import gain, updated_norms
 from peftfx.contract.common.lora.dora_layer import is_scaled_at_once, scaled_linear
 from peftfx.contract.common.low_rank import through_narrow
@@ -235,6 +236,36 @@ def test_doras_layer_at_once_is_its_formula(count: int, biased: bool, order: int
             grads = torch.autograd.grad(sum(g.square().sum() for g in grads), (x, a, b, m))
         found.append((y, *grads))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("count", [2, 20], ids=lambda count: f"{count} vectors")
+@pytest.mark.parametrize("then", ["", "in place", "in place, of a view"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+def test_doras_large_output_is_kept_unless_it_is_changed(
+    monkeypatch: pytest.MonkeyPatch, count: int, then: str, checkpointed: bool
+) -> None:
+    monkeypatch.setattr(dora_layer, "_LARGE", 0)
+    x, a, b, m, weight = _random(1, count, 9), _random(3, 9), _random(7, 3), _random(7), _random(7, 9).detach()
+
+    def run(layer: Callable[..., Tensor]) -> Tensor:
+        y = layer(x, weight, None, a, b, m)
+        if then:
+            (y.flatten() if "view" in then else y).mul_(3)
+        return y.sin()
+
+    found = []
+    for layer in (lambda *given: scaled_linear(*given, 0.5), _scaled):
+        y = checkpoint(run, layer, use_reentrant=False) if checkpointed else run(layer)
+        found.append((y, *torch.autograd.grad(y.sum(), (x, a, b, m))))
+    torch.testing.assert_close(*found)
+
+
+def test_a_large_output_of_doras_layer_stays_the_only_tensor_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dora_layer, "_LARGE", 0)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        y = scaled_linear(_random(20, 9), _random(7, 9).detach(), None, _random(3, 9), _random(7, 3), _random(7), 0.5)
+    assert [t.data_ptr() for t in kept if t.shape == y.shape] == [y.data_ptr()]
 
 
 @pytest.mark.parametrize("frozen", ["x", "a", "b", "m"])

@@ -11,6 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.contract.common.lora.dora import gain, updated_norms
 
+#: From this many values on the output is kept, because a second tensor of its size costs more than to watch it.
+_LARGE = 2**18
+#: Magnitudes below it are not divided by.
+_LEAST = 1e-12
+
 
 def is_scaled_at_once(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> bool:
     """Return whether `scaled_linear` may run: on plain CPU tensors of one precision, over a frozen base.
@@ -38,8 +43,9 @@ def scaled_linear(
 
     For many vectors there is one product with an updated weight, which is computed again for the gradient of `x`. Then
     this weight is no larger than the input and the output together. For few vectors the update is added to the product
-    with the base's weight. One activation is kept, for the gradient of m. The output is not kept, because the model's
-    code may change it in place.
+    with the base's weight. One activation is kept, for the gradient of m: of large outputs the output itself, which
+    most models keep anyway. If the model's code has changed it in place, the product is computed again. With a bias, or
+    where a value of m is about zero, `(W + s B A) x` is kept instead.
     """
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _Scaled.apply(rows, weight, bias, a, b, magnitude, scaling)  # type: ignore[no-untyped-call]
@@ -59,23 +65,28 @@ class _Scaled(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         ctx.scaling, ctx.updates = scaling, len(x) * sum(weight.shape) >= weight.numel()
-        if ctx.updates:
-            updated = torch.addmm(weight, b, a, alpha=scaling)
-            norms, inner = torch.linalg.vector_norm(updated, dim=1), F.linear(x, updated)
-        else:
-            norms = updated_norms(weight, a, b, scaling)
-            inner = F.linear(x, weight).addmm_((a @ x.T).T, b.T, alpha=scaling)
-        ctx.save_for_backward(x, weight, a, b, magnitude, norms, inner)
+        ctx.output = None
+        updated = torch.addmm(weight, b, a, alpha=scaling) if ctx.updates else None
+        norms = updated_norms(weight, a, b, scaling) if updated is None else torch.linalg.vector_norm(updated, dim=1)
         gains = gain(magnitude, norms)
-        return inner * gains if bias is None else torch.addcmul(bias, inner, gains)
+        of_output = bias is None and len(x) * len(b) >= _LARGE and bool(magnitude.abs().min() > _LEAST)
+        if updated is None:
+            kept = F.linear(x, weight).addmm_((a @ x.T).T, b.T, alpha=scaling)
+            y = kept.mul_(gains) if of_output else kept * gains
+        else:
+            kept = F.linear(x, updated.mul_(gains[:, None]) if of_output else updated)
+            y = kept if of_output else kept * gains
+        if of_output:
+            ctx.output, kept = _Watch(y), y.data  # `y` itself would be refused after a change in place
+        ctx.save_for_backward(x, weight, a, b, magnitude, norms, kept)
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, back: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, a, b, magnitude, norms, inner = ctx.saved_tensors
+        x, weight, a, b, magnitude, norms, kept = ctx.saved_tensors
         s, (for_x, _, _, for_a, for_b, for_m, _) = ctx.scaling, ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of gradients is asked for, and what follows has none
-            inner = F.linear(x, weight) + s * F.linear(F.linear(x, a), b)
-            output = gain(magnitude, norms) * inner
+            output = gain(magnitude, norms) * _product(x, weight, a, b, s)
             needed = [t for t, needs in ((x, for_x), (a, for_a), (b, for_b), (magnitude, for_m)) if needs]
             found = iter(torch.autograd.grad(output, needed, back, create_graph=True))
             to_x, to_a, to_b, to_m = (next(found) if needs else None for needs in (for_x, for_a, for_b, for_m))
@@ -91,6 +102,29 @@ class _Scaled(torch.autograd.Function):
             to_x = ((back * gains.T) @ weight).addmm_(through.T, a)
         if for_b:
             to_b = ((a @ x.T) @ back).T * (s * gains)
-        if for_m:
+        if for_m and ctx.output is not None and not ctx.output.is_changed():
+            to_m = ((back * kept).sum(0) / magnitude.flatten()).view_as(magnitude)
+        elif for_m:
+            inner = kept if ctx.output is None else _product(x, weight, a, b, s)
             to_m = ((back * inner).sum(0) / norms).view_as(magnitude)
         return to_x, None, None, to_a, to_b, to_m, None
+
+
+def _product(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return `(W + s B A) x`."""
+    return F.linear(x, weight) + scaling * F.linear(F.linear(x, a), b)
+
+
+class _Watch:
+    """Tells whether a tensor has been changed in place since then, without keeping its memory.
+
+    A detached tensor counts changes together with the tensor it came from, also after it was given other values.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._counter = tensor.detach()
+        self._counter.data = tensor.new_empty(0)
+        self._seen = tensor._version
+
+    def is_changed(self) -> bool:
+        return self._counter._version != self._seen
