@@ -149,9 +149,17 @@ def sites_view(base: nn.Module, view: str) -> str:
         view: the asked view; see `capture_parts`.
     """
     check_view(view)
-    if view == FORWARD or encodes_and_decodes(base) or reads_images(base) or (view == AUTO and not generates(base)):
+    if view == FORWARD or encodes_and_decodes(base) or (view == AUTO and not generates(base)):
         return FORWARD
-    return DECODE
+    return FORWARD if reads_images(base) and _finds_images(base) else DECODE
+
+
+def _finds_images(base: nn.Module) -> bool:
+    try:
+        find_images(base)
+    except PeftfxError:
+        return False
+    return True
 
 
 def without_images(views: dict[str, str]) -> dict[str, str]:

@@ -38,8 +38,9 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         yield from _described(model, asked, out)
         return
     if not isinstance(model, ServedWithImages):
-        what = "this model cannot continue a prompt with images"
-        raise PeftfxError(what, str(asked.directory), "export a model of text and images with --view decode")
+        what = "this export has no graph of images that a prompt could have"
+        hint = "leave --image out; or export a model of text and images with --view decode, and read its warnings"
+        raise PeftfxError(what, str(asked.directory), hint)
     processor = processor_of(asked.directory)
     tokenizer = processor.tokenizer
     assert asked.prompt is not None

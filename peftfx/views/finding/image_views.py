@@ -10,6 +10,7 @@ from peftfx.bases.config_fields import first_of
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.token_types import makes_masks, reads_types
 from peftfx.errors import PeftfxError, first_line
+from peftfx.graph.slots import listed
 from peftfx.views.dry_run import fake_run
 from peftfx.views.images import Images
 
@@ -43,10 +44,14 @@ def find_images(base: nn.Module) -> Images:
             fed = {name: fake(value) for name, value in given.items()}
             pooled = base.base_model.get_image_features(**fed, return_dict=True).pooler_output  # type: ignore[union-attr, operator]
         except Exception as error:
-            what = f"the model's image encoder does not run by itself: {first_line(error)}"
-            raise PeftfxError(what, type(base).__name__, "export its forward view") from error
-    listed = not isinstance(pooled, Tensor)
-    first = pooled[0] if listed else pooled
-    each = int(first.shape[-2]) if not listed and first.ndim > 2 else None
+            others = [n for n, p in accepted.items() if n not in given and "Tensor" in str(p.annotation)]
+            why = f"it takes {listed(others, 3)} too, for which there is no example" if others else first_line(error)
+            what = f"the model's image encoder does not run by itself: {why}"
+            raise PeftfxError(
+                what, type(base).__name__, "export its forward view, with inputs=... of a call"
+            ) from error
+    several = not isinstance(pooled, Tensor)
+    first = pooled[0] if several else pooled
+    each = int(first.shape[-2]) if not several and first.ndim > 2 else None
     inputs = tuple((name, value.ndim) for name, value in given.items())
-    return Images(token, int(first.shape[-1]), first.dtype, each, listed, inputs, typed)
+    return Images(token, int(first.shape[-1]), first.dtype, each, several, inputs, typed)

@@ -1,0 +1,34 @@
+"""Models whose images cannot be encoded by a graph: text alone is served, and a sentence says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from every_model.checks import build
+
+import peftfx
+from peftfx import PeftfxWarning, runtime
+from peftfx.export.deployment.parts import sites_view
+
+
+@pytest.mark.parametrize(("kind", "needed"), [("smolvlm", "pixel_attention_mask"), ("mistral3", "image_sizes")])
+def test_text_is_generated_and_the_images_are_said_to_be_left_out(kind: str, needed: str, tmp_path: Path) -> None:
+    """Their code sorts tiles of an image by values: the capture of a forward with images fails too."""
+    model = build("image-text-to-text", kind)
+    assert sites_view(model, "decode") == "decode"
+    with pytest.warns(PeftfxWarning, match=f"images are left out.*takes {needed} too"):
+        peftfx.export_onnx(model, tmp_path / "out", view="decode")
+    assert not (tmp_path / "out" / "vision_encoder.onnx").exists()
+    text = {"input_ids": torch.tensor([[20, 21, 22, 23], [24, 25, 26, 27]])}
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    assert torch.equal(runtime.load(tmp_path / "out").generate(**text, **options), model.generate(**text, **options))
+
+
+def test_a_model_without_an_image_encoder_of_its_own_warns_too(tmp_path: Path) -> None:
+    from peftfx.export.deployment.parts import views_of
+
+    model = build("image-text-to-text", "git")
+    with pytest.warns(PeftfxWarning, match="no image encoder that runs by itself"):
+        assert views_of(model, "decode", None) == {"model.onnx": "decode"}
