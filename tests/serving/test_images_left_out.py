@@ -9,7 +9,8 @@ import torch
 from every_model.checks import build
 
 import peftfx
-from peftfx import PeftfxWarning, runtime
+from peftfx import runtime
+from peftfx.errors import PeftfxWarning
 from peftfx.export.deployment.parts import sites_view
 
 
