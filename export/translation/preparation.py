@@ -18,6 +18,7 @@ aten = torch.ops.aten
 _TRANSPOSES = {aten.transpose.int, aten.permute.default}
 _CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _UNPROMOTED = {aten.rsub.Scalar, aten.rsub.Tensor, aten.floor_divide.Scalar, aten.floor_divide.default}
+_SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 _SDPA = aten.scaled_dot_product_attention.default
 
 
@@ -27,7 +28,7 @@ def prepare(graph: Graph) -> Graph:
     Transposed outputs of SDPA are copied to plain strides: torch's decompositions of SDPA return other strides than
     SDPA itself, so a valid `view` in the model would fail. The copy becomes an Identity and is removed later. SDPA
     without heads gets one head, because its translation needs four axes. Each cast gets one form, each conv without a
-    bias as well, and gathers of rows in order become slices.
+    bias as well, and gathers of rows in order become slices. A `squeeze` names the axes that it took in the capture.
     """
     result = Cleanup()(graph).graph  # a copy
     rewriter = Rewriter(result.module.graph)
@@ -46,6 +47,8 @@ def prepare(graph: Graph) -> Graph:
             )
         elif node.target in _UNPROMOTED:
             _promote(rewriter, node)
+        elif node.target in _SQUEEZES:
+            _name_axes(rewriter, node)
         elif node.target in _CONVS and node.args[2:3] in ((), (None,)):
             _spell_out(node)
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
@@ -72,6 +75,25 @@ def _spell_out(node: fx.Node) -> None:
     stride, padding, dilation, groups = filled(node)[3:7]
     node.target = aten.convolution.default
     node.args = (*node.args[:2], None, stride, padding, dilation, False, [0] * len(stride), groups)  # type: ignore[arg-type]
+
+
+def _name_axes(rewriter: Rewriter, node: fx.Node) -> None:
+    """Squeeze the axes of size 1 one by one. Axes whose size is free stay, also where it is 1 in a call.
+
+    ONNX's Squeeze without axes would take a batch of one, and with an axis that is longer it fails.
+    """
+    x = node.args[0]
+    shape = x.meta["val"].shape  # type: ignore[union-attr]
+    told = node.args[1] if len(node.args) > 1 else range(len(shape))
+    axes = {axis % len(shape) for axis in ((told,) if isinstance(told, int) else told) if shape}  # type: ignore[union-attr, operator]
+    ones = sorted((axis for axis in axes if isinstance(shape[axis], int) and shape[axis] == 1), reverse=True)
+    if not ones:
+        rewriter.update(node, aten.alias.default, x)
+        return
+    at = rewriter.before(node)
+    for axis in ones[:-1]:
+        x = at.call(aten.squeeze.dim, x, axis)
+    rewriter.update(node, aten.squeeze.dim, x, ones[-1])
 
 
 def _make_contiguous(rewriter: Rewriter, node: fx.Node) -> None:

@@ -89,8 +89,9 @@ def build(task: str, model_type: str) -> nn.Module:
         kind = getattr(hf, name)
         config = tiny_config(model_type, kind, **more)
         if task == "text-classification":  # of a batch, the last token that is no padding is classified
-            config.get_text_config().pad_token_id = config.pad_token_id = config.get_text_config().pad_token_id or 1
-        if task == "text2text-generation" and getattr(config, "decoder_start_token_id", None) is None:
+            text = config.get_text_config()
+            text.pad_token_id = config.pad_token_id = getattr(text, "pad_token_id", None) or 1
+        if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = 4
         return kind(config)  # type: ignore[no-any-return]
 

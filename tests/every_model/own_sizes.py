@@ -7,8 +7,10 @@ from typing import Any
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
+_SWIN = {"patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
 
 OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "bit": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2], "num_groups": 4},
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {_FULL: {"rope_type": "default", "rope_theta": 10000.0}}},
     "cpmant": {"prompt_types": 4, "prompt_length": 4, "segment_types": 4},
@@ -21,6 +23,7 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
         "n_output_layers": 2,
         "layer_types": ["sliding_attention", "mlp", _FULL, "mlp", "sliding_attention", "mlp"],
     },
+    "focalnet": {"image_size": 64},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
@@ -43,12 +46,15 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["sliding_attention", _FULL] * 2,
         "per_layer_config": {"01": {"head_dim": 16}, "03": {"head_dim": 16}},
     },
-    "esm": {"vocab_size": 33},
+    "donut-swin": _SWIN,
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 1.0, "hidden_dim": 320},
+    "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {**_MAMBA, "layer_types": [_LINEAR, _FULL]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8, "input_size": 32},
+    "levit": {"image_size": 64, "patch_size": 16},
     "lfm2_moe": {"layer_types": ["conv", _FULL]},
     "lilt": {"hidden_size": 48},
     "llava": {"image_seq_length": 16},
@@ -64,10 +70,14 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "minimax": {"block_size": 4},
     "ministral": {"head_dim": 8},
+    "mobilevitv2": {"image_size": 64},
     "nemotron": {"num_key_value_heads": 2},
     "paligemma": {"projection_dim": 32, "vision_config": {"projection_dim": 32}},
+    "perceiver": {"num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 2},
     "qwen4_exp_text": {"ngram_vocab_size_base": 50, "hc_lowrank": 8, "ple_embed_dim": 16, "heads_per_ngram": 2},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8)},
+    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8)},
+    "swin": _SWIN,
+    "swinv2": _SWIN,
     "xlstm": {"embedding_dim": 32, "hidden_size": 64, "chunk_size": 4, "ffn_round_up_to_multiple_of": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

@@ -133,6 +133,8 @@ def _small(name: str, value: object, config: PreTrainedConfig) -> object:
     if name in ("num_key_value_heads", "num_kv_heads") and value is not None:
         heads = config.to_dict().get("num_attention_heads")
         return HEADS if value == heads else 1 if value == 1 else KEPT
+    if name == "embedding_size" and value == config.to_dict().get("hidden_size"):
+        return WIDTH
     if name in ("num_hidden_layers", "n_layer", "num_layers"):
         return _layers(config)
     if name in _KINDS and isinstance(value, (list, tuple, str)):

@@ -59,6 +59,33 @@ def test_small_results_keep_their_digits_and_masks_of_integers_are_taken(engine:
         torch.testing.assert_close(torch.as_tensor(b), a, rtol=2e-5, atol=0 if name in SMALL else 1e-6, msg=name)
 
 
+class Squeezes(nn.Module):
+    """A number of each row, whose axis a `squeeze` takes that names none; the rows may be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.layer(x)
+        return x + y[:, :1].squeeze()[..., None], y[:, None, :, None].squeeze((1, -1)), y.squeeze(-1)
+
+
+@pytest.mark.parametrize("engine", ["fast", "torch"])
+@torch.no_grad()
+def test_a_squeeze_takes_the_axes_that_it_took_in_the_capture(engine: str, tmp_path: Path) -> None:
+    ours = peftfx.transform(Squeezes().eval(), LoRA(r=2, target="/.*/", init_lora_weights=False), inputs=rows(3))
+    ours.export(tmp_path / "out", engine=engine)
+    served = peftfx.runtime.load(tmp_path / "out")
+    for count in (1, 2, 5):
+        for want, got in zip(ours(**rows(count)), served(**rows(count)).values(), strict=True):
+            torch.testing.assert_close(torch.as_tensor(got), want)
+
+
+def rows(count: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(count, 4, generator=torch.Generator().manual_seed(count))}
+
+
 SMALL = ("expm1", "log1p", "in place", "log_sigmoid")
 
 
