@@ -15,7 +15,8 @@ from peftfx.export.translation.preparation import prepare
 from peftfx.export.translation.program import Translation, flatten_outputs, run_exporter, symbol_axes, weights_of
 from peftfx.export.translation.scopes import adopt_scopes
 from peftfx.graph.contexts import isolated
-from peftfx.graph.graph import Graph, link
+from peftfx.graph.graph import Graph
+from peftfx.graph.linking import link
 from peftfx.graph.rewriter import Rewriter
 
 _WEIGHTS = "weights"

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from peftfx.graph.graph import ADAPTERS, DERIVED, Graph, link
+from peftfx.graph.graph import ADAPTERS, DERIVED, Graph
+from peftfx.graph.linking import link
 from peftfx.graph.recipe import Get
 from peftfx.graph.rewriter import OVERRIDES, REGION, Rewriter, program_of
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import Condition, unmet
+from peftfx.graph.linking import link
 from peftfx.graph.lint import check_calls, check_interface, check_order, check_values
 from peftfx.graph.recipe import Recipe
 from peftfx.sites.sites import Sites
@@ -220,15 +221,6 @@ class _Name(str):
 
     def __repr__(self) -> str:
         return str(self)
-
-
-def link(graph: fx.Graph, holders: Mapping[str, nn.Module]) -> fx.GraphModule:
-    """Return a GraphModule over `graph` whose attributes live in `holders`: looked up at run time, not copied."""
-    module = fx.GraphModule(nn.Module(), fx.Graph())
-    for name, holder in holders.items():
-        module.add_module(name, holder)
-    module.graph = graph
-    return module
 
 
 def path_name(path: pytree.KeyPath) -> str:

@@ -10,7 +10,8 @@ from typing import Literal
 
 from torch import nn
 
-from peftfx.graph.graph import BASE, Graph, link
+from peftfx.graph.graph import BASE, Graph
+from peftfx.graph.linking import link
 from peftfx.testing.blocks import (
     WIDTH,
     AttentionBlock,

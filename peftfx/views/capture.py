@@ -30,8 +30,9 @@ from peftfx.graph.capturing.masks import broadcast_masks
 from peftfx.graph.capturing.recurrences import recurrences
 from peftfx.graph.capturing.stamping import stamped
 from peftfx.graph.contexts import fake_mode_of, isolated, sparing, unchanged
-from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, link, path_name
+from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, path_name
 from peftfx.graph.lazy_weights import faked
+from peftfx.graph.linking import link
 from peftfx.graph.places import name_places
 from peftfx.graph.size_conditions import Note, conditions_of, noted
 from peftfx.graph.written import refuse_written

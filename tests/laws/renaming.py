@@ -8,7 +8,8 @@ from collections.abc import Callable
 from torch import fx, nn
 
 from peftfx.analysis.roles import find_sites
-from peftfx.graph.graph import BASE, Graph, link
+from peftfx.graph.graph import BASE, Graph
+from peftfx.graph.linking import link
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
 from peftfx.testing.cases import Case

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from peftfx.graph.graph import Graph, link
+from peftfx.graph.graph import Graph
+from peftfx.graph.linking import link
 from peftfx.graph.rewriter import program_of
 from peftfx.sites.network import keys_of
 

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.errors import PeftfxError
-from peftfx.graph.graph import Graph, link
+from peftfx.graph.graph import Graph
+from peftfx.graph.linking import link
 from peftfx.graph.rewriter import program_of
 from peftfx.model.graphs.pieces import Pieces, layers_end
 from peftfx.passes.optimization.dead_code import Sweep
