@@ -16,6 +16,7 @@ from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.image_size import capture_free, example_of_size
+from peftfx.export.deployment.merged_decoder import write_merged_decoder
 from peftfx.export.deployment.parts import GraphPart, sites_view
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.metadata import ADAPTERS_KEY, BASE_MODEL, FINGERPRINT
@@ -196,6 +197,9 @@ def export_onnx(
             refuse_disagreement(report, limit, asked.calibration, Path(directory))
             report.idle = sorted(set.intersection(*idle))
         way.describe(temporary, adapted, verified, example)
+        if asked.merged_decoder:
+            with stages("merge the decoder"):
+                write_merged_decoder(temporary)
         report.measure(temporary)
         if assets is not None:
             assets(temporary)

@@ -60,6 +60,8 @@ class ExportOptions(Checked):
             `384x512`. By default the size is that in the model's config, or in its processor's. A model that can
             interpolate its position embeddings does so for another size. `any` leaves the height and the width free,
             if the model's code allows it; convolutional models are free without it.
+        merged_decoder: also write `decoder_model_merged.onnx`, the decoder of an encoder-decoder in the form that
+            optimum reads; see `peftfx.export.deployment.merged_decoder`.
         force: replace the directory if it exists.
 
     Raises:
@@ -86,6 +88,7 @@ class ExportOptions(Checked):
     max_memory: int | str | None = None
     allow_fixed: bool = False
     image_size: int | tuple[int, int] | str | None = None
+    merged_decoder: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -162,6 +165,9 @@ class ExportOptions(Checked):
         if self.merge and (names or places is not None):
             what = "adapters that are chosen when the graph runs cannot be merged"
             raise PeftfxError(what, "merge, batched" if names else "merge, slots", "leave merge out")
+        if self.merged_decoder and (names or places is not None):
+            what = "merged_decoder is for adapters that are in the weights, or for none"
+            raise PeftfxError(what, "merged_decoder, batched" if names else "merged_decoder, slots", "leave one out")
         if names and self.calibration is not None:
             hint = "leave the calibration text out, or export each adapter merged"
             raise PeftfxError("a batched export cannot be compared on a text", "batched, calibration", hint)
@@ -185,6 +191,7 @@ class ExportChoices(TypedDict, total=False):
     max_memory: int | str | None
     allow_fixed: bool
     image_size: int | tuple[int, int] | str | None
+    merged_decoder: bool
     force: bool
 
 

@@ -183,7 +183,7 @@ def test_optimum_answers_and_generates_as_the_adapted_model_does(case: Case, tmp
     words = ("--inputs", tmp_path / "in.npz", "--save", tmp_path / "out.npz")
     if name not in CLASSES:
         error = older(case.directory, "ORTModelForSeq2SeqLM", *words)
-        assert "decoder(.*)?with_past" in error, "it reads what it did not: say so in docs/runtimes.md"
+        assert "decoder(.*)?with_past" in error, "it reads it without --merged-decoder: say so in docs/runtimes.md"
         return
     assert older(case.directory, CLASSES[name], *words, *(("--generate", 8) if name == "llama" else ())) == ""
     found = np.load(tmp_path / "out.npz")
@@ -193,6 +193,21 @@ def test_optimum_answers_and_generates_as_the_adapted_model_does(case: Case, tmp
     else:
         with torch.no_grad():
             np.testing.assert_allclose(found["logits"], case.adapted(**inputs).logits.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("t5", "ORTModelForSeq2SeqLM"), ("whisper", "ORTModelForSpeechSeq2Seq")], ids=["t5", "whisper"]
+)
+def test_optimum_generates_by_an_encoder_and_a_merged_decoder(name: str, kind: str, tmp_path: Path) -> None:
+    adapted = adapt(name)
+    adapted.export(tmp_path / "out", view="decode", merged_decoder=True)
+    inputs = ZOO[name].inputs(3, 6, 5, model=adapted.base)
+    inputs = {key: value for key, value in inputs.items() if not key.startswith("decoder_")}
+    np.savez(tmp_path / "in.npz", **{key: value.numpy() for key, value in inputs.items()})
+    words = ("--inputs", tmp_path / "in.npz", "--generate", 8, "--save", tmp_path / "out.npz")
+    assert older(tmp_path / "out", kind, *words) == ""
+    want = adapted.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert np.array_equal(np.load(tmp_path / "out.npz")["tokens"], want.numpy())
 
 
 def test_sentence_transformers_over_onnxruntime_embeds_as_the_graph_does(tmp_path: Path) -> None:

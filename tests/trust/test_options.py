@@ -46,6 +46,8 @@ WRONG: list[tuple[dict[str, object], str]] = [
     ({"atol": float("nan")}, "atol=nan"),
     ({"max_memory": "much"}, "as in 4GB"),
     ({"image_size": "large"}, "as in 384x512"),
+    ({"merged_decoder": True, "slots": "mlp"}, "merged_decoder, slots"),
+    ({"merged_decoder": True, "batched": ("one",)}, "leave one out"),
     ({"image_size": (0, 32)}, "not a size of images"),
     ({"image_size": 1.5}, r"image_size=1.5 \(int"),
     ({"slots": "mlp |"}, "cannot read the target"),

@@ -126,6 +126,10 @@ def export(
             help="Height and width of images, such as 384x512; any leaves them free; by default the model's own."
         ),
     ] = None,
+    merged_decoder: Annotated[
+        bool,
+        typer.Option("--merged-decoder", help="Also write the decoder of an encoder-decoder as optimum reads it."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output directory if it exists.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be written, its size and the time; write nothing.")
@@ -159,6 +163,7 @@ def export(
         "force": force,
         "allow_fixed": allow_fixed,
         "image_size": image_size,
+        "merged_decoder": merged_decoder,
         "max_memory": max_memory,
     }
     asked = DirectoryOptions.of(None, chosen)
