@@ -3,6 +3,7 @@
 Every entry of a weight op's output belongs to one row of the weight. The numbers of these rows, in place of the
 output's values, are sent from the op to a later node. Ops that move data move the numbers. Ops that combine entries of
 one position, as rotary embeddings do, keep both numbers. Free sizes of the graph take the values of its example.
+Sizes that depend on the values of a tensor take any, except where they split or index.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from peftfx.analysis.dataflow import ACTIVATED, MOVEMENT, PRODUCTS, Flow, names, op_name
 from peftfx.errors import PeftfxError
@@ -22,6 +24,7 @@ Numbers = list[torch.Tensor]  # of one shape: the rows that each entry comes fro
 
 _RESHAPES = names("view _unsafe_view view_as reshape_as")
 _JOINING = names("cat concat concatenate stack hstack vstack")
+_READ = 11  #: prime, and so no count of heads or the like
 
 
 class RowTracer:
@@ -165,7 +168,15 @@ def hint(size: object) -> int:
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(hint(size) for size in node.meta["val"].shape)
+    return tuple(_length(size) for size in node.meta["val"].shape)
+
+
+def _length(size: object) -> int:
+    """Return the value of a size in the example, as if each number that was read from a tensor had been `_READ`.
+
+    It is the number of tokens that a mask chooses, say: at each of them, the rows of a weight are the same.
+    """
+    return optimization_hint(size, fallback=_READ)  # type: ignore[arg-type]
 
 
 def _numbered(shape: tuple[int, ...], axis: int, size: int) -> torch.Tensor:

@@ -27,6 +27,7 @@ from peftfx.graph.conditions import Condition, unmet
 
 _READ = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
 _TORCH = str(Path(torch.__file__).parent)
+_OWN = str(Path(__file__).parents[1])
 _NN = str(Path(torch.nn.__file__).parent)
 #: Files in which torch asks on behalf of a caller, whose frame is further out.
 _BEARERS = tuple(
@@ -125,6 +126,17 @@ def _asker(frame: FrameType | None) -> tuple[str, bool]:
     while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
         frame = frame.f_back
     return ("" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"), code
+
+
+def line_of(error: BaseException) -> str:
+    """Return the innermost line of the model's code that an error came through, such as `file.py:12`, or nothing."""
+    found, step = "", error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if not name.startswith((_TORCH, _OWN)):
+            found = f"{Path(name).name}:{step.tb_lineno}"
+        step = step.tb_next
+    return found
 
 
 def conditions_of(notes: Sequence[Note], axes: Mapping[str, str | int]) -> tuple[Condition, ...]:

@@ -34,7 +34,7 @@ from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, path_name
 from peftfx.graph.lazy_weights import faked
 from peftfx.graph.linking import link
 from peftfx.graph.places import name_places
-from peftfx.graph.size_conditions import Note, conditions_of, noted
+from peftfx.graph.size_conditions import Note, conditions_of, line_of, noted
 from peftfx.graph.written import refuse_written
 from peftfx.patterns.find import with_patterns
 from peftfx.telling import tell_share
@@ -193,16 +193,17 @@ def _refuse_checkpointing(model: nn.Module) -> None:
 
 
 def _explain(model: nn.Module, error: BaseException, entry: Entry | None) -> PeftfxError:
-    hint = "see `__cause__` for torch.export's own report"
-    hashed = isinstance(error, TypeError) and "SymInt" in str(
-        error
-    )  # a set or a dict of sizes or of numbers in a tensor
+    why, hint = first_line(error), "see `__cause__` for torch.export's own report"
+    # A set or a dict of sizes, or of numbers in a tensor, cannot be made.
+    hashed = isinstance(error, TypeError) and "SymInt" in str(error)
     if hashed or "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
-        hint = "its forward branches on the values of a tensor; pass arguments or a config that avoid the branch"
+        line = line_of(error)
+        why = "its code branches on the values of a tensor" + (f", at {line}" if line else "")
+        hint = "pass arguments or a config that avoid the branch; `__cause__` is torch.export's own report"
         if _loops_over_experts(model):
             hint = "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
-    return PeftfxError(f"{what}: {first_line(error)}", type(model).__name__, hint)
+    return PeftfxError(f"{what}: {why}", type(model).__name__, hint)
 
 
 def _loops_over_experts(model: nn.Module) -> bool:

@@ -158,6 +158,26 @@ def test_a_layer_whose_features_are_ranked_is_a_router_and_one_that_ranks_tokens
         assert (sites.by_path("scores").role == "router") is of_features
 
 
+class Chosen(nn.Module):
+    """A gated feed-forward of the tokens that a mask chooses: how many they are is known in a call alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(8, 32), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        gate, up = self.both(x[chosen]).chunk(2, -1)
+        return x.masked_scatter(chosen[..., None], self.down(nn.functional.silu(gate) * up))
+
+
+def test_layers_have_roles_where_a_mask_chooses_the_tokens() -> None:
+    inputs = {"x": torch.randn(2, 5, 8), "chosen": torch.rand(2, 5) > 0.5}
+    sites = capture(Chosen().eval(), inputs).sites
+    both, down = sites.by_path("both"), sites.by_path("down")
+    assert (both.role, down.role) == ("mlp.gate_up", "mlp.down")
+    assert {part.role: part.rows for part in both.parts} == {"mlp.gate": ((0, 16),), "mlp.up": ((16, 32),)}
+
+
 class Scaled(nn.Module):
     """A feed-forward whose output is multiplied by one number for each value, or by one that is added besides."""
 
