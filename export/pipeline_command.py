@@ -77,11 +77,11 @@ def export_pipeline(
     reports: dict[str, Report] = {}
     with publish(output, asked.force, _made) as temporary, _adapters(source, base, parts) as adapters:
         for part in parts:
-            model = load_base(base / part, weights=False)
-            folder = _DECODER if decodes_latents(model) else part
-            say(folder)
             own = replace(asked, adapter=adapters.get(part), force=False)
             try:
+                model = load_base(base / part, weights=False)
+                folder = _DECODER if decodes_latents(model) else part
+                say(folder)
                 reports[folder] = _export(base / part, temporary / folder, own, model, progress)
             except PeftfxError as error:
                 raise type(error)(f"{part}: {error.what}", error.where, error.hint) from error

@@ -44,7 +44,7 @@ TASKS: Mapping[str, Task] = {
         ("ForConditionalGeneration", "ForCTC", "ForSpeechSeq2Seq", _COMPOSED),
     ),
     "audio-classification": Task(("AutoModelForAudioClassification",), ("ForAudioClassification",)),
-    "feature-extraction": Task(("AutoModel",), ("Model", "Encoder")),
+    "feature-extraction": Task(("AutoModel",), ("Model", "Encoder", "WithProjection")),
     "sentence-similarity": Task(("AutoModelForTextEncoding", "AutoModel")),
     "text-to-image": Task(()),
 }

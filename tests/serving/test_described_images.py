@@ -102,3 +102,4 @@ def test_a_prompt_is_refused(describing: Describing, peftfx: Run) -> None:
 def test_classes_of_any_encoder_and_decoder_have_the_task_of_their_table() -> None:
     tasks = {"Vision": "image-text-to-text", "Speech": "automatic-speech-recognition", "": "text2text-generation"}
     assert {kind: task_of_class(f"{kind}EncoderDecoderModel") for kind in tasks} == tasks
+    assert task_of_class("CLIPTextModelWithProjection") == "feature-extraction"

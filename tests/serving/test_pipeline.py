@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from every_model.diffusion_models import build_denoiser
 from safetensors.torch import save_file
 from support.command import Result, assert_refused
 from support.parity import randomise
@@ -18,6 +19,7 @@ from support.zoo import ZOO
 from torch import Tensor, nn
 
 from peftfx import runtime
+from peftfx.bases.example_inputs import example_inputs
 
 Run = Callable[..., Result]
 #: Of the autoencoder, layers of the decoder: its encoder does not run in a pipeline that makes images.
@@ -131,3 +133,32 @@ def test_what_is_no_parts_is_refused(pipeline: Path, tmp_path: Path, peftfx: Run
     assert_refused(peftfx(*export, "--dry-run"), "one of its models")
     assert_refused(peftfx(*export, "--swappable"), "one of them alone")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_transformer_and_a_projecting_text_encoder_are_parts_too(tmp_path: Path, peftfx: Run) -> None:
+    """As in the pipelines of SD 3: with a LoRA in diffusers' format, for the transformer."""
+    root, part = tmp_path / "pipeline", "transformer"
+    torch.manual_seed(0)
+    text = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = hf.CLIPTextConfig(**text, projection_dim=16, vocab_size=99, max_position_embeddings=16)
+    hf.CLIPTextModelWithProjection(config).save_pretrained(root / "text_encoder_2")
+    base = build_denoiser("sd3")
+    base.save_pretrained(root / part)
+    index = {
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        part: ["diffusers", "SD3Transformer2DModel"],
+    }
+    (root / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=["to_q", "to_v"])).eval()
+    randomise(model)
+    lora = single_file({part: model}, tmp_path / "lora.safetensors", "diffusers")
+    result = peftfx("export", "--base", root, "--adapter", lora, "--output", tmp_path / "out")
+    assert result.code == 0, result.err
+    inputs = example_inputs(base, sizes={"batch": 3, "sequence": 5}, seed=2)
+    with torch.no_grad():
+        want = model(**inputs).sample
+    got = runtime.load(tmp_path / "out" / part)(**inputs)
+    torch.testing.assert_close(next(iter(got.values())), want, atol=1e-4, rtol=1e-3)
+    encoder = runtime.load(tmp_path / "out" / "text_encoder_2")
+    assert "text_embeds" in encoder(input_ids=torch.tensor([[5, 6, 7]]))
