@@ -193,17 +193,18 @@ def _refuse_checkpointing(model: nn.Module) -> None:
 
 
 def _explain(model: nn.Module, error: BaseException, entry: Entry | None) -> PeftfxError:
-    why, hint = first_line(error), "see `__cause__` for torch.export's own report"
+    why, hint, line = first_line(error), "see `__cause__` for torch.export's own report", line_of(error)
     # A set or a dict of sizes, or of numbers in a tensor, cannot be made.
     hashed = isinstance(error, TypeError) and "SymInt" in str(error)
     if hashed or "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
-        line = line_of(error)
-        why = "its code branches on the values of a tensor" + (f", at {line}" if line else "")
+        why = "its code branches on the values of a tensor"
         hint = "pass arguments or a config that avoid the branch; `__cause__` is torch.export's own report"
         if _loops_over_experts(model):
             hint = "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"
+    elif str(error).strip():
+        line = ""  # the message says it
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
-    return PeftfxError(f"{what}: {why}", type(model).__name__, hint)
+    return PeftfxError(f"{what}: {why}{', at ' if line else ''}{line}", type(model).__name__, hint)
 
 
 def _loops_over_experts(model: nn.Module) -> bool:

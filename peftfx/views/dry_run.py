@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from peftfx.graph.contexts import evaluating, fake_mode_of, quietly, unchanged
 from peftfx.graph.lazy_weights import faked
+from peftfx.graph.size_conditions import noted
 from peftfx.views.view import without_cache
 
 
@@ -30,6 +31,7 @@ def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         evaluating(base),
         without_cache(base),
         _batched_experts(base),
+        noted(),  # where the code asserts something of such a number, it is taken as true
         torch.no_grad(),
         mode,
     ):

@@ -151,7 +151,7 @@ def _built(task: str, model_type: str) -> nn.Module:
 
 def _adapted_by_peft(base: nn.Module, task: str, model_type: str, directory: Path) -> nn.Module:
     run = _run(base)
-    targets = [n for n, m in run.items() if isinstance(m, (nn.Linear, hf.pytorch_utils.Conv1D))]
+    targets = [n for n, m in run.items() if _multiplies(m)]
     if task == "text-classification":  # `peft` trains copies of these
         targets = [n for n in targets if not n.endswith(("classifier", "score"))]
     convs = [n for n, m in run.items() if isinstance(m, nn.Conv2d) and m.groups == 1]
@@ -167,6 +167,12 @@ def _adapted_by_peft(base: nn.Module, task: str, model_type: str, directory: Pat
     except Exception as error:
         raise NotBuilt(f"peft: {_line(error)}") from error
     return made
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a layer is a plain product: `peft` takes it for one, also where a subclass computes otherwise."""
+    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return linear or isinstance(module, hf.pytorch_utils.Conv1D)
 
 
 def _with_lora(base: nn.Module, targets: list[str], task_type: str | None) -> nn.Module:

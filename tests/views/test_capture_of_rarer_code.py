@@ -17,6 +17,7 @@ import peftfx
 import peftfx.runtime
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.views.decode import decode_view
+from peftfx.views.dry_run import fake_run
 
 
 class Apart(nn.Module):
@@ -157,7 +158,7 @@ def test_what_code_asserts_of_values_is_taken_for_true_and_a_branch_on_them_is_r
     graph = peftfx.capture(model, inputs)
     case = {"x": torch.randn(3, 7, 4), "lengths": torch.tensor([1, 7, 2])}
     torch.testing.assert_close(graph(**case), model(**case))
-    with pytest.raises(peftfx.PeftfxError, match="data-dependent"):
+    with pytest.raises(peftfx.PeftfxError, match=r"branches on the values of a tensor, at \w+\.py:\d+"):
         peftfx.capture(Checked(branches=True).eval(), inputs)
 
 
@@ -166,3 +167,9 @@ def test_a_dry_run_asks_for_the_numbers_in_a_tensor() -> None:
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 16}
     model = hf.JetMoeForCausalLM(hf.JetMoeConfig(**sizes, **experts)).eval()
     assert [kept.name for kept in decode_view(model).layers[0].kept] == ["key", "value"]
+
+
+def test_a_dry_run_takes_for_true_what_code_asserts_of_values() -> None:
+    model, lengths = Checked(branches=False).eval(), torch.tensor([5, 3])
+    with fake_run(model) as fake:
+        assert model(fake(torch.randn(2, 5, 4)), fake(lengths)).shape == (2, 5, 4)
