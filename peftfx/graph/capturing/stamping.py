@@ -297,7 +297,8 @@ def _again(tracer: Any, leaf: object, traced: _Traced, call: LayerCall, copies: 
     if (label := traced.call.label(leaf)) is not None:
         return call.entries[label]
     node = copies[traced.ends[id(leaf)]]
-    with _disable_current_modes(), leaf.fake_mode:  # type: ignore[attr-defined]
+    # without functions' modes: in a capture, one writes a node for each change of grad mode
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), leaf.fake_mode:  # type: ignore[attr-defined]
         made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
         if leaf.requires_grad:  # code may write in place into a result, but not into a leaf
             with torch.enable_grad():
