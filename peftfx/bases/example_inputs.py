@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from peftfx.bases.config_fields import first_of, number_of, special_tokens
 from peftfx.bases.diffusion_inputs import denoiser_inputs, denoises
 from peftfx.bases.processors.image_size import image_size_of
+from peftfx.bases.processors.token_types import TYPES, makes_masks, prompt_types, reads_types
 from peftfx.bases.tasks import resolve_task, task_of
 from peftfx.errors import PeftfxError, nearest
 
@@ -143,6 +144,8 @@ class _Maker:
         made = {"input_ids": ids, "attention_mask": mask} if "attention_mask" in self.accepted else {"input_ids": ids}
         if "token_type_ids" in self.accepted and number_of(self.text, "type_vocab_size", 0) > 1:
             made["token_type_ids"] = (torch.arange(ids.shape[1]) > ids.shape[1] // 2).long().repeat(batch, 1)
+        if images and reads_types(self.model) and makes_masks(self.model):
+            made[TYPES] = prompt_types(self.model, ids.eq(image or 0))
         return made
 
     def _pools_eos(self) -> bool:

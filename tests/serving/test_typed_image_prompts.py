@@ -18,6 +18,7 @@ from support.parity import randomise
 from torch import nn
 
 from peftfx import PeftfxError, runtime
+from peftfx.bases.example_inputs import example_inputs
 from peftfx.export.command import export_directory
 
 Run = Callable[..., Result]
@@ -126,6 +127,17 @@ def test_types_decide_what_tokens_of_an_image_see(seeing: Seeing) -> None:
             want = seeing.peft.generate(**first, do_sample=False).logits[0]
         got = served.generate(**first, do_sample=False).logits[0]
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_an_example_has_the_types_that_a_processor_makes(seeing: Seeing) -> None:
+    model = seeing.peft.base_model.model
+    made, given = example_inputs(model), seeing.given()
+    if "Gemma3" in type(model).__name__:
+        assert torch.equal(made["token_type_ids"], (made["input_ids"] == 3).long())
+        assert torch.equal(given["token_type_ids"], (given["input_ids"] == 3).long())
+    else:
+        assert not made["token_type_ids"].any()
+        assert not given["token_type_ids"].any()
 
 
 def test_text_alone_is_generated_if_its_types_are_known(seeing: Seeing) -> None:

@@ -53,6 +53,17 @@ def typed_masks(base: Any, given: Mapping[str, Tensor], cache: Cache | None) -> 
     return made
 
 
+def prompt_types(base: nn.Module, images: Tensor) -> Tensor:
+    """Return types of a prompt's tokens as a processor makes them, int64[batch, sequence].
+
+    Args:
+        base: the model; only its class and config are used.
+        images: which tokens are of an image, bool[batch, sequence]. They have type 1, if tokens of type 0 are plain
+            text; otherwise the whole prompt has type 0, that of a prefix.
+    """
+    return images.long() if _zeros_are_text(base) else torch.zeros_like(images, dtype=torch.long)
+
+
 def whole_types(base: nn.Module, given: Tensor | None, tokens: Tensor, before: int) -> Tensor:
     """Return the types of all tokens, int64[batch, before + sequence]. Tokens of the past have type 0.
 
