@@ -81,8 +81,8 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "xlstm": {"embedding_dim": 32, "hidden_size": 64, "chunk_size": 4, "ffn_round_up_to_multiple_of": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
-        "layers_block_type": [_LINEAR, "hybrid", _LINEAR],
-        "num_hidden_layers": 3,
+        "layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"],
+        "num_hidden_layers": 4,
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
         "n_mamba_heads": 2,
