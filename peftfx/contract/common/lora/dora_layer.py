@@ -78,12 +78,12 @@ class _Scaled(torch.autograd.Function):
             y = kept if of_output else kept * gains
         if of_output:
             ctx.output, kept = _Watch(y), y.data  # `y` itself would be refused after a change in place
-        ctx.save_for_backward(x, weight, a, b, magnitude, norms, kept)
+        ctx.save_for_backward(x, weight, a, b, magnitude, norms, gains, kept)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, back: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, a, b, magnitude, norms, kept = ctx.saved_tensors
+        x, weight, a, b, magnitude, norms, gains, kept = ctx.saved_tensors
         s, (for_x, _, _, for_a, for_b, for_m, _) = ctx.scaling, ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of gradients is asked for, and what follows has none
             output = gain(magnitude, norms) * _product(x, weight, a, b, s)
@@ -91,17 +91,17 @@ class _Scaled(torch.autograd.Function):
             found = iter(torch.autograd.grad(output, needed, back, create_graph=True))
             to_x, to_a, to_b, to_m = (next(found) if needs else None for needs in (for_x, for_a, for_b, for_m))
             return to_x, None, None, to_a, to_b, to_m, None
-        gains = gain(magnitude, norms)[:, None]
+        scales = (s * gains)[:, None]
         to_x = to_a = to_b = to_m = None
         if for_x or for_a:
-            through = (s * gains * b).T @ back.T
+            through = (scales * b).T @ back.T
             to_a = through @ x
         if for_x and ctx.updates:
-            to_x = back @ torch.addmm(weight, b, a, alpha=s).mul_(gains)
+            to_x = back @ torch.addmm(weight, b, a, alpha=s).mul_(gains[:, None])
         elif for_x:
-            to_x = ((back * gains.T) @ weight).addmm_(through.T, a)
+            to_x = ((back * gains) @ weight).addmm_(through.T, a)
         if for_b:
-            to_b = ((a @ x.T) @ back).T * (s * gains)
+            to_b = ((a @ x.T) @ back).T * scales
         if for_m and ctx.output is not None and not ctx.output.is_changed():
             to_m = ((back * kept).sum(0) / magnitude.flatten()).view_as(magnitude)
         elif for_m:
