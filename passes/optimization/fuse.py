@@ -10,7 +10,7 @@ https://onnx.ai/onnx/operators/onnx__Attention.html, ...__RotaryEmbedding.html, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.optimization.cleanup import Cleanup
 from peftfx.passes.optimization.flat_heads import flatten_heads, input_sizes
+from peftfx.passes.optimization.prefixed_cache import split_prefix
 from peftfx.passes.optimization.rms_norm import fuse_norm
 from peftfx.passes.optimization.rotary import fuse_rotary
 from peftfx.passes.rewriting.matching import has_axes, pair, unrepeated
@@ -61,21 +62,40 @@ def _fuse_attention(rewriter: Rewriter, node: fx.Node, sizes: Mapping[str, fx.No
     if any(more) or node.kwargs.get("dropout_p") or node.kwargs.get("is_causal") or not isinstance(mask, fx.Node):
         return False
     grown = [unrepeated(x) for x in (key, value)]  # type: ignore[arg-type]
-    pairs = [found for x in grown if _is_kept(x, node) and (found := pair(x, (-2, 2))) is not None]
-    if len(pairs) != 2 or not all(has_axes(x, ndim=4) for found in pairs for x in found):
-        return False  # a cache that is created when first filled starts without axes
-    (past_key, new_key), (past_value, new_value) = pairs
-    arguments = (query, new_key, new_value, mask, past_key, past_value)
+    found = _over_prefix(rewriter, grown, mask) or _over_cache(grown, mask, node)
+    if found is None:
+        return False
+    read, returned = found
     scale = node.kwargs.get("scale")
     at, olds = rewriter.before(node), (node, *grown)
-    call = at.call(onnx.Attention.opset23, *arguments, **({} if scale is None else {"scale": scale}))
+    call = at.call(onnx.Attention.opset23, query, *read, **({} if scale is None else {"scale": scale}))
     rewriter.revalue(call, (*(old.meta["val"] for old in olds), call.meta["val"][3]))
-    outputs = [at.call(operator.getitem, call, i) for i in range(3)]
-    for old, new in zip(olds, outputs, strict=True):
+    replaced = olds if returned else olds[:1]
+    outputs = [at.call(operator.getitem, call, i) for i in range(len(replaced))]
+    for old, new in zip(replaced, outputs, strict=True):
         rewriter.replace(old, new, [user for user in old.users if user > call])
     rewriter.erase(node)  # its schema says that it draws random numbers, so it would stay
     flatten_heads(rewriter, call, sizes)
     return True
+
+
+def _over_prefix(
+    rewriter: Rewriter, grown: Sequence[fx.Node], mask: fx.Node
+) -> tuple[tuple[fx.Node, ...], bool] | None:
+    """Return what an attention reads of a prefix and a cache after it, and that it returns no cache; or None.
+
+    If the operator had both as its past, it would return them together, and the cache would be copied once more.
+    """
+    return ((*grown, mask), False) if all(split_prefix(rewriter, x) for x in grown) else None
+
+
+def _over_cache(grown: Sequence[fx.Node], mask: fx.Node, node: fx.Node) -> tuple[tuple[fx.Node, ...], bool] | None:
+    """Return what an attention reads of a past and of new keys and values, and that it returns the cache; or None."""
+    pairs = [found for x in grown if _is_kept(x, node) and (found := pair(x, (-2, 2))) is not None]
+    if len(pairs) != 2 or not all(has_axes(x, ndim=4) for found in pairs for x in found):
+        return None  # a cache that is created when first filled starts without axes
+    (past_key, new_key), (past_value, new_value) = pairs
+    return (new_key, new_value, mask, past_key, past_value), True
 
 
 def _is_kept(node: fx.Node, attention: fx.Node) -> bool:

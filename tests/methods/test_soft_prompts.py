@@ -86,7 +86,8 @@ def test_ten_steps_are_those_of_peft(soft: Soft, name: str) -> None:
             for key in want:
                 close(got[key].grad, want[key].grad)
             assert any(p.grad is not None for p in got.values())
-            assert all(p.grad is None for p in ours.base.parameters())
+            own = {id(p) for p in got.values()}  # a trained head is a child of the base's module
+            assert {id(p) for p in ours.base.parameters() if p.grad is not None} <= own
         for optimizer in optimizers:
             optimizer.step()
         assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)

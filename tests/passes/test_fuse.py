@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -127,6 +128,20 @@ def test_an_adapter_apart_and_a_prefix_inside_are_no_obstacle(tmp_path: Path) ->
     stir(adapted.adapters)
     report = adapted.export(tmp_path / "out", view="decode", merge=False)
     assert report.fused["Attention"] == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_cache_after_a_prefix_is_made_of_the_past_and_not_cut_from_both(name: str, tmp_path: Path) -> None:
+    adapted = peftfx.transform(ZOO[name].build(), peftfx.PrefixTuning(num_virtual_tokens=3), seed=0)
+    stir(adapted.adapters)
+    adapted.export(tmp_path / "out", view="decode")
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    presents = [value.name for value in graph.output if value.name.startswith("present")]
+    for present in presents:
+        assert makers[present].op_type == "Concat"
+        assert makers[present].input[0] == present.replace("present", "past_key_values")
+    assert len(presents) == 4
 
 
 def test_a_prefix_that_no_cache_holds_is_served_too(tmp_path: Path) -> None:
