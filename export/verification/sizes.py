@@ -23,7 +23,8 @@ _REFUSED = "the model takes no other"
 BRANCHES = "beyond, the model computes something else"
 UNTRIED = "what is beyond is too large to be tried here"
 LONGER = "the model is made for no more tokens"
-_TOKENS = frozenset({"sequence", "decoder_sequence", "past", "total"})  #: axes that run along texts
+#: Axes that run along texts.
+_TOKENS = frozenset({"sequence", "decoder_sequence", "encoder_sequence", "encoder_total", "past", "total"})
 _SAME, _UNREACHED = "same", "no such call can be made"
 #: The most tokens (rows, pixels) of a tried call; the most tokens times parameters; and the fewest tokens, for a large
 #: model.
@@ -135,6 +136,16 @@ class Trial:
             return None
         return None if condition.met(self.graph.sizes_of(case)) else case
 
+    def takes(self, sizes: Sized) -> bool:
+        """Say whether a call of these sizes is small enough to be tried, and the model's own code runs it."""
+        if not self.affords(sizes):
+            return False
+        try:
+            self.eager(self.make(sizes))
+        except Exception:  # a model's code raises various errors for a size that it does not take
+            return False
+        return True
+
     def answer(self, case: _Case) -> str:
         """Run the model and the graph on these inputs, and say whether they agree or the model refuses."""
         try:
@@ -189,7 +200,8 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
         limits += [Limit(condition, why)] if why else []
         if not condition.edge:  # a size of 1 is always verified
             probes += [sizes for sizes, answer in zip(tried, answers, strict=True) if answer == _SAME][:1]
-            probes += _last(condition, around)
+            last = _last(condition, around)
+            probes += [sizes for sizes in last if _REFUSED not in answers or trial.takes(sizes)]
     found = Sizes(tuple(limits))
     probes = [sizes for sizes in probes if found.allow(sizes) and trial.affords(sizes)]
     return Sizes(found.limits, tuple(sizes for i, sizes in enumerate(probes) if sizes not in probes[:i]))

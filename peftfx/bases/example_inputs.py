@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from peftfx.bases.config_fields import first_of, number_of, special_tokens
 from peftfx.bases.diffusion_inputs import denoiser_inputs, denoises
 from peftfx.bases.processors.image_size import image_size_of
+from peftfx.bases.processors.recordings import recording_name, recording_shape
 from peftfx.bases.processors.token_types import TYPES, makes_masks, prompt_types, reads_types
 from peftfx.bases.tasks import resolve_task, task_of
 from peftfx.errors import PeftfxError, nearest
@@ -101,9 +102,11 @@ class _Maker:
             made["pixel_values"] = self._floats(self.sizes["batch"], channels, *self._resolution())
         if "input_ids" in self.accepted:
             made |= self._prompt()
-        for name in ("input_features", "input_values"):
-            if name in self.accepted and self.model.main_input_name == name:
-                made[name] = self._floats(self.sizes["batch"], *self._audio(name))
+        if name := recording_name(self.model, self.accepted):
+            shape = recording_shape(self.config, name, self.sizes["sequence"])
+            if shape is None:
+                raise PeftfxError(f"peftfx cannot make an example of {name}", type(self.model).__name__, _PASS_INPUTS)
+            made[name] = self._floats(self.sizes["batch"], *shape)
         if self.decodes and not self._pools_eos():
             made["decoder_input_ids"] = self._decoder_ids()
         return made
@@ -225,21 +228,3 @@ class _Maker:
             size = image_size_of(self.model)
         height, width = size if isinstance(size, list | tuple) else (size or 64, size or 64)
         return self.sizes.get("height", height), self.sizes.get("width", width)
-
-    def _audio(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a recording: mel bins by frames, frames by features, or raw samples, by the config."""
-        mels, frames = (
-            first_of(self.config, "num_mel_bins"),
-            first_of(self.config, "max_source_positions", "max_length"),
-        )
-        if name == "input_features" and isinstance(mels, int) and isinstance(frames, int):
-            return mels, 2 * frames
-        features = first_of(self.config, "input_feat_per_channel", "feature_projection_input_dim")
-        if name == "input_features" and isinstance(features, int):
-            return 8 * self.sizes["sequence"], features
-        strides = first_of(self.config, "conv_stride")
-        if isinstance(strides, list | tuple):
-            return (math.prod(strides) * (self.sizes["sequence"] + 9),)
-        if isinstance(mels, int) and isinstance(frames, int):
-            return frames, mels
-        raise PeftfxError(f"peftfx cannot make an example of {name}", type(self.model).__name__, _PASS_INPUTS)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import ModelOutput
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.caches.cache import cache_of, held
@@ -48,6 +49,7 @@ class EncoderDecoderLayers:
             call, the encoded length tells their number.
         source: the name of the argument that is encoded.
         source_axes: the names of the source's axes.
+        output: the class of the encoder's output. The model's code may read other fields of it than the first.
     """
 
     own: tuple[Held, ...]
@@ -56,6 +58,7 @@ class EncoderDecoderLayers:
     ahead: int = 0
     source: str = TEXT_INPUT
     source_axes: tuple[str | None, ...] = ("batch", "encoder_sequence")
+    output: type[ModelOutput] = BaseModelOutput
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -208,7 +211,7 @@ class Decoder:
         output = base(
             **mask,
             decoder_input_ids=given["input_ids"],
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded),  # type: ignore[call-arg]
+            encoder_outputs=layers.output(last_hidden_state=encoded),  # type: ignore[call-arg]
             cache=EncoderDecoderCache(own, cross),
             use_cache=True,
         )

@@ -7,11 +7,13 @@ decode view step by step, each model with its own cache, over the same tokens.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -210,11 +212,22 @@ def _calls(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) 
         inputs = example_inputs(model, sizes=sizes, seed=seed)
         flat = {path_name(path): value for path, value in pytree.tree_flatten_with_path(inputs)[0]}
         expected, plain, found = outputs(want, inputs), outputs(base, inputs), got(**flat)
-        for name, value in found.items():
-            worst = max(worst, _far(value, expected[name.removesuffix(".output")], inputs.get("attention_mask")))
+        mask = inputs.get("attention_mask")
+        pairs = [(name.removesuffix(".output"), value) for name, value in found.items()]
+        fars = [(name, _far(value, expected[name], mask)) for name, value in pairs]
+        if max(far for _, far in fars) > BOUND:
+            exact = _in_float64(want, inputs)
+            fars = [(name, far) for name, far in fars if far > 2 * _far(expected[name], exact[name], mask)]
+        worst = max(worst, *(far for _, far in fars), 0.0)
         changed = max(_far(expected[n], plain[n], None) for n in expected if n in plain)
         assert changed > 1e-3, "the adapter changes nothing: the check would pass without it"
     return worst
+
+
+def _in_float64(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The outputs of a copy of the model in float64. Two programs that are as near to them are twice that apart."""
+    wide = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, dict(inputs))
+    return outputs(copy.deepcopy(model).double(), wide)
 
 
 def _far(got: Tensor, want: Tensor, mask: Tensor | None) -> float:

@@ -8,11 +8,31 @@ from typing import Any
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 _SWIN = {"patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+_SOUND = {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
 
 OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "bit": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2], "num_groups": 4},
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {_FULL: {"rope_type": "default", "rope_theta": 10000.0}}},
+    "canary": {"encoder_config": {"subsampling_conv_channels": 8}},
+    "cohere_asr": {"encoder_config": {"subsampling_conv_channels": 8}},
+    "lasr_ctc": {"encoder_config": {"subsampling_conv_channels": 8}},
+    "parakeet_ctc": {"encoder_config": {"subsampling_conv_channels": 8}},
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "speech-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "speech_to_text": {"max_source_positions": 64},
+    "wav2vec2-bert": {"vocab_size": 99},
+    "wav2vec2-conformer": {"vocab_size": 99, "max_source_positions": 64},
+    "granite_speech5_encoder": {"context_size": 8},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "moonshine_streaming_encoder": {"sliding_windows": [[16, 4], [16, 0]]},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "dia_decoder": {
+        "cross_num_attention_heads": 4,
+        "cross_num_key_value_heads": 4,
+        "cross_head_dim": 8,
+        "cross_hidden_size": 32,
+    },
     "cpmant": {"prompt_types": 4, "prompt_length": 4, "segment_types": 4},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
@@ -72,12 +92,16 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "ministral": {"head_dim": 8},
     "mobilevitv2": {"image_size": 64},
     "nemotron": {"num_key_value_heads": 2},
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
+    "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "paligemma": {"projection_dim": 32, "vision_config": {"projection_dim": 32}},
     "perceiver": {"num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 2},
     "qwen4_exp_text": {"ngram_vocab_size_base": 50, "hc_lowrank": 8, "ple_embed_dim": 16, "heads_per_ngram": 2},
     "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8)},
     "swin": _SWIN,
     "swinv2": _SWIN,
+    "vibevoice_acoustic_tokenizer": _SOUND,
+    "vibevoice_acoustic_tokenizer_encoder": _SOUND,
     "xlstm": {"embedding_dim": 32, "hidden_size": 64, "chunk_size": 4, "ffn_round_up_to_multiple_of": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

@@ -147,6 +147,27 @@ def test_what_a_model_computes_for_longer_texts_than_it_is_made_for_is_said_and_
         export_onnx(Tabled(9).eval(), tmp_path / "other", inputs=given)
 
 
+class Short(nn.Module):
+    """A table of 8 positions, and code that computes something else for texts of more than 12."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Embedding(16, 4)
+        self.positions = nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        y: Tensor = self.layer(input_ids) + torch.embedding(self.positions, torch.arange(length))
+        return y if length <= 12 else y * 3
+
+
+def test_a_bound_beyond_what_the_model_takes_is_not_verified(tmp_path: Path) -> None:
+    given = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
+    report = export_onnx(Short().eval(), tmp_path / "out", inputs=given)
+    assert report.sizes == ["sequence <= 12 (the model takes no other)"]
+    assert max(shapes["input_ids"][1] for shapes in report.probes) <= 8
+
+
 def test_a_branch_that_changes_nothing_is_no_limit_and_both_sides_are_verified(tmp_path: Path) -> None:
     class Chunked(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

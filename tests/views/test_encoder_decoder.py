@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -12,6 +13,7 @@ import onnx_ir as ir
 import peft
 import pytest
 import torch
+import transformers as hf
 from support.decoding import GREEDY
 from support.few import but_for
 from support.parity import randomise
@@ -20,8 +22,10 @@ from torch import Tensor, nn
 
 import peftfx
 import peftfx.runtime
+from peftfx.export.onnx_directory import export_onnx
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.encoder_decoder import DECODED, ENCODED
+from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.named_views import find_view
 
 NAMES = ["t5", "bart"]
@@ -162,3 +166,19 @@ def test_what_two_graphs_cannot_give_is_refused(pair: Pair) -> None:
 def test_a_model_without_a_decoder_has_no_such_views() -> None:
     with pytest.raises(peftfx.PeftfxError, match="cannot be split into an encoder"):
         find_view(ZOO["gpt2"].build(), "encoder")
+
+
+def test_an_encoders_output_keeps_its_class() -> None:
+    sizes = {"d_model": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 99}
+    config = hf.SwitchTransformersConfig(**sizes, d_ff=48, num_experts=2, pad_token_id=1, decoder_start_token_id=4)
+    layers = find_layers(hf.SwitchTransformersForConditionalGeneration(config).eval())  # its encoder has no `use_cache`
+    assert "router_probs" in {field.name for field in dataclasses.fields(layers.output)}
+
+
+def test_a_table_of_positions_that_grows_limits_texts_to_what_the_model_is_made_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 99, "max_position_embeddings": 16}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    model = hf.M2M100ForConditionalGeneration(hf.M2M100Config(**sizes, **heads)).eval()
+    report = export_onnx(model, tmp_path / "out", view="decode")
+    assert any("encoder_sequence" in line and "made for no more tokens" in line for line in report.sizes)

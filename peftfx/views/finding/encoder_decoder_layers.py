@@ -36,19 +36,22 @@ def find_layers(base: nn.Module) -> EncoderDecoderLayers:
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     with fake_run(base) as fake:
         given = {name: fake(t) for name, t in text.items() if name in needed}
+        tokens = given.pop("decoder_input_ids")
+        mask = {name: given[name] for name in ("attention_mask",) if name in given}
         try:
-            output = base(**given, cache=cache, use_cache=True)
+            encoded = base.get_encoder()(**given, return_dict=True)  # type: ignore[operator]
+            base(**mask, decoder_input_ids=tokens, encoder_outputs=encoded, cache=cache, use_cache=True)
             for part in (cache.self_attention_cache, cache.cross_attention_cache):
                 held(part)  # this refuses unknown kinds of layers
             own, cross = layers_in(cache.self_attention_cache), layers_in(cache.cross_attention_cache)
-            width = int(output.encoder_last_hidden_state.shape[-1])
+            width = int(encoded.last_hidden_state.shape[-1])
         except Exception as error:
             what = f"the model does not run with plain key/value caches: {first_line(error)}"
             raise PeftfxError(what, type(base).__name__, "use the forward view") from error
     if not own or len(own) != len(cross):
         what = "a layer of the model's decoder lacks a cache of decoded tokens or one of the encoded source"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
-    layers = EncoderDecoderLayers(own, cross, width)
+    layers = EncoderDecoderLayers(own, cross, width, output=type(encoded))
     if source == TEXT_INPUT:
         return layers
     axes = free_images(name_axes({source: text[source]}), base)[source]

@@ -1,0 +1,41 @@
+"""Example recordings have the shape that the model's config, or that of its part that hears, tells."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import transformers as hf
+
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.recordings import recording_shape
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "shape"),
+    [
+        ("input_features", {"num_mel_bins": 8, "max_source_positions": 16}, (8, 32)),
+        ("input_features", {"encoder_config": SimpleNamespace(num_mel_bins=8)}, (56, 8)),
+        ("input_features", {"input_feat_per_channel": 80, "max_source_positions": 16}, (56, 80)),
+        ("input_values", {"conv_stride": [5, 2]}, (160,)),
+        ("input_values", {"encoder": SimpleNamespace(conv_stride=[5, 2])}, (160,)),
+        ("input_values", {}, (6400,)),
+        ("input_features", {}, None),
+    ],
+)
+def test_a_recording_has_the_shape_that_a_config_tells(
+    name: str, fields: dict[str, object], shape: tuple[int, ...] | None
+) -> None:
+    assert recording_shape(SimpleNamespace(**fields), name, 7) == shape
+
+
+def test_a_joined_model_takes_what_its_encoder_takes() -> None:
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    sound = hf.Wav2Vec2Config(**small, conv_dim=[4], conv_stride=[5], conv_kernel=[10], num_conv_pos_embedding_groups=2)
+    text = hf.BertConfig(**small, vocab_size=20, is_decoder=True, add_cross_attention=True)
+    config = hf.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(sound, text, decoder_start_token_id=4)
+    made = example_inputs(hf.SpeechEncoderDecoderModel(config))
+    assert {name: tuple(value.shape) for name, value in made.items()} == {
+        "input_values": (2, 80),
+        "decoder_input_ids": (2, 5),
+    }
