@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class WindowLayer(DynamicLayer):
         self.window = window
 
     def _forgotten(self) -> int:
-        return torch.sym_max(self.get_seq_length() - self.window + 1, 0)  # type: ignore[no-any-return]
+        return cast("int", torch.sym_max(self.get_seq_length() - self.window + 1, 0))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
