@@ -5,24 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
+
+
+class _Forward:
+    """In place of a forward: it generates the forward when it is looked up, by a call or by `torch.compile`."""
+
+    def __get__(self, module: fx.GraphModule | None, owner: type) -> Any:
+        if module is None:
+            return self
+        fx.GraphModule.recompile(module)  # this replaces the forward
+        return module.forward
+
+
+_PENDING = _Forward()
 
 
 class _Linked(fx.GraphModule):
     """A GraphModule whose Python code is generated when it is first needed: most are only read and rewritten."""
 
     def recompile(self) -> None:  # type: ignore[override]
-        type(self).forward = _Linked._generated  # each GraphModule has a class of its own
-
-    def _generated(self, *tensors: torch.Tensor) -> object:
-        if type(self).forward is _Linked._generated:
-            super().recompile()  # this replaces the forward
-        return self.forward(*tensors)
+        type(self).forward = _PENDING  # type: ignore[assignment]  # each GraphModule has a class of its own
 
     @property
     def code(self) -> str:
-        if type(self).forward is _Linked._generated:
+        if vars(type(self)).get("forward") is _PENDING:
             super().recompile()
         return super().code
 

@@ -86,7 +86,7 @@ class TestCompiled:
         adapted.set_adapter("default")
         inputs = ZOO["llama"].inputs(model=adapted.base, labels=True)
         graph = adapted.graph(inputs)
-        compiled = torch.compile(graph.module, backend="eager", fullgraph=True)
+        compiled = torch.compile(graph.module, backend="eager", fullgraph=True)  # it was not run before
         got = dict(zip(graph.outputs, compiled(*(inputs[spec.name] for spec in graph.inputs)), strict=True))
         torch.testing.assert_close(got["loss"], adapted(**inputs).loss)
 
