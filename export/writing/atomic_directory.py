@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 import shutil
@@ -16,7 +17,7 @@ from peftfx.formats import REPORT
 
 Mark = Callable[[Path], bool]
 _NEW, _OLD = "new", "old"
-_RESERVE = 4 << 20  #: bytes of address space that are reserved for the clean-up
+_RESERVE = 16 << 20  #: bytes of address space that are reserved for the clean-up
 
 
 def is_export(directory: Path) -> bool:
@@ -54,6 +55,9 @@ def publish(directory: str | Path, force: bool = False, made: Mark = is_export) 
                 _refuse_standing(target, force, made)  # again, as minutes have passed
                 _move(area, target)
                 _remove(area / _OLD)
+            except MemoryError:
+                gc.collect()  # commands look for garbage rarely
+                raise
             finally:
                 reserve.close()  # if memory has run out: listing a directory needs some
                 _recover(area, target, made)
