@@ -62,15 +62,16 @@ def _fuse_attention(rewriter: Rewriter, node: fx.Node, sizes: Mapping[str, fx.No
     if any(more) or node.kwargs.get("dropout_p") or node.kwargs.get("is_causal") or not isinstance(mask, fx.Node):
         return False
     grown = [unrepeated(x) for x in (key, value)]  # type: ignore[arg-type]
-    found = _over_prefix(rewriter, grown, mask) or _over_cache(grown, mask, node)
-    if found is None:
+    # If the operator had a prefix and a cache as its past, it would return both, and the cache would be copied again.
+    apart = all(split_prefix(rewriter, x) for x in grown)
+    read = (*grown, mask) if apart else _over_cache(grown, mask, node)
+    if read is None:
         return False
-    read, returned = found
     scale = node.kwargs.get("scale")
     at, olds = rewriter.before(node), (node, *grown)
     call = at.call(onnx.Attention.opset23, query, *read, **({} if scale is None else {"scale": scale}))
     rewriter.revalue(call, (*(old.meta["val"] for old in olds), call.meta["val"][3]))
-    replaced = olds if returned else olds[:1]
+    replaced = olds[:1] if apart else olds
     outputs = [at.call(operator.getitem, call, i) for i in range(len(replaced))]
     for old, new in zip(replaced, outputs, strict=True):
         rewriter.replace(old, new, [user for user in old.users if user > call])
@@ -79,23 +80,13 @@ def _fuse_attention(rewriter: Rewriter, node: fx.Node, sizes: Mapping[str, fx.No
     return True
 
 
-def _over_prefix(
-    rewriter: Rewriter, grown: Sequence[fx.Node], mask: fx.Node
-) -> tuple[tuple[fx.Node, ...], bool] | None:
-    """Return what an attention reads of a prefix and a cache after it, and that it returns no cache; or None.
-
-    If the operator had both as its past, it would return them together, and the cache would be copied once more.
-    """
-    return ((*grown, mask), False) if all(split_prefix(rewriter, x) for x in grown) else None
-
-
-def _over_cache(grown: Sequence[fx.Node], mask: fx.Node, node: fx.Node) -> tuple[tuple[fx.Node, ...], bool] | None:
-    """Return what an attention reads of a past and of new keys and values, and that it returns the cache; or None."""
+def _over_cache(grown: Sequence[fx.Node], mask: fx.Node, node: fx.Node) -> tuple[fx.Node, ...] | None:
+    """Return what an attention reads of a past and of new keys and values, if the operator can return the cache."""
     pairs = [found for x in grown if _is_kept(x, node) and (found := pair(x, (-2, 2))) is not None]
     if len(pairs) != 2 or not all(has_axes(x, ndim=4) for found in pairs for x in found):
         return None  # a cache that is created when first filled starts without axes
     (past_key, new_key), (past_value, new_value) = pairs
-    return (new_key, new_value, mask, past_key, past_value), True
+    return new_key, new_value, mask, past_key, past_value
 
 
 def _is_kept(node: fx.Node, attention: fx.Node) -> bool:

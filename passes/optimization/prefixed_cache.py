@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from peftfx.graph.rewriter import Rewriter
-from peftfx.passes.rewriting.matching import pair
+from peftfx.passes.rewriting.matching import pair, slices_to_end
 
 aten = torch.ops.aten
 _LENGTH = 2  #: the axis of tokens of keys and values, [batch, heads, tokens, width]
@@ -38,10 +38,8 @@ def split_prefix(rewriter: Rewriter, whole: fx.Node) -> bool:
 
 def _cuts(node: fx.Node, prefix: fx.Node) -> bool:
     """Say whether a node is its operand without the prefix's tokens."""
-    if node.target is not aten.slice.Tensor or node.kwargs or len(node.args) < 3 or node.args[1] not in _AXES:
+    if not slices_to_end(node) or len(node.args) < 3 or node.args[1] not in _AXES:
         return False
-    start, *rest = node.args[2:]
-    if tuple(rest) not in ((), (None,), (2**63 - 1,), (2**63 - 1, 1)):
-        return False
+    start = node.args[2]
     size = start.meta["val"] if isinstance(start, fx.Node) else start
     return str(size) == str(prefix.meta["val"].shape[_LENGTH])

@@ -13,7 +13,6 @@ aten = torch.ops.aten
 COPIES = {aten.clone.default, aten.contiguous.default}
 RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 _WHOLE = (None, 2**63 - 1, 1)  # the start, end and step of a slice that takes everything
-_WHOLES = ((0, None, 1), (0, 2**63 - 1, 1), (None, None, 1), _WHOLE)
 ADDS, MULS = {aten.add.Tensor, aten.add.Scalar}, {aten.mul.Tensor, aten.mul.Scalar}
 
 
@@ -69,10 +68,15 @@ def pair(node: fx.Node, axes: tuple[int, int]) -> tuple[fx.Node, fx.Node] | None
     return tuple(values) if isinstance(values, (list, tuple)) and len(values) == 2 else None  # type: ignore[return-value]
 
 
+def slices_to_end(node: fx.Node) -> bool:
+    """Say whether a node is a slice that takes all entries from some entry on."""
+    end_and_step = (*node.args[3:], *_WHOLE[max(1, len(node.args) - 2) :])
+    return node.target is aten.slice.Tensor and not node.kwargs and end_and_step in ((None, 1), (2**63 - 1, 1))
+
+
 def takes_all(node: fx.Node) -> bool:
     """Say whether a node is a slice that takes everything."""
-    bounds = (*node.args[2:], *_WHOLE[len(node.args) - 2 :])
-    return node.target is aten.slice.Tensor and not node.kwargs and bounds in _WHOLES
+    return slices_to_end(node) and node.args[2:3] in ((), (None,), (0,))
 
 
 def unsliced(node: fx.Node) -> fx.Node:
