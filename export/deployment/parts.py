@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -101,14 +101,14 @@ def generates(base: nn.Module) -> bool:
     """Say whether the model `base` writes text token by token. Such a model is served with its cache."""
     task = task_of(base)
     if task == HEARING[0] and encodes_and_decodes(base):
-        return _splits(base)
+        return _finds(find_layers, base)
     return task in ("text-generation", "text2text-generation") and hasattr(base, "generate")
 
 
-def _splits(base: nn.Module) -> bool:
-    """Say whether an encoder-decoder can be served as two graphs."""
+def _finds(find: Callable[[nn.Module], object], base: nn.Module) -> bool:
+    """Say whether a model has what `find` looks for, and can so be served as several graphs."""
     try:
-        find_layers(base)
+        find(base)
     except PeftfxError:
         return False
     return True
@@ -151,15 +151,7 @@ def sites_view(base: nn.Module, view: str) -> str:
     check_view(view)
     if view == FORWARD or encodes_and_decodes(base) or (view == AUTO and not generates(base)):
         return FORWARD
-    return FORWARD if reads_images(base) and _finds_images(base) else DECODE
-
-
-def _finds_images(base: nn.Module) -> bool:
-    try:
-        find_images(base)
-    except PeftfxError:
-        return False
-    return True
+    return FORWARD if reads_images(base) and _finds(find_images, base) else DECODE
 
 
 def without_images(views: dict[str, str]) -> dict[str, str]:
