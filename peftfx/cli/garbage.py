@@ -17,9 +17,8 @@ def rarely_collected() -> Iterator[None]:
     """Collect garbage rarely in this context, and not at all when the process ends."""
     before = gc.get_threshold()
     gc.set_threshold(*_THRESHOLDS)
-    atexit.register(
-        gc.freeze
-    )  # Python's own end would look through millions of objects, to free them just before it exits
+    # Python's own end would look through millions of objects, to free them just before it exits.
+    atexit.register(gc.freeze)
     try:
         yield
     finally:

@@ -128,9 +128,8 @@ def _taken(model: ServedWithImages, made: dict[str, Any], directory: Path) -> di
     """
     types = (TYPES,) if model.view.images.typed else ()
     known = (*_TEXT, *types, *(name for name, _ in model.view.images.inputs))
-    idle = {name for name in made if name.endswith(TYPES) and not made[name].any()} | {
-        "labels"
-    }  # which are to train on
+    idle = {name for name in made if name.endswith(TYPES) and not made[name].any()}
+    idle.add("labels")  # which are to train on
     lost = [name for name in made if name not in known and name not in idle]
     missing = [name for name in known if name not in made]
     if lost or missing:
