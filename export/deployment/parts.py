@@ -183,4 +183,5 @@ def refuse_fixed(
     for spec in graph.inputs:
         for wanted, got in zip(axes.get(spec.name, ()), spec.shape, strict=False):
             if wanted in free and isinstance(got, int):
-                raise PeftfxError(f"the model's code fixes the {wanted}, here at {got}", spec.name, hint)
+                line = f", in {line}" if (line := graph.fixed.get(str(wanted))) else ""
+                raise PeftfxError(f"the model's code fixes the {wanted}, here at {got}{line}", spec.name, hint)

@@ -59,6 +59,7 @@ class Graph:
         sites: the adaptable places, found on the base graph and carried through every rewrite.
         derived: recipes of the weights under `derived.`, by name.
         conditions: statements about the named axes, under which this program computes what the model's code computes.
+        fixed: the line of the model's code that fixed an axis at the example's size, by the axis's name, where known.
 
     Example:
         >>> graph = peftfx.capture(model)
@@ -74,6 +75,7 @@ class Graph:
     sites: Sites = field(repr=False)
     derived: dict[str, Recipe] = field(default_factory=dict, repr=False)
     conditions: tuple[Condition, ...] = ()
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def base(self) -> nn.Module:

@@ -128,6 +128,28 @@ def _asker(frame: FrameType | None) -> tuple[str, bool]:
     return ("" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"), code
 
 
+def fixed_by(notes: Sequence[Note], symbol: sympy.Basic, size: int) -> str:
+    """Return the line of code that fixed an axis, such as `file.py:12`, or nothing: where no other size was right.
+
+    Args:
+        notes: the notes in order.
+        symbol: the symbol of the axis.
+        size: the size at which it was fixed.
+    """
+    said = (note for note in notes if note.where and isinstance(note.holds, sympy.Eq))
+    return next((note.where for note in said if _fixes(note.holds, symbol, size)), "")
+
+
+def _fixes(holds: sympy.Basic, symbol: sympy.Basic, size: int) -> bool:
+    if symbol not in holds.free_symbols:
+        return False
+    at = {
+        other: holds.xreplace({symbol: sympy.Integer(other)}) == sympy.true
+        for other in (size, size + 1, size + 2, 2 * size + 1, 4 * size)
+    }
+    return at.pop(size) and not any(at.values())
+
+
 def line_of(error: BaseException) -> str:
     """Return the innermost line of the model's code that an error came through, such as `file.py:12`, or nothing."""
     found, step = "", error.__traceback__

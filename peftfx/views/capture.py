@@ -28,13 +28,14 @@ from peftfx.graph.capturing.filled_tensors import concatenate_filled
 from peftfx.graph.capturing.joined_vectors import read_apart
 from peftfx.graph.capturing.masks import broadcast_masks
 from peftfx.graph.capturing.recurrences import recurrences
+from peftfx.graph.capturing.repeated_lists import repeated_lists
 from peftfx.graph.capturing.stamping import stamped
 from peftfx.graph.contexts import fake_mode_of, isolated, sparing, unchanged
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, path_name
 from peftfx.graph.lazy_weights import faked
 from peftfx.graph.linking import link
 from peftfx.graph.places import name_places
-from peftfx.graph.size_conditions import Note, conditions_of, line_of, noted
+from peftfx.graph.size_conditions import Note, conditions_of, fixed_by, line_of, noted
 from peftfx.graph.written import refuse_written
 from peftfx.patterns.find import with_patterns
 from peftfx.telling import tell_share
@@ -101,6 +102,7 @@ def capture(
                 noted() as notes,
                 tied(named),
                 broadcast_masks(),
+                repeated_lists(),
                 loops,
                 stamped(model, own_modules) if stamp else nullcontext(),
             ):
@@ -260,21 +262,25 @@ def _as_graph(
     specs, sizes = [], {}
     symbols: dict[str, str | int] = {}
     sources = symbols_of(node.meta["val"] for node in placeholders)
+    lines: dict[str, str] = {}
     for place, (node, (name, tensor)) in enumerate(zip(placeholders, tensors.items(), strict=True)):
         shape: list[int | str] = []
         for i, size in enumerate(node.meta["val"].shape):
             axis = (axes.get(name) or (None,) * tensor.ndim)[i] or f"{name}.{i}"
             fixed = _constant(size)
             shape.append(axis if fixed is None else fixed)
-            symbols[str(sources.get(place_of(place, i)))] = shape[-1]
+            symbol = sources.get(place_of(place, i))
+            symbols[str(symbol)] = shape[-1]
             if fixed is None:
                 sizes[axis] = int(tensor.shape[i])
+            elif symbol is not None and axis not in lines and (line := fixed_by(notes, symbol, fixed)):
+                lines[axis] = line
         specs.append(TensorSpec(name, tensor.dtype, tuple(shape)))
         _rename(node, name.replace(".", "_"))
     name_places(module, model)
     linked = link(graph, {BASE: model, CONSTANTS: constants})
     conditions = conditions_of(notes, symbols)
-    result = Graph(linked, tuple(specs), out_spec, sizes, model.training, None, conditions=conditions)  # type: ignore[arg-type]
+    result = Graph(linked, tuple(specs), out_spec, sizes, model.training, None, conditions=conditions, fixed=lines)  # type: ignore[arg-type]
     refuse_written(result)
     tell_share("sites", 0.9)
     kept = [name for name in result.outputs if name.startswith(f"{PRESENT}.")]

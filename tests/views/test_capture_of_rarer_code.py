@@ -68,6 +68,34 @@ class Unlearned(nn.Module):
         return self.second(y) / rows
 
 
+class Repeats(nn.Module):
+    """Code that multiplies lists by the batch, and reads one of them itself if told to."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[0]
+        starts, pairs = [3.0, 4.0] * batch, batch * [[1.0, 2.0]]
+        assert isinstance(starts, list)
+        if self.reads:
+            return x + torch.tensor([*starts[1:], 9.0])[::2, None]
+        return x + torch.tensor(starts)[::2, None] * torch.tensor(pairs, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_list_that_is_repeated_for_each_row_keeps_the_batch_free(reads: bool) -> None:
+    model, x = Repeats(reads), torch.randn(3, 2)
+    graph = peftfx.capture(model, {"x": x}, axes={"x": ("batch", None)})
+    torch.testing.assert_close(graph(x=x), model(x))
+    assert (graph.fixed.keys() == {"batch"}) == reads, "what reads the list fixes its length, as Python does"
+    if not reads:
+        other = torch.randn(5, 2)
+        torch.testing.assert_close(graph(x=other), model(other))
+    assert torch.tensor([0] * 3).shape == (3,)
+
+
 def test_a_number_leaves_a_region_without_gradients() -> None:
     torch.manual_seed(0)
     model, x = Unlearned(), torch.randn(3, 4)
