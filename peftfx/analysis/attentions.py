@@ -19,7 +19,7 @@ class Attention:
         op: the node whose value leaves the attention.
         query, key, value: the operands. If there are several nodes, the key is transposed.
         product: the product of query and key; `op` itself if the attention is one op.
-        logits: the input of the softmax.
+        logits: the input of the softmax; None if the attention is one op, or has no softmax.
     """
 
     op: fx.Node
@@ -29,12 +29,21 @@ class Attention:
     product: fx.Node
     logits: fx.Node | None = None
 
+    @property
+    def normalised(self) -> bool:
+        """Whether the weights of the values are a softmax, and not another function of each score."""
+        return self.product is self.op or self.logits is not None
+
     def inputs(self) -> Iterator[tuple[str, fx.Node]]:
         return iter((("query", self.query), ("key", self.key), ("value", self.value)))
 
 
 def find_attentions(graph: Graph, flows: Mapping[fx.Node, Flow]) -> Iterator[Attention]:
-    """Yield the attentions of a graph, in order. A softmax of anything but a product of two values is none."""
+    """Yield the attentions of a graph, in order. A softmax of anything but a product of two values is none.
+
+    Instead of a softmax there may be another function of each score, if queries, keys and values are all computed: a
+    feed-forward of two products with parameters is none.
+    """
     for node in graph.nodes():
         if node.op != "call_function" or not flows[node].origins:
             continue
@@ -45,9 +54,19 @@ def find_attentions(graph: Graph, flows: Mapping[fx.Node, Flow]) -> Iterator[Att
             assert isinstance(key, fx.Node)
             assert isinstance(value, fx.Node)
             yield Attention(node, query, key, value, node)
-        elif name in MATMULS and (found := operands(node)) and (softmax := flows[found[0]].softmax):
-            logits = softmax.args[0]
-            assert isinstance(logits, fx.Node)
-            product = min(flows[logits].products, default=None)
-            if product is not None and (scores := operands(product)):
-                yield Attention(node, *scores, found[1], product, logits)
+        elif name in MATMULS and (found := operands(node)):
+            yield from _of_products(node, found, flows)
+
+
+def _of_products(op: fx.Node, found: tuple[fx.Node, fx.Node], flows: Mapping[fx.Node, Flow]) -> Iterator[Attention]:
+    weights, value = found
+    softmax = flows[weights].softmax
+    logits = weights if softmax is None else softmax.args[0]
+    assert isinstance(logits, fx.Node)
+    product = min(flows[logits].products, default=None)
+    if product is None or not (scores := operands(product)):
+        return
+    if softmax is not None:
+        yield Attention(op, *scores, value, product, logits)
+    elif flows[weights].bent and all(flows[node].origins for node in (*scores, value)):
+        yield Attention(op, *scores, value, product)

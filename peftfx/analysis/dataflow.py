@@ -37,14 +37,15 @@ ACTIVATIONS = names(
     "relu relu6 gelu silu sigmoid tanh elu selu celu leaky_relu mish hardswish hardsigmoid hardtanh softplus softsign"
     " glu erf expm1 prelu rrelu log_sigmoid"
 )
+BENDS = ACTIVATIONS | names("exp exp2 pow square acos asin atan erfc")
 SUMS = names("add sub rsub lerp where maximum minimum")
 PRODUCTS = names("mul div true_divide multiply divide")
 ELEMENTWISE = (
-    ACTIVATIONS
+    BENDS
     | SUMS
     | PRODUCTS
     | names(
-        "neg to _to_copy type_as float half bfloat16 dropout alpha_dropout feature_dropout pow square sqrt rsqrt exp"
+        "neg to _to_copy type_as float half bfloat16 dropout alpha_dropout feature_dropout sqrt rsqrt"
         " log abs reciprocal clamp clamp_min clamp_max clip masked_fill nan_to_num sin cos addcmul"
     )
 )
@@ -75,11 +76,13 @@ class Flow:
         products: matrix products whose entries this value has, possibly scaled, masked and biased: attention scores, if
             a softmax follows.
         softmax: the softmax whose probabilities this value has.
+        bent: whether a function that is no straight line was applied to each of those entries.
     """
 
     origins: Mapping[fx.Node, int] = field(default_factory=dict)
     products: tuple[fx.Node, ...] = ()
     softmax: fx.Node | None = None
+    bent: bool = False
 
 
 NOTHING = Flow()
@@ -152,7 +155,8 @@ def _through(node: fx.Node, name: str, inputs: list[Flow]) -> Flow:
     if not keeps_entries:
         return Flow(origins)
     products = tuple(dict.fromkeys(p for flow in inputs for p in flow.products))[:_MANY]
-    return Flow(origins, products, next((flow.softmax for flow in inputs if flow.softmax), None))
+    bent = bool(products) and (name in BENDS or any(flow.bent for flow in inputs))
+    return Flow(origins, products, next((flow.softmax for flow in inputs if flow.softmax), None), bent)
 
 
 def _merge(node: fx.Node, name: str, inputs: list[Flow]) -> dict[fx.Node, int]:

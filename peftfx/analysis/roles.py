@@ -18,7 +18,7 @@ from torch import fx
 
 from peftfx.analysis.attention_heads import read_heads
 from peftfx.analysis.attentions import Attention, find_attentions
-from peftfx.analysis.dataflow import ACTIVATED, GATED, NORMED, SPLIT, trace_flow
+from peftfx.analysis.dataflow import ACTIVATED, GATED, MATMULS, NORMED, SPLIT, SUMS, op_name, trace_flow
 from peftfx.analysis.embeddings import embedding_role
 from peftfx.analysis.facts import Analysis, WeightFacts
 from peftfx.analysis.heads_and_routers import find_output_gates, find_routers, reaches_output
@@ -54,6 +54,8 @@ _FUSED = {
     frozenset({"query", "key"}): "attention.qk",
     frozenset({"query", "value"}): "attention.qv",
 }
+
+_VALUES = {"attention.value", *(role for parts, role in _FUSED.items() if "value" in parts)}
 
 
 def find_sites(graph: Graph, kept: Collection[str] = ()) -> Sites:
@@ -117,11 +119,35 @@ def _assign_attention(analysis: Analysis) -> None:
         weight.role = _FUSED.get(frozenset(uses[key])) or f"attention.{next(iter(uses[key]))}"
         weight.parts = _attention_parts(analysis, weight, uses[key])
     _assign_latents(analysis, projections)
-    for attention in analysis.attentions:
-        readers = (analysis.owner[found.op] for found, _ in analysis.readers[attention.op])
+    for attended in _attended(analysis):
+        readers = (analysis.owner[found.op] for found, _ in analysis.readers[attended])
         output = next((w for w in readers if w.occurrences[0].kind != "embedding"), None)
         if output and not output.role:
             output.role = "attention.output"
+
+
+def _attended(analysis: Analysis) -> Iterator[fx.Node]:
+    """Yield the results of attentions, in order, and what is made of them and of the values alone.
+
+    That is a product of two results, as in approximations by landmarks, and a sum of a result and values that a
+    convolution over positions has mixed.
+    """
+    found = {attention.op for attention in analysis.attentions}
+    for node in analysis.graph.nodes():
+        if node in found or _combines(analysis, node, found):
+            found.add(node)
+            yield node
+
+
+def _combines(analysis: Analysis, node: fx.Node, attended: Collection[fx.Node]) -> bool:
+    if analysis.flows[node].origins.keys() != {node} or node in analysis.owner or node.op != "call_function":
+        return False
+    origins = {o for n in node.all_input_nodes for o in analysis.flows[n].origins}
+    rest = [analysis.owner.get(o) for o in origins if o not in attended]
+    if op_name(node) in MATMULS:
+        return bool(origins) and not rest
+    values = all(weight is not None and weight.role in _VALUES for weight in rest)
+    return op_name(node) in SUMS and len(rest) < len(origins) and values
 
 
 def _assign_latents(analysis: Analysis, projections: Mapping[int, WeightFacts]) -> None:
@@ -242,7 +268,7 @@ def _site(weight: WeightFacts) -> WeightSite:
 
 def _attention_sites(analysis: Analysis) -> Iterator[AttentionSite]:
     groups: dict[str, list[Attention]] = defaultdict(list)
-    for found in analysis.attentions:
+    for found in (attention for attention in analysis.attentions if attention.normalised):
         groups[module_path(found.op)].append(found)
     for path, own in groups.items():
         calls = tuple(Call(a.query.name, a.op.name, a.op.name, a.key.name, a.value.name) for a in own)

@@ -44,6 +44,44 @@ class Router(Attend):
         return self.o(self.k(x).softmax(-1) @ self.v(x).transpose(-1, -2) @ x)
 
 
+class Expected(Attend):
+    """Weights of values by a function of each score that is no softmax, and padding hidden by a product."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        query, key = (nn.functional.normalize(t, dim=-1) for t in (self.q(x)[..., :8], self.k(x)))
+        weights = (1 - torch.acos(query @ key.transpose(-1, -2)) / torch.pi) ** 9
+        return self.o(nn.functional.normalize(weights @ self.v(x), dim=-1))
+
+
+class Linear(Attend):
+    """A product of three layers' values, with nothing in between."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.o(self.v(x) @ self.k(x).transpose(-1, -2) @ x)
+
+
+class Experts(Attend):
+    """A feed-forward behind a layer, whose weights are parameters of products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(2, 8, 8)), nn.Parameter(torch.randn(2, 8, 8))
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.o((torch.relu(self.k(x)[:, None] @ self.first) @ self.second).sum(1))
+
+
+class Landmarks(Attend):
+    """Attention through two landmarks, and a convolution of the values over positions."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        query, key, value = self.q(x)[..., :8], self.k(x), self.v(x)
+        few, marks = query[:, :2], key[:, :2]
+        there = (query @ marks.transpose(-1, -2)).softmax(-1) @ (few @ marks.transpose(-1, -2)).softmax(-1)
+        mixed = nn.functional.conv1d(value.transpose(1, 2), torch.ones(8, 1, 3), padding=1, groups=8).transpose(1, 2)
+        return self.o(there @ ((few @ key.transpose(-1, -2)).softmax(-1) @ value) + mixed)
+
+
 class Glu(Attend):
     def attend(self, x: Tensor) -> Tensor:
         return self.o(nn.functional.glu(self.q(x), -1))
@@ -80,6 +118,25 @@ def test_only_the_rows_of_a_gated_query_that_are_the_query_are_its_part() -> Non
 def test_a_softmax_without_scores_is_no_attention() -> None:
     roles = roles_of(Router())
     assert "attention" not in " ".join(roles.values())
+
+
+def test_another_function_of_each_score_than_softmax_makes_an_attention() -> None:
+    roles = roles_of(Expected())
+    assert (roles["q"], roles["k"]) == ("attention.query attention.query=0:8", "attention.key")
+    assert (roles["v"], roles["o"]) == ("attention.value", "attention.output")
+    sites = capture(Expected().eval(), {"x": torch.randn(2, 5, 8)}).sites
+    assert not sites.attentions, "methods inside an attention add scores to a softmax"
+
+
+def test_products_without_a_function_between_them_or_with_parameters_are_no_attention() -> None:
+    for model in (Linear(), Experts()):
+        assert "attention" not in " ".join(roles_of(model).values())
+
+
+def test_the_output_of_attentions_that_are_multiplied_and_added_to_values_has_its_role() -> None:
+    roles = roles_of(Landmarks())
+    assert (roles["q"], roles["k"]) == ("attention.query attention.query=0:8", "attention.key")
+    assert (roles["v"], roles["o"]) == ("attention.value", "attention.output")
 
 
 def test_glu_gates_with_its_second_half() -> None:
