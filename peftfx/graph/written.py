@@ -15,8 +15,8 @@ def refuse_written(graph: Graph) -> None:
     The code would not change a merged or trained tensor that replaces the parameter. Buffers may be written.
     """
     for node in graph.nodes():
-        for written in _written(node):
-            root = _source(written)
+        for written in written_by(node):
+            root = source_of(written)
             if root.op == "get_attr" and isinstance(graph.get(str(root.target)), nn.Parameter):
                 path = str(root.target).removeprefix(f"{BASE}.")
                 what = f"the model's code writes into its own parameter when it runs ({node.target})"
@@ -27,7 +27,7 @@ def refuse_written(graph: Graph) -> None:
                 raise PeftfxError(what, path, hint)
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def written_by(node: fx.Node) -> list[fx.Node]:
     """Return the nodes whose values an operator writes into."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return []
@@ -35,7 +35,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
     return [v for a, v in arguments if a.alias_info is not None and a.alias_info.is_write and isinstance(v, fx.Node)]
 
 
-def _source(node: fx.Node) -> fx.Node:
+def source_of(node: fx.Node) -> fx.Node:
     """Return the node that a value is a view of."""
     while isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
         returned = node.target._schema.returns

@@ -26,7 +26,9 @@ from peftfx.errors import PeftfxError, first_line
 from peftfx.graph.capturing.axis_symbols import place_of, symbols_of, tied
 from peftfx.graph.capturing.filled_tensors import concatenate_filled
 from peftfx.graph.capturing.joined_vectors import read_apart
+from peftfx.graph.capturing.mask_loops import over_masks
 from peftfx.graph.capturing.masks import broadcast_masks
+from peftfx.graph.capturing.module_casts import casting_in_graph
 from peftfx.graph.capturing.recurrences import recurrences
 from peftfx.graph.capturing.repeated_lists import repeated_lists
 from peftfx.graph.capturing.stamping import stamped
@@ -103,6 +105,8 @@ def capture(
                 tied(named),
                 broadcast_masks(),
                 repeated_lists(),
+                casting_in_graph(),
+                over_masks(),
                 loops,
                 stamped(model, own_modules) if stamp else nullcontext(),
             ):

@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
+from peftfx.graph.capturing.mask_loops import over_masks
+from peftfx.graph.capturing.module_casts import casting_in_graph
 from peftfx.graph.contexts import evaluating, fake_mode_of, quietly, unchanged
 from peftfx.graph.lazy_weights import faked
 from peftfx.graph.size_conditions import noted
@@ -31,6 +33,8 @@ def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         evaluating(base),
         without_cache(base),
         _batched_experts(base),
+        casting_in_graph(),
+        over_masks(),
         noted(),  # where the code asserts something of such a number, it is taken as true
         torch.no_grad(),
         mode,
