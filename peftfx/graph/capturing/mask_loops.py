@@ -179,7 +179,7 @@ def _is_of_turn(value: object, mask: fx.Node, turn: _Turn) -> bool:
     while isinstance(value, fx.Node):
         if value.args[:1] == (mask,):
             picked = value.args[1:]
-            by_number = value.target is aten.index.Tensor and list(picked[0]) == [turn.number]  # type: ignore[call-overload]
+            by_number = value.target is aten.index.Tensor and list(picked[0]) == [turn.number]  # type: ignore[arg-type]
             return by_number or (value.target is aten.select.int and picked == (0, turn.place))
         if value.target not in _MOVES:
             return False

@@ -27,8 +27,9 @@ def casting_in_graph() -> Iterator[None]:
             return original(self, change, recurse)
         for module in self.modules() if recurse else (self,):
             for tensors in (module._parameters, module._buffers):
-                changed = {n: t for n, t in tensors.items() if t is not None and _changes(change, t)}
-                tensors.update({name: change(tensor) for name, tensor in changed.items()})  # type: ignore[arg-type]
+                for name, tensor in tensors.items():
+                    if tensor is not None and _changes(change, tensor):
+                        tensors[name] = change(tensor)  # type: ignore[assignment]
         return self
 
     nn.Module._apply = apply  # type: ignore[method-assign, assignment]
