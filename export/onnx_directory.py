@@ -29,6 +29,7 @@ from peftfx.export.slots.swappable import Swappable
 from peftfx.export.stages import OnStage, Stages
 from peftfx.export.tensor_counts import Destination, count_row_tensors, count_tensors
 from peftfx.export.translation.scopes import put_rest
+from peftfx.export.translation.side_checks import checked
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.verification.comparison import verify
 from peftfx.export.verification.oracle import Oracle
@@ -151,7 +152,12 @@ def export_onnx(
                 parts, report.passes = run_own(passes, parts)
         with stages("convert"):
             programs = {
-                part.file: to_onnx(part.exported, opset=asked.opset, engine=asked.engine, optimize=asked.optimize)
+                part.file: to_onnx(
+                    checked(part.exported, part.sizes.sides),
+                    opset=asked.opset,
+                    engine=asked.engine,
+                    optimize=asked.optimize,
+                )
                 for part in parts
             }
             finished = [way.finish(adapted, part, programs[part.file]) for part in parts]
@@ -159,7 +165,7 @@ def export_onnx(
             report.add_codes({part.stem: place_codes(programs[part.file], part.exported) for part in parts})
             for part in parts:
                 prefix = "" if len(parts) == 1 else f"{part.stem}: "
-                report.add_sizes(programs[part.file], part.sizes.limits, part.graph, prefix)
+                report.add_sizes(programs[part.file], (*part.sizes.limits, *part.sizes.sides), part.graph, prefix)
         if asked.rounds:
             with stages("round"), keeping(temporary.parent) if coded else nullcontext():
                 round_weights(

@@ -22,6 +22,7 @@ from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.sizes import Limit
 from peftfx.export.writing.memory import memory_line
 from peftfx.formats import REPORT, with_version
+from peftfx.graph.decisions import Decision
 from peftfx.graph.graph import DERIVED, Graph
 from peftfx.graph.slots import listed
 from peftfx.model.adapted import AdaptedModel
@@ -160,8 +161,8 @@ class Report:
         """Add how the quantised weights of the base are written, for each graph."""
         self.codes = {graph: found for graph, found in codes.items() if found}
 
-    def add_sizes(self, program: ir.Model, limits: Sequence[Limit], graph: Graph, prefix: str = "") -> None:
-        """Add the sizes for which a model is right, to this report and to the model's metadata."""
+    def add_sizes(self, program: ir.Model, limits: Sequence[Limit | Decision], graph: Graph, prefix: str = "") -> None:
+        """Add the sizes and sides for which a model is right, to this report and to the model's metadata."""
         told = [*map(str, limits), *fixed_images(graph.inputs)]
         if told:
             program.metadata_props[SIZES_KEY] = "; ".join(told)

@@ -75,7 +75,7 @@ def probes(
     count = len(first) + (len(FEW) if large else COUNT)
     for seed, wanted in enumerate((*first, *(FEW if large else ()), *PROBE_SIZES)):
         case = invoked(case_of(adapted, specs, example, wanted, seed), adapted.invocations, seed)
-        if not sizes.allow(captured.sizes_of(case)):
+        if not sizes.allow(captured.sizes_of(case)) or not sizes.serve(case):
             continue
         want = None
         try:
@@ -137,7 +137,7 @@ def view_cases(adapted: AdaptedModel, view: View, run: RunView, sizes: Sizes = E
     for seed, wanted in enumerate(wanted_sizes, 1):
         tell_share(f"{seed} of {len(wanted_sizes)} calls by the model's own code", seed / (2 * len(wanted_sizes)))
         made = view.inputs(adapted.base, sizes=wanted, seed=seed)
-        if sizes.allow(_named_sizes(view.axes, made)):
+        if sizes.allow(_named_sizes(view.axes, made)) and sizes.serve(made):
             cases.append(view.with_past(adapted.base, made, run, seed))
     return cases
 

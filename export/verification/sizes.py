@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import Condition, unmet
+from peftfx.graph.decisions import Decision, opposed
 from peftfx.graph.graph import Graph
 
 Sized = Mapping[str, int]
@@ -50,14 +51,20 @@ class Sizes:
     Attributes:
         limits: the conditions that have to hold; empty if the export is right for all sizes.
         probes: sizes near every bound, at which the export has to be right, too.
+        sides: branches on booleans of a call's inputs, of which the export has one side. It refuses other calls itself.
     """
 
     limits: tuple[Limit, ...] = ()
     probes: tuple[Sized, ...] = ()
+    sides: tuple[Decision, ...] = ()
 
     def allow(self, sizes: Sized) -> bool:
         """Say whether the export has to be right at these sizes."""
         return not unmet((limit.condition for limit in self.limits), sizes)
+
+    def serve(self, case: Mapping[str, Tensor]) -> bool:
+        """Say whether the export has the sides of the branches that these inputs take."""
+        return not opposed(self.sides, case)
 
 
 EVERY = Sizes()

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import Condition, unmet
+from peftfx.graph.decisions import Decision, opposed
 from peftfx.graph.linking import link
 from peftfx.graph.lint import check_calls, check_interface, check_order, check_values
 from peftfx.graph.recipe import Recipe
@@ -60,6 +61,7 @@ class Graph:
         derived: recipes of the weights under `derived.`, by name.
         conditions: statements about the named axes, under which this program computes what the model's code computes.
         fixed: the line of the model's code that fixed an axis at the example's size, by the axis's name, where known.
+        decisions: branches on booleans of a call's inputs, of which this program has one side.
 
     Example:
         >>> graph = peftfx.capture(model)
@@ -76,6 +78,7 @@ class Graph:
     derived: dict[str, Recipe] = field(default_factory=dict, repr=False)
     conditions: tuple[Condition, ...] = ()
     fixed: Mapping[str, str] = field(default_factory=dict)
+    decisions: tuple[Decision, ...] = ()
 
     @property
     def base(self) -> nn.Module:
@@ -178,6 +181,10 @@ class Graph:
         if broken:
             hint = "capture it again with an input of this size: the model's code computes something else there"
             raise PeftfxError(f"the graph is equal to the model only where {broken[0]}", broken[0].where, hint)
+        turned = opposed(self.decisions, kwargs)
+        if turned:
+            hint = "capture it again with these inputs: the model's code computes something else there"
+            raise PeftfxError(f"the graph is equal to the model only where {turned[0]}", turned[0].where, hint)
         flat = self.run(*flat)
         return pytree.tree_unflatten(flat, self.out_spec)
 

@@ -19,6 +19,7 @@ from peftfx.generation.step import Generates, Step
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
 from peftfx.generation.step_images import GeneratesWithImages
 from peftfx.graph.conditions import unmet
+from peftfx.graph.decisions import opposed
 from peftfx.graph.graph import Graph
 from peftfx.views.encoder_decoder import Decoder
 from peftfx.views.images import VISION, DecodeWithImages
@@ -61,6 +62,7 @@ def _runner(view: View | None, graph_of: GraphOf) -> Step:
 
     def run(inputs: dict[str, Tensor], _: Cache | None) -> dict[str, Tensor]:
         fits = not unmet(graph.conditions, graph.sizes_of(inputs), edges=False)
+        fits = fits and not opposed(graph.decisions, inputs)
         chosen = graph if fits else graph_of(view, inputs)
         flat = chosen.run(*(inputs[spec.name] for spec in chosen.inputs))
         return dict(zip(chosen.outputs, flat, strict=True))

@@ -15,14 +15,13 @@ import torch
 from torch import fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel
 
 from peftfx.analysis.no_grad_regions import inline_no_grad
 from peftfx.analysis.roles import find_sites
 from peftfx.analysis.running import called_modules
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.guests import own_modules
-from peftfx.errors import PeftfxError, first_line
+from peftfx.errors import PeftfxError
 from peftfx.graph.capturing.axis_symbols import place_of, symbols_of, tied
 from peftfx.graph.capturing.filled_tensors import concatenate_filled
 from peftfx.graph.capturing.joined_vectors import read_apart
@@ -31,16 +30,19 @@ from peftfx.graph.capturing.masks import broadcast_masks
 from peftfx.graph.capturing.module_casts import casting_in_graph
 from peftfx.graph.capturing.recurrences import recurrences
 from peftfx.graph.capturing.repeated_lists import repeated_lists
+from peftfx.graph.capturing.sides import Sides
+from peftfx.graph.capturing.size_conditions import Note, conditions_of, fixed_by, noted
 from peftfx.graph.capturing.stamping import stamped
 from peftfx.graph.contexts import fake_mode_of, isolated, sparing, unchanged
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, path_name
 from peftfx.graph.lazy_weights import faked
 from peftfx.graph.linking import link
 from peftfx.graph.places import name_places
-from peftfx.graph.size_conditions import Note, conditions_of, fixed_by, line_of, noted
 from peftfx.graph.written import refuse_written
 from peftfx.patterns.find import with_patterns
 from peftfx.telling import tell_share
+from peftfx.views.capturing.errors import capture_error
+from peftfx.views.capturing.settling import on_general_sides
 from peftfx.views.decode import PRESENT
 from peftfx.views.entry import Entry, EntryCall, forward
 from peftfx.views.image_sizes import free_images
@@ -92,16 +94,26 @@ def capture(
             with suppress(PeftfxError):  # then the model's code takes no free size, and the example's is kept
                 return capture(model, inputs, axes=freed, call=call, entry=entry, stamp=stamp)
     _refuse_checkpointing(model)
+    wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves], call or forward, entry)
+    wrapper.train(model.training)
+
+    def captured(sides: Sides) -> Graph:
+        return _captured(wrapper, tensors, axes, sides, stamp=stamp)
+
+    return on_general_sides(captured, wrapper, tensors)
+
+
+def _captured(wrapper: _Flat, tensors: Mapping[str, torch.Tensor], axes: Axes, sides: Sides, *, stamp: bool) -> Graph:
+    """Capture a model, and take these sides of its branches on booleans of the call's inputs."""
+    model, entry = wrapper.get_submodule(BASE), wrapper.entry
     with isolated(model), sparing(model), unchanged(model), faked(model), fake_mode_of(model), without_cache(model):
-        wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves], call or forward, entry)
-        wrapper.train(model.training)
         examples = {name: _fresh(model, t, axes.get(name)) for name, t in tensors.items()}
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
         named = [axes.get(name) or (None,) * t.ndim for name, t in examples.items()]
         try:
             loops = nullcontext() if model.training else recurrences(model)
             with (
-                noted() as notes,
+                noted(sides.decide) as notes,
                 tied(named),
                 broadcast_masks(),
                 repeated_lists(),
@@ -119,8 +131,9 @@ def capture(
             raise
         except Exception as error:
             raised = error.__cause__ if isinstance(error, _Raised) and error.__cause__ else error
-            raise _explain(model, raised, entry) from raised
-    return _as_graph(model, module, program.call_spec.out_spec, examples, axes, notes)
+            raise capture_error(model, raised, entry) from raised
+    graph = _as_graph(model, module, program.call_spec.out_spec, examples, axes, notes)
+    return dataclasses.replace(graph, decisions=tuple(sides.made))
 
 
 class _Flat(nn.Module):
@@ -196,26 +209,6 @@ def _refuse_checkpointing(model: nn.Module) -> None:
             active or type(model).__name__,
             "call model.gradient_checkpointing_disable() first",
         )
-
-
-def _explain(model: nn.Module, error: BaseException, entry: Entry | None) -> PeftfxError:
-    why, hint, line = first_line(error), "see `__cause__` for torch.export's own report", line_of(error)
-    # A set or a dict of sizes, or of numbers in a tensor, cannot be made.
-    hashed = isinstance(error, TypeError) and "SymInt" in str(error)
-    if hashed or "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
-        why = "its code branches on the values of a tensor"
-        hint = "pass arguments or a config that avoid the branch; `__cause__` is torch.export's own report"
-        if _loops_over_experts(model):
-            hint = "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"
-    elif str(error).strip():
-        line = ""  # the message says it
-    what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
-    return PeftfxError(f"{what}: {why}{', at ' if line else ''}{line}", type(model).__name__, hint)
-
-
-def _loops_over_experts(model: nn.Module) -> bool:
-    chosen = getattr(getattr(model, "config", None), "_experts_implementation", None)
-    return chosen == "eager" and isinstance(model, PreTrainedModel) and bool(model._can_set_experts_implementation())
 
 
 #: Checks of types and sizes that torch.export adds to a program. Autocast crashes on the first of them. The others are

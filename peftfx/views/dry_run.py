@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from peftfx.graph.capturing.mask_loops import over_masks
 from peftfx.graph.capturing.module_casts import casting_in_graph
+from peftfx.graph.capturing.size_conditions import noted
 from peftfx.graph.contexts import evaluating, fake_mode_of, quietly, unchanged
 from peftfx.graph.lazy_weights import faked
-from peftfx.graph.size_conditions import noted
 from peftfx.views.view import without_cache
 
 

@@ -144,7 +144,8 @@ def test_capture_leaves_the_configs_as_they_were(captured: Get) -> None:
 def test_code_that_branches_on_values_is_explained() -> None:
     class Branches(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) if x.sum() > 0 else x
+            y = super().forward(x)
+            return y if y.sum() > 0 else x
 
     with pytest.raises(PeftfxError, match="branches on the values"):
         capture(Branches(4, 4), {"x": torch.ones(2, 4)})

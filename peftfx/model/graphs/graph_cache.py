@@ -13,6 +13,7 @@ from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import unmet
 from peftfx.graph.contexts import fake_mode_of, keeping_activations
+from peftfx.graph.decisions import opposed
 from peftfx.graph.graph import ADAPTERS, Graph, path_name
 from peftfx.hosting.call_inputs import refuse_unsettled
 from peftfx.model.graphs.fingerprints import ModelState, value_key
@@ -68,8 +69,9 @@ class Graphs:
     ) -> Graph:
         """Return the base's graph for such a call, by its own forward or by another entry without its prompt.
 
-        The graph holds for the sizes of this call. A size of 1 counts as one of many sizes. With `exact`, a separate
-        graph is captured for a size of 1 if the model's code has a branch for that size.
+        The graph holds for the sizes of this call, and has the sides of branches that this call takes. A size of 1
+        counts as one of many sizes. With `exact`, a separate graph is captured for a size of 1 if the model's code has
+        a branch for that size.
         """
         self._find_patterns()
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
@@ -77,6 +79,8 @@ class Graphs:
         known, alone = self._known(inputs, entry, view), frozenset[str]()
         for graph in known:
             if not all(s.accepts(tensors[s.name]) for s in graph.inputs) or graph.mixed(tensors) is not None:
+                continue
+            if opposed(graph.decisions, tensors):
                 continue
             if not graph.conditions:
                 return graph

@@ -11,7 +11,7 @@ import functools
 import linecache
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from peftfx.graph.conditions import Condition, unmet
 
 _READ = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
 _TORCH = str(Path(torch.__file__).parent)
-_OWN = str(Path(__file__).parents[1])
+_OWN = str(Path(__file__).parents[2])
 _NN = str(Path(torch.nn.__file__).parent)
 #: Files in which torch asks on behalf of a caller, whose frame is further out.
 _BEARERS = tuple(
@@ -51,16 +51,29 @@ class Note:
     edge: bool
 
 
+Decide = Callable[[sympy.Basic, str], sympy.Basic | None]
+"""A function that gives the value of an expression with a boolean that was read from a tensor, for a line of code that
+asks; None if it has no value."""
+
+
 @contextmanager
-def noted() -> Iterator[list[Note]]:
-    """Record the assumptions of this thread's captures in the yielded list. Not for two threads at once."""
+def noted(decide: Decide | None = None) -> Iterator[list[Note]]:
+    """Record the assumptions of this thread's captures in the yielded list. Not for two threads at once.
+
+    Args:
+        decide: decides what code asks of values; without it, or if it gives None, torch refuses.
+    """
     notes: list[Note] = []
     own, answer = threading.get_ident(), ShapeEnv.evaluate_expr
 
     def listen(env: ShapeEnv, expr: sympy.Basic, *args: Any, **kwargs: Any) -> sympy.Basic:
         before = len(env.guards)
-        if threading.get_ident() == own and _of_values(expr) and _is_asserted(sys._getframe(1)):
-            return sympy.true  # the code accepts only values for which it is true
+        if threading.get_ident() == own and _of_values(expr):
+            if _is_asserted(sys._getframe(1)):
+                return sympy.true  # the code accepts only values for which it is true
+            decided = None if decide is None else decide(expr, _asker(sys._getframe(1))[0])
+            if decided is not None:
+                return decided
         result = answer(env, expr, *args, **kwargs)
         if threading.get_ident() == own and getattr(expr, "free_symbols", None):
             notes.extend(_notes(expr, result, len(env.guards) > before))

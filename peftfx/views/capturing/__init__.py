@@ -1,0 +1,1 @@
+"""What surrounds a capture: the choice of sides, and what is told of a failure."""

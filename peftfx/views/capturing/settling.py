@@ -1,0 +1,73 @@
+"""Settling: which sides of a model's branches on booleans of its inputs a graph has, and where it is right.
+
+A graph that does what the code does for a call in which elements differ, such as a padded one, often serves the other
+calls too: a mask without an element that is set changes nothing. So that side is captured first, and compared with the
+model's own code on the example. If they differ, or that side cannot be captured, the graph has the example's sides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftfx.errors import PeftfxError
+from peftfx.graph.capturing.sides import Sides
+from peftfx.graph.contexts import unchanged
+from peftfx.graph.decisions import has_values, opposed
+from peftfx.graph.graph import Graph
+from peftfx.views.view import without_cache
+
+_TOLERANCE = 1e-4  #: relative to the largest output
+
+
+def on_general_sides(captured: Callable[[Sides], Graph], model: nn.Module, tensors: Mapping[str, Tensor]) -> Graph:
+    """Return the graph of a model, with as general sides of its branches as are right for the example.
+
+    Args:
+        captured: captures the model with these sides.
+        model: the model, called with the tensors in order.
+        tensors: the example's inputs by name.
+
+    Raises:
+        PeftfxError: the model's code cannot be captured.
+    """
+    runs = not model.training and all(has_values(t) for t in (*tensors.values(), *model.parameters()))
+    sides = Sides(tensors, general=runs)
+    try:
+        graph = captured(sides)
+        turned = opposed(graph.decisions, tensors)
+        if not turned or _alike(graph, model, tensors):
+            return dataclasses.replace(graph, decisions=tuple(d for d in graph.decisions if d not in turned))
+    except PeftfxError:
+        if not sides.turned:
+            raise
+    return captured(Sides(tensors, general=False))
+
+
+def _alike(graph: Graph, model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a graph gives what the model's own code gives for these inputs."""
+    with unchanged(model), without_cache(model), torch.no_grad():
+        want = model(*(tensor.clone() for tensor in tensors.values()))
+        try:
+            got = graph.run(*tensors.values())
+        except Exception:  # an operator of the other side takes no such values
+            return False
+    pairs = zip((t for t in pytree.tree_leaves(want) if isinstance(t, Tensor)), _tensors(got), strict=True)
+    return all(_near(one, other) for one, other in pairs)
+
+
+def _tensors(values: list[Tensor]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    one, other = one.double(), other.double()
+    finite = one[one.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(one, other, rtol=0, atol=_TOLERANCE * max(1.0, largest), equal_nan=True)

@@ -1,0 +1,161 @@
+"""A branch of a model's code on a boolean of its inputs: one side serves all calls, or each call gets its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import peftfx
+import peftfx.runtime
+from peftfx.bases.example_inputs import example_inputs
+
+PADDED = torch.tensor([[3, 5, 8, 4], [6, 2, 1, 1]])
+PLAIN = torch.tensor([[3, 5, 8, 4], [6, 2, 9, 7]])
+
+
+class Branching(nn.Module):
+    """Code that does something more if a call has padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.layer = nn.Embedding(12, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        padding = input_ids == 1
+        x = self.layer(self.embedding(input_ids))
+        return self.more(x, padding) if padding.any() else x
+
+    def more(self, x: Tensor, padding: Tensor) -> Tensor:
+        """What is done of a padded call."""
+        raise NotImplementedError
+
+
+class Masking(Branching):
+    def more(self, x: Tensor, padding: Tensor) -> Tensor:
+        return x.masked_fill(padding[..., None], 0)
+
+
+class Doubling(Branching):
+    def more(self, x: Tensor, padding: Tensor) -> Tensor:
+        return 2 * x
+
+
+def lora(model: nn.Module, example: Tensor) -> peftfx.AdaptedModel:
+    rule = peftfx.LoRA(r=2, target="head", init_lora_weights=False)
+    return peftfx.transform(model, rule, inputs={"input_ids": example})
+
+
+@pytest.mark.parametrize("example", [PADDED, PLAIN])
+def test_a_mask_that_is_skipped_where_it_shows_everything_is_one_graph(example: Tensor, tmp_path: Path) -> None:
+    model, calls = Masking().eval(), (PADDED, PLAIN, PLAIN[:1])
+    adapted = lora(model, example)
+    adapted.export(tmp_path / "out")
+    served = peftfx.runtime.load(tmp_path / "out")
+    outputs = [adapted(input_ids=ids) for ids in calls]
+    adapted.merge()
+    for ids, got in zip(calls, outputs, strict=True):
+        torch.testing.assert_close(got, model(ids))
+        torch.testing.assert_close(served(input_ids=ids)["output"], got, atol=1e-5, rtol=1e-5)
+
+
+def test_a_graph_of_the_general_side_needs_no_decision() -> None:
+    graph = peftfx.capture(Masking().eval(), {"input_ids": PLAIN})
+    assert graph.decisions == ()
+    torch.testing.assert_close(graph(input_ids=PADDED), Masking().eval()(PADDED))
+
+
+def test_each_side_that_differs_gets_a_graph() -> None:
+    for example, other in ((PADDED, PLAIN), (PLAIN, PADDED)):
+        model = Doubling().eval()
+        graph = peftfx.capture(model, {"input_ids": example})
+        torch.testing.assert_close(graph(input_ids=example), model(example))
+        with pytest.raises(peftfx.PeftfxError, match=r"branch at \w+\.py:\d+ on input_ids goes as in"):
+            graph(input_ids=other)
+        adapted = lora(model, example)
+        outputs = {ids: adapted(input_ids=ids) for ids in (example, other)}
+        adapted.merge()
+        for ids, got in outputs.items():
+            torch.testing.assert_close(got, model(ids))
+
+
+def test_training_takes_the_side_of_each_call() -> None:
+    model = Masking().train()
+    adapted = lora(model, PLAIN)
+    outputs = {ids: adapted(input_ids=ids) for ids in (PLAIN, PADDED)}
+    adapted.merge()
+    for ids, got in outputs.items():
+        torch.testing.assert_close(got, model(ids))
+
+
+def test_an_export_of_one_side_is_refused_or_refuses_the_other_itself(tmp_path: Path) -> None:
+    model = Doubling().eval()
+    adapted = peftfx.transform(
+        model, peftfx.LoRA(r=2, target="head", init_lora_weights=False), inputs={"input_ids": PADDED}
+    )
+    with pytest.raises(peftfx.PeftfxError, match="branches on a value: this export would be right only where"):
+        adapted.export(tmp_path / "out")
+    report = adapted.export(tmp_path / "out", allow_fixed=True)
+    assert "goes as in the example (True)" in report.sizes[0]
+    served = peftfx.export.OnnxModel(tmp_path / "out")
+    torch.testing.assert_close(served(input_ids=PADDED)["output"], adapted(input_ids=PADDED), atol=1e-5, rtol=1e-5)
+    with pytest.raises(Exception, match="out of data bounds"):
+        served(input_ids=PLAIN)
+
+
+class Writing(nn.Module):
+    """A mask that is written in place before it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        scores = torch.zeros_like(mask)
+        scores[mask == 2] = 5
+        x = self.layer(x)
+        return x * 3 if (scores > 0).flatten().any().item() else x
+
+
+def test_a_boolean_knows_what_was_written_into_its_tensor() -> None:
+    model, x = Writing().eval(), torch.randn(2, 3, 4)
+    for mask in (torch.tensor([[1, 1, 1], [1, 2, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])):
+        graph = peftfx.capture(model, {"x": x, "mask": mask})
+        torch.testing.assert_close(graph(x=x, mask=mask), model(x, mask))
+
+
+class OfWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y * 3 if (y > 100).any() else y
+
+
+def test_a_branch_on_what_weights_compute_is_refused() -> None:
+    with pytest.raises(peftfx.PeftfxError, match="branches on the values of a tensor"):
+        peftfx.capture(OfWeights().eval(), {"x": torch.randn(2, 4)})
+
+
+def test_a_model_that_asks_whether_a_text_is_padded_serves_both() -> None:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32}
+    config = hf.FSMTConfig(src_vocab_size=40, tgt_vocab_size=40, **sizes, **heads, langs=["en", "de"])
+    model = hf.FSMTForConditionalGeneration(config).eval()
+    adapted = peftfx.transform(model, peftfx.LoRA(r=2, target="head", init_lora_weights=False))
+    inputs = example_inputs(model)
+    padded = inputs["decoder_input_ids"].clone()
+    padded[1, -2:] = config.pad_token_id
+    outputs = []
+    for ids in (inputs["decoder_input_ids"], padded):
+        outputs.append(adapted(**{**inputs, "decoder_input_ids": ids}).logits)
+    adapted.merge()
+    for ids, got in zip((inputs["decoder_input_ids"], padded), outputs, strict=True):
+        want = model(**{**inputs, "decoder_input_ids": ids}).logits
+        torch.testing.assert_close(got[ids != config.pad_token_id], want[ids != config.pad_token_id])
