@@ -96,7 +96,7 @@ class Trial:
     def is_of_images(self, condition: Condition) -> bool:
         """Say whether a condition is only on the sizes of images. A model is made for one size of images."""
         images = [spec.shape[2:] for spec in self.graph.inputs if len(spec.shape) > 3 and spec.dtype.is_floating_point]
-        return bool(condition.axes) and set(condition.axes) <= {axis for shape in images for axis in shape}
+        return bool(condition.axes) and set(condition.axes) <= {axis for shape in images for axis in shape} - _TOKENS
 
     def is_of_long_texts(self, condition: Condition) -> bool:
         """Say whether a condition holds for all texts that the model is made for, with their past."""
@@ -182,7 +182,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
     """
     limits, probes = list[Limit](), list[Sized]()
     known: dict[tuple[tuple[str, int], ...], str] = {}
-    for condition in trial.graph.conditions:
+    for condition in (*trial.graph.conditions, *trial.graph.filled):
         if condition.relation:
             limits.append(Limit(condition, _REFUSED))
             continue
@@ -199,11 +199,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
         if why == BRANCHES and trial.is_of_long_texts(condition):
             why = LONGER
         if why == BRANCHES and not allow_fixed and not trial.is_of_images(condition):
-            hint = (
-                "export with inputs=... of the sizes you will serve and --allow-fixed (allow_fixed=True), or rewrite it"
-            )
-            what = f"the model's code branches on a size: this export would be right only where {condition}"
-            raise PeftfxError(what, condition.where, hint)
+            raise _refusal(condition, condition in trial.graph.filled)
         limits += [Limit(condition, why)] if why else []
         if not condition.edge:  # a size of 1 is always verified
             probes += [sizes for sizes, answer in zip(tried, answers, strict=True) if answer == _SAME][:1]
@@ -212,6 +208,16 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
     found = Sizes(tuple(limits))
     probes = [sizes for sizes in probes if found.allow(sizes) and trial.affords(sizes)]
     return Sizes(found.limits, tuple(sizes for i, sizes in enumerate(probes) if sizes not in probes[:i]))
+
+
+def _refusal(condition: Condition, first: bool) -> PeftfxError:
+    """Return the error for a condition that divides the calls that a model takes; `first` divides off a first call."""
+    what = "the model's code branches on a size"
+    hint = "export with inputs=... of the sizes you will serve and --allow-fixed (allow_fixed=True), or rewrite it"
+    if first:
+        what = "the model's code computes something else for the first tokens of a text than for the tokens behind them"
+        hint = "use the forward view"
+    return PeftfxError(f"{what}: this export would be right only where {condition}", condition.where, hint)
 
 
 def _verdict(answers: Sequence[str]) -> str:

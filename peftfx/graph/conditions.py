@@ -65,7 +65,8 @@ class Condition:
         most = max(2, round(_MOST ** (1 / max(1, len(self.axes)))))
         if len(choices) > most:
             choices = [choices[i * (len(choices) - 1) // (most - 1)] for i in range(most)]
-        product = itertools.product(choices, repeat=len(self.axes))
+        empty = {str(s) for s in self.holds.free_symbols if not s.is_positive}  # axes that may be empty
+        product = itertools.product(*([0, *choices] if axis in empty else choices for axis in self.axes))
         for sizes in sorted(product, key=lambda sizes: (math.prod(sizes), sizes)):
             yield dict(zip(self.axes, sizes, strict=True))
 

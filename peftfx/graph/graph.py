@@ -60,6 +60,8 @@ class Graph:
         sites: the adaptable places, found on the base graph and carried through every rewrite.
         derived: recipes of the weights under `derived.`, by name.
         conditions: statements about the named axes, under which this program computes what the model's code computes.
+        filled: statements that an axis is not empty, where the model's code asked if it is. The code may compute the
+            same for an empty axis; an export tries it.
         fixed: the line of the model's code that fixed an axis at the example's size, by the axis's name, where known.
         decisions: branches on booleans of a call's inputs, of which this program has one side.
 
@@ -78,6 +80,7 @@ class Graph:
     derived: dict[str, Recipe] = field(default_factory=dict, repr=False)
     conditions: tuple[Condition, ...] = ()
     fixed: Mapping[str, str] = field(default_factory=dict)
+    filled: tuple[Condition, ...] = ()
     decisions: tuple[Decision, ...] = ()
 
     @property

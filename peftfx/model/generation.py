@@ -61,7 +61,8 @@ def _runner(view: View | None, graph_of: GraphOf) -> Step:
     graph = graph_of(view, None)  # the usual graph: sizes at which the model's code branches get another
 
     def run(inputs: dict[str, Tensor], _: Cache | None) -> dict[str, Tensor]:
-        fits = not unmet(graph.conditions, graph.sizes_of(inputs), edges=False)
+        sizes = graph.sizes_of(inputs)
+        fits = not unmet(graph.conditions, sizes, edges=False) and not unmet(graph.filled, sizes)
         fits = fits and not opposed(graph.decisions, inputs)
         chosen = graph if fits else graph_of(view, inputs)
         flat = chosen.run(*(inputs[spec.name] for spec in chosen.inputs))

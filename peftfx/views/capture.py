@@ -23,6 +23,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
 from peftfx.graph.capturing.axis_symbols import place_of, symbols_of, tied
+from peftfx.graph.capturing.empty_sizes import Question, asked_if_empty, filled_of
 from peftfx.graph.capturing.filled_tensors import concatenate_filled
 from peftfx.graph.capturing.joined_vectors import read_apart
 from peftfx.graph.capturing.mask_loops import over_masks
@@ -46,7 +47,7 @@ from peftfx.views.capturing.settling import on_general_sides
 from peftfx.views.decode import PRESENT
 from peftfx.views.entry import Entry, EntryCall, forward
 from peftfx.views.image_sizes import free_images
-from peftfx.views.view import Axes, name_axes, without_cache
+from peftfx.views.view import MAY_BE_EMPTY, Axes, name_axes, without_cache
 
 
 def capture(
@@ -114,6 +115,7 @@ def _captured(wrapper: _Flat, tensors: Mapping[str, torch.Tensor], axes: Axes, s
             loops = nullcontext() if model.training else recurrences(model)
             with (
                 noted(sides.decide) as notes,
+                asked_if_empty() as questions,
                 tied(named),
                 broadcast_masks(),
                 repeated_lists(),
@@ -132,7 +134,7 @@ def _captured(wrapper: _Flat, tensors: Mapping[str, torch.Tensor], axes: Axes, s
         except Exception as error:
             raised = error.__cause__ if isinstance(error, _Raised) and error.__cause__ else error
             raise capture_error(model, raised, entry) from raised
-    graph = _as_graph(model, module, program.call_spec.out_spec, examples, axes, notes)
+    graph = _as_graph(model, module, program.call_spec.out_spec, examples, axes, notes, questions)
     return dataclasses.replace(graph, decisions=tuple(sides.made))
 
 
@@ -230,6 +232,7 @@ def _as_graph(
     tensors: Mapping[str, torch.Tensor],
     axes: Axes,
     notes: Sequence[Note],
+    questions: Sequence[Question],
 ) -> Graph:
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
@@ -276,8 +279,12 @@ def _as_graph(
         _rename(node, name.replace(".", "_"))
     name_places(module, model)
     linked = link(graph, {BASE: model, CONSTANTS: constants})
-    conditions = conditions_of(notes, symbols)
-    result = Graph(linked, tuple(specs), out_spec, sizes, model.training, None, conditions=conditions, fixed=lines)  # type: ignore[arg-type]
+    told = {
+        "conditions": conditions_of(notes, symbols),
+        "filled": filled_of(questions, symbols, MAY_BE_EMPTY),
+        "fixed": lines,
+    }
+    result = Graph(linked, tuple(specs), out_spec, sizes, model.training, None, **told)  # type: ignore[arg-type]
     refuse_written(result)
     tell_share("sites", 0.9)
     kept = [name for name in result.outputs if name.startswith(f"{PRESENT}.")]

@@ -13,6 +13,8 @@ from peftfx.bases.config_fields import collect_configs
 Axes = Mapping[str, tuple[str | None, ...]]
 """The names of the axes of each input; `None` for a size that is the model's."""
 
+MAY_BE_EMPTY = frozenset({"past"})  #: axes that are empty in the first call of a generation
+
 RunView = Callable[["View", Mapping[str, Tensor]], Mapping[str, Tensor]]
 """A function that runs a model in a view: it takes the view and its inputs, and returns the outputs by name."""
 

@@ -71,7 +71,7 @@ def noted(decide: Decide | None = None) -> Iterator[list[Note]]:
         if threading.get_ident() == own and _of_values(expr):
             if _is_asserted(sys._getframe(1)):
                 return sympy.true  # the code accepts only values for which it is true
-            decided = None if decide is None else decide(expr, _asker(sys._getframe(1))[0])
+            decided = None if decide is None else decide(expr, asker(sys._getframe(1))[0])
             if decided is not None:
                 return decided
         result = answer(env, expr, *args, **kwargs)
@@ -102,7 +102,7 @@ def _is_asserted(frame: FrameType | None) -> bool:
 def _notes(expr: sympy.Basic, result: object, guarded: bool) -> Iterator[Note]:
     if not guarded and not _differs_at_1(expr, result):
         return
-    where, code = _asker(sys._getframe(2))
+    where, code = asker(sys._getframe(2))
     if guarded or code:  # torch's own operators are right at size 1, whatever they compare
         yield Note(_held(expr, result), where, code, edge=not guarded)
 
@@ -130,7 +130,7 @@ def _at_1(expr: sympy.Basic, symbols: Sequence[sympy.Basic]) -> sympy.Basic | No
         return None
 
 
-def _asker(frame: FrameType | None) -> tuple[str, bool]:
+def asker(frame: FrameType | None) -> tuple[str, bool]:
     """Return the line that asked, and whether it is the model's Python code. Torch's operators ask to pick a kernel."""
     while frame is not None and frame.f_code.co_filename in _BEARERS:
         frame = frame.f_back

@@ -71,7 +71,8 @@ class Graphs:
 
         The graph holds for the sizes of this call, and has the sides of branches that this call takes. A size of 1
         counts as one of many sizes. With `exact`, a separate graph is captured for a size of 1 if the model's code has
-        a branch for that size.
+        a branch for that size. If the code asks whether an axis is empty, calls with an empty axis have a graph of
+        their own.
         """
         self._find_patterns()
         leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
@@ -80,11 +81,9 @@ class Graphs:
         for graph in known:
             if not all(s.accepts(tensors[s.name]) for s in graph.inputs) or graph.mixed(tensors) is not None:
                 continue
-            if opposed(graph.decisions, tensors):
-                continue
-            if not graph.conditions:
-                return graph
             sizes = graph.sizes_of(tensors)
+            if opposed(graph.decisions, tensors) or unmet(graph.filled, sizes):
+                continue
             broken = unmet(graph.conditions, sizes, edges=exact)
             if not broken:
                 return graph
