@@ -23,6 +23,7 @@ from peftfx.bases.sentences.modules import ALL, FILE, SentenceModules, transform
 from peftfx.bases.tasks import FEATURES, SENTENCES, resolve_task
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets
+from peftfx.export.deployment.image_size import chosen_for_decode
 from peftfx.export.deployment.parts import sites_view
 from peftfx.export.onnx_directory import export_onnx
 from peftfx.export.report import Report
@@ -102,6 +103,7 @@ def _export(
         sentences=sentences,
         task_id=asked.task_id,
         view=asked.view,
+        sized=isinstance(asked.images, tuple),
         road="graph",  # no call runs the adapted modules here
     )
     for name in asked.batched:
@@ -121,7 +123,7 @@ def _export(
         links += copy_assets(home, directory, *leave)  # after the adapters': an adapter's own tokenizer wins
         if links:
             say(f"not copied, links that leave their directory: {', '.join(map(str, links))}")
-        if isinstance(asked.images, tuple):
+        if isinstance(asked.images, tuple) and not chosen_for_decode(adapted.base, asked.images, asked.view):
             write_image_size(directory, asked.images)
         inputs.check()
 
@@ -163,6 +165,7 @@ def load_directories(
     sentences: SentenceModules | None = None,
     task_id: int | None = None,
     view: str = FORWARD,
+    sized: bool = False,
     road: str | None = None,
 ) -> AdaptedModel:
     """Load a base model with adapters on it by name, all from directories. The last adapter is active.
@@ -175,7 +178,8 @@ def load_directories(
     If an adapter holds a head, the head sets the number of labels, whatever the config says. If it holds embeddings,
     they set the number of tokens.
 
-    The model is captured in the exported `view` if that view has all sites. `road` says how calls are run: see
+    The model is captured in the exported `view` if that view has all sites; `sized` says that a size of images is
+    chosen. `road` says how calls are run: see
     `peftfx.transform`.
     """
     config = read_base_config(base)
@@ -201,7 +205,7 @@ def load_directories(
     resize_vocabulary(model, weights.values())
     if quantize_base is not None:
         quantise(model, quantize_base)
-    adapted = _bare(_with_steps(model, task, sentences), view, road)
+    adapted = _bare(_with_steps(model, task, sentences), view, road, sized=sized)
     for name, adapter in adapters.items():
         adapted.load_adapter(adapter, name)
     if task_id is not None:
@@ -209,8 +213,8 @@ def load_directories(
     return adapted
 
 
-def _bare(model: nn.Module, view: str, road: str | None) -> AdaptedModel:
-    return bare(model, road=road, view=sites_view(model, view))
+def _bare(model: nn.Module, view: str, road: str | None, *, sized: bool = False) -> AdaptedModel:
+    return bare(model, road=road, view=sites_view(model, view, sized=sized))
 
 
 def _take_task(adapted: AdaptedModel, task_id: int) -> None:

@@ -11,11 +11,12 @@ from typing import Unpack
 import torch
 from torch import nn
 
+from peftfx.bases.processors.pictures import pictures_of
 from peftfx.export.assets import write_configs
 from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, InGraph
-from peftfx.export.deployment.image_size import capture_free, example_of_size
+from peftfx.export.deployment.image_size import capture_free, chosen_for_decode, example_of_size
 from peftfx.export.deployment.merged_decoder import write_merged_decoder
 from peftfx.export.deployment.parts import GraphPart, sites_view
 from peftfx.export.deployment.serving_mode import in_eval
@@ -106,8 +107,9 @@ def export_onnx(
         torch.Size([1, 3, 64])
     """
     asked = ExportOptions.of(options, changes)
-    adapted = _adapted(model, inputs, asked.view).floating()
-    if asked.images is not None:
+    adapted = _adapted(model, inputs, asked).floating()
+    picture = chosen_for_decode(adapted.base, asked.images, asked.view)
+    if asked.images is not None and picture is None:
         inputs = example_of_size(adapted, asked.images, inputs, asked.view)
     example = adapted.example if inputs is None else inputs
     limit, (atol, rtol) = asked.bound, _bounds(asked)
@@ -126,7 +128,7 @@ def export_onnx(
     def oracle_of(part: GraphPart) -> Oracle:
         return behind(way.oracle(adapted, part, example), passes, part)
 
-    with publish(Path(directory), asked.force) as temporary, in_eval(adapted):
+    with publish(Path(directory), asked.force) as temporary, in_eval(adapted), pictures_of(picture):
         with stages("capture"):
             if asked.images == ANY_SIZE:
                 capture_free(adapted, example)
@@ -166,6 +168,7 @@ def export_onnx(
             for part in parts:
                 prefix = "" if len(parts) == 1 else f"{part.stem}: "
                 report.add_sizes(programs[part.file], (*part.sizes.limits, *part.sizes.sides), part.graph, prefix)
+                report.add_images(programs[part.file], part.seen, prefix)
         if asked.rounds:
             with stages("round"), keeping(temporary.parent) if coded else nullcontext():
                 round_weights(
@@ -214,10 +217,14 @@ def export_onnx(
     return report
 
 
-def _adapted(model: nn.Module, inputs: Mapping[str, object] | None, view: str) -> AdaptedModel:
+def _adapted(model: nn.Module, inputs: Mapping[str, object] | None, asked: ExportOptions) -> AdaptedModel:
     if isinstance(model, AdaptedModel):
         return model
-    own = sites_view(model, view) if inputs is None and isinstance(model, nn.Module) else FORWARD
+    own = (
+        sites_view(model, asked.view, sized=isinstance(asked.images, tuple))
+        if inputs is None and isinstance(model, nn.Module)
+        else FORWARD
+    )
     return bare(model, inputs, view=own)
 
 

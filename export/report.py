@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
+from peftfx.bases.processors.fixed_values import IMAGES_KEY, as_text
 from peftfx.export.coded.place import Choice
 from peftfx.export.metadata import ENGINE, SIZES_KEY
 from peftfx.export.rounding.budget import Share
@@ -32,6 +33,7 @@ from peftfx.passes.adaptation.prefill import Left
 from peftfx.passes.base import attributes_of
 from peftfx.passes.optimization.fuse import FUSED
 from peftfx.views.image_sizes import fixed_images
+from peftfx.views.images import ImageEncoder
 
 _ANYTHING = 1e20  #: a tolerance beyond it refuses only infinities
 
@@ -167,6 +169,14 @@ class Report:
         if told:
             program.metadata_props[SIZES_KEY] = "; ".join(told)
             self.sizes += [f"{prefix}{line}" for line in told]
+
+    def add_images(self, program: ir.Model, view: object, prefix: str = "") -> None:
+        """Add the values of images that are constants of their graph, to this report and to the model's metadata."""
+        if not isinstance(view, ImageEncoder) or not view.images.reads:
+            return
+        images = view.images
+        program.metadata_props[IMAGES_KEY] = as_text(images.fixed, images.picture)
+        self.sizes += [f"{prefix}{value}, as the model's code reads it" for value in images.fixed]
 
     def describe(self, graph: Graph, program: ir.Model, found: list[Comparison], prefix: str = "") -> None:
         """Add a written graph and its comparisons. A prefix distinguishes its names from another graph's names."""

@@ -6,14 +6,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.pictures import pictures_vary
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.parts import generates, refuse_fixed
 from peftfx.export_options.values import ANY_SIZE
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import AUTO, DECODE
+from peftfx.views.finding.image_views import reads_images
 from peftfx.views.image_sizes import IMAGES, SIDES, with_free_sizes
 from peftfx.views.view import name_axes
 
@@ -33,7 +35,7 @@ def example_of_size(
     where = f"image_size: {size if size == ANY_SIZE else 'x'.join(map(str, size))}"
     if inputs is not None:
         raise PeftfxError("inputs and image_size are both given", where, "leave image_size out: inputs have a size")
-    if view == DECODE or (view == AUTO and generates(adapted.base)):
+    if generates_with_images(adapted.base, view):
         what = "the size of images can be chosen in the forward view alone"
         raise PeftfxError(what, where, "pass --view forward, or leave image_size out")
     made = example_inputs(adapted.base)
@@ -46,6 +48,21 @@ def example_of_size(
     if (height, width) != own and _INTERPOLATES in inspect.signature(adapted.base.forward).parameters:
         example[_INTERPOLATES] = True
     return example
+
+
+def generates_with_images(base: nn.Module, view: str) -> bool:
+    """Return whether a view generates text."""
+    return view == DECODE or (view == AUTO and generates(base))
+
+
+def chosen_for_decode(
+    base: nn.Module, size: tuple[int, int] | Literal["any"] | None, view: str
+) -> tuple[int, int] | None:
+    """Return the size of pictures for a view that generates, if it is chosen and decides what the processor makes."""
+    if size is None or size == ANY_SIZE or not generates_with_images(base, view) or not reads_images(base):
+        return None
+    accepted = inspect.signature(base.base_model.get_image_features).parameters  # type: ignore[union-attr, arg-type]
+    return size if pictures_vary(base, accepted) else None
 
 
 def capture_free(adapted: AdaptedModel, example: Mapping[str, object]) -> None:

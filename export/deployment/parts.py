@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
@@ -141,17 +142,18 @@ def _sees(base: nn.Module) -> bool:
     return any(name in inspect.signature(base.forward).parameters for name in IMAGES)
 
 
-def sites_view(base: nn.Module, view: str) -> str:
+def sites_view(base: nn.Module, view: str, *, sized: bool = False) -> str:
     """Return the name of the view to find sites on: the asked view if it has all sites, else `forward`.
 
     Args:
         base: the model.
         view: the asked view; see `capture_parts`.
+        sized: whether a size of images is chosen.
     """
     check_view(view)
     if view == FORWARD or encodes_and_decodes(base) or (view == AUTO and not generates(base)):
         return FORWARD
-    return FORWARD if reads_images(base) and _finds(find_images, base) else DECODE
+    return FORWARD if reads_images(base) and _finds(partial(find_images, of_any_size=sized), base) else DECODE
 
 
 def without_images(views: dict[str, str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from peftfx.bases.config_fields import first_of, number_of, special_tokens
 from peftfx.bases.diffusion_inputs import denoiser_inputs, denoises
 from peftfx.bases.processors.image_size import image_size_of
+from peftfx.bases.processors.image_tokens import tokens_of_image
+from peftfx.bases.processors.pictures import Picture, chosen_size, picture_inputs, repeated
 from peftfx.bases.processors.recordings import recording_name, recording_shape
-from peftfx.bases.processors.token_types import TYPES, makes_masks, prompt_types, reads_types
+from peftfx.bases.processors.token_types import MODALITIES, TYPES, makes_masks, prompt_types, reads_types
 from peftfx.bases.tasks import resolve_task, task_of
 from peftfx.errors import PeftfxError, nearest
 
@@ -96,10 +99,7 @@ class _Maker:
         )
 
     def inputs(self) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
-        if "pixel_values" in self.accepted:
-            channels = self._image("num_channels", 3)
-            made["pixel_values"] = self._floats(self.sizes["batch"], channels, *self._resolution())
+        made = {} if self.image is None else repeated(self.image, self.sizes["batch"], self._floats)
         if "input_ids" in self.accepted:
             made |= self._prompt()
         if name := recording_name(self.model, self.accepted):
@@ -110,6 +110,14 @@ class _Maker:
         if self.decodes and not self._pools_eos():
             made["decoder_input_ids"] = self._decoder_ids()
         return made
+
+    @cached_property
+    def image(self) -> Picture | None:
+        """The arguments of one image, of which only sizes and whole numbers matter; None for a model without images."""
+        found = picture_inputs(self.model, self.accepted, self._resolution())
+        if found is None and "pixel_values" in self.accepted:
+            return {"pixel_values": torch.zeros(1, self._image("num_channels", 3), *self._resolution())}
+        return found
 
     def labels(self, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
         batch = self.sizes["batch"]
@@ -133,7 +141,7 @@ class _Maker:
     def _prompt(self) -> dict[str, Tensor]:
         """Make the text: image tokens first if the prompt holds the image, and padding last."""
         batch, length = self.sizes["batch"], self.sizes["sequence"]
-        image, images = self._image_tokens() if "pixel_values" in self.accepted else (None, 0)
+        image, images = (None, 0) if self.image is None else self._image_tokens()
         ids = torch.cat([torch.full((batch, images), image or 0), self._ids((batch, length))], dim=1)
         mask = torch.ones_like(ids)
         if batch > 1 and length > 3 and "attention_mask" in self.accepted:
@@ -147,6 +155,8 @@ class _Maker:
         made = {"input_ids": ids, "attention_mask": mask} if "attention_mask" in self.accepted else {"input_ids": ids}
         if "token_type_ids" in self.accepted and number_of(self.text, "type_vocab_size", 0) > 1:
             made["token_type_ids"] = (torch.arange(ids.shape[1]) > ids.shape[1] // 2).long().repeat(batch, 1)
+        if images and MODALITIES in self.accepted:
+            made[MODALITIES] = ids.eq(image or 0).long()
         if images and reads_types(self.model) and makes_masks(self.model):
             made[TYPES] = prompt_types(self.model, ids.eq(image or 0))
         return made
@@ -161,6 +171,9 @@ class _Maker:
         token = first_of(self.config, "image_token_id", "image_token_index")
         if not isinstance(token, int):
             return None, 0
+        found = None if self.image is None else tokens_of_image(self.model, self.image)
+        if found is not None:
+            return token, found
         count = first_of(self.config, "num_query_tokens", "image_seq_length", "mm_tokens_per_image")
         if isinstance(count, int):
             return token, count
@@ -221,7 +234,9 @@ class _Maker:
         return first_of(self.config, "vision_config", "encoder") or self.config
 
     def _resolution(self) -> tuple[int, int]:
-        size = first_of(self._seeing(), "image_size", "img_size", "input_size")
+        size: object = chosen_size()
+        if size is None:
+            size = first_of(self._seeing(), "image_size", "img_size", "input_size")
         if isinstance(size, dict):
             size = (size.get("height"), size.get("width"))
         if size is None:

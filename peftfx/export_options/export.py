@@ -59,7 +59,8 @@ class ExportOptions(Checked):
         image_size: the height and width of the images of a forward view: a number for both, a pair, or text such as
             `384x512`. By default the size is that in the model's config, or in its processor's. A model that can
             interpolate its position embeddings does so for another size. `any` leaves the height and the width free,
-            if the model's code allows it; convolutional models are free without it.
+            if the model's code allows it; convolutional models are free without it. In a decode view it is for models
+            in which a picture's size decides how many pieces it has; all images then have this size.
         merged_decoder: also write `decoder_model_merged.onnx`, the decoder of an encoder-decoder in the form that
             optimum reads; see `peftfx.export.deployment.merged_decoder`.
         force: replace the directory if it exists.

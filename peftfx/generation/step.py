@@ -134,7 +134,7 @@ def step_inputs(
         view: the view.
         tokens: int64[batch, sequence].
         mask: [batch, past + sequence]; None shows all tokens.
-        positions: [batch or 1, sequence]; None counts on from the past.
+        positions: [batch or 1, sequence], perhaps with an axis before them; None counts on from the past.
         cache: an empty cache, or one filled by the view.
     """
     batch, length = tokens.shape
@@ -153,7 +153,7 @@ def step_inputs(
     if view.positions:
         if positions is None:
             positions = torch.arange(before, before + length, device=tokens.device)[None]
-        made["position_ids"] = positions.long().expand(batch, length)
+        made["position_ids"] = positions.long().expand(*view.rows_of_positions, batch, length)
     return made | dict(zip(view.past_names, past, strict=True))
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from peftfx.bases.processors.token_types import TYPES, whole_types
+from peftfx.bases.processors.token_types import MODALITIES, TYPES, whole_types
 from peftfx.errors import PeftfxError
 from peftfx.generation.step import Generates, Step
-from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages
+from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages, Images
 
 
 class GeneratesWithImages(Generates):
@@ -29,10 +29,20 @@ class GeneratesWithImages(Generates):
     _types: Tensor | None = None
 
     def encoded(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the features of each image, [pieces, width]. Each image is encoded separately."""
-        first = next(iter(inputs.values()))
-        ones = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(len(first))]
-        return [self.encode(one, None)[IMAGE_FEATURES] for one in ones]
+        """Return the features of each image, [pieces, width]. Each image is encoded separately.
+
+        Args:
+            inputs: all arguments of the images, those that are fixed in the graph too.
+        """
+        images = self.view.images
+        ones = split_images(images, inputs)
+        for fixed in images.fixed:
+            fixed.check(inputs.get(fixed.name), len(ones), images.picture)
+        found = [self.encode(one, None)[IMAGE_FEATURES] for one in ones]
+        if images.reads and any(bool(features.isnan().all()) for features in found):
+            what = "the model's code would decide otherwise about this image: a part of it is empty"
+            raise PeftfxError(what, images.inputs[0][0], "run the model by transformers")
+        return found
 
     def forward(  # type: ignore[override]
         self,
@@ -45,8 +55,11 @@ class GeneratesWithImages(Generates):
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Return the logits, and the cache with these tokens and their images added."""
-        given = {name: others.pop(name, None) for name, _ in self.view.images.inputs}
-        pixels = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        pixels = self._images_in(others)
+        others.pop(MODALITIES, None)  # positions were made of them, before this call
+        if pixels and self.view.images.sections and position_ids is None:
+            what, hint = "a call with images needs the positions of its tokens", "use generate, or pass position_ids"
+            raise PeftfxError(what, "position_ids", hint)
         output = (mm_encoder_outputs or {}).get("image")
         if output is not None:
             pooled = output.pooler_output
@@ -73,6 +86,12 @@ class GeneratesWithImages(Generates):
         types = {} if self._types is None else {TYPES: self._types}
         return {IMAGE_FEATURES: self._features, **types}
 
+    def _images_in(self, named: dict[str, Any]) -> dict[str, Tensor]:
+        """Take the arguments of images out of the arguments of a call; nothing if it has no pixels."""
+        given = {name: named.pop(name, None) for name in self.view.images.names}
+        first = given[self.view.images.inputs[0][0]]
+        return {n: v for n, v in given.items() if isinstance(v, Tensor)} if isinstance(first, Tensor) else {}
+
     def _check(self, tokens: Tensor, count: int) -> None:
         wanted = int((tokens == self.view.images.token).sum())
         if wanted != count:
@@ -81,11 +100,41 @@ class GeneratesWithImages(Generates):
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Encode images once, before the prefill."""
-        given = {name: model_kwargs.pop(name, None) for name, _ in self.view.images.inputs}
-        pixels = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        pixels = self._images_in(model_kwargs)
         model_kwargs.setdefault("mm_encoder_outputs", {})
         if pixels:
             # a list with one entry for each image, as beams and samples repeat the images of a text together
             output = BaseModelOutputWithPooling(pooler_output=self.encoded(pixels))  # type: ignore[call-arg, arg-type]
             model_kwargs["mm_encoder_outputs"]["image"] = output
         return model_kwargs
+
+
+def split_images(images: Images, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return the arguments of each image that its graph takes.
+
+    A row with several images may have them one after the other along its second axis, as tiles, with empty tiles after
+    the last image.
+
+    Raises:
+        PeftfxError: an argument is missing, or has not the shape of whole images.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for name, shape in images.inputs:
+        value = inputs.get(name)
+        if value is None:
+            raise PeftfxError("the graph of images needs this argument too", name, "pass what the processor makes")
+        tiles = value.shape[1] // shape[1] if len(shape) > 1 and value.ndim > 1 and shape[1] else 1
+        rest = (shape[1] * tiles, *shape[2:]) if len(shape) > 1 else ()
+        if value.ndim != len(shape) or len(value) % shape[0] or tuple(value.shape[1:]) != rest:
+            size = f", from images of {images.picture[0]} x {images.picture[1]}" if images.picture else ""
+            what = f"the graph takes {list(shape)} for an image{size}, and this call has {list(value.shape)}"
+            raise PeftfxError(what, name, "resize the images to the size of the export, or export with another size")
+        rows = value.split(shape[0])
+        parts[name] = [part for row in rows for part in (row.split(shape[1], 1) if tiles > 1 else (row,))]
+    first = next(iter(parts.values()))
+    counts = {len(values) for values in parts.values()}
+    if len(counts) != 1:
+        raise PeftfxError("the arguments of images have not the same number of images", ", ".join(parts), "check them")
+    several = len(first) * images.inputs[0][1][0] > len(inputs[images.inputs[0][0]])
+    kept = [i for i, value in enumerate(first) if not several or bool((value != 0).any())]
+    return [{name: values[i] for name, values in parts.items()} for i in kept]

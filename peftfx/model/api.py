@@ -22,7 +22,7 @@ from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
 from peftfx.views.capture import capture
-from peftfx.views.finding.named_views import find_view
+from peftfx.views.finding.named_views import find_view, view_of_sites
 
 
 def transform(
@@ -176,7 +176,7 @@ def bare(
     example = example_inputs(model) if inputs is None else inputs
     twin = Twin(model)
     with evaluating(model):
-        own = find_view(twin.module, view)
+        own = find_view(twin.module, view_of_sites(model) if view == FORWARD and inputs is None else view)
         given = example if own is None else own.inputs(twin.module)
         graph = capture(twin.module, given, axes=None if own is None else own.axes, call=own)
     adapted = AdaptedModel.on(model, graph.sites, example, road, twin)

@@ -72,8 +72,8 @@ class AdaptersByName(nn.Module):
         self.training = base.training
 
     @abstractmethod
-    def graph(self, *, adapted: bool = True) -> Graph:
-        """Return the graph of an example call."""
+    def graph(self, *, adapted: bool = True, view: str = "forward") -> Graph:
+        """Return the graph of an example call in a view."""
 
     @property
     def source(self) -> nn.Module:
@@ -142,7 +142,7 @@ class AdaptersByName(nn.Module):
         if self.wanted == "graph":
             return Seating(obstacle=self.obstacle)
         with evaluating(self.base):
-            seating = seat(self.graph(adapted=False), adapter, self._twin.obstacles)
+            seating = seat(self.graph(adapted=False, view=self.graphs.whole), adapter, self._twin.obstacles)
         if late := may_run_late(self.source, adapter, self.sites):
             seating = Seating(obstacle=late)
         if seating.obstacle and self.wanted == "modules":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftfx.bases.config_fields import first_of
+from peftfx.bases.processors.fixed_values import IMAGES_KEY, from_text
 from peftfx.bases.processors.token_types import TYPES
 from peftfx.errors import PeftfxError
 from peftfx.generation.over_graphs import over_graphs
@@ -14,6 +15,7 @@ from peftfx.generation.step_images import GeneratesWithImages
 from peftfx.serving.generators import Buffered, ServedGenerator, skeleton
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import ONNX_DTYPES
+from peftfx.views.entry import POSITIONS
 from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages, Images
 from peftfx.views.row_adapters import IDS
 
@@ -28,9 +30,16 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
         if not isinstance(token, int):
             what, hint = "the config names no image token", "copy the base model's config.json again"
             raise PeftfxError(what, str(directory / "config.json"), hint)
-        inputs = tuple((name, len(encoder.axes[name])) for name in encoder.inputs if name != IDS)
+        inputs = tuple((name, tuple(map(int, encoder.axes[name]))) for name in encoder.inputs if name != IDS)
+        fixed, picture = from_text(encoder.metadata.get(IMAGES_KEY, ""))
         width, dtype = int(model.axes[IMAGE_FEATURES][-1]), ONNX_DTYPES[model.types[IMAGE_FEATURES]]
-        images = Images(token, width, dtype, None, True, inputs, TYPES in model.inputs)
+        axes = model.axes.get(POSITIONS, ())
+        images = Images(
+            *(token, width, dtype, None, True, inputs, TYPES in model.inputs, fixed),
+            reads=IMAGES_KEY in encoder.metadata,
+            sections=int(axes[0]) if len(axes) == 3 else 0,
+            picture=picture,
+        )
         self.view = DecodeWithImages(self.view.layers, self.view.positions, images)
         dtypes = {name: ONNX_DTYPES.get(encoder.types[name]) for name, _ in inputs}
         self.encode = lambda given, _: encoder(**{n: v.to(dtypes.get(n) or v.dtype) for n, v in given.items()})

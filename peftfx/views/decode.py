@@ -118,7 +118,7 @@ class Decode:
         none = {name: tensor.empty(batch) for name, tensor in zip(self.past_names, kept, strict=True)}
         feed = {**inputs, "input_ids": text, "attention_mask": mask, **none}
         if self.positions:
-            feed["position_ids"] = positions(mask)
+            feed["position_ids"] = self.positions_of(mask)
         made = run(self, feed)
         found = dict(inputs)
         for name, present, tensor in zip(self.past_names, self.present_names, kept, strict=True):
@@ -128,6 +128,15 @@ class Decode:
                 hidden = (mask == 0).view(batch, past, *[1] * (found[name].ndim - 2))
                 found[name] = found[name].masked_fill(hidden, 0.0).movedim(1, tensor.along)
         return found
+
+    @property
+    def rows_of_positions(self) -> tuple[int, ...]:
+        """The axes of positions before the batch: none, if a token has one position."""
+        return ()
+
+    def positions_of(self, mask: Tensor) -> Tensor:
+        """Return the positions of all tokens of a text, as the model takes them."""
+        return positions(mask)
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model on inputs of this view."""

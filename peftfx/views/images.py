@@ -9,19 +9,23 @@ step without image tokens gets `image_features` of length 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.bases.processors.token_types import TYPES, typed_masks
+from peftfx.graph.capturing.known_values import known_values
 from peftfx.views.decode import Decode
+from peftfx.views.entry import POSITIONS
 from peftfx.views.view import Axes, RunView
 
 IMAGE_FEATURES, IMAGE_TOKENS = "image_features", "image_tokens"
@@ -38,8 +42,14 @@ class Images:
         dtype: the dtype of the features.
         each: how many pieces an image has, if the model needs the images separated; else None.
         listed: whether the model takes the features as a list of tensors.
-        inputs: the names of the arguments that are encoded, with the number of axes of each.
+        inputs: the names of the arguments that are encoded, with the shape of each for one image.
         typed: whether the model's attention depends on the types of tokens; see `peftfx.bases.processors.token_types`.
+        fixed: the arguments whose values for one image are constants of the graph, as the model's code reads them.
+        reads: whether the model's code reads values of an image's arguments.
+        sections: the number of rows of positions that each token has; 0 if a token has one position.
+        deeper: the names of further features of a piece, which join deeper layers, with the number of these layers.
+            They follow the first features of a piece, and are as wide.
+        picture: the height and width of pictures, if they were chosen; else empty.
     """
 
     token: int
@@ -47,14 +57,29 @@ class Images:
     dtype: torch.dtype
     each: int | None
     listed: bool
-    inputs: tuple[tuple[str, int], ...]
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]
     typed: bool = False
+    fixed: tuple[FixedValues, ...] = ()
+    reads: bool = False
+    sections: int = 0
+    deeper: tuple[tuple[str, int], ...] = ()
+    picture: tuple[int, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all arguments of an image, fixed or not."""
+        return (*(name for name, _ in self.inputs), *(value.name for value in self.fixed))
 
     def as_output(self, features: Tensor) -> BaseModelOutputWithPooling:
         """Return features [pieces, width] in the form in which the model's own encoder returns them."""
-        shaped = features if self.each is None else features.reshape(-1, self.each, self.width)
-        pooled = [features] if self.listed else shaped
-        return BaseModelOutputWithPooling(pooler_output=pooled)  # type: ignore[call-arg, arg-type]
+        parts = list(features.chunk(1 + sum(count for _, count in self.deeper), -1))
+        first = parts.pop(0)
+        shaped = first if self.each is None else first.reshape(-1, self.each, first.shape[-1])
+        pooled = [first] if self.listed else shaped
+        output = BaseModelOutputWithPooling(pooler_output=pooled)  # type: ignore[call-arg, arg-type]
+        for name, count in self.deeper:
+            setattr(output, name, [[parts.pop(0)] if self.listed else parts.pop(0) for _ in range(count)])
+        return output
 
 
 @dataclass(frozen=True)
@@ -68,7 +93,7 @@ class ImageEncoder:
     @property
     def axes(self) -> Axes:
         """The axes of the inputs, none of them free: a call is of one image of the model's size."""
-        return {name: (None,) * count for name, count in self.images.inputs}
+        return {name: (None,) * len(shape) for name, shape in self.images.inputs}
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Return a random image."""
@@ -83,7 +108,7 @@ class ImageEncoder:
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the image encoder, and the layers that make its features as wide as the text's."""
-        return {IMAGE_FEATURES: encode_images(base, inputs)}
+        return {IMAGE_FEATURES: encode_images(base, inputs, self.images)}
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
         """Return the whole value."""
@@ -104,7 +129,8 @@ class DecodeWithImages(Decode):
     def axes(self) -> Axes:
         """The names of each input's axes."""
         types = {TYPES: ("batch", "total")} if self.images.typed else {}
-        return {**super().axes, **types, IMAGE_FEATURES: (IMAGE_TOKENS, None)}
+        found = {**super().axes, **types, IMAGE_FEATURES: (IMAGE_TOKENS, None)}
+        return {**found, POSITIONS: (None, *found[POSITIONS])} if self.images.sections else found
 
     @property
     def trials(self) -> tuple[Mapping[str, int], ...]:
@@ -130,14 +156,17 @@ class DecodeWithImages(Decode):
         made = super().inputs(base, sizes=wanted, seed=seed)
         with unset_fake_temporarily():
             ids = made["input_ids"].clone()
-            rows, length = ids.shape
+            batch, length = ids.shape
             room = (length - 1) // each * each
-            count = min(count // each * each, rows * room)
-            for row in range(rows):
+            count = min(count // each * each, batch * room)
+            for row in range(batch):
                 many = min(room, count - room * row)
                 ids[row, 1 : 1 + max(many, 0)] = self.images.token
             random = torch.Generator().manual_seed(seed)
             made["input_ids"] = ids
+            if self.images.sections:  # rows of an image's tokens have positions of their own
+                rows = [made[POSITIONS], *(made[POSITIONS] // (n + 1) for n in range(self.images.sections - 1))]
+                made[POSITIONS] = torch.stack(rows)
             if self.images.typed:
                 made[TYPES] = torch.zeros_like(made["attention_mask"])
                 made[TYPES][:, -length:] = (ids == self.images.token).long()
@@ -153,7 +182,19 @@ class DecodeWithImages(Decode):
         if self.images.typed:
             past = inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1]
             plain[TYPES] = inputs[TYPES][:, :past]
+        if self.images.sections:
+            own[POSITIONS] = inputs[POSITIONS]
         return {**super().with_past(base, plain, run, seed), **own}
+
+    @property
+    def rows_of_positions(self) -> tuple[int, ...]:
+        """The axes of positions before the batch."""
+        return (self.images.sections,) if self.images.sections else ()
+
+    def positions_of(self, mask: Tensor) -> Tensor:
+        """Return the positions of all tokens of a text without images."""
+        found = super().positions_of(mask)
+        return found.expand(self.images.sections, *found.shape) if self.images.sections else found
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model on inputs of this view."""
@@ -169,8 +210,40 @@ class DecodeWithImages(Decode):
         return super()._run(base, given, cache)
 
 
-def encode_images(base: nn.Module, inputs: Mapping[str, object]) -> Tensor:
-    """Return the features of images, [pieces, width], computed by the model's own code."""
-    pooled = base.base_model.get_image_features(**inputs, return_dict=True).pooler_output  # type: ignore[union-attr, operator]
-    parts = [pooled] if isinstance(pooled, Tensor) else list(pooled)
-    return torch.cat([part.flatten(0, -2) for part in parts])
+def encode_images(base: nn.Module, inputs: Mapping[str, object], images: Images) -> Tensor:
+    """Return the features of images, [pieces, width], computed by the model's own code.
+
+    In a capture, they are NaN for an image about which the code would decide otherwise than for the captured one.
+    """
+    with with_known(images, inputs) as (given, known):
+        output = base.base_model.get_image_features(**given, return_dict=True)  # type: ignore[union-attr, operator]
+    features = joined_features(output, images.deeper)
+    agreed = None if known is None else known.agreed()
+    return features if agreed is None else torch.where(agreed, features, torch.nan)
+
+
+@contextmanager
+def with_known(images: Images, inputs: Mapping[str, object]) -> Iterator[tuple[dict[str, object], known_values | None]]:
+    """Yield the arguments of a call with the fixed ones. In a capture, their values are known to the model's code."""
+    with unset_fake_temporarily():
+        fixed = {value.name: value.tensor() for value in images.fixed}
+    given: dict[str, object] = {**inputs, **fixed}
+    fake = any(isinstance(value, FakeTensor) for value in inputs.values())
+    if not images.reads or not (fake or torch.compiler.is_exporting()):
+        yield given, None
+        return
+    pixels = [value for name, value in inputs.items() if name in images.names and isinstance(value, Tensor)]
+    with known_values(fixed.values(), pixels) as known:
+        yield given, known
+
+
+def joined_features(output: Any, deeper: tuple[tuple[str, int], ...] = ()) -> Tensor:
+    """Return what an image encoder gives for each piece, [pieces, width]: features, then those for deeper layers."""
+    first = torch.cat([part.flatten(0, -2) for part in _each(output.pooler_output)])
+    more = [torch.cat(_each(layer)).flatten(0, -2) for name, _ in deeper for layer in getattr(output, name)]
+    return torch.cat([first, *more], -1) if more else first
+
+
+def _each(value: Any) -> list[Tensor]:
+    """Return the features of each image, given them or all features in one tensor."""
+    return [value] if isinstance(value, Tensor) else list(value)

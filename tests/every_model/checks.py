@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ import peft
 import torch
 import transformers as hf
 from every_model.diffusion_models import MODELS, build_denoiser
+from every_model.pictures import has_pictures, home_of
 from every_model.tiny_configs import tiny_config
 from support.parity import outputs, randomise
 from torch import Tensor, nn
@@ -28,9 +30,13 @@ from transformers.models.auto import modeling_auto
 import peftfx
 import peftfx.runtime
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.pictures import pictures_of, pictures_vary
+from peftfx.errors import PeftfxWarning
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.graph.graph import path_name
 
+SEEING = "image-text-to-text"
+PICTURE = (64, 64)  #: the size of pictures in decode views
 DIFFUSERS = "diffusers"  #: not a task, but a library: denoisers
 #: Tasks of the page: the table of transformers that lists their model types, and `peft`'s name of them.
 TASKS: Mapping[str, tuple[str, str | None]] = {
@@ -39,7 +45,7 @@ TASKS: Mapping[str, tuple[str, str | None]] = {
     "text-classification": ("SEQUENCE_CLASSIFICATION", "SEQ_CLS"),
     "fill-mask": ("MASKED_LM", None),
     "image-classification": ("IMAGE_CLASSIFICATION", None),
-    "image-text-to-text": ("IMAGE_TEXT_TO_TEXT", None),
+    SEEING: ("IMAGE_TEXT_TO_TEXT", None),
     "speech-to-text": ("SPEECH_SEQ_2_SEQ", None),
     "ctc": ("CTC", None),
     "audio-classification": ("AUDIO_CLASSIFICATION", None),
@@ -95,6 +101,8 @@ def build(task: str, model_type: str) -> nn.Module:
             text.pad_token_id = config.pad_token_id = getattr(text, "pad_token_id", None) or 1
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = 4
+        if task == SEEING and has_pictures(model_type):
+            config.name_or_path = home_of(model_type)
         return kind(config)  # type: ignore[no-any-return]
 
     return _noisy(made)
@@ -128,6 +136,8 @@ def check(task: str, model_type: str, view: str) -> Result:
             return Result("not built", str(error))
         try:
             got = peftfx.load(build(task, model_type), directory / "adapter")
+            if view == "decode" and task == SEEING:
+                return _seen(want, got, directory / "out")
             got.export(directory / "out", view=view)
             far = (_steps if view == "decode" else _calls)(want, directory / "out", got.base, build(task, model_type))
         except VerificationError as error:
@@ -136,7 +146,28 @@ def check(task: str, model_type: str, view: str) -> Result:
             return Result("refused", _line(error))
         except Exception as error:
             return Result("crashed", f"{type(error).__name__}: {_line(error)}")
-        return Result("equal") if far <= BOUND else Result("differs", f"by {far:.1e} of the largest")
+        return _result(far)
+
+
+def _result(far: float) -> Result:
+    return Result("equal") if far <= BOUND else Result("differs", f"by {far:.1e} of the largest")
+
+
+def _seen(want: nn.Module, got: peftfx.AdaptedModel, directory: Path) -> Result:
+    """The result of a decode view with images; of a chosen size, where a picture's size decides what it is made of."""
+    takes = set(inspect.signature(got.base.forward).parameters)
+    size = PICTURE if pictures_vary(got.base, takes) else None
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", PeftfxWarning)
+        got.export(directory, view="decode", **({} if size is None else {"image_size": size}))
+    left_out = [str(w.message) for w in told if "images are left out" in str(w.message)]
+    if left_out:
+        return Result("refused", left_out[0])
+    with pictures_of(size):
+        inputs = example_inputs(got.base, sizes={"batch": 2, "sequence": 6}, seed=3)
+    if "attention_mask" in inputs:
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    return _result(_generated(want, peftfx.runtime.load(directory), [inputs]))
 
 
 def _built(task: str, model_type: str) -> nn.Module:
@@ -244,19 +275,24 @@ def _steps(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) 
     got = peftfx.runtime.load(directory)
     inputs = example_inputs(model, sizes={"batch": 2, "sequence": 6}, seed=3)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-    options = {"min_new_tokens": 5, "max_new_tokens": 5, "do_sample": False, "output_logits": True}
     if "decoder_input_ids" not in example_inputs(model):
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["attention_mask"][1, :2] = 0
+    return _generated(want, got, [inputs, {name: value[:1] for name, value in inputs.items()}])
+
+
+def _generated(want: nn.Module, got: Any, cases: list[dict[str, Tensor]]) -> float:
+    """How far the logits of generated tokens are from `peft`'s, of the largest."""
+    options = {"min_new_tokens": 5, "max_new_tokens": 5, "do_sample": False, "output_logits": True}
     forced = hf.LogitsProcessorList([_Forced(5)])
-    worst, shown = 0.0, []
-    for case in (inputs, {name: value[:1] for name, value in inputs.items()}):
+    worst = 0.0
+    for case in cases:
+        case = {name: value for name, value in case.items() if name != "decoder_input_ids"}
         results = [
             m.generate(**case, **options, return_dict_in_generate=True, logits_processor=forced) for m in (want, got)
         ]
         expected, found = (torch.stack(list(result.logits), 1) for result in results)
         worst = max(worst, _far(found, expected, None))
-        shown.append(expected)
     return worst
 
 

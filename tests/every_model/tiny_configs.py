@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from every_model.own_sizes import OWN_SIZES
+from every_model.own_image_sizes import OWN_IMAGE_SIZES
+from every_model.own_sizes import OWN_SIZES as SIZES
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -81,6 +82,7 @@ _TOKENS: Mapping[str, int] = {
     "vision_start_token_id": 95,
     "vision_end_token_id": 94,
 }
+OWN_SIZES: Mapping[str, Mapping[str, Any]] = {**SIZES, **OWN_IMAGE_SIZES}
 _KINDS = ("layer_types", "layers_block_type", "block_types", "hybrid_override_pattern", "mlp_layer_types")
 
 

@@ -42,6 +42,14 @@ def image_size_of(model: object) -> Size | None:
     return None
 
 
+def processor_file(model: object) -> Path | None:
+    """Return the file of a model's own processor, or None if none is found where the model was loaded from."""
+    home = getattr(getattr(model, "config", None), "name_or_path", None)
+    if not isinstance(home, str) or not home:
+        return None
+    return next((path for name in _FILES if (path := _found(home, name)) is not None), None)
+
+
 def write_image_size(directory: Path, size: Size) -> None:
     """Make the processor in a directory give images of this size. A directory without a processor stays as it is.
 

@@ -18,6 +18,7 @@ from transformers import Cache
 from peftfx.errors import PeftfxError
 
 TYPES = "token_type_ids"
+MODALITIES = "mm_token_type_ids"  #: 1 for tokens of an image, from which some models compute positions
 _MASKS = "create_masks_for_generate"
 
 

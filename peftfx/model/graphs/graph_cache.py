@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from peftfx.adapters.adapter_set import AdapterSet
+from peftfx.bases.processors.image_size import Size
+from peftfx.bases.processors.pictures import chosen_size
 from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import unmet
 from peftfx.graph.contexts import fake_mode_of, keeping_activations
@@ -30,6 +32,7 @@ from peftfx.views.cache_prefix import Prefilled
 from peftfx.views.capture import capture
 from peftfx.views.decode import Decode
 from peftfx.views.entry import Entry
+from peftfx.views.finding.image_text import IMAGE_TEXT
 from peftfx.views.finding.named_views import find_view
 from peftfx.views.view import Axes, View, apart, name_axes
 
@@ -50,14 +53,16 @@ class Graphs:
         self._captured: dict[object, list[tuple[ModelState, list[Graph]]]] = {}
         self._derived: dict[object, tuple[Graph, Graph]] = {}  # captured, derived: the key has its id
         self.runs = Runs()
-        self._views: dict[str, View | None] = {}
+        self._views: dict[tuple[str, Size | None], View | None] = {}
         self._patterns = patterns_version()
+        self.whole = "forward"  #: the view that runs all of the base
 
     def view(self, name: str) -> View | None:
         """Return the base's view of this name, or None for the forward."""
-        if name not in self._views:
-            self._views[name] = find_view(self.base, name)
-        return self._views[name]
+        key = name, chosen_size()
+        if key not in self._views:
+            self._views[key] = find_view(self.base, name)
+        return self._views[key]
 
     def captured(
         self,
@@ -169,7 +174,9 @@ class Graphs:
     def keep(self, graph: Graph, inputs: Mapping[str, object], view: View | None = None) -> None:
         """Cache a graph that was captured, with these inputs, from the base in its present state."""
         if view is not None:
-            self._views[view.name] = view
+            self._views[view.name, chosen_size()] = view
+            if view.name == IMAGE_TEXT:
+                self.whole = IMAGE_TEXT
         self._known(inputs, None, view).append(graph)
 
     def capture_with(self, inputs: Mapping[str, object], axes: Axes, entry: Entry | None = None) -> Graph:

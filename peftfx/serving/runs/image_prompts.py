@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from peftfx.bases.processors.token_types import TYPES
+from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.serving.generators import ServedSeq2Seq
@@ -45,7 +45,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     tokenizer = processor.tokenizer
     assert asked.prompt is not None
     text = _templated(processor, asked) if asked.chat else with_image_tokens(processor, asked.prompt, len(asked.images))
-    images = [read_image(path) for path in asked.images]
+    images = [_sized(read_image(path), model.view.images.picture) for path in asked.images]
     hint = "give as many images as the prompt has image tokens, or pass --verbose to see the cause"
     with understanding(asked.directory, "the processor does not take these images", hint):
         made = dict(processor(text=text, images=images, return_tensors="pt"))
@@ -103,6 +103,13 @@ def read_image(path: Path) -> Any:
         raise PeftfxError(f"this image cannot be read: {error}", str(path), "give a PNG or a JPEG") from error
 
 
+def _sized(image: Any, picture: tuple[int, ...]) -> Any:
+    """Return an image resized to the height and width of the export, if these were chosen."""
+    if not picture or (image.height, image.width) == picture:
+        return image
+    return image.resize((picture[1], picture[0]))
+
+
 def with_image_tokens(processor: Any, prompt: str, count: int) -> str:
     """Return the prompt with an image token before it for each image, unless it has image tokens already."""
     token = getattr(processor, "image_token", None)
@@ -127,7 +134,8 @@ def _taken(model: ServedWithImages, made: dict[str, Any], directory: Path) -> di
         PeftfxError: the processor makes other outputs, which the graphs would not see, or lacks one.
     """
     types = (TYPES,) if model.view.images.typed else ()
-    known = (*_TEXT, *types, *(name for name, _ in model.view.images.inputs))
+    positioned = (MODALITIES,) if model.view.images.sections and MODALITIES in made else ()
+    known = (*_TEXT, *types, *positioned, *model.view.images.names)
     idle = {name for name in made if name.endswith(TYPES) and not made[name].any()}
     idle.add("labels")  # which are to train on
     lost = [name for name in made if name not in known and name not in idle]

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.fixed_values import FixedValues
+from peftfx.bases.processors.image_tokens import split_known
+from peftfx.bases.processors.pictures import chosen_size, pictures_vary
 from peftfx.bases.processors.token_types import makes_masks, reads_types
 from peftfx.errors import PeftfxError, first_line
+from peftfx.graph.capturing.known_values import known_values
+from peftfx.graph.contexts import unchanged
 from peftfx.graph.slots import listed
 from peftfx.views.dry_run import fake_run
-from peftfx.views.images import Images
+from peftfx.views.images import Images, joined_features
 
 
 def reads_images(base: nn.Module) -> bool:
@@ -22,11 +31,16 @@ def reads_images(base: nn.Module) -> bool:
     return takes and "image" in (getattr(base, "input_modalities", None) or ()) and hasattr(own, "get_image_features")
 
 
-def find_images(base: nn.Module) -> Images:
+def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:
     """Return how a model reads images.
 
+    Args:
+        base: the model.
+        of_any_size: accept a picture of an arbitrary size where the size of pictures decides how many pieces they have.
+
     Raises:
-        PeftfxError: no example of an image is known, or the model's image encoder does not run on it.
+        PeftfxError: no example of an image is known, the model's image encoder does not run on it, or the size of
+            pictures matters and none is chosen.
     """
     accepted = inspect.signature(base.base_model.get_image_features).parameters  # type: ignore[union-attr, arg-type]
     token = first_of(base.config, "image_token_id", "image_token_index")
@@ -35,23 +49,90 @@ def find_images(base: nn.Module) -> Images:
     if not isinstance(token, int) or not given:
         what = "the model's config names no image token" if given else "peftfx cannot make an example of an image"
         raise PeftfxError(what, type(base).__name__, "export its forward view, with inputs=... of a call")
+    if not of_any_size and chosen_size() is None and pictures_vary(base, accepted):
+        what = "the size of a picture decides how many pieces it has, and no size is chosen"
+        raise PeftfxError(what, type(base).__name__, "pass --image-size HEIGHTxWIDTH (image_size=)")
     typed = reads_types(base)
     if typed and not makes_masks(base):
         what = "the model's attention finds images by token types, and its class has no function that makes such masks"
         raise PeftfxError(what, type(base).__name__, "export its forward view")
+    output, fixed, reads = _encoded(base, given)
+    pooled = output.pooler_output
+    several = not isinstance(pooled, Tensor)
+    first = pooled[0] if several else pooled
+    each = int(first.shape[-2]) if not several and first.ndim > 2 else None
+    names = {value.name for value in fixed}
+    inputs = tuple((name, tuple(value.shape)) for name, value in given.items() if name not in names)
+    deeper = tuple((n, len(v)) for n, v in vars(output).items() if n not in _KNOWN and _are_features(v, first))
+    width = int(first.shape[-1]) * (1 + sum(count for _, count in deeper))
+    sections = _sections(base)
+    return Images(
+        *(token, width, first.dtype, each, several, inputs, typed),
+        *(fixed, reads, sections, deeper),
+        chosen_size() or (),
+    )
+
+
+_KNOWN = {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}
+
+
+def _are_features(value: object, first: Tensor) -> bool:
+    """Return whether a field of an encoder's output is a list of features, as wide as those of an image's pieces."""
+    if not isinstance(value, list | tuple):
+        return False
+    layers = [layer if isinstance(layer, list | tuple) else [layer] for layer in value]
+    return bool(layers) and all(isinstance(v, Tensor) and v.shape == first.shape for layer in layers for v in layer)
+
+
+def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> tuple[Any, tuple[FixedValues, ...], bool]:
+    """Run the image encoder on fake tensors.
+
+    Returns:
+        What it gives, the arguments whose values its code reads, and whether it reads any values.
+
+    Raises:
+        PeftfxError: it does not run.
+    """
     with fake_run(base) as fake:
         try:
             fed = {name: fake(value) for name, value in given.items()}
-            pooled = base.base_model.get_image_features(**fed, return_dict=True).pooler_output  # type: ignore[union-attr, operator]
+            output = base.base_model.get_image_features(**fed, return_dict=True)  # type: ignore[union-attr, operator]
+            joined_features(output)
+            if all(type(size) is int for part in _parts(output) for size in part.shape):
+                return output, (), False
+        except Exception:  # whatever the model's code raises where it reads values
+            pass
+        rest, known = split_known(given)
+        try:
+            fed = {name: fake(value) for name, value in rest.items()}
+            with known_values(known.values(), fed.values()):
+                output = base.base_model.get_image_features(**fed, **known, return_dict=True)  # type: ignore[union-attr, operator]
+            joined_features(output)
         except Exception as error:
+            accepted = inspect.signature(base.base_model.get_image_features).parameters  # type: ignore[union-attr, arg-type]
             others = [n for n, p in accepted.items() if n not in given and "Tensor" in str(p.annotation)]
             why = f"it takes {listed(others, 3)} too, for which there is no example" if others else first_line(error)
             what = f"the model's image encoder does not run by itself: {why}"
             raise PeftfxError(
                 what, type(base).__name__, "export its forward view, with inputs=... of a call"
             ) from error
-    several = not isinstance(pooled, Tensor)
-    first = pooled[0] if several else pooled
-    each = int(first.shape[-2]) if not several and first.ndim > 2 else None
-    inputs = tuple((name, value.ndim) for name, value in given.items())
-    return Images(token, int(first.shape[-1]), first.dtype, each, several, inputs, typed)
+    return output, tuple(FixedValues.of(name, value) for name, value in known.items()), True
+
+
+def _parts(output: Any) -> list[Tensor]:
+    pooled = output.pooler_output
+    return [pooled] if isinstance(pooled, Tensor) else list(pooled)
+
+
+def _sections(base: nn.Module) -> int:
+    """Return how many positions each token has when the model's class generates; 0 if it has one."""
+    prepare = getattr(base, "_prepare_position_ids_for_generation", None)
+    if prepare is None or "position_ids" not in inspect.signature(base.forward).parameters:
+        return 0
+    with unchanged(base), unset_fake_temporarily(), torch.device("cpu"):
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        try:
+            found = prepare(ids, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        except Exception:  # whatever the model's code raises: then it takes usual positions
+            return 0
+    return int(found.shape[0]) if isinstance(found, Tensor) and found.ndim == 3 else 0

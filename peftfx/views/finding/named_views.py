@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from torch import nn
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.views.decode import Decode, decode_view
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.finding.encoder_decoder_layers import find_layers
+from peftfx.views.finding.image_text import IMAGE_TEXT, ImageText
 from peftfx.views.finding.image_views import find_images, reads_images
 from peftfx.views.images import VISION, DecodeWithImages, ImageEncoder
 from peftfx.views.view import View
@@ -27,10 +30,22 @@ def find_view(base: nn.Module, name: str) -> View | None:
         return _decode(base)
     if name == VISION:
         return ImageEncoder(find_images(base))
+    if name == IMAGE_TEXT:
+        return ImageText(find_images(base, of_any_size=True))
     if name in ("encoder", "decoder"):
         layers = find_layers(base)
         return Encoder(layers) if name == "encoder" else Decoder(layers)
     raise PeftfxError(f"there is no view {name!r}", "view", nearest(name, _NAMES) or f"one of {', '.join(_NAMES)}")
+
+
+def view_of_sites(base: nn.Module) -> str:
+    """Return the name of the view that runs all of a model: its forward, or, if the model's code reads values of an
+    image's arguments, a call in which these are constants.
+    """
+    if reads_images(base):
+        with suppress(PeftfxError):
+            return IMAGE_TEXT if find_images(base, of_any_size=True).reads else _NAMES[0]
+    return _NAMES[0]
 
 
 def _decode(base: nn.Module) -> Decode:

@@ -1,0 +1,67 @@
+"""How many tokens of a text stand for one image, found by a run of the model's image encoder on fake tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from peftfx.graph.capturing.known_values import known_values
+from peftfx.graph.contexts import evaluating, fake_mode_of, quietly, unchanged
+from peftfx.graph.lazy_weights import faked
+
+_MOST = 256  #: numbers of a tensor whose values the model's code may read
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+_found: WeakKeyDictionary[nn.Module, dict[tuple[_Shapes, tuple[int, ...]], int | None]] = WeakKeyDictionary()
+
+
+def tokens_of_image(model: nn.Module, image: Mapping[str, Tensor]) -> int | None:
+    """Return how many features the model's own image encoder makes of an image; None if it cannot be found.
+
+    Args:
+        model: the model; its weights are not read.
+        image: the arguments of one image, by the names of the forward's arguments.
+    """
+    encode = getattr(getattr(model, "base_model", None), "get_image_features", None)
+    if encode is None:
+        return None
+    accepted = inspect.signature(encode).parameters
+    given = {name: value for name, value in image.items() if name in accepted}
+    shapes = tuple((name, tuple(value.shape)) for name, value in given.items())
+    numbers = tuple(n for value in given.values() if _readable(value) for n in value.flatten().tolist())
+    counts = _found.setdefault(model, {})
+    if (key := (shapes, numbers)) not in counts:
+        counts[key] = _count(model, given) if given else None
+    return counts[key]
+
+
+def _readable(value: Tensor) -> bool:
+    return not value.is_floating_point() and value.numel() <= _MOST
+
+
+def split_known(image: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the arguments of an image without those whose values the model's code may read, and those."""
+    known = {name: value for name, value in image.items() if _readable(value)}
+    return {name: value for name, value in image.items() if name not in known}, known
+
+
+def _count(model: nn.Module, given: Mapping[str, Tensor]) -> int | None:
+    found = fake_mode_of(model)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    mode = found if isinstance(found, FakeTensorMode) else mode
+    rest, known = split_known(given)
+    with quietly(), unchanged(model), faked(model), evaluating(model), torch.no_grad(), mode:
+        fed = {name: mode.from_tensor(value) for name, value in rest.items()}
+        try:
+            with known_values(known.values(), fed.values()):
+                pooled = model.base_model.get_image_features(**fed, **known, return_dict=True).pooler_output  # type: ignore[union-attr, operator]
+            parts = [pooled] if isinstance(pooled, Tensor) else list(pooled)
+            count = sum(part.shape[:-1].numel() for part in parts)
+        except Exception:  # whatever the model's code raises
+            return None
+    return count if isinstance(count, int) else None

@@ -1,0 +1,111 @@
+"""What a model's own processor makes of a picture, where that is more than pixels: tiles, patches, grids and masks.
+
+The processor is looked for where the model was loaded from. Only its pictures are processed, never texts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from peftfx.bases.processors.image_size import Size, processor_file
+
+Picture = Mapping[str, Tensor]
+
+
+def picture_inputs(model: nn.Module, accepted: Collection[str], size: Size) -> Picture | None:
+    """Return what the model's processor makes of one gray picture, by the names of the forward's arguments.
+
+    Args:
+        model: a model of transformers.
+        accepted: the arguments of its forward.
+        size: the picture's height and width.
+
+    Returns:
+        The tensors, with a first axis for images or for their patches; None if there is no processor, it takes no such
+        picture, or it makes plain pixels [1, channels, height, width] alone.
+    """
+    file = processor_file(model)
+    made = {} if file is None else _processed(file.parent, file.stat().st_mtime_ns, size)
+    taken = {name: value for name, value in made.items() if name in accepted and name not in _TEXTS}
+    plain = all(name == "pixel_values" and value.ndim == 4 for name, value in taken.items())
+    return None if plain else taken
+
+
+def repeated(one: Picture, count: int, floats: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Return the arguments of several images: random pixels by `floats`, given a shape, and equal whole numbers."""
+    return {
+        name: floats(len(value) * count, *value.shape[1:])
+        if value.is_floating_point()
+        else value.repeat(count, *[1] * (value.ndim - 1))
+        for name, value in one.items()
+    }
+
+
+_chosen: ContextVar[Size | None] = ContextVar("chosen", default=None)
+
+
+@contextmanager
+def pictures_of(size: Size | None) -> Iterator[None]:
+    """Choose the size of all examples of pictures inside the context; None leaves the choice as it is."""
+    token = _chosen.set(size or _chosen.get())
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def chosen_size() -> Size | None:
+    """Return the chosen height and width of pictures, or None."""
+    return _chosen.get()
+
+
+def pictures_vary(model: nn.Module, accepted: Collection[str]) -> bool:
+    """Return whether the size of a picture decides what the model's processor makes of it, beyond its pixels."""
+    found = [picture_inputs(model, accepted, size) for size in ((64, 64), (128, 64), (64, 192))]
+    first = found[0]
+    return any(not _alike(first, other) for other in found)
+
+
+def _alike(one: Picture | None, other: Picture | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.keys() == other.keys() and all(
+        v.shape == other[n].shape and (v.is_floating_point() or torch.equal(v, other[n])) for n, v in one.items()
+    )
+
+
+_TEXTS = ("input_ids", "attention_mask")
+
+
+@functools.lru_cache(32)
+def _processed(home: Path, _: int, size: Size) -> Picture:
+    processor = _processor(home, _)
+    if processor is None:
+        return {}
+    with _disable_current_modes(), torch.device("cpu"):
+        picture = torch.full((3, *size), 200, dtype=torch.uint8)
+        try:
+            made: Any = processor(images=[picture], return_tensors="pt")
+        except Exception:  # whatever a processor raises for a picture that it does not take
+            return {}
+    return {name: value for name, value in made.items() if isinstance(value, Tensor) and value.ndim}
+
+
+@functools.lru_cache(8)
+def _processor(home: Path, _: int) -> Any:
+    """Load the processor of pictures in a directory; None if it cannot be loaded."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(home, local_files_only=True, trust_remote_code=False)
+    except Exception:  # a broken file, or a package that is not installed: whoever needs the processor is told
+        return None

@@ -1,0 +1,84 @@
+"""Fields of configs of models of text and images that the names of fields do not make small, by model type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_TURNED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+_ROPE = {"rope_parameters": _TURNED}
+_GRID = {"depth": 2, "out_hidden_size": 32, "spatial_merge_size": 2, "temporal_patch_size": 2}
+_TILES = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}
+_SQUARE = {"image_size": [32, 32], "patch_size": [8, 8]}
+_DEEP = {**_GRID, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+_WINDOWS = {**_GRID, "window_size": 16, "fullatt_block_indexes": [1]}
+_QWEN35 = {**_GRID, "num_position_embeddings": 16}
+_FEATURES = {"vision_feature_layer": -1}
+_CODES = {
+    "num_embeddings": 20,
+    "embed_dim": 8,
+    "latent_channels": 8,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+}
+_QFORMER = {"hidden_size": 32, "encoder_hidden_size": 32, "cross_attention_frequency": 2}
+
+OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "blip-2": {"num_query_tokens": 4},
+    "blip_2_qformer": _QFORMER,
+    "instructblip": {"num_query_tokens": 4},
+    "instructblip_qformer": _QFORMER,
+    "instructblipvideo": {"num_query_tokens": 4},
+    "instructblipvideo_qformer": _QFORMER,
+    "cohere_compass": {},
+    "qwen2_vl_vision": {**_GRID, "embed_dim": 32, "hidden_size": 32},
+    "qwen2_vl_text": _ROPE,
+    "qwen2_5_vl_vision": _WINDOWS,
+    "qwen2_5_vl_text": _ROPE,
+    "qwen2_5_omni_vision_encoder": _WINDOWS,
+    "qwen2_5_omni_text": _ROPE,
+    "qwen3_vl_vision": _DEEP,
+    "qwen3_vl_text": _ROPE,
+    "qwen3_vl_moe_vision": _DEEP,
+    "qwen3_vl_moe_text": _ROPE,
+    "qwen3_omni_moe_vision_encoder": _DEEP,
+    "qwen3_omni_moe_text": _ROPE,
+    "qwen3_5_vision": _QWEN35,
+    "qwen3_5_moe_vision": _QWEN35,
+    "exaone4_5_vision": _WINDOWS,
+    "paddleocr_vl_text": _ROPE,
+    "internvl_vision": _SQUARE,
+    "qianfan_ocr_vision": _SQUARE,
+    "glm4v_vision": _GRID,
+    "glm46v_vision": _GRID,
+    "glm4v_moe_vision": _GRID,
+    "glm_ocr_vision": _GRID,
+    "glmga_vision": _GRID,
+    "llava_next": _TILES,
+    "llava_next_video": _TILES,
+    "llava_onevision": _TILES,
+    "granite4_vision": _TILES,
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "janus_vision_model": {"num_image_tokens": 16, "projection_dim": 32},
+    "janus_vqgan": {**_CODES, "projection_dim": 32, "image_token_embed_dim": 32},
+    "mistral3": {"spatial_merge_size": 2, **_FEATURES},
+    "mistral_large4": {"spatial_merge_size": 2, **_FEATURES},
+    "lighton_ocr": {"spatial_merge_size": 2},
+    "idefics2_perceiver": {
+        "hidden_size": 32,
+        "resampler_n_latents": 4,
+        "resampler_depth": 1,
+        "resampler_n_heads": 4,
+        "resampler_head_dim": 8,
+    },
+    "mllama_vision_model": {
+        "attention_heads": 4,
+        "num_global_layers": 1,
+        "intermediate_layers_indices": [0, 1],
+        "vision_output_dim": 96,
+        "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1], [2, 2]],
+    },
+    "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+}

@@ -1,0 +1,59 @@
+"""Tiny processors of pictures for models of text and images, by model type, as transformers' own classes save them."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers as hf
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+_GRID = {"patch_size": 8, "merge_size": 2, "size": {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}}
+_QWEN = {**_GRID, "class": "Qwen2VLImageProcessor"}
+_GLM = {**_GRID, "class": "Glm4vImageProcessor"}
+_LONGEST = {"size": {"longest_edge": 32}, "patch_size": 8}
+_PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+_TILES = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+_ANYRES = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "image_grid_pinpoints": _PINPOINTS}
+
+#: Fields of a type's processor, which is of the class that transformers names, or of `class`.
+_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "qwen4_exp"), _GRID),
+    **dict.fromkeys(("cohere_compass", "cosmos3_edge", "cosmos3_omni", "exaone4_5", "hyperclovax_vision_v2"), _GRID),
+    **dict.fromkeys(("glm4v", "glm46v", "glm5_next", "glmga", "ernie4_5_vl_moe", "minimax_m3_vl"), _GRID),
+    **dict.fromkeys(("dots3_note", "lfm3_vl", "muse_glimmer", "muse_spark", "hunyuan_vl", "hy_v4_vl"), _GRID),
+    **dict.fromkeys(("paddleocr_vl", "kimi_k25", "video_llama_3"), _GRID),
+    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "qwen3_vl_moe"), _QWEN),
+    **dict.fromkeys(("glm4v_moe", "glm_ocr"), _GLM),
+    **dict.fromkeys(("idefics3", "smolvlm"), _TILES),
+    "idefics2": {"size": {"shortest_edge": 24, "longest_edge": 32}},
+    **dict.fromkeys(("llava_next", "llava_next_video", "granite4_vision"), _ANYRES),
+    "llava_onevision": {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": _PINPOINTS},
+    **dict.fromkeys(("mistral3", "mistral_large4", "lighton_ocr"), _LONGEST),
+    "mllama": {"size": {"height": 32, "width": 32}, "max_image_tiles": 4},
+    "lfm2_vl": {"encoder_patch_size": 8, "tile_size": 32, "max_num_patches": 64, "min_image_tokens": 4},
+    "emu3": {"size": {"min_pixels": 256, "max_pixels": 1024}},
+}
+
+
+def has_pictures(model_type: str) -> bool:
+    """Whether a type has a processor here: its pictures are more than pixels of one size."""
+    return model_type in _FIELDS
+
+
+@functools.cache
+def home_of(model_type: str) -> str:
+    """A directory with the type's processor."""
+    fields = {**_FIELDS[model_type]}
+    names = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
+    kind = fields.pop("class", None) or names.get("torchvision") or names["pil"]
+    home = tempfile.TemporaryDirectory()
+    _HOMES.append(home)
+    getattr(hf, kind)(**fields).save_pretrained(home.name)
+    return str(Path(home.name))
+
+
+_HOMES: list[tempfile.TemporaryDirectory[str]] = []  #: removed when the process ends
