@@ -10,16 +10,20 @@ from torch import fx
 from peftfx.analysis.dataflow import FUSED_ATTENTION, MATMULS, Flow, op_name, operands
 from peftfx.graph.graph import Graph
 
+_RECURRENCE = "peftfx::recurrence"  #: its last argument says whether it is a delta rule, or a state space
+
 
 @dataclass(frozen=True)
 class Attention:
-    """One softmax(query key^T) value, fused or of several nodes. `op` is the last node.
+    """One softmax(query key^T) value, or alike, fused or of several nodes. `op` is the last node.
 
     Attributes:
         op: the node whose value leaves the attention.
         query, key, value: the operands. If there are several nodes, the key is transposed.
         product: the product of query and key; `op` itself if the attention is one op.
         logits: the input of the softmax; None if the attention is one op, or has no softmax.
+        normalised: whether the weights of the values are a softmax. If not, they are another function of each score,
+            or the attention is a delta rule, which has no scores.
     """
 
     op: fx.Node
@@ -28,11 +32,7 @@ class Attention:
     value: fx.Node
     product: fx.Node
     logits: fx.Node | None = None
-
-    @property
-    def normalised(self) -> bool:
-        """Whether the weights of the values are a softmax, and not another function of each score."""
-        return self.product is self.op or self.logits is not None
+    normalised: bool = True
 
     def inputs(self) -> Iterator[tuple[str, fx.Node]]:
         return iter((("query", self.query), ("key", self.key), ("value", self.value)))
@@ -41,7 +41,8 @@ class Attention:
 def find_attentions(graph: Graph, flows: Mapping[fx.Node, Flow]) -> Iterator[Attention]:
     """Yield the attentions of a graph, in order. A softmax of anything but a product of two values is none.
 
-    Instead of a softmax there may be another function of each score, if queries, keys and values are all computed: a
+    A delta rule is one: each token reads by a query what keys and values have written. A state space is none. Instead
+    of a softmax there may be another function of each score, if queries, keys and values are all computed: a
     feed-forward of two products with parameters is none.
     """
     for node in graph.nodes():
@@ -54,6 +55,9 @@ def find_attentions(graph: Graph, flows: Mapping[fx.Node, Flow]) -> Iterator[Att
             assert isinstance(key, fx.Node)
             assert isinstance(value, fx.Node)
             yield Attention(node, query, key, value, node)
+        elif name == _RECURRENCE and node.args[6]:
+            query, key, value = node.args[:3]
+            yield Attention(node, query, key, value, node, normalised=False)  # type: ignore[arg-type]
         elif name in MATMULS and (found := operands(node)):
             yield from _of_products(node, found, flows)
 
@@ -69,4 +73,4 @@ def _of_products(op: fx.Node, found: tuple[fx.Node, fx.Node], flows: Mapping[fx.
     if softmax is not None:
         yield Attention(op, *scores, value, product, logits)
     elif flows[weights].bent and all(flows[node].origins for node in (*scores, value)):
-        yield Attention(op, *scores, value, product)
+        yield Attention(op, *scores, value, product, normalised=False)

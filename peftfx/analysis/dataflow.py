@@ -21,7 +21,7 @@ def names(text: str) -> frozenset[str]:
 
 
 # What happened to a value on the way from an origin, as bits.
-ACTIVATED, NORMED, SPLIT, GATED = 1, 2, 4, 8
+ACTIVATED, NORMED, SPLIT, GATED, MIXED = 1, 2, 4, 8, 16
 
 SPLITS = names(
     "split split_with_sizes chunk tensor_split unbind unsafe_chunk unsafe_split slice select narrow index index_select"
@@ -167,6 +167,7 @@ def _merge(node: fx.Node, name: str, inputs: list[Flow]) -> dict[fx.Node, int]:
     if (name in SUMS and _is_join(inputs)) or len(origins) > _MANY:
         return {node: 0}
     mark = ACTIVATED * (name in ACTIVATIONS) | NORMED * (name in NORMS) | SPLIT * (name in SPLITS)
+    mark |= MIXED * is_depthwise(node)
     if name in PRODUCTS and len(inputs) > 1 and any(flow.origins.keys() != origins.keys() for flow in inputs):
         mark |= GATED
     return {origin: marks | mark for origin, marks in origins.items()} if mark else origins

@@ -18,11 +18,12 @@ from torch import fx
 
 from peftfx.analysis.attention_heads import read_heads
 from peftfx.analysis.attentions import Attention, find_attentions
-from peftfx.analysis.dataflow import ACTIVATED, GATED, MATMULS, NORMED, SPLIT, SUMS, op_name, trace_flow
+from peftfx.analysis.dataflow import MATMULS, NORMED, SPLIT, SUMS, op_name, trace_flow
 from peftfx.analysis.embeddings import embedding_role
 from peftfx.analysis.facts import Analysis, WeightFacts
 from peftfx.analysis.heads_and_routers import find_output_gates, find_routers, reaches_output
 from peftfx.analysis.links import find_links
+from peftfx.analysis.mlps import assign_mlps
 from peftfx.analysis.norms import find_norms
 from peftfx.analysis.rows import as_ranges
 from peftfx.analysis.running import called_modules, parameter_reads, passed_by, run_elsewhere
@@ -43,7 +44,9 @@ from peftfx.sites.site import (
 )
 from peftfx.sites.sites import Sites
 
-_LINEAR = ("linear", EXPERTS)  #: kinds of weights that MLPs are made of
+_Use = tuple[fx.Node, fx.Node, int]
+"""The op of a weight, the query, key or value that comes from it, and what happened in between."""
+
 _LATENT = {
     "attention.query": "attention.query_down",
     **dict.fromkeys(("attention.key", "attention.value", "attention.kv"), "attention.kv_down"),
@@ -72,7 +75,7 @@ def find_sites(graph: Graph, kept: Collection[str] = ()) -> Sites:
         first = weight.occurrences[0]
         if first.kind == "embedding":
             weight.role = embedding_role(graph, first.x)
-    _assign_mlps(analysis)
+    assign_mlps(analysis)
     for gate in find_output_gates(analysis):
         gate.role = "mlp.output_gate"
     for router in find_routers(analysis):
@@ -106,7 +109,7 @@ def _analyse(graph: Graph) -> Analysis:
 
 
 def _assign_attention(analysis: Analysis) -> None:
-    uses: dict[int, dict[str, list[tuple[fx.Node, fx.Node, int]]]] = defaultdict(lambda: defaultdict(list))
+    uses: dict[int, dict[str, list[_Use]]] = defaultdict(lambda: defaultdict(list))
     projections: dict[int, WeightFacts] = {}
     for attention in analysis.attentions:
         for role, node in attention.inputs():
@@ -116,8 +119,9 @@ def _assign_attention(analysis: Analysis) -> None:
                     projections[id(weight)] = weight
                     uses[id(weight)][role].append((origin, node, marks))
     for key, weight in projections.items():
-        weight.role = _FUSED.get(frozenset(uses[key])) or f"attention.{next(iter(uses[key]))}"
-        weight.parts = _attention_parts(analysis, weight, uses[key])
+        reached = _reached(analysis, uses[key])
+        weight.role = _FUSED.get(frozenset(reached)) or f"attention.{next(iter(reached))}"
+        weight.parts = _attention_parts(analysis, weight, reached)
     _assign_latents(analysis, projections)
     for attended in _attended(analysis):
         readers = (analysis.owner[found.op] for found, _ in analysis.readers[attended])
@@ -148,6 +152,18 @@ def _combines(analysis: Analysis, node: fx.Node, attended: Collection[fx.Node]) 
         return bool(origins) and not rest
     values = all(weight is not None and weight.role in _VALUES for weight in rest)
     return op_name(node) in SUMS and len(rest) < len(origins) and values
+
+
+def _reached(analysis: Analysis, uses: Mapping[str, list[_Use]]) -> Mapping[str, list[_Use]]:
+    """Return the uses of a weight without those that none of its rows reaches.
+
+    Queries, keys and values of three layers may be joined, mixed over positions by one convolution, and split again.
+    """
+    if len(uses) == 1:
+        return uses
+    first = {role: (analysis.tracer(places[0][0]), places[0][1]) for role, places in uses.items()}
+    missed = {role for role, (tracer, node) in first.items() if tracer.numbers_at(node) and not tracer.rows_at(node)}
+    return {role: places for role, places in uses.items() if role not in missed} or uses
 
 
 def _assign_latents(analysis: Analysis, projections: Mapping[int, WeightFacts]) -> None:
@@ -184,9 +200,7 @@ def _projects(analysis: Analysis, origin: fx.Node, marks: int) -> bool:
     return not (marks & NORMED and any(reader & NORMED for _, reader in analysis.readers[origin]))
 
 
-def _attention_parts(
-    analysis: Analysis, weight: WeightFacts, uses: Mapping[str, list[tuple[fx.Node, fx.Node, int]]]
-) -> tuple[Part, ...]:
+def _attention_parts(analysis: Analysis, weight: WeightFacts, uses: Mapping[str, list[_Use]]) -> tuple[Part, ...]:
     is_split = any(marks & SPLIT for places in uses.values() for _, _, marks in places)
     if len(uses) == 1 and not is_split:
         return ()
@@ -206,52 +220,6 @@ def _assign_heads(analysis: Analysis, kept: Collection[str]) -> None:
         weight = analysis.owner[found.op]
         if found.op in reached and not weight.role and found.kind != "embedding":
             weight.role = "head"
-
-
-def _assign_mlps(analysis: Analysis) -> None:
-    for found in analysis.occurrences():
-        weight = analysis.owner[found.op]
-        if found.kind not in _LINEAR or weight.role:
-            continue
-        origins = {o: marks for o, marks in analysis.flows[found.x].origins.items() if o.op != "placeholder"}
-        if all(_feeds_only(analysis, origin, weight) for origin in origins):
-            _assign_mlp(analysis, found, origins)
-
-
-def _feeds_only(analysis: Analysis, origin: fx.Node, down: WeightFacts) -> bool:
-    """Return whether `origin` is a layer of no role yet, of `down`'s kind, that only `down` reads."""
-    up = analysis.owner.get(origin)
-    if up is None or up is down or up.role or up.occurrences[0].kind != down.occurrences[0].kind:
-        return False
-    return all(analysis.owner[reader.op] is down for reader, _ in analysis.readers[origin])
-
-
-def _assign_mlp(analysis: Analysis, down: Occurrence, origins: Mapping[fx.Node, int]) -> None:
-    ordered = sorted(origins.items(), key=lambda item: not item[1] & ACTIVATED)
-    active = [bool(marks & ACTIVATED) for _, marks in ordered]
-    ups = [analysis.owner[origin] for origin, _ in ordered]
-    if active == [True]:
-        _assign_up(analysis, ups[0], *ordered[0], down)
-    elif active == [True, False] and all(marks & GATED for _, marks in ordered):
-        ups[0].role, ups[1].role = _of_mlp(down, "gate"), _of_mlp(down, "up")
-    else:
-        return
-    analysis.owner[down.op].role = _of_mlp(down, "down")
-
-
-def _assign_up(analysis: Analysis, up: WeightFacts, op: fx.Node, marks: int, down: Occurrence) -> None:
-    up.role = _of_mlp(down, "up")
-    # Both halves of a fused gate and up projection have one origin. `glu` splits and multiplies in one op.
-    halves = analysis.tracer(op).gate_and_up(down.x) if marks else None
-    if halves:
-        up.role = _of_mlp(down, "gate_up")
-        up.parts = tuple(
-            Part(_of_mlp(down, name), as_ranges(rows)) for name, rows in zip(("gate", "up"), halves, strict=True)
-        )
-
-
-def _of_mlp(down: Occurrence, name: str) -> str:
-    return f"{EXPERTS if down.kind == EXPERTS else 'mlp'}.{name}"
 
 
 def _site(weight: WeightFacts) -> WeightSite:

@@ -1,21 +1,22 @@
 """Rows: which rows of a fused weight reach which node, found by sending row numbers through the ops that move data.
 
 Every entry of a weight op's output belongs to one row of the weight. The numbers of these rows, in place of the
-output's values, are sent from the op to a later node. Ops that move data move the numbers. Ops that combine entries of
-one position, as rotary embeddings do, keep both numbers. Free sizes of the graph take the values of its example.
-Sizes that depend on the values of a tensor take any, except where they split or index.
+output's values, are sent from the op to a later node. Ops that move data move the numbers. Ops that combine entries
+of one position, as rotary embeddings do, keep both numbers. A convolution of each channel by itself keeps its row.
+Free sizes of the graph take the values of its example. Sizes that depend on the values of a tensor take any, except
+where they split or index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 
-from peftfx.analysis.dataflow import ACTIVATED, MOVEMENT, PRODUCTS, Flow, names, op_name
+from peftfx.analysis.dataflow import ACTIVATED, MOVEMENT, PRODUCTS, Flow, is_depthwise, names, op_name
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.sites.blocks import Rows
@@ -89,6 +90,8 @@ class RowTracer:
         if op_name(node) in MOVEMENT:
             return self._moved(node, sources)
         shape = _shape(node)
+        if is_depthwise(node):
+            return [n.expand(shape) for numbers in _flatten(self._numbers[sources[0]]) for n in _by_channel(numbers)]
         spread = [_fit(numbers, shape) for n in sources for numbers in _flatten(self._numbers[n])]
         return _distinct(n for n in spread if n is not None)
 
@@ -207,6 +210,14 @@ def _fit(numbers: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
     aligned = zip(reversed(numbers.shape), reversed(shape), strict=False)
     fits = numbers.ndim <= len(shape) and all(size in (1, wanted) for size, wanted in aligned)
     return numbers.expand(shape) if fits else None
+
+
+def _by_channel(numbers: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the row of each channel [batch, channels, *positions], if it is the same at all positions that have one."""
+    positions = tuple(range(2, numbers.ndim))
+    rows = numbers.amax(positions, keepdim=True)
+    if torch.equal(numbers, torch.where(numbers == 0, 0, rows.expand_as(numbers))):
+        yield rows
 
 
 def _flatten(numbers: Numbers | list[Numbers]) -> Numbers:

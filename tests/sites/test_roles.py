@@ -82,6 +82,28 @@ class Landmarks(Attend):
         return self.o(there @ ((few @ key.transpose(-1, -2)).softmax(-1) @ value) + mixed)
 
 
+class Joined(Attend):
+    """Three layers joined, mixed over positions by a convolution of each channel, and split again."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        joined = torch.cat([self.q(x), self.k(x), self.v(x)], -1).transpose(1, 2)
+        mixed = nn.functional.conv1d(joined, torch.ones(32, 1, 3), padding=2, groups=32)[..., : x.shape[1]]
+        query, _, key, value = nn.functional.silu(mixed).transpose(1, 2).split(8, -1)
+        return self.o(nn.functional.scaled_dot_product_attention(query, key, value))
+
+
+class Convolved(nn.Module):
+    """Two convolutions of size 1 over tokens, with one of each channel between them or none."""
+
+    def __init__(self, *, mixed: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.out = nn.Conv1d(8, 12, 1), nn.Conv1d(12, 8, 1), nn.Linear(8, 8)
+        self.between = nn.Conv1d(12, 12, 3, padding=1, groups=12) if mixed else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.down(torch.relu(self.between(self.up(x.transpose(1, 2))))).transpose(1, 2) + x).relu()
+
+
 class Glu(Attend):
     def attend(self, x: Tensor) -> Tensor:
         return self.o(nn.functional.glu(self.q(x), -1))
@@ -137,6 +159,18 @@ def test_the_output_of_attentions_that_are_multiplied_and_added_to_values_has_it
     roles = roles_of(Landmarks())
     assert (roles["q"], roles["k"]) == ("attention.query attention.query=0:8", "attention.key")
     assert (roles["v"], roles["o"]) == ("attention.value", "attention.output")
+
+
+def test_of_joined_and_split_layers_each_has_the_role_that_its_rows_reach() -> None:
+    roles = roles_of(Joined())
+    assert (roles["q"], roles["k"]) == ("attention.query attention.query=0:8", "attention.key")
+    assert (roles["v"], roles["o"]) == ("attention.value", "attention.output")
+
+
+def test_convolutions_of_size_1_are_an_mlp_if_nothing_between_them_mixes_tokens() -> None:
+    for mixed in (False, True):
+        roles = roles_of(Convolved(mixed=mixed))
+        assert (roles["up"], roles["down"]) == (("conv", "conv") if mixed else ("mlp.up", "mlp.down"))
 
 
 def test_glu_gates_with_its_second_half() -> None:

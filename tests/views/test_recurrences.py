@@ -140,6 +140,30 @@ def test_the_models_code_is_its_own_again() -> None:
     assert namespace == before
 
 
+def test_a_delta_rule_has_the_roles_of_an_attention_in_train_mode_too() -> None:
+    rule = peftfx.LoRA(r=2, target="attention.query | attention.value", init_lora_weights=False)
+    model, ids = build("qwen3_next"), torch.randint(4, 99, (2, 6), generator=torch.Generator().manual_seed(0))
+    adapted = peftfx.transform(model.train(), rule, seed=0, road="graph")
+    site = adapted.sites.by_path("model.layers.0.linear_attn.in_proj_qkvz")
+    assert site.role == "attention.qkv"
+    assert {part.role: part.rows for part in site.parts} == {
+        "attention.query": ((0, 8), (48, 56)),
+        "attention.key": ((8, 16), (56, 64)),
+        "attention.value": ((16, 32), (64, 80)),
+    }
+    assert adapted.sites.by_path("model.layers.0.linear_attn.out_proj").role == "attention.output"
+    with torch.no_grad():
+        trained, plain = (m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for m in (adapted, model))
+        assert float((trained - plain).abs().max()) > 1e-2
+        torch.testing.assert_close(
+            trained, adapted.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_a_state_space_has_no_roles_of_an_attention() -> None:
+    assert not [site for site in capture(build("mamba")).sites if site.role.startswith("attention")]
+
+
 @pytest.mark.parametrize("name", but_for({"qwen3_next"}, MODELS))
 def test_an_export_takes_every_length(name: str, tmp_path: Path) -> None:
     adapted = peftfx.transform(build(name), peftfx.LoRA(r=2, target_modules=["x_proj", "in_proj_qkvz"]), seed=0)
