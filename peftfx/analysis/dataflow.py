@@ -112,6 +112,11 @@ def trace_flow(nodes: Iterable[fx.Node], weight_ops: Collection[fx.Node]) -> dic
     return flows
 
 
+def data_of(node: fx.Node, flows: Mapping[fx.Node, Flow]) -> list[fx.Node]:
+    """Return the operands of a node that are computed from weights or inputs."""
+    return [n for n in node.all_input_nodes if flows[n].origins]
+
+
 def operands(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Return the left and the right operand of a matrix product, or None if it is not a product of two nodes."""
     args = product.args

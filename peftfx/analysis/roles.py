@@ -19,11 +19,10 @@ from torch import fx
 from peftfx.analysis.attention_heads import read_heads
 from peftfx.analysis.attentions import Attention, find_attentions
 from peftfx.analysis.dataflow import MATMULS, NORMED, SPLIT, SUMS, op_name, trace_flow
-from peftfx.analysis.embeddings import embedding_role
+from peftfx.analysis.embeddings_and_heads import embedding_role, reaches_output
 from peftfx.analysis.facts import Analysis, WeightFacts
-from peftfx.analysis.heads_and_routers import find_output_gates, find_routers, reaches_output
 from peftfx.analysis.links import find_links
-from peftfx.analysis.mlps import assign_mlps
+from peftfx.analysis.mlps_and_routers import assign_mlps, find_output_gates, find_routers
 from peftfx.analysis.norms import find_norms
 from peftfx.analysis.rows import as_ranges
 from peftfx.analysis.running import called_modules, parameter_reads, passed_by, run_elsewhere

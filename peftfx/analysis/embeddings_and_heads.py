@@ -1,14 +1,18 @@
-"""Embeddings' roles: tokens, positions or types, judged by where the integer indices come from."""
+"""Embeddings and output heads: the layers at a model's two ends.
+
+An embedding is one of tokens, positions or types, judged by where its integer indices come from. A head's value is an
+output of the graph, unchanged.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftfx.analysis.dataflow import names, op_name
+from peftfx.analysis.dataflow import ACTIVATIONS, ELEMENTWISE, MOVEMENT, PRODUCTS, Flow, data_of, names, op_name
 from peftfx.graph.graph import Graph
 
 _COUNTING = names("arange cumsum bucketize searchsorted")
@@ -80,3 +84,39 @@ def _of_buffer(values: torch.Tensor) -> str:
     last = values.reshape(-1, values.shape[-1])
     counts = values.shape[-1] > 1 and bool((last.diff(dim=-1) == 1).all())
     return _POSITION if counts else _TYPE
+
+
+def reaches_output(graph: Graph, flows: Mapping[fx.Node, Flow], kept: Collection[str] = ()) -> set[fx.Node]:
+    """Return the nodes whose values reach an output only moved, scaled, shifted or masked by constants.
+
+    Args:
+        graph: a base graph.
+        flows: the dataflow of its nodes.
+        kept: the names of outputs that do not count.
+    """
+    reached: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes())):
+        if node.op == "output":
+            named = zip(graph.outputs, node.args[0], strict=True)  # type: ignore[arg-type]
+            results = (n for name, n in named if isinstance(n, fx.Node) and name not in kept)
+            reached.update(n for n in results if flows[n].origins)
+        elif node in reached and _keeps(node, flows):
+            reached.update(data_of(node, flows))
+    return reached
+
+
+def _keeps(node: fx.Node, flows: Mapping[fx.Node, Flow]) -> bool:
+    name = op_name(node)
+    if name in ACTIVATIONS:
+        return name == "tanh" and _is_soft_cap(node)
+    return name in MOVEMENT or (name in ELEMENTWISE and len(data_of(node, flows)) == 1) or name.startswith("upsample")
+
+
+def _is_soft_cap(tanh: fx.Node) -> bool:
+    """Return whether a tanh is part of `c * tanh(x / c)`, which bounds logits. Another tanh is an activation."""
+    after = list(tanh.users)
+    return len(after) == 1 and _scales(tanh.args[0]) and _scales(after[0])
+
+
+def _scales(node: object) -> bool:
+    return isinstance(node, fx.Node) and op_name(node) in PRODUCTS and len(node.all_input_nodes) == 1
