@@ -12,6 +12,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.kept_state import StateError, state_kept
+from peftfx.export.verification.last_run import LastRun
 from peftfx.export.verification.sizes import EVERY, Sizes
 from peftfx.generation.invocation import invoked
 from peftfx.graph.graph import Graph, TensorSpec, path_name
@@ -129,9 +130,10 @@ def refused(adapted: AdaptedModel, view: View, error: Exception) -> PeftfxError:
 def view_cases(adapted: AdaptedModel, view: View, run: RunView, sizes: Sizes = EVERY) -> list[dict[str, Tensor]]:
     """Make inputs of a view at its trial sizes, the example's sizes and the bounds of `sizes`, if `sizes` allows them.
 
-    The inputs continue pasts (key/value caches), which `run` makes by running the model.
+    The inputs continue pasts (key/value caches), which `run` makes by running the model. Views ask for the same run
+    again and again, and it is made once.
     """
-    cases = []
+    cases, run = [], LastRun(run)
     own: Sequence[Mapping[str, int]] = [] if is_large(adapted.base) else [{}]
     wanted_sizes = (*trials_of(adapted, view), *own, *sizes.probes)
     for seed, wanted in enumerate(wanted_sizes, 1):

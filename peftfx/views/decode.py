@@ -10,7 +10,6 @@ first token, and `.indexer_key`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +20,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import DynamicCache
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.caches.cache import cache_of, empty_cache, held, layers_in
+from peftfx.caches.cache import cache_of, empty_cache, held
 from peftfx.caches.held import Held, cache_names, kept_by
-from peftfx.caches.windows import noting_windows
-from peftfx.errors import PeftfxError, first_line
-from peftfx.views.dry_run import fake_run
 from peftfx.views.view import Axes, RunView
 
 PAST, PRESENT = "past_key_values", "present"
@@ -37,6 +33,9 @@ _TRIALS: tuple[Mapping[str, int], ...] = (
     {"batch": 4, "sequence": 1, "past": 7},
     {"batch": 1, "sequence": 1, "past": 1},
 )
+_TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids")
+#: A prefill that leaves the longest past of all trials.
+_LONGEST = {"batch": max(s["batch"] for s in _TRIALS), "sequence": max(s["past"] for s in _TRIALS), "past": 0}
 
 
 @dataclass(frozen=True)
@@ -112,20 +111,16 @@ class Decode:
         past = _past(inputs)
         if not past:
             return dict(inputs)
-        batch, kept = len(inputs["input_ids"]), kept_by(self.layers)
-        mask = inputs["attention_mask"][:, :past]
-        text = _unpadded(base, batch, past, seed + 1)
-        none = {name: tensor.empty(batch) for name, tensor in zip(self.past_names, kept, strict=True)}
-        feed = {**inputs, "input_ids": text, "attention_mask": mask, **none}
-        if self.positions:
-            feed["position_ids"] = self.positions_of(mask)
-        made = run(self, feed)
+        mask, kept = inputs["attention_mask"][:, :past], kept_by(self.layers)
+        made = self._shared_past(base, inputs, mask, run)
+        if made is None:
+            made = self._own_past(base, inputs, mask, run, seed)
         found = dict(inputs)
         for name, present, tensor in zip(self.past_names, self.present_names, kept, strict=True):
             found[name] = made[present]
             if tensor.along is not None:  # cache entries of padding do not matter, but a NaN in them would spread
                 found[name] = found[name].movedim(tensor.along, 1)
-                hidden = (mask == 0).view(batch, past, *[1] * (found[name].ndim - 2))
+                hidden = (mask == 0).view(*mask.shape, *[1] * (found[name].ndim - 2))
                 found[name] = found[name].masked_fill(hidden, 0.0).movedim(1, tensor.along)
         return found
 
@@ -137,6 +132,42 @@ class Decode:
     def positions_of(self, mask: Tensor) -> Tensor:
         """Return the positions of all tokens of a text, as the model takes them."""
         return positions(mask)
+
+    def _shared_past(
+        self, base: nn.Module, inputs: Mapping[str, Tensor], mask: Tensor, run: RunView
+    ) -> Mapping[str, Tensor] | None:
+        """Return a part of the longest past of all trials, for which `run` gets the same inputs each time.
+
+        Return None if the past is no part of it: if it is longer, is padded otherwise, or has tensors of a fixed size.
+        A call with more inputs than a text has its past made alone.
+        """
+        if self.has_states or set(inputs) - {*_TEXT_INPUTS, *self.past_names}:
+            return None
+        text = self.inputs(base, sizes=_LONGEST)
+        (batch, past), longest = mask.shape, text["attention_mask"]
+        rows = next((r for r in (slice(-batch, None), slice(batch)) if torch.equal(longest[r, :past], mask)), None)
+        if rows is None:
+            return None
+        made, found = run(self, text), {}
+        for present, tensor in zip(self.present_names, kept_by(self.layers), strict=True):
+            assert tensor.along is not None
+            if made[present].shape[tensor.along] != longest.shape[1]:
+                return None
+            found[present] = made[present][rows].narrow(tensor.along, 0, past).contiguous()
+        return found
+
+    def _own_past(
+        self, base: nn.Module, inputs: Mapping[str, Tensor], mask: Tensor, run: RunView, seed: int
+    ) -> Mapping[str, Tensor]:
+        """Return the past of a random text of the past's own size."""
+        batch, past = mask.shape
+        text = _unpadded(base, batch, past, seed + 1)
+        kept = zip(self.past_names, kept_by(self.layers), strict=True)
+        none = {name: tensor.empty(batch) for name, tensor in kept}
+        feed = {**inputs, "input_ids": text, "attention_mask": mask, **none}
+        if self.positions:
+            feed["position_ids"] = self.positions_of(mask)
+        return run(self, feed)
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model on inputs of this view."""
@@ -193,46 +224,3 @@ def _past(inputs: Mapping[str, Tensor]) -> int:
 def positions(mask: Tensor) -> Tensor:
     """Return each token's position among the tokens that the mask shows; 0 for padding, as in `generate`."""
     return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
-
-
-def decode_view(base: nn.Module) -> Decode:
-    """Return the decode view of a causal language model.
-
-    The layers are found by a run on fake tensors, so the model's size costs nothing.
-
-    Raises:
-        PeftfxError: the model takes no cache, or a cache that cannot be set and read as tensors.
-    """
-    accepted = inspect.signature(base.forward).parameters
-    if "cache" not in accepted:
-        what = "the model takes no key/value cache: it has no decode view"
-        raise PeftfxError(what, type(base).__name__, "use the forward view")
-    text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
-    if "attention_mask" not in text:
-        what = "the model takes no attention mask, so a batch could not have texts of different lengths"
-        raise PeftfxError(what, type(base).__name__, "use the forward view")
-    cache = empty_cache(base)
-    with fake_run(base) as fake:
-        given = {name: fake(text[name]) for name in ("input_ids", "attention_mask")}
-        try:
-            with noting_windows(base) as windows:
-                base(**given, cache=cache, use_cache=True)
-        except Exception as error:
-            what = f"the model does not run with a plain key/value cache: {first_line(error)}"
-            raise PeftfxError(what, type(base).__name__, "use the forward view") from error
-        layers = layers_in(cache, windows) if held(cache) else ()
-        new_mask = all(tensor.along is None for tensor in kept_by(layers)) and not _runs(base, given, cache, past=3)
-    if not layers:
-        what = "the model leaves its key/value cache empty: it has no decode view"
-        raise PeftfxError(what, type(base).__name__, "use the forward view")
-    return Decode(layers, "position_ids" in accepted, new_mask=new_mask)
-
-
-def _runs(base: nn.Module, given: Mapping[str, Tensor], cache: DynamicCache, past: int) -> bool:
-    """Return whether the model continues after `past` tokens with a mask that includes these tokens."""
-    mask = torch.cat([given["attention_mask"][:, :past], given["attention_mask"]], dim=1)
-    try:
-        base(**{**given, "attention_mask": mask}, cache=cache, use_cache=True)
-    except Exception:  # whatever the model's code raises where two sizes differ
-        return False
-    return True

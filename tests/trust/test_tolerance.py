@@ -25,8 +25,10 @@ from peftfx.export.verification.agreement import MaxError
 from peftfx.export.verification.comparison import Comparison, VerificationError
 from peftfx.export.verification.eager_reference import EagerReference
 from peftfx.export.verification.float64 import float64
+from peftfx.export.verification.tolerance import Tensors
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
+from peftfx.views.decode import positions
 from peftfx.views.view import without_cache
 
 
@@ -118,9 +120,45 @@ def test_a_past_that_the_model_made_is_where_a_whole_text_leaves_it() -> None:
     made = view.inputs(adapted.base, sizes={"batch": 1, "sequence": 3, "past": 4}, seed=3)
     seen: list[Tensor] = []
     case = view.with_past(adapted.base, made, lambda v, feed: seen.append(feed["input_ids"]) or run(feed), seed=3)
-    whole = torch.cat([seen[0], case["input_ids"]], 1)
+    whole = torch.cat([seen[0][:1, :4], case["input_ids"]], 1)
     want = adapted.base(input_ids=whole, use_cache=False).logits[:, 4:]
     torch.testing.assert_close(run(case)["logits"], want, rtol=1e-5, atol=1e-5)
+
+
+def test_one_run_makes_the_pasts_of_all_trials() -> None:
+    adapted = bare(llama())
+    view = adapted.view("decode")
+    assert view is not None
+    own = EagerReference(adapted, view)
+    runs: list[Tensors] = []
+    cases = probes.view_cases(adapted, view, lambda v, feed: runs.append(dict(feed)) or own(feed))
+    assert len(runs) == 1
+    held = [case for case in cases if case["past_key_values.0.key"].shape[2]]
+    assert {case["past_key_values.0.key"].shape[::2] for case in held} == {(2, 6), (4, 7), (1, 1), (2, 3)}
+    for case in held:
+        batch, past = case["past_key_values.0.key"].shape[::2]
+        rows = slice(-batch, None) if batch > 1 else slice(1)
+        mask = runs[0]["attention_mask"][rows, :past]
+        text = {"input_ids": runs[0]["input_ids"][rows, :past], "attention_mask": mask, "position_ids": positions(mask)}
+        alone = own({**view.inputs(adapted.base, sizes={"batch": batch, "past": 0}), **text})
+        shown = case["attention_mask"][:, :past] != 0
+        for name in ("0.key", "1.value"):
+            want, got = (x.transpose(1, 2)[shown] for x in (alone[f"present.{name}"], case[f"past_key_values.{name}"]))
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_past_that_no_shared_run_leaves_is_made_by_a_run_of_its_own() -> None:
+    adapted = bare(llama())
+    view = adapted.view("decode")
+    assert view is not None
+    own = EagerReference(adapted, view)
+    runs: list[Tensors] = []
+    for sizes in ({"batch": 5, "past": 2}, {"batch": 2, "past": 8}, {"batch": 2, "sequence": 1, "past": 1}):
+        made = view.inputs(adapted.base, sizes=sizes, seed=3)
+        case = view.with_past(adapted.base, made, lambda v, feed: runs.append(dict(feed)) or own(feed), seed=3)
+        assert case["past_key_values.0.key"].shape == made["past_key_values.0.key"].shape
+    shapes = [tuple(feed["input_ids"].shape) for feed in runs]
+    assert shapes == [(5, 2), (2, 8), (4, 7)]  # a row of the last one is not padded, as in the first rows
 
 
 class TestNaN:

@@ -16,8 +16,8 @@ from transformers.utils import ModelOutput
 import peftfx
 import peftfx.runtime
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.views.decode import decode_view
 from peftfx.views.dry_run import fake_run
+from peftfx.views.finding.decode_view import decode_view
 
 
 class Apart(nn.Module):

@@ -20,7 +20,8 @@ from peftfx.caches.held import kept_by
 from peftfx.export.command import export_directory
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.capture import capture
-from peftfx.views.decode import PRESENT, Decode, decode_view, positions
+from peftfx.views.decode import PRESENT, Decode, positions
+from peftfx.views.finding.decode_view import decode_view
 from peftfx.views.finding.named_views import find_view
 
 OWN_CACHE = {

@@ -19,7 +19,7 @@ import peftfx
 from peftfx.export import OnnxModel
 from peftfx.graph.capturing.recurrences import _chunk_scan, _delta_rule, _selective_scan, recurrence, recurrences
 from peftfx.views.capture import capture
-from peftfx.views.decode import decode_view
+from peftfx.views.finding.decode_view import decode_view
 
 _SIZES = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

@@ -1,0 +1,61 @@
+"""Finds the decode view of a causal language model: what its cache holds is seen in a run on fake tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.caches.cache import empty_cache, held, layers_in
+from peftfx.caches.held import kept_by
+from peftfx.caches.windows import noting_windows
+from peftfx.errors import PeftfxError, first_line
+from peftfx.views.decode import Decode
+from peftfx.views.dry_run import fake_run
+
+
+def decode_view(base: nn.Module) -> Decode:
+    """Return the decode view of a causal language model.
+
+    The layers are found by a run on fake tensors, so the model's size costs nothing.
+
+    Raises:
+        PeftfxError: the model takes no cache, or a cache that cannot be set and read as tensors.
+    """
+    accepted = inspect.signature(base.forward).parameters
+    if "cache" not in accepted:
+        what = "the model takes no key/value cache: it has no decode view"
+        raise PeftfxError(what, type(base).__name__, "use the forward view")
+    text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
+    if "attention_mask" not in text:
+        what = "the model takes no attention mask, so a batch could not have texts of different lengths"
+        raise PeftfxError(what, type(base).__name__, "use the forward view")
+    cache = empty_cache(base)
+    with fake_run(base) as fake:
+        given = {name: fake(text[name]) for name in ("input_ids", "attention_mask")}
+        try:
+            with noting_windows(base) as windows:
+                base(**given, cache=cache, use_cache=True)
+        except Exception as error:
+            what = f"the model does not run with a plain key/value cache: {first_line(error)}"
+            raise PeftfxError(what, type(base).__name__, "use the forward view") from error
+        layers = layers_in(cache, windows) if held(cache) else ()
+        new_mask = all(tensor.along is None for tensor in kept_by(layers)) and not _runs(base, given, cache, past=3)
+    if not layers:
+        what = "the model leaves its key/value cache empty: it has no decode view"
+        raise PeftfxError(what, type(base).__name__, "use the forward view")
+    return Decode(layers, "position_ids" in accepted, new_mask=new_mask)
+
+
+def _runs(base: nn.Module, given: Mapping[str, Tensor], cache: DynamicCache, past: int) -> bool:
+    """Return whether the model continues after `past` tokens with a mask that includes these tokens."""
+    mask = torch.cat([given["attention_mask"][:, :past], given["attention_mask"]], dim=1)
+    try:
+        base(**{**given, "attention_mask": mask}, cache=cache, use_cache=True)
+    except Exception:  # whatever the model's code raises where two sizes differ
+        return False
+    return True
