@@ -1,4 +1,4 @@
-"""Collect the translations of torch's operators once in a process, instead of once for each model.
+"""Collect the translations of torch's operators once in a process, and read only those that a model needs.
 
 torch's exporter builds its registry again for each export, and onnxscript parses the source of all 500 functions each
 time. This takes half of the time of a small model's translation.
@@ -11,14 +11,38 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.exporter import _registration
+from torch.onnx._internal.exporter._registration import OnnxDecompMeta, ONNXRegistry
 
 _collect = ONNXRegistry.from_torchlib
 
 
+class _Unread(OnnxDecompMeta):
+    """A translation whose function is parsed when its signature is first asked for."""
+
+    def __post_init__(self) -> None:
+        if self.signature is None and not self.skip_signature_inference:
+            del self.signature
+
+    def __getattr__(self, name: str) -> object:
+        if name != "signature":
+            raise AttributeError(name)
+        self.signature = None
+        super().__post_init__()
+        return self.signature
+
+
+def _collect_unread(opset_version: int) -> ONNXRegistry:
+    _registration.OnnxDecompMeta = _Unread  # type: ignore[misc]
+    try:
+        return _collect(opset_version=opset_version)
+    finally:
+        _registration.OnnxDecompMeta = OnnxDecompMeta  # type: ignore[misc]
+
+
 @functools.cache
 def _collected(opset: int) -> ONNXRegistry:
-    return _collect(opset_version=opset)
+    return _collect_unread(opset)
 
 
 def _copied(opset_version: int) -> ONNXRegistry:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx import LoRA
+from peftfx.export.translation import torchlib
 
 
 class Functions(nn.Module):
@@ -108,3 +109,14 @@ def test_far_from_zero_they_are_torchs_too(tmp_path: Path) -> None:
     got = peftfx.runtime.load(tmp_path / "out")(x=x)
     for a, b in zip(ours(x=x), got.values(), strict=True):
         torch.testing.assert_close(torch.as_tensor(b), a, rtol=1e-5, atol=0, equal_nan=True)
+
+
+def test_a_translations_source_is_read_when_its_signature_is_first_asked_for() -> None:
+    ours, theirs = torchlib._collect_unread(opset_version=23), torchlib._collect(opset_version=23)
+    assert list(ours.functions) == list(theirs.functions)
+    pairs = [zip(ours.functions[name], theirs.functions[name], strict=True) for name in theirs.functions]
+    late = [(a, b) for pair in pairs for a, b in pair if "signature" not in vars(a)]
+    assert len(late) > 400
+    for a, b in late[::20]:
+        assert repr(a.signature) == repr(b.signature)
+        assert "signature" in vars(a)
