@@ -32,7 +32,7 @@ class Condition:
     code: bool = False
     edge: bool = False
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """The axes in the statement, sorted."""
         return tuple(sorted(str(s) for s in self.holds.free_symbols))

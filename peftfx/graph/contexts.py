@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._guards import detect_fake_mode
 from torch.fx import config as fx_config
+from torch.fx.experimental import proxy_tensor
 
 TRACING = threading.RLock()  #: a lock, held by the thread that captures or traces
 
@@ -43,12 +44,14 @@ def sparing(model: nn.Module) -> Iterator[None]:
 
     Nothing reads these, and they take a third of a capture's time. Python's garbage collection is off too, as it would
     visit all nodes again and again. torch's cache of fake tensors is off: with symbolic sizes a look-up costs more than
-    the computation. Code that runs the program of torch.export must not use this context, because the program's guards
-    are made from such source.
+    the computation. A node's metadata is its value alone: torch also asks for the value's memory format each time, and
+    such questions about symbolic sizes are dear. Code that runs the program of torch.export must not use this context,
+    because the program's guards are made from such source.
     """
     traces, recompile, collects = fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile, gc.isenabled()
     own = detect_fake_mode(list(model.parameters()))
     caches = dynamo_config.fake_tensor_cache_enabled, own is not None and own.cache_enabled
+    described = proxy_tensor._extract_tensor_metadata
 
     def later(module: fx.GraphModule) -> None:
         def forward(self: fx.GraphModule, *args: object, **kwargs: object) -> object:
@@ -61,6 +64,7 @@ def sparing(model: nn.Module) -> Iterator[None]:
 
     fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile = True, later  # type: ignore[method-assign, assignment]
     dynamo_config.fake_tensor_cache_enabled = False  # for the modes that torch makes
+    proxy_tensor._extract_tensor_metadata = lambda *_: None  # type: ignore[assignment]
     if own is not None:
         own.cache_enabled = False
     gc.disable()
@@ -68,6 +72,7 @@ def sparing(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         dynamo_config.fake_tensor_cache_enabled = caches[0]
+        proxy_tensor._extract_tensor_metadata = described
         if own is not None:
             own.cache_enabled = caches[1]
         fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile = traces, recompile  # type: ignore[method-assign]
@@ -93,11 +98,14 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 _DEPTH = 4  #: how deep into an attribute's value
+_PLAIN = frozenset({bool, int, float, str, bytes, type(None), nn.Parameter})  #: types of most attributes
 
 
 def _remember(value: object, before: dict[int, tuple[object, object]], depth: int) -> None:
     """Record the contents of a container, and of the containers in it."""
-    if isinstance(value, (nn.Module, torch.Tensor, type, ModuleType)) or id(value) in before or not depth:
+    if type(value) in _PLAIN or isinstance(value, (nn.Module, torch.Tensor, type, ModuleType)):
+        return
+    if id(value) in before or not depth:
         return
     if isinstance(value, (dict, list, set)):
         before[id(value)] = value, value.copy()

@@ -11,6 +11,7 @@ from support.few import but_for, few
 from support.zoo import ZOO, Captured
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from peftfx.bases.example_inputs import example_inputs
@@ -18,7 +19,7 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.model.api import bare
 from peftfx.views.capture import capture
-from peftfx.views.decode import decode_view
+from peftfx.views.finding.decode_view import decode_view
 from peftfx.views.view import name_axes, without_cache
 
 Get = Callable[[str], Captured]
@@ -223,6 +224,15 @@ def test_example_inputs_are_valid_and_repeatable() -> None:
     assert (first["attention_mask"].sum(1) > 0).all()
     assert (first["labels"][first["input_ids"] == 98] == -100).all()
     assert (first["labels"][first["attention_mask"] == 0] == -100).all()
+
+
+def test_a_node_is_described_by_its_value_alone_and_torchs_own_traces_as_before() -> None:
+    model, x = nn.Linear(4, 2), torch.ones(3, 4)
+    nodes = list(capture(model, {"input": x}).nodes())
+    assert [node for node in nodes if isinstance(node.meta.get("val"), Tensor)]
+    assert not any(node.meta.get("tensor_meta") for node in nodes)
+    traced = make_fx(lambda value: value + 1, tracing_mode="fake")(x)
+    assert all(node.meta["tensor_meta"] for node in traced.graph.nodes if node.op == "call_function")
 
 
 def test_inputs_that_nothing_tells_are_asked_for() -> None:
