@@ -18,6 +18,7 @@ from torch.fx import config as fx_config
 from torch.fx.experimental import proxy_tensor
 
 TRACING = threading.RLock()  #: a lock, held by the thread that captures or traces
+_DESCRIBE = "_extract_tensor_metadata"  #: the function by which torch describes a node's value a second time
 
 
 @contextlib.contextmanager
@@ -51,7 +52,7 @@ def sparing(model: nn.Module) -> Iterator[None]:
     traces, recompile, collects = fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile, gc.isenabled()
     own = detect_fake_mode(list(model.parameters()))
     caches = dynamo_config.fake_tensor_cache_enabled, own is not None and own.cache_enabled
-    described = proxy_tensor._extract_tensor_metadata
+    described = vars(proxy_tensor)[_DESCRIBE]
 
     def later(module: fx.GraphModule) -> None:
         def forward(self: fx.GraphModule, *args: object, **kwargs: object) -> object:
@@ -64,7 +65,7 @@ def sparing(model: nn.Module) -> Iterator[None]:
 
     fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile = True, later  # type: ignore[method-assign, assignment]
     dynamo_config.fake_tensor_cache_enabled = False  # for the modes that torch makes
-    proxy_tensor._extract_tensor_metadata = lambda *_: None  # type: ignore[assignment]
+    setattr(proxy_tensor, _DESCRIBE, lambda *_: None)
     if own is not None:
         own.cache_enabled = False
     gc.disable()
@@ -72,7 +73,7 @@ def sparing(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         dynamo_config.fake_tensor_cache_enabled = caches[0]
-        proxy_tensor._extract_tensor_metadata = described
+        setattr(proxy_tensor, _DESCRIBE, described)
         if own is not None:
             own.cache_enabled = caches[1]
         fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile = traces, recompile  # type: ignore[method-assign]
