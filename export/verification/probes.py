@@ -12,7 +12,6 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.kept_state import StateError, state_kept
-from peftfx.export.verification.last_run import LastRun
 from peftfx.export.verification.sizes import EVERY, Sizes
 from peftfx.generation.invocation import invoked
 from peftfx.graph.graph import Graph, TensorSpec, path_name
@@ -20,7 +19,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.telling import tell_share
 from peftfx.views.arguments import nested
 from peftfx.views.entry import Entry, forward
-from peftfx.views.view import Axes, RunView, View, without_cache
+from peftfx.views.view import Axes, LastRun, RunView, View, without_cache
 
 PROBE_SIZES: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 9, "decoder_sequence": 4},

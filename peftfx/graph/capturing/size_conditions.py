@@ -67,16 +67,19 @@ def noted(decide: Decide | None = None) -> Iterator[list[Note]]:
     own, answer = threading.get_ident(), ShapeEnv.evaluate_expr
 
     def listen(env: ShapeEnv, expr: sympy.Basic, *args: Any, **kwargs: Any) -> sympy.Basic:
+        if threading.get_ident() != own:
+            return answer(env, expr, *args, **kwargs)
         before = len(env.guards)
-        if threading.get_ident() == own and _of_values(expr):
+        if _of_values(expr):
             if _is_asserted(sys._getframe(1)):
                 return sympy.true  # the code accepts only values for which it is true
             decided = None if decide is None else decide(expr, asker(sys._getframe(1))[0])
             if decided is not None:
                 return decided
         result = answer(env, expr, *args, **kwargs)
-        if threading.get_ident() == own and getattr(expr, "free_symbols", None):
-            notes.extend(_notes(expr, result, len(env.guards) > before))
+        guarded = len(env.guards) > before
+        if guarded or _differs_at_1(expr, result):
+            notes.extend(_notes(expr, result, guarded))
         return result
 
     ShapeEnv.evaluate_expr = listen  # type: ignore[method-assign, assignment]
@@ -86,6 +89,7 @@ def noted(decide: Decide | None = None) -> Iterator[list[Note]]:
         ShapeEnv.evaluate_expr = answer  # type: ignore[method-assign]
 
 
+@functools.lru_cache(4096)  # of some hundred questions, each is asked some hundred times
 def _of_values(expr: object) -> bool:
     """Return whether an expression contains a number that was read from a tensor."""
     return any(symbol_is_type(s, _READ) for s in getattr(expr, "free_symbols", ()) if isinstance(s, sympy.Symbol))
@@ -100,7 +104,7 @@ def _is_asserted(frame: FrameType | None) -> bool:
 
 
 def _notes(expr: sympy.Basic, result: object, guarded: bool) -> Iterator[Note]:
-    if not guarded and not _differs_at_1(expr, result):
+    if not getattr(expr, "free_symbols", None):
         return
     where, code = asker(sys._getframe(2))
     if guarded or code:  # torch's own operators are right at size 1, whatever they compare
@@ -118,7 +122,9 @@ def _held(expr: sympy.Basic, result: object) -> sympy.Basic:
 @functools.lru_cache(4096)
 def _differs_at_1(expr: sympy.Basic, result: object) -> bool:
     """Return whether the answer would be different for a size of 1."""
-    symbols = list(expr.free_symbols)
+    symbols = list(getattr(expr, "free_symbols", ()))
+    if not symbols:
+        return False
     other = sympy.false if result in (sympy.true, True) else sympy.true
     return any(_at_1(expr, choice) == other for choice in (*([symbol] for symbol in symbols), symbols))
 
