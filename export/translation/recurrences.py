@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from torch.onnx._internal.exporter._torchlib.ops.hop import call_op
 
-from peftfx.graph.capturing import recurrences
+from peftfx.graph.capturing.recurrence_operator import recurrence
 
 
 def _recurrence(query: Any, key: Any, value: Any, decay: Any, beta: Any, state: Any, corrected: bool) -> Any:
@@ -59,6 +59,6 @@ def _body(dtype: ir.DataType, corrected: bool) -> ir.Graph:
 
 
 RECURRENCES: Mapping[Callable[..., object], Callable[..., object]] = {
-    recurrences.recurrence._opoverload: _recurrence,
+    recurrence._opoverload: _recurrence,
 }
 """Translations by operator, for `torch.onnx.export(custom_translation_table=...)`."""

@@ -24,8 +24,6 @@ from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
 from peftfx.graph.capturing.axis_symbols import place_of, symbols_of, tied
 from peftfx.graph.capturing.empty_sizes import Question, asked_if_empty, filled_of
-from peftfx.graph.capturing.filled_tensors import concatenate_filled
-from peftfx.graph.capturing.joined_vectors import read_apart
 from peftfx.graph.capturing.mask_loops import over_masks
 from peftfx.graph.capturing.masks import broadcast_masks
 from peftfx.graph.capturing.module_casts import casting_in_graph
@@ -34,6 +32,7 @@ from peftfx.graph.capturing.repeated_lists import repeated_lists
 from peftfx.graph.capturing.sides import Sides
 from peftfx.graph.capturing.size_conditions import Note, conditions_of, fixed_by, noted
 from peftfx.graph.capturing.stamping import stamped
+from peftfx.graph.capturing.tensors_in_pieces import concatenate_filled, read_apart
 from peftfx.graph.contexts import fake_mode_of, isolated, sparing, unchanged
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, path_name
 from peftfx.graph.lazy_weights import faked

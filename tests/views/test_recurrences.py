@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.export import OnnxModel
-from peftfx.graph.capturing.recurrences import _chunk_scan, _delta_rule, _selective_scan, recurrence, recurrences
+from peftfx.graph.capturing.recurrence_operator import recurrence
+from peftfx.graph.capturing.recurrences import _channel_scan, _chunk_scan, _delta_rule, _selective_scan, recurrences
 from peftfx.views.capture import capture
 from peftfx.views.finding.decode_view import decode_view
 
@@ -28,6 +29,12 @@ _LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_h
 _KINDS = {"layer_types": ["linear_attention", "full_attention"]}
 MODELS: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 4, "time_step_rank": 4},
+    "recurrent_gemma": {
+        **_HEADS,
+        "lru_width": 32,
+        "block_types": ["recurrent", "attention"],
+        "attention_window_size": 8,
+    },
     "qwen3_next": {**_HEADS, **_EXPERTS, **_LINEAR, **_KINDS, "shared_expert_intermediate_size": 24},
 }
 
@@ -117,6 +124,20 @@ def test_a_state_that_code_reads_and_does_not_pass_on_is_gone_on_from() -> None:
         torch.testing.assert_close(*shown, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("behind", [True, False], ids=["behind a text", "first"])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_a_scan_of_channels_is_the_one_in_a_loop(tokens: int, behind: bool) -> None:
+    unit = own("recurrent_gemma", "RecurrentGemmaRglru")
+    given = {
+        "hidden_states": draw(2, tokens, 8),
+        "recurrent_gate": draw(2, tokens, 8, seed=1).sigmoid(),
+        "reset": torch.arange(tokens).expand(2, -1)[..., None] == 2,
+        "recurrent_states": draw(2, 8) if behind else None,
+    }
+    for got, want in zip(_channel_scan(nn.Module(), **given), unit._rnn_scan(None, **given), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_its_gradients_are_those_of_its_steps() -> None:
     shapes = (1, 3, 2, 4), (1, 3, 2, 4), (1, 3, 2, 3), (1, 3, 2, 4), (1, 3, 2), (1, 2, 4, 3)
     given = [draw(*shape).double().requires_grad_() for shape in shapes]
@@ -138,6 +159,11 @@ def test_the_models_code_is_its_own_again() -> None:
     with recurrences(model):
         assert namespace["mamba_selective_scan"] is _selective_scan
     assert namespace == before
+    unit = own("recurrent_gemma", "RecurrentGemmaRglru")
+    scan = unit._rnn_scan
+    with recurrences(build("recurrent_gemma")):
+        assert unit._rnn_scan is _channel_scan
+    assert unit._rnn_scan is scan
 
 
 def test_a_delta_rule_has_the_roles_of_an_attention_in_train_mode_too() -> None:
@@ -166,7 +192,9 @@ def test_a_state_space_has_no_roles_of_an_attention() -> None:
 
 @pytest.mark.parametrize("name", but_for({"qwen3_next"}, MODELS))
 def test_an_export_takes_every_length(name: str, tmp_path: Path) -> None:
-    adapted = peftfx.transform(build(name), peftfx.LoRA(r=2, target_modules=["x_proj", "in_proj_qkvz"]), seed=0)
+    adapted = peftfx.transform(
+        build(name), peftfx.LoRA(r=2, target_modules=["x_proj", "in_proj_qkvz", "linear_x"]), seed=0
+    )
     randomise(adapted.adapters)
     adapted.export(tmp_path / "out", view="forward")
     model = OnnxModel(tmp_path / "out")

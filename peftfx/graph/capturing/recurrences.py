@@ -2,12 +2,7 @@
 
 A model's code runs such a loop in chunks of tokens, and a capture would record as many chunks as its example has.
 transformers asks for kernels by name here, and each name has one meaning in all models. So during a capture these names
-stand for one operator, `peftfx::recurrence`, with the step
-
-    S <- decay * S;    S <- S + key (beta * (value - key^T S))^T;    out = query^T S
-
-if `corrected` (the delta rule). Otherwise nothing is subtracted from the value. The operator is a loop in torch, with
-gradients, and a `Scan` in ONNX: each token costs one step.
+stand for one operator, `peftfx::recurrence`.
 """
 
 from __future__ import annotations
@@ -25,63 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Steps = tuple[Tensor, Tensor]
-
-
-def _steps(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor, corrected: bool) -> Steps:
-    outputs = []
-    for t in range(v.shape[1]):
-        state = state * decay[:, t, :, :, None]
-        key, new = k[:, t, :, :, None], v[:, t]
-        if corrected:
-            new = new - (key * state).sum(-2)
-        state = state + key * (new * beta[:, t, :, None])[..., None, :]
-        outputs.append((q[:, t, :, :, None] * state).sum(-2))
-    return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), state.clone()
-
-
-@torch.library.custom_op("peftfx::recurrence", mutates_args=())
-def recurrence(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor, corrected: bool
-) -> tuple[Tensor, Tensor]:
-    """Run a recurrence over the tokens of each row.
-
-    Args:
-        query, key: [batch, tokens, heads or 1, keys].
-        value: [batch, tokens, heads, values].
-        decay: [batch, tokens, heads, keys or 1], the factor of the state in each step.
-        beta: [batch, tokens, heads].
-        state: [batch, heads, keys, values], before the first token.
-        corrected: whether a value is the target of a read (the delta rule), and not an addition to the state.
-
-    Returns:
-        What each token reads, in the shape of `value`, and the state after the last token.
-    """
-    return _steps(query, key, value, decay, beta, state, corrected)
-
-
-@recurrence.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor, corrected: bool
-) -> tuple[Tensor, Tensor]:
-    return value.new_empty(value.shape), state.new_empty(state.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
-    *tensors, ctx.corrected = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the steps, which are run again."""
-    with torch.enable_grad():
-        given = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        outputs = _steps(*given, ctx.corrected)  # type: ignore[call-arg]
-        found = torch.autograd.grad(outputs, given, gradients, allow_unused=True)
-    return (*found, None)
-
-
-recurrence.register_autograd(_backward, setup_context=_keep)
+from peftfx.graph.capturing.recurrence_operator import recurrence
 
 
 def _delta_rule(
@@ -149,6 +88,23 @@ def _selective_scan(
     return (out, state[..., 0].to(dtype)) if return_last_state else out
 
 
+def _channel_scan(
+    _: nn.Module,
+    hidden_states: Tensor,
+    recurrent_gate: Tensor,
+    reset: Tensor,
+    recurrent_states: Tensor | None,
+    acc_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Compute `_rnn_scan` of a linear recurrent unit: each channel of [batch, tokens, channels] has a state."""
+    value = hidden_states.to(acc_dtype)[..., None]
+    ones = torch.ones_like(value)
+    decay = (recurrent_gate * ~reset).to(acc_dtype)[..., None]
+    state = torch.zeros_like(value[:, 0]) if recurrent_states is None else recurrent_states.to(acc_dtype)[..., None]
+    out, last = recurrence(ones, ones, value, decay, ones[..., 0], state[..., None], False)
+    return out[..., 0].to(hidden_states.dtype), last[..., 0, 0]
+
+
 def _chunk_scan(
     own: Callable[..., object],
     hidden_states: Tensor,
@@ -208,15 +164,24 @@ _KERNELS: Mapping[str, Callable[..., object]] = {
     "chunk_kda": _delta_rule,
     "selective_scan_fn": _selective_scan,
 }
+#: Methods of modules that are kernels, by their names.
+_METHODS: Mapping[str, Callable[..., object]] = {"_rnn_scan": _channel_scan}
 
 
 @contextmanager
 def recurrences(model: nn.Module) -> Iterator[None]:
-    """Replace the kernels of these names in the code of `model` by recurrences, inside the context."""
+    """Replace the kernels and methods of these names in the code of `model` by recurrences, inside the context."""
     replaced: list[tuple[dict[str, Any], str, object]] = []
+    methods: list[tuple[type, str, object]] = []
     _READ.listening, _READ.state = True, None
     try:
-        for name in sorted({kind.__module__ for module in model.modules() for kind in type(module).__mro__}):
+        kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+        for kind in kinds:
+            for name, scan in _METHODS.items():
+                if _takes(vars(kind).get(name), scan):
+                    methods.append((kind, name, vars(kind)[name]))
+                    setattr(kind, name, scan)
+        for name in sorted({kind.__module__ for kind in kinds}):
             namespace = vars(sys.modules[name]) if name.startswith("transformers.models.") else {}
             for attribute, function in list(namespace.items()):
                 kernel = _KERNELS.get(asked := _kernel_of(function))
@@ -230,6 +195,15 @@ def recurrences(model: nn.Module) -> Iterator[None]:
         _READ.listening, _READ.state = False, None
         for namespace, attribute, function in replaced:
             namespace[attribute] = function
+        for kind, name, method in methods:
+            setattr(kind, name, method)
+
+
+def _takes(method: object, kernel: Callable[..., object]) -> bool:
+    """Return whether a method has the arguments of a kernel, by name."""
+    if not inspect.isfunction(method):
+        return False
+    return [*inspect.signature(method).parameters][1:] == [*inspect.signature(kernel).parameters][1:]
 
 
 def _kernel_of(function: object) -> str:

@@ -1,11 +1,16 @@
-"""Filled tensors: replaces an empty tensor that is written piece by piece by the concatenation of its pieces.
+"""Tensors in pieces: reads the pieces of a tensor that is filled part by part, or joined and split again.
 
-The keys of a latent attention are made in this way: one part from the latent, one part rotated. A write into a view
-hides from the dataflow where values come from, and the translation cannot know that nothing else uses the memory.
+An empty tensor that is written piece by piece becomes the concatenation of its pieces. The keys of a latent attention
+are made in this way: one part from the latent, one part rotated. A write into a view hides from the dataflow where
+values come from, and the translation cannot know that nothing else uses the memory.
+
+torch's attention with separate weights joins three biases and then splits them. Each vector is then read directly, so
+that the layers which add them are sites as all others.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -101,3 +106,30 @@ def _as_written(rewriter: Rewriter, write: fx.Node, dtype: torch.dtype) -> fx.No
     if value.meta["val"].shape != view.meta["val"].shape:
         value = at.call(_aten.expand_as.default, value, view)
     return value
+
+
+_CUTS = {_aten.chunk.default, _aten.split.Tensor, _aten.split.sizes, _aten.split_with_sizes.default}
+
+
+def read_apart(graph: fx.Graph) -> None:
+    """Read each vector that was joined with others and split again directly, in place."""
+    for node in graph.nodes:
+        part = _before(node)
+        if part is not None:
+            node.replace_all_uses_with(part)
+
+
+def _before(piece: fx.Node) -> fx.Node | None:
+    """Return the vector before the join, if `piece` is cut from a row exactly where the vectors were joined."""
+    cut = piece.args[0] if piece.target is operator.getitem else None
+    if not isinstance(cut, fx.Node) or cut.target not in _CUTS:
+        return None
+    row, index = cut.args[0], piece.args[1]
+    if not isinstance(row, fx.Node) or row.target is not _aten.cat.default or not isinstance(index, int):
+        return None
+    parts, pieces = row.args[0], cut.meta["val"]
+    assert isinstance(parts, (list, tuple))
+    shapes = [part.meta["val"].shape for part in parts if isinstance(part, fx.Node)]
+    whole = len(shapes) == len(pieces) and all(len(s) == 1 and s == p.shape for s, p in zip(shapes, pieces))
+    found = parts[index] if whole else None
+    return found if isinstance(found, fx.Node) else None
