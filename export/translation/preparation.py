@@ -19,6 +19,7 @@ _TRANSPOSES = {aten.transpose.int, aten.permute.default}
 _CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _UNPROMOTED = {aten.rsub.Scalar, aten.rsub.Tensor, aten.floor_divide.Scalar, aten.floor_divide.default}
 _SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
+_PUTS = {aten.index_put.default: aten.masked_scatter.default, aten.index_put_.default: aten.masked_scatter_.default}
 _SDPA = aten.scaled_dot_product_attention.default
 
 
@@ -29,6 +30,7 @@ def prepare(graph: Graph) -> Graph:
     SDPA itself, so a valid `view` in the model would fail. The copy becomes an Identity and is removed later. SDPA
     without heads gets one head, because its translation needs four axes. Each cast gets one form, each conv without a
     bias as well, and gathers of rows in order become slices. A `squeeze` names the axes that it took in the capture.
+    Rows that are written at the places of a mask are scattered.
     """
     result = Cleanup()(graph).graph  # a copy
     rewriter = Rewriter(result.module.graph)
@@ -49,6 +51,8 @@ def prepare(graph: Graph) -> Graph:
             _promote(rewriter, node)
         elif node.target in _SQUEEZES:
             _name_axes(rewriter, node)
+        elif node.target in _PUTS:
+            _scatter(rewriter, node)
         elif node.target in _CONVS and node.args[2:3] in ((), (None,)):
             _spell_out(node)
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
@@ -94,6 +98,23 @@ def _name_axes(rewriter: Rewriter, node: fx.Node) -> None:
     for axis in ones[:-1]:
         x = at.call(aten.squeeze.dim, x, axis)
     rewriter.update(node, aten.squeeze.dim, x, ones[-1])
+
+
+def _scatter(rewriter: Rewriter, node: fx.Node) -> None:
+    """Write rows at the places of one mask by `masked_scatter`, whose translation can write none too."""
+    x, indices, values, *more = node.args
+    mask = indices[0] if isinstance(indices, list | tuple) and len(indices) == 1 else None
+    if any(more) or not isinstance(mask, fx.Node) or not isinstance(values, fx.Node) or not isinstance(x, fx.Node):
+        return
+    own, place, rows = (n.meta["val"] for n in (x, mask, values))
+    if place.dtype != torch.bool or place.ndim >= own.ndim or rows.dtype != own.dtype:
+        return
+    if rows.shape[1:] != own.shape[place.ndim :] or rows.shape[:1] == (1,):  # values are repeated
+        return
+    at = rewriter.before(node)
+    for _ in range(own.ndim - place.ndim):
+        mask = at.call(aten.unsqueeze.default, mask, -1)
+    rewriter.update(node, _PUTS[node.target], x, mask, values)  # type: ignore[index]
 
 
 def _make_contiguous(rewriter: Rewriter, node: fx.Node) -> None:

@@ -34,7 +34,13 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
     "llava_onevision": {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": _PINPOINTS},
     **dict.fromkeys(("mistral3", "mistral_large4", "lighton_ocr"), _LONGEST),
     "mllama": {"size": {"height": 32, "width": 32}, "max_image_tiles": 4},
-    "lfm2_vl": {"encoder_patch_size": 8, "tile_size": 32, "max_num_patches": 64, "min_image_tokens": 4},
+    "lfm2_vl": {
+        "encoder_patch_size": 8,
+        "tile_size": 32,
+        "max_image_tokens": 16,
+        "min_image_tokens": 4,
+        "use_thumbnail": False,
+    },
     "emu3": {"size": {"min_pixels": 256, "max_pixels": 1024}},
 }
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx import LoRA
+from peftfx.export import OnnxModel, to_onnx
 from peftfx.export.translation import torchlib
+from peftfx.export.writing.weights import save
 
 
 class Functions(nn.Module):
@@ -120,3 +122,35 @@ def test_a_translations_source_is_read_when_its_signature_is_first_asked_for() -
     for a, b in late[::20]:
         assert repr(a.signature) == repr(b.signature)
         assert "signature" in vars(a)
+
+
+class Placed(nn.Module):
+    """Rows that are written at the places of a mask, with what is there added; the write is in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+        y = self.layer(x).clone()
+        y[mask, :] = y[mask, :] + rows
+        return y
+
+
+@pytest.mark.parametrize("engine", ["fast", "torch"])
+@torch.no_grad()
+def test_rows_are_written_at_the_places_of_a_mask_and_none_where_it_has_none(engine: str, tmp_path: Path) -> None:
+    def call(places: int) -> dict[str, Tensor]:
+        mask = torch.zeros(2, 5, dtype=torch.bool)
+        mask.view(-1)[1 : 1 + places] = True
+        return {"x": torch.randn(2, 5, 4), "mask": mask, "rows": torch.randn(places, 4)}
+
+    model, axes = Placed().eval(), {"x": (None, None, None), "mask": (None, None), "rows": ("places", None)}
+    graph = peftfx.capture(model, call(3), axes=axes)
+    save(to_onnx(graph, engine=engine), tmp_path)
+    served = OnnxModel(tmp_path)
+    for places in (3, 6, 0):
+        given = call(places)
+        (got,) = served(**given).values()
+        torch.testing.assert_close(torch.as_tensor(got), model(**given), rtol=0, atol=1e-6)

@@ -52,3 +52,19 @@ class Writing(nn.Module):
 def test_a_write_of_what_is_not_known_is_refused() -> None:
     with pytest.raises(PeftfxError, match="writes a computed value into a tensor of an image's sizes"):
         peftfx.capture(Writing(), {"pixels": torch.ones(3, 4)}, axes={"pixels": (None, None)})
+
+
+class Cutting(nn.Module):
+    """Code that cuts and reshapes by numbers which are still in tensors."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        with known_values([GRID]):
+            for h, w in GRID:
+                pixels = pixels[:h, : w - 1].split([h])[0].reshape(h, w - 1)
+        return pixels
+
+
+def test_known_tensors_are_bounds_and_sizes() -> None:
+    graph = peftfx.capture(Cutting(), {"pixels": torch.ones(3, 4)}, axes={"pixels": (None, None)})
+    pixels = torch.randn(3, 4)
+    assert torch.equal(graph.run(pixels)[0], pixels[:2, :2])

@@ -73,8 +73,11 @@ class known_values(TorchFunctionMode):
         if any(known) and _writes(func, named) and id(tensors[0]) in self._known:
             what = "the model's code writes a computed value into a tensor of an image's sizes"
             raise PeftfxError(what, getattr(func, "__name__", str(func)), "export its text alone")
-        if func is Tensor.__getitem__ and any(known):
+        if func is Tensor.__getitem__:
             args = (args[0], self._by_numbers(args[1]))
+        if any(known):
+            named = pytree.tree_map(self._number, named)
+            args = (*args[:1], *pytree.tree_map(self._number, args[1:]))
         made = func(*args, **named)
         pixels = self._pixels.get(id(tensors[0])) if len(tensors) == 1 else None
         return made if pixels is None else self._of_pixels(func, pixels[1], args, named, made)
@@ -99,12 +102,24 @@ class known_values(TorchFunctionMode):
         self._answers.append((made, known))
         return known
 
+    def _number(self, value: Any) -> Any:
+        """Return a known whole number as one of Python, which can be a size."""
+        whole = isinstance(value, Tensor) and id(value) in self._known and not value.ndim
+        if not whole or value.dtype not in (torch.int64, torch.int32):
+            return value
+        with _disable_current_modes():
+            return value.item()
+
     def _by_numbers(self, index: Any) -> Any:
-        """Return an index in which known masks are the numbers of their places, so that the result's size is known."""
+        """Return an index in which known masks are the numbers of their places, and known bounds numbers of Python: so
+        the size of the result is known.
+        """
         parts: list[Any] = []
         for part in index if isinstance(index, tuple) else (index,):
             if isinstance(part, Tensor) and id(part) in self._known and part.dtype == torch.bool:
                 parts += self._at_once(torch.Tensor.nonzero, (part,), {}).unbind(-1)
+            elif isinstance(part, slice):
+                parts.append(slice(*map(self._number, (part.start, part.stop, part.step))))
             else:
                 parts.append(part)
         return tuple(parts)
