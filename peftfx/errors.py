@@ -69,6 +69,24 @@ def pointed(text: str, position: int, around: int = 60) -> str:
     return f"at column {column + 1}:\n    {part}\n    {' ' * (column - start)}^"
 
 
+_NO_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "Failed to allocate memory",
+)  #: torch's words, and ONNX Runtime's
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that no memory is left. Torch and ONNX Runtime do not raise a MemoryError for it."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
+
+
+def raise_if_memory_is_out(error: BaseException) -> None:
+    """Raise an error again if no memory is left. Then the error says nothing about the model that was being tried."""
+    if out_of_memory(error):
+        raise error
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error message, or the error's class name if it has no message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.sequence import size_of
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of, without_images
 from peftfx.export.slots.row_stacks import stacks_of_rows, told
@@ -116,7 +116,8 @@ class Batched(Deployment):
                     accepts(case)
         except VerificationError:
             raise
-        except Exception:  # a model's code raises various errors for a size that it does not take
+        except Exception as error:  # a model's code raises various errors for a size that it does not take
+            raise_if_memory_is_out(error)
             return False
         return True
 

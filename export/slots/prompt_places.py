@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.contract.sequence import prefix, sequence_site, untyped, virtual_tokens
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.export.verification.probes import hold
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, SLOT_PROMPT
@@ -86,7 +86,8 @@ def hold_forward(
     try:
         with without_cache(base):
             want = through(places, forward)(base, {**call, **rows})
-    except Exception:  # a model's code raises various errors for a size that it does not take
+    except Exception as error:  # a model's code raises various errors for a size that it does not take
+        raise_if_memory_is_out(error)
         return False
     got = graph.run(*(case[spec.name] for spec in graph.inputs))
     leaves = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]

@@ -9,7 +9,7 @@ import torch
 from onnx_ir import tensor_adapters
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftfx.errors import PeftfxError, first_line
+from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.metadata import ENGINE, PERMUTED, PIECES, SOURCE
 from peftfx.export.translation.layout import name_apart, store_transposed, tidy
 from peftfx.export.translation.program import Translation
@@ -75,15 +75,17 @@ def _translate(graph: Graph, opset: int | None, engine: str, optimize: str) -> t
     if engine == FAST:
         try:
             return translate(graph, opset, fused=optimize != NONE), FAST
-        except (PeftfxError, MemoryError):
+        except PeftfxError:
             raise
         except Exception as error:  # the exporter's parts raise various errors: torch's own road is tried next
+            raise_if_memory_is_out(error)
             went = f"{TORCH} (the fast one does not take {first_line(error.__cause__ or error)})"
     try:
         return retrace(graph, opset), went
-    except (PeftfxError, MemoryError):
+    except PeftfxError:
         raise
     except Exception as error:
+        raise_if_memory_is_out(error)
         what = f"no translation to ONNX: {first_line(error.__cause__ or error)}"
         raise PeftfxError(what, type(graph.base).__name__, "see `__cause__` for the exporter's own report") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.export.translation.program import onnx_outputs
 from peftfx.export.verification.comparison import Reference, reference_of
 from peftfx.export.verification.eager_adapters import unpublished
@@ -68,6 +68,7 @@ def eager_oracle(
         except PeftfxError:
             raise
         except Exception as error:  # a model's own code raises various errors
+            raise_if_memory_is_out(error)
             raise refused(adapted, view, error) from error
     return Oracle(asked, cases, measured_of(adapted, cases), _told(adapted, why), None if why else eager)
 

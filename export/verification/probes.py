@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.errors import PeftfxError, first_line
+from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.kept_state import StateError, state_kept
 from peftfx.export.verification.sizes import EVERY, Sizes
@@ -87,6 +87,7 @@ def probes(
         except (VerificationError, StateError):
             raise
         except Exception as error:  # a model's code raises various errors for a size that it does not take
+            raise_if_memory_is_out(error)
             refusal = error
             continue
         if accepts is None:
@@ -114,6 +115,7 @@ def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> Non
         with without_cache(adapted.base):
             want = eager_view(seen, entry, adapted.base, case)
     except Exception as error:
+        raise_if_memory_is_out(error)
         raise refused(adapted, view, error) from error
     got = captured.run(*(case[spec.name] for spec in captured.inputs))
     for (name, a), b in zip(want.items(), got, strict=True):

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.graph.conditions import Condition, unmet
 from peftfx.graph.decisions import Decision, opposed
 from peftfx.graph.graph import Graph
@@ -149,7 +149,8 @@ class Trial:
             return False
         try:
             self.eager(self.make(sizes))
-        except Exception:  # a model's code raises various errors for a size that it does not take
+        except Exception as error:  # a model's code raises various errors for a size that it does not take
+            raise_if_memory_is_out(error)
             return False
         return True
 
@@ -157,12 +158,14 @@ class Trial:
         """Run the model and the graph on these inputs, and say whether they agree or the model refuses."""
         try:
             want = self.eager(case)
-        except Exception:  # a model's code raises various errors for a size that it does not take
+        except Exception as error:  # a model's code raises various errors for a size that it does not take
+            raise_if_memory_is_out(error)
             return _REFUSED
         try:
             with torch.no_grad():
                 got = self.graph.run(*(case[spec.name] for spec in self.graph.inputs))
-        except Exception:  # an operator of the graph has a fixed size
+        except Exception as error:  # an operator of the graph has a fixed size
+            raise_if_memory_is_out(error)
             return BRANCHES
         named = [(name, b) for name, b in zip(self.graph.outputs, got, strict=True) if isinstance(b, Tensor)]
         pairs = zip(want, named, strict=True)

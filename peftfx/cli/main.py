@@ -23,7 +23,7 @@ from peftfx.cli.commands.train import train
 from peftfx.cli.garbage import rarely_collected
 from peftfx.cli.signals import Terminated, orderly_end
 from peftfx.cli.voice import VOICE, spoken, tell_error
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, out_of_memory
 from peftfx.version import __version__
 
 app = typer.Typer(
@@ -74,7 +74,7 @@ def main() -> None:
         tell_error(error)
         sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):  # the text of torch's error
+        if not out_of_memory(error):
             raise
         first = str(error).strip().partition("\n")[0] or "no more can be had"
         print(f"peftfx: error: out of memory: {first}\n  hint: free some; nothing was written", file=sys.stderr)

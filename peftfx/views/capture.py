@@ -21,7 +21,7 @@ from peftfx.analysis.roles import find_sites
 from peftfx.analysis.running import called_modules
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.guests import own_modules
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.graph.capturing.axis_symbols import place_of, symbols_of, tied
 from peftfx.graph.capturing.empty_sizes import Question, asked_if_empty, filled_of
 from peftfx.graph.capturing.mask_loops import over_masks
@@ -132,6 +132,7 @@ def _captured(wrapper: _Flat, tensors: Mapping[str, torch.Tensor], axes: Axes, s
             raise
         except Exception as error:
             raised = error.__cause__ if isinstance(error, _Raised) and error.__cause__ else error
+            raise_if_memory_is_out(raised)
             raise capture_error(model, raised, entry) from raised
     graph = _as_graph(model, module, program.call_spec.out_spec, examples, axes, notes, questions)
     return dataclasses.replace(graph, decisions=tuple(sides.made))

@@ -113,6 +113,23 @@ def test_an_export_that_is_right_for_some_sizes_alone_is_refused(branch: str, tm
     assert not (tmp_path / "out").exists()
 
 
+class Exhausting(Branching):
+    """It lacks the memory for a text of more than eight tokens, or for any."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.branch == "always" or (x.shape[1] > 8 and not torch.compiler.is_exporting()):
+            torch.empty(1 << 58)
+        return self.layer(x) * 3 if x.shape[1] > 8 else self.layer(x)
+
+
+@pytest.mark.parametrize("branch", ["always", "where it is long"])
+def test_a_lack_of_memory_is_never_taken_for_a_refusal_of_the_model(branch: str, tmp_path: Path) -> None:
+    """Else the branch that could not be tried would count as one that no call reaches."""
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        export_onnx(Exhausting(branch).eval(), tmp_path / "out", inputs={"x": torch.zeros(2, 5, 4)})
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_that_is_allowed_to_be_fixed_says_for_which_sizes_it_is_right(tmp_path: Path) -> None:
     model = Branching("n > 8").eval()
     report = export_onnx(model, tmp_path / "out", inputs={"x": torch.zeros(2, 5, 4)}, allow_fixed=True)

@@ -13,7 +13,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.caches.cache import empty_cache, held, layers_in
 from peftfx.caches.held import kept_by
 from peftfx.caches.windows import noting_windows
-from peftfx.errors import PeftfxError, first_line
+from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.decode import Decode
 from peftfx.views.dry_run import fake_run
 
@@ -41,6 +41,7 @@ def decode_view(base: nn.Module) -> Decode:
             with noting_windows(base) as windows:
                 base(**given, cache=cache, use_cache=True)
         except Exception as error:
+            raise_if_memory_is_out(error)
             what = f"the model does not run with a plain key/value cache: {first_line(error)}"
             raise PeftfxError(what, type(base).__name__, "use the forward view") from error
         layers = layers_in(cache, windows) if held(cache) else ()
@@ -56,6 +57,7 @@ def _runs(base: nn.Module, given: Mapping[str, Tensor], cache: DynamicCache, pas
     mask = torch.cat([given["attention_mask"][:, :past], given["attention_mask"]], dim=1)
     try:
         base(**{**given, "attention_mask": mask}, cache=cache, use_cache=True)
-    except Exception:  # whatever the model's code raises where two sizes differ
+    except Exception as error:  # whatever the model's code raises where two sizes differ
+        raise_if_memory_is_out(error)
         return False
     return True

@@ -10,7 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.caches.cache import held, layers_in
-from peftfx.errors import PeftfxError, first_line
+from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.dry_run import fake_run
 from peftfx.views.encoder_decoder import TEXT_INPUT, EncoderDecoderLayers
 from peftfx.views.image_sizes import free_images
@@ -46,6 +46,7 @@ def find_layers(base: nn.Module) -> EncoderDecoderLayers:
             own, cross = layers_in(cache.self_attention_cache), layers_in(cache.cross_attention_cache)
             width = int(encoded.last_hidden_state.shape[-1])
         except Exception as error:
+            raise_if_memory_is_out(error)
             what = f"the model does not run with plain key/value caches: {first_line(error)}"
             raise PeftfxError(what, type(base).__name__, "use the forward view") from error
     if not own or len(own) != len(cross):

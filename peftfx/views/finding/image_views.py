@@ -16,7 +16,7 @@ from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.bases.processors.image_tokens import split_known
 from peftfx.bases.processors.pictures import chosen_size, pictures_vary
 from peftfx.bases.processors.token_types import makes_masks, reads_types
-from peftfx.errors import PeftfxError, first_line
+from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.graph.capturing.known_values import known_values
 from peftfx.graph.contexts import unchanged
 from peftfx.graph.slots import listed
@@ -109,6 +109,7 @@ def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> tuple[Any, tuple[F
                 output = base.base_model.get_image_features(**fed, **known, return_dict=True)  # type: ignore[union-attr, operator]
             joined_features(output)
         except Exception as error:
+            raise_if_memory_is_out(error)
             accepted = inspect.signature(base.base_model.get_image_features).parameters  # type: ignore[union-attr, arg-type]
             others = [n for n, p in accepted.items() if n not in given and "Tensor" in str(p.annotation)]
             why = f"it takes {listed(others, 3)} too, for which there is no example" if others else first_line(error)
