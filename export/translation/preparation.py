@@ -11,7 +11,7 @@ from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.optimization.cleanup import CASTS, Cleanup, source, writes
 from peftfx.passes.optimization.dead_code import sweep
-from peftfx.passes.optimization.slice_masks import slice_grid
+from peftfx.passes.optimization.gathers import slice_grid, slice_run
 from peftfx.passes.rewriting.site_op import filled
 
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ def prepare(graph: Graph) -> Graph:
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
             _make_contiguous(rewriter, node)
         elif not written:
-            slice_grid(rewriter, node)
+            slice_grid(rewriter, node) or slice_run(rewriter, node, result)
     sweep(rewriter)
     rewriter.close(result)
     return result

@@ -51,6 +51,7 @@ TASKS: Mapping[str, tuple[str, str | None]] = {
     "audio-classification": ("AUDIO_CLASSIFICATION", None),
     DIFFUSERS: ("", None),
 }
+_SOURCES = ("input_ids", "attention_mask", "input_features", "input_values")  #: the inputs of `generate`
 UNSEEN = ({"batch": 3, "sequence": 11, "decoder_sequence": 4}, {"batch": 1, "sequence": 6, "decoder_sequence": 3})
 BOUND = 1e-4  #: of the largest output
 
@@ -271,10 +272,10 @@ def _far(got: Tensor, want: Tensor, mask: Tensor | None) -> float:
 
 
 def _steps(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) -> float:
-    """How far the logits of generated tokens are from `peft`'s: a prompt, padded on the left, and what follows it."""
+    """How far the logits of generated tokens are from `peft`'s: of a prompt, padded on the left, or of a source."""
     got = peftfx.runtime.load(directory)
     inputs = example_inputs(model, sizes={"batch": 2, "sequence": 6}, seed=3)
-    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    inputs = {name: value for name, value in inputs.items() if name in _SOURCES}
     if "decoder_input_ids" not in example_inputs(model):
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["attention_mask"][1, :2] = 0

@@ -19,7 +19,7 @@ from every_model.checks import SEEING, TASKS, Result, check, model_types
 RESULTS = Path(__file__).with_name("results.csv")
 SECONDS = 120  #: of CPU time
 MEMORY = 8 << 30  #: of a check's address space beyond what the process has already
-_DECODED = ("text-generation", "text2text-generation", SEEING)
+_DECODED = ("text-generation", "text2text-generation", "speech-to-text", SEEING)
 
 Key = tuple[str, str, str]  #: task, view, model type
 

@@ -80,6 +80,23 @@ def test_a_gather_in_the_order_of_what_it_reads_becomes_slices() -> None:
             assert torch.equal(want, got)
 
 
+class Parts(nn.Module):
+    """Reads parts of an axis by lists of numbers: some that follow each other, and some that do not."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x[:, [-2]], x[:, [2, 3]], x[:, [-1, 0]], x[:, [-1, 5, 4]], x[[0, 1]]
+
+
+def test_a_gather_of_a_run_of_numbers_becomes_a_slice() -> None:
+    graph = peftfx.capture(Parts().eval(), {"x": torch.ones(3, 6, 2)}, axes={"x": ("batch", None, None)})
+    ready = prepare(graph)
+    assert [node.target for node in ready.nodes()].count(torch.ops.aten.index.Tensor) == 3
+    for batch in (2, 5):
+        given = torch.randn(batch, 6, 2)
+        for want, got in zip(graph.run(given), ready.run(given), strict=True):
+            assert torch.equal(want, got)
+
+
 class Writes(nn.Module):
     """Writes into what it gathered, and reads the mask after that."""
 

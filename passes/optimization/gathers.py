@@ -1,10 +1,11 @@
-"""Replace gathers that read all entries in order, as masks are read, by slices."""
+"""Replace gathers that read entries in order by slices: those of masks, and of the parts of a fused projection."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
+from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.rewriting.matching import operand, same_size
 
@@ -32,6 +33,29 @@ def slice_grid(rewriter: Rewriter, node: fx.Node) -> bool:
     for axis in (i for i in range(node.meta["val"].ndim) if i not in axes):
         taken = rewriter.before(node).call(aten.unsqueeze.default, taken, axis)
     rewriter.replace(node, taken)  # type: ignore[arg-type]
+    return True
+
+
+def slice_run(rewriter: Rewriter, node: fx.Node, graph: Graph) -> bool:
+    """Replace `x[:, :, [-2, -1]]`, with constant numbers that follow each other along one axis, by a slice of x.
+
+    The size of the axis is known: with a free size, numbers that count from the end would not say where they begin.
+    """
+    if node.target is not aten.index.Tensor:
+        return False
+    x, indices = node.args
+    chosen = [(axis, index) for axis, index in enumerate(indices) if index is not None]  # type: ignore[arg-type, var-annotated]
+    if len(chosen) != 1 or chosen[0][1].op != "get_attr":
+        return False
+    ((axis, index),) = chosen
+    size, numbers = x.meta["val"].shape[axis], graph.get(str(index.target))  # type: ignore[union-attr]
+    if not isinstance(size, int) or numbers.ndim != 1 or numbers.dtype is torch.bool or not len(numbers):
+        return False
+    first, *more = (int(number) + size * (number < 0) for number in numbers.tolist())
+    if more != list(range(first + 1, first + len(numbers))):
+        return False
+    taken = rewriter.before(node).call(aten.slice.Tensor, x, axis, first, first + len(numbers))
+    rewriter.replace(node, taken)
     return True
 
 
