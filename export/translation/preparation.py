@@ -9,8 +9,9 @@ from peftfx.export.translation.complex_pairs import pair_complex
 from peftfx.export.translation.numbers import compute_numbers
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
-from peftfx.passes.optimization.cleanup import CASTS, Cleanup, source, writes
+from peftfx.passes.optimization.cleanup import CASTS, Cleanup, source
 from peftfx.passes.optimization.dead_code import sweep
+from peftfx.passes.optimization.functional import make_functional
 from peftfx.passes.optimization.gathers import slice_grid, slice_run
 from peftfx.passes.rewriting.site_op import filled
 
@@ -36,7 +37,7 @@ def prepare(graph: Graph) -> Graph:
     rewriter = Rewriter(result.module.graph)
     pair_complex(rewriter)
     compute_numbers(rewriter, result)
-    written = any(writes(node) for node in result.nodes())  # with writes, a gather's copy matters, not only its value
+    written = bool(make_functional(result.module.graph))  # then a gather's copy matters, not only its value
     for node in list(result.nodes()):
         if node.target is _SDPA and _rank(node) == 3:
             _widen(rewriter, node)

@@ -17,13 +17,14 @@ import torch
 from torch import fx
 from torch.fx.experimental import _config
 
-from peftfx.export.translation.decompositions import Uncovered, lowered_program, make_functional
+from peftfx.export.translation.decompositions import Uncovered, lowered_program
 from peftfx.export.translation.preparation import prepare
 from peftfx.export.translation.program import Translation, flatten_outputs, run_exporter, symbol_axes, weights_of
 from peftfx.export.translation.scopes import put_scope, scoped
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
+from peftfx.passes.optimization.functional import make_functional
 from peftfx.passes.optimization.fuse import OPSET, Fuse
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -46,7 +47,8 @@ def translate(graph: Graph, opset: int | None, *, fused: bool = False) -> Transl
         found = Fuse()(ready)
         ready, opset = found.graph, opset or (OPSET if found.changed else None)
     outputs = flatten_outputs(ready)
-    make_functional(ready.module.graph)
+    for write in make_functional(ready.module.graph):
+        raise Uncovered(f"a write into a tensor that others see ({write.target})")
     weights = weights_of(ready)
     units = list(_units(ready.module.graph, weights))
     kinds = {unit.key: unit for unit in reversed(units)}

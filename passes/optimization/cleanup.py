@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.base import Pass, PassResult
 from peftfx.passes.optimization.dead_code import sweep
+from peftfx.passes.optimization.functional import make_functional
 from peftfx.passes.rewriting.matching import have_one_shape, takes_all
 
 aten = torch.ops.aten
@@ -24,7 +24,7 @@ _SAME = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lif
 
 @dataclass(frozen=True)
 class Cleanup(Pass):
-    """Drop operators that have no effect in inference.
+    """Drop operators that have no effect in inference. Writes to fresh tensors become operators that return the result.
 
     Do not use it under autocast: there, a cast to the dtype that a value had at capture may have an effect.
     """
@@ -36,9 +36,9 @@ class Cleanup(Pass):
         result = graph.clone()
         rewriter = Rewriter(result.module.graph)
         before = len(result.module.graph.nodes)
-        written = any(writes(node) for node in result.nodes())  # with writes, a copy matters, not only its value
+        stay = [node for node in make_functional(result.module.graph) if node.target not in _SAME]
         for node in list(result.nodes()):
-            if _does_nothing(node) or (_is_neutral(node) and not written):
+            if _does_nothing(node) or (_is_neutral(node) and not stay):  # with writes, a copy is not its source
                 rewriter.replace(node, source(node))
                 rewriter.erase(node)
         sweep(rewriter)
@@ -63,11 +63,6 @@ def _does_nothing(node: fx.Node) -> bool:
     if node.target in _VIEWS:
         return have_one_shape(node, source(node))
     return node.target in _SAME
-
-
-def writes(node: fx.Node) -> bool:
-    """Say whether a node changes one of its operands in place."""
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable and node.target not in _SAME
 
 
 def _is_neutral(node: fx.Node) -> bool:
