@@ -37,7 +37,7 @@ def prepare(graph: Graph) -> Graph:
     rewriter = Rewriter(result.module.graph)
     pair_complex(rewriter)
     compute_numbers(rewriter, result)
-    written = bool(make_functional(result.module.graph))  # then a gather's copy matters, not only its value
+    written = bool(make_functional(rewriter))  # then a gather's copy matters, not only its value
     for node in list(result.nodes()):
         if node.target is _SDPA and _rank(node) == 3:
             _widen(rewriter, node)

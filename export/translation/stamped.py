@@ -47,7 +47,7 @@ def translate(graph: Graph, opset: int | None, *, fused: bool = False) -> Transl
         found = Fuse()(ready)
         ready, opset = found.graph, opset or (OPSET if found.changed else None)
     outputs = flatten_outputs(ready)
-    for write in make_functional(ready.module.graph):
+    for write in make_functional(Rewriter(ready.module.graph)):
         raise Uncovered(f"a write into a tensor that others see ({write.target})")
     weights = weights_of(ready)
     units = list(_units(ready.module.graph, weights))

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 CASTS = {aten.to.dtype: 3, aten.to.device: 4, aten.to.dtype_layout: 6, aten.to.other: 3}
 #: Always views, so a result of the same shape is the same value. A squeeze of an axis that is not of size 1 is one too.
 _VIEWS = {aten.expand.default, aten.view.default, aten.squeeze.dim, aten.squeeze.dims}
-_SAME = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}
+_SAME = {aten.alias.default, aten.detach.default, aten.detach_.default}
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Cleanup(Pass):
         result = graph.clone()
         rewriter = Rewriter(result.module.graph)
         before = len(result.module.graph.nodes)
-        stay = [node for node in make_functional(result.module.graph) if node.target not in _SAME]
+        stay = [node for node in make_functional(rewriter) if node.target not in _SAME]
         for node in list(result.nodes()):
-            if _does_nothing(node) or (_is_neutral(node) and not stay):  # with writes, a copy is not its source
+            if _does_nothing(node) or (_copies(node) and not stay):  # with writes, a copy is not its source
                 rewriter.replace(node, source(node))
                 rewriter.erase(node)
         sweep(rewriter)
@@ -63,6 +63,10 @@ def _does_nothing(node: fx.Node) -> bool:
     if node.target in _VIEWS:
         return have_one_shape(node, source(node))
     return node.target in _SAME
+
+
+def _copies(node: fx.Node) -> bool:
+    return node.target is aten.lift_fresh_copy.default or _is_neutral(node)
 
 
 def _is_neutral(node: fx.Node) -> bool:

@@ -2,40 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from peftfx.graph.rewriter import Cursor, Rewriter
+from peftfx.passes.rewriting.matching import have_one_shape
 
-def make_functional(graph: fx.Graph) -> list[fx.Node]:
+aten = torch.ops.aten
+#: How a changed part is put back into what it is a part of. The further arguments are those of the view.
+_PUT_BACK = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+
+
+def make_functional(rewriter: Rewriter) -> list[fx.Node]:
     """Replace writes to new tensors. Return the writes that stay: another name of their memory is read later.
 
-    `y += x` becomes `y + x`: the next readers of `y` read the sum. With a write left in a graph, a copy is not the same
-    as its source, and fewer operators can be dropped.
+    `y += x` becomes `y + x`: the next readers of `y` read the sum. A write to a part, `y[:, 0] = x`, puts the part back
+    into `y`. With a write left in a graph, a copy is not the same as its source, and fewer operators can be dropped.
     """
-    stay = []
-    for node in [n for n in graph.nodes if isinstance(n.target, OpOverload) and n.target._schema.is_mutable]:
-        before, functional = node.args[0] if node.args else None, _functional_form(node.target)
-        if functional is None or not isinstance(before, fx.Node) or not _is_local(node, before):
-            stay.append(node)
-            continue
-        node.target = functional
-        before.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)  # type: ignore[misc]
-    return stay
+    return [node for node in list(rewriter.graph.nodes) if _writes(node) and not _replaced(rewriter, node)]
 
 
-def _is_local(write: fx.Node, target: fx.Node) -> bool:
-    """Say whether a write changes `target` alone, which no input is, and no other name of that memory is read later."""
-    if "out" in write.kwargs:
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _replaced(rewriter: Rewriter, write: fx.Node) -> bool:
+    """Replace a write and return True; or return False if something that cannot be told of it may read the memory."""
+    target = write.args[0] if write.args else None
+    form = _functional_form(write.target)
+    if form is None or not isinstance(target, fx.Node) or not _changes_one(write):
         return False
+    names = {name for name in _names_of_memory(target) if name < write}  # later names are of the result
+    if not all(name.op == "call_function" and isinstance(name.target, OpOverload) for name in names):
+        return False  # an input, or the model's own tensor
+    parts = list(_parts(target))
+    later = {name for name in names if any(user > write for user in name.users)}
+    known = [target, *(_source(part) for part in parts)]
+    if not later <= set(known):
+        return False
+    at = rewriter.before(write)
+    new = _copied(at, *write.args[:2]) if form is aten.copy.default else at.call(form, *write.args, **write.kwargs)  # type: ignore[arg-type]
+    rewriter.replace(write, new)
+    _read_later(rewriter, target, new, write)
+    for part in parts[: max((known.index(name) for name in later), default=0)]:
+        whole = _source(part)
+        new = at.call(_PUT_BACK[part.target], whole, new, *part.args[1:])  # type: ignore[index]
+        _read_later(rewriter, whole, new, write)
+    rewriter.erase(write)
+    return True
+
+
+def _changes_one(write: fx.Node) -> bool:
+    """Say whether a write changes its first operand alone, whose dtype the functional form returns too."""
     assert isinstance(write.target, OpOverload)
     changed = [a for a in write.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     dtypes = {n.meta["val"].dtype for n in write.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)}
     floating = {dtype for dtype in dtypes if dtype.is_floating_point}
-    others = {name for name in _names_of_memory(target) - {target} if name < write}  # later names are of the result
-    seen_later = any(user > write for name in others for user in name.users)
-    owned = all(n.op == "call_function" and isinstance(n.target, OpOverload) for n in {target, *others})
-    return len(changed) == 1 and len(floating) <= 1 and owned and not seen_later
+    return (
+        len(changed) == 1 and "out" not in write.kwargs and (len(floating) <= 1 or write.target is aten.copy_.default)
+    )
+
+
+def _parts(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the views through which a value is a part of another: itself, what it is a part of, and so on."""
+    while node.target in _PUT_BACK and not node.kwargs:
+        yield node
+        node = _source(node)
+
+
+def _source(view: fx.Node) -> fx.Node:
+    source = view.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _copied(at: Cursor, target: fx.Node, value: fx.Node) -> fx.Node:
+    """Return what `target.copy_(value)` leaves in the target, as a new tensor: the value may be written later."""
+    wide = value if have_one_shape(value, target) else at.call(aten.expand_as.default, value, target)
+    dtype = target.meta["val"].dtype
+    same = value.meta["val"].dtype == dtype
+    return at.call(aten.clone.default, wide) if same else at.call(aten._to_copy.default, wide, dtype=dtype)
+
+
+def _read_later(rewriter: Rewriter, old: fx.Node, new: fx.Node, write: fx.Node) -> None:
+    rewriter.replace(old, new, [user for user in old.users if user > write])
 
 
 def _names_of_memory(node: fx.Node) -> set[fx.Node]:
@@ -64,7 +117,7 @@ def _is_view(node: fx.Node) -> bool:
     return aliases or (composite and node.target not in _FRESH)
 
 
-_FRESH = {torch.ops.aten.linear.default, torch.ops.aten.matmul.default, torch.ops.aten.conv2d.default}
+_FRESH = {aten.linear.default, aten.matmul.default, aten.conv2d.default}
 
 
 def _functional_form(target: object) -> OpOverload | None:

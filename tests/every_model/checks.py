@@ -141,6 +141,8 @@ def check(task: str, model_type: str, view: str) -> Result:
                 return _seen(want, got, directory / "out")
             got.export(directory / "out", view=view)
             far = (_steps if view == "decode" else _calls)(want, directory / "out", got.base, build(task, model_type))
+        except NotBuilt as error:
+            return Result("not built", str(error))
         except VerificationError as error:
             return Result("differs", _line(error))
         except peftfx.PeftfxError as error:
@@ -289,10 +291,12 @@ def _generated(want: nn.Module, got: Any, cases: list[dict[str, Tensor]]) -> flo
     worst = 0.0
     for case in cases:
         case = {name: value for name, value in case.items() if name != "decoder_input_ids"}
-        results = [
-            m.generate(**case, **options, return_dict_in_generate=True, logits_processor=forced) for m in (want, got)
-        ]
-        expected, found = (torch.stack(list(result.logits), 1) for result in results)
+        how = {**case, **options, "return_dict_in_generate": True, "logits_processor": forced}
+        try:
+            by_peft = want.generate(**how)
+        except Exception as error:
+            raise NotBuilt(f"its generate: {_line(error)}") from error
+        expected, found = (torch.stack(list(result.logits), 1) for result in (by_peft, got.generate(**how)))
         worst = max(worst, _far(found, expected, None))
     return worst
 

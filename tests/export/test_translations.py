@@ -92,6 +92,38 @@ def rows(count: int) -> dict[str, Tensor]:
 SMALL = ("expm1", "log1p", "in place", "log_sigmoid")
 
 
+class Parts(nn.Module):
+    """Writes sines and cosines into the columns of a new table, as for positions, and numbers into rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.arange(x.shape[1])[:, None] / 3
+        table = torch.zeros(x.shape[1], 6)
+        table[:, 0::2] = torch.sin(rows * torch.arange(3))
+        table[:, 1::2] = torch.cos(rows * torch.arange(3))
+        y = self.layer(x) + table
+        y[:, 0] = 0.0
+        y[:, 1:, 2] = y[:, 1:, 3] * 2
+        y[:, -1].add_(1.0)
+        y += x
+        return y
+
+
+@torch.no_grad()
+def test_writes_into_parts_of_new_tensors_take_the_fast_road(tmp_path: Path) -> None:
+    example = {"x": torch.randn(2, 4, 6)}
+    ours = peftfx.transform(Parts().eval(), LoRA(r=2, target="/.*/", init_lora_weights=False), inputs=example)
+    assert ours.export(tmp_path / "out").engine == "fast"
+    served = peftfx.runtime.load(tmp_path / "out")
+    for batch, length in ((2, 4), (1, 2), (3, 9)):
+        x = torch.randn(batch, length, 6)
+        torch.testing.assert_close(served(x=x)["output"], ours(x=x))
+
+
 class Ends(nn.Module):
     """The functions of an input as it is, and a layer to adapt."""
 
