@@ -34,6 +34,7 @@ from peftfx.bases.processors.pictures import pictures_of, pictures_vary
 from peftfx.errors import PeftfxWarning
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.graph.graph import path_name
+from peftfx.views.finding.image_views import reads_images
 
 SEEING = "image-text-to-text"
 PICTURE = (64, 64)  #: the size of pictures in decode views
@@ -159,7 +160,7 @@ def _result(far: float) -> Result:
 def _seen(want: nn.Module, got: peftfx.AdaptedModel, directory: Path) -> Result:
     """The result of a decode view with images; of a chosen size, where a picture's size decides what it is made of."""
     takes = set(inspect.signature(got.base.forward).parameters)
-    size = PICTURE if pictures_vary(got.base, takes) else None
+    size = PICTURE if reads_images(got.base) and pictures_vary(got.base, takes) else None
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", PeftfxWarning)
         got.export(directory, view="decode", **({} if size is None else {"image_size": size}))

@@ -7,6 +7,7 @@ from typing import Any
 
 _TURNED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _ROPE = {"rope_parameters": _TURNED}
+_HALF = {"rope_parameters": {**_TURNED, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}
 _GRID = {"depth": 2, "out_hidden_size": 32, "spatial_merge_size": 2, "temporal_patch_size": 2}
 _TILES = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}
 _SQUARE = {"image_size": [32, 32], "patch_size": [8, 8]}
@@ -53,8 +54,8 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "qianfan_ocr_vision": _SQUARE,
     "glm4v_text": _ROPE,
     "glm46v_text": _ROPE,
-    "glm4v_moe_text": _ROPE,
-    "glm_ocr_text": _ROPE,
+    "glm4v_moe_text": _HALF,
+    "glm_ocr_text": _HALF,
     "glm4v_vision": _GRID,
     "glm46v_vision": _GRID,
     "glm4v_moe_vision": _GRID,

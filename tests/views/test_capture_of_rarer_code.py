@@ -201,3 +201,15 @@ def test_a_dry_run_takes_for_true_what_code_asserts_of_values() -> None:
     model, lengths = Checked(branches=False).eval(), torch.tensor([5, 3])
     with fake_run(model) as fake:
         assert model(fake(torch.randn(2, 5, 4)), fake(lengths)).shape == (2, 5, 4)
+
+
+class EachRow(nn.Module):
+    """Code that loops over the rows of a batch, which fixes their number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([2 * row for row in x])
+
+
+def test_the_models_own_line_is_named_where_a_loop_fixes_a_size() -> None:
+    graph = peftfx.capture(EachRow(), {"x": torch.ones(2, 3)}, axes={"x": ("batch", None)})
+    assert graph.fixed["batch"].startswith(f"{Path(__file__).name}:")

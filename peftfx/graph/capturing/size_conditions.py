@@ -28,6 +28,7 @@ from peftfx.graph.conditions import Condition, unmet
 _READ = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
 _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parents[2])
+_CAPTURING = str(Path(__file__).parent)  #: functions that stand in for torch's during a capture
 _NN = str(Path(torch.nn.__file__).parent)
 #: Files in which torch asks on behalf of a caller, whose frame is further out.
 _BEARERS = tuple(
@@ -142,7 +143,7 @@ def asker(frame: FrameType | None) -> tuple[str, bool]:
         frame = frame.f_back
     first = "" if frame is None else frame.f_code.co_filename
     code = not first.startswith(_TORCH) or first.startswith(_NN)
-    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+    while frame is not None and frame.f_code.co_filename.startswith((_TORCH, _CAPTURING)):
         frame = frame.f_back
     return ("" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"), code
 
