@@ -169,15 +169,18 @@ def _assign_latents(analysis: Analysis, projections: Mapping[int, WeightFacts]) 
     """Assign roles to layers that compute a latent from which queries, or keys and values, are projected.
 
     A latent is narrower than the layer's input, and no other attention reads it. The same layer may also compute a
-    second part for the keys, which is rotated.
+    second part for the keys, which is rotated. The latent of queries may also be read by layers of no role, such as
+    those of an indexer, which chooses the tokens that an attention reads.
     """
-    for down in analysis.weights.values():
+    for down in reversed(analysis.weights.values()):  # so that the latents of an attention come before its input
         first = down.occurrences[0]
         if first.kind != "linear" or len(down.occurrences) != 1 or not _narrows(first):
             continue
         readers = {id(analysis.owner[reader.op]): analysis.owner[reader.op] for reader, _ in analysis.readers[first.op]}
         roles = {reader.role for key, reader in readers.items() if key in projections}
-        if len(readers) == 1 and len(roles) == 1 and id(down) not in readers:
+        beside = [reader.role for key, reader in readers.items() if key not in projections]
+        indexed = roles == {"attention.query"} and not any(beside)
+        if (not beside or indexed) and len(readers) - len(beside) == 1 and len(roles) == 1 and id(down) not in readers:
             (role,) = roles
             down.role, down.parts = _LATENT.get(role, down.role), () if role in _LATENT else down.parts
 

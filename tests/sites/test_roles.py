@@ -92,6 +92,23 @@ class Joined(Attend):
         return self.o(nn.functional.scaled_dot_product_attention(query, key, value))
 
 
+class Indexed(Attend):
+    """Queries from a latent that chooses tokens too, and keys and values from another latent of the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.q_down, self.kv_down = nn.Linear(8, 6), nn.Linear(6, 4), nn.Linear(6, 3)
+        self.q, self.kv, self.chosen = nn.Linear(4, 8), nn.Linear(3, 16), nn.Linear(4, 5)
+
+    def attend(self, x: Tensor) -> Tensor:
+        x = self.narrow(x)
+        few = self.q_down(x)
+        key, value = self.kv(self.kv_down(x)).split(8, -1)
+        best = self.chosen(few).topk(3, -1).indices
+        mask = torch.zeros(x.shape[0], x.shape[1], 5).scatter(-1, best, 1.0).bool()
+        return self.o(nn.functional.scaled_dot_product_attention(self.q(few), key, value, attn_mask=mask))
+
+
 class Convolved(nn.Module):
     """Two convolutions of size 1 over tokens, with one of each channel between them or none."""
 
@@ -165,6 +182,12 @@ def test_of_joined_and_split_layers_each_has_the_role_that_its_rows_reach() -> N
     roles = roles_of(Joined())
     assert (roles["q"], roles["k"]) == ("attention.query attention.query=0:8", "attention.key")
     assert (roles["v"], roles["o"]) == ("attention.value", "attention.output")
+
+
+def test_a_latent_of_queries_may_choose_tokens_too_and_the_input_of_latents_is_none() -> None:
+    roles = roles_of(Indexed())
+    assert (roles["q_down"], roles["kv_down"]) == ("attention.query_down", "attention.kv_down")
+    assert (roles["narrow"], roles["q"]) == ("linear", "attention.query")
 
 
 def test_convolutions_of_size_1_are_an_mlp_if_nothing_between_them_mixes_tokens() -> None:
