@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from peftfx.graph.capturing.mask_loops import over_masks
 from peftfx.graph.capturing.module_casts import casting_in_graph
+from peftfx.graph.capturing.recurrences import recurrences
 from peftfx.graph.capturing.size_conditions import noted
-from peftfx.graph.contexts import evaluating, fake_mode_of, quietly, unchanged
+from peftfx.graph.contexts import TRACING, evaluating, fake_mode_of, quietly, unchanged
 from peftfx.graph.lazy_weights import faked
 from peftfx.views.view import without_cache
 
@@ -32,6 +33,8 @@ def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         faked(base),
         evaluating(base),
         without_cache(base),
+        TRACING,
+        recurrences(base),  # a loop over the tokens is one operator, as in captures
         _batched_experts(base),
         casting_in_graph(),
         over_masks(),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.export import OnnxModel
+from peftfx.graph.capturing import recurrences as kernels
 from peftfx.graph.capturing.recurrence_operator import recurrence
 from peftfx.graph.capturing.recurrences import _channel_scan, _chunk_scan, _delta_rule, _selective_scan, recurrences
 from peftfx.views.capture import capture
@@ -136,6 +137,19 @@ def test_a_scan_of_channels_is_the_one_in_a_loop(tokens: int, behind: bool) -> N
     }
     for got, want in zip(_channel_scan(nn.Module(), **given), unit._rnn_scan(None, **given), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_a_dry_run_takes_one_operator_for_a_loop_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = build("qwen3_next"), []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return _delta_rule(*args, **options)
+
+    monkeypatch.setattr(kernels, "_KERNELS", {"chunk_gated_delta_rule": spy})
+    names = [kept.name for kept in decode_view(model).layers[0].kept]
+    assert names == ["conv_state", "recurrent_state"]
+    assert len(calls) == 1
 
 
 def test_its_gradients_are_those_of_its_steps() -> None:
