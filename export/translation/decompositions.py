@@ -7,9 +7,11 @@ need it, one at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import fx, nn
+from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
@@ -137,7 +139,9 @@ def _decompose(graph: fx.Graph, node: fx.Node, table: Table) -> None:
         args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(x, fx.Node) else x for x in leaves], spec)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    traced = make_fx(call, decomposition_table=dict(table))(*(source.meta["val"] for source in sources))
+    values = [source.meta["val"] for source in sources]
+    with detect_fake_mode(values) or nullcontext():  # in which tensors that a decomposition makes are fake too
+        traced = make_fx(call, decomposition_table=dict(table))(*values)
     result = Rewriter(graph).before(node).splice(traced, sources)
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(result)

@@ -133,7 +133,7 @@ def _captured(wrapper: _Flat, tensors: Mapping[str, torch.Tensor], axes: Axes, s
         except Exception as error:
             raised = error.__cause__ if isinstance(error, _Raised) and error.__cause__ else error
             raise_if_memory_is_out(raised)
-            raise capture_error(model, raised, entry) from raised
+            raise capture_error(model, raised, entry, wrapper.call) from raised
     graph = _as_graph(model, module, program.call_spec.out_spec, examples, axes, notes, questions)
     return dataclasses.replace(graph, decisions=tuple(sides.made))
 

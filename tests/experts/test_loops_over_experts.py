@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import peftfx
 from peftfx import PeftfxError
+from peftfx.export.metadata import ENGINE
 
 WIDTH, EXPERTS = 8, 4
 
@@ -114,6 +115,7 @@ def test_a_lora_of_peft_on_router_and_experts_is_exported(tmp_path: Path) -> Non
     ours = peftfx.load(Mixture().eval(), tmp_path / "adapter", inputs=inputs)
     ours.export(tmp_path / "out", inputs=inputs)
     session = ort.InferenceSession(tmp_path / "out" / "model.onnx")
+    assert session.get_modelmeta().custom_metadata_map[ENGINE] == "fast"
     for tokens in (1, 6):
         x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(tokens))
         want = wanted(x)

@@ -11,7 +11,7 @@ import transformers as hf
 
 import peftfx
 from peftfx.errors import PeftfxError
-from peftfx.views.decode import decode_view
+from peftfx.views.finding.decode_view import decode_view
 
 SIZE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
 

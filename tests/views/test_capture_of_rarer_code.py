@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,3 +215,39 @@ class EachRow(nn.Module):
 def test_the_models_own_line_is_named_where_a_loop_fixes_a_size() -> None:
     graph = peftfx.capture(EachRow(), {"x": torch.ones(2, 3)}, axes={"x": ("batch", None)})
     assert graph.fixed["batch"].startswith(f"{Path(__file__).name}:")
+
+
+class Runs(nn.Module):
+    """It calls a function of a file that pytest, which gives assertions messages, does not rewrite."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.run = runpy.run_path(str(file))["run"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.run(x)
+        return made
+
+
+def test_what_code_asserts_without_a_message_is_quoted(tmp_path: Path) -> None:
+    (tmp_path / "square.py").write_text("def run(x):\n    assert x.shape[0] == x.shape[1]\n    return x * 2\n")
+    with pytest.raises(peftfx.PeftfxError, match=r"its code asserts `x.shape\[0\] == x.shape\[1\]`, at square.py:2"):
+        peftfx.capture(Runs(tmp_path / "square.py"), {"x": torch.ones(2, 3)})
+
+
+class OneByOne(hf.LlamaForCausalLM):
+    """Its code takes a text at once, and behind it one token at a time."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, **kwargs: Any) -> Any:
+        assert cache is None or not cache.get_seq_length() or input_ids.shape[1] == 1, "one at a time"
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, cache=cache, **kwargs)
+
+
+def test_code_that_goes_on_by_one_token_at_a_time_is_refused_with_the_reason() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = OneByOne(hf.LlamaConfig(**sizes, intermediate_size=32)).eval()
+    view = decode_view(model)
+    with pytest.raises(
+        peftfx.PeftfxError, match=r"goes on with a text by one token at a time.*AssertionError, at test_"
+    ):
+        peftfx.capture(model, view.inputs(model), axes=view.axes, call=view)

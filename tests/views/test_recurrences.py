@@ -109,6 +109,22 @@ def test_a_scan_in_chunks_has_no_limits_for_one_token_that_goes_on(tokens: int, 
     torch.testing.assert_close(left, kept, atol=1e-5, rtol=1e-5)
 
 
+def test_scans_of_single_heads_go_on_from_the_states_of_their_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zamba's code reads the states of all heads from its cache, and then scans the heads one after the other."""
+    monkeypatch.setattr(kernels._READ, "listening", True)
+    states, decay = draw(2, 3, 5, 4), -draw(5, 4).abs()  # of two rows and three heads
+    kernels.note_state(states)
+    for head in range(3):
+        x, dt, key, query = (draw(2, n, 1, seed=head + i) for i, n in enumerate((5, 5, 4, 4)))
+        got, left = _selective_scan(x, dt.abs(), decay, key, query, return_last_state=True)
+        kept = states[:, head].clone()
+        one = (x[..., 0], dt[..., 0].abs(), decay, key[..., 0], query[..., 0])
+        want = own("zamba", "mamba_selective_state_update")(kept, *one)
+        torch.testing.assert_close(got[..., 0], want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(left, kept, atol=1e-5, rtol=1e-5)
+    assert kernels._READ.state is None
+
+
 def test_a_state_that_code_reads_and_does_not_pass_on_is_gone_on_from() -> None:
     """Mamba's code goes on from its state with one token, and from nothing with several; its mask is of these alone."""
     model = build("mamba")

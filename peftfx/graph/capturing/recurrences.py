@@ -76,7 +76,7 @@ def _selective_scan(
     key, query = (x.transpose(1, 2)[:, :, None].float() for x in (B, C))
     value = (dt * hidden_states.transpose(1, 2)).float()[..., None]
     decay = torch.exp(A * dt[..., None]).float()
-    read_before, tokens = _take_state(), hidden_states.shape[-1]
+    tokens, read_before = hidden_states.shape[-1], _take_state((hidden_states.shape[1], key.shape[-1]))
     if read_before is None:
         state = value.new_zeros(value.shape[0], value.shape[2], key.shape[-1], 1)
     else:  # which the code goes on from with a single token alone
@@ -141,6 +141,7 @@ class _Read(threading.local):
 
     listening = False
     state: Tensor | None = None
+    taken = 0  #: how many heads' states have been taken
 
 
 _READ = _Read()
@@ -148,13 +149,22 @@ _READ = _Read()
 
 def note_state(state: Tensor | None) -> None:
     """Record a recurrent state that a model's code reads, for kernels that do not take the state as an argument."""
-    _READ.state = state if _READ.listening else None
+    _READ.state, _READ.taken = (state if _READ.listening else None), 0
 
 
-def _take_state() -> Tensor | None:
-    """Return the state that was recorded last, and drop the record."""
-    state, _READ.state = _READ.state, None
-    return state
+def _take_state(shape: tuple[int, int]) -> Tensor | None:
+    """Return the state of each row, in this shape, that was recorded last, and drop the record.
+
+    If it is of several heads, [batch, heads, *shape], the code scans head by head: each scan takes the next head's.
+    """
+    state, place = _READ.state, _READ.taken
+    if state is None or state.ndim != 4 or tuple(state.shape[2:]) != shape:
+        _READ.state = None
+        return state
+    _READ.taken += 1
+    if _READ.taken == state.shape[1]:
+        _READ.state = None
+    return state[:, place]
 
 
 #: Replacements that also get the original kernel of the model's code, as their first argument.

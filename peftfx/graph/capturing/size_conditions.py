@@ -172,13 +172,24 @@ def _fixes(holds: sympy.Basic, symbol: sympy.Basic, size: int) -> bool:
 
 def line_of(error: BaseException) -> str:
     """Return the innermost line of the model's code that an error came through, such as `file.py:12`, or nothing."""
-    found, step = "", error.__traceback__
+    name, line = _place_of(error)
+    return f"{Path(name).name}:{line}" if name else ""
+
+
+def asserted_by(error: AssertionError) -> str:
+    """Return what the innermost line of the model's code asserts, or nothing if that line is no assertion."""
+    text = linecache.getline(*_place_of(error)).strip()
+    return text.removeprefix("assert ") if text.startswith("assert ") else ""
+
+
+def _place_of(error: BaseException) -> tuple[str, int]:
+    name, line, step = "", 0, error.__traceback__
     while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if not name.startswith((_TORCH, _OWN)):
-            found = f"{Path(name).name}:{step.tb_lineno}"
+        file = step.tb_frame.f_code.co_filename
+        if not file.startswith((_TORCH, _OWN)):
+            name, line = file, step.tb_lineno
         step = step.tb_next
-    return found
+    return name, line
 
 
 def conditions_of(notes: Sequence[Note], axes: Mapping[str, str | int]) -> tuple[Condition, ...]:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from peftfx.errors import PeftfxError, first_line
-from peftfx.graph.capturing.size_conditions import line_of
-from peftfx.views.entry import Entry
+from peftfx.graph.capturing.size_conditions import asserted_by, line_of
+from peftfx.graph.contexts import unchanged
+from peftfx.views.entry import Entry, EntryCall
 
 
-def capture_error(model: nn.Module, error: BaseException, entry: Entry | None) -> PeftfxError:
+def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, call: EntryCall) -> PeftfxError:
     """Return the error for a model whose code raised an error in a capture, perhaps under a soft prompt."""
+    if _goes_on_by_one(model, call):
+        what = "its code goes on with a text by one token at a time, and a decode view takes prompts at once, too"
+        raised = f"{type(error).__name__}, at {line_of(error)}"
+        return PeftfxError(
+            f"cannot capture this model: {what} ({raised})", type(model).__name__, "use the forward view"
+        )
     why, hint, line = first_line(error), "see `__cause__` for torch.export's own report", line_of(error)
     # A set or a dict of sizes, or of numbers in a tensor, cannot be made.
     hashed = isinstance(error, TypeError) and "SymInt" in str(error)
@@ -22,6 +30,8 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None) -
             hint = "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"
     elif str(error).strip():
         line = ""  # the message says it
+    elif isinstance(error, AssertionError) and (asserted := asserted_by(error)):
+        why = f"its code asserts `{asserted}`"
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
     return PeftfxError(f"{what}: {why}{', at ' if line else ''}{line}", type(model).__name__, hint)
 
@@ -29,3 +39,20 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None) -
 def _loops_over_experts(model: nn.Module) -> bool:
     chosen = getattr(getattr(model, "config", None), "_experts_implementation", None)
     return chosen == "eager" and isinstance(model, PreTrainedModel) and bool(model._can_set_experts_implementation())
+
+
+def _goes_on_by_one(model: nn.Module, call: EntryCall) -> bool:
+    """Return whether a view with a past runs with one new token and not with two."""
+    inputs = getattr(call, "inputs", None)
+    if inputs is None or "past" not in {axis for axes in getattr(call, "axes", {}).values() for axis in axes}:
+        return False
+
+    def runs(tokens: int) -> bool:
+        try:
+            with torch.no_grad(), unchanged(model):
+                call(model, inputs(model, sizes={"batch": 1, "sequence": tokens, "past": 3}))
+        except Exception:  # a model's code raises various errors for a size that it does not take
+            return False
+        return True
+
+    return runs(1) and not runs(2)
