@@ -24,11 +24,11 @@ from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.graph.capturing.axis_symbols import place_of, symbols_of, tied
 from peftfx.graph.capturing.empty_sizes import Question, asked_if_empty, filled_of
+from peftfx.graph.capturing.free_sizes import count_from_start, repeated_lists, size_arithmetic
 from peftfx.graph.capturing.mask_loops import over_masks
 from peftfx.graph.capturing.masks import broadcast_masks
 from peftfx.graph.capturing.module_casts import casting_in_graph
 from peftfx.graph.capturing.recurrences import recurrences
-from peftfx.graph.capturing.repeated_lists import repeated_lists
 from peftfx.graph.capturing.sides import Sides
 from peftfx.graph.capturing.size_conditions import Note, conditions_of, fixed_by, noted
 from peftfx.graph.capturing.stamping import stamped
@@ -120,6 +120,7 @@ def _captured(wrapper: _Flat, tensors: Mapping[str, torch.Tensor], axes: Axes, s
                 repeated_lists(),
                 casting_in_graph(),
                 over_masks(),
+                size_arithmetic(),
                 loops,
                 stamped(model, own_modules) if stamp else nullcontext(),
             ):
@@ -241,6 +242,7 @@ def _as_graph(
     )
     read_apart(graph)
     concatenate_filled(graph)
+    count_from_start(graph)
     constants = nn.Module()
     module.add_module(CONSTANTS, constants)  # fx's own checks look there
     for node in list(graph.nodes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,7 +39,7 @@ def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         _batched_experts(base),
         casting_in_graph(),
         over_masks(),
-        noted(),  # where the code asserts something of such a number, it is taken as true
+        noted(_unset),  # where the code asserts something of such a number, it is taken as true
         torch.no_grad(),
         mode,
     ):
@@ -57,3 +58,9 @@ def _batched_experts(base: nn.Module) -> Iterator[None]:
         yield
     finally:
         base.set_experts_implementation(before)
+
+
+def _unset(expr: sympy.Basic, where: str) -> sympy.Basic | None:
+    """Take a boolean that is not known for false: what a cache keeps of a token is the same on both sides."""
+    symbols = list(expr.free_symbols)
+    return expr.xreplace({symbols[0]: sympy.Integer(0)}) if expr == sympy.Eq(symbols[0], 1) else None

@@ -43,6 +43,24 @@ class Mixture(nn.Module):
         return result
 
 
+class Skips(Mixture):
+    """A turn without tokens ends early; one may do something more before."""
+
+    idle = False
+
+    def mixed(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        result, mask = torch.zeros_like(x), chosen.permute(1, 0)
+        for expert in torch.greater(mask.sum(dim=-1), 0).nonzero(as_tuple=False):
+            number = int(expert.item())
+            (token,) = torch.where(mask[number])
+            if self.idle and token.numel() == 0:
+                result = result + 1
+            if token.numel() == 0:
+                continue
+            result.index_add_(0, token, self.experts[f"expert_{number}"](x[token]))
+        return result
+
+
 class AddsWithoutTokens(Mixture):
     """A turn of the loop adds to all tokens."""
 
@@ -97,6 +115,17 @@ def test_a_capture_runs_each_expert_on_its_tokens(dtype: torch.dtype) -> None:
 def test_a_loop_whose_turns_do_more_is_refused(kind: type[Mixture]) -> None:
     with pytest.raises(PeftfxError, match="its code loops over the places where a mask is true"):
         peftfx.capture(kind().eval(), {"x": torch.ones(5, WIDTH)}, axes=AXES)
+
+
+def test_a_turn_without_tokens_may_be_skipped() -> None:
+    model = Skips().eval()
+    graph = peftfx.capture(model, {"x": torch.ones(5, WIDTH)}, axes=AXES)
+    for tokens in (1, 6):
+        x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(tokens))
+        torch.testing.assert_close(graph.run(x)[0], model(x))
+    model.idle = True
+    with pytest.raises(PeftfxError, match="branches on the values of a tensor"):
+        peftfx.capture(model, {"x": torch.ones(5, WIDTH)}, axes=AXES)
 
 
 def test_other_code_is_as_before_after_a_capture() -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
 import peftfx
 import peftfx.runtime
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.export import OnnxModel, export_onnx
+from peftfx.views.dry_run import fake_run
 
 PADDED = torch.tensor([[3, 5, 8, 4], [6, 2, 1, 1]])
 PLAIN = torch.tensor([[3, 5, 8, 4], [6, 2, 9, 7]])
@@ -159,3 +162,56 @@ def test_a_model_that_asks_whether_a_text_is_padded_serves_both() -> None:
     for ids, got in zip((inputs["decoder_input_ids"], padded), outputs, strict=True):
         want = model(**{**inputs, "decoder_input_ids": ids}).logits
         torch.testing.assert_close(got[ids != config.pad_token_id], want[ids != config.pad_token_id])
+
+
+class Windows(nn.Module):
+    """Pads a text to windows, computes the mean of each, and takes the padding off again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        padding = (3 - length % 3) % 3
+        if padding > 0:
+            x = F.pad(x, (0, 0, 0, padding))
+        count = torch.div(x.shape[1], 3, rounding_mode="trunc")
+        windows = self.layer(x).reshape(x.shape[0], count, 3, 4)
+        x = (windows + windows.mean(2, keepdim=True)).flatten(1, 2)
+        return x[:, :-padding] if padding > 0 else x
+
+
+def test_a_text_padded_to_windows_is_one_graph_for_all_lengths(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = Windows().eval(), {"x": torch.randn(2, 7, 4)}
+    axes = {"x": ("batch", "sequence", None)}
+    graph = peftfx.capture(model, inputs, axes=axes)
+    for length in (5, 6, 9, 10):  # 6 and 9 need no padding
+        x = torch.randn(3, length, 4)
+        torch.testing.assert_close(graph.run(x)[0], model(x))
+    report = export_onnx(model, tmp_path / "out", inputs=inputs)
+    assert not report.sizes
+    served = OnnxModel(tmp_path / "out")
+    for length in (4, 6):
+        x = torch.randn(1, length, 4)
+        torch.testing.assert_close(served(x=x)["output"], model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_torch_divides_as_before_after_a_capture() -> None:
+    before = torch.div, torch.SymInt.__mod__
+    peftfx.capture(Windows().eval(), {"x": torch.randn(2, 7, 4)})
+    assert (torch.div, torch.SymInt.__mod__) == before
+
+
+class Asking(nn.Module):
+    """Code that asks for a boolean on its way."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x.masked_fill(mask, 0) if mask.any() else x
+
+
+def test_a_dry_run_takes_a_side_of_a_branch_on_a_boolean() -> None:
+    model = Asking().eval()
+    with fake_run(model) as fake:
+        assert model(fake(torch.randn(2, 5)), fake(torch.ones(2, 5, dtype=torch.bool))).shape == (2, 5)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental import proxy_tensor
@@ -38,11 +39,21 @@ _MOVES = frozenset(
 
 @dataclass
 class _Turn:
-    """One turn of a loop: its place in the mask, the node of the place's number, and the nodes that it made."""
+    """One turn of a loop: its place in the mask, the node of the place's number, and the nodes that it made.
+
+    The nodes come after the node `start`.
+    """
 
     place: int
     number: fx.Node
+    start: fx.Node
     made: list[fx.Node] = field(default_factory=list)
+
+    def so_far(self) -> Iterator[fx.Node]:
+        """Iterate over the nodes that the code has made since the start."""
+        node = self.start
+        while (node := node.next) is not node.graph._root:
+            yield node
 
     def nodes(self) -> dict[fx.Node, None]:
         """Return the turn's nodes, with those that torch.export has put among them, without those that it erased."""
@@ -63,6 +74,33 @@ class _Loop:
     turns: list[_Turn] = field(default_factory=list)
     ended: bool = False
 
+    def skips(self, expr: sympy.Basic, following: str) -> bool:
+        """Return whether code asks if the turn has no places, and does nothing else in the turn if so.
+
+        Args:
+            expr: what the code asks.
+            following: the line of code after the question.
+        """
+        if self.ended or not self.turns or following.strip() != "continue":
+            return False
+        found = (node for node in self.turns[-1].so_far() if node.target in _PLACES)
+        return any(expr == sympy.Eq(_rows(node), 0) for node in found)
+
+
+_RUNNING: list[_Loop] = []  #: the loops of the capture that runs
+
+
+def skips_a_turn(expr: sympy.Basic, following: str) -> bool:
+    """Return whether code asks if a turn of a running loop over a mask has no places, and then takes the next turn.
+
+    The turn that is captured has places. If the loop is harmless, it changes nothing without.
+
+    Args:
+        expr: what the code asks.
+        following: the line of code after the question.
+    """
+    return any(loop.skips(expr, following) for loop in _RUNNING)
+
 
 @contextmanager
 def over_masks() -> Iterator[None]:
@@ -74,7 +112,8 @@ def over_masks() -> Iterator[None]:
     thread, write, iterate = threading.get_ident(), Tensor.__format__, Tensor.__iter__
     nonzero: Callable[..., Tensor] = torch.nonzero
     lengths: dict[int, tuple[Tensor, int]] = {}
-    loops: list[_Loop] = []
+    loops = _RUNNING
+    before = len(loops)
 
     def places(mask: Tensor, *args: Any, **kwargs: Any) -> Any:
         made = nonzero(mask, *args, **kwargs)
@@ -101,7 +140,8 @@ def over_masks() -> Iterator[None]:
         torch.nonzero = nonzero  # type: ignore[assignment]
         del Tensor.nonzero  # type: ignore[misc]
         Tensor.__iter__, Tensor.__format__ = iterate, write  # type: ignore[method-assign]
-    if not all(_is_harmless(loop) for loop in loops):
+        own, loops[before:] = loops[before:], []
+    if not all(_is_harmless(loop) for loop in own):
         what = "cannot capture this model: its code loops over the places where a mask is true"
         hint = "where the mask is false, a turn of the loop must change nothing: let it only add rows by index"
         raise PeftfxError(what, hint=hint)
@@ -119,12 +159,10 @@ def _turns(found: Tensor, length: int, loops: list[_Loop]) -> Iterator[Tensor]:
         if loop is None:
             yield number
             continue
-        turn = _Turn(place, tracer.tensor_tracker[number].proxy.node)
+        turn = _Turn(place, tracer.tensor_tracker[number].proxy.node, tracer.graph._root.prev)
         loop.turns.append(turn)
-        last = tracer.graph._root.prev
         yield number
-        while (last := last.next) is not tracer.graph._root:
-            turn.made.append(last)
+        turn.made.extend(turn.so_far())
     if loop is not None:
         loop.ended = True
 

@@ -23,6 +23,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from peftfx.graph.capturing.mask_loops import skips_a_turn
 from peftfx.graph.conditions import Condition, unmet
 
 _READ = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
@@ -74,6 +75,8 @@ def noted(decide: Decide | None = None) -> Iterator[list[Note]]:
         if _of_values(expr):
             if _is_asserted(sys._getframe(1)):
                 return sympy.true  # the code accepts only values for which it is true
+            if skips_a_turn(expr, _line(sys._getframe(1), 1)):
+                return sympy.false
             decided = None if decide is None else decide(expr, asker(sys._getframe(1))[0])
             if decided is not None:
                 return decided
@@ -98,10 +101,14 @@ def _of_values(expr: object) -> bool:
 
 def _is_asserted(frame: FrameType | None) -> bool:
     """Return whether the model's code asks in an `assert`, which is true for all valid values."""
+    return _line(frame, 0).strip().startswith("assert ")
+
+
+def _line(frame: FrameType | None, after: int) -> str:
+    """Return the line of the model's code that asks, or one after it."""
     while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
         frame = frame.f_back
-    line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    return line.strip().startswith("assert ")
+    return "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno + after)
 
 
 def _notes(expr: sympy.Basic, result: object, guarded: bool) -> Iterator[Note]:

@@ -1,0 +1,131 @@
+"""Free sizes: what code computes from sizes stays free during a capture.
+
+For `torch.tensor([0] * batch)` Python makes a list of as many entries as the example has rows, which fixes the batch.
+Inside the context such a list is not made before something reads it, and `torch.tensor` repeats the entries in the
+graph.
+
+`torch.div(length, window, rounding_mode="floor")` makes a tensor of two numbers, and code that uses it as a size reads
+the number from the tensor. In a capture this number would be unknown, so it is computed as a size.
+
+`(window - length % window) % window` is how much a length lacks to a multiple of the window. It is written as the next
+multiple minus the length, so that the sum of both is a multiple. Otherwise torch takes minutes to see that.
+
+`x[:, :-padding]` takes padding off again. Code runs such a line only if there is some: with none, the slice would be
+empty. A program without the branch counts from the start, `x[:, :length - padding]`, to be right for both.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import threading
+from collections import UserList
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+
+from peftfx.graph.rewriter import Rewriter
+
+_aten = torch.ops.aten
+
+
+class _Repeated(UserList[Any]):
+    """A list, repeated a free number of times. Whatever reads its entries fixes that number."""
+
+    def __init__(self, entries: list[Any], times: SymInt) -> None:
+        self.entries, self.times = entries, times
+
+    @functools.cached_property
+    def data(self) -> list[Any]:  # type: ignore[override]
+        return self.entries * int(self.times)
+
+    @property
+    def __class__(self) -> type:
+        return list  # for code that asks with `isinstance`
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        raise TypeError("a list keeps its class")
+
+
+@contextmanager
+def repeated_lists() -> Iterator[None]:
+    """Keep the sizes by which lists are multiplied free in this thread. Not for two threads at once."""
+    own, kept = threading.get_ident(), {name: getattr(SymInt, name) for name in ("__mul__", "__rmul__")}
+    made = torch.tensor
+
+    def multiplied(name: str) -> object:
+        def multiply(size: SymInt, other: object) -> object:
+            if type(other) is list and threading.get_ident() == own and size.node.maybe_as_int() is None:
+                return _Repeated(list(other), size)
+            return kept[name](size, other)
+
+        return multiply
+
+    @functools.wraps(made)
+    def tensor(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if type(data) is not _Repeated:
+            return made(data, *args, **kwargs)
+        if "data" in vars(data) or kwargs.get("requires_grad"):
+            return made(data.data, *args, **kwargs)
+        entries = made(data.entries, *args, **kwargs)
+        return entries.repeat(data.times, *[1] * (entries.ndim - 1))
+
+    for name in kept:
+        setattr(SymInt, name, multiplied(name))
+    torch.tensor = tensor
+    try:
+        yield
+    finally:
+        torch.tensor = made
+        for name, method in kept.items():
+            setattr(SymInt, name, method)
+
+
+@contextmanager
+def size_arithmetic() -> Iterator[None]:
+    """Compute with the sizes of this thread in this way. Not for two threads at once."""
+    own, divided = threading.get_ident(), torch.div
+
+    @functools.wraps(divided)
+    def div(size: Any, by: Any, *args: Any, rounding_mode: str | None = None, **kwargs: Any) -> Any:
+        sizes = isinstance(size, int | SymInt) and isinstance(by, int | SymInt)
+        whole = sizes and rounding_mode is not None and not args and not kwargs
+        if not whole or threading.get_ident() != own or not (size >= 0 and by > 0):  # there both ways of rounding agree
+            return divided(size, by, *args, rounding_mode=rounding_mode, **kwargs)
+        return size // by
+
+    left, parts = SymInt.__mod__, dict[object, tuple[SymInt, int]]()
+
+    def mod(size: SymInt, by: Any) -> Any:
+        result = left(size, by)
+        if type(by) is not int or by < 1 or threading.get_ident() != own or not isinstance(result, SymInt):
+            return result
+        whole, window = parts.get(by - size.node.expr, (size, 0))
+        if window == by:
+            return (whole + (by - 1)) // by * by - whole
+        parts[result.node.expr] = size, by
+        return result
+
+    torch.div = div  # type: ignore[assignment]
+    SymInt.__mod__ = mod  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.div, SymInt.__mod__ = divided, left  # type: ignore[method-assign]
+
+
+def count_from_start(graph: fx.Graph) -> None:
+    """Count the ends of slices from the start, in place, where they are free and counted from the end."""
+    rewriter = Rewriter(graph)
+    for node in list(graph.find_nodes(op="call_function", target=_aten.slice.Tensor)):
+        end = node.args[3] if len(node.args) > 3 else None
+        length = end.meta.get("val") if isinstance(end, fx.Node) else None
+        if isinstance(length, SymInt) and length.node.hint is not None and length.node.hint < 0:
+            at, value = rewriter.before(node), node.meta["val"]
+            size = at.call(_aten.sym_size.int, *node.args[:2])
+            rewriter.update(node, node.target, *node.args[:3], at.call(operator.add, size, end), *node.args[4:])
+            rewriter.revalue(node, value)
