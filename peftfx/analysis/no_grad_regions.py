@@ -1,12 +1,10 @@
-"""Regions under `torch.no_grad`: torch.export makes each a small program. This module inlines those with weights.
+"""Regions under `torch.no_grad`: torch.export makes each a small program. This module inlines them.
 
 Inlined layers are sites as all others. Values that leave the region are detached: as in the model, no gradient reaches
 the weights and adapters in the region.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import fx, nn
@@ -17,12 +15,12 @@ from peftfx.graph.rewriter import Rewriter
 _REGION = "wrap_with_set_grad_enabled"
 
 
-def inline_no_grad(module: fx.GraphModule, holds_weight: Callable[[fx.Node], bool]) -> None:
-    """Inline, in place, every region that takes a weight, and every such region inside it."""
+def inline_no_grad(module: fx.GraphModule) -> None:
+    """Inline, in place, every region, and every region inside it."""
     todo = list(module.graph.nodes)
     while todo:
         node = todo.pop()
-        if op_name(node) == _REGION and any(holds_weight(n) for n in node.args[2:] if isinstance(n, fx.Node)):
+        if op_name(node) == _REGION:
             todo += _inline(module, node)
 
 

@@ -237,9 +237,7 @@ def _as_graph(
 ) -> Graph:
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
-    inline_no_grad(
-        module, lambda node: node.op == "get_attr" and isinstance(_own(model, str(node.target)), nn.Parameter)
-    )
+    inline_no_grad(module)
     read_apart(graph)
     concatenate_filled(graph)
     count_from_start(graph)

@@ -101,10 +101,11 @@ class Parts(nn.Module):
         self.layer = nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = torch.arange(x.shape[1])[:, None] / 3
-        table = torch.zeros(x.shape[1], 6)
-        table[:, 0::2] = torch.sin(rows * torch.arange(3))
-        table[:, 1::2] = torch.cos(rows * torch.arange(3))
+        with torch.no_grad():
+            rows = torch.arange(x.shape[1])[:, None] / 3
+            table = torch.zeros(x.shape[1], 6)
+            table[:, 0::2] = torch.sin(rows * torch.arange(3))
+            table[:, 1::2] = torch.cos(rows * torch.arange(3))
         y = self.layer(x) + table
         y[:, 0] = 0.0
         y[:, 1:, 2] = y[:, 1:, 3] * 2
@@ -113,7 +114,6 @@ class Parts(nn.Module):
         return y
 
 
-@torch.no_grad()
 def test_writes_into_parts_of_new_tensors_take_the_fast_road(tmp_path: Path) -> None:
     example = {"x": torch.randn(2, 4, 6)}
     ours = peftfx.transform(Parts().eval(), LoRA(r=2, target="/.*/", init_lora_weights=False), inputs=example)
@@ -121,7 +121,7 @@ def test_writes_into_parts_of_new_tensors_take_the_fast_road(tmp_path: Path) -> 
     served = peftfx.runtime.load(tmp_path / "out")
     for batch, length in ((2, 4), (1, 2), (3, 9)):
         x = torch.randn(batch, length, 6)
-        torch.testing.assert_close(served(x=x)["output"], ours(x=x))
+        torch.testing.assert_close(served(x=x)["output"], ours(x=x).detach())
 
 
 class Ends(nn.Module):
