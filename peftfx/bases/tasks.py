@@ -41,7 +41,7 @@ TASKS: Mapping[str, Task] = {
     "image-text-to-text": Task(("AutoModelForImageTextToText",), ("ForConditionalGeneration", _COMPOSED)),
     "automatic-speech-recognition": Task(
         ("AutoModelForSpeechSeq2Seq", "AutoModelForCTC"),
-        ("ForConditionalGeneration", "ForCTC", "ForSpeechSeq2Seq", _COMPOSED),
+        ("ForConditionalGeneration", "ForCTC", "ForSpeechSeq2Seq", "ForSpeechToText", _COMPOSED),
     ),
     "audio-classification": Task(("AutoModelForAudioClassification",), ("ForAudioClassification",)),
     "feature-extraction": Task(("AutoModel",), ("Model", "Encoder", "WithProjection")),

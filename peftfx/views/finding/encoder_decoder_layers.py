@@ -24,7 +24,10 @@ def find_layers(base: nn.Module) -> EncoderDecoderLayers:
         PeftfxError: the model is no encoder-decoder, or its caches are not keys and values.
     """
     accepted = inspect.signature(base.forward).parameters
+    text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
     source = str(getattr(base, "main_input_name", TEXT_INPUT))
+    if source not in text and hasattr(base, "get_encoder"):  # a name for whatever the encoder takes
+        source = str(getattr(base.get_encoder(), "main_input_name", source))  # type: ignore[operator]
     needed = {source, "decoder_input_ids", "encoder_outputs", "cache"} | (
         {"attention_mask"} if source == TEXT_INPUT else set()
     )
@@ -32,7 +35,6 @@ def find_layers(base: nn.Module) -> EncoderDecoderLayers:
         missing = ", ".join(sorted(needed - set(accepted))) or "get_encoder"
         what = f"the model cannot be split into an encoder and a decoder: its forward has no {missing}"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
-    text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     with fake_run(base) as fake:
         given = {name: fake(t) for name, t in text.items() if name in needed}
