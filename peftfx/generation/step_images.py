@@ -40,7 +40,7 @@ class GeneratesWithImages(Generates):
             fixed.check(inputs.get(fixed.name), len(ones), images.picture)
         found = [self.encode(one, None)[IMAGE_FEATURES] for one in ones]
         if images.reads and any(bool(features.isnan().all()) for features in found):
-            what = "the model's code would decide otherwise about this image: a part of it is empty"
+            what = "a part of this image is empty, and the model's code computes something else there"
             raise PeftfxError(what, images.inputs[0][0], "run the model by transformers")
         return found
 
@@ -134,7 +134,7 @@ def split_images(images: Images, inputs: Mapping[str, Tensor]) -> list[dict[str,
     first = next(iter(parts.values()))
     counts = {len(values) for values in parts.values()}
     if len(counts) != 1:
-        raise PeftfxError("the arguments of images have not the same number of images", ", ".join(parts), "check them")
+        raise PeftfxError("these arguments hold different numbers of images", ", ".join(parts), "check them")
     several = len(first) * images.inputs[0][1][0] > len(inputs[images.inputs[0][0]])
     kept = [i for i, value in enumerate(first) if not several or bool((value != 0).any())]
     return [{name: values[i] for name, values in parts.items()} for i in kept]

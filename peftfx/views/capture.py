@@ -8,45 +8,37 @@ example and of the model cost nothing, and a module built under `FakeTensorMode`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from peftfx.analysis.no_grad_regions import inline_no_grad
-from peftfx.analysis.roles import find_sites
-from peftfx.analysis.running import called_modules
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
-from peftfx.graph.capturing.axis_symbols import place_of, symbols_of, tied
-from peftfx.graph.capturing.empty_sizes import Question, asked_if_empty, filled_of
-from peftfx.graph.capturing.free_sizes import count_from_start, repeated_lists, size_arithmetic
+from peftfx.graph.capturing.axis_symbols import tied
+from peftfx.graph.capturing.empty_sizes import asked_if_empty
+from peftfx.graph.capturing.free_sizes import repeated_lists, size_arithmetic
 from peftfx.graph.capturing.mask_loops import over_masks
 from peftfx.graph.capturing.masks import broadcast_masks
 from peftfx.graph.capturing.module_casts import casting_in_graph
 from peftfx.graph.capturing.recurrences import recurrences
 from peftfx.graph.capturing.sides import Sides
-from peftfx.graph.capturing.size_conditions import Note, conditions_of, fixed_by, noted
+from peftfx.graph.capturing.size_conditions import noted
 from peftfx.graph.capturing.stamping import stamped
-from peftfx.graph.capturing.tensors_in_pieces import concatenate_filled, read_apart
 from peftfx.graph.contexts import fake_mode_of, isolated, sparing, unchanged
-from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec, path_name
+from peftfx.graph.graph import BASE, Graph, path_name
 from peftfx.graph.lazy_weights import faked
-from peftfx.graph.linking import link
-from peftfx.graph.places import name_places
-from peftfx.graph.written import refuse_written
-from peftfx.patterns.find import with_patterns
 from peftfx.telling import tell_share
 from peftfx.views.capturing.errors import capture_error
+from peftfx.views.capturing.program_graph import as_graph
 from peftfx.views.capturing.settling import on_general_sides
-from peftfx.views.decode import PRESENT
 from peftfx.views.entry import Entry, EntryCall, forward
 from peftfx.views.image_sizes import free_images
-from peftfx.views.view import MAY_BE_EMPTY, Axes, name_axes, without_cache
+from peftfx.views.view import Axes, name_axes, without_cache
 
 
 def capture(
@@ -135,7 +127,7 @@ def _captured(wrapper: _Flat, tensors: Mapping[str, torch.Tensor], axes: Axes, s
             raised = error.__cause__ if isinstance(error, _Raised) and error.__cause__ else error
             raise_if_memory_is_out(raised)
             raise capture_error(model, raised, entry, wrapper.call) from raised
-    graph = _as_graph(model, module, program.call_spec.out_spec, examples, axes, notes, questions)
+    graph = as_graph(model, module, program.call_spec.out_spec, examples, axes, notes, questions)
     return dataclasses.replace(graph, decisions=tuple(sides.made))
 
 
@@ -212,111 +204,3 @@ def _refuse_checkpointing(model: nn.Module) -> None:
             active or type(model).__name__,
             "call model.gradient_checkpointing_disable() first",
         )
-
-
-#: Checks of types and sizes that torch.export adds to a program. Autocast crashes on the first of them. The others are
-#: stricter than the model's code, and refuse sizes that the code accepts.
-_ASSERTIONS = frozenset(
-    {
-        torch.ops.aten._assert_tensor_metadata.default,
-        torch.ops.aten._assert_scalar.default,
-        torch.ops.aten.sym_constrain_range.default,
-        torch.ops.aten.sym_constrain_range_for_size.default,
-    }
-)
-
-
-def _as_graph(
-    model: nn.Module,
-    module: fx.GraphModule,
-    out_spec: pytree.TreeSpec,
-    tensors: Mapping[str, torch.Tensor],
-    axes: Axes,
-    notes: Sequence[Note],
-    questions: Sequence[Question],
-) -> Graph:
-    graph = module.graph
-    graph.set_codegen(fx.graph.CodeGen())
-    inline_no_grad(module)
-    read_apart(graph)
-    concatenate_filled(graph)
-    count_from_start(graph)
-    constants = nn.Module()
-    module.add_module(CONSTANTS, constants)  # fx's own checks look there
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and not _owns(model, str(node.target)):
-            name = str(node.target).replace(".", "_")
-            value = _attribute(module, str(node.target))
-            if not hasattr(constants, name):
-                if isinstance(value, torch.Tensor):
-                    constants.register_buffer(name, value)
-                else:
-                    assert isinstance(value, nn.Module)
-                    constants.add_module(name, value)
-            node.target = f"{CONSTANTS}.{name}"
-        if node.target in _ASSERTIONS:
-            graph.erase_node(node)
-    ran = called_modules(module)
-    graph.eliminate_dead_code()
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    specs, sizes = [], {}
-    symbols: dict[str, str | int] = {}
-    sources = symbols_of(node.meta["val"] for node in placeholders)
-    lines: dict[str, str] = {}
-    for place, (node, (name, tensor)) in enumerate(zip(placeholders, tensors.items(), strict=True)):
-        shape: list[int | str] = []
-        for i, size in enumerate(node.meta["val"].shape):
-            axis = (axes.get(name) or (None,) * tensor.ndim)[i] or f"{name}.{i}"
-            fixed = _constant(size)
-            shape.append(axis if fixed is None else fixed)
-            symbol = sources.get(place_of(place, i))
-            symbols[str(symbol)] = shape[-1]
-            if fixed is None:
-                sizes[axis] = int(tensor.shape[i])
-            elif symbol is not None and axis not in lines and (line := fixed_by(notes, symbol, fixed)):
-                lines[axis] = line
-        specs.append(TensorSpec(name, tensor.dtype, tuple(shape)))
-        _rename(node, name.replace(".", "_"))
-    name_places(module, model)
-    linked = link(graph, {BASE: model, CONSTANTS: constants})
-    told = {
-        "conditions": conditions_of(notes, symbols),
-        "filled": filled_of(questions, symbols, MAY_BE_EMPTY),
-        "fixed": lines,
-    }
-    result = Graph(linked, tuple(specs), out_spec, sizes, model.training, None, **told)  # type: ignore[arg-type]
-    refuse_written(result)
-    tell_share("sites", 0.9)
-    kept = [name for name in result.outputs if name.startswith(f"{PRESENT}.")]
-    sites = find_sites(result, kept)
-    sites = dataclasses.replace(sites, unread=ran - sites.called - sites.reads.keys())
-    result.sites = with_patterns(result, sites)
-    return result
-
-
-def _constant(size: int | torch.SymInt) -> int | None:
-    """Return the size of an axis that the example or the model's code fixes, or None for a free axis."""
-    return size if isinstance(size, int) else size.node.maybe_as_int()
-
-
-def _owns(model: nn.Module, target: str) -> bool:
-    """Return whether a captured attribute is the model's own. torch.export adds tensors that the code makes."""
-    return _own(model, target) is not None
-
-
-def _own(model: nn.Module, target: str) -> object:
-    path = target.removeprefix(f"{BASE}.")
-    try:
-        return None if path == target else _attribute(model, path)
-    except AttributeError:
-        return None
-
-
-def _attribute(module: nn.Module, target: str) -> object:
-    owner, _, name = target.rpartition(".")
-    return getattr(module.get_submodule(owner), name)
-
-
-def _rename(node: fx.Node, name: str) -> None:
-    node._rename(name)
-    node.target = node.name
