@@ -68,7 +68,9 @@ def _told(result: Result) -> str:
 
 
 def _sentence(note: str) -> str:
-    return re.sub(r"\s+", " ", note).replace("|", "\\|").replace("<", "\\<").replace("[", "\\[").strip()
+    words = re.sub(r"\s+", " ", note).replace("|", "\\|").strip().split("`")
+    words[::2] = [part.replace("<", "\\<").replace("[", "\\[") for part in words[::2]]  # code stays as it is
+    return "`".join(words)
 
 
 def chosen(words: list[str], status: str, again: bool) -> list[Key]:

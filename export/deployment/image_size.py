@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.pictures import pictures_vary
+from peftfx.bases.processors.readers import reads_images
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.parts import generates, refuse_fixed
 from peftfx.export_options.values import ANY_SIZE
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import AUTO, DECODE
-from peftfx.views.finding.image_views import reads_images
 from peftfx.views.image_sizes import IMAGES, SIDES, with_free_sizes
 from peftfx.views.view import name_axes
 

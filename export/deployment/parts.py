@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import nn
 
+from peftfx.bases.processors.readers import SIZED, reads_images, reads_sized_images, why_not_read
 from peftfx.bases.tasks import HEARING, task_of
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError, warn
@@ -19,7 +20,7 @@ from peftfx.graph.slots import Slot
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import AUTO, DECODE, FORWARD, check_view
 from peftfx.views.finding.encoder_decoder_layers import find_layers
-from peftfx.views.finding.image_views import find_images, reads_images
+from peftfx.views.finding.image_views import find_images
 from peftfx.views.image_sizes import IMAGES
 from peftfx.views.images import IMAGE_TOKENS, VISION
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
@@ -86,7 +87,8 @@ def capture_parts(adapted: AdaptedModel, view: str, inputs: Mapping[str, object]
         graph = adapted.graph(example)
         if inputs is None:
             given = {spec.name: example[spec.name] for spec in graph.inputs if spec.name in example}
-            refuse_fixed(graph, name_axes(given))  # type: ignore[arg-type]
+            hint = {"hint": SIZED} if reads_sized_images(adapted.base) else {}
+            refuse_fixed(graph, name_axes(given), **hint)  # type: ignore[arg-type]
         return [GraphPart("model.onnx", None, graph, graph)]
     parts = []
     for file, name in views.items():
@@ -128,7 +130,7 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
         return {"encoder_model.onnx": "encoder", "decoder_model.onnx": "decoder"}
     if not reads_images(base):
         if _sees(base):
-            warn("images are left out, and text alone is served: the model has no image encoder that runs by itself")
+            warn(f"images are left out, and text alone is served: {why_not_read(base)}")
         return {"model.onnx": DECODE}
     try:
         find_images(base)

@@ -64,7 +64,9 @@ def _layer_of(given: Mapping[str, Tensor], window: int | None) -> object:
     """Return a cache layer that holds the given tensors, and shows those in its window."""
     states = {name: tensor for name, tensor in given.items() if name not in (KEY, VALUE, INDEXER)}
     if not given:
-        return DummyLayer()
+        unused = DummyLayer()
+        unused.is_initialized = False  # code that asks is told that there are no keys to read
+        return unused
     layer: DynamicLayer | StateLayer
     if states:
         count = 1 + max(int(tail) if (tail := name.rpartition("_")[2]).isdigit() else 0 for name in states)

@@ -31,10 +31,10 @@ import peftfx
 import peftfx.runtime
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.pictures import pictures_of, pictures_vary
+from peftfx.bases.processors.readers import reads_images
 from peftfx.errors import PeftfxWarning
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.graph.graph import path_name
-from peftfx.views.finding.image_views import reads_images
 
 SEEING = "image-text-to-text"
 PICTURE = (64, 64)  #: the size of pictures in decode views

@@ -30,9 +30,12 @@ def test_the_page_is_of_the_results() -> None:
 
 
 def test_a_partial_sweep_says_what_was_not_run() -> None:
-    known = {SHORT: Result("equal"), ("text-generation", "decode", "gpt2"): Result("refused", "why | not")}
+    known = {
+        SHORT: Result("equal"),
+        ("text-generation", "decode", "gpt2"): Result("refused", "why | not: `a[0] < b` [X]"),
+    }
     text = page(known)
     count = sum(task == "text-generation" for task, view, _ in keys() if view == "forward")
     assert f"| text-generation | forward | 1 | 1 | 0 | 0 | 0 | 0 | {count - 1} |" in text
-    assert "| `gpt2` | refused | why \\| not |" in text
+    assert "| `gpt2` | refused | why \\| not: `a[0] < b` \\[X] |" in text
     assert Path(PAGE).name == "models.md"

@@ -88,6 +88,17 @@ def test_tiles_are_served_and_an_empty_tile_is_refused(kind: str, tmp_path: Path
             served.generate(**inputs, **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "why"), [("qwen2_vl", r"branches on .*\.tolist\(\)"), ("idefics2", "fixes the batch")]
+)
+def test_a_forward_view_that_would_be_of_one_size_points_to_the_decode_view(
+    kind: str, why: str, tmp_path: Path
+) -> None:
+    model = build(TASK, kind)
+    with pytest.raises(PeftfxError, match=f"(?s){why}.*--view decode --image-size"):
+        compiler.export_onnx(model, tmp_path / "out", view="forward")
+
+
 def test_a_size_is_for_models_whose_processor_makes_many(peftfx: Run, tmp_path: Path) -> None:
     model = build(TASK, "llava")
     with pytest.raises(PeftfxError, match="in the forward view alone"):

@@ -28,7 +28,6 @@ from peftfx.graph.conditions import Condition, unmet
 
 _READ = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
 _TORCH = str(Path(torch.__file__).parent)
-_OWN = str(Path(__file__).parents[2])
 _CAPTURING = str(Path(__file__).parent)  #: functions that stand in for torch's during a capture
 _NN = str(Path(torch.nn.__file__).parent)
 #: Files in which torch asks on behalf of a caller, whose frame is further out.
@@ -51,6 +50,7 @@ class Note:
     where: str
     code: bool
     edge: bool
+    text: str
 
 
 Decide = Callable[[sympy.Basic, str], sympy.Basic | None]
@@ -106,17 +106,17 @@ def _is_asserted(frame: FrameType | None) -> bool:
 
 def _line(frame: FrameType | None, after: int) -> str:
     """Return the line of the model's code that asks, or one after it."""
-    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
-        frame = frame.f_back
+    frame = _behind(frame, _TORCH)
     return "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno + after)
 
 
 def _notes(expr: sympy.Basic, result: object, guarded: bool) -> Iterator[Note]:
     if not getattr(expr, "free_symbols", None):
         return
-    where, code = asker(sys._getframe(2))
+    frame = sys._getframe(2)
+    where, code = asker(frame)
     if guarded or code:  # torch's own operators are right at size 1, whatever they compare
-        yield Note(_held(expr, result), where, code, edge=not guarded)
+        yield Note(_held(expr, result), where, code, not guarded, _asked_in(frame))
 
 
 def _held(expr: sympy.Basic, result: object) -> sympy.Basic:
@@ -150,13 +150,34 @@ def asker(frame: FrameType | None) -> tuple[str, bool]:
         frame = frame.f_back
     first = "" if frame is None else frame.f_code.co_filename
     code = not first.startswith(_TORCH) or first.startswith(_NN)
-    while frame is not None and frame.f_code.co_filename.startswith((_TORCH, _CAPTURING)):
-        frame = frame.f_back
+    frame = _behind(frame, _TORCH, _CAPTURING)
     return ("" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"), code
 
 
+def _asked_in(frame: FrameType | None) -> str:
+    """Return the text of the line that `asker` names, as `quoted` gives it."""
+    frame = _behind(frame, _TORCH, _CAPTURING)
+    return "" if frame is None else quoted(linecache.getline(frame.f_code.co_filename, frame.f_lineno))
+
+
+def _behind(frame: FrameType | None, *folders: str) -> FrameType | None:
+    """Return the innermost frame whose code is in none of these folders."""
+    while frame is not None and frame.f_code.co_filename.startswith(folders):
+        frame = frame.f_back
+    return frame
+
+
+def quoted(line: str) -> str:
+    """Return a line of code in brackets, for the end of a sentence that names its place, or nothing for no line."""
+    text = line.strip().replace("`", "'")
+    return f" (`{text if len(text) <= _WIDE else text[: _WIDE - 4] + ' ...'}`)" if text else ""
+
+
+_WIDE = 100  #: the longest quotation of a line
+
+
 def fixed_by(notes: Sequence[Note], symbol: sympy.Basic, size: int) -> str:
-    """Return the line of code that fixed an axis, such as `file.py:12`, or nothing: where no other size was right.
+    """Return the line of code that fixed an axis, its place and text, or nothing: where no other size was right.
 
     Args:
         notes: the notes in order.
@@ -164,7 +185,7 @@ def fixed_by(notes: Sequence[Note], symbol: sympy.Basic, size: int) -> str:
         size: the size at which it was fixed.
     """
     said = (note for note in notes if note.where and isinstance(note.holds, sympy.Eq))
-    return next((note.where for note in said if _fixes(note.holds, symbol, size)), "")
+    return next((f"{note.where}{note.text}" for note in said if _fixes(note.holds, symbol, size)), "")
 
 
 def _fixes(holds: sympy.Basic, symbol: sympy.Basic, size: int) -> bool:
@@ -175,28 +196,6 @@ def _fixes(holds: sympy.Basic, symbol: sympy.Basic, size: int) -> bool:
         for other in (size, size + 1, size + 2, 2 * size + 1, 4 * size)
     }
     return at.pop(size) and not any(at.values())
-
-
-def line_of(error: BaseException) -> str:
-    """Return the innermost line of the model's code that an error came through, such as `file.py:12`, or nothing."""
-    name, line = _place_of(error)
-    return f"{Path(name).name}:{line}" if name else ""
-
-
-def asserted_by(error: AssertionError) -> str:
-    """Return what the innermost line of the model's code asserts, or nothing if that line is no assertion."""
-    text = linecache.getline(*_place_of(error)).strip()
-    return text.removeprefix("assert ") if text.startswith("assert ") else ""
-
-
-def _place_of(error: BaseException) -> tuple[str, int]:
-    name, line, step = "", 0, error.__traceback__
-    while step is not None:
-        file = step.tb_frame.f_code.co_filename
-        if not file.startswith((_TORCH, _OWN)):
-            name, line = file, step.tb_lineno
-        step = step.tb_next
-    return name, line
 
 
 def conditions_of(notes: Sequence[Note], axes: Mapping[str, str | int]) -> tuple[Condition, ...]:

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftfx.bases.processors.readers import SIZED, reads_sized_images
 from peftfx.errors import PeftfxError, first_line
-from peftfx.graph.capturing.size_conditions import asserted_by, line_of
 from peftfx.graph.contexts import unchanged
+from peftfx.views.capturing.raised import asserted_by, line_of
 from peftfx.views.entry import Entry, EntryCall
 
 
@@ -26,6 +27,8 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
     if hashed or "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         why = "its code branches on the values of a tensor"
         hint = "pass arguments or a config that avoid the branch; `__cause__` is torch.export's own report"
+        if getattr(call, "inputs", None) is None and reads_sized_images(model):
+            hint = SIZED
         if _loops_over_experts(model):
             hint = "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"
     elif str(error).strip():

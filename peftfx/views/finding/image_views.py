@@ -24,13 +24,6 @@ from peftfx.views.dry_run import fake_run
 from peftfx.views.images import Images, joined_features
 
 
-def reads_images(base: nn.Module) -> bool:
-    """Return whether a model reads images in its text, which transformers' `generate` encodes before the prefill."""
-    own = getattr(base, "base_model", None)
-    takes = "mm_encoder_outputs" in inspect.signature(base.forward).parameters
-    return takes and "image" in (getattr(base, "input_modalities", None) or ()) and hasattr(own, "get_image_features")
-
-
 def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:
     """Return how a model reads images.
 

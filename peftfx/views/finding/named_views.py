@@ -6,13 +6,14 @@ from contextlib import suppress
 
 from torch import nn
 
+from peftfx.bases.processors.readers import reads_images
 from peftfx.errors import PeftfxError, nearest
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.finding.decode_view import decode_view
 from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.image_text import IMAGE_TEXT, ImageText
-from peftfx.views.finding.image_views import find_images, reads_images
+from peftfx.views.finding.image_views import find_images
 from peftfx.views.images import VISION, DecodeWithImages, ImageEncoder
 from peftfx.views.view import View
 

@@ -1,0 +1,32 @@
+"""Models that read images in their text, which transformers' `generate` encodes before the prefill."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+from peftfx.bases.processors.pictures import pictures_vary
+
+SIZED = "its decode view serves pictures of one size: pass --view decode --image-size HEIGHTxWIDTH (image_size=)"
+
+
+def reads_images(base: nn.Module) -> bool:
+    """Return whether a model reads images in its text, which can be encoded apart."""
+    return not why_not_read(base)
+
+
+def why_not_read(base: nn.Module) -> str:
+    """Return why a model's images cannot be encoded apart from its text, or nothing if they can."""
+    if not hasattr(getattr(base, "base_model", None), "get_image_features"):
+        return "the model's class has no image encoder that runs by itself (`get_image_features`)"
+    if "image" not in (getattr(base, "input_modalities", None) or ()):
+        return "the model's class does not say that it reads images (`input_modalities`)"
+    if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
+        return "the model's code takes no encoded images beside a text (`mm_encoder_outputs`)"
+    return ""
+
+
+def reads_sized_images(base: nn.Module) -> bool:
+    """Return whether a model reads images in its text, and the size of a picture decides how many pieces it has."""
+    return reads_images(base) and pictures_vary(base, inspect.signature(base.forward).parameters)
