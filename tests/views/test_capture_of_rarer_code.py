@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import transformers as hf
 from support.zoo import ZOO
 from torch import Tensor, nn
+from transformers.image_processing_utils import select_best_resolution
 from transformers.utils import ModelOutput
 
 import peftfx
@@ -251,3 +252,30 @@ def test_code_that_goes_on_by_one_token_at_a_time_is_refused_with_the_reason() -
         peftfx.PeftfxError, match=r"goes on with a text by one token at a time.*AssertionError, at test_"
     ):
         peftfx.capture(model, view.inputs(model), axes=view.axes, call=view)
+
+
+class Stumbling(nn.Module):
+    """Code that goes wrong by itself, or in a function that other models share."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.layer, self.shared = nn.Linear(4, 4), shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shared:
+            select_best_resolution((x.sum().item(), 4), [(4, 4), (8, 8)])
+        return self.layer(x) + self.keys.numel()  # type: ignore[operator]
+
+    keys = None
+
+
+def test_an_error_of_a_models_code_has_its_line() -> None:
+    said = r"no attribute 'numel', at test_capture_of_rarer_code\.py:\d+ \(`return self\.layer\(x\) \+ self\.keys"
+    with pytest.raises(peftfx.PeftfxError, match=said):
+        peftfx.capture(Stumbling(shared=False).eval(), {"x": torch.randn(2, 4)})
+
+
+def test_a_shared_line_is_named_with_the_models_own() -> None:
+    said = r"at image_processing_utils\.py:\d+ \(`.*`\), called from test_capture_of_rarer_code\.py:\d+ "
+    with pytest.raises(peftfx.PeftfxError, match=said):
+        peftfx.capture(Stumbling(shared=True).eval(), {"x": torch.randn(2, 4)})

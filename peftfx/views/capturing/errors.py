@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from peftfx.bases.processors.readers import SIZED, reads_sized_images
 from peftfx.errors import PeftfxError, first_line
 from peftfx.graph.contexts import unchanged
-from peftfx.views.capturing.raised import asserted_by, line_of
+from peftfx.views.capturing.raised import line_of, place_of, said_by
 from peftfx.views.entry import Entry, EntryCall
 
 
@@ -17,11 +17,11 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
     """Return the error for a model whose code raised an error in a capture, perhaps under a soft prompt."""
     if _goes_on_by_one(model, call):
         what = "its code goes on with a text by one token at a time, and a decode view takes prompts at once, too"
-        raised = f"{type(error).__name__}, at {line_of(error)}"
+        raised = f"{type(error).__name__}, at {line_of(error, model)}"
         return PeftfxError(
             f"cannot capture this model: {what} ({raised})", type(model).__name__, "use the forward view"
         )
-    why, hint, line = first_line(error), "see `__cause__` for torch.export's own report", line_of(error)
+    why, hint, line = first_line(error), "see `__cause__` for torch.export's own report", line_of(error, model)
     # A set or a dict of sizes, or of numbers in a tensor, cannot be made.
     hashed = isinstance(error, TypeError) and "SymInt" in str(error)
     if hashed or "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
@@ -32,9 +32,9 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
         if _loops_over_experts(model):
             hint = "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"
     elif str(error).strip():
-        line = ""  # the message says it
-    elif isinstance(error, AssertionError) and (asserted := asserted_by(error)):
-        why = f"its code asserts `{asserted}`"
+        line = "" if said_by(error, "raise") else line  # the code says itself what is wrong
+    elif isinstance(error, AssertionError) and (asserted := said_by(error, "assert")):
+        why, line = f"its code asserts `{asserted}`", place_of(error)
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
     return PeftfxError(f"{what}: {why}{', at ' if line else ''}{line}", type(model).__name__, hint)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import linecache
+import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from peftfx.graph.capturing.size_conditions import quoted
 
@@ -13,23 +15,39 @@ _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parents[2])
 
 
-def line_of(error: BaseException) -> str:
-    """Return the innermost line of the model's code that an error came through, its place and text, or nothing."""
-    name, line = _place_of(error)
-    return f"{Path(name).name}:{line}{quoted(linecache.getline(name, line))}" if name else ""
+def line_of(error: BaseException, model: nn.Module) -> str:
+    """Return the innermost line of code that an error came through, its place and text, or nothing.
+
+    If the line is in a file that many models share, the line of the model's own file that leads to it is named too.
+    """
+    places = _places_of(error)
+    if not places:
+        return ""
+    name, line = places[-1]
+    said = place_of(error) + quoted(linecache.getline(name, line))
+    files = {getattr(sys.modules.get(type(module).__module__), "__file__", None) for module in model.modules()}
+    own = next(((file, line) for file, line in reversed(places) if file in files), None)
+    return said if own is None or own[0] == name else f"{said}, called from {Path(own[0]).name}:{own[1]}"
 
 
-def asserted_by(error: AssertionError) -> str:
-    """Return what the innermost line of the model's code asserts, or nothing if that line is no assertion."""
-    text = linecache.getline(*_place_of(error)).strip()
-    return text.removeprefix("assert ") if text.startswith("assert ") else ""
+def said_by(error: BaseException, word: str) -> str:
+    """Return what follows a word at the start of the innermost line, such as `raise`, or nothing."""
+    places = _places_of(error)
+    text = linecache.getline(*places[-1]).strip() if places else ""
+    return text.removeprefix(f"{word} ") if text.startswith(f"{word} ") else ""
 
 
-def _place_of(error: BaseException) -> tuple[str, int]:
-    name, line, step = "", 0, error.__traceback__
+def place_of(error: BaseException) -> str:
+    """Return the place of the innermost line, such as `file.py:12`, or nothing."""
+    return next((f"{Path(name).name}:{line}" for name, line in reversed(_places_of(error))), "")
+
+
+def _places_of(error: BaseException) -> list[tuple[str, int]]:
+    """Return the files and lines that an error came through, from outside in, without torch's and this package's."""
+    found, step = [], error.__traceback__
     while step is not None:
         file = step.tb_frame.f_code.co_filename
         if not file.startswith((_TORCH, _OWN)):
-            name, line = file, step.tb_lineno
+            found.append((file, step.tb_lineno))
         step = step.tb_next
-    return name, line
+    return found
