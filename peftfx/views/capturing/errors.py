@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from peftfx.bases.processors.readers import SIZED, reads_sized_images
 from peftfx.errors import PeftfxError, first_line
 from peftfx.graph.contexts import unchanged
-from peftfx.views.capturing.raised import line_of, place_of, said_by
+from peftfx.views.capturing.raised import line_of, raised_at, said_by
 from peftfx.views.entry import Entry, EntryCall
 
 
@@ -34,7 +34,7 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
     elif str(error).strip():
         line = "" if said_by(error, "raise") else line  # the code says itself what is wrong
     elif isinstance(error, AssertionError) and (asserted := said_by(error, "assert")):
-        why, line = f"its code asserts `{asserted}`", place_of(error)
+        why, line = f"its code asserts `{asserted}`", raised_at(error)
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
     return PeftfxError(f"{what}: {why}{', at ' if line else ''}{line}", type(model).__name__, hint)
 

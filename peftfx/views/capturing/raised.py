@@ -24,7 +24,7 @@ def line_of(error: BaseException, model: nn.Module) -> str:
     if not places:
         return ""
     name, line = places[-1]
-    said = place_of(error) + quoted(linecache.getline(name, line))
+    said = raised_at(error) + quoted(linecache.getline(name, line))
     files = {getattr(sys.modules.get(type(module).__module__), "__file__", None) for module in model.modules()}
     own = next(((file, line) for file, line in reversed(places) if file in files), None)
     return said if own is None or own[0] == name else f"{said}, called from {Path(own[0]).name}:{own[1]}"
@@ -37,7 +37,7 @@ def said_by(error: BaseException, word: str) -> str:
     return text.removeprefix(f"{word} ") if text.startswith(f"{word} ") else ""
 
 
-def place_of(error: BaseException) -> str:
+def raised_at(error: BaseException) -> str:
     """Return the place of the innermost line, such as `file.py:12`, or nothing."""
     return next((f"{Path(name).name}:{line}" for name, line in reversed(_places_of(error))), "")
 
