@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from peftfx.graph.decisions import Decision
 from peftfx.graph.graph import Graph
@@ -49,9 +50,10 @@ def _element(at: Cursor, side: Decision, operands: list[fx.Node]) -> fx.Node:
     """Return the node that is 1 for a call of this side, and fails or is 0 for others."""
     copies = dict(zip(side.program.graph.find_nodes(op="placeholder"), operands, strict=True))
     (end,) = side.program.graph.find_nodes(op="output")
-    for node in side.program.graph.nodes:
-        if node.op not in ("placeholder", "output"):
-            copies[node] = at.copy(node, copies, anew=True)
+    with enable_python_dispatcher():  # some operators, such as a padding, compute with free sizes only inside
+        for node in side.program.graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                copies[node] = at.copy(node, copies, anew=True)
     other = at.call(_aten.ne.Scalar, copies[end.args[0]], side.answer)
     index = at.call(_aten.reshape.default, at.call(_aten.to.dtype, other, torch.int64), [1])
     one = at.call(_aten.ones.default, [1])

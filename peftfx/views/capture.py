@@ -34,8 +34,9 @@ from peftfx.graph.graph import BASE, Graph, path_name
 from peftfx.graph.lazy_weights import faked
 from peftfx.telling import tell_share
 from peftfx.views.capturing.errors import capture_error
+from peftfx.views.capturing.longer import with_longer
 from peftfx.views.capturing.program_graph import as_graph
-from peftfx.views.capturing.settling import on_general_sides
+from peftfx.views.capturing.settling import on_general_sides, served
 from peftfx.views.entry import Entry, EntryCall, forward
 from peftfx.views.image_sizes import free_images
 from peftfx.views.view import Axes, name_axes, without_cache
@@ -90,16 +91,37 @@ def capture(
     wrapper.train(model.training)
 
     def captured(sides: Sides) -> Graph:
-        return _captured(wrapper, tensors, axes, sides, stamp=stamp)
+        return with_longer(
+            lambda lengths: _captured(wrapper, tensors, axes, sides, lengths, stamp=stamp),
+            lambda graph: served(graph, wrapper, tensors),
+        )
 
     return on_general_sides(captured, wrapper, tensors)
 
 
-def _captured(wrapper: _Flat, tensors: Mapping[str, torch.Tensor], axes: Axes, sides: Sides, *, stamp: bool) -> Graph:
-    """Capture a model, and take these sides of its branches on booleans of the call's inputs."""
+def _captured(
+    wrapper: _Flat,
+    tensors: Mapping[str, torch.Tensor],
+    axes: Axes,
+    sides: Sides,
+    lengths: Mapping[str, int],
+    *,
+    stamp: bool,
+) -> Graph:
+    """Capture a model, and take these sides of its branches on booleans of the call's inputs.
+
+    Args:
+        wrapper: the model.
+        tensors: the example's inputs by name.
+        axes: a name for each axis of each input.
+        sides: decides, in one capture after another.
+        lengths: sizes of named axes that are not the example's.
+        stamp: see `capture`.
+    """
+    sides.begin()
     model, entry = wrapper.get_submodule(BASE), wrapper.entry
     with isolated(model), sparing(model), unchanged(model), faked(model), fake_mode_of(model), without_cache(model):
-        examples = {name: _fresh(model, t, axes.get(name)) for name, t in tensors.items()}
+        examples = {name: _fresh(model, name, t, axes.get(name), lengths) for name, t in tensors.items()}
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
         named = [axes.get(name) or (None,) * t.ndim for name, t in examples.items()]
         try:
@@ -174,7 +196,13 @@ class _Raised(Exception):
         pass
 
 
-def _fresh(model: nn.Module, example: torch.Tensor, axes: tuple[str | None, ...] | None) -> torch.Tensor:
+def _fresh(
+    model: nn.Module,
+    tensor: str,
+    example: torch.Tensor,
+    axes: tuple[str | None, ...] | None,
+    lengths: Mapping[str, int],
+) -> torch.Tensor:
     """Return a new tensor like `example`: if one tensor were passed twice, the graph would read the wrong input.
 
     A named axis of size 1 gets a larger size, because a capture would treat the 1 as a property of the model.
@@ -183,6 +211,7 @@ def _fresh(model: nn.Module, example: torch.Tensor, axes: tuple[str | None, ...]
     shape = [
         size if size != 1 or name is None else _MORE_THAN_1.get(name, 3) for size, name in zip(example.shape, names)
     ]
+    shape = [lengths.get(name or f"{tensor}.{i}", size) for i, (size, name) in enumerate(zip(shape, names))]
     device = next((p.device for p in model.parameters()), example.device)
     return torch.zeros(shape, dtype=example.dtype, device=example.device if example.ndim == 0 else device)
 

@@ -56,6 +56,10 @@ class Sides:
     turned: bool = False
     _answers: dict[sympy.Basic, bool] = field(default_factory=dict)
 
+    def begin(self) -> None:
+        """Begin another capture of the same call."""
+        self.made, self._answers = [], {}
+
     def decide(self, expr: sympy.Basic, where: str) -> sympy.Basic | None:
         """Return the value of an expression with a boolean that was read from a tensor, or None if it has no side.
 

@@ -23,6 +23,7 @@ from peftfx.graph.places import name_places
 from peftfx.graph.written import refuse_written
 from peftfx.patterns.find import with_patterns
 from peftfx.telling import tell_share
+from peftfx.views.capturing.strided import choose_by_indices
 from peftfx.views.decode import PRESENT
 from peftfx.views.view import MAY_BE_EMPTY, Axes
 
@@ -64,6 +65,7 @@ def as_graph(
     read_apart(graph)
     concatenate_filled(graph)
     count_from_start(graph)
+    choose_by_indices(graph)
     constants = _move_constants(module, model)
     ran = called_modules(module)
     graph.eliminate_dead_code()

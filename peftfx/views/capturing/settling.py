@@ -35,8 +35,7 @@ def on_general_sides(captured: Callable[[Sides], Graph], model: nn.Module, tenso
     Raises:
         PeftfxError: the model's code cannot be captured.
     """
-    runs = not model.training and all(has_values(t) for t in (*tensors.values(), *model.parameters()))
-    sides = Sides(tensors, general=runs)
+    sides = Sides(tensors, general=_runs(model, tensors))
     try:
         graph = captured(sides)
         turned = opposed(graph.decisions, tensors)
@@ -46,6 +45,15 @@ def on_general_sides(captured: Callable[[Sides], Graph], model: nn.Module, tenso
         if not sides.turned:
             raise
     return captured(Sides(tensors, general=False))
+
+
+def served(graph: Graph, model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a graph is seen to give what the model's own code gives for these inputs."""
+    return _runs(model, tensors) and _alike(graph, model, tensors)
+
+
+def _runs(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    return not model.training and all(has_values(t) for t in (*tensors.values(), *model.parameters()))
 
 
 def _alike(graph: Graph, model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:

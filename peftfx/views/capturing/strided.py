@@ -1,0 +1,119 @@
+"""Strided reads: `as_strided`, by which code makes windows that overlap, becomes a choice by indices.
+
+What `as_strided` reads depends on where a tensor's elements lie. In a program that can differ from call to call: for a
+batch of one row torch need not copy a tensor that it copies for two rows. In ONNX a tensor has no strides. A choice by
+indices reads the same elements wherever they lie.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+
+import sympy
+import torch
+from torch import SymInt, Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from peftfx.graph.rewriter import Cursor, Rewriter
+from peftfx.graph.written import written_by
+
+_aten = torch.ops.aten
+Size = int | SymInt
+
+
+def choose_by_indices(graph: fx.Graph) -> None:
+    """Replace strided reads, in place, that keep a tensor's first and last axes, and read rows of those between.
+
+    A tensor that is written into after the read keeps it, because the read is a view.
+    """
+    rewriter, places = Rewriter(graph), list(graph.nodes)
+    for node in [node for node in places if node.target is _aten.as_strided.default]:
+        after = places[places.index(node) :]
+        if not any(_stored(node) == _stored(written) for later in after for written in written_by(later)):
+            _replace(rewriter, node)
+
+
+def _stored(node: fx.Node) -> int:
+    """Return the memory that a node's tensor lies in."""
+    return node.meta["val"].untyped_storage()._cdata  # type: ignore[no-any-return]
+
+
+def _replace(rewriter: Rewriter, node: fx.Node) -> None:
+    source, sizes, strides, *offset = node.args
+    assert isinstance(source, fx.Node)
+    value, wanted = source.meta["val"], [_value(stride) for stride in strides]  # type: ignore[union-attr]
+    if any(start is not None for start in offset):
+        return
+    shape = [_value(size) for size in sizes]  # type: ignore[union-attr]
+    found = _middle(value, shape, wanted)
+    if found is None:
+        return
+    first, last, steps = found
+    at = rewriter.before(node)
+    with value.fake_mode:
+        joined = source
+        if value.ndim - last - first > 1:
+            joined = at.call(_aten.flatten.using_ints, source, first, value.ndim - last - 1)
+        index = _index(at, value.device, sizes[first : len(shape) - last], steps)  # type: ignore[index, arg-type]
+        chosen = at.call(_aten.index_select.default, joined, first, index)
+        rewriter.replace(node, at.call(_aten.view.default, chosen, sizes))
+    rewriter.erase(node)
+
+
+def _index(at: Cursor, device: torch.device, sizes: Sequence[int | fx.Node], steps: Sequence[int]) -> fx.Node:
+    """Return the rows that are read, one after the other: the sums of each axis' positions times its step."""
+    count = functools.reduce(lambda one, other: at.call(operator.mul, one, other), sizes)
+    rest = at.call(_aten.arange.default, count, dtype=torch.int64, device=device, pin_memory=False)
+    index: fx.Node | None = None
+    for axis, (size, step) in reversed(list(enumerate(zip(sizes, steps, strict=True)))):
+        position = at.call(_aten.remainder.Scalar, rest, size) if axis else rest
+        part = position if step == 1 else at.call(_aten.mul.Tensor, position, step)
+        index = part if index is None else at.call(_aten.add.Tensor, index, part)
+        rest = at.call(_aten.div.Scalar_mode, rest, size, rounding_mode="floor") if axis else rest
+    assert index is not None
+    return index
+
+
+def _middle(value: Tensor, shape: Sequence[Size], strides: Sequence[Size]) -> tuple[int, int, list[int]] | None:
+    """Return how many first and last axes stay, and the steps of the axes between, counted in rows of the tensor."""
+    most = min(value.ndim, len(shape)) - 1
+    first = last = 0
+
+    def stays(axis: int, other: int) -> bool:
+        return _same(value.shape[axis], shape[other]) and _same(value.stride(axis), strides[other])
+
+    while first < most and stays(first, first):
+        first += 1
+    while last < most - first and stays(-1 - last, -1 - last):
+        last += 1
+    while last >= 0:
+        end = value.ndim - last
+        row = value.stride(end - 1)
+        steps = [_times(stride, row) for stride in strides[first : len(shape) - last]]
+        joined = all(
+            _same(value.stride(axis), value.stride(axis + 1) * value.shape[axis + 1]) for axis in range(first, end - 1)
+        )
+        if joined and all(step is not None for step in steps):
+            return first, last, [step for step in steps if step is not None]
+        last -= 1
+    return None
+
+
+def _times(stride: Size, row: Size) -> int | None:
+    """Return how many times a row's stride a stride is, if that is a whole number for all sizes."""
+    one, other = (sympy.sympify(s) if isinstance(s, int) else s.node.expr for s in (stride, row))
+    times = sympy.S.Zero if other == 0 else one / other
+    return int(times) if times.is_Integer and times > 0 else None
+
+
+def _same(one: Size, other: Size) -> bool:
+    return statically_known_true(one == other)
+
+
+def _value(size: object) -> Size:
+    found = size.meta["val"] if isinstance(size, fx.Node) else size
+    assert isinstance(found, int | SymInt)
+    constant = None if isinstance(found, int) else found.node.maybe_as_int()
+    return found if constant is None else constant
