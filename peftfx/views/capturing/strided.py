@@ -20,7 +20,7 @@ from peftfx.graph.rewriter import Cursor, Rewriter
 from peftfx.graph.written import written_by
 
 _aten = torch.ops.aten
-Size = int | SymInt
+_Size = int | SymInt
 
 
 def choose_by_indices(graph: fx.Graph) -> None:
@@ -76,7 +76,7 @@ def _index(at: Cursor, device: torch.device, sizes: Sequence[int | fx.Node], ste
     return index
 
 
-def _middle(value: Tensor, shape: Sequence[Size], strides: Sequence[Size]) -> tuple[int, int, list[int]] | None:
+def _middle(value: Tensor, shape: Sequence[_Size], strides: Sequence[_Size]) -> tuple[int, int, list[int]] | None:
     """Return how many first and last axes stay, and the steps of the axes between, counted in rows of the tensor."""
     most = min(value.ndim, len(shape)) - 1
     first = last = 0
@@ -101,18 +101,18 @@ def _middle(value: Tensor, shape: Sequence[Size], strides: Sequence[Size]) -> tu
     return None
 
 
-def _times(stride: Size, row: Size) -> int | None:
+def _times(stride: _Size, row: _Size) -> int | None:
     """Return how many times a row's stride a stride is, if that is a whole number for all sizes."""
     one, other = (sympy.sympify(s) if isinstance(s, int) else s.node.expr for s in (stride, row))
     times = sympy.S.Zero if other == 0 else one / other
     return int(times) if times.is_Integer and times > 0 else None
 
 
-def _same(one: Size, other: Size) -> bool:
+def _same(one: _Size, other: _Size) -> bool:
     return statically_known_true(one == other)
 
 
-def _value(size: object) -> Size:
+def _value(size: object) -> _Size:
     found = size.meta["val"] if isinstance(size, fx.Node) else size
     assert isinstance(found, int | SymInt)
     constant = None if isinstance(found, int) else found.node.maybe_as_int()
