@@ -22,7 +22,7 @@ Picture = Mapping[str, Tensor]
 
 
 def picture_inputs(model: nn.Module, accepted: Collection[str], size: Size) -> Picture | None:
-    """Return what the model's processor makes of one gray picture, by the names of the forward's arguments.
+    """Return what the model's processor makes of one grey picture, by the names of the forward's arguments.
 
     Args:
         model: a model of transformers.
