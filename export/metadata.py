@@ -9,6 +9,5 @@ ADAPTERS_KEY = "peftfx.adapters"  #: metadata key: the adapters in a model, `nam
 BASE_MODEL = "peftfx.base"  #: metadata key: the class of the base
 FINGERPRINT = "peftfx.base_fingerprint"  #: metadata key: a hash of some values of each weight of the base
 ENGINE = "peftfx.engine"  #: metadata key: the engine that translated the model, and why not the fast one
-SIZES_KEY = "peftfx.sizes"  #: metadata key: the conditions on a call's sizes under which the model is right
 PERMUTED = "peftfx.permuted"  #: key on a lazy tensor: a function that reads it with its axes in another order
 PIECES = "peftfx.pieces"  #: key on a lazy tensor: a function that reads it in pieces of rows

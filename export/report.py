@@ -14,7 +14,7 @@ import torch
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
 from peftfx.bases.processors.fixed_values import IMAGES_KEY, as_text
 from peftfx.export.coded.place import Choice
-from peftfx.export.metadata import ENGINE, SIZES_KEY
+from peftfx.export.metadata import ENGINE
 from peftfx.export.rounding.budget import Share
 from peftfx.export.rounding.calibrated import Fitted
 from peftfx.export.verification.agreement import Agreement
@@ -22,7 +22,7 @@ from peftfx.export.verification.comparison import Comparison, short_shapes
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.sizes import Limit
 from peftfx.export.writing.memory import memory_line
-from peftfx.formats import REPORT, with_version
+from peftfx.formats import REPORT, SIZES_KEY, with_version
 from peftfx.graph.decisions import Decision
 from peftfx.graph.graph import DERIVED, Graph
 from peftfx.graph.slots import listed

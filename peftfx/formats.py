@@ -17,6 +17,7 @@ FORMAT = "format"  #: the field that holds the version
 SLOTS, BATCHED, REPORT = "peftfx_slots.json", "peftfx_adapters.json", "peftfx_report.json"  #: files beside a model
 LABELS = "peftfx_labels.json"  #: in an adapter's directory: the names of its head's classes
 RULES = "peftfx_rules.json"  #: in an adapter's directory: the folders of its rules, if several rules made the adapter
+SIZES_KEY = "peftfx.sizes"  #: metadata key: the conditions on a call's sizes under which the model is right
 ADAPTER = ".onnx_adapter"  #: the ending of a file's name; the format is ONNX Runtime's, the version that of peftfx
 
 #: The versions that this peftfx writes, and the newest that it reads. A change that breaks an older reader adds 1.

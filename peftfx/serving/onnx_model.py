@@ -12,6 +12,7 @@ import torch
 
 from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.files import is_file, is_folder
+from peftfx.formats import SIZES_KEY
 from peftfx.serving.providers import Provider, chosen_providers, refuse_fallback
 
 _VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # dtypes that numpy lacks, and what replaces them
@@ -101,10 +102,7 @@ class OnnxModel:
         try:
             values = self._session.run_with_ort_values(list(self.outputs), feed)
         except Exception as error:
-            shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in tensors.items())
-            raise PeftfxError(
-                f"ONNX Runtime refuses these inputs: {first_line(error)}", str(self.path), f"the inputs are {shapes}"
-            ) from error
+            raise self._refused(tensors, error) from error
         return {name: to_torch(value) for name, value in zip(self.outputs, values, strict=True)}
 
     def run_into(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
@@ -126,10 +124,18 @@ class OnnxModel:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in inputs.items())
-            raise PeftfxError(
-                f"ONNX Runtime refuses these inputs: {first_line(error)}", str(self.path), f"the inputs are {shapes}"
-            ) from error
+            raise self._refused(inputs, error) from error
+
+    def _refused(self, tensors: Mapping[str, torch.Tensor], error: Exception) -> PeftfxError:
+        """Return the error for a call that fails, with the conditions that the export has put on calls."""
+        shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in tensors.items())
+        limits = self.metadata.get(SIZES_KEY, "")
+        hint = (
+            f"the inputs are {shapes}"
+            if not limits
+            else f"the export is right where: {limits}; the inputs are {shapes}"
+        )
+        return PeftfxError(f"ONNX Runtime refuses these inputs: {first_line(error)}", str(self.path), hint)
 
     def _check(self, tensors: dict[str, torch.Tensor]) -> None:
         slots = self.slots

@@ -17,6 +17,7 @@ from fuzz.settle import settle
 from fuzz.test_bases import Model, load
 from fuzz.twins import ADAPTER, SIZES, Base
 from fuzz.values import Change, deep, nested
+from torch import nn
 
 import peftfx
 from peftfx import LoRA, PeftfxError, runtime
@@ -153,9 +154,16 @@ def test_a_manifest_with_another_fingerprint(exported: Path, tmp_path: Path) -> 
     assert "fingerprint='no'" in settle(lambda: Manifest.read(tmp_path / "graph")).message
 
 
+class Deciding(nn.Module):
+    """It branches on what the model's weights compute."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x if x.sum() > 0 else x
+
+
 def test_a_model_that_cannot_be_captured_prints_no_graph(capfd: pytest.CaptureFixture[str]) -> None:
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, rope_parameters=rope)).eval()
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)).eval()
+    model.model.norm = Deciding()
     assert "cannot capture this model" in settle(lambda: peftfx.inspect(model), 60).message
     assert len(capfd.readouterr().err) < 500
 

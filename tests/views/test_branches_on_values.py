@@ -106,7 +106,7 @@ def test_an_export_of_one_side_is_refused_or_refuses_the_other_itself(tmp_path: 
     assert "goes as in the example (True)" in report.sizes[0]
     served = peftfx.export.OnnxModel(tmp_path / "out")
     torch.testing.assert_close(served(input_ids=PADDED)["output"], adapted(input_ids=PADDED), atol=1e-5, rtol=1e-5)
-    with pytest.raises(Exception, match="out of data bounds"):
+    with pytest.raises(peftfx.PeftfxError, match=r"out of data bounds[\s\S]*is right where: the branch at \w+\.py:\d+"):
         served(input_ids=PLAIN)
 
 

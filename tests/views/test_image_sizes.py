@@ -16,7 +16,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.image_size import image_size_of, write_image_size
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
-from peftfx.export.metadata import SIZES_KEY
+from peftfx.formats import SIZES_KEY
 
 
 def lora_of(base: torch.nn.Module) -> peftfx.AdaptedModel:
