@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from peftfx.graph.graph import Graph
 from peftfx.graph.trace import trace
@@ -254,7 +255,8 @@ def _apart(values: Sequence[object]) -> list[object]:
 
 
 def _computed(target: Any, args: Any, kwargs: Any) -> object:
-    return target(*values_of(args), **values_of(kwargs))
+    with enable_python_dispatcher():  # without it, torch's own form of some operators takes no symbols as sizes
+        return target(*values_of(args), **values_of(kwargs))
 
 
 def _keyed(tags: Mapping[str, object]) -> dict[str, object]:
