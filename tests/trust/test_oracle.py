@@ -26,6 +26,7 @@ from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
 from peftfx.views import capture as capturing
+from peftfx.views.capturing import program_graph
 
 
 def stirred(adapted: AdaptedModel, std: float = 0.2) -> AdaptedModel:
@@ -48,7 +49,7 @@ def test_a_site_that_the_search_overlooks_in_the_exported_view_is_seen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     adapted = stirred(peftfx.transform(ZOO["llama"].build(), peftfx.LoRA(r=2, target="all-linear"), seed=0))
-    monkeypatch.setattr(capturing, "find_sites", without(LOST, capturing.find_sites))
+    monkeypatch.setattr(program_graph, "find_sites", without(LOST, program_graph.find_sites))
     with pytest.raises(VerificationError, match="disagrees"):
         adapted.export(tmp_path / "out", view="decode")
     assert list(tmp_path.iterdir()) == []
@@ -71,7 +72,7 @@ def test_what_loading_takes_for_a_module_that_never_runs_is_named_where_it_does(
 
 
 def test_a_capture_that_forgets_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    capture = capturing._as_graph
+    capture = capturing.as_graph
 
     def spoilt(*args: object) -> object:
         graph = capture(*args)  # type: ignore[arg-type]
@@ -80,7 +81,7 @@ def test_a_capture_that_forgets_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch,
         graph.module.recompile()
         return graph
 
-    monkeypatch.setattr(capturing, "_as_graph", spoilt)
+    monkeypatch.setattr(capturing, "as_graph", spoilt)
     with pytest.raises(VerificationError, match="disagrees"):
         peftfx.export_onnx(ZOO["bert"].build(), tmp_path / "out", allow_fixed=True)
 
