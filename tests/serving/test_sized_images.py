@@ -84,7 +84,7 @@ def test_tiles_are_served_and_an_empty_tile_is_refused(kind: str, tmp_path: Path
     assert torch.equal(served.generate(**inputs, **options), model.generate(**inputs, **options))
     if kind == "smolvlm":  # whose code drops empty tiles
         inputs["pixel_values"][1, 2] = 0
-        with pytest.raises(PeftfxError, match="a part of it is empty"):
+        with pytest.raises(PeftfxError, match="a part of this image is empty"):
             served.generate(**inputs, **options)
 
 
