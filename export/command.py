@@ -179,8 +179,7 @@ def load_directories(
     they set the number of tokens.
 
     The model is captured in the exported `view` if that view has all sites; `sized` says that a size of images is
-    chosen. `road` says how calls are run: see
-    `peftfx.transform`.
+    chosen. `road` says how calls are run: see `peftfx.transform`.
     """
     config = read_base_config(base)
     if not adapters:

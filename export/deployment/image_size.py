@@ -35,7 +35,7 @@ def example_of_size(
     where = f"image_size: {size if size == ANY_SIZE else 'x'.join(map(str, size))}"
     if inputs is not None:
         raise PeftfxError("inputs and image_size are both given", where, "leave image_size out: inputs have a size")
-    if generates_with_images(adapted.base, view):
+    if is_generating(adapted.base, view):
         what = "the size of images can be chosen in the forward view alone"
         raise PeftfxError(what, where, "pass --view forward, or leave image_size out")
     made = example_inputs(adapted.base)
@@ -50,8 +50,8 @@ def example_of_size(
     return example
 
 
-def generates_with_images(base: nn.Module, view: str) -> bool:
-    """Return whether a view generates text."""
+def is_generating(base: nn.Module, view: str) -> bool:
+    """Return whether a model generates text in a view."""
     return view == DECODE or (view == AUTO and generates(base))
 
 
@@ -59,7 +59,7 @@ def chosen_for_decode(
     base: nn.Module, size: tuple[int, int] | Literal["any"] | None, view: str
 ) -> tuple[int, int] | None:
     """Return the size of pictures for a view that generates, if it is chosen and decides what the processor makes."""
-    if size is None or size == ANY_SIZE or not generates_with_images(base, view) or not reads_images(base):
+    if size is None or size == ANY_SIZE or not is_generating(base, view) or not reads_images(base):
         return None
     accepted = inspect.signature(base.base_model.get_image_features).parameters  # type: ignore[union-attr, arg-type]
     return size if pictures_vary(base, accepted) else None

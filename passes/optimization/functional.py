@@ -8,8 +8,9 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from peftfx.graph.rewriter import Cursor, Rewriter
-from peftfx.passes.rewriting.matching import have_one_shape
+from peftfx.graph.rewriter import Rewriter
+from peftfx.graph.written import as_written
+from peftfx.passes.rewriting.matching import operand
 
 aten = torch.ops.aten
 #: How a changed part is put back into what it is a part of. The further arguments are those of the view.
@@ -40,15 +41,18 @@ def _replaced(rewriter: Rewriter, write: fx.Node) -> bool:
         return False  # an input, or the model's own tensor
     parts = list(_parts(target))
     later = {name for name in names if any(user > write for user in name.users)}
-    known = [target, *(_source(part) for part in parts)]
+    known = [target, *(operand(part) for part in parts)]
     if not later <= set(known):
         return False
     at = rewriter.before(write)
-    new = _copied(at, *write.args[:2]) if form is aten.copy.default else at.call(form, *write.args, **write.kwargs)  # type: ignore[arg-type]
+    if form is aten.copy.default:  # a tensor of its own, as the value may be written later
+        new = at.call(aten.clone.default, as_written(at, *write.args[:2]))  # type: ignore[arg-type]
+    else:
+        new = at.call(form, *write.args, **write.kwargs)
     rewriter.replace(write, new)
     _read_later(rewriter, target, new, write)
     for part in parts[: max((known.index(name) for name in later), default=0)]:
-        whole = _source(part)
+        whole = operand(part)
         new = at.call(_PUT_BACK[part.target], whole, new, *part.args[1:])  # type: ignore[index]
         _read_later(rewriter, whole, new, write)
     rewriter.erase(write)
@@ -70,21 +74,7 @@ def _parts(node: fx.Node) -> Iterator[fx.Node]:
     """Yield the views through which a value is a part of another: itself, what it is a part of, and so on."""
     while node.target in _PUT_BACK and not node.kwargs:
         yield node
-        node = _source(node)
-
-
-def _source(view: fx.Node) -> fx.Node:
-    source = view.args[0]
-    assert isinstance(source, fx.Node)
-    return source
-
-
-def _copied(at: Cursor, target: fx.Node, value: fx.Node) -> fx.Node:
-    """Return what `target.copy_(value)` leaves in the target, as a new tensor: the value may be written later."""
-    wide = value if have_one_shape(value, target) else at.call(aten.expand_as.default, value, target)
-    dtype = target.meta["val"].dtype
-    same = value.meta["val"].dtype == dtype
-    return at.call(aten.clone.default, wide) if same else at.call(aten._to_copy.default, wide, dtype=dtype)
+        node = operand(node)
 
 
 def _read_later(rewriter: Rewriter, old: fx.Node, new: fx.Node, write: fx.Node) -> None:

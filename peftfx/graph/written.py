@@ -1,4 +1,4 @@
-"""Refuses parameters that a program writes into when it runs, which no graph may have."""
+"""Writes of a program into tensors: what they change, what they leave, and a refusal of parameters that are changed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE, Graph
+from peftfx.graph.rewriter import Cursor
 
 
 def refuse_written(graph: Graph) -> None:
@@ -33,6 +34,22 @@ def written_by(node: fx.Node) -> list[fx.Node]:
         return []
     arguments = zip(node.target._schema.arguments, node.args, strict=False)
     return [v for a, v in arguments if a.alias_info is not None and a.alias_info.is_write and isinstance(v, fx.Node)]
+
+
+def memory_of(node: fx.Node) -> set[int]:
+    """Return the memory that a node's captured tensor lies in: equal for views of one tensor, empty for no tensor."""
+    value = node.meta.get("val")
+    return {value.untyped_storage()._cdata} if isinstance(value, torch.Tensor) else set()
+
+
+def as_written(at: Cursor, target: fx.Node, value: fx.Node) -> fx.Node:
+    """Return what `target.copy_(value)` leaves in the target: the value in the target's dtype and shape."""
+    wanted = target.meta["val"]
+    if value.meta["val"].dtype != wanted.dtype:
+        value = at.call(torch.ops.aten.to.dtype, value, wanted.dtype)
+    if str(value.meta["val"].shape) != str(wanted.shape):  # symbols that are equal in the example may differ elsewhere
+        value = at.call(torch.ops.aten.expand_as.default, value, target)
+    return value
 
 
 def source_of(node: fx.Node) -> fx.Node:

@@ -130,12 +130,9 @@ class OnnxModel:
         """Return the error for a call that fails, with the conditions that the export has put on calls."""
         shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in tensors.items())
         limits = self.metadata.get(SIZES_KEY, "")
-        hint = (
-            f"the inputs are {shapes}"
-            if not limits
-            else f"the export is right where: {limits}; the inputs are {shapes}"
-        )
-        return PeftfxError(f"ONNX Runtime refuses these inputs: {first_line(error)}", str(self.path), hint)
+        told = f"the export is right where: {limits}; " if limits else ""
+        what = f"ONNX Runtime refuses these inputs: {first_line(error)}"
+        return PeftfxError(what, str(self.path), f"{told}the inputs are {shapes}")
 
     def _check(self, tensors: dict[str, torch.Tensor]) -> None:
         slots = self.slots

@@ -87,8 +87,8 @@ _TEXTS = ("input_ids", "attention_mask")
 
 
 @functools.lru_cache(32)
-def _processed(home: Path, _: int, size: Size) -> Picture:
-    processor = _processor(home, _)
+def _processed(home: Path, changed: int, size: Size) -> Picture:
+    processor = _processor(home, changed)
     if processor is None:
         return {}
     with _disable_current_modes(), torch.device("cpu"):
@@ -101,8 +101,8 @@ def _processed(home: Path, _: int, size: Size) -> Picture:
 
 
 @functools.lru_cache(8)
-def _processor(home: Path, _: int) -> Any:
-    """Load the processor of pictures in a directory; None if it cannot be loaded."""
+def _processor(home: Path, changed: int) -> Any:
+    """Load the processor of pictures in a directory; None if it cannot be loaded. It is loaded anew if it changed."""
     from transformers import AutoImageProcessor
 
     try:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from peftfx.graph.decisions import Decision, has_values
 from peftfx.graph.linking import link
 from peftfx.graph.rewriter import Rewriter
-from peftfx.graph.written import written_by
+from peftfx.graph.written import memory_of, written_by
 
 _aten = torch.ops.aten
 #: Operators that give the boolean of their argument in another form.
@@ -142,7 +142,7 @@ def _needed(tensor: fx.Node, inputs: set[fx.Node]) -> list[fx.Node] | None:
     """
     found: set[fx.Node] = set()
     writes = [(node, stored) for node in tensor.graph.nodes for stored in _changed(node)]
-    held = {stored for place in inputs for stored in _stored(place)}
+    held = {stored for place in inputs for stored in memory_of(place)}
     todo = [tensor]
     while todo:
         node = todo.pop()
@@ -152,7 +152,7 @@ def _needed(tensor: fx.Node, inputs: set[fx.Node]) -> list[fx.Node] | None:
             return None
         found.add(node)
         todo += node.all_input_nodes
-        own = _stored(node)
+        own = memory_of(node)
         todo += [write for write, stored in writes if stored in own]
     if any(stored in held for node in found for stored in _changed(node)):
         return None  # it writes into an input, which is no longer the call's
@@ -163,15 +163,9 @@ def _is_random(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-def _stored(node: fx.Node) -> set[int]:
-    """Return the memory that a node's tensor lies in."""
-    value = node.meta.get("val")
-    return {value.untyped_storage()._cdata} if isinstance(value, Tensor) else set()
-
-
 def _changed(node: fx.Node) -> set[int]:
     """Return the memory that a node writes into."""
-    return {stored for argument in written_by(node) for stored in _stored(argument)}
+    return {stored for argument in written_by(node) for stored in memory_of(argument)}
 
 
 def _general(node: fx.Node) -> bool | None:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from peftfx.graph.rewriter import Rewriter
+from peftfx.graph.written import as_written
 
 _aten = torch.ops.aten
 _EMPTY = {_aten.new_empty.default, _aten.empty.memory_format, _aten.empty_like.default}
@@ -47,7 +48,8 @@ def _concatenate(rewriter: Rewriter, empty: fx.Node) -> None:
     if any(reader < last for reader in readers):
         return
     at = rewriter.after(last)
-    parts = [_as_written(rewriter, piece.write, empty.meta["val"].dtype) for piece in pieces]
+    writes = [piece.write for piece in pieces]
+    parts = [as_written(rewriter.before(write), *write.args[:2]) for write in writes]  # type: ignore[arg-type]
     rewriter.replace(empty, at.call(_aten.cat.default, parts, pieces[0].axis), readers)
     for piece in pieces:
         view = piece.write.args[0]
@@ -93,19 +95,6 @@ def _tile(pieces: list[_Piece], empty: fx.Node) -> bool:
     ends = [0, *(piece.end for piece in pieces)]
     size = empty.meta["val"].shape[pieces[0].axis]
     return ends == [*(piece.start for piece in pieces), size]
-
-
-def _as_written(rewriter: Rewriter, write: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """Return the written value in the dtype and shape of the memory that it is written to."""
-    view, value = write.args[:2]
-    assert isinstance(view, fx.Node)
-    assert isinstance(value, fx.Node)
-    at = rewriter.before(write)
-    if value.meta["val"].dtype != dtype:
-        value = at.call(_aten.to.dtype, value, dtype)
-    if value.meta["val"].shape != view.meta["val"].shape:
-        value = at.call(_aten.expand_as.default, value, view)
-    return value
 
 
 _CUTS = {_aten.chunk.default, _aten.split.Tensor, _aten.split.sizes, _aten.split_with_sizes.default}

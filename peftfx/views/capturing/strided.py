@@ -17,7 +17,7 @@ from torch import SymInt, Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from peftfx.graph.rewriter import Cursor, Rewriter
-from peftfx.graph.written import written_by
+from peftfx.graph.written import memory_of, written_by
 
 _aten = torch.ops.aten
 _Size = int | SymInt
@@ -28,16 +28,12 @@ def choose_by_indices(graph: fx.Graph) -> None:
 
     A tensor that is written into after the read keeps it, because the read is a view.
     """
-    rewriter, places = Rewriter(graph), list(graph.nodes)
-    for node in [node for node in places if node.target is _aten.as_strided.default]:
-        after = places[places.index(node) :]
-        if not any(_stored(node) == _stored(written) for later in after for written in written_by(later)):
+    rewriter, written = Rewriter(graph), dict[int, fx.Node]()
+    for node in graph.nodes:
+        written.update((memory, node) for value in written_by(node) for memory in memory_of(value))
+    for node in list(graph.find_nodes(op="call_function", target=_aten.as_strided.default)):
+        if not any(memory in written and written[memory] > node for memory in memory_of(node)):
             _replace(rewriter, node)
-
-
-def _stored(node: fx.Node) -> int:
-    """Return the memory that a node's tensor lies in."""
-    return node.meta["val"].untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
 def _replace(rewriter: Rewriter, node: fx.Node) -> None:
