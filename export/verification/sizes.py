@@ -15,6 +15,7 @@ from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.graph.conditions import Condition, unmet
 from peftfx.graph.decisions import Decision, opposed
 from peftfx.graph.graph import Graph
+from peftfx.views.capturing.settling import near
 
 Sized = Mapping[str, int]
 _Case = dict[str, Tensor]
@@ -251,11 +252,5 @@ def _related(relation: Condition, sizes: Sized, chosen: Sized) -> dict[str, int]
 
 
 def _same(want: Tensor, got: Tensor, shown: Callable[[Tensor], Tensor]) -> bool:
-    if want.shape != got.shape:
-        return False
-    a, b = shown(want).double(), shown(got).double()
     half = want.dtype in (torch.float16, torch.bfloat16)
-    tolerance = 2e-2 if half else 1e-4
-    finite = a[a.isfinite()]
-    largest = float(finite.abs().max()) if finite.numel() else 0.0
-    return torch.allclose(a, b, rtol=0, atol=tolerance * max(1.0, largest), equal_nan=True)
+    return want.shape == got.shape and near(shown(want), shown(got), 2e-2 if half else 1e-4)

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, whole_types
 from peftfx.errors import PeftfxError
 from peftfx.generation.step import Generates, Step
-from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages, Images
+from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages, Images, joined_features
 
 
 class GeneratesWithImages(Generates):
@@ -62,9 +62,7 @@ class GeneratesWithImages(Generates):
             raise PeftfxError(what, "position_ids", hint)
         output = (mm_encoder_outputs or {}).get("image")
         if output is not None:
-            pooled = output.pooler_output
-            parts = [pooled] if isinstance(pooled, Tensor) else list(pooled)
-            features = torch.cat([part.flatten(0, -2) for part in parts])
+            features = joined_features(output)
         elif pixels:
             features = torch.cat(self.encoded(pixels))
         else:

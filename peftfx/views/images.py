@@ -239,11 +239,11 @@ def with_known(images: Images, inputs: Mapping[str, object]) -> Iterator[tuple[d
 
 def joined_features(output: Any, deeper: tuple[tuple[str, int], ...] = ()) -> Tensor:
     """Return what an image encoder gives for each piece, [pieces, width]: features, then those for deeper layers."""
-    first = torch.cat([part.flatten(0, -2) for part in _each(output.pooler_output)])
-    more = [torch.cat(_each(layer)).flatten(0, -2) for name, _ in deeper for layer in getattr(output, name)]
+    first = torch.cat([part.flatten(0, -2) for part in by_image(output.pooler_output)])
+    more = [torch.cat(by_image(layer)).flatten(0, -2) for name, _ in deeper for layer in getattr(output, name)]
     return torch.cat([first, *more], -1) if more else first
 
 
-def _each(value: Any) -> list[Tensor]:
+def by_image(value: Any) -> list[Tensor]:
     """Return the features of each image, given them or all features in one tensor."""
     return [value] if isinstance(value, Tensor) else list(value)

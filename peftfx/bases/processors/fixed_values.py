@@ -52,7 +52,7 @@ class FixedValues:
         own = self.tensor()
         if isinstance(value, Tensor) and torch.equal(value.long(), own.long().repeat(count, *[1] * (own.ndim - 1))):
             return
-        size = f": export with --image-size, and give images of {picture[0]} x {picture[1]}" if picture else ""
+        size = f", {picture[0]} x {picture[1]}" if picture else ""
         what = f"the graph was made for images with {self}, and this call has others"
         raise PeftfxError(what, self.name, f"resize the images to the size of the export{size}")
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from peftfx.bases.processors.readers import SIZED, reads_sized_images
 from peftfx.errors import PeftfxError, first_line
-from peftfx.graph.contexts import unchanged
 from peftfx.views.capturing.raised import line_of, raised_at, said_by
+from peftfx.views.dry_run import fake_run
 from peftfx.views.entry import Entry, EntryCall
 
 
@@ -45,15 +44,16 @@ def _loops_over_experts(model: nn.Module) -> bool:
 
 
 def _goes_on_by_one(model: nn.Module, call: EntryCall) -> bool:
-    """Return whether a view with a past runs with one new token and not with two."""
+    """Return whether a view with a past runs with one new token and not with two, on fake tensors."""
     inputs = getattr(call, "inputs", None)
     if inputs is None or "past" not in {axis for axes in getattr(call, "axes", {}).values() for axis in axes}:
         return False
 
     def runs(tokens: int) -> bool:
+        given = inputs(model, sizes={"batch": 1, "sequence": tokens, "past": 3})
         try:
-            with torch.no_grad(), unchanged(model):
-                call(model, inputs(model, sizes={"batch": 1, "sequence": tokens, "past": 3}))
+            with fake_run(model) as fake:
+                call(model, {name: fake(value) for name, value in given.items()})
         except Exception:  # a model's code raises various errors for a size that it does not take
             return False
         return True

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.graph.capturing.sides import Sides
 from peftfx.graph.contexts import unchanged
 from peftfx.graph.decisions import has_values, opposed
@@ -62,20 +62,22 @@ def _alike(graph: Graph, model: nn.Module, tensors: Mapping[str, Tensor]) -> boo
         want = model(*(tensor.clone() for tensor in tensors.values()))
         try:
             got = graph.run(*tensors.values())
-        except Exception:  # an operator of the other side takes no such values
+        except Exception as error:  # an operator of the other side takes no such values
+            raise_if_memory_is_out(error)
             return False
     pairs = zip((t for t in pytree.tree_leaves(want) if isinstance(t, Tensor)), _tensors(got), strict=True)
-    return all(_near(one, other) for one, other in pairs)
+    return all(near(one, other) for one, other in pairs)
 
 
 def _tensors(values: list[Tensor]) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def _near(one: Tensor, other: Tensor) -> bool:
+def near(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:
+    """Return whether the numbers of two tensors differ by at most `tolerance` of the largest, or of 1."""
     if one.shape != other.shape:
         return False
     one, other = one.double(), other.double()
     finite = one[one.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
-    return torch.allclose(one, other, rtol=0, atol=_TOLERANCE * max(1.0, largest), equal_nan=True)
+    return torch.allclose(one, other, rtol=0, atol=tolerance * max(1.0, largest), equal_nan=True)

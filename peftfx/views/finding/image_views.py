@@ -21,7 +21,7 @@ from peftfx.graph.capturing.known_values import known_values
 from peftfx.graph.contexts import unchanged
 from peftfx.graph.slots import listed
 from peftfx.views.dry_run import fake_run
-from peftfx.views.images import Images, joined_features
+from peftfx.views.images import Images, by_image, joined_features
 
 
 def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:
@@ -91,7 +91,7 @@ def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> tuple[Any, tuple[F
             fed = {name: fake(value) for name, value in given.items()}
             output = base.base_model.get_image_features(**fed, return_dict=True)  # type: ignore[union-attr, operator]
             joined_features(output)
-            if all(type(size) is int for part in _parts(output) for size in part.shape):
+            if all(type(size) is int for part in by_image(output.pooler_output) for size in part.shape):
                 return output, (), False
         except Exception:  # whatever the model's code raises where it reads values
             pass
@@ -111,11 +111,6 @@ def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> tuple[Any, tuple[F
                 what, type(base).__name__, "export its forward view, with inputs=... of a call"
             ) from error
     return output, tuple(FixedValues.of(name, value) for name, value in known.items()), True
-
-
-def _parts(output: Any) -> list[Tensor]:
-    pooled = output.pooler_output
-    return [pooled] if isinstance(pooled, Tensor) else list(pooled)
 
 
 def _sections(base: nn.Module) -> int:
