@@ -205,7 +205,7 @@ def export_onnx(
                 report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")
             refuse_disagreement(report, limit, asked.calibration, Path(directory))
             report.idle = sorted(set.intersection(*idle))
-        way.describe(temporary, adapted, verified, example)
+        report.not_written = way.describe(temporary, adapted, verified, example)
         if asked.merged_decoder:
             with stages("merge the decoder"):
                 write_merged_decoder(temporary)

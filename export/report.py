@@ -72,6 +72,7 @@ class Report:
         engine: the engine that translated to ONNX; if it is not the one asked for, why.
         nodes: the number of nodes in the ONNX graph.
         bytes: the size of each file.
+        not_written: why a file that tells another runtime how to serve the model was not written, by its name.
         seconds: wall time of each stage.
         memory: the peak memory of the process in each stage, in bytes, without mapped files. Sampled every 20 ms on
             Linux; empty on other systems.
@@ -110,6 +111,7 @@ class Report:
     engine: str = FAST
     nodes: int = 0
     bytes: dict[str, int] = field(default_factory=dict)
+    not_written: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     verified: str = ""
@@ -244,6 +246,7 @@ class Report:
             *([("sizes", f"right where {_few(self.sizes)}")] if self.sizes else []),
             *([("slots", f"{self.slots} inputs for adapters that may be left out")] if self.slots else []),
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
+            *(("not written", f"{name}: {why}") for name, why in self.not_written.items()),
             ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes{whole}, engine {self.engine}"),
             *([("quantised", small)] if small else []),
             *(("not quantised", _first(why)) for why in self.left.values()),

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from transformers.exporters.base import EXPORT_MANIFEST_FILE
 
 from peftfx.export.deployment.export_json import write_export_json
-from peftfx.export.deployment.genai_config import write_genai_config
+from peftfx.export.deployment.genai_config import GENAI_CONFIG, write_genai_config
 from peftfx.export.deployment.parts import GraphPart, capture_parts
 from peftfx.export.verification.oracle import Oracle, eager_oracle
 from peftfx.export.verification.size_trials import sizes_of
@@ -53,16 +54,27 @@ class Deployment(ABC):
         """
         return sizes_of(adapted, part.seen, example, allow_fixed=allow_fixed)
 
-    def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs) -> None:
-        """Write files beside the models that tell other runtimes how to serve them."""
+    def describe(
+        self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs
+    ) -> dict[str, str]:
+        """Write files beside the models that tell other runtimes how to serve them.
+
+        Return why a file was not written, by its name.
+        """
+        why: dict[str, str] = {}
         for part in parts:
-            if isinstance(part.seen, InvokedDecode | DecodeWithImages):
-                continue  # other runtimes do not know where a row invokes an adapter, nor images beside a text
-            if isinstance(part.seen, Decode):
+            if isinstance(part.seen, InvokedDecode):
+                why[GENAI_CONFIG] = "rows say where they invoke an adapter, and GenAI has no such input"
+            elif isinstance(part.seen, DecodeWithImages):
+                why[GENAI_CONFIG] = "the decoder takes features of images, which GenAI knows by architecture"
+            elif isinstance(part.seen, Decode):
                 _, entry = adapted.under_prompt(part.seen)
-                write_genai_config(directory, adapted.base.config, part.seen, 0 if entry is None else entry.shape[0])
+                ahead = 0 if entry is None else entry.shape[0]
+                why[GENAI_CONFIG] = write_genai_config(directory, adapted.base.config, part.seen, ahead)
             elif part.seen is None:
-                write_export_json(directory, part.file, part.exported, adapted.base, example)
+                reason = write_export_json(directory, part.file, part.exported, adapted.base, example)
+                why[EXPORT_MANIFEST_FILE] = reason
+        return {file: reason for file, reason in why.items() if reason}
 
 
 @dataclass(frozen=True)

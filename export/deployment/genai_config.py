@@ -13,8 +13,8 @@ GENAI_CONFIG = "genai_config.json"
 _UNLIMITED = 2048
 
 
-def write_genai_config(directory: Path, config: Any, view: Decode, ahead: int = 0) -> bool:
-    """Write `genai_config.json` into a directory. Return whether GenAI can run the model at all.
+def write_genai_config(directory: Path, config: Any, view: Decode, ahead: int = 0) -> str:
+    """Write `genai_config.json` into a directory, if GenAI can run the model. Return why it was not written, or "".
 
     GenAI cannot run a model whose layers differ in their heads, or whose keys and values differ in width: its config
     has one number for all. Nor can it run a model with a layer that keeps states: GenAI knows states only for a few
@@ -27,8 +27,10 @@ def write_genai_config(directory: Path, config: Any, view: Decode, ahead: int = 
         ahead: the number of virtual tokens inside the graph, which reduce the tokens that the model can hold.
     """
     layers = set(view.layers)
-    if len(layers) != 1 or any(not layer.attends or layer.key != layer.value for layer in layers):
-        return False
+    if any(not layer.attends for layer in layers):
+        return "a layer keeps states, which GenAI knows only for some architectures"
+    if len(layers) != 1 or any(layer.key != layer.value for layer in layers):
+        return "the heads of its layers, or the widths of keys and values, differ, and GenAI has one number for all"
     (layer,) = layers
     text = config.get_text_config(decoder=True)
     length = context_length(text) - ahead
@@ -66,7 +68,7 @@ def write_genai_config(directory: Path, config: Any, view: Decode, ahead: int = 
         },
     }
     (directory / GENAI_CONFIG).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
-    return True
+    return ""
 
 
 def context_length(config: Any) -> int:

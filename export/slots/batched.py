@@ -126,10 +126,13 @@ class Batched(Deployment):
         with adapted.disable_adapter():
             return super().sizes(adapted, part, example, allow_fixed)
 
-    def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs) -> None:
+    def describe(
+        self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs
+    ) -> dict[str, str]:
         """Write which number chooses which adapter. Other runtimes do not know the input `adapter_ids`."""
         told = json.dumps(with_version(BATCHED, {"adapters": list(self.adapters)}), indent=1)
         (directory / BATCHED).write_text(f"{told}\n", encoding="utf-8")
+        return {}
 
 
 def _prompts(adapted: AdaptedModel, names: Sequence[str], lengths: tuple[int, ...]) -> PromptsByRow | None:

@@ -124,9 +124,11 @@ class Swappable(Deployment):
             raise PeftfxError(what, type(adapted.base).__name__, "export without them: --no-prefix")
         return held
 
-    def describe(self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs) -> None:
+    def describe(
+        self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs
+    ) -> dict[str, str]:
         """Write which slots the graphs have, and which base the model is, as well."""
-        super().describe(directory, adapted, parts, example)
+        why = super().describe(directory, adapted, parts, example)
         base = adapted.base
         kinds = (p.dtype for p in base.parameters() if p.is_floating_point())
         Manifest(
@@ -140,6 +142,7 @@ class Swappable(Deployment):
             rtol=self._rtol(parts),
             slots=tuple(dataclasses.replace(slot, graph=part.stem) for part in parts for slot in part.slots),
         ).write(directory)
+        return why
 
     def _rtol(self, parts: Sequence[GraphPart]) -> float | None:
         """Return adapters' relative tolerance; for a quantised graph without a bound, 4 times random ones' error."""

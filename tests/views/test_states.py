@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from peftfx import PeftfxError, runtime
 from peftfx.caches.held import kept_by
 from peftfx.caches.states import StateLayer
 from peftfx.export.deployment.genai_config import GENAI_CONFIG
+from peftfx.formats import REPORT
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.views.decode import Decode, positions
@@ -148,6 +150,7 @@ def test_its_names_say_what_each_layer_keeps(case: Case) -> None:
         assert axes[name] == tuple(named or size for named, size in zip(kept.axes("past"), (None, *kept.shape)))
         assert [axis for axis in axes[present] if isinstance(axis, int)] == [size for size in kept.shape if size]
     assert not (directory / GENAI_CONFIG).exists(), "GenAI knows states by architecture"
+    assert "keeps states" in json.loads((directory / REPORT).read_text())["not_written"][GENAI_CONFIG]
 
 
 def test_a_layer_whose_values_are_kept_is_no_head() -> None:
