@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from peftfx.adapters.adapter import Adapter
 from peftfx.export.rounding.gptq import factor_of, outputs_off, round_by_inputs
 from peftfx.export.rounding.texts import whole_call
-from peftfx.export.verification.eager_reference import EagerReference
+from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export_options.quantize import Scheme
 from peftfx.graph.graph import DERIVED
 from peftfx.model.adapted import AdaptedModel

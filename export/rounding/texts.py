@@ -11,7 +11,7 @@ from torch import Tensor
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.agreement import decoded
-from peftfx.export.verification.eager_reference import EagerReference
+from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.export_options.quantize import Scheme
 from peftfx.export_options.values import check_text

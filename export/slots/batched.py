@@ -21,7 +21,7 @@ from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of, without_images
 from peftfx.export.slots.row_stacks import stacks_of_rows, told
 from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
-from peftfx.export.verification.eager_reference import EagerReference, no_oracle
+from peftfx.export.verification.eager.reference import EagerReference, no_oracle
 from peftfx.export.verification.oracle import Oracle, Remembered, measured_of, named_in
 from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.verification.sizes import Sizes

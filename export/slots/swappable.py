@@ -25,7 +25,7 @@ from peftfx.export.metadata import PERM, SOURCE
 from peftfx.export.slots.prompt_places import find_forward, hold_forward, prompt_places_of
 from peftfx.export.translation.to_onnx import every_value
 from peftfx.export.verification.comparison import reference_of
-from peftfx.export.verification.eager_reference import EagerReference
+from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, measured_of
 from peftfx.export.verification.probes import hold_view, is_large, probes, view_cases
 from peftfx.export_options.values import Slots

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.export.verification.kept_state import StateError, state_kept
+from peftfx.export.verification.eager.kept_state import StateError, state_kept
 from peftfx.export.verification.sizes import EVERY, Sizes
 from peftfx.generation.invocation import invoked
 from peftfx.graph.graph import Graph, TensorSpec, path_name

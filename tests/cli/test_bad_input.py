@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.command import Inputs, Result, assert_refused, typed
 
-from peftfx.export.verification.eager_reference import EagerReference
+from peftfx.export.verification.eager.reference import EagerReference
 
 Damage = Callable[[Path, Path], None]
 FULL = 'mount -t tmpfs -o size=SIZE none "$1" && shift && "$@"; code=$?; ls -A "$DISK"; exit $code'

@@ -17,7 +17,7 @@ FAMILIES |= {cls.__name__ for cls in (*Placement.__subclasses__(), *Site.__subcl
 SANCTIONED = {
     "peftfx/testing/cases.py",
     "peftfx/demo/generation.py",
-    "export/verification/published.py",
+    "export/verification/eager/published.py",
     "peftfx/adapters/single_file.py",
 }
 

@@ -19,8 +19,8 @@ from peftfx.adapters.files import reader
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.weight import WeightMethod
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.export.verification.eager_reference import EagerReference
-from peftfx.export.verification.swapped_weight import SwappedWeight
+from peftfx.export.verification.eager.reference import EagerReference
+from peftfx.export.verification.eager.swapped_weight import SwappedWeight
 from peftfx.model.adapted import AdaptedModel
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site

@@ -23,7 +23,7 @@ from peftfx.export.report import Report
 from peftfx.export.verification import probes
 from peftfx.export.verification.agreement import MaxError
 from peftfx.export.verification.comparison import Comparison, VerificationError
-from peftfx.export.verification.eager_reference import EagerReference
+from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.float64 import float64
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.model.adapted import AdaptedModel

@@ -13,7 +13,7 @@ from peftfx.contract.broadcast import row_index
 from peftfx.contract.method import Base, Params
 from peftfx.contract.placement import WeightPlacement
 from peftfx.contract.weight import widened
-from peftfx.export.verification.published import on_weight
+from peftfx.export.verification.eager.published import on_weight
 from peftfx.sites.blocks import turned
 from peftfx.sites.site import EXPERTS
 

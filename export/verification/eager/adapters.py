@@ -20,8 +20,8 @@ from peftfx.bases.guests import own_class
 from peftfx.contract.method import Op
 from peftfx.contract.override import Override
 from peftfx.contract.placement import WeightPlacement, owner_of
-from peftfx.export.verification.published import KNOWN, OnOutput, acting_where, on_output
-from peftfx.export.verification.swapped_weight import CONV, AdapterStep, HeldTensors, SwappedWeight
+from peftfx.export.verification.eager.published import KNOWN, OnOutput, acting_where, on_output
+from peftfx.export.verification.eager.swapped_weight import CONV, AdapterStep, HeldTensors, SwappedWeight
 from peftfx.graph.places import places_of, twin
 
 #: The modules whose forward is one product with their weight, and nothing else.

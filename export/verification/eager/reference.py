@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.override import SAVED
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.export.verification.eager_adapters import applied
-from peftfx.export.verification.kept_state import StateError, state_kept
+from peftfx.export.verification.eager.adapters import applied
+from peftfx.export.verification.eager.kept_state import StateError, state_kept
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.graph.contexts import evaluating
 from peftfx.graph.graph import leaf_names
