@@ -117,7 +117,8 @@ def out_of_memory(stage: str) -> None:
 
     def limit() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 20), resource.RLIM_INFINITY))
+        little = (3 if stage == "write" else 4) << 20  # the buffer of a written file is 4 MB
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + little, resource.RLIM_INFINITY))
         AT_EXIT.append(lambda: resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)))
 
     _when(stage, limit)
