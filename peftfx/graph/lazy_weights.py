@@ -27,6 +27,8 @@ _VIEWS = frozenset(
 #: Operators that pick numbers by index. Only the picked numbers are cast.
 _PICKS = frozenset({aten.embedding.default, aten.index_select.default})
 _AT_ONCE = 1 << 24  #: how many numbers of a weight are cast at a time for a product
+_PIECE = 1 << 22  #: how many numbers of a weight are copied at a time: the allocator keeps so much memory for the next
+_COLUMNS = 64  #: how many columns of a transposed weight are copied at a time, so that their lines stay in the cache
 
 
 class Stored(Tensor):
@@ -102,11 +104,15 @@ def load_contiguous(tensor: Tensor) -> Tensor:
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the contiguous tensor in groups of rows if it is large, so that no whole second copy is in memory."""
     source = exact(tensor)
-    if tensor.numel() <= _AT_ONCE or (source.dtype == tensor.dtype and source.is_contiguous()):
+    if tensor.numel() <= _PIECE or (source.dtype == tensor.dtype and source.is_contiguous()):
         yield load_contiguous(tensor)
         return
-    for part in source.split(max(1, _AT_ONCE * len(source) // tensor.numel())):
-        yield torch.empty(part.shape, dtype=tensor.dtype, device=part.device).copy_(part)
+    for part in source.split(max(1, _PIECE * len(source) // tensor.numel())):
+        copy = torch.empty(part.shape, dtype=tensor.dtype, device=part.device)
+        width = _COLUMNS if part.ndim == 2 and part.stride(0) == 1 else part.shape[-1]
+        for start in range(0, part.shape[-1], width):
+            copy[..., start : start + width].copy_(part[..., start : start + width])
+        yield copy
 
 
 def _in_pieces(func: object, args: tuple[Any, ...]) -> Tensor | None:
