@@ -76,7 +76,8 @@ class Report:
         seconds: wall time of each stage.
         memory: the peak memory of the process in each stage, in bytes, without mapped files. Sampled every 20 ms on
             Linux; empty on other systems.
-        verified: what ONNX Runtime ran: the model itself, or its float32 twin over the same weights.
+        verified: what ONNX Runtime ran: the model itself, or its float32 twin over the same weights; and in how many
+            parts, if the model is large.
         reference: what the model was compared with.
         unmeasured: why the reference could not be run in float64; then the tolerances are constants. Empty if it could.
         idle: the module paths at which an adapter acts, but which ran in none of the compared calls.
@@ -193,6 +194,8 @@ class Report:
         whole = Counter(node.op_type for node in program.graph if node.op_type in FUSED)
         self.fused = dict(Counter(self.fused) + whole)
         self.verified = "its float32 twin, over the same weights" if in_bfloat16(program) else "the model"
+        if parts := max((c.parts for c in found if c.parts > 1), default=0):
+            self.verified += f", in {parts} parts"
         self.compare(found, left_out, prefix)
 
     def compare(self, found: Sequence[Comparison], left_out: Collection[str | None], prefix: str = "") -> None:
@@ -232,7 +235,7 @@ class Report:
             most = max(self.comparisons, key=lambda c: float(str(c["max_rel"])), default={"output": "no output"})
             lost = f"up to {self.max_rel:.1e} of the largest magnitude ({most['output']}), at {shapes} unseen shapes"
             agree = ("quantisation's error", lost)
-        elif "twin" in self.verified:
+        elif self.verified not in ("", "the model"):
             agree = (agree[0], f"{agree[1]} ({self.verified})")
         whole = "".join(f", {count} {name}" for name, count in self.fused.items())
         small = "; ".join(f"{count} weights as {kind}" for by in self.schemes.values() for kind, count in by.items())

@@ -15,6 +15,7 @@ from torch import Tensor
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.program import onnx_outputs
 from peftfx.export.verification.float32_twin import runnable
+from peftfx.export.verification.in_parts import InParts
 from peftfx.export.verification.tolerance import Tensors, Tolerance
 from peftfx.graph.graph import Graph
 from peftfx.serving.onnx_model import OnnxModel, find
@@ -50,6 +51,7 @@ class Comparison:
         largest: the largest magnitude in the reference.
         dtype: the dtype of the reference.
         unmeasured: why the reference could not be run in float64; then the tolerance is a constant. Empty if it could.
+        parts: in how many parts ONNX Runtime ran the model; see `peftfx.export.verification.in_parts`.
     """
 
     output: str
@@ -63,6 +65,7 @@ class Comparison:
     largest: float = 0.0
     dtype: torch.dtype = torch.float32
     unmeasured: str = ""
+    parts: int = 1
 
     def __str__(self) -> str:
         if self.wrong:
@@ -86,9 +89,9 @@ def verify(
     """Run the model saved in `directory` and the `reference` on each set of inputs, and compare every output.
 
     A model in bfloat16 is run as its float32 twin over the same weights (`runnable`), because ONNX Runtime's CPU
-    provider has no bfloat16 kernels. Outputs that are not floating-point have to be equal. If the first two axes of an
-    output are those of `attention_mask`, the output is not compared at tokens where the mask is 0: results for padding
-    do not matter.
+    provider has no bfloat16 kernels. A large model is run in parts: see `peftfx.export.verification.in_parts`. Outputs
+    that are not floating-point have to be equal. If the first two axes of an output are those of `attention_mask`, the
+    output is not compared at tokens where the mask is 0: results for padding do not matter.
 
     Args:
         directory: the directory that `save` wrote, or the model's `.onnx` file.
@@ -108,17 +111,21 @@ def verify(
     own = range(len(inputs)) if measured is None else measured
     tolerance = Tolerance(atol, rtol)
     with runnable(find(directory)) as (path, widened):
-        model = OnnxModel(path, mapped=_size(path.parent) > MAPPED)
+        large = _size(path.parent) > MAPPED
+        model = OnnxModel(path, mapped=large)
         model.put(put or {})
         choose = shown or functools.partial(_unpadded, model.axes)
         if graph is not None:
             _same_interface(model, graph)
         found = []
-        for number, feed in enumerate(inputs):
-            tell_share(f"{number} of {len(inputs)} calls", 0.5 + number / (2 * len(inputs)))
+        calls = [_widened(feed, model) if widened else feed for feed in inputs]
+        cut = InParts(model) if large else None
+        answers = (model(**call) for call in calls) if cut is None else cut(calls)
+        parts, start = (1, 0.5) if cut is None else (len(cut.parts), 0.75)
+        for number, (feed, got) in enumerate(zip(inputs, answers, strict=True)):
+            tell_share(f"{number} of {len(inputs)} calls", start + (1 - start) * number / len(inputs))
             want = reference(feed)
             exact = tolerance.measure(reference, feed) if tolerance.measures and number in own else {}
-            got = model(**(_widened(feed, model) if widened else feed))
             missing = sorted(set(want) - set(got))
             if missing:
                 what = f"the model has no output {', '.join(missing)}"
@@ -129,7 +136,7 @@ def verify(
                 one = _compare(name, value.detach(), got[name], select)
                 noise = _largest_difference(exact[name], value, select) if name in exact else None
                 tolerance.learn(name, noise, one.largest, value.dtype)
-                found.append(dataclasses.replace(one, shapes=shapes, noise=noise, dtype=value.dtype))
+                found.append(dataclasses.replace(one, shapes=shapes, noise=noise, dtype=value.dtype, parts=parts))
     return _judged(found, tolerance, str(find(directory)))
 
 

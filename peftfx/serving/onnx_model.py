@@ -44,7 +44,7 @@ class OnnxModel:
     ) -> None:
         self.path = find(Path(directory))
         chosen = chosen_providers(providers)
-        options = _options(threads, mapped) if options is None else options
+        options = session_options(threads, mapped) if options is None else options
         self._put: Mapping[str, ort.OrtValue] = {}
         try:
             self._session = ort.InferenceSession(str(self.path), options, providers=chosen)
@@ -97,13 +97,21 @@ class OnnxModel:
         Raises:
             PeftfxError: an input is missing or unknown, or ONNX Runtime refuses its shape or dtype.
         """
-        self._check(tensors)
-        feed = {**self._put, **{name: to_ort(value) for name, value in tensors.items()}}
+        feed = self.feed(tensors)
         try:
             values = self._session.run_with_ort_values(list(self.outputs), feed)
         except Exception as error:
-            raise self._refused(tensors, error) from error
+            raise self.refused(tensors, error) from error
         return {name: to_torch(value) for name, value in zip(self.outputs, values, strict=True)}
+
+    def feed(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, ort.OrtValue]:
+        """Return a call's inputs for ONNX Runtime, with the values that were put into slots.
+
+        Raises:
+            PeftfxError: an input is missing or unknown.
+        """
+        self._check(tensors)
+        return {**self._put, **{name: to_ort(value) for name, value in tensors.items()}}
 
     def run_into(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """Run the model on tensors in place, and write the results into other tensors. Nothing is copied.
@@ -124,9 +132,9 @@ class OnnxModel:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise self._refused(inputs, error) from error
+            raise self.refused(inputs, error) from error
 
-    def _refused(self, tensors: Mapping[str, torch.Tensor], error: Exception) -> PeftfxError:
+    def refused(self, tensors: Mapping[str, torch.Tensor], error: Exception) -> PeftfxError:
         """Return the error for a call that fails, with the conditions that the export has put on calls."""
         shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in tensors.items())
         limits = self.metadata.get(SIZES_KEY, "")
@@ -134,7 +142,7 @@ class OnnxModel:
         what = f"ONNX Runtime refuses these inputs: {first_line(error)}"
         return PeftfxError(what, str(self.path), f"{told}the inputs are {shapes}")
 
-    def _check(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
         slots = self.slots
         unknown = [n for n in tensors if n not in self.inputs and n not in slots]
         if unknown:
@@ -147,7 +155,8 @@ class OnnxModel:
             )
 
 
-def _options(threads: int, mapped: bool) -> ort.SessionOptions:
+def session_options(threads: int = 0, mapped: bool = False) -> ort.SessionOptions:
+    """Return the options of a session; see `OnnxModel`."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
