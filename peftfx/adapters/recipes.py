@@ -83,16 +83,23 @@ class Rounding:
         """Return the rounding error between two tensors, a few rows at a time; zero if they have one dtype."""
         if rounded.dtype == exact.dtype or rounded.is_meta or isinstance(rounded, FakeTensor) or not exact.numel():
             return Rounding()
-        pairs = zip(rounded.split(_ROWS), exact.split(_ROWS), strict=True)
-        largest = max(float((new.to(old.dtype) - old).abs().max()) for new, old in pairs)
-        low, high = (abs(float(end)) for end in exact.aminmax())
-        return Rounding(largest, largest / max(low, high, torch.finfo(exact.dtype).tiny))
+        rows = max(1, _AT_ONCE * len(exact) // exact.numel())
+        error, largest = 0.0, torch.finfo(exact.dtype).tiny
+        for new, old in zip(rounded.split(rows), exact.split(rows), strict=True):
+            error = max(error, _magnitude(new.to(old.dtype).sub_(old)))
+            largest = max(largest, _magnitude(old))
+        return Rounding(error, error / largest)
 
     def __str__(self) -> str:
         return f"{self.max_abs:.1e} ({self.max_rel:.1e} of the largest value)"
 
 
-_ROWS = 1024
+def _magnitude(tensor: Tensor) -> float:
+    low, high = tensor.aminmax()
+    return max(abs(float(low)), abs(float(high)))
+
+
+_AT_ONCE = 1 << 18  #: how many numbers are compared at a time, so that they stay in the cache
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ _VIEWS = frozenset(
 
 #: Operators that pick numbers by index. Only the picked numbers are cast.
 _PICKS = frozenset({aten.embedding.default, aten.index_select.default})
-_AT_ONCE = 1 << 24  #: how many numbers of a weight are cast at a time for a product
-_PIECE = 1 << 22  #: how many numbers of a weight are copied at a time: the allocator keeps so much memory for the next
+_PIECE = 1 << 22  #: how many numbers of a weight are cast at a time: the allocator keeps so much memory for the next
+_HALVES = {torch.float16, torch.bfloat16}
 _COLUMNS = 64  #: how many columns of a transposed weight are copied at a time, so that their lines stay in the cache
 
 
@@ -123,14 +123,19 @@ def _in_pieces(func: object, args: tuple[Any, ...]) -> Tensor | None:
         bias, x, weight = args
     else:
         return None
-    if not isinstance(weight, Stored) or isinstance(x, Stored) or weight.numel() <= _AT_ONCE:
+    if not isinstance(weight, Stored) or isinstance(x, Stored) or weight.numel() <= _PIECE:
         return None
     source, dtype = weight.source, weight.dtype
     if source.dtype == dtype:
         return None
-    step = max(1, _AT_ONCE // weight.shape[0])
-    found = torch.cat([x @ part.to(dtype) for part in source.split(step, 1)], 1)
+    step = max(1, _PIECE // weight.shape[0])
+    found = torch.cat([x @ _cast(part, dtype) for part in source.split(step, 1)], 1)
     return found if bias is None else found + load_tensor(bias)
+
+
+def _cast(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a part of a weight. Between the two half precisions torch is faster by way of float32, which is exact."""
+    return part.float().to(dtype) if {part.dtype, dtype} == _HALVES else part.to(dtype)
 
 
 def exact(tensor: Tensor) -> Tensor:
