@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
-import onnxruntime as ort
 import torch
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from onnx_ir.tensor_adapters import to_torch_dtype
+from torch import Tensor
 
 from peftfx.export.writing.direct_read import DirectFile, span_of
-from peftfx.serving.onnx_model import to_ort
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")  #: operators that read only some rows of their first input
 #: The types of weights that are read. Weights of other types, such as those of 4 bits, stay mapped.
@@ -21,6 +21,7 @@ _READ = (
     *(TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.BOOL),
     *(TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8),
 )
+WIDENED = 16 << 20  #: bytes of a weight that are read before they are cast to float32
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,22 @@ class Weight:
         """The bytes of the whole pages that have this weight."""
         return span_of(self.offset, self.length)
 
-    def read(self, file: DirectFile, memory: memoryview) -> ort.OrtValue:
-        """Read the weight into `memory`, and return a value that uses this memory."""
-        own = file.read_into(memory, self.offset, self.length)
-        flat = torch.frombuffer(own, dtype=to_torch_dtype(ir.DataType(self.tensor.data_type)))
-        return to_ort(flat.view(*self.tensor.dims))
+    def read(self, file: DirectFile, memory: memoryview) -> Tensor:
+        """Read the weight into `memory`, and return a tensor over this memory."""
+        return self._read(file, memory, 0, self.length).view(*self.tensor.dims)
+
+    def read_wide(self, file: DirectFile, memory: memoryview, wider: memoryview) -> Tensor:
+        """Read the weight piece by piece into `memory`, cast it to float32 in `wider`, and return a tensor there."""
+        flat = torch.frombuffer(wider, dtype=torch.float32, count=math.prod(self.tensor.dims))
+        for start in range(0, self.length, WIDENED):
+            piece = self._read(file, memory, start, min(WIDENED, self.length - start))
+            at = start // piece.itemsize
+            flat[at : at + piece.numel()] = piece
+        return flat.view(*self.tensor.dims)
+
+    def _read(self, file: DirectFile, memory: memoryview, start: int, length: int) -> Tensor:
+        own = file.read_into(memory, self.offset + start, length)
+        return torch.frombuffer(own, dtype=to_torch_dtype(ir.DataType(self.tensor.data_type)))
 
 
 @dataclass(frozen=True)
@@ -52,21 +64,17 @@ class Part:
         nodes: the nodes.
         reads: the names of the values that the nodes read and do not make.
         weights: the weights among them that are read from the file.
+        wanted: the names of the values that the nodes make, and that later parts read or the graph returns.
+        done: the names of the values that are read here for the last time.
+        wide: the types of the weights that are cast to float32 when they are read; see `wide_weights`.
     """
 
     nodes: Sequence[NodeProto]
     reads: tuple[str, ...]
     weights: tuple[Weight, ...]
-
-    @property
-    def makes(self) -> list[str]:
-        """The names of the values that the nodes make."""
-        return [name for node in self.nodes for name in node.output if name]
-
-    @property
-    def span(self) -> int:
-        """The bytes of memory that the weights need."""
-        return sum(weight.span for weight in self.weights)
+    wanted: tuple[str, ...] = ()
+    done: frozenset[str] = frozenset()
+    wide: Mapping[str, int] = field(default_factory=dict)
 
 
 def weights_of(graph: GraphProto, least: int) -> dict[str, Weight]:
@@ -82,18 +90,29 @@ def weights_of(graph: GraphProto, least: int) -> dict[str, Weight]:
     return found
 
 
-def cut(nodes: Iterable[NodeProto], weights: Mapping[str, Weight], limit: int) -> Iterator[Part]:
+def cut(nodes: Iterable[NodeProto], weights: Mapping[str, Weight], outputs: Sequence[str], limit: int) -> list[Part]:
     """Cut nodes into parts that read at most `limit` bytes of weights. A larger weight has a part of its own."""
+    parts = list(_groups(nodes, weights, limit))
+    last = {name: number for number, part in enumerate(parts) for name in part.reads}
+    last |= dict.fromkeys(outputs, len(parts))
+    found = []
+    for number, part in enumerate(parts):
+        made = [name for node in part.nodes for name in node.output]
+        wanted = tuple(name for name in made if last.get(name, -1) > number)
+        found.append(replace(part, wanted=wanted, done=frozenset(n for n in part.reads if last[n] == number)))
+    return found
+
+
+def _groups(nodes: Iterable[NodeProto], weights: Mapping[str, Weight], limit: int) -> Iterator[Part]:
     own: list[NodeProto] = []
     read: dict[str, Weight] = {}
     for node in nodes:
-        new = {name: weights[name] for name in _whole(node) if name in weights and name not in read}
-        if own and new and sum(weight.span for weight in (*read.values(), *new.values())) > limit:
+        whole = {name: weights[name] for name in _whole(node) if name in weights}
+        if own and whole.keys() - read and sum(weight.span for weight in (read | whole).values()) > limit:
             yield _part(own, read)
-            own, read = [], {name: weights[name] for name in _whole(node) if name in weights}
-            new = {}
+            own, read = [], {}
         own.append(node)
-        read |= new
+        read |= whole
     if own:
         yield _part(own, read)
 

@@ -11,7 +11,7 @@ precision, which ONNX Runtime computes in float32, is a value rounded between tw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 
 import onnx
@@ -20,11 +20,13 @@ import torch
 from onnx import ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
-from peftfx.export.verification.graph_parts import Part, Weight, cut, weights_of
+from peftfx.export.verification.graph_parts import WIDENED, Part, cut, weights_of
 from peftfx.export.verification.tolerance import Tensors
-from peftfx.export.writing.direct_read import DirectFile, page_memory
+from peftfx.export.verification.wide_weights import widened
+from peftfx.export.writing.direct_read import DirectFile, page_memory, span_of
+from peftfx.export.writing.stream import PAGE
 from peftfx.export.writing.weights import LARGE
-from peftfx.serving.onnx_model import OnnxModel, session_options, to_torch
+from peftfx.serving.onnx_model import OnnxModel, session_options, to_ort, to_torch
 from peftfx.telling import tell_share
 
 PART = 64 << 20  #: bytes of weights of a part; a larger weight has a part of its own
@@ -54,9 +56,8 @@ class InParts:
         constants = [node for node in graph.node if node.op_type == "Constant" and node.output[0] not in model.outputs]
         self._constants = {node.output[0]: node for node in constants}
         nodes = (node for node in graph.node if node.output[0] not in self._constants)
-        self.parts = list(cut(nodes, weights_of(graph, least), limit))
-        self._last = {name: number for number, part in enumerate(self.parts) for name in part.reads}
-        self._last |= dict.fromkeys(model.outputs, len(self.parts))
+        parts = cut(nodes, weights_of(graph, least), model.outputs, limit)
+        self.parts = [widened(part, model.slots) for part in parts]
 
     def __call__(self, calls: Sequence[Tensors]) -> list[Tensors]:
         """Run the model on the inputs of each call, and return the outputs of each call by name.
@@ -66,26 +67,24 @@ class InParts:
             OSError: the weights cannot be read.
         """
         held = [self.model.feed(call) for call in calls]
-        memory = memoryview(page_memory(max((part.span for part in self.parts), default=0)))
+        memory, wider = (memoryview(page_memory(size)) for size in _room(self.parts))
         with ExitStack() as opened:
             names = {weight.file for part in self.parts for weight in part.weights}
             files = {name: opened.enter_context(DirectFile(self.model.path.with_name(name))) for name in names}
             for number, part in enumerate(self.parts):
                 tell_share(f"part {number} of {len(self.parts)} in ONNX Runtime", 0.5 + number / len(self.parts) / 4)
-                weights = _read([w for w in part.weights if w.tensor.name not in held[0]], files, memory)
-                wanted = [name for name in part.makes if self._last.get(name, -1) > number]
-                self._run(part, wanted, weights, calls, held)
+                self._run(part, _read(part, held[0], files, memory, wider), calls, held)
                 for values in held:
-                    for name in [name for name in values if self._last.get(name, -1) <= number]:
+                    for name in part.done & values.keys():
                         del values[name]
         return [{name: self._output(name, values) for name in self.model.outputs} for values in held]
 
-    def _run(
-        self, part: Part, wanted: Sequence[str], weights: Values, calls: Sequence[Tensors], held: Sequence[Values]
-    ) -> None:
+    def _run(self, part: Part, weights: Values, calls: Sequence[Tensors], held: Sequence[Values]) -> None:
         """Run the nodes of a part for all calls, and add the wanted values to those that are held for each call."""
-        inputs = [name for name in part.reads if name in held[0]]
-        session = self._session(part, wanted, weights, {name: held[0][name] for name in inputs})
+        if not part.wanted:
+            return
+        inputs, wanted = [name for name in part.reads if name in held[0]], list(part.wanted)
+        session = self._session(part, weights, {name: held[0][name] for name in inputs})
         for call, values in zip(calls, held, strict=True):
             try:
                 made = session.run_with_ort_values(wanted, weights | {name: values[name] for name in inputs})
@@ -93,14 +92,14 @@ class InParts:
                 raise self.model.refused(call, error) from error
             values.update(zip(wanted, made, strict=True))
 
-    def _session(self, part: Part, wanted: Sequence[str], weights: Values, inputs: Values) -> ort.InferenceSession:
+    def _session(self, part: Part, weights: Values, inputs: Values) -> ort.InferenceSession:
         """Open the nodes of a part as a model. Its inputs are the weights that were read, and values of the calls."""
         inner = [name for name in part.reads if name not in weights and name not in inputs]
         graph = helper.make_graph(
             [*(self._constants[name] for name in inner if name in self._constants), *part.nodes],
             "part",
             [self._described(name, value) for name, value in (weights | inputs).items()],
-            [ValueInfoProto(name=name) for name in wanted],
+            [ValueInfoProto(name=name) for name in part.wanted],
             [self._stored[name] for name in inner if name in self._stored],
         )
         whole, options = self._proto, session_options(mapped=True)
@@ -122,10 +121,27 @@ class InParts:
         return torch.tensor(numpy_helper.to_array(self._stored[name], str(self.model.path.parent)))
 
 
-def _read(weights: Sequence[Weight], files: Mapping[str, DirectFile], memory: memoryview) -> Values:
-    """Read weights into `memory`, one after another."""
-    found, at = {}, 0
-    for weight in weights:
-        found[weight.tensor.name] = weight.read(files[weight.file], memory[at:])
-        at += weight.span
+def _room(parts: Sequence[Part]) -> tuple[int, int]:
+    """Return the bytes of memory for the weights of any part: of those that stay as they are, and of those cast."""
+    own = [sum(w.span for w in part.weights if w.tensor.name not in part.wide) for part in parts]
+    cast = [sum(2 * w.length for w in part.weights if w.tensor.name in part.wide) for part in parts]
+    return max(own, default=0) + span_of(PAGE - 1, WIDENED), max(cast, default=0)
+
+
+def _read(
+    part: Part, put: Collection[str], files: Mapping[str, DirectFile], memory: memoryview, wider: memoryview
+) -> Values:
+    """Read the weights of a part, except those that are `put`, into `memory`, or cast to float32 into `wider`."""
+    found, at, end = {}, 0, 0
+    for weight in part.weights:
+        name, file = weight.tensor.name, files[weight.file]
+        if name in put:
+            continue
+        if name in part.wide:
+            value = weight.read_wide(file, memory[at:], wider[end:])
+            end += value.nbytes
+        else:
+            value = weight.read(file, memory[at:])
+            at += weight.span
+        found[name] = to_ort(value)
     return found

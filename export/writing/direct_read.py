@@ -80,7 +80,9 @@ def span_of(offset: int, length: int) -> int:
 
 def page_memory(size: int) -> mmap.mmap:
     """Return anonymous memory that starts on a page, in large pages if the system has them."""
-    memory = mmap.mmap(-1, max(size, PAGE))
+    size = max(size, PAGE)
+    private = getattr(mmap, "MAP_PRIVATE", None)  # not on Windows; shared memory has no large pages
+    memory = mmap.mmap(-1, size) if private is None else mmap.mmap(-1, size, flags=private | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # a hint, which not every system knows
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

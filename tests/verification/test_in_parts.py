@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,10 +19,11 @@ from torch import Tensor
 
 import peftfx
 from peftfx import PeftfxError
-from peftfx.export.verification import comparison
+from peftfx.export.verification import comparison, graph_parts
 from peftfx.export.verification.comparison import VerificationError, reference_of, verify
-from peftfx.export.verification.graph_parts import Part
+from peftfx.export.verification.graph_parts import Part, Weight
 from peftfx.export.verification.in_parts import InParts
+from peftfx.export.writing.weights import INLINE
 from peftfx.model.api import bare
 from peftfx.serving.adapter_file import read_adapter_file
 from peftfx.serving.onnx_model import OnnxModel
@@ -96,8 +98,9 @@ def test_weights_of_other_types(kind: str, tmp_path: Path) -> None:
     same(tmp_path / "out", [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
 
 
-def test_values_that_are_put_into_slots_count(tmp_path: Path) -> None:
-    base = ZOO["llama"].build()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_values_that_are_put_into_slots_count(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = ZOO["llama"].build().to(dtype)
     peftfx.export_onnx(base, tmp_path / "out", view="forward", slots="attention")
     adapted = peftfx.transform(base, peftfx.LoRA(r=4, target="attention"))
     randomise(adapted.adapters)
@@ -107,8 +110,9 @@ def test_values_that_are_put_into_slots_count(tmp_path: Path) -> None:
     without = model(**call)["logits"]
     model.put(values)
     (got,) = InParts(model, limit=1, least=0)([call])
-    assert torch.equal(got["logits"], model(**call)["logits"])
-    assert not torch.equal(got["logits"], without)
+    bound = 0.0 if dtype == torch.float32 else 5e-3
+    torch.testing.assert_close(got["logits"], model(**call)["logits"], rtol=0.0, atol=bound)
+    assert float((got["logits"] - without).abs().max()) > 20 * bound
 
 
 def test_loops_sequences_and_outputs_that_no_node_makes(tmp_path: Path) -> None:
@@ -177,6 +181,29 @@ def test_a_large_export_is_verified_in_parts(
     report = peftfx.export_onnx(ZOO["llama"].build().to(kind), tmp_path / "out", view="decode")
     assert re.search(r", in \d+ parts$", report.verified)
     assert "parts)" in str(report)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_weights_of_16_bits_are_cast_once_for_all_calls(
+    kind: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, seen = ZOO["llama"].build().to(kind), list[torch.Size]()
+
+    def read(weight: Weight, *memory: Any) -> Tensor:
+        value = read_wide(weight, *memory)
+        seen.append(value.shape)
+        return value
+
+    read_wide = Weight.read_wide
+    monkeypatch.setattr(Weight, "read_wide", read)
+    monkeypatch.setattr(graph_parts, "WIDENED", 1 << 10)  # each weight in pieces
+    monkeypatch.setattr(comparison, "MAPPED", 0)
+    monkeypatch.setattr(comparison, "InParts", functools.partial(InParts, limit=1 << 13, least=0))
+    report = peftfx.export_onnx(base, tmp_path / "out", view="decode")
+    stored = [m.weight for m in base.modules() if isinstance(m, torch.nn.Linear) and m.weight.nbytes > INLINE]
+    tables = [base.get_input_embeddings().weight.shape] if kind == torch.bfloat16 else []  # the twin casts it whole
+    assert len(report.probes) > 2
+    assert sorted(seen) == sorted([*(weight.shape[::-1] for weight in stored), *tables])
 
 
 def test_a_wrong_byte_of_a_weight_is_found_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
