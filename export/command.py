@@ -26,7 +26,7 @@ from peftfx.export.assets import copy_assets
 from peftfx.export.deployment.image_size import chosen_for_decode
 from peftfx.export.deployment.parts import sites_view
 from peftfx.export.onnx_directory import export_onnx
-from peftfx.export.report import Report
+from peftfx.export.reports.report import Report
 from peftfx.export.stages import OnStage
 from peftfx.export.writing.atomic_directory import check_output
 from peftfx.export.writing.weights import Written

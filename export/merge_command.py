@@ -28,7 +28,7 @@ from peftfx.export.coded.rounded import FINITE
 from peftfx.export.command import TORCH_DTYPES, load_directories, refuse_output
 from peftfx.export.deployment.parts import views_of
 from peftfx.export.quantised import refuse_disagreement
-from peftfx.export.report import versions
+from peftfx.export.reports.report import versions
 from peftfx.export.rounding.calibrated import fit_weights
 from peftfx.export.rounding.texts import compared_text, refuse_text, split_text
 from peftfx.export.stages import OnStage, Stages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,7 +24,8 @@ from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.metadata import ADAPTERS_KEY, BASE_MODEL, FINGERPRINT
 from peftfx.export.own_passes import behind, refuse_unfit, run_own, shown_of
 from peftfx.export.quantised import agreement_of, refuse_disagreement, round_weights
-from peftfx.export.report import Report, tell_rounding
+from peftfx.export.reports import facts
+from peftfx.export.reports.report import Report
 from peftfx.export.rounding.texts import refuse_text
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Swappable
@@ -146,8 +148,8 @@ def export_onnx(
         if way.merges and adapted.active:
             with stages("merge"):
                 merged = [PassManager([Merge()])(part.graph).graph for part in parts]
-                report.add_merged(merged)
-                told = [tell_rounding(graph, report.add_rounding) for graph in merged]
+                facts.add_merged(report, merged)
+                told = [facts.tell_rounding(graph, functools.partial(facts.add_rounding, report)) for graph in merged]
                 parts = [replace(part, exported=graph) for part, graph in zip(parts, told, strict=True)]
         if passes:
             with stages("rewrite"):
@@ -164,11 +166,13 @@ def export_onnx(
             }
             finished = [way.finish(adapted, part, programs[part.file]) for part in parts]
             parts, programs = [part for part, _ in finished], {part.file: program for part, program in finished}
-            report.add_codes({part.stem: place_codes(programs[part.file], part.exported) for part in parts})
+            facts.add_codes(report, {part.stem: place_codes(programs[part.file], part.exported) for part in parts})
             for part in parts:
                 prefix = "" if len(parts) == 1 else f"{part.stem}: "
-                report.add_sizes(programs[part.file], (*part.sizes.limits, *part.sizes.sides), part.graph, prefix)
-                report.add_images(programs[part.file], part.seen, prefix)
+                facts.add_sizes(
+                    report, programs[part.file], (*part.sizes.limits, *part.sizes.sides), part.graph, prefix
+                )
+                facts.add_images(report, programs[part.file], part.seen, prefix)
         if asked.rounds:
             with stages("round"), keeping(temporary.parent) if coded else nullcontext():
                 round_weights(
@@ -202,7 +206,9 @@ def export_onnx(
                     report.agreement |= agreement_of(temporary / part.file, adapted, part, oracle, source, asked)
                 report.reference = oracle.told
                 idle.append(oracle.idle)
-                report.describe(part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}.")
+                facts.add_graph(
+                    report, part.exported, programs[part.file], found, "" if len(parts) == 1 else f"{part.stem}."
+                )
             refuse_disagreement(report, limit, asked.calibration, Path(directory))
             report.idle = sorted(set.intersection(*idle))
         report.not_written = way.describe(temporary, adapted, verified, example)

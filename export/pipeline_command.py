@@ -20,7 +20,7 @@ from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
 from peftfx.export.command import export_directory, refuse_output, served_dtype
 from peftfx.export.onnx_directory import export_onnx
-from peftfx.export.report import Report
+from peftfx.export.reports.report import Report
 from peftfx.export.stages import OnStage
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export_options.directory import DirectoryOptions

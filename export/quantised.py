@@ -16,7 +16,8 @@ from peftfx.export.coded.rounded import Choose, columns_of, left_out, multiplied
 from peftfx.export.coded.schemes import scheme_for
 from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.metadata import SOURCE
-from peftfx.export.report import Report
+from peftfx.export.reports.facts import add_quantized
+from peftfx.export.reports.report import Report
 from peftfx.export.rounding.budget import candidates, share_out
 from peftfx.export.rounding.calibrated import Candidate, fit_weights, paths_of
 from peftfx.export.rounding.texts import compared_text, split_text, whole_call
@@ -99,7 +100,7 @@ def round_weights(
         return chosen[file if source in multiplied[file] else owners.get(source, file)](source)
 
     done = {f: quantize(programs[f], functools.partial(scheme_of, f), made, owners) for f in chosen}
-    report.add_quantized(done)
+    add_quantized(report, done)
     left = {f: left_out(programs[f], untold or functools.partial(scheme_of, f)) for f in chosen}
     report.left = {file: found for file, found in left.items() if found}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from peftfx.bases.load import read_base_config
 from peftfx.errors import PeftfxError
-from peftfx.export.report_page import read_report
+from peftfx.export.reports.report_page import read_report
 from peftfx.files import is_file, is_folder
 from peftfx.formats import ADAPTER, BATCHED, REPORT, RULES, SLOTS
 from peftfx.graph.slots import Manifest

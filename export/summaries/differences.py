@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.export.report_page import read_report
+from peftfx.export.reports.report_page import read_report
 from peftfx.files import is_file
 from peftfx.formats import REPORT
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders

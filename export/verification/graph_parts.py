@@ -57,7 +57,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """Some nodes in a row.
 
     Attributes:
@@ -77,7 +77,7 @@ class Part:
     wide: Mapping[str, int] = field(default_factory=dict)
 
 
-def weights_of(graph: GraphProto, least: int) -> dict[str, Weight]:
+def stored_weights(graph: GraphProto, least: int) -> dict[str, Weight]:
     """Return the weights in data files that can be read into memory, from `least` bytes on, by name."""
     found = {}
     for tensor in graph.initializer:
@@ -90,7 +90,9 @@ def weights_of(graph: GraphProto, least: int) -> dict[str, Weight]:
     return found
 
 
-def cut(nodes: Iterable[NodeProto], weights: Mapping[str, Weight], outputs: Sequence[str], limit: int) -> list[Part]:
+def cut(
+    nodes: Iterable[NodeProto], weights: Mapping[str, Weight], outputs: Sequence[str], limit: int
+) -> list[ModelPart]:
     """Cut nodes into parts that read at most `limit` bytes of weights. A larger weight has a part of its own."""
     parts = list(_groups(nodes, weights, limit))
     last = {name: number for number, part in enumerate(parts) for name in part.reads}
@@ -103,7 +105,7 @@ def cut(nodes: Iterable[NodeProto], weights: Mapping[str, Weight], outputs: Sequ
     return found
 
 
-def _groups(nodes: Iterable[NodeProto], weights: Mapping[str, Weight], limit: int) -> Iterator[Part]:
+def _groups(nodes: Iterable[NodeProto], weights: Mapping[str, Weight], limit: int) -> Iterator[ModelPart]:
     own: list[NodeProto] = []
     read: dict[str, Weight] = {}
     for node in nodes:
@@ -117,10 +119,10 @@ def _groups(nodes: Iterable[NodeProto], weights: Mapping[str, Weight], limit: in
         yield _part(own, read)
 
 
-def _part(nodes: Sequence[NodeProto], weights: Mapping[str, Weight]) -> Part:
+def _part(nodes: Sequence[NodeProto], weights: Mapping[str, Weight]) -> ModelPart:
     made = {name for node in nodes for name in node.output}
     reads = dict.fromkeys(name for node in nodes for name in reads_of(node) if name not in made)
-    return Part(nodes, tuple(reads), tuple(weights.values()))
+    return ModelPart(nodes, tuple(reads), tuple(weights.values()))
 
 
 def _whole(node: NodeProto) -> list[str]:

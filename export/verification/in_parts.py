@@ -20,9 +20,9 @@ import torch
 from onnx import ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
-from peftfx.export.verification.graph_parts import WIDENED, Part, cut, weights_of
+from peftfx.export.verification.graph_parts import WIDENED, ModelPart, cut, stored_weights
 from peftfx.export.verification.tolerance import Tensors
-from peftfx.export.verification.wide_weights import widened
+from peftfx.export.verification.wide_weights import with_wide_weights
 from peftfx.export.writing.direct_read import DirectFile, page_memory, span_of
 from peftfx.export.writing.stream import PAGE
 from peftfx.export.writing.weights import LARGE
@@ -56,8 +56,8 @@ class InParts:
         constants = [node for node in graph.node if node.op_type == "Constant" and node.output[0] not in model.outputs]
         self._constants = {node.output[0]: node for node in constants}
         nodes = (node for node in graph.node if node.output[0] not in self._constants)
-        parts = cut(nodes, weights_of(graph, least), model.outputs, limit)
-        self.parts = [widened(part, model.slots) for part in parts]
+        parts = cut(nodes, stored_weights(graph, least), model.outputs, limit)
+        self.parts = [with_wide_weights(part, model.slots) for part in parts]
 
     def __call__(self, calls: Sequence[Tensors]) -> list[Tensors]:
         """Run the model on the inputs of each call, and return the outputs of each call by name.
@@ -79,7 +79,7 @@ class InParts:
                         del values[name]
         return [{name: self._output(name, values) for name in self.model.outputs} for values in held]
 
-    def _run(self, part: Part, weights: Values, calls: Sequence[Tensors], held: Sequence[Values]) -> None:
+    def _run(self, part: ModelPart, weights: Values, calls: Sequence[Tensors], held: Sequence[Values]) -> None:
         """Run the nodes of a part for all calls, and add the wanted values to those that are held for each call."""
         if not part.wanted:
             return
@@ -92,7 +92,7 @@ class InParts:
                 raise self.model.refused(call, error) from error
             values.update(zip(wanted, made, strict=True))
 
-    def _session(self, part: Part, weights: Values, inputs: Values) -> ort.InferenceSession:
+    def _session(self, part: ModelPart, weights: Values, inputs: Values) -> ort.InferenceSession:
         """Open the nodes of a part as a model. Its inputs are the weights that were read, and values of the calls."""
         inner = [name for name in part.reads if name not in weights and name not in inputs]
         graph = helper.make_graph(
@@ -121,7 +121,7 @@ class InParts:
         return torch.tensor(numpy_helper.to_array(self._stored[name], str(self.model.path.parent)))
 
 
-def _room(parts: Sequence[Part]) -> tuple[int, int]:
+def _room(parts: Sequence[ModelPart]) -> tuple[int, int]:
     """Return the bytes of memory for the weights of any part: of those that stay as they are, and of those cast."""
     own = [sum(w.span for w in part.weights if w.tensor.name not in part.wide) for part in parts]
     cast = [sum(2 * w.length for w in part.weights if w.tensor.name in part.wide) for part in parts]
@@ -129,7 +129,7 @@ def _room(parts: Sequence[Part]) -> tuple[int, int]:
 
 
 def _read(
-    part: Part, put: Collection[str], files: Mapping[str, DirectFile], memory: memoryview, wider: memoryview
+    part: ModelPart, put: Collection[str], files: Mapping[str, DirectFile], memory: memoryview, wider: memoryview
 ) -> Values:
     """Read the weights of a part, except those that are `put`, into `memory`, or cast to float32 into `wider`."""
     found, at, end = {}, 0, 0

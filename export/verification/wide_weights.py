@@ -11,13 +11,13 @@ from dataclasses import replace
 
 from onnx import NodeProto, TensorProto, helper
 
-from peftfx.export.verification.graph_parts import Part, reads_of
+from peftfx.export.verification.graph_parts import ModelPart, reads_of
 
 _PRODUCTS = ("MatMul", "Gemm")
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
-def widened(part: Part, slots: Collection[str]) -> Part:
+def with_wide_weights(part: ModelPart, slots: Collection[str]) -> ModelPart:
     """Return a part that reads weights of 16 bits in float32, where all their readers compute in float32.
 
     Args:

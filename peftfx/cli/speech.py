@@ -79,7 +79,7 @@ def print_report(report: object, output: Path) -> None:
     from rich.table import Table
 
     from peftfx.export.checkpoint.merged_report import MergedReport
-    from peftfx.export.report import Report
+    from peftfx.export.reports.report import Report
 
     assert isinstance(report, Report | MergedReport)
     if VOICE.as_json or VOICE.quiet:

@@ -30,7 +30,7 @@ from peftfx.views.prompt_in_view import prompt_in_view
 from peftfx.views.view import View
 
 if TYPE_CHECKING:
-    from peftfx.export.report import Report
+    from peftfx.export.reports.report import Report
     from peftfx.pages.page import Page
 
 _T = TypeVar("_T")

@@ -13,7 +13,7 @@ from support import quantised as q
 
 import peftfx
 from peftfx.errors import PeftfxError
-from peftfx.export.report import Report
+from peftfx.export.reports.report import Report
 from peftfx.export_options.export import ExportOptions
 
 FRAIL = "mlp.down"

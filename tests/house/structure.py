@@ -66,7 +66,8 @@ LAYERS = (
     ),
     *("peftfx.export.metadata", "peftfx.export.translation", "peftfx.export.writing", "peftfx.export.coded"),
     *("peftfx.export.verification", "peftfx.export.rounding", "peftfx.export.checkpoint"),
-    *("peftfx.export.deployment", "peftfx.export.slots", "peftfx.export", "peftfx.export.summaries"),
+    *("peftfx.export.reports", "peftfx.export.deployment", "peftfx.export.slots", "peftfx.export"),
+    "peftfx.export.summaries",
     *("peftfx.training", "peftfx.demo", "peftfx.cli", "peftfx.testing"),
 )
 
@@ -80,7 +81,7 @@ FACES = frozenset(
 
 #: The imports that may run up: `AdaptedModel.export` imports the exporter when it is called, and says what it returns.
 SANCTIONED = frozenset(
-    ("peftfx.model.adapted", exporter) for exporter in ("peftfx.export.onnx_directory", "peftfx.export.report")
+    ("peftfx.model.adapted", exporter) for exporter in ("peftfx.export.onnx_directory", "peftfx.export.reports.report")
 )
 
 

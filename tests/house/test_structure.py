@@ -45,7 +45,7 @@ def test_an_import_that_runs_up_is_seen(tmp_path: Path) -> None:
 def test_the_picture_shows_each_layer_and_the_imports_that_run_up_alone_in_another_colour(structure: Structure) -> None:
     drawn = picture(structure)
     assert [name for name in LAYERS if f">{name.removeprefix('peftfx.')}</text>" not in drawn] == []
-    assert drawn.count('class="up"') == 1  # `AdaptedModel.export` and its report: from `model` to `export`
+    assert drawn.count('class="up"') == 2  # `AdaptedModel.export` and its report: to `export` and `export.reports`
     assert drawn.count('class="down"') > 100
 
 

@@ -58,7 +58,8 @@ def test_the_blocks_of_the_readme_and_the_quickstart_are_typed(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_strict_reader_finds_nothing_wrong(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mypy", "--strict", "--ignore-missing-imports", "--cache-dir", str(tmp_path)]
+    silent = ["--ignore-missing-imports", "--follow-imports", "silent"]  # the package's own files have their own run
+    command = [sys.executable, "-m", "mypy", "--strict", *silent, "--cache-dir", str(tmp_path)]
     done = subprocess.run([*command, str(CALLS), str(LOOKS)], cwd=ROOT, capture_output=True, text=True, check=False)
     own = [line for line in done.stdout.splitlines() if line.startswith("tests/house/typed_")]
     assert own == [], "\n".join(own)

@@ -14,7 +14,7 @@ from torch import nn
 
 import peftfx
 from peftfx import PeftfxError
-from peftfx.export.report_page import report_page
+from peftfx.export.reports.report_page import report_page
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from peftfx.bases.load import load_base
 from peftfx.export.coded.operators import product_for
 from peftfx.export.coded.rows import CodedRows, coded_rows
 from peftfx.export.command import export_directory
-from peftfx.export.report import Report
+from peftfx.export.reports.report import Report
 from peftfx.quantisation.coded import Coded
 
 

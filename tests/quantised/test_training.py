@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.export.onnx_directory import export_onnx
-from peftfx.export.report import Report
+from peftfx.export.reports.report import Report
 from peftfx.model.adapted import AdaptedModel
 
 IDS = torch.randint(100, (3, 9), generator=torch.Generator().manual_seed(0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,8 @@ import peftfx
 from peftfx.cli.speech import quiet
 from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.deployment.serving_mode import in_eval
-from peftfx.export.report import Report, tell_rounding
+from peftfx.export.reports.facts import add_merged, add_rounding, tell_rounding
+from peftfx.export.reports.report import Report
 from peftfx.export.slots.batched import Batched
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.adaptation.merge import Merge
@@ -46,14 +48,15 @@ def test_a_report_edits_no_graph() -> None:
     graph = Merge()(model.graph()).graph
     before = (dict(graph.derived), graph.text())
     report = Report("Bert")
-    report.add_merged([graph])
-    told = tell_rounding(graph, report.add_rounding)
+    add_merged(report, [graph])
+    tell = functools.partial(add_rounding, report)
+    told = tell_rounding(graph, tell)
     assert len(report.merged) == 2
     assert graph.derived == before[0]
     assert all(graph.derived[name] is recipe for name, recipe in before[0].items())
     assert graph.text() == before[1] == told.text()
-    assert {recipe.tell for recipe in told.derived.values()} == {report.add_rounding}
-    assert report.add_rounding not in {recipe.tell for recipe in graph.derived.values()}
+    assert {recipe.tell for recipe in told.derived.values()} == {tell}
+    assert tell not in {recipe.tell for recipe in graph.derived.values()}
 
 
 def test_what_an_adapter_does_is_asked_without_activating_it(adapted: AdaptedModel) -> None:

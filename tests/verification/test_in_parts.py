@@ -21,7 +21,7 @@ import peftfx
 from peftfx import PeftfxError
 from peftfx.export.verification import comparison, graph_parts
 from peftfx.export.verification.comparison import VerificationError, reference_of, verify
-from peftfx.export.verification.graph_parts import Part, Weight
+from peftfx.export.verification.graph_parts import ModelPart, Weight
 from peftfx.export.verification.in_parts import InParts
 from peftfx.export.writing.weights import INLINE
 from peftfx.model.api import bare
@@ -32,7 +32,7 @@ FORWARD = ("bert", "gpt2", "vit", "unet", "t5", "custom")
 DECODE = ("llama", "gpt2", "bloom", "mixtral")
 
 
-def same(path: Path, calls: Sequence[dict[str, Tensor]], limit: int = 1, least: int = 0) -> list[Part]:
+def same(path: Path, calls: Sequence[dict[str, Tensor]], limit: int = 1, least: int = 0) -> list[ModelPart]:
     """Hold a model in parts to the whole: bit by bit, or in half precision to a few roundings. Return the parts."""
     model = OnnxModel(path, mapped=True)
     cut = InParts(model, limit, least)

@@ -15,7 +15,7 @@ def report(
     html: Annotated[Path, typer.Option(help="File to write the page to.")],
 ) -> None:
     """Write a page of what exports did: where each tensor went, errors by output and size, time, files, fusions."""
-    from peftfx.export.report_page import report_page
+    from peftfx.export.reports.report_page import report_page
 
     report_page(directories).save(html)
     size = html.stat().st_size
