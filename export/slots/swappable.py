@@ -24,7 +24,7 @@ from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixe
 from peftfx.export.metadata import PERM, SOURCE
 from peftfx.export.slots.prompt_places import find_forward, hold_forward, prompt_places_of
 from peftfx.export.translation.to_onnx import every_value
-from peftfx.export.verification.comparison import reference_of
+from peftfx.export.verification.comparison import VerificationError, reference_of
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, measured_of
 from peftfx.export.verification.probes import hold_view, is_large, probes, view_cases
@@ -42,6 +42,7 @@ from peftfx.views.arguments import nested
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
+from peftfx.views.view import View
 
 #: The roles of layers whose input IA3 scales. HF PEFT picks them by module name; for BERT these are both modules that
 #: end in `output.dense`.
@@ -104,10 +105,7 @@ class Swappable(Deployment):
         """Make calls with tensors in each slot."""
         if part.view is not None:
             cases = view_cases(adapted, part.view, lambda view, feed: EagerReference(adapted, view)(feed), part.sizes)
-            largest = max(cases, key=lambda case: sum(value.numel() for value in case.values()))
-            for case in [largest] if is_large(adapted.base) else cases:
-                hold_view(adapted, part.view, case)
-            return _filled(cases, part.slots)
+            return _filled(_held(adapted, part.view, cases), part.slots)
         own = {slot.name for slot in part.slots}
         given = probes(adapted, [s for s in part.graph.inputs if s.name not in own], example, sizes=part.sizes)
         cases = _filled(given, part.slots)
@@ -148,6 +146,35 @@ class Swappable(Deployment):
         """Return adapters' relative tolerance; for a quantised graph without a bound, 4 times random ones' error."""
         bounded = self.rtol is None or self.rtol < FINITE
         return self.rtol if bounded else 4 * max(c.max_rel for part in parts for c in part.found)
+
+
+def _held(adapted: AdaptedModel, view: View, cases: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Return the calls that the model's own code takes, and hold the captured base to it in them.
+
+    A text as long as the model allows leaves no room for virtual tokens. Such a call is left out. Of a large model only
+    the largest of the other calls is held.
+
+    Raises:
+        PeftfxError: the model's own code takes none of the calls.
+        VerificationError: the captured base differs from the eager base.
+    """
+    rest, found = sorted(cases, key=lambda case: -sum(value.numel() for value in case.values())), []
+    refusal: PeftfxError | None = None
+    while rest:
+        case = rest.pop(0)
+        try:
+            hold_view(adapted, view, case)
+        except VerificationError:
+            raise
+        except PeftfxError as error:
+            refusal = error
+            continue
+        found.append(case)
+        if is_large(adapted.base):
+            found, rest = [*found, *rest], []
+    if refusal is not None and not found:
+        raise refusal
+    return found
 
 
 def _forward(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[Place]) -> GraphPart:
