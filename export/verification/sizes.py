@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
+from peftfx.export.verification.float64 import float64
 from peftfx.graph.conditions import Condition, unmet
 from peftfx.graph.decisions import Decision, opposed
 from peftfx.graph.graph import Graph
@@ -31,6 +32,8 @@ _SAME, _UNREACHED = "same", "no such call can be made"
 #: The most tokens (rows, pixels) of a tried call; the most tokens times parameters; and the fewest tokens, for a large
 #: model.
 MOST_ROWS, MOST_WORK, LEAST_ROWS = 4096, 2 << 30, 8
+_ROUNDING = 2e-6  #: a difference of float32 results that is rounding alone, relative to the largest magnitude
+_EXACT = 1 << 28  #: the most parameters of a model that is tried in float64, too
 _TRIALS = 3  #: how many sizes are tried on the other side of a condition
 
 
@@ -164,14 +167,36 @@ class Trial:
             return _REFUSED
         try:
             with torch.no_grad():
-                got = self.graph.run(*(case[spec.name] for spec in self.graph.inputs))
+                got = self._run(case)
         except Exception as error:  # an operator of the graph has a fixed size
             raise_if_memory_is_out(error)
             return BRANCHES
+        if not self._agree(case, want, got):
+            return BRANCHES
+        return _SAME if self._agree(case, want, got, _ROUNDING) or self._same_in_float64(case) else BRANCHES
+
+    def _run(self, case: _Case) -> Sequence[object]:
+        return self.graph.run(*(case[spec.name] for spec in self.graph.inputs))
+
+    def _agree(self, case: _Case, want: Sequence[Tensor], got: Sequence[object], bound: float | None = None) -> bool:
         named = [(name, b) for name, b in zip(self.graph.outputs, got, strict=True) if isinstance(b, Tensor)]
         pairs = zip(want, named, strict=True)
-        same = all(_same(a, b, functools.partial(self.shown, name, case)) for a, (name, b) in pairs)
-        return _SAME if same else BRANCHES
+        return all(_same(a, b, functools.partial(self.shown, name, case), bound) for a, (name, b) in pairs)
+
+    def _same_in_float64(self, case: _Case) -> bool:
+        """Say whether the model and the graph agree in float64: a difference that is more than rounding stays there.
+
+        If the model is too large for it, or cannot be run in float64, the answer is yes.
+        """
+        if self.parameters > _EXACT:
+            return True
+        try:
+            with torch.no_grad(), float64():
+                want, got = self.eager(case), self._run(case)
+        except Exception as error:  # such as an operator without float64 in a model's own code
+            raise_if_memory_is_out(error)
+            return True
+        return self._agree(case, want, got, _ROUNDING)
 
 
 def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
@@ -251,6 +276,7 @@ def _related(relation: Condition, sizes: Sized, chosen: Sized) -> dict[str, int]
     return {}
 
 
-def _same(want: Tensor, got: Tensor, shown: Callable[[Tensor], Tensor]) -> bool:
+def _same(want: Tensor, got: Tensor, shown: Callable[[Tensor], Tensor], bound: float | None = None) -> bool:
     half = want.dtype in (torch.float16, torch.bfloat16)
-    return want.shape == got.shape and near(shown(want), shown(got), 2e-2 if half else 1e-4)
+    usual = 2e-2 if half else 1e-4
+    return want.shape == got.shape and near(shown(want), shown(got), usual if bound is None else bound)

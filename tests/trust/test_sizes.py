@@ -113,6 +113,26 @@ def test_an_export_that_is_right_for_some_sizes_alone_is_refused(branch: str, tm
     assert not (tmp_path / "out").exists()
 
 
+class Faintly(nn.Module):
+    """What is read of a table changes with the text's length, by less than usual tolerances."""
+
+    def __init__(self, part: float) -> None:
+        super().__init__()
+        self.linear, self.part = nn.Linear(4, 4), part
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y + self.part if x.shape[1] > 8 else y
+
+
+def test_a_faint_difference_is_no_rounding(tmp_path: Path) -> None:
+    inputs = {"x": torch.randn(2, 7, 4)}
+    with pytest.raises(PeftfxError, match="branches on a size"):
+        export_onnx(Faintly(2e-5), tmp_path / "out", inputs=inputs, view="forward")
+    report = export_onnx(Faintly(0.0), tmp_path / "out", inputs=inputs, view="forward")
+    assert report.sizes == []
+
+
 class Exhausting(Branching):
     """It lacks the memory for a text of more than eight tokens, or for any."""
 

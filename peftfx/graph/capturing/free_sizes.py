@@ -1,5 +1,8 @@
 """Free sizes: what code computes from sizes stays free during a capture.
 
+For `torch.tensor(x.shape[1])` torch.export reads the size, which fixes it. Here the tensor is made in the graph. What
+code computes from it and from other sizes is known as a size, too, so that code can slice by it.
+
 For `torch.tensor([0] * batch)` Python makes a list of as many entries as the example has rows, which fixes the batch.
 Inside the context such a list is not made before something reads it, and `torch.tensor` repeats the entries in the
 graph.
@@ -20,16 +23,27 @@ import functools
 import operator
 import threading
 from collections import UserList
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 from peftfx.graph.rewriter import Rewriter
 
 _aten = torch.ops.aten
+_TENSOR = torch.tensor  #: torch's own, whatever stands for it during a capture
+
+
+#: Functions of two numbers, and what they do to sizes.
+_ARITHMETIC: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    **dict.fromkeys((Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add), operator.add),
+    **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul), operator.mul),
+    **dict.fromkeys((Tensor.sub, Tensor.__sub__, torch.sub), operator.sub),
+    **dict.fromkeys((Tensor.__rsub__, torch.rsub), lambda own, other: other - own),
+}
 
 
 class _Repeated(UserList[Any]):
@@ -116,6 +130,61 @@ def size_arithmetic() -> Iterator[None]:
         yield
     finally:
         torch.div, SymInt.__mod__ = divided, left  # type: ignore[method-assign]
+
+
+class size_tensors(TorchFunctionMode):
+    """A context in which tensors of sizes stay free in this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+        self._sizes: dict[int, tuple[Tensor, Any]] = {}  # the tensors are kept, so that no other gets their ids
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func is _TENSOR and args and _is_free(args[0]) and self._thread == threading.get_ident():
+            return self._made(args[0], **given)
+        if not self._sizes:
+            return func(*args, **given)
+        if func is Tensor.__getitem__:
+            return func(args[0], self._index(args[1]))
+        result = func(*args, **given)
+        if func in _ARITHMETIC and len(args) == 2 and not given:
+            sizes = [self._size(arg) for arg in args]
+            if None not in sizes:
+                self._sizes[id(result)] = result, _ARITHMETIC[func](*sizes)
+        return result
+
+    def _made(self, size: SymInt, dtype: torch.dtype | None = None, device: Any = None, **others: Any) -> Tensor:
+        made = torch.scalar_tensor(size, dtype=dtype or torch.int64, device=device, **others)  # type: ignore[arg-type]
+        if not made.is_floating_point():
+            self._sizes[id(made)] = made, size
+        return made
+
+    def _size(self, value: object) -> Any:
+        """Return the size that a value is known to be, or None."""
+        if isinstance(value, Tensor):
+            return self._sizes.get(id(value), (None, None))[1]
+        return value if type(value) in (int, SymInt) else None
+
+    def _index(self, index: Any) -> Any:
+        """Return an index in which known sizes stand for the tensors in slices."""
+        if isinstance(index, tuple):
+            return tuple(map(self._index, index))
+        if not isinstance(index, slice):
+            return index
+        ends = (index.start, index.stop, index.step)
+        return slice(*(self._size(end) if isinstance(end, Tensor) and id(end) in self._sizes else end for end in ends))
+
+
+def _is_free(value: object) -> bool:
+    return isinstance(value, SymInt) and value.node.maybe_as_int() is None
 
 
 def count_from_start(graph: fx.Graph) -> None:
