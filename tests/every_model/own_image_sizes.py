@@ -23,6 +23,10 @@ _CODES = {
     "channel_multiplier": [1, 1],
     "num_res_blocks": 1,
 }
+_FIRST_CODE = 40  #: the token of an image's first code
+_CHAMELEON = {"IMGIMG" + "".join(chr(ord("A") + int(d)) for d in str(n)) + "Z": _FIRST_CODE + n for n in range(20)}
+_EMU = {f"<|visual token {n:06d}|>": _FIRST_CODE + n for n in range(20)} | {"<|extra_200|>": 39}
+_MINICPM = {"image_token_id": 98, "video_token_id": 97, "insert_layer_id": 1}
 _QFORMER = {"hidden_size": 32, "encoder_hidden_size": 32, "cross_attention_frequency": 2}
 
 OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -33,7 +37,52 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "instructblip_qformer": _QFORMER,
     "instructblipvideo": {"num_query_tokens": 4, "image_token_index": 98},
     "instructblipvideo_qformer": _QFORMER,
-    "cohere_compass": {},
+    "chameleon": {"vocabulary_map": {"<image>": 98, **_CHAMELEON}},
+    "cohere_compass_vision": _DEEP,
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": _TURNED,
+            "sliding_attention": _TURNED,
+        }
+    },
+    "emu3": {"vocabulary_map": {"<image>": 98, **_EMU}},
+    "glm5_next_vision": _GRID,
+    "qwen4_exp_vision": _QWEN35,
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": _MINICPM,
+    "minicpm_ocr": _MINICPM,
+    "llama4_vision_model": {
+        "vision_output_dim": 32,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "intermediate_size": 128,
+    },
+    "llama4_text": {"intermediate_size_mlp": 48},
+    "gemma4": {
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "patch_size": 8,
+            "position_embedding_size": 16,
+            "pooling_kernel_size": 2,
+        }
+    },
+    "florence_vision": {
+        "depths": [1, 1],
+        "patch_size": [7, 3],
+        "patch_stride": [4, 2],
+        "patch_padding": [3, 1],
+        "patch_prenorm": [False, True],
+        "embed_dim": [16, 32],
+        "num_heads": [2, 4],
+        "num_groups": [2, 4],
+        "window_size": 4,
+        "projection_dim": 32,
+    },
     "qwen2_vl_vision": {**_GRID, "embed_dim": 32, "hidden_size": 32},
     "qwen2_vl_text": _ROPE,
     "qwen2_5_vl_vision": _WINDOWS,
@@ -72,7 +121,7 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "mistral_large4": {"spatial_merge_size": 2, **_FEATURES},
     "lighton_ocr": {"spatial_merge_size": 2},
     "siglip2_vision_model": {"num_patches": 16},
-    "emu3_vq_model": {**_CODES, "codebook_size": 20, "hidden_size": 32, "attn_resolutions": [8]},
+    "emu3_vqgan": {**_CODES, "codebook_size": 20, "hidden_size": 32, "attn_resolutions": [8]},
     "chameleon_vqgan": {**_CODES, "resolution": 32},
     "video_llava": {"image_seq_length": 17, "video_seq_length": 17},
     "idefics2_perceiver": {

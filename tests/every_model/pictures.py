@@ -17,6 +17,7 @@ _GLM = {**_GRID, "class": "Glm4vImageProcessor"}
 _LONGEST = {"size": {"longest_edge": 32}, "patch_size": 8}
 _PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 _TILES = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+_SQUARE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 _ANYRES = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "image_grid_pinpoints": _PINPOINTS}
 
 #: Fields of a type's processor, which is of the class that transformers names, or of `class`.
@@ -41,6 +42,9 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
         "min_image_tokens": 4,
         "use_thumbnail": False,
     },
+    "gemma4": {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
+    "florence2": {"class": "CLIPImageProcessor", **_SQUARE},
+    "chameleon": _SQUARE,
     "emu3": {"size": {"min_pixels": 256, "max_pixels": 1024}},
 }
 
