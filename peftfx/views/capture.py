@@ -21,7 +21,7 @@ from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.graph.capturing.axis_symbols import tied
 from peftfx.graph.capturing.empty_sizes import asked_if_empty
-from peftfx.graph.capturing.free_sizes import repeated_lists, size_arithmetic, size_tensors
+from peftfx.graph.capturing.free_sizes import checks_of_sizes, repeated_lists, size_arithmetic, size_tensors
 from peftfx.graph.capturing.mask_loops import over_masks
 from peftfx.graph.capturing.masks import broadcast_masks
 from peftfx.graph.capturing.module_casts import casting_in_graph
@@ -136,6 +136,7 @@ def _captured(
                 over_masks(),
                 size_arithmetic(),
                 size_tensors(),
+                checks_of_sizes(),
                 loops,
                 stamped(model, own_modules) if stamp else nullcontext(),
             ):

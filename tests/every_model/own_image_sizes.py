@@ -48,6 +48,7 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 98, **_EMU}},
     "glm5_next_vision": _GRID,
     "qwen4_exp_vision": _QWEN35,
+    "kimi_k25": {"projection_hidden_size": 32},
     "minicpmv4_6": _MINICPM,
     "minicpmv4_7": _MINICPM,
     "minicpm_ocr": _MINICPM,
@@ -60,15 +61,12 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "llama4_text": {"intermediate_size_mlp": 48},
     "gemma4": {
         "vision_config": {
+            **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 4),
+            **dict.fromkeys(("head_dim", "patch_size"), 8),
+            **dict.fromkeys(("num_hidden_layers", "pooling_kernel_size"), 2),
             "hidden_size": 32,
             "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "head_dim": 8,
-            "patch_size": 8,
             "position_embedding_size": 16,
-            "pooling_kernel_size": 2,
         }
     },
     "florence_vision": {

@@ -17,6 +17,7 @@ _GLM = {**_GRID, "class": "Glm4vImageProcessor"}
 _LONGEST = {"size": {"longest_edge": 32}, "patch_size": 8}
 _PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 _TILES = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+_SLICES = {"patch_size": 8, "scale_resolution": 64, "slice_mode": False}
 _SQUARE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 _ANYRES = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "image_grid_pinpoints": _PINPOINTS}
 
@@ -26,7 +27,7 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("cohere_compass", "cosmos3_edge", "cosmos3_omni", "exaone4_5", "hyperclovax_vision_v2"), _GRID),
     **dict.fromkeys(("glm4v", "glm46v", "glm5_next", "glmga", "ernie4_5_vl_moe", "minimax_m3_vl"), _GRID),
     **dict.fromkeys(("dots3_note", "lfm3_vl", "muse_glimmer", "muse_spark", "hunyuan_vl", "hy_v4_vl"), _GRID),
-    **dict.fromkeys(("paddleocr_vl", "kimi_k25", "video_llama_3"), _GRID),
+    **dict.fromkeys(("paddleocr_vl", "video_llama_3"), _GRID),
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "qwen3_vl_moe"), _QWEN),
     **dict.fromkeys(("glm4v_moe", "glm_ocr"), _GLM),
     **dict.fromkeys(("idefics3", "smolvlm"), _TILES),
@@ -45,6 +46,8 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
     "gemma4": {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
     "florence2": {"class": "CLIPImageProcessor", **_SQUARE},
     "chameleon": _SQUARE,
+    "kimi_k25": {"patch_size": 8, "merge_size": 2, "size": {"max_height": 512, "max_width": 512}},
+    **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _SLICES),
     "emu3": {"size": {"min_pixels": 256, "max_pixels": 1024}},
 }
 

@@ -5,7 +5,7 @@ code computes from it and from other sizes is known as a size, too, so that code
 
 For `torch.tensor([0] * batch)` Python makes a list of as many entries as the example has rows, which fixes the batch.
 Inside the context such a list is not made before something reads it, and `torch.tensor` repeats the entries in the
-graph.
+graph. `Tensor.split` gets a plain list, as torch takes no other: how many parts there are is fixed.
 
 `torch.div(length, window, rounding_mode="floor")` makes a tensor of two numbers, and code that uses it as a size reads
 the number from the tensor. In a capture this number would be unknown, so it is computed as a size.
@@ -24,7 +24,7 @@ import operator
 import threading
 from collections import UserList
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class _Repeated(UserList[Any]):
 def repeated_lists() -> Iterator[None]:
     """Keep the sizes by which lists are multiplied free in this thread. Not for two threads at once."""
     own, kept = threading.get_ident(), {name: getattr(SymInt, name) for name in ("__mul__", "__rmul__")}
-    made = torch.tensor
+    made, cut = torch.tensor, Tensor.split
 
     def multiplied(name: str) -> object:
         def multiply(size: SymInt, other: object) -> object:
@@ -88,15 +88,36 @@ def repeated_lists() -> Iterator[None]:
         entries = made(data.entries, *args, **kwargs)
         return entries.repeat(data.times, *[1] * (entries.ndim - 1))
 
+    @functools.wraps(cut)
+    def split(value: Tensor, sizes: Any, dim: int = 0) -> Any:
+        return cut(value, sizes.data if type(sizes) is _Repeated else sizes, dim)
+
     for name in kept:
         setattr(SymInt, name, multiplied(name))
-    torch.tensor = tensor
+    torch.tensor, Tensor.split = tensor, split  # type: ignore[method-assign]
     try:
         yield
     finally:
-        torch.tensor = made
+        torch.tensor, Tensor.split = made, cut  # type: ignore[method-assign]
         for name, method in kept.items():
             setattr(SymInt, name, method)
+
+
+@contextmanager
+def checks_of_sizes() -> Iterator[None]:
+    """Ignore checks of sizes on which torch itself fails: it bounds large sizes with floats, and these round."""
+    checked = torch._check
+
+    @functools.wraps(checked)
+    def check(condition: Any, message: Any = None) -> None:
+        with suppress(AssertionError):  # a condition that is false is a RuntimeError
+            checked(condition, message)
+
+    torch._check = check
+    try:
+        yield
+    finally:
+        torch._check = checked
 
 
 @contextmanager
