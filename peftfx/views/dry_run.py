@@ -48,16 +48,19 @@ def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 
 @contextmanager
 def _batched_experts(base: nn.Module) -> Iterator[None]:
-    """Compute experts by batched products inside the context: torch fakes grouped products only in bf16."""
-    if not isinstance(base, PreTrainedModel) or not base._can_set_experts_implementation():
-        yield
-        return
-    before = base.get_experts_implementation()
-    base.set_experts_implementation("batched_mm")
+    """Compute experts by batched products inside the context: torch fakes grouped products only in bf16.
+
+    The experts can be in a part of the model that is a model itself, for example its text model.
+    """
+    parts = [m for m in base.modules() if isinstance(m, PreTrainedModel) and m._can_set_experts_implementation()]
+    before = [(part, part.get_experts_implementation()) for part in parts]
+    for part in parts:
+        part.set_experts_implementation("batched_mm")
     try:
         yield
     finally:
-        base.set_experts_implementation(before)
+        for part, chosen in before:
+            part.set_experts_implementation(chosen)
 
 
 def _unset(expr: sympy.Basic, where: str) -> sympy.Basic | None:
