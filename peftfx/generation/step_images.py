@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from peftfx.bases.processors.encoded_images import joined_features
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, whole_types
 from peftfx.errors import PeftfxError
 from peftfx.generation.step import Generates, Step
-from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages, Images, joined_features
+from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages, Images
 
 
 class GeneratesWithImages(Generates):

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.encoded_images import POOLED, Deeper, joined_features
 from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.bases.processors.token_types import TYPES, typed_masks
 from peftfx.graph.capturing.known_values import known_values
@@ -47,9 +48,10 @@ class Images:
         fixed: the arguments whose values for one image are constants of the graph, as the model's code reads them.
         reads: whether the model's code reads values of an image's arguments.
         sections: the number of rows of positions that each token has; 0 if a token has one position.
-        deeper: the names of further features of a piece, which join deeper layers, with the number of these layers.
-            They follow the first features of a piece, and are as wide.
+        deeper: the fields with features for deeper layers. They follow the text's features of a piece, and are as wide.
         picture: the height and width of pictures, if they were chosen; else empty.
+        field: the field of the encoder's output with the text's features; empty if there are those for deeper layers
+            alone.
     """
 
     token: int
@@ -62,8 +64,9 @@ class Images:
     fixed: tuple[FixedValues, ...] = ()
     reads: bool = False
     sections: int = 0
-    deeper: tuple[tuple[str, int], ...] = ()
+    deeper: Deeper = ()
     picture: tuple[int, ...] = ()
+    field: str = POOLED
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,13 +75,16 @@ class Images:
 
     def as_output(self, features: Tensor) -> BaseModelOutputWithPooling:
         """Return features [pieces, width] in the form in which the model's own encoder returns them."""
-        parts = list(features.chunk(1 + sum(count for _, count in self.deeper), -1))
-        first = parts.pop(0)
-        shaped = first if self.each is None else first.reshape(-1, self.each, first.shape[-1])
-        pooled = [first] if self.listed else shaped
-        output = BaseModelOutputWithPooling(pooler_output=pooled)  # type: ignore[call-arg, arg-type]
-        for name, count in self.deeper:
-            setattr(output, name, [[parts.pop(0)] if self.listed else parts.pop(0) for _ in range(count)])
+        parts = list(features.chunk(bool(self.field) + sum(len(layers) for _, layers in self.deeper), -1))
+        found = {}
+        if self.field:
+            first = parts.pop(0)
+            shaped = first if self.each is None else first.reshape(-1, self.each, first.shape[-1])
+            found[self.field] = [first] if self.listed else shaped
+        output = BaseModelOutputWithPooling(**found)  # type: ignore[arg-type]
+        for name, layers in self.deeper:
+            values = [[parts.pop(0)] if self.listed else parts.pop(0) for _ in layers]
+            setattr(output, name, [v if n is None else (n, v) for n, v in zip(layers, values, strict=True)])
         return output
 
 
@@ -235,15 +241,3 @@ def with_known(images: Images, inputs: Mapping[str, object]) -> Iterator[tuple[d
     pixels = [value for name, value in inputs.items() if name in images.names and isinstance(value, Tensor)]
     with known_values(fixed.values(), pixels) as known:
         yield given, known
-
-
-def joined_features(output: Any, deeper: tuple[tuple[str, int], ...] = ()) -> Tensor:
-    """Return what an image encoder gives for each piece, [pieces, width]: features, then those for deeper layers."""
-    first = torch.cat([part.flatten(0, -2) for part in by_image(output.pooler_output)])
-    more = [torch.cat(by_image(layer)).flatten(0, -2) for name, _ in deeper for layer in getattr(output, name)]
-    return torch.cat([first, *more], -1) if more else first
-
-
-def by_image(value: Any) -> list[Tensor]:
-    """Return the features of each image, given them or all features in one tensor."""
-    return [value] if isinstance(value, Tensor) else list(value)

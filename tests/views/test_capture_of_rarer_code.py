@@ -99,6 +99,23 @@ def test_a_list_that_is_repeated_for_each_row_keeps_the_batch_free(reads: bool) 
     assert torch.tensor([0] * 3).shape == (3,)
 
 
+class Splits(nn.Module):
+    """Code that splits a tensor into as many parts as an index has columns, and counts what a mask chooses."""
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        first, second = torch.split(x, [2] * at.shape[-1], dim=-1)
+        torch._check(x[x == x].numel() == x.numel())
+        return first * second
+
+
+def test_a_repeated_list_says_how_a_tensor_is_split_and_a_count_of_a_mask_is_compared() -> None:
+    x, at = torch.randn(3, 4), torch.zeros(3, 2)
+    graph = peftfx.capture(Splits(), {"x": x, "at": at}, axes={"x": ("batch", None), "at": ("batch", "columns")})
+    other = torch.randn(5, 4)
+    torch.testing.assert_close(graph(x=other, at=torch.zeros(5, 2)), other[:, :2] * other[:, 2:])
+    assert graph.fixed.keys() == {"columns"}
+
+
 def test_a_number_leaves_a_region_without_gradients() -> None:
     torch.manual_seed(0)
     model, x = Unlearned(), torch.randn(3, 4)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from peftfx.bases.processors.encoded_images import by_image, main_features
 from peftfx.graph.capturing.known_values import known_values
 from peftfx.graph.contexts import evaluating, fake_mode_of, quietly, unchanged
 from peftfx.graph.lazy_weights import faked
@@ -59,9 +60,8 @@ def _count(model: nn.Module, given: Mapping[str, Tensor]) -> int | None:
         fed = {name: mode.from_tensor(value) for name, value in rest.items()}
         try:
             with known_values(known.values(), fed.values()):
-                pooled = model.base_model.get_image_features(**fed, **known, return_dict=True).pooler_output  # type: ignore[union-attr, operator]
-            parts = [pooled] if isinstance(pooled, Tensor) else list(pooled)
-            count = sum(part.shape[:-1].numel() for part in parts)
+                output = model.base_model.get_image_features(**fed, **known, return_dict=True)  # type: ignore[union-attr, operator]
+            count = sum(part.shape[:-1].numel() for part in by_image(main_features(output)[1]))
         except Exception:  # whatever the model's code raises
             return None
     return count if isinstance(count, int) else None

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.encoded_images import by_image, deeper_features, main_features
 from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.bases.processors.image_tokens import split_known
 from peftfx.bases.processors.pictures import chosen_size, pictures_vary
@@ -21,7 +22,7 @@ from peftfx.graph.capturing.known_values import known_values
 from peftfx.graph.contexts import unchanged
 from peftfx.graph.slots import listed
 from peftfx.views.dry_run import fake_run
-from peftfx.views.images import Images, by_image, joined_features
+from peftfx.views.images import Images
 
 
 def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:
@@ -50,31 +51,21 @@ def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:
         what = "the model's attention finds images by token types, and its class has no function that makes such masks"
         raise PeftfxError(what, type(base).__name__, "export its forward view")
     output, fixed, reads = _encoded(base, given)
-    pooled = output.pooler_output
+    field, pooled = main_features(output)
     several = not isinstance(pooled, Tensor)
     first = pooled[0] if several else pooled
     each = int(first.shape[-2]) if not several and first.ndim > 2 else None
     names = {value.name for value in fixed}
     inputs = tuple((name, tuple(value.shape)) for name, value in given.items() if name not in names)
-    deeper = tuple((n, len(v)) for n, v in vars(output).items() if n not in _KNOWN and _are_features(v, first))
-    width = int(first.shape[-1]) * (1 + sum(count for _, count in deeper))
+    deeper = deeper_features(output, first)
+    width = int(first.shape[-1]) * (bool(field) + sum(len(layers) for _, layers in deeper))
     sections = _sections(base)
     return Images(
         *(token, width, first.dtype, each, several, inputs, typed),
         *(fixed, reads, sections, deeper),
         chosen_size() or (),
+        field,
     )
-
-
-_KNOWN = {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}
-
-
-def _are_features(value: object, first: Tensor) -> bool:
-    """Return whether a field of an encoder's output is a list of features, as wide as those of an image's pieces."""
-    if not isinstance(value, list | tuple):
-        return False
-    layers = [layer if isinstance(layer, list | tuple) else [layer] for layer in value]
-    return bool(layers) and all(isinstance(v, Tensor) and v.shape == first.shape for layer in layers for v in layer)
 
 
 def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> tuple[Any, tuple[FixedValues, ...], bool]:
@@ -90,8 +81,7 @@ def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> tuple[Any, tuple[F
         try:
             fed = {name: fake(value) for name, value in given.items()}
             output = base.base_model.get_image_features(**fed, return_dict=True)  # type: ignore[union-attr, operator]
-            joined_features(output)
-            if all(type(size) is int for part in by_image(output.pooler_output) for size in part.shape):
+            if all(type(size) is int for part in by_image(main_features(output)[1]) for size in part.shape):
                 return output, (), False
         except Exception:  # whatever the model's code raises where it reads values
             pass
@@ -100,7 +90,7 @@ def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> tuple[Any, tuple[F
             fed = {name: fake(value) for name, value in rest.items()}
             with known_values(known.values(), fed.values()):
                 output = base.base_model.get_image_features(**fed, **known, return_dict=True)  # type: ignore[union-attr, operator]
-            joined_features(output)
+            main_features(output)
         except Exception as error:
             raise_if_memory_is_out(error)
             accepted = inspect.signature(base.base_model.get_image_features).parameters  # type: ignore[union-attr, arg-type]

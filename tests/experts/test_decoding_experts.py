@@ -8,9 +8,11 @@ import peft
 import torch
 import transformers as hf
 from support.parity import randomise
+from torch import nn
 
 import peftfx
 import peftfx.runtime
+from peftfx.views.dry_run import fake_run
 
 SIZE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -36,3 +38,12 @@ def test_it_generates_in_onnx_runtime_what_peft_generates(tmp_path: Path) -> Non
     assert got.sequences.equal(want.sequences)
     for ours, own in zip(got.scores, want.scores, strict=True):
         torch.testing.assert_close(ours, own, atol=1e-4, rtol=1e-4)
+
+
+def test_a_dry_run_batches_experts_of_a_part_that_is_a_model() -> None:
+    part = build()
+    chosen = part.get_experts_implementation()
+    with fake_run(nn.ModuleDict({"text": part})) as fake:
+        assert part.config._experts_implementation == "batched_mm"
+        assert part(fake(torch.zeros(2, 3, dtype=torch.long))).logits.shape == (2, 3, 64)
+    assert part.get_experts_implementation() == chosen

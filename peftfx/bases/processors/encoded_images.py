@@ -1,0 +1,68 @@
+"""What a model's image encoder gives: where in its output the features of an image's pieces are.
+
+Most models read the features for the text from `pooler_output`; some have no such field and read `last_hidden_state`.
+Some have further fields with features for deeper layers, or these alone. Such a field is a list with an entry for each
+layer: features, or a pair of the layer's number and features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POOLED = "pooler_output"
+_FIRST = (POOLED, "last_hidden_state")
+_OTHERS = {*_FIRST, "hidden_states", "attentions"}
+
+#: The names of fields with features for deeper layers, each with its layers' numbers; None for one that is not told.
+Deeper = tuple[tuple[str, tuple[int | None, ...]], ...]
+
+
+def main_features(output: Any) -> tuple[str, Any]:
+    """Return the name of the field that the text's features are in, and what it holds.
+
+    If there are features for deeper layers alone, the name is empty, and what is returned is for the first layer.
+    """
+    for name in _FIRST:
+        if (found := getattr(output, name, None)) is not None:
+            return name, found
+    layers = next(value for name, value in vars(output).items() if name not in _OTHERS and _is_list(value))
+    return "", _numbered(layers[0])[1]
+
+
+def deeper_features(output: Any, first: Tensor) -> Deeper:
+    """Return the fields that are lists of features for layers, of the shape of `first`."""
+    fields = [
+        (n, [_numbered(v) for v in value]) for n, value in vars(output).items() if n not in _OTHERS and _is_list(value)
+    ]
+    return tuple(
+        (name, tuple(number for number, _ in layers))
+        for name, layers in fields
+        if all(isinstance(v, Tensor) and v.shape == first.shape for _, layer in layers for v in by_image(layer))
+    )
+
+
+def joined_features(output: Any, deeper: Deeper = ()) -> Tensor:
+    """Return the features of each piece, [pieces, width]: those for the text, then those for deeper layers."""
+    name, first = main_features(output)
+    found = [torch.cat([part.flatten(0, -2) for part in by_image(first)])] if name else []
+    layers = [_numbered(layer)[1] for field, _ in deeper for layer in getattr(output, field)]
+    found += [torch.cat(by_image(layer)).flatten(0, -2) for layer in layers]
+    return torch.cat(found, -1) if len(found) > 1 else found[0]
+
+
+def by_image(value: Any) -> list[Tensor]:
+    """Return the features of each image, given them or all features in one tensor."""
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _numbered(layer: Any) -> tuple[int | None, Any]:
+    """Return the number of a layer and the features for it."""
+    told = isinstance(layer, tuple) and len(layer) == 2 and type(layer[0]) is int
+    return layer if told else (None, layer)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple) and bool(value)
