@@ -27,6 +27,17 @@ _FIRST_CODE = 40  #: the token of an image's first code
 _CHAMELEON = {"IMGIMG" + "".join(chr(ord("A") + int(d)) for d in str(n)) + "Z": _FIRST_CODE + n for n in range(20)}
 _EMU = {f"<|visual token {n:06d}|>": _FIRST_CODE + n for n in range(20)} | {"<|extra_200|>": 39}
 _MINICPM = {"image_token_id": 98, "video_token_id": 97, "insert_layer_id": 1}
+_INKLING = {"text_hidden_size": 32, "projection_hidden_dim": 32, "posemb_grid_size": 4}
+_INKLING_TEXT = {
+    "unpadded_vocab_size": 99,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "sliding_window_size": 4,
+    "rel_extent": 64,
+    "n_layers_per_attn_res_block": 2,
+}
+_MUSE = {"out_hidden_size": 128, "projector_hidden_size": 32}
 _QFORMER = {"hidden_size": 32, "encoder_hidden_size": 32, "cross_attention_frequency": 2}
 
 OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -111,6 +122,42 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "llava_next": _TILES,
     "llava_next_video": _TILES,
     "llava_onevision": _TILES,
+    "granite_docling_vision": {"out_hidden_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0]},
+    "cosmos3_edge": {"projector_hidden_size": 32},
+    "cosmos3_edge_text": _ROPE,
+    "cosmos3_edge_vision": {"num_patches": 16},
+    "hunyuan_vl_vision": {"out_hidden_size": 32, "text_hidden_size": 32, "max_image_size": 64},
+    "hunyuan_vl_text": {"head_dim": 8},
+    "hy_v4_vl_vision": {"out_hidden_size": 32, "max_image_size": 64},
+    "hy_v4_vl_text": {**_ROPE, "qk_rope_head_dim": 8},
+    "inkling2_vision": _INKLING,
+    "inkling2_text": _INKLING_TEXT,
+    "inkling2_loop_vision": _INKLING,
+    "inkling2_loop_text": _INKLING_TEXT,
+    "molmo2_vision": {"image_size": [32, 32], "num_position_embeddings": 16},
+    "molmo2_adapter": {"vision_feature_layer": [-1, -2], "text_hidden_size": 32},
+    "molmo2_text": {"additional_vocab_size": 8},
+    "muse_glimmer": _MUSE,
+    "muse_spark": _MUSE,
+    "muse_spark_text": {"moe_hidden_size": 32},
+    "muse_spark_audio": {
+        "patch_sizes": [4, 2],
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+        "out_hidden_size": 32,
+    },
+    "nemotron_h_omni": {
+        "projector_hidden_size": 32,
+        "vision_hidden_size": 32,
+        "vision_config": {"video_temporal_patch_size": 2},
+    },
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    },
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 95},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 95},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "step3p7_text": {"sliding_window": 4},
     "granite4_vision": {
         **_TILES,
         "downsample_rate": "1/2",

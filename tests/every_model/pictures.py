@@ -48,7 +48,7 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
     "chameleon": _SQUARE,
     "kimi_k25": {"patch_size": 8, "merge_size": 2, "size": {"max_height": 512, "max_width": 512}},
     **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _SLICES),
-    "emu3": {"size": {"min_pixels": 256, "max_pixels": 1024}},
+    "emu3": {"min_pixels": 256, "max_pixels": 1024, "spatial_factor": 2},
 }
 
 
