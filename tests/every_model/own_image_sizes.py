@@ -27,7 +27,7 @@ _FIRST_CODE = 40  #: the token of an image's first code
 _CHAMELEON = {"IMGIMG" + "".join(chr(ord("A") + int(d)) for d in str(n)) + "Z": _FIRST_CODE + n for n in range(20)}
 _EMU = {f"<|visual token {n:06d}|>": _FIRST_CODE + n for n in range(20)} | {"<|extra_200|>": 39}
 _MINICPM = {"image_token_id": 98, "video_token_id": 97, "insert_layer_id": 1}
-_INKLING = {"text_hidden_size": 32, "projection_hidden_dim": 32, "posemb_grid_size": 4}
+_INKLING = {"patch_size": 20, "text_hidden_size": 32, "projection_hidden_dim": 32, "posemb_grid_size": 4}
 _INKLING_TEXT = {
     "unpadded_vocab_size": 99,
     "swa_num_attention_heads": 4,
@@ -127,7 +127,7 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "cosmos3_edge_text": _ROPE,
     "cosmos3_edge_vision": {"num_patches": 16},
     "hunyuan_vl_vision": {"out_hidden_size": 32, "text_hidden_size": 32, "max_image_size": 64},
-    "hunyuan_vl_text": {"head_dim": 8},
+    "hunyuan_vl_text": {**_ROPE, "head_dim": 8},
     "hy_v4_vl_vision": {"out_hidden_size": 32, "max_image_size": 64},
     "hy_v4_vl_text": {**_ROPE, "qk_rope_head_dim": 8},
     "inkling2_vision": _INKLING,
@@ -136,6 +136,7 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "inkling2_loop_text": _INKLING_TEXT,
     "molmo2_vision": {"image_size": [32, 32], "num_position_embeddings": 16},
     "molmo2_adapter": {"vision_feature_layer": [-1, -2], "text_hidden_size": 32},
+    "molmo2": {"image_patch_id": 98},
     "molmo2_text": {"additional_vocab_size": 8},
     "muse_glimmer": _MUSE,
     "muse_spark": _MUSE,
@@ -157,7 +158,15 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "qwen2_5_omni_thinker": {"vision_start_token_id": 95},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 95},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
-    "step3p7_text": {"sliding_window": 4},
+    "step3p5": {"sliding_window": 4, "share_expert_dim": 24},
+    "gemma4_unified": {
+        "vision_config": {
+            **dict.fromkeys(("mm_embed_dim", "output_proj_dims"), 32),
+            "patch_size": 8,
+            "pooling_kernel_size": 2,
+            "mm_posemb_size": 16,
+        }
+    },
     "granite4_vision": {
         **_TILES,
         "downsample_rate": "1/2",
