@@ -18,7 +18,7 @@ from peftfx.bases.processors.image_size import image_size_of
 from peftfx.bases.processors.image_tokens import tokens_of_image
 from peftfx.bases.processors.pictures import Picture, chosen_size, picture_inputs, repeated
 from peftfx.bases.processors.recordings import recording_name, recording_shape
-from peftfx.bases.processors.token_types import MODALITIES, TYPES, makes_masks, prompt_types, reads_types
+from peftfx.bases.processors.token_types import MODALITIES, TYPES, makes_masks, prompt_types
 from peftfx.bases.tasks import resolve_task, task_of
 from peftfx.errors import PeftfxError, nearest
 
@@ -157,7 +157,7 @@ class _Maker:
             made["token_type_ids"] = (torch.arange(ids.shape[1]) > ids.shape[1] // 2).long().repeat(batch, 1)
         if images and MODALITIES in self.accepted:
             made[MODALITIES] = ids.eq(image or 0).long()
-        if images and reads_types(self.model) and makes_masks(self.model):
+        if images and TYPES in self.accepted and makes_masks(self.model):
             made[TYPES] = prompt_types(self.model, ids.eq(image or 0))
         return made
 

@@ -57,7 +57,7 @@ class GeneratesWithImages(Generates):
     ) -> CausalLMOutputWithPast:
         """Return the logits, and the cache with these tokens and their images added."""
         pixels = self._images_in(others)
-        others.pop(MODALITIES, None)  # positions were made of them, before this call
+        kinds = others.pop(MODALITIES, None)  # positions were made of them, before this call
         if pixels and self.view.images.sections and position_ids is None:
             what, hint = "a call with images needs the positions of its tokens", "use generate, or pass position_ids"
             raise PeftfxError(what, "position_ids", hint)
@@ -72,7 +72,7 @@ class GeneratesWithImages(Generates):
             self._check(input_ids, len(features))
             if self.view.images.typed:
                 before = 0 if cache is None else cache.get_seq_length()
-                self._types = whole_types(self, others.pop(TYPES, None), input_ids, before)  # type: ignore[arg-type]
+                self._types = whole_types(self, others.pop(TYPES, kinds), input_ids, before)  # type: ignore[arg-type]
         self._features = features.to(self.view.images.dtype)
         try:
             return super().forward(input_ids, attention_mask, position_ids, cache, logits_to_keep, **others)

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.encoded_images import POOLED, Deeper, joined_features
 from peftfx.bases.processors.fixed_values import FixedValues
-from peftfx.bases.processors.token_types import TYPES, typed_masks
+from peftfx.bases.processors.token_types import TYPES, typed_call
 from peftfx.graph.capturing.known_values import known_values
 from peftfx.views.decode import Decode
 from peftfx.views.entry import POSITIONS
@@ -211,8 +211,7 @@ class DecodeWithImages(Decode):
 
     def _run(self, base: nn.Module, given: Mapping[str, Any], cache: DynamicCache) -> dict[str, Tensor]:
         if self.images.typed:
-            masks = typed_masks(base, given, cache)
-            given = {**{name: value for name, value in given.items() if name != TYPES}, "attention_mask": masks}
+            given = typed_call(base, given, cache)
         return super()._run(base, given, cache)
 
 

@@ -126,6 +126,7 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "cosmos3_edge": {"projector_hidden_size": 32},
     "cosmos3_edge_text": _ROPE,
     "cosmos3_edge_vision": {"num_patches": 16},
+    "deepseek_vl_hybrid": {"high_res_vision_config": {"image_size": 64}},
     "hunyuan_vl_vision": {"out_hidden_size": 32, "text_hidden_size": 32, "max_image_size": 64},
     "hunyuan_vl_text": {**_ROPE, "head_dim": 8},
     "hy_v4_vl_vision": {"out_hidden_size": 32, "max_image_size": 64},
@@ -148,6 +149,7 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
         "out_hidden_size": 32,
     },
     "nemotron_h_omni": {
+        "image_token_id": 98,
         "projector_hidden_size": 32,
         "vision_hidden_size": 32,
         "vision_config": {"video_temporal_patch_size": 2},
@@ -161,7 +163,7 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "step3p5": {"sliding_window": 4, "share_expert_dim": 24},
     "gemma4_unified": {
         "vision_config": {
-            **dict.fromkeys(("mm_embed_dim", "output_proj_dims"), 32),
+            **dict.fromkeys(("mm_embed_dim", "output_proj_dims"), 48),
             "patch_size": 8,
             "pooling_kernel_size": 2,
             "mm_posemb_size": 16,

@@ -12,6 +12,8 @@ import pytest
 import tokenizers
 import torch
 import transformers as hf
+from every_model.checks import SEEING, build, check
+from every_model.checks import Result as Checked
 from PIL import Image
 from support.command import Result
 from support.parity import randomise
@@ -19,6 +21,7 @@ from torch import nn
 
 from peftfx import PeftfxError, runtime
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.token_types import reads_types
 from peftfx.export.command import export_directory
 
 Run = Callable[..., Result]
@@ -147,3 +150,9 @@ def test_text_alone_is_generated_if_its_types_are_known(seeing: Seeing) -> None:
         return
     with pytest.raises(PeftfxError, match="needs the types"):  # a token of type 0 is of the prefix
         served.generate(**text, max_new_tokens=4)
+
+
+def test_types_are_read_under_another_name_if_the_masks_depend_on_them() -> None:
+    assert not reads_types(build(SEEING, "gemma4")), "it is causal unless its config says otherwise"
+    assert reads_types(build(SEEING, "gemma4_unified"))
+    assert check(SEEING, "gemma4_unified", "decode") == Checked("equal")

@@ -1,7 +1,8 @@
 """Token types: how some models tell the attention which tokens of a text belong to an image or to the prompt.
 
 Such a class makes its masks by `create_masks_for_generate`, which takes `token_type_ids`. The masks are made in the
-graph, from the types of all tokens, those of the past included.
+graph, from the types of all tokens, those of the past included. Other classes have such a function for
+`mm_token_type_ids`, on which the masks depend with some configs. Their forward makes these masks itself.
 """
 
 from __future__ import annotations
@@ -18,19 +19,36 @@ from transformers import Cache
 from peftfx.errors import PeftfxError
 
 TYPES = "token_type_ids"
-MODALITIES = "mm_token_type_ids"  #: 1 for tokens of an image, from which some models compute positions
+MODALITIES = "mm_token_type_ids"  #: 1 for tokens of an image, from which some models compute positions or masks
 _MASKS = "create_masks_for_generate"
 
 
 def reads_types(base: nn.Module) -> bool:
     """Return whether a model's attention depends on the types of tokens."""
-    return TYPES in inspect.signature(base.forward).parameters
+    accepted = inspect.signature(base.forward).parameters
+    if TYPES in accepted:
+        return True
+    return MODALITIES in accepted and _name_of_types(base) == MODALITIES and _changes_masks(base)
 
 
 def makes_masks(base: nn.Module) -> bool:
     """Return whether a model's class has a function that makes masks from the types of tokens."""
+    return bool(_name_of_types(base))
+
+
+def _name_of_types(base: nn.Module) -> str:
+    """Return the argument of the function of masks that types are passed as; empty if it takes none."""
     make = getattr(base, _MASKS, None)
-    return make is not None and TYPES in inspect.signature(make).parameters
+    accepted = () if make is None else inspect.signature(make).parameters
+    return next((name for name in (TYPES, MODALITIES) if name in accepted), "")
+
+
+def typed_call(base: Any, given: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:
+    """Return the arguments of a call in which tokens see each other by their types, given these as `token_type_ids`."""
+    rest = {name: value for name, value in given.items() if name != TYPES}
+    if TYPES in inspect.signature(base.forward).parameters:
+        return {**rest, "attention_mask": typed_masks(base, given, cache)}
+    return {**rest, MODALITIES: given[TYPES]}
 
 
 def typed_masks(base: Any, given: Mapping[str, Tensor], cache: Cache | None) -> Tensor | dict[str, Tensor]:
@@ -48,8 +66,8 @@ def typed_masks(base: Any, given: Mapping[str, Tensor], cache: Cache | None) -> 
         attention_mask=given["attention_mask"],
         cache=cache,
         position_ids=given.get("position_ids"),
-        token_type_ids=given[TYPES],
         is_first_iteration=True,
+        **{_name_of_types(base): given[TYPES]},
     )
     return made
 
@@ -89,11 +107,23 @@ def whole_types(base: nn.Module, given: Tensor | None, tokens: Tensor, before: i
 
 def _zeros_are_text(base: nn.Module) -> bool:
     """Return whether a token of type 0 sees no token behind it, as the model's own function of masks says."""
-    with unset_fake_temporarily(), torch.device("cpu"):
-        text = {name: torch.ones(1, 3, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-        made = typed_masks(base, {**text, TYPES: torch.zeros(1, 3, dtype=torch.long)}, None)
-    mask = next(iter(made.values())) if isinstance(made, dict) else made
+    mask = next(iter(_masks_of(base, 0).values()))
     if mask is None:
         return True
     seen = mask[0, 0, 0, 2]
     return not bool(seen) if mask.dtype == torch.bool else float(seen) < 0
+
+
+def _changes_masks(base: nn.Module) -> bool:
+    """Return whether tokens of type 1 see others than tokens of type 0 do."""
+    zeros, ones = (_masks_of(base, value).values() for value in (0, 1))
+    pairs = list(zip(zeros, ones, strict=True))
+    return any(b is not None and (a is None or not torch.equal(a, b)) for a, b in pairs)
+
+
+def _masks_of(base: nn.Module, value: int) -> dict[str, Tensor | None]:
+    """Return the masks of three tokens of one type, by the kind of layer."""
+    with unset_fake_temporarily(), torch.device("cpu"):
+        text = {name: torch.ones(1, 3, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+        made = typed_masks(base, {**text, TYPES: torch.full((1, 3), value)}, None)
+    return {**made} if isinstance(made, dict) else {"": made}

@@ -133,9 +133,10 @@ def _taken(model: ServedWithImages, made: dict[str, Any], directory: Path) -> di
     Raises:
         PeftfxError: the processor makes other outputs, which the graphs would not see, or lacks one.
     """
-    types = (TYPES,) if model.view.images.typed else ()
-    positioned = (MODALITIES,) if model.view.images.sections and MODALITIES in made else ()
-    known = (*_TEXT, *types, *positioned, *model.view.images.names)
+    images = model.view.images
+    kinds = (MODALITIES,) if (images.sections or images.typed) and MODALITIES in made else ()
+    types = (TYPES,) if images.typed and not kinds else ()
+    known = (*_TEXT, *types, *kinds, *images.names)
     idle = {name for name in made if name.endswith(TYPES) and not made[name].any()}
     idle.add("labels")  # which are to train on
     lost = [name for name in made if name not in known and name not in idle]
