@@ -127,6 +127,8 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
     if view == FORWARD or (view == AUTO and (inputs is not None or not generates(base))):
         return {"model.onnx": FORWARD}
     if encodes_and_decodes(base):
+        if _sees(base) and "input_ids" in inspect.signature(base.forward).parameters:
+            warn("images are left out, and text alone is served: the graph of an encoder of text takes no images")
         return {"encoder_model.onnx": "encoder", "decoder_model.onnx": "decoder"}
     if not reads_images(base):
         if _sees(base):

@@ -16,6 +16,7 @@ from peftfx.export.translation.program import Translation
 from peftfx.export.translation.scopes import put_rest
 from peftfx.export.translation.stamped import translate
 from peftfx.export.translation.torch_exporter import retrace
+from peftfx.graph.capturing.free_sizes import checks_of_sizes
 from peftfx.graph.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
 from peftfx.graph.lazy_weights import load_contiguous, pieces
 from peftfx.options import CPU, FAST, NONE, TORCH, check_engine, check_opset, check_optimize
@@ -57,7 +58,8 @@ def to_onnx(
     if graph.training:
         hint = "call model.eval() and capture again"
         raise PeftfxError("a graph captured in training mode cannot be served", "", hint)
-    translation, went = _translate(graph, opset, engine, optimize)
+    with checks_of_sizes():
+        translation, went = _translate(graph, opset, engine, optimize)
     model = translation.model
     tidy(model)
     _bind(model, translation, graph, _reader(graph, weights or graph.get))

@@ -96,7 +96,7 @@ class Encoder:
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Return valid inputs of this view. If there is room, the last row is padded on the right."""
         wanted = {**_SIZES, **(sizes or {})}
-        made = example_inputs(base, sizes={"batch": wanted["batch"], "sequence": wanted["encoder_sequence"]}, seed=seed)
+        made = _text(base, wanted["encoder_sequence"], seed, batch=wanted["batch"])
         return {name: made[name] for name in self.layers.inputs}
 
     def with_past(
@@ -151,7 +151,7 @@ class Decoder:
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Return valid inputs of this view. If there is room, the last row's text is padded on the right."""
         batch, length, sequence, past = ({**_SIZES, **(sizes or {})}[name] for name in _SIZES)
-        text = example_inputs(base, sizes={"batch": batch, "sequence": length, "decoder_sequence": sequence}, seed=seed)
+        text = _text(base, length, seed, batch=batch, decoder_sequence=sequence)
         ahead = dict(sizes or {}).get(SLOT_PROMPT, self.layers.ahead) if self.layers.ahead else 0
         with unset_fake_temporarily():
             random = torch.Generator().manual_seed(seed)
@@ -182,8 +182,7 @@ class Decoder:
         crossed, own = cache_names(PAST, layers.cross, ENCODED), cache_names(PAST, layers.own, DECODED)
         past, encoded_length = inputs[own[0]].shape[2], inputs[crossed[0]].shape[2]
         length = encoded_length if mask is None else mask.shape[1]
-        sizes = {"batch": len(inputs["input_ids"]), "sequence": length, "decoder_sequence": max(past, 1)}
-        text = example_inputs(base, sizes=sizes, seed=seed + 1)
+        text = _text(base, length, seed + 1, batch=len(inputs["input_ids"]), decoder_sequence=max(past, 1))
         encoder = Encoder(self.layers)
         source = {self.layers.source: text[self.layers.source]}
         made = run(encoder, source if mask is None else {**source, "attention_mask": mask})
@@ -221,6 +220,12 @@ class Decoder:
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
         """Return the whole value: decoded tokens have no padding."""
         return value
+
+
+def _text(base: nn.Module, length: int, seed: int, **sizes: int) -> dict[str, Tensor]:
+    """Return an example with a text of this length, without the tokens of an image that can come first."""
+    made = example_inputs(base, sizes={"sequence": length, **sizes}, seed=seed)
+    return {n: v[:, -length:] if n in (TEXT_INPUT, "attention_mask") else v for n, v in made.items()}
 
 
 def _behind(given: Tensor, made: Tensor) -> Tensor:

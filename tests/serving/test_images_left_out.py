@@ -12,6 +12,8 @@ import peftfx
 from peftfx import runtime
 from peftfx.errors import PeftfxWarning
 from peftfx.export.deployment.parts import sites_view
+from peftfx.views.encoder_decoder import Decoder, Encoder
+from peftfx.views.finding.encoder_decoder_layers import find_layers
 
 
 def test_text_is_generated_and_the_images_are_said_to_be_left_out(tmp_path: Path) -> None:
@@ -42,3 +44,17 @@ def test_layers_that_read_images_alone_are_left_out_of_a_text(tmp_path: Path) ->
     text = {"input_ids": torch.tensor([[20, 21, 22, 23], [24, 25, 26, 27]])}
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     assert torch.equal(runtime.load(tmp_path / "out").generate(**text, **options), model.generate(**text, **options))
+
+
+def test_an_encoder_of_text_is_served_without_the_images_that_its_text_can_have() -> None:
+    from peftfx.export.deployment.parts import views_of
+
+    model = build("image-text-to-text", "florence2")
+    with pytest.warns(PeftfxWarning, match="images are left out.*an encoder of text takes no images"):
+        assert len(views_of(model, "decode", None)) == 2
+    layers = find_layers(model)
+    sizes = {"batch": 2, "encoder_sequence": 6, "sequence": 3, "past": 4}
+    given = Decoder(layers).inputs(model, sizes=sizes)
+    assert given["encoder_attention_mask"].shape == (2, 6)
+    assert {value.shape[2] for name, value in given.items() if ".encoder." in name} == {6}
+    assert Encoder(layers).inputs(model, sizes=sizes)["input_ids"].shape == (2, 6)
