@@ -40,11 +40,11 @@ def length_of(config: object) -> int | None:
 
 
 def special_tokens(config: object) -> Iterator[int]:
-    """Yield the tokens for which the config, or one of its parts, has a field."""
+    """Yield the tokens for which the config, or one of its parts, has a field, or a second name of a field."""
     seen: dict[int, object] = {}
     collect_configs(config, seen)
     for part in seen.values():
-        for name in dir(part):
+        for name in {*dir(part), *(getattr(part, "attribute_map", None) or ())}:
             if name.endswith(("_token_id", "_token_index")):
                 value = getattr(part, name, None)
                 yield from [i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int)]

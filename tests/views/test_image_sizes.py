@@ -9,9 +9,11 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers as hf
+from every_model.checks import build
 
 import peftfx
 from peftfx import PeftfxError
+from peftfx.bases.config_fields import special_tokens
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.image_size import image_size_of, write_image_size
 from peftfx.export import OnnxModel
@@ -142,3 +144,8 @@ class _Squares(hf.ViTForImageClassification):
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> object:  # type: ignore[override]
         assert pixel_values.shape[2] == 32
         return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+
+
+def test_random_texts_have_no_image_tokens_whatever_the_config_calls_these() -> None:
+    config = build("image-text-to-text", "molmo2").config
+    assert "image_token_id" in config.attribute_map and config.image_patch_id in set(special_tokens(config))
