@@ -148,4 +148,5 @@ class _Squares(hf.ViTForImageClassification):
 
 def test_random_texts_have_no_image_tokens_whatever_the_config_calls_these() -> None:
     config = build("image-text-to-text", "molmo2").config
-    assert "image_token_id" in config.attribute_map and config.image_patch_id in set(special_tokens(config))
+    assert "image_token_id" in config.attribute_map
+    assert config.image_patch_id in set(special_tokens(config))
