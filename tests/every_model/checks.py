@@ -55,6 +55,7 @@ TASKS: Mapping[str, tuple[str, str | None]] = {
 _SOURCES = ("input_ids", "attention_mask", "input_features", "input_values")  #: the inputs of `generate`
 UNSEEN = ({"batch": 3, "sequence": 11, "decoder_sequence": 4}, {"batch": 1, "sequence": 6, "decoder_sequence": 3})
 BOUND = 1e-4  #: of the largest output
+_NEVER = -1e38  #: logits that are lower are a mask: of tokens that a model never writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +270,10 @@ def _far(got: Tensor, want: Tensor, mask: Tensor | None) -> float:
     assert got.shape == want.shape, (tuple(got.shape), tuple(want.shape))
     if mask is not None and got.shape[:2] == mask.shape:
         got, want = got[mask.bool()], want[mask.bool()]
+    never = want.float() <= _NEVER
+    if not torch.equal(never, got.float() <= _NEVER):
+        return float("inf")
+    got, want = got[~never], want[~never]
     if not want.numel():
         return 0.0
     return float((got.float() - want.float()).abs().max()) / max(1e-3, float(want.float().abs().max()))
