@@ -146,12 +146,17 @@ def _at_1(expr: sympy.Basic, symbols: Sequence[sympy.Basic]) -> sympy.Basic | No
 
 def asker(frame: FrameType | None) -> tuple[str, bool]:
     """Return the line that asked, and whether it is the model's Python code. Torch's operators ask to pick a kernel."""
-    while frame is not None and frame.f_code.co_filename in _BEARERS:
+    while frame is not None and (frame.f_code.co_filename in _BEARERS or _in_capture(frame)):
         frame = frame.f_back
     first = "" if frame is None else frame.f_code.co_filename
     code = not first.startswith(_TORCH) or first.startswith(_NN)
     frame = _behind(frame, _TORCH, _CAPTURING)
     return ("" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"), code
+
+
+def _in_capture(frame: FrameType) -> bool:
+    """Return whether this is code that stands for a function of torch during a capture, and asks for its caller."""
+    return frame.f_code.co_filename.startswith(_CAPTURING)
 
 
 def _asked_in(frame: FrameType | None) -> str:
