@@ -137,7 +137,9 @@ def same_gradients(adapter: Adapter, theirs: nn.Module) -> None:
     for name, mine in own.items():
         got, want = mine.grad, trained[name].grad
         assert isinstance(got, Tensor), f"{name} gets no gradient"
-        assert isinstance(want, Tensor), f"{name} gets no gradient in peft"
+        if want is None:  # peft's code passes over it, as FRoD's does over a sparse part without entries
+            assert not bool(got.any()), f"{name} gets a gradient, and none in peft"
+            continue
         assert_close(got, want, 10 * _TOLERANCE, f"the gradient of {name}")
 
 
