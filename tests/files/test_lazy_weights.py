@@ -157,7 +157,8 @@ def test_a_loaded_base_takes_no_anonymous_memory(dtype: str, base: Path, tmp_pat
 
 
 def test_a_large_weight_is_cast_in_pieces_and_permuted_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftfx.graph.lazy_weights._AT_ONCE", 10)
+    monkeypatch.setattr("peftfx.graph.lazy_weights._PIECE", 10)
+    monkeypatch.setattr("peftfx.graph.lazy_weights._COLUMNS", 4)
     source, x = weight(), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
     stored, bias = Stored(source, torch.float32), torch.ones(6)
     for more in ((), (bias,)):
@@ -171,3 +172,6 @@ def test_a_large_weight_is_cast_in_pieces_and_permuted_in_one_copy(monkeypatch: 
         assert len(parts) > 1
         assert all(part.is_contiguous() for part in parts)
         assert torch.cat(parts).equal(want)
+    half = Stored(source.bfloat16(), torch.float16)
+    want = nn.functional.linear(x.half(), source.bfloat16().half())
+    torch.testing.assert_close(nn.functional.linear(x.half(), half), want, rtol=1e-3, atol=1e-3)
