@@ -158,10 +158,10 @@ def _held(adapted: AdaptedModel, view: View, cases: Sequence[dict[str, Tensor]])
         PeftfxError: the model's own code takes none of the calls.
         VerificationError: the captured base differs from the eager base.
     """
-    rest, found = sorted(cases, key=lambda case: -sum(value.numel() for value in case.values())), []
+    largest_first = sorted(cases, key=lambda case: -sum(value.numel() for value in case.values()))
+    found: list[dict[str, Tensor]] = []
     refusal: PeftfxError | None = None
-    while rest:
-        case = rest.pop(0)
+    for number, case in enumerate(largest_first):
         try:
             hold_view(adapted, view, case)
         except VerificationError:
@@ -169,9 +169,9 @@ def _held(adapted: AdaptedModel, view: View, cases: Sequence[dict[str, Tensor]])
         except PeftfxError as error:
             refusal = error
             continue
-        found.append(case)
         if is_large(adapted.base):
-            found, rest = [*found, *rest], []
+            return largest_first[number:]
+        found.append(case)
     if refusal is not None and not found:
         raise refusal
     return found
