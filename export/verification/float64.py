@@ -24,6 +24,7 @@ _WIDE: Mapping[torch.dtype, torch.dtype] = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
     **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
 }
+MOST_EXACT = 1 << 28  #: the most parameters times calls that are run in float64
 _AT_ONCE = 1 << 18  #: how many numbers of a weight are widened at a time
 #: Operators that pick some numbers of a tensor by position. Only their results are widened.
 _PICKS = frozenset({aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.gather.default})

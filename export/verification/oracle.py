@@ -10,6 +10,7 @@ from peftfx.export.translation.program import onnx_outputs
 from peftfx.export.verification.comparison import Reference, reference_of
 from peftfx.export.verification.eager.adapters import unpublished
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
+from peftfx.export.verification.float64 import MOST_EXACT
 from peftfx.export.verification.probes import probes, refused, view_cases
 from peftfx.export.verification.sizes import EVERY, Sizes
 from peftfx.export.verification.tolerance import Tensors
@@ -18,7 +19,6 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.views.view import View
 
 EAGER = "the model's own code"
-_EXACT = 1 << 28  #: the most parameters times calls that are run in float64
 
 
 @dataclass
@@ -101,7 +101,7 @@ def measured_of(adapted: AdaptedModel, cases: Sequence[Tensors]) -> frozenset[in
     is always measured.
     """
     parameters = sum(p.numel() for p in adapted.base.parameters())
-    count = max(1, _EXACT // max(1, parameters))
+    count = max(1, MOST_EXACT // max(1, parameters))
     largest_first = sorted(range(len(cases)), key=lambda i: -sum(value.numel() for value in cases[i].values()))
     return frozenset(largest_first[:count])
 

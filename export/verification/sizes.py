@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
-from peftfx.export.verification.float64 import float64
+from peftfx.export.verification.float64 import MOST_EXACT, float64
 from peftfx.graph.conditions import Condition, unmet
 from peftfx.graph.decisions import Decision, opposed
 from peftfx.graph.graph import Graph
@@ -33,7 +33,6 @@ _SAME, _UNREACHED = "same", "no such call can be made"
 #: model.
 MOST_ROWS, MOST_WORK, LEAST_ROWS = 4096, 2 << 30, 8
 _ROUNDING = 2e-6  #: a difference of float32 results that is rounding alone, relative to the largest magnitude
-_EXACT = 1 << 28  #: the most parameters of a model that is tried in float64, too
 _TRIALS = 3  #: how many sizes are tried on the other side of a condition
 
 
@@ -188,7 +187,7 @@ class Trial:
 
         If the model is too large for it, or cannot be run in float64, the answer is yes.
         """
-        if self.parameters > _EXACT:
+        if self.parameters > MOST_EXACT:
             return True
         try:
             with torch.no_grad(), float64():
