@@ -5,8 +5,9 @@ model that is larger than the memory is read again by each call. Here the weight
 the next part uses again. So each weight is read once for all calls, past the page cache.
 
 In a model whose weights are mapped, ONNX Runtime optimises nothing and runs the nodes in the order of the file (see
-`peftfx.serving.onnx_model`). The parts do the same, so they give the very bits that the whole model gives. Only in half
-precision, which ONNX Runtime computes in float32, is a value rounded between two parts that the whole keeps in float32.
+`peftfx.serving.onnx_model`). The parts do the same, so they give the very bits that the whole model gives. Half
+precision is the exception, because ONNX Runtime computes it in float32: values are rounded between two parts and after
+a product, where the whole model may keep them in float32.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch import Tensor
 from peftfx.export.verification.graph_parts import WIDENED, ModelPart, cut, stored_weights
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.export.verification.wide_weights import with_wide_weights
-from peftfx.export.writing.direct_read import DirectFile, page_memory, span_of
-from peftfx.export.writing.stream import PAGE
+from peftfx.export.writing.direct_read import DirectFile, span_of
+from peftfx.export.writing.stream import PAGE, page_memory
 from peftfx.export.writing.weights import LARGE
 from peftfx.serving.onnx_model import OnnxModel, session_options, to_ort, to_torch
 from peftfx.telling import tell_share

@@ -1,7 +1,8 @@
 """Weights of 16 bits are cast to float32 once for all calls of a part.
 
 ONNX Runtime's CPU provider multiplies in float32: it casts each weight in each call, into new memory. Here the cast is
-made before the calls, and the products read its result. The numbers are the same.
+made before the calls, and the products read its result. The result of a product is rounded to the weight's type, as the
+graph says.
 """
 
 from __future__ import annotations

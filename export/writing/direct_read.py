@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
-import mmap
 import os
 from pathlib import Path
 from types import TracebackType
@@ -76,16 +74,6 @@ class DirectFile:
 def span_of(offset: int, length: int) -> int:
     """Return how many bytes the whole pages have in which these bytes of a file are."""
     return -(-(offset % PAGE + length) // PAGE) * PAGE
-
-
-def page_memory(size: int) -> mmap.mmap:
-    """Return anonymous memory that starts on a page, in large pages if the system has them."""
-    size = max(size, PAGE)
-    private = getattr(mmap, "MAP_PRIVATE", None)  # not on Windows; shared memory has no large pages
-    memory = mmap.mmap(-1, size) if private is None else mmap.mmap(-1, size, flags=private | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # a hint, which not every system knows
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def _open_direct(path: Path) -> io.FileIO:

@@ -28,7 +28,7 @@ class Stream:
 
     def __init__(self, path: Path) -> None:
         self.position = 0
-        self._buffer = mmap.mmap(-1, _BUFFER)  # starts on a page
+        self._buffer = page_memory(_BUFFER)
         self._filled = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         direct = getattr(os, "O_DIRECT", 0)
@@ -113,3 +113,13 @@ class Stream:
             self._flush()
         os.ftruncate(self._file, self.position)
         os.fsync(self._file)
+
+
+def page_memory(size: int) -> mmap.mmap:
+    """Return anonymous memory that starts on a page, in large pages if the system has them."""
+    size = max(size, PAGE)
+    private = getattr(mmap, "MAP_PRIVATE", None)  # not on Windows; shared memory has no large pages
+    memory = mmap.mmap(-1, size) if private is None else mmap.mmap(-1, size, flags=private | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # a hint, which not every system knows
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from peftfx.export.writing import direct_read
-from peftfx.export.writing.direct_read import DirectFile, page_memory, span_of
-from peftfx.export.writing.stream import PAGE
+from peftfx.export.writing.direct_read import DirectFile, span_of
+from peftfx.export.writing.stream import PAGE, page_memory
 
 SPANS = {
     "first page": (0, PAGE),
