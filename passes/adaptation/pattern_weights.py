@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, fx
 
@@ -49,6 +49,7 @@ class MatchStep:
     site: PatternSite
     held: tuple[HeldWeight, ...]
     params: Mapping[str, str]
+    by_row: ClassVar[None] = None  #: a pattern's weight may be an argument of any shape
 
     def fold(self, start: Base, base: Base, get: Get) -> Base:
         """Return the weight and bias after this step, given the current ones in `base`."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.contract.completeness import asking, refuse_fold
@@ -25,6 +25,14 @@ class Folded(Protocol):
     @property
     def params(self) -> Mapping[str, str]: ...
 
+    @property
+    def by_row(self) -> frozenset[str] | None:
+        """The tensors that have a row for each row of the weight, if each row changes by itself. None if it does not.
+
+        Then `fold` may be called with some rows of the weight and the bias, and with the same rows of these tensors.
+        """
+        ...
+
     def fold(self, start: Base, base: Base, get: Get) -> Base:
         """Return the changed weight and bias, given those before the first change (`start`) and now (`base`)."""
         ...
@@ -38,6 +46,11 @@ class RecipeStep:
     site: Site
     block: Block | None
     params: Mapping[str, str]
+
+    @property
+    def by_row(self) -> frozenset[str] | None:
+        names = None if self.block is not None else self.method.by_row(self.site)
+        return None if names is None else frozenset(self.params[name] for name in names & self.params.keys())
 
     def fold(self, start: Base, base: Base, get: Get) -> Base:
         """Return the weight and bias after this step, given those before the first step (`start`) and now (`base`)."""
@@ -81,25 +94,46 @@ class Rounding:
     @staticmethod
     def of(rounded: Tensor, exact: Tensor) -> Rounding:
         """Return the rounding error between two tensors, a few rows at a time; zero if they have one dtype."""
-        if rounded.dtype == exact.dtype or rounded.is_meta or isinstance(rounded, FakeTensor) or not exact.numel():
-            return Rounding()
-        rows = max(1, _AT_ONCE * len(exact) // exact.numel())
-        error, largest = 0.0, torch.finfo(exact.dtype).tiny
-        for new, old in zip(rounded.split(rows), exact.split(rows), strict=True):
-            error = max(error, _magnitude(new.to(old.dtype).sub_(old)))
-            largest = max(largest, _magnitude(old))
-        return Rounding(error, error / largest)
+        errors = _Errors()
+        if rounded.dtype != exact.dtype and not _is_blank(rounded) and exact.numel():
+            rows = _rows_at_once(exact)
+            for new, old in zip(rounded.split(rows), exact.split(rows), strict=True):
+                errors.add(new, old)
+        return errors.rounding
 
     def __str__(self) -> str:
         return f"{self.max_abs:.1e} ({self.max_rel:.1e} of the largest value)"
 
 
+@dataclass
+class _Errors:
+    """The largest error, and the largest magnitude, of the pieces of a weight so far."""
+
+    error: float = 0.0
+    largest: float = 0.0
+
+    def add(self, rounded: Tensor, exact: Tensor) -> None:
+        self.error = max(self.error, _magnitude(rounded.to(exact.dtype).sub_(exact)))
+        self.largest = max(self.largest, _magnitude(exact))
+
+    @property
+    def rounding(self) -> Rounding:
+        return Rounding(self.error, self.error / self.largest if self.error else 0.0)
+
+
 def _magnitude(tensor: Tensor) -> float:
-    low, high = tensor.aminmax()
-    return max(abs(float(low)), abs(float(high)))
+    return max(-float(tensor.amin()), float(tensor.amax()))  # each faster than torch.aminmax
 
 
-_AT_ONCE = 1 << 18  #: how many numbers are compared at a time, so that they stay in the cache
+_AT_ONCE = 1 << 17  #: how many numbers are folded or compared at a time, so that they stay in the cache
+
+
+def _rows_at_once(tensor: Tensor) -> int:
+    return max(1, _AT_ONCE * len(tensor) // tensor.numel())
+
+
+def _is_blank(tensor: Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 @dataclass(frozen=True)
@@ -121,6 +155,8 @@ class Folding:
         """Return the result of `evaluate`, and the rounding error of the weight."""
         weight, bias = get(self.weight), None if self.bias is None else get(self.bias)
         stored = exact(weight)
+        if self._goes_by_rows(stored, weight.dtype):
+            return self._by_rows(weight, bias, get)
         seen = turned(stored, self.site.transposed)
         base = Base(seen.float(), None if bias is None else exact(bias).float())
         start = base
@@ -133,10 +169,39 @@ class Folding:
             return Base(new, bias), rounding  # the same object: so callers see that the bias did not change
         return Base(new, base.bias.to(weight.dtype if bias is None else bias.dtype)), rounding
 
+    def _goes_by_rows(self, stored: Tensor, dtype: torch.dtype) -> bool:
+        """Return whether a few rows at a time are folded, so that they stay in the cache from cast to cast."""
+        casts = {stored.dtype, dtype} != {torch.float32} and stored.device.type == "cpu"
+        plain = type(stored) in (Tensor, nn.Parameter) and not self.site.transposed and stored.numel() > _AT_ONCE
+        return casts and plain and all(step.by_row is not None for step in self.steps)
+
+    def _by_rows(self, weight: Tensor, bias: Tensor | None, get: Get) -> tuple[Base, Rounding]:
+        """Return the result of `measure` without a tensor of the weight's size in fp32."""
+        stored, wide = exact(weight), None if bias is None else exact(bias).float()
+        read = widened({target: get(target) for step in self.steps for target in step.params.values()})
+        new, new_bias, errors = torch.empty(stored.shape, dtype=weight.dtype), list[Tensor](), _Errors()
+        count = _rows_at_once(stored)
+        for rows in (slice(first, first + count) for first in range(0, len(stored), count)):
+            start = base = Base(stored[rows].float(), None if wide is None else wide[rows])
+            for step in self.steps:
+                base = step.fold(start, base, _of_rows(read, step.by_row or (), rows))
+            new[rows] = base.weight
+            if new.dtype != base.weight.dtype:
+                errors.add(new[rows], base.weight)
+            if base.bias is not None and base.bias is not start.bias:
+                new_bias.append(base.bias)
+        if new_bias:
+            bias = torch.cat(new_bias).to(weight.dtype if bias is None else bias.dtype)
+        return Base(new, bias), errors.rounding
+
     def targets(self) -> list[str]:
         """Return the names of all tensors that the folding reads."""
         own = [self.weight] if self.bias is None else [self.weight, self.bias]
         return own + [target for step in self.steps for target in step.params.values()]
+
+
+def _of_rows(read: Mapping[str, Tensor], by_row: Container[str], rows: slice) -> Get:
+    return lambda target: read[target][rows] if target in by_row else read[target]
 
 
 @dataclass(frozen=True)

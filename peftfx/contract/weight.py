@@ -91,6 +91,15 @@ class WeightMethod(Method):
         """
         return self.fold(site, under, p)
 
+    def by_row(self, site: Site) -> frozenset[str] | None:
+        """Return the parameters that have a row for each output row of the weight, if `fold` can go row by row.
+
+        `fold` and `fold_over` may then be called with some rows of the weight and the bias, and with the same rows of
+        these parameters, and give the same rows of the result. So a merge needs no second copy of a weight. None, the
+        default, if a row depends on others, or on its number.
+        """
+        return None
+
     def update(self, site: Site, base: Base, p: Params) -> Update:
         """Return what `fold` does, as scales and a low-rank sum, for graphs that take adapters as inputs.
 

@@ -27,6 +27,7 @@ _VIEWS = frozenset(
 #: Operators that pick numbers by index. Only the picked numbers are cast.
 _PICKS = frozenset({aten.embedding.default, aten.index_select.default})
 _PIECE = 1 << 22  #: how many numbers of a weight are cast at a time: the allocator keeps so much memory for the next
+_CAST = 1 << 22  #: how many bytes of a cast weight are multiplied at a time: memory that the allocator keeps, too
 _HALVES = {torch.float16, torch.bfloat16}
 _COLUMNS = 64  #: how many columns of a transposed weight are copied at a time, so that their lines stay in the cache
 
@@ -128,7 +129,7 @@ def _in_pieces(func: object, args: tuple[Any, ...]) -> Tensor | None:
     source, dtype = weight.source, weight.dtype
     if source.dtype == dtype:
         return None
-    step = max(1, _PIECE // weight.shape[0])
+    step = max(1, _CAST // dtype.itemsize // weight.shape[0])
     found = torch.cat([x @ _cast(part, dtype) for part in source.split(step, 1)], 1)
     return found if bias is None else found + load_tensor(bias)
 

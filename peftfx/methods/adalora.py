@@ -162,6 +162,9 @@ class AdaLoRA(WeightMethod):
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         return Base(base.weight + self._update(base.weight, p), base.bias)
 
+    def by_row(self, site: Site) -> frozenset[str] | None:
+        return frozenset({B}) if site.kind == "linear" else None
+
     def update(self, site: Site, base: Base, p: Params) -> Update:
         if site.groups > 1:
             what, hint = "AdaLoRA on a grouped conv cannot be put into a running graph", "export the adapter merged"

@@ -105,6 +105,9 @@ class HiRA(WeightMethod):
         """Return the fold over earlier methods. As in `forward`, the factors multiply the base's weight."""
         return Base(under.weight + self._delta(site, base.weight, p), under.bias)
 
+    def by_row(self, site: Site) -> frozenset[str] | None:
+        return frozenset({B}) if site.kind == "linear" else None
+
     def _delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         return weight * product(site, p[A], p[B])
 

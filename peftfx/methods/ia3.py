@@ -102,6 +102,11 @@ class IA3(WeightMethod):
         bias = None if base.bias is None else base.bias * scale
         return Base(base.weight * along_rows(scale, base.weight), bias)
 
+    def by_row(self, site: Site) -> frozenset[str] | None:
+        if site.kind != "linear":
+            return None
+        return frozenset() if self.feedforward else frozenset({L})
+
     def update(self, site: Site, base: Base, p: Params) -> Update:
         scale = p[L].flatten().float()
         if self.feedforward:

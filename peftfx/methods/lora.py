@@ -266,6 +266,9 @@ class LoRA(LoraForms):
         weight, bias = folded(site, base, under, weight, gains)
         return Base(weight, self._bias(bias, gains, p))
 
+    def by_row(self, site: Site) -> frozenset[str] | None:
+        return frozenset({B, B0, B_BIAS, MAGNITUDE}) if site.kind == "linear" and self.blocks is None else None
+
     def _bias(self, bias: Tensor | None, gains: Tensor | None, p: Params) -> Tensor | None:
         """Return the base's bias plus the bias of `B`."""
         if B_BIAS not in p:

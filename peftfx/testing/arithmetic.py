@@ -41,6 +41,34 @@ def fold(case: Case, method: WeightMethod) -> None:
 
 
 @torch.no_grad()
+def by_row(case: Case, method: WeightMethod) -> None:
+    """Some rows of a weight, with those rows of the parameters in `by_row`, fold to the same rows of the whole."""
+    adapted = adapt(case, method)
+    for placement in adapted.adapter("default").placements.weights:
+        own, site = placement.method, placement.view
+        names = own.by_row(site)
+        if names is None:
+            continue
+        weight, bias = site_tensors(adapted.base, placement.site)
+        base = placement.base(weight.float(), None if bias is None else bias.float())
+        under = Base(base.weight.flip(1) / 2, None if base.bias is None else base.bias + 1)
+        p = widened(adapted.adapter("default").params(placement))
+        for whole, folded in ((base, own.fold(site, base, p)), (under, own.fold_over(site, base, under, p))):
+            for rows in (slice(0, 1), slice(len(base.weight) // 2, None)):
+                some = {name: t[rows] if name in names else t for name, t in p.items()}
+                start, now = _rows(base, rows), _rows(whole, rows)
+                got = own.fold(site, now, some) if whole is base else own.fold_over(site, start, now, some)
+                for a, b in zip(got, _rows(folded, rows), strict=True):
+                    assert (a is None) == (b is None)
+                    if a is not None and b is not None:
+                        assert_close(a, b, 1e-6, f"rows of the weight of {site.path}")
+
+
+def _rows(base: Base, rows: slice) -> Base:
+    return Base(base.weight[rows], None if base.bias is None else base.bias[rows])
+
+
+@torch.no_grad()
 def update(case: Case, method: WeightMethod) -> None:
     """The scales and the low-rank sum of a method's `update`, if it has one, make the weight and bias of `fold`."""
     if type(method).update is WeightMethod.update:

@@ -102,6 +102,7 @@ class Law:
 LAWS = (
     Law(statements.neutral, 20),
     Law(arithmetic.fold, 60, (WeightMethod,), needs="fold"),
+    Law(arithmetic.by_row, 30, (WeightMethod,), needs="by_row"),
     Law(arithmetic.update, 30, (WeightMethod,), needs="update"),
     Law(prompts.saved, 15, (SequenceMethod,)),
     Law(statements.merge, 30, _ALL),

@@ -41,6 +41,9 @@ class Scale(WeightMethod):
         gain = 1 + p["l"]
         return Base(base.weight * gain[:, None], None if base.bias is None else base.bias * gain)
 
+    def by_row(self, site: Site) -> frozenset[str] | None:
+        return frozenset({"l"})
+
     def frozen(self) -> frozenset[str]:
         return frozenset({"seen"})
 
@@ -67,6 +70,14 @@ class ForgetsTheBias(Scale):
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         return Base(super().fold(site, base, p).weight, base.bias)
+
+
+class FoldsByTheLargestRow(Scale):
+    """Says that rows fold by themselves, and divides by the largest number of them all."""
+
+    def fold(self, site: Site, base: Base, p: Params) -> Base:
+        new = super().fold(site, base, p)
+        return Base(new.weight / base.weight.abs().amax(), new.bias)
 
 
 class FoldsInPlace(Scale):

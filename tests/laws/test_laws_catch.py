@@ -37,6 +37,7 @@ PROMPTED = Case(Causal(()), batch=3, sequence=4)
 BROKEN: tuple[tuple[Callable[..., None], type[WeightMethod | AttentionMethod | SequenceMethod]], ...] = (
     (laws.neutral, wrong.StartsAtRandom),
     (arithmetic.fold, wrong.ForgetsTheBias),
+    (arithmetic.by_row, wrong.FoldsByTheLargestRow),
     (laws.merge, wrong.FoldsInPlace),
     (laws.merge_in_place, wrong.ForgetsTheBias),
     (laws.remove, wrong.MovesTheBase),

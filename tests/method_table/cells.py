@@ -186,9 +186,15 @@ class _Cell:
 
     def forward(self) -> str:
         for call, want in zip(self.bench.calls, self.want, strict=True):
-            apart = farthest(outputs(self.run_of(self.theirs), self.beside(call)), want, call)
-            assert apart <= IN_PEFT, f"{apart:.1e}"
+            found = outputs(self.run_of(self.theirs), self.beside(call))
+            apart = farthest(found, want, call)
+            assert apart <= IN_PEFT or apart <= 2 * self._noise(call, found), f"{apart:.1e}"
         return ""
+
+    def _noise(self, call: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
+        """Return how far HF PEFT's own model in float32 is from the same model in float64."""
+        exact = outputs(self.run_of(copy.deepcopy(self.theirs).double()), self.beside(call))
+        return farthest(exact, found, call)
 
     def gradients(self) -> str:
         if self.is_prompt:
