@@ -21,6 +21,7 @@ _READ = (
     *(TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.BOOL),
     *(TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8),
 )
+HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 WIDENED = 16 << 20  #: bytes of a weight that are read before they are cast to float32
 
 
@@ -37,6 +38,11 @@ class Weight:
     def span(self) -> int:
         """The bytes of the whole pages that have this weight."""
         return span_of(self.offset, self.length)
+
+    @property
+    def room(self) -> int:
+        """The bytes of memory that this weight takes, cast to float32 if it has 16 bits."""
+        return 2 * self.length if self.tensor.data_type in HALVES else self.span
 
     def read(self, file: DirectFile, memory: memoryview) -> Tensor:
         """Read the weight into `memory`, and return a tensor over this memory."""
@@ -93,7 +99,7 @@ def stored_weights(graph: GraphProto, least: int) -> dict[str, Weight]:
 def cut(
     nodes: Iterable[NodeProto], weights: Mapping[str, Weight], outputs: Sequence[str], limit: int
 ) -> list[ModelPart]:
-    """Cut nodes into parts that read at most `limit` bytes of weights. A larger weight has a part of its own."""
+    """Cut nodes into parts whose weights take at most `limit` bytes. A larger weight has a part of its own."""
     parts = list(_groups(nodes, weights, limit))
     last = {name: number for number, part in enumerate(parts) for name in part.reads}
     last |= dict.fromkeys(outputs, len(parts))
@@ -110,7 +116,7 @@ def _groups(nodes: Iterable[NodeProto], weights: Mapping[str, Weight], limit: in
     read: dict[str, Weight] = {}
     for node in nodes:
         whole = {name: weights[name] for name in _whole(node) if name in weights}
-        if own and whole.keys() - read and sum(weight.span for weight in (read | whole).values()) > limit:
+        if own and whole.keys() - read and sum(weight.room for weight in (read | whole).values()) > limit:
             yield _part(own, read)
             own, read = [], {}
         own.append(node)

@@ -30,7 +30,7 @@ from peftfx.export.writing.weights import LARGE
 from peftfx.serving.onnx_model import OnnxModel, session_options, to_ort, to_torch
 from peftfx.telling import tell_share
 
-PART = 64 << 20  #: bytes of weights of a part; a larger weight has a part of its own
+PART = 64 << 20  #: bytes that the weights of a part take; a larger weight has a part of its own
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 Values = dict[str, ort.OrtValue]
@@ -41,7 +41,7 @@ class InParts:
 
     Args:
         model: the model, opened with mapped weights.
-        limit: the bytes of weights of a part.
+        limit: the bytes that the weights of a part may take.
         least: the bytes from which a weight is read. Smaller weights stay mapped.
 
     Attributes:

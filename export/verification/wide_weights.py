@@ -12,10 +12,9 @@ from dataclasses import replace
 
 from onnx import NodeProto, TensorProto, helper
 
-from peftfx.export.verification.graph_parts import ModelPart, reads_of
+from peftfx.export.verification.graph_parts import HALVES, ModelPart, reads_of
 
 _PRODUCTS = ("MatMul", "Gemm")
-_HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def with_wide_weights(part: ModelPart, slots: Collection[str]) -> ModelPart:
@@ -25,7 +24,7 @@ def with_wide_weights(part: ModelPart, slots: Collection[str]) -> ModelPart:
         part: the part.
         slots: the names of weights that a call may replace by other values. They stay as they are.
     """
-    halves = {w.tensor.name: w.tensor.data_type for w in part.weights if w.tensor.data_type in _HALVES}
+    halves = {w.tensor.name: w.tensor.data_type for w in part.weights if w.tensor.data_type in HALVES}
     reads = [reads_of(node) for node in part.nodes]
     inner = {name for node, names in zip(part.nodes, reads, strict=True) for name in names if name not in node.input}
     takes = [_takes(node, inner.union(part.wanted)) for node in part.nodes]

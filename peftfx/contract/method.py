@@ -273,6 +273,17 @@ class Method(ABC):
         """
         return {}
 
+    def changes_nothing(self, saved: Mapping[str, Tensor]) -> bool:
+        """Return whether the tensors that a file has of one module leave this module's output as it is.
+
+        Such tensors are left out if they belong to a module that the call does not run. False, the default, if that is
+        not known.
+
+        Args:
+            saved: the tensors by their suffixes in the file, such as `lora_B.weight`.
+        """
+        return False
+
     def adjust(self, places: Sequence[Kept], step: int) -> None:  # noqa: B027
         """Change the parameters of the rule's places between two training steps, while there are gradients."""
 

@@ -102,6 +102,9 @@ class IA3(WeightMethod):
         bias = None if base.bias is None else base.bias * scale
         return Base(base.weight * along_rows(scale, base.weight), bias)
 
+    def changes_nothing(self, saved: Mapping[str, Tensor]) -> bool:
+        return saved.keys() == {L} and bool((saved[L] == 1).all())
+
     def by_row(self, site: Site) -> frozenset[str] | None:
         if site.kind != "linear":
             return None

@@ -292,6 +292,13 @@ class LoRA(LoraForms):
         bias = self._bias(base.bias, gains, q)
         return Update(outer=gains, a=both[A], b=b, bias=None if bias is base.bias else bias)
 
+    def changes_nothing(self, saved: Mapping[str, Tensor]) -> bool:
+        changes_base = self.use_dora or self.kasa_config is not None
+        if changes_base or self.init_lora_weights not in (True, False, "gaussian"):
+            return False
+        ups = [tensor for name, tensor in saved.items() if name.startswith(("lora_B.", "lora_embedding_B"))]
+        return bool(ups) and not any(bool(tensor.any()) for tensor in ups)
+
     def apart_from_peft(self, site: Site, module: nn.Module) -> str:
         if site.kind != "conv":
             return ""

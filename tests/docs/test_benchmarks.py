@@ -158,6 +158,7 @@ def test_a_revision_is_compared_with_itself(capsys: pytest.CaptureFixture[str]) 
         "export",
         "export",
         "swappable",
+        "batched",
         "decode",
         "train",
     ]

@@ -1,19 +1,24 @@
 """The use of each tensor of an adapter's file: every tensor is accounted for, or the file is refused.
 
 A tensor is *taken* into the adapter; or it is a *repeat* of a tensor of the base or of the file; or it is *unused*: the
-tensor of a module that provably never runs, or whose results reach no output of this call. Such a tensor changes
-nothing in HF PEFT either. Unused tensors are kept, and saved again.
+tensor of a module that provably never runs, or whose results reach no output of this call, or that this call does not
+run and the tensor does not change. Such a tensor changes nothing in HF PEFT either. Unused tensors are kept, and saved
+again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.files.names import module_of
+from peftfx.contract.method import Method
 from peftfx.contract.override import TOKENS
+from peftfx.errors import warn
 from peftfx.graph.places import has_module
 from peftfx.rules.peft_files import Weights
 from peftfx.rules.unplaced import never_runs
@@ -77,9 +82,76 @@ def _equal(value: Tensor, other: Tensor) -> bool:
     return value.shape == other.shape and torch.equal(value.to(other.device, other.dtype), other)
 
 
-def unused(names: Collection[str], marks: Collection[str], base: nn.Module, sites: Sites) -> set[str]:
-    """Return the names of tensors whose module no call runs, or whose module's results reach no output of this call."""
-    paths = {name: module_of(name, marks) for name in names}
-    unread = sites.unread
-    idle = {p for p in set(paths.values()) if p not in names and (p in unread or never_runs(p, base, sites))}
-    return {name for name, path in paths.items() if path in idle}
+@dataclass(frozen=True)
+class Idle:
+    """The tensors of an adapter's file that change nothing in the call with which the file is loaded.
+
+    Attributes:
+        by_module: the tensors' names, each with the path of its module.
+        never: the paths of modules that provably no call runs.
+        unread: the paths of modules that this call runs, but whose results reach no output.
+        untrained: the paths of other modules that this call does not run, and that their tensors do not change. A
+            training that never runs a module leaves its tensors as they were made: HF PEFT's "all-linear" picks the
+            layers of an image encoder, too, and texts train nothing there.
+    """
+
+    by_module: Mapping[str, str]
+    never: frozenset[str]
+    unread: frozenset[str]
+    untrained: frozenset[str]
+
+    @classmethod
+    def among(
+        cls,
+        names: Collection[str],
+        weights: Weights,
+        method: Method,
+        marks: Collection[str],
+        base: nn.Module,
+        sites: Sites,
+    ) -> Idle:
+        """Return the idle tensors among those of these names.
+
+        Args:
+            names: the names of tensors that nothing was made of.
+            weights: the file.
+            method: the method of the file's rule.
+            marks: what begins the suffixes of the method's tensors.
+            base: the model.
+            sites: the sites of the call.
+        """
+        suffixes: dict[str, dict[str, str]] = {}
+        for name in names:
+            path = module_of(name, marks)
+            if path not in names:
+                suffixes.setdefault(path, {})[name.removeprefix(f"{path}.")] = name
+        unread = frozenset(suffixes.keys() & sites.unread)
+        never = frozenset(path for path in suffixes.keys() - unread if never_runs(path, base, sites))
+        others = (
+            path for path in suffixes.keys() - unread - never if path not in sites.called and has_module(base, path)
+        )
+        own = ((path, {end: weights[name] for end, name in suffixes[path].items()}) for path in others)
+        untrained = {path for path, tensors in own if method.changes_nothing(tensors)}
+        idle = unread | never | untrained
+        by_module = {name: path for path in sorted(idle) for name in suffixes[path].values()}
+        return cls(by_module, never, unread, frozenset(untrained))
+
+    @property
+    def of_this_call(self) -> frozenset[str]:
+        """The paths of modules whose tensors may change something in another call, or in training."""
+        return self.unread | self.untrained
+
+    def tell(self, where: Path) -> None:
+        """Warn of the idle tensors in the directory `where`, for each reason by itself."""
+        for paths, why in (
+            (self.never, "no call of the model runs"),
+            (self.unread, "this call uses nothing of"),
+            (self.untrained, "this call does not run"),
+        ):
+            names = sorted(name for name, path in self.by_module.items() if path in paths)
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                warn(
+                    f"{where}: {why} the modules of {', '.join(names[:3])}{more}; these tensors "
+                    "change nothing, here and in HF PEFT. They are kept, and saved again"
+                )

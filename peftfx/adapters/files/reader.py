@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.adapters.adapter import Account, Adapter, shared_key
 from peftfx.adapters.converted import make_room, take_over
-from peftfx.adapters.files.accounts import repeats, unused
+from peftfx.adapters.files.accounts import Idle, repeats
 from peftfx.adapters.files.base_weights import replaced_weights
 from peftfx.adapters.files.mismatch import refuse_mismatch
 from peftfx.adapters.files.names import module_of, name_of, named_modules, override_name
@@ -127,17 +127,18 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
         make_room(adapter)
     wanted = _wanted(adapter, placements, overrides, base) | _shared(adapter, method, weights)
     again = repeats(weights, wanted, base)
-    idle = unused(weights.names.keys() - wanted.keys() - again, marks, base, sites)
-    _refuse_unknown_share(adapter, method, idle, directory)
+    rest = weights.names.keys() - wanted.keys() - again
+    idle = Idle.among(rest, weights, method, marks, base, sites)
+    _refuse_unknown_share(adapter, method, idle.by_module.keys(), directory)
     targeted = {path for path in _targeted(base, method, sites) if not is_inside(path, saved)}
     refuse_mismatch(
-        *(weights, {n: adapter.get(k) for n, k in wanted.items()}, idle | again, directory),
+        *(weights, {n: adapter.get(k) for n, k in wanted.items()}, idle.by_module.keys() | again, directory),
         expected={path for path in targeted if marks and wrapper_of(base, method, path) is None},
         module_of=lambda name: module_of(name, marks),
         why=lambda path: why_no_place(path, base, sites, method.kinds),
         modules=[name for name, _ in own_modules(base)],
     )
-    if not wanted and not idle:
+    if not wanted and not idle.by_module:
         what = f"the file holds no tensor of {type(method).__name__} for a module that this model runs"
         raise PeftfxError(what, str(weights.path), "load it on the model that it was trained on, or save it again")
     with telling_other_base(adapter, str(directory)):
@@ -147,12 +148,10 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     again |= names - weights.names.keys()
     instead = take_over(adapter)
     wanted = {name: instead.get(key, key) for name, key in wanted.items()}
-    unread = sites.unread & {module_of(name, marks) for name in idle}
-    adapter.accounts[0] = Account(wanted, tuple(sorted(again)), {n: weights[n] for n in sorted(idle)}, unread)
+    unused = {name: weights[name] for name in sorted(idle.by_module)}
+    adapter.accounts[0] = Account(wanted, tuple(sorted(again)), unused, idle.of_this_call)
     adapter.named = named_modules(names, base)
-    passed = {name for name in idle if module_of(name, marks) in unread}
-    _tell_unused(idle - passed, directory, "no call of the model runs")
-    _tell_unused(passed, directory, "this call uses nothing of")
+    idle.tell(directory)
     return adapter
 
 
@@ -169,15 +168,6 @@ def _(method: SequenceMethod, weights: Weights, base: nn.Module, sites: Sites, c
     taken = wanted if PROMPT in wanted and not method.splits else {**wanted, PROMPT: placement.key}
     adapter.accounts[0] = Account(taken, tuple(sorted(names - taken.keys())), {})
     return adapter
-
-
-def _tell_unused(names: Collection[str], where: Path, why: str) -> None:
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        warn(
-            f"{where}: {why} the modules of {', '.join(sorted(names)[:3])}{more}; these tensors "
-            "change nothing, here and in HF PEFT. They are kept, and saved again"
-        )
 
 
 @torch.no_grad()

@@ -1,0 +1,102 @@
+"""Adapters whose files have tensors for modules that the call does not run, as they were made: they change nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import peftfx
+from peftfx import PeftfxError, runtime
+
+IDS = torch.tensor([[5, 9, 11, 4, 7], [8, 3, 2, 6, 1]])
+ENCODED = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
+CONFIGS = {
+    "LoRA": peft.LoraConfig(target_modules="all-linear", r=4),
+    "IA3": peft.IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
+}
+
+
+def _decoder() -> nn.Module:
+    """A decoder with attention to an encoder's states, which a call with token ids alone does not run."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    tokens = {"vocab_size": 99, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+    return hf.BartForCausalLM(hf.BartConfig(**sizes, **tokens, max_position_embeddings=64, is_decoder=True)).eval()
+
+
+def _trained(base: nn.Module, config: peft.PeftConfig, directory: Path, *, everywhere: bool = False) -> nn.Module:
+    """An adapter that training changed where a call with token ids alone runs, or everywhere."""
+    made = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config)).eval()
+    with torch.no_grad():
+        for name, tensor in made.named_parameters():
+            if tensor.requires_grad and (everywhere or "encoder_attn" not in name):
+                tensor.add_(torch.randn_like(tensor) * 0.2)
+    made.save_pretrained(str(directory))
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_they_are_left_out_told_and_saved_again(config: peft.PeftConfig, tmp_path: Path) -> None:
+    base = _decoder()
+    theirs = _trained(base, config, tmp_path / "adapter")
+    with pytest.warns(UserWarning, match=r"this call does not run the modules of .*encoder_attn"):
+        ours = peftfx.load(copy.deepcopy(base), tmp_path / "adapter")
+    with torch.no_grad():
+        want = theirs(input_ids=IDS[:1, :3]).logits
+        torch.testing.assert_close(ours(input_ids=IDS[:1, :3]).logits, want, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(want, base(input_ids=IDS[:1, :3]).logits, atol=1e-3)
+    ours.save_pretrained(tmp_path / "again")
+    first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+
+    ours.export(tmp_path / "onnx", view="decode")
+    report = json.loads((tmp_path / "onnx" / "peftfx_report.json").read_text(encoding="utf-8"))
+    assert any("encoder_attn" in str(value) for value in report.values())
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(runtime.load(tmp_path / "onnx").generate(IDS, **how), theirs.generate(input_ids=IDS, **how))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_call_that_runs_them_is_refused_and_one_given_at_load_is_not(tmp_path: Path) -> None:
+    base = _decoder()
+    theirs = _trained(base, CONFIGS["LoRA"], tmp_path)
+    ours = peftfx.load(copy.deepcopy(base), tmp_path)
+    call: dict[str, Tensor] = {"input_ids": IDS, "encoder_hidden_states": ENCODED}
+    with pytest.raises(PeftfxError, match="whose tensors were left out") as refused:
+        ours(**call)
+    assert "load the adapter with inputs= of a call that uses them" in str(refused.value)
+    ours = peftfx.load(copy.deepcopy(base), tmp_path, inputs=call)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**call).logits, theirs(**call).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_tensors_that_were_trained_are_refused(config: peft.PeftConfig, tmp_path: Path) -> None:
+    _trained(_decoder(), config, tmp_path, everywhere=True)
+    with pytest.raises(PeftfxError, match="this call does not run it"):
+        peftfx.load(_decoder(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=["DoRA", "PiSSA"])
+def test_variants_that_change_the_base_with_a_zero_b_are_refused(options: dict[str, object], tmp_path: Path) -> None:
+    made = _trained(_decoder(), peft.LoraConfig(target_modules="all-linear", r=4, **options), tmp_path)
+    with torch.no_grad():
+        for name, module in made.named_modules():
+            if "encoder_attn" in name and isinstance(module, BaseTunerLayer):
+                module.lora_B["default"].weight.zero_()
+    made.save_pretrained(str(tmp_path))
+    with pytest.raises(PeftfxError, match="this call does not run it"):
+        peftfx.load(_decoder(), tmp_path)
