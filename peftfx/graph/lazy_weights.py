@@ -27,7 +27,7 @@ _VIEWS = frozenset(
 #: Operators that pick numbers by index. Only the picked numbers are cast.
 _PICKS = frozenset({aten.embedding.default, aten.index_select.default})
 _PIECE = 1 << 22  #: how many numbers of a weight are cast at a time: the allocator keeps so much memory for the next
-_CAST = 1 << 22  #: how many bytes of a cast weight are multiplied at a time: memory that the allocator keeps, too
+_CAST = 1 << 19  #: how many bytes of a cast weight are multiplied at a time, so that they stay in the cache
 _HALVES = {torch.float16, torch.bfloat16}
 _COLUMNS = 64  #: how many columns of a transposed weight are copied at a time, so that their lines stay in the cache
 

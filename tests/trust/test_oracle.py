@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx import PeftfxError
-from peftfx.adapters.files import reader
+from peftfx.adapters.files import accounts
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.weight import WeightMethod
 from peftfx.export.verification.comparison import VerificationError
@@ -63,7 +63,7 @@ def test_what_loading_takes_for_a_module_that_never_runs_is_named_where_it_does(
     adapted = peftfx.model.api.bare(ZOO["llama"].build())
     whole = adapted.sites
     monkeypatch.setattr(AdaptedModel, "sites", Sites(tuple(site for site in whole if site.path != LOST)))
-    monkeypatch.setattr(reader, "unused", lambda names, *_: {name for name in names if name.startswith(LOST)})
+    monkeypatch.setattr(accounts, "never_runs", lambda path, *_: path.startswith(LOST))
     with pytest.warns(UserWarning, match="no call of the model runs"):
         adapted.load_adapter(tmp_path / "a", "x")
     with pytest.raises(VerificationError, match="nothing was done at") as raised:

@@ -68,6 +68,25 @@ def test_the_mode_is_what_a_model_cast_to_float64_computes(name: str) -> None:
     assert 0 < float((plain - got).abs().max()) < 1e-4 * float(got.abs().max())
 
 
+def test_a_model_that_keeps_no_state_runs_once_in_float64() -> None:
+    """Its buffers are compared in their own dtype, also where torch widens every copy."""
+    adapted, calls = stirred(llama(), 0.1), 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    reference = EagerReference(adapted, None)
+    adapted.base.register_forward_hook(count)
+    feed = {"input_ids": torch.tensor([[5, 7, 9]])}
+    reference(feed)
+    assert calls == 1
+    with float64():
+        wide = reference(feed)
+    assert wide["logits"].dtype == torch.float64
+    assert calls == 2
+
+
 def test_a_large_adapter_passes_under_what_float32_itself_loses(tmp_path: Path) -> None:
     adapted = stirred(llama(8, 64), std=2.0)
     report = adapted.export(tmp_path / "out", view="decode")

@@ -26,19 +26,25 @@ class StateError(PeftfxError):
 
 @dataclass(frozen=True)
 class _Buffer:
-    """A buffer at the time of recording, with a copy of its values unless it is large."""
+    """A buffer at the time of recording, with a copy of its values unless it is large.
+
+    Where torch computes in float64, the copy is in float64. So the buffer's own dtype is kept beside it.
+    """
 
     path: str
     module: nn.Module
     name: str
     value: Tensor | None
+    dtype: torch.dtype | None
     copy: Tensor | None
 
     @classmethod
     def of(cls, path: str, module: nn.Module, name: str) -> _Buffer:
         value = module._buffers[name]
         small = value is not None and value.numel() <= _COPIED
-        return cls(f"{path}.{name}".lstrip("."), module, name, value, value.detach().clone() if small else None)  # type: ignore[union-attr]
+        dtype = None if value is None else value.dtype
+        copy = value.detach().clone() if small else None  # type: ignore[union-attr]
+        return cls(f"{path}.{name}".lstrip("."), module, name, value, dtype, copy)
 
     @property
     def changed(self) -> bool:
@@ -46,7 +52,9 @@ class _Buffer:
         now, copy = self.module._buffers.get(self.name), self.copy
         if copy is None or now is None:
             return now is not self.value
-        return now.dtype != copy.dtype or now.shape != copy.shape or not torch.equal(now.to(copy.device), copy)
+        if now.dtype != self.dtype or now.shape != copy.shape:
+            return True
+        return not torch.equal(now.to(copy.device, copy.dtype), copy)
 
 
 class KeptState:
