@@ -72,9 +72,8 @@ class _Float64(TorchDispatchMode):
             return _wide(func(*args, **given))
         if func._schema.is_mutable:
             return func(*_as_first(args), **given)
-        large = _product(func, args)
-        if large is not None:
-            return large
+        if (made := _product(func, args)) is not None:
+            return made
         args, given = pytree.tree_map(_wide, (args, given))
         return pytree.tree_map(_wide, func(*args, **given))
 
@@ -102,7 +101,9 @@ def _as_first(args: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def _product(func: object, args: tuple[Any, ...]) -> Tensor | None:
-    """Compute a product with a large weight, some columns at a time. Return None for any other operator."""
+    """Compute a product with a large weight, some columns at a time, or in groups. Return None for other operators."""
+    if func is aten._grouped_mm.default:
+        return _grouped_product(*args)
     if func is aten.mm.default:
         bias, x, weight = None, *args
     elif func is aten.addmm.default and len(args) == 3:
@@ -116,3 +117,27 @@ def _product(func: object, args: tuple[Any, ...]) -> Tensor | None:
     parts = [wide @ _widened(weight[:, start : start + step]) for start in range(0, weight.shape[1], step)]
     found = torch.cat(parts, 1)
     return found if bias is None else found + _widened(bias)
+
+
+def _grouped_product(
+    rows: Tensor, weights: Tensor, ends: Tensor | None = None, bias: object = None, dtype: object = None
+) -> Tensor | None:
+    """Compute a product of groups of rows with a weight for each group, which torch has not in float64.
+
+    Return None for products of other kinds: torch then says that it cannot compute them.
+
+    Args:
+        rows: [rows, in], sorted by groups.
+        weights: [groups, in, out]; one is widened at a time.
+        ends: the number of rows up to the end of each group.
+        bias, dtype: torch has none of these here, or they do not matter in float64.
+    """
+    if rows.ndim != 2 or weights.ndim != 3 or ends is None or bias is not None:
+        return None
+    found = rows.new_zeros(len(rows), weights.shape[2], dtype=torch.float64)
+    start = 0
+    for weight, end in zip(weights, ends.tolist(), strict=True):
+        if end > start:
+            found[start:end] = _widened(rows[start:end]) @ _widened(weight)
+        start = end
+    return found

@@ -68,6 +68,21 @@ def test_the_mode_is_what_a_model_cast_to_float64_computes(name: str) -> None:
     assert 0 < float((plain - got).abs().max()) < 1e-4 * float(got.abs().max())
 
 
+def test_experts_that_run_as_a_grouped_product_are_measured(tmp_path: Path) -> None:
+    """torch has no such product in float64: the mode computes it group by group, also a group without rows."""
+    rows, weights, ends = torch.randn(10, 8), torch.randn(3, 8, 16), torch.tensor([4, 4, 9], dtype=torch.int32)
+    with float64():
+        got = nn.functional.grouped_mm(rows, weights, offs=ends)
+    want = torch.cat([rows[:4].double() @ weights[0].double(), rows[4:9].double() @ weights[2].double()])
+    torch.testing.assert_close(got[:9], want, atol=0, rtol=1e-14)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = hf.MixtralConfig(vocab_size=96, num_key_value_heads=2, num_local_experts=4, pad_token_id=0, **sizes)
+    report = stirred(hf.MixtralForCausalLM(config).eval(), 0.2).export(tmp_path / "out", view="forward")
+    assert not report.unmeasured
+    assert report.float32
+
+
 def test_a_model_that_keeps_no_state_runs_once_in_float64() -> None:
     """Its buffers are compared in their own dtype, also where torch widens every copy."""
     adapted, calls = stirred(llama(), 0.1), 0
