@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from peftfx.export.translation.complex_pairs import pair_complex
 from peftfx.export.translation.numbers import compute_numbers
@@ -110,7 +111,7 @@ def _scatter(rewriter: Rewriter, node: fx.Node) -> None:
     own, place, rows = (n.meta["val"] for n in (x, mask, values))
     if place.dtype != torch.bool or place.ndim >= own.ndim or rows.dtype != own.dtype:
         return
-    if rows.shape[1:] != own.shape[place.ndim :] or rows.shape[:1] == (1,):  # values are repeated
+    if rows.shape[1:] != own.shape[place.ndim :] or statically_known_true(rows.shape[0] == 1):  # values are repeated
         return
     at = rewriter.before(node)
     for _ in range(own.ndim - place.ndim):

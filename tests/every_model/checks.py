@@ -209,8 +209,15 @@ def _adapted_by_peft(base: nn.Module, task: str, model_type: str, directory: Pat
 
 def _multiplies(module: nn.Module) -> bool:
     """Whether a layer is a plain product: `peft` takes it for one, also where a subclass computes otherwise."""
-    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return linear or isinstance(module, hf.pytorch_utils.Conv1D)
+    if not isinstance(module, nn.Linear):
+        return isinstance(module, hf.pytorch_utils.Conv1D)
+    if type(module).forward is nn.Linear.forward:
+        return True
+    x = torch.randn(2, 3, module.in_features)
+    try:
+        return torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias), atol=1e-5)
+    except Exception:  # it takes other arguments
+        return False
 
 
 def _with_lora(base: nn.Module, targets: list[str], task_type: str | None) -> nn.Module:

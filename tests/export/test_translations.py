@@ -186,3 +186,33 @@ def test_rows_are_written_at_the_places_of_a_mask_and_none_where_it_has_none(eng
         given = call(places)
         (got,) = served(**given).values()
         torch.testing.assert_close(torch.as_tensor(got), model(**given), rtol=0, atol=1e-6)
+
+
+class ByLanguage(nn.Module):
+    """A layer for the tokens of each language: the rows that a mask reads are changed and written back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor, languages: Tensor) -> Tensor:
+        made = torch.zeros_like(x)
+        for number, layer in enumerate(self.layers):
+            mask = languages == number
+            made[mask] = layer(x[mask])
+        return made
+
+
+@pytest.mark.parametrize("engine", ["fast", "torch"])
+@torch.no_grad()
+def test_rows_whose_number_the_values_say_are_written_at_the_places_of_a_mask(engine: str, tmp_path: Path) -> None:
+    model = ByLanguage().eval()
+    example = {"x": torch.randn(3, 2, 4), "languages": torch.tensor([0, 1, 2])}
+    graph = peftfx.capture(model, example, axes={"x": ("batch", "length", None), "languages": ("batch",)})
+    save(to_onnx(graph, engine=engine), tmp_path)
+    served = OnnxModel(tmp_path)
+    for languages in ([0, 1, 2], [2], [1, 1, 1, 1], [0, 2, 2]):  # one row, all rows, and none
+        given = {"x": torch.randn(len(languages), 5, 4), "languages": torch.tensor(languages)}
+        (got,) = served(**given).values()
+        torch.testing.assert_close(torch.as_tensor(got), model(**given), rtol=0, atol=1e-6)

@@ -100,6 +100,23 @@ class FewWindows(Overlapping):
         return super().forward(x)
 
 
+class Blocks(nn.Module):
+    """Attention within blocks, as in the code of PEGASUS-X, which pads a text only where its length is no multiple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        if length % WINDOW != 0:
+            x = F.pad(x, (0, 0, 0, WINDOW - length % WINDOW))
+        count = x.shape[1] // WINDOW
+        blocks = self.layer(x).view(x.shape[0], count, WINDOW, 4)
+        scores = torch.einsum("bkqf,bkxf->bkqx", blocks, blocks).softmax(-1)
+        return (scores @ blocks).view(x.shape[0], -1, 4)[:, :length]
+
+
 class Written(nn.Module):
     """Writes into a tensor after a strided read of it."""
 
@@ -114,6 +131,17 @@ def test_a_strided_read_sees_what_is_written_after_it() -> None:
     x = torch.randn(2, 5)
     graph = peftfx.capture(Written().eval(), {"x": x})
     torch.testing.assert_close(graph.run(x)[0], Written()(x))
+
+
+def test_a_longer_example_is_on_the_same_side_of_the_codes_branches() -> None:
+    """A text of one block of 4 is not captured anew at 4 tokens, where the code pads nothing and fixes the length."""
+    torch.manual_seed(0)
+    model = Blocks().eval()
+    graph = peftfx.capture(model, {"x": torch.randn(2, 3, 4)}, axes=AXES)
+    assert graph.sizes["sequence"] == 3
+    for batch, length in ((1, 3), (3, 5), (1, 7), (2, 13)):
+        x = torch.randn(batch, length, 4)
+        torch.testing.assert_close(graph.run(x)[0], model(x))
 
 
 def test_a_model_that_takes_one_window_is_captured_for_one() -> None:

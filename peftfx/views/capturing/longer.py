@@ -25,11 +25,12 @@ def with_longer(captured: Callable[[Mapping[str, int]], Graph], serves: Callable
     """
     graph = captured({})
     ones = [condition for condition in graph.conditions if _is_one(condition)]
+    others = [condition for condition in graph.conditions if condition not in ones]
     lengths: dict[str, int] = {}
     for one in ones:
         (axis,) = one.axes
-        longer = (sizes[axis] for sizes in one.tried() if not one.met(sizes))
-        size = next((size for size in longer if size > graph.sizes[axis]), 0)
+        longer = (sizes[axis] for sizes in one.tried() if not one.met(sizes) and sizes[axis] > graph.sizes[axis])
+        size = next((size for size in longer if not unmet(others, {**graph.sizes, axis: size})), 0)
         lengths[axis] = max(lengths.get(axis, 0), size)
     lengths = {axis: length for axis, length in lengths.items() if length}
     if not lengths:
@@ -37,6 +38,8 @@ def with_longer(captured: Callable[[Mapping[str, int]], Graph], serves: Callable
     try:
         found = captured(lengths)
     except PeftfxError:  # the model's code does not take so many
+        return graph
+    if not graph.sizes.keys() <= found.sizes.keys():  # at that size the code fixes an axis
         return graph
     more = [c for c in found.conditions if not c.code and any(_opposes(c, one) for one in ones)]
     kept = tuple(c for c in found.conditions if c not in more)
