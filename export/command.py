@@ -23,7 +23,7 @@ from peftfx.bases.sentences.modules import ALL, FILE, SentenceModules, transform
 from peftfx.bases.tasks import FEATURES, SENTENCES, resolve_task
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets
-from peftfx.export.deployment.image_size import chosen_for_decode
+from peftfx.export.deployment.image_size import chosen_picture
 from peftfx.export.deployment.parts import sites_view
 from peftfx.export.onnx_directory import export_onnx
 from peftfx.export.reports.report import Report
@@ -123,7 +123,7 @@ def _export(
         links += copy_assets(home, directory, *leave)  # after the adapters': an adapter's own tokenizer wins
         if links:
             say(f"not copied, links that leave their directory: {', '.join(map(str, links))}")
-        if isinstance(asked.images, tuple) and not chosen_for_decode(adapted.base, asked.images, asked.view):
+        if isinstance(asked.images, tuple) and not chosen_picture(adapted.base, asked.images, asked.view):
             write_image_size(directory, asked.images)
         inputs.check()
 

@@ -17,7 +17,7 @@ from peftfx.export.assets import write_configs
 from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, InGraph
-from peftfx.export.deployment.image_size import capture_free, chosen_for_decode, example_of_size
+from peftfx.export.deployment.image_size import capture_free, chosen_picture, example_of_size
 from peftfx.export.deployment.merged_decoder import write_merged_decoder
 from peftfx.export.deployment.parts import GraphPart, sites_view
 from peftfx.export.deployment.serving_mode import in_eval
@@ -48,7 +48,7 @@ from peftfx.graph.fingerprint import SAMPLED, fingerprint
 from peftfx.graph.graph import BASE
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
-from peftfx.options import FORWARD
+from peftfx.options import DECODE, FORWARD
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.base import Pass
 from peftfx.passes.manager import PassManager
@@ -110,8 +110,8 @@ def export_onnx(
     """
     asked = ExportOptions.of(options, changes)
     adapted = _adapted(model, inputs, asked).floating()
-    picture = chosen_for_decode(adapted.base, asked.images, asked.view)
-    if asked.images is not None and picture is None:
+    picture = chosen_picture(adapted.base, asked.images, asked.view)
+    if asked.images is not None and (picture is None or (inputs is not None and asked.view != DECODE)):
         inputs = example_of_size(adapted, asked.images, inputs, asked.view)
     example = adapted.example if inputs is None else inputs
     limit, (atol, rtol) = asked.bound, _bounds(asked)

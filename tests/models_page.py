@@ -25,10 +25,10 @@ _HEAD = """# Models
 Every model type that transformers lists for a task, built tiny from its config with random weights, with a random LoRA
 of `peft` on all that is linear: exported, and ONNX Runtime held against `peft`'s own model to 1e-4 of the largest
 output, at two sizes that nothing was captured at. Where torch's own float32 is further than half of that from float64,
-the bound is twice its distance. The decode view is held against `peft`'s `generate`, logits step by
-step: of two prompts, one padded on the left, and of one alone; with images, of two prompts with one image each. Of
-diffusers there are the denoisers that pipelines for images have. `python tests/models_page.py` writes this page,
-`pytest -m zoo` runs every check as a test.
+the bound is twice its distance. A graph that takes the positions of images' tokens gets those that the model's class
+makes. The decode view is held against `peft`'s `generate`, logits step by step: of two prompts, one padded on the left,
+and of one alone; with images, of two prompts with one image each. Of diffusers there are the denoisers that pipelines
+for images have. `python tests/models_page.py` writes this page, `pytest -m zoo` runs every check as a test.
 
 **equal** it is. **refused**: an error says why, and nothing is written. **differs**, **crashed**: a fault. Not built:
 the tiny model does not run by itself, or `peft` does not adapt it; it counts nowhere.

@@ -12,13 +12,15 @@ from transformers.exporters.base import EXPORT_MANIFEST_FILE
 
 from peftfx.export.deployment.export_json import write_export_json
 from peftfx.export.deployment.genai_config import GENAI_CONFIG, write_genai_config
-from peftfx.export.deployment.parts import GraphPart, capture_parts
+from peftfx.export.deployment.image_parts import capture_with_images
+from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.verification.oracle import Oracle, eager_oracle
 from peftfx.export.verification.size_trials import sizes_of
 from peftfx.export.verification.sizes import Sizes
 from peftfx.generation.invocation import InvokedDecode
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import Decode
+from peftfx.views.finding.image_forward import ForwardWithImages
 from peftfx.views.images import DecodeWithImages
 
 Inputs = Mapping[str, object]
@@ -71,8 +73,9 @@ class Deployment(ABC):
                 _, entry = adapted.under_prompt(part.seen)
                 ahead = 0 if entry is None else entry.shape[0]
                 why[GENAI_CONFIG] = write_genai_config(directory, adapted.base.config, part.seen, ahead)
-            elif part.seen is None:
-                reason = write_export_json(directory, part.file, part.exported, adapted.base, example)
+            elif part.seen is None or isinstance(part.seen, ForwardWithImages):
+                given = example if part.seen is None else part.seen.inputs(adapted.base)
+                reason = write_export_json(directory, part.file, part.exported, adapted.base, given)
                 why[EXPORT_MANIFEST_FILE] = reason
         return {file: reason for file, reason in why.items() if reason}
 
@@ -84,4 +87,4 @@ class InGraph(Deployment):
     merges: bool = True
 
     def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[GraphPart]:
-        return capture_parts(adapted, view, inputs)
+        return capture_with_images(adapted, view, inputs)

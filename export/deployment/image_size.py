@@ -9,9 +9,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.bases.processors.pictures import pictures_vary
 from peftfx.bases.processors.readers import reads_images
 from peftfx.errors import PeftfxError
+from peftfx.export.deployment.image_parts import picture_decides, reads_numbers
 from peftfx.export.deployment.parts import generates, refuse_fixed
 from peftfx.export_options.values import ANY_SIZE
 from peftfx.model.adapted import AdaptedModel
@@ -55,14 +55,15 @@ def is_generating(base: nn.Module, view: str) -> bool:
     return view == DECODE or (view == AUTO and generates(base))
 
 
-def chosen_for_decode(
-    base: nn.Module, size: tuple[int, int] | Literal["any"] | None, view: str
-) -> tuple[int, int] | None:
-    """Return the size of pictures for a view that generates, if it is chosen and decides what the processor makes."""
-    if size is None or size == ANY_SIZE or not is_generating(base, view) or not reads_images(base):
+def chosen_picture(base: nn.Module, size: tuple[int, int] | Literal["any"] | None, view: str) -> tuple[int, int] | None:
+    """Return the size of pictures, if it is chosen and decides what the processor makes, and the view serves pictures
+    of one size: it generates, or its code reads numbers of images.
+    """
+    if size is None or size == ANY_SIZE or not reads_images(base):
         return None
-    accepted = inspect.signature(base.base_model.get_image_features).parameters  # type: ignore[union-attr, arg-type]
-    return size if pictures_vary(base, accepted) else None
+    if not is_generating(base, view) and not reads_numbers(base):
+        return None
+    return size if picture_decides(base) else None
 
 
 def capture_free(adapted: AdaptedModel, example: Mapping[str, object]) -> None:

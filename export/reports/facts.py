@@ -24,6 +24,7 @@ from peftfx.passes.adaptation.constants import Computed
 from peftfx.passes.adaptation.prefill import Left
 from peftfx.passes.base import attributes_of
 from peftfx.passes.optimization.fuse import FUSED
+from peftfx.views.finding.image_forward import ForwardWithImages
 from peftfx.views.image_sizes import fixed_images
 from peftfx.views.images import ImageEncoder
 
@@ -74,7 +75,12 @@ def add_sizes(
 
 
 def add_images(report: Report, program: ir.Model, view: object, prefix: str = "") -> None:
-    """Add the values of images that are constants of their graph, to the report and to the model's metadata."""
+    """Add the values of images that are constants of their graph, to the report and to the model's metadata.
+
+    In a forward, they are sides of the graph, which refuses other values itself; see `add_sizes`.
+    """
+    if isinstance(view, ForwardWithImages) and view.compares:
+        report.sizes.append(f"{prefix}logits are no numbers where a part of an image is empty, such as a tile of zeros")
     if not isinstance(view, ImageEncoder) or not view.images.reads:
         return
     images = view.images

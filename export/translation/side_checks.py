@@ -7,6 +7,7 @@ element, so there they are infinite or no numbers.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from peftfx.graph.decisions import Decision
-from peftfx.graph.graph import Graph
+from peftfx.graph.graph import CONSTANTS, Graph
+from peftfx.graph.places import twin
 from peftfx.graph.rewriter import Cursor, Rewriter
 
 _aten = torch.ops.aten
@@ -30,13 +32,14 @@ def checked(graph: Graph, sides: Sequence[Decision]) -> Graph:
     if not sides:
         return graph
     graph = graph.clone()
+    graph.module.add_module(CONSTANTS, twin(graph.module.get_submodule(CONSTANTS)))  # other graphs share it
     rewriter = Rewriter(graph.module.graph)
     places = list(rewriter.graph.find_nodes(op="placeholder"))
     named = {spec.name: node for spec, node in zip(graph.inputs, places, strict=True)}
     at = rewriter.before(next(n for n in graph.nodes() if n.op not in ("placeholder", "get_attr")))
     divisor: fx.Node | None = None
     for side in sides:
-        element = _element(at, side, [named[name] for name in side.inputs])
+        element = _element(at, side, [named[name] for name in side.inputs], graph.module)
         divisor = element if divisor is None else at.call(_aten.mul.Tensor, divisor, element)
     (output,) = rewriter.graph.find_nodes(op="output")
     end = rewriter.before(output)
@@ -46,18 +49,30 @@ def checked(graph: Graph, sides: Sequence[Decision]) -> Graph:
     return graph
 
 
-def _element(at: Cursor, side: Decision, operands: list[fx.Node]) -> fx.Node:
-    """Return the node that is 1 for a call of this side, and fails or is 0 for others."""
+def _element(at: Cursor, side: Decision, operands: list[fx.Node], module: fx.GraphModule) -> fx.Node:
+    """Return the node that is 1 for a call of this side, and fails or is 0 for others.
+
+    The constants of the side's program are added to the module's own.
+    """
     copies = dict(zip(side.program.graph.find_nodes(op="placeholder"), operands, strict=True))
     (end,) = side.program.graph.find_nodes(op="output")
     with enable_python_dispatcher():  # some operators, such as a padding, compute with free sizes only inside
         for node in side.program.graph.nodes:
-            if node.op not in ("placeholder", "output"):
+            if node.op == "get_attr":
+                copies[node] = _constant(at.rewriter, node, side, module)
+            elif node.op not in ("placeholder", "output"):
                 copies[node] = at.copy(node, copies, anew=True)
     other = at.call(_aten.ne.Scalar, copies[end.args[0]], side.answer)
     index = at.call(_aten.reshape.default, at.call(_aten.to.dtype, other, torch.int64), [1])
     one = at.call(_aten.ones.default, [1])
     return at.call(_aten.squeeze.dim, at.call(_aten.index_select.default, one, 0, index), 0)
+
+
+def _constant(rewriter: Rewriter, node: fx.Node, side: Decision, module: fx.GraphModule) -> fx.Node:
+    """Return the node that reads a constant of a side's program in the graph."""
+    name = f"side_{str(node.target).rpartition('.')[2]}"
+    module.get_submodule(CONSTANTS).register_buffer(name, operator.attrgetter(str(node.target))(side.program))
+    return rewriter.attribute(f"{CONSTANTS}.{name}", node.meta["val"])
 
 
 def _divided(at: Cursor, value: object, divisor: fx.Node | None) -> object:

@@ -19,12 +19,14 @@ class Decision:
         inputs: the names of these inputs, in the program's order.
         answer: the boolean's value on the side that was taken.
         where: the line of code that asked, such as `file.py:12`.
+        told: the boolean in words, if no line of code asks.
     """
 
     program: fx.GraphModule = field(repr=False)
     inputs: tuple[str, ...]
     answer: bool
     where: str
+    told: str = ""
 
     def of(self, tensors: Mapping[str, Tensor]) -> bool:
         """Return the boolean's value in a call.
@@ -43,6 +45,8 @@ class Decision:
         return self.of(tensors) == self.answer
 
     def __str__(self) -> str:
+        if self.told:
+            return self.told
         asked = " and ".join(self.inputs)
         return f"the branch at {self.where} on {asked} goes as in the example ({self.answer})"
 

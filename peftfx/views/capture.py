@@ -34,6 +34,7 @@ from peftfx.graph.graph import BASE, Graph, path_name
 from peftfx.graph.lazy_weights import faked
 from peftfx.telling import tell_share
 from peftfx.views.capturing.errors import capture_error
+from peftfx.views.capturing.fixed_sides import fixed_sides
 from peftfx.views.capturing.longer import with_longer
 from peftfx.views.capturing.program_graph import as_graph
 from peftfx.views.capturing.settling import on_general_sides, served
@@ -96,7 +97,9 @@ def capture(
             lambda graph: served(graph, wrapper, tensors),
         )
 
-    return on_general_sides(captured, wrapper, tensors)
+    graph = on_general_sides(captured, wrapper, tensors)
+    fixed = tuple(fixed_sides(graph, getattr(call, "fixed", ())))
+    return dataclasses.replace(graph, decisions=(*graph.decisions, *fixed)) if fixed else graph
 
 
 def _captured(

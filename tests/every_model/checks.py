@@ -254,6 +254,9 @@ def _calls(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) 
     for seed, sizes in enumerate(UNSEEN, 3):
         inputs = example_inputs(model, sizes=sizes, seed=seed)
         flat = {path_name(path): value for path, value in pytree.tree_flatten_with_path(inputs)[0]}
+        if "position_ids" in set(got.inputs) - set(flat):
+            flat["position_ids"] = _positions(model, inputs)  # which are made of the types of tokens, if there are any
+            flat = {name: value for name, value in flat.items() if name in got.inputs}
         expected, plain, found = outputs(want, inputs), outputs(base, inputs), got(**flat)
         mask = inputs.get("attention_mask")
         pairs = [(name.removesuffix(".output"), value) for name, value in found.items()]
@@ -265,6 +268,13 @@ def _calls(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) 
         changed = max(_far(expected[n], plain[n], None) for n in expected if n in plain)
         assert changed > 1e-3, "the adapter changes nothing: the check would pass without it"
     return worst
+
+
+def _positions(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """The positions that the model's own class makes, for a graph that takes them: whole numbers."""
+    made: Tensor = model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))  # type: ignore[operator]
+    assert torch.equal(made, made.long())
+    return made.long()
 
 
 def _in_float64(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -88,15 +88,10 @@ def test_tiles_are_served_and_an_empty_tile_is_refused(kind: str, tmp_path: Path
             served.generate(**inputs, **options)
 
 
-@pytest.mark.parametrize(
-    ("kind", "why"), [("qwen2_vl", r"branches on .*\.tolist\(\)"), ("idefics2", "fixes the batch")]
-)
-def test_a_forward_view_that_would_be_of_one_size_points_to_the_decode_view(
-    kind: str, why: str, tmp_path: Path
-) -> None:
-    model = build(TASK, kind)
-    with pytest.raises(PeftfxError, match=f"(?s){why}.*--view decode --image-size"):
-        compiler.export_onnx(model, tmp_path / "out", view="forward")
+def test_a_forward_of_given_inputs_points_to_the_size_of_pictures(tmp_path: Path) -> None:
+    model = build(TASK, "qwen2_vl")
+    with pytest.raises(PeftfxError, match=r"(?s)branches on .*\.tolist\(\).*leave inputs out.*--image-size"):
+        compiler.export_onnx(model, tmp_path / "out", view="forward", inputs=example_inputs(model))
 
 
 def test_a_size_is_for_models_whose_processor_makes_many(peftfx: Run, tmp_path: Path) -> None:

@@ -195,6 +195,8 @@ class Checked(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         assert lengths.max().item() <= x.shape[1]
+        if lengths is not None and lengths.min().item() < 1:
+            raise ValueError("a row is empty")
         if self.branches and lengths.max().item() <= 3:
             return 2 * self.layer(x)
         return self.layer(x) * (torch.arange(x.shape[1]) < lengths[:, None])[..., None]

@@ -8,7 +8,7 @@ from torch import nn
 
 from peftfx.bases.processors.pictures import pictures_vary
 
-SIZED = "its decode view serves pictures of one size: pass --view decode --image-size HEIGHTxWIDTH (image_size=)"
+SIZED = "leave inputs out: an export is for pictures of one size, which --image-size HEIGHTxWIDTH (image_size=) chooses"
 
 
 def reads_images(base: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from peftfx.errors import PeftfxError
 
 _FACTORIES = frozenset({torch.arange, torch.linspace, torch.tensor})
-_FILLED = frozenset({torch.zeros, torch.ones, torch.full})
+_FILLED = frozenset({torch.zeros, torch.ones, torch.full, torch.empty})
 _NUMBERS = (int, float, bool, str, torch.dtype, torch.device, type(None))
 #: Functions whose result has the values of their first argument, in another place, shape or dtype.
 _MOVES = frozenset(

@@ -155,7 +155,8 @@ def _turns(found: Tensor, length: int, loops: list[_Loop]) -> Iterator[Tensor]:
     if loop is not None:
         loops.append(loop)
     for place in range(length):
-        number = torch.tensor([place], device=found.device)
+        with torch._C.DisableTorchFunction():  # it is no known value of an image
+            number = torch.tensor([place], device=found.device)
         if loop is None:
             yield number
             continue

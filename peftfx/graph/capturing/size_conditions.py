@@ -75,7 +75,7 @@ def noted(decide: Decide | None = None) -> Iterator[list[Note]]:
         if _of_values(expr):
             if _is_asserted(sys._getframe(1)):
                 return sympy.true  # the code accepts only values for which it is true
-            if skips_a_turn(expr, _line(sys._getframe(1), 1)):
+            if skips_a_turn(expr, _line(sys._getframe(1), 1)) or _only_raises(sys._getframe(1)):
                 return sympy.false
             decided = None if decide is None else decide(expr, asker(sys._getframe(1))[0])
             if decided is not None:
@@ -102,6 +102,14 @@ def _of_values(expr: object) -> bool:
 def _is_asserted(frame: FrameType | None) -> bool:
     """Return whether the model's code asks in an `assert`, which is true for all valid values."""
     return _line(frame, 0).strip().startswith("assert ")
+
+
+def _only_raises(frame: FrameType | None) -> bool:
+    """Return whether the model's code asks only to raise an error, which it does for no valid values."""
+    asks, then = _line(frame, 0).strip(), _line(frame, 1).strip()
+    turned = "not " in asks.replace(" is not ", " ")  # there, the answer that raises nothing would be the other
+    only = asks.startswith("if ") and asks.endswith(":") and not turned and then.startswith("raise ")
+    return only and asker(frame)[1]
 
 
 def _line(frame: FrameType | None, after: int) -> str:

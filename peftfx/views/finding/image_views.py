@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -81,7 +81,8 @@ def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> tuple[Any, tuple[F
         try:
             fed = {name: fake(value) for name, value in given.items()}
             output = base.base_model.get_image_features(**fed, return_dict=True)  # type: ignore[union-attr, operator]
-            if all(type(size) is int for part in by_image(main_features(output)[1]) for size in part.shape):
+            sizes = [size for part in by_image(main_features(output)[1]) for size in part.shape]
+            if all(type(size) is int for size in sizes) and not _has_read(fake):
                 return output, (), False
         except Exception:  # whatever the model's code raises where it reads values
             pass
@@ -101,6 +102,12 @@ def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> tuple[Any, tuple[F
                 what, type(base).__name__, "export its forward view, with inputs=... of a call"
             ) from error
     return output, tuple(FixedValues.of(name, value) for name, value in known.items()), True
+
+
+def _has_read(fake: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether code on the fake tensors of a dry run has read numbers from them."""
+    env = getattr(getattr(fake, "__self__", None), "shape_env", None)
+    return env is not None and env.unbacked_symint_counter > 0
 
 
 def _sections(base: nn.Module) -> int:

@@ -1,0 +1,1 @@
+"""Runs a captured program of one example for several examples at once, with one more axis."""

@@ -1,0 +1,187 @@
+"""The forward of a model of text and images whose code takes images of many sizes one after the other.
+
+    input_ids, attention_mask, pixel_values, ... -> logits
+
+The code of such a model reads the sizes of images, or makes a list with an entry for each image, so a capture of it has
+a fixed number of images. Here the program of one image, captured by itself, runs for all images of a call at once, and
+its features take the place of the text's image tokens. All images have the size of the example. If a token has several
+positions, the graph computes them from the types of tokens; if that is not possible, they are an input, `position_ids`,
+as in the decode view.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import SymInt, Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.fixed_values import FixedValues
+from peftfx.bases.processors.token_types import MODALITIES, TYPES, prompt_types
+from peftfx.graph.batching.run import run_for_several
+from peftfx.graph.graph import BASE, Graph
+from peftfx.options import FORWARD
+from peftfx.views.decode import positions
+from peftfx.views.entry import POSITIONS
+from peftfx.views.finding.image_positions import ImagePositions
+from peftfx.views.images import Images
+from peftfx.views.view import Axes, RunView
+
+ALONG_IMAGES, ALONG_PATCHES = "images", "patches"  #: the axis along images, and along what an image has several of
+_TEXT = ("batch", "sequence")
+
+
+@dataclass(frozen=True)
+class ForwardWithImages:
+    """The forward of a model that reads images in its text, for any number of images of one size.
+
+    Attributes:
+        images: how the model reads images.
+        pieces: how many tokens of the text stand for an image.
+        types: the names of the inputs that are types of tokens.
+        placed: the positions of an image's tokens, if a token has several and they follow from the types of tokens.
+        compares: whether the code looks for empty parts of images. The logits are then NaN if there is one.
+        encoder: the program of one image.
+    """
+
+    images: Images
+    pieces: int
+    types: tuple[str, ...]
+    placed: ImagePositions | None
+    compares: bool
+    encoder: Graph = field(compare=False, repr=False)
+    name = FORWARD
+
+    @property
+    def fixed(self) -> tuple[FixedValues, ...]:
+        """The arguments whose values are the same for each image."""
+        return self.images.fixed
+
+    @property
+    def axes(self) -> Axes:
+        """The names of each input's axes."""
+        found: dict[str, tuple[str | None, ...]] = dict.fromkeys(("input_ids", "attention_mask"), _TEXT)
+        found |= dict.fromkeys(self.types, _TEXT)
+        if self._takes_positions:
+            found[POSITIONS] = (None, *_TEXT)
+        return found | {name: (self._axis(name), *[None] * (len(shape) - 1)) for name, shape in self._shapes.items()}
+
+    @property
+    def _takes_positions(self) -> bool:
+        return bool(self.images.sections) and self.placed is None
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of an image's arguments, fixed or not."""
+        return {**dict(self.images.inputs), **{value.name: value.shape for value in self.images.fixed}}
+
+    def _axis(self, name: str) -> str:
+        """Return the name of the first axis of an image's argument."""
+        shapes = self._shapes
+        patches = next((shape[0] for shape in shapes.values() if shape[0] != 1), 1)
+        return ALONG_IMAGES if shapes[name][0] == 1 else ALONG_PATCHES if shapes[name][0] == patches else f"{name}.0"
+
+    @property
+    def of_images(self) -> frozenset[str]:
+        """The names of the axes along images and along their parts."""
+        return frozenset(map(self._axis, self._shapes))
+
+    @property
+    def trials(self) -> tuple[Mapping[str, int], ...]:
+        """Sizes of calls: with one image in each row, and with others."""
+        return (
+            {"batch": 1, "sequence": self.pieces + 5, ALONG_IMAGES: 1},
+            {"batch": 3, "sequence": self.pieces + 2, ALONG_IMAGES: 3},
+            {"batch": 1, "sequence": 2 * self.pieces + 8, ALONG_IMAGES: 2},
+            {"batch": 2, "sequence": 2 * self.pieces + 9, ALONG_IMAGES: 1},
+            {"batch": 4, "sequence": self.pieces + 9, ALONG_IMAGES: 4},
+        )
+
+    def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Return texts with random images: one at the start of each row, or, if there are not as many images as rows,
+        as many in a row as fit, with tokens between them.
+        """
+        wanted = dict(sizes or {"batch": 2, "sequence": self.pieces + 7})
+        batch = wanted.get("batch", 2)
+        per = {self._axis(name): shape[0] for name, shape in self._shapes.items()}
+        known = [size // per[axis] for axis, size in wanted.items() if axis in per]
+        count = max(1, known[0]) if known else batch
+        least = self.pieces + 1 if count == batch else -(-count // batch) * (self.pieces + 1) + 4
+        length = max(wanted.get("sequence", 0), least)
+        made = example_inputs(base, sizes={"batch": batch, "sequence": length - self.pieces}, seed=seed)
+        if count != batch:
+            made = self._placed(base, made, count, seed)
+        found = {name: made[name] for name in made if name not in (TYPES, MODALITIES) or name in self.types}
+        if self._takes_positions:
+            with unset_fake_temporarily():
+                own = positions(found["attention_mask"])
+                found[POSITIONS] = torch.stack([own // (n + 1) for n in range(self.images.sections)])
+        return found
+
+    def _placed(self, base: nn.Module, made: dict[str, Tensor], count: int, seed: int) -> dict[str, Tensor]:
+        """Return the arguments with another number of images, each behind a token of text."""
+        length = made["input_ids"].shape[1]
+        batch = made["input_ids"].shape[0]
+        images = example_inputs(base, sizes={"batch": count}, seed=seed)
+        text = example_inputs(base, sizes={"batch": batch, "sequence": length}, seed=seed + 1)
+        with unset_fake_temporarily():
+            of_text = [name for name, value in made.items() if value.shape[:2] == (batch, length)]
+            found = {**images, **{name: text[name][:, self.pieces :].clone() for name in of_text}}
+            ids, each = found["input_ids"], self.pieces + 1
+            room = (length - 4) // each
+            for row in range(batch):
+                for place in range(min(room, count - room * row)):
+                    ids[row, 1 + place * each : (place + 1) * each] = self.images.token
+            if MODALITIES in found:
+                found[MODALITIES] = (ids == self.images.token).long()
+            if TYPES in found:
+                found[TYPES] = prompt_types(base, ids == self.images.token)
+        return {name: found[name] for name in made}
+
+    def with_past(
+        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Return the inputs unchanged, as they have no keys and values."""
+        return dict(inputs)
+
+    def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
+        """Run the model's forward. In a capture, the images are encoded by the program of one image."""
+        given = dict(inputs)
+        fake = any(isinstance(value, FakeTensor) for value in given.values())
+        if fake or torch.compiler.is_exporting():
+            own = {name: given.pop(name) for name in self.images.names}
+            features = self._encoded(base, own)  # type: ignore[arg-type]
+            given["mm_encoder_outputs"] = {"image": self.images.as_output(features)}
+            if self.placed is not None:
+                given[POSITIONS] = self.placed.of(given[MODALITIES], given["attention_mask"])  # type: ignore[arg-type]
+        return {"logits": base(**given).logits}
+
+    def _encoded(self, base: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
+        """Return the features of all images, [pieces of all images, width]."""
+        shapes = self._shapes
+        one = next((name for name in given if shapes[name][0] == 1), None)
+        first = self.images.inputs[0][0]
+        count: int | SymInt = given[first].shape[0] // shapes[first][0] if one is None else given[one].shape[0]
+        for name, value in given.items():
+            torch._check(value.shape[0] == count * shapes[name][0])
+        rows = {
+            name.replace(".", "_"): torch.ops.aten.reshape.default(given[name], [count, *shape])
+            for name, shape in self.images.inputs
+        }
+        program = self.encoder.module
+
+        def read(target: str) -> Tensor:
+            holder, _, path = target.partition(".")
+            return operator.attrgetter(path)(base) if holder == BASE else operator.attrgetter(target)(program)
+
+        assert isinstance(program, fx.GraphModule)
+        (features,) = run_for_several(program, rows, read)
+        return features.flatten(0, 1)
+
+    def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
+        """Return the logits of tokens that are no padding."""
+        return value[inputs["attention_mask"].bool()]
