@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from peftfx.bases.processors.pictures import pictures_of
+from peftfx.errors import warn
 from peftfx.export.assets import write_configs
 from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE
@@ -35,7 +36,9 @@ from peftfx.export.translation.scopes import put_rest
 from peftfx.export.translation.side_checks import checked
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.verification.comparison import verify
+from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.oracle import Oracle
+from peftfx.export.verification.random_numbers import refuse_random
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export.writing.finite import refuse_infinite_adapters
 from peftfx.export.writing.memory import refuse_memory
@@ -123,7 +126,8 @@ def export_onnx(
     refuse_infinite_adapters(adapted, way.names(adapted))
     report = Report.of(adapted, way.names(adapted))
     say = progress or (lambda line: None)
-    if any(p.dtype == torch.bfloat16 for p in adapted.base.parameters()):
+    told_bfloat16 = any(p.dtype == torch.bfloat16 for p in adapted.base.parameters())
+    if told_bfloat16:
         say(_BFLOAT16)
     stages = Stages(report.seconds, report.memory, say)
 
@@ -138,6 +142,8 @@ def export_onnx(
                 replace(part, sizes=way.sizes(adapted, part, example, asked.allow_fixed))
                 for part in way.capture(adapted, asked.view, inputs)
             ]
+        for part in parts:
+            refuse_random(part.graph)
         acting, graphs = {name: adapted.adapter(name) for name in way.names(adapted)}, [part.graph for part in parts]
         if isinstance(way, Batched):
             report.tensors = count_row_tensors(acting, graphs)
@@ -164,6 +170,8 @@ def export_onnx(
                 )
                 for part in parts
             }
+            if not told_bfloat16 and any(map(in_bfloat16, programs.values())):
+                warn(f"some operations of this model's own code compute in {_BFLOAT16}")
             finished = [way.finish(adapted, part, programs[part.file]) for part in parts]
             parts, programs = [part for part, _ in finished], {part.file: program for part, program in finished}
             facts.add_codes(report, {part.stem: place_codes(programs[part.file], part.exported) for part in parts})

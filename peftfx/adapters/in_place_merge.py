@@ -26,6 +26,8 @@ from peftfx.sharding import full, is_part
 from peftfx.sites.site import Site
 from peftfx.twins.twin import open_quantised
 
+_NO_BIAS = "leave it out of the rule, set lora_bias=False, or export: the graph can hold the bias"
+
 
 @torch.no_grad()
 def merge_into(
@@ -106,6 +108,8 @@ def _later(folding: Folding, read: Get, roundings: dict[str, Rounding]) -> Base:
         return memo.setdefault(target, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
     like = folding.evaluate(blank)
+    if like.bias is not None and folding.bias is None:  # the config of the merged model says that there is no bias
+        raise PeftfxError("the module has no bias, and the merged weight needs one", folding.site.path, _NO_BIAS)
     same = like.bias is None or like.bias is blank(str(folding.bias))
     likes = [like.weight] if same or like.bias is None else [like.weight, like.bias]
 
@@ -153,9 +157,8 @@ def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:
             continue
         module, leaf = owner_of(base, own_names(base, derived.folding.site)[1])
         if leaf not in module._parameters:
-            hint = "leave it out of the rule, set lora_bias=False, or export: the graph can hold the bias"
             raise PeftfxError(
-                "the module has no bias, and the merged weight needs one", derived.folding.site.path, hint
+                "the module has no bias, and the merged weight needs one", derived.folding.site.path, _NO_BIAS
             )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import fx, nn
+from transformers.pytorch_utils import Conv1D
 
 from peftfx.analysis.dataflow import op_name
 from peftfx.analysis.weight_ops import module_path
@@ -26,6 +27,18 @@ _REGIONS = {
 #: Why HF PEFT's layer, which replaces a module, would act differently from an adapter of the operation on the weight.
 _PAST = "the model's code runs it, or reads its weight, past its call: HF PEFT's may not act there until it is merged"
 _HOOKED = "its hooks change what goes in or out: here of the adapted layer, in HF PEFT of the layer without its adapter"
+_MORE = (
+    "its own code computes more than the operation on its weight: here around the adapted weight, in HF PEFT within "
+    "the layer without its adapter"
+)
+_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)  #: layers that HF PEFT wraps
+#: Operations that do not change a value, but its dtype, shape or place.
+_PLAIN = frozenset(
+    {
+        *("to", "_to_copy", "type_as", "alias", "detach", "contiguous", "clone", "view", "reshape", "flatten"),
+        *("unsqueeze", "squeeze", "transpose", "permute", "t"),
+    }
+)
 _FUSED = "in eval mode torch's encoder layer reads its weights past HF PEFT's layer, until it is merged"
 
 
@@ -152,11 +165,33 @@ def _why(site: Site, module: nn.Module, above: list[nn.Module], nodes: dict[str,
     for call in site.calls:
         if not _inside(nodes[call.op], site.path):
             return _PAST
-        before = module._forward_pre_hooks and _inside(nodes[call.x], site.path)
-        after = module._forward_hooks and any(_inside(user, site.path) for user in nodes[call.y].users)
-        if before or after:
+        before = _inside(nodes[call.x], site.path)
+        after = any(_inside(user, site.path) for user in nodes[call.y].users)
+        if (before and module._forward_pre_hooks) or (after and module._forward_hooks):
             return _HOOKED
+        own = isinstance(module, _LAYERS) and not type(module).__module__.startswith("torch.nn")
+        if not own or hasattr(module, "embed_scale"):  # HF PEFT scales the adapter's part of an embedding, too
+            continue
+        if _is_changed(nodes[call.x], site.path, back=True) or _is_changed(nodes[call.y], site.path, back=False):
+            return _MORE
     return ""
+
+
+def _is_changed(node: fx.Node, path: str, *, back: bool) -> bool:
+    """Return whether the module's own code computes with a value before its operation, or after it.
+
+    A cast or another shape is no change.
+
+    Args:
+        node: what the operation takes, if `back`; otherwise what it gives.
+        path: the module's path.
+        back: whether to look before the operation.
+    """
+    steps = [node] if back else list(node.users)
+    own = [step for step in steps if step.op == "call_function" and _inside(step, path)]
+    if any(op_name(step) not in _PLAIN for step in own):
+        return True
+    return any(_is_changed(n, path, back=back) for step in own for n in (step.all_input_nodes if back else [step]))
 
 
 def _above(path: str) -> list[str]:

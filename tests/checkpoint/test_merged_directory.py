@@ -149,3 +149,14 @@ def test_the_command_line_takes_it_and_writes_nothing_half(tmp_path: Path, peftf
     with pytest.raises(PeftfxError, match="a soft prompt has no place"):
         merge_directory(base, tmp_path / "c", adapter=tmp_path / "prompt")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "out", "prompt"}
+
+
+def test_a_bias_that_the_config_has_no_place_for_is_refused(tmp_path: Path, peftfx: Callable[..., Result]) -> None:
+    model = q.tiny(num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "base")
+    adapted(model, tmp_path / "adapter", lora_bias=True)
+    words = ("--base", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "out")
+    assert_refused(
+        peftfx("merge", *words), "the module has no bias, and the merged weight needs one", "lora_bias=False"
+    )
+    assert not (tmp_path / "out").exists()

@@ -11,11 +11,13 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from support.parity import randomise
 from torch import Tensor, nn
 
 import peftfx
 from peftfx import PeftfxError
+from peftfx.errors import PeftfxWarning
 
 SIZE = 8
 
@@ -199,3 +201,44 @@ def test_a_hook_that_changes_what_a_layer_gets_or_gives_is_told(before: bool) ->
         base.layer.register_forward_hook(lambda _, __, given: given * 2)
     with pytest.warns(UserWarning, match=r"HF PEFT may give other outputs at layer: its hooks"):
         peftfx.transform(base, rule, inputs={"x": torch.randn(3, SIZE)})
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.7
+
+
+class Squashed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.tanh(x).to(x.dtype))
+
+
+class ScaledConv(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.7 * super().forward(x)
+
+
+MORE: dict[str, Callable[[], nn.Module]] = {
+    "after": lambda: Scaled(SIZE, SIZE),
+    "before": lambda: Squashed(SIZE, SIZE),
+    "conv": lambda: ScaledConv(SIZE, SIZE, 1),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_layer_whose_code_computes_more_is_told(name: str, tmp_path: Path) -> None:
+    """HF PEFT adds its part to what the layer's code gives, and here it is added to the operation."""
+    with pytest.warns(UserWarning, match=r"other outputs at layer: its own code computes more than the operation"):
+        both(Model(MORE[name]).eval(), peft.LoraConfig(r=2, target_modules=["layer"]), tmp_path)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_an_embedding_that_hf_peft_scales_as_well_is_not_told(scale: float, tmp_path: Path) -> None:
+
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50, "max_position_embeddings": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "scale_embedding": scale > 1}
+    base = hf.BartModel(hf.BartConfig(**sizes, **heads, encoder_ffn_dim=8, decoder_ffn_dim=8)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftfxWarning)
+        ours = peftfx.transform(base, peft.LoraConfig(r=2, target_modules=["encoder.embed_tokens"]))
+    assert ours.adapter("default").placements

@@ -1,0 +1,45 @@
+"""Graphs that draw random numbers are refused: no verification tells a wrong result from another draw."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from peftfx.analysis.weight_ops import module_path
+from peftfx.errors import PeftfxError
+from peftfx.graph.graph import Graph
+
+#: Arguments that turn an operator's draws off, with the values that do.
+_OFF = {"train": False, "training": False, "dropout_p": 0.0, "dropout": 0.0, "p": 0.0}
+
+
+def refuse_random(graph: Graph) -> None:
+    """Refuse a graph whose outputs depend on random numbers.
+
+    Raises:
+        PeftfxError: the model draws numbers in eval mode, such as by a dropout that is always on.
+    """
+    live: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes())):
+        if node.op == "output" or _writes(node) or live & node.users.keys():
+            live.add(node)
+    drawn = [node for node in graph.nodes() if node in live and _draws(node)]
+    if drawn:
+        where = module_path(drawn[0]) or type(graph.base).__name__
+        what = f"the model draws random numbers in eval mode ({drawn[0].target}): two runs of it differ"
+        hint = "turn this off in the model's config or code, or draw the numbers outside and pass them as an input"
+        raise PeftfxError(what, where, hint)
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _draws(node: fx.Node) -> bool:
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in op.tags:
+        return False
+    names = [argument.name for argument in op._schema.arguments]
+    given = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
+    given |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return not any(name in given and given[name] == off for name, off in _OFF.items())
