@@ -21,7 +21,7 @@ def refuse_random(graph: Graph) -> None:
     """
     live: set[fx.Node] = set()
     for node in reversed(list(graph.nodes())):
-        if node.op == "output" or _writes(node) or live & node.users.keys():
+        if node.op == "output" or live & _readers(node):
             live.add(node)
     drawn = [node for node in graph.nodes() if node in live and _draws(node)]
     if drawn:
@@ -31,8 +31,19 @@ def refuse_random(graph: Graph) -> None:
         raise PeftfxError(what, where, hint)
 
 
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """Return the nodes that read a node's result: of a write in place, all that read the written tensor, too."""
+    found, written = set(node.users), node
+    while _shares_memory(written) and isinstance(first := written.args[0], fx.Node):
+        found |= set(first.users)
+        written = first
+    return found - {node}
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    """Return whether an operator writes into its first argument, or gives a view of it."""
+    op = node.target
+    return isinstance(op, torch._ops.OpOverload) and bool(node.args) and (op._schema.is_mutable or op.is_view)
 
 
 def _draws(node: fx.Node) -> bool:

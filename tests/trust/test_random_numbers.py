@@ -31,18 +31,25 @@ def attention(h: Tensor, dropout: float) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x, dropout_p=dropout)[0, 0]
 
 
+def filled(noise: Tensor, h: Tensor) -> Tensor:
+    noise[:, 2:4].uniform_()
+    return h + noise
+
+
 DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": lambda h: F.dropout(h, 0.1),
     "randn_like": lambda h: h + torch.randn_like(h),
     "bernoulli": lambda h: h * torch.bernoulli(torch.full_like(h, 0.5)),
     "gumbel": lambda h: F.gumbel_softmax(h),
     "in place": lambda h: h + torch.empty_like(h).uniform_(),
+    "into a part": lambda h: filled(torch.zeros_like(h), h),
     "attention": lambda h: attention(h, 0.1),
 }
 STILL: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout that is off": lambda h: F.dropout(h, 0.1, training=False),
     "dropout of nothing": lambda h: F.dropout(h, 0.0),
     "numbers that nothing uses": lambda h: (torch.rand([]), h)[1],
+    "numbers that nothing reads after they are written": lambda h: (torch.empty(3).uniform_(), h)[1],
     "attention": lambda h: attention(h, 0.0),
 }
 
