@@ -19,11 +19,12 @@ def refuse_random(graph: Graph) -> None:
     Raises:
         PeftfxError: the model draws numbers in eval mode, such as by a dropout that is always on.
     """
+    draws = [node for node in graph.nodes() if _draws(node)]
     live: set[fx.Node] = set()
-    for node in reversed(list(graph.nodes())):
+    for node in reversed(list(graph.nodes())) if draws else ():
         if node.op == "output" or live & _readers(node):
             live.add(node)
-    drawn = [node for node in graph.nodes() if node in live and _draws(node)]
+    drawn = [node for node in draws if node in live]
     if drawn:
         where = module_path(drawn[0]) or type(graph.base).__name__
         what = f"the model draws random numbers in eval mode ({drawn[0].target}): two runs of it differ"
