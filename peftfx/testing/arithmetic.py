@@ -43,6 +43,8 @@ def fold(case: Case, method: WeightMethod) -> None:
 @torch.no_grad()
 def by_row(case: Case, method: WeightMethod) -> None:
     """Some rows of a weight, with those rows of the parameters in `by_row`, fold to the same rows of the whole."""
+    if method.unfoldable:
+        return
     adapted = adapt(case, method)
     for placement in adapted.adapter("default").placements.weights:
         own, site = placement.method, placement.view
