@@ -26,8 +26,6 @@ from peftfx.sharding import full, is_part
 from peftfx.sites.site import Site
 from peftfx.twins.twin import open_quantised
 
-_NO_BIAS = "leave it out of the rule, set lora_bias=False, or export: the graph can hold the bias"
-
 
 @torch.no_grad()
 def merge_into(
@@ -57,7 +55,7 @@ def merge_into(
 
     folded = foldings(merged.derived.values())
     _refuse_left_over(folded, adapters)
-    _refuse_new_biases(base, merged)
+    _refuse_new_biases(base, merged, written=late)
     for folding in () if late else folded.values():  # computed twice, because a failure halfway could not be undone
         _refuse_infinite(folding.site, folding.evaluate(read))
     opened = open_quantised(base, [f.site.path for f in folded.values() if has_module(base, f.site.path)])
@@ -108,8 +106,6 @@ def _later(folding: Folding, read: Get, roundings: dict[str, Rounding]) -> Base:
         return memo.setdefault(target, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
     like = folding.evaluate(blank)
-    if like.bias is not None and folding.bias is None:  # the config of the merged model says that there is no bias
-        raise PeftfxError("the module has no bias, and the merged weight needs one", folding.site.path, _NO_BIAS)
     same = like.bias is None or like.bias is blank(str(folding.bias))
     likes = [like.weight] if same or like.bias is None else [like.weight, like.bias]
 
@@ -150,15 +146,19 @@ def _with_rows(whole: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     return Deferred.of(lambda: [whole.index_copy(0, indices, rows)], [like])[0]
 
 
-def _refuse_new_biases(base: nn.Module, merged: Graph) -> None:
-    """Refuse a fold that makes a bias at a module without a bias parameter, because the module ignores it."""
+def _refuse_new_biases(base: nn.Module, merged: Graph, *, written: bool) -> None:
+    """Refuse a fold that makes a bias at a module without a bias parameter, because the module ignores it.
+
+    A module that could have a bias is refused too if the model is `written`: its config says that there is none.
+    """
     for derived in merged.derived.values():
         if not isinstance(derived, Derived) or derived.output != "bias":
             continue
         module, leaf = owner_of(base, own_names(base, derived.folding.site)[1])
-        if leaf not in module._parameters:
+        if leaf not in module._parameters or (written and module._parameters[leaf] is None):
+            hint = "leave it out of the rule, set lora_bias=False, or export: the graph can hold the bias"
             raise PeftfxError(
-                "the module has no bias, and the merged weight needs one", derived.folding.site.path, _NO_BIAS
+                "the module has no bias, and the merged weight needs one", derived.folding.site.path, hint
             )
 
 
