@@ -12,6 +12,7 @@ from typing import Unpack
 import torch
 from torch import nn
 
+from peftfx.bases.peft_model import is_peft_model
 from peftfx.bases.processors.pictures import pictures_of
 from peftfx.errors import warn
 from peftfx.export.assets import write_configs
@@ -47,10 +48,11 @@ from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
 from peftfx.export_options.values import ANY_SIZE
 from peftfx.generation.invocation import INVOCATION_KEY
+from peftfx.graph.contexts import TRACING, without_autocast
 from peftfx.graph.fingerprint import SAMPLED, fingerprint
 from peftfx.graph.graph import BASE
 from peftfx.model.adapted import AdaptedModel
-from peftfx.model.api import bare
+from peftfx.model.api import bare, load
 from peftfx.options import DECODE, FORWARD
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.base import Pass
@@ -84,10 +86,11 @@ def export_onnx(
     know, with the key/value cache in and out: see `peftfx.views.decode`. An encoder-decoder becomes
     `encoder_model.onnx` and `decoder_model.onnx`, which share one file of weights: see `peftfx.views.encoder_decoder`.
     The result is run in ONNX Runtime at sizes that the export never saw, and compared with the graph and with the base
-    module and its adapters in torch. The directory is moved into place only if they agree.
+    module and its adapters in torch. The directory is moved into place only if they agree. One thread exports at a
+    time; others wait. Autocast is off meanwhile.
 
     Args:
-        model: an AdaptedModel with its active adapters, or any module.
+        model: an AdaptedModel with its active adapters, a `peft.PeftModel` with its own, or any module.
         directory: the directory to write. It appears only when it is complete.
         options: see `peftfx.ExportOptions`. Options can be given by name as well, for example `view="decode"`.
         inputs: keyword arguments of a forward call, needed if peftfx cannot make example inputs for the model.
@@ -134,7 +137,13 @@ def export_onnx(
     def oracle_of(part: GraphPart) -> Oracle:
         return behind(way.oracle(adapted, part, example), passes, part)
 
-    with publish(Path(directory), asked.force) as temporary, in_eval(adapted), pictures_of(picture):
+    with (
+        TRACING,
+        without_autocast(adapted.base),
+        publish(Path(directory), asked.force) as temporary,
+        in_eval(adapted),
+        pictures_of(picture),
+    ):
         with stages("capture"):
             if asked.images == ANY_SIZE:
                 capture_free(adapted, example)
@@ -234,6 +243,8 @@ def export_onnx(
 def _adapted(model: nn.Module, inputs: Mapping[str, object] | None, asked: ExportOptions) -> AdaptedModel:
     if isinstance(model, AdaptedModel):
         return model
+    if is_peft_model(model):
+        return load(model, inputs=inputs)
     own = (
         sites_view(model, asked.view, sized=isinstance(asked.images, tuple))
         if inputs is None and isinstance(model, nn.Module)

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from peftfx.export.translation.between_casts import put_between_casts
 from peftfx.export.translation.complex_pairs import pair_complex
 from peftfx.export.translation.numbers import compute_numbers
 from peftfx.graph.graph import Graph
@@ -32,13 +33,16 @@ def prepare(graph: Graph) -> Graph:
     SDPA itself, so a valid `view` in the model would fail. The copy becomes an Identity and is removed later. SDPA
     without heads gets one head, because its translation needs four axes. Each cast gets one form, each conv without a
     bias as well, and gathers of rows in order become slices. A `squeeze` names the axes that it took in the capture.
-    Rows that are written at the places of a mask are scattered.
+    Rows that are written at the places of a mask are scattered. A model whose weights are not in bfloat16 computes what
+    its code computes in bfloat16 between casts.
     """
     result = Cleanup()(graph).graph  # a copy
     rewriter = Rewriter(result.module.graph)
     pair_complex(rewriter)
     compute_numbers(rewriter, result)
     written = bool(make_functional(rewriter))  # then a gather's copy matters, not only its value
+    if all(p.dtype != torch.bfloat16 for p in result.base.parameters()):
+        put_between_casts(rewriter)
     for node in list(result.nodes()):
         if node.target is _SDPA and _rank(node) == 3:
             _widen(rewriter, node)

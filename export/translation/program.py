@@ -14,9 +14,9 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from peftfx.errors import PeftfxError
-from peftfx.export.translation.exact_functions import EXACT
-from peftfx.export.translation.recurrences import RECURRENCES
-from peftfx.export.translation.torchlib import collected_once
+from peftfx.export.translation.operators.exact_functions import EXACT
+from peftfx.export.translation.operators.recurrences import RECURRENCES
+from peftfx.export.translation.operators.torchlib import collected_once
 from peftfx.graph.graph import DERIVED, Graph, TensorSpec
 from peftfx.graph.lazy_weights import identity
 from peftfx.graph.rewriter import Cursor, Rewriter

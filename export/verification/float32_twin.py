@@ -12,6 +12,7 @@ from peftfx.export.translation.to_onnx import every_value
 
 _NAME = ".float32-twin.onnx"
 _TYPED = ("to", "dtype")  #: the attributes that name a dtype
+_RUN = frozenset({"Cast", "Constant", "If", "Loop", "Scan"})
 
 
 @contextmanager
@@ -36,9 +37,17 @@ def runnable(path: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def in_bfloat16(model: ir.Model) -> bool:
-    """Say whether the model computes in bfloat16."""
-    values = (*model.graph.initializers.values(), *every_value(model.graph))
-    return any(value.dtype == ir.DataType.BFLOAT16 for value in values)
+    """Say whether the model computes in bfloat16, or takes or gives it, and not only casts it."""
+    values = (*model.graph.inputs, *model.graph.outputs)
+    return any(value.dtype == ir.DataType.BFLOAT16 for value in values) or any(
+        map(_computes, ir.traversal.RecursiveGraphIterator(model.graph))
+    )
+
+
+def _computes(node: ir.Node) -> bool:
+    """Say whether a node computes in bfloat16. Casts, constants and branches run on every provider."""
+    values = (value for value in (*node.inputs, *node.outputs) if value is not None)
+    return node.op_type not in _RUN and any(value.dtype == ir.DataType.BFLOAT16 for value in values)
 
 
 def _widen(model: ir.Model) -> None:

@@ -48,6 +48,8 @@ class Fuse(Pass):
         sizes = input_sizes(rewriter.graph)
         changed = 0
         for node in list(result.nodes()):
+            if getattr(node.meta.get("val"), "dtype", None) == torch.float64:
+                continue  # ONNX's RotaryEmbedding, and ONNX Runtime's Attention, have no float64
             fused = fuse_norm(rewriter, node) or fuse_rotary(rewriter, node, halves)
             changed += fused or _fuse_attention(rewriter, node, sizes)
         rewriter.close(result)

@@ -27,16 +27,22 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
     Only one thread can be in this context: torch patches modules for all threads while it traces.
     """
+    with TRACING, torch.inference_mode(False), torch.enable_grad(), quietly(), without_autocast(model):
+        yield
+
+
+@contextlib.contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Compute in the dtypes of the model's own code, whatever autocast the caller has set."""
     kinds = ["cpu", *({p.device.type for p in model.parameters()} - {"cpu", "meta"})]
     before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
-    with TRACING, torch.inference_mode(False), torch.enable_grad(), quietly():
-        for kind in kinds:
-            torch.set_autocast_enabled(kind, False)
-        try:
-            yield
-        finally:
-            for kind, enabled in before.items():
-                torch.set_autocast_enabled(kind, enabled)
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        for kind, enabled in before.items():
+            torch.set_autocast_enabled(kind, enabled)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.files.swap import swap_file, swap_state
@@ -134,7 +135,7 @@ def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> 
         >>> peftfx.inspect(model).by_path("model.layers.0.mlp.up_proj").role
         'mlp.up'
     """
-    return bare(model, inputs).sites
+    return bare(plain_base(model) if is_peft_model(model) else model, inputs).sites
 
 
 def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None = None) -> Plan:
@@ -151,7 +152,7 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
         lora(r=4)@attention.query: 512 parameters
         ...
     """
-    adapted = bare(model, inputs)
+    adapted = bare(plain_base(model) if is_peft_model(model) else model, inputs)
     return make_plan(adapted.source, adapted.sites, rules)
 
 
@@ -166,8 +167,7 @@ def bare(
         view: the name of the view that is captured. If another view than the forward will be used, its sites are the
             same, and no call of the forward has to be captured.
     """
-    if not isinstance(model, nn.Module):
-        raise PeftfxError(f"not a model: {shown(model)}", "model", "pass a torch module, as from_pretrained gives")
+    refuse_no_base(model)
     if inputs is not None and not isinstance(inputs, Mapping):
         raise PeftfxError(f"not the arguments of a call: {shown(inputs)}", "inputs", "pass a dict, by their names")
     refuse_other_wrappings(model)
@@ -184,6 +184,26 @@ def bare(
         adapted.graphs.base = twin.module
         adapted.graphs.keep(graph, given, own)
     return adapted
+
+
+def refuse_no_base(model: object) -> None:
+    """Refuse what is no base model, or wraps one in a class whose calls differ from the base's.
+
+    Raises:
+        PeftfxError: it is no module, has adapters of peftfx already, or is compiled or wrapped for several devices.
+    """
+    if not isinstance(model, nn.Module):
+        raise PeftfxError(f"not a model: {shown(model)}", "model", "pass a torch module, as from_pretrained gives")
+    name = type(model).__name__
+    if isinstance(model, AdaptedModel):
+        hint = "use its own add_adapter, load_adapter, export and sites; or pass its base, `model.base`"
+        raise PeftfxError("this model has been adapted by peftfx already", name, hint)
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        hint = "pass the model that was compiled, `model._orig_mod`, and compile the adapted model"
+        raise PeftfxError("this model is compiled", name, hint)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        hint = "pass the model inside, `model.module`, and wrap the adapted model"
+        raise PeftfxError("this model is wrapped for several devices", name, hint)
 
 
 def get_peft_model_state_dict(model: AdaptedModel, adapter_name: str = "default") -> dict[str, Tensor]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxruntime
 import peft
 import pytest
 import torch
 import transformers as hf
 from support.few import but_for
 
-from peftfx.errors import PeftfxError
-from peftfx.export import OnnxModel
+from peftfx.errors import PeftfxError, PeftfxWarning
+from peftfx.export import OnnxModel, export_onnx
 from peftfx.export.command import export_directory
 from peftfx.files import Snapshot
 from peftfx.graph.lazy_weights import Stored
@@ -140,3 +141,40 @@ def test_a_limit_on_memory_is_kept_or_refused_before_the_work(
     assert "GB or more" in raised.value.hint
     assert "capture" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+class InBfloat16(torch.nn.Module):
+    """A float32 model whose own code computes in bfloat16: element by element, in a product, and what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.first(x).bfloat16()
+        slopes = torch.arange(8, device=x.device).bfloat16() * 0.3
+        h = torch.cat([h[:, :4] * slopes[:4], torch.where(h > 0, h, -h).sigmoid()[:, 4:]], dim=-1)
+        return self.last(h.float()), h.float() @ h.float().T
+
+
+@pytest.mark.parametrize("level", ["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED", "ENABLE_ALL"])
+def test_bfloat16_of_a_float32_models_own_code_runs_on_a_cpu(level: str, tmp_path: Path) -> None:
+    """Its operations are computed between casts. Each value is rounded as torch rounds it, at each optimisation."""
+    torch.manual_seed(0)
+    model, x = InBfloat16().eval(), torch.randn(5, 8)
+    report = export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(3, 8)})
+    assert report.verified == "the model"
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_{level}")
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", options)
+    for got, want in zip(session.run(None, {"x": x.numpy()}), model(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_float32_model_that_returns_bfloat16_is_told(tmp_path: Path) -> None:
+    class Narrow(InBfloat16):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x)[0].bfloat16()
+
+    with pytest.warns(PeftfxWarning, match="bfloat16: ONNX Runtime's CPU provider has no kernels"):
+        export_onnx(Narrow().eval(), tmp_path / "out", inputs={"x": torch.randn(3, 8)})

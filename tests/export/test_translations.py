@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx import LoRA
 from peftfx.export import OnnxModel, to_onnx
-from peftfx.export.translation import torchlib
+from peftfx.export.translation.operators import torchlib
 from peftfx.export.writing.weights import save
 
 

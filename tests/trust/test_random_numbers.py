@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.errors import PeftfxError, PeftfxWarning
+from peftfx.errors import PeftfxError
 from peftfx.export import export_onnx
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
@@ -67,9 +67,3 @@ def test_what_draws_nothing_is_exported(name: str, tmp_path: Path) -> None:
     export_onnx(model, tmp_path / "out", inputs={"x": X})
     (got,) = peftfx.export.OnnxModel(tmp_path / "out")(x=X[:3]).values()
     torch.testing.assert_close(got, model(X[:3]).detach(), atol=1e-5, rtol=1e-5)
-
-
-def test_operations_in_bfloat16_of_a_float32_model_are_told(tmp_path: Path) -> None:
-    """ONNX Runtime's CPU provider cannot open such a model: it is verified as its float32 twin."""
-    with pytest.warns(PeftfxWarning, match="own code compute in bfloat16: ONNX Runtime's CPU provider has no kernels"):
-        export_onnx(Model(lambda h: (h.bfloat16() * 2).float()).eval(), tmp_path / "out", inputs={"x": X})

@@ -1,0 +1,1 @@
+"""Translations of single operators to ONNX, where torch has none or a worse one."""

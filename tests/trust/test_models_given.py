@@ -1,0 +1,139 @@
+"""What users pass as the model: wrapped, compiled, adapted by `peft` or by peftfx; and from where they export it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from support.adapted import randomise
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.errors import PeftfxError
+
+CALL = {
+    "input_ids": torch.tensor([[0, 0, 7, 5, 9], [4, 6, 1, 8, 2]]),
+    "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+}
+SEEN = CALL["attention_mask"].bool()
+
+
+def llama() -> hf.LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    return hf.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def theirs() -> peft.PeftModel:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    randomise(model)
+    return model.eval()
+
+
+def served(directory: Path) -> Tensor:
+    logits: Tensor = peftfx.runtime.load(directory)(**CALL).logits
+    return logits[SEEN]
+
+
+def same(got: Tensor, want: nn.Module) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(got, want(**CALL).logits[SEEN], atol=1e-5, rtol=1e-5)
+
+
+WRAPPED: dict[str, tuple[Callable[[nn.Module], nn.Module], str, str]] = {
+    "compiled": (lambda m: torch.compile(m, backend="eager"), "this model is compiled", "`model._orig_mod`"),
+    "for several devices": (nn.DataParallel, "wrapped for several devices", "`model.module`"),
+    "adapted": (lambda m: peftfx.transform(m, peftfx.LoRA(r=2)), "adapted by peftfx already", "load_adapter"),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_wrapped_model_is_refused_with_the_model_to_pass(name: str, tmp_path: Path) -> None:
+    wrap, what, hint = WRAPPED[name]
+    model = wrap(llama())
+    calls: list[Callable[[], object]] = [
+        lambda: peftfx.transform(model, peftfx.LoRA(r=2)),
+        lambda: peftfx.load(model, tmp_path),
+        lambda: peftfx.plan(model, peftfx.LoRA(r=2)),
+        *([] if name == "adapted" else [lambda: peftfx.export_onnx(model, tmp_path / "out", inputs=CALL)]),
+    ]
+    for call in calls:
+        with pytest.raises(PeftfxError, match=what) as caught:
+            call()
+        assert hint in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_peft_model_is_exported_with_its_active_adapters(theirs: peft.PeftModel, tmp_path: Path) -> None:
+    theirs.add_adapter("other", peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    randomise(theirs)
+    theirs.set_adapter("other")
+    before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    peftfx.export_onnx(theirs, tmp_path / "out", view="forward")
+    same(served(tmp_path / "out"), theirs)
+    assert all(torch.equal(before[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def test_a_peft_model_is_inspected_as_its_base(theirs: peft.PeftModel) -> None:
+    assert {site.path for site in peftfx.inspect(theirs)} == {site.path for site in peftfx.inspect(llama())}
+    assert str(peftfx.plan(theirs, "lora(r=4)@mlp")) == str(peftfx.plan(llama(), "lora(r=4)@mlp"))
+
+
+UNDER: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "nothing": nullcontext,
+}
+
+
+@pytest.mark.parametrize("name", UNDER)
+def test_an_export_computes_in_the_models_own_dtype(name: str, theirs: peft.PeftModel, tmp_path: Path) -> None:
+    adapted = peftfx.load(theirs)
+    with UNDER[name]():
+        adapted.export(tmp_path / "out", view="forward")
+    same(served(tmp_path / "out"), theirs)
+
+
+@pytest.mark.parametrize("view", ["forward", "decode"])
+def test_a_float64_model_is_exported(view: str, tmp_path: Path) -> None:
+    """Of the fused operators, some have no float64."""
+    model = llama().double()
+    peftfx.export_onnx(model, tmp_path / "out", view=view)
+    with torch.no_grad():
+        want = model(**CALL).logits[SEEN]
+    got = peftfx.runtime.load(tmp_path / "out")(**CALL).logits[SEEN]
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)  # its norms compute in float32
+
+
+def test_threads_export_one_after_the_other(theirs: peft.PeftModel, tmp_path: Path) -> None:
+    adapted, errors = peftfx.load(theirs), list[BaseException]()
+
+    def export(directory: Path) -> None:
+        try:
+            adapted.export(directory, view="forward")
+        except BaseException as error:
+            errors.append(error)
+
+    def threads() -> Iterator[threading.Thread]:
+        for index in range(3):
+            yield threading.Thread(target=export, args=(tmp_path / str(index),))
+
+    started = list(threads())
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    assert errors == []
+    for index in range(3):
+        same(served(tmp_path / str(index)), theirs)
