@@ -186,9 +186,7 @@ def export_onnx(
             facts.add_codes(report, {part.stem: place_codes(programs[part.file], part.exported) for part in parts})
             for part in parts:
                 prefix = "" if len(parts) == 1 else f"{part.stem}: "
-                facts.add_sizes(
-                    report, programs[part.file], (*part.sizes.limits, *part.sizes.sides), part.graph, prefix
-                )
+                facts.add_sizes(report, programs[part.file], part.sizes.told, part.graph, prefix)
                 facts.add_images(report, programs[part.file], part.seen, prefix)
         if asked.rounds:
             with stages("round"), keeping(temporary.parent) if coded else nullcontext():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -72,7 +73,7 @@ def round_weights(
         merged: whether the adapters were folded into the weights.
 
     Raises:
-        PeftfxError: the budget is too small, or the text is unusable.
+        PeftfxError: the budget is too small, the text is unusable, or no weight is rounded.
     """
     made, untold = dict[object, Rounded](), None
     if asked.room is None:
@@ -103,6 +104,11 @@ def round_weights(
     add_quantized(report, done)
     left = {f: left_out(programs[f], untold or functools.partial(scheme_of, f)) for f in chosen}
     report.left = {file: found for file, found in left.items() if found}
+    if not any(weights for by in done.values() for weights in by.values()):
+        reasons = Counter(why for found in left.values() for why in found.values()).most_common(1)
+        why = "".join(f": of {count} weights, {reason}" for reason, count in reasons)
+        what = f"{', '.join(map(str, asked.schemes)) or 'the budget'} rounds no weight of this model{why}"
+        raise PeftfxError(what, "quantize", "choose a smaller block, other roles, or no quantisation")
 
 
 def _calls(

@@ -234,5 +234,5 @@ def _values(session: ort.InferenceSession, sizes: Mapping[str, int]) -> Iterator
         if given.type == "tensor(int64)":  # masks show all, and each text is of tokens that every vocabulary has
             yield given.name, np.ones(shape, np.int64)
         else:
-            dtype = np.float16 if given.type == "tensor(float16)" else np.float32
+            dtype = {"tensor(float16)": np.float16, "tensor(double)": np.float64}.get(given.type, np.float32)
             yield given.name, random.standard_normal(shape).astype(dtype)

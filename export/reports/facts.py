@@ -65,7 +65,7 @@ def add_codes(report: Report, codes: dict[str, list[Choice]]) -> None:
 
 
 def add_sizes(
-    report: Report, program: ir.Model, limits: Sequence[Limit | Decision], graph: Graph, prefix: str = ""
+    report: Report, program: ir.Model, limits: Sequence[Limit | Decision | str], graph: Graph, prefix: str = ""
 ) -> None:
     """Add the sizes and sides for which a model is right, to the report and to the model's metadata."""
     told = [*map(str, limits), *fixed_images(graph.inputs)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from peftfx.graph.decisions import Decision
 from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import nested
-from peftfx.views.view import View, without_cache
+from peftfx.views.view import View, name_axes, without_cache
 
 #: Sizes of the tried calls. One row is not padded, and of several rows the last is, if the text is long enough.
 _TRIED: tuple[Sized, ...] = (
@@ -40,7 +41,8 @@ def sizes_of(
     """
     trial = _of_forward(adapted, example) if view is None else _of_view(adapted, view)
     sides = _fixed_sides(trial, allow_fixed=allow_fixed)
-    return dataclasses.replace(find_sizes(trial, allow_fixed=allow_fixed), sides=sides)
+    fixed = tuple(_fixed_axes(trial)) if view is None else ()
+    return dataclasses.replace(find_sizes(trial, allow_fixed=allow_fixed), sides=sides, fixed=fixed)
 
 
 def _of_forward(adapted: AdaptedModel, example: Mapping[str, object]) -> Trial:
@@ -94,6 +96,38 @@ def _fixed_sides(trial: Trial, *, allow_fixed: bool = False) -> tuple[Decision, 
         if not answers or BRANCHES in answers:
             found.append(decision)
     return tuple(found)
+
+
+def _fixed_axes(trial: Trial) -> Iterator[str]:
+    """Yield a line for each axis that the capture fixed at the example's size, though the model takes a longer one.
+
+    Most fixed sizes are the model's own: its weights take no other. An operator that torch captures step by step, such
+    as an LSTM, fixes the number of its steps.
+    """
+    case = trial.make(trial.whole({}))
+    asked = name_axes(case)
+    fixed = [
+        (spec.name, i)
+        for spec in trial.graph.inputs
+        for i, (size, name) in enumerate(zip(spec.shape, asked[spec.name], strict=True))
+        if isinstance(size, int) and name is not None
+    ]
+    sizes = {size for tensor in case.values() for size in tensor.shape}
+    for name, i in fixed:
+        size = case[name].shape[i]
+        alike = [(other, j) for other, j in fixed if case[other].shape[j] == size]
+        longer = [size + 1] if size > 1 else sorted({2, *sizes} - {1})
+        tried = (functools.partial(_resized, case, axes, n) for n in longer for axes in ([(name, i)], alike))
+        if any(map(trial.runs, tried)):
+            yield f"axis {i} of {name} is {size} (as in the example: the capture fixes it; the model takes others)"
+
+
+def _resized(case: Mapping[str, Tensor], axes: Sequence[tuple[str, int]], size: int) -> dict[str, Tensor]:
+    """Return inputs in which some axes have another size. Their values are repeated."""
+    made = dict(case)
+    for name, i in axes:
+        made[name] = made[name].index_select(i, torch.arange(size) % made[name].shape[i])
+    return made
 
 
 def _others(trial: Trial, decision: Decision) -> Iterator[dict[str, Tensor]]:

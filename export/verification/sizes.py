@@ -55,11 +55,18 @@ class Sizes:
         limits: the conditions that have to hold; empty if the export is right for all sizes.
         probes: sizes near every bound, at which the export has to be right, too.
         sides: branches on booleans of a call's inputs, of which the export has one side. It refuses other calls itself.
+        fixed: axes of inputs that have the example's size alone, though the model's own code takes others.
     """
 
     limits: tuple[Limit, ...] = ()
     probes: tuple[Sized, ...] = ()
     sides: tuple[Decision, ...] = ()
+    fixed: tuple[str, ...] = ()
+
+    @property
+    def told(self) -> tuple[Limit | Decision | str, ...]:
+        """What a user has to know of the calls that the export takes."""
+        return (*self.limits, *self.sides, *self.fixed)
 
     def allow(self, sizes: Sized) -> bool:
         """Say whether the export has to be right at these sizes."""
@@ -148,10 +155,12 @@ class Trial:
 
     def takes(self, sizes: Sized) -> bool:
         """Say whether a call of these sizes is small enough to be tried, and the model's own code runs it."""
-        if not self.affords(sizes):
-            return False
+        return self.affords(sizes) and self.runs(lambda: self.make(sizes))
+
+    def runs(self, made: Callable[[], _Case]) -> bool:
+        """Say whether inputs can be made, and the model's own code runs them."""
         try:
-            self.eager(self.make(sizes))
+            self.eager(made())
         except Exception as error:  # a model's code raises various errors for a size that it does not take
             raise_if_memory_is_out(error)
             return False

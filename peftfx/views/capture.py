@@ -40,7 +40,7 @@ from peftfx.views.capturing.program_graph import as_graph
 from peftfx.views.capturing.settling import on_general_sides, served
 from peftfx.views.entry import Entry, EntryCall, forward
 from peftfx.views.image_sizes import free_images
-from peftfx.views.view import Axes, name_axes, without_cache
+from peftfx.views.view import Axes, keep_ones, name_axes, without_cache
 
 
 def capture(
@@ -87,6 +87,11 @@ def capture(
         if freed is not axes:
             with suppress(PeftfxError):  # then the model's code takes no free size, and the example's is kept
                 return capture(model, inputs, axes=freed, call=call, entry=entry, stamp=stamp)
+        broadcast = keep_ones(axes, tensors)
+        if broadcast != axes:
+            with suppress(PeftfxError):  # then an axis of size 1 is repeated along another input's, and stays 1
+                return capture(model, inputs, axes=axes, call=call, entry=entry, stamp=stamp)
+            axes = broadcast
     _refuse_checkpointing(model)
     wrapper = _Flat(model, in_spec, [leaf for _, leaf in leaves], call or forward, entry)
     wrapper.train(model.training)

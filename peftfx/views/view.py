@@ -109,6 +109,14 @@ def name_axes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str | None, ...]
     return {name: named[name] for name in tensors}
 
 
+def keep_ones(axes: Axes, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str | None, ...]]:
+    """Return the names without those of axes of size 1 that are named after their place: `input.1`."""
+    return {
+        name: tuple(None if tensors[name].shape[i] == 1 and a == f"{name}.{i}" else a for i, a in enumerate(own))
+        for name, own in axes.items()
+    }
+
+
 def apart(
     axes: Axes, tensors: Mapping[str, Tensor], lengths: Mapping[str, int] | None = None
 ) -> dict[str, tuple[str | None, ...]]:

@@ -277,3 +277,10 @@ def test_experts_are_rounded_and_what_is_not_is_told(tmp_path: Path) -> None:
     assert report.left == {"model.onnx": {"model.embed_tokens.weight": "no product reads it, but Gather"}}
     assert report.agreement["model"].kl < 0.01
     assert "not quantised: model.embed_tokens.weight" in str(report)
+
+
+def test_a_scheme_that_rounds_no_weight_is_refused(tmp_path: Path) -> None:
+    model = ZOO["llama"].build().eval()
+    with pytest.raises(PeftfxError, match=r"int4\(block=256\) rounds no weight of this model: of \d+ weights, its 32"):
+        px.export_onnx(model, tmp_path / "out", view="forward", quantize="int4(block=256)")
+    assert list(tmp_path.iterdir()) == []

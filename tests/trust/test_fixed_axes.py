@@ -1,0 +1,75 @@
+"""Axes that a capture fixes at the example's size: an export tells them where the model itself takes others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.errors import PeftfxError
+from peftfx.export import OnnxModel, export_onnx
+
+
+class Masked(nn.Module):
+    """Attention with a mask that is added, of any shape that broadcasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.out = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        scores = self.query(x) @ x.transpose(1, 2)
+        return self.out(torch.softmax(scores[:, None] + mask, -1)[:, 0] @ x)
+
+
+class Recurrent(nn.Module):
+    """torch captures an LSTM step by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cell(x)[0])
+
+
+def test_a_mask_with_axes_of_size_1_is_repeated_along_the_others(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Masked().eval()
+    report = export_onnx(
+        model, tmp_path / "out", inputs={"x": torch.randn(2, 5, 8), "mask": torch.randn(2, 1, 1, 5)}
+    )
+    assert report.inputs == {"x": ["batch", "x.1", 8], "mask": ["batch", 1, 1, "mask.3"]}
+    assert any(line.startswith("axis 2 of mask is 1 (as in the example") for line in report.sizes)
+    for batch, length in ((1, 1), (3, 7)):
+        case = {"x": torch.randn(batch, length, 8), "mask": torch.randn(batch, 1, 1, length)}
+        (got,) = OnnxModel(tmp_path / "out")(**case).values()
+        torch.testing.assert_close(got, model(**case).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_is_trained_with_such_a_mask() -> None:
+    case = {"x": torch.randn(2, 5, 8), "mask": torch.randn(2, 1, 1, 5)}
+    base = Masked()
+    want = base(**case).detach()
+    adapted = peftfx.transform(base, peftfx.LoRA(r=2, target="all-linear"), inputs=case, road="graph")
+    torch.testing.assert_close(adapted(**case), want)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_an_axis_of_size_1_stays_free_where_it_can(length: int, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    report = export_onnx(model, tmp_path / "out", inputs={"input": torch.randn(2, length, 8)})
+    assert report.inputs == {"input": ["batch", "input.1", 8]}
+    assert report.sizes == []
+
+
+def test_the_steps_of_an_lstm_are_told(tmp_path: Path) -> None:
+    report = export_onnx(Recurrent().eval(), tmp_path / "out", inputs={"x": torch.randn(2, 5, 8)})
+    (told,) = report.sizes
+    assert told == "axis 1 of x is 5 (as in the example: the capture fixes it; the model takes others)"
+    assert told in str(report)
+    with pytest.raises(PeftfxError, match="axis 1 of x is 5"):
+        OnnxModel(tmp_path / "out")(x=torch.randn(2, 6, 8))
